@@ -1,0 +1,134 @@
+"""Every setting of `train.joint`, with what it means; the other configs change some of them.
+
+The defaults are the paper's (arXiv 2502.17057) where the paper gives one.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The paper's settings, without models or data: those come with each config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # Of the order of data, of dropout and of every sampled token.
+    config.rounds = 1  # Of A then B; the paper has one, each further one uses the new generator.
+    config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
+
+    config.data = data = ml_collections.ConfigDict()
+    data.kind = "beir"  # "beir": a directory; "pydoc": docstrings of installed packages.
+    data.path = ""  # The BEIR directory.
+    data.packages = ()  # pydoc: "name==version" of each package to read.
+    data.min_pairs = 1  # pydoc: fewest pairs to go on with.
+    data.shares = shares = ml_collections.ConfigDict()  # Of queries, where no split is given.
+    shares.retriever_train = 0.735  # To step A; 7 to 1 against step B, as in the paper.
+    shares.generator_train = 0.105  # To step B.
+    shares.dev = 0.05  # To choosing settings.
+    shares.test = 0.11  # To the results.
+    data.max_retriever_train = 0  # Queries of step A at most; 0: all.
+    data.max_generator_train = 0  # Queries of step B at most; 0: all.
+    data.max_dev = 0  # Dev queries at most; 0: all.
+    data.max_test = 0  # Test queries at most; 0: all.
+
+    config.retriever = retriever = ml_collections.ConfigDict()
+    retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
+    retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
+    retriever.compute_dtype = "float32"  # "float32" or "bfloat16".
+    retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
+
+    config.generator = generator = ml_collections.ConfigDict()
+    generator.source = ""  # Directory, hub id, .gguf file, or "package:NAME/PATH".
+    generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
+    generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
+    generator.slots = 128  # Texts that are sampled at once.
+    generator.prompt_length = 512  # Tokens of a prompt; longer ones lose their beginning.
+    generator.prompt_buckets = (64, 128, 256, 512)  # Lengths that prompts are padded to.
+    generator.max_new_tokens = 512  # Longest text of any use below, in tokens.
+
+    config.lora = lora = ml_collections.ConfigDict()
+    lora.rank = 8  # Inner width.
+    lora.alpha = 32.0  # Scale times rank.
+    lora.dropout = 0.1  # On the adapter's input.
+    lora.targets = ("q_proj$", "v_proj$")  # Regular expressions on the projections' paths.
+
+    config.expansion = expansion = ml_collections.ConfigDict()
+    expansion.strategy = "q2d"  # A name in expandr_jax/prompts.py.
+    expansion.temperature = 1.0  # 0: greedy.
+    expansion.top_p = 0.9  # Probability mass that is sampled from.
+    expansion.max_new_tokens = 512  # Longest expansion, in tokens.
+    expansion.train_samples = 1  # Expansions of each training query.
+    expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
+
+    config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
+    contrastive.epochs = 3.0  # Passes over the training queries.
+    contrastive.batch_size = 64  # Queries an update; each one's document is a negative of others.
+    contrastive.learning_rate = 3e-5  # Peak.
+    contrastive.warmup_steps = 0  # From 0 to the peak.
+    contrastive.weight_decay = 0.0  # Decoupled, on matrices.
+    contrastive.clip_norm = 1.0  # Greatest norm of the gradient.
+    contrastive.temperature = 0.02  # tau.
+    contrastive.query_weight = 0.5  # Of the query's own vector in the mean with its expansions.
+    contrastive.normalize = "both"  # Unit length "before" the mean, "after", "both" or "none".
+    contrastive.restart = False  # Each round starts from the original weights.
+    contrastive.save_every = 100  # Steps between checkpoints.
+
+    config.candidates = candidates = ml_collections.ConfigDict()  # Step B, sampling.
+    candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
+    candidates.per_temperature = 8  # Candidates of a query at each temperature.
+    candidates.top_p = 0.9  # Probability mass that is sampled from.
+    candidates.max_new_tokens = 512  # Longest candidate, in tokens.
+
+    config.answer = answer = ml_collections.ConfigDict()  # Step B, the self-answer.
+    answer.temperature = 1.0  # 0: greedy.
+    answer.top_p = 0.9  # Probability mass that is sampled from.
+    answer.max_new_tokens = 512  # Longest answer, in tokens.
+    answer.max_characters = 1500  # Of the document in the prompt.
+
+    config.reward = reward = ml_collections.ConfigDict()
+    reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
+    reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
+    reward.corpus = 0.0  # Weight of 1 / rank of the document in the corpus; 0: not searched.
+    reward.query_weight = 0.5  # Of the query's own vector in that search.
+    reward.depth = 100  # Of that search; deeper counts 0.
+    reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
+
+    config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
+    dpo.loss = "sigmoid"  # "sigmoid", "hinge", "ipo" or "robust".
+    dpo.beta = 0.1  # Strength of the tie to the base model.
+    dpo.label_smoothing = 0.0  # Share of pairs taken to be the wrong way round.
+    dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
+    dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
+    dpo.epochs = 2.0  # Passes over the pairs.
+    dpo.batch_size = 16  # Pairs an update.
+    dpo.learning_rate = 2e-5  # Peak.
+    dpo.warmup_steps = 0  # From 0 to the peak.
+    dpo.clip_norm = 10.0  # Greatest norm of the gradient.
+    dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
+    dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
+    dpo.dev_share = 0.1  # Of the pairs, held out.
+    dpo.chunk = 256  # Response tokens whose logits are in memory at once.
+    dpo.save_every = 100  # Steps between checkpoints.
+
+    config.search = search = ml_collections.ConfigDict()
+    search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.systems = (  # Rows of the results; see eval/systems.py.
+        "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",
+        "expandr", "expandr-base-generator", "expandr-plain",
+    )  # fmt: skip
+    evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)  # Tried on dev.
+    evaluation.samples = (1,)  # How many expansions are averaged; tried on dev.
+    evaluation.depth = 100  # Documents a query in runs/.
+    evaluation.sample_depth = 1000  # Of the search that ranks single samples.
+    evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).
+
+    config.export = export = ml_collections.ConfigDict()
+    export.dtype = "float32"  # Of the exported models.
+
+    config.mesh = mesh = ml_collections.ConfigDict()  # Sizes multiply to the number of devices.
+    mesh.data = -1  # Batches; -1: what the others leave.
+    mesh.fsdp = 1  # Batches and parameters.
+    mesh.tensor = 1  # Heads and feed-forward.
+    return config

@@ -1,0 +1,1 @@
+"""Training of retrievers with language models that expand queries (ExpandR), in JAX."""

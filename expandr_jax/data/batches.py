@@ -1,0 +1,53 @@
+"""Fixed shapes from ragged text, in an order that depends on the seed and the step alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+
+
+def bucket_length(length: int, buckets: Sequence[int] = LENGTHS) -> int:
+    """The least bucket that holds `length` tokens.
+
+    Raises:
+        ValueError: If none does.
+    """
+    for bucket in buckets:
+        if length <= bucket:
+            return bucket
+    raise ValueError(f"{length} tokens are above the longest bucket, {buckets[-1]}")
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids and mask, both [rows, length] int32; length defaults to a bucket."""
+    if length is None:
+        length = bucket_length(max((len(sequence) for sequence in sequences), default=1))
+    ids = np.full((len(sequences), length), pad_id, np.int32)
+    mask = np.zeros((len(sequences), length), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = 1
+    return ids, mask
+
+
+def batch_indices(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
+    """Which of `count` examples make up batch `step`: a fresh shuffle each epoch, no remainder.
+
+    The order is a function of its arguments, so a run that resumes at a step needs no iterator's
+    state, and neither hosts nor restarts can change it.
+
+    Returns:
+        [batch_size] int64.
+
+    Raises:
+        ValueError: If there are fewer examples than one batch holds.
+    """
+    per_epoch = count // batch_size
+    if per_epoch == 0:
+        raise ValueError(f"{count} examples do not fill one batch of {batch_size}")
+    epoch, place = divmod(step, per_epoch)
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+    return order[place * batch_size : (place + 1) * batch_size]

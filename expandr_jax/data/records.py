@@ -1,0 +1,208 @@
+"""JSON lines in and out: checked reading, atomic writing, and a journal that survives a kill."""
+
+import gzip
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from expandr_jax.errors import UserError
+
+Row = dict[str, Any]
+
+# str.splitlines breaks a line at these, so a reader that uses it would see half a record.
+_LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+
+
+def read_jsonl(
+    path: str | os.PathLike, fields: Mapping[str, type]
+) -> Iterator[tuple[int, Row]]:
+    """Yields (line number from 1, object) of a JSON-lines file, checked as it is read.
+
+    Args:
+        path: a UTF-8 file, gzip-compressed if its name ends in ".gz"; blank lines are skipped.
+        fields: name and type of each field that every object must have; others are let through.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not UTF-8, not a JSON object, or lacks a
+            field or has it with another type; it names file and line.
+    """
+    for number, line in _lines(path):
+        if line.strip():
+            row = _parse(f"{path}:{number}", line)
+            for name, kind in fields.items():
+                _check_field(f"{path}:{number}", row, name, kind)
+            yield number, row
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes one JSON object a line; a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: the file cannot be written.
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    with _replacing(path) as file:
+        for row in rows:
+            file.write(_encode(row))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes one JSON value, indented, as `write_jsonl` does."""
+    write_text(path, json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text, as `write_jsonl` does."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Returns the sha256 of a file's bytes, in hex."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+
+
+def hash_json(value: Any) -> str:
+    """Returns the sha256 of a value's canonical JSON (sorted keys, no spaces), in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Journal:
+    """An append-only file of finished work, from which a killed stage goes on.
+
+    Rows are appended to `path` + ".part"; `finish` turns them into `path`. Opening it again after
+    a kill gives back every row whose line is complete and cuts off a half-written one. `path`
+    exists only when the stage is finished; `rows` are then those of `path`.
+
+    Args:
+        path: the file to make; its folder is created when first written to.
+
+    Raises:
+        UserError: a file cannot be read or written, or a complete line is not a JSON object.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.part = Path(f"{path}.part")
+        self.finished = self.path.exists()
+        try:
+            if self.finished:
+                # Left over when the kill came between the two steps of `finish`.
+                self.part.unlink(missing_ok=True)
+            elif self.part.exists():
+                _drop_truncated_line(self.part)
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot recover it: {error.strerror}") from error
+        present = self.path if self.finished else self.part
+        self.rows: list[Row] = [row for _, row in read_jsonl(present, {})] if (
+            present.exists()
+        ) else []
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows and returns when they are on disk."""
+        if self.finished:
+            raise ValueError(f"{self.path} is finished: nothing can be appended")
+        rows = [dict(row) for row in rows]
+        try:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.part, "ab") as file:
+                file.write(b"".join(map(_encode, rows)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot write it: {error.strerror}") from error
+        self.rows.extend(rows)
+
+    def finish(self, rows: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """Makes `path` of the rows given, or of those appended, and removes the part file."""
+        self.rows = [dict(row) for row in (self.rows if rows is None else rows)]
+        write_jsonl(self.path, self.rows)
+        self.part.unlink(missing_ok=True)
+        self.finished = True
+
+
+def _lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read it: {reason}") from error
+
+
+def _parse(where: str, line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode())
+        if rb"\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # an unpaired surrogate is no text
+    except UnicodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); expected one object a line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: found {_kind(row)}; expected a JSON object")
+    return row
+
+
+def _check_field(where: str, row: Row, name: str, kind: type) -> None:
+    if name not in row:
+        raise UserError(f'{where}: no field "{name}"; expected {_JSON_NAMES.get(kind, kind)}')
+    value = row[name]
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(
+            f'{where}: field "{name}" is {_kind(value)}; expected {_JSON_NAMES.get(kind, kind)}'
+        )
+
+
+_JSON_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def _kind(value: Any) -> str:
+    return _JSON_NAMES[type(value)]
+
+
+def _encode(row: Mapping[str, Any]) -> bytes:
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return (text.translate(_LINE_BREAKS) + "\n").encode()
+
+
+def _drop_truncated_line(path: Path) -> None:
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a temporary file that takes the place of `path` when the block ends well."""
+    path = Path(path)
+    # A fixed name, so that kills leave at most one behind and the next write reuses it.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write it: {error.strerror}") from error

@@ -1,0 +1,98 @@
+"""Texts to vectors: tokenised ahead, batched by length, a few compiled shapes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from expandr_jax.data.batches import LENGTHS, bucket_length, pad
+from expandr_jax.errors import UserError
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.sharding import batch_divisor, batch_sharding
+
+Kind = Literal["query", "document"]
+Progress = Callable[[int], None]
+
+
+class TextEncoder:
+    """Encodes texts with one retriever; parameters are passed to each call, so training can go on.
+
+    A text's vector depends on the text alone: it always runs at the length of its own bucket and in
+    the same batch shape, whatever else is encoded with it.
+
+    Args:
+        retriever: Module, pooling and tokenizer.
+        mesh: Rows are spread over its data-parallel devices.
+        tokens_per_batch: Rows times length of one device batch.
+    """
+
+    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 4096):
+        self.retriever = retriever
+        self.mesh = mesh
+        self.tokens_per_batch = tokens_per_batch
+        rows = batch_sharding(mesh)
+        self._embed = jax.jit(retriever.embed, in_shardings=(None, rows, rows))
+
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
+        """Token ids of texts with the retriever's prompt for their kind before them."""
+        retriever = self.retriever
+        prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
+        return retriever.token_ids(texts, prompts[kind])
+
+    def encode(
+        self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Vectors of texts.
+
+        Args:
+            params: The retriever's parameters.
+            texts: Any number of texts.
+            kind: Decides the prompt that is put before each text.
+            progress: Called with the number of texts done since its last call.
+
+        Returns:
+            [len(texts), dim] float32.
+
+        Raises:
+            UserError: If a vector is not finite, which means damaged or diverged weights.
+        """
+        tokens = self.tokenize(texts, kind)
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        pending: list[tuple[list[int], jax.Array]] = []
+        vectors = np.zeros((0, 0), np.float32)
+        start = 0
+        while start < len(order) or pending:
+            if start < len(order):
+                length, rows = self._shape(len(tokens[order[start]]))
+                chosen = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
+                ids, mask = pad([tokens[i] for i in chosen], self.retriever.tokenizer.pad_token_id, length)
+                fill = rows - len(chosen)
+                # Rows that only fill the shape repeat the first: no row is ever fully masked.
+                ids, mask = (np.concatenate([a, np.repeat(a[:1], fill, 0)]) for a in (ids, mask))
+                pending.append((chosen, self._embed(params, ids, mask)))
+                start += len(chosen)
+                if len(pending) < 2 and start < len(order):
+                    continue  # Keep one batch in flight while the next is prepared.
+            chosen, result = pending.pop(0)
+            block = np.asarray(result)[: len(chosen)]
+            if vectors.shape[0] == 0:
+                vectors = np.zeros((len(texts), block.shape[1]), np.float32)
+            if not np.isfinite(block).all():
+                raise UserError(
+                    f"text {chosen[int(np.argmin(np.isfinite(block).all(1)))]}: its vector is not "
+                    "finite; the retriever's weights are damaged or training diverged"
+                )
+            vectors[chosen] = block
+            if progress is not None:
+                progress(len(chosen))
+        return vectors
+
+    def _shape(self, length: int) -> tuple[int, int]:
+        """Padded length and rows of the batch that a text of `length` tokens belongs to."""
+        longest = self.retriever.max_length
+        length = bucket_length(length, [n for n in LENGTHS if n < longest] + [longest])
+        divisor = batch_divisor(self.mesh)
+        rows = max(1, self.tokens_per_batch // length // divisor) * divisor
+        return length, rows

@@ -1,0 +1,123 @@
+"""Training objectives: pure functions of vectors or log-probabilities, one value per example."""
+
+import jax
+import jax.numpy as jnp
+
+EXCLUDED = -1e30  # Score of a passage that is left out of a softmax; finite, so gradients stay so.
+
+
+def info_nce(
+    queries: jax.Array,
+    positives: jax.Array,
+    negatives: jax.Array | None = None,
+    *,
+    temperature: float | jax.Array = 1.0,
+    excluded: jax.Array | None = None,
+) -> jax.Array:
+    """Contrastive loss of each query over all passages of the global batch.
+
+    -log exp(q.p+ / tau) / sum_p exp(q.p / tau), in float32. Query i's positive is row i of
+    `positives`; every other query's positive and all `negatives` are its negatives. Under `jit`
+    on a mesh, with rows sharded, this is the loss over the global batch.
+
+    Args:
+        queries: [batch, dim], expanded or not.
+        positives: [batch, dim].
+        negatives: [count, dim] given negatives of all queries, or None.
+        temperature: tau.
+        excluded: [batch, batch + count] bool, True where a passage must not count against a query
+            (the same text as its positive, another known positive). A query's own positive counts
+            whatever this says.
+
+    Returns:
+        [batch] losses.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    References:
+        van den Oord et al., arXiv 1807.03748; ExpandR, arXiv 2502.17057, equation of the retriever.
+    """
+    if queries.shape != positives.shape:
+        raise ValueError(f"queries {queries.shape} and positives {positives.shape} differ in shape")
+    queries, positives = queries.astype(jnp.float32), positives.astype(jnp.float32)
+    passages = positives
+    if negatives is not None:
+        if negatives.shape[1:] != queries.shape[1:]:
+            raise ValueError(f"negatives {negatives.shape} do not fit queries {queries.shape}")
+        passages = jnp.concatenate([positives, negatives.astype(jnp.float32)])
+    scores = jnp.matmul(queries, passages.T, precision=jax.lax.Precision.HIGHEST) / temperature
+    # A row-wise product, not the diagonal of `scores`: on a mesh it needs no extra collective.
+    positive = jnp.sum(queries * positives, axis=-1) / temperature
+    if excluded is not None:
+        own = jnp.arange(scores.shape[1])[None, :] == jnp.arange(scores.shape[0])[:, None]
+        scores = jnp.where(excluded & ~own, EXCLUDED, scores)
+    return jax.nn.logsumexp(scores, axis=-1) - positive
+
+
+def dpo(
+    chosen: jax.Array,
+    rejected: jax.Array,
+    reference_chosen: jax.Array,
+    reference_rejected: jax.Array,
+    *,
+    beta: float,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Direct preference optimisation of each pair, and the usual figures.
+
+    With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)):
+    sigmoid: -(1 - e) log s(beta h) - e log s(-beta h); hinge: max(0, 1 - beta h);
+    ipo: (h - 1 / (2 beta))^2, where log-probabilities are means over tokens;
+    robust: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e). e is `label_smoothing`.
+
+    Args:
+        chosen: [batch] log-probabilities of the chosen responses under the policy.
+        rejected: [batch], of the rejected ones.
+        reference_chosen: [batch], under the reference.
+        reference_rejected: [batch], under the reference.
+        beta: Strength of the tie to the reference.
+        kind: "sigmoid", "hinge", "ipo" or "robust".
+        label_smoothing: Share of pairs taken to be the wrong way round; below one half.
+
+    Returns:
+        [batch] losses, and {"reward_chosen", "reward_rejected", "margin", "accuracy"}, [batch]
+        each; a reward is beta times a response's log-ratio to the reference.
+
+    Raises:
+        ValueError: If the kind is unknown.
+
+    References:
+        Rafailov et al., arXiv 2305.18290, equation 7; IPO: arXiv 2310.12036, equation 17;
+        robust: arXiv 2403.00409; hinge: SLiC, arXiv 2305.10425.
+    """
+    ratio_chosen = (chosen - reference_chosen).astype(jnp.float32)
+    ratio_rejected = (rejected - reference_rejected).astype(jnp.float32)
+    h = ratio_chosen - ratio_rejected
+    right, wrong = jax.nn.log_sigmoid(beta * h), jax.nn.log_sigmoid(-beta * h)
+    e = label_smoothing
+    if kind == "sigmoid":
+        loss = -(1 - e) * right - e * wrong
+    elif kind == "robust":
+        loss = (-(1 - e) * right + e * wrong) / (1 - 2 * e)
+    elif kind == "hinge":
+        loss = jax.nn.relu(1 - beta * h)
+    elif kind == "ipo":
+        loss = jnp.square(h - 1 / (2 * beta))
+    else:
+        raise ValueError(f"unknown DPO loss {kind!r}: sigmoid, hinge, ipo or robust")
+    metrics = {
+        "reward_chosen": beta * ratio_chosen,
+        "reward_rejected": beta * ratio_rejected,
+        "margin": beta * h,
+        "accuracy": (h > 0).astype(jnp.float32),
+    }
+    return loss, metrics
+
+
+def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log softmax(logits)[target] in float32: logits [..., vocab], targets [...] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,56 @@
+"""A chat model with what it takes to prompt it."""
+
+import dataclasses
+
+from transformers import PreTrainedTokenizerFast
+
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A decoder, its tokenizer with a chat template, and the ids that end or pad a text.
+
+    Attributes:
+        module: The decoder; parameters are passed in, never kept.
+        tokenizer: Text to ids and back; has a chat template.
+        eos_ids: Any of these ends a generation.
+        pad_id: Fills rows; always masked.
+        source: Where it came from.
+    """
+
+    module: Decoder
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    source: Source
+
+    def chat_text(self, user_text: str) -> str:
+        """The chat template applied to a user's message, up to where the model's turn begins."""
+        message = [{"role": "user", "content": user_text}]
+        return self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, tokenize=False
+        )
+
+    def chat_ids(self, user_text: str, max_length: int) -> tuple[list[int], bool]:
+        """Turns a user's message into the prompt of the assistant's answer.
+
+        The chat template is applied once and brings its own special tokens.
+
+        Args:
+            user_text: The message.
+            max_length: Most ids to return; of a longer prompt the end is kept, where the model's
+                turn begins.
+
+        Returns:
+            The ids, and whether the beginning was cut off.
+        """
+        prompt = self.chat_text(user_text)
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids[-max_length:], len(ids) > max_length
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated ids up to the first that ends it, special tokens left out."""
+        end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)

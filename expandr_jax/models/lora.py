@@ -1,0 +1,132 @@
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) as a tree of their own.
+
+The base parameters are never touched: a module is applied to `{"params": base}` for the reference
+model and to `{"params": base, "lora": adapter}` for the adapted one. Optimizers see the adapter only.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from expandr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which projections get an adapter, and its size.
+
+    Attributes:
+        rank: Inner width r of the update B A.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Rate of dropout on the adapter's input, in training only.
+        targets: Regular expressions searched in a projection's path, e.g. "q_proj$".
+    """
+
+    rank: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("q_proj$", "v_proj$")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class Projection(nn.Module):
+    """x W (+ b), plus the low-rank update where the "lora" collection holds one for it.
+
+    Attributes:
+        features: Output width.
+        axes: Logical names of the kernel's input and output axes.
+        use_bias: Adds a bias.
+        dtype: Compute type; parameters keep theirs.
+        lora: Scale and dropout of the update; which projections have one is decided by the tree.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes),
+            (x.shape[-1], self.features),
+        )
+        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+                (self.features,),
+            )
+            y = y + bias.astype(self.dtype)
+        if self.lora is not None and self.has_variable("lora", "a"):
+            h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
+            a = self.get_variable("lora", "a").astype(self.dtype)
+            b = self.get_variable("lora", "b").astype(self.dtype)
+            y = y + jnp.dot(jnp.dot(h.astype(self.dtype), a), b) * self.lora.scale
+        return y
+
+
+def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """Creates an adapter that does not yet change the model: A uniform as in PEFT, B zero.
+
+    Args:
+        key: PRNG key.
+        params: The base's parameters (arrays or shapes); kernels are [..., in, out].
+        config: Rank and targets.
+
+    Returns:
+        A tree with "a" [..., in, rank] and "b" [..., rank, out], float32, for each matched kernel.
+
+    Raises:
+        UserError: If a pattern matches no projection.
+    """
+    flat = traverse_util.flatten_dict(params)
+    kernels = {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
+    for pattern in config.targets:
+        if not any(re.search(pattern, "/".join(path)) for path in kernels):
+            known = ", ".join(sorted({path[-1] for path in kernels}))
+            raise UserError(f"LoRA target {pattern!r} matches no projection; there are: {known}")
+    adapter = {}
+    for index, (path, shape) in enumerate(sorted(kernels.items())):
+        if any(re.search(pattern, "/".join(path)) for pattern in config.targets):
+            *stack, width_in, width_out = shape
+            bound = 1.0 / math.sqrt(width_in)
+            adapter[(*path, "a")] = jax.random.uniform(
+                jax.random.fold_in(key, index), (*stack, width_in, config.rank), minval=-bound, maxval=bound
+            )
+            adapter[(*path, "b")] = jnp.zeros((*stack, config.rank, width_out))
+    return traverse_util.unflatten_dict(adapter)
+
+
+def merge_lora(params: Mapping[str, Any], adapter: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """Adds the adapter's update to the base kernels: W + (alpha / r) A B, computed in float32.
+
+    Args:
+        params: Base parameters.
+        adapter: The tree made by `init_lora`, trained.
+        config: The adapter's settings.
+
+    Returns:
+        Parameters of the same structure and types as `params`.
+    """
+    flat = dict(traverse_util.flatten_dict(params))
+    update = traverse_util.flatten_dict(adapter)
+    for path in {path[:-1] for path in update}:
+        kernel = flat[(*path, "kernel")]
+        a, b = (update[(*path, name)].astype(jnp.float32) for name in ("a", "b"))
+        delta = jnp.matmul(a, b) * config.scale
+        flat[(*path, "kernel")] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)

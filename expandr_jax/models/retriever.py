@@ -1,0 +1,91 @@
+"""A text encoder with all that its vectors depend on: module, pooling, prompts and tokenizer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerFast
+
+from expandr_jax.models.bert import Bert
+from expandr_jax.models.decoder import Decoder, causal_mask, token_positions
+from expandr_jax.models.pooling import Pooling, l2_normalize, pool
+from expandr_jax.weights.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Retriever:
+    """Maps texts to vectors; parameters are passed in, never kept.
+
+    Attributes:
+        module: The encoder, or a decoder used as one.
+        pooling: From token vectors to the text's.
+        normalize: Whether vectors are scaled to length one.
+        max_length: Longest input in tokens, special ones included; longer texts lose their end.
+        query_prompt: Put before queries (and their expansions).
+        document_prompt: Put before documents.
+        tokenizer: Text to ids.
+        source: Where it came from.
+    """
+
+    module: Bert | Decoder
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+    query_prompt: str
+    document_prompt: str
+    tokenizer: PreTrainedTokenizerFast
+    source: Source
+
+    def token_ids(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
+        """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
+
+        Args:
+            texts: Any strings; white space around them is dropped.
+            prompt: `query_prompt` or `document_prompt`.
+
+        Returns:
+            At most `max_length` ids for each text.
+        """
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            [(prompt + text).strip() for text in texts],
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return encoded["input_ids"]
+
+    def embed(
+        self,
+        params: Mapping[str, Any],
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        *,
+        lora: Mapping[str, Any] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes the vectors of a batch.
+
+        Args:
+            params: The module's parameters.
+            input_ids: [batch, length] int32.
+            attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
+            lora: An adapter's tree.
+            dropout_key: Turns dropout on, as in training.
+
+        Returns:
+            [batch, width] float32, of length one where `normalize` is set.
+        """
+        variables = {"params": params} if lora is None else {"params": params, "lora": lora}
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        inputs = [input_ids, attention_mask]
+        if isinstance(self.module, Decoder):
+            inputs = [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
+        hidden = self.module.apply(
+            variables, *inputs, deterministic=dropout_key is None, rngs=rngs
+        )
+        vectors = pool(hidden, attention_mask, self.pooling)
+        return l2_normalize(vectors) if self.normalize else vectors

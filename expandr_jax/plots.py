@@ -1,0 +1,177 @@
+"""Plots as SVG for one HTML page: the page's own colours and font, the same bytes every time."""
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+# Matplotlib knows no CSS variables: each stand-in below is replaced by var(--name) in the SVG, so
+# that a plot follows the page into dark mode.
+_STAND_INS = {
+    "ink": "#010a01",
+    "soft": "#010a02",
+    "line": "#010a03",
+    "series-1": "#010a04",
+    "series-2": "#010a05",
+    "series-3": "#010a06",
+    "series-4": "#010a07",
+    "quiet": "#010a08",
+}
+_SERIES = [_STAND_INS[f"series-{i}"] for i in range(1, 5)]
+_DASHES = ["-", "--", ":", "-."]
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": _STAND_INS["ink"],
+    "axes.labelcolor": _STAND_INS["soft"],
+    "axes.edgecolor": _STAND_INS["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": _STAND_INS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": _STAND_INS["line"],
+    "ytick.color": _STAND_INS["line"],
+    "xtick.labelcolor": _STAND_INS["soft"],
+    "ytick.labelcolor": _STAND_INS["soft"],
+    "legend.frameon": False,
+}
+_WIDTH = 5.2  # inches; narrow, so that text stays legible when a phone scales the plot down
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x, y
+
+
+def bars(
+    title: str,
+    values: Mapping[str, float],
+    *,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    highlight: str | None = None,
+    label: str = "{:.3f}",
+) -> str:
+    """Draws one horizontal bar a label, with whiskers where there is an interval.
+
+    Args:
+        title: names the plot for those who cannot see it.
+        values: length of each bar by its label, drawn from top to bottom.
+        intervals: low and high end by label.
+        highlight: the label whose bar stands out; None colours all alike.
+        label: format of the value written beside a bar.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(0.5 + 0.32 * len(values))
+        positions = np.arange(len(values))
+        colours = [
+            _STAND_INS["series-1" if highlight in (None, name) else "quiet"] for name in values
+        ]
+        axes.barh(positions, list(values.values()), height=0.62, color=colours)
+        for position, (name, value) in zip(positions, values.items(), strict=True):
+            low, high = (intervals or {}).get(name, (value, value))
+            if high > low:
+                axes.plot([low, high], [position] * 2, color=_STAND_INS["ink"], linewidth=1.3)
+            axes.annotate(
+                label.format(value),
+                (high, position),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=_STAND_INS["ink"],
+            )
+        axes.set_yticks(positions, list(values))
+        axes.tick_params(axis="y", length=0, labelcolor=_STAND_INS["ink"])
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.16)
+        axes.set_xlim(left=0)
+        return _svg(figure, title)
+
+
+def lines(title: str, series: Series, *, xlabel: str, ylabel: str) -> str:
+    """Draws one line a series; a long one is drawn faintly with its moving mean on top."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.9)
+        for i, (name, (x, y)) in enumerate(series.items()):
+            colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
+            x, y = np.asarray(x, float), np.asarray(y, float)
+            window = len(y) // 20
+            if window > 1:
+                axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+                y = np.convolve(y, np.full(window, 1 / window), mode="valid")
+                x = x[(window - 1) // 2 :][: len(y)]
+            marker = "o" if len(y) < 12 else None
+            axes.plot(x, y, dash, color=colour, linewidth=1.7, marker=marker, ms=3.5, label=name)
+        _finish(axes, xlabel, ylabel, legend=len(series) > 1)
+        return _svg(figure, title)
+
+
+def histogram(
+    title: str, samples: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str = "share"
+) -> str:
+    """Draws the distribution of each sample as the share in 20 equal bins, its mean as a tick."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(2.9)
+        together = np.concatenate([np.asarray(values, float) for values in samples.values()])
+        low, high = min(0.0, together.min()), together.max()
+        edges = np.linspace(low, high if high > low else low + 1, 21)
+        for i, (name, values) in enumerate(samples.items()):
+            shares, _ = np.histogram(values, edges)
+            shares = shares / max(1, len(values))
+            colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16)
+            axes.stairs(shares, edges, color=colour, linewidth=1.5, linestyle=dash, label=name)
+            axes.plot(np.mean(values), 0, marker="^", ms=8, color=colour, clip_on=False, zorder=5)
+        _finish(axes, xlabel, ylabel, legend=len(samples) > 1)
+        axes.set_ylim(bottom=0)
+        return _svg(figure, title)
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _finish(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y")
+    if legend:
+        longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2 if longest > 14 else 3,
+            borderaxespad=0.2,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    # The salt makes the ids repeat from run to run and differ between plots of one page.
+    with matplotlib.rc_context({"svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg ") :]
+    for noise in (
+        r"\s*<metadata>.*?</metadata>",
+        r"\s*<style.*?</style>",
+        r' id="(?![mp][0-9a-f]{10}")[^"]*"',  # names of groups, alike in every plot
+        r" font-family: [^;]+;",  # the page's font instead
+    ):
+        svg = re.sub(noise, "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    for name, colour in _STAND_INS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    box = re.search(r'viewBox="[^"]+"', svg).group()
+    head = f'<svg role="img" aria-label="{html.escape(title)}" {box}>'
+    return head + svg[svg.index(">") + 1 :]

@@ -1,0 +1,220 @@
+"""Step B: the generator learns by DPO which passages rank the right document high.
+
+A pair is one packed row, prompt | chosen | rejected: the prompt is computed once, and neither
+response sees the other. Logits exist only for response tokens, a chunk at a time.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from expandr_jax.data.batches import bucket_length
+from expandr_jax.losses import dpo, token_log_probs
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.train_state import TrainState
+
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Settings of the preference loss.
+
+    Attributes:
+        beta: Strength of the tie to the reference; the paper's is 0.1.
+        kind: One of the losses of `losses.dpo`.
+        label_smoothing: Share of pairs taken to be the wrong way round.
+        length_normalized: Use mean instead of summed token log-probabilities; "ipo" always does.
+        sft_weight: Weight of the chosen response's negative log-likelihood per token, added.
+        chunk: Response tokens whose logits are in memory at once.
+    """
+
+    beta: float = 0.1
+    kind: str = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalized: bool = False
+    sft_weight: float = 0.0
+    chunk: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencePair:
+    """Token ids of a prompt and its two responses, each response with its one EOS."""
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+
+
+def pack(pairs: Sequence[PreferencePair], pad_id: int) -> dict[str, np.ndarray]:
+    """Arrays of a batch of pairs, each in one row.
+
+    Returns:
+        "tokens", "positions", "segments" [batch, length]: both responses continue the prompt's
+        positions. "sources", "targets", "responses" [batch, response tokens]: the place whose
+        hidden state predicts each response token, the token, and its segment. int32.
+    """
+    rows = len(pairs)
+    length = bucket_length(max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs))
+    width = bucket_length(max(len(p.chosen) + len(p.rejected) for p in pairs))
+    batch = {name: np.zeros((rows, length), np.int32) for name in ("positions", "segments")}
+    batch["tokens"] = np.full((rows, length), pad_id, np.int32)
+    batch["segments"][:] = PADDING
+    batch |= {name: np.zeros((rows, width), np.int32) for name in ("sources", "targets")}
+    batch["responses"] = np.full((rows, width), PADDING, np.int32)
+    for row, pair in enumerate(pairs):
+        prompt = len(pair.prompt)
+        end = prompt
+        batch["tokens"][row, :prompt] = pair.prompt
+        batch["positions"][row, :prompt] = np.arange(prompt)
+        batch["segments"][row, :prompt] = PROMPT
+        for segment, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            place = slice(end, end + len(response))
+            batch["tokens"][row, place] = response
+            batch["positions"][row, place] = prompt + np.arange(len(response))
+            batch["segments"][row, place] = segment
+            out = slice(end - prompt, end - prompt + len(response))
+            batch["targets"][row, out] = response
+            batch["responses"][row, out] = segment
+            # The prompt's last token predicts the first token of either response.
+            batch["sources"][row, out] = [prompt - 1, *range(end, end + len(response) - 1)]
+            end += len(response)
+    return batch
+
+
+def packed_mask(segments: jax.Array) -> jax.Array:
+    """[batch, length] segments to the [batch, length, length] mask: causal, own response only."""
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    visible = (key == PROMPT) | (key == query)
+    return jnp.tril(jnp.ones((length, length), bool))[None] & visible & (key != PADDING)
+
+
+def response_log_probs(
+    module: Decoder,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    chunk: int,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Summed log-probabilities and token counts of both responses.
+
+    Args:
+        module: The decoder.
+        variables: {"params": base} for the reference, with "lora" for the policy.
+        batch: From `pack`.
+        chunk: Response tokens whose logits are in memory at once.
+        dropout_key: Turns the adapter's dropout on.
+
+    Returns:
+        (chosen, rejected, chosen tokens, rejected tokens), [batch] float32 each.
+    """
+    hidden = module.apply(
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        packed_mask(batch["segments"]),
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
+    log_probs = _chunked_log_probs(module, variables, hidden, batch["targets"], chunk)
+    responses = batch["responses"]
+    sums = [jnp.sum(jnp.where(responses == s, log_probs, 0.0), axis=1) for s in (CHOSEN, REJECTED)]
+    counts = [jnp.sum(responses == s, axis=1).astype(jnp.float32) for s in (CHOSEN, REJECTED)]
+    return sums[0], sums[1], counts[0], counts[1]
+
+
+def _chunked_log_probs(module, variables, hidden, targets, chunk):
+    """log p(target) [batch, tokens] without the [batch, tokens, vocabulary] tensor."""
+    batch, tokens, width = hidden.shape
+    columns = max(1, min(tokens, chunk // batch))
+    padded = -(-tokens // columns) * columns
+    hidden = jnp.pad(hidden, ((0, 0), (0, padded - tokens), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padded - tokens)))
+
+    @jax.checkpoint  # The backward pass makes a chunk's logits again instead of keeping them all.
+    def one(part):
+        states, wanted = part
+        return token_log_probs(module.apply(variables, states, method="logits"), wanted)
+
+    split = (
+        jnp.moveaxis(hidden.reshape(batch, -1, columns, width), 1, 0),
+        jnp.moveaxis(targets.reshape(batch, -1, columns), 1, 0),
+    )
+    log_probs = jax.lax.map(one, split)
+    return jnp.moveaxis(log_probs, 0, 1).reshape(batch, padded)[:, :tokens]
+
+
+def dpo_loss(
+    adapter: Any,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    module: Decoder,
+    config: DPOConfig,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean preference loss of a packed batch, and its figures averaged.
+
+    Args:
+        adapter: The trainable LoRA tree.
+        params: The frozen base.
+        batch: From `pack`, with "reference_chosen" and "reference_rejected" [batch] summed
+            log-probabilities of the base.
+        module: The decoder, with its LoRA settings.
+        config: Loss settings.
+        dropout_key: Turns the adapter's dropout on.
+    """
+    chosen, rejected, chosen_tokens, rejected_tokens = response_log_probs(
+        module,
+        {"params": params, "lora": adapter},
+        batch,
+        chunk=config.chunk,
+        dropout_key=dropout_key,
+    )
+    scale_chosen = scale_rejected = 1.0
+    if config.length_normalized or config.kind == "ipo":
+        scale_chosen, scale_rejected = 1 / chosen_tokens, 1 / rejected_tokens
+    loss, metrics = dpo(
+        chosen * scale_chosen,
+        rejected * scale_rejected,
+        batch["reference_chosen"] * scale_chosen,
+        batch["reference_rejected"] * scale_rejected,
+        beta=config.beta,
+        kind=config.kind,
+        label_smoothing=config.label_smoothing,
+    )
+    if config.sft_weight:
+        loss = loss - config.sft_weight * chosen / chosen_tokens
+    metrics["log_prob_chosen"], metrics["log_prob_rejected"] = chosen, rejected
+    return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
+
+
+def dpo_step(
+    state: TrainState,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    module: Decoder,
+    config: DPOConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the adapter; dropout is drawn from (key, step)."""
+    (loss, metrics), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
+        state.params,
+        params,
+        batch,
+        module=module,
+        config=config,
+        dropout_key=jax.random.fold_in(key, state.step),
+    )
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+    return state.apply(grads, optimizer), metrics

@@ -1,0 +1,111 @@
+"""Exact search: a matrix product and top-k on the device, over blocks of the corpus."""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
+from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+
+_FILE = "vectors.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactOptions:
+    """Settings of the exact index.
+
+    Attributes:
+        block_rows: corpus vectors on the device at a time.
+        query_rows: queries in one matrix product.
+    """
+
+    block_rows: int = 8192
+    query_rows: int = 1024
+
+
+class ExactIndex:
+    """Every inner product, in float32; memory for one block whatever the corpus's size."""
+
+    def __init__(self, vectors: np.ndarray, options: ExactOptions = ExactOptions()):
+        """Indexes `vectors` [N, D] without copying them: a memory map stays one."""
+        check_vectors(vectors)
+        self._vectors = vectors
+        self._options = options
+        self.size, self.dimension = vectors.shape
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the vectors."""
+        return fingerprint(self._vectors)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns scores [Q, min(k, N)] float32 and indices int32, best first; see Index."""
+        queries = check_queries(queries, self.dimension, k)
+        k = min(k, self.size)
+        # Few shapes to compile: batches of queries have a power of two of rows.
+        rows = min(self._options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
+        starts = range(0, len(queries), rows)
+        batches = [_pad_rows(queries[start : start + rows], rows) for start in starts]
+        empty = jnp.full((rows, k), -jnp.inf, jnp.float32), jnp.zeros((rows, k), jnp.int32)
+        best = [empty for _ in batches]
+        block_rows = min(self._options.block_rows, self.size)
+        for offset in range(0, self.size, block_rows):
+            block = np.asarray(self._vectors[offset : offset + block_rows], dtype=np.float32)
+            block = jnp.asarray(_pad_rows(block, block_rows))
+            best = [
+                _merge_block(*found, batch, block, offset, self.size)
+                for found, batch in zip(best, batches, strict=True)
+            ]
+        scores = [np.asarray(found[0]) for found in best] or [np.empty((0, k), np.float32)]
+        indices = [np.asarray(found[1]) for found in best] or [np.empty((0, k), np.int32)]
+        return np.concatenate(scores)[: len(queries)], np.concatenate(indices)[: len(queries)]
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the vectors into `directory`, to be memory-mapped by `load_index`."""
+        directory = empty_directory(directory, [_FILE])
+        np.save(directory / _FILE, np.asarray(self._vectors, dtype=np.float32))
+        write_manifest(
+            directory,
+            [_FILE],
+            backend="exact",
+            size=self.size,
+            dimension=self.dimension,
+            fingerprint=self.fingerprint,
+            options=dataclasses.asdict(self._options),
+        )
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ExactIndex":
+        """Memory-maps a saved index; `load_index` reads the manifest."""
+        vectors = np.load(os.path.join(directory, _FILE), mmap_mode="r", allow_pickle=False)
+        index = cls(vectors, ExactOptions(**manifest.options))
+        index.fingerprint = manifest.fingerprint  # of the vectors given, if not float32
+        return index
+
+
+@jax.jit
+def _merge_block(
+    scores: jax.Array,
+    indices: jax.Array,
+    queries: jax.Array,
+    block: jax.Array,
+    offset: jax.Array,
+    size: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges a block [B, D] that starts at row `offset` into the best [Q, k] so far."""
+    new = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
+    new = jnp.where(new == 0, 0, new)  # top_k would put 0.0 before -0.0
+    rows = offset + jnp.arange(len(block), dtype=jnp.int32)
+    new = jnp.where(rows < size, new, -jnp.inf)
+    # top_k is stable and earlier blocks stand first, so ties keep the order of the corpus.
+    scores, position = jax.lax.top_k(jnp.concatenate([scores, new], axis=1), scores.shape[1])
+    candidates = jnp.concatenate([indices, jnp.broadcast_to(rows, new.shape)], axis=1)
+    return scores, jnp.take_along_axis(candidates, position, axis=1)
+
+
+def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(array, ((0, rows - len(array)), (0, 0)))

@@ -1,0 +1,236 @@
+"""Approximate search by ScaNN (arXiv 1908.10396): brute force, hashing or a tree, by size."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+
+import numpy as np
+
+from expandr_jax.errors import UserError
+from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
+from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+
+_SMALLEST = 16  # asymmetric hashing trains 16 centres a block
+_QUERY_ROWS = 64  # brute force rounds smaller batches differently, so none is smaller
+_ASSETS = (
+    "ah_codebook.pb",
+    "bfloat16_dataset.npy",
+    "datapoint_to_token.npy",
+    "dataset.npy",
+    "dp_norms.npy",
+    "hashed_dataset.npy",
+    "hashed_dataset_soar.npy",
+    "int8_dataset.npy",
+    "int8_multipliers.npy",
+    "scann_assets.pbtxt",
+    "scann_config.pb",
+    "serialized_partitioner.pb",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannOptions:
+    """Settings of the ScaNN index; the defaults follow the corpus's size N.
+
+    Brute force and hashing give the same answers every time. A tree starts from random leaves that
+    ScaNN does not let us seed: where two runs must agree, build it once and save it.
+
+    Attributes:
+        method: "auto", "brute" (every vector), "ah" (asymmetric hashing, then exact re-ranking)
+            or "tree" (the same inside the nearest leaves). Fewer than 16 vectors are always brute.
+        ah_from: with "auto", the N from which hashing is used.
+        tree_from: with "auto", the N from which the tree is used.
+        leaves: leaves of the tree; None is sqrt(N).
+        leaves_to_search: leaves visited for a query; None is a quarter of them.
+        tree_sample: vectors that the tree is trained on.
+        tree_iterations: of k-means.
+        soar: weight of SOAR's second leaf for each vector (arXiv 2404.00774); None is one leaf.
+        dimensions_per_block: dimensions hashed together.
+        anisotropic_threshold: of the score-aware quantization loss.
+        ah_sample: vectors that hashing is trained on.
+        ah_iterations: of k-means for the hash.
+        reorder: candidates scored exactly for a query; at least k of them always are.
+        storage: "float32", "bfloat16" or "int8", of the vectors used for exact scores.
+    """
+
+    method: str = "auto"
+    ah_from: int = 20_000
+    tree_from: int = 100_000
+    leaves: int | None = None
+    leaves_to_search: int | None = None
+    tree_sample: int = 100_000
+    tree_iterations: int = 12
+    soar: float | None = None
+    dimensions_per_block: int = 2
+    anisotropic_threshold: float = 0.2
+    ah_sample: int = 100_000
+    ah_iterations: int = 10
+    reorder: int = 400
+    storage: str = "float32"
+
+
+def installed() -> bool:
+    """Says whether this platform has ScaNN (there is no wheel for macOS or Windows)."""
+    return importlib.util.find_spec("scann") is not None
+
+
+class ScannIndex:
+    """An index by ScaNN; its scores are exact, its neighbours may miss some."""
+
+    def __init__(self, vectors: np.ndarray, options: ScannOptions = ScannOptions()):
+        """Builds the index over `vectors` [N, D]; the array is not needed afterwards.
+
+        Raises:
+            UserError: ScaNN is not installed, or vectors or options cannot be used.
+        """
+        _check_options(options)
+        library = _library()
+        check_vectors(vectors)  # ScaNN ends the process on NaN
+        self.size, self.dimension = vectors.shape
+        self.fingerprint = fingerprint(vectors)
+        if options.dimensions_per_block > self.dimension:
+            raise UserError(
+                f"ScaNN option dimensions_per_block is {options.dimensions_per_block}; "
+                f"the vectors have only {self.dimension} dimensions"
+            )
+        self._set_shape(options)
+        self._searcher = self._build(library, np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def _set_shape(self, options: ScannOptions) -> None:
+        self.options = options
+        self.method = _method(options, self.size)
+        self.leaves = min(options.leaves or max(1, math.isqrt(self.size)), self.size)
+
+    def _build(self, library, vectors: np.ndarray):
+        options = self.options
+        storage = library.scann_builder.ReorderType[options.storage.upper()]
+        builder = library.builder(vectors, 10, "dot_product")
+        if self.method == "brute":
+            return builder.score_brute_force(quantize=storage).build()
+        if self.method == "tree":
+            builder = builder.tree(
+                num_leaves=self.leaves,
+                num_leaves_to_search=min(
+                    options.leaves_to_search or math.ceil(self.leaves / 4), self.leaves
+                ),
+                training_sample_size=max(options.tree_sample, self.leaves),
+                training_iterations=options.tree_iterations,
+                soar_lambda=options.soar,
+            )
+        builder = builder.score_ah(
+            dimensions_per_block=options.dimensions_per_block,
+            anisotropic_quantization_threshold=options.anisotropic_threshold,
+            training_sample_size=options.ah_sample,
+            training_iterations=options.ah_iterations,
+        )
+        return builder.reorder(options.reorder, quantize=storage).build()
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns scores [Q, min(k, N)] float32 and indices int32, best first; see Index."""
+        queries = check_queries(queries, self.dimension, k)
+        k = min(k, self.size)
+        if not len(queries):
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int32)
+        fetch = min(k + 1, self.size)
+        scores, indices = self._neighbours(queries, fetch)
+        # ScaNN leaves the order of ties open: fetch until the tie at the cut is whole.
+        while (
+            self.method == "brute"
+            and fetch < self.size
+            and np.any(scores[:, k - 1] == scores[:, -1])
+        ):
+            fetch = min(2 * fetch, self.size)
+            scores, indices = self._neighbours(queries, fetch)
+        return scores[:, :k], indices[:, :k]
+
+    def _neighbours(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(queries)
+        if self.method == "brute":
+            queries = np.pad(queries, ((0, -count % _QUERY_ROWS), (0, 0)))
+            indices, scores = self._searcher.search_batched_parallel(queries, k)
+        else:
+            reorder = max(self.options.reorder, k)
+            indices, scores = self._searcher.search_batched_parallel(queries, k, reorder)
+        indices, scores = indices[:count].astype(np.int32), scores[:count]
+        # The leaves visited held fewer than k vectors (index 0, score NaN): visit every leaf.
+        short = np.isnan(scores).any(axis=1)
+        if self.method == "tree" and short.any():
+            indices[short], scores[short] = self._searcher.search_batched_parallel(
+                queries[short], k, max(reorder, self.size), self.leaves
+            )
+        order = np.lexsort((indices, -scores), axis=1)
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the index into `directory`, which may be moved, to be read by `load_index`."""
+        directory = empty_directory(directory, _ASSETS)
+        self._searcher.serialize(str(directory), relative_path=True)
+        write_manifest(
+            directory,
+            [name for name in _ASSETS if (directory / name).exists()],
+            backend="scann",
+            size=self.size,
+            dimension=self.dimension,
+            fingerprint=self.fingerprint,
+            options=dataclasses.asdict(self.options),
+        )
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ScannIndex":
+        """Loads a saved index; `load_index` reads the manifest and checks the files."""
+        library = _library()
+        # load_searcher would unpickle this file, which we never write.
+        if os.path.exists(os.path.join(directory, "scann_docids.pkl")):
+            raise UserError(f"{directory}: holds scann_docids.pkl, which is not part of our index")
+        index = cls.__new__(cls)
+        index.size, index.dimension = manifest.size, manifest.dimension
+        index.fingerprint = manifest.fingerprint
+        index._set_shape(ScannOptions(**manifest.options))
+        index._searcher = library.load_searcher(str(directory), assets_backcompat_shim=False)
+        return index
+
+
+def _library():
+    if not installed():
+        raise UserError(
+            "search backend 'scann' is not installed (there is no wheel for macOS or Windows); "
+            "use backend 'exact'"
+        )
+    from scann.scann_ops.py import scann_ops_pybind
+
+    return scann_ops_pybind
+
+
+def _method(options: ScannOptions, size: int) -> str:
+    if size < _SMALLEST:
+        return "brute"
+    if options.method != "auto":
+        return options.method
+    return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
+
+
+def _check_options(options: ScannOptions) -> None:
+    choices = {
+        "method": ("auto", "brute", "ah", "tree"),
+        "storage": ("float32", "bfloat16", "int8"),
+    }
+    for name, expected in choices.items():
+        if getattr(options, name) not in expected:
+            raise UserError(
+                f"ScaNN option {name} is {getattr(options, name)!r}; "
+                f"expected one of {', '.join(expected)}"
+            )
+    for name in (
+        "leaves",
+        "leaves_to_search",
+        "tree_sample",
+        "tree_iterations",
+        "dimensions_per_block",
+        "ah_sample",
+        "ah_iterations",
+        "reorder",
+    ):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"ScaNN option {name} is {value}; expected at least 1")

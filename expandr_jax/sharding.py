@@ -1,0 +1,101 @@
+"""Device meshes and the rules that place every array on them.
+
+One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes are data
+(batches), fsdp (batches and parameters) and tensor (heads and feed-forward).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from expandr_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter or activation -> mesh axes. Names absent here would replicate in
+# silence, so `param_shardings` refuses them.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("head_dim", None),
+    ("positions", None),
+    ("types", None),
+    ("length", None),
+    ("act_embed", None),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh over the devices; one axis may be -1 to take what the others leave.
+
+    Raises:
+        UserError: If the sizes do not fit the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    known = 1
+    for size in sizes:
+        known *= size if size != -1 else 1
+    if sizes.count(-1) == 1 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    total = sizes[0] * sizes[1] * sizes[2]
+    if min(sizes) < 1 or total != len(devices):
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices; "
+            "the three must multiply to that number (one may be -1)"
+        )
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over every data-parallel device."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """Batches must be a multiple of this many rows."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """Shardings of a module's parameters, from their logical axis names.
+
+    Args:
+        mesh: The device mesh.
+        module: A Linen module whose parameters carry logical names.
+        *args: Arguments of its `__call__` (arrays or ShapeDtypeStructs) to find the shapes.
+        **kwargs: Likewise.
+
+    Returns:
+        A tree like the module's "params" with a NamedSharding for each leaf. An axis that does not
+        divide evenly is replicated.
+    """
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    rules = dict(RULES)
+
+    def place(leaf: Any) -> NamedSharding:
+        axes = []
+        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
+            if name not in rules:
+                raise ValueError(f"logical axis {name!r} has no rule in sharding.RULES")
+            axis = rules[name]
+            fits = isinstance(axis, str) and size % mesh.shape[axis] == 0
+            axes.append(axis if fits else None)
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

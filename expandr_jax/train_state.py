@@ -1,0 +1,81 @@
+"""What training changes, and how: parameters, optimizer state and step."""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a linear schedule, as both of the paper's trainers have it.
+
+    Attributes:
+        learning_rate: Peak rate.
+        warmup_steps: Steps from 0 to the peak; the paper has none for DPO.
+        total_steps: The rate falls linearly to 0 at this step.
+        clip_norm: Greatest global norm of the gradient.
+        weight_decay: Decoupled, on matrices only.
+        accumulation: Micro-batches per update.
+    """
+
+    learning_rate: float
+    total_steps: int
+    warmup_steps: int = 0
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    accumulation: int = 1
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+    """Linear rise over the warm-up, then linear decay to zero; counted in updates."""
+    decay = optax.linear_schedule(
+        config.learning_rate, 0.0, max(1, config.total_steps - config.warmup_steps)
+    )
+    if config.warmup_steps == 0:
+        return decay
+    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.join_schedules([rise, decay], [config.warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping, then AdamW; `accumulation` micro-batches make one update."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            make_schedule(config),
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        ),
+    )
+    if config.accumulation > 1:
+        return optax.MultiSteps(optimizer, config.accumulation).gradient_transformation()
+    return optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Trainable parameters and the optimizer's state; frozen parameters live elsewhere.
+
+    Attributes:
+        step: Micro-batches seen, int32 scalar.
+        params: The trainable tree.
+        opt_state: optax state of the same structure.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+    @classmethod
+    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        # `jnp.array` copies: the state is donated to each step, the caller's tree must survive.
+        params = jax.tree.map(jnp.array, params)
+        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def apply(self, grads: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+        return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)

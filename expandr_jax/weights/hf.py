@@ -1,0 +1,165 @@
+"""Loads models: Hugging Face and sentence-transformers directories, hub ids, and GGUF files."""
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.generator import Generator
+from expandr_jax.models.pooling import Pooling
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.weights.configs import ENCODERS, model_config
+from expandr_jax.weights.gguf import GgufFile
+from expandr_jax.weights.names import load_params, weights_of
+from expandr_jax.weights.sentence_transformers import Settings, read_settings
+from expandr_jax.weights.source import Source, check_hash, locate
+from expandr_jax.weights.files import HfDirectory, ModelFiles
+
+Params = dict[str, Any]
+
+
+def load_model(
+    source: str,
+    *,
+    with_head: bool = True,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+    sha256: str | None = None,
+) -> tuple[Bert | Decoder, Params, Source]:
+    """Loads a bare model, without a tokenizer.
+
+    Args:
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
+        with_head: Load a decoder's output head, where it is not the embedding.
+        dtype: Type of the parameters.
+        compute_dtype: Type of the module's computations.
+        sha256: Pinned hash of the weights file.
+
+    Returns:
+        The module, its parameters and where they came from.
+
+    Raises:
+        UserError: If the source is not there or is not a model that is supported and complete.
+    """
+    files = open_files(locate(source), sha256)
+    module, params = _load(files, with_head, dtype, compute_dtype)
+    return module, params, _origin(source, files)
+
+
+def load_retriever(
+    source: str,
+    *,
+    pooling: Pooling | None = None,
+    normalize: bool | None = None,
+    max_length: int | None = None,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+    sha256: str | None = None,
+) -> tuple[Retriever, Params]:
+    """Loads a text encoder; what is not given is read from a sentence-transformers directory.
+
+    Args:
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
+        pooling: From token vectors to the text's.
+        normalize: Whether vectors are scaled to length one.
+        max_length: Longest input in tokens.
+        query_prompt: Put before queries.
+        document_prompt: Put before documents.
+        dtype: Type of the parameters.
+        compute_dtype: Type of the module's computations.
+        sha256: Pinned hash of the weights file.
+
+    Returns:
+        The retriever and its parameters.
+
+    Raises:
+        UserError: As `load_model`; also if nothing says how to pool.
+    """
+    path = locate(source)
+    settings = read_settings(path) if path.is_dir() else None
+    if settings is None:
+        if pooling is None or normalize is None:
+            raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
+        settings = Settings(pooling, normalize)
+    files = open_files(path, sha256)
+    tokenizer = files.tokenizer()
+    if tokenizer.pad_token is None:
+        # Padding is always masked, so any token will do; sentence-transformers wants one named.
+        tokenizer.pad_token = tokenizer.eos_token
+    module, params = _load(files, False, dtype, compute_dtype)
+    limit = min(module.config.max_positions, max_length or settings.max_length or 10**9)
+    retriever = Retriever(
+        module=module,
+        pooling=pooling or settings.pooling,
+        normalize=settings.normalize if normalize is None else normalize,
+        max_length=min(limit, tokenizer.model_max_length),
+        query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
+        document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
+        tokenizer=tokenizer,
+        source=_origin(source, files),
+    )
+    return retriever, params
+
+
+def load_generator(
+    source: str,
+    *,
+    dtype: Any = jnp.float32,
+    compute_dtype: Any = jnp.float32,
+    sha256: str | None = None,
+) -> tuple[Generator, Params]:
+    """Loads a chat model.
+
+    Args:
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
+        dtype: Type of the parameters.
+        compute_dtype: Type of the module's computations.
+        sha256: Pinned hash of the weights file.
+
+    Returns:
+        The generator and its parameters.
+
+    Raises:
+        UserError: As `load_model`; also if the model is an encoder, or has no chat template or end.
+    """
+    files = open_files(locate(source), sha256)
+    config = files.config
+    if config.get("model_type") in ENCODERS:
+        raise UserError(f"{source}: a {config['model_type']} model cannot generate text")
+    tokenizer = files.tokenizer()
+    if tokenizer.chat_template is None:
+        raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
+    eos = (files.generation_config or config).get("eos_token_id")
+    eos = tokenizer.eos_token_id if eos is None else eos
+    if eos is None:
+        raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
+    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    module, params = _load(files, True, dtype, compute_dtype)
+    return Generator(module, tokenizer, eos_ids, pad, _origin(source, files)), params
+
+
+def open_files(path: Path, sha256: str | None = None) -> ModelFiles:
+    """Opens a model directory or a .gguf file, and checks its hash if one is given."""
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{path}: a model is a directory or a .gguf file")
+    files = GgufFile(path) if path.is_file() else HfDirectory(path)
+    check_hash(files.files, sha256)
+    return files
+
+
+def _load(
+    files: ModelFiles, with_head: bool, dtype: Any, compute_dtype: Any
+) -> tuple[Bert | Decoder, Params]:
+    config = model_config(files.config, str(files.files[0].parent / "config.json"))
+    module = (Bert if isinstance(config, BertConfig) else Decoder)(config, dtype=compute_dtype)
+    return module, load_params(files, module, weights_of(config, with_head), dtype)
+
+
+def _origin(source: str, files: ModelFiles) -> Source:
+    return Source(source, files.config, files.generation_config)

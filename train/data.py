@@ -1,0 +1,142 @@
+"""The text a run trains and tests on, copied into its workdir so that the run explains itself."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+
+from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.pydoc import Shares, harvest
+from expandr_jax.data.records import hash_file, write_json
+from expandr_jax.errors import UserError
+from train.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+    """A collection and who trains on which of its queries.
+
+    Attributes:
+        collection: Corpus, queries, and judgements of "train", "dev" and "test".
+        retriever_train: Ids of the queries of step A.
+        generator_train: Ids of the queries of step B; apart from the former.
+    """
+
+    collection: Collection
+    retriever_train: list[str]
+    generator_train: list[str]
+
+    def queries(self, ids: Sequence[str]) -> list[str]:
+        """Texts of queries."""
+        return [self.collection.queries[i] for i in ids]
+
+    def positive(self, query_id: str) -> str:
+        """The id of a training query's right document: its highest grade, then the lowest id."""
+        grades = self.collection.qrels["train"][query_id]
+        known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
+        return min(known, key=lambda d: (-known[d], d))
+
+
+def prepare_data(run: Run) -> TrainingData:
+    """Reads or makes data/ of the workdir, with data/SOURCE.json written last.
+
+    Raises:
+        UserError: The source is missing, empty or malformed.
+    """
+    directory = run.path("data")
+    source_path = directory / "SOURCE.json"
+    if not source_path.exists():
+        config = run.config.data
+        if config.kind == "pydoc":
+            collection, retriever, generator, source = _harvest(run)
+        elif config.kind == "beir":
+            collection, retriever, generator, source = _copy_beir(run)
+        else:
+            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc' or 'beir'")
+        retriever = _limit(retriever, config.max_retriever_train)
+        generator = _limit(generator, config.max_generator_train)
+        keep = {
+            "train": sorted([*retriever, *generator]),
+            "dev": _limit(list(collection.qrels["dev"]), config.max_dev),
+            "test": _limit(list(collection.qrels["test"]), config.max_test),
+        }
+        for split, ids in {**keep, "corpus": collection.corpus}.items():
+            if not ids:
+                raise UserError(f"{config.kind} data: no {split} texts; the run needs some")
+        qrels = {
+            split: {query: collection.qrels[split][query] for query in ids}
+            for split, ids in keep.items()
+        }
+        used = {query: collection.queries[query] for ids in keep.values() for query in ids}
+        write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
+        write_json(
+            source_path,
+            {**source, "retriever_train": retriever, "generator_train": generator},
+        )
+    source = json.loads(source_path.read_text(encoding="utf-8"))
+    collection = dataclasses.replace(read_beir(directory), name=source["name"])
+    return TrainingData(collection, source["retriever_train"], source["generator_train"])
+
+
+def _limit(ids: list[str], most: int) -> list[str]:
+    """At most `most` ids (0: all), picked by hash so that the choice depends on the ids alone."""
+    if most and len(ids) > most:
+        ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:most]
+    return sorted(ids)
+
+
+def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
+    config = run.config.data
+    stage: dict[str, int] = {}
+    with run.progress("harvest: files read", 1) as advance:
+
+        def report(name: str, done: int, total: int) -> None:
+            # One bar for all stages: what counts is that it moves.
+            before = stage.get(name, 0)
+            stage[name] = done
+            advance((done - before) / max(total, 1) / 3)
+
+        shares = Shares(**config.shares)
+        result = harvest(
+            config.packages, min_pairs=config.min_pairs, shares=shares, progress=report
+        )
+    source = {"name": "pydoc", **result.source}
+    return result.collection, result.retriever_train, result.generator_train, source
+
+
+def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
+    config = run.config.data
+    collection = read_beir(config.path)
+    for split in ("train", "test"):
+        if split not in collection.qrels:
+            raise UserError(f"{config.path}/qrels/{split}.tsv: missing; training needs judgements")
+    qrels = dict(collection.qrels)
+    train = [
+        query
+        for query, grades in qrels["train"].items()
+        if any(grade > 0 and document in collection.corpus for document, grade in grades.items())
+    ]
+    if "dev" not in qrels:
+        dev = {query for query in train if _fraction(query, "dev") < config.shares.dev}
+        qrels["dev"] = {query: qrels["train"][query] for query in sorted(dev)}
+        train = [query for query in train if query not in dev]
+    part = config.shares.generator_train
+    part = part / (part + config.shares.retriever_train)
+    generator = [query for query in train if _fraction(query, "generator") < part]
+    chosen = set(generator)
+    retriever = [query for query in train if query not in chosen]
+    qrels["train"] = {query: qrels["train"][query] for query in train}
+    root = pathlib.Path(config.path)
+    files = sorted([*root.glob("*.jsonl*"), *root.glob("qrels/*.tsv")])
+    source = {
+        "name": collection.name,
+        "files": {str(path.relative_to(root)): hash_file(path) for path in files},
+    }
+    return dataclasses.replace(collection, qrels=qrels), retriever, generator, source
+
+
+def _fraction(text: str, salt: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    digest = hashlib.sha256(f"{salt}:{text}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,291 @@
+"""The end of a run: fresh expansions, settings chosen on dev, every system scored on test."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from expandr_jax import metrics, rewards
+from expandr_jax.data.records import write_json, write_jsonl
+from expandr_jax.fusion import expanded_query
+from expandr_jax.prompts import render
+from expandr_jax.search import Bm25Index
+from eval.systems import MEASURES, SYSTEMS, Choice, EncodedQueries, System, choose, dense_run, finish_run
+from train.data import TrainingData
+from train.expansion import Prompt, sample_texts
+from train.models import Models
+from train.preferences import Corpus
+from train.run import Run
+
+SPLITS = ("dev", "test")
+SAMPLE_MEASURE = "reciprocal rank of samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run has trained, by the names that `System` uses.
+
+    Attributes:
+        retrievers: Name -> parameters and the corpus as they encode it; made when asked for.
+        adapters: Name -> adapter; "base" -> None.
+    """
+
+    retrievers: Mapping[str, Callable[[], tuple[Any, Corpus]]]
+    adapters: Mapping[str, Any]
+
+
+def evaluate(run: Run, models: Models, data: TrainingData, trained: Trained) -> dict[str, Any]:
+    """Writes evaluation/, runs/, qrels.trec and results.json; returns the results."""
+    path = run.path("results.json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    systems = _systems(run, trained)
+    texts = _sample_expansions(run, models, data, trained, systems)
+    with run.phase("evaluation"):
+        metrics.write_qrels(run.path("qrels.trec"), data.collection.qrels["test"])
+        runs, chosen = {}, {}
+        samples: list[dict[str, Any]] = []
+        with run.progress("evaluation: systems", len(systems)) as advance:
+            for name, system in systems.items():
+                if system.retriever is None:
+                    runs[name] = _bm25(run, data)
+                    advance(1)
+            for retriever, build in trained.retrievers.items():
+                mine = {n: s for n, s in systems.items() if s.retriever == retriever}
+                if mine:
+                    params, corpus = build()
+                    _dense(run, models, data, params, corpus, mine, texts, runs, chosen, samples)
+                    advance(len(mine))
+        for name in systems:
+            metrics.write_trec(run.path("runs", f"{name}.trec"), runs[name], name)
+        write_jsonl(run.path("evaluation", "samples.jsonl"), samples)
+        results = _results(run, data, systems, runs, chosen, samples)
+        write_json(path, results)
+    return results
+
+
+def _systems(run: Run, trained: Trained) -> dict[str, System]:
+    """The config's systems, and one for each round where there are several."""
+    systems = {name: SYSTEMS[name] for name in run.config.evaluation.systems}
+    for name in trained.retrievers:
+        if name.startswith("round-"):
+            systems[f"expandr-{name.replace('-', '')}"] = System(name, name)
+    return systems
+
+
+def _sample_expansions(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    trained: Trained,
+    systems: Mapping[str, System],
+) -> dict[str, dict[tuple[str, int], str]]:
+    """Generator name -> (query id, sample) -> text; writes evaluation/expansions.jsonl.
+
+    Every generator draws with the same numbers, so that a difference between two is theirs.
+    """
+    config = run.config.expansion
+    queries = [(split, query) for split in SPLITS for query in data.collection.qrels[split]]
+    count = max(run.config.evaluation.samples)
+    texts = {}
+    for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
+        with run.phase(f"expansions for evaluation, {name} generator"):
+            prompts = [
+                Prompt(
+                    query,
+                    sample,
+                    render(config.strategy, data.collection.queries[query]),
+                    config.temperature,
+                    config.top_p,
+                    config.max_new_tokens,
+                )
+                for _, query in queries
+                for sample in range(count)
+            ]
+            journal = run.path("work", f"evaluation-{name}.jsonl")
+            adapter = trained.adapters[name]
+            texts[name] = sample_texts(
+                run, models, adapter, prompts, path=journal, purpose="evaluation"
+            )
+    rows = (
+        {
+            "query_id": query,
+            "split": split,
+            "system": name,
+            "sample": sample,
+            "query": data.collection.queries[query],
+            "expansion": texts[system.generator][query, sample],
+        }
+        for name, system in systems.items()
+        if system.generator is not None
+        for split, query in queries
+        for sample in range(count)
+    )
+    write_jsonl(run.path("evaluation", "expansions.jsonl"), rows)
+    return texts
+
+
+def _bm25(run: Run, data: TrainingData) -> dict[str, dict[str, float]]:
+    config, corpus = run.config.evaluation, data.collection.corpus
+    queries = list(data.collection.qrels["test"])
+    index = Bm25Index(list(corpus.values()))
+    depth = config.depth + config.drop_identical_ids
+    scores, indices = index.search(data.queries(queries), depth)
+    found = metrics.make_run(queries, list(corpus), scores, indices, above=0.0)
+    return finish_run(found, config.depth, config.drop_identical_ids)
+
+
+def _dense(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    params: Any,
+    corpus: Corpus,
+    systems: Mapping[str, System],
+    texts: Mapping[str, Mapping[tuple[str, int], str]],
+    runs: dict[str, dict[str, dict[str, float]]],
+    chosen: dict[str, dict[str, float]],
+    samples: list[dict[str, Any]],
+) -> None:
+    """Adds the test runs, choices and per-sample ranks of one retriever's systems."""
+    config = run.config.evaluation
+    settings = {
+        "normalize": run.config.contrastive.normalize,
+        "depth": config.depth,
+        "drop_identical_ids": config.drop_identical_ids,
+    }
+    grid = [Choice(w, n) for n in config.samples for w in config.query_weights]
+    qrels = data.collection.qrels
+    plain = {
+        split: models.encoder.encode(params, data.queries(list(qrels[split])), "query")
+        for split in SPLITS
+    }
+    for name, system in systems.items():
+        encoded = {}
+        for split in SPLITS:
+            ids = list(qrels[split])
+            encoded[split] = EncodedQueries(ids, plain[split])
+            if system.generator is not None:
+                expansions = _encode_expansions(models, params, ids, texts[system.generator])
+                encoded[split] = EncodedQueries(ids, plain[split], *expansions)
+        choice = None
+        if system.generator is not None:
+            choice, tried = choose(
+                corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
+            )
+            chosen[name] = dataclasses.asdict(choice)
+            best = max(value for _, value in tried)
+            run.console.print(f"  {name}: {choice} (dev nDCG@10 {best:.4f})")
+            if system.retriever == "expandr":
+                samples += _sample_ranks(run, name, corpus, encoded, qrels)
+        runs[name] = dense_run(corpus.index, corpus.ids, encoded["test"], choice, **settings)
+
+
+def _encode_expansions(
+    models: Models, params: Any, ids: list[str], texts: Mapping[tuple[str, int], str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors [queries, samples, dim] of expansions and which are not empty."""
+    count = 1 + max(sample for _, sample in texts)
+    flat = [texts[query, sample] for query in ids for sample in range(count)]
+    vectors = models.encoder.encode(params, flat, "document")
+    present = np.array([bool(text) for text in flat])
+    return vectors.reshape(len(ids), count, -1), present.reshape(len(ids), count)
+
+
+def _sample_ranks(
+    run: Run,
+    name: str,
+    corpus: Corpus,
+    encoded: Mapping[str, EncodedQueries],
+    qrels: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> list[dict[str, Any]]:
+    """How high each single sampled passage, searched on its own, ranks a right document."""
+    rows = []
+    depth = min(run.config.evaluation.sample_depth, len(corpus.ids))
+    for split, part in encoded.items():
+        count, samples, width = part.expansions.shape
+        vectors = np.asarray(
+            expanded_query(
+                np.repeat(part.queries, samples, axis=0),
+                part.expansions.reshape(-1, 1, width),
+                part.present.reshape(-1, 1),
+                query_weight=0.0,
+                normalize=run.config.contrastive.normalize,
+            )
+        )
+        _, indices = corpus.index.search(vectors, depth)
+        for row, found in enumerate(indices):
+            query, sample = part.ids[row // samples], row % samples
+            right = [i for i, j in enumerate(found) if qrels[split][query].get(corpus.ids[j], 0) > 0]
+            rank = right[0] + 1 if right and part.present[row // samples, sample] else 0
+            value = float(rewards.reciprocal_rank(rank))
+            rows.append(
+                {
+                    "query_id": query,
+                    "split": split,
+                    "system": name,
+                    "sample": sample,
+                    "reciprocal_rank": value,
+                }
+            )
+    return rows
+
+
+def _results(
+    run: Run,
+    data: TrainingData,
+    systems: Mapping[str, System],
+    runs: Mapping[str, Mapping[str, Mapping[str, float]]],
+    chosen: Mapping[str, Mapping[str, float]],
+    samples: list[dict[str, Any]],
+) -> dict[str, Any]:
+    qrels = data.collection.qrels["test"]
+    # Scored from what is on disk, so that anyone who reads the files finds the same figures.
+    scored = {
+        name: metrics.evaluate(metrics.read_trec(run.path("runs", f"{name}.trec")), qrels, MEASURES)
+        for name in systems
+    }
+    rows = [
+        {"system": name, **{m: round(metrics.mean(scored[name][m]), 6) for m in MEASURES}}
+        for name in systems
+    ]
+    significance = []
+    if "expandr" in systems:
+        for baseline in systems:
+            if baseline == "expandr":
+                continue
+            for measure in MEASURES:
+                test = metrics.paired_test(scored["expandr"][measure], scored[baseline][measure])
+                significance.append(
+                    {"system": "expandr", "baseline": baseline, "metric": measure, **test}
+                )
+        if "expandr-base-generator" in systems:
+            ours, base = (
+                _mean_by_query(samples, name) for name in ("expandr", "expandr-base-generator")
+            )
+            significance.append(
+                {
+                    "system": "expandr",
+                    "baseline": "expandr-base-generator",
+                    "metric": SAMPLE_MEASURE,
+                    **metrics.paired_test(ours, base),
+                }
+            )
+    return {
+        "dataset": data.collection.name,
+        "queries": len(qrels),
+        "chosen": dict(chosen),
+        "rows": rows,
+        "significance": significance,
+    }
+
+
+def _mean_by_query(samples: list[dict[str, Any]], system: str) -> dict[str, float]:
+    """Mean reciprocal rank of a system's samples for each test query."""
+    values: dict[str, list[float]] = {}
+    for row in samples:
+        if row["system"] == system and row["split"] == "test":
+            values.setdefault(row["query_id"], []).append(row["reciprocal_rank"])
+    return {query: float(np.mean(several)) for query, several in values.items()}

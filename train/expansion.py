@@ -1,0 +1,146 @@
+"""Samples texts from the generator, and keeps each one as soon as it is finished."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from expandr_jax.data.records import Journal
+from expandr_jax.generation.engine import Engine, Request
+from expandr_jax.prompts import is_repetitive, strip_lead_in
+from train.models import Models
+from train.run import Run
+
+COMPLETIONS_PER_WRITE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One text to sample.
+
+    Attributes:
+        query_id: Whose text it is; with `sample`, decides the random draws.
+        sample: Index among the query's texts.
+        text: The user's message.
+        temperature: 0 is greedy.
+        top_p: Probability mass that is sampled from.
+        max_new_tokens: Most tokens, EOS included.
+    """
+
+    query_id: str
+    sample: int
+    text: str
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+def sample_texts(
+    run: Run,
+    models: Models,
+    adapter: Any | None,
+    prompts: Sequence[Prompt],
+    *,
+    path: pathlib.Path,
+    purpose: str,
+    strip: bool = True,
+) -> dict[tuple[str, int], str]:
+    """Generates a text for each prompt, going on from a journal where one is there.
+
+    Args:
+        run: Config of the engine, progress.
+        models: The generator.
+        adapter: LoRA tree, or None for the base model.
+        prompts: What to sample; each (query_id, sample) once.
+        path: Where finished texts are kept.
+        purpose: Sets the draws of one use apart from another's.
+        strip: Strip lead-ins such as "Here is a passage:".
+
+    Returns:
+        (query id, sample) -> text; "" where the model said nothing.
+    """
+    journal = Journal(path)
+    if not journal.finished:
+        done = {(row["query_id"], row["sample"]) for row in journal.rows}
+        requests, cut = [], 0
+        settings = run.config.generator
+        for prompt in prompts:
+            if (prompt.query_id, prompt.sample) in done:
+                continue
+            ids, truncated = models.generator.chat_ids(prompt.text, settings.prompt_length)
+            cut += truncated
+            requests.append(
+                Request(
+                    id=f"{purpose}/{prompt.query_id}",
+                    sample=prompt.sample,
+                    prompt=tuple(ids),
+                    temperature=prompt.temperature,
+                    top_p=prompt.top_p,
+                    max_new_tokens=prompt.max_new_tokens,
+                )
+            )
+        if cut:
+            run.console.print(f"  {cut} prompts lost their beginning (over {settings.prompt_length})")
+        _sample(run, models, adapter, requests, journal, len(prompts), purpose)
+    texts = {}
+    for row in journal.rows:
+        text = strip_lead_in(row["text"]) if strip else row["text"]
+        texts[row["query_id"], row["sample"]] = text.strip()
+    _report(run, journal.rows, texts)
+    return texts
+
+
+def _sample(
+    run: Run,
+    models: Models,
+    adapter: Any | None,
+    requests: list[Request],
+    journal: Journal,
+    total: int,
+    purpose: str,
+) -> None:
+    settings = run.config.generator
+    engine = Engine(
+        models.generator.module,
+        models.generator_params,
+        adapter=adapter,
+        slots=settings.slots,
+        prompt_buckets=tuple(settings.prompt_buckets),
+        max_new_tokens=settings.max_new_tokens,
+        eos_ids=models.generator.eos_ids,
+        pad_id=models.generator.pad_id,
+        seed=run.config.seed,
+        mesh=models.mesh,
+    )
+    waiting: list[dict[str, Any]] = []
+    with run.progress(f"{purpose}: texts", total, total - len(requests)) as advance:
+        for completion in engine.generate(requests):
+            waiting.append(
+                {
+                    "query_id": completion.id.removeprefix(f"{purpose}/"),
+                    "sample": completion.sample,
+                    "text": models.generator.decode(list(completion.tokens)),
+                    "tokens": len(completion.tokens),
+                    "finished": completion.finished,
+                    "near_ties": completion.near_ties,
+                }
+            )
+            advance(1)
+            if len(waiting) >= COMPLETIONS_PER_WRITE:
+                journal.append(waiting)
+                waiting = []
+    journal.append(waiting)
+    journal.finish(sorted(journal.rows, key=lambda row: (row["query_id"], row["sample"])))
+
+
+def _report(run: Run, rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> None:
+    finished = collections.Counter(row["finished"] for row in rows)
+    empty = sum(not text for text in texts.values())
+    repetitive = sum(is_repetitive(text) for text in texts.values())
+    near_ties = sum(row["near_ties"] for row in rows)
+    run.console.print(
+        f"  {len(rows)} texts, {sum(row['tokens'] for row in rows)} tokens; "
+        f"{finished['length']} cut by length, {empty} empty, {repetitive} repetitive; "
+        f"{near_ties} draws near a decision boundary"
+    )

@@ -1,0 +1,109 @@
+"""Writes a run's models for other programs.
+
+    python -m train.export --workdir=DIR --to=OUT --format=base
+
+FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
+"adapter" or "retriever". `train.joint` writes the last three to DIR/export by itself.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.lora import LoraConfig, merge_lora
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.weights.adapter import export_adapter, load_adapter
+from expandr_jax.weights.export import export_generator, export_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
+from train.launch import define_workdir, launch
+
+FORMATS = ("base", "generator", "adapter", "retriever")
+
+
+def export_run(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    retriever: Retriever,
+    retriever_params: Any,
+    adapter: Any,
+) -> None:
+    """Writes export/retriever, export/generator (merged) and export/adapter; keeps what is there."""
+    directory = workdir / "export"
+    dtype = jnp.dtype(config.export.dtype)
+    if not (directory / "retriever").exists():
+        export_retriever(directory / "retriever", retriever, retriever_params, dtype)
+    lora = LoraConfig(**config.lora)
+    generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
+    if not (directory / "adapter").exists():
+        shape = generator.module.config
+        export_adapter(directory / "adapter", adapter, lora, shape, _base_name(workdir, config))
+    if not (directory / "generator").exists():
+        # Merged in float32, whatever type the run computed in.
+        merged = merge_lora(base, adapter, lora)
+        export_generator(directory / "generator", generator, merged, dtype)
+
+
+def _base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
+    """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
+    load the source itself."""
+    source = config.generator.source
+    if source.startswith("package:") or source.endswith(".gguf"):
+        return str(workdir / "export" / "base")
+    return source
+
+
+def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -> None:
+    """Writes one of a finished run's models to a directory, in another type if so asked.
+
+    Raises:
+        UserError: The run is not there or not finished.
+    """
+    path = workdir / "config.json"
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{path}: not a run's config; --workdir must be one of train.joint") from None
+    made = workdir / "export" / kind
+    if kind != "base" and not made.exists():
+        raise UserError(f"{made}: not there; let train.joint finish this run first")
+    target = np.dtype(jnp.dtype(dtype))
+    if kind == "base":
+        generator, params = load_generator(config.generator.source, sha256=config.generator.sha256)
+        export_generator(to, generator, params, target)
+    elif kind == "generator":
+        generator, params = load_generator(str(made))
+        export_generator(to, generator, params, target)
+    elif kind == "retriever":
+        retriever, params = load_retriever(str(made))
+        export_retriever(to, retriever, params, target)
+    else:
+        generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
+        lora, adapter = load_adapter(str(made), generator.module.config)
+        export_adapter(to, adapter, lora, generator.module.config, _base_name(workdir, config))
+
+
+def main(_: Any) -> None:
+    values = flags.FLAGS
+    if not values.to:
+        raise UserError("--to is missing: the directory to write")
+    to = pathlib.Path(values.to).absolute()
+    export_one(pathlib.Path(values.workdir).absolute(), to, values.format, values.dtype)
+    Console(highlight=False).print(f"{values.format} written to {to}", soft_wrap=True)
+
+
+def define_flags() -> None:
+    define_workdir()
+    flags.DEFINE_string("to", None, "The directory to write; replaced if it is there.")
+    flags.DEFINE_enum("format", "generator", FORMATS, "Which model.")
+    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the tensors.")
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

@@ -1,0 +1,215 @@
+"""ExpandR from beginning to end: `python -m train.joint --config=configs/X.py --workdir=DIR`.
+
+One round: expand the training queries with the current generator; train the retriever on them
+(step A); encode the corpus and rebuild the index; sample candidates, reward them and train the
+generator by DPO (step B). Then choose settings on dev, score every system on test, export, report.
+The same command again continues where it stopped.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import flags
+from rich.console import Console
+
+from expandr_jax.contrastive import ContrastiveExample
+from expandr_jax.data.records import write_jsonl
+from expandr_jax.prompts import render
+from expandr_jax.report import results_table, write_report
+from expandr_jax.search import build_index
+from train.data import TrainingData, prepare_data
+from train.evaluation import Trained, evaluate
+from train.expansion import Prompt, sample_texts
+from train.export import export_run
+from train.generator import train_generator
+from train.launch import define_config, define_workdir, launch
+from train.models import Models, load_models
+from train.preferences import Corpus, make_preferences
+from train.retriever import train_retriever
+from train.run import Run
+
+
+def train_joint(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+) -> dict[str, Any]:
+    """Runs or continues the whole of ExpandR in a workdir.
+
+    Args:
+        config: As from configs/.
+        workdir: Where everything goes; see the file contract in docs/run.md.
+        console: Where progress is shown.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        UserError: Something the user gave is wrong; what was done so far stays.
+    """
+    run = Run(workdir, config, console)
+    with run.phase("data"):
+        data = prepare_data(run)
+    console.print(
+        f"  {len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train the "
+        f"retriever, {len(data.generator_train)} the generator, "
+        f"{len(data.collection.qrels['dev'])} dev, {len(data.collection.qrels['test'])} test"
+    )
+    with run.phase("models"):
+        models = load_models(config)
+
+    retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
+    retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
+    if any(name.startswith("fine-tuned") for name in config.evaluation.systems):
+        with run.phase("fine-tuned baseline"):
+            params = _train(run, models, data, None, phase="fine-tuned", round_=0)
+        retrievers["fine-tuned"] = _retriever(run, models, data, "fine-tuned", params)
+
+    params, adapter = models.retriever_params, None
+    adapters: dict[str, Any] = {"base": None}
+    for round_ in range(config.rounds):
+        with run.phase(f"expansions, round {round_}"):
+            expansions = _expand(run, models, adapter, data, round_)
+        with run.phase(f"retriever, round {round_}"):
+            start = models.retriever_params if config.contrastive.restart else params
+            params = _train(run, models, data, expansions, phase="retriever", round_=round_, start=start)
+        name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
+        retrievers[name] = _retriever(run, models, data, name, params)
+        corpus = retrievers[name]()[1]
+        rows = make_preferences(run, models, adapter, params, corpus, data, round_)
+        with run.phase(f"DPO, round {round_}"):
+            adapter = train_generator(run, models, adapter, rows, round_=round_)
+        adapters["trained" if name == "expandr" else name] = adapter
+
+    results = evaluate(run, models, data, Trained(retrievers, adapters))
+    with run.phase("export"):
+        export_run(run.workdir, config, models.retriever, params, adapter)
+    with run.phase("report"):
+        report = write_report(run.workdir)
+    console.print(results_table(results))
+    console.print(f"report: {report}", soft_wrap=True)
+    run.close()
+    return results
+
+
+def _expand(
+    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
+) -> dict[tuple[str, int], str]:
+    """Expansions of the retriever's training queries; writes round-R/expansions.jsonl."""
+    config = run.config.expansion
+    prompts = [
+        Prompt(
+            query,
+            sample,
+            render(config.strategy, data.collection.queries[query]),
+            config.temperature,
+            config.top_p,
+            config.max_new_tokens,
+        )
+        for query in data.retriever_train
+        for sample in range(config.train_samples)
+    ]
+    texts = sample_texts(
+        run,
+        models,
+        adapter,
+        prompts,
+        path=run.path("work", f"round-{round_}", "expansions.jsonl"),
+        purpose=f"expansions, round {round_}",
+        strip=config.strip_train_lead_ins,
+    )
+    rows = (
+        {
+            "query_id": query,
+            "split": "train",
+            "system": "expandr",
+            "sample": sample,
+            "query": data.collection.queries[query],
+            "expansion": text,
+        }
+        for (query, sample), text in sorted(texts.items())
+    )
+    write_jsonl(run.path(f"round-{round_}", "expansions.jsonl"), rows)
+    return texts
+
+
+def _train(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    expansions: dict[tuple[str, int], str] | None,
+    *,
+    phase: str,
+    round_: int,
+    start: Any | None = None,
+) -> Any:
+    """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
+    config = run.config
+    samples = config.expansion.train_samples if expansions is not None else 0
+    ids = data.retriever_train
+    positives = [data.positive(query) for query in ids]
+    documents = [data.collection.corpus[document] for document in positives]
+    query_tokens = models.encoder.tokenize(data.queries(ids), "query")
+    document_tokens = models.encoder.tokenize(documents, "document")
+    passages: list[list[list[int]]] = [[] for _ in ids]
+    if expansions is not None:
+        places = [(i, s) for i, q in enumerate(ids) for s in range(samples) if expansions[q, s]]
+        texts = [expansions[ids[i], sample] for i, sample in places]
+        for (i, _), tokens in zip(places, models.encoder.tokenize(texts, "document"), strict=True):
+            passages[i].append(tokens)
+    examples = [
+        ContrastiveExample(query, passage, document, text)
+        for query, passage, document, text in zip(
+            query_tokens, passages, document_tokens, documents, strict=True
+        )
+    ]
+    start = models.retriever_params if start is None else start
+    return train_retriever(
+        run, models, start, examples, config.contrastive, phase=phase, round_=round_, samples=samples
+    )
+
+
+def _retriever(
+    run: Run, models: Models, data: TrainingData, name: str, params: Any
+) -> Callable[[], tuple[Any, Corpus]]:
+    """A function that encodes the corpus and builds its index the first time it is called."""
+    made: list[Corpus] = []
+
+    def build() -> tuple[Any, Corpus]:
+        if not made:
+            with run.phase(f"encode the corpus, {name}"):
+                made.append(_corpus(run, models, data, name, params))
+        return params, made[0]
+
+    return build
+
+
+def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any) -> Corpus:
+    ids = list(data.collection.corpus)
+    path = run.path("work", "vectors", f"{name}.npy")
+    if path.exists():
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+        with run.progress(f"{name}: documents encoded", len(ids)) as advance:
+            texts = list(data.collection.corpus.values())
+            vectors = models.encoder.encode(params, texts, "document", advance)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, vectors)
+        temporary.replace(path)
+    return Corpus(ids, vectors, build_index(vectors, **run.config.search))
+
+
+def main(_: Any) -> None:
+    console = Console(highlight=False)
+    train_joint(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
+
+
+def define_flags() -> None:
+    define_config()
+    define_workdir()
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

@@ -1,0 +1,78 @@
+"""The launcher every entry point shares: flags, quiet libraries, one-line errors.
+
+Flags live here and nowhere else; a program's work is a function that tests can call.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+
+from expandr_jax.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def quiet_libraries() -> None:
+    """Keeps libraries from printing over the progress display or reaching for the network."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def define_config(default: str | None = None) -> None:
+    """Defines --config=FILE[:ARGUMENT] and its overrides, --config.a.b=value."""
+    config_flags.DEFINE_config_file(
+        "config", default, "A file of configs/, e.g. configs/quickstart.py.", lock_config=True
+    )
+
+
+def define_workdir() -> None:
+    """Defines --workdir=DIR."""
+    flags.DEFINE_string("workdir", None, "Where everything the run writes goes.")
+
+
+def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) -> None:
+    """Parses flags, calls `main` with what is left of argv, and turns user errors into exit 2.
+
+    Args:
+        main: The program; reads `flags.FLAGS`.
+        define: Defines the program's flags.
+    """
+    quiet_libraries()
+    console = Console(stderr=True, highlight=False)
+    define()
+    try:
+        arguments = flags.FLAGS(sys.argv, known_only=False)
+        for name in ("config", "workdir"):
+            if name in flags.FLAGS and flags.FLAGS[name].value is None:
+                raise UserError(f"--{name} is missing; see the first lines of {sys.argv[0]}")
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _stop(console, _first_line(error))
+    except UserError as error:
+        _stop(console, str(error))
+
+    def guarded(rest: Sequence[str]) -> None:
+        try:
+            main(rest)
+        except UserError as error:
+            _stop(console, str(error))
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from here")
+            sys.exit(130)
+
+    app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
+
+
+def _first_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return " ".join(lines) or type(error).__name__
+
+
+def _stop(console: Console, message: str) -> None:
+    console.print("error: " + message, style="red", markup=False, soft_wrap=True)
+    sys.exit(EXIT_USER_ERROR)

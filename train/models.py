@@ -1,0 +1,88 @@
+"""Both models and where they run, built from a config once."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from expandr_jax.checkpoint import hash_tree
+from expandr_jax.encoding import TextEncoder
+from expandr_jax.models.generator import Generator
+from expandr_jax.models.lora import LoraConfig
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.sharding import make_mesh
+from expandr_jax.weights.hf import load_generator, load_retriever
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The pair that a run trains.
+
+    Attributes:
+        mesh: The devices.
+        retriever: The retriever; its parameters change from round to round.
+        retriever_params: Its weights before any training.
+        retriever_hash: sha256 of those weights.
+        encoder: Texts to vectors.
+        generator: The language model, with its LoRA settings.
+        generator_params: Its frozen base weights, in the compute type.
+        generator_hash: sha256 of the base weights.
+    """
+
+    mesh: Mesh
+    retriever: Retriever
+    retriever_params: Any
+    retriever_hash: str
+    encoder: TextEncoder
+    generator: Generator
+    generator_params: Any
+    generator_hash: str
+
+
+def load_models(config: ml_collections.ConfigDict) -> Models:
+    """Loads the config's models onto its mesh.
+
+    Raises:
+        UserError: A model cannot be found, read or verified, or the mesh does not fit.
+    """
+    mesh = make_mesh(**config.mesh)
+    source = config.retriever
+    retriever, retriever_params = load_retriever(
+        source.source,
+        max_length=source.max_length,
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+    )
+    generator, generator_params = load_model_generator(config)
+    return Models(
+        mesh=mesh,
+        retriever=retriever,
+        retriever_params=retriever_params,
+        retriever_hash=hash_tree(retriever_params),
+        encoder=TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch),
+        generator=generator,
+        generator_params=generator_params,
+        generator_hash=hash_tree(generator_params),
+    )
+
+
+def load_model_generator(config: ml_collections.ConfigDict) -> tuple[Generator, Any]:
+    """The generator with the config's LoRA settings, and its base in the compute type.
+
+    The base never changes, so one copy in the compute type serves sampling and DPO alike.
+    """
+    source = config.generator
+    dtype = jnp.dtype(source.compute_dtype)
+    generator, params = load_generator(source.source, sha256=source.sha256, compute_dtype=dtype)
+    lora = LoraConfig(**config.lora)
+    generator = dataclasses.replace(
+        generator, module=generator.module.clone(lora=lora, remat=source.remat)
+    )
+    return generator, jax.tree_util.tree_map_with_path(
+        # Norms compute in float32 and keep their scales so; products use the compute type only.
+        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype),
+        params,
+    )

@@ -1,0 +1,230 @@
+"""From sampled candidates to preference pairs: self-answers, rewards, the filter, the pairs."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from expandr_jax import rewards
+from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.fusion import expanded_query
+from expandr_jax.models.pooling import l2_normalize
+from expandr_jax.prompts import render
+from expandr_jax.search import Index
+from train.data import TrainingData
+from train.expansion import Prompt, sample_texts
+from train.models import Models
+from train.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The corpus as the current retriever sees it.
+
+    Attributes:
+        ids: Document ids, in the order of the index.
+        vectors: [documents, dim] float32.
+        index: Search over the vectors.
+    """
+
+    ids: list[str]
+    vectors: np.ndarray
+    index: Index
+
+
+def make_preferences(
+    run: Run,
+    models: Models,
+    adapter: Any | None,
+    retriever_params: Any,
+    corpus: Corpus,
+    data: TrainingData,
+    round_: int,
+) -> list[dict[str, Any]]:
+    """Writes candidates.jsonl and preferences.jsonl of a round; returns the latter's rows."""
+    directory = run.path(f"round-{round_}")
+    path = directory / "preferences.jsonl"
+    if not path.exists():
+        with run.phase(f"candidates, round {round_}"):
+            candidates = _sample_candidates(run, models, adapter, data, round_)
+        with run.phase(f"self-answers, round {round_}"):
+            answers = _self_answers(run, models, adapter, data, round_)
+        with run.phase(f"rewards, round {round_}"):
+            rows = _score(run, models, retriever_params, corpus, data, candidates, answers)
+            write_jsonl(directory / "candidates.jsonl", rows)
+            write_jsonl(path, _select(run, models, rows))
+    return [row for _, row in read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})]
+
+
+def _sample_candidates(
+    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
+) -> dict[tuple[str, int], str]:
+    config = run.config.candidates
+    temperatures = [t for t in config.temperatures for _ in range(config.per_temperature)]
+    prompts = [
+        Prompt(query, i, _expansion_prompt(run, data, query), t, config.top_p, config.max_new_tokens)
+        for query in data.generator_train
+        for i, t in enumerate(temperatures)
+    ]
+    path = run.path("work", f"round-{round_}", "candidates.jsonl")
+    return sample_texts(
+        run, models, adapter, prompts, path=path, purpose=f"candidates, round {round_}"
+    )
+
+
+def _expansion_prompt(run: Run, data: TrainingData, query: str) -> str:
+    config = run.config.expansion
+    return render(config.strategy, data.collection.queries[query])
+
+
+def _self_answers(
+    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
+) -> dict[str, str]:
+    """Query id -> answer; an empty one is tried once more, then its query is left out."""
+    config = run.config.answer
+    answers: dict[str, str] = {}
+    for attempt in range(2):
+        missing = [query for query in data.generator_train if query not in answers]
+        if not missing:
+            break
+        prompts = [
+            Prompt(
+                query,
+                attempt,
+                render(
+                    "q2a",
+                    data.collection.queries[query],
+                    document=data.collection.corpus[data.positive(query)][: config.max_characters],
+                ),
+                config.temperature,
+                config.top_p,
+                config.max_new_tokens,
+            )
+            for query in missing
+        ]
+        path = run.path("work", f"round-{round_}", f"answers-{attempt}.jsonl")
+        purpose = f"answers, round {round_}, try {attempt}"
+        texts = sample_texts(run, models, adapter, prompts, path=path, purpose=purpose)
+        answers |= {query: text for (query, _), text in texts.items() if text}
+    return answers
+
+
+def _score(
+    run: Run,
+    models: Models,
+    params: Any,
+    corpus: Corpus,
+    data: TrainingData,
+    candidates: Mapping[tuple[str, int], str],
+    answers: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """Rows of candidates.jsonl: similarities, ranks and rewards of every candidate."""
+    config = run.config
+    temperatures = [
+        t for t in config.candidates.temperatures for _ in range(config.candidates.per_temperature)
+    ]
+    count = len(temperatures)
+    queries = [query for query in data.generator_train if query in answers]
+    texts = [[candidates[query, i] for i in range(count)] for query in queries]
+    flat = [text for row in texts for text in row]
+    with run.progress("rewards: texts encoded", len(flat) + 2 * len(queries)) as advance:
+
+        def encode(items: list[str], kind: str) -> np.ndarray:
+            # An empty candidate has nothing in common with anything: its vector is zero.
+            vectors = models.encoder.encode(params, items, kind, advance)
+            return np.where([[bool(item)] for item in items], vectors, 0.0)
+
+        candidate_vectors = encode(flat, "document").reshape(len(queries), count, -1)
+        answer_vectors = encode([answers[query] for query in queries], "document")
+        query_vectors = encode(data.queries(queries), "query")
+    place = {document: i for i, document in enumerate(corpus.ids)}
+    positives = np.array([place[data.positive(query)] for query in queries])
+    unit = lambda x: np.asarray(l2_normalize(x))  # noqa: E731
+    candidate_units = unit(candidate_vectors)
+    similarity_positive = np.einsum("qcd,qd->qc", candidate_units, unit(corpus.vectors[positives]))
+    similarity_answer = np.einsum("qcd,qd->qc", candidate_units, unit(answer_vectors))
+    rank_positive = rewards.ranks(similarity_positive)
+    rank_answer = rewards.ranks(similarity_answer)
+    terms = {
+        "positive": rewards.reciprocal_rank(rank_positive),
+        "answer": rewards.reciprocal_rank(rank_answer),
+    }
+    if config.reward.corpus > 0:
+        fused = expanded_query(
+            np.repeat(query_vectors, count, axis=0),
+            candidate_vectors.reshape(len(flat), 1, -1),
+            np.array([[bool(text)] for text in flat]),
+            query_weight=config.reward.query_weight,
+            normalize=config.contrastive.normalize,
+        )
+        _, found = corpus.index.search(np.asarray(fused), config.reward.depth)
+        rank = rewards.rank_in_results(found, np.repeat(positives, count))
+        terms["corpus"] = rewards.reciprocal_rank(rank).reshape(len(queries), count)
+    weights = rewards.RewardWeights(
+        positive=config.reward.positive, answer=config.reward.answer, corpus=config.reward.corpus
+    )
+    total = rewards.total_reward(terms, weights)
+    return [
+        {
+            "query_id": query,
+            "query": data.collection.queries[query],
+            "positive_id": corpus.ids[positives[q]],
+            "answer": answers[query],
+            "candidates": [
+                {
+                    "text": texts[q][c],
+                    "temperature": temperatures[c],
+                    "similarity_positive": float(similarity_positive[q, c]),
+                    "similarity_answer": float(similarity_answer[q, c]),
+                    "rank_positive": int(rank_positive[q, c]),
+                    "rank_answer": int(rank_answer[q, c]),
+                    "reward": float(total[q, c]),
+                    "reward_terms": {name: float(value[q, c]) for name, value in terms.items()},
+                }
+                for c in range(count)
+            ],
+        }
+        for q, query in enumerate(queries)
+    ]
+
+
+def _select(run: Run, models: Models, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of preferences.jsonl: the pairs that pass the filter."""
+    config = run.config
+    pairs, unlike, same, unclear = [], 0, 0, 0
+    for row in rows:
+        candidates = row["candidates"]
+        columns = {
+            name: np.array([candidate[name] for candidate in candidates])
+            for name in ("similarity_positive", "similarity_answer", "reward")
+        }
+        if not rewards.passes_similarity_filter(
+            columns["similarity_positive"], columns["similarity_answer"], config.reward.threshold
+        ):
+            unlike += 1
+            continue
+        pair = rewards.select_pair(columns["reward"], [c["text"] for c in candidates])
+        if pair is None:
+            same += 1
+            continue
+        chosen, rejected = (candidates[i] for i in pair)
+        if not chosen["text"] or not rejected["text"]:
+            unclear += 1
+            continue
+        prompt = render(config.expansion.strategy, row["query"])
+        pairs.append(
+            {
+                "prompt": models.generator.chat_text(prompt),
+                "chosen": chosen["text"],
+                "rejected": rejected["text"],
+                "query_id": row["query_id"],
+                "reward_chosen": chosen["reward"],
+                "reward_rejected": rejected["reward"],
+            }
+        )
+    run.console.print(
+        f"  {len(pairs)} pairs of {len(rows)} queries; dropped: {unlike} below the similarity "
+        f"threshold, {same} with nothing preferred, {unclear} with an empty side"
+    )
+    return pairs

@@ -1,0 +1,240 @@
+"""A run's directory: its config, metrics, timings and progress; where the file contract is kept."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import pathlib
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import psutil
+import tensorboardX
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from expandr_jax.data.records import write_json, write_text
+from expandr_jax.errors import UserError
+
+LIBRARIES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+    "scipy", "scann", "ir-measures", "bm25s", "tensorflow-datasets", "grain",
+)  # fmt: skip
+SECONDS_BETWEEN_LINES = 10.0  # Where there is no terminal to draw a bar on.
+
+
+class Run:
+    """One workdir, opened by one process.
+
+    Args:
+        workdir: Made if absent; a run that is there already is continued.
+        config: The resolved configuration; must be the one the workdir was made with.
+        console: Where progress goes.
+
+    Raises:
+        UserError: If the directory cannot be written, is in use, or holds another config's run.
+    """
+
+    def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, console: Console):
+        self.workdir = pathlib.Path(workdir).absolute()
+        self.config = config
+        self.console = console
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.workdir / ".lock", "w")  # noqa: SIM115 (held for the run's life)
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{workdir}: another process is running in this workdir") from None
+        self._check_config()
+        self.metrics = MetricsLog(self.workdir)
+        self._timings_path = self.path("timings.json")
+
+    def path(self, *parts: str) -> pathlib.Path:
+        """A path under the workdir."""
+        return self.workdir.joinpath(*parts)
+
+    def close(self) -> None:
+        """Ends logging and lets other processes have the workdir."""
+        self.metrics.close()
+        self._lock.close()
+
+    def _check_config(self) -> None:
+        path = self.path("config.json")
+        config = json.loads(self.config.to_json())
+        if not path.exists():
+            device = jax.devices()[0]
+            versions = {}
+            for name in LIBRARIES:
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                    versions[name] = importlib.metadata.version(name)
+            record = {
+                "config": config,
+                "seed": config["seed"],
+                "versions": {"python": platform.python_version(), **versions},
+                "device": {"kind": device.device_kind, "platform": device.platform,
+                           "count": jax.device_count()},
+            }  # fmt: skip
+            write_json(path, record)
+            return
+        try:
+            before = json.loads(path.read_text())["config"]
+        except (ValueError, KeyError, OSError):
+            raise UserError(f"{path}: is damaged; restore it or use a new --workdir") from None
+        changes = list(_differences(before, config))
+        if changes:
+            raise UserError(
+                f"{self.workdir}: was made with another config ({'; '.join(changes[:3])}"
+                f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
+            )
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase and watches its memory; both add up over restarts in timings.json."""
+        self.console.print(f"[bold]{name}[/]")
+        start = time.perf_counter()
+        with _PeakMemory() as memory:
+            yield
+        seconds = time.perf_counter() - start
+        timings = {"phases": []}
+        if self._timings_path.exists():
+            timings = json.loads(self._timings_path.read_text())
+        phases = {row["phase"]: row for row in timings["phases"]}
+        row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
+        row["seconds"] = round(row["seconds"] + seconds, 3)
+        row["peak_memory_bytes"] = max(row["peak_memory_bytes"], memory.peak)
+        rows = list(phases.values())
+        write_json(
+            self._timings_path,
+            {
+                "phases": rows,
+                "total_seconds": round(sum(row["seconds"] for row in rows), 3),
+                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            },
+        )
+
+    @contextlib.contextmanager
+    def progress(self, task: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+        """A bar with an estimate on a terminal, a line now and then elsewhere.
+
+        Yields:
+            A function to call with the number of items done since its last call.
+        """
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task_id = bar.add_task(task, total=total, completed=done)
+                yield lambda count: bar.advance(task_id, count)
+            return
+        state = _Counter(done, time.perf_counter(), time.perf_counter(), done)
+
+        def advance(count: int) -> None:
+            state.done += count
+            now = time.perf_counter()
+            if now - state.printed < SECONDS_BETWEEN_LINES or state.done <= state.first:
+                return
+            state.printed = now
+            left = (now - state.start) * (total - state.done) / (state.done - state.first)
+            self.console.print(f"  {task} {state.done}/{total}, about {left:.0f} s left")
+
+        yield advance
+
+
+@dataclasses.dataclass
+class _Counter:
+    done: int
+    start: float
+    printed: float
+    first: int
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard events, one record a step."""
+
+    def __init__(self, workdir: pathlib.Path):
+        self._path = workdir / "metrics.jsonl"
+        self._directory = workdir / "tensorboard"
+        self._writer: tensorboardX.SummaryWriter | None = None
+        if self._path.exists():  # A line cut by a kill is dropped; whole ones end with a newline.
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+            if not text.endswith("\n"):
+                write_text(self._path, text[: text.rfind("\n") + 1])
+
+    def write(self, phase: str, round_: int, step: int, values: Mapping[str, float]) -> None:
+        """Appends {"phase", "round", "step", ...} with values as floats."""
+        values = {name: float(value) for name, value in values.items()}
+        record = {"phase": phase, "round": round_, "step": step, **values}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._writer is None:
+            self._writer = tensorboardX.SummaryWriter(str(self._directory))
+        for name, value in values.items():
+            self._writer.add_scalar(f"{phase}/round-{round_}/{name}", value, step)
+
+    def rewind(self, phase: str, round_: int, step: int) -> None:
+        """Drops a phase's records at and after `step`: a restart from there writes them again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            record = json.loads(line)
+            same = record["phase"] == phase and record["round"] == round_
+            if not (same and record["step"] >= step):
+                kept.append(line)
+        if len(kept) != len(lines):
+            write_text(self._path, "".join(kept))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class _PeakMemory:
+    """Samples this process's resident memory while a phase runs."""
+
+    def __enter__(self) -> "_PeakMemory":
+        self.peak = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self._process.memory_info().rss)
+            if self._stop.wait(0.05):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Names and values of the settings that differ between two nested configs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name} was {before!r}, now {now!r}"
