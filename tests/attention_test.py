@@ -1,0 +1,69 @@
+"""Attention against a twin written with loops."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from expandr_jax.models.attention import attend, attend_with_cache
+
+
+def twin(q, k, v, mask, scale):
+    """One query, one head at a time, in float64."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        allowed = np.flatnonzero(np.broadcast_to(mask[b], (q.shape[1], k.shape[1]))[t])
+        scores = k[b, allowed, h // group] @ q[b, t, h] * scale
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights / weights.sum() @ v[b, allowed, h // group]
+    return out
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_grouped_heads_and_masks_equal_the_twin(kv_heads):
+    q, k, v = random(0, 2, 5, 6, 4), random(1, 2, 7, kv_heads, 4), random(2, 2, 7, kv_heads, 4)
+    for rows in (5, 1):
+        mask = random(3, 2, rows, 7) > 0
+        mask[..., 0] = True
+        found = attend(*map(jnp.asarray, (q, k, v, mask)), scale=0.7)
+        np.testing.assert_allclose(found, twin(q, k, v, mask, 0.7), atol=1e-5)
+
+
+def test_cache_and_new_keys_share_one_softmax():
+    q, k, v = random(0, 2, 3, 4, 8), random(1, 2, 9, 2, 8), random(2, 2, 9, 2, 8)
+    mask = random(3, 2, 3, 9) > -0.5
+    mask[..., -1] = True
+    heads_major = [jnp.asarray(x[:, :6].swapaxes(1, 2)) for x in (k, v)]
+    found = attend_with_cache(
+        jnp.asarray(q),
+        jnp.asarray(k[:, 6:]),
+        jnp.asarray(v[:, 6:]),
+        jnp.asarray(mask[..., 6:]),
+        *heads_major,
+        jnp.asarray(mask[..., :6]),
+        scale=0.5,
+    )
+    np.testing.assert_allclose(found, twin(q, k, v, mask, 0.5), atol=1e-5)
+
+
+def test_large_scores_and_rows_that_see_nothing_stay_finite():
+    q, k = 1e4 * jnp.ones((1, 2, 1, 4)), 1e4 * jnp.ones((1, 3, 1, 4))
+    mask = jnp.asarray([[[True, True, False], [False, False, False]]])
+    v = jnp.arange(12.0).reshape(1, 3, 1, 4)
+    found = np.asarray(attend(q, k, v, mask, scale=1.0))
+    np.testing.assert_allclose(found[0, 0, 0], [2, 3, 4, 5])
+    assert np.isfinite(found).all()
+
+
+def test_half_precision_keeps_its_type_and_sums_in_float32():
+    q, k, v = random(0, 1, 4, 2, 8), random(1, 1, 600, 2, 8), random(2, 1, 600, 2, 8)
+    mask = np.ones((1, 1, 600), bool)
+    half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    found = attend(*half, jnp.asarray(mask), scale=0.01)
+    assert found.dtype == jnp.bfloat16
+    expected = twin(*(np.asarray(x, np.float64) for x in half), mask, 0.01)
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2e-3)

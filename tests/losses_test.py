@@ -1,0 +1,190 @@
+"""The losses against literal constants, numpy twins, and themselves on meshes of 8 devices."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from expandr_jax.losses import dpo, info_nce, token_log_probs
+from expandr_jax.sharding import make_mesh
+
+
+def numpy_info_nce(queries, positives, negatives, temperature, excluded=None):
+    """The definition, in float64, one query at a time."""
+    passages = np.concatenate([positives, negatives]).astype(np.float64)
+    losses = []
+    for i, query in enumerate(queries.astype(np.float64)):
+        kept = [
+            j for j in range(len(passages)) if j == i or excluded is None or not excluded[i, j]
+        ]
+        scores = passages[kept] @ query / temperature
+        losses.append(-math.log(np.exp(scores[kept.index(i)] - scores.max())
+                                / np.exp(scores - scores.max()).sum()))  # fmt: skip
+    return np.array(losses)
+
+
+def vectors(seed, *shape):
+    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def test_info_nce_of_a_worked_example():
+    # Two orthogonal pairs at tau 1: each query scores 1 for its own document and 0 for the other.
+    loss = info_nce(jnp.eye(2), jnp.eye(2))
+    np.testing.assert_allclose(loss, [math.log(1 + math.exp(-1))] * 2, rtol=1e-6)
+    # One explicit negative that equals the query doubles the weight of the numerator's term.
+    loss = info_nce(jnp.eye(2)[:1], jnp.eye(2)[:1], jnp.eye(2)[:1])
+    np.testing.assert_allclose(loss, [math.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_info_nce_equals_its_numpy_twin(temperature):
+    queries, positives, negatives = vectors(0, 6, 16), vectors(1, 6, 16), vectors(2, 9, 16)
+    excluded = np.random.default_rng(3).random((6, 15)) < 0.3
+    ours = info_nce(queries, positives, negatives, temperature=temperature, excluded=excluded)
+    twin = numpy_info_nce(queries, positives, negatives, temperature, excluded)
+    np.testing.assert_allclose(ours, twin, atol=2e-5)
+
+
+def test_same_text_in_the_batch_is_not_a_negative():
+    queries, positives = vectors(0, 3, 8), vectors(1, 3, 8)
+    positives[2] = positives[0]
+    excluded = np.array([[True, False, True], [False, True, False], [True, False, True]])
+    masked = info_nce(queries, positives, temperature=0.1, excluded=excluded)
+    alone = info_nce(queries[:1], positives[:1], positives[1:2], temperature=0.1)
+    np.testing.assert_allclose(masked[0], alone[0], rtol=1e-5)
+
+
+def test_info_nce_refuses_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="differ in shape"):
+        info_nce(jnp.ones((2, 3)), jnp.ones((3, 3)))
+    with pytest.raises(ValueError, match="do not fit"):
+        info_nce(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 4)))
+
+
+def test_dpo_literal_constants():
+    # h = (-10 + 12) - (-9 + 8) = 3; beta h = 0.3.
+    arguments = [jnp.array([x]) for x in (-10.0, -9.0, -12.0, -8.0)]
+    expected = {
+        "sigmoid": 0.5543552444685272,  # log(1 + exp(-0.3))
+        "hinge": 0.7,
+        "ipo": 4.0,  # (3 - 5)^2
+    }
+    for kind, value in expected.items():
+        loss, metrics = dpo(*arguments, beta=0.1, kind=kind)
+        np.testing.assert_allclose(loss, [value], rtol=1e-5)
+        np.testing.assert_allclose(metrics["margin"], [0.3], rtol=1e-5)
+        np.testing.assert_allclose(metrics["reward_chosen"], [0.2], rtol=1e-5)
+        np.testing.assert_allclose(metrics["reward_rejected"], [-0.1], rtol=1e-5)
+        np.testing.assert_allclose(metrics["accuracy"], [1.0])
+    # log(1 + exp(0.3)) = 0.8543552444685272 is the loss of the pair the other way round.
+    loss, _ = dpo(*arguments, beta=0.1, label_smoothing=0.1)
+    np.testing.assert_allclose(loss, [0.9 * 0.5543552444685272 + 0.1 * 0.8543552444685272], rtol=1e-5)
+    loss, _ = dpo(*arguments, beta=0.1, kind="robust", label_smoothing=0.1)
+    expected = (0.9 * 0.5543552444685272 - 0.1 * 0.8543552444685272) / 0.8
+    np.testing.assert_allclose(loss, [expected], rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown DPO loss"):
+        dpo(*arguments, beta=0.1, kind="sigmod")
+
+
+def test_token_log_probs_equal_numpy():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 11)).astype(np.float32) * 5
+    targets = np.array([[1, 2, 3], [10, 0, 5]])
+    wide = logits.astype(np.float64)
+    twin = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    twin = np.take_along_axis(twin, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(token_log_probs(logits, targets), twin, atol=1e-5)
+
+
+class TestOnEightDevices:
+    """Plain jit over a mesh, shard_map and pmap give one device's losses and gradients."""
+
+    BATCH, NEGATIVES, DIM = 16, 24, 12
+
+    @pytest.fixture
+    def arrays(self):
+        return (
+            vectors(0, self.BATCH, self.DIM),
+            vectors(1, self.BATCH, self.DIM),
+            vectors(2, self.NEGATIVES, self.DIM),
+        )
+
+    @staticmethod
+    def mean_loss(queries, positives, negatives):
+        return jnp.mean(info_nce(queries, positives, negatives, temperature=0.05))
+
+    @staticmethod
+    def gathered_loss(queries, positives, negatives, axis):
+        """This device's share of the loss: its queries against everybody's passages."""
+        mine = jax.lax.axis_index(axis)
+        rows = queries.shape[0]
+        everyone = jax.lax.all_gather(positives, axis, tiled=True)
+        given = jax.lax.all_gather(negatives, axis, tiled=True)
+        first = mine * rows
+        # A query's own document comes first in info_nce: the others follow as given negatives.
+        order = (jnp.arange(everyone.shape[0]) + first) % everyone.shape[0]
+        others = everyone[order][rows:]
+        loss = info_nce(
+            queries, everyone[order][:rows], jnp.concatenate([others, given]), temperature=0.05
+        )
+        return jnp.mean(loss)
+
+    def test_contrastive(self, arrays):
+        expected, grads = jax.value_and_grad(self.mean_loss, argnums=(0, 1, 2))(*arrays)
+        twin = numpy_info_nce(*arrays, 0.05).mean()
+        np.testing.assert_allclose(expected, twin, rtol=1e-5)
+        mesh = make_mesh(data=8)
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        sharded = [jax.device_put(a, rows) for a in arrays]
+        loss, on_mesh = jax.jit(jax.value_and_grad(self.mean_loss, argnums=(0, 1, 2)))(*sharded)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        for ours, theirs in zip(on_mesh, grads, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+        spec = PartitionSpec("data")
+        mapped = jax.shard_map(
+            lambda *a: jax.lax.pmean(self.gathered_loss(*a, "data"), "data"),
+            mesh=mesh, in_specs=(spec, spec, spec), out_specs=PartitionSpec(),
+        )  # fmt: skip
+        # The gradient is taken outside of shard_map, where it counts each device once.
+        loss, on_shards = jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))(*sharded)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+        for ours, theirs in zip(on_shards, grads, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+        split = [a.reshape(8, -1, self.DIM) for a in arrays]
+        loss = jax.pmap(
+            lambda *a: jax.lax.pmean(self.gathered_loss(*a, "i"), "i"), axis_name="i"
+        )(*split)
+        np.testing.assert_allclose(loss, np.full(8, expected), rtol=1e-5)
+
+    def test_dpo(self):
+        figures = [np.random.default_rng(s).normal(size=16).astype(np.float32) for s in range(4)]
+
+        def mean_loss(*a):
+            return jnp.mean(dpo(*a, beta=0.1)[0])
+
+        expected, grad = jax.value_and_grad(mean_loss)(*figures)
+        mesh = make_mesh(data=8)
+        rows = NamedSharding(mesh, PartitionSpec("data"))
+        sharded = [jax.device_put(a, rows) for a in figures]
+        loss, on_mesh = jax.jit(jax.value_and_grad(mean_loss))(*sharded)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(on_mesh, grad, rtol=1e-5)
+        spec = PartitionSpec("data")
+        mapped = jax.shard_map(
+            lambda *a: jax.lax.pmean(mean_loss(*a), "data"),
+            mesh=mesh, in_specs=(spec,) * 4, out_specs=PartitionSpec(),
+        )  # fmt: skip
+        loss, on_shards = jax.jit(jax.value_and_grad(mapped))(*sharded)
+        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+        np.testing.assert_allclose(on_shards, grad, rtol=1e-5)
+        parallel = functools.partial(jax.lax.pmean, axis_name="i")
+        loss = jax.pmap(lambda *a: parallel(mean_loss(*a)), axis_name="i")(
+            *[a.reshape(8, 2) for a in figures]
+        )
+        np.testing.assert_allclose(loss, np.full(8, expected), rtol=1e-6)

@@ -1,0 +1,36 @@
+"""Pooling on numbers worked out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from expandr_jax.models.pooling import l2_normalize, pool
+
+HIDDEN = jnp.asarray([[[1.0, 2.0], [3.0, 6.0], [50.0, 50.0]], [[50.0, 50.0], [2.0, 0.0], [4.0, 8.0]]])
+MASK = jnp.asarray([[1, 1, 0], [0, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mean", [[2.0, 4.0], [3.0, 4.0]]),
+        ("cls", [[1.0, 2.0], [2.0, 0.0]]),
+        ("last", [[3.0, 6.0], [4.0, 8.0]]),
+    ],
+)
+def test_padding_on_either_side_is_left_out(kind, expected):
+    pooled = pool(HIDDEN.astype(jnp.bfloat16), MASK, kind)
+    assert pooled.dtype == jnp.float32
+    np.testing.assert_array_equal(pooled, expected)
+
+
+def test_mean_of_nothing_is_zero():
+    np.testing.assert_array_equal(pool(HIDDEN, jnp.zeros_like(MASK), "mean"), np.zeros((2, 2)))
+
+
+def test_normalized_vectors_have_length_one_and_zero_stays_zero():
+    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0]])
+    np.testing.assert_allclose(l2_normalize(x), [[0.6, 0.8], [0.0, 0.0]], atol=1e-7)
+    gradient = jax.grad(lambda x: l2_normalize(x).sum())(x)
+    assert np.isfinite(np.asarray(gradient)).all()

@@ -1,0 +1,133 @@
+"""The packed DPO step against one sequence at a time, in plain form."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from expandr_jax.losses import dpo
+from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.preference import (
+    DPOConfig,
+    PreferencePair,
+    dpo_loss,
+    dpo_step,
+    pack,
+    response_log_probs,
+)
+from expandr_jax.train_state import TrainState
+
+PAIRS = [
+    PreferencePair([5, 6, 7], [8, 9, 2], [10, 2]),
+    PreferencePair([5, 6, 7, 11, 12], [13, 2], [14, 15, 16, 17, 2]),
+    PreferencePair([3], [2], [4, 5, 2]),
+    PreferencePair([9, 9, 3], [4, 2], [5, 2]),
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny decoder with an adapter that changes it: (module, params, adapter)."""
+    config = DecoderConfig(
+        vocab_size=23, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+        mlp_dim=24, max_positions=64,
+    )  # fmt: skip
+    module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
+    tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32)
+    variables = module.init(
+        jax.random.key(0), tokens, token_positions(mask), causal_mask(mask)
+    )
+    params = nn.meta.unbox(variables)["params"]
+    adapter = init_lora(jax.random.key(1), params, module.lora)
+    return module, params, jax.tree.map(lambda leaf: leaf + 0.05, adapter)
+
+
+def plain_log_prob(module, variables, prompt, response):
+    """Sum of log p(response | prompt): one sequence, all logits, log-softmax in the open."""
+    tokens = jnp.array([[*prompt, *response]])
+    mask = jnp.ones_like(tokens)
+    hidden = module.apply(variables, tokens, token_positions(mask), causal_mask(mask))
+    log_probs = jax.nn.log_softmax(module.apply(variables, hidden, method="logits"), axis=-1)[0]
+    start = len(prompt)
+    return sum(log_probs[start + i - 1, token] for i, token in enumerate(response))
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 256])
+def test_packed_rows_give_the_plain_log_probabilities(model, chunk):
+    module, params, adapter = model
+    for variables in ({"params": params}, {"params": params, "lora": adapter}):
+        packed = response_log_probs(module, variables, pack(PAIRS, pad_id=0), chunk=chunk)
+        for row, pair in enumerate(PAIRS):
+            for column, response in enumerate((pair.chosen, pair.rejected)):
+                plain = plain_log_prob(module, variables, pair.prompt, response)
+                np.testing.assert_allclose(packed[column][row], plain, atol=1e-5)
+                assert packed[2 + column][row] == len(response)
+
+
+def test_packed_gradients_are_the_plain_ones(model):
+    module, params, adapter = model
+    reference = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32) - 10
+
+    def plain(adapter):
+        variables = {"params": params, "lora": adapter}
+        sums = [
+            jnp.stack([plain_log_prob(module, variables, p.prompt, p.chosen) for p in PAIRS]),
+            jnp.stack([plain_log_prob(module, variables, p.prompt, p.rejected) for p in PAIRS]),
+        ]
+        return jnp.mean(dpo(*sums, *reference.T, beta=0.1)[0])
+
+    batch = pack(PAIRS, pad_id=0)
+    batch["reference_chosen"], batch["reference_rejected"] = reference.T
+    (loss, _), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
+        adapter, params, batch, module=module, config=DPOConfig(chunk=8)
+    )
+    expected, expected_grads = jax.value_and_grad(plain)(adapter)
+    np.testing.assert_allclose(loss, expected, atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads
+    )
+
+
+def test_a_new_adapter_starts_at_log_two(model):
+    module, params, _ = model
+    adapter = init_lora(jax.random.key(1), params, module.lora)
+    batch = pack(PAIRS, pad_id=0)
+    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
+    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    loss, metrics = dpo_loss(adapter, params, batch, module=module, config=DPOConfig())
+    np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
+    np.testing.assert_allclose(metrics["margin"], 0, atol=1e-6)
+
+
+def test_an_obvious_preference_is_learned_and_the_base_does_not_move(model):
+    module, params, _ = model
+    before = jax.tree.map(np.array, params)
+    optimizer = optax.adam(3e-2)
+    state = TrainState.create(init_lora(jax.random.key(1), params, module.lora), optimizer)
+    batch = pack([PreferencePair([3, i], [7, 7, 2], [8, 8, 2]) for i in range(4, 12)], pad_id=0)
+    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
+    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    step = jax.jit(
+        lambda state: dpo_step(
+            state, params, batch, jax.random.key(0),
+            module=module, config=DPOConfig(), optimizer=optimizer,
+        )  # fmt: skip
+    )
+    for _ in range(30):
+        state, metrics = step(state)
+    assert metrics["accuracy"] == 1.0
+    assert metrics["margin"] > 1.0
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_pack_lays_out_a_pair():
+    batch = pack(PAIRS[:1], pad_id=0)
+    np.testing.assert_array_equal(batch["tokens"][0, :9], [5, 6, 7, 8, 9, 2, 10, 2, 0])
+    np.testing.assert_array_equal(batch["positions"][0, :8], [0, 1, 2, 3, 4, 5, 3, 4])
+    np.testing.assert_array_equal(batch["segments"][0, :9], [0, 0, 0, 1, 1, 1, 2, 2, 3])
+    np.testing.assert_array_equal(batch["sources"][0, :5], [2, 3, 4, 2, 6])
+    np.testing.assert_array_equal(batch["targets"][0, :5], [8, 9, 2, 10, 2])
+    np.testing.assert_array_equal(batch["responses"][0, :6], [1, 1, 1, 2, 2, 3])
