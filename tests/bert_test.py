@@ -69,12 +69,8 @@ def test_remat_changes_neither_values_nor_gradients(tiny):
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = step(params, module)
-    for remat in ("dots", "full"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4),
-            plain,
-            step(params, module.clone(remat=remat)),
-        )
+    again = step(params, module.clone(remat="full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
 
 
 def test_dropout_depends_on_the_key_and_needs_one(tiny):

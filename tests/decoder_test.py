@@ -116,9 +116,5 @@ def test_remat_changes_neither_values_nor_gradients(gemma):
 
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = step(params, module)
-    for remat in ("dots", "full"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
-            plain,
-            step(params, module.clone(remat=remat)),
-        )
+    again = step(params, module.clone(remat="dots"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)

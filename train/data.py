@@ -12,6 +12,8 @@ from expandr_jax.data.records import hash_file, write_json
 from expandr_jax.errors import UserError
 from train.run import Run
 
+STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
@@ -88,14 +90,13 @@ def _limit(ids: list[str], most: int) -> list[str]:
 
 def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     config = run.config.data
-    stage: dict[str, int] = {}
-    with run.progress("harvest: files read", 1) as advance:
+    stages: dict[str, int] = {}
+    with run.progress("harvest, per cent", 100) as advance:
 
-        def report(name: str, done: int, total: int) -> None:
-            # One bar for all stages: what counts is that it moves.
-            before = stage.get(name, 0)
-            stage[name] = done
-            advance((done - before) / max(total, 1) / 3)
+        def report(stage: str, done: int, total: int) -> None:
+            before = sum(stages.values())
+            stages[stage] = 100 * done // max(total, 1) // STAGES_OF_HARVEST
+            advance(sum(stages.values()) - before)
 
         shares = Shares(**config.shares)
         result = harvest(

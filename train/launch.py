@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
@@ -64,6 +64,7 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
             console.print("stopped; the same command goes on from here")
             sys.exit(130)
 
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
 
 

@@ -133,7 +133,7 @@ def harvest(
             f"pydoc: {len(pairs)} pairs in {len(found)} packages; expected at least "
             f"{max(min_pairs, 1)}: list more packages"
         )
-    for package, entry in zip(found, source):
+    for package, entry in zip(found, source, strict=True):
         files = set(package.files)
         entry["pairs"] = sum(pair.id.split(":")[0] in files for pair in pairs)
     return _assemble(pairs, shares, source, report)
@@ -279,7 +279,7 @@ def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Pr
         lambda done, total: report("comparing documents", done, total),
     )
     splits: dict[str, list[_Pair]] = {name: [] for name in asdict(shares)}
-    for pair, cluster in zip(pairs, clusters):
+    for pair, cluster in zip(pairs, clusters, strict=True):
         splits[_split_of(pairs[cluster].id, shares)].append(pair)
     members = {name: [f"q:{pair.id}" for pair in split] for name, split in splits.items()}
     train = sorted(splits["retriever_train"] + splits["generator_train"])
@@ -289,8 +289,7 @@ def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Pr
         corpus={pair.id: pair.document for pair in pairs},
         queries={f"q:{pair.id}": pair.query for pair in pairs},
         qrels={
-            name: {f"q:{pair.id}": {pair.id: 1} for pair in split}
-            for name, split in judged.items()
+            name: {f"q:{pair.id}": {pair.id: 1} for pair in split} for name, split in judged.items()
         },
     )
     summary = {

@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,9 +18,7 @@ Row = dict[str, Any]
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
-def read_jsonl(
-    path: str | os.PathLike, fields: Mapping[str, type]
-) -> Iterator[tuple[int, Row]]:
+def read_jsonl(path: str | os.PathLike, fields: Mapping[str, type]) -> Iterator[tuple[int, Row]]:
     """Yields (line number from 1, object) of a JSON-lines file, checked as it is read.
 
     Args:
@@ -104,9 +102,9 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self.part}: cannot recover it: {error.strerror}") from error
         present = self.path if self.finished else self.part
-        self.rows: list[Row] = [row for _, row in read_jsonl(present, {})] if (
-            present.exists()
-        ) else []
+        self.rows: list[Row] = []
+        if present.exists():
+            self.rows = [row for _, row in read_jsonl(present, {})]
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows and returns when they are on disk."""
@@ -147,7 +145,9 @@ def _parse(where: str, line: bytes) -> Row:
         if rb"\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()  # an unpaired surrogate is no text
     except UnicodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
+        raise UserError(
+            f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error}); expected one object a line") from None
     if not isinstance(row, dict):
@@ -206,3 +206,6 @@ def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot write it: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # gone already when all went well
+            temporary.unlink()

@@ -36,5 +36,5 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     """Scales the last axis to length one, in float32; a zero vector stays zero, with zero gradient."""
     x = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # The floor is inside the root: sqrt has no gradient at zero. 1e-24 is PyTorch's eps, squared.
-    return x * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))
+    present = squares > 1e-24  # PyTorch's floor of the length, 1e-12, squared
+    return jnp.where(present, x * jax.lax.rsqrt(jnp.where(present, squares, 1.0)), 0.0)

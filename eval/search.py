@@ -1,0 +1,162 @@
+"""Asks a finished run: `python -m eval.search --workdir=DIR "how do I pad an array"`.
+
+Shows the passage that the trained generator writes, the documents found without and with it, and
+how long each step took.
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from expandr_jax.data.beir import read_beir
+from expandr_jax.encoding import TextEncoder
+from expandr_jax.errors import UserError
+from expandr_jax.fusion import expanded_query
+from expandr_jax.generation.engine import Engine, Request
+from expandr_jax.prompts import render, strip_lead_in
+from expandr_jax.search import build_index
+from expandr_jax.sharding import make_mesh
+from expandr_jax.weights.hf import load_generator, load_retriever
+from train.launch import define_workdir, launch
+
+SNIPPET = 160  # Characters of a document that are shown.
+
+
+def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None:
+    """Prints the expansion of a query and its documents before and after.
+
+    Args:
+        workdir: A finished run of train.joint.
+        query: The question.
+        count: Documents shown.
+        console: Where to print.
+
+    Raises:
+        UserError: The query is empty, or the run is not there or not finished.
+    """
+    if not query.strip():
+        raise UserError('the query is empty; give it in quotes: eval.search --workdir=DIR "..."')
+    config, chosen = _read_run(workdir)
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with console.status(name):
+            yield
+        seconds[name] = time.perf_counter() - start
+
+    with step("load models"):
+        mesh = make_mesh(**config.mesh)
+        retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
+        generator, generator_params = load_generator(
+            str(workdir / "export" / "generator"), compute_dtype=jnp.dtype(config.generator.compute_dtype)
+        )
+    with step("load index"):
+        corpus = read_beir(workdir / "data").corpus
+        vectors = np.load(workdir / "work" / "vectors" / "expandr.npy", mmap_mode="r")
+        index = build_index(vectors, **config.search)
+    with step("write passages"):
+        settings = config.generator
+        engine = Engine(
+            generator.module,
+            generator_params,
+            slots=chosen["samples"],
+            prompt_buckets=tuple(settings.prompt_buckets),
+            max_new_tokens=settings.max_new_tokens,
+            eos_ids=generator.eos_ids,
+            pad_id=generator.pad_id,
+            seed=config.seed,
+        )
+        ids, _ = generator.chat_ids(render(config.expansion.strategy, query), settings.prompt_length)
+        requests = [
+            Request(
+                id=query,
+                sample=sample,
+                prompt=tuple(ids),
+                temperature=config.expansion.temperature,
+                top_p=config.expansion.top_p,
+                max_new_tokens=config.expansion.max_new_tokens,
+            )
+            for sample in range(chosen["samples"])
+        ]
+        done = sorted(engine.generate(requests), key=lambda completion: completion.sample)
+        passages = [strip_lead_in(generator.decode(list(c.tokens))).strip() for c in done]
+    with step("encode"):
+        encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
+        plain = encoder.encode(retriever_params, [query], "query")
+        expansions = encoder.encode(retriever_params, passages, "document")
+        expanded = expanded_query(
+            plain,
+            expansions[None],
+            np.array([[bool(passage) for passage in passages]]),
+            query_weight=chosen["query_weight"],
+            normalize=config.contrastive.normalize,
+        )
+    with step("search"):
+        before = index.search(plain, count)
+        after = index.search(np.asarray(expanded), count)
+
+    for passage in passages:
+        console.print("expansion: ", end="", style="bold")
+        console.print(passage or "(empty)", markup=False)
+    names, texts = list(corpus), list(corpus.values())
+    for title, (scores, found) in (("query alone", before), ("query + expansion", after)):
+        console.print(_table(title, scores[0], found[0], names, texts))
+    parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    console.print(f"{len(corpus)} documents; {parts} (first use compiles)")
+
+
+def _read_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """A finished run's config and the choices that its system "expandr" made on dev."""
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]
+        chosen = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["chosen"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{workdir}: not a finished run; train.joint makes one") from None
+    if "expandr" not in chosen or not (workdir / "export" / "generator").exists():
+        raise UserError(f"{workdir}: has no expandr system or no exports; let train.joint finish it")
+    return ml_collections.ConfigDict(config), chosen["expandr"]
+
+
+def _table(
+    title: str, scores: np.ndarray, found: np.ndarray, names: list[str], texts: list[str]
+) -> Table:
+    table = Table(title=title, title_justify="left", expand=True)
+    table.add_column("score", justify="right")
+    table.add_column("document", overflow="fold")
+    for score, index in zip(scores, found, strict=True):
+        text = " ".join(texts[index].split())
+        snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
+        row = Table.grid()
+        row.add_row(f"{names[index]}", style="bold")
+        row.add_row(snippet)
+        table.add_row(f"{score:.3f}", row)
+    return table
+
+
+def main(arguments: Sequence[str]) -> None:
+    if len(arguments) < 2:
+        raise UserError('what to search for is missing: eval.search --workdir=DIR "a question"')
+    values = flags.FLAGS
+    query = " ".join(arguments[1:])
+    ask(pathlib.Path(values.workdir).absolute(), query, values.count, Console(highlight=False))
+
+
+def define_flags() -> None:
+    define_workdir()
+    flags.DEFINE_integer("count", 5, "Documents shown.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

@@ -1,0 +1,245 @@
+import hashlib
+import importlib.metadata
+import sys
+
+import pytest
+
+from expandr_jax.data.beir import read_beir, write_beir
+from expandr_jax.data.duplicates import words
+from expandr_jax.data.pydoc import MAX_DOCUMENT_CHARACTERS, Shares, harvest
+from expandr_jax.errors import UserError
+
+REST = "The first argument is used in the way that the second one says, unless the third is set."
+
+
+def rest(number):
+    """A document that is unlike that of any other number."""
+    return " ".join(f"word{number}_{i}" for i in range(25))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a distribution of the given files, without importing it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(name, version, files):
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (info / "RECORD").write_text("".join(f"{path},,\n" for path in files))
+        for path, content in files.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
+        return f"{name}=={version}"
+
+    return make
+
+
+def test_what_becomes_a_pair(install):
+    source = f'''
+raise SystemExit("this module must not be imported")
+
+def plain():
+    """Pad an array.
+
+    Longer text: {rest(1)}
+
+        indented
+    """
+
+def signed():
+    """signed(first, second=(1, 2),
+              third=None) -> result
+
+    Skip the signature lines.
+    =========================
+    {rest(2)}
+    """
+
+class Thing:
+    r"""Hold a \\thing in place.
+    {rest(3)}"""
+
+    def method(self):
+        "Do what methods do.\\n{rest(4)}"
+
+    if True:
+        async def method(self):
+            """Do it again, differently.
+            {rest(5)}"""
+
+def long():
+    """Say a very great deal.
+    {"word " * 100_000}"""
+
+def _private():
+    """Nobody calls this function.
+    {rest(6)}"""
+
+def repeated():
+    """pad an ARRAY
+    {rest(7)}"""
+
+def leaking():
+    """Find the leak here.
+    {REST} find  the LEAK here."""
+
+def brief():
+    """Too short a text.
+    Only these words."""
+
+def terse():
+    """Two words.
+    {rest(8)}"""
+
+def listed():
+    """size (int, the size of it):
+    {rest(9)}"""
+
+def directive():
+    """.. deprecated:: since version one
+    {rest(10)}"""
+'''
+    spec = install("fake", "1.0", {"fake/__init__.py": source})
+    pydoc = harvest([spec])
+    queries = {key: pydoc.collection.queries[f"q:{key}"] for key in pydoc.collection.corpus}
+    assert queries == {
+        "fake/__init__.py:Thing": "Hold a \\thing in place.",
+        "fake/__init__.py:Thing.method": "Do what methods do.",
+        "fake/__init__.py:Thing.method#2": "Do it again, differently.",
+        "fake/__init__.py:long": "Say a very great deal.",
+        "fake/__init__.py:plain": "Pad an array.",
+        "fake/__init__.py:signed": "Skip the signature lines.",
+    }
+    documents = pydoc.collection.corpus
+    assert documents["fake/__init__.py:plain"] == f"Longer text: {rest(1)}\n\n    indented"
+    assert documents["fake/__init__.py:signed"] == rest(2)
+    assert len(documents["fake/__init__.py:long"]) <= MAX_DOCUMENT_CHARACTERS
+    assert documents["fake/__init__.py:long"].endswith(" word")
+    assert "fake" not in sys.modules
+
+
+def test_which_files_are_read(install):
+    def module(number):
+        return f'"""Text of module number {number}.\n{rest(number)}"""'
+
+    broken = {"fake/bad.py": "def :", "fake/null.py": b'"""\0', "fake/new.py": "type X = int"}
+    read = {"fake/a.py": module(1), "fake/latin.py": b"# coding: latin-1\n" + module(2).encode()}
+    skipped = {
+        "fake/tests/b.py": module(3),
+        "fake/test_c.py": module(4),
+        "fake/conftest.py": module(5),
+        "fake/data.txt": module(6),
+        "fake/__config__.py": module(7),
+    }
+    pydoc = harvest([install("fake", "1.0", read | broken | skipped)])
+    assert list(pydoc.collection.corpus) == ["fake/a.py", "fake/latin.py"]
+    (package,) = pydoc.source["packages"]
+    contents = [content for _, content in sorted((read | broken).items())]
+    digest = hashlib.sha256(b"".join(c if isinstance(c, bytes) else c.encode() for c in contents))
+    assert package == {
+        "name": "fake",
+        "version": "1.0",
+        "files": 5,
+        "unparsed_files": ["fake/bad.py", "fake/new.py", "fake/null.py"],
+        "sha256": digest.hexdigest(),
+        "pairs": 2,
+    }
+
+
+def functions(numbers):
+    return "".join(
+        f'def f{n}():\n    """Function that has number {n}.\n    {rest(n)}"""\n' for n in numbers
+    )
+
+
+def test_splits(install, tmp_path):
+    first = install("one", "1", {"one.py": functions(range(300))})
+    # Near-duplicates of the first package's texts, and a hundred texts of its own.
+    copies = functions(range(300)).replace("_24", "_x").replace("Function", "A function")
+    second = install("two", "2", {"two.py": copies + functions(range(300, 400))})
+    calls = []
+    pydoc = harvest([first, second], min_pairs=700, progress=lambda *call: calls.append(call))
+    collection, splits = pydoc.collection, pydoc.source["splits"]
+
+    home = {
+        document: split
+        for split, qrels in collection.qrels.items()
+        for judged in qrels.values()
+        for document in judged
+    }
+    assert home.keys() == collection.corpus.keys()
+    assert all(home[f"one.py:f{n}"] == home[f"two.py:f{n}"] for n in range(300))
+    assert not set(pydoc.retriever_train) & set(pydoc.generator_train)
+    assert sorted(pydoc.retriever_train + pydoc.generator_train) == sorted(
+        collection.qrels["train"]
+    )
+    assert pydoc.source["pairs"] == sum(splits.values()) == 700
+    assert pydoc.source["clusters"] == 400
+    assert [package["pairs"] for package in pydoc.source["packages"]] == [300, 400]
+    expected = {"retriever_train": 514.5, "generator_train": 73.5, "dev": 35, "test": 77}
+    assert splits == {name: pytest.approx(size, abs=40) for name, size in expected.items()}
+    stages = dict.fromkeys(stage for stage, _, _ in calls)
+    assert list(stages) == ["reading docstrings", "comparing documents"]
+    assert calls[-1] == ("comparing documents", 700, 700)
+
+    other = harvest([second, first], shares=Shares(0.6, 0.24, 0.05, 0.11))
+    assert other.collection.corpus == collection.corpus
+    assert other.collection.qrels["test"] == collection.qrels["test"]
+    assert len(other.generator_train) > len(pydoc.generator_train)
+    write_beir(tmp_path / "pydoc", collection)
+    assert read_beir(tmp_path / "pydoc") == collection
+
+
+def test_mistakes_are_named(install):
+    spec = install("fake", "1.0", {"fake.py": functions(range(3)), "gone.py": ""})
+    install("empty", "1.0", {"empty.txt": ""})
+    cases = {
+        "fake>=1": 'expected "name==version"',
+        "absent==1.0": "package absent is not installed; pip install --no-deps absent==1.0",
+        "fake==2.0": "installed as 1.0; expected 2.0: pip install --no-deps fake==2.0",
+        "empty==1.0": "package empty has no list of its source files",
+    }
+    for wrong, complaint in cases.items():
+        with pytest.raises(UserError, match=complaint.replace(">", ".")):
+            harvest([wrong])
+    with pytest.raises(UserError, match="3 pairs in 1 packages; expected at least 6000"):
+        harvest([spec], min_pairs=6000)
+    with pytest.raises(UserError, match="parts that add up to 1"):
+        harvest([spec], shares=Shares(test=0.5))
+    distribution = importlib.metadata.distribution("fake")
+    distribution.locate_file("gone.py").unlink()
+    with pytest.raises(UserError, match=r"gone\.py: cannot read .* package fake: No such file"):
+        harvest([spec])
+
+
+def test_real_package():
+    """The same bytes on every machine and Python version, and splits that share no text."""
+    try:
+        importlib.metadata.distribution("networkx")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("networkx is not installed")
+    pydoc = harvest(["networkx==3.6.1"], min_pairs=1000)
+    collection = pydoc.collection
+    text = "\n".join(f"{key}\t{value}" for key, value in collection.corpus.items())
+    assert (
+        hashlib.sha256(text.encode()).hexdigest()
+        == "30f19308bc1f7ad23cd005bd853a143a57da8e4771ee8424960f575d273a3a73"
+    )
+    for key, document in collection.corpus.items():
+        query = collection.queries[f"q:{key}"]
+        assert query.lower() not in document.lower()
+        assert len(words(query)) >= 3
+        assert len(document.split()) >= 20
+    grams = {}
+    for key, document in collection.corpus.items():
+        tokens = document.lower().split()
+        grams[key] = {tuple(tokens[i : i + 5]) for i in range(max(1, len(tokens) - 4))}
+    train = [next(iter(judged)) for judged in collection.qrels["train"].values()]
+    for judged in collection.qrels["test"].values():
+        mine = grams[next(iter(judged))]
+        assert all(len(mine & grams[key]) <= 0.5 * len(mine | grams[key]) for key in train)
+    normal = [query.lower().strip() for query in collection.queries.values()]
+    assert len(set(normal)) == len(normal)

@@ -1,0 +1,148 @@
+import gzip
+import hashlib
+import json
+
+import pytest
+
+from expandr_jax.data.records import (
+    Journal,
+    hash_file,
+    hash_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from expandr_jax.errors import UserError
+
+ROWS = [{"id": "a", "n": 1}, {"id": "π\u2028\x85\n", "n": -2}, {"id": "", "n": 0, "more": [1.5]}]
+
+
+def test_rows_come_back_with_their_line_numbers(tmp_path):
+    path = tmp_path / "new" / "folder" / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    assert list(read_jsonl(path, {"id": str, "n": int})) == list(enumerate(ROWS, start=1))
+    # However a reader finds the ends of lines, it sees whole records.
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ROWS
+
+
+def test_compressed_file_byte_order_mark_and_blank_lines(tmp_path):
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"id": "a"}\n\n{"id": "b"}'))
+    assert list(read_jsonl(path, {"id": str})) == [(1, {"id": "a"}), (3, {"id": "b"})]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b'{"id": "\xff"}', "not UTF-8"),
+        (b'{"id": "a"', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"text": "a"}', 'no field "id"'),
+        (b'{"id": 1}', 'field "id" is an integer; expected a string'),
+        (b'{"id": null}', 'field "id" is null'),
+        (b'{"id": "\\ud800"}', "not UTF-8"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "fine"}\n' + line + b"\n")
+    rows = read_jsonl(path, {"id": str})
+    assert next(rows) == (1, {"id": "fine"})
+    with pytest.raises(UserError) as caught:
+        next(rows)
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_types_of_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": true}\n')
+    rows = read_jsonl(path, {"n": float})
+    assert next(rows)[1] == {"n": 1}
+    with pytest.raises(UserError, match=r":2: .*true or false"):
+        next(rows)
+
+
+@pytest.mark.parametrize("content", [None, b"not gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-12]])
+def test_unreadable_file_is_named(tmp_path, content):
+    path = tmp_path / "rows.jsonl.gz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"rows\.jsonl\.gz: cannot read it"):
+        list(read_jsonl(path, {}))
+
+
+def test_failed_write_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, ROWS)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_jsonl(path, [{"n": 1}, {"n": float("nan")}])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unusable_place_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "rows.jsonl", tmp_path / "folder"):
+        with pytest.raises(UserError, match=f"{path}: cannot write it"):
+            write_text(path, "text")
+    with pytest.raises(UserError, match="cannot"):
+        Journal(tmp_path / "file" / "rows.jsonl").append([{}])
+    with pytest.raises(UserError, match="folder: cannot read it"):
+        hash_file(tmp_path / "folder")
+
+
+def test_hashes(tmp_path):
+    write_text(tmp_path / "text", "π")
+    assert hash_file(tmp_path / "text") == hashlib.sha256("π".encode()).hexdigest()
+    expected = hashlib.sha256(b'{"a":[1,null],"b":"\\u03c0"}').hexdigest()
+    assert hash_json({"b": "π", "a": [1, None]}) == expected
+    write_json(tmp_path / "value.json", {"b": "π", "a": [1, None]})
+    assert json.loads((tmp_path / "value.json").read_text()) == {"b": "π", "a": [1, None]}
+
+
+def test_journal_goes_on_after_a_kill_at_any_byte(tmp_path):
+    whole = Journal(tmp_path / "whole")
+    for row in ROWS:
+        whole.append([row])
+    written = whole.part.read_bytes()
+    for size in range(len(written) + 1):
+        path = tmp_path / f"killed-{size}"
+        part = tmp_path / f"killed-{size}.part"
+        part.write_bytes(written[:size])
+        journal = Journal(path)
+        done = written[:size].count(b"\n")
+        assert journal.rows == ROWS[:done]
+        assert not journal.finished
+        journal.append(ROWS[done:])
+        assert part.read_bytes() == written
+        journal.finish()
+        assert path.read_bytes() == written
+        assert not part.exists()
+
+
+def test_finished_journal(tmp_path):
+    path = tmp_path / "work.jsonl"
+    journal = Journal(path)
+    assert (journal.rows, journal.finished) == ([], False)
+    journal.append(ROWS)
+    part = journal.part.read_bytes()
+    journal.finish(reversed(ROWS))
+    journal.part.write_bytes(part)  # as if killed before it could be removed
+    again = Journal(path)
+    assert again.finished
+    assert again.rows == ROWS[::-1]
+    assert not again.part.exists()
+    with pytest.raises(ValueError, match="finished"):
+        again.append(ROWS)
+
+
+def test_journal_with_a_spoilt_line_is_refused(tmp_path):
+    (tmp_path / "work.part").write_text('{"a": 1}\nnonsense\n')
+    with pytest.raises(UserError, match=r"work\.part:2: not JSON"):
+        Journal(tmp_path / "work")
