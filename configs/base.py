@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
-    retriever.compute_dtype = "float32"  # "float32" or "bfloat16".
+    retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
 
     config.generator = generator = ml_collections.ConfigDict()
@@ -61,6 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
 
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
+    contrastive.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.
     contrastive.epochs = 3.0  # Passes over the training queries.
     contrastive.batch_size = 64  # Queries an update; each one's document is a negative of others.
     contrastive.learning_rate = 3e-5  # Peak.

@@ -10,6 +10,7 @@ import ml_collections
 
 from configs import base
 
+# All of them are in requirements.lock.
 PACKAGES = (
     "numpy==2.4.6",
     "scipy==1.17.1",
@@ -18,9 +19,6 @@ PACKAGES = (
     "optax==0.2.8",
     "transformers==5.23.0",
     "pyarrow==26.0.1",
-    "networkx==3.6.1",
-    "pandas==3.1.1",
-    "scikit-learn==1.9.1",
 )
 
 
@@ -30,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.kind = "pydoc"
     config.data.packages = PACKAGES
     config.data.min_pairs = 6000
-    config.data.max_retriever_train = 1280
+    config.data.max_retriever_train = 1024
     config.data.max_generator_train = 48
     config.data.max_dev = 128
     config.data.max_test = 320
@@ -49,6 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.expansion.strategy = "pydoc"
     config.expansion.max_new_tokens = 32
+    config.contrastive.compute_dtype = "bfloat16"
     config.contrastive.epochs = 2.0
     config.contrastive.batch_size = 32
     config.contrastive.learning_rate = 5e-5

@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_dev = 8
     config.data.max_test = 16
     config.retriever.source = str(MODELS / "tiny-bert")
-    config.retriever.max_length = 32
+    config.retriever.max_length = 16  # One length, so one program each.
     config.generator.source = str(MODELS / "tiny-llama")
     config.generator.compute_dtype = "float32"
     config.generator.slots = 16

@@ -33,21 +33,27 @@ def test_grouped_heads_and_masks_equal_the_twin(kv_heads):
         np.testing.assert_allclose(found, twin(q, k, v, mask, 0.7), atol=1e-5)
 
 
-def test_cache_and_new_keys_share_one_softmax():
-    q, k, v = random(0, 2, 3, 4, 8), random(1, 2, 9, 2, 8), random(2, 2, 9, 2, 8)
-    mask = random(3, 2, 3, 9) > -0.5
-    mask[..., -1] = True
-    heads_major = [jnp.asarray(x[:, :6].swapaxes(1, 2)) for x in (k, v)]
-    found = attend_with_cache(
-        jnp.asarray(q),
-        jnp.asarray(k[:, 6:]),
-        jnp.asarray(v[:, 6:]),
-        jnp.asarray(mask[..., 6:]),
-        *heads_major,
-        jnp.asarray(mask[..., :6]),
+def test_a_new_token_is_written_and_attended_to():
+    places = np.array([4, 2])
+    q, k, v = random(0, 2, 1, 4, 8), random(1, 2, 6, 2, 8), random(2, 2, 6, 2, 8)
+    new_k, new_v = (np.stack([x[[0], 4], x[[1], 2]]) for x in (k, v))
+    old_k, old_v = k.copy(), v.copy()
+    for row, place in enumerate(places):
+        old_k[row, place:], old_v[row, place:] = 7.0, 7.0
+    mask = np.arange(6) <= places[:, None, None]
+    found, keys, values = attend_with_cache(
+        *map(jnp.asarray, (q, new_k, new_v)),
+        jnp.asarray(old_k.transpose(0, 2, 3, 1)),
+        jnp.asarray(old_v.transpose(0, 2, 1, 3)),
+        jnp.asarray(places),
+        jnp.asarray(mask),
         scale=0.5,
     )
     np.testing.assert_allclose(found, twin(q, k, v, mask, 0.5), atol=1e-5)
+    filled = np.arange(6) <= places[:, None]
+    np.testing.assert_allclose(np.asarray(keys).transpose(0, 3, 1, 2)[filled], k[filled], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(values).swapaxes(1, 2)[filled], v[filled], atol=1e-6)
+    assert (np.asarray(values).swapaxes(1, 2)[~filled] == 7).all()
 
 
 def test_large_scores_and_rows_that_see_nothing_stay_finite():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from expandr_jax.models.decoder import KVCache, causal_mask, token_positions
+from expandr_jax.models.decoder import KVCache, causal_mask, token_positions, unstack_layers
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models
 
@@ -58,25 +58,31 @@ def test_cached_decoding_equals_the_full_pass(pair):
     # The cache starts with some of each row; the rest is fed token by token.
     start = jnp.asarray([8, 2, 0])
     fresh = jnp.arange(ids.shape[1])[:, None] >= start[:, None, None, None]
-    cache = KVCache(jnp.where(fresh, 7.0, keys), jnp.where(fresh, 7.0, values), start)
+    keys, values = (jnp.where(fresh, 7.0, x) for x in (keys, values))
+    cache = KVCache(tuple(keys.swapaxes(3, 4)), tuple(values), start)
+    module, params = module.clone(unroll=True), unstack_layers(params)
 
     @jax.jit
     def step(params, cache, token):
-        hidden, kv = module.apply(
-            {"params": params},
-            token[:, None],
-            cache.length[:, None],
-            jnp.ones((len(token), 1, 1), bool),
-            cache,
-            keep_kv=True,
-        )
-        return module.apply({"params": params}, hidden, method="logits")[:, 0], cache.append(*kv)
+        hidden, cache = module.apply({"params": params}, token, cache, method="decode")
+        return module.apply({"params": params}, hidden, method="logits"), cache
 
     rows = np.arange(len(ids))
     for _ in range(9):
         place = np.asarray(cache.length)
         logits, cache = step(params, cache, jnp.asarray(ids[rows, place]))
         np.testing.assert_allclose(logits, expected[rows, place], atol=1e-4, rtol=0)
+
+
+def test_unrolled_layers_compute_the_same(pair):
+    _, module, params = pair
+    ids, mask = tiny_models.ragged_batch("right")
+    expected, (keys, _) = full_pass(module, params, ids, mask)
+    found, (unrolled_keys, _) = full_pass(
+        module.clone(unroll=True), unstack_layers(params), ids, mask
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(jnp.stack(unrolled_keys), keys, atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")

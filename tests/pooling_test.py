@@ -7,7 +7,9 @@ import pytest
 
 from expandr_jax.models.pooling import l2_normalize, pool
 
-HIDDEN = jnp.asarray([[[1.0, 2.0], [3.0, 6.0], [50.0, 50.0]], [[50.0, 50.0], [2.0, 0.0], [4.0, 8.0]]])
+HIDDEN = jnp.asarray(
+    [[[1.0, 2.0], [3.0, 6.0], [50.0, 50.0]], [[50.0, 50.0], [2.0, 0.0], [4.0, 8.0]]]
+)
 MASK = jnp.asarray([[1, 1, 0], [0, 1, 1]])
 
 

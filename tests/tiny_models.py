@@ -78,7 +78,7 @@ TEMPLATE = (
 
 
 def torch_model(family: str, *, head: bool = False) -> torch.nn.Module:
-    """A random model in evaluation mode; biases and norms are random too, which defaults are not."""
+    """A random model in evaluation mode; its biases and norms are random too."""
     kind, options = _FAMILIES[family]
     config = getattr(transformers, f"{kind}Config")(**options)
     if kind == "Gemma3Text" and head:
@@ -110,9 +110,10 @@ def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     return [row[keep > 0] for row, keep in zip(np.asarray(values), np.asarray(mask), strict=True)]
 
 
-def save_tokenizer(directory: Path, *, chat: bool) -> PreTrainedTokenizerFast:
+def save_tokenizer(directory: Path, *, chat: bool, pad_id: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of single letters, with special tokens, and a template for chat."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    special = ["<s>", "</s>", "<unk>"]
+    special.insert(pad_id, "<pad>")
     letters = [chr(c) for c in range(ord("!"), ord("~"))][: VOCAB - 5]
     vocab = {token: i for i, token in enumerate([*special, "Ġ", *letters])}
     backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
@@ -121,7 +122,7 @@ def save_tokenizer(directory: Path, *, chat: bool) -> PreTrainedTokenizerFast:
     backend.add_special_tokens([AddedToken(token, special=True) for token in special])
     if not chat:
         backend.post_processor = processors.TemplateProcessing(
-            "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", 1), ("</s>", 2)]
+            "<s> $A </s>", "<s> $A </s> $B </s>", [("<s>", vocab["<s>"]), ("</s>", 2)]
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -140,5 +141,5 @@ def save(directory: Path, family: str, *, head: bool = False) -> torch.nn.Module
     """Writes a random model and a tokenizer as transformers does."""
     model = torch_model(family, head=head)
     model.save_pretrained(directory)
-    save_tokenizer(directory, chat=head)
+    save_tokenizer(directory, chat=head, pad_id=model.config.pad_token_id)
     return model

@@ -29,7 +29,9 @@ def padded(rows):
 
 def test_minilm_equals_transformers(minilm):
     retriever, params = minilm
-    rows = retriever.token_ids(["how do I pad an array", "Fourier transform " * 40, "", "naïve 東京"])
+    rows = retriever.token_ids(
+        ["how do I pad an array", "Fourier transform " * 40, "", "naïve 東京"]
+    )
     ids, mask = padded(rows)
     reference = transformers.AutoModel.from_pretrained(locate(conftest.MINILM)).eval()
     with torch.no_grad():
@@ -56,7 +58,9 @@ def test_minilm_settings_come_from_its_directory(minilm):
 @pytest.fixture(scope="module")
 def torch_smollm2():
     path = locate(conftest.SMOLLM2)
-    return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name
+    ).eval()
 
 
 def logits(module, params, ids, mask):
@@ -69,29 +73,23 @@ PROMPTS = ["Hi", "Write 123 words about Paris and Rome, please.", "Define numpy.
 
 def test_smollm2_logits_and_greedy_text_equal_transformers(smollm2, torch_smollm2):
     generator, params = smollm2
-    rows = [generator.chat_ids(text, 100)[0] for text in PROMPTS]
-    steps = 16
-    ids, mask = padded([row + [0] * steps for row in rows])
-    lengths = np.array([len(row) for row in rows])
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(int)
-    run = jax.jit(lambda ids, mask: logits(generator.module, params, ids, mask))
+    prompts = [generator.chat_ids(text, 100)[0] for text in PROMPTS]
+    with torch.no_grad():
+        whole = [
+            torch_smollm2.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)[0]
+            for prompt in prompts
+        ]
+    ids, mask = padded([row.numpy() for row in whole])
     with torch.no_grad():
         expected = torch_smollm2(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
-    assert np.abs((run(ids, mask) - expected) * mask[..., None]).max() < 2e-4
-
-    for _ in range(steps):
-        last = np.asarray(run(ids, mask))[np.arange(len(rows)), lengths - 1]
-        ids[np.arange(len(rows)), lengths] = last.argmax(1)
-        lengths = lengths + 1
-        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(int)
-    for row, prompt in enumerate(rows):
-        with torch.no_grad():
-            theirs = torch_smollm2.generate(
-                torch.tensor([prompt]), max_new_tokens=steps, do_sample=False
-            )[0, len(prompt) :].tolist()
-        ours = ids[row, len(prompt) : len(prompt) + steps].tolist()
-        assert generator.decode(ours) == generator.decode(theirs)
-        assert ours[: len(theirs)] == theirs
+    found = jax.jit(logits, static_argnums=0)(generator.module, params, ids, mask)
+    assert np.abs((found - expected) * mask[..., None]).max() < 2e-4
+    # If ours is the best next token after each of theirs, then our greedy text is theirs.
+    best = np.asarray(found).argmax(-1)
+    for row, prompt, text in zip(best, prompts, whole, strict=True):
+        answer = text[len(prompt) :].tolist()
+        assert row[len(prompt) - 1 : len(text) - 1].tolist() == answer
+        assert generator.decode(answer)
 
 
 def test_smollm2_chat_prompt(smollm2):
@@ -104,8 +102,9 @@ def test_smollm2_chat_prompt(smollm2):
     )
     assert generator.eos_ids == (2,)
     end, truncated = generator.chat_ids("Add 12 and 3.", 7)
-    assert truncated and end == ids[-7:]
-    assert generator.decode([*ids[-2:], 2, 99]) == "assistant\n"
+    assert truncated
+    assert end == ids[-7:]
+    assert generator.decode([1, *ids[-3:], 2, 99]) == "assistant\n"
 
 
 def test_nothing_imports_torch_or_the_model_packages():
@@ -158,10 +157,13 @@ def test_shards_prefixes_and_old_names_load_the_same(bert, llama, tmp_path):
     _, params, _ = load_model(str(bert))
     change_tensors(
         bert,
-        lambda tensors: {
-            "bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma"): v for k, v in tensors.items()
-        }
-        | {"cls.predictions.bias": np.zeros(3, np.float32)},
+        lambda tensors: (
+            {
+                "bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma"): v
+                for k, v in tensors.items()
+            }
+            | {"cls.predictions.bias": np.zeros(3, np.float32)}
+        ),
     )
     assert_same(params, load_model(str(bert))[1])
 
@@ -197,8 +199,8 @@ def test_a_retriever_from_a_decoder_has_no_head(llama):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight") and None, "1 tensors are missing: model.norm.weight"),
-        (lambda t: t.pop("lm_head.weight") is None or None, "are missing: lm_head.weight"),
+        (lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
+        (lambda t: t.pop("lm_head.weight"), "are missing: lm_head.weight"),
         (lambda t: t.update(extra=np.zeros(2)), "1 tensors are unknown: extra"),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}),
@@ -224,7 +226,10 @@ def test_bad_tensors_are_named(llama, change, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2' is not supported; supported: bert"),
+        (
+            {"model_type": "gpt2"},
+            "config.json: model_type 'gpt2' is not supported; supported: bert",
+        ),
         ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1}}, "rope_type 'yarn'"),
@@ -261,34 +266,36 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch, llama
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_generator("owner/name")
-    with pytest.raises(UserError, match="owner/gone: cannot be had .*: offline$"):
+    with pytest.raises(UserError, match=r"owner/gone: no such path here.* hub: offline$"):
         load_model("owner/gone")
     assert asked == ["owner/name", "owner/gone"]
 
 
 def test_refused_files(llama, bert, tmp_path):
-    with pytest.raises(UserError, match="model.safetensors: sha256 is .*, expected 00"):
+    with pytest.raises(UserError, match=r"model.safetensors: sha256 is .*, expected 00"):
         load_model(str(llama), sha256="00")
-    with pytest.raises(UserError, match="a bert model cannot generate text"):
+    with pytest.raises(UserError, match=r"a bert model cannot generate text"):
         load_generator(str(bert))
-    with pytest.raises(UserError, match="no modules.json here: pooling and normalize must be given"):
+    with pytest.raises(
+        UserError, match=r"no modules.json here: pooling and normalize must be given"
+    ):
         load_retriever(str(bert))
     (llama / "chat_template.jinja").unlink()
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match=r"no chat template"):
         load_generator(str(llama))
     (llama / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json: no such file"):
+    with pytest.raises(UserError, match=r"tokenizer.json: no such file"):
         load_generator(str(llama))
     (llama / "model.safetensors").write_bytes(b"junk")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"not a readable safetensors file"):
         load_model(str(llama))
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin, a pickle, can run code"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin, a pickle, can run code"):
         load_model(str(llama))
     (llama / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: not readable JSON"):
+    with pytest.raises(UserError, match=r"config.json: not readable JSON"):
         load_model(str(llama))
-    with pytest.raises(UserError, match="a model is a directory or a .gguf file"):
+    with pytest.raises(UserError, match=r"a model is a directory or a .gguf file"):
         load_model(str(llama / "config.json"))
 
 

@@ -202,7 +202,7 @@ def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any
 
 
 def main(_: Any) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     train_joint(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
 
 

@@ -1,10 +1,12 @@
 """Trains the retriever contrastively, on plain or on expanded queries."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from expandr_jax.checkpoint import Checkpoints
@@ -59,11 +61,13 @@ def train_retriever(
             weight_decay=config.weight_decay,
         )
     )
+    # Training may compute in another type than encoding does; the weights are float32 in both.
+    module = models.retriever.module.clone(dtype=jnp.dtype(config.compute_dtype))
     rows = batch_sharding(models.mesh)
     step_fn = jax.jit(
         functools.partial(
             contrastive_step,
-            retriever=models.retriever,
+            retriever=dataclasses.replace(models.retriever, module=module),
             optimizer=optimizer,
             config=ContrastiveConfig(
                 temperature=config.temperature,

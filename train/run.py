@@ -62,6 +62,8 @@ class Run:
         except OSError:
             raise UserError(f"{workdir}: another process is running in this workdir") from None
         self._check_config()
+        if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
+            jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
         self.metrics = MetricsLog(self.workdir)
         self._timings_path = self.path("timings.json")
 

@@ -6,6 +6,7 @@ that nothing is executed and the collection depends on the packages' versions al
 """
 
 import ast
+import csv
 import gc
 import hashlib
 import importlib.metadata
@@ -153,14 +154,17 @@ def _find(spec: str) -> _Package:
             f"pydoc: package {name} is installed as {distribution.version}; expected {version}: "
             + command
         )
-    files = sorted({str(file) for file in distribution.files or () if _is_source(file)})
+    # Not distribution.files, which from Python 3.12 on hides files that are gone from the disk.
+    record = csv.reader((distribution.read_text("RECORD") or "").splitlines())
+    files = sorted({row[0] for row in record if row and _is_source(PurePosixPath(row[0]))})
     if not files:
         raise UserError(f"pydoc: package {name} has no list of its source files; {command}")
     return _Package(name, version, distribution, files)
 
 
 def _is_source(path: PurePosixPath) -> bool:
-    if path.suffix != ".py" or ".." in path.parts or re.search(r"\s", str(path)):
+    # White space and colons would spoil the ids.
+    if path.suffix != ".py" or ".." in path.parts or re.search(r"[\s:]", str(path)):
         return False
     if path.name.startswith("test_") or path.stem.endswith("_test"):
         return False

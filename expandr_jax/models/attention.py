@@ -6,7 +6,7 @@ their sum after the product with the values, which touches far fewer numbers tha
 this is the quickest of the forms tried, forward and backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,71 +36,69 @@ def attend(
     Returns:
         [batch, length, heads, head_dim] in q's type.
     """
-    return _attend(q, [(k.swapaxes(1, 2), v.swapaxes(1, 2), mask)], scale, dropout)
+    batch, length, heads, head_dim = q.shape
+    groups = k.shape[2]
+    rows = (batch, groups, heads // groups, length)
+    q_rows = q.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    q_rows = (q_rows * scale).astype(q.dtype).reshape(batch, groups, -1, head_dim)
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
+
+    scores = jnp.einsum("bkth,bksh->bkts", q_rows, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores.reshape(*rows, -1), _MASKED)
+    # The maximum only guards against overflow: it cancels, so no gradient flows through it.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if dropout is not None:
+        weights = dropout(weights)
+    weights = weights.astype(q.dtype).reshape(batch, groups, -1, weights.shape[-1])
+    out = jnp.einsum("bkts,bksh->bkth", weights, v, preferred_element_type=jnp.float32)
+    out = (out.reshape(*rows, head_dim) / total).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, length, heads, head_dim).astype(q.dtype)
 
 
 def attend_with_cache(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
     cached_keys: jax.Array,
     cached_values: jax.Array,
-    cache_mask: jax.Array,
+    place: jax.Array,
+    mask: jax.Array,
     scale: float,
-) -> jax.Array:
-    """Attends to cached and new keys at once, without joining them in memory.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes one new token per row into a cache, then attends to what the cache holds.
+
+    Keys are stored with their slots innermost, which makes both products of a step plain ones, and
+    written before they are read, which lets XLA update the cache in place.
 
     Args:
-        q: Queries [batch, length, heads, head_dim].
-        k: New keys [batch, length, kv_heads, head_dim].
+        q: Queries [batch, 1, heads, head_dim].
+        k: New keys [batch, 1, kv_heads, head_dim].
         v: New values, shaped as `k`.
-        mask: [batch, length, length] bool, over the new keys.
-        cached_keys: [batch, kv_heads, slots, head_dim].
-        cached_values: Shaped as `cached_keys`.
-        cache_mask: [batch, length, slots] bool, over the cached keys.
-        scale: Factor on the scores.
+        cached_keys: [batch, kv_heads, head_dim, slots].
+        cached_values: [batch, kv_heads, slots, head_dim].
+        place: [batch] int32, the slot that each row's new token takes.
+        mask: [batch, 1, slots] bool, True where attention is allowed, the new token's slot included.
+        scale: Factor on the scores, usually head_dim ** -0.5.
 
     Returns:
-        [batch, length, heads, head_dim] in q's type.
+        [batch, 1, heads, head_dim] in q's type, and both caches with the new tokens.
     """
-    new = (k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-    return _attend(q, [(cached_keys, cached_values, cache_mask), new], scale, None)
-
-
-def _attend(
-    q: jax.Array,
-    blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
-    scale: float,
-    dropout: Callable[[jax.Array], jax.Array] | None,
-) -> jax.Array:
-    """One softmax over blocks of (keys, values [batch, kv_heads, keys, head_dim], mask)."""
-    batch, length, heads, head_dim = q.shape
-    groups = blocks[0][0].shape[1]
-    rows = (batch, groups, heads // groups, length)
-    q_rows = q.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    q_rows = (q_rows * scale).astype(q.dtype).reshape(batch, groups, -1, head_dim)
-
-    scores = []
-    for k, _, mask in blocks:
-        s = jnp.einsum(
-            "bkth,bksh->bkts", q_rows, k.astype(q.dtype), preferred_element_type=jnp.float32
-        )
-        s = jnp.where(mask[:, None, None], s.reshape(*rows, -1), _MASKED)
-        scores.append(s)
-    # The maximum only guards against overflow: it cancels, so no gradient flows through it.
-    peak = [jnp.max(s, axis=-1, keepdims=True) for s in scores]
-    peak = jax.lax.stop_gradient(jnp.max(jnp.concatenate(peak, axis=-1), axis=-1, keepdims=True))
-
-    total, out = 0.0, 0.0
-    for s, (_, v, _) in zip(scores, blocks, strict=True):
-        weights = jnp.exp(s - peak)
-        total += jnp.sum(weights, axis=-1, keepdims=True)
-        if dropout is not None:
-            weights = dropout(weights)
-        weights = weights.astype(q.dtype).reshape(batch, groups, -1, weights.shape[-1])
-        out += jnp.einsum(
-            "bkts,bksh->bkth", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
-        ).reshape(*rows, head_dim)
-    out = (out / total).transpose(0, 3, 1, 2, 4)
-    return out.reshape(batch, length, heads, head_dim).astype(q.dtype)
+    batch, _, heads, head_dim = q.shape
+    dtype = cached_keys.dtype
+    write = jax.vmap(jax.lax.dynamic_update_slice)
+    zero = jnp.zeros_like(place)
+    cached_keys = write(
+        cached_keys, k.astype(dtype).transpose(0, 2, 3, 1), jnp.stack([zero, zero, place], 1)
+    )
+    cached_values = write(
+        cached_values, v.astype(dtype).swapaxes(1, 2), jnp.stack([zero, place, zero], 1)
+    )
+    rows = (q * scale).astype(dtype).reshape(batch, k.shape[2], -1, head_dim)
+    scores = jnp.einsum("bkgd,bkds->bkgs", rows, cached_keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    out = jnp.einsum(
+        "bkgs,bksd->bkgd", weights, cached_values, preferred_element_type=jnp.float32
+    )
+    return out.reshape(batch, 1, heads, head_dim).astype(q.dtype), cached_keys, cached_values

@@ -1,12 +1,12 @@
 """One decoder-only transformer for Llama, Mistral, Qwen and Gemma, chosen by explicit options.
 
 Layers run under `nn.scan`, so every parameter of a layer is stacked along a leading "layers" axis
-and a program's size does not grow with depth. Attention reads a key-value cache but never writes
-it: a call returns the new keys and values, and the caller puts them where they belong, which lets
-one cache serve prefill, decoding with slots, and prompts shared by several continuations.
+and a program's size does not grow with depth. Decoding unrolls them instead: a step does so little
+work that slicing each layer's weights and cache out of a stack would cost as much again.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -79,29 +79,25 @@ class DecoderConfig:
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of past tokens: [layers, batch, kv_heads, slots, head_dim] each.
+    """Keys and values of past tokens, an array for each layer.
 
-    Slot s of a row holds the token at position s; `length` [batch] says how many slots are filled.
+    Attributes:
+        keys: Each [batch, kv_heads, head_dim, slots]; slot s of a row holds the token at position s.
+        values: Each [batch, kv_heads, slots, head_dim].
+        length: [batch] int32, how many slots of a row are filled.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     length: jax.Array
 
     @classmethod
     def zeros(cls, config: DecoderConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
-
-    def append(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """Writes one token per row, [layers, batch, kv_heads, 1, head_dim], at each row's length."""
-        rows = jnp.arange(keys.shape[1])
-        place = (slice(None), rows, slice(None), self.length)
-        # Advanced indices are apart, so their axis comes first: [batch, layers, kv_heads, head_dim].
-        return KVCache(
-            self.keys.at[place].set(jnp.moveaxis(keys[:, :, :, 0], 1, 0).astype(self.keys.dtype)),
-            self.values.at[place].set(jnp.moveaxis(values[:, :, :, 0], 1, 0).astype(self.values.dtype)),
-            self.length + 1,
+        layers, heads, width = range(config.num_layers), config.num_kv_heads, config.head_dim
+        return cls(
+            tuple(jnp.zeros((batch, heads, width, slots), dtype) for _ in layers),
+            tuple(jnp.zeros((batch, heads, slots, width), dtype) for _ in layers),
+            jnp.zeros((batch,), jnp.int32),
         )
 
 
@@ -130,7 +126,7 @@ class Attention(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x, rope, mask, cached, cache_mask, deterministic):
+    def __call__(self, x, rope, mask, cached, deterministic):
         cfg = self.config
         batch, length, _ = x.shape
 
@@ -148,14 +144,14 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         scale = cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
         if cached is None:
-            out = attend(q, k, v, mask=mask, scale=scale)
+            out, kv = attend(q, k, v, mask=mask, scale=scale), (k.swapaxes(1, 2), v.swapaxes(1, 2))
         else:
-            out = attend_with_cache(q, k, v, mask, *cached, cache_mask, scale=scale)
+            out, *kv = attend_with_cache(q, k, v, *cached, mask=mask, scale=scale)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
         out = Projection(
             cfg.hidden_size, ("heads", "embed"), False, self.dtype, self.lora, name="o_proj"
         )(out, deterministic)
-        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return out, kv
 
 
 class GatedMLP(nn.Module):
@@ -191,9 +187,9 @@ class Block(nn.Module):
     def __call__(self, x, layer, shared):
         cfg = self.config
         cached, is_local = layer
-        rope, mask, cache_mask = shared["global"]
+        rope, mask = shared["global"]
         if is_local is not None:
-            rope, mask, cache_mask = jax.tree.map(
+            rope, mask = jax.tree.map(
                 lambda a, b: jnp.where(is_local, a, b), shared["local"], shared["global"]
             )
 
@@ -201,7 +197,7 @@ class Block(nn.Module):
             return RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name=name)(y)
 
         attention = Attention(cfg, self.dtype, self.lora, name="self_attn")
-        y, kv = attention(norm("input_norm", x), rope, mask, cached, cache_mask, self.deterministic)
+        y, kv = attention(norm("input_norm", x), rope, mask, cached, self.deterministic)
         x = x + (norm("post_attention_norm", y) if cfg.post_norms else y)
         mlp = GatedMLP(cfg, self.dtype, self.lora, name="mlp")
         y = mlp(norm("mlp_norm", x), self.deterministic)
@@ -218,12 +214,14 @@ class Decoder(nn.Module):
         dtype: Compute type; norms, softmax and logits are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
         lora: Settings for the "lora" collection, if one is passed.
+        unroll: Layers one by one, with parameters from `unstack_layers`.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     lora: LoraConfig | None = None
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -231,7 +229,6 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         mask: jax.Array,
-        cache: KVCache | None = None,
         *,
         keep_kv: bool = False,
         deterministic: bool = True,
@@ -242,43 +239,33 @@ class Decoder(nn.Module):
             tokens: [batch, length] int32.
             positions: [batch, length] int32, the rotary positions.
             mask: [batch, length, length] bool, which of these tokens each may attend to.
-            cache: Past keys and values; all filled slots are visible to every token.
             keep_kv: Return these tokens' keys and values too.
             deterministic: False applies the adapter's dropout (rng "dropout").
 
         Returns:
             Hidden states [batch, length, hidden_size] in the compute type; with `keep_kv` also
-            (keys, values), each [layers, batch, kv_heads, length, head_dim].
+            (keys, values), each [layers, batch, kv_heads, length, head_dim], or a tuple of them
+            layer by layer where these are unrolled.
         """
-        cfg = self.config
-        x = self._embedding()[tokens].astype(self.dtype)
-        if cfg.scale_embeddings:
-            x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
-        cached = None if cache is None else (cache.keys, cache.values)
-        shared = {"global": self._positions(positions, mask, cache, cfg.rope_theta, None)}
-        is_local = None
-        if cfg.sliding_window is not None and any(cfg.layer_is_local):
-            theta = cfg.rope_local_theta or cfg.rope_theta
-            shared["local"] = self._positions(positions, mask, cache, theta, cfg.sliding_window)
-            is_local = jnp.asarray(cfg.layer_is_local)
-
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            out_axes=0,
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.lora, deterministic, keep_kv, name="layers")
-        x, kv = layers(x, (cached, is_local), shared)
-        x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
-        if self.is_initializing() and not cfg.tie_embeddings:
-            self._head()
+        x, kv = self._forward(tokens, positions, mask, None, keep_kv, deterministic)
         return (x, kv) if keep_kv else x
+
+    @nn.compact
+    def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Adds one token to each row of a cache; for unrolled layers.
+
+        Args:
+            tokens: [batch] int32.
+            cache: What came before; the tokens' keys and values are written at `cache.length`.
+
+        Returns:
+            Hidden states [batch, hidden_size] in the compute type, and the cache, longer by one.
+        """
+        positions = cache.length[:, None]
+        slots = jnp.arange(cache.keys[0].shape[3], dtype=jnp.int32)
+        mask = (slots <= positions)[:, None]
+        x, (keys, values) = self._forward(tokens[:, None], positions, mask, cache, True, True)
+        return x[:, 0], KVCache(keys, values, cache.length + 1)
 
     @nn.compact
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -301,22 +288,66 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
         return self.param("lm_head", init, (cfg.hidden_size, cfg.vocab_size))
 
-    def _positions(self, positions, mask, cache, theta, window):
-        """Rotary angles and masks of one kind of layer: (rope, mask, cache mask or None)."""
+    def _forward(self, tokens, positions, mask, cache, keep_kv, deterministic):
         cfg = self.config
-        # Llama 3.1's stretching belongs to the global base; local layers (Gemma 3) have none.
-        scaling = cfg.rope_scaling if window is None or cfg.rope_local_theta is None else None
-        rope = rope_angles(positions, cfg.head_dim, theta, scaling)
-        cache_mask = None
-        if window is not None:
-            mask = mask & (positions[:, :, None] - positions[:, None, :] < window)
-        if cache is not None:
-            slots = jnp.arange(cache.keys.shape[3], dtype=jnp.int32)
-            cache_mask = (slots[None, :] < cache.length[:, None])[:, None, :]
-            if window is not None:
-                cache_mask = cache_mask & (positions[:, :, None] - slots[None, None, :] < window)
-            cache_mask = jnp.broadcast_to(cache_mask, (*positions.shape, slots.size))
-        return rope, mask, cache_mask
+        x = self._embedding()[tokens].astype(self.dtype)
+        if cfg.scale_embeddings:
+            x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
+        keys = positions if cache is None else jnp.arange(mask.shape[2], dtype=jnp.int32)[None]
+        shared = {"global": (self._rope(positions, cfg.rope_theta, cfg.rope_scaling), mask)}
+        is_local = None
+        if cfg.sliding_window is not None and any(cfg.layer_is_local):
+            # Llama 3.1's stretching belongs to the global base; local layers (Gemma 3) have none.
+            scaling = cfg.rope_scaling if cfg.rope_local_theta is None else None
+            rope = self._rope(positions, cfg.rope_local_theta or cfg.rope_theta, scaling)
+            near = positions[:, :, None] - keys[:, None, :] < cfg.sliding_window
+            shared["local"] = rope, mask & near
+            is_local = jnp.asarray(cfg.layer_is_local)
+        run = self._unrolled if self.unroll else self._scanned
+        x, kv = run(x, cache, is_local, shared, deterministic, keep_kv)
+        x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
+        if self.is_initializing() and not cfg.tie_embeddings:
+            self._head()
+        return x, kv
+
+    def _scanned(self, x, cache, is_local, shared, deterministic, keep_kv):
+        assert cache is None, "a cache needs unrolled layers"
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            out_axes=0,
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config, self.dtype, self.lora, deterministic, keep_kv, name="layers")
+        return layers(x, (None, is_local), shared)
+
+    def _unrolled(self, x, cache, is_local, shared, deterministic, keep_kv):
+        kv = []
+        for i in range(self.config.num_layers):
+            cached = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
+            local = None if is_local is None else is_local[i]
+            block = Block(
+                self.config, self.dtype, self.lora, deterministic, keep_kv, name=f"layer_{i}"
+            )
+            x, new = block(x, (cached, local), shared)
+            kv.append(new)
+        return x, tuple(zip(*kv, strict=True)) if keep_kv else None
+
+    def _rope(self, positions, theta, scaling):
+        return rope_angles(positions, self.config.head_dim, theta, scaling)
+
+
+def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters or an adapter for `Decoder(unroll=True)`: "layers" split into "layer_0" and on."""
+    tree = dict(tree)
+    stacked = tree.pop("layers")
+    count = jax.tree.leaves(stacked)[0].shape[0]
+    return tree | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
 
 
 def causal_mask(attention_mask: jax.Array) -> jax.Array:

@@ -21,9 +21,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     """
     if kind == "mean":
         weights = mask.astype(jnp.float32)
-        total = jnp.einsum(
-            "btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32
-        )
+        total = jnp.einsum("btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32)
         return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     if kind == "cls":
         place = jnp.argmax(mask, axis=1)
@@ -33,7 +31,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """Scales the last axis to length one, in float32; a zero vector stays zero, with zero gradient."""
+    """Scales the last axis to length one, in float32; zero stays zero, with zero gradient."""
     x = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     present = squares > 1e-24  # PyTorch's floor of the length, 1e-12, squared

@@ -84,8 +84,6 @@ class Retriever:
         inputs = [input_ids, attention_mask]
         if isinstance(self.module, Decoder):
             inputs = [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
-        hidden = self.module.apply(
-            variables, *inputs, deterministic=dropout_key is None, rngs=rngs
-        )
+        hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
         vectors = pool(hidden, attention_mask, self.pooling)
         return l2_normalize(vectors) if self.normalize else vectors

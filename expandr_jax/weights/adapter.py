@@ -99,7 +99,9 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     where = directory / "adapter_config.json"
     settings = read_json(where)
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is")
+        raise UserError(
+            f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is"
+        )
     for key, value in _PLAIN.items():
         if settings.get(key) and settings[key] != value:
             raise UserError(f"{where}: {key}={settings[key]!r} is not supported; only {value!r} is")
@@ -111,8 +113,10 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
             if any(key in tensors for key in keys):
                 flat[f"{path}/{name}"] = _stack(where.parent, tensors, keys, rank, name)
     if tensors or not flat:
-        raise UserError(f"{where.parent}: tensors fit no projection: {', '.join(sorted(tensors)[:5])}")
-    targets = tuple(f"^{re.escape(path)}$" for path in sorted({p.rsplit('/', 1)[0] for p in flat}))
+        raise UserError(
+            f"{where.parent}: tensors fit no projection: {', '.join(sorted(tensors)[:5])}"
+        )
+    targets = tuple(f"^{re.escape(path)}$" for path in sorted({p.rsplit("/", 1)[0] for p in flat}))
     lora = LoraConfig(rank, settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
     return lora, traverse_util.unflatten_dict(flat, sep="/")
 
@@ -146,7 +150,9 @@ def _stack(
     parts = [np.asarray(tensors.pop(key), np.float32).T for key in keys]
     for key, part in zip(keys, parts, strict=True):
         if part.shape != parts[0].shape or part.shape[-1 if name == "a" else 0] != rank:
-            raise UserError(f"{where}: {key} has shape {part.T.shape}, which does not fit rank {rank}")
+            raise UserError(
+                f"{where}: {key} has shape {part.T.shape}, which does not fit rank {rank}"
+            )
         if not np.isfinite(part).all():
             raise UserError(f"{where}: {key} has NaN or infinite values")
     return jnp.asarray(np.stack(parts))

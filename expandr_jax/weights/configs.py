@@ -1,4 +1,4 @@
-"""config.json of Hugging Face to our model configurations; says what is supported and what is not."""
+"""Hugging Face's config.json to our model configurations, and what of it is supported."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +37,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 262208,
     },
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"head_dim": 128, "max_position_embeddings": 32768, "num_key_value_heads": 32},
     "roberta": {"layer_norm_eps": 1e-12, "type_vocab_size": 2},
@@ -55,7 +59,7 @@ def model_config(hf: Mapping[str, Any], where: str) -> BertConfig | DecoderConfi
         The configuration of the module that computes the same function.
 
     Raises:
-        UserError: If the model's type or one of its options is not supported, or a field is missing.
+        UserError: If the type or an option of the model is not supported, or a field is missing.
     """
     kind = hf.get("model_type")
     if kind not in ENCODERS + DECODERS:
@@ -148,7 +152,7 @@ def _sliding(hf: Mapping[str, Any], where: str) -> tuple[int | None, tuple[bool,
 
 
 def _rope(hf: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Rotary settings by kind of layer, from the present form (rope_parameters) or the older one."""
+    """Rotary settings by kind of layer, from the present form (rope_parameters) or the older."""
     given = hf.get("rope_parameters")
     if given is None:
         full = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_scaling") or {})}
@@ -175,7 +179,9 @@ def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
             rope["high_freq_factor"],
             rope["original_max_position_embeddings"],
         )
-    raise UserError(f"{where}: rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    raise UserError(
+        f"{where}: rope_type {kind!r} is not supported; supported: default, linear, llama3"
+    )
 
 
 def _activation(name: str, where: str) -> str:

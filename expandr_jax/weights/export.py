@@ -68,7 +68,7 @@ def export_retriever(
 def export_generator(
     directory: str | os.PathLike, generator: Generator, params: Mapping[str, Any], dtype: Any = None
 ) -> None:
-    """Writes a directory that transformers loads as a causal language model, chat template included.
+    """Writes a directory that transformers loads as a causal language model that can chat.
 
     Args:
         directory: Replaced if it is there.
@@ -146,9 +146,7 @@ def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     path.chmod(0o644)
 
 
-def _write_tokenizer(
-    directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
-) -> None:
+def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

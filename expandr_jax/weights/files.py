@@ -37,7 +37,7 @@ class ModelFiles(Protocol):
 
 
 class HfDirectory:
-    """A directory that transformers wrote: config.json, safetensors, tokenizer.json; a `ModelFiles`."""
+    """A directory as transformers writes it; a `ModelFiles`."""
 
     def __init__(self, path: Path):
         """Opens the files; raises UserError if one is missing or cannot be read."""
@@ -48,13 +48,15 @@ class HfDirectory:
         if single.is_file():
             self.where, self.files = str(single), [single]
         elif index.is_file():
-            shards = set(read_json(index)["weight_map"].values())
+            shards = set(read_json(index).get("weight_map", {}).values())
             self.where, self.files = str(index), [path / name for name in sorted(shards)]
         else:
             raise UserError(
                 f"{path}: no model.safetensors here; pytorch_model.bin, a pickle, can run code "
                 "when read and is refused: load and save such a model with transformers first"
             )
+        if not self.files:
+            raise UserError(f"{index}: it lists no weights files")
         self._stored = {}
         self._shapes = {}
         for file in self.files:
@@ -62,7 +64,8 @@ class HfDirectory:
                 handle = safe_open(file, framework="numpy")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-            for name in handle.keys():  # not a mapping: it has no other way to list them
+            names = handle.keys()
+            for name in names:
                 # Files converted from TensorFlow keep its names of a norm's parameters.
                 present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
                 present = present.replace("LayerNorm.beta", "LayerNorm.bias")

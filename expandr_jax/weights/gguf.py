@@ -1,11 +1,20 @@
-"""GGUF, llama.cpp's one-file format: its tensors, configuration and tokenizer in Hugging Face terms."""
+"""GGUF, llama.cpp's format: tensors, configuration and tokenizer in Hugging Face's terms."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
@@ -115,10 +124,12 @@ class GgufFile:
         if _ROPE_FACTORS not in self._reader.tensors:
             return None
         divisors = self._reader.read(_ROPE_FACTORS)
-        factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+        factor = round(float(divisors.max()), 3)  # a division in float32 gave it
+        low, high, original = 1.0, 4.0, 8192  # of every Llama 3 so far
         turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
         kept = np.clip((turns - low) / (high - low), 0, 1)
-        if not np.allclose(divisors, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
+        expected = 1 / (kept + (1 - kept) / factor)
+        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise UserError(f"{self.where}: {_ROPE_FACTORS} is not Llama 3's rope scaling")
         return {
             "rope_type": "llama3",
@@ -140,7 +151,10 @@ class GgufFile:
         merges = [tuple(pair.split(" ")) for pair in self._field("tokenizer.ggml.merges")]
         vocab = {token: index for index, token in enumerate(tokens)}
         # Llama 3 keeps some merges that its table of tokens makes unreachable; it skips them too.
-        backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
+        try:
+            backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"{self.where}: its tokenizer is damaged: {error}") from None
         if _SPLITS[split] is None:
             cut = [pre_tokenizers.Digits(individual_digits=True)]
         else:
@@ -148,6 +162,8 @@ class GgufFile:
         to_bytes = pre_tokenizers.ByteLevel(
             add_prefix_space=False, use_regex=_SPLITS[split] is None
         )
+        if split == "qwen2":
+            backend.normalizer = normalizers.NFC()
         backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
         backend.decoder = decoders.ByteLevel()
         types = enumerate(self._field("tokenizer.ggml.token_type"))
@@ -160,8 +176,12 @@ class GgufFile:
         )
         special = {
             f"{name}_token": tokens[self._field(f"tokenizer.ggml.{field}_token_id")]
-            for name, field in
-            (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+            for name, field in (
+                ("bos", "bos"),
+                ("eos", "eos"),
+                ("unk", "unknown"),
+                ("pad", "padding"),
+            )
             if self._field(f"tokenizer.ggml.{field}_token_id", None) is not None
         }
         if self._field("tokenizer.ggml.add_bos_token", split == "llama-bpe"):

@@ -12,11 +12,11 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.configs import ENCODERS, model_config
+from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.names import load_params, weights_of
 from expandr_jax.weights.sentence_transformers import Settings, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
-from expandr_jax.weights.files import HfDirectory, ModelFiles
 
 Params = dict[str, Any]
 

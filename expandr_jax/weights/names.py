@@ -78,7 +78,10 @@ def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:
         norms["post_attention_norm"] = "post_attention_layernorm"
         norms["mlp_norm"] = "pre_feedforward_layernorm"
         norms["post_mlp_norm"] = "post_feedforward_layernorm"
-    weights = [Weight("embedding", "embed_tokens.weight"), Weight("final_norm/scale", "norm.weight")]
+    weights = [
+        Weight("embedding", "embed_tokens.weight"),
+        Weight("final_norm/scale", "norm.weight"),
+    ]
     weights += [Weight(f"layers/{ours}/scale", f"{layer}{hf}.weight") for ours, hf in norms.items()]
     for name in ("q_proj", "k_proj", "v_proj"):
         weights += _linear(f"layers/self_attn/{name}", attention + name, config.qkv_bias)
@@ -150,7 +153,9 @@ def load_params(
     for weight in weights:
         shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]
         shape = shape[::-1] if weight.transpose else shape
-        wrong += [f"{n} {shapes[n]} (expected {shape})" for n in parts[weight.path] if shapes[n] != shape]
+        wrong += [
+            f"{n} {shapes[n]} (expected {shape})" for n in parts[weight.path] if shapes[n] != shape
+        ]
     _complain(files.where, "have the wrong shape", wrong)
 
     flat = {}
@@ -160,7 +165,9 @@ def load_params(
             tensor = files.read(name)
             if not np.isfinite(tensor).all():
                 _complain(files.where, "have NaN or infinite values", [name])
-            (leaf[index] if weight.stacked else leaf)[...] = tensor.T if weight.transpose else tensor
+            (leaf[index] if weight.stacked else leaf)[...] = (
+                tensor.T if weight.transpose else tensor
+            )
         flat[weight.path] = jnp.asarray(leaf)
     return traverse_util.unflatten_dict(flat, sep="/")
 

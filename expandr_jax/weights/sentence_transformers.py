@@ -59,7 +59,8 @@ def read_settings(directory: Path) -> Settings | None:
     unknown = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
     if unknown or not {"Transformer", "Pooling"} <= modules.keys():
         raise UserError(
-            f"{listing}: modules are {', '.join(modules)}; supported: Transformer, Pooling, Normalize"
+            f"{listing}: modules are {', '.join(modules)}; "
+            "supported: Transformer, Pooling, Normalize"
         )
     more = read_json(directory / "config_sentence_transformers.json", {})
     bert = read_json(directory / modules["Transformer"] / "sentence_bert_config.json", {})
@@ -85,8 +86,10 @@ def _pooling(path: Path) -> Pooling:
         kinds = [_POOLING.get(key, key) for key in modes]
         kinds = [{"last": "lasttoken"}.get(kind, kind) for kind in kinds]
     if len(kinds) != 1 or kinds[0] not in _NAMES:
-        raise UserError(f"{path}: pooling {'+'.join(map(str, kinds))} is not supported; "
-                        "supported: mean, cls, lasttoken")
+        raise UserError(
+            f"{path}: pooling {'+'.join(map(str, kinds))} is not supported; "
+            "supported: mean, cls, lasttoken"
+        )
     return _NAMES[kinds[0]]
 
 

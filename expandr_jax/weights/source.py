@@ -19,7 +19,7 @@ class Source:
 
     Attributes:
         name: As the user wrote it.
-        config: The Hugging Face configuration, from config.json or made from a GGUF file's metadata.
+        config: As in config.json; made from the metadata of a GGUF file.
         generation_config: generation_config.json, if there is one.
     """
 
@@ -71,9 +71,11 @@ def _from_hub(source: str) -> Path:
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(source, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{source}: cannot be had from the Hugging Face hub: {reason}") from None
+        raise UserError(
+            f"{source}: no such path here, nor can it be had from the Hugging Face hub: {reason}"
+        ) from None
 
 
 def check_hash(files: Sequence[Path], sha256: str | None) -> None:
@@ -89,7 +91,9 @@ def check_hash(files: Sequence[Path], sha256: str | None) -> None:
     if sha256 is None:
         return
     if len(files) != 1:
-        raise UserError(f"{files[0].parent}: sha256 pins one file, but the weights are in {len(files)}")
+        raise UserError(
+            f"{files[0].parent}: sha256 pins one file, but the weights are in {len(files)}"
+        )
     found = hash_file(files[0])
     if found != sha256.lower():
         raise UserError(f"{files[0]}: sha256 is {found}, expected {sha256}")

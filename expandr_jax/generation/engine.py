@@ -1,0 +1,321 @@
+"""Samples many texts at once: prompts are run once, slots are refilled as texts finish."""
+
+import bisect
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from expandr_jax.errors import UserError
+from expandr_jax.generation import slots as device
+from expandr_jax.generation.queue import PromptGroup, PromptQueue
+from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.generation.sampling import sample
+from expandr_jax.models.decoder import Decoder, unstack_layers
+from expandr_jax.sharding import batch_divisor, param_shardings, replicated
+
+PREFILL_TOKENS = 1024  # Of the prompts that are run together.
+ROWS = PartitionSpec(("data", "fsdp"))
+
+
+class Engine:
+    """Continues prompts with a decoder.
+
+    The same request gives the same text whatever the order, the other requests and the restarts,
+    as long as slots, buckets, mesh and weights stay the same. With other slots or another mesh,
+    float32 texts are equal up to the first near tie.
+    """
+
+    def __init__(
+        self,
+        module: Decoder,
+        params: Mapping[str, Any],
+        *,
+        slots: int,
+        prompt_buckets: Sequence[int],
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        seed: int,
+        adapter: Mapping[str, Any] | None = None,
+        steps_per_call: int = 32,
+        cache_dtype: Any = None,
+        mesh: Mesh | None = None,
+        repetition_penalty: bool = False,
+        stop: Sequence[str] = (),
+        decode: Callable[[Sequence[int]], str] | None = None,
+        memory_limit_bytes: int | None = None,
+    ):
+        """Places the weights, and plans the cache's memory.
+
+        Args:
+            module: The decoder; its `lora` settings go with `adapter`.
+            params: Base parameters; kept in the decoder's compute type.
+            slots: Texts sampled at once.
+            prompt_buckets: Lengths in tokens that prompts are padded to.
+            max_new_tokens: Longest text of any request.
+            eos_ids: Tokens that end a text.
+            pad_id: Fills prompts up; never attended to.
+            seed: Of all draws.
+            adapter: LoRA tree, or None for the base model.
+            steps_per_call: Most tokens a slot between two looks of the host at finished texts.
+            cache_dtype: Of keys and values; None: the compute type, but float32 on CPU, where it
+                is quicker.
+            mesh: Slots are split over its data and fsdp axes, heads over its tensor axis.
+            repetition_penalty: Requests may have one; costs a byte per slot and vocabulary entry.
+            stop: Strings that end a text; needs `decode`.
+            decode: Token ids to text.
+            memory_limit_bytes: Most memory of a device for weights and cache; None: no limit.
+
+        Raises:
+            UserError: If `slots` does not fit the mesh, or weights and cache do not fit the limit.
+        """
+        self.buckets = tuple(sorted(prompt_buckets))
+        self.max_new_tokens, self.slots, self.pad_id = max_new_tokens, slots, pad_id
+        self.steps_per_call, self.repetition_penalty = steps_per_call, repetition_penalty
+        self.stop, self.decode = tuple(stop), decode
+        if self.stop and decode is None:
+            raise ValueError("stop strings need `decode`")
+        if mesh is not None and slots % batch_divisor(mesh):
+            raise UserError(
+                f"{slots} slots cannot be split over {batch_divisor(mesh)} devices; "
+                "expected a multiple"
+            )
+        self._mesh = mesh
+        self._module = module.clone(unroll=True, remat="none")
+        default = jnp.float32 if jax.default_backend() == "cpu" else module.dtype
+        self._cache_dtype = jnp.dtype(cache_dtype or default)
+        self._check_memory(params, memory_limit_bytes)
+        self._variables = {"params": unstack_layers(self._place(params))}
+        if adapter is not None:
+            adapter = adapter if mesh is None else jax.device_put(adapter, replicated(mesh))
+            self._variables["lora"] = unstack_layers(adapter)
+        self._build(seed, tuple(eos_ids))
+
+    def plan(self) -> dict[str, int]:
+        """Bytes on each device: the slots' cache, and the largest batch of prompts."""
+        config, mesh = self._module.config, self._mesh
+        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        token *= self._cache_dtype.itemsize
+        if self._heads_axis is not None:
+            token //= mesh.shape["tensor"]
+        rows = self.slots // (1 if mesh is None else batch_divisor(mesh))
+        seen = config.vocab_size if self.repetition_penalty else 0
+        prompts = max(self._prompts(bucket) * bucket for bucket in self.buckets)
+        return {"slots": rows * (self._length * token + seen), "prompts": prompts * token}
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Samples a text for each request.
+
+        Prompts are run once for all requests that share them, if those come close together.
+
+        Args:
+            requests: Read as slots become free.
+
+        Yields:
+            Completions in the order in which they finish.
+
+        Raises:
+            UserError: If a prompt, a text or a penalty is more than the engine was made for.
+        """
+        queue = PromptQueue(map(self._checked, requests), self._bucket, self._prompts)
+        ready: collections.deque[tuple[device.Prefilled, int, Request]] = collections.deque()
+        running: dict[int, Request] = {}
+        slots = self._empty()
+        cancelled = np.zeros(self.slots, bool)
+        while True:
+            while len(running) < self.slots and (ready or queue):
+                if not ready:
+                    ready.extend(self._run_prompts(*queue.take()))
+                slots = self._refill(slots, ready, running)
+            if not running:
+                return
+            waiting = bool(ready or queue)
+            enough = len(running) - 1 - self.slots // 16 if waiting else 0
+            slots = self._decode(
+                self._variables, slots, cancelled, self.steps_per_call, max(enough, 0)
+            )
+            cancelled = np.zeros(self.slots, bool)
+            active, count = jax.device_get((slots.active, slots.count))
+            looked_at = [slot for slot in running if self.stop or not active[slot]]
+            if looked_at:
+                output, near_tie = jax.device_get((slots.output, slots.near_tie))
+            for slot in looked_at:
+                completion = self._completion(
+                    running[slot], output[slot, : count[slot]].tolist(), near_tie[slot], active[slot]
+                )
+                if completion is not None:
+                    cancelled[slot] = active[slot]
+                    del running[slot]
+                    yield completion
+
+    def _checked(self, request: Request) -> Request:
+        if len(request.prompt) > self.buckets[-1]:
+            raise UserError(
+                f"request {request.id!r}: the prompt has {len(request.prompt)} tokens; "
+                f"the largest bucket holds {self.buckets[-1]}"
+            )
+        if request.max_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"request {request.id!r}: max_new_tokens is {request.max_new_tokens}; "
+                f"the engine was made for {self.max_new_tokens}"
+            )
+        if request.repetition_penalty != 1 and not self.repetition_penalty:
+            raise UserError(
+                f"request {request.id!r}: has a repetition penalty; "
+                "the engine was made without (repetition_penalty=True)"
+            )
+        return request
+
+    def _completion(
+        self, request: Request, tokens: list[int], near_tie: np.ndarray, active: bool
+    ) -> Completion | None:
+        """What became of a request, or None if it goes on."""
+        reason = "eos" if tokens and tokens[-1] in self._eos_ids else "length"
+        text = None
+        if self.stop:
+            text = self.decode(tokens)
+            if any(stop in text for stop in self.stop):
+                # The fewest tokens that hold a stop string: the same however often we look.
+                count = bisect.bisect_left(range(len(tokens)), True, key=self._stops_by(tokens))
+                tokens, reason, active = tokens[:count], "stop", False
+                text = self.decode(tokens)
+                text = text[: min(text.find(stop) for stop in self.stop if stop in text)]
+        if active:
+            return None
+        places = np.flatnonzero(near_tie[: len(tokens)])
+        first = int(places[0]) if len(places) else None
+        return Completion(
+            request.id, request.sample, tuple(tokens), reason, len(places), first, text
+        )
+
+    def _stops_by(self, tokens: list[int]) -> Callable[[int], bool]:
+        return lambda count: any(stop in self.decode(tokens[:count]) for stop in self.stop)
+
+    def _run_prompts(
+        self, bucket: int, groups: list[PromptGroup]
+    ) -> Iterator[tuple[device.Prefilled, int, Request]]:
+        tokens = np.full((self._prompts(bucket), bucket), self.pad_id, np.int32)
+        length = np.zeros(len(tokens), np.int32)
+        for row, group in enumerate(groups):
+            tokens[row, : len(group.prompt)] = group.prompt
+            length[row] = len(group.prompt) - 1
+        prompts = self._prefill(self._variables, tokens, length)
+        for row, group in enumerate(groups):
+            for request in group.requests:
+                yield prompts, row, request
+
+    def _refill(
+        self,
+        slots: device.Slots,
+        ready: collections.deque[tuple[device.Prefilled, int, Request]],
+        running: dict[int, Request],
+    ) -> device.Slots:
+        """Moves requests of one batch of prompts into free slots."""
+        source = np.full(self.slots, -1, np.int32)
+        settings = jax.tree.map(np.array, self._idle)
+        prompts = ready[0][0]
+        for slot in range(self.slots):
+            if slot in running or not ready or ready[0][0] is not prompts:
+                continue
+            _, source[slot], request = ready.popleft()
+            running[slot] = request
+            settings.token[slot] = request.prompt[-1]
+            settings.length[slot] = len(request.prompt) - 1
+            settings.limit[slot] = request.max_new_tokens
+            settings.stream[slot] = request.stream
+            settings.sample[slot] = request.sample
+            settings.penalty[slot] = request.repetition_penalty
+            settings.sampling.temperature[slot] = request.temperature
+            settings.sampling.top_p[slot] = request.top_p
+            settings.sampling.top_k[slot] = request.top_k
+            settings.sampling.min_p[slot] = request.min_p
+        return self._insert(slots, prompts, source, settings)
+
+    def _bucket(self, prompt: Sequence[int]) -> int:
+        return self.buckets[bisect.bisect_left(self.buckets, len(prompt))]
+
+    def _prompts(self, bucket: int) -> int:
+        """Prompts of this length that are run together."""
+        divisor = 1 if self._mesh is None else batch_divisor(self._mesh)
+        return divisor * max(1, min(self.slots, PREFILL_TOKENS // bucket) // divisor)
+
+    @property
+    def _length(self) -> int:
+        """Tokens that a slot has room for."""
+        return self.buckets[-1] + self.max_new_tokens
+
+    @property
+    def _heads_axis(self) -> str | None:
+        if self._mesh is None or self._module.config.num_kv_heads % self._mesh.shape["tensor"]:
+            return None
+        return "tensor"
+
+    def _check_memory(self, params: Mapping[str, Any], limit: int | None) -> None:
+        if limit is None:
+            return
+        plan = self.plan()
+        tensor = 1 if self._mesh is None else self._mesh.shape["tensor"]
+        weights = sum(x.size for x in jax.tree.leaves(params)) * self._module.dtype.itemsize
+        needed = sum(plan.values()) + weights // tensor
+        if needed > limit:
+            raise UserError(
+                f"sampling needs {needed / 2**30:.2f} GiB a device "
+                f"(cache {plan['slots'] / 2**30:.2f}, prompts {plan['prompts'] / 2**30:.2f}, "
+                f"weights {weights / tensor / 2**30:.2f}) and may use {limit / 2**30:.2f}; "
+                "take fewer slots, shorter texts or a larger tensor axis"
+            )
+
+    def _place(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Weights in the compute type, except norms, on the mesh."""
+
+        def cast(path, leaf):
+            return leaf if path[-1].key == "scale" else leaf.astype(self._module.dtype)
+
+        params = jax.tree_util.tree_map_with_path(cast, params)
+        if self._mesh is None:
+            return params
+        ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+        stacked = self._module.clone(unroll=False)
+        return jax.device_put(params, param_shardings(self._mesh, stacked, ids, ids, mask))
+
+    def _build(self, seed: int, eos_ids: tuple[int, ...]) -> None:
+        """The programs: two for each bucket, to run prompts and to insert them, and one to decode."""
+        self._eos_ids = eos_ids
+        module, dtype = self._module, self._cache_dtype
+        make = functools.partial(
+            device.empty_slots,
+            module,
+            self.slots,
+            self._length,
+            self.max_new_tokens,
+            dtype,
+            self.repetition_penalty,
+        )
+        self._idle = jax.device_get(device.empty_settings(self.slots))
+        insert, sampler, placed, gathered = device.insert, sample, None, None
+        if self._mesh is not None:
+
+            def place(specs):
+                return jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
+
+            heads = PartitionSpec(None, self._heads_axis)
+            caches = PartitionSpec(*ROWS, self._heads_axis)
+            specs = jax.tree.map(lambda x: caches if x.ndim == 4 else ROWS, jax.eval_shape(make))
+            prompts = device.Prefilled(heads, heads, PartitionSpec())
+            placed, gathered = place(specs), place(prompts)
+            split = functools.partial(jax.shard_map, mesh=self._mesh, check_vma=False)
+            insert = split(insert, in_specs=(specs, prompts, ROWS, ROWS), out_specs=specs)
+            sampler = split(sampler, in_specs=ROWS, out_specs=ROWS)
+        self._empty = jax.jit(make, out_shardings=placed)
+        self._prefill = jax.jit(
+            functools.partial(device.prefill, module, dtype=dtype), out_shardings=gathered
+        )
+        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=placed)
+        decode = functools.partial(device.decode, module, sampler, seed, eos_ids)
+        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=placed)

@@ -1,0 +1,81 @@
+"""What is asked of the sampling engine, and what it answers."""
+
+import dataclasses
+import hashlib
+
+from expandr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to sample; its draws depend on the engine's seed, `id` and `sample` only.
+
+    Attributes:
+        id: The query's id, or any name.
+        sample: Index of this text among those of the same id.
+        prompt: Token ids, chat template included.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_p: Probability mass that is sampled from, in (0, 1].
+        max_new_tokens: Most tokens to sample, EOS included.
+        top_k: Number of tokens that are sampled from; 0 means all.
+        min_p: Least probability relative to the likeliest token's, in [0, 1].
+        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
+
+    Raises:
+        UserError: If a setting is out of its range or the prompt is empty.
+    """
+
+    id: str
+    sample: int
+    prompt: tuple[int, ...]
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        expected = {
+            "prompt": (len(self.prompt) > 0, "at least one token"),
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "max_new_tokens": (self.max_new_tokens > 0, "1 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (right, range_) in expected.items():
+            if not right:
+                raise UserError(
+                    f"request {self.id!r}: {name} is {getattr(self, name)}; expected {range_}"
+                )
+
+    @property
+    def stream(self) -> int:
+        """32 bits that set this id's draws apart, the same in every process."""
+        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:4], "big")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    Attributes:
+        id: The request's.
+        sample: The request's.
+        tokens: Sampled ids, with the EOS that ended them if one did.
+        finished: "eos", "length" or "stop" (a stop string).
+        near_ties: Draws so close to another outcome that a rounding error could change them.
+        first_near_tie: Index of the first of them: tokens before it are the same on any platform
+            whose logits agree to rounding. None if there is none.
+        text: What comes before the stop string, where the engine has any.
+    """
+
+    id: str
+    sample: int
+    tokens: tuple[int, ...]
+    finished: str
+    near_ties: int
+    first_near_tie: int | None = None
+    text: str | None = None

@@ -1,0 +1,233 @@
+"""The device's side of sampling: slots that hold one text each, and the programs that move them.
+
+Every array of `Slots` has one row per slot. A slot's numbers depend on its own row alone and all
+shapes are fixed, so a text comes out the same whichever slot it takes and whatever runs beside it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from expandr_jax.generation.sampling import SamplingSettings, penalize_repetition
+from expandr_jax.models.decoder import Decoder, KVCache, causal_mask, token_positions
+
+
+@flax.struct.dataclass
+class SlotSettings:
+    """What a request asks for, [slots] each.
+
+    Attributes:
+        token: The prompt's last token, int32; those before it are in the cache.
+        length: Number of those, int32.
+        limit: Most tokens to sample, int32.
+        stream: 32 bits from the request's id, uint32.
+        sample: The request's index, int32.
+        sampling: Temperature and filters.
+        penalty: Repetition penalty, float32.
+    """
+
+    token: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    stream: jax.Array
+    sample: jax.Array
+    sampling: SamplingSettings
+    penalty: jax.Array
+
+
+@flax.struct.dataclass
+class Slots:
+    """Texts being sampled.
+
+    Attributes:
+        cache: Keys and values of each slot's tokens.
+        settings: What each slot was asked for.
+        token: [slots] int32, the next to feed.
+        active: [slots] bool, False once a text is finished.
+        count: [slots] int32, tokens sampled.
+        output: [slots, max_new_tokens] int32, these tokens.
+        near_tie: [slots, max_new_tokens] bool, from `sample`.
+        seen: [slots, vocabulary] bool, for the repetition penalty; None without.
+    """
+
+    cache: KVCache
+    settings: SlotSettings
+    token: jax.Array
+    active: jax.Array
+    count: jax.Array
+    output: jax.Array
+    near_tie: jax.Array
+    seen: jax.Array | None
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """Keys and values of prompts, ready to be copied into slots.
+
+    Attributes:
+        keys: Per layer [prompts, kv_heads, head_dim, length].
+        values: Per layer [prompts, kv_heads, length, head_dim].
+        tokens: [prompts, length] int32.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    tokens: jax.Array
+
+
+def empty_settings(slots: int) -> SlotSettings:
+    """Settings of slots that nothing was asked of."""
+    whole, real = jnp.zeros(slots, jnp.int32), jnp.ones(slots, jnp.float32)
+    sampling = SamplingSettings(real, real, whole, real * 0)
+    return SlotSettings(whole, whole, whole, whole.astype(jnp.uint32), whole, sampling, real)
+
+
+def empty_slots(
+    decoder: Decoder, slots: int, length: int, max_new_tokens: int, dtype: Any, penalize: bool
+) -> Slots:
+    """Slots with room for `length` tokens, none of them active."""
+    vocabulary = decoder.config.vocab_size
+    return Slots(
+        cache=KVCache.zeros(decoder.config, slots, length, dtype),
+        settings=empty_settings(slots),
+        token=jnp.zeros(slots, jnp.int32),
+        active=jnp.zeros(slots, bool),
+        count=jnp.zeros(slots, jnp.int32),
+        output=jnp.zeros((slots, max_new_tokens), jnp.int32),
+        near_tie=jnp.zeros((slots, max_new_tokens), bool),
+        seen=jnp.zeros((slots, vocabulary), bool) if penalize else None,
+    )
+
+
+def prefill(
+    decoder: Decoder, variables: Mapping[str, Any], tokens: jax.Array, length: jax.Array, dtype: Any
+) -> Prefilled:
+    """Runs prompts through the model, except for the last token of each.
+
+    Args:
+        decoder: With unrolled layers.
+        variables: "params", and "lora" where there is an adapter.
+        tokens: [prompts, length] int32, padded on the right.
+        length: [prompts] int32, tokens to run.
+        dtype: Of the cache.
+    """
+    mask = jnp.arange(tokens.shape[1]) < length[:, None]
+    _, (keys, values) = decoder.apply(
+        variables, tokens, token_positions(mask), causal_mask(mask), keep_kv=True
+    )
+    return Prefilled(
+        tuple(k.swapaxes(2, 3).astype(dtype) for k in keys),
+        tuple(v.astype(dtype) for v in values),
+        tokens,
+    )
+
+
+def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSettings) -> Slots:
+    """Gives slots new requests.
+
+    Args:
+        slots: Slots of which some are free.
+        prompts: Prompts that the new requests continue.
+        source: [slots] int32, row of `prompts` that a slot is to continue; -1 leaves it alone.
+        settings: [slots] each, read where `source` is not -1.
+    """
+    new = source >= 0
+    order = jnp.argsort(~new, stable=True)
+
+    def copy(i, caches):
+        slot = order[i]
+        row = source[slot]
+        return jax.tree.map(
+            lambda cache, prompt: jax.lax.dynamic_update_slice(
+                cache, jax.lax.dynamic_slice_in_dim(prompt, row, 1), (slot, 0, 0, 0)
+            ),
+            caches,
+            (prompts.keys, prompts.values),
+        )
+
+    caches = (slots.cache.keys, slots.cache.values)
+    keys, values = jax.lax.fori_loop(0, jnp.sum(new), copy, caches)
+    seen = slots.seen
+    if seen is not None:
+        place = jnp.arange(prompts.tokens.shape[1])
+        tokens = prompts.tokens[jnp.maximum(source, 0)]
+        tokens = jnp.where(place < settings.length[:, None], tokens, settings.token[:, None])
+        rows = jnp.arange(len(source))[:, None]
+        seen = jnp.where(new[:, None], jnp.zeros_like(seen).at[rows, tokens].set(True), seen)
+    return slots.replace(
+        cache=KVCache(keys, values, jnp.where(new, settings.length, slots.cache.length)),
+        settings=jax.tree.map(lambda a, b: jnp.where(new, a, b), settings, slots.settings),
+        token=jnp.where(new, settings.token, slots.token),
+        active=slots.active | new,
+        count=jnp.where(new, 0, slots.count),
+        seen=seen,
+    )
+
+
+def decode(
+    decoder: Decoder,
+    sampler: Callable[..., tuple[jax.Array, jax.Array]],
+    seed: int,
+    eos_ids: tuple[int, ...],
+    variables: Mapping[str, Any],
+    slots: Slots,
+    cancelled: jax.Array,
+    steps: jax.Array,
+    enough: jax.Array,
+) -> Slots:
+    """Samples tokens for all active slots until something needs the host.
+
+    Args:
+        decoder: With unrolled layers.
+        sampler: `sampling.sample`, or its form for a mesh.
+        seed: Of all draws.
+        eos_ids: Tokens that end a text.
+        variables: "params", and "lora" where there is an adapter.
+        slots: What to continue; donated.
+        cancelled: [slots] bool, active slots to stop.
+        steps: Most tokens a slot.
+        enough: Stop when no more than so many slots are active.
+    """
+    rows = jnp.arange(slots.token.shape[0])
+    max_new_tokens = slots.output.shape[1]
+
+    def slot_key(stream, sample):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), sample)
+
+    keys = jax.vmap(slot_key)(slots.settings.stream, slots.settings.sample)
+
+    def step(state):
+        done, slots = state
+        hidden, cache = decoder.apply(variables, slots.token, slots.cache, method="decode")
+        logits = decoder.apply(variables, hidden, method="logits")
+        if slots.seen is not None:
+            logits = penalize_repetition(logits, slots.seen, slots.settings.penalty)
+        bits = jax.vmap(lambda key, i: jax.random.bits(jax.random.fold_in(key, i)))(
+            keys, slots.count
+        )
+        token, near = sampler(logits, slots.settings.sampling, bits)
+        active, count = slots.active, slots.count + slots.active
+        place = jnp.where(active, slots.count, max_new_tokens)
+        ended = jnp.isin(token, jnp.asarray(eos_ids)) | (count >= slots.settings.limit)
+        seen = slots.seen
+        if seen is not None:
+            seen = seen.at[rows, token].max(active)
+        return done + 1, slots.replace(
+            cache=cache.replace(length=jnp.where(active, cache.length, slots.cache.length)),
+            token=jnp.where(active, token, slots.token),
+            active=active & ~ended,
+            count=count,
+            output=slots.output.at[rows, place].set(token, mode="drop"),
+            near_tie=slots.near_tie.at[rows, place].set(near, mode="drop"),
+            seen=seen,
+        )
+
+    def busy(state):
+        done, slots = state
+        return (done < steps) & (jnp.sum(slots.active) > enough)
+
+    slots = slots.replace(active=slots.active & ~cancelled)
+    return jax.lax.while_loop(busy, step, (0, slots))[1]

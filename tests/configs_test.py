@@ -1,0 +1,43 @@
+"""Every config can be made, has only the settings of base.py, and can be overridden."""
+
+import importlib
+import pathlib
+import re
+
+import pytest
+
+from configs import base
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
+SOURCES = [p for d in ("train", "eval") for p in (CONFIGS.parent / d).glob("*.py")]
+
+
+def flatten(config, prefix=""):
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_has_the_settings_of_base(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert [key for key, _ in flatten(config)] == [key for key, _ in flatten(base.get_config())]
+
+
+def test_every_setting_is_read():
+    code = "\n".join(path.read_text() for path in SOURCES)
+    for key, _ in flatten(base.get_config()):
+        section, _, name = key.rpartition(".")
+        # lora, mesh, search and shares are passed on whole.
+        whole = section.split(".")[-1] in ("lora", "mesh", "search", "shares")
+        assert whole or re.search(rf"\.{name}\b", code), key
+
+
+def test_every_setting_has_its_meaning_beside_it():
+    for line in (CONFIGS / "base.py").read_text().splitlines():
+        setting = re.match(r"    (config|\w+)\.\w+ = ", line)
+        if setting and "ConfigDict()" not in line and "temperatures" not in line:
+            assert "  # " in line, line

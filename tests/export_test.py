@@ -1,0 +1,194 @@
+"""What is written loads in transformers, sentence-transformers and peft, and computes the same."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from sentence_transformers import SentenceTransformer
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import causal_mask, token_positions
+from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
+from expandr_jax.weights.adapter import export_adapter, load_adapter
+from expandr_jax.weights.export import export_generator, export_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.source import locate
+from tests import conftest, tiny_models
+
+
+def logits(module, params, ids):
+    mask = jnp.ones_like(ids)
+    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
+    return module.apply({"params": params}, hidden, method="logits")
+
+
+@pytest.mark.parametrize("family", tiny_models.DECODERS)
+def test_generators_return_to_transformers_bit_equal(family, tmp_path):
+    tiny_models.save(tmp_path / "in", family, head=True)
+    generator, params = load_generator(str(tmp_path / "in"))
+    export_generator(tmp_path / "out", generator, params)
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("in", "out"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name])
+    ids = tiny_models.ragged_batch("right", lengths=(12, 12))[0]
+    with torch.no_grad():
+        found, expected = (
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / d)(
+                torch.tensor(ids)
+            ).logits
+            for d in ("out", "in")
+        )
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(logits(generator.module, params, ids), found, atol=1e-4, rtol=0)
+
+
+def test_generator_settings_and_tokenizer_return(tmp_path):
+    tiny_models.save(tmp_path / "in", "llama-3.2", head=True)
+    generator, params = load_generator(str(tmp_path / "in"))
+    export_generator(tmp_path / "out", generator, params, dtype=jnp.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    message = [{"role": "user", "content": "a b c"}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"]
+    assert ids == generator.chat_ids("a b c", 99)[0]
+    model.generate(**tokenizer("abc", return_tensors="pt"), max_new_tokens=2)
+    again, _ = load_generator(str(tmp_path / "out"))
+    assert (again.module, again.eos_ids, again.pad_id) == (generator.module, (2,), 0)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "qwen2"])
+@pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False), ("last", True)])
+def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tmp_path):
+    tiny_models.save(tmp_path / "in", family)
+    retriever, params = load_retriever(
+        str(tmp_path / "in"),
+        pooling=pooling,
+        normalize=normalize,
+        max_length=20,
+        query_prompt="query: ",
+        document_prompt="passage: ",
+    )
+    export_retriever(tmp_path / "out", retriever, params)
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    texts = ["abc d", "e", "many letters make a long text"]
+    for prompt, encode in [("query: ", model.encode_query), ("passage: ", model.encode_document)]:
+        np.testing.assert_allclose(
+            encode(texts), embed(retriever, params, texts, prompt), atol=1e-5
+        )
+    assert (model.max_seq_length, model.similarity_fn_name) == (
+        20,
+        "cosine" if normalize else "dot",
+    )
+    again, same = load_retriever(str(tmp_path / "out"))
+    for field in (
+        "module",
+        "pooling",
+        "normalize",
+        "max_length",
+        "query_prompt",
+        "document_prompt",
+    ):
+        assert getattr(again, field) == getattr(retriever, field), field
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    # And a directory that sentence-transformers itself writes is read alike.
+    model.save(str(tmp_path / "theirs"))
+    theirs, _ = load_retriever(str(tmp_path / "theirs"))
+    for field in (
+        "module",
+        "pooling",
+        "normalize",
+        "max_length",
+        "query_prompt",
+        "document_prompt",
+    ):
+        assert getattr(theirs, field) == getattr(retriever, field), field
+
+
+def embed(retriever, params, texts, prompt=""):
+    rows = retriever.token_ids(texts, prompt)
+    width = max(map(len, rows))
+    ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+    mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(int)
+    return np.asarray(retriever.embed(params, ids, mask))
+
+
+def test_minilm_returns_bit_equal_and_embeds_as_sentence_transformers_does(minilm, tmp_path):
+    retriever, params = minilm
+    export_retriever(tmp_path / "out", retriever, params)
+    again, same = load_retriever(str(tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    assert again.max_length == 256
+    source = load_file(locate(conftest.MINILM) / "model.safetensors")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(tensor, source[name])
+    text = "how do I pad an array with zeros on one side of the last axis in numpy"
+    texts = [f"{text[i % 7 : i % 71 + 9]} {i}" for i in range(200)]
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert model.tokenizer(texts)["input_ids"] == retriever.token_ids(texts)
+    np.testing.assert_allclose(model.encode(texts), embed(retriever, params, texts), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
+    tiny_models.save(tmp_path / "in", family, head=True)
+    generator, params = load_generator(str(tmp_path / "in"))
+    lora = LoraConfig(rank=4, alpha=6.0, dropout=0.1, targets=("q_proj$", "v_proj$", "down_proj$"))
+    adapter = init_lora(jax.random.key(0), params, lora)
+    adapter = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), adapter
+    )
+    export_adapter(
+        tmp_path / "out", adapter, lora, generator.module.config, base=str(tmp_path / "in")
+    )
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tiny_models.ragged_batch("right", lengths=(12, 12))[0]
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    merged = logits(generator.module, merge_lora(params, adapter, lora), ids)
+    np.testing.assert_allclose(merged, expected, atol=1e-4, rtol=0)
+
+    settings, again = load_adapter(str(tmp_path / "out"), generator.module.config)
+    jax.tree.map(np.testing.assert_array_equal, adapter, again)
+    assert (settings.rank, settings.alpha, settings.dropout) == (4, 6.0, 0.1)
+    assert init_lora(jax.random.key(0), params, settings).keys() == adapter.keys()
+    # And one that peft itself writes.
+    model.save_pretrained(tmp_path / "theirs")
+    _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)
+    jax.tree.map(np.testing.assert_array_equal, adapter, theirs)
+
+    path = tmp_path / "out" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
+    with pytest.raises(UserError, match=r"use_dora=True is not supported"):
+        load_adapter(str(tmp_path / "out"), generator.module.config)
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    tiny_models.save(tmp_path / "in", "bert")
+    retriever, params = load_retriever(str(tmp_path / "in"), pooling="cls", normalize=False)
+    out = tmp_path / "deep" / "out"
+    export_retriever(out, retriever, params)
+    first = sorted(os.listdir(out))
+    (out / "old").touch()
+    monkeypatch.setattr("expandr_jax.weights.export.write_settings", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_retriever(out, retriever, params)
+    assert sorted(os.listdir(out)) == sorted([*first, "old"])
+    monkeypatch.undo()
+    export_retriever(out, retriever, params)
+    assert sorted(os.listdir(out)) == first
+    assert os.listdir(out.parent) == ["out"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out: cannot write it"):
+        export_retriever(tmp_path / "file" / "out", retriever, params)

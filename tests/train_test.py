@@ -1,0 +1,306 @@
+"""`train.joint` end to end on the smoke config: the file contract, restarts, and bad input."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import pytrec_eval
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from expandr_jax import rewards
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SYSTEMS = [
+    "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",
+    "expandr", "expandr-base-generator", "expandr-plain",
+]  # fmt: skip
+
+
+def start(workdir: pathlib.Path, *overrides: str, config="configs/smoke.py") -> subprocess.Popen:
+    """The command a user types, on one device."""
+    command = [sys.executable, "-m", "train.joint", f"--config={config}", f"--workdir={workdir}"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        [*command, *overrides],
+        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """An uninterrupted run: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    return workdir, finish(start(workdir))
+
+
+def test_it_ends_with_the_table_and_the_report(smoke):
+    workdir, output = smoke
+    for system in SYSTEMS:
+        assert system in output
+    assert f"report: {workdir / 'report.html'}" in output
+    assert (workdir / "report.html").stat().st_size > 10_000
+
+
+def test_config_records_what_ran(smoke):
+    config = json.loads((smoke[0] / "config.json").read_text())
+    assert config["seed"] == 0
+    assert config["config"]["expansion"]["strategy"]
+    assert config["versions"]["jax"]
+    assert config["device"]["platform"] == "cpu"
+
+
+def test_results_have_every_system_and_test(smoke):
+    results = json.loads((smoke[0] / "results.json").read_text())
+    assert list(results) == ["dataset", "queries", "chosen", "rows", "significance"]
+    assert [row["system"] for row in results["rows"]] == SYSTEMS
+    assert set(results["chosen"]) == {s for s in SYSTEMS if "expandr" in s or "+" in s} - {
+        "expandr-plain"
+    }
+    compared = {t["baseline"] for t in results["significance"] if t["metric"] == "ndcg@10"}
+    assert compared == set(SYSTEMS) - {"expandr"}
+
+
+def test_trec_eval_finds_the_same_figures_in_the_runs(smoke):
+    workdir, _ = smoke
+    results = json.loads((workdir / "results.json").read_text())
+    qrels: dict = {}
+    for line in (workdir / "qrels.trec").read_text().splitlines():
+        query, _, document, grade = line.split()
+        qrels.setdefault(query, {})[document] = int(grade)
+    assert len(qrels) == results["queries"]
+    measures = {"ndcg@10": "ndcg_cut_10", "recall@100": "recall_100", "map": "map"}
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(measures.values()))
+    for row in results["rows"]:
+        run: dict = {}
+        for line in (workdir / "runs" / f"{row['system']}.trec").read_text().splitlines():
+            query, _, document, rank, score, tag = line.split()
+            assert tag == row["system"]
+            run.setdefault(query, {})[document] = float(score)
+            assert int(rank) == len(run[query])
+        scored = evaluator.evaluate(run)
+        for ours, theirs in measures.items():
+            mean = sum(scored.get(q, {}).get(theirs, 0.0) for q in qrels) / len(qrels)
+            assert row[ours] == pytest.approx(mean, abs=2e-6)
+
+
+def test_candidates_can_be_recomputed_from_what_is_written(smoke):
+    workdir, _ = smoke
+    candidates = rows(workdir / "round-0" / "candidates.jsonl")
+    assert candidates
+    for row in candidates:
+        column = {k: np.array([c[k] for c in row["candidates"]]) for k in row["candidates"][0]
+                  if k not in ("text", "reward_terms")}  # fmt: skip
+        for kind in ("positive", "answer"):
+            ranks = rewards.ranks(column[f"similarity_{kind}"])
+            np.testing.assert_array_equal(ranks, column[f"rank_{kind}"])
+            terms = [c["reward_terms"][kind] for c in row["candidates"]]
+            np.testing.assert_allclose(terms, 1 / ranks)
+        totals = [sum(c["reward_terms"].values()) for c in row["candidates"]]
+        np.testing.assert_allclose(column["reward"], totals)
+    by_query = {row["query_id"]: row for row in candidates}
+    pairs = rows(workdir / "round-0" / "preferences.jsonl")
+    assert pairs
+    for pair in pairs:
+        row = by_query[pair["query_id"]]
+        values = [c["reward"] for c in row["candidates"]]
+        texts = [c["text"] for c in row["candidates"]]
+        assert pair["chosen"] == texts[int(np.argmax(values))]
+        assert pair["rejected"] == texts[int(np.argmin(values))]
+        assert pair["reward_chosen"] == max(values)
+        assert pair["reward_rejected"] == min(values)
+        assert row["query"] in pair["prompt"]
+
+
+def test_expansions_cover_every_split(smoke):
+    workdir, _ = smoke
+    source = json.loads((workdir / "data" / "SOURCE.json").read_text())
+    training = rows(workdir / "round-0" / "expansions.jsonl")
+    assert {row["query_id"] for row in training} == set(source["retriever_train"])
+    fresh = rows(workdir / "evaluation" / "expansions.jsonl")
+    assert {row["split"] for row in fresh} == {"dev", "test"}
+    assert {row["system"] for row in fresh} == {
+        "zero-shot+expansion", "fine-tuned+expansion", "expandr", "expandr-base-generator",
+    }  # fmt: skip
+
+
+def test_metrics_have_each_step_once(smoke):
+    seen = [(m["phase"], m["round"], m["step"]) for m in rows(smoke[0] / "metrics.jsonl")]
+    assert len(seen) == len(set(seen))
+    assert {phase for phase, _, _ in seen} >= {"fine-tuned", "retriever", "generator"}
+    assert list((smoke[0] / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_exports_load_in_the_pytorch_world(smoke):
+    export = smoke[0] / "export"
+    vectors = SentenceTransformer(str(export / "retriever"), device="cpu").encode(["a b", "c"])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(export / "generator")
+    tokenizer = AutoTokenizer.from_pretrained(export / "generator")
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**chat, max_new_tokens=3).shape[1] > chat["input_ids"].shape[1]
+    assert (export / "adapter" / "adapter_config.json").exists()
+
+
+# Each stage's work is under way once this is there.
+STAGES: dict[str, Callable[[pathlib.Path], bool]] = {
+    "data": lambda w: (w / "config.json").exists(),
+    "fine-tuned": lambda w: any((w / "checkpoints" / "fine-tuned").glob("[0-9]*")),
+    "expand": lambda w: any((w / "work").glob("round-0/expansions.jsonl*")),
+    "retriever": lambda w: any((w / "checkpoints" / "retriever").glob("[0-9]*")),
+    "candidates": lambda w: any((w / "work").glob("round-0/candidates.jsonl*")),
+    "answers": lambda w: any((w / "work").glob("round-0/answers-0.jsonl*")),
+    "dpo": lambda w: any((w / "checkpoints" / "generator").glob("[0-9]*")),
+    "evaluate": lambda w: any((w / "work").glob("evaluation-trained.jsonl*")),
+    "export": lambda w: (w / "results.json").exists(),
+}
+
+
+def test_killed_in_each_stage_it_ends_as_if_it_had_not_been(smoke, tmp_path):
+    workdir = tmp_path / "run"
+    for stage, under_way in STAGES.items():
+        process = start(workdir)
+        deadline = time.monotonic() + 120
+        while not under_way(workdir):
+            assert process.poll() is None, f"{stage}: {process.communicate()[0]}"
+            assert time.monotonic() < deadline, stage
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(workdir))
+    for name in (
+        "results.json", "round-0/preferences.jsonl", "round-0/candidates.jsonl",
+        "evaluation/expansions.jsonl", "metrics.jsonl", "runs/expandr.trec", "data/corpus.jsonl",
+    ):  # fmt: skip
+        assert (workdir / name).read_bytes() == (smoke[0] / name).read_bytes(), name
+
+
+def test_a_finished_run_is_left_as_it_is(smoke):
+    workdir, _ = smoke
+    before = (workdir / "results.json").stat().st_mtime_ns
+    output = finish(start(workdir))
+    assert "expandr-plain" in output
+    assert (workdir / "results.json").stat().st_mtime_ns == before
+
+
+def refused(tmp_path: pathlib.Path, *overrides: str, config="configs/smoke.py", workdir=None) -> str:
+    """The one line a mistake is answered with."""
+    process = start(workdir or tmp_path / "run", *overrides, config=config)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    last = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1, output
+    return last[0]
+
+
+def test_unknown_config_key(tmp_path):
+    message = refused(tmp_path, "--config.contrastive.lerning_rate=1")
+    assert "lerning_rate" in message
+    assert "learning_rate" in message
+
+
+def test_unknown_flag(tmp_path):
+    assert "wrokdir" in refused(tmp_path, "--wrokdir=x")
+
+
+def test_missing_config_file(tmp_path):
+    assert "configs/nothing.py" in refused(tmp_path, config="configs/nothing.py")
+
+
+def test_missing_package(tmp_path):
+    message = refused(tmp_path, "--config.data.packages=('no-such-package==1.0',)")
+    assert "no-such-package" in message
+
+
+def test_wrong_package_version(tmp_path):
+    assert "0.0.1" in refused(tmp_path, "--config.data.packages=('optax==0.0.1',)")
+
+
+def test_wrong_hash(tmp_path):
+    assert "sha256" in refused(tmp_path, "--config.generator.sha256=" + 64 * "0")
+
+
+def test_workdir_of_another_config(smoke):
+    message = refused(None, "--config.seed=1", workdir=smoke[0])
+    assert "seed was 0, now 1" in message
+
+
+def test_unwritable_workdir(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(tmp_path, workdir=tmp_path / "file" / "run")
+
+
+def test_workdir_in_use(tmp_path):
+    first = start(tmp_path / "run")
+    while not (tmp_path / "run" / "config.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    assert "another process" in refused(tmp_path)
+    first.kill()
+    first.communicate()
+
+
+def write_beir(directory: pathlib.Path, documents: list[str], queries: list[str]) -> pathlib.Path:
+    """A BEIR directory in which query i's document is document i."""
+    (directory / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)]
+    asked = [{"_id": f"q{i}", "text": text} for i, text in enumerate(queries)]
+    for name, lines in (("corpus", corpus), ("queries", asked)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text)
+    count = len(queries)
+    for split, part in (("train", range(count * 3 // 4)), ("test", range(count * 3 // 4, count))):
+        lines = ["query-id\tcorpus-id\tscore", *(f"q{i}\td{i}\t1" for i in part)]
+        (directory / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def beir(directory: pathlib.Path) -> list[str]:
+    return ["--config.data.kind=beir", f"--config.data.path={directory}"]
+
+
+def test_empty_corpus(tmp_path):
+    data = write_beir(tmp_path / "data", [], [])
+    assert "corpus" in refused(tmp_path, *beir(data))
+
+
+def test_empty_query(tmp_path):
+    data = write_beir(tmp_path / "data", ["a document"] * 4, ["first", "", "third", "fourth"])
+    assert "queries.jsonl:2" in refused(tmp_path, *beir(data))
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    data = write_beir(tmp_path / "data", ["a document"] * 4, ["one", "two", "three", "four"])
+    with open(data / "corpus.jsonl", "ab") as file:
+        file.write(b'{"_id": "x", "text": "\xff"}\n')
+    assert "corpus.jsonl:5" in refused(tmp_path, *beir(data))
+
+
+def test_a_beir_directory_with_a_text_of_100_000_words(tmp_path):
+    documents = [f"document number {i} about topic {i % 7}" for i in range(60)]
+    documents[0] = "word " * 100_000
+    data = write_beir(tmp_path / "data", documents, [f"topic {i}" for i in range(60)])
+    overrides = ["--config.data.shares.dev=0.3", "--config.contrastive.batch_size=4"]
+    overrides += ["--config.evaluation.samples=(1,)", "--config.candidates.temperatures=(1.0, 1.1)"]
+    finish(start(tmp_path / "run", *beir(data), *overrides))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["dataset"] == "data"
