@@ -2,8 +2,8 @@
 
     python -m train.joint --config=configs/quickstart.py --workdir=runs/quickstart
 
-SmolLM2-135M-Instruct writes passages for all-MiniLM-L6-v2 on `pydoc`: first lines of docstrings are
-the queries, the rest of each docstring is its document. Every stage is the paper's; sizes are small.
+SmolLM2-135M-Instruct writes passages for all-MiniLM-L6-v2 on `pydoc`: the first lines of docstrings
+are the queries, the rest of each is its document. Every stage is the paper's; sizes are small.
 """
 
 import ml_collections

@@ -23,10 +23,11 @@ from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.fusion import expanded_query
 from expandr_jax.generation.engine import Engine, Request
-from expandr_jax.prompts import render, strip_lead_in
+from expandr_jax.prompts import strip_lead_in
 from expandr_jax.search import build_index
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_generator, load_retriever
+from train.expansion import expansion_text
 from train.launch import define_workdir, launch
 
 SNIPPET = 160  # Characters of a document that are shown.
@@ -60,7 +61,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         mesh = make_mesh(**config.mesh)
         retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
         generator, generator_params = load_generator(
-            str(workdir / "export" / "generator"), compute_dtype=jnp.dtype(config.generator.compute_dtype)
+            str(workdir / "export" / "generator"),
+            compute_dtype=jnp.dtype(config.generator.compute_dtype),
         )
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
@@ -78,7 +80,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             pad_id=generator.pad_id,
             seed=config.seed,
         )
-        ids, _ = generator.chat_ids(render(config.expansion.strategy, query), settings.prompt_length)
+        ids, _ = generator.chat_ids(expansion_text(config, query), settings.prompt_length)
         requests = [
             Request(
                 id=query,
@@ -125,7 +127,9 @@ def _read_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[st
     except (OSError, ValueError, KeyError):
         raise UserError(f"{workdir}: not a finished run; train.joint makes one") from None
     if "expandr" not in chosen or not (workdir / "export" / "generator").exists():
-        raise UserError(f"{workdir}: has no expandr system or no exports; let train.joint finish it")
+        raise UserError(
+            f"{workdir}: has no expandr system or no exports; let train.joint finish it"
+        )
     return ml_collections.ConfigDict(config), chosen["expandr"]
 
 

@@ -115,8 +115,8 @@ class Checkpoints:
                 continue
             if not same:
                 raise UserError(
-                    f"{self.directory / str(step)}: saved by a run with another base model or other "
-                    "settings; use a new --workdir, or the config that made this one"
+                    f"{self.directory / str(step)}: saved by a run with another base model or "
+                    "other settings; use a new --workdir, or the config that made this one"
                 )
             if intact:
                 return step, tree

@@ -91,9 +91,7 @@ def contrastive_loss(
             query_weight=config.query_weight,
             normalize=config.normalize,
         )
-    loss = info_nce(
-        query, positive, temperature=config.temperature, excluded=batch["excluded"]
-    )
+    loss = info_nce(query, positive, temperature=config.temperature, excluded=batch["excluded"])
     # A loss below log 2 means that the document beats all others together.
     return jnp.mean(loss), {"in_batch_accuracy": jnp.mean(loss < jnp.log(2.0))}
 

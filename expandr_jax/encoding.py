@@ -67,7 +67,9 @@ class TextEncoder:
             if start < len(order):
                 length, rows = self._shape(len(tokens[order[start]]))
                 chosen = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
-                ids, mask = pad([tokens[i] for i in chosen], self.retriever.tokenizer.pad_token_id, length)
+                ids, mask = pad(
+                    [tokens[i] for i in chosen], self.retriever.tokenizer.pad_token_id, length
+                )
                 fill = rows - len(chosen)
                 # Rows that only fill the shape repeat the first: no row is ever fully masked.
                 ids, mask = (np.concatenate([a, np.repeat(a[:1], fill, 0)]) for a in (ids, mask))

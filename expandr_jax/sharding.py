@@ -28,7 +28,8 @@ RULES = (
     ("norm", None),
     ("head_dim", None),
     ("positions", None),
-    ("types", None),
+    ("token_types", None),
+    ("buckets", None),
     ("length", None),
     ("act_embed", None),
 )

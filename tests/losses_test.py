@@ -18,9 +18,7 @@ def numpy_info_nce(queries, positives, negatives, temperature, excluded=None):
     passages = np.concatenate([positives, negatives]).astype(np.float64)
     losses = []
     for i, query in enumerate(queries.astype(np.float64)):
-        kept = [
-            j for j in range(len(passages)) if j == i or excluded is None or not excluded[i, j]
-        ]
+        kept = [j for j in range(len(passages)) if j == i or excluded is None or not excluded[i, j]]
         scores = passages[kept] @ query / temperature
         losses.append(-math.log(np.exp(scores[kept.index(i)] - scores.max())
                                 / np.exp(scores - scores.max()).sum()))  # fmt: skip
@@ -83,7 +81,9 @@ def test_dpo_literal_constants():
         np.testing.assert_allclose(metrics["accuracy"], [1.0])
     # log(1 + exp(0.3)) = 0.8543552444685272 is the loss of the pair the other way round.
     loss, _ = dpo(*arguments, beta=0.1, label_smoothing=0.1)
-    np.testing.assert_allclose(loss, [0.9 * 0.5543552444685272 + 0.1 * 0.8543552444685272], rtol=1e-5)
+    np.testing.assert_allclose(
+        loss, [0.9 * 0.5543552444685272 + 0.1 * 0.8543552444685272], rtol=1e-5
+    )
     loss, _ = dpo(*arguments, beta=0.1, kind="robust", label_smoothing=0.1)
     expected = (0.9 * 0.5543552444685272 - 0.1 * 0.8543552444685272) / 0.8
     np.testing.assert_allclose(loss, [expected], rtol=1e-5)
@@ -157,9 +157,9 @@ class TestOnEightDevices:
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
         split = [a.reshape(8, -1, self.DIM) for a in arrays]
-        loss = jax.pmap(
-            lambda *a: jax.lax.pmean(self.gathered_loss(*a, "i"), "i"), axis_name="i"
-        )(*split)
+        loss = jax.pmap(lambda *a: jax.lax.pmean(self.gathered_loss(*a, "i"), "i"), axis_name="i")(
+            *split
+        )
         np.testing.assert_allclose(loss, np.full(8, expected), rtol=1e-5)
 
     def test_dpo(self):

@@ -37,9 +37,7 @@ def model():
     )  # fmt: skip
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32)
-    variables = module.init(
-        jax.random.key(0), tokens, token_positions(mask), causal_mask(mask)
-    )
+    variables = module.init(jax.random.key(0), tokens, token_positions(mask), causal_mask(mask))
     params = nn.meta.unbox(variables)["params"]
     adapter = init_lora(jax.random.key(1), params, module.lora)
     return module, params, jax.tree.map(lambda leaf: leaf + 0.05, adapter)
@@ -86,9 +84,7 @@ def test_packed_gradients_are_the_plain_ones(model):
     )
     expected, expected_grads = jax.value_and_grad(plain)(adapter)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
 
 
 def test_a_new_adapter_starts_at_log_two(model):
@@ -112,9 +108,14 @@ def test_an_obvious_preference_is_learned_and_the_base_does_not_move(model):
     batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
     step = jax.jit(
         lambda state: dpo_step(
-            state, params, batch, jax.random.key(0),
-            module=module, config=DPOConfig(), optimizer=optimizer,
-        )  # fmt: skip
+            state,
+            params,
+            batch,
+            jax.random.key(0),
+            module=module,
+            config=DPOConfig(),
+            optimizer=optimizer,
+        )
     )
     for _ in range(30):
         state, metrics = step(state)

@@ -1,11 +1,8 @@
 """`train.joint` end to end on the smoke config: the file contract, restarts, and bad input."""
 
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -16,39 +13,16 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expandr_jax import rewards
+from tests.commands import finish, start
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SYSTEMS = [
     "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",
     "expandr", "expandr-base-generator", "expandr-plain",
 ]  # fmt: skip
 
 
-def start(workdir: pathlib.Path, *overrides: str, config="configs/smoke.py") -> subprocess.Popen:
-    """The command a user types, on one device."""
-    command = [sys.executable, "-m", "train.joint", f"--config={config}", f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen(
-        [*command, *overrides],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
 def rows(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """An uninterrupted run: (workdir, what it printed)."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    return workdir, finish(start(workdir))
 
 
 def test_it_ends_with_the_table_and_the_report(smoke):
@@ -202,7 +176,9 @@ def test_a_finished_run_is_left_as_it_is(smoke):
     assert (workdir / "results.json").stat().st_mtime_ns == before
 
 
-def refused(tmp_path: pathlib.Path, *overrides: str, config="configs/smoke.py", workdir=None) -> str:
+def refused(
+    tmp_path: pathlib.Path, *overrides: str, config="configs/smoke.py", workdir=None
+) -> str:
     """The one line a mistake is answered with."""
     process = start(workdir or tmp_path / "run", *overrides, config=config)
     output, _ = process.communicate(timeout=120)

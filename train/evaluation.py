@@ -7,14 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from eval.systems import (
+    MEASURES,
+    SYSTEMS,
+    Choice,
+    EncodedQueries,
+    System,
+    choose,
+    dense_run,
+    finish_run,
+)
 from expandr_jax import metrics, rewards
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.fusion import expanded_query
-from expandr_jax.prompts import render
 from expandr_jax.search import Bm25Index
-from eval.systems import MEASURES, SYSTEMS, Choice, EncodedQueries, System, choose, dense_run, finish_run
 from train.data import TrainingData
-from train.expansion import Prompt, sample_texts
+from train.expansion import expansion_prompts, sample_texts
 from train.models import Models
 from train.preferences import Corpus
 from train.run import Run
@@ -86,24 +94,13 @@ def _sample_expansions(
 
     Every generator draws with the same numbers, so that a difference between two is theirs.
     """
-    config = run.config.expansion
     queries = [(split, query) for split in SPLITS for query in data.collection.qrels[split]]
     count = max(run.config.evaluation.samples)
+    by_id = {query: data.collection.queries[query] for _, query in queries}
+    prompts = expansion_prompts(run.config, by_id, count)
     texts = {}
     for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
         with run.phase(f"expansions for evaluation, {name} generator"):
-            prompts = [
-                Prompt(
-                    query,
-                    sample,
-                    render(config.strategy, data.collection.queries[query]),
-                    config.temperature,
-                    config.top_p,
-                    config.max_new_tokens,
-                )
-                for _, query in queries
-                for sample in range(count)
-            ]
             journal = run.path("work", f"evaluation-{name}.jsonl")
             adapter = trained.adapters[name]
             texts[name] = sample_texts(
@@ -205,7 +202,7 @@ def _sample_ranks(
     rows = []
     depth = min(run.config.evaluation.sample_depth, len(corpus.ids))
     for split, part in encoded.items():
-        count, samples, width = part.expansions.shape
+        samples, width = part.expansions.shape[1:]
         vectors = np.asarray(
             expanded_query(
                 np.repeat(part.queries, samples, axis=0),
@@ -218,7 +215,9 @@ def _sample_ranks(
         _, indices = corpus.index.search(vectors, depth)
         for row, found in enumerate(indices):
             query, sample = part.ids[row // samples], row % samples
-            right = [i for i, j in enumerate(found) if qrels[split][query].get(corpus.ids[j], 0) > 0]
+            right = [
+                i for i, j in enumerate(found) if qrels[split][query].get(corpus.ids[j], 0) > 0
+            ]
             rank = right[0] + 1 if right and part.present[row // samples, sample] else 0
             value = float(rewards.reciprocal_rank(rank))
             rows.append(

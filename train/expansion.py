@@ -3,12 +3,14 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import ml_collections
 
 from expandr_jax.data.records import Journal
 from expandr_jax.generation.engine import Engine, Request
-from expandr_jax.prompts import is_repetitive, strip_lead_in
+from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from train.models import Models
 from train.run import Run
 
@@ -34,6 +36,30 @@ class Prompt:
     temperature: float
     top_p: float
     max_new_tokens: int
+
+
+def expansion_text(config: ml_collections.ConfigDict, query: str) -> str:
+    """The user's message that asks for a query's expansion; `config` is the whole config."""
+    return render(config.expansion.strategy, query, template=config.expansion.template)
+
+
+def expansion_prompts(
+    config: ml_collections.ConfigDict, queries: Mapping[str, str], samples: int
+) -> list[Prompt]:
+    """Prompts for `samples` expansions of each query (id -> text)."""
+    settings = config.expansion
+    return [
+        Prompt(
+            query_id,
+            sample,
+            expansion_text(config, query),
+            settings.temperature,
+            settings.top_p,
+            settings.max_new_tokens,
+        )
+        for query_id, query in queries.items()
+        for sample in range(samples)
+    ]
 
 
 def sample_texts(
@@ -81,7 +107,9 @@ def sample_texts(
                 )
             )
         if cut:
-            run.console.print(f"  {cut} prompts lost their beginning (over {settings.prompt_length})")
+            run.console.print(
+                f"  {cut} prompts lost their beginning (over {settings.prompt_length})"
+            )
         _sample(run, models, adapter, requests, journal, len(prompts), purpose)
     texts = {}
     for row in journal.rows:

@@ -34,7 +34,7 @@ def export_run(
     retriever_params: Any,
     adapter: Any,
 ) -> None:
-    """Writes export/retriever, export/generator (merged) and export/adapter; keeps what is there."""
+    """Writes export/retriever, /generator (merged) and /adapter; keeps what is there."""
     directory = workdir / "export"
     dtype = jnp.dtype(config.export.dtype)
     if not (directory / "retriever").exists():
@@ -69,7 +69,9 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
     try:
         config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{path}: not a run's config; --workdir must be one of train.joint") from None
+        raise UserError(
+            f"{path}: not a run's config; --workdir must be one of train.joint"
+        ) from None
     made = workdir / "export" / kind
     if kind != "base" and not made.exists():
         raise UserError(f"{made}: not there; let train.joint finish this run first")

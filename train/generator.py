@@ -28,7 +28,11 @@ from train.run import Run
 
 
 def tokenize_pairs(
-    generator: Generator, rows: Sequence[dict[str, Any]], *, prompt_length: int, response_length: int
+    generator: Generator,
+    rows: Sequence[dict[str, Any]],
+    *,
+    prompt_length: int,
+    response_length: int,
 ) -> tuple[list[PreferencePair], int]:
     """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
 
@@ -74,7 +78,10 @@ def train_generator(
     """
     config = run.config.dpo
     pairs, cut = tokenize_pairs(
-        models.generator, rows, prompt_length=config.prompt_length, response_length=config.response_length
+        models.generator,
+        rows,
+        prompt_length=config.prompt_length,
+        response_length=config.response_length,
     )
     if cut:
         run.console.print(f"  {cut} prompts or responses were cut to their limits")
@@ -160,9 +167,7 @@ class _Batches:
         batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
         return jax.device_put(batch, self.sharding)
 
-    def reference(
-        self, pairs: Sequence[PreferencePair], batch_size: int, task: str
-    ) -> np.ndarray:
+    def reference(self, pairs: Sequence[PreferencePair], batch_size: int, task: str) -> np.ndarray:
         """Log-probabilities of both responses under the base, adapter off: [pairs, 2] float32.
 
         They are kept beside the pairs and used again only for the same pairs and weights.

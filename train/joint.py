@@ -17,12 +17,11 @@ from rich.console import Console
 
 from expandr_jax.contrastive import ContrastiveExample
 from expandr_jax.data.records import write_jsonl
-from expandr_jax.prompts import render
 from expandr_jax.report import results_table, write_report
 from expandr_jax.search import build_index
 from train.data import TrainingData, prepare_data
 from train.evaluation import Trained, evaluate
-from train.expansion import Prompt, sample_texts
+from train.expansion import expansion_prompts, sample_texts
 from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_workdir, launch
@@ -51,10 +50,11 @@ def train_joint(
     run = Run(workdir, config, console)
     with run.phase("data"):
         data = prepare_data(run)
+    qrels = data.collection.qrels
     console.print(
-        f"  {len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train the "
-        f"retriever, {len(data.generator_train)} the generator, "
-        f"{len(data.collection.qrels['dev'])} dev, {len(data.collection.qrels['test'])} test"
+        f"  {len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "
+        f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
+        f"{len(qrels['test'])} test"
     )
     with run.phase("models"):
         models = load_models(config)
@@ -73,7 +73,9 @@ def train_joint(
             expansions = _expand(run, models, adapter, data, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params
-            params = _train(run, models, data, expansions, phase="retriever", round_=round_, start=start)
+            params = _train(
+                run, models, data, expansions, phase="retriever", round_=round_, start=start
+            )
         name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
         retrievers[name] = _retriever(run, models, data, name, params)
         corpus = retrievers[name]()[1]
@@ -98,18 +100,8 @@ def _expand(
 ) -> dict[tuple[str, int], str]:
     """Expansions of the retriever's training queries; writes round-R/expansions.jsonl."""
     config = run.config.expansion
-    prompts = [
-        Prompt(
-            query,
-            sample,
-            render(config.strategy, data.collection.queries[query]),
-            config.temperature,
-            config.top_p,
-            config.max_new_tokens,
-        )
-        for query in data.retriever_train
-        for sample in range(config.train_samples)
-    ]
+    queries = {query: data.collection.queries[query] for query in data.retriever_train}
+    prompts = expansion_prompts(run.config, queries, config.train_samples)
     texts = sample_texts(
         run,
         models,
@@ -166,7 +158,14 @@ def _train(
     ]
     start = models.retriever_params if start is None else start
     return train_retriever(
-        run, models, start, examples, config.contrastive, phase=phase, round_=round_, samples=samples
+        run,
+        models,
+        start,
+        examples,
+        config.contrastive,
+        phase=phase,
+        round_=round_,
+        samples=samples,
     )
 
 

@@ -85,7 +85,9 @@ def fit(
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
-            good = "there is none yet" if saved is None else f"step {saved} in {checkpoints.directory}"
+            good = (
+                "there is none yet" if saved is None else f"step {saved} in {checkpoints.directory}"
+            )
             raise UserError(
                 f"{phase}, round {round_}, step {step}: {bad[0]} is not finite; lower the learning "
                 f"rate. The last good checkpoint: {good}"

@@ -13,7 +13,7 @@ from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from expandr_jax.search import Index
 from train.data import TrainingData
-from train.expansion import Prompt, sample_texts
+from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
 from train.run import Run
 
@@ -61,11 +61,17 @@ def _sample_candidates(
     run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
 ) -> dict[tuple[str, int], str]:
     config = run.config.candidates
-    temperatures = [t for t in config.temperatures for _ in range(config.per_temperature)]
     prompts = [
-        Prompt(query, i, _expansion_prompt(run, data, query), t, config.top_p, config.max_new_tokens)
+        Prompt(
+            query,
+            sample,
+            expansion_text(run.config, data.collection.queries[query]),
+            temperature,
+            config.top_p,
+            config.max_new_tokens,
+        )
         for query in data.generator_train
-        for i, t in enumerate(temperatures)
+        for sample, temperature in enumerate(_temperatures(run))
     ]
     path = run.path("work", f"round-{round_}", "candidates.jsonl")
     return sample_texts(
@@ -73,9 +79,10 @@ def _sample_candidates(
     )
 
 
-def _expansion_prompt(run: Run, data: TrainingData, query: str) -> str:
-    config = run.config.expansion
-    return render(config.strategy, data.collection.queries[query])
+def _temperatures(run: Run) -> list[float]:
+    """The temperature of each of a query's candidates."""
+    config = run.config.candidates
+    return [t for t in config.temperatures for _ in range(config.per_temperature)]
 
 
 def _self_answers(
@@ -121,9 +128,7 @@ def _score(
 ) -> list[dict[str, Any]]:
     """Rows of candidates.jsonl: similarities, ranks and rewards of every candidate."""
     config = run.config
-    temperatures = [
-        t for t in config.candidates.temperatures for _ in range(config.candidates.per_temperature)
-    ]
+    temperatures = _temperatures(run)
     count = len(temperatures)
     queries = [query for query in data.generator_train if query in answers]
     texts = [[candidates[query, i] for i in range(count)] for query in queries]
@@ -212,7 +217,7 @@ def _select(run: Run, models: Models, rows: list[dict[str, Any]]) -> list[dict[s
         if not chosen["text"] or not rejected["text"]:
             unclear += 1
             continue
-        prompt = render(config.expansion.strategy, row["query"])
+        prompt = expansion_text(config, row["query"])
         pairs.append(
             {
                 "prompt": models.generator.chat_text(prompt),

@@ -21,6 +21,7 @@ def attend(
     v: jax.Array,
     mask: jax.Array,
     scale: float,
+    bias: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Attends from each query to the keys that its mask allows; the softmax is in float32.
@@ -31,6 +32,7 @@ def attend(
         v: Values, shaped as `k`.
         mask: [batch, length or 1, keys] bool, True where attention is allowed.
         scale: Factor on the scores, usually head_dim ** -0.5.
+        bias: [heads, length, keys], added to the scores of every row (T5's relative positions).
         dropout: Applied to the attention weights.
 
     Returns:
@@ -44,7 +46,10 @@ def attend(
     k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (k, v))
 
     scores = jnp.einsum("bkth,bksh->bkts", q_rows, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores.reshape(*rows, -1), _MASKED)
+    scores = scores.reshape(*rows, -1)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32).reshape(1, *rows[1:], -1)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
     # The maximum only guards against overflow: it cancels, so no gradient flows through it.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)

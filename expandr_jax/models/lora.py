@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) as a tree of their own.
 
 The base parameters are never touched: a module is applied to `{"params": base}` for the reference
-model and to `{"params": base, "lora": adapter}` for the adapted one. Optimizers see the adapter only.
+model and to `{"params": base, "lora": adapter}` for the adapted one. Optimizers see the adapter
+only.
 """
 
 import dataclasses
@@ -105,13 +106,18 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> 
             *stack, width_in, width_out = shape
             bound = 1.0 / math.sqrt(width_in)
             adapter[(*path, "a")] = jax.random.uniform(
-                jax.random.fold_in(key, index), (*stack, width_in, config.rank), minval=-bound, maxval=bound
+                jax.random.fold_in(key, index),
+                (*stack, width_in, config.rank),
+                minval=-bound,
+                maxval=bound,
             )
             adapter[(*path, "b")] = jnp.zeros((*stack, config.rank, width_out))
     return traverse_util.unflatten_dict(adapter)
 
 
-def merge_lora(params: Mapping[str, Any], adapter: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+def merge_lora(
+    params: Mapping[str, Any], adapter: Mapping[str, Any], config: LoraConfig
+) -> dict[str, Any]:
     """Adds the adapter's update to the base kernels: W + (alpha / r) A B, computed in float32.
 
     Args:

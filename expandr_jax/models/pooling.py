@@ -1,11 +1,15 @@
 """From one vector a token to one vector a text."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-Pooling = Literal["mean", "cls", "last"]
+# "decoder" is for encoder-decoders: their only output is the decoder's first position.
+Pooling = Literal["mean", "cls", "last", "decoder"]
+
+DENSE_ACTIVATIONS = {"identity": lambda x: x, "tanh": jnp.tanh}
 
 
 def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
@@ -14,11 +18,14 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     Args:
         hidden: [batch, length, width].
         mask: [batch, length], 1 for real tokens.
-        kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last.
+        kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last;
+            "decoder" for `hidden` of length one, which the mask does not concern.
 
     Returns:
         [batch, width] float32; a row without tokens gives zeros under "mean".
     """
+    if kind == "decoder":
+        return hidden[:, 0].astype(jnp.float32)
     if kind == "mean":
         weights = mask.astype(jnp.float32)
         total = jnp.einsum("btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32)
@@ -28,6 +35,23 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     else:
         place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+
+
+def dense(x: jax.Array, params: Mapping[str, jax.Array], activation: str) -> jax.Array:
+    """The layer that sentence-transformers calls Dense, after pooling, in float32.
+
+    Args:
+        x: [batch, in].
+        params: "kernel" [in, out] and, optionally, "bias" [out].
+        activation: A key of `DENSE_ACTIVATIONS`.
+
+    Returns:
+        [batch, out].
+    """
+    y = jnp.dot(x, params["kernel"].astype(jnp.float32))
+    if "bias" in params:
+        y = y + params["bias"].astype(jnp.float32)
+    return DENSE_ACTIVATIONS[activation](y)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

@@ -7,9 +7,12 @@ from typing import Any
 import jax
 from transformers import PreTrainedTokenizerFast
 
+from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.bert import Bert
 from expandr_jax.models.decoder import Decoder, causal_mask, token_positions
-from expandr_jax.models.pooling import Pooling, l2_normalize, pool
+from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
+from expandr_jax.models.t5 import T5Encoder
+from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.source import Source
 
 
@@ -26,16 +29,19 @@ class Retriever:
         document_prompt: Put before documents.
         tokenizer: Text to ids.
         source: Where it came from.
+        dense: Activation of the layer between pooling and normalisation, if there is one; its
+            parameters are `params["dense"]`.
     """
 
-    module: Bert | Decoder
+    module: Bert | T5Encoder | AnchorDr | Decoder
     pooling: Pooling
     normalize: bool
     max_length: int
     query_prompt: str
     document_prompt: str
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | FairseqTokenizer
     source: Source
+    dense: str | None = None
 
     def token_ids(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
         """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
@@ -70,7 +76,7 @@ class Retriever:
         """Computes the vectors of a batch.
 
         Args:
-            params: The module's parameters.
+            params: The module's parameters, and those of the dense layer where there is one.
             input_ids: [batch, length] int32.
             attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
             lora: An adapter's tree.
@@ -86,4 +92,6 @@ class Retriever:
             inputs = [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
         hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
         vectors = pool(hidden, attention_mask, self.pooling)
+        if self.dense is not None:
+            vectors = dense(vectors, params["dense"], self.dense)
         return l2_normalize(vectors) if self.normalize else vectors

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the half-split form of Hugging Face."""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), half-split as in Hugging Face."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ class RopeScaling:
 def rope_angles(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [batch, length, head_dim / 2] float32, of positions [batch, length]."""
+    """Cosines and sines, [batch, length, head_dim / 2] float32 each, of [batch, length]."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
         frequency = _scale(frequency, scaling)

@@ -6,19 +6,14 @@ which is the leading axis of our stacked parameters.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
+from expandr_jax.models.anchordr import AnchorDrConfig
+from expandr_jax.models.bert import BertConfig
+from expandr_jax.models.decoder import DecoderConfig
+from expandr_jax.models.t5 import T5Config
 
-from expandr_jax.errors import UserError
-from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.models.decoder import Decoder, DecoderConfig
-from expandr_jax.weights.files import ModelFiles
+ModelConfig = BertConfig | T5Config | AnchorDrConfig | DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +24,13 @@ class Weight:
         path: Keys of the leaf, joined by "/".
         name: The tensor's name without the model's prefix; `{}` is the layer's number.
         transpose: The tensor is [out, in] and the leaf [in, out].
+        copies: Names under which files may hold the same tensor again, or instead.
     """
 
     path: str
     name: str
     transpose: bool = False
+    copies: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -96,10 +93,64 @@ def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:
     return weights
 
 
-def weights_of(config: BertConfig | DecoderConfig, with_head: bool) -> list[Weight]:
+def t5_weights(config: T5Config) -> list[Weight]:
+    """The tensors of a T5 encoder."""
+    layer = "encoder.block.{}.layer."
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    weights = [
+        Weight("embedding", "shared.weight", copies=("encoder.embed_tokens.weight",)),
+        Weight("relative_bias", bias),
+        Weight("layers/input_norm/scale", layer + "0.layer_norm.weight"),
+        Weight("layers/mlp_norm/scale", layer + "1.layer_norm.weight"),
+        Weight("final_norm/scale", "encoder.final_layer_norm.weight"),
+    ]
+    for letter in "qkvo":
+        name = f"{layer}0.SelfAttention.{letter}"
+        weights += _linear(f"layers/{letter}_proj", name, False)
+    for ours, name in _t5_mlp(config.gated):
+        weights += _linear(f"layers/{ours}", f"{layer}1.DenseReluDense.{name}", False)
+    return weights
+
+
+def _t5_mlp(gated: bool) -> list[tuple[str, str]]:
+    if gated:
+        return [("gate_proj", "wi_0"), ("up_proj", "wi_1"), ("down_proj", "wo")]
+    return [("up_proj", "wi"), ("down_proj", "wo")]
+
+
+def anchordr_weights(config: AnchorDrConfig) -> list[Weight]:
+    """The tensors of AnchorDR's encoder and decoder."""
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    weights = [Weight("embedding", "shared.weight", copies=copies)]
+    encoder_blocks = [("self_attn", "attention_norm", "SelfAttention")]
+    decoder_blocks = [*encoder_blocks, ("cross_attn", "cross_norm", "EncDecAttention")]
+    for stack, blocks in (("encoder", encoder_blocks), ("decoder", decoder_blocks)):
+        layer, ours = f"{stack}.block.{{}}.layer.", f"{stack}/layers/"
+        weights.append(Weight(f"{stack}/position_embedding", f"{stack}.pos_embed.weight"))
+        weights += _layer_norm(f"{stack}/embedding_norm", f"{stack}.first_layer_norm")
+        if stack == "encoder":
+            bias = layer + "0.SelfAttention.relative_attention_bias.weight"
+            weights.append(Weight(ours + "relative_bias", bias))
+        for index, (module, norm, name) in enumerate(blocks):
+            for letter in "qkvo":
+                path = f"{ours}{module}/{letter}_proj"
+                weights += _linear(path, f"{layer}{index}.{name}.{letter}", True)
+            weights += _layer_norm(ours + norm, f"{layer}{index}.layer_norm")
+        last = f"{layer}{len(blocks)}."
+        for path, name in _t5_mlp(config.gated):
+            weights += _linear(ours + path, f"{last}DenseReluDense.{name}", not config.gated)
+        weights += _layer_norm(ours + "mlp_norm", last + "layer_norm")
+    return weights
+
+
+def weights_of(config: ModelConfig, with_head: bool) -> list[Weight]:
     """The table of a model; `with_head` only matters to decoders whose head is untied."""
     if isinstance(config, BertConfig):
         return bert_weights()
+    if isinstance(config, T5Config):
+        return t5_weights(config)
+    if isinstance(config, AnchorDrConfig):
+        return anchordr_weights(config)
     return decoder_weights(config, with_head)
 
 
@@ -114,106 +165,15 @@ _IGNORED = re.compile(
 )
 
 
-def is_ignored(name: str) -> bool:
+def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is a known extra: position ids, pooler, pre-training heads, unused head."""
-    return _IGNORED.fullmatch(name) is not None
+    unused_decoder = isinstance(config, T5Config) and name.startswith("decoder.")
+    return unused_decoder or _IGNORED.fullmatch(name) is not None
 
 
-def load_params(
-    files: ModelFiles, module: Bert | Decoder, weights: list[Weight], dtype: Any
-) -> dict[str, Any]:
-    """Fills a parameter tree, one leaf at a time.
-
-    Args:
-        files: The model's files.
-        module: Decides the shapes.
-        weights: The model's table.
-        dtype: Type of the parameters.
-
-    Returns:
-        A nested dict of arrays.
-
-    Raises:
-        UserError: If a tensor is missing, unknown, wrongly shaped, or not finite.
-    """
-    shapes = files.shapes()
-    prefix = _prefix(shapes, weights)
-    expected = _leaf_shapes(module)
-    parts = {
-        weight.path: [
-            hf_name(weight, layer, prefix)
-            for layer in (range(expected[weight.path][0]) if weight.stacked else [""])
-        ]
-        for weight in weights
-    }
-    names = {name for part in parts.values() for name in part}
-    _complain(files.where, "are missing", names - shapes.keys())
-    _complain(files.where, "are unknown", {n for n in shapes.keys() - names if not is_ignored(n)})
-    wrong = []
-    for weight in weights:
-        shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]
-        shape = shape[::-1] if weight.transpose else shape
-        wrong += [
-            f"{n} {shapes[n]} (expected {shape})" for n in parts[weight.path] if shapes[n] != shape
-        ]
-    _complain(files.where, "have the wrong shape", wrong)
-
-    flat = {}
-    for weight in weights:
-        leaf = np.empty(expected[weight.path], dtype)
-        for index, name in enumerate(parts[weight.path]):
-            tensor = files.read(name)
-            if not np.isfinite(tensor).all():
-                _complain(files.where, "have NaN or infinite values", [name])
-            (leaf[index] if weight.stacked else leaf)[...] = (
-                tensor.T if weight.transpose else tensor
-            )
-        flat[weight.path] = jnp.asarray(leaf)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _prefix(names: Iterable[str], weights: list[Weight]) -> str:
+def find_prefix(names: Iterable[str], weights: list[Weight]) -> str:
     """The prefix under which a file keeps the embedding; the first candidate if there is none."""
     return next((p for p in PREFIXES if p + weights[0].name in names), PREFIXES[0])
-
-
-def _leaf_shapes(module: Bert | Decoder) -> dict[str, tuple[int, ...]]:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    inputs = [tokens, tokens]
-    if isinstance(module, Decoder):
-        inputs.append(jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_))
-    variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    flat = traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
-
-
-def _complain(where: str, what: str, names: Iterable[str]) -> None:
-    names = sorted(names)
-    if names:
-        rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{where}: {len(names)} tensors {what}: {', '.join(names[:5])}{rest}")
-
-
-def to_hf(params: Mapping[str, Any], weights: list[Weight], prefix: str) -> dict[str, np.ndarray]:
-    """Undoes the loading: parameters to named tensors in the Hugging Face layout, types unchanged.
-
-    Args:
-        params: Parameter tree.
-        weights: The model's table.
-        prefix: Put before every name but the head's.
-
-    Returns:
-        Contiguous arrays by name.
-    """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    tensors = {}
-    for weight in weights:
-        leaf = np.asarray(flat[weight.path])
-        parts = enumerate(leaf) if weight.stacked else [("", leaf)]
-        for layer, part in parts:
-            name = hf_name(weight, layer, prefix)
-            tensors[name] = np.ascontiguousarray(part.T if weight.transpose else part)
-    return tensors
 
 
 def hf_name(weight: Weight, layer: int | str, prefix: str) -> str:

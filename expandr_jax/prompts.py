@@ -1,0 +1,180 @@
+"""What the generator is asked, and what is taken off its answers.
+
+A strategy is a template: data, chosen by name, replaced from a config where wanted. `{query}` is
+the query, `{document}` a related document, `{passages}` retrieved passages, numbered.
+"""
+
+import dataclasses
+import re
+import string
+from collections.abc import Sequence
+
+from expandr_jax.errors import UserError
+
+FIELDS = ("query", "document", "passages")
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """One way to ask for an expansion.
+
+    Attributes:
+        template: The user's message, with placeholders.
+        source: Where it comes from.
+    """
+
+    template: str
+    source: str
+
+    @property
+    def fields(self) -> set[str]:
+        """The placeholders of the template."""
+        return {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
+
+
+def _hyde(request: str, label: str) -> Strategy:
+    return Strategy(f"{request}\n{label}: {{query}}\nPassage:", "HyDE, arXiv 2212.10496")
+
+
+STRATEGIES = {
+    "q2d": Strategy(
+        "Please write a passage to answer the question.\nQuestion: {query}\nPassage:",
+        "ExpandR, arXiv 2502.17057",
+    ),
+    "q2a": Strategy(
+        "You are given a query and a related document. Based on the query, generate a direct and "
+        "relevant answer using the information in the document. If the query is a statement, "
+        "expand on it. If it is a question, provide a direct answer. Avoid any extra description "
+        "or irrelevant content.\nQuery: {query}\nRelated Document: {document}\nAnswer:",
+        "ExpandR's self-answer, arXiv 2502.17057",
+    ),
+    "pydoc": Strategy(
+        "Write the documentation of the Python function described as: {query}\nDocumentation:",
+        "for docstrings: asks for the kind of document that is searched",
+    ),
+    "q2q": Strategy(
+        "Output the rewrite of input query.\nQuery: {query}\nOutput:", "query rewriting"
+    ),
+    "q2e": Strategy(
+        "Write a list of keywords for the given query:\nQuery: {query}\nKeywords:",
+        "Jagerman et al., arXiv 2305.03653",
+    ),
+    "q2c": Strategy(
+        "Answer the following query:\n{query}\nGive the rationale before answering.",
+        "Jagerman et al., arXiv 2305.03653",
+    ),
+    "hyde": _hyde("Please write a passage to answer the question.", "Question"),
+    "hyde-claim": _hyde("Please write a scientific paper passage to support or refute the claim.",
+                        "Claim"),
+    "hyde-argument": _hyde("Please write a counter argument for the passage.", "Passage"),
+    "hyde-scientific": _hyde("Please write a scientific paper passage to answer the question.",
+                             "Question"),
+    "hyde-finance": _hyde("Please write a financial article passage to answer the question.",
+                          "Question"),
+    "hyde-news": _hyde("Please write a news passage about the topic.", "Topic"),
+    "query2doc": Strategy(
+        "Write a passage that answers the given query:\n\n"
+        "Query: what state is this zip code 85282\n"
+        "Passage: 85282 is a zip code of Tempe, a city in Maricopa County in the state of Arizona. "
+        "It lies in the south of the city.\n\n"
+        "Query: how long do hard boiled eggs keep\n"
+        "Passage: Hard boiled eggs keep for about one week in a refrigerator, peeled or not. At "
+        "room temperature they should be eaten within two hours.\n\n"
+        "Query: why did the us enter the first world war\n"
+        "Passage: The United States entered the First World War in April 1917, after German "
+        "submarines had sunk American ships and a telegram had offered Mexico an alliance.\n\n"
+        "Query: definition of a prime number\n"
+        "Passage: A prime number is a whole number greater than one that only one and itself "
+        "divide without remainder, such as 2, 3, 5 and 7.\n\n"
+        "Query: {query}\nPassage:",
+        "query2doc, arXiv 2303.07678, with examples of our own",
+    ),
+    "mugi": Strategy(
+        "Generate one passage that is relevant to the following query: '{query}'. The passage "
+        "should be concise, informative, and clear.",
+        "MuGI, arXiv 2401.06311",
+    ),
+    "lamer": Strategy(
+        "Give a question \"{query}\" and its possible answering passages (most of these passages "
+        "are wrong) enumerated as:\n{passages}\nplease write a correct answering passage.",
+        "LameR, arXiv 2304.14233",
+    ),
+}  # fmt: skip
+
+# What models say before the passage itself. Each is matched once, at the beginning.
+LEAD_INS = (
+    r"(?:sure|certainly|of course|absolutely)[^\n.,!:]{0,40}[.,!:]\s*",
+    r"here(?:'s| is| are)[^\n:]{0,120}:\s*",
+    r"(?:the|a) (?:following )?(?:passage|documentation|answer)[^\n:.]{0,80}:\s*",
+    r"(?:passage|answer|documentation|output|keywords)\s*:\s*",
+)
+_LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS)})", re.IGNORECASE)
+REPEATED_SHARE = 0.5  # Of a text's word 4-grams; more than this that stand twice is repetition.
+
+
+def strategy(name: str, template: str | None = None) -> Strategy:
+    """A strategy by name, with another template if one is given.
+
+    Raises:
+        UserError: The name is unknown, or the template has no {query} or an unknown placeholder.
+    """
+    if name not in STRATEGIES:
+        raise UserError(f"prompt strategy {name!r} is unknown; there are {', '.join(STRATEGIES)}")
+    if not template:
+        return STRATEGIES[name]
+    try:
+        custom = Strategy(template, "a config")
+        unknown = custom.fields - set(FIELDS)
+    except ValueError as error:
+        raise UserError(f"prompt template {template!r}: {error}; write {{{{ for a brace") from None
+    if unknown or "query" not in custom.fields:
+        raise UserError(
+            f"prompt template {template!r}: it needs {{query}} and may have {{document}} and "
+            f"{{passages}}; found {sorted(custom.fields)}"
+        )
+    return custom
+
+
+def render(
+    name: str,
+    query: str,
+    document: str | None = None,
+    passages: Sequence[str] = (),
+    template: str | None = None,
+) -> str:
+    """The user's message of a strategy.
+
+    Args:
+        name: Key of `STRATEGIES`.
+        query: The query.
+        document: For strategies that show a related document.
+        passages: For strategies that show retrieved passages.
+        template: Replaces the strategy's own.
+
+    Raises:
+        UserError: The name or template is wrong.
+        ValueError: The template wants a document or passages that are not given.
+    """
+    chosen = strategy(name, template)
+    numbered = "\n".join(f"{i}. {passage}" for i, passage in enumerate(passages, start=1))
+    values = {"query": query, "document": document, "passages": numbered or None}
+    missing = [field for field in sorted(chosen.fields) if values[field] is None]
+    if missing:
+        raise ValueError(f"strategy {name!r} needs {missing}")
+    # One pass, so that braces inside a query or document stay what they are.
+    return chosen.template.format(**values)
+
+
+def strip_lead_in(text: str) -> str:
+    """Takes one lead-in such as "Here is a passage ...:" off the beginning of a text."""
+    text = text.lstrip()
+    return _LEAD_IN.sub("", text, count=1).strip()
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether more than half of a text's word 4-grams stand in it more than once."""
+    words = text.lower().split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if len(grams) < 4:
+        return False
+    return 1 - len(set(grams)) / len(grams) > REPEATED_SHARE

@@ -1,0 +1,136 @@
+"""AnchorDR's tokenizer: a text cleaner, a SentencePiece model and a fairseq dictionary."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from expandr_jax.errors import UserError
+from expandr_jax.weights.tokenizer import read_json
+
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+_BOS, _PAD, _EOS, _UNK = range(4)
+
+_ASCII_FORMS = str.maketrans(
+    {
+        **dict.fromkeys("“”", '"'),
+        **dict.fromkeys("‘’", "'"),
+        **dict.fromkeys("–—", "-"),
+    }
+)
+# What cutting at punctuation parts and these put together again.
+_REJOIN = (
+    (re.compile(r"' ([smdtSMDT])\b"), r"'\1"),
+    (re.compile(r"' (ll|re|ve)\b"), r"'\1"),
+    (re.compile(r"' (LL|RE|VE) "), r"'\1 "),
+)
+
+
+class FairseqTokenizer:
+    """Text to ids, called as a tokenizer of transformers is.
+
+    Attributes:
+        pad_token_id: Fills rows.
+        model_max_length: Longest input in tokens.
+        lower_case: Whether texts are lower-cased.
+    """
+
+    pad_token, pad_token_id = _SPECIAL[_PAD], _PAD
+
+    def __init__(self, directory: Path, model_max_length: int):
+        """Reads sp.model, dict.txt and, for its flag, tokenizer_config.json.
+
+        Args:
+            directory: Holds them.
+            model_max_length: Longest input in tokens.
+
+        Raises:
+            UserError: If a file is missing or cannot be read.
+        """
+        settings = read_json(directory / "tokenizer_config.json", {})
+        self.lower_case = bool(settings.get("do_lower_case", False))
+        self.model_max_length = min(model_max_length, settings.get("model_max_length", 10**9))
+        self._files = {name: _read(directory / name) for name in ("sp.model", "dict.txt")}
+        self._pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(self._files["sp.model"])
+        except RuntimeError:
+            raise UserError(f"{directory / 'sp.model'}: not a SentencePiece model") from None
+        self._ids = _read_dictionary(directory / "dict.txt", self._files["dict.txt"])
+
+    def __call__(
+        self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None, **_
+    ) -> dict[str, list[list[int]]]:
+        """Ids of texts: <s>, pieces, </s>; a longer text loses its last pieces."""
+        most = max_length if truncation and max_length else 10**9
+        rows = []
+        for text in texts:
+            pieces = self._pieces.EncodeAsPieces(clean(text, self.lower_case))[: most - 2]
+            rows.append([_BOS, *(self._ids.get(piece, _UNK) for piece in pieces), _EOS])
+        return {"input_ids": rows}
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Writes the three files."""
+        for name, content in self._files.items():
+            (directory / name).write_bytes(content)
+        settings = {"do_lower_case": self.lower_case, "model_max_length": self.model_max_length}
+        text = json.dumps(settings, indent=2) + "\n"
+        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def clean(text: str, lower_case: bool) -> str:
+    """Puts ASCII quotes and dashes, cuts words at punctuation, rejoins English contractions."""
+    text = text.strip().replace("``", '"').replace("''", '"').translate(_ASCII_FORMS)
+    text = " ".join(part for token in text.split() for part in _cut(token))
+    for pattern, replacement in _REJOIN:
+        text = pattern.sub(replacement, text)
+    text = " ".join(text.split())
+    return text.lower() if lower_case else text
+
+
+def _cut(token: str) -> list[str]:
+    """Leading punctuation, core and trailing punctuation of a word, those that are there."""
+    core_start = next((i for i, c in enumerate(token) if not _is_punctuation(c)), len(token))
+    core_end = len(token)
+    while core_end > core_start and _is_punctuation(token[core_end - 1]):
+        core_end -= 1
+    parts = token[:core_start], token[core_start:core_end], token[core_end:]
+    return [part for part in parts if part]
+
+
+def _is_punctuation(char: str) -> bool:
+    code = ord(char)
+    return (
+        33 <= code <= 47
+        or 58 <= code <= 64
+        or 91 <= code <= 96
+        or 123 <= code <= 126
+        or unicodedata.category(char).startswith("P")
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: AnchorDR's tokenizer needs it: {error.strerror}") from None
+
+
+def _read_dictionary(path: Path, content: bytes) -> dict[str, int]:
+    """Ids by piece: the special tokens, then the dictionary in its order."""
+    ids = {piece: index for index, piece in enumerate(_SPECIAL)}
+    try:
+        lines = content.decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        piece, _, count = line.rpartition(" ")
+        if not piece or not count.isdigit():
+            raise UserError(f"{path}:{number}: expected a piece, a space and its count")
+        if piece in ids:
+            raise UserError(f"{path}:{number}: piece {piece!r} stands there twice")
+        ids[piece] = len(ids)
+    return ids

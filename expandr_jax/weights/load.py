@@ -1,0 +1,214 @@
+"""Fills parameter trees from a model's files, onto the devices, a piece of a tensor at a time.
+
+What is resident beyond the parameters themselves is a few pieces, whatever the model's size.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Sharding
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.weights.files import ModelFiles
+from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
+
+# Leaves up to this size are made whole; larger ones are filled by pieces of about this size.
+PIECE_BYTES = 64 * 2**20
+
+Piece = tuple[tuple[int, ...], np.ndarray]
+
+
+def load_params(
+    files: ModelFiles,
+    module: nn.Module,
+    weights: Sequence[Weight],
+    dtype: Any,
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fills a parameter tree.
+
+    Args:
+        files: The model's files.
+        module: Decides the shapes.
+        weights: The model's table.
+        dtype: Type of the parameters.
+        shardings: A tree as `sharding.param_shardings` makes it; None means the default device.
+
+    Returns:
+        A nested dict of arrays.
+
+    Raises:
+        UserError: If a tensor is missing, unknown, wrongly shaped, or not finite.
+    """
+    dtype = np.dtype(dtype)
+    expected = leaf_shapes(module)
+    stored = _find(files, module, weights, expected)
+    places = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    flat = {}
+    for weight in weights:
+        shape, names = expected[weight.path], stored[weight.path]
+        pieces = _pieces(files, weight, names, shape, dtype)
+        flat[weight.path] = _place(pieces, shape, dtype, places.get(weight.path))
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def example_inputs(module: nn.Module) -> list[jax.ShapeDtypeStruct]:
+    """Shapes of the smallest inputs of a model's `__call__`."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if isinstance(module, Decoder):
+        return [tokens, tokens, jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)]
+    return [tokens, tokens]
+
+
+def leaf_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's parameters by path, keys joined by "/"."""
+    variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
+    flat = traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def _find(
+    files: ModelFiles,
+    module: nn.Module,
+    weights: Sequence[Weight],
+    expected: Mapping[str, tuple[int, ...]],
+) -> dict[str, list[str]]:
+    """Names of the tensors that each leaf holds; refuses a file that is not exactly these."""
+    shapes = files.shapes()
+    prefix = find_prefix(shapes, weights)
+    stored, known = {}, set()
+    for weight in weights:
+        layers = range(expected[weight.path][0]) if weight.stacked else [""]
+        names = [hf_name(weight, layer, prefix) for layer in layers]
+        copies = [name for name in weight.copies if name in shapes]
+        if copies and names[0] not in shapes:
+            names = [copies.pop(0)]
+        stored[weight.path] = names
+        known |= {*names, *copies}
+    missing = {name for names in stored.values() for name in names} - shapes.keys()
+    _complain(files.where, "are missing", missing)
+    unknown = {n for n in shapes.keys() - known if not is_ignored(n, module.config)}
+    _complain(files.where, "are unknown", unknown)
+    wrong = []
+    for weight in weights:
+        shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]
+        shape = shape[::-1] if weight.transpose else shape
+        names = stored[weight.path]
+        wrong += [f"{n} {shapes[n]} (expected {shape})" for n in names if shapes[n] != shape]
+    _complain(files.where, "have the wrong shape", wrong)
+    for weight in weights:
+        _check_copies(files, stored[weight.path][0], weight.copies)
+    return stored
+
+
+def _check_copies(files: ModelFiles, name: str, copies: Iterable[str]) -> None:
+    shapes = files.shapes()
+    different = []
+    for copy in copies:
+        if copy not in shapes or copy == name:
+            continue
+        rows = _row_slices(shapes[name])
+        if shapes[copy] != shapes[name] or not all(
+            np.array_equal(files.read(name, part), files.read(copy, part)) for part in rows
+        ):
+            different.append(copy)
+    _complain(files.where, f"should equal {name} and do not", different)
+
+
+def _complain(where: str, what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UserError(f"{where}: {len(names)} tensors {what}: {', '.join(names[:5])}{rest}")
+
+
+def _pieces(
+    files: ModelFiles,
+    weight: Weight,
+    names: Sequence[str],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Iterator[Piece]:
+    """Parts of a leaf, each with where it begins; the whole leaf where it is small."""
+    if math.prod(shape) * dtype.itemsize <= PIECE_BYTES:
+        leaf = np.empty(shape, dtype)
+        for index, name in enumerate(names):
+            tensor = _read(files, name, slice(None))
+            (leaf[index] if weight.stacked else leaf)[...] = _ours(weight, tensor)
+        yield (0,) * len(shape), leaf
+        return
+    for index, name in enumerate(names):
+        for rows in _row_slices(files.shapes()[name]):
+            part = np.ascontiguousarray(_ours(weight, _read(files, name, rows)), dtype)
+            start = (0,) * (part.ndim - 1)
+            start = (*start, rows.start) if weight.transpose else (rows.start, *start)
+            yield ((index, *start), part[None]) if weight.stacked else (start, part)
+
+
+def _row_slices(shape: tuple[int, ...]) -> list[slice]:
+    """Cuts a tensor by rows into parts of about PIECE_BYTES in float32."""
+    step = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
+    return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
+
+
+def _ours(weight: Weight, tensor: np.ndarray) -> np.ndarray:
+    return tensor.T if weight.transpose else tensor
+
+
+def _read(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
+    tensor = files.read(name, rows)
+    if not np.isfinite(tensor).all():
+        _complain(files.where, "have NaN or infinite values", [name])
+    return tensor
+
+
+@jax.jit(donate_argnums=0)
+def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, piece, start)
+
+
+def _place(
+    pieces: Iterator[Piece], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
+) -> jax.Array:
+    """Puts a leaf's pieces where they belong on each device."""
+    first = next(pieces)
+    if first[1].shape == shape:
+        return jax.device_put(first[1], sharding)
+    bounds = {None: [(0, size) for size in shape]}
+    if sharding is not None:
+        bounds = {
+            device: [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+            for device, index in sharding.addressable_devices_indices_map(shape).items()
+        }
+    shards = {
+        device: jnp.zeros([stop - start for start, stop in limits], dtype, device=device)
+        for device, limits in bounds.items()
+    }
+    for start, piece in itertools.chain([first], pieces):
+        for device, limits in bounds.items():
+            # The part of this piece that lies in the device's shard.
+            begins = [max(at, low) for at, (low, _) in zip(start, limits, strict=True)]
+            ends = [
+                min(at + size, high)
+                for at, size, (_, high) in zip(start, piece.shape, limits, strict=True)
+            ]
+            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
+                continue
+            cut = piece[
+                tuple(slice(b - at, e - at) for b, e, at in zip(begins, ends, start, strict=True))
+            ]
+            place = tuple(b - low for b, (low, _) in zip(begins, limits, strict=True))
+            shards[device] = _write(shards[device], jax.device_put(cut, device), place)
+        # Waiting here is what bounds the number of pieces that are alive.
+        jax.block_until_ready(shards)
+    if sharding is None:
+        return shards[None]
+    return jax.make_array_from_single_device_arrays(shape, sharding, list(shards.values()))

@@ -1,0 +1,41 @@
+"""Padding and the order of data."""
+
+import numpy as np
+import pytest
+
+from expandr_jax.data.batches import batch_indices, bucket_length, pad
+
+
+def test_buckets():
+    assert bucket_length(1) == 16
+    assert bucket_length(16) == 16
+    assert bucket_length(17) == 32
+    assert bucket_length(3, (2, 4)) == 4
+    with pytest.raises(ValueError, match="above the longest bucket"):
+        bucket_length(5, (2, 4))
+
+
+def test_pad():
+    ids, mask = pad([[1, 2, 3], [4]], pad_id=9, length=4)
+    np.testing.assert_array_equal(ids, [[1, 2, 3, 9], [4, 9, 9, 9]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
+    assert pad([[1] * 17], pad_id=0)[0].shape == (1, 32)
+
+
+def test_an_epoch_shows_each_example_at_most_once_and_leaves_out_the_remainder():
+    epoch = [batch_indices(0, step, 10, 3) for step in range(3)]
+    assert len(set(np.concatenate(epoch).tolist())) == 9
+    following = [batch_indices(0, step, 10, 3) for step in range(3, 6)]
+    assert np.concatenate(epoch).tolist() != np.concatenate(following).tolist()
+
+
+def test_the_order_is_a_function_of_seed_and_step():
+    np.testing.assert_array_equal(batch_indices(1, 7, 100, 8), batch_indices(1, 7, 100, 8))
+    assert batch_indices(1, 7, 100, 8).tolist() != batch_indices(2, 7, 100, 8).tolist()
+    # Literal, so that a change of library or code that would reorder every run is noticed.
+    assert batch_indices(0, 0, 10, 5).tolist() == [0, 7, 8, 6, 9]
+
+
+def test_too_few_examples():
+    with pytest.raises(ValueError, match="do not fill one batch"):
+        batch_indices(0, 0, 3, 4)

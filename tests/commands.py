@@ -1,0 +1,34 @@
+"""The project's programs, run as a user runs them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def command(module: str, *arguments: str) -> subprocess.Popen:
+    """`python -m MODULE ...` from the repository's root, on one device."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def start(
+    workdir: pathlib.Path, *overrides: str, config: str = "configs/smoke.py"
+) -> subprocess.Popen:
+    """`train.joint` as a user starts it."""
+    return command("train.joint", f"--config={config}", f"--workdir={workdir}", *overrides)
+
+
+def finish(process: subprocess.Popen) -> str:
+    """Waits for a program that must succeed; returns what it printed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output

@@ -1,0 +1,48 @@
+"""Meshes, and where parameters go."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.sharding import batch_divisor, make_mesh, param_shardings
+
+CONFIG = DecoderConfig(
+    vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    mlp_dim=32, max_positions=32,
+)  # fmt: skip
+
+
+def test_one_axis_takes_what_the_others_leave():
+    mesh = make_mesh(data=-1, fsdp=2, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert batch_divisor(mesh) == 4
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1)])
+def test_sizes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        make_mesh(*sizes)
+
+
+def test_parameters_follow_their_logical_axes():
+    mask = jnp.ones((1, 4), jnp.int32)
+    inputs = jnp.zeros((1, 4), jnp.int32), token_positions(mask), causal_mask(mask)
+    shardings = param_shardings(make_mesh(data=2, fsdp=2, tensor=2), Decoder(CONFIG), *inputs)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+    attention, mlp = specs["layers"]["self_attn"], specs["layers"]["mlp"]
+    assert specs["embedding"] == PartitionSpec("tensor", "fsdp")
+    assert attention["q_proj"]["kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert attention["o_proj"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert mlp["down_proj"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    # Only norms are on every device: they are as wide as one vector.
+    replicated = [
+        jax.tree_util.keystr(path)
+        for path, spec in jax.tree_util.tree_leaves_with_path(
+            specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+        )
+        if not any(spec)
+    ]
+    assert all("norm" in name for name in replicated)
