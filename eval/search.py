@@ -75,7 +75,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             generator_params,
             slots=chosen["samples"],
             prompt_buckets=tuple(settings.prompt_buckets),
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=config.expansion.max_new_tokens,
             eos_ids=generator.eos_ids,
             pad_id=generator.pad_id,
             seed=config.seed,

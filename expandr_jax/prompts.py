@@ -64,7 +64,7 @@ STRATEGIES = {
         "Jagerman et al., arXiv 2305.03653",
     ),
     "hyde": _hyde("Please write a passage to answer the question.", "Question"),
-    "hyde-claim": _hyde("Please write a scientific paper passage to support or refute the claim.",
+    "hyde-claim": _hyde("Please write a scientific paper passage to support/refute the claim.",
                         "Claim"),
     "hyde-argument": _hyde("Please write a counter argument for the passage.", "Passage"),
     "hyde-scientific": _hyde("Please write a scientific paper passage to answer the question.",
@@ -91,7 +91,7 @@ STRATEGIES = {
     ),
     "mugi": Strategy(
         "Generate one passage that is relevant to the following query: '{query}'. The passage "
-        "should be concise, informative, and clear.",
+        "should be concise, informative, and clear",
         "MuGI, arXiv 2401.06311",
     ),
     "lamer": Strategy(
@@ -101,14 +101,24 @@ STRATEGIES = {
     ),
 }  # fmt: skip
 
-# What models say before the passage itself. Each is matched once, at the beginning.
-LEAD_INS = (
-    r"(?:sure|certainly|of course|absolutely)[^\n.,!:]{0,40}[.,!:]\s*",
-    r"here(?:'s| is| are)[^\n:]{0,120}:\s*",
-    r"(?:the|a) (?:following )?(?:passage|documentation|answer)[^\n:.]{0,80}:\s*",
-    r"(?:passage|answer|documentation|output|keywords)\s*:\s*",
+_KINDS = (
+    r"(?:passage|answer|response|document(?:ation)?|docstring|paragraph|article|abstract|summary|"
+    r"explanation|rationale|description|keywords?|rewrite|rewritten query|counter[- ]?argument|"
+    r"output)"
 )
-_LEAD_IN = re.compile(f"^(?:{'|'.join(LEAD_INS)})", re.IGNORECASE)
+# What models say before the text itself. Each is tried once, in this order, at the beginning.
+LEAD_INS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?:sure(?: thing)?|certainly|of course|absolutely)"
+        r"(?:!|[.,:](?=\s+(?:here|i'd|i would|below|the following)\b))\s*",
+        rf"i(?:'d| would) be (?:happy|glad) to [^\n.!:]*[.!:]\s+(?=here\b|\**{_KINDS}\b)",
+        r"here(?:'s|’s| is| are) [^\n:.]{1,200}:\s*",
+        rf"(?:below|the following)(?: is| are)? [^\n:.]*\b{_KINDS}\b[^\n:.]*:\s*",
+        r"the (?:passage|documentation|answer)\b[^\n:.]{0,80}:\s*",
+        rf"\**{_KINDS}\s*:\**\s*",
+    )
+)
 REPEATED_SHARE = 0.5  # Of a text's word 4-grams; more than this that stand twice is repetition.
 
 
@@ -166,9 +176,12 @@ def render(
 
 
 def strip_lead_in(text: str) -> str:
-    """Takes one lead-in such as "Here is a passage ...:" off the beginning of a text."""
-    text = text.lstrip()
-    return _LEAD_IN.sub("", text, count=1).strip()
+    """Takes what a model says before the text proper off it, as "Sure! Here is a passage ...:"."""
+    text = text.strip()
+    for pattern in LEAD_INS:
+        if found := pattern.match(text):
+            text = text[found.end() :]
+    return text
 
 
 def is_repetitive(text: str) -> bool:

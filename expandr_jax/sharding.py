@@ -4,6 +4,7 @@ One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes
 (batches), fsdp (batches and parameters) and tensor (heads and feed-forward).
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,7 +87,8 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
         A tree like the module's "params" with a NamedSharding for each leaf. An axis that does not
         divide evenly is replicated.
     """
-    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args, **kwargs))["params"]
+    init = functools.partial(module.init, **kwargs)
+    boxed = jax.eval_shape(init, jax.random.key(0), *args)["params"]
     rules = dict(RULES)
 
     def place(leaf: Any) -> NamedSharding:

@@ -1,5 +1,8 @@
 """Attention against a twin written with loops."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,3 +76,69 @@ def test_half_precision_keeps_its_type_and_sums_in_float32():
     assert found.dtype == jnp.bfloat16
     expected = twin(*(np.asarray(x, np.float64) for x in half), mask, 0.01)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2e-3)
+
+
+def test_a_bias_is_added_to_the_scores_of_each_head():
+    q, k, v = random(0, 2, 5, 6, 4), random(1, 2, 7, 3, 4), random(2, 2, 7, 3, 4)
+    bias, mask = random(4, 6, 5, 7), np.ones((2, 1, 7), bool)
+    found = attend(*map(jnp.asarray, (q, k, v, mask)), scale=0.7, bias=jnp.asarray(bias))
+    scores = 0.7 * np.einsum("bthd,bshd->bhts", q, k.repeat(2, axis=2)) + bias
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.einsum("bhts,bshd->bthd", weights, v.repeat(2, axis=2))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@dataclasses.dataclass
+class Gpu:
+    """A device as far as the choice of a kernel looks at it."""
+
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+    compute_capability: str = "9.0"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Pretends to be on a GPU; cuDNN's calls go to XLA, which takes the same arguments."""
+    calls = []
+    real = jax.nn.dot_product_attention
+
+    def fused(*args, implementation, **kwargs):
+        calls.append(implementation)
+        return real(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [6, 1])
+def test_the_fused_kernel_is_asked_for_the_same(on_gpu, rows, monkeypatch):
+    q, k, v = (
+        jnp.asarray(random(i, 2, 6, heads, 8), jnp.bfloat16) for i, heads in enumerate((4, 2, 2))
+    )
+    mask = random(3, 2, rows, 6) > 0
+    mask[..., 0] = True
+    fused = attend(q, k, v, jnp.asarray(mask), scale=0.3)
+    assert on_gpu == ["cudnn"]
+    expected = twin(*(np.asarray(x, np.float64) for x in (q, k, v)), mask, 0.3)
+    np.testing.assert_allclose(fused.astype(jnp.float32), expected, atol=3e-2)
+
+
+def test_the_fused_kernel_is_left_alone_where_it_cannot_help(on_gpu, monkeypatch):
+    def run(dtype=jnp.bfloat16, length=6, width=8, **options):
+        q = k = v = jnp.ones((1, length, 2, width), dtype)
+        attend(q, k, v, jnp.ones((1, 1, length), bool), scale=1.0, **options)
+        return bool(on_gpu)
+
+    assert not run(jnp.float32)
+    assert not run(length=5)
+    assert not run(width=4)
+    assert not run(width=136)
+    assert not run(bias=jnp.zeros((2, 6, 6)))
+    assert not run(dropout=lambda x: x)
+    for device in (Gpu(compute_capability="7.5"), Gpu("AMD Instinct", "gfx90a")):
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        assert not run()
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    assert run()

@@ -21,6 +21,7 @@ from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
+from train.export import export_one
 
 
 def logits(module, params, ids):
@@ -67,7 +68,7 @@ def test_generator_settings_and_tokenizer_return(tmp_path):
     assert (again.module, again.eos_ids, again.pad_id) == (generator.module, (2,), 0)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "qwen2"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "t5", "qwen2"])
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False), ("last", True)])
 def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tmp_path):
     tiny_models.save(tmp_path / "in", family)
@@ -172,6 +173,54 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     with pytest.raises(UserError, match=r"use_dora=True is not supported"):
         load_adapter(str(tmp_path / "out"), generator.module.config)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a finished run of a bfloat16 generator and a bfloat16 retriever leaves behind."""
+    work = tmp_path / "run"
+    sources = {"generator": ("qwen2", True), "retriever": ("bert", False)}
+    for name, (family, head) in sources.items():
+        model = tiny_models.save(tmp_path / name, family, head=head)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / name)
+    generator, params = load_generator(str(tmp_path / "generator"))
+    export_generator(work / "export" / "generator", generator, params)
+    retriever, params = load_retriever(
+        str(tmp_path / "retriever"), pooling="mean", normalize=True, max_length=20
+    )
+    export_retriever(work / "export" / "retriever", retriever, params)
+    config = {name: {"source": str(tmp_path / name), "sha256": None} for name in sources}
+    (work / "config.json").write_text(json.dumps({"config": config}))
+    return work
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "source"])
+@pytest.mark.parametrize("kind", ["base", "generator", "retriever", "encoder"])
+def test_a_runs_models_are_written_in_any_type(run, kind, dtype, tmp_path):
+    export_one(run, tmp_path / "out", kind, dtype)
+    expected = "float32" if dtype == "float32" else "bfloat16"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in written.values()} == {expected}
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    if kind in ("base", "generator"):
+        again, _ = load_generator(str(tmp_path / "out"))
+        assert again.tokenizer.chat_template == tiny_models.TEMPLATE
+        before = load_file(run.parent / "generator" / "model.safetensors")
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert str(model.dtype) == f"torch.{expected}"
+    else:
+        before = load_file(run.parent / "retriever" / "model.safetensors")
+        assert (tmp_path / "out" / "modules.json").exists() == (kind == "retriever")
+        assert transformers.AutoModel.from_pretrained(tmp_path / "out").dtype is not None
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(tensor.astype(np.float32), before[name].astype(np.float32))
+
+
+def test_a_run_that_is_not_there_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match=r"config.json: not a run's config"):
+        export_one(tmp_path / "none", tmp_path / "out", "generator", "float32")
+    with pytest.raises(UserError, match=r"export/adapter: not there; let train.joint finish"):
+        export_one(run, tmp_path / "out", "adapter", "float32")
 
 
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

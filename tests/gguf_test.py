@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import regex
+import sentencepiece
 import torch
 import transformers
 
@@ -13,6 +14,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import causal_mask, token_positions
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.gguf_reader import GgufReader
+from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 from expandr_jax.weights.hf import load_generator, load_model
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
@@ -35,12 +37,20 @@ NAMES = {
 }
 
 
-def gguf_name(name):
+GEMMA_NAMES = {
+    **NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name, names):
     stem, _, suffix = name.rpartition(".")
     if stem.startswith("model.layers."):
         _, _, layer, module = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[module]}.{suffix}"
-    return f"{NAMES[stem]}.{suffix}"
+        return f"blk.{layer}.{names[module]}.{suffix}"
+    return f"{names[stem]}.{suffix}"
 
 
 def write_gguf(path, model, architecture, *, pre="smollm", tokenizer="gpt2", rope_freqs=None):
@@ -56,7 +66,13 @@ def write_gguf(path, model, architecture, *, pre="smollm", tokenizer="gpt2", rop
     head_dim = getattr(config, "head_dim", None)
     writer.add_key_length(head_dim or config.hidden_size // config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        if rope["full_attention"]["rope_type"] == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["full_attention"]["factor"])
     letters = [chr(c) for c in range(ord("!"), ord("~"))][: tiny_models.VOCAB - 5]
     writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre(pre)
@@ -74,7 +90,11 @@ def write_gguf(path, model, architecture, *, pre="smollm", tokenizer="gpt2", rop
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
+        names = NAMES
+        if architecture == "gemma3":
+            names = GEMMA_NAMES
+            array = array + 1 if name.endswith("norm.weight") else array
+        writer.add_tensor(gguf_name(name, names), np.ascontiguousarray(array))
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
     writer.write_header_to_file()
@@ -83,10 +103,19 @@ def write_gguf(path, model, architecture, *, pre="smollm", tokenizer="gpt2", rop
     writer.close()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_models_equal_the_one_that_was_written(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("llama", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("gemma3-deep", "gemma3"),
+        ("gemma3-deep-linear", "gemma3"),
+    ],
+)
+def test_models_equal_the_one_that_was_written(family, architecture, tmp_path):
     path = tmp_path / "model.gguf"
-    reference = tiny_models.torch_model(architecture, head=True)
+    reference = tiny_models.torch_model(family, head=True)
     write_gguf(path, reference, architecture)
     module, params, source = load_model(str(path))
     ids, mask = tiny_models.ragged_batch("right")
@@ -98,6 +127,11 @@ def test_models_equal_the_one_that_was_written(architecture, tmp_path):
     for key in ("rms_norm_eps", "tie_word_embeddings", "head_dim", "intermediate_size"):
         if hasattr(reference.config, key):
             assert source.config[key] == getattr(reference.config, key), key
+    if architecture == "gemma3":
+        # transformers understands the configuration made from the metadata alike.
+        theirs = transformers.Gemma3TextConfig(**source.config)
+        for key in ("layer_types", "rope_parameters", "sliding_window", "query_pre_attn_scalar"):
+            assert getattr(theirs, key) == getattr(reference.config, key), key
 
 
 def test_every_quantization_reads_as_the_gguf_package_does(tmp_path):
@@ -152,6 +186,64 @@ def test_rope_scaling_is_recovered_from_its_divisors(tmp_path):
     write_gguf(path, model, "llama", rope_freqs=np.linspace(1, 9, 64, dtype=np.float32))
     with pytest.raises(UserError, match=r"rope_freqs.weight is not Llama 3's"):
         GgufFile(path)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokens_equal_the_library(prefix, tmp_path):
+    text = tmp_path / "text"
+    words = ("the anchor text of a web page", "leads to the page", "that it's about, 12 3.5")
+    rng = np.random.default_rng(0)
+    text.write_text("\n".join(" ".join(rng.permutation(words)) for _ in range(200)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "sp"),
+        model_type="bpe",
+        vocab_size=340,
+        byte_fallback=True,
+        add_dummy_prefix=prefix,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["<end_of_turn>"],
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+    ids = range(library.get_piece_size())
+
+    def kind(i):
+        if library.is_unknown(i):
+            return 2
+        if library.is_control(i):
+            return 3
+        return 6 if library.is_byte(i) else 4 if library.id_to_piece(i) == "\n" else 1
+
+    metadata = {
+        "general.architecture": "gemma3",
+        "gemma3.context_length": 99,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [library.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [library.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [kind(i) for i in ids],
+        "tokenizer.ggml.bos_token_id": library.bos_id(),
+        "tokenizer.ggml.eos_token_id": library.eos_id(),
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+    tokenizer = read_gguf_tokenizer(metadata, "file")
+    end = library.piece_to_id("<end_of_turn>")
+    assert ends_of_turn(metadata) == [end]
+    for sample in (
+        "the web page leads",
+        "it's  about 35,",
+        "naïve 東 anchors",
+        "a",
+        "pagepage the",
+    ):
+        ids = tokenizer(sample)["input_ids"]
+        assert ids == [library.bos_id(), *library.encode(sample)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == sample
+    assert tokenizer("a<end_of_turn>", add_special_tokens=False)["input_ids"][-1] == end
+    newline = library.piece_to_id("\n")
+    assert tokenizer("a\n\n", add_special_tokens=False)["input_ids"][-2:] == [newline] * 2
 
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -215,8 +307,8 @@ def test_text_is_cut_as_the_file_says(pre, expected, tmp_path):
 
 def test_refused_files(tmp_path):
     path, model = tmp_path / "model.gguf", tiny_models.torch_model("llama", head=True)
-    write_gguf(path, model, "llama", tokenizer="llama")
-    with pytest.raises(UserError, match=r"tokenizer 'llama' with pre 'smollm' is not supported"):
+    write_gguf(path, model, "llama", tokenizer="bert")
+    with pytest.raises(UserError, match=r"tokenizer 'bert' with pre 'smollm' is not supported"):
         load_generator(str(path))
     write_gguf(path, model, "llama", pre="new")
     with pytest.raises(UserError, match=r"pre 'new' is not supported"):

@@ -1,5 +1,7 @@
 """The packed DPO step against one sequence at a time, in plain form."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -43,14 +45,24 @@ def model():
     return module, params, jax.tree.map(lambda leaf: leaf + 0.05, adapter)
 
 
-def plain_log_prob(module, variables, prompt, response):
-    """Sum of log p(response | prompt): one sequence, all logits, log-softmax in the open."""
-    tokens = jnp.array([[*prompt, *response]])
-    mask = jnp.ones_like(tokens)
+@functools.partial(jax.jit, static_argnums=0)
+def sequence_log_probs(module, variables, tokens, mask):
+    """log p(token | those before) of a whole padded sequence: all logits, nothing shared."""
     hidden = module.apply(variables, tokens, token_positions(mask), causal_mask(mask))
-    log_probs = jax.nn.log_softmax(module.apply(variables, hidden, method="logits"), axis=-1)[0]
-    start = len(prompt)
-    return sum(log_probs[start + i - 1, token] for i, token in enumerate(response))
+    logits = module.apply(variables, hidden, method="logits")
+    return jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1], axis=-1), tokens[:, 1:, None], axis=-1
+    )[0, :, 0]
+
+
+def plain_log_prob(module, variables, prompt, response):
+    """Sum of log p(response | prompt) of one pair's side, on its own."""
+    tokens = np.zeros((1, 12), np.int32)
+    tokens[0, : len(prompt) + len(response)] = [*prompt, *response]
+    mask = (np.arange(12) < len(prompt) + len(response)).astype(np.int32)[None]
+    log_probs = sequence_log_probs(module, variables, tokens, mask)
+    start = len(prompt) - 1
+    return jnp.sum(log_probs[start : start + len(response)])
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 256])

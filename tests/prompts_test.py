@@ -40,20 +40,44 @@ def test_templates_of_the_user():
 
 
 @pytest.mark.parametrize(
-    ("said", "kept"),
+    "lead_in",
     [
-        ("Here is a passage that answers the question: The sky is blue.", "The sky is blue."),
-        ("Here's a passage:\n\nRayleigh scattering.", "Rayleigh scattering."),
-        ("Sure! The sky is blue.", "The sky is blue."),
-        ("Passage: Light scatters: a lot.", "Light scatters: a lot."),
-        ("The sky is blue: it scatters.", "The sky is blue: it scatters."),
-        ("Returns: the array.", "Returns: the array."),
-        ("  spaces  ", "spaces"),
-        ("", ""),
+        "Here is a passage that answers the question: ",
+        "Here's a possible answer:\n\n",
+        "Here is the passage: \nPassage: ",
+        "Sure! ",
+        "Sure! Here is the documentation of the function:\n",
+        "Certainly, here are the keywords:\n",
+        "Sure, I'd be happy to help. Here is a counter argument:\n\n",
+        "The following is a passage about tides:\n",
+        "The following passage answers the question:\n",
+        "The documentation of the function is as follows: ",
+        "**Answer:** ",
+        "Passage: ",
+        "  ",
+        "",
     ],
 )
-def test_lead_ins_are_stripped_once(said, kept):
-    assert strip_lead_in(said) == kept
+def test_lead_ins_are_stripped(lead_in):
+    text = "The tides are caused by the Moon: here is a passage about it."
+    assert strip_lead_in(lead_in + text + "\n") == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Here in the north, the rule is: never swim alone.",
+        "Here is the Moon. It has two effects: tides and light.",
+        "Sure signs of rain: dark clouds.",
+        "Of course, the Moon is smaller.",
+        "The sky is blue: it scatters.",
+        "Returns: the array.",
+        "Answering machines record calls.",
+        "",
+    ],
+)
+def test_what_is_no_lead_in_stays(text):
+    assert strip_lead_in(text) == text
 
 
 def test_repetition():

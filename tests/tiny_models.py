@@ -19,7 +19,32 @@ _SHAPE = {
     "pad_token_id": 0,
 }
 _GROUPED = {**_SHAPE, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "pad_token_id": 0,
+}
 _LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+# Deep enough for a layer of each kind after a global one; scores scaled by the head's width.
+_DEEP = {
+    **_GROUPED,
+    "num_hidden_layers": 7,
+    "sliding_window": 5,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+}
+_LINEAR = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -32,6 +57,8 @@ _FAMILIES = {
     "camembert": ("Camembert", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta": ("Roberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRoberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    "t5": ("T5", _T5),
+    "t5-gated": ("T5", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "llama": ("Llama", {**_GROUPED, "tie_word_embeddings": False, "rope_theta": 5e5}),
     "llama-3.1": ("Llama", {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3}),
     "llama-3.2": (
@@ -61,15 +88,14 @@ _FAMILIES = {
             **_LOCAL,
             "head_dim": 16,
             "query_pre_attn_scalar": 24,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
+            "rope_parameters": _LINEAR,
         },
     ),
+    "gemma3-deep": ("Gemma3Text", _DEEP),
+    "gemma3-deep-linear": ("Gemma3Text", {**_DEEP, "rope_parameters": _LINEAR}),
 }
-ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta")
-DECODERS = tuple(name for name in _FAMILIES if name not in ENCODERS)
+ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta", "t5", "t5-gated")
+DECODERS = tuple(n for n in _FAMILIES if n not in ENCODERS and "deep" not in n)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}"
@@ -83,6 +109,8 @@ def torch_model(family: str, *, head: bool = False) -> torch.nn.Module:
     config = getattr(transformers, f"{kind}Config")(**options)
     if kind == "Gemma3Text" and head:
         cls = transformers.Gemma3ForCausalLM
+    elif kind == "T5":
+        cls = transformers.T5ForConditionalGeneration if head else transformers.T5EncoderModel
     else:
         cls = getattr(transformers, f"{kind}{'ForCausalLM' if head else 'Model'}")
     torch.manual_seed(0)

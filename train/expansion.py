@@ -10,7 +10,7 @@ import ml_collections
 
 from expandr_jax.data.records import Journal
 from expandr_jax.generation.engine import Engine, Request
-from expandr_jax.prompts import is_repetitive, render, strip_lead_in
+from expandr_jax.prompts import get_strategy, is_repetitive, render, strip_lead_in
 from train.models import Models
 from train.run import Run
 
@@ -40,7 +40,8 @@ class Prompt:
 
 def expansion_text(config: ml_collections.ConfigDict, query: str) -> str:
     """The user's message that asks for a query's expansion; `config` is the whole config."""
-    return render(config.expansion.strategy, query, template=config.expansion.template)
+    settings = config.expansion
+    return render(get_strategy(settings.strategy, settings.template or None), query)
 
 
 def expansion_prompts(
@@ -88,13 +89,10 @@ def sample_texts(
     """
     journal = Journal(path)
     if not journal.finished:
-        done = {(row["query_id"], row["sample"]) for row in journal.rows}
         requests, cut = [], 0
-        settings = run.config.generator
+        limit = max(run.config.generator.prompt_buckets)
         for prompt in prompts:
-            if (prompt.query_id, prompt.sample) in done:
-                continue
-            ids, truncated = models.generator.chat_ids(prompt.text, settings.prompt_length)
+            ids, truncated = models.generator.chat_ids(prompt.text, limit)
             cut += truncated
             requests.append(
                 Request(
@@ -107,10 +105,8 @@ def sample_texts(
                 )
             )
         if cut:
-            run.console.print(
-                f"  {cut} prompts lost their beginning (over {settings.prompt_length})"
-            )
-        _sample(run, models, adapter, requests, journal, len(prompts), purpose)
+            run.console.print(f"  {cut} prompts lost their beginning (over {limit} tokens)")
+        _sample(run, models, adapter, requests, journal, purpose)
     texts = {}
     for row in journal.rows:
         text = strip_lead_in(row["text"]) if strip else row["text"]
@@ -125,28 +121,34 @@ def _sample(
     adapter: Any | None,
     requests: list[Request],
     journal: Journal,
-    total: int,
     purpose: str,
 ) -> None:
     settings = run.config.generator
+    # Slots have room for this stage's longest prompt and text; what a restart finds done counts
+    # too, so that their size, and with it every rounding, stays the same.
+    longest = max((len(request.prompt) for request in requests), default=1)
+    done = {(row["query_id"], row["sample"]) for row in journal.rows}
+    prefix = f"{purpose}/"
+    left = [r for r in requests if (r.id.removeprefix(prefix), r.sample) not in done]
     engine = Engine(
         models.generator.module,
         models.generator_params,
         adapter=adapter,
         slots=settings.slots,
-        prompt_buckets=tuple(settings.prompt_buckets),
-        max_new_tokens=settings.max_new_tokens,
+        prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
+        + [min(b for b in settings.prompt_buckets if b >= longest)],
+        max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
         eos_ids=models.generator.eos_ids,
         pad_id=models.generator.pad_id,
         seed=run.config.seed,
         mesh=models.mesh,
     )
     waiting: list[dict[str, Any]] = []
-    with run.progress(f"{purpose}: texts", total, total - len(requests)) as advance:
-        for completion in engine.generate(requests):
+    with run.progress(f"{purpose}: texts", len(requests), len(done)) as advance:
+        for completion in engine.generate(left):
             waiting.append(
                 {
-                    "query_id": completion.id.removeprefix(f"{purpose}/"),
+                    "query_id": completion.id.removeprefix(prefix),
                     "sample": completion.sample,
                     "text": models.generator.decode(list(completion.tokens)),
                     "tokens": len(completion.tokens),

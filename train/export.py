@@ -3,11 +3,14 @@
     python -m train.export --workdir=DIR --to=OUT --format=base
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
-"adapter" or "retriever". `train.joint` writes the last three to DIR/export by itself.
+"adapter", "retriever" (for sentence-transformers) or "encoder" (the retriever's model alone, the
+only form that AnchorDR has). `train.joint` writes export/generator, adapter and retriever by itself.
 """
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,14 +20,17 @@ from absl import flags
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.lora import LoraConfig, merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.adapter import export_adapter, load_adapter
-from expandr_jax.weights.export import export_generator, export_retriever
-from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever, open_files
+from expandr_jax.weights.source import locate
 from train.launch import define_workdir, launch
 
-FORMATS = ("base", "generator", "adapter", "retriever")
+DTYPES = ("float32", "bfloat16", "source")
+FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
 
 
 def export_run(
@@ -33,21 +39,26 @@ def export_run(
     retriever: Retriever,
     retriever_params: Any,
     adapter: Any,
+    progress: Callable[[int], None],
 ) -> None:
     """Writes export/retriever, /generator (merged) and /adapter; keeps what is there."""
     directory = workdir / "export"
     dtype = jnp.dtype(config.export.dtype)
     if not (directory / "retriever").exists():
-        export_retriever(directory / "retriever", retriever, retriever_params, dtype)
+        write = export_encoder if isinstance(retriever.module, AnchorDr) else export_retriever
+        write(directory / "retriever", retriever, retriever_params, dtype)
+    progress(1)
     lora = LoraConfig(**config.lora)
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
     if not (directory / "adapter").exists():
         shape = generator.module.config
         export_adapter(directory / "adapter", adapter, lora, shape, _base_name(workdir, config))
+    progress(1)
     if not (directory / "generator").exists():
         # Merged in float32, whatever type the run computed in.
         merged = merge_lora(base, adapter, lora)
         export_generator(directory / "generator", generator, merged, dtype)
+    progress(1)
 
 
 def _base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
@@ -60,10 +71,17 @@ def _base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
 
 
 def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -> None:
-    """Writes one of a finished run's models to a directory, in another type if so asked.
+    """Writes one of a finished run's models to a directory.
+
+    Args:
+        workdir: The run.
+        to: The directory to write.
+        kind: One of FORMATS.
+        dtype: Type of the tensors, or "source" for each tensor's own in the model that the run
+            started from; an adapter is always float32.
 
     Raises:
-        UserError: The run is not there or not finished.
+        UserError: The run is not there or not finished, or the model has no such format.
     """
     path = workdir / "config.json"
     try:
@@ -72,23 +90,34 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
         raise UserError(
             f"{path}: not a run's config; --workdir must be one of train.joint"
         ) from None
-    made = workdir / "export" / kind
+    made = workdir / "export" / {"encoder": "retriever"}.get(kind, kind)
     if kind != "base" and not made.exists():
         raise UserError(f"{made}: not there; let train.joint finish this run first")
-    target = np.dtype(jnp.dtype(dtype))
+    target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
     if kind == "base":
         generator, params = load_generator(config.generator.source, sha256=config.generator.sha256)
         export_generator(to, generator, params, target)
     elif kind == "generator":
         generator, params = load_generator(str(made))
+        if target == "source":
+            generator = _with_types_of(generator, config.generator.source)
         export_generator(to, generator, params, target)
-    elif kind == "retriever":
+    elif kind in ("retriever", "encoder"):
         retriever, params = load_retriever(str(made))
-        export_retriever(to, retriever, params, target)
+        if target == "source":
+            retriever = _with_types_of(retriever, config.retriever.source)
+        write = export_encoder if kind == "encoder" else export_retriever
+        write(to, retriever, params, target)
     else:
         generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
         lora, adapter = load_adapter(str(made), generator.module.config)
         export_adapter(to, adapter, lora, generator.module.config, _base_name(workdir, config))
+
+
+def _with_types_of(model: Any, source: str) -> Any:
+    """A Retriever or Generator that takes its types for "source" from another source."""
+    types = {name: str(dtype) for name, dtype in open_files(locate(source)).dtypes().items()}
+    return dataclasses.replace(model, source=dataclasses.replace(model.source, dtypes=types))
 
 
 def main(_: Any) -> None:
@@ -104,7 +133,7 @@ def define_flags() -> None:
     define_workdir()
     flags.DEFINE_string("to", None, "The directory to write; replaced if it is there.")
     flags.DEFINE_enum("format", "generator", FORMATS, "Which model.")
-    flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "Type of the tensors.")
+    flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of the tensors.")
 
 
 if __name__ == "__main__":

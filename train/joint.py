@@ -56,8 +56,8 @@ def train_joint(
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
-    with run.phase("models"):
-        models = load_models(config)
+    with run.phase("models"), run.progress("models loaded", 2) as advance:
+        models = load_models(config, advance)
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
@@ -85,10 +85,11 @@ def train_joint(
         adapters["trained" if name == "expandr" else name] = adapter
 
     results = evaluate(run, models, data, Trained(retrievers, adapters))
-    with run.phase("export"):
-        export_run(run.workdir, config, models.retriever, params, adapter)
-    with run.phase("report"):
+    with run.phase("export"), run.progress("models exported", 3) as advance:
+        export_run(run.workdir, config, models.retriever, params, adapter, advance)
+    with run.phase("report"), run.progress("pages written", 1) as advance:
         report = write_report(run.workdir)
+        advance(1)
     console.print(results_table(results))
     console.print(f"report: {report}", soft_wrap=True)
     run.close()

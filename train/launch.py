@@ -4,6 +4,7 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -54,6 +55,13 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
         _stop(console, _first_line(error))
     except UserError as error:
         _stop(console, str(error))
+
+    def on_sigterm(*_: object) -> None:
+        # What is finished is on disk; training replaces this handler to save its step first.
+        console.print("stopped by SIGTERM; the same command goes on from here")
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, on_sigterm)
 
     def guarded(rest: Sequence[str]) -> None:
         try:

@@ -1,6 +1,7 @@
 """Both models and where they run, built from a config once."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,8 +43,12 @@ class Models:
     generator_hash: str
 
 
-def load_models(config: ml_collections.ConfigDict) -> Models:
+def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], None]) -> Models:
     """Loads the config's models onto its mesh.
+
+    Args:
+        config: The whole config.
+        progress: Called with 1 after each of the two models.
 
     Raises:
         UserError: A model cannot be found, read or verified, or the mesh does not fit.
@@ -56,7 +61,9 @@ def load_models(config: ml_collections.ConfigDict) -> Models:
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,
     )
+    progress(1)
     generator, generator_params = load_model_generator(config)
+    progress(1)
     return Models(
         mesh=mesh,
         retriever=retriever,

@@ -135,6 +135,7 @@ class Engine:
                 slots = self._refill(slots, ready, running)
             if not running:
                 return
+            cancelled[list(running)] = False  # Its text was stopped, but a new one moved in.
             waiting = bool(ready or queue)
             enough = len(running) - 1 - self.slots // 16 if waiting else 0
             slots = self._decode(
@@ -146,9 +147,8 @@ class Engine:
             if looked_at:
                 output, near_tie = jax.device_get((slots.output, slots.near_tie))
             for slot in looked_at:
-                completion = self._completion(
-                    running[slot], output[slot, : count[slot]].tolist(), near_tie[slot], active[slot]
-                )
+                tokens = output[slot, : count[slot]].tolist()
+                completion = self._completion(running[slot], tokens, near_tie[slot], active[slot])
                 if completion is not None:
                     cancelled[slot] = active[slot]
                     del running[slot]
@@ -261,7 +261,9 @@ class Engine:
             return
         plan = self.plan()
         tensor = 1 if self._mesh is None else self._mesh.shape["tensor"]
-        weights = sum(x.size for x in jax.tree.leaves(params)) * self._module.dtype.itemsize
+        weights = (
+            sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(self._module.dtype).itemsize
+        )
         needed = sum(plan.values()) + weights // tensor
         if needed > limit:
             raise UserError(
@@ -285,7 +287,7 @@ class Engine:
         return jax.device_put(params, param_shardings(self._mesh, stacked, ids, ids, mask))
 
     def _build(self, seed: int, eos_ids: tuple[int, ...]) -> None:
-        """The programs: two for each bucket, to run prompts and to insert them, and one to decode."""
+        """The programs: two for each bucket, which run prompts and insert them; one to decode."""
         self._eos_ids = eos_ids
         module, dtype = self._module, self._cache_dtype
         make = functools.partial(

@@ -191,8 +191,6 @@ def decode(
         steps: Most tokens a slot.
         enough: Stop when no more than so many slots are active.
     """
-    rows = jnp.arange(slots.token.shape[0])
-    max_new_tokens = slots.output.shape[1]
 
     def slot_key(stream, sample):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), sample)
@@ -210,18 +208,19 @@ def decode(
         )
         token, near = sampler(logits, slots.settings.sampling, bits)
         active, count = slots.active, slots.count + slots.active
-        place = jnp.where(active, slots.count, max_new_tokens)
+        here = active[:, None] & (jnp.arange(slots.output.shape[1]) == slots.count[:, None])
         ended = jnp.isin(token, jnp.asarray(eos_ids)) | (count >= slots.settings.limit)
         seen = slots.seen
         if seen is not None:
-            seen = seen.at[rows, token].max(active)
+            ids = jnp.arange(seen.shape[1])
+            seen = seen | (active[:, None] & (ids == token[:, None]))
         return done + 1, slots.replace(
             cache=cache.replace(length=jnp.where(active, cache.length, slots.cache.length)),
             token=jnp.where(active, token, slots.token),
             active=active & ~ended,
             count=count,
-            output=slots.output.at[rows, place].set(token, mode="drop"),
-            near_tie=slots.near_tie.at[rows, place].set(near, mode="drop"),
+            output=jnp.where(here, token[:, None], slots.output),
+            near_tie=jnp.where(here, near[:, None], slots.near_tie),
             seen=seen,
         )
 

@@ -1,7 +1,7 @@
-"""AnchorDR (arXiv 2305.05834), ExpandR's retriever: an encoder and one step of a decoder.
+"""AnchorDR, ExpandR's retriever: an encoder and one step of a decoder.
 
-Its files call it T5, but it is post-norm, with biases, learned positions and scaled scores. A text's
-vector is the decoder's state at its single input, the token <s>.
+Its files call it T5, but it is post-norm, with biases, learned positions and scaled scores. A
+text's vector is the decoder's state at its single input, the token <s>.
 """
 
 import dataclasses

@@ -82,7 +82,7 @@ class KVCache:
     """Keys and values of past tokens, an array for each layer.
 
     Attributes:
-        keys: Each [batch, kv_heads, head_dim, slots]; slot s of a row holds the token at position s.
+        keys: Each [batch, kv_heads, head_dim, slots]; slot s of a row holds its token number s.
         values: Each [batch, kv_heads, slots, head_dim].
         length: [batch] int32, how many slots of a row are filled.
     """
@@ -111,7 +111,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],))
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],)
+        )
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32) + float(self.plus_one)
@@ -132,7 +134,9 @@ class Attention(nn.Module):
 
         def project(name, heads, axis):
             width = heads * cfg.head_dim
-            layer = Projection(width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, name=name)
+            layer = Projection(
+                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, name=name
+            )
             return layer(x, deterministic).reshape(batch, length, heads, cfg.head_dim)
 
         q = project("q_proj", cfg.num_heads, "heads")
@@ -166,7 +170,9 @@ class GatedMLP(nn.Module):
         cfg = self.config
 
         def project(name, features, axes, y):
-            return Projection(features, axes, False, self.dtype, self.lora, name=name)(y, deterministic)
+            return Projection(features, axes, False, self.dtype, self.lora, name=name)(
+                y, deterministic
+            )
 
         gate = project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
         up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
@@ -175,7 +181,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, in the form `nn.scan` wants: (carry, per-layer, shared) -> (carry, out)."""
+    """One transformer block in the form of `nn.scan`: (carry, layer, shared) -> (carry, out)."""
 
     config: DecoderConfig
     dtype: Any

@@ -1,7 +1,7 @@
 """The encoder of T5 (arXiv 1910.10683), as GTR and sentence-T5 use it.
 
-Pre-norm blocks under `nn.scan`; positions enter only as a bias on the scores, by bucket of distance,
-from a table that all layers share.
+Pre-norm blocks under `nn.scan`; positions enter only as a bias on the scores, by bucket of
+distance, from a table that all layers share.
 """
 
 import dataclasses
@@ -62,7 +62,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, shared):
         cfg = self.config
-        x = x + self._drop(self._attention(RMSNorm(cfg.norm_eps, False, name="input_norm")(x), shared))
+        x = x + self._drop(
+            self._attention(RMSNorm(cfg.norm_eps, False, name="input_norm")(x), shared)
+        )
         x = x + self._drop(self._mlp(RMSNorm(cfg.norm_eps, False, name="mlp_norm")(x)))
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
 

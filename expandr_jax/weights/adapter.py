@@ -10,14 +10,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import DecoderConfig
 from expandr_jax.models.lora import LoraConfig
-from expandr_jax.weights.export import new_directory, save_tensors
+from expandr_jax.weights.export import new_directory
 from expandr_jax.weights.names import Weight, decoder_weights
+from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
 from expandr_jax.weights.tokenizer import read_json
 
@@ -77,7 +76,7 @@ def export_adapter(
         **_PLAIN,
     }
     with new_directory(directory) as new:
-        save_tensors(new / "adapter_model.safetensors", tensors)
+        write_arrays(new / "adapter_model.safetensors", tensors)
         text = json.dumps(settings, indent=2) + "\n"
         (new / "adapter_config.json").write_text(text, encoding="utf-8")
 
@@ -132,12 +131,9 @@ def _modules(config: DecoderConfig) -> dict[str, str]:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    file = SafetensorsFile(path)
     # Up to three levels of wrappers come before the layers, depending on the task.
-    return {re.sub(r"^.*?(?=layers\.\d+\.)", "", name): value for name, value in tensors.items()}
+    return {re.sub(r"^.*?(?=layers\.\d+\.)", "", name): file.read(name) for name in file.entries}
 
 
 def _stack(

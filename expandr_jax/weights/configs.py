@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDrConfig
 from expandr_jax.models.bert import BertConfig
 from expandr_jax.models.decoder import DecoderConfig
 from expandr_jax.models.rope import RopeScaling
+from expandr_jax.models.t5 import T5Config
+from expandr_jax.weights.names import ModelConfig
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -17,7 +20,8 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 
-ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta")
+_BERTS = ("bert", "camembert", "roberta", "xlm-roberta")
+ENCODERS = (*_BERTS, "t5", "anchordr")
 DECODERS = ("gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 # Values that transformers assumes where a file leaves them out.
@@ -45,14 +49,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"head_dim": 128, "max_position_embeddings": 32768, "num_key_value_heads": 32},
     "roberta": {"layer_norm_eps": 1e-12, "type_vocab_size": 2},
+    "t5": {
+        "dropout_rate": 0.1,
+        "feed_forward_proj": "relu",
+        "layer_norm_epsilon": 1e-6,
+        "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32,
+    },
 }
 
 
-def model_config(hf: Mapping[str, Any], where: str) -> BertConfig | DecoderConfig:
+def model_config(hf: Mapping[str, Any], kind: str | None, where: str) -> ModelConfig:
     """Reads a Hugging Face configuration.
 
     Args:
         hf: The parsed config.json.
+        kind: Its model_type, or "anchordr".
         where: Named in messages.
 
     Returns:
@@ -61,21 +73,24 @@ def model_config(hf: Mapping[str, Any], where: str) -> BertConfig | DecoderConfi
     Raises:
         UserError: If the type or an option of the model is not supported, or a field is missing.
     """
-    kind = hf.get("model_type")
     if kind not in ENCODERS + DECODERS:
         known = ", ".join(ENCODERS + DECODERS)
         raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {known}")
-    defaults = _DEFAULTS.get(kind, _DEFAULTS["roberta"])
+    defaults = _DEFAULTS.get({"anchordr": "t5"}.get(kind, kind), _DEFAULTS["roberta"])
     # A null means the default, but for the window, where it means none.
     given = {key: hf[key] for key in hf if hf[key] is not None or key == "sliding_window"}
     hf = {**defaults, **given}
     try:
-        return _encoder(hf, where) if kind in ENCODERS else _decoder(hf, where)
+        if kind in _BERTS:
+            return _bert(hf, where)
+        if kind == "t5":
+            return _t5(hf, where)
+        return _anchordr(hf, where) if kind == "anchordr" else _decoder(hf, where)
     except KeyError as missing:
         raise UserError(f"{where}: field {missing} is missing") from None
 
 
-def _encoder(hf: Mapping[str, Any], where: str) -> BertConfig:
+def _bert(hf: Mapping[str, Any], where: str) -> BertConfig:
     _refuse(hf, where, is_decoder=False, position_embedding_type="absolute")
     offset = 0 if hf["model_type"] == "bert" else hf["pad_token_id"] + 1
     return BertConfig(
@@ -92,6 +107,47 @@ def _encoder(hf: Mapping[str, Any], where: str) -> BertConfig:
         hidden_dropout=hf.get("hidden_dropout_prob", 0.1),
         attention_dropout=hf.get("attention_probs_dropout_prob", 0.1),
     )
+
+
+def _t5(hf: Mapping[str, Any], where: str) -> T5Config:
+    return T5Config(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["d_model"],
+        num_layers=hf["num_layers"],
+        num_heads=hf["num_heads"],
+        head_dim=hf["d_kv"],
+        mlp_dim=hf["d_ff"],
+        gated=_gated(hf, where),
+        num_buckets=hf["relative_attention_num_buckets"],
+        max_distance=hf["relative_attention_max_distance"],
+        norm_eps=hf["layer_norm_epsilon"],
+        dropout=hf["dropout_rate"],
+    )
+
+
+def _anchordr(hf: Mapping[str, Any], where: str) -> AnchorDrConfig:
+    _refuse(hf, where, d_kv=hf["d_model"] // hf["num_heads"], pad_token_id=1)
+    return AnchorDrConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["d_model"],
+        num_layers=hf["num_layers"],
+        num_decoder_layers=hf.get("num_decoder_layers", hf["num_layers"]),
+        num_heads=hf["num_heads"],
+        mlp_dim=hf["d_ff"],
+        gated=_gated(hf, where),
+        num_buckets=hf["relative_attention_num_buckets"],
+        norm_eps=hf["layer_norm_epsilon"],
+        dropout=hf["dropout_rate"],
+    )
+
+
+def _gated(hf: Mapping[str, Any], where: str) -> bool:
+    kind = hf["feed_forward_proj"]
+    if kind not in ("relu", "gated-gelu"):
+        raise UserError(
+            f"{where}: feed_forward_proj {kind!r} is not supported; supported: relu, gated-gelu"
+        )
+    return kind == "gated-gelu"
 
 
 def _decoder(hf: Mapping[str, Any], where: str) -> DecoderConfig:

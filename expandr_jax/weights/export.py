@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.weights.names import to_hf, weights_of
-from expandr_jax.weights.sentence_transformers import Settings, write_settings
+from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.names import weights_of
+from expandr_jax.weights.safetensors_file import Tensor
+from expandr_jax.weights.sentence_transformers import Settings, write_dense, write_settings
+from expandr_jax.weights.store import named_tensors, source_dtype, write_model_files
 
 # Classes of transformers by model_type: (without a head, with the language model's).
 _CLASSES = {
@@ -33,12 +35,20 @@ _CLASSES = {
     "qwen2": ("Qwen2Model", "Qwen2ForCausalLM"),
     "qwen3": ("Qwen3Model", "Qwen3ForCausalLM"),
     "roberta": ("RobertaModel", "RobertaForMaskedLM"),
+    "t5": ("T5EncoderModel", "T5ForConditionalGeneration"),
     "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForMaskedLM"),
 }
 
+MAX_SHARD_BYTES = 5 * 10**9  # Above it transformers, too, writes several files.
+
 
 def export_retriever(
-    directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any = None
+    directory: str | os.PathLike,
+    retriever: Retriever,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a directory that sentence-transformers loads, and `load_retriever` too.
 
@@ -46,27 +56,68 @@ def export_retriever(
         directory: Replaced if it is there.
         retriever: The encoder and its settings.
         params: Its parameters, adapters merged.
-        dtype: Type of the tensors; None keeps that of `params`.
+        dtype: Type of the tensors; None keeps that of `params`, "source" takes each tensor's own
+            where the model came from.
+        max_shard_bytes: A larger model is written as several files.
 
     Raises:
-        UserError: If the directory cannot be written.
+        UserError: If the directory cannot be written, or sentence-transformers has no such model.
     """
+    if isinstance(retriever.module, AnchorDr):
+        raise UserError(
+            f"{directory}: AnchorDR is no stock T5 and has a fairseq tokenizer, so "
+            "sentence-transformers and transformers cannot load it; export it in its own layout "
+            "(export_encoder, or train.export --format=encoder)"
+        )
     settings = Settings(
         pooling=retriever.pooling,
         normalize=retriever.normalize,
         max_length=retriever.max_length,
         query_prompt=retriever.query_prompt,
         document_prompt=retriever.document_prompt,
+        dense=retriever.dense,
     )
     with new_directory(directory) as new:
-        # transformers keeps a bare model's names without a prefix.
-        _write_model(new, retriever, params, with_head=False, prefix="", dtype=dtype)
-        _write_tokenizer(new, retriever.tokenizer, retriever.max_length)
+        _write_encoder(new, retriever, params, dtype, max_shard_bytes)
+        if retriever.dense is not None:
+            write_dense(new / settings.dense_folder, params["dense"], retriever.dense)
         write_settings(new, settings, retriever.module.config.hidden_size)
 
 
+def export_encoder(
+    directory: str | os.PathLike,
+    retriever: Retriever,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the encoder and its tokenizer alone, in the layout that it came in.
+
+    Pooling, normalisation and prompts are not part of it. transformers loads it, but for AnchorDR,
+    which its authors' code loads.
+
+    Args:
+        directory: Replaced if it is there.
+        retriever: The encoder.
+        params: Its parameters, adapters merged.
+        dtype: As in `export_retriever`.
+        max_shard_bytes: A larger model is written as several files.
+
+    Raises:
+        UserError: If the directory cannot be written.
+    """
+    with new_directory(directory) as new:
+        _write_encoder(new, retriever, params, dtype, max_shard_bytes)
+
+
 def export_generator(
-    directory: str | os.PathLike, generator: Generator, params: Mapping[str, Any], dtype: Any = None
+    directory: str | os.PathLike,
+    generator: Generator,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a directory that transformers loads as a causal language model that can chat.
 
@@ -74,7 +125,8 @@ def export_generator(
         directory: Replaced if it is there.
         generator: The model.
         params: Its parameters, adapters merged (`merge_lora`).
-        dtype: Type of the tensors; None keeps that of `params`.
+        dtype: As in `export_retriever`.
+        max_shard_bytes: A larger model is written as several files.
 
     Raises:
         UserError: If the directory cannot be written.
@@ -87,7 +139,8 @@ def export_generator(
         **(generator.source.generation_config or {}),
     }
     with new_directory(directory) as new:
-        _write_model(new, generator, params, with_head=True, prefix="model.", dtype=dtype)
+        tensors = _tensors(generator, params, "model.", dtype, with_head=True)
+        _write_model(new, generator, tensors, True, max_shard_bytes)
         _write_json(new / "generation_config.json", generation)
         _write_tokenizer(new, generator.tokenizer, generator.tokenizer.model_max_length)
 
@@ -119,39 +172,59 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
 
 
+def _write_encoder(
+    directory: Path, retriever: Retriever, params: Mapping[str, Any], dtype: Any, max_bytes: int
+) -> None:
+    # transformers keeps a bare model's names without a prefix.
+    tensors = _tensors(retriever, params, "", dtype, with_head=False)
+    _write_model(directory, retriever, tensors, False, max_bytes)
+    _write_tokenizer(directory, retriever.tokenizer, retriever.max_length)
+
+
+def _tensors(
+    model: Retriever | Generator,
+    params: Mapping[str, Any],
+    prefix: str,
+    dtype: Any,
+    *,
+    with_head: bool,
+) -> dict[str, Tensor]:
+    def dtype_of(name: str, present: np.dtype) -> np.dtype:
+        if dtype == "source":
+            return source_dtype(model.source.dtypes, name) or present
+        return present if dtype is None else np.dtype(dtype)
+
+    config = model.module.config
+    is_anchordr = isinstance(model.module, AnchorDr)
+    weights = weights_of(config, with_head)
+    return named_tensors(params, weights, prefix, dtype_of, with_copies=is_anchordr)
+
+
 def _write_model(
     directory: Path,
     model: Retriever | Generator,
-    params: Mapping[str, Any],
-    *,
+    tensors: Mapping[str, Tensor],
     with_head: bool,
-    prefix: str,
-    dtype: Any,
+    max_shard_bytes: int,
 ) -> None:
-    """Writes model.safetensors and config.json."""
-    module = model.module
-    tensors = to_hf(params, weights_of(module.config, with_head), prefix)
-    if dtype is not None:
-        tensors = {name: np.asarray(value, dtype) for name, value in tensors.items()}
-    save_tensors(directory / "model.safetensors", tensors)
+    """Writes the weights and config.json."""
+    write_model_files(directory, tensors, max_shard_bytes)
     config = {key: value for key, value in model.source.config.items() if key != "dtype"}
-    config["architectures"] = [_CLASSES[config["model_type"]][with_head]]
-    config["torch_dtype"] = jnp.dtype(next(iter(tensors.values())).dtype).name
+    if not isinstance(model.module, AnchorDr):
+        config["architectures"] = [_CLASSES[config["model_type"]][with_head]]
+    config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
 
 
-def save_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes a safetensors file that PyTorch's loaders accept."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)
-
-
-def _write_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+def _write_tokenizer(
+    directory: Path, tokenizer: PreTrainedTokenizerFast | FairseqTokenizer, max_length: int
+) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # The class that versions 4 and 5 both know; the present name is not known to 4.
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        # The class that versions 4 and 5 both know; the present name is not known to 4.
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = max_length
     _write_json(path, settings)
 

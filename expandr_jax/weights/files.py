@@ -1,14 +1,19 @@
-"""A model's files as one object: configuration, tokenizer, and tensors read one at a time."""
+"""A model's files as one object: configuration, tokenizer, and tensors read by rows."""
 
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.safetensors_file import SafetensorsFile
 from expandr_jax.weights.tokenizer import read_json, read_tokenizer
+
+# AnchorDR's config.json says T5; only this tensor tells them apart.
+_OF_ANCHORDR = "encoder.pos_embed.weight"
+_ANCHORDR_LENGTH = 1024
 
 
 class ModelFiles(Protocol):
@@ -19,20 +24,25 @@ class ModelFiles(Protocol):
         files: The weights files.
         config: As in config.json.
         generation_config: As in generation_config.json, if there is one.
+        model_type: Which family it is of.
     """
 
     where: str
     files: list[Path]
     config: dict[str, Any]
     generation_config: dict[str, Any] | None
+    model_type: str | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Types of all tensors by name."""
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of it."""
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | FairseqTokenizer:
         """The tokenizer, chat template included."""
 
 
@@ -58,29 +68,34 @@ class HfDirectory:
         if not self.files:
             raise UserError(f"{index}: it lists no weights files")
         self._stored = {}
-        self._shapes = {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: not a readable safetensors file: {error}") from None
-            names = handle.keys()
-            for name in names:
+        for path in self.files:
+            file = SafetensorsFile(path)
+            for name in file.entries:
                 # Files converted from TensorFlow keep its names of a norm's parameters.
                 present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
                 present = present.replace("LayerNorm.beta", "LayerNorm.bias")
-                self._stored[present] = handle, name
-                self._shapes[present] = tuple(handle.get_slice(name).get_shape())
+                self._stored[present] = file, name
+
+    @property
+    def model_type(self) -> str | None:
+        """config.json's, or "anchordr" for the model that only its tensors tell from T5."""
+        return "anchordr" if _OF_ANCHORDR in self._stored else self.config.get("model_type")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
-        return self._shapes
+        return {name: file.entries[key].shape for name, (file, key) in self._stored.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor, in the type it has in the file."""
-        handle, stored_name = self._stored[name]
-        return handle.get_tensor(stored_name)
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Types of all tensors by name."""
+        return {name: file.entries[key].dtype for name, (file, key) in self._stored.items()}
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of it, in the type it has in the file."""
+        file, stored_name = self._stored[name]
+        return file.read(stored_name, rows)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | FairseqTokenizer:
         """The tokenizer, chat template included."""
-        return read_tokenizer(self._path, self.config.get("model_type"))
+        if self.model_type == "anchordr":
+            return FairseqTokenizer(self._path, _ANCHORDR_LENGTH)
+        return read_tokenizer(self._path, self.model_type)

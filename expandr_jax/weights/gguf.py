@@ -1,26 +1,19 @@
 """GGUF, llama.cpp's format: tensors, configuration and tokenizer in Hugging Face's terms."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.gguf_reader import GgufReader
+from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 
 _ARCHITECTURES = {
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
@@ -40,23 +33,17 @@ _BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-_CONTROL, _USER_DEFINED = 3, 4
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How text is cut before merging, by tokenizer.ggml.pre.
-_SPLITS = {
-    "smollm": None,
-    "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+_ROTARY = re.compile(r"[qk]_proj\.weight$")
+# Norms that only Gemma has, or that have another place in it.
+_GEMMA_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
 
 
 class GgufFile:
     """One GGUF file; a `ModelFiles`."""
-
-    generation_config = None
 
     def __init__(self, path: Path):
         """Reads the header; raises UserError if the file or its architecture cannot be read."""
@@ -68,23 +55,35 @@ class GgufFile:
             raise UserError(
                 f"{path}: architecture {self._architecture!r} is not supported; supported: {known}"
             )
-        self._names = {_hf_name(name): name for name in self._reader.tensors}
+        block = _BLOCK | (_GEMMA_NORMS if self._architecture == "gemma3" else {})
+        self._names = {_hf_name(name, block): name for name in self._reader.tensors}
         self._names.pop(_ROPE_FACTORS, None)
         self.config = self._config()
+        self.model_type = self.config["model_type"]
+        eos = self.config["eos_token_id"]
+        ends = [eos, *(end for end in ends_of_turn(self._reader.metadata) if end != eos)]
+        self.generation_config = {"eos_token_id": ends} if len(ends) > 1 else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
         return {ours: self._reader.tensors[name].shape for ours, name in self._names.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in float32, dequantized, with llama.cpp's order of rotary rows undone."""
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Types of all tensors by name: those they have once dequantized."""
+        return {name: np.dtype(np.float32) for name in self._names}
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """One tensor, or some rows of it, in float32, as the original model had it."""
+        if self._architecture == "gemma3" and name.endswith("norm.weight"):
+            return self._reader.read(self._names[name], rows) - 1  # llama.cpp keeps 1 + w
+        if self._architecture != "llama" or not _ROTARY.search(name):
+            return self._reader.read(self._names[name], rows)
+        # llama.cpp interleaves the halves that rotate together.
         array = self._reader.read(self._names[name])
-        if self._architecture == "llama" and re.search(r"[qk]_proj\.weight$", name):
-            key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-            heads = self.config[key]
-            pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
-            array = pairs.swapaxes(1, 2).reshape(array.shape)
-        return array
+        key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
+        heads = self.config[key]
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
+        return pairs.swapaxes(1, 2).reshape(array.shape)[rows]
 
     def _config(self) -> dict[str, Any]:
         """The metadata as a Hugging Face configuration."""
@@ -111,8 +110,23 @@ class GgufFile:
             "pad_token_id": self._field("tokenizer.ggml.padding_token_id", None),
             "dtype": "float32",
         }
+        if kind == "gemma3_text":
+            config |= self._gemma_config(config)
         scaling = self._rope_scaling(config["rope_theta"], config["head_dim"])
         return config if scaling is None else {**config, "rope_scaling": scaling}
+
+    def _gemma_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        # The largest model scales its scores by its width, the others by the head's; llama.cpp too
+        # knows which is which by the depth alone.
+        largest = config["num_hidden_layers"] == 62
+        per_head = config["hidden_size"] // config["num_attention_heads"]
+        return {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": per_head if largest else config["head_dim"],
+            "rope_local_base_freq": float(self._of_model("rope.freq_base_swa", 10000.0)),
+            "sliding_window": self._attention("sliding_window"),
+            "sliding_window_pattern": 6,
+        }
 
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
         """Llama 3.1's settings, recovered from the divisors of the frequencies that they gave."""
@@ -140,63 +154,8 @@ class GgufFile:
         }
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Builds the byte-level BPE tokenizer that the file describes, chat template included."""
-        kind, split = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre", None)
-        if kind != "gpt2" or split not in _SPLITS:
-            raise UserError(
-                f"{self.where}: tokenizer {kind!r} with pre {split!r} is not supported; supported: "
-                f"gpt2 with pre {', '.join(_SPLITS)}"
-            )
-        tokens = self._field("tokenizer.ggml.tokens")
-        merges = [tuple(pair.split(" ")) for pair in self._field("tokenizer.ggml.merges")]
-        vocab = {token: index for index, token in enumerate(tokens)}
-        # Llama 3 keeps some merges that its table of tokens makes unreachable; it skips them too.
-        try:
-            backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=split == "llama-bpe"))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise UserError(f"{self.where}: its tokenizer is damaged: {error}") from None
-        if _SPLITS[split] is None:
-            cut = [pre_tokenizers.Digits(individual_digits=True)]
-        else:
-            cut = [pre_tokenizers.Split(Regex(_SPLITS[split]), "isolated")]
-        to_bytes = pre_tokenizers.ByteLevel(
-            add_prefix_space=False, use_regex=_SPLITS[split] is None
-        )
-        if split == "qwen2":
-            backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
-        backend.decoder = decoders.ByteLevel()
-        types = enumerate(self._field("tokenizer.ggml.token_type"))
-        backend.add_tokens(
-            [
-                AddedToken(tokens[index], special=kind == _CONTROL, normalized=False)
-                for index, kind in types
-                if kind in (_CONTROL, _USER_DEFINED)
-            ]
-        )
-        special = {
-            f"{name}_token": tokens[self._field(f"tokenizer.ggml.{field}_token_id")]
-            for name, field in (
-                ("bos", "bos"),
-                ("eos", "eos"),
-                ("unk", "unknown"),
-                ("pad", "padding"),
-            )
-            if self._field(f"tokenizer.ggml.{field}_token_id", None) is not None
-        }
-        if self._field("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
-            bos = special["bos_token"]
-            backend.post_processor = processors.TemplateProcessing(
-                f"{bos} $A", f"{bos} $A {bos} $B", [(bos, vocab[bos])]
-            )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            chat_template=self._field("tokenizer.chat_template", None),
-            model_max_length=self._of_model("context_length"),
-            model_input_names=["input_ids", "attention_mask"],
-            clean_up_tokenization_spaces=False,
-            **special,
-        )
+        """The tokenizer that the file describes, chat template included."""
+        return read_gguf_tokenizer(self._reader.metadata, self.where)
 
     def _attention(self, key: str, *default: Any) -> Any:
         return self._of_model(f"attention.{key}", *default)
@@ -210,11 +169,11 @@ class GgufFile:
         return self._reader.metadata.get(key, *default)
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, block: Mapping[str, str]) -> str:
     stem, _, suffix = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match and match[2] in _BLOCK:
-        return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{suffix}"
+    if match and match[2] in block:
+        return f"model.layers.{match[1]}.{block[match[2]]}.{suffix}"
     return name

@@ -44,24 +44,33 @@ class GgufReader:
 
     def __init__(self, path: Path):
         """Parses the header; raises UserError if it is not a whole little-endian GGUF file."""
+        self._path = path
         try:
-            self._bytes = np.memmap(path, np.uint8, mode="r")
-            self._buffer = memoryview(self._bytes)
+            self._buffer = memoryview(np.memmap(path, np.uint8, mode="r"))
             self._place = 0
             self._parse()
+            del self._buffer  # What was read through it would stay resident.
         except (OSError, ValueError, KeyError, struct.error) as error:
             raise UserError(f"{path}: not a whole GGUF file: {error}") from None
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor dequantized to float32."""
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or some rows of it, dequantized to float32."""
         tensor = self.tensors[name]
-        data = np.asarray(self._bytes[tensor.offset : tensor.offset + _num_bytes(tensor)])
+        if len(tensor.shape) == 1:
+            return self._read(tensor)[rows]
+        start, stop, _ = rows.indices(tensor.shape[0])
+        place = tensor.offset + start * (_num_bytes(tensor) // tensor.shape[0])
+        return self._read(GgufTensor((stop - start, *tensor.shape[1:]), tensor.kind, place))
+
+    def _read(self, tensor: GgufTensor) -> np.ndarray:
+        data = np.fromfile(self._path, np.uint8, _num_bytes(tensor), offset=tensor.offset)
         if tensor.kind == gguf.GGMLQuantizationType.F32:
-            return data.view(np.float32).reshape(tensor.shape)
-        if tensor.kind == gguf.GGMLQuantizationType.F16:
-            return data.view(np.float16).reshape(tensor.shape).astype(np.float32)
-        rows = data.reshape(*tensor.shape[:-1], -1)
-        return gguf.dequantize(rows, tensor.kind).reshape(tensor.shape)
+            values = data.view(np.float32)
+        elif tensor.kind == gguf.GGMLQuantizationType.F16:
+            values = data.view(np.float16).astype(np.float32)
+        else:
+            values = gguf.dequantize(data.reshape(*tensor.shape[:-1], -1), tensor.kind)
+        return values.reshape(tensor.shape)
 
     def _parse(self) -> None:
         magic, version = self._unpack("4sI")

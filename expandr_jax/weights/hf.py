@@ -3,22 +3,36 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.models.t5 import T5Config, T5Encoder
+from expandr_jax.sharding import param_shardings, replicated
 from expandr_jax.weights.configs import ENCODERS, model_config
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
-from expandr_jax.weights.names import load_params, weights_of
-from expandr_jax.weights.sentence_transformers import Settings, read_settings
+from expandr_jax.weights.load import example_inputs, load_params
+from expandr_jax.weights.names import weights_of
+from expandr_jax.weights.sentence_transformers import Settings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
+
+_MODULES = {
+    BertConfig: Bert,
+    T5Config: T5Encoder,
+    AnchorDrConfig: AnchorDr,
+    DecoderConfig: Decoder,
+}
 
 
 def load_model(
@@ -28,7 +42,8 @@ def load_model(
     dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
-) -> tuple[Bert | Decoder, Params, Source]:
+    mesh: Mesh | None = None,
+) -> tuple[nn.Module, Params, Source]:
     """Loads a bare model, without a tokenizer.
 
     Args:
@@ -37,6 +52,7 @@ def load_model(
         dtype: Type of the parameters.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
+        mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
 
     Returns:
         The module, its parameters and where they came from.
@@ -45,7 +61,7 @@ def load_model(
         UserError: If the source is not there or is not a model that is supported and complete.
     """
     files = open_files(locate(source), sha256)
-    module, params = _load(files, with_head, dtype, compute_dtype)
+    module, params = _load(files, with_head, dtype, compute_dtype, mesh)
     return module, params, _origin(source, files)
 
 
@@ -60,6 +76,7 @@ def load_retriever(
     dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Retriever, Params]:
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
 
@@ -73,6 +90,7 @@ def load_retriever(
         dtype: Type of the parameters.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
+        mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
 
     Returns:
         The retriever and its parameters.
@@ -81,27 +99,43 @@ def load_retriever(
         UserError: As `load_model`; also if nothing says how to pool.
     """
     path = locate(source)
-    settings = read_settings(path) if path.is_dir() else None
-    if settings is None:
-        if pooling is None or normalize is None:
-            raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
-        settings = Settings(pooling, normalize)
     files = open_files(path, sha256)
+    settings = read_settings(path) if path.is_dir() else None
+    is_anchordr = files.model_type == "anchordr"
+    if settings is None:
+        if is_anchordr:
+            settings = Settings("decoder", False)
+        elif pooling is None or normalize is None:
+            raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
+        else:
+            settings = Settings(pooling, normalize)
+    pooling = pooling or settings.pooling
+    if (pooling == "decoder") != is_anchordr:
+        raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     tokenizer = files.tokenizer()
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = _load(files, False, dtype, compute_dtype)
-    limit = min(module.config.max_positions, max_length or settings.max_length or 10**9)
+    module, params = _load(files, False, dtype, compute_dtype, mesh)
+    if settings.dense is not None:
+        dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
+        place = None if mesh is None else replicated(mesh)
+        params["dense"] = {k: jax.device_put(v.astype(dtype), place) for k, v in dense.items()}
+    limits = (
+        module.config.max_positions,
+        max_length or settings.max_length,
+        tokenizer.model_max_length,
+    )
     retriever = Retriever(
         module=module,
-        pooling=pooling or settings.pooling,
+        pooling=pooling,
         normalize=settings.normalize if normalize is None else normalize,
-        max_length=min(limit, tokenizer.model_max_length),
+        max_length=min(limit for limit in limits if limit),
         query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
         document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
         tokenizer=tokenizer,
         source=_origin(source, files),
+        dense=settings.dense,
     )
     return retriever, params
 
@@ -112,6 +146,7 @@ def load_generator(
     dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Generator, Params]:
     """Loads a chat model.
 
@@ -120,6 +155,7 @@ def load_generator(
         dtype: Type of the parameters.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
+        mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
 
     Returns:
         The generator and its parameters.
@@ -129,8 +165,8 @@ def load_generator(
     """
     files = open_files(locate(source), sha256)
     config = files.config
-    if config.get("model_type") in ENCODERS:
-        raise UserError(f"{source}: a {config['model_type']} model cannot generate text")
+    if files.model_type in ENCODERS:
+        raise UserError(f"{source}: a {files.model_type} model cannot generate text")
     tokenizer = files.tokenizer()
     if tokenizer.chat_template is None:
         raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
@@ -140,7 +176,7 @@ def load_generator(
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    module, params = _load(files, True, dtype, compute_dtype)
+    module, params = _load(files, True, dtype, compute_dtype, mesh)
     return Generator(module, tokenizer, eos_ids, pad, _origin(source, files)), params
 
 
@@ -154,12 +190,15 @@ def open_files(path: Path, sha256: str | None = None) -> ModelFiles:
 
 
 def _load(
-    files: ModelFiles, with_head: bool, dtype: Any, compute_dtype: Any
-) -> tuple[Bert | Decoder, Params]:
-    config = model_config(files.config, str(files.files[0].parent / "config.json"))
-    module = (Bert if isinstance(config, BertConfig) else Decoder)(config, dtype=compute_dtype)
-    return module, load_params(files, module, weights_of(config, with_head), dtype)
+    files: ModelFiles, with_head: bool, dtype: Any, compute_dtype: Any, mesh: Mesh | None
+) -> tuple[nn.Module, Params]:
+    where = str(files.files[0].parent / "config.json")
+    config = model_config(files.config, files.model_type, where)
+    module = _MODULES[type(config)](config, dtype=compute_dtype)
+    shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
+    return module, load_params(files, module, weights_of(config, with_head), dtype, shardings)
 
 
 def _origin(source: str, files: ModelFiles) -> Source:
-    return Source(source, files.config, files.generation_config)
+    dtypes = {name: str(dtype) for name, dtype in files.dtypes().items()}
+    return Source(source, files.config, files.generation_config, dtypes)

@@ -208,7 +208,7 @@ def _place(
             place = tuple(b - low for b, (low, _) in zip(begins, limits, strict=True))
             shards[device] = _write(shards[device], jax.device_put(cut, device), place)
         # Waiting here is what bounds the number of pieces that are alive.
-        jax.block_until_ready(shards)
+        jax.block_until_ready(list(shards.values()))
     if sharding is None:
         return shards[None]
     return jax.make_array_from_single_device_arrays(shape, sharding, list(shards.values()))

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
+from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.tokenizer import read_json
 
 _POOLING = {
@@ -16,6 +19,12 @@ _POOLING = {
     "pooling_mode_lasttoken": "last",
 }
 _NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Tanh": "tanh",
+}
+_VECTOR = "sentence_embedding"
+_ORDER = ["Transformer", "Pooling", "Dense", "Normalize"]
 _QUERY_PROMPTS = ("query",)
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
@@ -30,6 +39,8 @@ class Settings:
         max_length: In tokens, or None if not said.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
+        dense: Activation of the layer after pooling, if there is one.
+        dense_folder: Where its weights are.
     """
 
     pooling: Pooling
@@ -37,6 +48,8 @@ class Settings:
     max_length: int | None = None
     query_prompt: str = ""
     document_prompt: str = ""
+    dense: str | None = None
+    dense_folder: str = "2_Dense"
 
 
 def read_settings(directory: Path) -> Settings | None:
@@ -49,19 +62,20 @@ def read_settings(directory: Path) -> Settings | None:
         The settings, or None where there is no modules.json.
 
     Raises:
-        UserError: If a module is neither Transformer, Pooling nor Normalize, or is set to do
-            something that is not implemented.
+        UserError: If the modules are others than Transformer, Pooling, Dense and Normalize, or in
+            another order, or one is set to do something that is not implemented.
     """
     listing = directory / "modules.json"
     if not listing.is_file():
         return None
-    modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in read_json(listing)}
-    unknown = sorted(modules.keys() - {"Transformer", "Pooling", "Normalize"})
-    if unknown or not {"Transformer", "Pooling"} <= modules.keys():
+    kinds = [entry["type"].rsplit(".", 1)[-1] for entry in read_json(listing)]
+    if kinds != [kind for kind in _ORDER if kind in {*kinds, "Transformer", "Pooling"}]:
         raise UserError(
-            f"{listing}: modules are {', '.join(modules)}; "
-            "supported: Transformer, Pooling, Normalize"
+            f"{listing}: modules are {', '.join(kinds)}; supported: Transformer, Pooling, then, if "
+            "wanted, Dense and Normalize"
         )
+    paths = [entry["path"] for entry in read_json(listing)]
+    modules = dict(zip(kinds, paths, strict=True))
     more = read_json(directory / "config_sentence_transformers.json", {})
     bert = read_json(directory / modules["Transformer"] / "sentence_bert_config.json", {})
     if bert.get("do_lower_case"):
@@ -72,7 +86,72 @@ def read_settings(directory: Path) -> Settings | None:
         max_length=bert.get("max_seq_length"),
         query_prompt=_prompt(more, _QUERY_PROMPTS),
         document_prompt=_prompt(more, _DOCUMENT_PROMPTS),
+        dense=_dense_activation(directory / modules["Dense"]) if "Dense" in modules else None,
+        dense_folder=modules.get("Dense", "2_Dense"),
     )
+
+
+def _dense_activation(folder: Path) -> str:
+    path = folder / "config.json"
+    config = read_json(path)
+    name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if name not in _ACTIVATIONS:
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"{path}: activation {name!r} is not supported; supported: {known}")
+    if config.get("use_residual") or config.get("module_input_name", _VECTOR) != _VECTOR:
+        raise UserError(f"{path}: only a plain layer on {_VECTOR} is supported")
+    return _ACTIVATIONS[name]
+
+
+def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
+    """The kernel [width, out] and, where there is one, the bias of a Dense module.
+
+    Args:
+        folder: Holds model.safetensors.
+        width: Of the vectors before it.
+
+    Raises:
+        UserError: If the file or a tensor is missing, or does not fit.
+    """
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; pytorch_model.bin, a pickle, can run code when read and is "
+            "refused: load and save such a model with sentence-transformers first"
+        )
+    file = SafetensorsFile(path)
+    arrays = {name: file.read(name) for name in file.entries}
+    kernel, bias = arrays.pop("linear.weight", None), arrays.pop("linear.bias", None)
+    if kernel is None or arrays or kernel.ndim != 2 or kernel.shape[1] != width:
+        raise UserError(
+            f"{path}: expected linear.weight of width {width} and perhaps linear.bias, found "
+            + ", ".join(f"{name} {entry.shape}" for name, entry in file.entries.items())
+        )
+    if bias is not None and bias.shape != kernel.shape[:1]:
+        raise UserError(f"{path}: linear.bias {bias.shape} does not fit {kernel.shape}")
+    params = {"kernel": np.ascontiguousarray(kernel.T)}
+    if bias is not None:
+        params["bias"] = bias
+    if not all(np.isfinite(value).all() for value in params.values()):
+        raise UserError(f"{path}: it has NaN or infinite values")
+    return params
+
+
+def write_dense(folder: Path, params: Mapping[str, Any], activation: str) -> None:
+    """Writes a Dense module: "kernel" [in, out], perhaps "bias", and its activation."""
+    arrays = {"linear.weight": np.ascontiguousarray(np.asarray(params["kernel"]).T)}
+    if "bias" in params:
+        arrays["linear.bias"] = np.asarray(params["bias"])
+    width_out, width_in = arrays["linear.weight"].shape
+    config = {
+        "in_features": width_in,
+        "out_features": width_out,
+        "bias": "bias" in params,
+        "activation_function": next(k for k, v in _ACTIVATIONS.items() if v == activation),
+    }
+    folder.mkdir()
+    write_arrays(folder / "model.safetensors", arrays)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _pooling(path: Path) -> Pooling:
@@ -108,9 +187,10 @@ def write_settings(directory: Path, settings: Settings, width: int) -> None:
     Args:
         directory: Where the Transformer's own files are.
         settings: What to write.
-        width: Length of a vector.
+        width: Length of a vector before the Dense layer, whose folder `write_dense` makes.
     """
-    modules = ["Transformer", "Pooling"] + ["Normalize"] * settings.normalize
+    wanted = {"Dense": settings.dense is not None, "Normalize": settings.normalize}
+    modules = [kind for kind in _ORDER if wanted.get(kind, True)]
     listing = [
         {
             "idx": index,
@@ -137,7 +217,7 @@ def write_settings(directory: Path, settings: Settings, width: int) -> None:
         },
     }
     if settings.normalize:
-        (directory / "2_Normalize").mkdir()
+        (directory / listing[-1]["path"]).mkdir()
     (directory / "1_Pooling").mkdir()
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -21,11 +21,13 @@ class Source:
         name: As the user wrote it.
         config: As in config.json; made from the metadata of a GGUF file.
         generation_config: generation_config.json, if there is one.
+        dtypes: Types of its tensors by name, those of a GGUF file once dequantized.
     """
 
     name: str
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None = None
+    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def locate(source: str) -> Path:

@@ -1,0 +1,155 @@
+"""The tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import PreTrainedTokenizerFast
+
+from expandr_jax.errors import UserError
+
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How text is cut before merging, by tokenizer.ggml.pre.
+_SPLITS = {
+    "smollm": None,
+    "llama-bpe": _LLAMA3_SPLIT,
+    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+# Tokens that end a chat model's turn, whatever its file calls its eos.
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+
+
+def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer, chat template included.
+
+    Args:
+        metadata: Of the file, by key.
+        where: The file, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: If it is of another kind, or damaged.
+    """
+    kind, split = _field(metadata, "model", where), metadata.get("tokenizer.ggml.pre")
+    if kind != "llama" and (kind != "gpt2" or split not in _SPLITS):
+        raise UserError(
+            f"{where}: tokenizer {kind!r} with pre {split!r} is not supported; supported: "
+            f"llama, and gpt2 with pre {', '.join(_SPLITS)}"
+        )
+    tokens = _field(metadata, "tokens", where)
+    types = _field(metadata, "token_type", where)
+    try:
+        if kind == "llama":
+            backend = _sentencepiece(metadata, tokens, types, where)
+        else:
+            backend = _byte_level(_field(metadata, "merges", where), tokens, split)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(f"{where}: its tokenizer is damaged: {error}") from None
+    backend.add_tokens(
+        [
+            AddedToken(token, special=token_type == _CONTROL, normalized=False)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    special = {
+        f"{name}_token": tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
+        for name, field in (
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+        )
+        if metadata.get(f"tokenizer.ggml.{field}_token_id") is not None
+    }
+    begins = kind == "llama" or split == "llama-bpe"
+    if metadata.get("tokenizer.ggml.add_bos_token", begins):
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]
+        )
+    architecture = metadata["general.architecture"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=metadata.get("tokenizer.chat_template"),
+        model_max_length=metadata[f"{architecture}.context_length"],
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def ends_of_turn(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids of the tokens that end a chat model's turn, as far as their names tell."""
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    return [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
+
+
+def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    # Llama 3 keeps some merges that its table of tokens makes unreachable; it skips them too.
+    backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe"))
+    if _SPLITS[split] is None:
+        cut = [pre_tokenizers.Digits(individual_digits=True)]
+    else:
+        cut = [pre_tokenizers.Split(Regex(_SPLITS[split]), "isolated")]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[split] is None)
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str
+) -> Tokenizer:
+    """BPE that merges the pair whose union has the highest score, bytes for what has no piece."""
+    scores = _field(metadata, "scores", where)
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = []
+    for token, score, token_type in zip(tokens, scores, types, strict=True):
+        if token_type in (_CONTROL, _BYTE):
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocab and right in vocab:
+                merges.append((-score, -len(left), -len(right), vocab[left], left, right))
+    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    backend = Tokenizer(
+        models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", "▁")
+    to_spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.normalizer = spaces
+    if prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
+        to_spaces.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(to_spaces)
+    return backend
+
+
+def _field(metadata: Mapping[str, Any], key: str, where: str) -> Any:
+    if f"tokenizer.ggml.{key}" not in metadata:
+        raise UserError(f"{where}: metadata 'tokenizer.ggml.{key}' is missing")
+    return metadata[f"tokenizer.ggml.{key}"]

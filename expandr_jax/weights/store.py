@@ -1,0 +1,108 @@
+"""Writes parameter trees as safetensors files, a part of a tensor at a time.
+
+What is resident beyond the parameters themselves is one tensor of one layer.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from expandr_jax.weights.names import PREFIXES, Weight, hf_name
+from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
+
+_PART_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of one tensor in the Hugging Face layout, fetched when they are asked for."""
+
+    leaf: jax.Array
+    layer: int | None
+    transpose: bool
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        array = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
+        array = array.T if self.transpose else array
+        step = max(1, _PART_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+        for start in range(0, len(array), step):
+            yield array[start : start + step]
+
+
+def named_tensors(
+    params: Mapping[str, Any],
+    weights: Sequence[Weight],
+    prefix: str,
+    dtype_of: Callable[[str, np.dtype], np.dtype],
+    *,
+    with_copies: bool = False,
+) -> dict[str, Tensor]:
+    """Undoes the loading: parameters to named tensors, none of which is made yet.
+
+    Args:
+        params: Parameter tree.
+        weights: The model's table.
+        prefix: Put before every name but the head's.
+        dtype_of: From a name without prefix and a leaf's type to the type to write.
+        with_copies: Write tensors under the names of their copies too.
+
+    Returns:
+        Tensors by name.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors = {}
+    for weight in weights:
+        leaf = flat[weight.path]
+        shape = leaf.shape[1:] if weight.stacked else leaf.shape
+        shape = shape[::-1] if weight.transpose else shape
+        for layer in range(leaf.shape[0]) if weight.stacked else [None]:
+            bare = hf_name(weight, layer, "")
+            rows = _Rows(leaf, layer, weight.transpose)
+            tensor = Tensor(np.dtype(dtype_of(bare, leaf.dtype)), shape, rows)
+            tensors[hf_name(weight, layer, prefix)] = tensor
+            if with_copies:
+                tensors |= dict.fromkeys((prefix + copy for copy in weight.copies), tensor)
+    return tensors
+
+
+def source_dtype(dtypes: Mapping[str, str], name: str) -> np.dtype | None:
+    """The type that a source's files give a tensor, whatever prefix they use."""
+    found = next((dtypes[p + name] for p in PREFIXES if p + name in dtypes), None)
+    return None if found is None else np.dtype(found)
+
+
+def write_model_files(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards with an index where one file would be too large.
+
+    Args:
+        directory: Where to.
+        tensors: By name.
+        max_shard_bytes: Most bytes of tensors in a file; a tensor is never divided.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if filled + tensor.num_bytes > max_shard_bytes and shards[-1]:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.num_bytes
+    if len(shards) == 1:
+        write_safetensors(directory / "model.safetensors", shards[0])
+        return
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(directory / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.num_bytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,318 @@
+"""The engine against the full pass and transformers, and against itself in other circumstances."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from expandr_jax.errors import UserError
+from expandr_jax.generation.engine import Engine
+from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampling import SamplingSettings, sample
+from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
+from expandr_jax.sharding import make_mesh
+from expandr_jax.weights.hf import load_model
+from tests import tiny_models
+
+EOS, SEED = 2, 11
+jitted_sample = jax.jit(sample)
+SETTINGS = {
+    "prompt_buckets": (4, 16),
+    "max_new_tokens": 10,
+    "eos_ids": (EOS,),
+    "pad_id": 0,
+    "seed": SEED,
+}
+
+
+def random_decoder(vocab_size, scale):
+    """A small decoder whose distributions are neither flat nor certain."""
+    config = DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_dim=48,
+        max_positions=64,
+    )
+    module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = module.init(jax.random.key(0), ids, ids, jnp.ones((1, 1, 1), bool))["params"]
+    return module, jax.tree.map(lambda x: scale * x, nn.meta.unbox(params))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_decoder(37, 2.5)
+
+
+def make_requests(count=9, samples=4, seed=0, **options):
+    """Prompts of all lengths up to 16, with several temperatures for each."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for i in range(count):
+        prompt = tuple(rng.integers(3, 37, rng.integers(1, 17)).tolist())
+        for j in range(samples):
+            temperature = (0.0, 0.8, 1.0, 1.1)[j % 4]
+            limit = int(rng.integers(2, 11))
+            requests.append(Request(f"q{i}", j, prompt, temperature, 0.9, limit, **options))
+    return requests
+
+
+def run(model, requests, *, slots=8, **options):
+    """Completions by (id, sample)."""
+    engine = Engine(*model, slots=slots, **{**SETTINGS, **options})
+    completions = list(engine.generate(requests))
+    assert len(completions) == len(requests)
+    return {(c.id, c.sample): c for c in completions}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return run(tiny, make_requests())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_pass(module, params, ids, last):
+    mask = (jnp.arange(ids.shape[1]) <= last).astype(jnp.int32)[None]
+    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
+    return module.apply({"params": params}, hidden[:, last], method="logits")
+
+
+def next_logits(model, tokens):
+    """Logits after a text, without cache, prefill or slots."""
+    ids = np.zeros((1, 32), np.int32)
+    ids[0, : len(tokens)] = tokens
+    return full_pass(*model, ids, len(tokens) - 1)
+
+
+def test_texts_are_those_of_the_full_pass_and_the_documented_draws(tiny, expected):
+    for request in make_requests()[:12]:
+        completion = expected[request.id, request.sample]
+        key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
+        key = jax.random.fold_in(key, request.sample)
+        options = SamplingSettings(
+            *(np.asarray([x]) for x in (request.temperature, request.top_p, 0, 0.0))
+        )
+        for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
+            logits = next_logits(tiny, request.prompt + completion.tokens[:i])
+            bits = jax.random.bits(jax.random.fold_in(key, i))[None]
+            assert jitted_sample(logits, options, bits)[0] == token
+        assert EOS not in completion.tokens[:-1]
+        assert completion.finished == ("eos" if completion.tokens[-1] == EOS else "length")
+        if completion.finished == "length":
+            assert len(completion.tokens) == request.max_new_tokens
+
+
+def test_order_refill_and_restart_give_identical_texts(tiny, expected):
+    requests = make_requests()
+    assert {c.finished for c in expected.values()} == {"eos", "length"}
+    assert run(tiny, requests[::-1], steps_per_call=3) == expected
+    shuffled = np.random.default_rng(1).permutation(len(requests))
+    assert run(tiny, [requests[i] for i in shuffled], steps_per_call=1) == expected
+    rest = requests[13:]
+    assert run(tiny, rest) == {(r.id, r.sample): expected[r.id, r.sample] for r in rest}
+
+
+def assert_equal_up_to_near_ties(found, expected):
+    assert found.keys() == expected.keys()
+    for key, ours in found.items():
+        theirs = expected[key]
+        ties = [c.first_near_tie for c in (ours, theirs) if c.first_near_tie is not None]
+        sure = min(ties, default=None)
+        assert ours.tokens[:sure] == theirs.tokens[:sure]
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_other_slot_counts_agree_up_to_near_ties(tiny, expected, slots):
+    assert_equal_up_to_near_ties(run(tiny, make_requests(), slots=slots), expected)
+
+
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_meshes_agree_up_to_near_ties(tiny, expected, axes):
+    found = run(tiny, make_requests(), slots=16, mesh=make_mesh(**axes))
+    assert_equal_up_to_near_ties(found, expected)
+
+
+def test_slots_move_no_cache_between_devices(tiny):
+    engine = Engine(*tiny, slots=16, mesh=make_mesh(data=8), **SETTINGS)
+    slots, idle = engine._empty(), np.zeros(16, bool)
+    text = engine._decode.lower(engine._variables, slots, idle, 4, 0).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+
+
+def test_greedy_equals_transformers(tmp_path):
+    reference = tiny_models.torch_model("llama-3.2", head=True)
+    reference.save_pretrained(tmp_path)
+    module, params, _ = load_model(str(tmp_path))
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(3, tiny_models.VOCAB, n).tolist()) for n in (3, 9, 16)]
+    requests = [Request(str(i), 0, prompt, 0.0, 1.0, 10) for i, prompt in enumerate(prompts)]
+    found = run((module, params), requests)
+    for request in requests:
+        theirs = reference.generate(
+            torch.tensor([request.prompt]), do_sample=False, max_new_tokens=10, eos_token_id=EOS
+        )
+        assert found[request.id, 0].tokens == tuple(theirs[0, len(request.prompt) :].tolist())
+
+
+def test_pairs_of_tokens_follow_their_joint_distribution():
+    model = random_decoder(6, 1.5)
+    prompt, count = (3, 5, 4), 20_000
+    requests = [Request(str(i), 0, prompt, 0.9, 0.9, 2) for i in range(count)]
+    found = run(model, requests, slots=2000, eos_ids=(-1,))
+    observed = np.zeros((6, 6))
+    for completion in found.values():
+        observed[completion.tokens] += 1
+
+    def distribution(tokens):
+        p = np.asarray(jax.nn.softmax(next_logits(model, tokens)[0] / 0.9), np.float64)
+        order = np.argsort(-p)
+        p[order[np.searchsorted(np.cumsum(p[order]), 0.9) + 1 :]] = 0
+        return p / p.sum()
+
+    first = distribution(prompt)
+    joint = np.stack([first[a] * distribution((*prompt, a)) for a in range(6)]) * count
+    assert observed[joint == 0].sum() == 0
+    likely = joint > 5
+    assert likely.sum() > 5
+    pvalue = scipy.stats.chisquare(
+        np.append(observed[likely], observed[~likely].sum() + 1),
+        np.append(joint[likely], joint[~likely].sum() + 1),
+    ).pvalue
+    assert pvalue > 1e-3
+
+
+def test_programs_are_few_and_compiled_once(tiny):
+    compiled = []
+
+    def listen(name, _, **__):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    engine = Engine(*tiny, slots=8, **SETTINGS)
+    compiled.clear()
+    assert list(engine.generate(make_requests(2, 1, seed=3) + make_requests(9)))
+    # The empty slots, the decoder, and two programs for each bucket.
+    assert len(compiled) <= 2 + 2 * len(SETTINGS["prompt_buckets"])
+    compiled.clear()
+    assert list(engine.generate(make_requests(20, 3, seed=4)))
+    assert not compiled
+
+
+def test_each_prompt_runs_once(tiny):
+    engine = Engine(*tiny, slots=4, **SETTINGS)
+    rows = []
+    prefill = engine._prefill
+    engine._prefill = lambda *args: rows.append(np.asarray(args[2])) or prefill(*args)
+    requests = make_requests(6, 12)
+    assert len(list(engine.generate(sorted(requests, key=lambda r: r.sample)))) == 72
+    ran = sorted(np.concatenate(rows)[np.concatenate(rows) > 0])
+    wanted = sorted(len(p) - 1 for p in {r.prompt for r in requests} if len(p) > 1)
+    assert ran == wanted
+
+
+def test_stop_strings_cut_the_same_place_however_often_we_look(tiny, expected):
+    letters = "".join(chr(ord("a") + i % 26) for i in range(37))
+
+    def text(ids):
+        return "".join(letters[i] for i in ids if i != EOS)
+
+    stop = sorted({text(c.tokens)[3:5] for c in expected.values() if len(c.tokens) > 5})[:3]
+    requests = make_requests()
+    found = run(tiny, requests, stop=stop, decode=text, steps_per_call=1)
+    assert run(tiny, requests, stop=stop, decode=text) == found
+    assert {c.finished for c in found.values()} == {"eos", "length", "stop"}
+    for key, completion in found.items():
+        whole = text(expected[key].tokens)
+        places = [whole.find(s) for s in stop if s in whole]
+        assert completion.text == whole[: min(places, default=None)]
+        assert completion.tokens == expected[key].tokens[: len(completion.tokens)]
+        assert (completion.finished == "stop") == bool(places)
+        assert any(s in text(completion.tokens) for s in stop) == bool(places)
+        assert not any(s in text(completion.tokens[:-1]) for s in stop)
+
+
+def test_repetition_penalty_equals_transformers(tmp_path):
+    reference = tiny_models.torch_model("qwen2", head=True)
+    reference.save_pretrained(tmp_path)
+    module, params, _ = load_model(str(tmp_path))
+    requests = [
+        dataclasses.replace(r, temperature=0.0, repetition_penalty=p, max_new_tokens=10)
+        for r, p in zip(make_requests(4, 1), (1.0, 1.2, 1.5, 3.0), strict=True)
+    ]
+    found = run((module, params), requests, slots=2, repetition_penalty=True)
+    for request in requests:
+        theirs = reference.generate(
+            torch.tensor([request.prompt]),
+            do_sample=False,
+            max_new_tokens=10,
+            eos_token_id=EOS,
+            repetition_penalty=request.repetition_penalty,
+        )
+        assert found[request.id, 0].tokens == tuple(theirs[0, len(request.prompt) :].tolist())
+
+
+def test_an_adapter_changes_texts_as_its_merged_form_does(tiny):
+    module, params = tiny
+    adapter = init_lora(jax.random.key(1), params, module.lora)
+    adapter = jax.tree.map(lambda x: x + 0.05, adapter)
+    requests = [r for r in make_requests() if r.temperature == 0]
+    merged = run((module, merge_lora(params, adapter, module.lora)), requests)
+    assert_equal_up_to_near_ties(run(tiny, requests, adapter=adapter), merged)
+    assert run(tiny, requests) != merged
+
+
+def test_half_precision_weights_are_cast_once_and_run(tiny):
+    module, params = tiny
+    engine = Engine(module.clone(dtype=jnp.bfloat16), params, slots=8, **SETTINGS)
+    kernels = engine._variables["params"]["layer_0"]["mlp"]
+    assert kernels["up_proj"]["kernel"].dtype == jnp.bfloat16
+    assert len(list(engine.generate(make_requests(3)))) == 12
+
+
+def test_the_plan_counts_the_cache_to_the_byte(tiny):
+    for mesh, devices in ((None, 1), (make_mesh(data=4, tensor=2), 8)):
+        engine = Engine(*tiny, slots=16, mesh=mesh, repetition_penalty=True, **SETTINGS)
+        slots = engine._empty()
+        cache = sum(x.nbytes for x in (*slots.cache.keys, *slots.cache.values)) // devices
+        seen = slots.seen.nbytes // min(devices, 4)
+        assert engine.plan()["slots"] == cache + seen
+
+
+@pytest.mark.parametrize(
+    ("options", "request_options", "message"),
+    [
+        ({"memory_limit_bytes": 100_000}, {}, "sampling needs 0.00 GiB"),
+        ({"slots": 4, "mesh": True}, {}, "4 slots cannot be split over 8 devices"),
+        ({}, {"prompt": (5,) * 17}, "the prompt has 17 tokens; the largest bucket holds 16"),
+        ({}, {"max_new_tokens": 11}, "max_new_tokens is 11; the engine was made for 10"),
+        ({}, {"repetition_penalty": 1.1}, "has a repetition penalty"),
+        ({}, {"top_p": 0.0}, "top_p is 0.0; expected above 0 and at most 1"),
+        ({}, {"temperature": -1.0}, "temperature is -1.0"),
+        ({}, {"prompt": ()}, "prompt is (); expected at least one token"),
+    ],
+)
+def test_mistakes_are_named(tiny, options, request_options, message):
+    options = {"slots": 8, **SETTINGS, **options}
+    if "mesh" in options:
+        options["mesh"] = make_mesh(data=8)
+
+    def generate():
+        request = dataclasses.replace(make_requests(1, 1)[0], **request_options)
+        return list(Engine(*tiny, **options).generate([request]))
+
+    with pytest.raises(UserError) as error:
+        generate()
+    assert message in str(error.value)
