@@ -58,7 +58,7 @@ Weights come as safetensors (one file or shards) in a directory of transformers 
 sentence-transformers, by hub id, and where it says so as GGUF; PEFT adapters load onto any decoder.
 A decoder serves as a generator or, with last-token or mean pooling, as a retriever. Random models
 are tiny, float32, written by PyTorch. "Difference" is the largest between our hidden states
-(encoders) or logits (decoders) and PyTorch's, on ragged batches padded on the left and on the right;
+(encoders) or logits (decoders) and PyTorch's, on ragged batches padded on either side;
 "cached" is token-by-token decoding against our full pass. "Back" says whether an export's tensors
 equal the files that were loaded, bit by bit.
 
@@ -240,6 +240,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(_: Sequence[str]) -> None:
     console = Console(highlight=False)
+    transformers.utils.logging.disable_progress_bar()
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for row in measure(pathlib.Path(directory)):

@@ -1,5 +1,6 @@
 """The encoder against PyTorch transformers, and its own promises."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.models.bert import Bert, BertConfig, Block
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models
 
@@ -70,6 +71,29 @@ def test_remat_changes_neither_values_nor_gradients(tiny):
     step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain = step(params, module)
     again = step(params, module.clone(remat="full"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
+
+
+def test_scanned_layers_equal_a_loop_over_blocks(tiny):
+    module, params = tiny
+    ids, mask = tiny_models.ragged_batch("right")
+    ids = jnp.asarray(ids % TINY.vocab_size)
+    block = Block(TINY, jnp.float32, None, True)
+
+    def scanned(params):
+        hidden = module.apply({"params": params}, ids, mask)
+        return jnp.square(hidden * mask[..., None]).mean()
+
+    def looped(params):
+        first = {"params": {**params, "layers": jax.tree.map(lambda x: x[:0], params["layers"])}}
+        config = dataclasses.replace(TINY, num_layers=0)
+        x = Bert(config).apply(first, ids, mask)
+        for i in range(TINY.num_layers):
+            layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+            x, _ = block.apply({"params": layer}, x, mask[:, None, :] > 0)
+        return jnp.square(x * mask[..., None]).mean()
+
+    plain, again = (jax.jit(jax.value_and_grad(f))(params) for f in (scanned, looped))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
 
 

@@ -124,3 +124,33 @@ def test_remat_changes_neither_values_nor_gradients(gemma):
     plain = step(params, module)
     again = step(params, module.clone(remat="dots"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), plain, again)
+
+
+def test_scanned_layers_have_the_gradients_of_unrolled_ones(gemma):
+    module, params = gemma
+    ids, mask = map(jnp.asarray, tiny_models.ragged_batch("right"))
+
+    def loss(params, module):
+        hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
+        return (jnp.square(hidden) * mask[..., None]).mean()
+
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    value, gradient = step(params, module)
+    again, unrolled = step(unstack_layers(params), module.clone(unroll=True))
+    np.testing.assert_allclose(value, again, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4),
+        unstack_layers(gradient),
+        unrolled,
+    )
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_stands_in_padding_changes_nothing(gemma, side):
+    module, params = gemma
+    ids, mask = tiny_models.ragged_batch(side)
+    first, second = (full_pass(module, params, x, mask)[0] for x in (ids, np.where(mask, ids, 3)))
+    for a, b in zip(
+        tiny_models.unpadded(first, mask), tiny_models.unpadded(second, mask), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -76,7 +76,7 @@ def test_smollm2_greedy_text_equals_transformers_up_to_the_first_near_tie(smollm
                 input_ids=ids,
                 attention_mask=mask,
                 do_sample=False,
-                    max_new_tokens=LENGTH,
+                max_new_tokens=LENGTH,
                 pad_token_id=generator.pad_id,
             )[:, width:]
             .numpy()

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 WIDTH, HEADS, INNER, LAYERS, DECODER_LAYERS, BUCKETS, PAD = 32, 4, 48, 3, 2, 32, 1
-PIECES = 32
+PIECES = 36
 
 
 def twin_bucket(r):
@@ -120,10 +120,10 @@ def random_tensors(gated):
 
 def train_pieces(directory: Path) -> bytes:
     """A tiny SentencePiece model."""
-    words = ("the anchor text of a web page", "leads to the page", "that it's about don't")
+    words = "the anchor text of a web page leads to the page that it's about don't we'll"
     text = directory / "text"
     rng = np.random.default_rng(0)
-    text.write_text("\n".join(" ".join(rng.permutation(words)) for _ in range(200)))
+    text.write_text("\n".join(" ".join(rng.choice(words.split(), 8)) for _ in range(200)))
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(directory / "sp"), vocab_size=PIECES, minloglevel=2
     )
