@@ -4,7 +4,7 @@
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
 "adapter", "retriever" (for sentence-transformers) or "encoder" (the retriever's model alone, the
-only form that AnchorDR has). `train.joint` writes export/generator, adapter and retriever by itself.
+only form that AnchorDR has). `train.joint` writes generator, adapter and retriever by itself.
 """
 
 import dataclasses
