@@ -53,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.expansion = expansion = ml_collections.ConfigDict()
     expansion.strategy = "q2d"  # A name in expandr_jax/prompts.py.
-    expansion.template = ""  # Replaces the strategy's own; has {q}.
+    expansion.template = ""  # Replaces the strategy's own; has {query}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
     expansion.max_new_tokens = 512  # Longest expansion, in tokens.

@@ -10,7 +10,7 @@ import ml_collections
 
 from expandr_jax.data.records import Journal
 from expandr_jax.generation.engine import Engine, Request
-from expandr_jax.prompts import get_strategy, is_repetitive, render, strip_lead_in
+from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from train.models import Models
 from train.run import Run
 
@@ -41,7 +41,7 @@ class Prompt:
 def expansion_text(config: ml_collections.ConfigDict, query: str) -> str:
     """The user's message that asks for a query's expansion; `config` is the whole config."""
     settings = config.expansion
-    return render(get_strategy(settings.strategy, settings.template or None), query)
+    return render(settings.strategy, query, template=settings.template)
 
 
 def expansion_prompts(
