@@ -58,5 +58,6 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     """Scales the last axis to length one, in float32; zero stays zero, with zero gradient."""
     x = x.astype(jnp.float32)
     squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    present = squares > 1e-24  # PyTorch's floor of the length, 1e-12, squared
-    return jnp.where(present, x * jax.lax.rsqrt(jnp.where(present, squares, 1.0)), 0.0)
+    # PyTorch's floor of the length, 1e-12, squared. NaN is not below it, and so stays NaN.
+    absent = squares <= 1e-24
+    return jnp.where(absent, 0.0, x * jax.lax.rsqrt(jnp.where(absent, 1.0, squares)))
