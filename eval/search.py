@@ -80,7 +80,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             pad_id=generator.pad_id,
             seed=config.seed,
         )
-        ids, _ = generator.chat_ids(expansion_text(config, query), settings.prompt_length)
+        ids, _ = generator.chat_ids(expansion_text(config, query), max(settings.prompt_buckets))
         requests = [
             Request(
                 id=query,
