@@ -15,6 +15,7 @@ from rich.console import Console
 from expandr_jax.errors import UserError
 
 EXIT_USER_ERROR = 2
+EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
 
 def quiet_libraries() -> None:
@@ -47,12 +48,13 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
     console = Console(stderr=True, highlight=False)
     define()
     try:
-        arguments = flags.FLAGS(sys.argv, known_only=False)
+        _check_config_exists(sys.argv[1:])
+        arguments = flags.FLAGS(sys.argv)
         for name in ("config", "workdir"):
             if name in flags.FLAGS and flags.FLAGS[name].value is None:
-                raise UserError(f"--{name} is missing; see the first lines of {sys.argv[0]}")
+                raise UserError(f"--{name} is missing: add {EXAMPLES[name]}, for example")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _stop(console, _first_line(error))
+        _stop(console, _one_line(error))
     except UserError as error:
         _stop(console, str(error))
 
@@ -76,10 +78,21 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
 
 
-def _first_line(error: Exception) -> str:
+def _check_config_exists(arguments: Sequence[str]) -> None:
+    """Names a --config=FILE that is not there; ml_collections would wait until it is used."""
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        path = value.partition(":")[0]
+        if name == "config" and not os.path.exists(path):
+            raise UserError(f"{path}: no such config file; configs/ has those of the project")
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, without the quotes that KeyError and its wrappers add."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return " ".join(lines) or type(error).__name__
+    return " ".join(str(text).split()) or type(error).__name__
 
 
 def _stop(console: Console, message: str) -> None:
