@@ -145,10 +145,12 @@ def _score(
         query_vectors = encode(data.queries(queries), "query")
     place = {document: i for i, document in enumerate(corpus.ids)}
     positives = np.array([place[data.positive(query)] for query in queries])
-    unit = lambda x: np.asarray(l2_normalize(x))  # noqa: E731
-    candidate_units = unit(candidate_vectors)
-    similarity_positive = np.einsum("qcd,qd->qc", candidate_units, unit(corpus.vectors[positives]))
-    similarity_answer = np.einsum("qcd,qd->qc", candidate_units, unit(answer_vectors))
+    candidate_units, positive_units, answer_units = (
+        np.asarray(l2_normalize(x))
+        for x in (candidate_vectors, corpus.vectors[positives], answer_vectors)
+    )
+    similarity_positive = np.einsum("qcd,qd->qc", candidate_units, positive_units)
+    similarity_answer = np.einsum("qcd,qd->qc", candidate_units, answer_units)
     rank_positive = rewards.ranks(similarity_positive)
     rank_answer = rewards.ranks(similarity_answer)
     terms = {
