@@ -34,10 +34,11 @@ def test_mistakes_get_one_line(smoke, tmp_path):
 def test_the_readme_s_example_runs(smoke):
     workdir, _ = smoke
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) <= 13
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
     code = code.replace("runs/quickstart", str(workdir))
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() in code
+    texts = ("Pads an array.", "Sorts a list in place.", "Computes the inverse of a matrix.")
+    assert result.stdout.strip() in texts
