@@ -154,3 +154,24 @@ def test_what_stands_in_padding_changes_nothing(gemma, side):
         tiny_models.unpadded(first, mask), tiny_models.unpadded(second, mask), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_shared_beginning_given_as_keys_and_values_changes_nothing(gemma):
+    """The window of local layers reaches back over it."""
+    module, params = gemma
+    module, variables = module.clone(unroll=True), {"params": unstack_layers(params)}
+    ids, mask = tiny_models.ragged_batch("right", (14, 9, 7))
+    ids[:, :6] = ids[0, :6]
+    whole = module.apply(variables, ids, token_positions(mask), causal_mask(mask))
+    start, rest = mask[:1, :6], mask[:, 6:]
+    _, past = module.apply(
+        variables, ids[:1, :6], token_positions(start), causal_mask(start), keep_kv=True
+    )
+    attention = jnp.pad(causal_mask(rest), ((0, 0), (0, 0), (6, 0)), constant_values=True)
+    found = module.apply(variables, ids[:, 6:], 6 + token_positions(rest), attention, past=past)
+    for a, b in zip(
+        tiny_models.unpadded(np.asarray(found), rest),
+        tiny_models.unpadded(np.asarray(whole[:, 6:]), rest),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=2e-6)

@@ -9,7 +9,8 @@ from typing import Any
 import ml_collections
 
 from expandr_jax.data.records import Journal
-from expandr_jax.generation.engine import Engine, Request
+from expandr_jax.generation.engine import Engine
+from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from train.models import Models
 from train.run import Run
@@ -126,7 +127,9 @@ def _sample(
     settings = run.config.generator
     # Slots have room for this stage's longest prompt and text; what a restart finds done counts
     # too, so that their size, and with it every rounding, stays the same.
-    longest = max((len(request.prompt) for request in requests), default=1)
+    prompts = [request.prompt for request in requests]
+    prefix = common_prefix(prompts)
+    longest = max(map(len, prompts), default=1) - len(prefix)
     done = {(row["query_id"], row["sample"]) for row in journal.rows}
     prefix = f"{purpose}/"
     left = [r for r in requests if (r.id.removeprefix(prefix), r.sample) not in done]
@@ -141,6 +144,7 @@ def _sample(
         eos_ids=models.generator.eos_ids,
         pad_id=models.generator.pad_id,
         seed=run.config.seed,
+        prefix=prefix,
         mesh=models.mesh,
     )
     waiting: list[dict[str, Any]] = []

@@ -2,25 +2,23 @@
 
 import bisect
 import collections
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation import slots as device
+from expandr_jax.generation.programs import Shape, make_programs
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
-from expandr_jax.generation.sampling import sample
 from expandr_jax.models.decoder import Decoder, unstack_layers
 from expandr_jax.sharding import batch_divisor, param_shardings, replicated
 
 PREFILL_TOKENS = 1024  # Of the prompts that are run together.
-ROWS = PartitionSpec(("data", "fsdp"))
 
 
 class Engine:
@@ -42,6 +40,7 @@ class Engine:
         eos_ids: Sequence[int],
         pad_id: int,
         seed: int,
+        prefix: Sequence[int] = (),
         adapter: Mapping[str, Any] | None = None,
         steps_per_call: int = 32,
         cache_dtype: Any = None,
@@ -57,11 +56,12 @@ class Engine:
             module: The decoder; its `lora` settings go with `adapter`.
             params: Base parameters; kept in the decoder's compute type.
             slots: Texts sampled at once.
-            prompt_buckets: Lengths in tokens that prompts are padded to.
+            prompt_buckets: Lengths in tokens that prompts, without the prefix, are padded to.
             max_new_tokens: Longest text of any request.
             eos_ids: Tokens that end a text.
             pad_id: Fills prompts up; never attended to.
             seed: Of all draws.
+            prefix: Tokens that every prompt begins with, as of a chat template; they are run once.
             adapter: LoRA tree, or None for the base model.
             steps_per_call: Most tokens a slot between two looks of the host at finished texts.
             cache_dtype: Of keys and values; None: the compute type, but float32 on CPU, where it
@@ -77,6 +77,7 @@ class Engine:
         """
         self.buckets = tuple(sorted(prompt_buckets))
         self.max_new_tokens, self.slots, self.pad_id = max_new_tokens, slots, pad_id
+        self.prefix = tuple(prefix)
         self.steps_per_call, self.repetition_penalty = steps_per_call, repetition_penalty
         self.stop, self.decode = tuple(stop), decode
         if self.stop and decode is None:
@@ -95,7 +96,23 @@ class Engine:
         if adapter is not None:
             adapter = adapter if mesh is None else jax.device_put(adapter, replicated(mesh))
             self._variables["lora"] = unstack_layers(adapter)
-        self._build(seed, tuple(eos_ids))
+        self._eos_ids = tuple(eos_ids)
+        self._idle = jax.device_get(device.empty_settings(slots))
+        self._programs = make_programs(
+            Shape(
+                module=self._module,
+                slots=slots,
+                length=self._length,
+                max_new_tokens=max_new_tokens,
+                cache_dtype=self._cache_dtype,
+                penalize=repetition_penalty,
+                seed=seed,
+                eos_ids=self._eos_ids,
+                mesh=mesh,
+                heads_axis=self._heads_axis,
+            )
+        )
+        self._shared = self._run_prefix()
 
     def plan(self) -> dict[str, int]:
         """Bytes on each device: the slots' cache, and the largest batch of prompts."""
@@ -126,7 +143,7 @@ class Engine:
         queue = PromptQueue(map(self._checked, requests), self._bucket, self._prompts)
         ready: collections.deque[tuple[device.Prefilled, int, Request]] = collections.deque()
         running: dict[int, Request] = {}
-        slots = self._empty()
+        slots = self._programs.empty(self._shared)
         cancelled = np.zeros(self.slots, bool)
         while True:
             while len(running) < self.slots and (ready or queue):
@@ -138,7 +155,7 @@ class Engine:
             cancelled[list(running)] = False  # Its text was stopped, but a new one moved in.
             waiting = bool(ready or queue)
             enough = len(running) - 1 - self.slots // 16 if waiting else 0
-            slots = self._decode(
+            slots = self._programs.decode(
                 self._variables, slots, cancelled, self.steps_per_call, max(enough, 0)
             )
             cancelled = np.zeros(self.slots, bool)
@@ -155,10 +172,17 @@ class Engine:
                     yield completion
 
     def _checked(self, request: Request) -> Request:
-        if len(request.prompt) > self.buckets[-1]:
+        start = len(self.prefix)
+        if request.prompt[:start] != self.prefix or len(request.prompt) == start:
             raise UserError(
-                f"request {request.id!r}: the prompt has {len(request.prompt)} tokens; "
-                f"the largest bucket holds {self.buckets[-1]}"
+                f"request {request.id!r}: the prompt does not go on from the engine's prefix of "
+                f"{start} tokens"
+            )
+        if len(request.prompt) - start > self.buckets[-1]:
+            raise UserError(
+                f"request {request.id!r}: the prompt has {len(request.prompt) - start} tokens"
+                f"{' after the prefix' if start else ''}; the largest bucket holds "
+                f"{self.buckets[-1]}"
             )
         if request.max_new_tokens > self.max_new_tokens:
             raise UserError(
@@ -203,9 +227,10 @@ class Engine:
         tokens = np.full((self._prompts(bucket), bucket), self.pad_id, np.int32)
         length = np.zeros(len(tokens), np.int32)
         for row, group in enumerate(groups):
-            tokens[row, : len(group.prompt)] = group.prompt
-            length[row] = len(group.prompt) - 1
-        prompts = self._prefill(self._variables, tokens, length)
+            own = group.prompt[len(self.prefix) :]
+            tokens[row, : len(own)] = own
+            length[row] = len(own) - 1
+        prompts = self._programs.prefill(self._variables, tokens, length, self._shared)
         for row, group in enumerate(groups):
             for request in group.requests:
                 yield prompts, row, request
@@ -235,10 +260,10 @@ class Engine:
             settings.sampling.top_p[slot] = request.top_p
             settings.sampling.top_k[slot] = request.top_k
             settings.sampling.min_p[slot] = request.min_p
-        return self._insert(slots, prompts, source, settings)
+        return self._programs.insert(slots, prompts, source, settings)
 
     def _bucket(self, prompt: Sequence[int]) -> int:
-        return self.buckets[bisect.bisect_left(self.buckets, len(prompt))]
+        return self.buckets[bisect.bisect_left(self.buckets, len(prompt) - len(self.prefix))]
 
     def _prompts(self, bucket: int) -> int:
         """Prompts of this length that are run together."""
@@ -248,7 +273,7 @@ class Engine:
     @property
     def _length(self) -> int:
         """Tokens that a slot has room for."""
-        return self.buckets[-1] + self.max_new_tokens
+        return len(self.prefix) + self.buckets[-1] + self.max_new_tokens
 
     @property
     def _heads_axis(self) -> str | None:
@@ -286,38 +311,9 @@ class Engine:
         stacked = self._module.clone(unroll=False)
         return jax.device_put(params, param_shardings(self._mesh, stacked, ids, ids, mask))
 
-    def _build(self, seed: int, eos_ids: tuple[int, ...]) -> None:
-        """The programs: two for each bucket, which run prompts and insert them; one to decode."""
-        self._eos_ids = eos_ids
-        module, dtype = self._module, self._cache_dtype
-        make = functools.partial(
-            device.empty_slots,
-            module,
-            self.slots,
-            self._length,
-            self.max_new_tokens,
-            dtype,
-            self.repetition_penalty,
-        )
-        self._idle = jax.device_get(device.empty_settings(self.slots))
-        insert, sampler, placed, gathered = device.insert, sample, None, None
-        if self._mesh is not None:
-
-            def place(specs):
-                return jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)
-
-            heads = PartitionSpec(None, self._heads_axis)
-            caches = PartitionSpec(*ROWS, self._heads_axis)
-            specs = jax.tree.map(lambda x: caches if x.ndim == 4 else ROWS, jax.eval_shape(make))
-            prompts = device.Prefilled(heads, heads, PartitionSpec())
-            placed, gathered = place(specs), place(prompts)
-            split = functools.partial(jax.shard_map, mesh=self._mesh, check_vma=False)
-            insert = split(insert, in_specs=(specs, prompts, ROWS, ROWS), out_specs=specs)
-            sampler = split(sampler, in_specs=ROWS, out_specs=ROWS)
-        self._empty = jax.jit(make, out_shardings=placed)
-        self._prefill = jax.jit(
-            functools.partial(device.prefill, module, dtype=dtype), out_shardings=gathered
-        )
-        self._insert = jax.jit(insert, donate_argnums=0, out_shardings=placed)
-        decode = functools.partial(device.decode, module, sampler, seed, eos_ids)
-        self._decode = jax.jit(decode, donate_argnums=1, out_shardings=placed)
+    def _run_prefix(self) -> device.Prefilled | None:
+        if not self.prefix:
+            return None
+        tokens = np.asarray([self.prefix], np.int32)
+        length = np.asarray([len(self.prefix)], np.int32)
+        return self._programs.prefill(self._variables, tokens, length, None)

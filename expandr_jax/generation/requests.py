@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 from expandr_jax.errors import UserError
 
@@ -79,3 +80,14 @@ class Completion:
     near_ties: int
     first_near_tie: int | None = None
     text: str | None = None
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens that all prompts begin with, short of the last token of the shortest."""
+    if not prompts:
+        return ()
+    # What the first and the last in order share, all between them share too.
+    first, last = min(prompts), max(prompts)
+    longest = min(map(len, prompts)) - 1
+    count = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return tuple(first[:count])

@@ -68,9 +68,9 @@ class Prefilled:
     """Keys and values of prompts, ready to be copied into slots.
 
     Attributes:
-        keys: Per layer [prompts, kv_heads, head_dim, length].
-        values: Per layer [prompts, kv_heads, length, head_dim].
-        tokens: [prompts, length] int32.
+        keys: Per layer [prompts, kv_heads, head_dim, length], without the common prefix.
+        values: Per layer [prompts, kv_heads, length, head_dim], without it too.
+        tokens: [prompts, prefix + length] int32.
     """
 
     keys: tuple[jax.Array, ...]
@@ -86,12 +86,27 @@ def empty_settings(slots: int) -> SlotSettings:
 
 
 def empty_slots(
-    decoder: Decoder, slots: int, length: int, max_new_tokens: int, dtype: Any, penalize: bool
+    decoder: Decoder,
+    slots: int,
+    length: int,
+    max_new_tokens: int,
+    dtype: Any,
+    penalize: bool,
+    prefix: Prefilled | None,
 ) -> Slots:
-    """Slots with room for `length` tokens, none of them active."""
+    """Slots with room for `length` tokens, none of them active; each begins with the prefix."""
     vocabulary = decoder.config.vocab_size
+    cache = KVCache.zeros(decoder.config, slots, length, dtype)
+    if prefix is not None:
+
+        def begin(empty, rows):
+            rows = jnp.broadcast_to(rows, (slots, *rows.shape[1:]))
+            return jax.lax.dynamic_update_slice(empty, rows, (0, 0, 0, 0))
+
+        keys, values = jax.tree.map(begin, (cache.keys, cache.values), (prefix.keys, prefix.values))
+        cache = cache.replace(keys=keys, values=values)
     return Slots(
-        cache=KVCache.zeros(decoder.config, slots, length, dtype),
+        cache=cache,
         settings=empty_settings(slots),
         token=jnp.zeros(slots, jnp.int32),
         active=jnp.zeros(slots, bool),
@@ -103,7 +118,12 @@ def empty_slots(
 
 
 def prefill(
-    decoder: Decoder, variables: Mapping[str, Any], tokens: jax.Array, length: jax.Array, dtype: Any
+    decoder: Decoder,
+    variables: Mapping[str, Any],
+    tokens: jax.Array,
+    length: jax.Array,
+    prefix: Prefilled | None,
+    dtype: Any,
 ) -> Prefilled:
     """Runs prompts through the model, except for the last token of each.
 
@@ -112,16 +132,24 @@ def prefill(
         variables: "params", and "lora" where there is an adapter.
         tokens: [prompts, length] int32, padded on the right.
         length: [prompts] int32, tokens to run.
+        prefix: What every prompt begins with, run before; its tokens are not in `tokens`.
         dtype: Of the cache.
     """
     mask = jnp.arange(tokens.shape[1]) < length[:, None]
+    positions, attention, past = token_positions(mask), causal_mask(mask), None
+    if prefix is not None:
+        before = prefix.tokens.shape[1]
+        positions = positions + before
+        attention = jnp.pad(attention, ((0, 0), (0, 0), (before, 0)), constant_values=True)
+        past = tuple(k.swapaxes(2, 3) for k in prefix.keys), prefix.values
+        shared = jnp.broadcast_to(prefix.tokens, (len(tokens), before))
     _, (keys, values) = decoder.apply(
-        variables, tokens, token_positions(mask), causal_mask(mask), keep_kv=True
+        variables, tokens, positions, attention, past=past, keep_kv=True
     )
     return Prefilled(
         tuple(k.swapaxes(2, 3).astype(dtype) for k in keys),
         tuple(v.astype(dtype) for v in values),
-        tokens,
+        tokens if prefix is None else jnp.concatenate([shared, tokens], axis=1),
     )
 
 
@@ -136,17 +164,20 @@ def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSe
     """
     new = source >= 0
     order = jnp.argsort(~new, stable=True)
+    prefix = prompts.tokens.shape[1] - prompts.values[0].shape[2]
 
     def copy(i, caches):
         slot = order[i]
         row = source[slot]
-        return jax.tree.map(
-            lambda cache, prompt: jax.lax.dynamic_update_slice(
-                cache, jax.lax.dynamic_slice_in_dim(prompt, row, 1), (slot, 0, 0, 0)
-            ),
-            caches,
-            (prompts.keys, prompts.values),
-        )
+
+        def write(cache, prompt, place):
+            rows = jax.lax.dynamic_slice_in_dim(prompt, row, 1)
+            return jax.lax.dynamic_update_slice(cache, rows, (slot, 0, *place))
+
+        keys, values = caches
+        keys = [write(*pair, (0, prefix)) for pair in zip(keys, prompts.keys, strict=True)]
+        values = [write(*pair, (prefix, 0)) for pair in zip(values, prompts.values, strict=True)]
+        return tuple(keys), tuple(values)
 
     caches = (slots.cache.keys, slots.cache.values)
     keys, values = jax.lax.fori_loop(0, jnp.sum(new), copy, caches)

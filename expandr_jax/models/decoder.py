@@ -6,7 +6,7 @@ work that slicing each layer's weights and cache out of a stack would cost as mu
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -128,7 +128,7 @@ class Attention(nn.Module):
     lora: LoraConfig | None
 
     @nn.compact
-    def __call__(self, x, rope, mask, cached, deterministic):
+    def __call__(self, x, rope, mask, cached, past, deterministic):
         cfg = self.config
         batch, length, _ = x.shape
 
@@ -148,7 +148,10 @@ class Attention(nn.Module):
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         scale = cfg.head_dim**-0.5 if cfg.query_scale is None else cfg.query_scale
         if cached is None:
-            out, kv = attend(q, k, v, mask=mask, scale=scale), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+            kv = (k.swapaxes(1, 2), v.swapaxes(1, 2))
+            if past is not None:
+                k, v = (_after(before, new) for before, new in zip(past, (k, v), strict=True))
+            out = attend(q, k, v, mask=mask, scale=scale)
         else:
             out, *kv = attend_with_cache(q, k, v, *cached, mask=mask, scale=scale)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
@@ -156,6 +159,12 @@ class Attention(nn.Module):
             cfg.hidden_size, ("heads", "embed"), False, self.dtype, self.lora, name="o_proj"
         )(out, deterministic)
         return out, kv
+
+
+def _after(past: jax.Array, new: jax.Array) -> jax.Array:
+    """What all rows share, [1, kv_heads, past, head_dim], before [batch, length, kv_heads, ...]."""
+    past = past.swapaxes(1, 2).astype(new.dtype)
+    return jnp.concatenate([jnp.broadcast_to(past, (len(new), *past.shape[1:])), new], axis=1)
 
 
 class GatedMLP(nn.Module):
@@ -192,7 +201,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, layer, shared):
         cfg = self.config
-        cached, is_local = layer
+        cached, past, is_local = layer
         rope, mask = shared["global"]
         if is_local is not None:
             rope, mask = jax.tree.map(
@@ -203,7 +212,7 @@ class Block(nn.Module):
             return RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name=name)(y)
 
         attention = Attention(cfg, self.dtype, self.lora, name="self_attn")
-        y, kv = attention(norm("input_norm", x), rope, mask, cached, self.deterministic)
+        y, kv = attention(norm("input_norm", x), rope, mask, cached, past, self.deterministic)
         x = x + (norm("post_attention_norm", y) if cfg.post_norms else y)
         mlp = GatedMLP(cfg, self.dtype, self.lora, name="mlp")
         y = mlp(norm("mlp_norm", x), self.deterministic)
@@ -236,6 +245,7 @@ class Decoder(nn.Module):
         positions: jax.Array,
         mask: jax.Array,
         *,
+        past: tuple[Sequence[jax.Array], Sequence[jax.Array]] | None = None,
         keep_kv: bool = False,
         deterministic: bool = True,
     ):
@@ -244,7 +254,9 @@ class Decoder(nn.Module):
         Args:
             tokens: [batch, length] int32.
             positions: [batch, length] int32, the rotary positions.
-            mask: [batch, length, length] bool, which of these tokens each may attend to.
+            mask: [batch, length, past + length] bool, which tokens each may attend to.
+            past: Keys and values of tokens that every row begins with, at positions 0 and on; per
+                layer [1, kv_heads, past, head_dim]. For unrolled layers.
             keep_kv: Return these tokens' keys and values too.
             deterministic: False applies the adapter's dropout (rng "dropout").
 
@@ -253,7 +265,7 @@ class Decoder(nn.Module):
             (keys, values), each [layers, batch, kv_heads, length, head_dim], or a tuple of them
             layer by layer where these are unrolled.
         """
-        x, kv = self._forward(tokens, positions, mask, None, keep_kv, deterministic)
+        x, kv = self._forward(tokens, positions, mask, None, past, keep_kv, deterministic)
         return (x, kv) if keep_kv else x
 
     @nn.compact
@@ -270,7 +282,7 @@ class Decoder(nn.Module):
         positions = cache.length[:, None]
         slots = jnp.arange(cache.keys[0].shape[3], dtype=jnp.int32)
         mask = (slots <= positions)[:, None]
-        x, (keys, values) = self._forward(tokens[:, None], positions, mask, cache, True, True)
+        x, (keys, values) = self._forward(tokens[:, None], positions, mask, cache, None, True, True)
         return x[:, 0], KVCache(keys, values, cache.length + 1)
 
     @nn.compact
@@ -294,12 +306,16 @@ class Decoder(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
         return self.param("lm_head", init, (cfg.hidden_size, cfg.vocab_size))
 
-    def _forward(self, tokens, positions, mask, cache, keep_kv, deterministic):
+    def _forward(self, tokens, positions, mask, cache, past, keep_kv, deterministic):
         cfg = self.config
         x = self._embedding()[tokens].astype(self.dtype)
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
         keys = positions if cache is None else jnp.arange(mask.shape[2], dtype=jnp.int32)[None]
+        if past is not None:
+            before = jnp.arange(past[0][0].shape[2], dtype=jnp.int32)
+            before = jnp.broadcast_to(before, (len(tokens), len(before)))
+            keys = jnp.concatenate([before, positions], axis=1)
         shared = {"global": (self._rope(positions, cfg.rope_theta, cfg.rope_scaling), mask)}
         is_local = None
         if cfg.sliding_window is not None and any(cfg.layer_is_local):
@@ -310,14 +326,15 @@ class Decoder(nn.Module):
             shared["local"] = rope, mask & near
             is_local = jnp.asarray(cfg.layer_is_local)
         run = self._unrolled if self.unroll else self._scanned
-        x, kv = run(x, cache, is_local, shared, deterministic, keep_kv)
+        x, kv = run(x, cache, past, is_local, shared, deterministic, keep_kv)
         x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
         if self.is_initializing() and not cfg.tie_embeddings:
             self._head()
         return x, kv
 
-    def _scanned(self, x, cache, is_local, shared, deterministic, keep_kv):
+    def _scanned(self, x, cache, past, is_local, shared, deterministic, keep_kv):
         assert cache is None, "a cache needs unrolled layers"
+        assert past is None, "what came before needs unrolled layers"
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
@@ -330,17 +347,18 @@ class Decoder(nn.Module):
             length=self.config.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, self.dtype, self.lora, deterministic, keep_kv, name="layers")
-        return layers(x, (None, is_local), shared)
+        return layers(x, (None, None, is_local), shared)
 
-    def _unrolled(self, x, cache, is_local, shared, deterministic, keep_kv):
+    def _unrolled(self, x, cache, past, is_local, shared, deterministic, keep_kv):
         kv = []
         for i in range(self.config.num_layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
+            before = None if past is None else (past[0][i], past[1][i])
             local = None if is_local is None else is_local[i]
             block = Block(
                 self.config, self.dtype, self.lora, deterministic, keep_kv, name=f"layer_{i}"
             )
-            x, new = block(x, (cached, local), shared)
+            x, new = block(x, (cached, before, local), shared)
             kv.append(new)
         return x, tuple(zip(*kv, strict=True)) if keep_kv else None
 
