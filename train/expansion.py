@@ -131,8 +131,8 @@ def _sample(
     prefix = common_prefix(prompts)
     longest = max(map(len, prompts), default=1) - len(prefix)
     done = {(row["query_id"], row["sample"]) for row in journal.rows}
-    prefix = f"{purpose}/"
-    left = [r for r in requests if (r.id.removeprefix(prefix), r.sample) not in done]
+    name = f"{purpose}/"
+    left = [r for r in requests if (r.id.removeprefix(name), r.sample) not in done]
     engine = Engine(
         models.generator.module,
         models.generator_params,
@@ -152,7 +152,7 @@ def _sample(
         for completion in engine.generate(left):
             waiting.append(
                 {
-                    "query_id": completion.id.removeprefix(prefix),
+                    "query_id": completion.id.removeprefix(name),
                     "sample": completion.sample,
                     "text": models.generator.decode(list(completion.tokens)),
                     "tokens": len(completion.tokens),
