@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from expandr_jax.data.batches import LENGTHS, bucket_length, pad
+from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import UserError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_divisor, batch_sharding
@@ -94,7 +94,7 @@ class TextEncoder:
     def _shape(self, length: int) -> tuple[int, int]:
         """Padded length and rows of the batch that a text of `length` tokens belongs to."""
         longest = self.retriever.max_length
-        length = bucket_length(length, [n for n in LENGTHS if n < longest] + [longest])
+        length = bucket_length(length, [n for n in ENCODING_LENGTHS if n < longest] + [longest])
         divisor = batch_divisor(self.mesh)
         rows = max(1, self.tokens_per_batch // length // divisor) * divisor
         return length, rows

@@ -9,7 +9,7 @@ from expandr_jax.data.batches import batch_indices, bucket_length, pad
 def test_buckets():
     assert bucket_length(1) == 16
     assert bucket_length(16) == 16
-    assert bucket_length(17) == 32
+    assert bucket_length(33) == 64
     assert bucket_length(3, (2, 4)) == 4
     with pytest.raises(ValueError, match="above the longest bucket"):
         bucket_length(5, (2, 4))
