@@ -12,6 +12,7 @@ from expandr_jax.data.records import Journal
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
+from expandr_jax.sharding import batch_divisor
 from train.models import Models
 from train.run import Run
 
@@ -137,7 +138,7 @@ def _sample(
         models.generator.module,
         models.generator_params,
         adapter=adapter,
-        slots=settings.slots,
+        slots=_slots(settings.slots, len(requests), batch_divisor(models.mesh)),
         prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
         + [min(b for b in settings.prompt_buckets if b >= longest)],
         max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
@@ -166,6 +167,14 @@ def _sample(
                 waiting = []
     journal.append(waiting)
     journal.finish(sorted(journal.rows, key=lambda row: (row["query_id"], row["sample"])))
+
+
+def _slots(most: int, texts: int, divisor: int) -> int:
+    """Slots for a stage: halved while all of its texts fit, so that a small one is quick."""
+    slots = most
+    while slots // 2 >= texts and slots % (2 * divisor) == 0:
+        slots //= 2
+    return slots
 
 
 def _report(run: Run, rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> None:
