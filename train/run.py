@@ -34,6 +34,7 @@ LIBRARIES = (
     "scipy", "scann", "ir-measures", "bm25s", "tensorflow-datasets", "grain",
 )  # fmt: skip
 SECONDS_BETWEEN_LINES = 10.0  # Where there is no terminal to draw a bar on.
+SHARE_BEFORE_ESTIMATE = 0.02  # Of the items; the first ones wait for programs to compile.
 
 
 class Run:
@@ -154,8 +155,11 @@ class Run:
             if now - state.printed < SECONDS_BETWEEN_LINES or state.done <= state.first:
                 return
             state.printed = now
-            left = (now - state.start) * (total - state.done) / (state.done - state.first)
-            self.console.print(f"  {task} {state.done}/{total}, about {left:.0f} s left")
+            estimate = ""
+            if state.done - state.first > total * SHARE_BEFORE_ESTIMATE:
+                left = (now - state.start) * (total - state.done) / (state.done - state.first)
+                estimate = f", about {left:.0f} s left"
+            self.console.print(f"  {task} {state.done}/{total}{estimate}")
 
         yield advance
 
