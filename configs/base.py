@@ -15,8 +15,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
 
     config.data = data = ml_collections.ConfigDict()
-    data.kind = "beir"  # "beir": a directory; "pydoc": docstrings of installed packages.
-    data.path = ""  # The BEIR directory.
+    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": of train.retriever.
+    data.path = ""  # The BEIR directory; train.retriever: the file of triples.
+    data.dev = ""  # train.retriever: BEIR directory whose dev queries choose the weights; or none.
+    data.on_bad = "error"  # train.retriever: what a wrong line of triples is, "error" or "skip".
     data.packages = ()  # pydoc: "name==version" of each package to read.
     data.min_pairs = 1  # pydoc: fewest pairs to go on with.
     data.shares = shares = ml_collections.ConfigDict()  # Of queries, where no split is given.
@@ -44,6 +46,14 @@ def get_config() -> ml_collections.ConfigDict:
     generator.slots = 128  # Texts that are sampled at once.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.
     generator.prompt_buckets = (64, 128, 256, 512)
+    # An OpenAI-compatible completion server with the same base; it cannot sample with the adapter.
+    # Its key, if it wants one, is in the environment variable EXPANDR_SERVER_KEY.
+    generator.server = server = ml_collections.ConfigDict()
+    server.url = ""  # As http://127.0.0.1:8000/v1; "": texts are sampled here.
+    server.model = ""  # The base's name there.
+    server.concurrency = 32  # Requests on their way at once.
+    server.retries = 6  # Further tries of a request that fails for a reason that may pass.
+    server.timeout = 600.0  # Seconds without a byte (none comes before a whole text) of a try.
 
     config.lora = lora = ml_collections.ConfigDict()
     lora.rank = 8  # Inner width.
@@ -63,7 +73,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
     contrastive.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.
     contrastive.epochs = 3.0  # Passes over the training queries.
-    contrastive.batch_size = 64  # Queries an update; each one's document is a negative of others.
+    contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
+    contrastive.accumulation = 1  # Batches an update, by their mean gradient.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # From 0 to the peak.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.
@@ -71,6 +82,19 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.temperature = 0.02  # tau.
     contrastive.query_weight = 0.5  # Of the query's own vector in the mean with its expansions.
     contrastive.normalize = "both"  # Unit length "before" the mean, "after", "both" or "none".
+    contrastive.negatives = 0  # Given ones a query and step; more are drawn from, fewer masked.
+    contrastive.plain_share = 0.0  # Of queries that stay unexpanded in a step.
+    contrastive.dropout = False  # The module's own rates, in training.
+    contrastive.micro_batch = 0  # Texts whose graph is in memory at once (GradCache); 0: all.
+    contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
+    contrastive.symmetric = False  # Documents are compared with all queries, too.
+    contrastive.info_nce_weight = 1.0  # Of the contrastive loss.
+    contrastive.margin_mse_weight = 0.0  # Of squared errors of the teacher's score margins.
+    contrastive.kl_weight = 0.0  # Of the divergence from the teacher's distribution.
+    contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
+    contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
+    contrastive.eval_every = 100  # Steps between evaluations, where train.retriever has data.dev.
+    contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
     contrastive.restart = False  # Each round starts from the original weights.
     contrastive.save_every = 100  # Steps between checkpoints.
 
@@ -101,15 +125,19 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
     dpo.epochs = 2.0  # Passes over the pairs.
-    dpo.batch_size = 16  # Pairs an update.
+    dpo.batch_size = 16  # Pairs a batch.
+    dpo.accumulation = 1  # Batches an update, by their mean gradient.
     dpo.learning_rate = 2e-5  # Peak.
-    dpo.warmup_steps = 0  # From 0 to the peak.
+    dpo.warmup_steps = 0  # Updates from 0 to the peak.
     dpo.clip_norm = 10.0  # Greatest norm of the gradient.
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
+    dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
     dpo.dev_share = 0.1  # Of the pairs, held out.
+    dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
+    dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.
-    dpo.save_every = 100  # Steps between checkpoints.
+    dpo.save_every = 100  # Updates between checkpoints.
 
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.

@@ -1,5 +1,7 @@
-"""How a query's vector and its expansions' vectors become one."""
+"""How vectors become one query vector (expansions, feedback), and rankings one ranking."""
 
+import collections
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -40,3 +42,120 @@ def expanded_query(
     mixed = query_weight * query + (1 - query_weight) * total / jnp.maximum(count, 1)
     mixed = jnp.where(count > 0, mixed, query)
     return l2_normalize(mixed) if normalize in ("after", "both") else mixed
+
+
+def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
+    """The mean of a query's vector and those of the documents it found first.
+
+    Args:
+        query: [batch, dim].
+        documents: [batch, k, dim], the top k of each query.
+
+    Returns:
+        [batch, dim] float32.
+
+    References:
+        Average PRF of Li et al., arXiv 2108.11044.
+    """
+    query, documents = query.astype(jnp.float32), documents.astype(jnp.float32)
+    return jnp.mean(jnp.concatenate([query[:, None], documents], axis=1), axis=1)
+
+
+def rocchio(
+    query: jax.Array,
+    relevant: jax.Array,
+    irrelevant: jax.Array | None = None,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float = 0.0,
+) -> jax.Array:
+    """alpha E(q) + beta mean(relevant) - gamma mean(irrelevant).
+
+    Args:
+        query: [batch, dim].
+        relevant: [batch, k, dim], documents taken to be relevant: the top k.
+        irrelevant: [batch, m, dim], documents taken to be irrelevant: the bottom of the ranking.
+        alpha: Weight of the query.
+        beta: Weight of the relevant documents.
+        gamma: Weight of the irrelevant ones; needs them.
+
+    Returns:
+        [batch, dim] float32.
+
+    Raises:
+        ValueError: There is a gamma without irrelevant documents.
+
+    References:
+        Rocchio (1971); on dense vectors Li et al., arXiv 2108.11044.
+    """
+    moved = alpha * query.astype(jnp.float32)
+    moved = moved + beta * jnp.mean(relevant.astype(jnp.float32), axis=1)
+    if not gamma:
+        return moved
+    if irrelevant is None:
+        raise ValueError(f"gamma is {gamma}, but there are no irrelevant documents")
+    return moved - gamma * jnp.mean(irrelevant.astype(jnp.float32), axis=1)
+
+
+def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, float]:
+    """Fuses one query's rankings: score(d) = sum over rankings of 1 / (k + rank of d).
+
+    Args:
+        rankings: Document ids, best first; ranks count from 1, and a ranking that lacks a document
+            adds nothing to it.
+        k: Evens out the first ranks.
+
+    Returns:
+        Document id -> score, in the order in which documents are met.
+
+    References:
+        Cormack et al., SIGIR 2009.
+    """
+    fused: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, document in enumerate(ranking, start=1):
+            fused[document] = fused.get(document, 0.0) + 1 / (k + rank)
+    return fused
+
+
+def exp4fuse(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, float]:
+    """Reciprocal rank fusion, times 1 + n / 10 for a document that n of the rankings hold.
+
+    Args:
+        rankings: As for `reciprocal_rank_fusion`; in the paper those of the query and of the query
+            five times and a passage.
+        k: As for `reciprocal_rank_fusion`.
+
+    Returns:
+        Document id -> score.
+
+    References:
+        Exp4Fuse, arXiv 2506.04760.
+    """
+    held = collections.Counter(document for ranking in rankings for document in ranking)
+    fused = reciprocal_rank_fusion(rankings, k)
+    return {document: (1 + held[document] / 10) * score for document, score in fused.items()}
+
+
+def interpolate(runs: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """Fuses one query's scores: their weighted sum, each run's scaled from 0 to 1 (min-max).
+
+    Args:
+        runs: Document id -> score; a run that lacks a document adds nothing to it, and where all
+            scores of a run are equal each counts as 1.
+        weights: One a run.
+
+    Returns:
+        Document id -> score, in the order in which documents are met.
+
+    Raises:
+        ValueError: There are more or fewer weights than runs.
+    """
+    fused: dict[str, float] = {}
+    for scores, weight in zip(runs, weights, strict=True):
+        low, high = min(scores.values(), default=0.0), max(scores.values(), default=0.0)
+        for document, score in scores.items():
+            scaled = (score - low) / (high - low) if high > low else 1.0
+            fused[document] = fused.get(document, 0.0) + weight * scaled
+    return fused

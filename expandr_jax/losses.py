@@ -1,7 +1,11 @@
 """Training objectives: pure functions of vectors or log-probabilities, one value per example."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+
+from expandr_jax.models.pooling import l2_normalize
 
 EXCLUDED = -1e30  # Score of a passage that is left out of a softmax; finite, so gradients stay so.
 
@@ -121,3 +125,101 @@ def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def symmetric_info_nce(
+    queries: jax.Array,
+    positives: jax.Array,
+    negatives: jax.Array | None = None,
+    *,
+    temperature: float | jax.Array = 1.0,
+    excluded: jax.Array | None = None,
+) -> jax.Array:
+    """Mean of `info_nce` and of the same loss of each positive over all queries.
+
+    Args:
+        queries: As for `info_nce`, as are all arguments; an excluded pair is left out both ways.
+        positives: [batch, dim].
+        negatives: [count, dim] or None; only queries are compared with them.
+        temperature: tau.
+        excluded: [batch, batch + count] bool or None.
+
+    Returns:
+        [batch] losses.
+
+    References:
+        Radford et al., arXiv 2103.00020, figure 3.
+    """
+    forward = info_nce(queries, positives, negatives, temperature=temperature, excluded=excluded)
+    back = None if excluded is None else excluded[:, : queries.shape[0]].T
+    return (forward + info_nce(positives, queries, temperature=temperature, excluded=back)) / 2
+
+
+def margin_mse(student: jax.Array, teacher: jax.Array, given: jax.Array) -> jax.Array:
+    """Squared error of each query's score margins against a teacher's, mean over its negatives.
+
+    Args:
+        student: [batch, 1 + count] scores, the positive's first.
+        teacher: [batch, 1 + count], likewise.
+        given: [batch, 1 + count] bool, False where a query has no such negative.
+
+    Returns:
+        [batch] losses, 0 for a query without negatives.
+
+    References:
+        Hofstaetter et al., arXiv 2010.02666, equation 3.
+    """
+    student, teacher = student.astype(jnp.float32), teacher.astype(jnp.float32)
+    error = (student[:, :1] - student[:, 1:]) - (teacher[:, :1] - teacher[:, 1:])
+    error = jnp.where(given[:, 1:], jnp.square(error), 0.0)
+    return jnp.sum(error, axis=1) / jnp.maximum(jnp.sum(given[:, 1:], axis=1), 1)
+
+
+def distillation_kl(student: jax.Array, teacher: jax.Array, given: jax.Array) -> jax.Array:
+    """KL(softmax(teacher) || softmax(student)) over each query's passages, in float32.
+
+    Args:
+        student: [batch, passages] scores, divided by their temperature.
+        teacher: [batch, passages], likewise.
+        given: [batch, passages] bool, False where a query has no such passage.
+
+    Returns:
+        [batch] losses.
+
+    References:
+        Hinton et al., arXiv 1503.02531; for rankings Lin et al., arXiv 2010.11386.
+    """
+    student, teacher = (
+        jax.nn.log_softmax(jnp.where(given, scores.astype(jnp.float32), EXCLUDED), axis=-1)
+        for scores in (student, teacher)
+    )
+    return jnp.sum(jnp.where(given, jnp.exp(teacher) * (teacher - student), 0.0), axis=-1)
+
+
+def matryoshka(
+    loss: Callable[..., jax.Array], dimensions: Sequence[int], *vectors: jax.Array | None
+) -> jax.Array:
+    """Mean over dimensions of a loss of truncated vectors, brought to unit length again.
+
+    Args:
+        loss: Called with the vectors of each dimension.
+        dimensions: How many leading components are kept; the whole width is one of them only if
+            it is listed.
+        *vectors: [..., dim] each; None is passed on.
+
+    Returns:
+        What `loss` returns, averaged.
+
+    Raises:
+        ValueError: If a dimension is not between 1 and the vectors' width.
+
+    References:
+        Kusupati et al., arXiv 2205.13147, equation 1.
+    """
+    width = jax.tree.leaves(vectors)[0].shape[-1]
+    if not dimensions or not all(1 <= d <= width for d in dimensions):
+        raise ValueError(f"dimensions {tuple(dimensions)} must lie between 1 and {width}")
+    losses = [
+        loss(*jax.tree.map(lambda v, d=d: l2_normalize(v[..., :d]), vectors)) for d in dimensions
+    ]
+    return sum(losses) / len(losses)

@@ -255,6 +255,27 @@ def randomisation_test(
     }
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts the p-values of several comparisons by Holm's step-down method.
+
+    Args:
+        p_values: one a comparison.
+
+    Returns:
+        In the same order: the i-th smallest of m times m - i + 1, never below a smaller one's,
+        at most 1.
+
+    References:
+        Holm (1979), Scandinavian Journal of Statistics 6.
+    """
+    values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    scaled = values[order] * (len(values) - np.arange(len(values)))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
+    return adjusted.tolist()
+
+
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, confidence: float = 0.95, samples: int = 10_000
 ) -> tuple[float, float]:

@@ -152,7 +152,7 @@ def _chunked_log_probs(module, variables, hidden, targets, chunk):
     return jnp.moveaxis(log_probs, 0, 1).reshape(batch, padded)[:, :tokens]
 
 
-def dpo_loss(
+def dpo_values(
     adapter: Any,
     params: Any,
     batch: Mapping[str, jax.Array],
@@ -161,7 +161,7 @@ def dpo_loss(
     config: DPOConfig,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean preference loss of a packed batch, and its figures averaged.
+    """Preference loss and figures of each pair of a packed batch.
 
     Args:
         adapter: The trainable LoRA tree.
@@ -171,6 +171,9 @@ def dpo_loss(
         module: The decoder, with its LoRA settings.
         config: Loss settings.
         dropout_key: Turns the adapter's dropout on.
+
+    Returns:
+        [batch] losses, and the figures of `losses.dpo` and both log-probabilities, [batch] each.
     """
     chosen, rejected, chosen_tokens, rejected_tokens = response_log_probs(
         module,
@@ -193,8 +196,13 @@ def dpo_loss(
     )
     if config.sft_weight:
         loss = loss - config.sft_weight * chosen / chosen_tokens
-    metrics["log_prob_chosen"], metrics["log_prob_rejected"] = chosen, rejected
-    return jnp.mean(loss), {name: jnp.mean(value) for name, value in metrics.items()}
+    return loss, {**metrics, "log_prob_chosen": chosen, "log_prob_rejected": rejected}
+
+
+def dpo_loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Means of `dpo_values`, with its arguments."""
+    losses, metrics = dpo_values(*args, **kwargs)
+    return jnp.mean(losses), {name: jnp.mean(value) for name, value in metrics.items()}
 
 
 def dpo_step(
@@ -207,7 +215,7 @@ def dpo_step(
     config: DPOConfig,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update of the adapter; dropout is drawn from (key, step)."""
+    """One batch's part in an update of the adapter; dropout is drawn from (key, step)."""
     (loss, metrics), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
         state.params,
         params,
@@ -216,5 +224,5 @@ def dpo_step(
         config=config,
         dropout_key=jax.random.fold_in(key, state.step),
     )
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return state.apply(grads, optimizer), metrics

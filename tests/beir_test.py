@@ -1,9 +1,21 @@
 import gzip
 import json
+import random
+import zipfile
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.beir import (
+    Collection,
+    find_collections,
+    judgements,
+    read_beir,
+    read_qrels,
+    source_hashes,
+    write_beir,
+)
 from expandr_jax.errors import UserError
 
 CORPUS = '{"_id": "d1", "title": "Pad", "text": "an array "}\n{"_id": "d2", "text": ""}\n'
@@ -79,7 +91,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"qrels": QRELS + "q9\td2\t1"}, "test.tsv:4: query 'q9' is not among the queries"),
         ({"qrels": QRELS + "q1\td1\t1"}, "test.tsv:4: .* judged otherwise"),
         ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: no judgements"),
-        ({"qrels": b"q1\t\xe9\t1"}, "test.tsv: not UTF-8"),
+        ({"qrels": b"q1\t\xe9\t1"}, "test.tsv:1: not UTF-8"),
     ],
 )
 def test_mistakes_are_named(tmp_path, files, complaint):
@@ -91,3 +103,194 @@ def test_mistakes_are_named(tmp_path, files, complaint):
 def test_missing_directory(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such directory"):
         read_beir(tmp_path / "nowhere")
+
+
+def pack(directory, path):
+    """The directory as a zip archive, under its own name as BEIR's archives are."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(directory.rglob("*")):
+            archive.write(file, file.relative_to(directory.parent))
+    return path
+
+
+def make_parquet(directory, ids="_id", folder="default", kind="float64"):
+    """The collection of `make` in the layout of the Hugging Face hub, the corpus in two files."""
+    corpus = [json.loads(line) for line in CORPUS.splitlines()]
+    queries = [json.loads(line) for line in QUERIES.splitlines()]
+    judged = [("q1", "d1", 2), ("q1", '"gone', 0)]
+    columns = [
+        pyarrow.array([row[i] for row in judged], kind)
+        for i, kind in enumerate(("string", "string", kind))
+    ]
+    tables = {
+        "queries/queries-00000-of-00001": texts(queries, ids),
+        f"{folder}/test-00000-of-00001": pyarrow.table(columns, ["query-id", "corpus-id", "score"]),
+    }
+    for number, row in enumerate(corpus):
+        tables[f"corpus/corpus-0000{number}-of-00002"] = texts([row], ids)
+    for name, table in tables.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(table, directory / f"{name}.parquet")
+    return directory
+
+
+def texts(rows, ids):
+    columns = {ids: [row["_id"] for row in rows]}
+    columns |= {name: [row.get(name) for row in rows] for name in ("title", "text")}
+    return pyarrow.table({k: pyarrow.array(v, pyarrow.string()) for k, v in columns.items()})
+
+
+def test_a_zip_is_read_as_its_directory(tmp_path):
+    directory = make(tmp_path / "tiny")
+    path = pack(directory, tmp_path / "archive.zip")
+    assert read_beir(path) == read_beir(directory)
+    assert list(find_collections(path)) == ["tiny"]
+    assert list(source_hashes(find_collections(path)["tiny"])) == ["archive.zip"]
+
+
+def test_everything_may_be_compressed(tmp_path):
+    directory = make(tmp_path / "tiny")
+    expected = read_beir(directory)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        path = directory / name
+        (directory / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert read_beir(directory) == expected
+    assert read_beir(pack(directory, tmp_path / "archive.zip")) == expected
+    assert read_qrels(directory / "qrels/test.tsv.gz") == expected.qrels["test"]
+    names = ["corpus.jsonl.gz", "queries.jsonl.gz", "qrels/test.tsv.gz"]
+    assert list(source_hashes(find_collections(directory)["tiny"])) == names
+
+
+@pytest.mark.parametrize(
+    ("ids", "folder", "kind"),
+    [("_id", "default", "float64"), ("id", "qrels", "int64")],
+)
+def test_parquet_tables_as_on_the_hub(tmp_path, ids, folder, kind):
+    expected = read_beir(make(tmp_path / "jsonl" / "tiny"))
+    directory = make_parquet(tmp_path / "tiny", ids, folder, kind)
+    assert read_beir(directory) == expected
+    assert len(source_hashes(find_collections(directory)["tiny"])) == 4
+    path = directory / folder / "test-00000-of-00001.parquet"
+    assert read_qrels(path) == expected.qrels["test"]
+
+
+def test_mistakes_in_parquet_are_named(tmp_path):
+    directory = make_parquet(tmp_path / "tiny")
+    path = directory / "queries" / "queries-00000-of-00001.parquet"
+    for columns, complaint in (
+        ({"_id": ["q1", "q1"], "text": ["a", "b"]}, "parquet: row 2: .* appears a second time"),
+        ({"_id": [1, 2], "text": ["a", "b"]}, 'row 1: field "_id" is an integer'),
+        ({"_id": ["q1"], "text": [b"a"]}, "column 'text' is binary; expected text"),
+        ({"text": ["a"]}, 'row 1: field "_id" is null'),
+    ):
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        with pytest.raises(UserError, match=complaint):
+            read_beir(directory)
+    scores = directory / "default" / "test-00000-of-00001.parquet"
+    table = pyarrow.table({"query-id": ["q1"], "corpus-id": ["d1"], "score": [0.5]})
+    pyarrow.parquet.write_table(table, scores)
+    with pytest.raises(UserError, match=r"row 1: grade 0.5; expected an integer"):
+        read_qrels(scores)
+
+
+def test_trec_topics_and_judgements(tmp_path):
+    directory = make(tmp_path / "tiny", queries=None, qrels=None)
+    topics = "<top>\n<num> Number: q1\n<title> how to pad\n</top>\n"
+    (directory / "topics.txt").write_text(topics)
+    (directory / "qrels" / "test.trec").write_text('q1 0 d1 2\nq1 Q0 "gone 0\n')
+    found = read_beir(directory)
+    assert found.queries == {"q1": "how to pad"}
+    assert found.qrels == {"test": {"q1": {"d1": 2, '"gone': 0}}}
+    assert read_qrels(directory / "qrels" / "test.trec") == found.qrels["test"]
+    (directory / "qrels" / "test.trec").write_text("q1 0 d1 2\nq1 d2 1\n")
+    with pytest.raises(UserError, match=r"test\.trec:2: 3 columns; expected query, 0, document"):
+        read_beir(directory)
+
+
+def test_several_collections_are_found_by_name(tmp_path):
+    for name in ("android", "english"):
+        make(tmp_path / "cqadupstack" / name)
+    path = pack(tmp_path / "cqadupstack", tmp_path / "cqadupstack.zip")
+    for place in (tmp_path / "cqadupstack", path):
+        found = find_collections(place)
+        assert list(found) == ["cqadupstack/android", "cqadupstack/english"]
+        assert read_beir(found["cqadupstack/english"]).name == "english"
+        with pytest.raises(UserError, match="holds 2 collections; name one: cqadupstack/android"):
+            read_beir(place)
+    make(tmp_path / "cqadupstack" / "more" / "android")
+    with pytest.raises(UserError, match="the same name: android/, english/, more/android/"):
+        find_collections(tmp_path / "cqadupstack")
+
+
+def test_every_mistake_can_be_reported(tmp_path):
+    queries = QUERIES + "[]\n" + '{"_id": "q3", "text": ""}\n'
+    qrels = QRELS + "q1\td2\nq9\td2\t1\nq1\td2\t3\n"
+    directory = make(tmp_path / "tiny", queries=queries, qrels=qrels)
+    mistakes = []
+    found = read_beir(directory, mistakes.append)
+    lines = [str(mistake).removeprefix(f"{directory}/") for mistake in mistakes]
+    assert [line.split(": ")[0] for line in lines] == [
+        "queries.jsonl:3", "queries.jsonl:4", "qrels/test.tsv:4", "qrels/test.tsv:5",
+    ]  # fmt: skip
+    assert found.queries == {"q1": "how to pad", "q2": "unjudged"}
+    assert found.qrels["test"]["q1"] == {"d1": 2, '"gone': 0, "d2": 3}
+
+
+def test_judgements_say_where_they_stand(tmp_path):
+    directory = make(tmp_path / "tiny")
+    files = find_collections(directory)["tiny"]
+    assert [tuple(row) for row in judgements(files, "test")] == [
+        (f"{directory}/qrels/test.tsv:2", "q1", "d1", 2),
+        (f"{directory}/qrels/test.tsv:3", "q1", '"gone', 0),
+    ]
+    with pytest.raises(UserError, match="no judgements of split 'dev'; there are test"):
+        list(judgements(files, "dev"))
+
+
+def mutate(data, rng):
+    """One change such as disks, editors and transfers make."""
+    start = rng.randrange(len(data))
+    end = min(len(data), start + rng.randrange(1, 20))
+    junk = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 4)))
+    return rng.choice(
+        [
+            data[:start],
+            data[:start] + data[end:],
+            data[:start] + junk + data[start:],
+            data[:start] + junk + data[start + len(junk) :],
+            data[:end] + data[start:],
+        ]
+    )
+
+
+def refusal(read, source):
+    """What a reader complains of, or "" if it returns something."""
+    try:
+        assert read(source)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "gzip", "zip", "parquet"])
+def test_200_mutations_end_in_one_line_or_a_collection(tmp_path, layout):
+    source = (make_parquet if layout == "parquet" else make)(tmp_path / "tiny")
+    if layout == "gzip":
+        for path in [*source.glob("*.jsonl")]:
+            (source / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    elif layout == "zip":
+        source = pack(source, tmp_path / "tiny.zip")
+    files = sorted(p for p in source.rglob("*") if p.is_file()) or [source]
+    rng = random.Random(layout)
+    refused = 0
+    for _ in range(200):
+        path = rng.choice(files)
+        data = path.read_bytes()
+        path.write_bytes(mutate(data, rng))
+        refused += bool(complaint := refusal(read_beir, source))
+        assert "\n" not in complaint
+        assert not complaint or str(tmp_path) in complaint
+        path.write_bytes(data)
+    assert refused > 60  # a changed word, say, is still a collection

@@ -1,9 +1,12 @@
 """Step A against sentence-transformers and plain PyTorch on the same weights."""
 
+import dataclasses
 import functools
 import pathlib
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -14,10 +17,15 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from expandr_jax.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
+    Passage,
+    contrastive_gradients,
     contrastive_loss,
     contrastive_step,
+    draw_passages,
     make_batch,
+    stays_plain,
 )
+from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.train_state import TrainState
 from expandr_jax.weights.hf import load_retriever
 
@@ -26,6 +34,22 @@ QUERIES = ["compute the gradient", "return an array", "scale the norm", "count t
 DOCUMENTS = ["the gradient of a loss", "array of a shape", "a norm and a clip factor", "step count"]
 PASSAGES = [["gradient of parameters"], ["an array, returned"], [], ["count by one"]]
 TAU = 0.02
+# Of query 0: two; of query 1: one, and query 2's document is right for it, too; of query 2: none;
+# of query 3: query 0's document, which counts against all but query 0.
+NEGATIVES = [["a clip factor", "return an array"], ["a shape"], [], [DOCUMENTS[0], "the step"]]
+KNOWN = [(), (DOCUMENTS[2],), (), ()]
+PLAIN = ContrastiveConfig(temperature=0.1, query_weight=1.0, normalize="both")
+EVERYTHING = ContrastiveConfig(
+    temperature=0.1,
+    query_weight=0.5,
+    normalize="both",
+    learn_temperature=True,
+    symmetric=True,
+    margin_mse_weight=0.3,
+    kl_weight=0.5,
+    teacher_temperature=2.0,
+    dimensions=(8, 32),
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +143,198 @@ def test_a_step_lowers_the_loss_and_keeps_the_caller_s_weights(tiny):
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] / 2
     np.testing.assert_array_equal(params["embedding"], before)
+
+
+def examples_with_negatives(retriever, repeats=1):
+    """The four queries `repeats` times over, told apart by a word."""
+
+    def ids(text):
+        return retriever.token_ids([text])[0]
+
+    examples = []
+    for copy in range(repeats):
+        mark = f" {copy}" if copy else ""
+        for i, query in enumerate(QUERIES):
+            scores = np.random.default_rng([copy, i]).normal(size=3).tolist()
+            examples.append(
+                ContrastiveExample(
+                    query=ids(query + mark),
+                    expansions=[ids(text + mark) for text in PASSAGES[i]],
+                    positive=ids(DOCUMENTS[i] + mark),
+                    positive_text=DOCUMENTS[i] + mark,
+                    negatives=[
+                        Passage(ids(text + mark), text + mark, score)
+                        for text, score in zip(NEGATIVES[i], scores[1:], strict=False)
+                    ],
+                    known=[text + mark for text in KNOWN[i]],
+                    positive_score=scores[0],
+                )
+            )
+    return examples
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_given_negatives_equal_pytorch(tiny, peer, micro_batch):
+    retriever, params = tiny
+    batch = make_batch(examples_with_negatives(retriever), 0, 0, negatives=2)
+    config = dataclasses.replace(PLAIN, micro_batch=micro_batch)
+    (loss, _), grads = contrastive_gradients(params, batch, retriever=retriever, config=config)
+
+    peer.zero_grad()
+    texts = DOCUMENTS + [text for row in NEGATIVES for text in row]
+    scores = embed(peer, QUERIES) @ embed(peer, texts).T / PLAIN.temperature
+    for i in range(4):
+        right = {DOCUMENTS[i], *KNOWN[i]}
+        for j, text in enumerate(texts):
+            if text in right and j != i:
+                scores[i, j] = -torch.inf
+    assert torch.isinf(scores).sum() == 2
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(4))
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
+    check_gradients(peer, grads)
+
+
+def test_another_right_passage_in_the_batch_is_no_negative(tiny):
+    retriever, _ = tiny
+    examples = examples_with_negatives(retriever)
+    examples[3] = dataclasses.replace(
+        examples[3], other_positives=[Passage([1], DOCUMENTS[1]), Passage([1], "a shape")]
+    )
+    excluded = make_batch(examples, 0, 0, negatives=2)["excluded"]
+    # Columns: four documents, then two negatives a query; query 1 lacks its second, query 2 both.
+    assert np.flatnonzero(excluded[3]).tolist() == [1, 3, 6, 7, 8, 9]
+
+
+def draw(example, epoch, seed=0, query=5):
+    return draw_passages(example, 2, seed=seed, epoch=epoch, query=query)
+
+
+def test_positives_and_negatives_are_drawn_by_seed_epoch_and_query():
+    example = ContrastiveExample(
+        query=[1],
+        expansions=[],
+        positive=[0],
+        positive_text="0",
+        negatives=[Passage([i], f"n{i}", float(i)) for i in range(5)],
+        other_positives=[Passage([1], "1", 1.0), Passage([2], "2", 2.0)],
+        positive_score=0.0,
+    )
+    assert draw(example, 3) == draw(example, 3)
+    drawn = [draw(example, epoch) for epoch in range(40)]
+    assert {d.positive_text for d in drawn} == {"0", "1", "2"}
+    assert {n.text for d in drawn for n in d.negatives} == {f"n{i}" for i in range(5)}
+    for d in drawn:
+        assert str(d.positive[0]) == d.positive_text
+        assert d.positive_score == d.positive[0]
+        assert {d.positive_text, *(p.text for p in d.other_positives)} == {"0", "1", "2"}
+        assert len(d.negatives) == 2
+        assert d.negatives[0].score < d.negatives[1].score
+    assert drawn != [draw(example, epoch, seed=1) for epoch in range(40)]
+    assert drawn != [draw(example, epoch, query=6) for epoch in range(40)]
+    few = dataclasses.replace(example, other_positives=[], negatives=example.negatives[:2])
+    assert draw(few, 0) is few
+
+
+def test_a_share_of_queries_stays_plain():
+    def plain(share, seed=0):
+        grid = [(step, query) for step in range(40) for query in range(25)]
+        return np.array([stays_plain(share, seed=seed, step=s, query=q) for s, q in grid])
+
+    assert not plain(0.0).any()
+    assert plain(1.0).all()
+    some = plain(0.3)
+    assert 0.25 < some.mean() < 0.35  # Three standard deviations are 0.043.
+    np.testing.assert_array_equal(some, plain(0.3))
+    assert (some != plain(0.3, seed=1)).any()
+    by_step = some.reshape(40, 25)
+    assert (by_step[0] != by_step[1]).any()
+    assert not (some & ~plain(0.5)).any()  # A larger share only adds queries.
+
+
+class Bag(nn.Module):
+    """A module with dropout that compiles in no time."""
+
+    @nn.compact
+    def __call__(self, ids, mask, *, deterministic=True):
+        x = nn.Dropout(0.1)(nn.Embed(300, 32)(ids), deterministic=deterministic)
+        return jnp.tanh(nn.Dense(32)(x))
+
+
+@pytest.fixture(scope="module")
+def bag(tiny):
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = Bag().init(jax.random.key(0), ids, ids)["params"]
+    return dataclasses.replace(tiny[0], module=Bag()), params
+
+
+def parameters(params, config):
+    if not config.learn_temperature:
+        return params
+    return {"retriever": params, "log_temperature": np.log(np.float32(config.temperature))}
+
+
+def close(ours, theirs):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "micro_batch"), [(PLAIN, 0), (EVERYTHING, 8)], ids=["plain", "everything, cached"]
+)
+def test_eight_devices_and_micro_batches_give_the_same_gradients(bag, config, micro_batch):
+    retriever, params = bag
+    params = parameters(params, config)
+    batch = make_batch(examples_with_negatives(retriever, repeats=4), 0, 1, negatives=2)
+    gradients = functools.partial(contrastive_gradients, retriever=retriever)
+    whole = jax.jit(functools.partial(gradients, config=config))(params, batch)
+    cached = dataclasses.replace(config, micro_batch=micro_batch)
+    rows = batch_sharding(make_mesh())
+    step = jax.jit(functools.partial(gradients, config=cached), in_shardings=(None, rows))
+    close(step(params, batch), whole)
+
+
+def test_micro_batches_drop_the_same_in_both_passes(bag):
+    retriever, params = bag
+    batch = make_batch(examples_with_negatives(retriever, repeats=2), 0, 0, negatives=2)
+    settings = {
+        "retriever": retriever,
+        "config": dataclasses.replace(PLAIN, micro_batch=4),
+    }
+    whole = jax.jit(jax.value_and_grad(functools.partial(contrastive_loss, **settings), 0, True))
+    cached = jax.jit(functools.partial(contrastive_gradients, **settings))
+    keys = [jax.random.key(seed) for seed in (1, 2)]
+    results = [cached(params, batch, dropout_key=key) for key in keys]
+    close(results[0], whole(params, batch, dropout_key=keys[0]))
+    assert abs(results[0][0][0] - results[1][0][0]) > 1e-4
+
+
+def test_micro_batches_take_the_memory_of_one(bag):
+    retriever, params = bag
+    gradients = functools.partial(contrastive_gradients, retriever=retriever)
+
+    def temporary_bytes(repeats, micro_batch):
+        batch = make_batch(examples_with_negatives(retriever, repeats), 0, 0, negatives=1)
+        config = dataclasses.replace(PLAIN, micro_batch=micro_batch)
+        compiled = jax.jit(functools.partial(gradients, config=config)).lower(params, batch)
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    small, large = temporary_bytes(4, 8), temporary_bytes(16, 8)
+    assert large - small < (temporary_bytes(16, 0) - temporary_bytes(4, 0)) / 5
+
+
+def test_a_learned_temperature_moves_and_stays_above_its_floor(bag):
+    retriever, params = bag
+    config = dataclasses.replace(PLAIN, learn_temperature=True)
+    params = parameters(params, config)
+    batch = make_batch(examples_with_negatives(retriever), 0, 0)
+    gradients = functools.partial(contrastive_gradients, retriever=retriever, config=config)
+
+    def loss_at(log_temperature):
+        moved = {**params, "log_temperature": np.float32(log_temperature)}
+        return float(contrastive_loss(moved, batch, retriever=retriever, config=config)[0])
+
+    (_, metrics), grads = gradients(params, batch)
+    np.testing.assert_allclose(metrics["temperature"], 0.1, rtol=1e-6)
+    slope = (loss_at(np.log(0.1) + 0.01) - loss_at(np.log(0.1) - 0.01)) / 0.02
+    np.testing.assert_allclose(grads["log_temperature"], slope, rtol=1e-2)
+    assert loss_at(np.log(0.001)) == loss_at(np.log(0.01))

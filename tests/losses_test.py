@@ -7,9 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.sharding import NamedSharding, PartitionSpec
+from sentence_transformers.sentence_transformer.losses import (
+    DistillKLDivLoss,
+    MarginMSELoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.util import dot_score
 
-from expandr_jax.losses import dpo, info_nce, token_log_probs
+from expandr_jax.losses import (
+    distillation_kl,
+    dpo,
+    info_nce,
+    margin_mse,
+    matryoshka,
+    symmetric_info_nce,
+    token_log_probs,
+)
 from expandr_jax.sharding import make_mesh
 
 
@@ -62,6 +77,81 @@ def test_info_nce_refuses_shapes_that_do_not_fit():
         info_nce(jnp.ones((2, 3)), jnp.ones((3, 3)))
     with pytest.raises(ValueError, match="do not fit"):
         info_nce(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones((2, 4)))
+
+
+def test_symmetric_info_nce_equals_sentence_transformers():
+    queries, positives, negatives = vectors(0, 6, 16), vectors(1, 6, 16), vectors(2, 6, 16)
+    peer = MultipleNegativesRankingLoss(
+        None,
+        scale=10.0,
+        similarity_fct=dot_score,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+    )
+    columns = [torch.tensor(x) for x in (queries, positives, negatives)]
+    expected = peer.compute_loss_from_embeddings(columns, None)
+    ours = symmetric_info_nce(queries, positives, negatives, temperature=0.1)
+    np.testing.assert_allclose(ours.mean(), expected, atol=1e-5)
+
+
+def test_symmetric_info_nce_leaves_out_a_pair_both_ways():
+    queries, positives = vectors(0, 3, 8), vectors(1, 3, 8)
+    excluded = np.zeros((3, 3), bool)
+    excluded[0, 2] = True  # Document 2 is right for query 0 as well.
+    ours = symmetric_info_nce(queries, positives, temperature=0.1, excluded=excluded)
+    back = numpy_info_nce(positives, queries, queries[:0], 0.1, excluded.T)
+    forward = numpy_info_nce(queries, positives, positives[:0], 0.1, excluded)
+    np.testing.assert_allclose(ours, (forward + back) / 2, atol=1e-5)
+
+
+def scores_and_teacher():
+    queries, passages = vectors(0, 5, 16), vectors(1, 5, 3, 16)
+    teacher = 3 * np.random.default_rng(2).normal(size=(5, 3)).astype(np.float32)
+    columns = [torch.tensor(x) for x in (queries, *np.moveaxis(passages, 1, 0))]
+    return np.einsum("qd,qpd->qp", queries, passages), teacher, columns
+
+
+def test_margin_mse_equals_sentence_transformers():
+    scores, teacher, columns = scores_and_teacher()
+    expected = MarginMSELoss(None).compute_loss_from_embeddings(columns, torch.tensor(teacher))
+    ours = margin_mse(scores, teacher, np.ones((5, 3), bool))
+    np.testing.assert_allclose(ours.mean(), expected, rtol=1e-5)
+    given = np.array([[True, True, False], [True, False, False]])
+    ours = margin_mse(np.array([[3.0, 1, 9]] * 2), np.array([[5.0, 4, 0]] * 2), given)
+    np.testing.assert_allclose(ours, [1.0, 0.0])  # ((3 - 1) - (5 - 4))^2, and nothing to compare
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_distillation_kl_equals_sentence_transformers(temperature):
+    scores, teacher, columns = scores_and_teacher()
+    peer = DistillKLDivLoss(None, temperature=temperature)
+    expected = peer.compute_loss_from_embeddings(columns, torch.tensor(teacher))
+    given = np.ones((5, 3), bool)
+    ours = distillation_kl(scores / temperature, teacher / temperature, given)
+    np.testing.assert_allclose(ours.mean() * temperature**2, expected, rtol=1e-5)
+    given[:, 2] = False
+    fewer = distillation_kl(scores, teacher, given)
+    alone = distillation_kl(scores[:, :2], teacher[:, :2], given[:, :2])
+    np.testing.assert_allclose(fewer, alone, rtol=1e-5)
+
+
+def test_matryoshka_equals_pytorch():
+    queries, positives = vectors(0, 6, 16), vectors(1, 6, 16)
+    expected = 0.0
+    for dimension in (4, 16):
+        q, p = (
+            torch.nn.functional.normalize(torch.tensor(x)[:, :dimension], dim=-1)
+            for x in (queries, positives)
+        )
+        expected += torch.nn.functional.cross_entropy(q @ p.T / 0.1, torch.arange(6)) / 2
+
+    def loss(q, p, n):
+        return info_nce(q, p, n, temperature=0.1)
+
+    ours = matryoshka(loss, (4, 16), queries, positives, None)
+    np.testing.assert_allclose(ours.mean(), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="between 1 and 16"):
+        matryoshka(loss, (4, 17), queries, positives, None)
 
 
 def test_dpo_literal_constants():

@@ -1,6 +1,7 @@
 """Measures against hand-computed values and trec_eval's binding; formats; tests of significance."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import scipy.stats
 
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
+from tests.beir_test import mutate
 
 
 def test_measures_of_a_ranking_worked_by_hand():
@@ -144,6 +146,28 @@ def test_a_bad_line_is_named(tmp_path, read, content, message):
     assert f"{path}{message}" in str(error.value)
 
 
+@pytest.mark.parametrize("read", [metrics.read_trec, metrics.read_qrels])
+def test_200_mutations_end_in_one_line_or_are_read(tmp_path, read):
+    path, rng = tmp_path / "file.trec", random.Random(0)
+    ids = [(f"q{i // 5}", f"d{i}") for i in range(20)]
+    if read is metrics.read_trec:
+        lines = [f"{q} Q0 {d} {i % 5 + 1} {20.5 - i} tag\n" for i, (q, d) in enumerate(ids)]
+    else:
+        lines = [f"{q} 0 {d} {i % 3}\n" for i, (q, d) in enumerate(ids)]
+    refused = 0
+    for _ in range(200):
+        path.write_bytes(mutate("".join(lines).encode(), rng))
+        complaint = f"{path}:"
+        try:
+            read(path)
+        except UserError as error:
+            complaint = str(error)
+            refused += 1
+        assert complaint.startswith(f"{path}:")
+        assert "\n" not in complaint
+    assert refused > 60
+
+
 def test_what_trec_cannot_hold_is_refused(tmp_path):
     for run in ({"q 1": {"d": 1.0}}, {"q": {"": 1.0}}, {"q": {"d": math.nan}}, {"q": {"d": 1e99}}):
         with pytest.raises(UserError):
@@ -189,6 +213,27 @@ def test_randomisation_test_approaches_the_exact_one():
     assert result["p_value"] == pytest.approx(exact, abs=0.02)
     assert result == metrics.randomisation_test(a, b, seed=1)
     assert metrics.randomisation_test(a, a)["p_value"] == 1.0
+
+
+def test_holm_on_a_worked_example():
+    # In order: 4 x 0.005, 3 x 0.01, 2 x 0.03, and 1 x 0.04, which may not fall below 0.06.
+    assert metrics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert metrics.holm([0.4, 0.6]) == pytest.approx([0.8, 0.8])
+    assert metrics.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert metrics.holm([0.02]) == [0.02]
+    assert metrics.holm([]) == []
+
+
+def test_holm_rejects_what_its_steps_reject():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        values = random.beta(0.3, 2, size=random.integers(1, 12))
+        rejected = set()
+        for step, index in enumerate(np.argsort(values)):
+            if values[index] > 0.05 / (len(values) - step):
+                break
+            rejected.add(int(index))
+        assert {i for i, p in enumerate(metrics.holm(values)) if p <= 0.05} == rejected
 
 
 def test_bootstrap_interval_is_seeded_and_covers_the_mean():

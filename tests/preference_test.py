@@ -20,7 +20,7 @@ from expandr_jax.preference import (
     pack,
     response_log_probs,
 )
-from expandr_jax.train_state import TrainState
+from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 
 PAIRS = [
     PreferencePair([5, 6, 7], [8, 9, 2], [10, 2]),
@@ -144,3 +144,44 @@ def test_pack_lays_out_a_pair():
     np.testing.assert_array_equal(batch["sources"][0, :5], [2, 3, 4, 2, 6])
     np.testing.assert_array_equal(batch["targets"][0, :5], [8, 9, 2, 10, 2])
     np.testing.assert_array_equal(batch["responses"][0, :6], [1, 1, 1, 2, 2, 3])
+
+
+def test_accumulated_batches_update_as_one_large_batch_does(model):
+    module, params, adapter = model
+    rng = np.random.default_rng(0)
+    reference = rng.normal(size=(2, 4)).astype(np.float32) - 10
+
+    def batch(*places):
+        batch = pack([PAIRS[i] for i in places], pad_id=0)
+        batch["reference_chosen"], batch["reference_rejected"] = reference[:, list(places)]
+        return batch
+
+    def train(accumulation, batches):
+        optimizer = make_optimizer(
+            OptimizerConfig(
+                1e-2, total_steps=6, warmup_steps=2, clip_norm=0.1, accumulation=accumulation
+            )
+        )
+        step = jax.jit(
+            functools.partial(
+                dpo_step, module=module, config=DPOConfig(chunk=8), optimizer=optimizer
+            )
+        )
+        state, adapters = TrainState.create(adapter, optimizer), []
+        for number in range(3 * len(batches)):
+            state, _ = step(state, params, batches[number % len(batches)], jax.random.key(0))
+            adapters.append(state.params)
+        return adapters
+
+    large = train(1, [batch(0, 1, 2, 3)])
+    small = train(2, [batch(0, 1), batch(2, 3)])
+    for update in range(3):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            small[2 * update + 1],
+            large[update],
+        )
+    # The first of two batches changes nothing yet; the updates are far above the tolerance.
+    jax.tree.map(np.testing.assert_array_equal, small[0], adapter)
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), large[2], adapter)
+    assert max(jax.tree.leaves(moved)) > 1e-3

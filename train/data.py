@@ -3,12 +3,17 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 
-from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.beir import (
+    Collection,
+    find_collections,
+    read_beir,
+    source_hashes,
+    write_beir,
+)
 from expandr_jax.data.pydoc import Shares, harvest
-from expandr_jax.data.records import hash_file, write_json
+from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from train.run import Run
 
@@ -108,7 +113,11 @@ def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
 
 def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     config = run.config.data
-    collection = read_beir(config.path)
+    sets = find_collections(config.path)
+    if len(sets) > 1:
+        raise UserError(f"{config.path}: holds {len(sets)} collections; choose one of {list(sets)}")
+    (files,) = sets.values()
+    collection = read_beir(files)
     for split in ("train", "test"):
         if split not in collection.qrels:
             raise UserError(f"{config.path}/qrels/{split}.tsv: missing; training needs judgements")
@@ -128,12 +137,7 @@ def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     chosen = set(generator)
     retriever = [query for query in train if query not in chosen]
     qrels["train"] = {query: qrels["train"][query] for query in train}
-    root = pathlib.Path(config.path)
-    files = sorted([*root.glob("*.jsonl*"), *root.glob("qrels/*.tsv")])
-    source = {
-        "name": collection.name,
-        "files": {str(path.relative_to(root)): hash_file(path) for path in files},
-    }
+    source = {"name": collection.name, "files": source_hashes(files)}
     return dataclasses.replace(collection, qrels=qrels), retriever, generator, source
 
 

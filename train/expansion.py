@@ -9,8 +9,10 @@ from typing import Any
 import ml_collections
 
 from expandr_jax.data.records import Journal
+from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
+from expandr_jax.generation.server import ServerEngine
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from expandr_jax.sharding import batch_divisor
 from train.models import Models
@@ -125,37 +127,21 @@ def _sample(
     journal: Journal,
     purpose: str,
 ) -> None:
-    settings = run.config.generator
-    # Slots have room for this stage's longest prompt and text; what a restart finds done counts
-    # too, so that their size, and with it every rounding, stays the same.
-    prompts = [request.prompt for request in requests]
-    prefix = common_prefix(prompts)
-    longest = max(map(len, prompts), default=1) - len(prefix)
     done = {(row["query_id"], row["sample"]) for row in journal.rows}
     name = f"{purpose}/"
     left = [r for r in requests if (r.id.removeprefix(name), r.sample) not in done]
-    engine = Engine(
-        models.generator.module,
-        models.generator_params,
-        adapter=adapter,
-        slots=_slots(settings.slots, len(requests), batch_divisor(models.mesh)),
-        prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
-        + [min(b for b in settings.prompt_buckets if b >= longest)],
-        max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
-        eos_ids=models.generator.eos_ids,
-        pad_id=models.generator.pad_id,
-        seed=run.config.seed,
-        prefix=prefix,
-        mesh=models.mesh,
-    )
+    engine = _server(run, models, adapter) or _engine(run, models, adapter, requests)
     waiting: list[dict[str, Any]] = []
     with run.progress(f"{purpose}: texts", len(requests), len(done)) as advance:
         for completion in engine.generate(left):
+            text = completion.text
+            if text is None:
+                text = models.generator.decode(list(completion.tokens))
             waiting.append(
                 {
                     "query_id": completion.id.removeprefix(name),
                     "sample": completion.sample,
-                    "text": models.generator.decode(list(completion.tokens)),
+                    "text": text,
                     "tokens": len(completion.tokens),
                     "finished": completion.finished,
                     "near_ties": completion.near_ties,
@@ -175,6 +161,52 @@ def _slots(most: int, texts: int, divisor: int) -> int:
     while slots // 2 >= texts and slots % (2 * divisor) == 0:
         slots //= 2
     return slots
+
+
+def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Request]) -> Engine:
+    """The engine that samples here."""
+    settings = run.config.generator
+    # Slots have room for this stage's longest prompt and text; what a restart finds done counts
+    # too, so that their size, and with it every rounding, stays the same.
+    prompts = [request.prompt for request in requests]
+    prefix = common_prefix(prompts)
+    longest = max(map(len, prompts), default=1) - len(prefix)
+    return Engine(
+        models.generator.module,
+        models.generator_params,
+        adapter=adapter,
+        slots=_slots(settings.slots, len(requests), batch_divisor(models.mesh)),
+        prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
+        + [min(b for b in settings.prompt_buckets if b >= longest)],
+        max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
+        eos_ids=models.generator.eos_ids,
+        pad_id=models.generator.pad_id,
+        seed=run.config.seed,
+        prefix=prefix,
+        mesh=models.mesh,
+    )
+
+
+def _server(run: Run, models: Models, adapter: Any | None) -> ServerEngine | None:
+    """The engine that samples on the config's server, where it names one."""
+    settings = run.config.generator.server
+    if not settings.url:
+        return None
+    if adapter is not None:
+        raise UserError(
+            "generator.server.url is set, but the server has the base model only and cannot sample "
+            "with the trained adapter; leave the URL empty for this run"
+        )
+    return ServerEngine(
+        settings.url,
+        settings.model,
+        encode=lambda text: models.generator.tokenizer(text, add_special_tokens=False)["input_ids"],
+        seed=run.config.seed,
+        cache=run.path("work", "server.jsonl"),
+        concurrency=settings.concurrency,
+        retries=settings.retries,
+        timeout=settings.timeout,
+    )
 
 
 def _report(run: Run, rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> None:

@@ -52,7 +52,7 @@ def export_run(
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
     if not (directory / "adapter").exists():
         shape = generator.module.config
-        export_adapter(directory / "adapter", adapter, lora, shape, _base_name(workdir, config))
+        export_adapter(directory / "adapter", adapter, lora, shape, base_name(workdir, config))
     progress(1)
     if not (directory / "generator").exists():
         # Merged in float32, whatever type the run computed in.
@@ -61,7 +61,7 @@ def export_run(
     progress(1)
 
 
-def _base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
+def base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
     """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
     load the source itself."""
     source = config.generator.source
@@ -111,7 +111,7 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
     else:
         generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
         lora, adapter = load_adapter(str(made), generator.module.config)
-        export_adapter(to, adapter, lora, generator.module.config, _base_name(workdir, config))
+        export_adapter(to, adapter, lora, generator.module.config, base_name(workdir, config))
 
 
 def _with_types_of(model: Any, source: str) -> Any:

@@ -1,64 +1,45 @@
-"""Trains the generator's adapter by DPO on preference pairs."""
+"""Trains the generator's adapter by DPO on preference pairs.
+
+    python -m train.generator --config=configs/dpo.py --workdir=DIR \\
+        --config.data.path=preferences.jsonl
+
+trains it alone, on any file in TRL's formats; `train.joint` calls the same function. The same
+command again continues where it stopped.
+"""
 
 import functools
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import ml_collections
+from absl import flags
+from rich.console import Console
 
-from expandr_jax.checkpoint import Checkpoints
+from expandr_jax.checkpoint import Checkpoints, hash_tree
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.records import hash_json
+from expandr_jax.data.preferences import read_preferences
+from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.preference import (
-    DPOConfig,
-    PreferencePair,
-    dpo_loss,
-    dpo_step,
-    pack,
-    response_log_probs,
-)
-from expandr_jax.sharding import batch_sharding
+from expandr_jax.preference import DPOConfig, dpo_step
+from expandr_jax.sharding import batch_divisor, make_mesh, replicated
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.weights.adapter import export_adapter
+from train.export import base_name
+from train.launch import define_config, define_workdir, launch
 from train.loop import fit
-from train.models import Models
+from train.models import Models, load_model_generator
+from train.pairs import DevPairs, GeneratorModel, PairBatches, tokenize_pairs
 from train.run import Run
-
-
-def tokenize_pairs(
-    generator: Generator,
-    rows: Sequence[dict[str, Any]],
-    *,
-    prompt_length: int,
-    response_length: int,
-) -> tuple[list[PreferencePair], int]:
-    """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
-
-    Args:
-        generator: For its tokenizer.
-        rows: {"prompt", "chosen", "rejected"}, the prompt with the chat template applied.
-        prompt_length: Most tokens of a prompt.
-        response_length: Most tokens of a response, EOS included.
-
-    Returns:
-        The pairs, and how many texts had to be cut.
-    """
-    pairs, cut = [], 0
-    for row in rows:
-        texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        prompt = ids[0][-prompt_length:]
-        responses = [[*part[: response_length - 1], generator.eos_ids[0]] for part in ids[1:]]
-        cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
-        pairs.append(PreferencePair(prompt, *responses))
-    return pairs, cut
 
 
 def train_generator(
     run: Run,
-    models: Models,
+    models: Models | GeneratorModel,
     adapter: Any | None,
     rows: Sequence[dict[str, Any]],
     *,
@@ -67,14 +48,19 @@ def train_generator(
     """One round of step B.
 
     Args:
-        run: The workdir; checkpoints go to checkpoints/generator.
+        run: The workdir; checkpoints go to checkpoints/generator, for later rounds
+            checkpoints/generator-R, and the best adapter to round-R/best-adapter.
         models: The generator and mesh.
         adapter: The adapter to start from; None starts a new one.
         rows: Preference rows, as in preferences.jsonl.
         round_: Counts from 0.
 
     Returns:
-        The trained adapter.
+        The trained adapter: the last, or the best on dev pairs where the config says so.
+
+    Raises:
+        UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
+            finite.
     """
     config = run.config.dpo
     pairs, cut = tokenize_pairs(
@@ -85,10 +71,21 @@ def train_generator(
     )
     if cut:
         run.console.print(f"  {cut} prompts or responses were cut to their limits")
-    dev = pairs[: int(len(pairs) * config.dev_share)]
-    pairs = pairs[len(dev) :]
-    batch_size = min(config.batch_size, len(pairs))
-    steps = max(1, round(config.epochs * (len(pairs) // batch_size)))
+    dev_pairs = pairs[: int(len(pairs) * config.dev_share)]
+    pairs = pairs[len(dev_pairs) :]
+    accumulation, devices = config.accumulation, batch_divisor(models.mesh)
+    if config.batch_size < 1 or config.batch_size % devices or accumulation < 1:
+        raise UserError(
+            f"dpo.batch_size {config.batch_size} and dpo.accumulation {accumulation} must be above "
+            f"0, and the former a multiple of {devices} (the mesh's data and fsdp)"
+        )
+    batch_size = min(config.batch_size, len(pairs) // devices * devices)
+    if not batch_size:
+        raise UserError(
+            f"{len(pairs)} preference pairs to train the generator on; expected {devices} or more"
+        )
+    updates = max(1, round(config.epochs * (len(pairs) // batch_size) / accumulation))
+    steps = updates * accumulation
     settings = DPOConfig(
         beta=config.beta,
         kind=config.loss,
@@ -101,13 +98,15 @@ def train_generator(
     optimizer = make_optimizer(
         OptimizerConfig(
             learning_rate=config.learning_rate,
-            total_steps=steps,
-            warmup_steps=min(config.warmup_steps, steps // 2),
+            total_steps=updates,
+            warmup_steps=min(config.warmup_steps, updates // 2),
             clip_norm=config.clip_norm,
+            accumulation=accumulation,
         )
     )
-    batches = _Batches(run, models, settings.chunk)
-    reference = batches.reference(pairs, batch_size, "reference log-probabilities")
+    batches = PairBatches(run, models, batch_size, settings)
+    reference = batches.reference(pairs, "reference log-probabilities")
+    dev = DevPairs(run, models, batches, dev_pairs, round_)
     lora = module.lora
     if adapter is None:
         adapter = init_lora(jax.random.key(run.config.seed), params, lora)
@@ -117,101 +116,122 @@ def train_generator(
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
     }
+    # Rounds differ in their number of pairs, so their steps cannot be numbered through.
+    name = f"generator-{round_}" if round_ else "generator"
     checkpoints = Checkpoints(
-        run.path("checkpoints", "generator"), identity, keep=run.config.keep, keep_period=steps
+        run.path("checkpoints", name), identity, keep=run.config.keep, keep_period=steps
     )
+    everywhere = replicated(models.mesh)
     step = jax.jit(
         functools.partial(dpo_step, module=module, config=settings, optimizer=optimizer),
+        out_shardings=(everywhere, None),
         donate_argnums=0,
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
-    def batch(number: int) -> dict[str, np.ndarray]:
+    def batch(number: int) -> dict[str, Any]:
         chosen = batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
         return batches.pack(pairs, chosen, reference)
 
-    state = fit(
-        run,
-        "generator",
-        round_,
-        TrainState.create(adapter, optimizer),
-        lambda state, batch: step(state, params, batch, key),
-        batch,
-        first_step=round_ * steps,
-        steps=steps,
-        checkpoints=checkpoints,
-        save_every=config.save_every,
+    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
+    def train(last: int) -> Any:
+        """The adapter after step `last`."""
+        return fit(
+            run,
+            "generator",
+            round_,
+            jax.device_put(TrainState.create(adapter, optimizer), everywhere),
+            lambda state, batch: step(state, params, batch, key),
+            batch,
+            first_step=0,
+            steps=last,
+            checkpoints=checkpoints,
+            save_every=config.save_every * accumulation,
+        ).params
+
+    for last in dev.steps_left(steps, config.eval_every * accumulation):
+        dev.evaluate(last, train(last))
+    trained, best = train(steps), dev.best()
+    if best is None:
+        run.console.print("  no dev pairs: too few for dpo.dev_share, so the last adapter is used")
+        return trained
+    return best if config.keep_best else trained
+
+
+def train_adapter(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+) -> pathlib.Path:
+    """Trains, or goes on training, an adapter on the config's file of preference pairs.
+
+    Args:
+        config: As from configs/dpo.py.
+        workdir: Where everything goes.
+        console: Where progress is shown.
+
+    Returns:
+        The adapter, in PEFT form.
+
+    Raises:
+        UserError: Something the user gave is wrong; what was done so far stays.
+    """
+    if config.data.kind != "preferences":
+        raise UserError(
+            f"data.kind is {config.data.kind!r}; train.generator reads 'preferences', "
+            "as configs/dpo.py has it"
+        )
+    if not config.data.path:
+        raise UserError("a file of pairs is missing: add --config.data.path=preferences.jsonl")
+    run = Run(workdir, config, console)
+    with run.phase("model"):
+        mesh = make_mesh(**config.mesh)
+        generator, params = load_model_generator(config)
+        model = GeneratorModel(mesh, generator, params, hash_tree(params))
+    with run.phase("data"):
+        rows = _read_pairs(run, generator)
+    with run.phase("DPO"):
+        adapter = train_generator(run, model, None, rows, round_=0)
+    directory = run.path("export", "adapter")
+    with run.phase("export"):
+        shape, base = generator.module.config, base_name(run.workdir, config)
+        export_adapter(directory, adapter, generator.module.lora, shape, base)
+    console.print(f"adapter: {directory}", soft_wrap=True)
+    run.close()
+    return directory
+
+
+def _read_pairs(run: Run, generator: Generator) -> list[dict[str, str]]:
+    """The pairs of the config's file, which must stay the same for as long as the run lasts."""
+    config = run.config
+    path = pathlib.Path(config.data.path)
+    rows, dropped = read_preferences(
+        path,
+        generator.tokenizer,
+        prompt_length=config.dpo.prompt_length,
+        on_bad_pair=config.dpo.on_bad_pair,
     )
-    if len(dev) >= batch_size:
-        figures = batches.evaluate(state.params, dev, batch_size, settings)
-        run.metrics.rewind("generator-dev", round_, 0)
-        run.metrics.write("generator-dev", round_, steps, figures)
-    return state.params
+    reasons = "".join(f"; {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
+    run.console.print(f"  {len(rows)} pairs{reasons}")
+    if not rows:
+        raise UserError(f"{path}: has no preference pairs to train on")
+    source_path = run.path("data", "SOURCE.json")
+    files = {str(path): hash_file(path)}
+    if not source_path.exists():
+        source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
+        write_json(source_path, source)
+    elif json.loads(source_path.read_text(encoding="utf-8"))["files"] != files:
+        raise UserError(f"{path}: has changed since this run began; use a new --workdir")
+    return rows
 
 
-class _Batches:
-    """Packed batches of one preference set, on the mesh."""
-
-    def __init__(self, run: Run, models: Models, chunk: int):
-        self.run, self.models = run, models
-        self.sharding = batch_sharding(models.mesh)
-        self._log_probs = jax.jit(
-            functools.partial(response_log_probs, models.generator.module, chunk=chunk)
-        )
-
-    def pack(
-        self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray
-    ) -> dict[str, Any]:
-        """The batch of the pairs `chosen`, with the reference's log-probabilities."""
-        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id)
-        batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
-        return jax.device_put(batch, self.sharding)
-
-    def reference(self, pairs: Sequence[PreferencePair], batch_size: int, task: str) -> np.ndarray:
-        """Log-probabilities of both responses under the base, adapter off: [pairs, 2] float32.
-
-        They are kept beside the pairs and used again only for the same pairs and weights.
-        """
-        identity = hash_json([self.models.generator_hash, [_ids(p) for p in pairs]])
-        path = self.run.path("work", f"reference-{identity[:16]}.npy")
-        if path.exists():
-            return np.load(path, allow_pickle=False)
-        result = np.zeros((len(pairs), 2), np.float32)
-        variables = {"params": self.models.generator_params}
-        with self.run.progress(task, len(pairs)) as advance:
-            # Pairs of like length share a batch; the last batch is filled with its first pair.
-            order = sorted(range(len(pairs)), key=lambda i: sum(map(len, _ids(pairs[i]))))
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                filled = chosen + chosen[:1] * (batch_size - len(chosen))
-                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id)
-                both = self._log_probs(variables, jax.device_put(batch, self.sharding))[:2]
-                result[chosen] = np.stack(both, axis=1)[: len(chosen)]
-                advance(len(chosen))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, result)
-        temporary.replace(path)
-        return result
-
-    def evaluate(
-        self, adapter: Any, pairs: Sequence[PreferencePair], batch_size: int, settings: DPOConfig
-    ) -> dict[str, float]:
-        """Mean loss, accuracy and margin on held-out pairs, whole batches of them."""
-        reference = self.reference(pairs, batch_size, "reference on dev pairs")
-        loss_fn = jax.jit(
-            functools.partial(dpo_loss, module=self.models.generator.module, config=settings)
-        )
-        totals: dict[str, float] = {}
-        count = len(pairs) // batch_size
-        for start in range(0, count * batch_size, batch_size):
-            batch = self.pack(pairs, range(start, start + batch_size), reference)
-            loss, metrics = loss_fn(adapter, self.models.generator_params, batch)
-            for name, value in {"loss": loss, **metrics}.items():
-                totals[name] = totals.get(name, 0.0) + float(value) / count
-        return totals
+def main(_: Any) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    train_adapter(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
 
 
-def _ids(pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
-    """A pair's ids as plain lists."""
-    return list(pair.prompt), list(pair.chosen), list(pair.rejected)
+def define_flags() -> None:
+    define_config()
+    define_workdir()
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

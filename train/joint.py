@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_collections
-import numpy as np
 from absl import flags
 from rich.console import Console
 
+from eval.systems import SYSTEMS
 from expandr_jax.contrastive import ContrastiveExample
 from expandr_jax.data.records import write_jsonl
+from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
 from expandr_jax.search import build_index
+from expandr_jax.vector_file import encode_to_file
 from train.data import TrainingData, prepare_data
 from train.evaluation import Trained, evaluate
 from train.expansion import expansion_prompts, sample_texts
@@ -47,6 +49,7 @@ def train_joint(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
+    _check_server(config)
     run = Run(workdir, config, console)
     with run.phase("data"):
         data = prepare_data(run)
@@ -94,6 +97,22 @@ def train_joint(
     console.print(f"report: {report}", soft_wrap=True)
     run.close()
     return results
+
+
+def _check_server(config: ml_collections.ConfigDict) -> None:
+    """Refuses, before hours of work, a server that would have to sample with the adapter."""
+    if not config.generator.server.url:
+        return
+    adapted = [
+        name
+        for name in config.evaluation.systems
+        if name in SYSTEMS and SYSTEMS[name].generator == "trained"
+    ]
+    if config.rounds > 1 or adapted:
+        raise UserError(
+            "generator.server.url: the server has the base model only; set rounds to 1 and leave "
+            f"{', '.join(adapted) or 'further rounds'} out of evaluation.systems, or empty the URL"
+        )
 
 
 def _expand(
@@ -151,10 +170,12 @@ def _train(
         texts = [expansions[ids[i], sample] for i, sample in places]
         for (i, _), tokens in zip(places, models.encoder.tokenize(texts, "document"), strict=True):
             passages[i].append(tokens)
+    corpus, judged = data.collection.corpus, data.collection.qrels["train"]
+    known = [[corpus[d] for d, g in judged[q].items() if g > 0 and d in corpus] for q in ids]
     examples = [
-        ContrastiveExample(query, passage, document, text)
-        for query, passage, document, text in zip(
-            query_tokens, passages, document_tokens, documents, strict=True
+        ContrastiveExample(query, passage, document, text, known=right)
+        for query, passage, document, text, right in zip(
+            query_tokens, passages, document_tokens, documents, known, strict=True
         )
     ]
     start = models.retriever_params if start is None else start
@@ -186,19 +207,13 @@ def _retriever(
 
 
 def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any) -> Corpus:
-    ids = list(data.collection.corpus)
+    texts = data.collection.corpus
     path = run.path("work", "vectors", f"{name}.npy")
-    if path.exists():
-        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-        with run.progress(f"{name}: documents encoded", len(ids)) as advance:
-            texts = list(data.collection.corpus.values())
-            vectors = models.encoder.encode(params, texts, "document", advance)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, vectors)
-        temporary.replace(path)
-    return Corpus(ids, vectors, build_index(vectors, **run.config.search))
+    with run.progress(f"{name}: documents encoded", len(texts)) as advance:
+        vectors = encode_to_file(
+            path, models.encoder, params, texts.values(), "document", progress=advance
+        )
+    return Corpus(list(texts), vectors, build_index(vectors, **run.config.search))
 
 
 def main(_: Any) -> None:

@@ -1,33 +1,75 @@
-"""Trains the retriever contrastively, on plain or on expanded queries."""
+"""Trains the retriever contrastively, for `train.joint` or alone on a file of triples.
+
+    python -m train.retriever --config=configs/retriever.py --workdir=DIR \
+        --config.data.path=triples.jsonl --config.data.dev=BEIR_DIR
+
+The triples are those of expandr_jax/data/triples.py. With a dev collection the weights that rank
+it best are kept; they are written to DIR/export/retriever. The same command again continues.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from rich.console import Console
 
-from expandr_jax.checkpoint import Checkpoints
+from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
+from expandr_jax import metrics
+from expandr_jax.checkpoint import Checkpoints, hash_tree
 from expandr_jax.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
+    Passage,
     contrastive_step,
+    draw_passages,
     make_batch,
+    stays_plain,
 )
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.records import hash_json
-from expandr_jax.sharding import batch_sharding
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.data.triples import Triple, read_triples
+from expandr_jax.encoding import Kind, TextEncoder
+from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.search import build_index
+from expandr_jax.sharding import batch_divisor, batch_sharding, make_mesh, replicated
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.weights.export import export_encoder, export_retriever
+from expandr_jax.weights.hf import load_retriever
+from train.early_stopping import train_with_dev
+from train.launch import define_config, define_workdir, launch
 from train.loop import fit
 from train.models import Models
 from train.run import Run
 
+TEXTS_AT_ONCE = 4096  # Tokenized in one call.
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieverModel:
+    """A retriever without a generator; its attributes are those of `Models`."""
+
+    mesh: Mesh
+    retriever: Retriever
+    retriever_params: Any
+    retriever_hash: str
+    encoder: TextEncoder
+
 
 def train_retriever(
     run: Run,
-    models: Models,
+    models: Models | RetrieverModel,
     params: Any,
     examples: Sequence[ContrastiveExample],
     config: ml_collections.ConfigDict,
@@ -35,6 +77,7 @@ def train_retriever(
     phase: str,
     round_: int,
     samples: int,
+    evaluate: Callable[[Any], float] | None = None,
 ) -> Any:
     """One round of step A.
 
@@ -47,18 +90,27 @@ def train_retriever(
         phase: "retriever", or "fine-tuned" for the baseline on plain queries.
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
+        evaluate: Weights to a dev measure, called every `config.eval_every` steps and at the end;
+            None trains all steps.
 
     Returns:
-        The trained parameters.
+        The trained parameters; with `evaluate`, those that it was highest for.
+
+    Raises:
+        UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    steps = max(1, round(config.epochs * (len(examples) // config.batch_size)))
+    _check(config, models, params, examples)
+    batches = len(examples) // config.batch_size
+    updates = max(1, round(config.epochs * batches / config.accumulation))
+    steps = updates * config.accumulation
     optimizer = make_optimizer(
         OptimizerConfig(
             learning_rate=config.learning_rate,
-            total_steps=steps,
-            warmup_steps=min(config.warmup_steps, steps // 2),
+            total_steps=updates,
+            warmup_steps=min(config.warmup_steps, updates // 2),
             clip_norm=config.clip_norm,
             weight_decay=config.weight_decay,
+            accumulation=config.accumulation,
         )
     )
     # Training may compute in another type than encoding does; the weights are float32 in both.
@@ -73,36 +125,272 @@ def train_retriever(
                 temperature=config.temperature,
                 query_weight=config.query_weight if samples else 1.0,
                 normalize=config.normalize,
+                learn_temperature=config.learn_temperature,
+                symmetric=config.symmetric,
+                info_nce_weight=config.info_nce_weight,
+                margin_mse_weight=config.margin_mse_weight,
+                kl_weight=config.kl_weight,
+                teacher_temperature=config.teacher_temperature,
+                dimensions=tuple(config.dimensions),
+                micro_batch=config.micro_batch,
             ),
         ),
-        in_shardings=(None, rows),
+        in_shardings=(None, rows, None),
         donate_argnums=0,
     )
     seed, pad_id = run.config.seed, models.retriever.tokenizer.pad_token_id
+    dropout_key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
 
     def batch(step: int) -> dict[str, Any]:
-        chosen = batch_indices(seed, round_ * steps + step, len(examples), config.batch_size)
-        return make_batch([examples[i] for i in chosen], pad_id, samples)
+        number = round_ * steps + step
+        epoch = number // (len(examples) // config.batch_size)
+        chosen = []
+        for i in batch_indices(seed, number, len(examples), config.batch_size).tolist():
+            example = draw_passages(examples[i], config.negatives, seed=seed, epoch=epoch, query=i)
+            if stays_plain(config.plain_share, seed=seed, step=number, query=i):
+                example = dataclasses.replace(example, expansions=())
+            chosen.append(example)
+        return make_batch(chosen, pad_id, samples, config.negatives)
 
     identity = {
         "model": models.retriever_hash,
         "settings": hash_json(config.to_dict()),
-        "examples": hash_json([[e.positive_text, list(e.query)] for e in examples]),
+        "examples": hash_json([_hash_example(example) for example in examples]),
         "steps": steps,
     }
     checkpoints = Checkpoints(
         run.path("checkpoints", phase), identity, keep=run.config.keep, keep_period=steps
     )
-    state = fit(
+    # On every device from the start, so that a restored state is, too.
+    everywhere = replicated(models.mesh)
+    params = start = jax.device_put(params, everywhere)
+    if config.learn_temperature:
+        log_temperature = jnp.log(jnp.float32(config.temperature))
+        start = {"retriever": params, "log_temperature": log_temperature}
+
+    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
+    def train(last: int) -> Any:
+        """The weights after step `last` of this round."""
+        state = fit(
+            run,
+            phase,
+            round_,
+            jax.device_put(TrainState.create(start, optimizer), everywhere),
+            lambda state, batch: step_fn(state, batch, dropout_key),
+            batch,
+            first_step=round_ * steps,
+            steps=last,
+            checkpoints=checkpoints,
+            save_every=config.save_every * config.accumulation,
+        )
+        return state.params["retriever"] if config.learn_temperature else state.params
+
+    if evaluate is None:
+        return train(steps)
+    return train_with_dev(
         run,
         phase,
         round_,
-        TrainState.create(params, optimizer),
-        step_fn,
-        batch,
-        first_step=round_ * steps,
+        params,
+        train,
+        evaluate,
+        best=Checkpoints(run.path("checkpoints", f"{phase}-best"), identity, keep=1),
         steps=steps,
-        checkpoints=checkpoints,
-        save_every=config.save_every,
+        every=config.eval_every * config.accumulation,
+        patience=config.patience,
     )
-    return state.params
+
+
+def _hash_example(example: ContrastiveExample) -> str:
+    query = [int(token) for token in example.query]
+    return hash_json([example.positive_text, query, [n.text for n in example.negatives]])
+
+
+def _check(
+    config: ml_collections.ConfigDict,
+    models: Models | RetrieverModel,
+    params: Any,
+    examples: Sequence[ContrastiveExample],
+) -> None:
+    size, micro, devices = config.batch_size, config.micro_batch, batch_divisor(models.mesh)
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    width = jax.eval_shape(models.retriever.embed, params, token, token).shape[-1]
+    if not all(1 <= dimension <= width for dimension in config.dimensions):
+        raise UserError(
+            f"contrastive.dimensions {tuple(config.dimensions)} must lie between 1 and {width}, "
+            "the width of the vectors"
+        )
+    if len(examples) < size:
+        raise UserError(
+            f"{len(examples)} training queries do not fill one batch of {size}; lower "
+            "contrastive.batch_size"
+        )
+    if size % devices or (micro and (size % micro or micro % devices)):
+        raise UserError(
+            f"contrastive.batch_size {size} and micro_batch {micro} do not fit: the latter must "
+            f"divide the former, and {devices} (the mesh's data and fsdp) must divide both"
+        )
+    if config.negatives and not any(e.negatives for e in examples):
+        raise UserError(
+            f"contrastive.negatives is {config.negatives}, but no training query has a negative"
+        )
+    if config.margin_mse_weight or config.kl_weight:
+        if not config.negatives:
+            raise UserError("a teacher's scores need contrastive.negatives above 0")
+        for number, example in enumerate(examples):
+            passages = [*example.other_positives, *example.negatives]
+            if None in (example.positive_score, *(p.score for p in passages)):
+                raise UserError(
+                    f"training query {number} has no teacher's scores; without them set "
+                    "contrastive.margin_mse_weight and kl_weight to 0"
+                )
+
+
+def train_on_triples(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+) -> None:
+    """Trains a retriever alone, or continues; writes it to export/retriever of the workdir.
+
+    Args:
+        config: As from configs/retriever.py.
+        workdir: Where everything goes.
+        console: Where progress is shown.
+
+    Raises:
+        UserError: Something the user gave is wrong; what was done so far stays.
+    """
+    run = Run(workdir, config, console)
+    with run.phase("data"):
+        triples = _read(run)
+        dev = read_beir(config.data.dev) if config.data.dev else None
+        if dev is not None and "dev" not in dev.qrels:
+            raise UserError(f"{config.data.dev}/qrels/dev.tsv: missing; it decides what is kept")
+    with run.phase("models"):
+        models = load_retriever_model(config)
+        examples = triple_examples(triples, models.encoder)
+
+    def evaluate(params: Any) -> float:
+        encoder, ids = models.encoder, list(dev.qrels["dev"])
+        with run.progress("dev: documents encoded", len(dev.corpus)) as advance:
+            vectors = encoder.encode(params, list(dev.corpus.values()), "document", advance)
+        queries = encoder.encode(params, [dev.queries[query] for query in ids], "query")
+        found = dense_run(
+            build_index(vectors, "exact"),
+            list(dev.corpus),
+            EncodedQueries(ids, queries),
+            None,
+            normalize=config.contrastive.normalize,
+            depth=config.evaluation.depth,
+            drop_identical_ids=config.evaluation.drop_identical_ids,
+        )
+        return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
+
+    with run.phase("retriever"):
+        params = train_retriever(
+            run,
+            models,
+            models.retriever_params,
+            examples,
+            config.contrastive,
+            phase="retriever",
+            round_=0,
+            samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
+            evaluate=None if dev is None else evaluate,
+        )
+    with run.phase("export"):
+        directory = run.path("export", "retriever")
+        if not directory.exists():
+            anchordr = isinstance(models.retriever.module, AnchorDr)
+            write = export_encoder if anchordr else export_retriever
+            write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+    console.print(f"retriever: {directory}", soft_wrap=True)
+    run.close()
+
+
+def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
+    """Loads the config's retriever onto its mesh."""
+    mesh, source = make_mesh(**config.mesh), config.retriever
+    retriever, params = load_retriever(
+        source.source,
+        max_length=source.max_length,
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+    )
+    encoder = TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch)
+    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
+
+
+def _read(run: Run) -> list[Triple]:
+    """The triples, which must be those that the run began with; data/SOURCE.json describes them."""
+    config = run.config.data
+    if not config.path:
+        raise UserError("--config.data.path is missing: a file of triples")
+    triples, skipped = read_triples(config.path, config.on_bad)
+    queries = f"  {len(triples)} training queries"
+    if skipped:
+        queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
+    run.console.print(queries, markup=False)
+    source = {"name": pathlib.Path(config.path).name, "sha256": hash_file(config.path),
+              "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
+    path = run.path("data", "SOURCE.json")
+    if not path.exists():
+        write_json(path, source)
+    elif json.loads(path.read_text(encoding="utf-8")) != source:
+        raise UserError(f"{config.path}: is not the file this run began with; use a new --workdir")
+    return triples
+
+
+def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[ContrastiveExample]:
+    """Tokenizes triples; a query's right passages on other lines are known to be right, too."""
+    queries = _tokens(encoder, (t.query for t in triples), "query")
+    documents = _tokens(
+        encoder, (x for t in triples for x in (*t.positives, *t.negatives, *t.expansions)),
+        "document",
+    )  # fmt: skip
+    known: dict[str, set[str]] = {}
+    for triple in triples:
+        known.setdefault(triple.query, set()).update(triple.positives)
+    examples = []
+    for triple in triples:
+        texts = (*triple.positives, *triple.negatives)
+        scores = triple.teacher_scores or [None] * len(texts)
+        passages = [Passage(documents[x], x, score) for x, score in zip(texts, scores, strict=True)]
+        first, *others = passages[: len(triple.positives)]
+        examples.append(
+            ContrastiveExample(
+                query=queries[triple.query],
+                expansions=[documents[x] for x in triple.expansions],
+                positive=first.ids,
+                positive_text=first.text,
+                negatives=passages[len(triple.positives) :],
+                other_positives=others,
+                known=known[triple.query],
+                positive_score=first.score,
+            )
+        )
+    return examples
+
+
+def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, np.ndarray]:
+    """Text -> token ids; equal texts are kept once, as arrays, which are a fifth of a list."""
+    unique = list(dict.fromkeys(texts))
+    result = {}
+    for start in range(0, len(unique), TEXTS_AT_ONCE):
+        block = unique[start : start + TEXTS_AT_ONCE]
+        for text, ids in zip(block, encoder.tokenize(block, kind), strict=True):
+            result[text] = np.array(ids, np.int32)
+    return result
+
+
+def main(_: Any) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    train_on_triples(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
+
+
+def define_flags() -> None:
+    define_config()
+    define_workdir()
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

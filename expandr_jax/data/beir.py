@@ -1,16 +1,31 @@
-"""Retrieval collections in the BEIR layout (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv)."""
+"""Retrieval collections: the BEIR layout, as a directory or zip, and MTEB's with parquet files.
+
+corpus.jsonl[.gz]    or corpus/*.parquet     _id (or id), title, text
+queries.jsonl[.gz]   or queries/*.parquet    _id (or id), text; or TREC topics: topics.*
+qrels/SPLIT.tsv[.gz] or qrels/, default/ or data/ with SPLIT*.parquet; or qrels/SPLIT.trec
+"""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
-from expandr_jax.data.records import read_jsonl, write_jsonl, write_text
+from expandr_jax.data.archive import Files, list_files
+from expandr_jax.data.records import check_field, hash_file, parse_row, write_jsonl, write_text
+from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
 
 Qrels = dict[str, dict[str, int]]
+Report = Callable[[UserError], None]
 
 _HEADER = ("query-id", "corpus-id", "score")
+_TEXTS = {"_id": str, "text": str}
+_CORPUS = re.compile(r"(.*/)?corpus(?:\.jsonl(?:\.gz)?|/[^/]+\.parquet)")
+_TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
+_TABLE_TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -32,27 +47,101 @@ class Collection:
     qrels: dict[str, Qrels]
 
 
-def read_beir(directory: str | os.PathLike) -> Collection:
-    """Reads a collection, named after its directory; a .jsonl may be compressed as .jsonl.gz.
+class Judgement(NamedTuple):
+    """One line of judgements: where it stands, and what it says."""
+
+    where: str
+    query: str
+    document: str
+    grade: int
+
+
+def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -> Collection:
+    """Reads a collection, named after its directory or archive.
 
     Documents may be empty and may lack a title; queries may lack judgements. The header of a
     qrels file is optional.
+
+    Args:
+        source: a directory, a .zip, or one of the collections that `find_collections` finds.
+        report: called with each mistake in a line, which is then left out; None raises the first.
 
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
             appears twice; an empty query; a judgement of an unknown query or one that
             contradicts another; a grade that is no integer); it names file and line.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; expected a BEIR data set")
-    corpus = _read_texts(_jsonl(directory, "corpus"))
-    queries = _read_texts(_jsonl(directory, "queries"), allow_empty=False)
-    splits = sorted(directory.glob("qrels/*.tsv"))
-    if not splits:
-        raise UserError(f"{directory}/qrels: no .tsv file; expected judgements as SPLIT.tsv")
-    qrels = {path.stem: _read_qrels(path, queries) for path in splits}
-    return Collection(directory.resolve().name, corpus, queries, qrels)
+    files = source if isinstance(source, Files) else _only_collection(source)
+    report = report or _refuse
+    corpus = _texts(files, "corpus", report)
+    queries = _texts(files, "queries", report, allow_empty=False)
+    qrels = {}
+    for split in _splits(files):
+        qrels[split] = _collect(judgements(files, split, report), queries, report)
+        if not qrels[split]:
+            where = files.path(_splits(files)[split][0])
+            raise UserError(f"{where}: no judgements; expected lines of query, document, grade")
+    place = files.path("").resolve()
+    name = place.stem if place.suffix.lower() == ".zip" else place.name
+    return Collection(name, corpus, queries, qrels)
+
+
+def find_collections(path: str | os.PathLike) -> dict[str, Files]:
+    """The collections of a directory or zip: the one it is, or those in its folders.
+
+    Returns:
+        Name -> files; several (CQADupStack's twelve) are named "cqadupstack/android" and so on.
+
+    Raises:
+        UserError: There is no such path, the archive cannot be read, or two have the same name.
+    """
+    files = list_files(path)
+    matches = (_CORPUS.fullmatch(name) for name in files.names)
+    folders = sorted({match[1] or "" for match in matches if match})
+    name = Path(path).resolve().name.removesuffix(".zip")
+    if "" in folders or not folders:
+        return {name: files}
+    if len(folders) == 1:
+        return {Path(folders[0]).name: files.below(folders[0])}
+    last = [Path(folder).name for folder in folders]
+    if len(set(last)) < len(last):
+        raise UserError(f"{path}: two of its collections have the same name: {', '.join(folders)}")
+    return {f"{name}/{n}": files.below(f) for n, f in zip(last, folders, strict=True)}
+
+
+def source_hashes(files: Files) -> dict[str, str]:
+    """The sha256 of each file that `read_beir` reads, or of the archive that holds them."""
+    if not files.root.is_dir():
+        return {files.root.name: hash_file(files.root)}
+    parts = [_parts(files, "corpus"), _parts(files, "queries"), *_splits(files).values()]
+    return {name: hash_file(files.path(name)) for part in parts for name in part}
+
+
+def judgements(files: Files, split: str, report: Report | None = None) -> Iterator[Judgement]:
+    """Reads the judgements of one split, line by line.
+
+    Raises:
+        UserError: There is no such split, or, where there is no `report`, a line is wrong.
+    """
+    splits = _splits(files)
+    if split not in splits:
+        raise UserError(
+            f"{files.path('qrels')}: no judgements of split {split!r}; there are "
+            f"{', '.join(splits)}"
+        )
+    for name in splits[split]:
+        yield from _read_judgements(files, name, report or _refuse)
+
+
+def read_qrels(path: str | os.PathLike) -> Qrels:
+    """Reads one file of judgements: .tsv[.gz] as in BEIR, .parquet, or else TREC's four columns.
+
+    Raises:
+        UserError: naming file and line, for a line that is wrong.
+    """
+    path = Path(path)
+    files = Files(path.parent, "", (path.name,))
+    return _collect(_read_judgements(files, path.name, _refuse), None, _refuse)
 
 
 def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
@@ -68,59 +157,190 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
     )
     for split, qrels in collection.qrels.items():
         lines = ["\t".join(_HEADER)]
-        for query, judgements in qrels.items():
-            lines += [f"{query}\t{document}\t{grade}" for document, grade in judgements.items()]
+        for query, judged in qrels.items():
+            lines += [f"{query}\t{document}\t{grade}" for document, grade in judged.items()]
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
 
 
-def _jsonl(directory: Path, name: str) -> Path:
-    plain, compressed = directory / f"{name}.jsonl", directory / f"{name}.jsonl.gz"
-    return compressed if compressed.exists() and not plain.exists() else plain
+def _refuse(error: UserError) -> NoReturn:
+    raise error
 
 
-def _read_texts(path: Path, allow_empty: bool = True) -> dict[str, str]:
+def _only_collection(path: str | os.PathLike) -> Files:
+    found = find_collections(path)
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {len(found)} collections; name one: {', '.join(found)}")
+    return next(iter(found.values()))
+
+
+def _parts(files: Files, kind: str) -> list[str]:
+    """The files that hold the corpus or the queries."""
+    for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
+        if name in files.names:
+            return [name]
+    tables = [name for name in files.names if re.fullmatch(rf"{kind}/[^/]+\.parquet", name)]
+    if kind == "queries" and not tables:
+        tables = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)][:1]
+    if not tables:
+        raise UserError(
+            f"{files.path(kind + '.jsonl')}: cannot read it: No such file; expected it, "
+            f"{kind}.jsonl.gz or {kind}/*.parquet"
+        )
+    return tables
+
+
+def _splits(files: Files) -> dict[str, list[str]]:
+    """The files that hold the judgements of each split."""
+    splits: dict[str, list[str]] = {}
+    for kind in (r"\.tsv", r"\.tsv\.gz", r"\.trec"):
+        for name in files.names:
+            if found := re.fullmatch(rf"qrels/([^/.]+){kind}", name):
+                splits.setdefault(found[1], [name])
+    for folder in () if splits else _TABLES:
+        for name in files.names:
+            if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+)?\.parquet", name):
+                splits.setdefault(found[1], []).append(name)
+    if not splits:
+        raise UserError(f"{files.path('qrels')}: no .tsv file; expected judgements as SPLIT.tsv")
+    return dict(sorted(splits.items()))
+
+
+def _texts(files: Files, kind: str, report: Report, allow_empty: bool = True) -> dict[str, str]:
     texts: dict[str, str] = {}
-    for number, row in read_jsonl(path, {"_id": str, "text": str}):
-        where, key, title = f"{path}:{number}", row["_id"], row.get("title") or ""
-        if not isinstance(title, str):
-            raise UserError(f'{where}: field "title" is not a string')
-        if not key or key.split() != [key]:
-            raise UserError(f'{where}: "_id" is {key!r}; expected an id without white space')
-        if key in texts:
-            raise UserError(f'{where}: "_id" {key!r} appears a second time; ids must be unique')
-        texts[key] = f"{title} {row['text']}".strip()
-        if not texts[key] and not allow_empty:
-            raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
+    names = _parts(files, kind)
+    for name in names:
+        for where, row in _rows(files, name, report):
+            try:
+                key, text = _text(where, row)
+                if key in texts:
+                    raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
+                if not text and not allow_empty:
+                    raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
+            except UserError as error:
+                report(error)
+                continue
+            texts[key] = text
     if not texts:
-        raise UserError(f"{path}: empty; expected one JSON object a line")
+        raise UserError(f"{files.path(names[0])}: empty; expected one JSON object a line")
     return texts
 
 
-def _read_qrels(path: Path, queries: Mapping[str, str]) -> Qrels:
-    qrels: Qrels = {}
-    # Not the csv module: ids may hold quotes, which this format does not treat specially.
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
-    for number, line in enumerate(lines, start=1):
-        columns = tuple(line.rstrip("\r").split("\t"))
-        if columns == ("",) or (number == 1 and columns == _HEADER):
-            continue
-        where = f"{path}:{number}"
-        if len(columns) != 3 or not all(columns):
-            raise UserError(f"{where}: {len(columns)} columns; expected query, document, grade")
-        query, document, grade_text = columns
+def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    for field, kind in _TEXTS.items():
+        check_field(where, row, field, kind)
+    key, title = row["_id"], row.get("title") or ""
+    if not isinstance(title, str):
+        raise UserError(f'{where}: field "title" is not a string')
+    if not key or key.split() != [key]:
+        raise UserError(f'{where}: "_id" is {key!r}; expected an id without white space')
+    return key, f"{title} {row['text']}".strip()
+
+
+def _rows(files: Files, name: str, report: Report) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The texts of one file: where each stands, and its fields."""
+    if name.endswith(".parquet"):
+        for where, row in _parquet(files, name):
+            yield where, {"_id": row.get("id"), **row} if "_id" not in row else row
+    elif name.startswith("topics."):
+        for key, text in read_topics(_on_disk(files, name)).items():
+            yield f"{files.path(name)}: topic {key}", {"_id": key, "text": text}
+    else:
+        for number, line in files.lines(name):
+            where = f"{files.path(name)}:{number}"
+            if line.strip():
+                try:
+                    row = parse_row(where, line)
+                except UserError as error:
+                    report(error)
+                else:
+                    yield where, row
+
+
+def _read_judgements(files: Files, name: str, report: Report) -> Iterator[Judgement]:
+    parquet = name.endswith(".parquet")
+    rows = _parquet(files, name) if parquet else files.lines(name)
+    separator = "\t" if re.search(r"\.tsv(\.gz)?$", name) else None
+    for place, row in rows:
+        where = place if parquet else f"{files.path(name)}:{place}"
         try:
-            grade = int(grade_text)
-        except ValueError:
-            raise UserError(f"{where}: grade {grade_text!r}; expected an integer") from None
-        if query not in queries:
-            raise UserError(f"{where}: query {query!r} is not among the queries")
-        if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            raise UserError(f"{where}: {query!r} and {document!r} were judged otherwise above")
-    if not qrels:
-        raise UserError(f"{path}: no judgements; expected lines of query, document, grade")
+            if parquet:
+                columns = [row.get(column) for column in _HEADER]
+            else:
+                columns = _columns(where, row, separator)
+                if not columns or (place == 1 and tuple(columns) == _HEADER):
+                    continue
+            judgement = _judgement(where, columns)
+        except UserError as error:
+            report(error)
+        else:
+            yield judgement
+
+
+def _columns(where: str, line: bytes, separator: str | None) -> list[str]:
+    """Query, document and grade; nothing for an empty line."""
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason})") from None
+    # Not the csv module: ids may hold quotes, which this format does not treat specially.
+    columns = text.split(separator)
+    if columns in ([], [""]):
+        return []
+    if separator is None:
+        if len(columns) != 4:
+            raise UserError(f"{where}: {len(columns)} columns; expected query, 0, document, grade")
+        del columns[1]
+    elif len(columns) != 3 or not all(columns):
+        raise UserError(f"{where}: {len(columns)} columns; expected query, document, grade")
+    return columns
+
+
+def _judgement(where: str, columns: list[Any]) -> Judgement:
+    query, document, grade = columns
+    for value in (query, document):
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{where}: id {value!r}; expected text")
+    # Tables hold whole numbers as 1.0 now and then.
+    text = f"{grade:g}" if isinstance(grade, float) else str(grade)
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+        raise UserError(f"{where}: grade {grade!r}; expected an integer")
+    return Judgement(where, query, document, int(text))
+
+
+def _collect(rows: Iterator[Judgement], queries: Mapping[str, str] | None, report: Report) -> Qrels:
+    qrels: Qrels = {}
+    for where, query, document, grade in rows:
+        if queries is not None and query not in queries:
+            report(UserError(f"{where}: query {query!r} is not among the queries"))
+        elif qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+            report(UserError(f"{where}: {query!r} and {document!r} were judged otherwise above"))
     return qrels
+
+
+def _on_disk(files: Files, name: str) -> Path:
+    if not files.root.is_dir():
+        raise UserError(f"{files.path(name)}: cannot be read inside a zip; unpack the archive")
+    return files.path(name)
+
+
+def _parquet(files: Files, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow  # Takes half a second, and most collections have no parquet.
+    import pyarrow.parquet
+
+    path = _on_disk(files, name)
+    wanted = ("_id", "id", "title", "text", *_HEADER)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = [column for column in wanted if column in table.schema_arrow.names]
+            for column in columns:
+                kind = table.schema_arrow.field(column).type
+                if not _TABLE_TYPES.fullmatch(str(kind)):
+                    raise UserError(f"{path}: column {column!r} is {kind}; expected text or number")
+            number = 0
+            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot read it: {reason}") from None

@@ -29,11 +29,11 @@ def read_jsonl(path: str | os.PathLike, fields: Mapping[str, type]) -> Iterator[
         UserError: the file cannot be read, or a line is not UTF-8, not a JSON object, or lacks a
             field or has it with another type; it names file and line.
     """
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.strip():
-            row = _parse(f"{path}:{number}", line)
+            row = parse_row(f"{path}:{number}", line)
             for name, kind in fields.items():
-                _check_field(f"{path}:{number}", row, name, kind)
+                check_field(f"{path}:{number}", row, name, kind)
             yield number, row
 
 
@@ -129,7 +129,8 @@ class Journal:
         self.finished = True
 
 
-def _lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, bytes) of a file, gzip-compressed if its name ends in ".gz"."""
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -139,7 +140,8 @@ def _lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: cannot read it: {reason}") from error
 
 
-def _parse(where: str, line: bytes) -> Row:
+def parse_row(where: str, line: bytes) -> Row:
+    """The JSON object of a line; an error names `where`, its file and number."""
     try:
         row = json.loads(line.decode())
         if rb"\ud" in line.lower():
@@ -155,7 +157,8 @@ def _parse(where: str, line: bytes) -> Row:
     return row
 
 
-def _check_field(where: str, row: Row, name: str, kind: type) -> None:
+def check_field(where: str, row: Row, name: str, kind: type) -> None:
+    """Raises unless a row has a field of this type."""
     if name not in row:
         raise UserError(f'{where}: no field "{name}"; expected {_JSON_NAMES.get(kind, kind)}')
     value = row[name]

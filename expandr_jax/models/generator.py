@@ -47,7 +47,8 @@ class Generator:
             The ids, and whether the beginning was cut off.
         """
         prompt = self.chat_text(user_text)
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        # Not verbose: whoever asks for long prompts is told what was cut.
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return ids[-max_length:], len(ids) > max_length
 
     def decode(self, ids: list[int]) -> str:

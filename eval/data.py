@@ -1,0 +1,263 @@
+"""Checks a data set before any device time: `python -m eval.data DIR [--retriever=SOURCE]`.
+
+Reads a BEIR directory or zip, or MTEB's layout, and prints what is in it, what is wrong with it
+(exit status 2, each mistake with its file and line) and what deserves a look: texts and queries
+that stand twice, queries without judgements and judgements without documents, and what leaks from
+test into training. Lengths are in tokens where --retriever names a model, in words otherwise.
+"""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from eval.compare import wide_console
+from expandr_jax.data.archive import Files
+from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
+from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
+from expandr_jax.errors import UserError
+from expandr_jax.weights.hf import open_files
+from expandr_jax.weights.sentence_transformers import read_settings
+from expandr_jax.weights.source import locate
+from train.launch import launch
+
+Length = Callable[[Sequence[str]], list[int]]
+
+TEXTS_AT_ONCE = 1024
+EXAMPLES = 3  # Of each kind of warning.
+UNLIMITED = 10**9  # Tokens; a tokenizer without a limit says this or more.
+MOST_ERRORS = 20  # That are printed; all are counted.
+PARTS = ("corpus", "queries")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long texts are.
+
+    Attributes:
+        unit: "tokens" or "words".
+        limit: Tokens that the retriever reads of a text, or None.
+        of: Texts to their lengths.
+    """
+
+    unit: str
+    limit: int | None
+    of: Length
+
+
+def word_lengths() -> Lengths:
+    """Lengths in words."""
+    return Lengths("words", None, lambda texts: [len(words(text)) for text in texts])
+
+
+def token_lengths(source: str) -> Lengths:
+    """Lengths in the tokens of a retriever, whose weights are not loaded.
+
+    Raises:
+        UserError: There is no such model, or no tokenizer with it.
+    """
+    path = locate(source)
+    tokenizer = open_files(path, None).tokenizer()
+    settings = read_settings(path) if path.is_dir() else None
+
+    def lengths(texts: Sequence[str]) -> list[int]:
+        # Not verbose: it would warn of texts over the limit, which are what is counted here.
+        encoded = tokenizer(
+            list(texts), truncation=False, return_attention_mask=False, verbose=False
+        )
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    limits = (tokenizer.model_max_length, (settings and settings.max_length) or UNLIMITED)
+    limit = min(limits)
+    return Lengths("tokens", limit if limit < UNLIMITED else None, lengths)
+
+
+def describe(collection: Collection, lengths: Lengths) -> list[Table]:
+    """Tables of what a collection holds: its texts, and the judgements of each split."""
+    header = ["texts", "empty", f"mean {lengths.unit}", "median", "95 %", "longest"]
+    header += ["over the limit"] if lengths.limit else []
+    texts = Table(title=collection.name, title_justify="left")
+    texts.add_column("part")
+    for name in header:
+        texts.add_column(name, justify="right")
+    for part in PARTS:
+        values = list(getattr(collection, part).values())
+        counts: list[int] = []
+        for start in range(0, len(values), TEXTS_AT_ONCE):
+            counts += lengths.of(values[start : start + TEXTS_AT_ONCE])
+        cells = [f"{len(values):,}", f"{sum(not value for value in values):,}"]
+        cells += [f"{np.mean(counts):.1f}"]
+        cells += [f"{np.percentile(counts, share):.0f}" for share in (50, 95, 100)]
+        if lengths.limit:
+            cells.append(f"{np.mean(np.array(counts) > lengths.limit):.1%} (of {lengths.limit})")
+        texts.add_row(part, *cells)
+    splits = Table()
+    splits.add_column("split")
+    for name in ("queries", "judgements", "relevant a query", "highest grade"):
+        splits.add_column(name, justify="right")
+    for split, qrels in collection.qrels.items():
+        grades = [grade for judged in qrels.values() for grade in judged.values()]
+        relevant = sum(grade > 0 for grade in grades) / len(qrels)
+        cells = [f"{len(qrels):,}", f"{len(grades):,}", f"{relevant:.2f}", f"{max(grades)}"]
+        splits.add_row(split, *cells)
+    return [texts, splits]
+
+
+def find_warnings(collection: Collection, files: Files, near: float) -> list[str]:
+    """What deserves a look, one line a kind, with how often and where.
+
+    Args:
+        collection: As `read_beir` read it.
+        files: What it was read from.
+        near: Least share of word 5-grams (Jaccard) that near-duplicates have in common.
+    """
+    found = {
+        "documents repeat the text of another": _repeated(collection.corpus),
+        "queries repeat the text of another": _repeated(collection.queries),
+        "queries are the text of the document with their own id (drop_identical_ids is for them)": [
+            key for key, text in collection.queries.items() if collection.corpus.get(key) == text
+        ],
+        "queries have no judgement in any split": [
+            query
+            for query in collection.queries
+            if not any(query in qrels for qrels in collection.qrels.values())
+        ],
+    }
+    for split, qrels in collection.qrels.items():
+        found[f"{split} queries have no relevant document in the corpus"] = [
+            query
+            for query, judged in qrels.items()
+            if not any(g > 0 and d in collection.corpus for d, g in judged.items())
+        ]
+        found[f"{split} judgements are of documents that the corpus lacks"] = [
+            f"{row.where} {row.document}"
+            for row in judgements(files, split, lambda _: None)
+            if row.document not in collection.corpus
+        ]
+    if {"train", "test"} <= collection.qrels.keys():
+        found |= _leaks(collection, near)
+    return [
+        f"{len(places):,} {what}: {', '.join(places[:EXAMPLES])}"
+        + (", ..." if len(places) > EXAMPLES else "")
+        for what, places in found.items()
+        if places
+    ]
+
+
+def _repeated(texts: Mapping[str, str]) -> list[str]:
+    """Ids of texts that another, earlier one has word for word."""
+    seen: set[str] = set()
+    repeated = []
+    for key, text in texts.items():
+        plain = " ".join(words(text))
+        if plain and plain in seen:
+            repeated.append(key)
+        seen.add(plain)
+    return repeated
+
+
+def _leaks(collection: Collection, near: float) -> dict[str, list[str]]:
+    """What stands in both train and test."""
+    queries, documents = (
+        {split: part(collection, split) for split in ("train", "test")}
+        for part in (_judged_queries, _relevant_documents)
+    )
+    trained = {" ".join(words(text)) for text in queries["train"].values()}
+    same = documents["train"].keys() & documents["test"].keys()
+    pairs = _near_duplicates(
+        {key: text for key, text in documents["test"].items() if key not in same},
+        documents["train"],
+        near,
+    )
+    return {
+        "test queries are train queries word for word": [
+            key for key, text in queries["test"].items() if " ".join(words(text)) in trained
+        ],
+        "relevant test documents are relevant train documents": sorted(same),
+        f"relevant test documents share over {near:g} of their 5-grams with a train document": [
+            f"{test} with {train}" for test, train in pairs.items()
+        ],
+    }
+
+
+def _judged_queries(collection: Collection, split: str) -> dict[str, str]:
+    return {query: collection.queries[query] for query in collection.qrels[split]}
+
+
+def _relevant_documents(collection: Collection, split: str) -> dict[str, str]:
+    judged = collection.qrels[split].values()
+    ids = (d for grades in judged for d, g in grades.items() if g > 0)
+    return {d: collection.corpus[d] for d in ids if d in collection.corpus}
+
+
+def _near_duplicates(
+    test: Mapping[str, str], train: Mapping[str, str], near: float
+) -> dict[str, str]:
+    """Test document -> the first train document that has more than `near` in common with it."""
+    labels = near_duplicate_clusters([*train.values(), *test.values()], near)
+    clusters = collections.defaultdict(list)
+    for key, label in zip(train, labels, strict=False):
+        clusters[label].append(key)
+    pairs = {}
+    # A cluster may be a chain: its ends need have nothing in common.
+    for key, label in zip(test, labels[len(train) :], strict=True):
+        mine = _grams(test[key])
+        for other in clusters.get(label, ()):
+            theirs = _grams(train[other])
+            if len(mine & theirs) > near * len(mine | theirs):
+                pairs[key] = other
+                break
+    return pairs
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    tokens = words(text)
+    return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
+
+
+def check(path: pathlib.Path, lengths: Lengths, near: float, console: Console) -> int:
+    """Prints everything about the collections at a path; returns how many mistakes there are.
+
+    Raises:
+        UserError: A file is missing or cannot be read at all.
+    """
+    mistakes = 0
+    for files in find_collections(path).values():
+        errors: list[UserError] = []
+        collection = read_beir(files, errors.append)
+        for table in describe(collection, lengths):
+            console.print(table)
+        for kind, lines in (
+            ("warning", find_warnings(collection, files, near)),
+            ("error", list(map(str, errors[:MOST_ERRORS]))),
+        ):
+            for line in lines:
+                console.print(f"{kind}: {line}", markup=False, soft_wrap=True)
+        mistakes += len(errors)
+    return mistakes
+
+
+def main(arguments: Sequence[str]) -> None:
+    settings = flags.FLAGS
+    if len(arguments) != 2:
+        raise UserError("name one data set: python -m eval.data DIR [--retriever=SOURCE]")
+    lengths = token_lengths(settings.retriever) if settings.retriever else word_lengths()
+    path = pathlib.Path(arguments[1])
+    mistakes = check(path, lengths, settings.near, wide_console())
+    if mistakes:
+        raise UserError(f"{path}: {mistakes} lines are wrong; correct or remove them")
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("retriever", None, "Model whose tokens are counted; words otherwise.")
+    flags.DEFINE_float("near", 0.5, "Jaccard of 5-grams above which texts are near-duplicates.",
+                       lower_bound=0.0, upper_bound=1.0)  # fmt: skip
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

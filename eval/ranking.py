@@ -1,0 +1,260 @@
+"""Ranks the corpus of one data set by any system of eval/strategies.py."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from eval.strategies import (
+    FEEDBACK,
+    FEEDBACK_DEPTH,
+    FEEDBACKS,
+    RANK_FUSIONS,
+    SCORE_FUSIONS,
+    SEPARATOR,
+    STRATEGIES,
+    Request,
+    Strategy,
+    System,
+    parse_system,
+)
+from eval.systems import finish_run
+from expandr_jax import metrics
+from expandr_jax.data.archive import Files
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.records import hash_json
+from expandr_jax.encoding import Kind, TextEncoder
+from expandr_jax.fusion import expanded_query
+from expandr_jax.search import Bm25Index, Index, build_index
+from expandr_jax.sharding import make_mesh
+from expandr_jax.vector_file import encode_to_file
+from expandr_jax.weights.hf import load_retriever
+from train.expansion import Prompt, sample_texts
+from train.models import Models, load_models
+from train.run import Run
+
+BM25, DENSE = parse_system("bm25"), parse_system("dense")
+
+
+class LazyModels:
+    """The config's models, each loaded when something first needs it."""
+
+    def __init__(self, run: Run, generates: bool):
+        self._run, self._generates = run, generates
+
+    @functools.cached_property
+    def both(self) -> Models:
+        """Retriever and generator."""
+        with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
+            return load_models(self._run.config, advance)
+
+    @functools.cached_property
+    def retriever(self) -> tuple[TextEncoder, Any]:
+        """The retriever's encoder and parameters; no generator is loaded where none is used."""
+        if self._generates:
+            return self.both.encoder, self.both.retriever_params
+        config = self._run.config
+        with self._run.phase("models"):
+            retriever, params = load_retriever(
+                config.retriever.source,
+                max_length=config.retriever.max_length,
+                compute_dtype=jnp.dtype(config.retriever.compute_dtype),
+                sha256=config.retriever.sha256,
+            )
+        per_batch = config.retriever.tokens_per_batch
+        mesh = make_mesh(**config.mesh)
+        return TextEncoder(retriever, mesh, tokens_per_batch=per_batch), params
+
+
+class Ranker:
+    """Ranks one set's corpus by any system; whatever it makes is made once.
+
+    Args:
+        run: The config and progress.
+        models: The models.
+        files: The set.
+        split: Whose judged queries are searched for.
+        directory: Where runs and what a restart needs go.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        models: LazyModels,
+        files: Files,
+        split: str,
+        directory: pathlib.Path,
+    ):
+        self.collection = read_beir(files)
+        self.qrels = self.collection.qrels[split]
+        self.ids = list(self.qrels)
+        self.queries = [self.collection.queries[query] for query in self.ids]
+        self.documents = list(self.collection.corpus)
+        self._run, self._models, self._directory = run, models, directory
+        self._texts: dict[str, list[list[str]]] = {}
+
+    def rank(self, system: System) -> dict[str, dict[str, float]]:
+        """The system's run, as its file holds it."""
+        path = self._directory / "runs" / f"{system.name}.trec"
+        if not path.exists():
+            # First what it needs, which has phases of its own.
+            for needed in (DENSE,) if system.method in FEEDBACKS else system.parts:
+                self.rank(needed)
+            if system.strategy:
+                self.texts(system.method)
+            if system.base == "dense":
+                _ = self._models.retriever
+            with self._run.phase(f"{self.collection.name}: {system.name}"):
+                metrics.write_trec(path, self._search(system), system.name)
+        return metrics.read_trec(path)
+
+    def texts(self, method: str) -> list[list[str]]:
+        """The texts of a strategy for each query, request by request; "" where nothing was said."""
+        if method not in self._texts:
+            parts = [self._sample(request, method) for request in STRATEGIES[method].requests]
+            self._texts[method] = [
+                [text for texts in several for text in texts]
+                for several in zip(*parts, strict=True)
+            ]
+        return self._texts[method]
+
+    def _search(self, system: System) -> Mapping[str, Mapping[str, float]]:
+        config = self._run.config.evaluation
+        if system.parts:
+            runs = [self.rank(part) for part in system.parts]
+            fused = {query: self._fuse(system, query, runs) for query in self.ids}
+            # A fusion's order is that of its scores, whichever run a document was first met in.
+            return {
+                query: dict(metrics.rank_documents(scores)[: config.depth])
+                for query, scores in fused.items()
+            }
+        depth = config.depth + config.drop_identical_ids
+        if system.base == "bm25":
+            queries = self._with_texts(system, lambda s, q, texts: s.sparse(q, texts))
+            scores, indices = self._bm25.search(queries, depth)
+            run = metrics.make_run(self.ids, self.documents, scores, indices, above=0.0)
+        else:
+            scores, indices = self._index.search(self._query_vectors(system), depth)
+            run = metrics.make_run(self.ids, self.documents, scores, indices)
+        return finish_run(run, config.depth, config.drop_identical_ids)
+
+    def _fuse(self, system: System, query: str, runs: Sequence[Mapping]) -> dict[str, float]:
+        scores = [run.get(query, {}) for run in runs]
+        if system.base in SCORE_FUSIONS:
+            return SCORE_FUSIONS[system.base](scores)
+        rankings = [[document for document, _ in metrics.rank_documents(s)] for s in scores]
+        return RANK_FUSIONS[system.base](rankings)
+
+    def _with_texts(self, system: System, build: Callable[..., Any]) -> list[Any]:
+        """`build(strategy, query, texts)` of each query, or the queries where there is none."""
+        strategy = system.strategy
+        if strategy is None:
+            return self.queries
+        rows = zip(self.queries, self.texts(system.method), strict=True)
+        return [build(strategy, query, [t for t in texts if t]) for query, texts in rows]
+
+    @functools.cached_property
+    def _bm25(self) -> Bm25Index:
+        return Bm25Index(list(self.collection.corpus.values()))
+
+    @functools.cached_property
+    def _vectors(self) -> np.ndarray:
+        """[documents, dim], memory-mapped."""
+        texts = self.collection.corpus.values()
+        path = self._directory / "work" / "vectors.npy"
+        encoder, params = self._models.retriever
+        with self._run.progress("documents encoded", len(texts)) as advance:
+            return encode_to_file(path, encoder, params, texts, "document", progress=advance)
+
+    @functools.cached_property
+    def _index(self) -> Index:
+        return build_index(self._vectors, **self._run.config.search)
+
+    @functools.cached_property
+    def _plain(self) -> np.ndarray:
+        return self._encode(self.queries, "query")
+
+    def _encode(self, texts: Sequence[str], kind: Kind) -> np.ndarray:
+        encoder, params = self._models.retriever
+        return encoder.encode(params, texts, kind)
+
+    def _query_vectors(self, system: System) -> np.ndarray:
+        if system.method in FEEDBACKS:
+            return self._after_feedback(system.method)
+        return self._plain if system.strategy is None else self._expanded(system)
+
+    def _after_feedback(self, method: str) -> np.ndarray:
+        found = self.rank(DENSE)
+        place = {document: row for row, document in enumerate(self.documents)}
+        depth = min(FEEDBACK_DEPTH, *(len(found[query]) for query in self.ids))
+        rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
+        return np.asarray(FEEDBACKS[method](self._plain, self._vectors[np.array(rows)]))
+
+    def _expanded(self, system: System) -> np.ndarray:
+        (weight,) = self._run.config.evaluation.query_weights
+        dense = self._with_texts(system, lambda s, q, texts: s.dense(q, texts, weight))
+        places = [(row, i) for row, query in enumerate(dense) for i in range(len(query.texts))]
+        if not places:
+            return self._plain
+        tokenizer = self._models.retriever[0].retriever.tokenizer
+        separator = getattr(tokenizer, "sep_token", None) or ""
+        flat = [text.replace(SEPARATOR, separator) for query in dense for text in query.texts]
+        encoded = self._encode(flat, system.strategy.kind)
+        shape = len(dense), max(len(query.texts) for query in dense)
+        vectors = np.zeros((*shape, encoded.shape[1]), np.float32)
+        present = np.zeros(shape, bool)
+        rows, columns = np.array(places).T
+        vectors[rows, columns], present[rows, columns] = encoded, True
+        weights = np.array([[query.query_weight] for query in dense], np.float32)
+        normalize = self._run.config.contrastive.normalize
+        return np.asarray(
+            expanded_query(self._plain, vectors, present, query_weight=weights, normalize=normalize)
+        )
+
+    def _sample(self, request: Request, method: str) -> list[list[str]]:
+        """The texts that answer one request, for each query, kept for whoever asks it again."""
+        config, models = self._run.config, self._models.both
+        samples = samples_of(config, STRATEGIES[method])
+        shown = self._shown() if request.needs_passages else [[]] * len(self.ids)
+        settings = config.expansion
+        prompts = [
+            Prompt(
+                query_id, sample, text, settings.temperature, settings.top_p,
+                settings.max_new_tokens,
+            )
+            for query_id, query, passages in zip(self.ids, self.queries, shown, strict=True)
+            for text in [self._prompt(request, query, passages)]
+            for sample in range(samples)
+        ]  # fmt: skip
+        asked = [dataclasses.astuple(prompt) for prompt in prompts]
+        key = hash_json([models.generator_hash, config.seed, request.name, asked])[:16]
+        path = self._directory / "work" / "texts" / f"{request.name}-{key}.jsonl"
+        with self._run.phase(f"{self.collection.name}: texts of {request.name}"):
+            texts = sample_texts(self._run, models, None, prompts, path=path, purpose=request.name)
+        return [[texts[query, sample] for sample in range(samples)] for query in self.ids]
+
+    def _shown(self) -> list[list[str]]:
+        """The documents that BM25 finds for each query."""
+        found = self.rank(BM25)
+        corpus = self.collection.corpus
+        return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
+
+    def _prompt(self, request: Request, query: str, passages: Sequence[str]) -> str:
+        config, generator = self._run.config, self._models.both.generator
+        limit = max(config.generator.prompt_buckets)
+        return request.message(
+            query,
+            passages,
+            most_characters=config.answer.max_characters,
+            fits=lambda text: not generator.chat_ids(text, limit)[1],
+        )
+
+
+def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:
+    """How often each of a strategy's requests is made: as the config says, or else its authors."""
+    return config.evaluation.samples[0] or strategy.samples

@@ -1,0 +1,137 @@
+"""Reads preference pairs in the formats of TRL: plain strings, or chat messages."""
+
+import collections
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from expandr_jax.data.records import read_jsonl
+from expandr_jax.errors import UserError
+
+SIDES = ("chosen", "rejected")
+
+
+class _BadPair(Exception):
+    """A pair that cannot be trained on: a reason to count it under, and what is wrong with it."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_preferences(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_length: int,
+    on_bad_pair: str = "error",
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """The pairs of a JSON-lines file, each as the text before the response and two responses.
+
+    A line has "prompt", "chosen" and "rejected". Where they are strings, they are used as they are:
+    a chat template must have been applied. Where they are lists of {"role", "content"}, the prompt
+    gets the tokenizer's chat template, once, and each response is one assistant's message. "chosen"
+    and "rejected" may also be whole conversations, without a prompt or with one as a string: the
+    messages that both begin with are the prompt. An end token is not part of a response.
+
+    Args:
+        path: The file.
+        tokenizer: Has the chat template; counts a prompt's tokens.
+        prompt_length: Most tokens of a prompt, chat template included.
+        on_bad_pair: "error" stops at the first pair that cannot be used; "drop" leaves it out.
+
+    Returns:
+        {"prompt", "chosen", "rejected"} of each pair that can be used, and how many were dropped
+        for what reason.
+
+    Raises:
+        UserError: A line is not a JSON object; or the first bad pair, by file and line; or
+            `on_bad_pair` is neither "error" nor "drop".
+    """
+    if on_bad_pair not in ("error", "drop"):
+        raise UserError(f"on_bad_pair is {on_bad_pair!r}; expected 'error' or 'drop'")
+    pairs, dropped = [], collections.Counter()
+    for number, row in read_jsonl(path, {}):
+        try:
+            pair = _texts(row, tokenizer)
+            _check(pair, tokenizer, prompt_length)
+        except _BadPair as error:
+            if on_bad_pair == "error":
+                raise UserError(f"{path}:{number}: {error}") from None
+            dropped[error.reason] += 1
+        else:
+            pairs.append(pair)
+    return pairs, dict(dropped)
+
+
+def _texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """A line's prompt and responses as text."""
+    for name in SIDES:
+        if name not in row:
+            raise _BadPair("missing field", f'no field "{name}"; expected prompt, chosen, rejected')
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if "prompt" not in row:
+            raise _BadPair(
+                "missing field", 'no field "prompt"; only conversations go without a prompt'
+            )
+        if not isinstance(prompt, str):
+            raise _BadPair("wrong type", "the prompt must be a string, as the responses are")
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    _check_messages(chosen, "chosen")
+    _check_messages(rejected, "rejected")
+    if "prompt" not in row or isinstance(prompt, str):
+        pairs = zip(chosen, rejected, strict=False)
+        shortest = min(len(chosen), len(rejected))
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), shortest)
+        # Equal conversations are left with a response each, and found to be equal.
+        shared = min(shared, shortest - 1)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise _BadPair("missing field", "chosen and rejected begin with no common message")
+    _check_messages(prompt, "prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise _BadPair("wrong type", "the prompt ends with an assistant's message")
+    for name, messages in zip(SIDES, (chosen, rejected), strict=True):
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            raise _BadPair("wrong type", f"{name} must be one assistant's message after the prompt")
+    try:
+        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        reason = " ".join(str(error).split())
+        raise _BadPair("wrong type", f"the chat template refuses the prompt: {reason}") from None
+    return {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+
+
+def _check_messages(messages: Any, name: str) -> None:
+    """Raises unless this is a list of messages."""
+    if not isinstance(messages, list) or not messages:
+        raise _BadPair(
+            "wrong type", f"{name} must be a string or a list of messages, as the others"
+        )
+    for message in messages:
+        right = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not right:
+            raise _BadPair(
+                "wrong type",
+                f'{name} has a message that is not {{"role", "content"}}, both strings',
+            )
+
+
+def _check(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+    """Raises unless there is something to learn from the pair."""
+    for name, text in pair.items():
+        if not text.strip():
+            raise _BadPair("empty", f"{name} is empty")
+    if pair["chosen"] == pair["rejected"]:
+        raise _BadPair("nothing preferred", "chosen and rejected are the same text")
+    count = len(tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"])
+    if count > prompt_length:
+        raise _BadPair(
+            "prompt too long", f"the prompt has {count} tokens; at most {prompt_length} are allowed"
+        )

@@ -1,0 +1,128 @@
+"""Training queries with right and wrong passages, a JSON object a line.
+
+{"query": "...", "pos": "..." or ["...", ...]} and, where there are any, "neg" (likewise),
+"expansion" (likewise; "" is an empty generation) and "teacher_scores" (numbers, one a passage:
+those of "pos", then those of "neg"). "positive" and "negative" are other names of "pos" and "neg".
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from expandr_jax.data.records import parse_row, read_lines
+from expandr_jax.errors import UserError
+
+MAX_CHARACTERS = 1_000_000  # Of one text; a longer one is taken for files run together.
+_NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
+
+
+@dataclass(frozen=True)
+class Triple:
+    """A training query.
+
+    Attributes:
+        query: its text.
+        positives: texts of right passages, at least one.
+        negatives: texts of wrong passages.
+        expansions: texts that a language model wrote for the query; empty ones are left out.
+        teacher_scores: of the positives, then of the negatives; or None.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    expansions: tuple[str, ...] = ()
+    teacher_scores: tuple[float, ...] | None = None
+
+
+def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[Triple], list[str]]:
+    """Reads a file of triples, gzip-compressed if its name ends in ".gz"; blank lines are skipped.
+
+    Args:
+        path: the file.
+        on_bad: "error" stops at the first line that is wrong; "skip" leaves such lines out.
+
+    Returns:
+        The triples in the order of the file, and what is wrong with each line left out.
+
+    Raises:
+        UserError: the file cannot be read or has no triple, or, under "error", a line is not
+            UTF-8, not a JSON object, or lacks a field or has it empty or with another type; it
+            names file and line.
+    """
+    if on_bad not in ("error", "skip"):
+        raise UserError(f"on_bad is {on_bad!r}; expected 'error' or 'skip'")
+    triples: list[Triple] = []
+    skipped: list[str] = []
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            triples.append(_triple(where, parse_row(where, line)))
+        except UserError as error:
+            if on_bad == "error":
+                raise
+            skipped.append(str(error))
+    if not triples:
+        why = f"; the first line skipped: {skipped[0]}" if skipped else ""
+        raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line{why}')
+    return triples, skipped
+
+
+def _triple(where: str, row: dict[str, Any]) -> Triple:
+    query = row.get("query")
+    if not isinstance(query, str):
+        raise UserError(f'{where}: field "query" is missing or no string')
+    triple = Triple(
+        *_texts(where, "query", query),
+        _texts(where, *_field(where, row, "pos")),
+        _texts(where, *_field(where, row, "neg")),
+        _texts(where, "expansion", row.get("expansion", []), may_be_empty=True),
+        _scores(where, row.get("teacher_scores")),
+    )
+    count = len(triple.positives) + len(triple.negatives)
+    if not triple.positives:
+        raise UserError(f'{where}: no right passage; expected "pos", a string or an array of some')
+    if triple.teacher_scores is not None and len(triple.teacher_scores) != count:
+        raise UserError(
+            f"{where}: {len(triple.teacher_scores)} teacher_scores for {count} passages; expected "
+            "one for each of pos, then of neg"
+        )
+    return triple
+
+
+def _field(where: str, row: dict[str, Any], name: str) -> tuple[str, Any]:
+    """The name that a field has in this row, and its value; an absent one is an empty array."""
+    present = [key for key in _NAMES[name] if key in row]
+    if len(present) > 1:
+        raise UserError(f'{where}: both "{present[0]}" and "{present[1]}"; expected one of them')
+    return (present[0], row[present[0]]) if present else (name, [])
+
+
+def _texts(where: str, name: str, value: Any, may_be_empty: bool = False) -> tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f'{where}: field "{name}" is neither a string nor an array of strings')
+    for text in texts:
+        if not text.strip() and not may_be_empty:
+            raise UserError(f'{where}: field "{name}" has an empty text; give it one or remove it')
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(
+                f'{where}: field "{name}" has a text of {len(text):,} characters; expected at most '
+                f"{MAX_CHARACTERS:,}"
+            )
+    # Equal texts, as the negatives of several queries often are, share their memory.
+    return tuple(sys.intern(text) for text in texts if text.strip())
+
+
+def _scores(where: str, value: Any) -> tuple[float, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(
+        isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) < 1e30
+        for score in value
+    ):
+        raise UserError(f'{where}: field "teacher_scores" is no array of finite numbers')
+    return tuple(map(float, value))

@@ -1,0 +1,233 @@
+"""Samples texts from an OpenAI-compatible completion server, as vLLM, SGLang and llama.cpp run."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from expandr_jax.data.records import Journal, hash_json
+from expandr_jax.errors import UserError
+from expandr_jax.generation.requests import Completion, Request
+
+API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # Of the environment; not that of a paid service.
+RETRIED = (408, 425, 429)  # Besides all of 500 and above.
+LONGEST_DELAY = 60.0
+SHOWN = 200  # Characters of a server's complaint.
+
+
+class _Failure(Exception):
+    """A try that may go better the next time."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another address."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def retry_delay(seed: int, key: str, attempt: int, first: float) -> float:
+    """Seconds to wait before try `attempt` (from 1) of a request: doubled each time, with jitter.
+
+    Args:
+        seed: With `key` and `attempt`, fixes the jitter.
+        key: The request's.
+        attempt: Tries made so far.
+        first: Most seconds before the second try.
+
+    Returns:
+        Between half of and all of min(first * 2^(attempt - 1), 60).
+    """
+    jitter = random.Random(f"{seed}/{attempt}/{key}").random()
+    return min(first * 2.0 ** (attempt - 1), LONGEST_DELAY) * (0.5 + 0.5 * jitter)
+
+
+def _is_usable(url: str) -> bool:
+    """Whether this is a web address, without a name and a password that would be shown with it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in url
+    except ValueError:
+        return False
+
+
+class ServerEngine:
+    """Continues prompts on a server; used as `Engine` is.
+
+    Prompts go as token ids, so that the server applies no template. What a server answers to a seed
+    is its own affair: texts are not those of `Engine`, and near ties are not counted. A finished
+    text is on disk before it is yielded, and is not asked for again.
+
+    An API key is read from the environment variable EXPANDR_SERVER_KEY, if there is one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        encode: Callable[[str], Sequence[int]],
+        seed: int,
+        cache: str | os.PathLike,
+        concurrency: int = 32,
+        retries: int = 6,
+        timeout: float = 600.0,
+        first_delay: float = 1.0,
+    ):
+        """Opens the cache; nothing is sent yet.
+
+        Args:
+            url: Up to and with the version, e.g. "http://127.0.0.1:8000/v1".
+            model: The model's name on the server.
+            encode: Text to token ids, without special tokens.
+            seed: Of all draws; a request's own follows from it, its id and its sample.
+            cache: File of finished texts; it stays at its name with ".part".
+            concurrency: Requests on their way at once.
+            retries: Further tries of a request that fails for a reason that may pass.
+            timeout: Seconds without a byte until a try has failed; a server sends none before the
+                text is complete.
+            first_delay: Most seconds before the second try.
+
+        Raises:
+            UserError: The URL, the key or a number cannot be used, or the cache cannot be read.
+        """
+        if not _is_usable(url):
+            raise UserError(
+                "the completion server's URL cannot be used; expected http://HOST:PORT/v1, and the "
+                f"key in the environment variable {API_KEY_VARIABLE}"
+            )
+        if concurrency < 1 or retries < 0 or timeout <= 0:
+            raise UserError(
+                f"the completion server's concurrency {concurrency}, retries {retries} and timeout "
+                f"{timeout} must be at least 1, at least 0 and above 0"
+            )
+        self._url, self._model, self._encode, self._seed = url.rstrip("/"), model, encode, seed
+        self._concurrency, self._retries = concurrency, retries
+        self._timeout, self._first_delay = timeout, first_delay
+        self._headers = {"Content-Type": "application/json"}
+        self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
+        if self._key:
+            if not (self._key.isascii() and self._key.isprintable()):
+                raise UserError(f"{API_KEY_VARIABLE}: has characters that no header can hold")
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._journal = Journal(cache)
+        self._cache = {row["key"]: row for row in self._journal.rows}
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Samples a text for each request.
+
+        Args:
+            requests: Read as the server gets on with them.
+
+        Yields:
+            Completions in the order in which they come back.
+
+        Raises:
+            UserError: The server refuses a request, or fails more often than `retries` allows.
+        """
+        stopped = threading.Event()
+        pool = concurrent.futures.ThreadPoolExecutor(self._concurrency)
+        running: dict[concurrent.futures.Future, Request] = {}
+        try:
+            for request in requests:
+                body = self._body(request)
+                if hash_json(body) in self._cache:
+                    yield self._completion(request, self._cache[hash_json(body)])
+                    continue
+                running[pool.submit(self._ask, request, body, stopped)] = request
+                if len(running) >= 2 * self._concurrency:
+                    yield from self._finished(running)
+            while running:
+                yield from self._finished(running)
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _finished(self, running: dict[concurrent.futures.Future, Request]) -> Iterator[Completion]:
+        """Waits for at least one request; those that are done leave `running`."""
+        done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        # Texts that came back beside a failure are kept before it is raised.
+        rows = [future.result() for future in done if future.exception() is None]
+        self._journal.append(rows)
+        self._cache |= {row["key"]: row for row in rows}
+        for future in done:
+            yield self._completion(running.pop(future), future.result())
+
+    def _completion(self, request: Request, row: dict[str, str]) -> Completion:
+        tokens = tuple(self._encode(row["text"]))
+        return Completion(request.id, request.sample, tokens, row["finished"], 0, text=row["text"])
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        digest = hashlib.sha256(f"{self._seed}/{request.sample}/{request.id}".encode()).digest()
+        return {
+            "model": self._model,
+            "prompt": list(request.prompt),
+            "temperature": request.temperature,
+            "max_tokens": request.max_new_tokens,
+            "seed": int.from_bytes(digest[:4], "big") >> 1,
+            # All are said: servers have defaults of their own, or take them from the model's files.
+            "top_p": request.top_p,
+            "top_k": request.top_k or -1,
+            "min_p": request.min_p,
+            "repetition_penalty": request.repetition_penalty,
+            "repeat_penalty": request.repetition_penalty,  # llama.cpp's name for it.
+        }
+
+    def _ask(
+        self, request: Request, body: dict[str, Any], stopped: threading.Event
+    ) -> dict[str, str]:
+        """The cache's row of a request, after as many tries as it takes."""
+        key, data = hash_json(body), json.dumps(body).encode()
+        reason = "stopped"
+        for attempt in range(self._retries + 1):
+            delay = retry_delay(self._seed, key, attempt, self._first_delay) if attempt else 0.0
+            if stopped.wait(delay):
+                break
+            try:
+                return {"key": key, **self._post(data)}
+            except _Failure as failure:
+                reason = str(failure)
+        raise UserError(
+            f"{self._url}: no text for request {request.id!r}, sample {request.sample}, after "
+            f"{self._retries + 1} tries; the last: {reason}"
+        )
+
+    def _post(self, data: bytes) -> dict[str, str]:
+        """One try: the text, and why it ended."""
+        request = urllib.request.Request(f"{self._url}/completions", data, self._headers)
+        try:
+            with self._opener.open(request, timeout=self._timeout) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            complaint = f"HTTP status {error.code}: {self._shown(error)}"
+            if error.code in RETRIED or error.code >= 500:
+                raise _Failure(complaint) from None
+            raise UserError(f"{self._url}: refused a request with {complaint}") from None
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            raise _Failure(f"{type(reason).__name__} {reason}".strip()) from None
+        try:
+            choice = json.loads(content)["choices"][0]
+            text = choice["text"].encode(errors="replace").decode()  # No unpaired surrogates.
+            finished = "length" if choice["finish_reason"] == "length" else "eos"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise _Failure("an answer that is not a completion") from None
+        return {"text": text, "finished": finished}
+
+    def _shown(self, error: urllib.error.HTTPError) -> str:
+        """The beginning of what the server says, on one line and without the key."""
+        content = b""
+        with contextlib.suppress(OSError, http.client.HTTPException), error:
+            content = error.read()
+        text = " ".join(content.decode(errors="replace").split())
+        return (text.replace(self._key, "***") if self._key else text)[:SHOWN]

@@ -1,0 +1,99 @@
+"""Hard negatives from the results of a search, written as triples that others can train on."""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def mine_negatives(
+    scores: np.ndarray,
+    indices: np.ndarray,
+    positive_scores: np.ndarray,
+    positives: Sequence[Collection[int]],
+    documents: Sequence[str],
+    *,
+    count: int,
+    first: int = 0,
+    depth: int | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+) -> list[list[int]]:
+    """Takes the best results of each query that are not right and not too near to being right.
+
+    Of each text at most one document is taken, and none with the text of a right document.
+
+    Args:
+        scores: [queries, found], as `Index.search` returns them.
+        indices: [queries, found] documents, best first.
+        positive_scores: [queries] scores of the right documents: of the one to be found, or the
+            least of them where no known one may be outscored.
+        positives: Of each query, all documents that are known to be right.
+        documents: Texts of the corpus, in the order of the index.
+        count: Negatives a query at most.
+        first: Results left out at the top, where right documents that nobody judged are likely.
+        depth: Results looked at, those left out included; None: all.
+        absolute_margin: A negative scores at most the positive's score minus this.
+        relative_margin: A negative scores at most the positive's score minus this share of its
+            absolute value (0.05: 95 % of a positive score).
+
+    Returns:
+        Documents of each query, hardest first.
+
+    Raises:
+        ValueError: If the shapes do not fit or a number is out of range.
+
+    References:
+        Margins: Moreira et al., NV-Retriever, arXiv 2407.15831, section 4.
+    """
+    scores, indices = np.asarray(scores), np.asarray(indices)
+    positive_scores = np.asarray(positive_scores, np.float64)
+    queries = len(positives)
+    if scores.shape != indices.shape or scores.shape[:1] != (queries,):
+        raise ValueError(f"scores {scores.shape}, indices {indices.shape}, {queries} queries")
+    if positive_scores.shape != (queries,):
+        raise ValueError(f"positive_scores {positive_scores.shape} of {queries} queries")
+    if count < 1 or first < 0 or (depth is not None and depth <= first):
+        raise ValueError(f"count {count}, first {first}, depth {depth}; expected a range")
+    highest = np.full(queries, np.inf)
+    if absolute_margin is not None:
+        highest = np.minimum(highest, positive_scores - absolute_margin)
+    if relative_margin is not None:
+        highest = np.minimum(highest, positive_scores - relative_margin * np.abs(positive_scores))
+    allowed = scores <= highest[:, None]
+    allowed[:, :first] = False
+    if depth is not None:
+        allowed[:, depth:] = False
+    mined = []
+    for query, right in enumerate(positives):
+        seen = {documents[document].strip() for document in right}
+        taken: list[int] = []
+        for document in indices[query, allowed[query]].tolist():
+            text = documents[document].strip()
+            if len(taken) < count and text and text not in seen:
+                seen.add(text)
+                taken.append(document)
+        mined.append(taken)
+    return mined
+
+
+def triple_rows(
+    queries: Sequence[str],
+    positives: Sequence[Sequence[int]],
+    negatives: Sequence[Sequence[int]],
+    documents: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Rows for `write_jsonl`, as `data.triples.read_triples` reads them.
+
+    Args:
+        queries: Texts.
+        positives: Right documents of each query.
+        negatives: From `mine_negatives`.
+        documents: Texts of the corpus.
+    """
+    for query, right, wrong in zip(queries, positives, negatives, strict=True):
+        yield {
+            "query": query,
+            "pos": [documents[document] for document in right],
+            "neg": [documents[document] for document in wrong],
+        }

@@ -1,0 +1,195 @@
+"""Training the adapter alone: formats in, PEFT out, dev pairs, accumulation, exact restarts."""
+
+import gc
+import io
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from peft import PeftModel
+from rich.console import Console
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from configs import smoke
+from expandr_jax.checkpoint import Checkpoints
+from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
+from expandr_jax.errors import UserError
+from expandr_jax.weights.adapter import load_adapter
+from expandr_jax.weights.hf import load_generator
+from tests.commands import ROOT, command, finish
+from train import generator
+from train.pairs import PairBatches
+
+COUNT = 27
+TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """Pairs in which the answer "axis 1" is preferred to "no", in two of TRL's formats."""
+    path = tmp_path_factory.mktemp("pairs") / "preferences.jsonl"
+    rows = []
+    for i in range(COUNT):
+        user = {"role": "user", "content": f"shape {i}?"}
+        prompt = f"<|im_start|>user\nshape {i}?<|im_end|>\n<|im_start|>assistant\n"
+        texts = f"axis 1 {i}", f"no {i}"
+        if i % 2:
+            rows.append({"prompt": prompt, "chosen": texts[0], "rejected": texts[1]})
+        else:
+            answers = [[{"role": "assistant", "content": text}] for text in texts]
+            rows.append({"prompt": [user], "chosen": answers[0], "rejected": answers[1]})
+    write_jsonl(path, rows)
+    return path
+
+
+def make_config(preferences, **dpo):
+    config = smoke.get_config()
+    config.data.kind = "preferences"
+    config.data.path = str(preferences)
+    config.dpo.update(
+        prompt_length=64, response_length=16, batch_size=8, accumulation=2, dev_share=0.3,
+        epochs=8.0, learning_rate=1e-2, save_every=3, eval_every=2, **dpo,
+    )  # fmt: skip
+    return config
+
+
+def train(config, workdir):
+    output = io.StringIO()
+    generator.train_adapter(config, workdir, Console(file=output, width=200))
+    return output.getvalue()
+
+
+def metrics(workdir, phase):
+    return [row for _, row in read_jsonl(workdir / "metrics.jsonl", {}) if row["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def trained(preferences, tmp_path_factory):
+    """An uninterrupted run: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    return workdir, train(make_config(preferences), workdir)
+
+
+# 27 pairs: 8 held out, 19 to train on, so 2 batches of 8 an epoch, 16 batches, 8 updates.
+BATCHES, UPDATES = 16, 8
+
+
+def test_it_learns_the_preference_and_says_so(trained):
+    workdir, output = trained
+    steps = metrics(workdir, "generator")
+    assert [row["step"] for row in steps] == list(range(BATCHES))
+    dev = metrics(workdir, "generator-dev")
+    assert [row["step"] for row in dev] == [4, 8, 12, 16]
+    assert dev[-1]["loss"] < dev[0]["loss"] < np.log(2)
+    assert dev[-1]["accuracy"] == 1.0
+    assert f"{COUNT} pairs" in output
+    assert f"dev loss {dev[-1]['loss']:.4f}" in output
+    assert f"adapter: {workdir / 'export' / 'adapter'}" in output
+    for name in ("config.json", "timings.json", "data/SOURCE.json"):
+        assert json.loads((workdir / name).read_text())
+
+
+def test_the_adapter_loads_in_peft(trained):
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    model = PeftModel.from_pretrained(base, trained[0] / "export" / "adapter")
+    ours = load_file(trained[0] / "export" / "adapter" / "adapter_model.safetensors")
+    theirs = model.state_dict()
+    assert len(ours) == 8  # Two layers, two projections, two matrices.
+    for name, value in ours.items():
+        np.testing.assert_array_equal(theirs[name.replace(".weight", ".default.weight")], value)
+
+
+class Killed(BaseException):
+    """Ends a process in mid-work, as far as the files are concerned."""
+
+
+@pytest.mark.parametrize("stop", ["killed before a figure is kept", "SIGTERM after a save"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    preferences, trained, tmp_path, monkeypatch, stop
+):
+    owner, name = (Journal, "append") if "killed" in stop else (Checkpoints, "save")
+    original, calls = getattr(owner, name), []
+
+    def interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2 and "killed" in stop:
+            raise Killed
+        original(self, *arguments)
+        if len(calls) == 2:  # Saves again after the next batch, between two updates.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(Killed if "killed" in stop else SystemExit):
+            train(make_config(preferences), tmp_path / "run")
+    gc.collect()  # Closes the stopped run's lock, as the end of its process would.
+    train(make_config(preferences), tmp_path / "run")
+    for file in (
+        "metrics.jsonl", "export/adapter/adapter_model.safetensors",
+        "round-0/best-adapter/adapter_model.safetensors",
+    ):  # fmt: skip
+        assert (tmp_path / "run" / file).read_bytes() == (trained[0] / file).read_bytes(), file
+
+
+def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(self, tree, pairs, reference):
+        seen.append(jax.tree.map(np.array, tree))
+        return {"loss": abs(len(seen) - 3.0), "accuracy": 0.0, "margin": 0.0}  # Least at the third.
+
+    monkeypatch.setattr(PairBatches, "evaluate", evaluate)
+    train(make_config(preferences, keep_best=True), tmp_path / "run")
+    shape = load_generator(str(TINY_LLAMA))[0].module.config
+    assert len(seen) == UPDATES // 2
+    for directory in ("round-0/best-adapter", "export/adapter"):
+        kept = load_adapter(str(tmp_path / "run" / directory), shape)[1]
+        jax.tree.map(np.testing.assert_array_equal, kept, seen[2])
+    last = load_adapter(str(trained[0] / "export" / "adapter"), shape)[1]
+    jax.tree.map(np.testing.assert_array_equal, last, seen[-1])
+    best = load_adapter(str(trained[0] / "round-0" / "best-adapter"), shape)[1]
+    losses = [row["loss"] for row in metrics(trained[0], "generator-dev")]
+    jax.tree.map(np.testing.assert_array_equal, best, seen[int(np.argmin(losses))])
+
+
+def test_batches_that_the_devices_cannot_share_are_refused(preferences, tmp_path):
+    config = make_config(preferences)
+    config.dpo.batch_size = 6
+    with pytest.raises(UserError, match=r"batch_size 6 .* a multiple of 8"):
+        train(config, tmp_path / "run")
+    config = make_config(preferences)
+    config.dpo.dev_share = 0.8
+    with pytest.raises(UserError, match=r"6 preference pairs .* expected 8 or more"):
+        train(config, tmp_path / "few")
+
+
+def test_a_bad_pair_and_a_file_that_changes_are_refused(preferences, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(preferences.read_text() + '{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=rf"pairs.jsonl:{COUNT + 1}: chosen and rejected"):
+        train(make_config(path), tmp_path / "bad")
+    path.write_text(preferences.read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "train_generator", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(make_config(path), tmp_path / "run")
+    gc.collect()
+    path.write_text(preferences.read_text().replace("no 3", "nothing 3"))
+    with pytest.raises(UserError, match="has changed since this run began"):
+        train(make_config(path), tmp_path / "run")
+
+
+def test_the_program_drops_bad_pairs_where_it_may(preferences, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(preferences.read_text() + '{"prompt": "a", "chosen": "b"}\n')
+    arguments = ["--config=configs/smoke.py", "--config.data.kind=preferences"]
+    arguments += [f"--config.data.path={path}", f"--workdir={tmp_path / 'run'}"]
+    arguments += ["--config.dpo.prompt_length=64", "--config.dpo.epochs=0.2"]
+    arguments += ["--config.dpo.on_bad_pair=drop"]
+    output = finish(command("train.generator", *arguments))
+    assert f"{COUNT} pairs; 1 dropped: missing field" in output
+    assert (tmp_path / "run" / "export" / "adapter" / "adapter_config.json").exists()

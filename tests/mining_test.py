@@ -1,0 +1,78 @@
+"""Mined negatives: against a plain loop over random searches, and the reasons to leave one out."""
+
+import numpy as np
+import pytest
+
+from expandr_jax.data.records import write_jsonl
+from expandr_jax.data.triples import read_triples
+from expandr_jax.mining import mine_negatives, triple_rows
+
+DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
+
+
+def mine(scores, indices, positives, positive_score=1.0, **settings):
+    """Of a single query."""
+    found = np.array([scores], np.float32), np.array([indices])
+    return mine_negatives(*found, [positive_score], [positives], DOCUMENTS, **settings)[0]
+
+
+def test_right_repeated_and_empty_documents_are_left_out():
+    # 7 has the text of 0, 2 that of 1, 5 none.
+    indices = [0, 7, 1, 2, 5, 4, 3, 6]
+    assert mine(np.linspace(1, 0.3, 8), indices, [0, 4], count=8) == [1, 3, 6]
+    assert mine(np.linspace(1, 0.3, 8), indices, [0, 4], count=2) == [1, 3]
+
+
+def test_depth():
+    indices = [1, 3, 6, 4]
+    assert mine([4, 3, 2, 1], indices, [0], 9.0, count=4, first=1, depth=3) == [3, 6]
+
+
+def test_margins():
+    scores, indices = [0.95, 0.9, 0.5], [1, 3, 6]
+    assert mine(scores, indices, [0], count=3, absolute_margin=0.06) == [3, 6]
+    assert mine(scores, indices, [0], 0.5, count=3, relative_margin=0.0) == [6]
+    assert mine(scores, indices, [0], count=3, relative_margin=0.1, absolute_margin=0.2) == [6]
+    # A negative score falls further with a margin.
+    assert mine([-1.04, -1.06], [1, 3], [0], -1.0, count=2, relative_margin=0.05) == [3]
+
+
+def test_it_equals_a_plain_loop():
+    random = np.random.default_rng(0)
+    documents = [f"text {i % 30}" for i in range(40)]
+    indices = np.stack([random.permutation(40)[:25] for _ in range(50)])
+    scores = -np.sort(-random.normal(size=(50, 25)), axis=1)
+    right = [random.integers(0, 40, 2).tolist() for _ in range(50)]
+    level = random.normal(size=50) + 1
+    mined = mine_negatives(
+        scores, indices, level, right, documents, count=4, first=2, depth=20, absolute_margin=0.1
+    )
+    for query in range(50):
+        expected = []
+        for rank in range(2, 20):
+            document = int(indices[query, rank])
+            texts = {documents[d] for d in expected} | {documents[d] for d in right[query]}
+            near = scores[query, rank] > level[query] - 0.1
+            if not near and documents[document] not in texts and len(expected) < 4:
+                expected.append(document)
+        assert mined[query] == expected
+    assert any(len(row) == 4 for row in mined)
+
+
+def test_rows_are_triples(tmp_path):
+    rows = triple_rows(["q", "r"], [[0], [4, 1]], [[3, 6], []], DOCUMENTS)
+    write_jsonl(tmp_path / "triples.jsonl", rows)
+    triples, _ = read_triples(tmp_path / "triples.jsonl")
+    assert [(t.query, t.positives, t.negatives) for t in triples] == [
+        ("q", ("right",), ("far", "last")),
+        ("r", ("also right", "near"), ()),
+    ]
+
+
+def test_shapes_and_ranges_are_checked():
+    with pytest.raises(ValueError, match="queries"):
+        mine_negatives(np.ones((2, 3)), np.ones((2, 3), int), [1.0], [[0]], DOCUMENTS, count=1)
+    with pytest.raises(ValueError, match="positive_scores"):
+        mine_negatives(np.ones((1, 3)), np.ones((1, 3), int), [], [[0]], DOCUMENTS, count=1)
+    with pytest.raises(ValueError, match="expected a range"):
+        mine([1.0], [1], [0], count=1, first=5, depth=5)

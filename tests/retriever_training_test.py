@@ -1,0 +1,191 @@
+"""`train.retriever` on a file of triples: it learns, resumes, keeps the best, exports, refuses."""
+
+import gc
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from rich.console import Console
+from sentence_transformers import SentenceTransformer
+
+from configs import base
+from expandr_jax import metrics
+from expandr_jax.checkpoint import Checkpoints
+from expandr_jax.data.beir import Collection, write_beir
+from expandr_jax.data.records import write_jsonl
+from expandr_jax.errors import UserError
+from tests.commands import command
+from train.retriever import train_on_triples
+
+TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count"]
+# A document says with other words what its query says.
+OTHER = dict(zip(WORDS, WORDS[3:] + WORDS[:3], strict=True))
+PAIRS = [(f"{a} {b}", f"{OTHER[b]} of {OTHER[a]}") for a in WORDS for b in WORDS if a != b]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of triples, and a dev collection in which query i's document is document i."""
+    directory = tmp_path_factory.mktemp("data")
+    rows = [
+        {
+            "query": query,
+            "pos": [document, f"the {document}"],
+            "neg": [PAIRS[(i + 1) % len(PAIRS)][1], PAIRS[(i + 9) % len(PAIRS)][1]],
+            "expansion": f"{query} {document}",
+            "teacher_scores": [2.0, 2.0, 0.0, 1.0],
+        }
+        for i, (query, document) in enumerate(PAIRS)
+    ]
+    write_jsonl(directory / "triples.jsonl", rows)
+    write_beir(
+        directory / "dev",
+        Collection(
+            "dev",
+            {f"d{i}": document for i, (_, document) in enumerate(PAIRS)},
+            {f"q{i}": query for i, (query, _) in enumerate(PAIRS)},
+            {"dev": {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}},
+        ),
+    )
+    return directory
+
+
+def config_of(data, **contrastive):
+    config = base.get_config()
+    config.data.kind = "triples"
+    config.data.path = str(data / "triples.jsonl")
+    config.data.dev = str(data / "dev")
+    config.retriever.source = TINY
+    config.retriever.max_length = 16
+    settings = {"batch_size": 16, "epochs": 4.0, "learning_rate": 3e-3, "eval_every": 4,
+                "temperature": 0.1, "save_every": 3, "negatives": 1, "plain_share": 0.25,
+                "kl_weight": 0.1, **contrastive}  # fmt: skip
+    config.contrastive.update(settings)
+    return config
+
+
+def train(config, workdir):
+    train_on_triples(config, workdir, Console(quiet=True))
+
+
+def dev_rows(workdir):
+    path = workdir / "work" / "round-0" / "retriever-dev.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train(config_of(data), workdir)
+    return workdir
+
+
+def test_it_learns_and_its_export_scores_the_same_in_sentence_transformers(data, finished):
+    rows = dev_rows(finished)
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    best = max(row["ndcg@10"] for row in rows)
+    assert best > rows[0]["ndcg@10"] + 0.1
+
+    peer = SentenceTransformer(str(finished / "export" / "retriever"), device="cpu")
+    queries, documents = (peer.encode(list(texts)) for texts in zip(*PAIRS, strict=True))
+    scores = queries @ documents.T
+    found = {
+        f"q{i}": {f"d{j}": float(score) for j, score in enumerate(row)}
+        for i, row in enumerate(scores)
+    }
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}
+    theirs = metrics.mean(metrics.evaluate(found, qrels, ("ndcg@10",))["ndcg@10"])
+    assert theirs == pytest.approx(best, abs=1e-3)
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(config, workdir, monkeypatch, saves):
+    """Ends a run before one of its saves, as a kill would."""
+    left, save = [saves], Checkpoints.save
+
+    def until_killed(self, step, tree):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        save(self, step, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", until_killed)
+        try:
+            train(config, workdir)
+        except Killed:
+            left[0] = -1
+    assert left[0] == -1
+    gc.collect()  # Closes the lock that the process would have held until its end.
+
+
+def test_killed_and_resumed_it_ends_as_if_it_had_not_been(data, finished, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    for saves in (2, 1):
+        interrupted(config_of(data), workdir, monkeypatch, saves)
+    train(config_of(data), workdir)
+    for name in (
+        "metrics.jsonl", "work/round-0/retriever-dev.jsonl", "export/retriever/model.safetensors",
+    ):  # fmt: skip
+        assert (workdir / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_finished_run_is_left_as_it_is(data, finished):
+    path = finished / "export" / "retriever" / "model.safetensors"
+    before = path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()
+    train(config_of(data), finished)
+    assert (path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()) == before
+
+
+def test_without_a_gain_it_stops_and_keeps_the_first_weights(data, tmp_path):
+    # Of equal values the first counts: a rate of nothing never gains.
+    train(config_of(data, learning_rate=0.0, patience=2), tmp_path / "run")
+    assert [row["step"] for row in dev_rows(tmp_path / "run")] == [0, 4, 8]
+    ours = SentenceTransformer(str(tmp_path / "run" / "export" / "retriever"), device="cpu")
+    theirs = SentenceTransformer(TINY, device="cpu")
+    np.testing.assert_array_equal(ours.encode(WORDS), theirs.encode(WORDS))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 64}, "do not fill one batch of 64"),
+        ({"micro_batch": 5}, "micro_batch 5"),
+        ({"micro_batch": 4}, "divide both"),
+        ({"negatives": 0}, "negatives above 0"),
+        ({"dimensions": (8, 33)}, "between 1 and 32"),
+    ],
+)
+def test_settings_that_do_not_fit(data, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(config_of(data, **settings), tmp_path / "run")
+
+
+def test_another_file_in_the_same_workdir(data, tmp_path):
+    path = tmp_path / "triples.jsonl"
+    path.write_bytes((data / "triples.jsonl").read_bytes())
+    config = config_of(data, batch_size=64)
+    config.data.path = str(path)
+    for message in ("do not fill", "is not the file this run began with"):
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / "run")
+        gc.collect()
+        path.write_text('{"query": "x", "pos": "y"}\n' * 70)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path):
+    path = tmp_path / "triples.jsonl"
+    path.write_text('{"query": "a", "pos": "b"}\n{"query": "a", "pos": ""}\n')
+    process = command(
+        "train.retriever", "--config=configs/retriever.py", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={path}",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    assert f"error: {path}:2: " in output

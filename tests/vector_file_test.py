@@ -1,0 +1,127 @@
+"""Vectors in a file: those of `encode`, whatever interrupts it, with one block in memory."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from expandr_jax.encoding import TextEncoder
+from expandr_jax.errors import UserError
+from expandr_jax.sharding import make_mesh
+from expandr_jax.vector_file import encode_to_file
+from expandr_jax.weights.hf import load_retriever
+
+TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TEXTS = [f"the {a} of {b}" for a in ("norm", "loss", "step") for b in ("shape", "array", "count")]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    retriever, params = load_retriever(TINY, max_length=16)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return TextEncoder(retriever, mesh, tokens_per_batch=64), params
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return tiny[0].encode(tiny[1], TEXTS, "document")
+
+
+def write(tiny, path, texts=TEXTS, **settings):
+    return encode_to_file(path, *tiny, texts, "document", block=4, **settings)
+
+
+def test_it_holds_the_vectors_of_encode(tiny, expected, tmp_path):
+    found = write(tiny, tmp_path / "v.npy")
+    assert isinstance(found, np.memmap)
+    np.testing.assert_array_equal(found, expected)
+    half = write(tiny, tmp_path / "half.npy", dtype="float16")
+    np.testing.assert_array_equal(half, expected.astype(np.float16))
+
+
+def test_texts_are_read_a_block_at_a_time(tiny, expected, tmp_path):
+    path, seen = tmp_path / "v.npy", []
+
+    def stream():
+        for i, text in enumerate(TEXTS):
+            part = tmp_path / "v.npy.jsonl.part"
+            assert i < 4 or len(part.read_text().splitlines()) == i // 4
+            yield text
+
+    np.testing.assert_array_equal(write(tiny, path, stream(), progress=seen.append), expected)
+    assert sum(seen) == len(TEXTS)
+
+
+def never():
+    raise AssertionError("the texts are read again")
+    yield
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+@pytest.mark.parametrize("half_written", [False, True])
+def test_killed_in_a_block_it_goes_on(tiny, expected, tmp_path, monkeypatch, block, half_written):
+    path, encoder, calls = tmp_path / "v.npy", tiny[0], []
+    encode = encoder.encode
+
+    def until_killed(*arguments):
+        calls.append(arguments)
+        if len(calls) > block:
+            raise Killed
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode", until_killed)
+        with pytest.raises(Killed):
+            write(tiny, path)
+    assert not path.exists()
+    if half_written:
+        with open(tmp_path / "v.npy.part", "ab") as file:
+            file.write(b"\xff" * 77)
+    np.testing.assert_array_equal(write(tiny, path), expected)
+    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+    (tmp_path / "v.npy.jsonl").rename(tmp_path / "v.npy.jsonl.part")  # Killed at the very end.
+    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+
+
+def test_what_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
+    path, (encoder, params) = tmp_path / "v.npy", tiny
+    with pytest.raises(UserError, match="no texts"):
+        write(tiny, path, [])
+    with pytest.raises(UserError, match="float32 or float16"):
+        write(tiny, path, dtype="int8")
+
+    def stream():
+        yield from TEXTS[:5]
+        raise Killed
+
+    with pytest.raises(Killed):
+        write(tiny, path, stream())
+    other = {**params, "embedding": params["embedding"] + 1}
+    with pytest.raises(UserError, match="other weights or settings"):
+        write((encoder, other), path)
+    with pytest.raises(UserError, match="texts from 0 are others"):
+        write(tiny, path, ["x", *TEXTS[1:]])
+    with pytest.raises(UserError, match="fewer texts"):
+        write(tiny, path, [])
+    part = tmp_path / "v.npy.part"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="is shorter than"):
+        write(tiny, path)
+    part.write_bytes(whole)
+    write(tiny, path)
+    (tmp_path / "v.npy.jsonl").unlink()
+    with pytest.raises(UserError, match="do not fit together"):
+        write(tiny, path)
+
+
+def test_a_vector_that_is_not_finite_is_placed(tiny, tmp_path):
+    encoder, params = tiny
+    broken = {**params, "embedding": params["embedding"].at[:].set(np.nan)}
+    with pytest.raises(UserError, match="texts from 0: text 0"):
+        write((encoder, broken), tmp_path / "v.npy")

@@ -1,0 +1,222 @@
+"""Preference pairs as batches on the mesh, and what becomes of those held out."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from expandr_jax.data.records import Journal, hash_json
+from expandr_jax.errors import UserError
+from expandr_jax.models.generator import Generator
+from expandr_jax.preference import (
+    DPOConfig,
+    PreferencePair,
+    dpo_values,
+    pack,
+    response_log_probs,
+)
+from expandr_jax.sharding import batch_sharding
+from expandr_jax.weights.adapter import export_adapter, load_adapter
+from train.export import base_name
+from train.models import Models
+from train.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorModel:
+    """The part of `Models` that step B uses.
+
+    Attributes:
+        mesh: The devices.
+        generator: The language model, with its LoRA settings.
+        generator_params: Its frozen base weights, in the compute type.
+        generator_hash: sha256 of the base weights.
+    """
+
+    mesh: Mesh
+    generator: Generator
+    generator_params: Any
+    generator_hash: str
+
+
+def tokenize_pairs(
+    generator: Generator,
+    rows: Sequence[dict[str, Any]],
+    *,
+    prompt_length: int,
+    response_length: int,
+) -> tuple[list[PreferencePair], int]:
+    """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
+
+    Args:
+        generator: For its tokenizer.
+        rows: {"prompt", "chosen", "rejected"}, the prompt with the chat template applied.
+        prompt_length: Most tokens of a prompt.
+        response_length: Most tokens of a response, EOS included.
+
+    Returns:
+        The pairs, and how many texts had to be cut.
+    """
+    pairs, cut = [], 0
+    for row in rows:
+        texts = [row[name] for name in ("prompt", "chosen", "rejected")]
+        ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompt = ids[0][-prompt_length:]
+        responses = [[*part[: response_length - 1], generator.eos_ids[0]] for part in ids[1:]]
+        cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
+        pairs.append(PreferencePair(prompt, *responses))
+    return pairs, cut
+
+
+class PairBatches:
+    """Packed batches of preference pairs, on the mesh, and what the models make of them.
+
+    Args:
+        run: Where the base's log-probabilities are kept, and progress goes.
+        models: The generator and mesh.
+        batch_size: Pairs of every batch.
+        settings: Of the loss.
+    """
+
+    def __init__(
+        self, run: Run, models: Models | GeneratorModel, batch_size: int, settings: DPOConfig
+    ):
+        self.run, self.models, self.batch_size = run, models, batch_size
+        self.sharding = batch_sharding(models.mesh)
+        module = models.generator.module
+        self._log_probs = jax.jit(
+            functools.partial(response_log_probs, module, chunk=settings.chunk)
+        )
+        self._values = jax.jit(functools.partial(dpo_values, module=module, config=settings))
+
+    def pack(
+        self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray
+    ) -> dict[str, Any]:
+        """The batch of the pairs `chosen`, with the reference's log-probabilities."""
+        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id)
+        batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
+        return jax.device_put(batch, self.sharding)
+
+    def reference(self, pairs: Sequence[PreferencePair], task: str) -> np.ndarray:
+        """Log-probabilities of both responses under the base, adapter off: [pairs, 2] float32.
+
+        They are kept beside the pairs and used again only for the same pairs and weights.
+        """
+        identity = hash_json([self.models.generator_hash, [_ids(p) for p in pairs]])
+        path = self.run.path("work", f"reference-{identity[:16]}.npy")
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+        result = np.zeros((len(pairs), 2), np.float32)
+        variables = {"params": self.models.generator_params}
+        with self.run.progress(task, len(pairs)) as advance:
+            # Pairs of like length share a batch.
+            order = sorted(range(len(pairs)), key=lambda i: sum(map(len, _ids(pairs[i]))))
+            for chosen, filled in self._filled(order):
+                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id)
+                both = self._log_probs(variables, jax.device_put(batch, self.sharding))[:2]
+                result[chosen] = np.stack(both, axis=1)[: len(chosen)]
+                advance(len(chosen))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, result)
+        temporary.replace(path)
+        return result
+
+    def evaluate(
+        self, adapter: Any, pairs: Sequence[PreferencePair], reference: np.ndarray
+    ) -> dict[str, float]:
+        """Mean loss, accuracy, margin and so on of held-out pairs, without dropout."""
+        totals: dict[str, float] = {}
+        for chosen, filled in self._filled(range(len(pairs))):
+            batch = self.pack(pairs, filled, reference)
+            losses, metrics = self._values(adapter, self.models.generator_params, batch)
+            for name, values in {"loss": losses, **metrics}.items():
+                total = float(np.sum(np.asarray(values)[: len(chosen)]))
+                totals[name] = totals.get(name, 0.0) + total
+        return {name: total / len(pairs) for name, total in totals.items()}
+
+    def _filled(self, order: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """Batches of pairs; the last is filled with its first pair, to be left out of results."""
+        parts = [
+            list(order[start : start + self.batch_size])
+            for start in range(0, len(order), self.batch_size)
+        ]
+        return [(part, part + part[:1] * (self.batch_size - len(part))) for part in parts]
+
+
+class DevPairs:
+    """Figures on held-out pairs, and the adapter with the lowest loss on them.
+
+    A restart evaluates no step twice, and comes to the same best adapter.
+
+    Args:
+        run: Where figures and adapter go: metrics.jsonl, work/round-R/generator-dev.jsonl and
+            round-R/best-adapter.
+        models: The generator.
+        batches: Evaluates pairs.
+        pairs: Those held out; with none, nothing is evaluated.
+        round_: Counts from 0.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        models: Models | GeneratorModel,
+        batches: PairBatches,
+        pairs: Sequence[PreferencePair],
+        round_: int,
+    ):
+        self._run, self._batches, self._pairs, self._round = run, batches, pairs, round_
+        self._module = models.generator.module
+        self._journal = Journal(run.path("work", f"round-{round_}", "generator-dev.jsonl"))
+        self._best = run.path(f"round-{round_}", "best-adapter")
+        if pairs:
+            self._reference = batches.reference(pairs, "reference on dev pairs")
+
+    def steps_left(self, steps: int, every: int) -> list[int]:
+        """Every so many steps and the last, but for those that were evaluated before a restart."""
+        if not self._pairs:
+            return []
+        return [*range(every or steps, steps, every or steps), steps][len(self._journal.rows) :]
+
+    def evaluate(self, step: int, adapter: Any) -> None:
+        """Takes the adapter's figures after a step, and keeps it if none had a lower loss."""
+        figures = self._batches.evaluate(adapter, self._pairs, self._reference)
+        if not all(map(math.isfinite, figures.values())):
+            raise UserError(
+                f"generator, round {self._round}, step {step}: the loss on dev pairs is not "
+                "finite; lower the learning rate"
+            )
+        if all(figures["loss"] < row["loss"] for row in self._journal.rows):
+            base = base_name(self._run.workdir, self._run.config)
+            export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
+        self._run.metrics.rewind("generator-dev", self._round, step)
+        self._run.metrics.write("generator-dev", self._round, step, figures)
+        # Last, so that a kill before it has all of this done again.
+        self._journal.append([{"step": step, **figures}])
+        self._run.console.print(
+            f"  step {step}: dev loss {figures['loss']:.4f}, "
+            f"accuracy {figures['accuracy']:.3f}, margin {figures['margin']:.4f}"
+        )
+
+    def best(self) -> Any | None:
+        """The adapter with the lowest loss; None where no pairs are held out."""
+        if not self._pairs:
+            return None
+        if not self._journal.finished:
+            self._journal.finish()
+        best = min(self._journal.rows, key=lambda row: row["loss"])
+        self._run.console.print(
+            f"  lowest dev loss {best['loss']:.4f}, of step {best['step']}: {self._best}"
+        )
+        return load_adapter(str(self._best), self._module.config)[1]
+
+
+def _ids(pair: PreferencePair) -> tuple[list[int], list[int], list[int]]:
+    """A pair's ids as plain lists."""
+    return list(pair.prompt), list(pair.chosen), list(pair.rejected)
