@@ -98,6 +98,13 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.restart = False  # Each round starts from the original weights.
     contrastive.save_every = 100  # Steps between checkpoints.
 
+    config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
+    mining.per_query = 4  # Hard negatives kept of a query, from which each epoch draws.
+    mining.first = 0  # Results left out at the top, where right documents nobody judged may be.
+    mining.depth = 50  # Results looked at.
+    mining.absolute_margin = placeholder(float)  # Below the right document's score, at least.
+    mining.relative_margin = placeholder(float)  # The same as a share of that score.
+
     config.candidates = candidates = ml_collections.ConfigDict()  # Step B, sampling.
     candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
     candidates.per_temperature = 8  # Candidates of a query at each temperature.

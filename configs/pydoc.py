@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.expansion.max_new_tokens = 32
     config.candidates.max_new_tokens = 32
     config.dpo.response_length = 33
-    config.dpo.epochs = 2.0
+    config.dpo.dev_share = 0.1
     config.evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)
     config.evaluation.samples = (1, 2, 4)
     return config

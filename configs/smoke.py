@@ -34,6 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.batch_size = 8
     config.contrastive.epochs = 2.0
     config.contrastive.learning_rate = 1e-3
+    config.contrastive.negatives = 1
     config.contrastive.save_every = 3
     config.candidates.per_temperature = 1
     config.candidates.max_new_tokens = 8

@@ -103,6 +103,27 @@ def test_candidates_can_be_recomputed_from_what_is_written(smoke):
         assert row["query"] in pair["prompt"]
 
 
+def test_negatives_are_what_the_untrained_retriever_ranks_highest_of_what_is_wrong(smoke):
+    """Recomputed from the vectors of the run and sentence-transformers' of the queries."""
+    workdir, _ = smoke
+    source = json.loads((workdir / "data" / "SOURCE.json").read_text())
+    triples = rows(workdir / "round-0" / "triples.jsonl")
+    assert [row["query_id"] for row in triples] == source["retriever_train"]
+    corpus = rows(workdir / "data" / "corpus.jsonl")
+    texts = [f"{row['title']} {row['text']}".strip() for row in corpus]
+    vectors = np.load(workdir / "work" / "vectors" / "zero-shot.npy")
+    model = SentenceTransformer("tests/data/tiny-bert", device="cpu")
+    model.max_seq_length = 16
+    queries = model.encode([row["query"] for row in triples], normalize_embeddings=True)
+    for row, scores in zip(triples, queries @ vectors.T, strict=True):
+        wrong = {t: s for t, s in zip(texts, scores, strict=True) if t not in row["pos"]}
+        assert row["pos"]
+        assert len(row["neg"]) == 4
+        np.testing.assert_allclose(
+            [wrong[text] for text in row["neg"]], sorted(wrong.values())[:-5:-1], atol=1e-5
+        )
+
+
 def test_expansions_cover_every_split(smoke):
     workdir, _ = smoke
     source = json.loads((workdir / "data" / "SOURCE.json").read_text())

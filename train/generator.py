@@ -153,7 +153,8 @@ def train_generator(
         dev.evaluate(last, train(last))
     trained, best = train(steps), dev.best()
     if best is None:
-        run.console.print("  no dev pairs: too few for dpo.dev_share, so the last adapter is used")
+        if config.dev_share:
+            run.console.print("  too few pairs for dpo.dev_share: the last adapter is used")
         return trained
     return best if config.keep_best else trained
 

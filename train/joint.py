@@ -15,7 +15,7 @@ from absl import flags
 from rich.console import Console
 
 from eval.systems import SYSTEMS
-from expandr_jax.contrastive import ContrastiveExample
+from expandr_jax.contrastive import ContrastiveExample, Passage
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
@@ -28,6 +28,7 @@ from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_workdir, launch
 from train.models import Models, load_models
+from train.negatives import mine_training_negatives
 from train.preferences import Corpus, make_preferences
 from train.retriever import train_retriever
 from train.run import Run
@@ -64,20 +65,30 @@ def train_joint(
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
+    negatives = _negatives(run, models, retrievers["zero-shot"], data, 0)
     if any(name.startswith("fine-tuned") for name in config.evaluation.systems):
         with run.phase("fine-tuned baseline"):
-            params = _train(run, models, data, None, phase="fine-tuned", round_=0)
+            params = _train(run, models, data, None, negatives, phase="fine-tuned", round_=0)
         retrievers["fine-tuned"] = _retriever(run, models, data, "fine-tuned", params)
 
     params, adapter = models.retriever_params, None
     adapters: dict[str, Any] = {"base": None}
     for round_ in range(config.rounds):
+        if round_ > 0:
+            negatives = _negatives(run, models, retrievers[f"round-{round_ - 1}"], data, round_)
         with run.phase(f"expansions, round {round_}"):
             expansions = _expand(run, models, adapter, data, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params
             params = _train(
-                run, models, data, expansions, phase="retriever", round_=round_, start=start
+                run,
+                models,
+                data,
+                expansions,
+                negatives,
+                phase="retriever",
+                round_=round_,
+                start=start,
             )
         name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
         retrievers[name] = _retriever(run, models, data, name, params)
@@ -113,6 +124,20 @@ def _check_server(config: ml_collections.ConfigDict) -> None:
             "generator.server.url: the server has the base model only; set rounds to 1 and leave "
             f"{', '.join(adapted) or 'further rounds'} out of evaluation.systems, or empty the URL"
         )
+
+
+def _negatives(
+    run: Run,
+    models: Models,
+    retriever: Callable[[], tuple[Any, Corpus]],
+    data: TrainingData,
+    round_: int,
+) -> dict[str, list[str]]:
+    """Hard negatives of a round under the retriever that it begins with; none if not asked for."""
+    if not run.config.contrastive.negatives:
+        return {}
+    params, corpus = retriever()
+    return mine_training_negatives(run, models, params, corpus, data, round_)
 
 
 def _expand(
@@ -151,6 +176,7 @@ def _train(
     models: Models,
     data: TrainingData,
     expansions: dict[tuple[str, int], str] | None,
+    negatives: dict[str, list[str]],
     *,
     phase: str,
     round_: int,
@@ -170,12 +196,21 @@ def _train(
         texts = [expansions[ids[i], sample] for i, sample in places]
         for (i, _), tokens in zip(places, models.encoder.tokenize(texts, "document"), strict=True):
             passages[i].append(tokens)
+    wrong = [text for query in ids for text in negatives.get(query, ())]
+    tokens_of = dict(zip(wrong, models.encoder.tokenize(wrong, "document"), strict=True))
     corpus, judged = data.collection.corpus, data.collection.qrels["train"]
     known = [[corpus[d] for d, g in judged[q].items() if g > 0 and d in corpus] for q in ids]
     examples = [
-        ContrastiveExample(query, passage, document, text, known=right)
-        for query, passage, document, text, right in zip(
-            query_tokens, passages, document_tokens, documents, known, strict=True
+        ContrastiveExample(
+            query,
+            passage,
+            document,
+            text,
+            negatives=[Passage(tokens_of[x], x) for x in negatives.get(query_id, ())],
+            known=right,
+        )
+        for query_id, query, passage, document, text, right in zip(
+            ids, query_tokens, passages, document_tokens, documents, known, strict=True
         )
     ]
     start = models.retriever_params if start is None else start

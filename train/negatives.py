@@ -1,0 +1,68 @@
+"""Hard negatives for step A: documents that the current retriever ranks high and that are wrong."""
+
+from typing import Any
+
+import numpy as np
+
+from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.mining import mine_negatives, triple_rows
+from train.data import TrainingData
+from train.models import Models
+from train.preferences import Corpus
+from train.run import Run
+
+
+def mine_training_negatives(
+    run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
+) -> dict[str, list[str]]:
+    """Searches the corpus for each training query; writes round-R/triples.jsonl.
+
+    Args:
+        run: Its config's `mining` section says which results are taken.
+        models: Encodes the queries, unexpanded.
+        params: The retriever's parameters, those that encoded the corpus.
+        corpus: What is searched.
+        data: Training queries and what is known to be right for them.
+        round_: Counts from 0.
+
+    Returns:
+        Query id -> texts of its negatives, hardest first.
+    """
+    path = run.path(f"round-{round_}", "triples.jsonl")
+    if not path.exists():
+        with run.phase(f"hard negatives, round {round_}"):
+            _mine(run, models, params, corpus, data, round_)
+    fields = {"query_id": str, "neg": list}
+    return {row["query_id"]: row["neg"] for _, row in read_jsonl(path, fields)}
+
+
+def _mine(
+    run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
+) -> None:
+    config, ids = run.config.mining, data.retriever_train
+    place = {document: row for row, document in enumerate(corpus.ids)}
+    judged = data.collection.qrels["train"]
+    right = [[place[d] for d, g in judged[q].items() if g > 0 and d in place] for q in ids]
+    with run.progress("training queries encoded", len(ids)) as advance:
+        queries = models.encoder.encode(params, data.queries(ids), "query", advance)
+    scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
+    own = np.stack([corpus.vectors[place[data.positive(query)]] for query in ids])
+    texts = [data.collection.corpus[document] for document in corpus.ids]
+    mined = mine_negatives(
+        scores,
+        found,
+        np.sum(queries * own, axis=1),
+        right,
+        texts,
+        count=config.per_query,
+        first=config.first,
+        absolute_margin=config.absolute_margin,
+        relative_margin=config.relative_margin,
+    )
+    rows = triple_rows(data.queries(ids), right, mined, texts)
+    write_jsonl(
+        run.path(f"round-{round_}", "triples.jsonl"),
+        ({"query_id": query, **row} for query, row in zip(ids, rows, strict=True)),
+    )
+    count = sum(map(len, mined))
+    run.console.print(f"  {count} negatives; {sum(not m for m in mined)} queries have none")
