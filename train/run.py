@@ -67,6 +67,7 @@ class Run:
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
         self.metrics = MetricsLog(self.workdir)
         self._timings_path = self.path("timings.json")
+        self._seconds_inside = 0.0  # Of phases that ran within the present one.
 
     def path(self, *parts: str) -> pathlib.Path:
         """A path under the workdir."""
@@ -108,12 +109,18 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase and watches its memory; both add up over restarts in timings.json."""
+        """Times a phase and watches its memory; both add up over restarts in timings.json.
+
+        The time of a phase within another counts for the inner one alone.
+        """
         self.console.print(f"[bold]{name}[/]")
+        outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()
         with _PeakMemory() as memory:
             yield
-        seconds = time.perf_counter() - start
+        whole = time.perf_counter() - start
+        seconds = whole - self._seconds_inside
+        self._seconds_inside = outside + whole
         timings = {"phases": []}
         if self._timings_path.exists():
             timings = json.loads(self._timings_path.read_text())
