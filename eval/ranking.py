@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -28,14 +27,13 @@ from expandr_jax import metrics
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import hash_json
-from expandr_jax.encoding import Kind, TextEncoder
+from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
 from expandr_jax.search import Bm25Index, Index, build_index
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vector_file import encode_to_file
-from expandr_jax.weights.hf import load_retriever
 from train.expansion import Prompt, sample_texts
-from train.models import Models, load_models
+from train.models import Models, RetrieverModel, load_models, load_retriever_model
 from train.run import Run
 
 BM25, DENSE = parse_system("bm25"), parse_system("dense")
@@ -54,21 +52,12 @@ class LazyModels:
             return load_models(self._run.config, advance)
 
     @functools.cached_property
-    def retriever(self) -> tuple[TextEncoder, Any]:
-        """The retriever's encoder and parameters; no generator is loaded where none is used."""
+    def retriever(self) -> RetrieverModel:
+        """The retriever; no generator is loaded where none is used."""
         if self._generates:
-            return self.both.encoder, self.both.retriever_params
-        config = self._run.config
+            return self.both
         with self._run.phase("models"):
-            retriever, params = load_retriever(
-                config.retriever.source,
-                max_length=config.retriever.max_length,
-                compute_dtype=jnp.dtype(config.retriever.compute_dtype),
-                sha256=config.retriever.sha256,
-            )
-        per_batch = config.retriever.tokens_per_batch
-        mesh = make_mesh(**config.mesh)
-        return TextEncoder(retriever, mesh, tokens_per_batch=per_batch), params
+            return load_retriever_model(self._run.config, make_mesh(**self._run.config.mesh))
 
 
 class Ranker:
@@ -167,7 +156,8 @@ class Ranker:
         """[documents, dim], memory-mapped."""
         texts = self.collection.corpus.values()
         path = self._directory / "work" / "vectors.npy"
-        encoder, params = self._models.retriever
+        model = self._models.retriever
+        encoder, params = model.encoder, model.retriever_params
         with self._run.progress("documents encoded", len(texts)) as advance:
             return encode_to_file(path, encoder, params, texts, "document", progress=advance)
 
@@ -180,8 +170,8 @@ class Ranker:
         return self._encode(self.queries, "query")
 
     def _encode(self, texts: Sequence[str], kind: Kind) -> np.ndarray:
-        encoder, params = self._models.retriever
-        return encoder.encode(params, texts, kind)
+        model = self._models.retriever
+        return model.encoder.encode(model.retriever_params, texts, kind)
 
     def _query_vectors(self, system: System) -> np.ndarray:
         if system.method in FEEDBACKS:
@@ -201,7 +191,7 @@ class Ranker:
         places = [(row, i) for row, query in enumerate(dense) for i in range(len(query.texts))]
         if not places:
             return self._plain
-        tokenizer = self._models.retriever[0].retriever.tokenizer
+        tokenizer = self._models.retriever.retriever.tokenizer
         separator = getattr(tokenizer, "sep_token", None) or ""
         flat = [text.replace(SEPARATOR, separator) for query in dense for text in query.texts]
         encoded = self._encode(flat, system.strategy.kind)

@@ -16,8 +16,7 @@ from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
 from expandr_jax.sharding import make_mesh
 from train.expansion import Prompt, sample_texts
-from train.models import load_model_generator
-from train.pairs import GeneratorModel
+from train.models import load_generator_model
 from train.run import Run
 
 KEY = "sk-do-not-show"
@@ -259,13 +258,13 @@ def test_delays_double_with_a_fixed_jitter():
 def test_a_run_samples_the_base_on_the_server(server, tmp_path):
     config = smoke.get_config()
     config.generator.server.url = server.url
-    generator, params = load_model_generator(config)
+    models = load_generator_model(config, make_mesh())
+    generator = models.generator
     server.script = lambda body, _: (
         200,
         completion(f"Here is a passage: {generator.tokenizer.decode(body['prompt'][-4:])}"),
     )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
-    models = GeneratorModel(make_mesh(), generator, params, "hash")
     prompts = [Prompt(f"q{i}", 0, f"query {i}", 1.0, 0.9, 8) for i in range(40)]
     path = tmp_path / "run" / "texts.jsonl"
     texts = sample_texts(run, models, None, prompts, path=path, purpose="test")

@@ -38,11 +38,15 @@ class TrainingData:
         """Texts of queries."""
         return [self.collection.queries[i] for i in ids]
 
-    def positive(self, query_id: str) -> str:
-        """The id of a training query's right document: its highest grade, then the lowest id."""
+    def positives(self, query_id: str) -> list[str]:
+        """Ids of a training query's right documents, by falling grade, then by id."""
         grades = self.collection.qrels["train"][query_id]
         known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
-        return min(known, key=lambda d: (-known[d], d))
+        return sorted(known, key=lambda d: (-known[d], d))
+
+    def positive(self, query_id: str) -> str:
+        """The first of `positives`."""
+        return self.positives(query_id)[0]
 
 
 def prepare_data(run: Run) -> TrainingData:

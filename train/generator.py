@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from rich.console import Console
 
-from expandr_jax.checkpoint import Checkpoints, hash_tree
+from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.batches import batch_indices
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.data.records import hash_file, hash_json, write_json
@@ -32,14 +32,14 @@ from expandr_jax.weights.adapter import export_adapter
 from train.export import base_name
 from train.launch import define_config, define_workdir, launch
 from train.loop import fit
-from train.models import Models, load_model_generator
-from train.pairs import DevPairs, GeneratorModel, PairBatches, tokenize_pairs
+from train.models import GeneratorModel, load_generator_model
+from train.pairs import DevPairs, PairBatches, tokenize_pairs
 from train.run import Run
 
 
 def train_generator(
     run: Run,
-    models: Models | GeneratorModel,
+    models: GeneratorModel,
     adapter: Any | None,
     rows: Sequence[dict[str, Any]],
     *,
@@ -184,17 +184,15 @@ def train_adapter(
         raise UserError("a file of pairs is missing: add --config.data.path=preferences.jsonl")
     run = Run(workdir, config, console)
     with run.phase("model"):
-        mesh = make_mesh(**config.mesh)
-        generator, params = load_model_generator(config)
-        model = GeneratorModel(mesh, generator, params, hash_tree(params))
+        model = load_generator_model(config, make_mesh(**config.mesh))
     with run.phase("data"):
-        rows = _read_pairs(run, generator)
+        rows = _read_pairs(run, model.generator)
     with run.phase("DPO"):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        shape, base = generator.module.config, base_name(run.workdir, config)
-        export_adapter(directory, adapter, generator.module.lora, shape, base)
+        module, base = model.generator.module, base_name(run.workdir, config)
+        export_adapter(directory, adapter, module.lora, module.config, base)
     console.print(f"adapter: {directory}", soft_wrap=True)
     run.close()
     return directory

@@ -15,8 +15,8 @@ from absl import flags
 from rich.console import Console
 
 from eval.systems import SYSTEMS
-from expandr_jax.contrastive import ContrastiveExample, Passage
 from expandr_jax.data.records import write_jsonl
+from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
 from expandr_jax.search import build_index
@@ -30,7 +30,7 @@ from train.launch import define_config, define_workdir, launch
 from train.models import Models, load_models
 from train.negatives import mine_training_negatives
 from train.preferences import Corpus, make_preferences
-from train.retriever import train_retriever
+from train.retriever import train_retriever, triple_examples
 from train.run import Run
 
 
@@ -185,40 +185,21 @@ def _train(
     """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
     config = run.config
     samples = config.expansion.train_samples if expansions is not None else 0
-    ids = data.retriever_train
-    positives = [data.positive(query) for query in ids]
-    documents = [data.collection.corpus[document] for document in positives]
-    query_tokens = models.encoder.tokenize(data.queries(ids), "query")
-    document_tokens = models.encoder.tokenize(documents, "document")
-    passages: list[list[list[int]]] = [[] for _ in ids]
-    if expansions is not None:
-        places = [(i, s) for i, q in enumerate(ids) for s in range(samples) if expansions[q, s]]
-        texts = [expansions[ids[i], sample] for i, sample in places]
-        for (i, _), tokens in zip(places, models.encoder.tokenize(texts, "document"), strict=True):
-            passages[i].append(tokens)
-    wrong = [text for query in ids for text in negatives.get(query, ())]
-    tokens_of = dict(zip(wrong, models.encoder.tokenize(wrong, "document"), strict=True))
-    corpus, judged = data.collection.corpus, data.collection.qrels["train"]
-    known = [[corpus[d] for d, g in judged[q].items() if g > 0 and d in corpus] for q in ids]
-    examples = [
-        ContrastiveExample(
-            query,
-            passage,
-            document,
-            text,
-            negatives=[Passage(tokens_of[x], x) for x in negatives.get(query_id, ())],
-            known=right,
+    triples = [
+        Triple(
+            data.collection.queries[query],
+            tuple(data.collection.corpus[document] for document in data.positives(query)),
+            tuple(negatives.get(query, ())),
+            tuple(filter(None, (expansions[query, sample] for sample in range(samples)))),
         )
-        for query_id, query, passage, document, text, right in zip(
-            ids, query_tokens, passages, document_tokens, documents, known, strict=True
-        )
+        for query in data.retriever_train
     ]
     start = models.retriever_params if start is None else start
     return train_retriever(
         run,
         models,
         start,
-        examples,
+        triple_examples(triples, models.encoder),
         config.contrastive,
         phase=phase,
         round_=round_,

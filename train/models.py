@@ -1,4 +1,4 @@
-"""Both models and where they run, built from a config once."""
+"""The models and where they run, built from a config once."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
-    """The pair that a run trains.
+class RetrieverModel:
+    """What step A uses.
 
     Attributes:
         mesh: The devices.
@@ -28,9 +28,6 @@ class Models:
         retriever_params: Its weights before any training.
         retriever_hash: sha256 of those weights.
         encoder: Texts to vectors.
-        generator: The language model, with its LoRA settings.
-        generator_params: Its frozen base weights, in the compute type.
-        generator_hash: sha256 of the base weights.
     """
 
     mesh: Mesh
@@ -38,9 +35,28 @@ class Models:
     retriever_params: Any
     retriever_hash: str
     encoder: TextEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorModel:
+    """What step B uses.
+
+    Attributes:
+        mesh: The devices.
+        generator: The language model, with its LoRA settings.
+        generator_params: Its frozen base weights, in the compute type.
+        generator_hash: sha256 of the base weights.
+    """
+
+    mesh: Mesh
     generator: Generator
     generator_params: Any
     generator_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Models(RetrieverModel, GeneratorModel):
+    """The pair that a run trains, on one mesh."""
 
 
 def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], None]) -> Models:
@@ -54,30 +70,28 @@ def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], Non
         UserError: A model cannot be found, read or verified, or the mesh does not fit.
     """
     mesh = make_mesh(**config.mesh)
+    retriever = load_retriever_model(config, mesh)
+    progress(1)
+    generator = load_generator_model(config, mesh)
+    progress(1)
+    return Models(**{**vars(retriever), **vars(generator)})
+
+
+def load_retriever_model(config: ml_collections.ConfigDict, mesh: Mesh) -> RetrieverModel:
+    """The config's retriever; errors as of `load_models`."""
     source = config.retriever
-    retriever, retriever_params = load_retriever(
+    retriever, params = load_retriever(
         source.source,
         max_length=source.max_length,
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,
     )
-    progress(1)
-    generator, generator_params = load_model_generator(config)
-    progress(1)
-    return Models(
-        mesh=mesh,
-        retriever=retriever,
-        retriever_params=retriever_params,
-        retriever_hash=hash_tree(retriever_params),
-        encoder=TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch),
-        generator=generator,
-        generator_params=generator_params,
-        generator_hash=hash_tree(generator_params),
-    )
+    encoder = TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch)
+    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
 
 
-def load_model_generator(config: ml_collections.ConfigDict) -> tuple[Generator, Any]:
-    """The generator with the config's LoRA settings, and its base in the compute type.
+def load_generator_model(config: ml_collections.ConfigDict, mesh: Mesh) -> GeneratorModel:
+    """The config's generator with its LoRA settings; errors as of `load_models`.
 
     The base never changes, so one copy in the compute type serves sampling and DPO alike.
     """
@@ -88,8 +102,9 @@ def load_model_generator(config: ml_collections.ConfigDict) -> tuple[Generator, 
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=lora, remat=source.remat)
     )
-    return generator, jax.tree_util.tree_map_with_path(
+    params = jax.tree_util.tree_map_with_path(
         # Norms compute in float32 and keep their scales so; products use the compute type only.
         lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype),
         params,
     )
+    return GeneratorModel(mesh, generator, params, hash_tree(params))

@@ -41,12 +41,11 @@ def _mine(
 ) -> None:
     config, ids = run.config.mining, data.retriever_train
     place = {document: row for row, document in enumerate(corpus.ids)}
-    judged = data.collection.qrels["train"]
-    right = [[place[d] for d, g in judged[q].items() if g > 0 and d in place] for q in ids]
+    right = [[place[document] for document in data.positives(query)] for query in ids]
     with run.progress("training queries encoded", len(ids)) as advance:
         queries = models.encoder.encode(params, data.queries(ids), "query", advance)
     scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
-    own = np.stack([corpus.vectors[place[data.positive(query)]] for query in ids])
+    own = corpus.vectors[[documents[0] for documents in right]]
     texts = [data.collection.corpus[document] for document in corpus.ids]
     mined = mine_negatives(
         scores,

@@ -1,6 +1,5 @@
 """Preference pairs as batches on the mesh, and what becomes of those held out."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import UserError
@@ -23,25 +21,8 @@ from expandr_jax.preference import (
 from expandr_jax.sharding import batch_sharding
 from expandr_jax.weights.adapter import export_adapter, load_adapter
 from train.export import base_name
-from train.models import Models
+from train.models import GeneratorModel
 from train.run import Run
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratorModel:
-    """The part of `Models` that step B uses.
-
-    Attributes:
-        mesh: The devices.
-        generator: The language model, with its LoRA settings.
-        generator_params: Its frozen base weights, in the compute type.
-        generator_hash: sha256 of the base weights.
-    """
-
-    mesh: Mesh
-    generator: Generator
-    generator_params: Any
-    generator_hash: str
 
 
 def tokenize_pairs(
@@ -83,9 +64,7 @@ class PairBatches:
         settings: Of the loss.
     """
 
-    def __init__(
-        self, run: Run, models: Models | GeneratorModel, batch_size: int, settings: DPOConfig
-    ):
+    def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: DPOConfig):
         self.run, self.models, self.batch_size = run, models, batch_size
         self.sharding = batch_sharding(models.mesh)
         module = models.generator.module
@@ -166,7 +145,7 @@ class DevPairs:
     def __init__(
         self,
         run: Run,
-        models: Models | GeneratorModel,
+        models: GeneratorModel,
         batches: PairBatches,
         pairs: Sequence[PreferencePair],
         round_: int,

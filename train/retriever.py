@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 from rich.console import Console
 
 from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
 from expandr_jax import metrics
-from expandr_jax.checkpoint import Checkpoints, hash_tree
+from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
@@ -41,35 +40,22 @@ from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
-from expandr_jax.models.retriever import Retriever
 from expandr_jax.search import build_index
 from expandr_jax.sharding import batch_divisor, batch_sharding, make_mesh, replicated
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.export import export_encoder, export_retriever
-from expandr_jax.weights.hf import load_retriever
 from train.early_stopping import train_with_dev
 from train.launch import define_config, define_workdir, launch
 from train.loop import fit
-from train.models import Models
+from train.models import RetrieverModel, load_retriever_model
 from train.run import Run
 
 TEXTS_AT_ONCE = 4096  # Tokenized in one call.
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrieverModel:
-    """A retriever without a generator; its attributes are those of `Models`."""
-
-    mesh: Mesh
-    retriever: Retriever
-    retriever_params: Any
-    retriever_hash: str
-    encoder: TextEncoder
-
-
 def train_retriever(
     run: Run,
-    models: Models | RetrieverModel,
+    models: RetrieverModel,
     params: Any,
     examples: Sequence[ContrastiveExample],
     config: ml_collections.ConfigDict,
@@ -208,7 +194,7 @@ def _hash_example(example: ContrastiveExample) -> str:
 
 def _check(
     config: ml_collections.ConfigDict,
-    models: Models | RetrieverModel,
+    models: RetrieverModel,
     params: Any,
     examples: Sequence[ContrastiveExample],
 ) -> None:
@@ -266,7 +252,7 @@ def train_on_triples(
         if dev is not None and "dev" not in dev.qrels:
             raise UserError(f"{config.data.dev}/qrels/dev.tsv: missing; it decides what is kept")
     with run.phase("models"):
-        models = load_retriever_model(config)
+        models = load_retriever_model(config, make_mesh(**config.mesh))
         examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:
@@ -305,19 +291,6 @@ def train_on_triples(
             write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
     console.print(f"retriever: {directory}", soft_wrap=True)
     run.close()
-
-
-def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
-    """Loads the config's retriever onto its mesh."""
-    mesh, source = make_mesh(**config.mesh), config.retriever
-    retriever, params = load_retriever(
-        source.source,
-        max_length=source.max_length,
-        compute_dtype=jnp.dtype(source.compute_dtype),
-        sha256=source.sha256,
-    )
-    encoder = TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch)
-    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
 
 
 def _read(run: Run) -> list[Triple]:
