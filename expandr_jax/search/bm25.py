@@ -1,11 +1,15 @@
 """BM25 over texts, by bm25s."""
 
+import logging
 from collections.abc import Sequence
 
 import bm25s
 import numpy as np
 
 from expandr_jax.errors import UserError
+
+# It sets itself to report every index that it builds.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 class Bm25Index:
