@@ -126,13 +126,18 @@ def get_config() -> ml_collections.ConfigDict:
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
-    dpo.loss = "sigmoid"  # "sigmoid", "hinge", "ipo" or "robust".
+    # "sigmoid", "hinge", "ipo" or "robust", of pairs; "reward-sft": each candidate's negative
+    # log-likelihood, by its share softmax(reward / reward_temperature) among its query's.
+    dpo.loss = "sigmoid"  # Of these, which is learned.
+    dpo.reward_temperature = (
+        0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
+    )
     dpo.beta = 0.1  # Strength of the tie to the base model.
     dpo.label_smoothing = 0.0  # Share of pairs taken to be the wrong way round.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
-    dpo.epochs = 2.0  # Passes over the pairs.
-    dpo.batch_size = 16  # Pairs a batch.
+    dpo.epochs = 2.0  # Passes over the pairs or candidates.
+    dpo.batch_size = 16  # Pairs or candidates a batch.
     dpo.accumulation = 1  # Batches an update, by their mean gradient.
     dpo.learning_rate = 2e-5  # Peak.
     dpo.warmup_steps = 0  # Updates from 0 to the peak.
@@ -140,7 +145,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
     dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
-    dpo.dev_share = 0.1  # Of the pairs, held out.
+    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries, held out.
     dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.

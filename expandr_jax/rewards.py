@@ -86,6 +86,35 @@ def passes_similarity_filter(
     return total.max(axis=-1) >= threshold
 
 
+def candidate_shares(
+    rewards: np.ndarray, usable: np.ndarray, temperature: float, least: float = 1e-3
+) -> np.ndarray:
+    """Share of each candidate in what is learned of its query: softmax(reward / temperature).
+
+    w_i = exp(r_i / T) / sum_j exp(r_j / T) over the query's usable candidates. As T falls to 0 the
+    best candidate alone is learned, with equal shares of those that tie; as it rises, all alike.
+
+    Args:
+        rewards: [..., candidates].
+        usable: [..., candidates] bool, False for a candidate that must not be learned.
+        temperature: T, above 0, in units of the reward.
+        least: A share below so much of the best one's is not worth its computation: it becomes 0.
+
+    Returns:
+        [..., candidates] float64, each query's summing to 1; all 0 where none is usable.
+
+    References:
+        Reward-weighted regression: Peters and Schaal, ICML 2007; with exponential weights Peng et
+        al., arXiv 1910.00177. EXSEARCH's M step, too, weighs what it learns by its reward.
+    """
+    rewards = np.where(usable, np.asarray(rewards, np.float64), -np.inf)
+    best = rewards.max(axis=-1, keepdims=True)
+    weights = np.exp((rewards - np.where(np.isfinite(best), best, 0.0)) / temperature)
+    weights[weights < least] = 0.0
+    total = weights.sum(axis=-1, keepdims=True)
+    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+
+
 def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None:
     """Indices of the chosen (highest reward) and rejected (lowest) candidate; lower index on ties.
 

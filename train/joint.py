@@ -21,6 +21,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
 from expandr_jax.search import build_index
 from expandr_jax.vector_file import encode_to_file
+from train.candidates import is_rewarded, rewarded_candidates
 from train.data import TrainingData, prepare_data
 from train.evaluation import Trained, evaluate
 from train.expansion import expansion_prompts, sample_texts
@@ -51,6 +52,7 @@ def train_joint(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     _check_server(config)
+    rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
     with run.phase("data"):
         data = prepare_data(run)
@@ -94,7 +96,9 @@ def train_joint(
         retrievers[name] = _retriever(run, models, data, name, params)
         corpus = retrievers[name]()[1]
         rows = make_preferences(run, models, adapter, params, corpus, data, round_)
-        with run.phase(f"DPO, round {round_}"):
+        with run.phase(f"{'reward-sft' if rewarded else 'DPO'}, round {round_}"):
+            if rewarded:
+                rows = rewarded_candidates(run, models, round_)
             adapter = train_generator(run, models, adapter, rows, round_=round_)
         adapters["trained" if name == "expandr" else name] = adapter
 
