@@ -120,9 +120,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
-    reward.corpus = 0.0  # Weight of 1 / rank of the document in the corpus; 0: not searched.
-    reward.query_weight = 0.5  # Of the query's own vector in that search.
-    reward.depth = 100  # Of that search; deeper counts 0.
+    reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
+    # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision": of all right ones.
+    reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
+    reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
+    reward.group_size = 64  # Documents drawn from the corpus beside the right ones of a query.
+    reward.group_sets = 4  # Draws of them whose nDCG is averaged.
+    reward.query_weight = 0.5  # Of the query's own vector in these rankings.
+    reward.depth = 100  # Of the search in the corpus; deeper counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.

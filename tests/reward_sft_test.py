@@ -255,9 +255,17 @@ def test_settings_that_do_not_exist_are_refused(path, tmp_path):
 @pytest.mark.slow
 def test_joint_training_learns_from_its_candidates(tmp_path):
     workdir = tmp_path / "run"
-    output = finish(start(workdir, "--config.dpo.loss=reward-sft"))
-    count = len(list(read_jsonl(workdir / "round-0" / "candidates.jsonl", {})))
-    assert f"{count} queries with candidates" in output
+    overrides = ["--config.dpo.loss=reward-sft", "--config.reward.corpus_measure=ndcg"]
+    overrides += ["--config.reward.group=0.5", "--config.reward.group_size=16"]
+    output = finish(start(workdir, *overrides))
+    queries = [row for _, row in read_jsonl(workdir / "round-0" / "candidates.jsonl", {})]
+    assert f"{len(queries)} queries with candidates" in output
+    terms = [c["reward_terms"] for row in queries for c in row["candidates"]]
+    assert all(set(term) == {"positive", "answer", "corpus", "group"} for term in terms)
+    assert len({term["group"] for term in terms}) > 5
+    totals = [t["positive"] + t["answer"] + t["corpus"] + 0.5 * t["group"] for t in terms]
+    found = [c["reward"] for row in queries for c in row["candidates"]]
+    np.testing.assert_allclose(found, totals)
     steps = metrics(workdir, "generator")
     assert "log_prob" in steps[0]
     assert "margin" not in steps[0]

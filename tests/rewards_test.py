@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expandr_jax import rewards
+from expandr_jax import metrics, rewards
 
 
 def test_ranks_of_a_worked_example():
@@ -41,6 +41,88 @@ def test_a_better_rank_never_scores_less():
 def test_rank_in_results():
     results = np.array([[5, 3, 1], [2, 4, 6], [7, 8, 9]])
     np.testing.assert_array_equal(rewards.rank_in_results(results, np.array([3, 2, 0])), [2, 1, 0])
+
+
+def test_ranks_of_several_documents():
+    results = np.array([[5, 3, 1], [2, 4, 6]])
+    documents = np.array([[1, 9, -1], [2, 6, 4]])
+    found = rewards.ranks_in_results(results, documents)
+    np.testing.assert_array_equal(found, [[3, 0, 0], [1, 3, 2]])
+
+
+def test_ndcg_and_average_precision_of_a_worked_example():
+    # Grade 2 at rank 3, grade 1 at rank 1, one of grade 1 not found, one place filled up.
+    rank, grades = np.array([3, 1, 0, 0]), np.array([2, 1, 1, 0])
+    ideal = 2 + 1 / np.log2(3) + 1 / 2
+    np.testing.assert_allclose(rewards.ndcg(rank, grades), (2 / 2 + 1) / ideal)
+    np.testing.assert_allclose(rewards.ndcg(rank, grades, cutoff=2), 1 / (2 + 1 / np.log2(3)))
+    np.testing.assert_allclose(rewards.average_precision(rank, grades > 0), (1 / 1 + 2 / 3) / 3)
+    assert rewards.ndcg(np.zeros(2), np.zeros(2)) == 0
+    assert rewards.average_precision(np.zeros(2), np.zeros(2, bool)) == 0
+
+
+def test_they_equal_ir_measures_of_the_same_rankings():
+    rng = np.random.default_rng(2)
+    results = np.stack([rng.permutation(40)[:20] for _ in range(30)])
+    documents = np.stack([rng.permutation(40)[:6] for _ in range(30)])
+    grades = rng.integers(0, 4, (30, 6))
+    run = {
+        f"q{q}": {f"d{d}": -float(i) for i, d in enumerate(row)} for q, row in enumerate(results)
+    }
+    qrels = {
+        f"q{q}": {f"d{d}": int(g) for d, g in zip(*row, strict=True)}
+        for q, row in enumerate(zip(documents, grades, strict=True))
+    }
+    expected = metrics.evaluate(run, qrels, ("ndcg", "ndcg@10", "map"))
+    rank = rewards.ranks_in_results(results, documents)
+    for name, values in (
+        ("ndcg", rewards.ndcg(rank, grades)),
+        ("ndcg@10", rewards.ndcg(rank, grades, cutoff=10)),
+        ("map", rewards.average_precision(rank, grades > 0)),
+    ):
+        np.testing.assert_allclose(values, list(expected[name].values()), atol=1e-9)
+
+
+@pytest.mark.parametrize("measure", ["ndcg", "ndcg, cut", "average precision"])
+def test_a_document_ranked_better_never_scores_less(measure):
+    """Each relevant document in turn changes places with one above it that is not relevant."""
+    functions = {
+        "ndcg": rewards.ndcg,
+        "ndcg, cut": lambda rank, grades: rewards.ndcg(rank, grades, cutoff=7),
+        "average precision": lambda rank, grades: rewards.average_precision(rank, grades > 0),
+    }
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        grades = rng.integers(1, 4, 4)
+        rank = rng.permutation(np.arange(1, 13))[:4]
+        rank[rng.random(4) < 0.2] = 0
+        better, moved = rank.copy(), rng.integers(4)
+        free = [r for r in range(1, 13) if r not in rank and (r < rank[moved] or not rank[moved])]
+        if not free:
+            continue
+        better[moved] = rng.choice(free)
+        value, improved = functions[measure](rank, grades), functions[measure](better, grades)
+        assert 0 <= value <= improved <= 1
+
+
+def test_group_ndcg_equals_a_plain_loop_and_moves_with_its_candidates():
+    rng = np.random.default_rng(4)
+    queries, documents = rng.normal(size=(2, 5, 8)), rng.normal(size=(2, 3, 20, 8))
+    grades = rng.integers(0, 3, (2, 3, 20)) * (rng.random((2, 3, 20)) < 0.2)
+    found = rewards.group_ndcg(queries, documents, grades)
+    for q in range(2):
+        for c in range(5):
+            values = []
+            for s in range(3):
+                order = np.argsort(-(documents[q, s] @ queries[q, c]))[:10]
+                gains = [grades[q, s, d] / np.log2(i + 2) for i, d in enumerate(order)]
+                best = np.sort(grades[q, s])[::-1][:10]
+                ideal = sum(g / np.log2(i + 2) for i, g in enumerate(best))
+                values.append(sum(gains) / ideal if ideal else 0.0)
+            np.testing.assert_allclose(found[q, c], np.mean(values))
+    order = rng.permutation(5)
+    moved = rewards.group_ndcg(queries[:, order], documents, grades)
+    np.testing.assert_allclose(moved, found[:, order])
 
 
 def test_total_reward_weighs_its_terms():

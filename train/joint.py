@@ -33,6 +33,7 @@ from train.negatives import mine_training_negatives
 from train.preferences import Corpus, make_preferences
 from train.retriever import train_retriever, triple_examples
 from train.run import Run
+from train.search_rewards import check_rewards
 
 
 def train_joint(
@@ -52,6 +53,7 @@ def train_joint(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     _check_server(config)
+    check_rewards(config)
     rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
     with run.phase("data"):

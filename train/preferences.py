@@ -16,6 +16,7 @@ from train.data import TrainingData
 from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
 from train.run import Run
+from train.search_rewards import corpus_reward, group_reward, judged_documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _score(
         "positive": rewards.reciprocal_rank(rank_positive),
         "answer": rewards.reciprocal_rank(rank_answer),
     }
-    if config.reward.corpus > 0:
+    if config.reward.corpus > 0 or config.reward.group > 0:
         fused = expanded_query(
             np.repeat(query_vectors, count, axis=0),
             candidate_vectors.reshape(len(flat), 1, -1),
@@ -165,11 +166,17 @@ def _score(
             query_weight=config.reward.query_weight,
             normalize=config.contrastive.normalize,
         )
-        _, found = corpus.index.search(np.asarray(fused), config.reward.depth)
-        rank = rewards.rank_in_results(found, np.repeat(positives, count))
-        terms["corpus"] = rewards.reciprocal_rank(rank).reshape(len(queries), count)
+        fused = np.asarray(fused).reshape(len(queries), count, -1)
+        judged = judged_documents(data, queries, place)
+        if config.reward.corpus > 0:
+            terms["corpus"] = corpus_reward(config, corpus.index, fused, judged)
+        if config.reward.group > 0:
+            terms["group"] = group_reward(config, corpus.vectors, fused, judged)
     weights = rewards.RewardWeights(
-        positive=config.reward.positive, answer=config.reward.answer, corpus=config.reward.corpus
+        positive=config.reward.positive,
+        answer=config.reward.answer,
+        corpus=config.reward.corpus,
+        group=config.reward.group,
     )
     total = rewards.total_reward(terms, weights)
     return [
