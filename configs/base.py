@@ -92,6 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.margin_mse_weight = 0.0  # Of squared errors of the teacher's score margins.
     contrastive.kl_weight = 0.0  # Of the divergence from the teacher's distribution.
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
+    contrastive.invariance_weight = 0.0  # Of what expansion changes in a query's ranking, as KL.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Steps between evaluations, where train.retriever has data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
