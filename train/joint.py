@@ -233,7 +233,13 @@ def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any
     path = run.path("work", "vectors", f"{name}.npy")
     with run.progress(f"{name}: documents encoded", len(texts)) as advance:
         vectors = encode_to_file(
-            path, models.encoder, params, texts.values(), "document", progress=advance
+            path,
+            models.encoder,
+            params,
+            texts.values(),
+            "document",
+            dtype=run.config.retriever.vectors,
+            progress=advance,
         )
     return Corpus(list(texts), vectors, build_index(vectors, **run.config.search))
 

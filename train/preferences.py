@@ -12,6 +12,7 @@ from expandr_jax.fusion import expanded_query
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from expandr_jax.search import Index
+from expandr_jax.stored_vectors import StoredVectors
 from train.data import TrainingData
 from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
@@ -25,12 +26,12 @@ class Corpus:
 
     Attributes:
         ids: Document ids, in the order of the index.
-        vectors: [documents, dim] float32.
+        vectors: [documents, dim], float32 when indexed or stored in less.
         index: Search over the vectors.
     """
 
     ids: list[str]
-    vectors: np.ndarray
+    vectors: np.ndarray | StoredVectors
     index: Index
 
 
