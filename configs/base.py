@@ -36,6 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
+    retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
     retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
 
     config.generator = generator = ml_collections.ConfigDict()
@@ -92,6 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.margin_mse_weight = 0.0  # Of squared errors of the teacher's score margins.
     contrastive.kl_weight = 0.0  # Of the divergence from the teacher's distribution.
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
+    contrastive.invariance_weight = 0.0  # Of what expansion changes in a query's ranking, as KL.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Steps between evaluations, where train.retriever has data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
@@ -120,19 +122,29 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
-    reward.corpus = 0.0  # Weight of 1 / rank of the document in the corpus; 0: not searched.
-    reward.query_weight = 0.5  # Of the query's own vector in that search.
-    reward.depth = 100  # Of that search; deeper counts 0.
+    reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
+    # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision": of all right ones.
+    reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
+    reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
+    reward.group_size = 64  # Documents drawn from the corpus beside the right ones of a query.
+    reward.group_sets = 4  # Draws of them whose nDCG is averaged.
+    reward.query_weight = 0.5  # Of the query's own vector in these rankings.
+    reward.depth = 100  # Of the search in the corpus; deeper counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
-    dpo.loss = "sigmoid"  # "sigmoid", "hinge", "ipo" or "robust".
+    # "sigmoid", "hinge", "ipo" or "robust", of pairs; "reward-sft": each candidate's negative
+    # log-likelihood, by its share softmax(reward / reward_temperature) among its query's.
+    dpo.loss = "sigmoid"  # Of these, which is learned.
+    dpo.reward_temperature = (
+        0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
+    )
     dpo.beta = 0.1  # Strength of the tie to the base model.
     dpo.label_smoothing = 0.0  # Share of pairs taken to be the wrong way round.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
-    dpo.epochs = 2.0  # Passes over the pairs.
-    dpo.batch_size = 16  # Pairs a batch.
+    dpo.epochs = 2.0  # Passes over the pairs or candidates.
+    dpo.batch_size = 16  # Pairs or candidates a batch.
     dpo.accumulation = 1  # Batches an update, by their mean gradient.
     dpo.learning_rate = 2e-5  # Peak.
     dpo.warmup_steps = 0  # Updates from 0 to the peak.
@@ -140,7 +152,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
     dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
-    dpo.dev_share = 0.1  # Of the pairs, held out.
+    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries, held out.
     dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.

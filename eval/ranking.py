@@ -31,6 +31,7 @@ from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
 from expandr_jax.search import Bm25Index, Index, build_index
 from expandr_jax.sharding import make_mesh
+from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
 from train.expansion import Prompt, sample_texts
 from train.models import Models, RetrieverModel, load_models, load_retriever_model
@@ -152,14 +153,17 @@ class Ranker:
         return Bm25Index(list(self.collection.corpus.values()))
 
     @functools.cached_property
-    def _vectors(self) -> np.ndarray:
+    def _vectors(self) -> np.ndarray | StoredVectors:
         """[documents, dim], memory-mapped."""
+        dtype = self._run.config.retriever.vectors
         texts = self.collection.corpus.values()
         path = self._directory / "work" / "vectors.npy"
         model = self._models.retriever
         encoder, params = model.encoder, model.retriever_params
         with self._run.progress("documents encoded", len(texts)) as advance:
-            return encode_to_file(path, encoder, params, texts, "document", progress=advance)
+            return encode_to_file(
+                path, encoder, params, texts, "document", dtype=dtype, progress=advance
+            )
 
     @functools.cached_property
     def _index(self) -> Index:

@@ -26,6 +26,7 @@ from expandr_jax.generation.engine import Engine, Request
 from expandr_jax.prompts import strip_lead_in
 from expandr_jax.search import build_index
 from expandr_jax.sharding import make_mesh
+from expandr_jax.stored_vectors import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.expansion import expansion_text
 from train.launch import define_workdir, launch
@@ -66,7 +67,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         )
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
-        vectors = np.load(workdir / "work" / "vectors" / "expandr.npy", mmap_mode="r")
+        vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
         index = build_index(vectors, **config.search)
     with step("write passages"):
         settings = config.generator

@@ -7,6 +7,7 @@ parameters.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from expandr_jax.fusion import Normalize, expanded_query
 from expandr_jax.losses import (
     distillation_kl,
     info_nce,
+    invariance_kl,
     margin_mse,
     matryoshka,
     symmetric_info_nce,
@@ -45,6 +47,7 @@ class ContrastiveConfig:
         margin_mse_weight: Weight of margin-MSE against the teacher's scores.
         kl_weight: Weight of the divergence from the teacher's distribution.
         teacher_temperature: Divides the teacher's scores in that divergence.
+        invariance_weight: Weight of the divergence of plain from expanded queries' rankings.
         dimensions: Matryoshka dimensions; none: whole vectors.
         micro_batch: Texts whose graph is in memory at once; divides the rows of the batch. 0: all.
     """
@@ -58,6 +61,7 @@ class ContrastiveConfig:
     margin_mse_weight: float = 0.0
     kl_weight: float = 0.0
     teacher_temperature: float = 1.0
+    invariance_weight: float = 0.0
     dimensions: tuple[int, ...] = ()
     micro_batch: int = 0
 
@@ -303,21 +307,25 @@ def _loss_of_vectors(
     config: ContrastiveConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     query, positive, negative = (vectors.get(tower) for tower in TOWERS[:3])
+    plain = None
     if "present" in batch:
         rows, samples = batch["present"].shape
-        query = expanded_query(
+        expand = functools.partial(
+            expanded_query,
             query,
             vectors["expansion"].reshape(rows, samples, -1),
-            batch["present"],
             query_weight=config.query_weight,
             normalize=config.normalize,
         )
+        query = expand(batch["present"])
+        if config.invariance_weight:
+            plain = expand(jnp.zeros_like(batch["present"]))
     temperature, metrics = config.temperature, {}
     if log_temperature is not None:
         temperature = jnp.maximum(jnp.exp(log_temperature), LEAST_TEMPERATURE)
         metrics["temperature"] = temperature
 
-    def losses(query, positive, negative):
+    def losses(query, positive, negative, plain):
         contrast = symmetric_info_nce if config.symmetric else info_nce
         total = config.info_nce_weight * contrast(
             query, positive, negative, temperature=temperature, excluded=batch["excluded"]
@@ -332,12 +340,17 @@ def _loss_of_vectors(
             total += config.kl_weight * distillation_kl(
                 student / temperature, teacher / config.teacher_temperature, given
             )
+        if plain is not None:
+            passages = positive if negative is None else jnp.concatenate([positive, negative])
+            total += config.invariance_weight * invariance_kl(
+                query, plain, passages, temperature=temperature, excluded=batch["excluded"]
+            )
         return total
 
     if config.dimensions:
-        loss = matryoshka(losses, config.dimensions, query, positive, negative)
+        loss = matryoshka(losses, config.dimensions, query, positive, negative, plain)
     else:
-        loss = losses(query, positive, negative)
+        loss = losses(query, positive, negative, plain)
     own = jax.lax.stop_gradient(
         info_nce(query, positive, negative, temperature=temperature, excluded=batch["excluded"])
     )

@@ -196,6 +196,46 @@ def distillation_kl(student: jax.Array, teacher: jax.Array, given: jax.Array) ->
     return jnp.sum(jnp.where(given, jnp.exp(teacher) * (teacher - student), 0.0), axis=-1)
 
 
+def invariance_kl(
+    expanded: jax.Array,
+    plain: jax.Array,
+    passages: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    excluded: jax.Array | None = None,
+) -> jax.Array:
+    """How far a query's ranking of the batch's passages changes by being expanded.
+
+    KL(P || Q) in float32, where P = softmax(q_exp.p / tau) and Q = softmax(q.p / tau) over the
+    passages. Both are variants of one query: gradients go through both.
+
+    Args:
+        expanded: [batch, dim].
+        plain: [batch, dim] the same queries.
+        passages: [count, dim], each query's positive at its own row.
+        temperature: tau.
+        excluded: [batch, count] bool as for `info_nce`: passages that a query is not compared with.
+
+    Returns:
+        [batch] losses.
+
+    References:
+        The invariance term of Invar-RAG, arXiv 2411.07021, between the rankings of a query's
+        variants.
+    """
+    passages = passages.astype(jnp.float32)
+    by_plain, by_expanded = (
+        jnp.matmul(q.astype(jnp.float32), passages.T, precision=jax.lax.Precision.HIGHEST)
+        / temperature
+        for q in (plain, expanded)
+    )
+    given = jnp.ones(by_plain.shape, bool)
+    if excluded is not None:
+        own = jnp.arange(given.shape[1])[None, :] == jnp.arange(given.shape[0])[:, None]
+        given = ~excluded | own
+    return distillation_kl(by_plain, by_expanded, given)
+
+
 def matryoshka(
     loss: Callable[..., jax.Array], dimensions: Sequence[int], *vectors: jax.Array | None
 ) -> jax.Array:

@@ -5,7 +5,8 @@ response sees the other. Logits exist only for response tokens, a chunk at a tim
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,28 +53,37 @@ class PreferencePair:
 
 
 def pack(pairs: Sequence[PreferencePair], pad_id: int) -> dict[str, np.ndarray]:
-    """Arrays of a batch of pairs, each in one row.
+    """Arrays of a batch of pairs, each in one row: `pack_rows` of CHOSEN and REJECTED."""
+    return pack_rows([(p.prompt, {CHOSEN: p.chosen, REJECTED: p.rejected}) for p in pairs], pad_id)
+
+
+def pack_rows(
+    rows: Sequence[tuple[Sequence[int], Mapping[int, Sequence[int]]]], pad_id: int
+) -> dict[str, np.ndarray]:
+    """Arrays of a batch of prompts, each in one row with its responses by segment.
 
     Returns:
-        "tokens", "positions", "segments" [batch, length]: both responses continue the prompt's
+        "tokens", "positions", "segments" [batch, length]: all responses continue the prompt's
         positions. "sources", "targets", "responses" [batch, response tokens]: the place whose
         hidden state predicts each response token, the token, and its segment. int32.
     """
-    rows = len(pairs)
-    length = bucket_length(max(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs))
-    width = bucket_length(max(len(p.chosen) + len(p.rejected) for p in pairs))
-    batch = {name: np.zeros((rows, length), np.int32) for name in ("positions", "segments")}
-    batch["tokens"] = np.full((rows, length), pad_id, np.int32)
+    widths = [sum(map(len, responses.values())) for _, responses in rows]
+    width = bucket_length(max(widths))
+    length = bucket_length(
+        max(len(prompt) + own for (prompt, _), own in zip(rows, widths, strict=True))
+    )
+    shape = len(rows), length
+    batch = {name: np.zeros(shape, np.int32) for name in ("positions", "segments")}
+    batch["tokens"] = np.full(shape, pad_id, np.int32)
     batch["segments"][:] = PADDING
-    batch |= {name: np.zeros((rows, width), np.int32) for name in ("sources", "targets")}
-    batch["responses"] = np.full((rows, width), PADDING, np.int32)
-    for row, pair in enumerate(pairs):
-        prompt = len(pair.prompt)
-        end = prompt
-        batch["tokens"][row, :prompt] = pair.prompt
+    batch |= {name: np.zeros((len(rows), width), np.int32) for name in ("sources", "targets")}
+    batch["responses"] = np.full((len(rows), width), PADDING, np.int32)
+    for row, (tokens, responses) in enumerate(rows):
+        end = prompt = len(tokens)
+        batch["tokens"][row, :prompt] = tokens
         batch["positions"][row, :prompt] = np.arange(prompt)
         batch["segments"][row, :prompt] = PROMPT
-        for segment, response in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+        for segment, response in responses.items():
             place = slice(end, end + len(response))
             batch["tokens"][row, place] = response
             batch["positions"][row, place] = prompt + np.arange(len(response))
@@ -115,6 +125,25 @@ def response_log_probs(
     Returns:
         (chosen, rejected, chosen tokens, rejected tokens), [batch] float32 each.
     """
+    log_probs = packed_log_probs(module, variables, batch, chunk=chunk, dropout_key=dropout_key)
+    responses = batch["responses"]
+    sums = [jnp.sum(jnp.where(responses == s, log_probs, 0.0), axis=1) for s in (CHOSEN, REJECTED)]
+    counts = [jnp.sum(responses == s, axis=1).astype(jnp.float32) for s in (CHOSEN, REJECTED)]
+    return sums[0], sums[1], counts[0], counts[1]
+
+
+def packed_log_probs(
+    module: Decoder,
+    variables: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    chunk: int,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """log p of each of the batch's "targets", [batch, response tokens]; see `response_log_probs`.
+
+    At padding the values mean nothing.
+    """
     hidden = module.apply(
         variables,
         batch["tokens"],
@@ -124,11 +153,7 @@ def response_log_probs(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
-    log_probs = _chunked_log_probs(module, variables, hidden, batch["targets"], chunk)
-    responses = batch["responses"]
-    sums = [jnp.sum(jnp.where(responses == s, log_probs, 0.0), axis=1) for s in (CHOSEN, REJECTED)]
-    counts = [jnp.sum(responses == s, axis=1).astype(jnp.float32) for s in (CHOSEN, REJECTED)]
-    return sums[0], sums[1], counts[0], counts[1]
+    return _chunked_log_probs(module, variables, hidden, batch["targets"], chunk)
 
 
 def _chunked_log_probs(module, variables, hidden, targets, chunk):
@@ -201,22 +226,43 @@ def dpo_values(
 
 def dpo_loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Means of `dpo_values`, with its arguments."""
-    losses, metrics = dpo_values(*args, **kwargs)
+    return _means(dpo_values, *args, **kwargs)
+
+
+def _means(
+    values: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], *args: Any, **kwargs: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    losses, metrics = values(*args, **kwargs)
     return jnp.mean(losses), {name: jnp.mean(value) for name, value in metrics.items()}
 
 
-def dpo_step(
+def adapter_step(
     state: TrainState,
     params: Any,
     batch: Mapping[str, jax.Array],
     key: jax.Array,
     *,
+    values: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
     module: Decoder,
-    config: DPOConfig,
+    config: Any,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One batch's part in an update of the adapter; dropout is drawn from (key, step)."""
-    (loss, metrics), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
+    """One batch's part in an update of the adapter; dropout is drawn from (key, step).
+
+    Args:
+        state: The adapter and its optimizer's state.
+        params: The frozen base.
+        batch: What `values` takes.
+        key: Of the dropout.
+        values: The objective: `dpo_values` or `reward_sft.sft_values`.
+        module: The decoder, with its LoRA settings.
+        config: The objective's settings.
+        optimizer: Of the state.
+
+    Returns:
+        The state after it, and the batch's mean figures.
+    """
+    (loss, metrics), grads = jax.value_and_grad(functools.partial(_means, values), has_aux=True)(
         state.params,
         params,
         batch,
@@ -226,3 +272,7 @@ def dpo_step(
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     return state.apply(grads, optimizer), metrics
+
+
+# (state, params, batch, key, *, module, config, optimizer) -> (state, figures), of `DPOConfig`.
+dpo_step = functools.partial(adapter_step, values=dpo_values)

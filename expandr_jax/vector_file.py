@@ -13,8 +13,14 @@ from expandr_jax.checkpoint import hash_tree
 from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
-
-DTYPES = ("float32", "float16")
+from expandr_jax.stored_vectors import (
+    DTYPES,
+    StoredVectors,
+    from_storage,
+    open_vectors,
+    storage_type,
+    to_storage,
+)
 
 
 def encode_to_file(
@@ -27,7 +33,7 @@ def encode_to_file(
     dtype: str = "float32",
     block: int = 16384,
     progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
+) -> np.ndarray | StoredVectors:
     """Encodes a stream of texts to a .npy file, with one block of texts in memory at a time.
 
     The same call goes on, after a kill, with the block it was at. PATH.jsonl has a line for each
@@ -40,20 +46,21 @@ def encode_to_file(
         params: The retriever's parameters.
         texts: The same ones in the same order when it is called again.
         kind: Decides the prompt that is put before each text.
-        dtype: "float32", or "float16": half the space, and scores right to three digits. bfloat16
-            is not offered, as .npy has no such type.
+        dtype: "float32"; "float16" or "bfloat16": half the space, and components right to three
+            or two digits; "int8": a quarter, with a scale for each vector. An index reads each as
+            float32.
         block: Texts between two writes; they are sorted by length within a block.
         progress: Called with the number of texts done since its last call.
 
     Returns:
-        [texts, dim], memory-mapped.
+        [texts, dim], memory-mapped; see `stored_vectors`.
 
     Raises:
         UserError: The file cannot be written or is damaged, or was begun with other weights, texts
             or settings; there are no texts; or a vector is not finite.
     """
     if dtype not in DTYPES:
-        raise UserError(f"{path}: vectors of type {dtype!r}; expected {' or '.join(DTYPES)}")
+        raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(DTYPES)}")
     path = pathlib.Path(path)
     journal = Journal(f"{path}.jsonl")
     retriever = encoder.retriever
@@ -74,7 +81,7 @@ def encode_to_file(
                         vectors = encoder.encode(params, chunk, kind, progress)
                     except UserError as error:
                         raise UserError(f"{path}, texts from {first}: {error}") from None
-                    _append(file, journal, vectors.astype(dtype))
+                    _append(file, journal, vectors, dtype)
                     row = {"rows": len(chunk), "width": vectors.shape[1]}
                     journal.append([{"identity": identity, "texts": digest, **row}])
                 _write_header(file, journal, dtype)
@@ -83,7 +90,7 @@ def encode_to_file(
             raise UserError(f"{part}: cannot be written: {error.strerror}") from error
     if not journal.finished:
         journal.finish()
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return open_vectors(path)
 
 
 def _missing_blocks(path, texts, size, journal, progress):
@@ -109,37 +116,40 @@ def _missing_blocks(path, texts, size, journal, progress):
         raise UserError(f"{path}: no texts to encode; expected at least one")
 
 
-def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray) -> None:
+def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -> None:
     """Writes vectors behind those of the journal's rows, over what a kill left there."""
-    if not np.isfinite(vectors).all():
-        raise UserError(f"{journal.path}: a vector is too long for {vectors.dtype}; use float32")
+    with np.errstate(over="ignore"):
+        stored = to_storage(vectors, dtype)
+    if not np.isfinite(from_storage(stored)[:]).all():
+        raise UserError(f"{journal.path}: a vector is too long for {dtype}; use float32")
     rows = sum(row["rows"] for row in journal.rows)
-    header = _header(vectors.dtype, 0, vectors.shape[1])
-    end = len(header) + rows * vectors.shape[1] * vectors.itemsize
+    header = _header(dtype, 0, vectors.shape[1])
+    end = len(header) + rows * stored[:1].nbytes
     if rows == 0:
         file.write(header)
     if os.fstat(file.fileno()).st_size < end and rows:
         raise UserError(f"{file.name}: is shorter than {journal.path.name} says; remove both")
     file.seek(end)
     file.truncate()
-    file.write(np.ascontiguousarray(vectors).data)
+    file.write(np.ascontiguousarray(stored).data.cast("B"))
     file.flush()
     os.fsync(file.fileno())
 
 
 def _write_header(file: BinaryIO, journal: Journal, dtype: str) -> None:
     rows = sum(row["rows"] for row in journal.rows)
-    header = _header(np.dtype(dtype), rows, journal.rows[0]["width"])
+    header = _header(dtype, rows, journal.rows[0]["width"])
     file.seek(0)
     file.write(header)
     file.flush()
     os.fsync(file.fileno())
 
 
-def _header(dtype: np.dtype, rows: int, width: int) -> bytes:
+def _header(dtype: str, rows: int, width: int) -> bytes:
     """A .npy header; its length does not depend on the number of rows."""
+    kind, row = storage_type(dtype, width)
     buffer = io.BytesIO()
-    shape = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-             "shape": (rows, width)}  # fmt: skip
+    shape = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False,
+             "shape": (rows, *row)}  # fmt: skip
     np.lib.format.write_array_header_1_0(buffer, shape)
     return buffer.getvalue()

@@ -48,6 +48,7 @@ EVERYTHING = ContrastiveConfig(
     margin_mse_weight=0.3,
     kl_weight=0.5,
     teacher_temperature=2.0,
+    invariance_weight=0.7,
     dimensions=(8, 32),
 )
 
@@ -124,6 +125,36 @@ def test_expanded_queries_equal_the_formula_in_pytorch(tiny, peer, preset):
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
     check_gradients(peer, grads)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_the_invariance_term_equals_pytorch(tiny, peer, micro_batch):
+    """The divergence of the plain queries' distribution over documents from the expanded ones'."""
+    retriever, params = tiny
+    config = ContrastiveConfig(
+        temperature=0.1, query_weight=0.5, normalize="both", info_nce_weight=0.0,
+        invariance_weight=0.7, micro_batch=micro_batch,
+    )  # fmt: skip
+    batch = batch_of(retriever, 1)
+    (loss, _), grads = contrastive_gradients(params, batch, retriever=retriever, config=config)
+
+    peer.zero_grad()
+    queries, documents = embed(peer, QUERIES), embed(peer, DOCUMENTS)
+    passages = embed(peer, [texts[0] if texts else "x" for texts in PASSAGES])
+    empty = torch.tensor([[not texts] for texts in PASSAGES])
+    mixed = torch.nn.functional.normalize(torch.where(empty, queries, queries + passages), dim=-1)
+    expanded, plain = (torch.log_softmax(q @ documents.T / 0.1, -1) for q in (mixed, queries))
+    each = torch.nn.functional.kl_div(plain, expanded, log_target=True, reduction="none").sum(-1)
+    assert each[2] == 0  # It has no expansion.
+    expected = 0.7 * each.mean()
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), atol=1e-5)
+    check_gradients(peer, grads)
+    assert peer[0].auto_model.embeddings.word_embeddings.weight.grad.abs().max() > 1e-2
+    without = dataclasses.replace(config, invariance_weight=0.0)
+    assert contrastive_loss(params, batch, retriever=retriever, config=without)[0] == 0
+    plain_batch = batch_of(retriever, 0)
+    assert contrastive_loss(params, plain_batch, retriever=retriever, config=config)[0] == 0
 
 
 def test_a_step_lowers_the_loss_and_keeps_the_caller_s_weights(tiny):

@@ -20,6 +20,7 @@ from expandr_jax.losses import (
     distillation_kl,
     dpo,
     info_nce,
+    invariance_kl,
     margin_mse,
     matryoshka,
     symmetric_info_nce,
@@ -102,6 +103,34 @@ def test_symmetric_info_nce_leaves_out_a_pair_both_ways():
     back = numpy_info_nce(positives, queries, queries[:0], 0.1, excluded.T)
     forward = numpy_info_nce(queries, positives, positives[:0], 0.1, excluded)
     np.testing.assert_allclose(ours, (forward + back) / 2, atol=1e-5)
+
+
+def test_invariance_of_a_worked_example():
+    # The expanded query ranks the two passages 3 to 1, the plain one evenly.
+    passages = jnp.eye(2)
+    expanded, plain = jnp.array([[math.log(3), 0.0]]), jnp.zeros((1, 2))
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    np.testing.assert_allclose(invariance_kl(expanded, plain, passages), [expected], rtol=1e-6)
+    np.testing.assert_allclose(invariance_kl(plain, plain, passages), [0], atol=1e-7)
+    only_own = invariance_kl(expanded, plain, passages, excluded=jnp.array([[True, True]]))
+    np.testing.assert_allclose(only_own, [0], atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_invariance_equals_its_numpy_twin(temperature):
+    expanded, plain, passages = vectors(0, 6, 16), vectors(1, 6, 16), vectors(2, 15, 16)
+    excluded = np.random.default_rng(3).random((6, 15)) < 0.3
+    twin = []
+    for i in range(6):
+        kept = [j for j in range(15) if j == i or not excluded[i, j]]
+        logs = []
+        for query in (expanded[i], plain[i]):
+            scores = passages[kept].astype(np.float64) @ query.astype(np.float64) / temperature
+            logs.append(scores - scores.max() - np.log(np.exp(scores - scores.max()).sum()))
+        twin.append(np.sum(np.exp(logs[0]) * (logs[0] - logs[1])))
+    ours = invariance_kl(expanded, plain, passages, temperature=temperature, excluded=excluded)
+    np.testing.assert_allclose(ours, twin, rtol=1e-4, atol=1e-5)
+    assert min(twin) > 0
 
 
 def scores_and_teacher():

@@ -3,12 +3,15 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
+from expandr_jax.search import build_index, fingerprint
 from expandr_jax.sharding import make_mesh
+from expandr_jax.stored_vectors import from_storage, to_storage
 from expandr_jax.vector_file import encode_to_file
 from expandr_jax.weights.hf import load_retriever
 
@@ -40,6 +43,52 @@ def test_it_holds_the_vectors_of_encode(tiny, expected, tmp_path):
     np.testing.assert_array_equal(half, expected.astype(np.float16))
 
 
+def test_smaller_types_keep_cosines_and_space(tiny, expected, tmp_path):
+    queries = np.random.default_rng(0).normal(size=(20, expected.shape[1])).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    exact = queries.astype(np.float64) @ expected.T.astype(np.float64)
+    greatest = np.abs(expected).max(axis=1)
+    errors = {
+        # Half a unit in the last of 8 binary digits, of every product.
+        "bfloat16": 2.0**-9 * (np.abs(queries) @ np.abs(expected).T),
+        # Half a step, which is the greatest component over 127, of every component.
+        "int8": np.abs(queries).sum(axis=1)[:, None] * greatest / 127 / 2,
+    }
+    sizes = {}
+    for dtype, bound in errors.items():
+        found = write(tiny, tmp_path / f"{dtype}.npy", dtype=dtype)
+        assert found.shape == expected.shape
+        scores, indices = build_index(found, "exact").search(queries, len(TEXTS))
+        assert scores.dtype == np.float32
+        wanted = np.take_along_axis(exact, indices.astype(np.int64), axis=1)
+        limit = np.take_along_axis(bound, indices.astype(np.int64), axis=1)
+        assert (np.abs(scores - wanted) <= limit + 1e-6).all()
+        assert (np.abs(scores - wanted) > 1e-6).any()
+        assert limit.max() < 0.03
+        sizes[dtype] = (tmp_path / f"{dtype}.npy").stat().st_size - 128
+    width = expected.shape[1]
+    assert sizes == {"bfloat16": 2 * width * len(TEXTS), "int8": (4 + width) * len(TEXTS)}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_stored_vectors_are_indexed_like_an_array(expected, dtype):
+    stored = from_storage(to_storage(expected, dtype))
+    whole = np.asarray(stored)
+    assert whole.dtype == np.float32
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(whole, expected.astype(jnp.bfloat16).astype(np.float32))
+    else:  # A row at a time, by the definition.
+        for row, vector in zip(whole, expected, strict=True):
+            step = np.abs(vector).max() / np.float32(127)
+            np.testing.assert_allclose(row, np.round(vector / step) * step, rtol=1e-6)
+    for rows in (3, slice(2, 5), np.array([4, 0]), np.array([[1, 2], [3, 0]]), [2, 1]):
+        np.testing.assert_array_equal(stored[rows], whole[rows])
+    assert len(stored) == len(expected)
+    assert fingerprint(stored) == fingerprint(whole)
+    zero = to_storage(np.zeros((1, 4), np.float32), dtype)
+    np.testing.assert_array_equal(from_storage(zero)[:], np.zeros((1, 4)))
+
+
 def test_texts_are_read_a_block_at_a_time(tiny, expected, tmp_path):
     path, seen = tmp_path / "v.npy", []
 
@@ -64,7 +113,11 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 @pytest.mark.parametrize("half_written", [False, True])
-def test_killed_in_a_block_it_goes_on(tiny, expected, tmp_path, monkeypatch, block, half_written):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_killed_in_a_block_it_goes_on(
+    tiny, expected, tmp_path, monkeypatch, block, half_written, dtype
+):
+    expected = np.asarray(from_storage(to_storage(expected, dtype)))
     path, encoder, calls = tmp_path / "v.npy", tiny[0], []
     encode = encoder.encode
 
@@ -77,23 +130,25 @@ def test_killed_in_a_block_it_goes_on(tiny, expected, tmp_path, monkeypatch, blo
     with monkeypatch.context() as patch:
         patch.setattr(encoder, "encode", until_killed)
         with pytest.raises(Killed):
-            write(tiny, path)
+            write(tiny, path, dtype=dtype)
     assert not path.exists()
     if half_written:
         with open(tmp_path / "v.npy.part", "ab") as file:
             file.write(b"\xff" * 77)
-    np.testing.assert_array_equal(write(tiny, path), expected)
-    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+    np.testing.assert_array_equal(write(tiny, path, dtype=dtype), expected)
+    np.testing.assert_array_equal(write(tiny, path, never(), dtype=dtype), expected)
     (tmp_path / "v.npy.jsonl").rename(tmp_path / "v.npy.jsonl.part")  # Killed at the very end.
-    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+    np.testing.assert_array_equal(write(tiny, path, never(), dtype=dtype), expected)
+    with pytest.raises(UserError, match="other weights or settings"):
+        write(tiny, path, dtype="float16")
 
 
 def test_what_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
     path, (encoder, params) = tmp_path / "v.npy", tiny
     with pytest.raises(UserError, match="no texts"):
         write(tiny, path, [])
-    with pytest.raises(UserError, match="float32 or float16"):
-        write(tiny, path, dtype="int8")
+    with pytest.raises(UserError, match="float32, float16, bfloat16, int8"):
+        write(tiny, path, dtype="int4")
 
     def stream():
         yield from TEXTS[:5]

@@ -1,10 +1,11 @@
-"""Trains the generator's adapter by DPO on preference pairs.
+"""Trains the generator's adapter by DPO on preference pairs, or on candidates by their rewards.
 
     python -m train.generator --config=configs/dpo.py --workdir=DIR \\
         --config.data.path=preferences.jsonl
 
-trains it alone, on any file in TRL's formats; `train.joint` calls the same function. The same
-command again continues where it stopped.
+trains it alone, on any file in TRL's formats; `train.joint` calls the same function. With
+--config.dpo.loss=reward-sft the file is a candidates.jsonl, or {"prompt", "candidates": [{"text",
+"reward"}]} a line. The same command again continues where it stopped.
 """
 
 import functools
@@ -25,10 +26,18 @@ from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.preference import DPOConfig, dpo_step
+from expandr_jax.preference import DPOConfig, adapter_step
+from expandr_jax.reward_sft import RewardSftConfig
 from expandr_jax.sharding import batch_divisor, make_mesh, replicated
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
+from train.candidates import (
+    CandidateBatches,
+    counted,
+    is_rewarded,
+    rewarded_rows,
+    tokenize_candidates,
+)
 from train.export import base_name
 from train.launch import define_config, define_workdir, launch
 from train.loop import fit
@@ -52,7 +61,7 @@ def train_generator(
             checkpoints/generator-R, and the best adapter to round-R/best-adapter.
         models: The generator and mesh.
         adapter: The adapter to start from; None starts a new one.
-        rows: Preference rows, as in preferences.jsonl.
+        rows: Preference rows, as in preferences.jsonl; of reward-sft, those of `rewarded_rows`.
         round_: Counts from 0.
 
     Returns:
@@ -63,16 +72,18 @@ def train_generator(
             finite.
     """
     config = run.config.dpo
-    pairs, cut = tokenize_pairs(
+    rewarded = is_rewarded(config)
+    tokenize = functools.partial(
+        tokenize_candidates if rewarded else tokenize_pairs,
         models.generator,
-        rows,
         prompt_length=config.prompt_length,
         response_length=config.response_length,
+        **({"temperature": config.reward_temperature} if rewarded else {}),
     )
-    if cut:
-        run.console.print(f"  {cut} prompts or responses were cut to their limits")
-    dev_pairs = pairs[: int(len(pairs) * config.dev_share)]
-    pairs = pairs[len(dev_pairs) :]
+    held_out = int(len(rows) * config.dev_share)
+    (dev_pairs, dev_cut), (pairs, cut) = tokenize(rows[:held_out]), tokenize(rows[held_out:])
+    if dev_cut + cut:
+        run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
     accumulation, devices = config.accumulation, batch_divisor(models.mesh)
     if config.batch_size < 1 or config.batch_size % devices or accumulation < 1:
         raise UserError(
@@ -80,20 +91,13 @@ def train_generator(
             f"0, and the former a multiple of {devices} (the mesh's data and fsdp)"
         )
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
+    kind = CandidateBatches if rewarded else PairBatches
     if not batch_size:
         raise UserError(
-            f"{len(pairs)} preference pairs to train the generator on; expected {devices} or more"
+            f"{len(pairs)} {kind.examples} to train the generator on; expected {devices} or more"
         )
     updates = max(1, round(config.epochs * (len(pairs) // batch_size) / accumulation))
     steps = updates * accumulation
-    settings = DPOConfig(
-        beta=config.beta,
-        kind=config.loss,
-        label_smoothing=config.label_smoothing,
-        length_normalized=config.length_normalized,
-        sft_weight=config.sft_weight,
-        chunk=config.chunk,
-    )
     module, params = models.generator.module, models.generator_params
     optimizer = make_optimizer(
         OptimizerConfig(
@@ -104,7 +108,7 @@ def train_generator(
             accumulation=accumulation,
         )
     )
-    batches = PairBatches(run, models, batch_size, settings)
+    batches = kind(run, models, batch_size, _settings(config))
     reference = batches.reference(pairs, "reference log-probabilities")
     dev = DevPairs(run, models, batches, dev_pairs, round_)
     lora = module.lora
@@ -123,7 +127,13 @@ def train_generator(
     )
     everywhere = replicated(models.mesh)
     step = jax.jit(
-        functools.partial(dpo_step, module=module, config=settings, optimizer=optimizer),
+        functools.partial(
+            adapter_step,
+            values=batches.values,
+            module=module,
+            config=batches.settings,
+            optimizer=optimizer,
+        ),
         out_shardings=(everywhere, None),
         donate_argnums=0,
     )
@@ -159,6 +169,20 @@ def train_generator(
     return best if config.keep_best else trained
 
 
+def _settings(config: ml_collections.ConfigDict) -> DPOConfig | RewardSftConfig:
+    """Settings of the objective that the config's `dpo` section names."""
+    if is_rewarded(config):
+        return RewardSftConfig(length_normalized=config.length_normalized, chunk=config.chunk)
+    return DPOConfig(
+        beta=config.beta,
+        kind=config.loss,
+        label_smoothing=config.label_smoothing,
+        length_normalized=config.length_normalized,
+        sft_weight=config.sft_weight,
+        chunk=config.chunk,
+    )
+
+
 def train_adapter(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
 ) -> pathlib.Path:
@@ -187,7 +211,7 @@ def train_adapter(
         model = load_generator_model(config, make_mesh(**config.mesh))
     with run.phase("data"):
         rows = _read_pairs(run, model.generator)
-    with run.phase("DPO"):
+    with run.phase("reward-sft" if is_rewarded(config.dpo) else "DPO"):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
@@ -198,20 +222,21 @@ def train_adapter(
     return directory
 
 
-def _read_pairs(run: Run, generator: Generator) -> list[dict[str, str]]:
-    """The pairs of the config's file, which must stay the same for as long as the run lasts."""
+def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
+    """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
     path = pathlib.Path(config.data.path)
-    rows, dropped = read_preferences(
-        path,
-        generator.tokenizer,
-        prompt_length=config.dpo.prompt_length,
-        on_bad_pair=config.dpo.on_bad_pair,
-    )
-    reasons = "".join(f"; {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
-    run.console.print(f"  {len(rows)} pairs{reasons}")
+    limits = {
+        "prompt_length": config.dpo.prompt_length,
+        "on_bad_pair": config.dpo.on_bad_pair,
+    }
+    if is_rewarded(config.dpo):
+        rows, dropped = rewarded_rows(config, generator, path, **limits)
+    else:
+        rows, dropped = read_preferences(path, generator.tokenizer, **limits)
+    run.console.print(f"  {counted(len(rows), dropped, config.dpo)}")
     if not rows:
-        raise UserError(f"{path}: has no preference pairs to train on")
+        raise UserError(f"{path}: has nothing to train on")
     source_path = run.path("data", "SOURCE.json")
     files = {str(path): hash_file(path)}
     if not source_path.exists():

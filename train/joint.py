@@ -21,6 +21,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
 from expandr_jax.search import build_index
 from expandr_jax.vector_file import encode_to_file
+from train.candidates import is_rewarded, rewarded_candidates
 from train.data import TrainingData, prepare_data
 from train.evaluation import Trained, evaluate
 from train.expansion import expansion_prompts, sample_texts
@@ -32,6 +33,7 @@ from train.negatives import mine_training_negatives
 from train.preferences import Corpus, make_preferences
 from train.retriever import train_retriever, triple_examples
 from train.run import Run
+from train.search_rewards import check_rewards
 
 
 def train_joint(
@@ -51,6 +53,8 @@ def train_joint(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     _check_server(config)
+    check_rewards(config)
+    rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
     with run.phase("data"):
         data = prepare_data(run)
@@ -94,7 +98,9 @@ def train_joint(
         retrievers[name] = _retriever(run, models, data, name, params)
         corpus = retrievers[name]()[1]
         rows = make_preferences(run, models, adapter, params, corpus, data, round_)
-        with run.phase(f"DPO, round {round_}"):
+        with run.phase(f"{'reward-sft' if rewarded else 'DPO'}, round {round_}"):
+            if rewarded:
+                rows = rewarded_candidates(run, models, round_)
             adapter = train_generator(run, models, adapter, rows, round_=round_)
         adapters["trained" if name == "expandr" else name] = adapter
 
@@ -227,7 +233,13 @@ def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any
     path = run.path("work", "vectors", f"{name}.npy")
     with run.progress(f"{name}: documents encoded", len(texts)) as advance:
         vectors = encode_to_file(
-            path, models.encoder, params, texts.values(), "document", progress=advance
+            path,
+            models.encoder,
+            params,
+            texts.values(),
+            "document",
+            dtype=run.config.retriever.vectors,
+            progress=advance,
         )
     return Corpus(list(texts), vectors, build_index(vectors, **run.config.search))
 

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 
 from expandr_jax.checkpoint import hash_tree
 from expandr_jax.encoding import TextEncoder
+from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import make_mesh
+from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
 
 
@@ -80,6 +82,8 @@ def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], Non
 def load_retriever_model(config: ml_collections.ConfigDict, mesh: Mesh) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
+    if source.vectors not in DTYPES:
+        raise UserError(f"retriever.vectors is {source.vectors!r}; expected {', '.join(DTYPES)}")
     retriever, params = load_retriever(
         source.source,
         max_length=source.max_length,

@@ -12,7 +12,6 @@ from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.preference import (
-    DPOConfig,
     PreferencePair,
     dpo_values,
     pack,
@@ -62,16 +61,24 @@ class PairBatches:
         models: The generator and mesh.
         batch_size: Pairs of every batch.
         settings: Of the loss.
+
+    Attributes:
+        values: The objective: an adapter, a base and a batch to losses and figures.
+        examples: What they are called in messages.
     """
 
-    def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: DPOConfig):
+    values = staticmethod(dpo_values)
+    examples = "preference pairs"
+
+    def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: Any):
         self.run, self.models, self.batch_size = run, models, batch_size
+        self.settings = settings
         self.sharding = batch_sharding(models.mesh)
         module = models.generator.module
         self._log_probs = jax.jit(
             functools.partial(response_log_probs, module, chunk=settings.chunk)
         )
-        self._values = jax.jit(functools.partial(dpo_values, module=module, config=settings))
+        self._values = jax.jit(functools.partial(self.values, module=module, config=settings))
 
     def pack(
         self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray
@@ -178,10 +185,11 @@ class DevPairs:
         self._run.metrics.write("generator-dev", self._round, step, figures)
         # Last, so that a kill before it has all of this done again.
         self._journal.append([{"step": step, **figures}])
-        self._run.console.print(
-            f"  step {step}: dev loss {figures['loss']:.4f}, "
-            f"accuracy {figures['accuracy']:.3f}, margin {figures['margin']:.4f}"
-        )
+        shown = [
+            f"{name} {figures[name]:.4f}" for name in ("accuracy", "margin") if name in figures
+        ]
+        loss = f"dev loss {figures['loss']:.4f}"
+        self._run.console.print(f"  step {step}: {', '.join([loss, *shown])}")
 
     def best(self) -> Any | None:
         """The adapter with the lowest loss; None where no pairs are held out."""

@@ -12,10 +12,12 @@ from expandr_jax.fusion import expanded_query
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from expandr_jax.search import Index
+from expandr_jax.stored_vectors import StoredVectors
 from train.data import TrainingData
 from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
 from train.run import Run
+from train.search_rewards import corpus_reward, group_reward, judged_documents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,12 @@ class Corpus:
 
     Attributes:
         ids: Document ids, in the order of the index.
-        vectors: [documents, dim] float32.
+        vectors: [documents, dim], float32 when indexed or stored in less.
         index: Search over the vectors.
     """
 
     ids: list[str]
-    vectors: np.ndarray
+    vectors: np.ndarray | StoredVectors
     index: Index
 
 
@@ -157,7 +159,7 @@ def _score(
         "positive": rewards.reciprocal_rank(rank_positive),
         "answer": rewards.reciprocal_rank(rank_answer),
     }
-    if config.reward.corpus > 0:
+    if config.reward.corpus > 0 or config.reward.group > 0:
         fused = expanded_query(
             np.repeat(query_vectors, count, axis=0),
             candidate_vectors.reshape(len(flat), 1, -1),
@@ -165,11 +167,17 @@ def _score(
             query_weight=config.reward.query_weight,
             normalize=config.contrastive.normalize,
         )
-        _, found = corpus.index.search(np.asarray(fused), config.reward.depth)
-        rank = rewards.rank_in_results(found, np.repeat(positives, count))
-        terms["corpus"] = rewards.reciprocal_rank(rank).reshape(len(queries), count)
+        fused = np.asarray(fused).reshape(len(queries), count, -1)
+        judged = judged_documents(data, queries, place)
+        if config.reward.corpus > 0:
+            terms["corpus"] = corpus_reward(config, corpus.index, fused, judged)
+        if config.reward.group > 0:
+            terms["group"] = group_reward(config, corpus.vectors, fused, judged)
     weights = rewards.RewardWeights(
-        positive=config.reward.positive, answer=config.reward.answer, corpus=config.reward.corpus
+        positive=config.reward.positive,
+        answer=config.reward.answer,
+        corpus=config.reward.corpus,
+        group=config.reward.group,
     )
     total = rewards.total_reward(terms, weights)
     return [

@@ -117,6 +117,7 @@ def train_retriever(
                 margin_mse_weight=config.margin_mse_weight,
                 kl_weight=config.kl_weight,
                 teacher_temperature=config.teacher_temperature,
+                invariance_weight=config.invariance_weight,
                 dimensions=tuple(config.dimensions),
                 micro_batch=config.micro_batch,
             ),

@@ -1,8 +1,9 @@
-"""Reads preference pairs in the formats of TRL: plain strings, or chat messages."""
+"""Reads what step B learns: preference pairs in the formats of TRL, or candidates with rewards."""
 
 import collections
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
@@ -67,6 +68,69 @@ def read_preferences(
     return pairs, dict(dropped)
 
 
+def read_candidates(
+    path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_of: Callable[[str], str],
+    *,
+    prompt_length: int | None = None,
+    on_bad_pair: str = "error",
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The lines of a JSON-lines file of prompts, each with candidate responses and their rewards.
+
+    A line has "candidates", a list of {"text", "reward"}, and a "prompt", a string or messages as
+    `read_preferences` takes them; or a "query" in its place, as candidates.jsonl of a run has it.
+    Other fields are let through.
+
+    Args:
+        path: The file.
+        tokenizer: Has the chat template; counts a prompt's tokens.
+        prompt_of: A query to the user's message that asks for its expansion.
+        prompt_length: Most tokens of a prompt, chat template included; None for any.
+        on_bad_pair: "error" stops at the first line that cannot be used; "drop" leaves it out.
+
+    Returns:
+        The lines, each with its "prompt" as text, and how many were dropped for what reason.
+
+    Raises:
+        UserError: As of `read_preferences`.
+    """
+    if on_bad_pair not in ("error", "drop"):
+        raise UserError(f"on_bad_pair is {on_bad_pair!r}; expected 'error' or 'drop'")
+    rows, dropped = [], collections.Counter()
+    for number, row in read_jsonl(path, {}):
+        try:
+            _check_candidates(row)
+            prompt = row.get("prompt")
+            if "prompt" not in row:
+                prompt = [{"role": "user", "content": prompt_of(row["query"])}]
+            text = prompt if isinstance(prompt, str) else _chat_prompt(prompt, tokenizer)
+            _check_prompt(text, tokenizer, prompt_length)
+        except _BadPair as error:
+            if on_bad_pair == "error":
+                raise UserError(f"{path}:{number}: {error}") from None
+            dropped[error.reason] += 1
+        else:
+            rows.append({**row, "prompt": text})
+    return rows, dict(dropped)
+
+
+def _check_candidates(row: Mapping[str, Any]) -> None:
+    """Raises unless a line has a prompt or query, and candidates with rewards."""
+    if "prompt" not in row and not isinstance(row.get("query"), str):
+        raise _BadPair("missing field", 'no field "prompt" and no text "query"; expected one')
+    if not isinstance(row.get("candidates"), list) or not row["candidates"]:
+        raise _BadPair("missing field", 'no list "candidates"; expected {"text", "reward"} in it')
+    for place, candidate in enumerate(row["candidates"]):
+        reward = candidate.get("reward") if isinstance(candidate, dict) else None
+        right = isinstance(reward, int | float) and not isinstance(reward, bool)
+        if not right or not math.isfinite(reward) or not isinstance(candidate.get("text"), str):
+            raise _BadPair(
+                "wrong type",
+                f'candidate {place} is not {{"text", "reward"}}, a string and a finite number',
+            )
+
+
 def _texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A line's prompt and responses as text."""
     for name in SIDES:
@@ -92,18 +156,23 @@ def _texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[s
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise _BadPair("missing field", "chosen and rejected begin with no common message")
-    _check_messages(prompt, "prompt")
-    if prompt[-1]["role"] == "assistant":
-        raise _BadPair("wrong type", "the prompt ends with an assistant's message")
+    text = _chat_prompt(prompt, tokenizer)
     for name, messages in zip(SIDES, (chosen, rejected), strict=True):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise _BadPair("wrong type", f"{name} must be one assistant's message after the prompt")
+    return {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+
+
+def _chat_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Messages with the chat template applied, up to where the model's turn begins."""
+    _check_messages(prompt, "prompt")
+    if prompt[-1]["role"] == "assistant":
+        raise _BadPair("wrong type", "the prompt ends with an assistant's message")
     try:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
         reason = " ".join(str(error).split())
         raise _BadPair("wrong type", f"the chat template refuses the prompt: {reason}") from None
-    return {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
 
 
 def _check_messages(messages: Any, name: str) -> None:
@@ -130,7 +199,18 @@ def _check(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, prompt_l
             raise _BadPair("empty", f"{name} is empty")
     if pair["chosen"] == pair["rejected"]:
         raise _BadPair("nothing preferred", "chosen and rejected are the same text")
-    count = len(tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"])
+    _check_prompt(pair["prompt"], tokenizer, prompt_length)
+
+
+def _check_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_length: int | None
+) -> None:
+    """Raises if there is no prompt, or it is too long."""
+    if not prompt.strip():
+        raise _BadPair("empty", "prompt is empty")
+    if prompt_length is None:
+        return
+    count = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if count > prompt_length:
         raise _BadPair(
             "prompt too long", f"the prompt has {count} tokens; at most {prompt_length} are allowed"

@@ -1,0 +1,272 @@
+"""Reward-weighted learning of candidates: its loss in numpy, what it learns, and its files."""
+
+import gc
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from configs import smoke
+from expandr_jax.checkpoint import Checkpoints
+from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.errors import UserError
+from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.reward_sft import (
+    RewardSftConfig,
+    WeightedResponse,
+    pack_weighted,
+    sft_values,
+)
+from expandr_jax.weights.hf import load_generator
+from tests.commands import ROOT, finish, start
+from train import generator as training
+from train.candidates import rewarded_rows, tokenize_candidates
+
+TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+RESPONSES = [
+    WeightedResponse([5, 6, 7], [80, 90, 2], 0.5),
+    WeightedResponse([5, 6, 7], [100, 2], 1.5),
+    WeightedResponse([30], [2], 0.0),
+    WeightedResponse([9, 9, 3, 40, 41], [4, 44, 45, 46, 2], 2.0),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    generator, params = load_generator(str(TINY_LLAMA))
+    lora = LoraConfig(rank=2, dropout=0.0)
+    return (
+        generator,
+        generator.module.clone(lora=lora),
+        params,
+        init_lora(jax.random.key(0), params, lora),
+    )
+
+
+@pytest.mark.parametrize("length_normalized", [False, True])
+@pytest.mark.parametrize("chunk", [1, 256])
+def test_the_loss_equals_numpy_s_of_transformers_logits(tiny, length_normalized, chunk):
+    _, module, params, adapter = tiny
+    config = RewardSftConfig(length_normalized, chunk)
+    batch = pack_weighted(RESPONSES, pad_id=0)
+    losses, figures = sft_values(adapter, params, batch, module=module, config=config)
+    model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA).eval()
+    for row, r in enumerate(RESPONSES):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*r.prompt, *r.response]])).logits[0].double().numpy()
+        logits = logits[len(r.prompt) - 1 : -1]
+        log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        picked = log_probs[np.arange(len(r.response)), r.response]
+        expected = picked.mean() if length_normalized else picked.sum()
+        np.testing.assert_allclose(losses[row], -r.weight * expected, rtol=1e-5)
+        np.testing.assert_allclose(figures["log_prob"][row], picked.sum(), rtol=1e-5)
+
+
+def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
+    """Queries weigh alike, whatever the number of their candidates."""
+    generator, module, params, adapter = tiny
+    rows = [
+        {"prompt": "a?", "candidates": [candidate("array", 1.0), candidate("norm", 0.5)]},
+        {"prompt": "b?", "candidates": [candidate(t, 0.1 * i) for i, t in enumerate("xyzuv")]},
+        {"prompt": "c?", "candidates": [candidate("", 9.0), candidate("loss", 0.0)]},
+    ]
+    responses, cut = tokenize_candidates(
+        generator, rows, prompt_length=8, response_length=8, temperature=0.5
+    )
+    assert cut == 0
+    assert len(responses) == 8
+    assert all(r.response[-1] == 2 for r in responses)
+    losses, figures = sft_values(
+        adapter, params, pack_weighted(responses, 0), module=module, config=RewardSftConfig()
+    )
+    log_probs = np.asarray(figures["log_prob"], np.float64)
+    queries = []
+    for values, part in zip(
+        ([1.0, 0.5], [0.0, 0.1, 0.2, 0.3, 0.4], [0.0]), np.split(log_probs, [2, 7]), strict=True
+    ):
+        weights = np.exp(np.array(values) / 0.5)
+        queries.append(-np.sum(weights * part) / weights.sum())
+    np.testing.assert_allclose(np.mean(losses), np.mean(queries), rtol=1e-5)
+
+
+def candidate(text, reward):
+    return {"text": text, "reward": reward}
+
+
+GOOD, POOR = "axis 1", "a norm"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Candidates by query, as messages or as text, of which one kind is rewarded."""
+    path = tmp_path_factory.mktemp("candidates") / "candidates.jsonl"
+    rows = []
+    for i in range(20):
+        candidates = [candidate(f"{GOOD} {i}", 2.0), candidate(f"{POOR} {i}", 0.2)]
+        candidates += [candidate("no", 0.0), candidate(" ", 3.0)]
+        if i % 2:
+            rows.append({"query": f"shape {i}", "candidates": candidates})
+        else:
+            message = {"role": "user", "content": f"shape {i}?"}
+            rows.append({"prompt": [message], "candidates": candidates[::-1]})
+    write_jsonl(path, rows)
+    return path
+
+
+def make_config(path, **dpo):
+    config = smoke.get_config()
+    config.data.kind = "preferences"
+    config.data.path = str(path)
+    config.expansion.template = "{query}?"
+    config.dpo.update(
+        loss="reward-sft", prompt_length=64, response_length=16, batch_size=8, dev_share=0.2,
+        epochs=6.0, learning_rate=2e-2, save_every=5, eval_every=10, length_normalized=True, **dpo,
+    )  # fmt: skip
+    return config
+
+
+def train(config, workdir):
+    output = io.StringIO()
+    training.train_adapter(config, workdir, Console(file=output, width=200))
+    return output.getvalue()
+
+
+def metrics(workdir, phase):
+    return [row for _, row in read_jsonl(workdir / "metrics.jsonl", {}) if row["phase"] == phase]
+
+
+@pytest.fixture(scope="module")
+def trained(path, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    return workdir, train(make_config(path), workdir)
+
+
+def test_rewarded_candidates_become_likelier_than_the_others(path, trained):
+    from peft import PeftModel
+
+    workdir, output = trained
+    assert "20 queries with candidates" in output
+    dev = metrics(workdir, "generator-dev")
+    assert dev[-1]["loss"] < dev[0]["loss"]
+    base = AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
+    tokenizer = load_generator(str(TINY_LLAMA))[0].tokenizer
+    model = PeftModel.from_pretrained(base, workdir / "export" / "adapter").eval()
+
+    def gain(text):
+        """How much the adapter raises a text's log-probability on a query never trained on."""
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "shape 31?"}], add_generation_prompt=True, tokenize=False
+        )
+        ids = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in (prompt, text)]
+
+        def log_prob():
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+            return torch.log_softmax(logits, -1)[range(len(ids[1])), ids[1]].sum().item()
+
+        with model.disable_adapter():
+            before = log_prob()
+        return log_prob() - before
+
+    assert gain(GOOD) > gain(POOR) + 1
+    assert gain(GOOD) > 1
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not_been(path, trained, tmp_path, monkeypatch):
+    save, calls = Checkpoints.save, []
+
+    def interrupted(self, *arguments):
+        save(self, *arguments)
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", interrupted)
+        with pytest.raises(Killed):
+            train(make_config(path), tmp_path / "run")
+    gc.collect()
+    train(make_config(path), tmp_path / "run")
+    name = "export/adapter/adapter_model.safetensors"
+    ours, theirs = (load_file(directory / name) for directory in (tmp_path / "run", trained[0]))
+    for tensor, value in theirs.items():
+        np.testing.assert_array_equal(ours[tensor], value)
+
+
+def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_path):
+    near = {"similarity_positive": 0.3, "similarity_answer": 0.4}
+    far = {"similarity_positive": 0.3, "similarity_answer": -0.4}
+    two = [candidate("a", 1.0), candidate("b", 0.5)]
+    rows = [
+        {"query": "kept", "candidates": [{**two[0], **near}, {**two[1], **far}]},
+        {"query": "far", "candidates": [{**c, **far} for c in two]},
+        {"query": "one text", "candidates": [candidate("a", 1.0), candidate("a ", 0.0)]},
+        {"query": "one reward", "candidates": [candidate("a", 1.0), candidate("b", 1.0)]},
+        {"query": "empty", "candidates": [candidate("", 1.0), candidate(" ", 0.0)]},
+    ]
+    file = tmp_path / "candidates.jsonl"
+    write_jsonl(file, rows)
+    config = make_config(file)
+    config.reward.threshold = 0.6
+    kept, dropped = rewarded_rows(config, tiny[0], file)
+    assert [row["query"] for row in kept] == ["kept"]
+    assert kept[0]["prompt"] == tiny[0].chat_text("kept?")
+    assert dropped == {"below the similarity threshold": 1, "nothing preferred": 2, "empty": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"candidates": [candidate("a", 1.0)]}, 'no field "prompt"'),
+        ({"query": "a"}, 'no list "candidates"'),
+        ({"query": "a", "candidates": []}, 'no list "candidates"'),
+        ({"query": "a", "candidates": [{"text": "b"}]}, "candidate 0 is not"),
+        ({"query": "a", "candidates": [candidate("b", True)]}, "candidate 0 is not"),
+        ({"query": "a" * 99, "candidates": [candidate("b", 1)]}, "at most 64"),
+    ],
+)
+def test_a_bad_line_is_named(path, tmp_path, row, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(path.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"bad\.jsonl:21: .*{message}"):
+        train(make_config(file), tmp_path / "run")
+
+
+def test_settings_that_do_not_exist_are_refused(path, tmp_path):
+    config = make_config(path)
+    config.dpo.loss = "reward_sft"
+    with pytest.raises(UserError, match=r"reward_sft.*expected one of sigmoid"):
+        train(config, tmp_path / "run")
+    config.dpo.update(loss="reward-sft", reward_temperature=0.0)
+    with pytest.raises(UserError, match="expected above 0"):
+        train(config, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_joint_training_learns_from_its_candidates(tmp_path):
+    workdir = tmp_path / "run"
+    overrides = ["--config.dpo.loss=reward-sft", "--config.reward.corpus_measure=ndcg"]
+    overrides += ["--config.reward.group=0.5", "--config.reward.group_size=16"]
+    output = finish(start(workdir, *overrides))
+    queries = [row for _, row in read_jsonl(workdir / "round-0" / "candidates.jsonl", {})]
+    assert f"{len(queries)} queries with candidates" in output
+    terms = [c["reward_terms"] for row in queries for c in row["candidates"]]
+    assert all(set(term) == {"positive", "answer", "corpus", "group"} for term in terms)
+    assert len({term["group"] for term in terms}) > 5
+    totals = [t["positive"] + t["answer"] + t["corpus"] + 0.5 * t["group"] for t in terms]
+    found = [c["reward"] for row in queries for c in row["candidates"]]
+    np.testing.assert_allclose(found, totals)
+    steps = metrics(workdir, "generator")
+    assert "log_prob" in steps[0]
+    assert "margin" not in steps[0]
+    assert (workdir / "results.json").exists()

@@ -1,0 +1,115 @@
+"""Rewards of a search in the corpus and in samples of it, against plain loops over documents."""
+
+import numpy as np
+import pytest
+
+from configs import base
+from expandr_jax.data.beir import Collection
+from expandr_jax.errors import UserError
+from expandr_jax.search import build_index
+from train.data import TrainingData
+from train.search_rewards import check_rewards, corpus_reward, group_reward, judged_documents
+
+IDS = [f"d{i}" for i in range(50)]
+# d49 is no document of the corpus, d7 not relevant; q1 has one right document.
+QRELS = {"q0": {"d3": 1, "d40": 2, "d8": 1, "d49": 3, "d7": 0}, "q1": {"d11": 1}}
+PLACE = {document: i for i, document in enumerate(IDS[:49])}
+
+
+@pytest.fixture
+def vectors():
+    x = np.random.default_rng(0).normal(size=(51, 8)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def judged():
+    corpus = {document: f"text {document}" for document in PLACE}
+    queries = {query: f"text {query}" for query in QRELS}
+    data = TrainingData(Collection("c", corpus, queries, {"train": QRELS}), [], list(QRELS))
+    return judged_documents(data, list(QRELS), PLACE)
+
+
+def fused(vectors, seed=1):
+    """[queries, candidates, dim]; the first candidate of query 0 is its best document's vector."""
+    x = np.random.default_rng(seed).normal(size=(2, 4, 8)).astype(np.float32)
+    x[0, 0] = vectors[40]
+    return x
+
+
+def make_config(**reward):
+    config = base.get_config()
+    config.reward.update(reward)
+    return config
+
+
+def test_right_documents_stand_by_grade_and_rows_are_filled_up(judged):
+    np.testing.assert_array_equal(judged.documents, [[40, 3, 8], [11, -1, -1]])
+    np.testing.assert_array_equal(judged.grades, [[2, 1, 1], [1, 0, 0]])
+
+
+def plain(measure, order, grades):
+    """A measure of one ranking, a document at a time; grades by document."""
+    if measure == "reciprocal_rank":
+        best = max(grades, key=grades.get)
+        return 1 / (order.index(best) + 1) if best in order else 0.0
+    if measure == "average_precision":
+        precisions = [
+            sum(d in grades for d in order[: i + 1]) / (i + 1)
+            for i, document in enumerate(order)
+            if document in grades
+        ]
+        return sum(precisions) / len(grades)
+    ideal = sorted(grades.values(), reverse=True)
+    total = sum(grades.get(d, 0) / np.log2(i + 2) for i, d in enumerate(order))
+    return total / sum(g / np.log2(i + 2) for i, g in enumerate(ideal))
+
+
+RIGHT = [{40: 2, 3: 1, 8: 1}, {11: 1}]
+
+
+@pytest.mark.parametrize("measure", ["reciprocal_rank", "ndcg", "average_precision"])
+@pytest.mark.parametrize("depth", [10, 49])
+def test_the_corpus_reward_is_the_measure_of_a_plain_ranking(vectors, judged, measure, depth):
+    corpus, x = vectors[:49], fused(vectors)
+    config = make_config(corpus_measure=measure, depth=depth)
+    found = corpus_reward(config, build_index(corpus, "exact"), x, judged)
+    assert found.shape == (2, 4)
+    for q in range(2):
+        for c in range(4):
+            order = np.argsort(-(corpus @ x[q, c]))[:depth].tolist()
+            np.testing.assert_allclose(found[q, c], plain(measure, order, RIGHT[q]))
+    assert found[0, 0] == found[0].max()
+
+
+def test_the_group_reward_depends_on_seed_and_query_alone(vectors, judged):
+    corpus, x = vectors[:49], fused(vectors)
+    config = make_config(group_size=20, group_sets=3)
+    found = group_reward(config, corpus, x, judged)
+    assert found.shape == (2, 4)
+    assert ((found >= 0) & (found <= 1)).all()
+    np.testing.assert_array_equal(group_reward(config, corpus, x, judged), found)
+    order = [2, 0, 3, 1]
+    np.testing.assert_array_equal(
+        group_reward(config, corpus, x[:, order], judged), found[:, order]
+    )
+    alone = type(judged)(judged.queries[1:], judged.documents[1:], judged.grades[1:])
+    np.testing.assert_array_equal(group_reward(config, corpus, x[1:], alone), found[1:])
+    config.seed = 1
+    assert (group_reward(config, corpus, x, judged) != found).any()
+
+
+def test_a_group_of_the_whole_corpus_gives_its_ndcg(vectors, judged):
+    corpus, x = vectors[:49], fused(vectors)
+    found = group_reward(make_config(group_size=1000, group_sets=2), corpus, x, judged)
+    for q in range(2):
+        for c in range(4):
+            order = np.argsort(-(corpus @ x[q, c]))[:10].tolist()
+            np.testing.assert_allclose(found[q, c], plain("ndcg", order, RIGHT[q]))
+
+
+def test_a_measure_that_does_not_exist_is_refused_at_once():
+    with pytest.raises(UserError, match="corpus_measure is 'mrr'; expected reciprocal_rank"):
+        check_rewards(make_config(corpus_measure="mrr"))
+    with pytest.raises(UserError, match="at least 1"):
+        check_rewards(make_config(group_sets=0))

@@ -1,0 +1,124 @@
+"""What a candidate is worth as the expansion of its query's search: in the corpus, in a sample."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+import numpy as np
+
+from expandr_jax import rewards
+from expandr_jax.errors import UserError
+from expandr_jax.search import Index
+from train.data import TrainingData
+
+MEASURES = ("reciprocal_rank", "ndcg", "average_precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The right documents of some queries.
+
+    Attributes:
+        queries: Ids of the queries.
+        documents: [queries, count] rows of the index, the first one's grade the highest; -1 fills.
+        grades: [queries, count] relevance; 0 fills.
+    """
+
+    queries: Sequence[str]
+    documents: np.ndarray
+    grades: np.ndarray
+
+
+def check_rewards(config: ml_collections.ConfigDict) -> None:
+    """Refuses, before hours of work, rewards that do not exist; `config` is the whole config."""
+    reward = config.reward
+    if reward.corpus_measure not in MEASURES:
+        raise UserError(
+            f"reward.corpus_measure is {reward.corpus_measure!r}; expected {', '.join(MEASURES)}"
+        )
+    if reward.group_size < 1 or reward.group_sets < 1:
+        raise UserError("reward.group_size and reward.group_sets must be at least 1")
+
+
+def judged_documents(
+    data: TrainingData, queries: Sequence[str], place: Mapping[str, int]
+) -> Judged:
+    """The right documents of training queries.
+
+    Args:
+        data: Has the judgements.
+        queries: Ids.
+        place: Document id to its row in the index.
+    """
+    positives = [data.positives(query) for query in queries]
+    shape = len(queries), max(map(len, positives), default=1)
+    documents, grades = np.full(shape, -1), np.zeros(shape)
+    for row, (query, ids) in enumerate(zip(queries, positives, strict=True)):
+        judged = data.collection.qrels["train"][query]
+        documents[row, : len(ids)] = [place[document] for document in ids]
+        grades[row, : len(ids)] = [judged[document] for document in ids]
+    return Judged(queries, documents, grades)
+
+
+def corpus_reward(
+    config: ml_collections.ConfigDict, index: Index, fused: np.ndarray, judged: Judged
+) -> np.ndarray:
+    """`reward.corpus_measure` of each expanded query's search: [queries, candidates].
+
+    Args:
+        config: The whole config.
+        index: Of the corpus.
+        fused: [queries, candidates, dim] a query's vector with each of its candidates.
+        judged: Of the same queries.
+    """
+    reward = config.reward
+    queries, count, width = fused.shape
+    _, found = index.search(fused.reshape(-1, width), reward.depth)
+    wanted = 1 if reward.corpus_measure == "reciprocal_rank" else judged.documents.shape[1]
+    documents = np.repeat(judged.documents[:, :wanted], count, axis=0)
+    rank = rewards.ranks_in_results(found, documents).reshape(queries, count, wanted)
+    grades = np.broadcast_to(judged.grades[:, None, :wanted], rank.shape)
+    if reward.corpus_measure == "reciprocal_rank":
+        return rewards.reciprocal_rank(rank[..., 0])
+    if reward.corpus_measure == "ndcg":
+        return rewards.ndcg(rank, grades)
+    return rewards.average_precision(rank, grades > 0)
+
+
+def group_reward(
+    config: ml_collections.ConfigDict, vectors: np.ndarray, fused: np.ndarray, judged: Judged
+) -> np.ndarray:
+    """`rewards.group_ndcg` over sets drawn by (seed, query id): [queries, candidates].
+
+    Args:
+        config: The whole config.
+        vectors: [documents, dim] of the corpus.
+        fused: [queries, candidates, dim] a query's vector with each of its candidates.
+        judged: Of the same queries.
+    """
+    result = np.zeros(fused.shape[:2])
+    for row, query in enumerate(judged.queries):
+        right = judged.documents[row][judged.documents[row] >= 0]
+        sets = _draw_sets(config, query, right, len(vectors))
+        grades = np.zeros(sets.shape)
+        # The right documents stand last, so that a tie counts against them.
+        grades[:, sets.shape[1] - len(right) :] = judged.grades[row, : len(right)]
+        documents = np.asarray(vectors[sets.ravel()], np.float32).reshape(*sets.shape, -1)
+        result[row] = rewards.group_ndcg(fused[row], documents, grades)
+    return result
+
+
+def _draw_sets(
+    config: ml_collections.ConfigDict, query: str, right: np.ndarray, total: int
+) -> np.ndarray:
+    """[sets, documents] rows of the corpus: other documents than the right ones, then these."""
+    digest = hashlib.sha256(query.encode()).digest()
+    generator = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "big")])
+    size = min(config.reward.group_size, total - len(right))
+    sets = []
+    for _ in range(config.reward.group_sets):
+        drawn = generator.choice(total, size + len(right), replace=False)
+        others = drawn[~np.isin(drawn, right)][:size]
+        sets.append(np.concatenate([others, right]))
+    return np.stack(sets)
