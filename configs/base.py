@@ -15,8 +15,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
 
     config.data = data = ml_collections.ConfigDict()
-    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": of train.retriever.
-    data.path = ""  # The BEIR directory; train.retriever: the file of triples.
+    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": JSON lines.
+    data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
+    data.tests = ()  # Further BEIR directories or zips that a run is tested on, after its own data.
+    data.weights = ()  # triples: (("FILE", weight), ...), shares of the rows; (): all of all files.
+    data.prepared = ""  # triples: where they are prepared, for several runs; "": in the workdir.
     data.dev = ""  # train.retriever: BEIR directory whose dev queries choose the weights; or none.
     data.on_bad = "error"  # train.retriever: what a wrong line of triples is, "error" or "skip".
     data.packages = ()  # pydoc: "name==version" of each package to read.
@@ -99,7 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.save_every = 100  # Steps between checkpoints.
 
     config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
-    mining.per_query = 4  # Hard negatives kept of a query, from which each epoch draws.
+    mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
     mining.first = 0  # Results left out at the top, where right documents nobody judged may be.
     mining.depth = 50  # Results looked at.
     mining.absolute_margin = placeholder(float)  # Below the right document's score, at least.

@@ -15,6 +15,7 @@ from expandr_jax.data.beir import (
 from expandr_jax.data.pydoc import Shares, harvest
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from train.echo import read_echo
 from train.run import Run
 
 STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
@@ -44,6 +45,12 @@ class TrainingData:
         known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
         return sorted(known, key=lambda d: (-known[d], d))
 
+    def negatives(self, query_id: str) -> list[str]:
+        """Texts of the documents that are judged wrong for a training query, by id."""
+        grades, corpus = self.collection.qrels["train"][query_id], self.collection.corpus
+        wrong = sorted(d for d, grade in grades.items() if grade <= 0 and d in corpus)
+        return [corpus[document] for document in wrong]
+
     def positive(self, query_id: str) -> str:
         """The first of `positives`."""
         return self.positives(query_id)[0]
@@ -63,8 +70,10 @@ def prepare_data(run: Run) -> TrainingData:
             collection, retriever, generator, source = _harvest(run)
         elif config.kind == "beir":
             collection, retriever, generator, source = _copy_beir(run)
+        elif config.kind == "triples":
+            collection, retriever, generator, source = read_echo(run)
         else:
-            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc' or 'beir'")
+            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
         retriever = _limit(retriever, config.max_retriever_train)
         generator = _limit(generator, config.max_generator_train)
         keep = {

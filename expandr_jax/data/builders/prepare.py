@@ -45,9 +45,9 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path = None
 
     def __init__(self, *, data_dir: str | os.PathLike, label: str, identity: Mapping[str, Any]):
-        self._identity = dict(identity)
+        self.identity = dict(identity)
         self._progress: Progress = lambda count: None
-        name = f"{tfds_name(label)}-{hash_json(self._identity)[:_HASH_LENGTH]}"
+        name = f"{tfds_name(label)}-{hash_json(self.identity)[:_HASH_LENGTH]}"
         with _quiet():
             super().__init__(data_dir=data_dir, config=tfds.core.BuilderConfig(name=name))
 
@@ -82,7 +82,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(dict(self.FIELDS)),
-            metadata=tfds.core.MetadataDict(source=self._identity),
+            metadata=tfds.core.MetadataDict(source=self.identity),
             disable_shuffling=True,
         )
 
