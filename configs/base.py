@@ -37,6 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
+    retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
