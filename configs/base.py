@@ -17,6 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = data = ml_collections.ConfigDict()
     data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": JSON lines.
     data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
+    data.url = ""  # Instead of a path: one file, a zip in BEIR layout or triples, to download.
+    data.sha256 = ""  # Of that file; another is refused.
+    data.cache = ""  # Where it is kept; "": ~/.cache/expandr-jax.
     data.tests = ()  # Further BEIR directories or zips that a run is tested on, after its own data.
     data.weights = ()  # triples: (("FILE", weight), ...), shares of the rows; (): all of all files.
     data.prepared = ""  # triples: where they are prepared, for several runs; "": in the workdir.

@@ -17,6 +17,7 @@ from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from train.echo import read_echo
 from train.run import Run
+from train.source import data_path
 
 STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
 
@@ -126,14 +127,15 @@ def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
 
 def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     config = run.config.data
-    sets = find_collections(config.path)
+    path = data_path(run)
+    sets = find_collections(path)
     if len(sets) > 1:
-        raise UserError(f"{config.path}: holds {len(sets)} collections; choose one of {list(sets)}")
+        raise UserError(f"{path}: holds {len(sets)} collections; choose one of {list(sets)}")
     (files,) = sets.values()
     collection = read_beir(files)
     for split in ("train", "test"):
         if split not in collection.qrels:
-            raise UserError(f"{config.path}/qrels/{split}.tsv: missing; training needs judgements")
+            raise UserError(f"{path}/qrels/{split}.tsv: missing; training needs judgements")
     qrels = dict(collection.qrels)
     train = [
         query

@@ -1,7 +1,6 @@
 """A collection made of triples, such as the eight files of echo-embeddings that the paper uses."""
 
 import hashlib
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from train.benchmarks import find_benchmarks
 from train.run import Run
+from train.source import data_path
 
 HELD_OUT = ("dev", "test")
 TRAINING = ("retriever_train", "generator_train")
@@ -36,10 +36,9 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
         UserError: The files or the config's weights are wrong.
     """
     config = run.config.data
-    if not config.path:
-        raise UserError("data.path is missing: a directory of .jsonl files of triples")
+    path = data_path(run)
     root = config.prepared or run.path("work", "prepared")
-    builder = Triples(config.path, data_dir=root, shares=config.shares.to_dict())
+    builder = Triples(path, data_dir=root, shares=config.shares.to_dict())
     with run.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
     limits = {
@@ -75,7 +74,7 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
             for text in (*triple.positives, *triple.negatives):
                 corpus[_id(text)] = text.strip()
     run.console.print(f"  {left_out} training queries left out: a test or dev query has them, too")
-    name = pathlib.Path(config.path).resolve().name
+    name = path.resolve().name
     source = {
         "name": name,
         **builder.identity,
