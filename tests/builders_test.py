@@ -141,8 +141,11 @@ def test_prepared_once_for_each_state_of_the_source(tmp_path):
     assert again.data_path == first.data_path
     assert sum(counts) == 20
     write_triples(path, "nq", 21)
+    left = Triples(path, data_dir=root, shares=SHARES).data_path.parent / "incomplete.X_1.0.0"
+    left.mkdir(parents=True)  # As a kill leaves it.
     changed = Triples(path, data_dir=root, shares=SHARES).prepare()
     assert changed.data_path != first.data_path
+    assert not left.exists()
     assert sum(split.num_examples for split in changed.info.splits.values()) == 21
     other = Triples(path, data_dir=root, shares={"retriever": 1.0}).prepare()
     assert other.data_path not in (first.data_path, changed.data_path)

@@ -11,7 +11,7 @@ from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.builders.triples import ECHO_SOURCES, part_of
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
-from tests.commands import finish, start
+from tests.commands import command, finish, start
 from train.data import prepare_data
 from train.run import Run
 
@@ -163,7 +163,8 @@ def test_what_is_tested_is_not_trained_on(tmp_path):
     left = set(trained) - set(data.queries(data.retriever_train))
     assert left == {trained[0]}
     assert near not in data.collection.queries.values()
-    assert json.loads((tmp_path / "run/data/SOURCE.json").read_text())["left_out"] == 2
+    source = json.loads((tmp_path / "run" / "data" / "SOURCE.json").read_text())
+    assert (source["left_out"], source["left_out_for_tests"]) == (1, 1)
 
 
 def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path):
@@ -173,7 +174,7 @@ def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path)
     overrides = [
         "--config.data.kind=triples", f"--config.data.path={source}", "--config.mining.per_query=0",
         f"--config.data.tests={tuple(tests)!r}",
-        "--config.evaluation.systems=('bm25','zero-shot','zero-shot+expansion','expandr')",
+        "--config.evaluation.systems=('bm25','zero-shot+expansion','expandr','expandr-plain')",
     ]  # fmt: skip
     output = finish(start(workdir, *overrides))
     own = json.loads((workdir / "results.json").read_text())
@@ -190,6 +191,15 @@ def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path)
         assert read_beir(tmp_path / name).name == name
     assert json.loads((workdir / "tests" / "mean.json").read_text())["sets"].keys() == {"a", "b"}
     assert "over 2 sets" in output
-    before = (workdir / "tests" / "a" / "results.json").stat().st_mtime_ns
-    finish(start(workdir, *overrides))
-    assert (workdir / "tests" / "a" / "results.json").stat().st_mtime_ns == before
+    # The exported retriever, searched by another program.
+    retriever = f"--config.retriever.source={workdir / 'export' / 'retriever'}"
+    arguments = ["--config=configs/smoke.py", retriever, "--systems=bm25,dense"]
+    arguments += [f"--data={','.join(tests)}", f"--workdir={tmp_path / 'beir'}"]
+    finish(command("eval.beir", *arguments))
+    for name in "ab":
+        found, again = (
+            {row["system"]: row for row in json.loads((path / "results.json").read_text())["rows"]}
+            for path in (workdir / "tests" / name, tmp_path / "beir" / name)
+        )
+        assert found["bm25"] == again["bm25"]
+        assert found["expandr-plain"] == {**again["dense"], "system": "expandr-plain"}

@@ -3,7 +3,8 @@
 import dataclasses
 
 from expandr_jax.data.archive import Files
-from expandr_jax.data.beir import find_collections, judgements
+from expandr_jax.data.beir import find_collections, judgements, read_texts
+from expandr_jax.data.duplicates import words
 from expandr_jax.errors import UserError
 from train.run import Run
 
@@ -38,3 +39,18 @@ def find_benchmarks(run: Run) -> dict[str, Benchmark]:
             found[name] = Benchmark(files, SPLITS.get(name, "test"))
             next(judgements(files, found[name].split, lambda _: None), None)
     return found
+
+
+def benchmark_queries(run: Run) -> set[str]:
+    """The judged queries of the config's test collections, as `query_key` has them."""
+    found = set()
+    for benchmark in find_benchmarks(run).values():
+        judged = benchmark.queries
+        texts = read_texts(benchmark.files, "queries")
+        found |= {query_key(text) for query, text in texts if query in judged}
+    return found
+
+
+def query_key(query: str) -> str:
+    """What queries have in common that differ in case, punctuation or white space alone."""
+    return " ".join(words(query))

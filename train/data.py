@@ -15,6 +15,7 @@ from expandr_jax.data.beir import (
 from expandr_jax.data.pydoc import Shares, harvest
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from train.benchmarks import benchmark_queries, query_key
 from train.echo import read_echo
 from train.run import Run
 from train.source import data_path
@@ -75,6 +76,13 @@ def prepare_data(run: Run) -> TrainingData:
             collection, retriever, generator, source = read_echo(run)
         else:
             raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
+        tested = benchmark_queries(run)
+        before = len(retriever) + len(generator)
+        retriever, generator = (
+            [i for i in ids if query_key(collection.queries[i]) not in tested]
+            for ids in (retriever, generator)
+        )
+        left_out = before - len(retriever) - len(generator)
         retriever = _limit(retriever, config.max_retriever_train)
         generator = _limit(generator, config.max_generator_train)
         keep = {
@@ -93,7 +101,12 @@ def prepare_data(run: Run) -> TrainingData:
         write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
         write_json(
             source_path,
-            {**source, "retriever_train": retriever, "generator_train": generator},
+            {
+                **source,
+                "left_out_for_tests": left_out,
+                "retriever_train": retriever,
+                "generator_train": generator,
+            },
         )
     source = json.loads(source_path.read_text(encoding="utf-8"))
     collection = dataclasses.replace(read_beir(directory), name=source["name"])

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from expandr_jax.data.beir import Collection, read_texts
+from expandr_jax.data.beir import Collection
 from expandr_jax.data.builders.prepare import tfds_name
 from expandr_jax.data.builders.stream import rows, shuffled
 from expandr_jax.data.builders.triples import Triples, split_name, to_triple
-from expandr_jax.data.duplicates import near_duplicates, words
+from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from train.benchmarks import find_benchmarks
+from train.benchmarks import query_key
 from train.run import Run
 from train.source import data_path
 
@@ -25,8 +25,8 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
     """Makes a collection of the config's triples; their passages are the corpus.
 
     Given negatives are judged 0. Which rows are taken where the config limits their number depends
-    on the files alone. Training queries are left out where a test collection or the held-out share
-    has the same query, or where their document is nearly that of a held-out query.
+    on the files alone. Training queries are left out where the held-out share has the same query,
+    or where their document is nearly that of a held-out query.
 
     Returns:
         The collection with judgements of train, dev and test; ids of the queries that train the
@@ -49,7 +49,7 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
     }
     taken = {part: list(_take(run, builder, prepared, part, limits[part])) for part in limits}
     held_out = [triple for part in HELD_OUT for triple in taken[part]]
-    known = {_key(triple.query) for triple in held_out} | _test_queries(run)
+    known = {query_key(triple.query) for triple in held_out}
     documents = list({text for triple in held_out for text in triple.positives})
     corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
@@ -73,7 +73,7 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
                 grades[_id(text)] = 1
             for text in (*triple.positives, *triple.negatives):
                 corpus[_id(text)] = text.strip()
-    run.console.print(f"  {left_out} training queries left out: a test or dev query has them, too")
+    run.console.print(f"  {left_out} training queries left out: a held-out query is like them")
     name = path.resolve().name
     source = {
         "name": name,
@@ -127,22 +127,8 @@ def _leaks(triples: list[Triple], known: set[str], documents: list[str]) -> list
     flags = []
     for triple in triples:
         hits = [next(near) for _ in triple.positives]  # All of them, so that the next's come next.
-        flags.append(any(hits) or _key(triple.query) in known)
+        flags.append(any(hits) or query_key(triple.query) in known)
     return flags
-
-
-def _test_queries(run: Run) -> set[str]:
-    """The queries of the collections that the run is tested on."""
-    found = set()
-    for benchmark in find_benchmarks(run).values():
-        judged = benchmark.queries
-        texts = read_texts(benchmark.files, "queries")
-        found |= {_key(text) for query, text in texts if query in judged}
-    return found
-
-
-def _key(query: str) -> str:
-    return " ".join(words(query))
 
 
 def _id(text: str) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,8 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self._progress = progress
         with _locked(self.data_path.parent):
             if not (self.data_path / "dataset_info.json").exists():
+                for left in Path(self.data_path.parent).glob("incomplete.*"):  # By a kill.
+                    shutil.rmtree(left)
                 with _quiet():
                     self.download_and_prepare(file_format=FORMAT)
         with _quiet():
