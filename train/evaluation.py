@@ -113,15 +113,19 @@ def evaluate_benchmarks(
     """
     results = {}
     for name, benchmark in find_benchmarks(run).items():
-        collection = read_beir(benchmark.files)
-        qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
-        data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
-        retrievers = {
-            retriever: _on_benchmark(run, models, data, f"{name}/{retriever}", build)
-            for retriever, build in trained.retrievers.items()
-        }
-        here = Trained(retrievers, trained.adapters)
-        results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
+        path = run.path("tests", name, "results.json")
+        if path.exists():  # Its corpus may take minutes to read.
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            collection = read_beir(benchmark.files)
+            qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
+            data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
+            retrievers = {
+                retriever: _on_benchmark(run, models, data, f"{name}/{retriever}", build)
+                for retriever, build in trained.retrievers.items()
+            }
+            here = Trained(retrievers, trained.adapters)
+            results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
         run.console.print(results_table(results[name]))
     if len(results) > 1:
         mean = mean_over_sets(results)
