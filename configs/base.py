@@ -15,8 +15,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
 
     config.data = data = ml_collections.ConfigDict()
-    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": of train.retriever.
-    data.path = ""  # The BEIR directory; train.retriever: the file of triples.
+    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": JSON lines.
+    data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
+    data.url = ""  # Instead of a path: one file, a zip in BEIR layout or triples, to download.
+    data.sha256 = ""  # Of that file; another is refused.
+    data.cache = ""  # Where it is kept; "": ~/.cache/expandr-jax.
+    data.tests = ()  # Further BEIR directories or zips that a run is tested on, after its own data.
+    data.weights = ()  # triples: (("FILE", weight), ...), shares of the rows; (): all of all files.
+    data.prepared = ""  # triples: where they are prepared, for several runs; "": in the workdir.
     data.dev = ""  # train.retriever: BEIR directory whose dev queries choose the weights; or none.
     data.on_bad = "error"  # train.retriever: what a wrong line of triples is, "error" or "skip".
     data.packages = ()  # pydoc: "name==version" of each package to read.
@@ -34,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
+    retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
@@ -101,7 +109,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.save_every = 100  # Steps between checkpoints.
 
     config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
-    mining.per_query = 4  # Hard negatives kept of a query, from which each epoch draws.
+    mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
     mining.first = 0  # Results left out at the top, where right documents nobody judged may be.
     mining.depth = 50  # Results looked at.
     mining.absolute_margin = placeholder(float)  # Below the right document's score, at least.

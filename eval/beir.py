@@ -1,8 +1,9 @@
 """One table over data sets: `python -m eval.beir --data=DIR[,DIR] --systems=a,b --workdir=OUT`.
 
 Systems are `bm25`, `dense` (the config's retriever), either with a strategy of eval/strategies.py
-(`dense+q2d`, `bm25+query2doc`), `dense+prf-average`, `dense+prf-rocchio`, and fusions of any of
-these (`rrf:bm25:dense`). Each set gets results.json, runs/ and qrels.trec, in OUT or, where there
+(`dense+q2d`, `bm25+query2doc`), `dense+prf-average`, `dense+prf-rocchio`, the same over a corpus
+whose documents are expanded (`bm25@d2q`, `dense@d2d+q2d`), and fusions of any of these
+(`rrf:bm25:dense`). Each set gets results.json, runs/ and qrels.trec, in OUT or, where there
 are several, in OUT/NAME. The same command goes on where it stopped; with other systems it adds what
 is missing, and what was generated serves every system that asks for the same.
 """
@@ -158,7 +159,7 @@ def evaluate_beir(
     sets = find_sets(data, split)
     run = Run(workdir, config, console)
     parts = [part for system in systems for part in system.with_parts()]
-    models = LazyModels(run, any(part.strategy for part in parts))
+    models = LazyModels(run, any(part.strategy or part.documents for part in parts))
     results = {}
     for name, files in sets.items():
         directory = run.path(name) if len(sets) > 1 else run.path()

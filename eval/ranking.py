@@ -20,6 +20,7 @@ from eval.strategies import (
     Request,
     Strategy,
     System,
+    document_message,
     parse_system,
 )
 from eval.systems import finish_run
@@ -37,7 +38,7 @@ from train.expansion import Prompt, sample_texts
 from train.models import Models, RetrieverModel, load_models, load_retriever_model
 from train.run import Run
 
-BM25, DENSE = parse_system("bm25"), parse_system("dense")
+BM25 = parse_system("bm25")
 
 
 class LazyModels:
@@ -59,6 +60,47 @@ class LazyModels:
             return self.both
         with self._run.phase("models"):
             return load_retriever_model(self._run.config, make_mesh(**self._run.config.mesh))
+
+
+class Searched:
+    """A corpus as it is searched; each index is built when something first needs it.
+
+    Args:
+        run: The config and progress.
+        models: The models.
+        texts: Of the documents.
+        path: Where its vectors go.
+    """
+
+    def __init__(self, run: Run, models: LazyModels, texts: Sequence[str], path: pathlib.Path):
+        self._run, self._models, self._texts, self._path = run, models, texts, path
+
+    @functools.cached_property
+    def bm25(self) -> Bm25Index:
+        """Of the words."""
+        return Bm25Index(self._texts)
+
+    @functools.cached_property
+    def vectors(self) -> np.ndarray | StoredVectors:
+        """[documents, dim], memory-mapped."""
+        dtype = self._run.config.retriever.vectors
+        model = self._models.retriever
+        encoder, params = model.encoder, model.retriever_params
+        with self._run.progress("documents encoded", len(self._texts)) as advance:
+            return encode_to_file(
+                self._path,
+                encoder,
+                params,
+                self._texts,
+                "document",
+                dtype=dtype,
+                progress=advance,
+            )
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Of the vectors."""
+        return build_index(self.vectors, **self._run.config.search)
 
 
 class Ranker:
@@ -87,14 +129,17 @@ class Ranker:
         self.documents = list(self.collection.corpus)
         self._run, self._models, self._directory = run, models, directory
         self._texts: dict[str, list[list[str]]] = {}
+        self._corpora: dict[str | None, Searched] = {}
 
     def rank(self, system: System) -> dict[str, dict[str, float]]:
         """The system's run, as its file holds it."""
         path = self._directory / "runs" / f"{system.name}.trec"
         if not path.exists():
             # First what it needs, which has phases of its own.
-            for needed in (DENSE,) if system.method in FEEDBACKS else system.parts:
+            for needed in (system.plain,) if system.method in FEEDBACKS else system.parts:
                 self.rank(needed)
+            if not system.parts:
+                self._searched(system.documents)
             if system.strategy:
                 self.texts(system.method)
             if system.base == "dense":
@@ -126,10 +171,11 @@ class Ranker:
         depth = config.depth + config.drop_identical_ids
         if system.base == "bm25":
             queries = self._with_texts(system, lambda s, q, texts: s.sparse(q, texts))
-            scores, indices = self._bm25.search(queries, depth)
+            scores, indices = self._searched(system.documents).bm25.search(queries, depth)
             run = metrics.make_run(self.ids, self.documents, scores, indices, above=0.0)
         else:
-            scores, indices = self._index.search(self._query_vectors(system), depth)
+            index = self._searched(system.documents).index
+            scores, indices = index.search(self._query_vectors(system), depth)
             run = metrics.make_run(self.ids, self.documents, scores, indices)
         return finish_run(run, config.depth, config.drop_identical_ids)
 
@@ -148,26 +194,18 @@ class Ranker:
         rows = zip(self.queries, self.texts(system.method), strict=True)
         return [build(strategy, query, [t for t in texts if t]) for query, texts in rows]
 
-    @functools.cached_property
-    def _bm25(self) -> Bm25Index:
-        return Bm25Index(list(self.collection.corpus.values()))
-
-    @functools.cached_property
-    def _vectors(self) -> np.ndarray | StoredVectors:
-        """[documents, dim], memory-mapped."""
-        dtype = self._run.config.retriever.vectors
-        texts = self.collection.corpus.values()
-        path = self._directory / "work" / "vectors.npy"
-        model = self._models.retriever
-        encoder, params = model.encoder, model.retriever_params
-        with self._run.progress("documents encoded", len(texts)) as advance:
-            return encode_to_file(
-                path, encoder, params, texts, "document", dtype=dtype, progress=advance
-            )
-
-    @functools.cached_property
-    def _index(self) -> Index:
-        return build_index(self._vectors, **self._run.config.search)
+    def _searched(self, documents: str | None) -> Searched:
+        """The corpus, its documents expanded where there is a strategy for that."""
+        if documents not in self._corpora:
+            texts, name = list(self.collection.corpus.values()), "vectors"
+            if documents:
+                added = self._sample_documents(documents)
+                # An empty one adds nothing. A retriever reads max_length tokens of the two.
+                texts = [f"{t} {new}".strip() for t, new in zip(texts, added, strict=True)]
+                name = f"vectors-{documents}-{hash_json(texts)[:16]}"
+            path = self._directory / "work" / f"{name}.npy"
+            self._corpora[documents] = Searched(self._run, self._models, texts, path)
+        return self._corpora[documents]
 
     @functools.cached_property
     def _plain(self) -> np.ndarray:
@@ -179,15 +217,16 @@ class Ranker:
 
     def _query_vectors(self, system: System) -> np.ndarray:
         if system.method in FEEDBACKS:
-            return self._after_feedback(system.method)
+            return self._after_feedback(system)
         return self._plain if system.strategy is None else self._expanded(system)
 
-    def _after_feedback(self, method: str) -> np.ndarray:
-        found = self.rank(DENSE)
+    def _after_feedback(self, system: System) -> np.ndarray:
+        found = self.rank(system.plain)
         place = {document: row for row, document in enumerate(self.documents)}
         depth = min(FEEDBACK_DEPTH, *(len(found[query]) for query in self.ids))
         rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
-        return np.asarray(FEEDBACKS[method](self._plain, self._vectors[np.array(rows)]))
+        vectors = self._searched(system.documents).vectors[np.array(rows)]
+        return np.asarray(FEEDBACKS[system.method](self._plain, vectors))
 
     def _expanded(self, system: System) -> np.ndarray:
         (weight,) = self._run.config.evaluation.query_weights
@@ -212,7 +251,7 @@ class Ranker:
 
     def _sample(self, request: Request, method: str) -> list[list[str]]:
         """The texts that answer one request, for each query, kept for whoever asks it again."""
-        config, models = self._run.config, self._models.both
+        config = self._run.config
         samples = samples_of(config, STRATEGIES[method])
         shown = self._shown() if request.needs_passages else [[]] * len(self.ids)
         settings = config.expansion
@@ -225,12 +264,29 @@ class Ranker:
             for text in [self._prompt(request, query, passages)]
             for sample in range(samples)
         ]  # fmt: skip
-        asked = [dataclasses.astuple(prompt) for prompt in prompts]
-        key = hash_json([models.generator_hash, config.seed, request.name, asked])[:16]
-        path = self._directory / "work" / "texts" / f"{request.name}-{key}.jsonl"
-        with self._run.phase(f"{self.collection.name}: texts of {request.name}"):
-            texts = sample_texts(self._run, models, None, prompts, path=path, purpose=request.name)
+        texts = self._ask(request.name, prompts)
         return [[texts[query, sample] for sample in range(samples)] for query in self.ids]
+
+    def _sample_documents(self, name: str) -> list[str]:
+        """What the generator writes for each document."""
+        settings = self._run.config.expansion
+        prompts = [
+            Prompt(
+                document, 0, self._document_prompt(name, text), settings.temperature,
+                settings.top_p, settings.max_new_tokens,
+            )
+            for document, text in self.collection.corpus.items()
+        ]  # fmt: skip
+        texts = self._ask(name, prompts)
+        return [texts[document, 0] for document in self.documents]
+
+    def _ask(self, name: str, prompts: Sequence[Prompt]) -> dict[tuple[str, int], str]:
+        config, models = self._run.config, self._models.both
+        asked = [dataclasses.astuple(prompt) for prompt in prompts]
+        key = hash_json([models.generator_hash, config.seed, name, asked])[:16]
+        path = self._directory / "work" / "texts" / f"{name}-{key}.jsonl"
+        with self._run.phase(f"{self.collection.name}: texts of {name}"):
+            return sample_texts(self._run, models, None, prompts, path=path, purpose=name)
 
     def _shown(self) -> list[list[str]]:
         """The documents that BM25 finds for each query."""
@@ -239,14 +295,17 @@ class Ranker:
         return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
 
     def _prompt(self, request: Request, query: str, passages: Sequence[str]) -> str:
-        config, generator = self._run.config, self._models.both.generator
-        limit = max(config.generator.prompt_buckets)
-        return request.message(
-            query,
-            passages,
-            most_characters=config.answer.max_characters,
-            fits=lambda text: not generator.chat_ids(text, limit)[1],
-        )
+        most = self._run.config.answer.max_characters
+        return request.message(query, passages, most_characters=most, fits=self._fits)
+
+    def _document_prompt(self, name: str, text: str) -> str:
+        most = self._run.config.answer.max_characters
+        return document_message(name, text, most_characters=most, fits=self._fits)
+
+    def _fits(self, text: str) -> bool:
+        """Whether a message loses nothing."""
+        limit = max(self._run.config.generator.prompt_buckets)
+        return not self._models.both.generator.chat_ids(text, limit)[1]
 
 
 def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:

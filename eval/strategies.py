@@ -15,18 +15,6 @@ FEEDBACK = 10  # Documents that BM25 finds for a prompt that shows some.
 LEAST_CHARACTERS = 40  # Of each document in a message that would be too long with more.
 SEPARATOR = "[SEP]"  # Replaced by the retriever's own.
 
-# One worked example, then documents that were found.
-CSQE = (
-    "Quote, word for word, the sentences of the passages that help to answer the query.\n\n"
-    "Query: how do bees make honey\n"
-    "Passages:\n"
-    "1. Bees live in colonies. In the hive they pass nectar from mouth to mouth until most of its "
-    "water is gone.\n"
-    "2. Honey has been eaten for thousands of years.\n"
-    "Sentences: In the hive they pass nectar from mouth to mouth until most of its water is gone."
-    "\n\nQuery: {query}\nPassages:\n{passages}\nSentences:"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -35,17 +23,15 @@ class Request:
     Attributes:
         name: Of its own; sets its draws apart from others'.
         prompt: A name in expandr_jax/prompts.py.
-        template: Replaces the prompt's own; "" keeps it.
     """
 
     name: str
     prompt: str
-    template: str = ""
 
     @property
     def needs_passages(self) -> bool:
         """Whether it shows documents that were found for the query."""
-        return "passages" in prompts.strategy(self.prompt, self.template).fields
+        return "passages" in prompts.strategy(self.prompt).fields
 
     def message(
         self,
@@ -66,10 +52,28 @@ class Request:
         """
         while True:
             shown = [" ".join(passage.split())[:most_characters] for passage in passages] or ["-"]
-            text = prompts.render(self.prompt, query, passages=shown, template=self.template)
+            text = prompts.render(self.prompt, query, passages=shown)
             if most_characters <= LEAST_CHARACTERS or fits(text):
                 return text
             most_characters = max(LEAST_CHARACTERS, most_characters * 3 // 4)
+
+
+def document_message(
+    name: str, document: str, *, most_characters: int, fits: Callable[[str], bool]
+) -> str:
+    """What the generator is told to expand a document.
+
+    Args:
+        name: A key of `prompts.DOCUMENT_STRATEGIES`.
+        document: Its text.
+        most_characters: Of it.
+        fits: Whether a message is short enough; the document is cut until it is.
+    """
+    while True:
+        text = prompts.render_document(name, " ".join(document.split())[:most_characters])
+        if most_characters <= LEAST_CHARACTERS or fits(text):
+            return text
+        most_characters = max(LEAST_CHARACTERS, most_characters * 3 // 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +162,7 @@ STRATEGIES = {
     "q2c": _asked("q2c", 1, repeated(5), joined(" "), kind="query"),
     "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),
     "lamer": _asked("lamer", 5, alternated, one_of_them),
-    "csqe": Strategy(
-        (Request("q2d", "q2d"), Request("csqe", "lamer", CSQE)), 5, lower_cased, one_of_them
-    ),
+    "csqe": Strategy((Request("q2d", "q2d"), Request("csqe", "csqe")), 5, lower_cased, one_of_them),
 }
 FEEDBACKS = {  # (query vectors, vectors of the documents found first) to query vectors
     "prf-average": fusion.average_feedback,
@@ -182,12 +184,19 @@ class System:
         base: "bm25", "dense" or, of a fusion, its name.
         method: A key of `STRATEGIES` or `FEEDBACKS`, or None.
         parts: Of a fusion, the systems that it fuses.
+        documents: How the corpus is expanded, a key of `prompts.DOCUMENT_STRATEGIES`, or None.
     """
 
     name: str
     base: str
     method: str | None = None
     parts: tuple["System", ...] = ()
+    documents: str | None = None
+
+    @property
+    def plain(self) -> "System":
+        """The same search for the queries as they are."""
+        return System(self.name.partition("+")[0], self.base, documents=self.documents)
 
     @property
     def strategy(self) -> Strategy | None:
@@ -202,6 +211,8 @@ class System:
 def parse_system(name: str) -> System:
     """Reads "bm25", "dense", "BASE+STRATEGY", "dense+prf-average" or "rrf:SYSTEM:SYSTEM".
 
+    "BASE@STRATEGY" searches a corpus whose documents are expanded, as in "dense@d2q+q2d".
+
     Raises:
         UserError: There is no such system.
     """
@@ -210,11 +221,15 @@ def parse_system(name: str) -> System:
         if len(set(parts)) < 2:
             raise UserError(f"system {name!r}: expected two systems to fuse, {base}:bm25:dense")
         return System(name, base, parts=tuple(map(parse_system, parts)))
-    base, plus, method = name.partition("+")
+    where, plus, method = name.partition("+")
+    base, at, documents = where.partition("@")
     methods = {"bm25": STRATEGIES, "dense": {**STRATEGIES, **FEEDBACKS}}.get(base)
     if methods is None:
         known = ", ".join(("bm25", "dense", *RANK_FUSIONS, *SCORE_FUSIONS))
         raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
     if plus and method not in methods:
         raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
-    return System(name, base, method or None)
+    if at and documents not in prompts.DOCUMENT_STRATEGIES:
+        known = ", ".join(prompts.DOCUMENT_STRATEGIES)
+        raise UserError(f"system {name!r}: expected {base}@ one of {known}")
+    return System(name, base, method or None, documents=documents or None)

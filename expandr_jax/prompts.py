@@ -99,7 +99,29 @@ STRATEGIES = {
         "are wrong) enumerated as:\n{passages}\nplease write a correct answering passage.",
         "LameR, arXiv 2304.14233",
     ),
+    "csqe": Strategy(  # One worked example, then documents that were found.
+        "Quote, word for word, the sentences of the passages that help to answer the query.\n\n"
+        "Query: how do bees make honey\n"
+        "Passages:\n"
+        "1. Bees live in colonies. In the hive they pass nectar from mouth to mouth until most of "
+        "its water is gone.\n"
+        "2. Honey has been eaten for thousands of years.\n"
+        "Sentences: In the hive they pass nectar from mouth to mouth until most of its water is "
+        "gone.\n\nQuery: {query}\nPassages:\n{passages}\nSentences:",
+        "CSQE, with an example of our own",
+    ),
 }  # fmt: skip
+DOCUMENT_STRATEGIES = {  # What is asked of a document when it is indexed.
+    "d2q": Strategy(
+        "Write questions that the following document answers.\nDocument: {document}\nQuestions:",
+        "document expansion by the questions it answers, in words of our own",
+    ),
+    "d2d": Strategy(
+        "Write a passage that says in other words what the following document is about.\n"
+        "Document: {document}\nPassage:",
+        "q2d's counterpart, for queries and documents expanded by one model; words of our own",
+    ),
+}
 
 _KINDS = (
     r"(?:passage|answer|response|document(?:ation)?|docstring|paragraph|article|abstract|summary|"
@@ -173,6 +195,11 @@ def render(
         raise ValueError(f"strategy {name!r} needs {missing}")
     # One pass, so that braces inside a query or document stay what they are.
     return chosen.template.format(**values)
+
+
+def render_document(name: str, document: str) -> str:
+    """The user's message that expands a document; `name` is a key of `DOCUMENT_STRATEGIES`."""
+    return DOCUMENT_STRATEGIES[name].template.format(document=document)
 
 
 def strip_lead_in(text: str) -> str:

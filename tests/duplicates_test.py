@@ -1,6 +1,6 @@
 import random
 
-from expandr_jax.data.duplicates import near_duplicate_clusters, words
+from expandr_jax.data.duplicates import near_duplicate_clusters, near_duplicates, words
 
 
 def grams(text):
@@ -35,6 +35,21 @@ def test_equals_comparing_every_pair():
         labels = near_duplicate_clusters(texts, threshold)
         assert labels == clusters_by_brute_force(texts, threshold)
         assert 1 < len(set(labels)) < len(texts)
+
+
+def test_near_duplicates_are_those_of_comparing_every_pair():
+    rng = random.Random(1)
+    bases = [
+        " ".join(str(rng.randrange(30)) for _ in range(rng.randrange(1, 60))) for _ in range(40)
+    ]
+    texts = [edited(base, rng) for base in bases for _ in range(3)]
+    for threshold in (0.2, 0.5, 0.9):
+        expected = [
+            any(len(grams(t) & grams(b)) / len(grams(t) | grams(b)) > threshold for b in bases[:20])
+            for t in texts
+        ]
+        assert list(near_duplicates(texts, bases[:20], threshold)) == expected
+        assert 0 < sum(expected) < len(texts)
 
 
 def test_exactly_the_threshold_is_no_link():

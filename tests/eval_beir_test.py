@@ -19,7 +19,7 @@ from tests.commands import ROOT, command, finish
 
 SYSTEMS = [
     "bm25", "dense", "dense+q2d", "dense+prf-average", "dense+prf-rocchio", "bm25+lamer",
-    "rrf:bm25:dense",
+    "rrf:bm25:dense", "bm25@d2q", "dense@d2q", "dense@d2q+q2d", "dense@d2q+prf-average",
 ]  # fmt: skip
 OPTIONS = ["--config=configs/smoke.py", "--query_weight=0.7", "--samples=2"]
 WORDS = ["array", "sort", "pad", "matrix", "inverse", "scale", "gradient", "list", "zero", "shape"]
@@ -113,6 +113,49 @@ def test_vectors_are_what_sentence_transformers_and_the_formulas_give(finished):
                 np.testing.assert_allclose(found, expected[row], atol=2e-5, err_msg=system)
 
 
+def test_expanded_documents_are_searched_in_the_place_of_their_texts(finished):
+    sets, out, _ = finished
+    model = SentenceTransformer(str(ROOT / "tests" / "data" / "tiny-bert"), device="cpu")
+    model.max_seq_length = 16
+    for directory in sets:
+        collection = read_beir(directory)
+        (journal,) = (out / directory.name / "work" / "texts").glob("d2q-*.jsonl")
+        written = {row["query_id"]: row["text"] for row in map(json.loads, open_lines(journal))}
+        assert {*written} == {*collection.corpus}
+        assert any(written.values())
+        texts = [f"{text} {written[i]}".strip() for i, text in collection.corpus.items()]
+        documents = model.encode(texts, normalize_embeddings=True)
+        before = model.encode(list(collection.corpus.values()), normalize_embeddings=True)
+        assert not np.allclose(documents, before, atol=1e-3)
+        queries = model.encode(list(collection.queries.values()), normalize_embeddings=True)
+        passages = expansions(out / directory.name, "dense@d2q+q2d")
+        assert passages == expansions(out / directory.name, "dense+q2d")
+        means = [
+            model.encode(passages[query], normalize_embeddings=True).mean(0)
+            for query in collection.queries
+        ]
+        top = documents[np.argsort(-(queries @ documents.T), axis=1)[:, :3]]
+        for system, vectors in {
+            "dense@d2q": queries,
+            "dense@d2q+q2d": unit(0.7 * queries + 0.3 * np.stack(means)),
+            "dense@d2q+prf-average": (queries + top.sum(1)) / 4,
+        }.items():
+            run = metrics.read_trec(out / directory.name / "runs" / f"{system}.trec")
+            expected = vectors @ documents.T
+            for row, query in enumerate(collection.queries):
+                found = [run[query][document] for document in collection.corpus]
+                np.testing.assert_allclose(found, expected[row], atol=2e-5, err_msg=system)
+        found = Bm25Index(texts).search(list(collection.queries.values()), 10)
+        names = list(collection.queries), list(collection.corpus)
+        run = metrics.read_trec(out / directory.name / "runs" / "bm25@d2q.trec")
+        for query, scores in metrics.make_run(*names, *found, above=0.0).items():
+            assert run[query] == pytest.approx(scores, abs=1e-5)
+
+
+def open_lines(path):
+    return path.read_text().splitlines()
+
+
 def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -159,7 +202,7 @@ def test_the_same_command_does_nothing_and_another_system_asks_nothing_twice(fin
     _, out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     journals = [path for path in before if path.parent.name == "texts"]
-    assert len(journals) == 4  # two requests for two sets
+    assert len(journals) == 6  # of queries, twice, and of documents, for two sets
     results = json.loads((out / "one" / "results.json").read_text())
     assert again(finished, SYSTEMS)["one"] == results
     for path, time in before.items():

@@ -3,7 +3,15 @@
 import pytest
 
 from expandr_jax.errors import UserError
-from expandr_jax.prompts import STRATEGIES, is_repetitive, render, strategy, strip_lead_in
+from expandr_jax.prompts import (
+    DOCUMENT_STRATEGIES,
+    STRATEGIES,
+    is_repetitive,
+    render,
+    render_document,
+    strategy,
+    strip_lead_in,
+)
 
 
 def test_the_paper_s_prompts_to_the_letter():
@@ -22,6 +30,11 @@ def test_the_paper_s_prompts_to_the_letter():
 def test_every_strategy_shows_the_query(name):
     text = render(name, "the query {x}", document="{d}", passages=["one", "two"])
     assert "the query {x}" in text
+
+
+def test_documents_are_shown_as_they_are():
+    for name in DOCUMENT_STRATEGIES:
+        assert "Document: a {b} c\n" in render_document(name, "a {b} c")
 
 
 def test_lamer_numbers_its_passages():

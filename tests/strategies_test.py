@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.strategies import STRATEGIES, parse_system
+from eval.strategies import STRATEGIES, document_message, parse_system
 from expandr_jax.errors import UserError
 from expandr_jax.prompts import render
 
@@ -69,7 +69,7 @@ def test_requests_and_samples():
     for strategy in STRATEGIES.values():
         for request in strategy.requests:
             shown = ["found first", "found second"] if request.needs_passages else ()
-            text = render(request.prompt, QUERY, passages=shown, template=request.template)
+            text = render(request.prompt, QUERY, passages=shown)
             assert QUERY in text
             assert ("2. found second" in text) is request.needs_passages
     needs = {name for name, s in STRATEGIES.items() if any(r.needs_passages for r in s.requests)}
@@ -96,13 +96,31 @@ def test_documents_are_cut_until_the_message_fits():
     assert "1. -\n" in message(10_000, [])
 
 
+def test_a_document_is_cut_until_its_message_fits():
+    def message(limit):
+        return document_message(
+            "d2q", "a  b " * 100, most_characters=300, fits=lambda text: len(text) <= limit
+        )
+
+    assert "Document: " + "a b " * 75 + "\n" in message(10_000)
+    assert 100 < len(message(200)) <= 200
+    assert "a b " * 10 in message(0)
+
+
 def test_systems_by_name():
     system = parse_system("dense+query2doc")
     assert (system.base, system.strategy) == ("dense", STRATEGIES["query2doc"])
     assert parse_system("dense+prf-rocchio").strategy is None
     fused = parse_system("rrf:bm25+q2d:dense")
     assert [part.name for part in fused.with_parts()] == ["bm25+q2d", "dense", "rrf:bm25+q2d:dense"]
+    system = parse_system("dense@d2q+q2d")
+    assert (system.base, system.documents, system.method) == ("dense", "d2q", "q2d")
+    assert system.plain == parse_system("dense@d2q")
+    assert parse_system("dense+q2d").plain == parse_system("dense")
     for name, complaint in (
+        ("bm25@q2d", "expected bm25@ one of d2q, d2d"),
+        ("dense@", "expected dense@ one of"),
+        ("rrf@d2q", "a system begins with"),
         ("splade", "a system begins with one of bm25, dense, rrf"),
         ("dense+q2x", r"expected dense\+ one of q2d"),
         ("dense+", r"expected dense\+ one of"),

@@ -15,7 +15,10 @@ from expandr_jax.data.beir import (
 from expandr_jax.data.pydoc import Shares, harvest
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from train.benchmarks import benchmark_queries, query_key
+from train.echo import read_echo
 from train.run import Run
+from train.source import data_path
 
 STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
 
@@ -44,6 +47,12 @@ class TrainingData:
         known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
         return sorted(known, key=lambda d: (-known[d], d))
 
+    def negatives(self, query_id: str) -> list[str]:
+        """Texts of the documents that are judged wrong for a training query, by id."""
+        grades, corpus = self.collection.qrels["train"][query_id], self.collection.corpus
+        wrong = sorted(d for d, grade in grades.items() if grade <= 0 and d in corpus)
+        return [corpus[document] for document in wrong]
+
     def positive(self, query_id: str) -> str:
         """The first of `positives`."""
         return self.positives(query_id)[0]
@@ -63,8 +72,17 @@ def prepare_data(run: Run) -> TrainingData:
             collection, retriever, generator, source = _harvest(run)
         elif config.kind == "beir":
             collection, retriever, generator, source = _copy_beir(run)
+        elif config.kind == "triples":
+            collection, retriever, generator, source = read_echo(run)
         else:
-            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc' or 'beir'")
+            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
+        tested = benchmark_queries(run)
+        before = len(retriever) + len(generator)
+        retriever, generator = (
+            [i for i in ids if query_key(collection.queries[i]) not in tested]
+            for ids in (retriever, generator)
+        )
+        left_out = before - len(retriever) - len(generator)
         retriever = _limit(retriever, config.max_retriever_train)
         generator = _limit(generator, config.max_generator_train)
         keep = {
@@ -83,7 +101,12 @@ def prepare_data(run: Run) -> TrainingData:
         write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
         write_json(
             source_path,
-            {**source, "retriever_train": retriever, "generator_train": generator},
+            {
+                **source,
+                "left_out_for_tests": left_out,
+                "retriever_train": retriever,
+                "generator_train": generator,
+            },
         )
     source = json.loads(source_path.read_text(encoding="utf-8"))
     collection = dataclasses.replace(read_beir(directory), name=source["name"])
@@ -117,14 +140,15 @@ def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
 
 def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     config = run.config.data
-    sets = find_collections(config.path)
+    path = data_path(run)
+    sets = find_collections(path)
     if len(sets) > 1:
-        raise UserError(f"{config.path}: holds {len(sets)} collections; choose one of {list(sets)}")
+        raise UserError(f"{path}: holds {len(sets)} collections; choose one of {list(sets)}")
     (files,) = sets.values()
     collection = read_beir(files)
     for split in ("train", "test"):
         if split not in collection.qrels:
-            raise UserError(f"{config.path}/qrels/{split}.tsv: missing; training needs judgements")
+            raise UserError(f"{path}/qrels/{split}.tsv: missing; training needs judgements")
     qrels = dict(collection.qrels)
     train = [
         query

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from eval.beir import mean_over_sets, mean_table
 from eval.systems import (
     MEASURES,
     SYSTEMS,
@@ -18,13 +20,16 @@ from eval.systems import (
     finish_run,
 )
 from expandr_jax import metrics, rewards
+from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.fusion import expanded_query
+from expandr_jax.report import results_table
 from expandr_jax.search import Bm25Index
+from train.benchmarks import find_benchmarks
+from train.corpus import Corpus, encode_corpus
 from train.data import TrainingData
 from train.expansion import expansion_prompts, sample_texts
 from train.models import Models
-from train.preferences import Corpus
 from train.run import Run
 
 SPLITS = ("dev", "test")
@@ -44,16 +49,35 @@ class Trained:
     adapters: Mapping[str, Any]
 
 
-def evaluate(run: Run, models: Models, data: TrainingData, trained: Trained) -> dict[str, Any]:
-    """Writes evaluation/, runs/, qrels.trec and results.json; returns the results."""
-    path = run.path("results.json")
+def evaluate(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    trained: Trained,
+    *,
+    set_name: str = "",
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Writes evaluation/, runs/, qrels.trec and results.json; returns the results.
+
+    Args:
+        run: The workdir.
+        models: Its models.
+        data: Dev and test queries, and the corpus.
+        trained: What is scored.
+        set_name: Of a further collection, whose files go to tests/NAME; "": the run's own data.
+        chosen: System -> how it uses its expansions; None: what is best on the dev queries.
+    """
+    directory = run.path("tests", set_name) if set_name else run.path()
+    path = directory / "results.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     systems = _systems(run, trained)
-    texts = _sample_expansions(run, models, data, trained, systems)
+    texts = _sample_expansions(run, models, data, trained, systems, set_name)
     with run.phase("evaluation"):
-        metrics.write_qrels(run.path("qrels.trec"), data.collection.qrels["test"])
-        runs, chosen = {}, {}
+        metrics.write_qrels(directory / "qrels.trec", data.collection.qrels["test"])
+        runs: dict[str, dict[str, dict[str, float]]] = {}
+        choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
         samples: list[dict[str, Any]] = []
         with run.progress("evaluation: systems", len(systems)) as advance:
             for name, system in systems.items():
@@ -64,14 +88,66 @@ def evaluate(run: Run, models: Models, data: TrainingData, trained: Trained) -> 
                 mine = {n: s for n, s in systems.items() if s.retriever == retriever}
                 if mine:
                     params, corpus = build()
-                    _dense(run, models, data, params, corpus, mine, texts, runs, chosen, samples)
+                    _dense(run, models, data, params, corpus, mine, texts, runs, choices, samples)
                     advance(len(mine))
         for name in systems:
-            metrics.write_trec(run.path("runs", f"{name}.trec"), runs[name], name)
-        write_jsonl(run.path("evaluation", "samples.jsonl"), samples)
-        results = _results(run, data, systems, runs, chosen, samples)
+            metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
+        write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
+        results = _results(directory, data, systems, choices, samples)
         write_json(path, results)
     return results
+
+
+def evaluate_benchmarks(
+    run: Run, models: Models, trained: Trained, chosen: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Scores every system on the collections of `data.tests`, which are not trained on.
+
+    Writes tests/NAME/ for each, with the files of the run's own results, and tests/mean.json.
+
+    Args:
+        run: The workdir.
+        models: Its models.
+        trained: What is scored.
+        chosen: From the results on the run's own data: how each system uses its expansions.
+    """
+    results = {}
+    for name, benchmark in find_benchmarks(run).items():
+        path = run.path("tests", name, "results.json")
+        if path.exists():  # Its corpus may take minutes to read.
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            collection = read_beir(benchmark.files)
+            qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
+            data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
+            retrievers = {
+                retriever: _on_benchmark(run, models, data, f"{name}/{retriever}", build)
+                for retriever, build in trained.retrievers.items()
+            }
+            here = Trained(retrievers, trained.adapters)
+            results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
+        run.console.print(results_table(results[name]))
+    if len(results) > 1:
+        mean = mean_over_sets(results)
+        write_json(run.path("tests", "mean.json"), mean)
+        run.console.print(mean_table(mean))
+
+
+def _on_benchmark(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    name: str,
+    build: Callable[[], tuple[Any, Corpus]],
+) -> Callable[[], tuple[Any, Corpus]]:
+    """A retriever of the run with the collection's corpus instead of the run's own."""
+
+    def built() -> tuple[Any, Corpus]:
+        params, _ = build()
+        with run.phase(f"encode the corpus, {name}"):
+            return params, encode_corpus(run, models, data.collection.corpus, name, params)
+
+    return built
 
 
 def _systems(run: Run, trained: Trained) -> dict[str, System]:
@@ -89,6 +165,7 @@ def _sample_expansions(
     data: TrainingData,
     trained: Trained,
     systems: Mapping[str, System],
+    set_name: str,
 ) -> dict[str, dict[tuple[str, int], str]]:
     """Generator name -> (query id, sample) -> text; writes evaluation/expansions.jsonl.
 
@@ -100,8 +177,10 @@ def _sample_expansions(
     prompts = expansion_prompts(run.config, by_id, count)
     texts = {}
     for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
-        with run.phase(f"expansions for evaluation, {name} generator"):
-            journal = run.path("work", f"evaluation-{name}.jsonl")
+        what = f"{set_name}, {name}" if set_name else name
+        with run.phase(f"expansions for evaluation, {what} generator"):
+            journal = run.path("work", "tests", set_name) if set_name else run.path("work")
+            journal /= f"evaluation-{name}.jsonl"
             adapter = trained.adapters[name]
             texts[name] = sample_texts(
                 run, models, adapter, prompts, path=journal, purpose="evaluation"
@@ -120,7 +199,8 @@ def _sample_expansions(
         for split, query in queries
         for sample in range(count)
     )
-    write_jsonl(run.path("evaluation", "expansions.jsonl"), rows)
+    directory = run.path("tests", set_name) if set_name else run.path()
+    write_jsonl(directory / "evaluation" / "expansions.jsonl", rows)
     return texts
 
 
@@ -143,10 +223,10 @@ def _dense(
     systems: Mapping[str, System],
     texts: Mapping[str, Mapping[tuple[str, int], str]],
     runs: dict[str, dict[str, dict[str, float]]],
-    chosen: dict[str, dict[str, float]],
+    choices: dict[str, Choice],
     samples: list[dict[str, Any]],
 ) -> None:
-    """Adds the test runs, choices and per-sample ranks of one retriever's systems."""
+    """Adds the test runs, choices that are not made yet and ranks of samples of one retriever."""
     config = run.config.evaluation
     settings = {
         "normalize": run.config.contrastive.normalize,
@@ -155,29 +235,31 @@ def _dense(
     }
     grid = [Choice(w, n) for n in config.samples for w in config.query_weights]
     qrels = data.collection.qrels
+    splits = [split for split in SPLITS if qrels[split]]  # Without dev, choices are made.
     plain = {
         split: models.encoder.encode(params, data.queries(list(qrels[split])), "query")
-        for split in SPLITS
+        for split in splits
     }
     for name, system in systems.items():
         encoded = {}
-        for split in SPLITS:
+        for split in splits:
             ids = list(qrels[split])
             encoded[split] = EncodedQueries(ids, plain[split])
             if system.generator is not None:
                 expansions = _encode_expansions(models, params, ids, texts[system.generator])
                 encoded[split] = EncodedQueries(ids, plain[split], *expansions)
-        choice = None
         if system.generator is not None:
-            choice, tried = choose(
-                corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
-            )
-            chosen[name] = dataclasses.asdict(choice)
-            best = max(value for _, value in tried)
-            run.console.print(f"  {name}: {choice} (dev nDCG@10 {best:.4f})")
+            if name not in choices:
+                choices[name], tried = choose(
+                    corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
+                )
+                best = max(value for _, value in tried)
+                run.console.print(f"  {name}: {choices[name]} (dev nDCG@10 {best:.4f})")
             if system.retriever == "expandr":
                 samples += _sample_ranks(run, name, corpus, encoded, qrels)
-        runs[name] = dense_run(corpus.index, corpus.ids, encoded["test"], choice, **settings)
+        runs[name] = dense_run(
+            corpus.index, corpus.ids, encoded["test"], choices.get(name), **settings
+        )
 
 
 def _encode_expansions(
@@ -233,17 +315,18 @@ def _sample_ranks(
 
 
 def _results(
-    run: Run,
+    directory: pathlib.Path,
     data: TrainingData,
     systems: Mapping[str, System],
-    runs: Mapping[str, Mapping[str, Mapping[str, float]]],
-    chosen: Mapping[str, Mapping[str, float]],
+    choices: Mapping[str, Choice],
     samples: list[dict[str, Any]],
 ) -> dict[str, Any]:
     qrels = data.collection.qrels["test"]
     # Scored from what is on disk, so that anyone who reads the files finds the same figures.
     scored = {
-        name: metrics.evaluate(metrics.read_trec(run.path("runs", f"{name}.trec")), qrels, MEASURES)
+        name: metrics.evaluate(
+            metrics.read_trec(directory / "runs" / f"{name}.trec"), qrels, MEASURES
+        )
         for name in systems
     }
     rows = [
@@ -275,7 +358,7 @@ def _results(
     return {
         "dataset": data.collection.name,
         "queries": len(qrels),
-        "chosen": dict(chosen),
+        "chosen": {name: dataclasses.asdict(choice) for name, choice in choices.items()},
         "rows": rows,
         "significance": significance,
     }

@@ -19,18 +19,17 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
-from expandr_jax.search import build_index
-from expandr_jax.vector_file import encode_to_file
 from train.candidates import is_rewarded, rewarded_candidates
+from train.corpus import Corpus, encode_corpus
 from train.data import TrainingData, prepare_data
-from train.evaluation import Trained, evaluate
+from train.evaluation import Trained, evaluate, evaluate_benchmarks
 from train.expansion import expansion_prompts, sample_texts
 from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_workdir, launch
 from train.models import Models, load_models
 from train.negatives import mine_training_negatives
-from train.preferences import Corpus, make_preferences
+from train.preferences import make_preferences
 from train.retriever import train_retriever, triple_examples
 from train.run import Run
 from train.search_rewards import check_rewards
@@ -104,7 +103,9 @@ def train_joint(
             adapter = train_generator(run, models, adapter, rows, round_=round_)
         adapters["trained" if name == "expandr" else name] = adapter
 
-    results = evaluate(run, models, data, Trained(retrievers, adapters))
+    trained = Trained(retrievers, adapters)
+    results = evaluate(run, models, data, trained)
+    evaluate_benchmarks(run, models, trained, results["chosen"])
     with run.phase("export"), run.progress("models exported", 3) as advance:
         export_run(run.workdir, config, models.retriever, params, adapter, advance)
     with run.phase("report"), run.progress("pages written", 1) as advance:
@@ -139,9 +140,14 @@ def _negatives(
     data: TrainingData,
     round_: int,
 ) -> dict[str, list[str]]:
-    """Hard negatives of a round under the retriever that it begins with; none if not asked for."""
+    """Hard negatives of a round under the retriever that it begins with; none if not asked for.
+
+    Where none are to be mined, they are those that the data name.
+    """
     if not run.config.contrastive.negatives:
         return {}
+    if not run.config.mining.per_query:
+        return {query: data.negatives(query) for query in data.retriever_train}
     params, corpus = retriever()
     return mine_training_negatives(run, models, params, corpus, data, round_)
 
@@ -222,26 +228,10 @@ def _retriever(
     def build() -> tuple[Any, Corpus]:
         if not made:
             with run.phase(f"encode the corpus, {name}"):
-                made.append(_corpus(run, models, data, name, params))
+                made.append(encode_corpus(run, models, data.collection.corpus, name, params))
         return params, made[0]
 
     return build
-
-
-def _corpus(run: Run, models: Models, data: TrainingData, name: str, params: Any) -> Corpus:
-    texts = data.collection.corpus
-    path = run.path("work", "vectors", f"{name}.npy")
-    with run.progress(f"{name}: documents encoded", len(texts)) as advance:
-        vectors = encode_to_file(
-            path,
-            models.encoder,
-            params,
-            texts.values(),
-            "document",
-            dtype=run.config.retriever.vectors,
-            progress=advance,
-        )
-    return Corpus(list(texts), vectors, build_index(vectors, **run.config.search))
 
 
 def main(_: Any) -> None:

@@ -86,6 +86,8 @@ def load_retriever_model(config: ml_collections.ConfigDict, mesh: Mesh) -> Retri
         raise UserError(f"retriever.vectors is {source.vectors!r}; expected {', '.join(DTYPES)}")
     retriever, params = load_retriever(
         source.source,
+        pooling=source.pooling or None,
+        normalize=source.normalize,
         max_length=source.max_length,
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,

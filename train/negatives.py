@@ -6,9 +6,9 @@ import numpy as np
 
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
+from train.corpus import Corpus
 from train.data import TrainingData
 from train.models import Models
-from train.preferences import Corpus
 from train.run import Run
 
 

@@ -1,6 +1,5 @@
 """From sampled candidates to preference pairs: self-answers, rewards, the filter, the pairs."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,28 +10,12 @@ from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.fusion import expanded_query
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
-from expandr_jax.search import Index
-from expandr_jax.stored_vectors import StoredVectors
+from train.corpus import Corpus
 from train.data import TrainingData
 from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
 from train.run import Run
 from train.search_rewards import corpus_reward, group_reward, judged_documents
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """The corpus as the current retriever sees it.
-
-    Attributes:
-        ids: Document ids, in the order of the index.
-        vectors: [documents, dim], float32 when indexed or stored in less.
-        index: Search over the vectors.
-    """
-
-    ids: list[str]
-    vectors: np.ndarray | StoredVectors
-    index: Index
 
 
 def make_preferences(

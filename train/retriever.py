@@ -49,6 +49,7 @@ from train.launch import define_config, define_workdir, launch
 from train.loop import fit
 from train.models import RetrieverModel, load_retriever_model
 from train.run import Run
+from train.source import data_path
 
 TEXTS_AT_ONCE = 4096  # Tokenized in one call.
 
@@ -297,20 +298,19 @@ def train_on_triples(
 def _read(run: Run) -> list[Triple]:
     """The triples, which must be those that the run began with; data/SOURCE.json describes them."""
     config = run.config.data
-    if not config.path:
-        raise UserError("--config.data.path is missing: a file of triples")
-    triples, skipped = read_triples(config.path, config.on_bad)
+    given = data_path(run)
+    triples, skipped = read_triples(given, config.on_bad)
     queries = f"  {len(triples)} training queries"
     if skipped:
         queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
     run.console.print(queries, markup=False)
-    source = {"name": pathlib.Path(config.path).name, "sha256": hash_file(config.path),
+    source = {"name": given.name, "sha256": hash_file(given),
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     path = run.path("data", "SOURCE.json")
     if not path.exists():
         write_json(path, source)
     elif json.loads(path.read_text(encoding="utf-8")) != source:
-        raise UserError(f"{config.path}: is not the file this run began with; use a new --workdir")
+        raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
     return triples
 
 

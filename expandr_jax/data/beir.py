@@ -7,10 +7,10 @@ qrels/SPLIT.tsv[.gz] or qrels/, default/ or data/ with SPLIT*.parquet; or qrels/
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from expandr_jax.data.archive import Files, list_files
 from expandr_jax.data.records import check_field, hash_file, parse_row, write_jsonl, write_text
@@ -73,14 +73,9 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
     """
     files = source if isinstance(source, Files) else _only_collection(source)
     report = report or _refuse
-    corpus = _texts(files, "corpus", report)
-    queries = _texts(files, "queries", report, allow_empty=False)
-    qrels = {}
-    for split in _splits(files):
-        qrels[split] = _collect(judgements(files, split, report), queries, report)
-        if not qrels[split]:
-            where = files.path(_splits(files)[split][0])
-            raise UserError(f"{where}: no judgements; expected lines of query, document, grade")
+    corpus = dict(read_texts(files, "corpus", report))
+    queries = dict(read_texts(files, "queries", report))
+    qrels = read_splits(files, queries, report)
     place = files.path("").resolve()
     name = place.stem if place.suffix.lower() == ".zip" else place.name
     return Collection(name, corpus, queries, qrels)
@@ -115,6 +110,56 @@ def source_hashes(files: Files) -> dict[str, str]:
         return {files.root.name: hash_file(files.root)}
     parts = [_parts(files, "corpus"), _parts(files, "queries"), *_splits(files).values()]
     return {name: hash_file(files.path(name)) for part in parts for name in part}
+
+
+def read_texts(
+    files: Files, kind: Literal["corpus", "queries"], report: Report | None = None
+) -> Iterator[tuple[str, str]]:
+    """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
+
+    Raises:
+        UserError: As `read_beir`.
+    """
+    report = report or _refuse
+    names, seen = _parts(files, kind), set()
+    for name in names:
+        for where, row in _rows(files, name, report):
+            try:
+                key, text = _text(where, row)
+                if key in seen:
+                    raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
+                if not text and kind == "queries":
+                    raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
+            except UserError as error:
+                report(error)
+                continue
+            seen.add(key)
+            yield key, text
+    if not seen:
+        raise UserError(f"{files.path(names[0])}: empty; expected one JSON object a line")
+
+
+def read_splits(
+    files: Files, queries: Container[str], report: Report | None = None
+) -> dict[str, Qrels]:
+    """Reads the judgements of every split, as `read_beir` checks them.
+
+    Args:
+        files: The collection.
+        queries: Ids of its queries.
+        report: As for `read_beir`.
+
+    Raises:
+        UserError: As `read_beir`.
+    """
+    report, splits = report or _refuse, _splits(files)
+    qrels = {}
+    for split in splits:
+        qrels[split] = _collect(judgements(files, split, report), queries, report)
+        if not qrels[split]:
+            where = files.path(splits[split][0])
+            raise UserError(f"{where}: no judgements; expected lines of query, document, grade")
+    return qrels
 
 
 def judgements(files: Files, split: str, report: Report | None = None) -> Iterator[Judgement]:
@@ -205,26 +250,6 @@ def _splits(files: Files) -> dict[str, list[str]]:
     return dict(sorted(splits.items()))
 
 
-def _texts(files: Files, kind: str, report: Report, allow_empty: bool = True) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    names = _parts(files, kind)
-    for name in names:
-        for where, row in _rows(files, name, report):
-            try:
-                key, text = _text(where, row)
-                if key in texts:
-                    raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
-                if not text and not allow_empty:
-                    raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
-            except UserError as error:
-                report(error)
-                continue
-            texts[key] = text
-    if not texts:
-        raise UserError(f"{files.path(names[0])}: empty; expected one JSON object a line")
-    return texts
-
-
 def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     for field, kind in _TEXTS.items():
         check_field(where, row, field, kind)
@@ -307,7 +332,7 @@ def _judgement(where: str, columns: list[Any]) -> Judgement:
     return Judgement(where, query, document, int(text))
 
 
-def _collect(rows: Iterator[Judgement], queries: Mapping[str, str] | None, report: Report) -> Qrels:
+def _collect(rows: Iterator[Judgement], queries: Container[str] | None, report: Report) -> Qrels:
     qrels: Qrels = {}
     for where, query, document, grade in rows:
         if queries is not None and query not in queries:

@@ -1,8 +1,8 @@
 """Near-duplicate texts: clusters of those that share more than half of their word 5-grams."""
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -60,6 +60,37 @@ def near_duplicate_clusters(
             postings[gram].append(index)
         progress(index + 1, len(texts))
     return [root(index) for index in range(len(texts))]
+
+
+def near_duplicates(
+    texts: Iterable[str], of: Sequence[str], threshold: float = 0.5
+) -> Iterator[bool]:
+    """Yields, for each text, whether it is nearly one of a few others.
+
+    Args:
+        texts: As many as there are; one is in memory at a time.
+        of: What they are compared with.
+        threshold: Jaccard similarity of word 5-grams above which two texts are near.
+    """
+    sizes = []
+    holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for number, text in enumerate(of):
+        grams = _grams(text)
+        sizes.append(len(grams))
+        for gram in grams:
+            holders[gram].append(number)
+    for text in texts:
+        grams = _grams(text)
+        shared = Counter(number for gram in grams for number in holders.get(gram, ()))
+        yield any(
+            count > threshold * (len(grams) + sizes[number] - count)
+            for number, count in shared.items()
+        )
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    tokens = words(text)
+    return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
 
 
 def _gram_sets(texts: Sequence[str]) -> tuple[list[np.ndarray], int]:

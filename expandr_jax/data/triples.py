@@ -7,6 +7,7 @@ those of "pos", then those of "neg"). "positive" and "negative" are other names 
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,22 +54,39 @@ def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[T
     """
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad is {on_bad!r}; expected 'error' or 'skip'")
-    triples: list[Triple] = []
     skipped: list[str] = []
+    report = None if on_bad == "error" else lambda error: skipped.append(str(error))
+    triples = list(stream_triples(path, report))
+    if not triples:
+        why = f"; the first line skipped: {skipped[0]}" if skipped else ""
+        raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line{why}')
+    return triples, skipped
+
+
+def stream_triples(
+    path: str | os.PathLike, report: Callable[[UserError], None] | None = None
+) -> Iterator[Triple]:
+    """Yields the triples of a file one by one.
+
+    Args:
+        path: As for `read_triples`.
+        report: Called with each mistake in a line, which is then left out; None raises the first.
+
+    Raises:
+        UserError: As `read_triples`, but for a file without triples.
+    """
     for number, line in read_lines(path):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         try:
-            triples.append(_triple(where, parse_row(where, line)))
+            triple = _triple(where, parse_row(where, line))
         except UserError as error:
-            if on_bad == "error":
+            if report is None:
                 raise
-            skipped.append(str(error))
-    if not triples:
-        why = f"; the first line skipped: {skipped[0]}" if skipped else ""
-        raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line{why}')
-    return triples, skipped
+            report(error)
+        else:
+            yield triple
 
 
 def _triple(where: str, row: dict[str, Any]) -> Triple:

@@ -1,0 +1,86 @@
+"""One file from the network, taken only if it is the one that was asked for."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from expandr_jax.data.records import hash_file
+from expandr_jax.errors import UserError
+
+_BLOCK = 1 << 20
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
+Progress = Callable[[int, int], None]
+
+
+def download(
+    url: str,
+    sha256: str,
+    cache: str | os.PathLike,
+    progress: Progress | None = None,
+    timeout: float = 60.0,
+) -> Path:
+    """Returns a file of the cache, downloaded first if it is not there or was altered there.
+
+    Args:
+        url: http:// or https://.
+        sha256: Of the file, in hex; another file is refused.
+        cache: A directory, made if absent. The file lies in a folder named by its hash.
+        progress: Called with the bytes since its last call and the bytes in all (0: not known).
+        timeout: Seconds without a byte.
+
+    Raises:
+        UserError: The URL or hash is malformed, the file cannot be had whole, or it is another.
+    """
+    parts = urllib.parse.urlsplit(url)
+    name = PurePosixPath(urllib.parse.unquote(parts.path)).name
+    if parts.scheme not in ("http", "https") or not parts.hostname or not name:
+        raise UserError(f"{url}: expected http:// or https:// and the name of a file")
+    if not _SHA256.fullmatch(sha256):
+        raise UserError(f"{url}: sha256 {sha256!r}; expected 64 hex digits: what is it to be?")
+    path = Path(cache).expanduser() / sha256.lower()[:16] / name
+    if path.exists() and hash_file(path) == sha256.lower():
+        return path
+    part = path.with_name(f".{name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = _write(url, part, progress or (lambda count, total: None), timeout)
+        if found != sha256.lower():
+            raise UserError(f"{url}: sha256 is {found}, expected {sha256.lower()}; not kept")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url}: cannot download it to {path}: {_reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):  # Not made, or already in its place.
+            part.unlink()
+    return path
+
+
+def _write(url: str, part: Path, progress: Progress, timeout: float) -> str:
+    """Writes what the server sends; returns its sha256."""
+    digest, done = hashlib.sha256(), 0
+    with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)
+        while block := response.read(_BLOCK):
+            file.write(block)
+            digest.update(block)
+            done += len(block)
+            progress(len(block), total)
+        file.flush()
+        os.fsync(file.fileno())
+    if total and done != total:
+        raise http.client.HTTPException(f"it ended after {done:,} of {total:,} bytes")
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server says {error.code} {error.reason}"
+    reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+    return " ".join(str(reason).split()) or type(error).__name__

@@ -1,0 +1,250 @@
+"""Prepared sets hold the rows that the plain readers give; their streams share and resume."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.builders.beir import ALL, prepare_beir
+from expandr_jax.data.builders.pydoc import Pydoc
+from expandr_jax.data.builders.stream import Stream, rows, shuffled
+from expandr_jax.data.builders.triples import Triples, part_of, split_name, to_triple
+from expandr_jax.data.pydoc import harvest
+from expandr_jax.data.triples import read_triples
+from expandr_jax.errors import UserError
+
+CRANFIELD = pathlib.Path("/work/shared/data/cranfield")
+SHARES = {"retriever": 7.0, "generator": 1.0, "dev": 0.5, "test": 0.0}
+
+
+def write_triples(path: pathlib.Path, source: str, count: int) -> None:
+    lines = [
+        {"query": f"{source} {i}?", "positive": f"right {i}", "negative": f"wrong {i % 7}"}
+        for i in range(count)
+    ]
+    path.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (path / f"{source}.jsonl").write_text(text)
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory):
+    """A directory of three sources, and the set prepared of it."""
+    path = tmp_path_factory.mktemp("echo") / "echo-data"
+    for source, count in (("nq", 300), ("squad", 200), ("msmarco_passage", 100)):
+        write_triples(path, source, count)
+    return path, Triples(path, data_dir=path.parent / "prepared", shares=SHARES).prepare()
+
+
+def write_beir(directory: pathlib.Path) -> pathlib.Path:
+    """A collection in which a query and a document have the same id, as in ArguAna."""
+    (directory / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"a{i}", "title": "ü" * (i % 2), "text": f"text {i}"} for i in range(9)]
+    queries = [{"_id": f"a{i}", "text": f"query {i}"} for i in range(3)]
+    for name, lines in (("corpus", corpus), ("queries", queries)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / f"{name}.jsonl").write_text(text)
+    (directory / "qrels" / "test.tsv").write_text("a0\ta0\t0\na0\ta1\t2\na1\tgone\t1\n")
+    (directory / "qrels" / "all.tsv").write_text("a2\ta8\t1\n")
+    return directory
+
+
+def check_beir(prepared, expected):
+    for part, texts in ((prepared.corpus, expected.corpus), (prepared.queries, expected.queries)):
+        assert [(row["id"], row["text"]) for row in rows(part, ALL)] == list(texts.items())
+    for split, qrels in expected.qrels.items():
+        flat = [(q, d, grade) for q, judged in qrels.items() for d, grade in judged.items()]
+        fields = ("query_id", "document_id", "grade")
+        found = [tuple(row[f] for f in fields) for row in rows(prepared.judgements, split)]
+        assert found == flat
+
+
+def test_a_collection_and_several_in_a_zip(tmp_path):
+    for name in ("android", "english"):
+        write_beir(tmp_path / "cqadupstack" / name)
+    archive = shutil.make_archive(str(tmp_path / "cqa"), "zip", tmp_path, "cqadupstack")
+    expected = read_beir(tmp_path / "cqadupstack" / "android")
+    assert expected.qrels["test"]["a0"] == {"a0": 0, "a1": 2}
+    for path, prefix in ((tmp_path / "cqadupstack", "cqadupstack"), (archive, "cqa")):
+        prepared = prepare_beir(path, tmp_path / "prepared")
+        assert list(prepared) == [f"{prefix}/android", f"{prefix}/english"]
+        for part in prepared.values():
+            check_beir(part, expected)
+
+
+@pytest.mark.skipif(not CRANFIELD.exists(), reason="the collection is not here")
+def test_cranfield_is_what_the_plain_reader_reads(tmp_path):
+    (prepared,) = prepare_beir(CRANFIELD, tmp_path).values()
+    check_beir(prepared, read_beir(CRANFIELD))
+
+
+def test_triples_are_those_of_the_plain_reader(echo):
+    path, prepared = echo
+    for file in path.glob("*.jsonl"):
+        expected, _ = read_triples(file)
+        for part in SHARES:
+            mine = [triple for triple in expected if part_of(triple.query, SHARES) == part]
+            if mine:
+                found = map(to_triple, rows(prepared, split_name(file.stem, part)))
+                assert list(found) == mine
+            else:
+                assert part == "test"
+                with pytest.raises(UserError, match="no rows of split"):
+                    rows(prepared, split_name(file.stem, part))
+
+
+def test_every_field_of_a_triple(tmp_path):
+    line = {"query": "q", "pos": ["a", "ü\u2028"], "neg": ["b"], "expansion": ["", "x"],
+            "teacher_scores": [0.1, 1e-9, 123456789.123]}  # fmt: skip
+    (tmp_path / "one.jsonl").write_text(json.dumps(line))
+    prepared = Triples(tmp_path, data_dir=tmp_path / "p", shares={"all": 1.0}).prepare()
+    assert [to_triple(row) for row in rows(prepared, "one_all")] == read_triples(
+        tmp_path / "one.jsonl"
+    )[0]
+
+
+def test_seven_to_one():
+    parts = [part_of(f"query {i}", {"retriever": 7, "generator": 1}) for i in range(4000)]
+    assert parts.count("generator") / len(parts) == pytest.approx(1 / 8, abs=0.02)
+    assert part_of("a  b\n", SHARES) == part_of("a b", SHARES)
+
+
+def test_docstrings_are_those_of_the_harvest(tmp_path):
+    packages = ("optax==0.2.8",)
+    prepared = Pydoc(packages, data_dir=tmp_path).prepare()
+    expected = harvest(packages)
+    collection = expected.collection
+    judged = {q: d for qrels in collection.qrels.values() for q, d in qrels.items()}
+    for split, ids in (
+        ("retriever_train", expected.retriever_train),
+        ("generator_train", expected.generator_train),
+        ("dev", list(collection.qrels["dev"])),
+        ("test", list(collection.qrels["test"])),
+    ):
+        found = list(rows(prepared, split))
+        assert [row["query_id"] for row in found] == ids
+        for row in found:
+            assert row["query"] == collection.queries[row["query_id"]]
+            assert row["document"] == collection.corpus[row["document_id"]]
+            assert list(judged[row["query_id"]]) == [row["document_id"]]
+
+
+def test_prepared_once_for_each_state_of_the_source(tmp_path):
+    path, root = tmp_path / "echo", tmp_path / "prepared"
+    write_triples(path, "nq", 20)
+    counts = []
+    first = Triples(path, data_dir=root, shares=SHARES).prepare(counts.append)
+    assert sum(counts) == 20
+    again = Triples(path, data_dir=root, shares=SHARES).prepare(counts.append)
+    assert again.data_path == first.data_path
+    assert sum(counts) == 20
+    write_triples(path, "nq", 21)
+    left = Triples(path, data_dir=root, shares=SHARES).data_path.parent / "incomplete.X_1.0.0"
+    left.mkdir(parents=True)  # As a kill leaves it.
+    changed = Triples(path, data_dir=root, shares=SHARES).prepare()
+    assert changed.data_path != first.data_path
+    assert not left.exists()
+    assert sum(split.num_examples for split in changed.info.splits.values()) == 21
+    other = Triples(path, data_dir=root, shares={"retriever": 1.0}).prepare()
+    assert other.data_path not in (first.data_path, changed.data_path)
+    assert json.loads((changed.data_path / "metadata.json").read_text())["source"]["files"]
+
+
+def test_mistakes_are_named_and_leave_nothing(tmp_path):
+    path = tmp_path / "echo"
+    write_triples(path, "nq", 5)
+    with open(path / "nq.jsonl", "a") as file:
+        file.write('{"query": "x"}\n')
+    with pytest.raises(UserError, match=r"nq\.jsonl:6: no right passage"):
+        Triples(path, data_dir=tmp_path / "p", shares={"all": 1.0}).prepare()
+    assert not list((tmp_path / "p").rglob("dataset_info.json"))
+    with pytest.raises(UserError, match=r"no \.jsonl file"):
+        Triples(tmp_path / "nothing", data_dir=tmp_path, shares=SHARES)
+    with pytest.raises(UserError, match="shares"):
+        Triples(path, data_dir=tmp_path, shares={"retriever": -1.0})
+    directory = write_beir(tmp_path / "tiny")
+    (directory / "queries.jsonl").write_text('{"_id": "a", "text": ""}')
+    with pytest.raises(UserError, match=r"queries\.jsonl:1: query 'a' is empty"):
+        prepare_beir(directory, tmp_path / "p")
+
+
+def test_damage_is_refused(tmp_path):
+    write_triples(tmp_path / "echo", "nq", 2000)
+    prepared = Triples(tmp_path / "echo", data_dir=tmp_path / "p", shares={"all": 1.0}).prepare()
+    (file,) = prepared.data_path.glob("*.array_record*")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        list(rows(prepared, "nq_all"))
+
+
+def part(echo, name="retriever"):
+    _, prepared = echo
+    return [rows(prepared, split_name(source, name)) for source in ("nq", "squad")]
+
+
+def queries(batches):
+    return [row["query"] for batch in batches for row in batch]
+
+
+def test_the_shuffle_is_over_all_rows_and_another_in_each_epoch(echo):
+    parts = part(echo)
+    everything = sorted(row["query"] for source in parts for row in source)
+    data = shuffled(parts, seed=1)
+    count = len(everything)
+    order = [data[i]["query"] for i in range(2 * count)]
+    assert sorted(order[:count]) == sorted(order[count:]) == everything
+    assert order[:count] != order[count:]
+    assert order[:count] != [shuffled(parts, seed=2)[i]["query"] for i in range(count)]
+    first = order[: count // 4]
+    assert {query.split()[0] for query in first} == {"nq", "squad"}
+
+
+def test_sources_are_mixed_by_weight(echo):
+    data = shuffled(part(echo), seed=1, weights=(1, 3))
+    names = [data[i]["query"].split()[0] for i in range(len(data))]
+    assert names.count("nq") / len(names) == pytest.approx(1 / 4, abs=0.01)
+    assert len({data[i]["query"] for i in range(len(data))}) == len(data)
+    with pytest.raises(UserError, match="weights"):
+        shuffled(part(echo), seed=1, weights=(1,))
+
+
+@pytest.mark.parametrize("weights", [None, (1, 3)])
+def test_hosts_share_the_rows(echo, weights):
+    data = shuffled(part(echo), seed=1, weights=weights)
+    whole = queries(Stream(data, batch_size=4, epochs=1))
+    assert len(whole) > len(data) - 8
+    for hosts in (2, 3):
+        own = [queries(Stream(data, batch_size=4 // 2, host=h, hosts=hosts, epochs=1))
+               for h in range(hosts)]  # fmt: skip
+        assert len({len(mine) for mine in own}) == 1
+        together = [query for mine in own for query in mine]
+        assert len(set(together)) == len(together) > len(data) - 2 * hosts
+        assert set(together) <= {data[i]["query"] for i in range(len(data))}
+    exact = shuffled([part(echo)[0][:24]], seed=1)
+    halves = [queries(Stream(exact, batch_size=3, host=h, hosts=2, epochs=1)) for h in (0, 1)]
+    assert sorted(halves[0] + halves[1]) == sorted(exact[i]["query"] for i in range(24))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_in_the_middle_it_ends_as_if_it_had_not_been(echo, workers):
+    data = shuffled(part(echo), seed=1)
+
+    def start(workers=workers):
+        return Stream(data, batch_size=16, epochs=2, workers=workers)
+
+    expected = queries(start(0))
+    stream = start()
+    before = [next(stream) for _ in range(len(expected) // 16 // 2 + 3)]
+    state = json.loads(json.dumps(stream.get_state()))
+    assert queries(before) + queries(stream) == expected
+    resumed = start()
+    resumed.set_state(state)
+    assert queries(before) + queries(resumed) == expected
+    with pytest.raises(UserError, match="the state is of a stream"):
+        start(1).set_state(state)
+    with pytest.raises(UserError, match="do not fill a batch of 9999"):
+        Stream(data, batch_size=9999)
