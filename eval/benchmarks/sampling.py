@@ -1,0 +1,178 @@
+"""Sampling: 16 prompts, 32 candidates of each, 64 tokens a candidate, top-p 0.9, in float32.
+
+No candidate ends early on either side. transformers takes the batch size that is its quickest.
+A turn does a part of the work, from the prompts to the last token: the candidates that are sampled
+at once; the next turn goes on with the next part.
+"""
+
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from eval.benchmarks import THREADS, Comparison, Different, Running, smollm2
+
+CANDIDATES = 32
+NEW_TOKENS = 64
+TOP_P = 0.9
+SLOTS = 256
+CHECKED_TOKENS = 16  # Greedy ones of each prompt, compared before anything is timed.
+BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; doubled for as long as it gets quicker.
+TRIED_TOKENS = 8  # A batch size is tried on.
+NO_EOS = -1  # No token ends a text.
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Writes the model and the prompts' ids."""
+    from expandr_jax.prompts import render
+    from expandr_jax.weights.hf import load_generator
+
+    generator, _ = load_generator(str(smollm2.export(directory)))
+    prompts = [generator.chat_ids(render("q2d", text), 256)[0] for text in smollm2.QUESTIONS]
+    (directory / "prompts.json").write_text(json.dumps(prompts))
+
+
+def _prompts(directory: pathlib.Path) -> list[list[int]]:
+    return json.loads((directory / "prompts.json").read_text())
+
+
+def start_ours(directory: pathlib.Path) -> Running:
+    """The engine, its slots filled with all candidates in turn."""
+    from expandr_jax.generation.engine import Engine
+    from expandr_jax.generation.requests import Request, common_prefix
+    from expandr_jax.weights.hf import load_generator
+
+    prompts = [tuple(prompt) for prompt in _prompts(directory)]
+    prefix = common_prefix(prompts)
+    generator, params = load_generator(str(directory / "smollm2"))
+    engine = Engine(
+        generator.module,
+        params,
+        slots=SLOTS,
+        prompt_buckets=(max(map(len, prompts)) - len(prefix),),
+        max_new_tokens=NEW_TOKENS,
+        eos_ids=(NO_EOS,),
+        pad_id=generator.pad_id,
+        seed=0,
+        prefix=prefix,
+    )
+
+    def requests(samples: int, tokens: int, temperature: float) -> list[Request]:
+        return [
+            Request(f"{number}", sample, prompt, temperature, TOP_P, tokens)
+            for number, prompt in enumerate(prompts)
+            for sample in range(samples)
+        ]
+
+    texts = requests(CANDIDATES, NEW_TOKENS, 1.0)
+    parts = itertools.cycle(texts[first : first + SLOTS] for first in range(0, len(texts), SLOTS))
+
+    greedy = {c.id: c for c in engine.generate(requests(1, CHECKED_TOKENS, 0.0))}
+    clear = [greedy[f"{n}"].first_near_tie for n in range(len(prompts))]
+    outputs = {
+        "tokens": np.array([greedy[f"{n}"].tokens for n in range(len(prompts))]),
+        "clear": np.array([CHECKED_TOKENS if place is None else place for place in clear]),
+    }
+
+    def run() -> float:
+        part = next(parts)
+        begin = time.perf_counter()
+        done = list(engine.generate(part))
+        return sum(len(text.tokens) for text in done) / (time.perf_counter() - begin)
+
+    return Running(run, outputs, f"{SLOTS} slots")
+
+
+def start_transformers(directory: pathlib.Path) -> Running:
+    """`generate` of transformers, at its best batch size."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(THREADS)
+    path = directory / "smollm2"
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.eval()
+    prompts = _prompts(directory)
+    pad_id = model.generation_config.pad_token_id
+
+    def generate(rows: list[list[int]], tokens: int, **settings) -> np.ndarray:
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, eos_token_id=None, pad_token_id=pad_id, **settings
+        )
+        with torch.inference_mode():
+            new = model.generate(ids, attention_mask=mask, generation_config=config)
+        return new[:, width:].numpy()
+
+    sampled = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": 0}
+    rows = [prompt for prompt in prompts for _ in range(CANDIDATES)]
+    outputs = {"tokens": generate(prompts, CHECKED_TOKENS, do_sample=False)}
+    best, quickest = BATCHES[0], 0.0
+    for size in BATCHES:
+        begin = time.perf_counter()
+        generate(rows[:size], TRIED_TOKENS, **sampled)
+        rate = size * TRIED_TOKENS / (time.perf_counter() - begin)
+        if rate < quickest:
+            break
+        best, quickest = size, rate
+
+    parts = itertools.cycle(rows[first : first + best] for first in range(0, len(rows), best))
+
+    def run() -> float:
+        part = next(parts)
+        begin = time.perf_counter()
+        generate(part, NEW_TOKENS, **sampled)
+        return len(part) * NEW_TOKENS / (time.perf_counter() - begin)
+
+    return Running(run, outputs, f"batch {best}")
+
+
+def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
+    """Greedy texts are the same, each up to its first near tie."""
+    before = np.arange(CHECKED_TOKENS) < ours["clear"][:, None]
+    wrong = before & (ours["tokens"] != theirs["tokens"])
+    if wrong.any():
+        raise Different(f"greedy tokens differ in {wrong.any(axis=1).sum()} of {len(wrong)} texts")
+    return f"{before.sum()} of {before.size} greedy tokens equal, the others after a near tie"
+
+
+def flops(directory: pathlib.Path) -> float:
+    """Of a sampled token: the layers' products, the head's, and attention to what came before."""
+    layers, head = smollm2.product_flops(directory)
+    return layers + head + 2 * _attended(directory)
+
+
+def read_bytes(directory: pathlib.Path) -> float:
+    """For a sampled token: its share of the weights, and keys and values of what came before."""
+    layers, head = smollm2.product_flops(directory)
+    weights = 4 * (layers + head) / 2  # Two operations a weight, four bytes.
+    shape = json.loads((directory / "smollm2" / "config.json").read_text())
+    shared = shape["num_key_value_heads"] / shape["num_attention_heads"]
+    return weights / SLOTS + 4 * shared * _attended(directory)
+
+
+def _attended(directory: pathlib.Path) -> float:
+    """Numbers in the keys and values of all layers and heads that a token attends to, in mean."""
+    shape = json.loads((directory / "smollm2" / "config.json").read_text())
+    before = np.mean([len(prompt) for prompt in _prompts(directory)]) + NEW_TOKENS / 2
+    return 2.0 * shape["num_hidden_layers"] * shape["hidden_size"] * float(before)
+
+
+ROWS = (
+    Comparison(
+        name="sampling",
+        unit="tokens/s",
+        peer_name="transformers",
+        packages=("transformers", "torch"),
+        ours=start_ours,
+        peer=start_transformers,
+        check=check,
+        flops=flops,
+        bytes=read_bytes,
+    ),
+)

@@ -1,0 +1,212 @@
+"""Measures this project beside what else would do the work: `python -m eval.speed --out=FILE`.
+
+    python -m eval.speed --only=sampling,dpo --out=speed.json
+
+Each side runs in a process of its own, in float32 and on two threads, from the same inputs. What
+both come to is compared first; then they take turns, --repeats times, and medians are compared. A
+ratio above 1 means that this project is quicker. The machine's peak of matrix products and of
+reading memory is measured too: "share" is what part of the former a side reaches, and "floor" the
+rate at which the row's operations and bytes would pass at both peaks.
+"""
+
+import importlib.metadata
+import pathlib
+import platform
+import statistics
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from eval.benchmarks import NAMES, THREADS, Comparison, Different
+from eval.benchmarks.process import MACHINE, PREPARE, SideProcess, benchmark, outputs_path
+from expandr_jax.data.records import write_json
+from expandr_jax.errors import UserError
+from train.launch import launch
+
+
+def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, Any]:
+    """Runs benchmarks.
+
+    Args:
+        names: Of `eval.benchmarks.NAMES`, or full names of such modules.
+        repeats: Times that each side does the work.
+        console: Where progress is shown.
+
+    Returns:
+        What `--out` holds: {"machine", "rows"}.
+
+    Raises:
+        UserError: A side failed, or the two did not come to the same.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = pathlib.Path(temporary)
+        console.print("measuring the machine")
+        machine = _description() | _only_answer(SideProcess(directory, MACHINE, MACHINE))
+        rows = []
+        for name in names:
+            console.print(f"{name}: preparing")
+            costs = _only_answer(SideProcess(directory, name, PREPARE))["costs"]
+            for number, comparison in enumerate(benchmark(name).ROWS):
+                row = measure_row(directory, name, number, comparison, repeats, console)
+                rows.append(row | _limits(row, costs[number], machine))
+    return {"machine": machine, "rows": rows}
+
+
+def measure_row(
+    directory: pathlib.Path,
+    name: str,
+    number: int,
+    comparison: Comparison,
+    repeats: int,
+    console: Console,
+) -> dict[str, Any]:
+    """Measures one row; its peer is null, with the reason, where it is not installed."""
+    row = {"name": comparison.name, "unit": comparison.unit, "peer_name": comparison.peer_name}
+    missing = [package for package in comparison.packages if _version(package) is None]
+    if not missing:
+        row["peer_name"] += f" {_version(comparison.packages[0])}"
+    sides, measured = {}, {}
+    try:
+        for side in ("ours",) if missing else ("ours", "peer"):
+            console.print(f"{comparison.name}: {side} loads, compiles and warms up")
+            sides[side] = SideProcess(directory, name, side, number)
+            row[f"setting_{side}"] = sides[side].answer()["setting"]
+            console.print(f"{comparison.name}: {side} is ready ({row[f'setting_{side}']})")
+            measured[side] = []
+        if not missing:
+            row["checked"] = _checked(directory, name, number, comparison)
+            console.print(f"{comparison.name}: {row['checked']}")
+        for repeat in range(repeats):
+            for side, process in sides.items():
+                measured[side].append(process.measure())
+                figure = f"{measured[side][-1]['figure']:.4g} {comparison.unit}"
+                console.print(f"{comparison.name}: {repeat + 1}/{repeats}, {side}: {figure}")
+    finally:
+        for process in sides.values():
+            process.close()
+    for side in ("ours", "peer"):
+        each = measured.get(side)
+        row[side] = each and statistics.median(m["figure"] for m in each)
+        row[f"peak_memory_{side}"] = each and max(m["peak_memory"] for m in each)
+        row[f"each_{side}"] = each and [m["figure"] for m in each]
+    row["ratio"] = row["ours"] / row["peer"] if row["peer"] else None
+    if missing:
+        row["reason"] = f"not installed: {', '.join(missing)}"
+    return row
+
+
+def _checked(directory: pathlib.Path, name: str, number: int, comparison: Comparison) -> str:
+    outputs = []
+    for side in ("ours", "peer"):
+        with np.load(outputs_path(directory, name, side, number), allow_pickle=False) as file:
+            outputs.append(dict(file))
+    try:
+        return comparison.check(*outputs)
+    except Different as difference:
+        raise UserError(
+            f"{comparison.name}: not measured, {comparison.peer_name} came to something else: "
+            f"{difference}"
+        ) from None
+
+
+def _limits(
+    row: dict[str, Any], cost: dict[str, float | None], machine: dict[str, Any]
+) -> dict[str, Any]:
+    """Shares of the machine's matrix-product peak, and the rate at the peaks of both kinds."""
+    limits = {}
+    if cost["flops"]:
+        for side in ("ours", "peer"):
+            if row[side]:
+                limits[f"share_{side}"] = row[side] * cost["flops"] / machine["matmul_flops"]
+        seconds = cost["flops"] / machine["matmul_flops"]
+        if cost["bytes"]:
+            limits["bytes"] = cost["bytes"]
+            limits["floor_of_bytes"] = machine["read_bytes"] / cost["bytes"]
+            seconds = max(seconds, cost["bytes"] / machine["read_bytes"])
+        limits |= {"flops": cost["flops"], "floor": 1 / seconds}
+    return limits
+
+
+def _only_answer(process: SideProcess) -> dict[str, Any]:
+    try:
+        return process.answer()
+    finally:
+        process.close()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _description() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(),
+        "threads": THREADS,
+        "memory": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "jax": _version("jax"),
+    }
+
+
+def speed_table(result: dict[str, Any]) -> Table:
+    """The rows, for people."""
+    machine = result["machine"]
+    table = Table(
+        title=f"{machine['threads']} threads of {machine['cores']} cores; matrix products "
+        f"{machine['matmul_flops'] / 1e9:.0f} GFLOP/s, reading "
+        f"{machine['read_bytes'] / 1e9:.1f} GB/s"
+    )
+    for title in ("row", "unit", "ours", "peer", "", "ratio", "GB ours", "GB peer", "share, floor"):
+        table.add_column(title)
+    for row in result["rows"]:
+        number = lambda name, form, of=1.0, row=row: (  # noqa: E731
+            "-" if row.get(name) is None else format(row[name] / of, form)
+        )
+        table.add_row(
+            row["name"],
+            row["unit"],
+            number("ours", ".4g"),
+            number("peer", ".4g"),
+            row["peer_name"] + (f" ({row['reason']})" if "reason" in row else ""),
+            number("ratio", ".2f"),
+            number("peak_memory_ours", ".2f", 1e9),
+            number("peak_memory_peer", ".2f", 1e9),
+            f"{number('share_ours', '.0%')}, {number('floor', '.4g')}",
+        )
+    return table
+
+
+def main(_: Sequence[str]) -> None:
+    values = flags.FLAGS
+    unknown = sorted(set(values.only) - set(NAMES))
+    if unknown or not values.only:
+        raise UserError(f"--only={','.join(values.only)}: expected some of {', '.join(NAMES)}")
+    if not values.out:
+        raise UserError("--out is missing: the file to write, e.g. --out=speed.json")
+    out = pathlib.Path(values.out)
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.absolute().parent}")
+    console = Console(highlight=False, soft_wrap=True)
+    result = measure(values.only, values.repeats, console)
+    write_json(out, result)
+    console.print(speed_table(result))
+
+
+def define_flags() -> None:
+    flags.DEFINE_list("only", list(NAMES), f"Benchmarks to run, of {', '.join(NAMES)}.")
+    flags.DEFINE_string("out", None, "The JSON file to write.")
+    flags.DEFINE_integer("repeats", 5, "Times that each side does the work.", lower_bound=1)
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

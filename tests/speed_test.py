@@ -1,0 +1,72 @@
+"""eval.speed: what it makes of two sides' figures, and what it does not measure."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from eval.benchmarks import NAMES
+from eval.benchmarks.process import PREPARE, SideProcess, benchmark
+from eval.speed import measure, measure_row, speed_table
+from expandr_jax.errors import UserError
+from tests.commands import command
+
+CONTRACT = {
+    "name", "unit", "ours", "peer", "peer_name", "ratio", "peak_memory_ours", "peak_memory_peer",
+}  # fmt: skip
+
+
+def test_medians_ratio_and_limits_of_a_row_and_a_peer_that_is_not_installed():
+    output = io.StringIO()
+    result = measure(["tests.toy_benchmark"], 3, Console(file=output, width=200))
+    good, absent = result["rows"]
+    assert good.keys() >= CONTRACT
+    assert absent.keys() >= CONTRACT
+    assert (good["ours"], good["peer"], good["ratio"]) == (20.0, 5.0, 4.0)
+    assert good["each_ours"] == [30.0, 10.0, 20.0]
+    assert good["checked"] == "values equal to 0.0001"
+    assert good["peer_name"].startswith("numpy 2.")
+    assert 1e7 < good["peak_memory_ours"] < 2e9
+    machine = result["machine"]
+    assert good["share_ours"] == pytest.approx(20.0 * 2e6 / machine["matmul_flops"])
+    bound = min(machine["matmul_flops"] / 2e6, machine["read_bytes"] / 4e6)
+    assert good["floor"] == pytest.approx(bound)
+    assert (absent["ours"], absent["peer"], absent["ratio"]) == (7.0, None, None)
+    assert absent["peak_memory_peer"] is None
+    assert absent["reason"] == "not installed: no-such-distribution"
+    json.dumps(result, allow_nan=False)
+    # They take turns.
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("good: ")]
+    turns = [line.split(", ")[1].split(":")[0] for line in lines if "/3, " in line]
+    assert turns == ["ours", "peer"] * 3
+    Console(file=output, width=200).print(speed_table(result))
+    assert "not installed" in output.getvalue()
+
+
+def test_sides_that_differ_or_fail_are_not_measured(tmp_path):
+    name = "tests.toy_benchmark_wrong"
+    process = SideProcess(tmp_path, name, PREPARE)
+    process.answer()
+    process.close()
+    different, failing = benchmark(name).ROWS
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match=r"numpy came to something else: values differ by 0\.5"):
+        measure_row(tmp_path, name, 0, different, 1, console)
+    with pytest.raises(UserError, match=r"peer: failed: .*RuntimeError: no such thing"):
+        measure_row(tmp_path, name, 1, failing, 1, console)
+
+
+def test_a_benchmark_that_is_not_there_is_named(tmp_path):
+    program = command("eval.speed", "--only=sleeping", f"--out={tmp_path / 'speed.json'}")
+    output, _ = program.communicate(timeout=120)
+    assert program.returncode == 2
+    assert output.strip() == f"error: --only=sleeping: expected some of {', '.join(NAMES)}"
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_benchmark_can_be_loaded_without_its_peer():
+    for name in NAMES:
+        for row in benchmark(name).ROWS:
+            assert row.unit.endswith("/s")
+            assert row.packages
