@@ -28,8 +28,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.kind = "pydoc"
     config.data.packages = PACKAGES
     config.data.min_pairs = 6000
-    config.data.max_retriever_train = 640
-    config.data.max_generator_train = 32
+    config.data.max_retriever_train = 1280
+    config.data.max_generator_train = 64
     config.data.max_dev = 64
     config.data.max_test = 304
 
