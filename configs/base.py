@@ -94,6 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.negatives = 0  # Given ones a query and step; more are drawn from, fewer masked.
     contrastive.plain_share = 0.0  # Of queries that stay unexpanded in a step.
     contrastive.dropout = False  # The module's own rates, in training.
+    contrastive.remat = "none"  # What the backward pass recomputes: "none", "dots" or "full".
     contrastive.micro_batch = 0  # Texts whose graph is in memory at once (GradCache); 0: all.
     contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
     contrastive.symmetric = False  # Documents are compared with all queries, too.
@@ -187,4 +188,9 @@ def get_config() -> ml_collections.ConfigDict:
     mesh.data = -1  # Batches; -1: what the others leave.
     mesh.fsdp = 1  # Batches and parameters.
     mesh.tensor = 1  # Heads and feed-forward.
+    # (data, fsdp, tensor) where a phase wants others; parameters move between them on the devices.
+    mesh.contrastive = ()  # Step A; (): the sizes above, as for the others.
+    mesh.encoding = ()  # Texts to vectors.
+    mesh.sampling = ()  # Expansions, candidates and answers.
+    mesh.dpo = ()  # Step B.
     return config

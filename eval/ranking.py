@@ -31,7 +31,6 @@ from expandr_jax.data.records import hash_json
 from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
 from expandr_jax.search import Bm25Index, Index, build_index
-from expandr_jax.sharding import make_mesh
 from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
 from train.expansion import Prompt, sample_texts
@@ -59,7 +58,7 @@ class LazyModels:
         if self._generates:
             return self.both
         with self._run.phase("models"):
-            return load_retriever_model(self._run.config, make_mesh(**self._run.config.mesh))
+            return load_retriever_model(self._run.config)
 
 
 class Searched:

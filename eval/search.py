@@ -25,11 +25,11 @@ from expandr_jax.fusion import expanded_query
 from expandr_jax.generation.engine import Engine, Request
 from expandr_jax.prompts import strip_lead_in
 from expandr_jax.search import build_index
-from expandr_jax.sharding import make_mesh
 from expandr_jax.stored_vectors import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.expansion import expansion_text
 from train.launch import define_workdir, launch
+from train.models import phase_mesh
 
 SNIPPET = 160  # Characters of a document that are shown.
 
@@ -59,7 +59,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         seconds[name] = time.perf_counter() - start
 
     with step("load models"):
-        mesh = make_mesh(**config.mesh)
+        mesh = phase_mesh(config.mesh, "encoding")
         retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
         generator, generator_params = load_generator(
             str(workdir / "export" / "generator"),

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import UserError
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import batch_divisor, batch_sharding
+from expandr_jax.sharding import batch_divisor
+from expandr_jax.steps import embedder, model_shardings
 
 Kind = Literal["query", "document"]
 Progress = Callable[[int], None]
@@ -32,14 +33,17 @@ class TextEncoder:
         self.retriever = retriever
         self.mesh = mesh
         self.tokens_per_batch = tokens_per_batch
-        rows = batch_sharding(mesh)
-        self._embed = jax.jit(retriever.embed, in_shardings=(None, rows, rows))
+        self._embed = embedder(mesh, retriever)
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
         """Token ids of texts with the retriever's prompt for their kind before them."""
         retriever = self.retriever
         prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
         return retriever.token_ids(texts, prompts[kind])
+
+    def place(self, params: Any) -> Any:
+        """The parameters as encoding has them on its mesh; a training step may spread them more."""
+        return jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
 
     def encode(
         self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
@@ -58,6 +62,7 @@ class TextEncoder:
         Raises:
             UserError: If a vector is not finite, which means damaged or diverged weights.
         """
+        params = self.place(params)
         tokens = self.tokenize(texts, kind)
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         pending: list[tuple[list[int], jax.Array]] = []

@@ -17,6 +17,7 @@ import optax
 from expandr_jax.data.batches import bucket_length
 from expandr_jax.losses import dpo, token_log_probs
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.sharding import constrain
 from expandr_jax.train_state import TrainState
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
@@ -163,6 +164,7 @@ def _chunked_log_probs(module, variables, hidden, targets, chunk):
     padded = -(-tokens // columns) * columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - tokens), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padded - tokens)))
+    variables = {**variables, "params": _whole_head(module, variables["params"])}
 
     @jax.checkpoint  # The backward pass makes a chunk's logits again instead of keeping them all.
     def one(part):
@@ -175,6 +177,14 @@ def _chunked_log_probs(module, variables, hidden, targets, chunk):
     )
     log_probs = jax.lax.map(one, split)
     return jnp.moveaxis(log_probs, 0, 1).reshape(batch, padded)[:, :tokens]
+
+
+def _whole_head(module: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the output head gathered over fsdp: once, and not for every chunk."""
+    name, axes = "lm_head", ("act_embed", "vocab")
+    if module.config.tie_embeddings:
+        name, axes = "embedding", ("vocab", "act_embed")
+    return {**params, name: constrain(params[name], axes)}
 
 
 def dpo_values(

@@ -4,12 +4,15 @@ One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes
 (batches), fsdp (batches and parameters) and tensor (heads and feed-forward).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from expandr_jax.errors import UserError
@@ -34,6 +37,8 @@ RULES = (
     ("length", None),
     ("act_embed", None),
 )
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
@@ -102,3 +107,74 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def adapter_shardings(
+    mesh: Mesh, params: Mapping[str, Any], adapter: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Shardings of a LoRA adapter: each side as its kernel's axis, the rank on every device.
+
+    Args:
+        mesh: The device mesh.
+        params: Shardings of the base, from `param_shardings`.
+        adapter: The adapter, or its shapes.
+    """
+    kernels = traverse_util.flatten_dict(params)
+
+    def place(path: tuple[str, ...]) -> NamedSharding:
+        *stack, width_in, width_out = kernels[(*path[:-1], "kernel")].spec
+        sides = (width_in, None) if path[-1] == "a" else (None, width_out)
+        return NamedSharding(mesh, PartitionSpec(*stack, *sides))
+
+    flat = traverse_util.flatten_dict(adapter)
+    return traverse_util.unflatten_dict({path: place(path) for path in flat})
+
+
+def platform() -> str:
+    """What the program that is being traced will run on: "cpu", "gpu" or "tpu".
+
+    It is the mesh's of `on_mesh`, which need not be this machine's: a plan is made for others.
+    """
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_on(mesh: Mesh) -> Iterator[None]:
+    """While it lasts, `constrain` and `platform` go by this mesh."""
+    token = _platform.set(mesh.devices.flat[0].platform)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _platform.reset(token)
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, to be jitted, with what it computes placed on a mesh by `RULES`."""
+
+    def placed(*args: Any, **kwargs: Any) -> Any:
+        with tracing_on(mesh):
+            return function(*args, **kwargs)
+
+    return placed
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """Places an activation by the logical names of its axes; outside `on_mesh` it stays as it is.
+
+    Without this a program is right, but where weights and rows share a mesh axis the compiler may
+    spread an activation's width over the devices that should hold its rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types):
+        return x
+    rules = dict(RULES)
+    axes = []
+    for name, size in zip(names, x.shape, strict=True):
+        axis = None if name is None else rules[name]
+        parts = (axis,) if isinstance(axis, str) else axis or ()
+        count = 1
+        for part in parts:
+            count *= mesh.shape[part]
+        axes.append(axis if size % count == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

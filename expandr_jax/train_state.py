@@ -7,6 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+
+from expandr_jax.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +74,46 @@ class TrainState:
     opt_state: Any
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> "TrainState":
-        # `jnp.array` copies: the state is donated to each step, the caller's tree must survive.
-        params = jax.tree.map(jnp.array, params)
-        return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def create(
+        cls,
+        params: Any,
+        optimizer: optax.GradientTransformation,
+        shardings: "TrainState | None" = None,
+    ) -> "TrainState":
+        """The state before any training, made where `shardings` says."""
+
+        def new(params: Any) -> "TrainState":
+            # `jnp.array` copies: the state is donated to each step, the caller's tree must survive.
+            params = jax.tree.map(jnp.array, params)
+            return cls(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+        if shardings is None:
+            return new(params)
+        params = jax.device_put(params, shardings.params)
+        return jax.jit(new, out_shardings=shardings)(params)
+
+    @classmethod
+    def shardings(
+        cls, mesh: Mesh, params: Any, shapes: Any, optimizer: optax.GradientTransformation
+    ) -> "TrainState":
+        """Where `create` belongs: what the optimizer keeps of a parameter lies where that lies.
+
+        Args:
+            mesh: Counters, the step among them, are on all of it.
+            params: Sharding of each trainable parameter.
+            shapes: The parameters, or their shapes.
+            optimizer: Decides what is kept.
+        """
+        everywhere = replicated(mesh)
+        opt_state = jax.eval_shape(optimizer.init, shapes)
+        placed = optax.tree.map_params(
+            optimizer,
+            lambda _, place: place,
+            opt_state,
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        return cls(everywhere, params, placed)
 
     def apply(self, grads: Any, optimizer: optax.GradientTransformation) -> "TrainState":
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)

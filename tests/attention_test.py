@@ -36,7 +36,9 @@ def test_grouped_heads_and_masks_equal_the_twin(kv_heads):
         np.testing.assert_allclose(found, twin(q, k, v, mask, 0.7), atol=1e-5)
 
 
-def test_a_new_token_is_written_and_attended_to():
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_new_token_is_written_and_attended_to(platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     places = np.array([4, 2])
     q, k, v = random(0, 2, 1, 4, 8), random(1, 2, 6, 2, 8), random(2, 2, 6, 2, 8)
     new_k, new_v = (np.stack([x[[0], 4], x[[1], 2]]) for x in (k, v))

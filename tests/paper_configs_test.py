@@ -10,7 +10,6 @@ from transformers import AutoModel, AutoTokenizer
 
 from configs import paper, published, reference_code
 from expandr_jax.errors import UserError
-from expandr_jax.sharding import make_mesh
 from tests.commands import command
 from tests.configs_test import flatten
 from train.models import load_retriever_model
@@ -82,7 +81,7 @@ def test_raw_checkpoints_are_pooled_as_the_config_says(tmp_path, checkpoint, poo
     config.retriever.max_length = 16
     config.retriever.compute_dtype = "float32"
     config.retriever.normalize = normalize
-    model = load_retriever_model(config, make_mesh())
+    model = load_retriever_model(config)
     texts = ["what is the loss", "an array"]
     found = model.encoder.encode(model.retriever_params, texts, "query")
     torch_model = AutoModel.from_pretrained(tmp_path / "raw").eval()

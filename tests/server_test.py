@@ -14,7 +14,6 @@ from expandr_jax.data.records import read_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
-from expandr_jax.sharding import make_mesh
 from train.expansion import Prompt, sample_texts
 from train.models import load_generator_model
 from train.run import Run
@@ -258,7 +257,7 @@ def test_delays_double_with_a_fixed_jitter():
 def test_a_run_samples_the_base_on_the_server(server, tmp_path):
     config = smoke.get_config()
     config.generator.server.url = server.url
-    models = load_generator_model(config, make_mesh())
+    models = load_generator_model(config)
     generator = models.generator
     server.script = lambda body, _: (
         200,

@@ -175,7 +175,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         models.generator.module,
         models.generator_params,
         adapter=adapter,
-        slots=_slots(settings.slots, len(requests), batch_divisor(models.mesh)),
+        slots=_slots(settings.slots, len(requests), batch_divisor(models.sampling_mesh)),
         prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
         + [min(b for b in settings.prompt_buckets if b >= longest)],
         max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
@@ -183,7 +183,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         pad_id=models.generator.pad_id,
         seed=run.config.seed,
         prefix=prefix,
-        mesh=models.mesh,
+        mesh=models.sampling_mesh,
     )
 
 

@@ -26,9 +26,10 @@ from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.preference import DPOConfig, adapter_step
+from expandr_jax.preference import DPOConfig
 from expandr_jax.reward_sft import RewardSftConfig
-from expandr_jax.sharding import batch_divisor, make_mesh, replicated
+from expandr_jax.sharding import batch_divisor
+from expandr_jax.steps import adapter_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
 from train.candidates import (
@@ -84,7 +85,7 @@ def train_generator(
     (dev_pairs, dev_cut), (pairs, cut) = tokenize(rows[:held_out]), tokenize(rows[held_out:])
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
-    accumulation, devices = config.accumulation, batch_divisor(models.mesh)
+    accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     if config.batch_size < 1 or config.batch_size % devices or accumulation < 1:
         raise UserError(
             f"dpo.batch_size {config.batch_size} and dpo.accumulation {accumulation} must be above "
@@ -108,7 +109,7 @@ def train_generator(
             accumulation=accumulation,
         )
     )
-    batches = kind(run, models, batch_size, _settings(config))
+    batches = kind(run, models, batch_size, objective(config))
     reference = batches.reference(pairs, "reference log-probabilities")
     dev = DevPairs(run, models, batches, dev_pairs, round_)
     lora = module.lora
@@ -125,17 +126,15 @@ def train_generator(
     checkpoints = Checkpoints(
         run.path("checkpoints", name), identity, keep=run.config.keep, keep_period=steps
     )
-    everywhere = replicated(models.mesh)
-    step = jax.jit(
-        functools.partial(
-            adapter_step,
-            values=batches.values,
-            module=module,
-            config=batches.settings,
-            optimizer=optimizer,
-        ),
-        out_shardings=(everywhere, None),
-        donate_argnums=0,
+    places = TrainState.shardings(models.dpo_mesh, models.adapter_shardings, adapter, optimizer)
+    step = adapter_program(
+        models.dpo_mesh,
+        places,
+        models.base_shardings,
+        values=batches.values,
+        module=module,
+        config=batches.settings,
+        optimizer=optimizer,
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
@@ -150,7 +149,7 @@ def train_generator(
             run,
             "generator",
             round_,
-            jax.device_put(TrainState.create(adapter, optimizer), everywhere),
+            TrainState.create(adapter, optimizer, places),
             lambda state, batch: step(state, params, batch, key),
             batch,
             first_step=0,
@@ -169,7 +168,7 @@ def train_generator(
     return best if config.keep_best else trained
 
 
-def _settings(config: ml_collections.ConfigDict) -> DPOConfig | RewardSftConfig:
+def objective(config: ml_collections.ConfigDict) -> DPOConfig | RewardSftConfig:
     """Settings of the objective that the config's `dpo` section names."""
     if is_rewarded(config):
         return RewardSftConfig(length_normalized=config.length_normalized, chunk=config.chunk)
@@ -208,7 +207,7 @@ def train_adapter(
         raise UserError("a file of pairs is missing: add --config.data.path=preferences.jsonl")
     run = Run(workdir, config, console)
     with run.phase("model"):
-        model = load_generator_model(config, make_mesh(**config.mesh))
+        model = load_generator_model(config)
     with run.phase("data"):
         rows = _read_pairs(run, model.generator)
     with run.phase("reward-sft" if is_rewarded(config.dpo) else "DPO"):

@@ -1,6 +1,7 @@
 """The models and where they run, built from a config once."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,9 @@ from expandr_jax.checkpoint import hash_tree
 from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
-from expandr_jax.models.lora import LoraConfig
+from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import make_mesh
+from expandr_jax.sharding import adapter_shardings, make_mesh
 from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
 
@@ -25,14 +26,14 @@ class RetrieverModel:
     """What step A uses.
 
     Attributes:
-        mesh: The devices.
+        contrastive_mesh: The devices, as step A has them.
         retriever: The retriever; its parameters change from round to round.
         retriever_params: Its weights before any training.
         retriever_hash: sha256 of those weights.
-        encoder: Texts to vectors.
+        encoder: Texts to vectors, on a mesh of its own.
     """
 
-    mesh: Mesh
+    contrastive_mesh: Mesh
     retriever: Retriever
     retriever_params: Any
     retriever_hash: str
@@ -44,21 +45,57 @@ class GeneratorModel:
     """What step B uses.
 
     Attributes:
-        mesh: The devices.
+        dpo_mesh: The devices, as training has them.
+        sampling_mesh: The same devices, as sampling has them.
         generator: The language model, with its LoRA settings.
-        generator_params: Its frozen base weights, in the compute type.
+        generator_params: Its frozen base weights, in the compute type, on `dpo_mesh`.
         generator_hash: sha256 of the base weights.
     """
 
-    mesh: Mesh
+    dpo_mesh: Mesh
+    sampling_mesh: Mesh
     generator: Generator
     generator_params: Any
     generator_hash: str
 
+    @property
+    def base_shardings(self) -> Any:
+        """Where each of `generator_params` lies."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.generator_params)
+
+    @property
+    def adapter_shardings(self) -> Any:
+        """Where each side of an adapter belongs in training."""
+        shapes = adapter_shapes(self.generator, self.generator_params)
+        return adapter_shardings(self.dpo_mesh, self.base_shardings, shapes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Models(RetrieverModel, GeneratorModel):
-    """The pair that a run trains, on one mesh."""
+    """The pair that a run trains."""
+
+
+def phase_mesh(config: ml_collections.ConfigDict, phase: str, devices: Any = None) -> Mesh:
+    """The mesh of a phase.
+
+    Args:
+        config: The config's `mesh` section.
+        phase: "contrastive", "encoding", "sampling" or "dpo".
+        devices: None: all that there are.
+
+    Raises:
+        UserError: It does not fit the devices.
+    """
+    own = tuple(config[phase])
+    if own and (len(own) != 3 or not all(isinstance(size, int) for size in own)):
+        raise UserError(f"mesh.{phase} is {own}; expected (data, fsdp, tensor), or () for mesh's")
+    return make_mesh(*(own or (config.data, config.fsdp, config.tensor)), devices=devices)
+
+
+def adapter_shapes(generator: Generator, params: Any) -> Any:
+    """Shapes of an adapter of the generator's LoRA settings on these parameters, or shapes."""
+    init = functools.partial(init_lora, config=generator.module.lora)
+    return jax.eval_shape(init, jax.random.key(0), params)
 
 
 def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], None]) -> Models:
@@ -71,17 +108,17 @@ def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], Non
     Raises:
         UserError: A model cannot be found, read or verified, or the mesh does not fit.
     """
-    mesh = make_mesh(**config.mesh)
-    retriever = load_retriever_model(config, mesh)
+    retriever = load_retriever_model(config)
     progress(1)
-    generator = load_generator_model(config, mesh)
+    generator = load_generator_model(config)
     progress(1)
     return Models(**{**vars(retriever), **vars(generator)})
 
 
-def load_retriever_model(config: ml_collections.ConfigDict, mesh: Mesh) -> RetrieverModel:
+def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
+    mesh = phase_mesh(config.mesh, "contrastive")
     if source.vectors not in DTYPES:
         raise UserError(f"retriever.vectors is {source.vectors!r}; expected {', '.join(DTYPES)}")
     retriever, params = load_retriever(
@@ -91,19 +128,26 @@ def load_retriever_model(config: ml_collections.ConfigDict, mesh: Mesh) -> Retri
         max_length=source.max_length,
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,
+        mesh=mesh,
     )
-    encoder = TextEncoder(retriever, mesh, tokens_per_batch=source.tokens_per_batch)
+    encoder = TextEncoder(
+        retriever, phase_mesh(config.mesh, "encoding"), tokens_per_batch=source.tokens_per_batch
+    )
     return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
 
 
-def load_generator_model(config: ml_collections.ConfigDict, mesh: Mesh) -> GeneratorModel:
+def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     """The config's generator with its LoRA settings; errors as of `load_models`.
 
     The base never changes, so one copy in the compute type serves sampling and DPO alike.
     """
     source = config.generator
     dtype = jnp.dtype(source.compute_dtype)
-    generator, params = load_generator(source.source, sha256=source.sha256, compute_dtype=dtype)
+    mesh = phase_mesh(config.mesh, "dpo")
+    sampling_mesh = phase_mesh(config.mesh, "sampling")
+    generator, params = load_generator(
+        source.source, sha256=source.sha256, compute_dtype=dtype, mesh=mesh
+    )
     lora = LoraConfig(**config.lora)
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=lora, remat=source.remat)
@@ -113,4 +157,4 @@ def load_generator_model(config: ml_collections.ConfigDict, mesh: Mesh) -> Gener
         lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype),
         params,
     )
-    return GeneratorModel(mesh, generator, params, hash_tree(params))
+    return GeneratorModel(mesh, sampling_mesh, generator, params, hash_tree(params))

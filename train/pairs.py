@@ -1,6 +1,5 @@
 """Preference pairs as batches on the mesh, and what becomes of those held out."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,9 @@ from expandr_jax.preference import (
     PreferencePair,
     dpo_values,
     pack,
-    response_log_probs,
 )
 from expandr_jax.sharding import batch_sharding
+from expandr_jax.steps import reference_program, values_program
 from expandr_jax.weights.adapter import export_adapter, load_adapter
 from train.export import base_name
 from train.models import GeneratorModel
@@ -73,12 +72,17 @@ class PairBatches:
     def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: Any):
         self.run, self.models, self.batch_size = run, models, batch_size
         self.settings = settings
-        self.sharding = batch_sharding(models.mesh)
-        module = models.generator.module
-        self._log_probs = jax.jit(
-            functools.partial(response_log_probs, module, chunk=settings.chunk)
+        mesh, module, base = models.dpo_mesh, models.generator.module, models.base_shardings
+        self.sharding = batch_sharding(mesh)
+        self._log_probs = reference_program(mesh, base, module=module, chunk=settings.chunk)
+        self._values = values_program(
+            mesh,
+            models.adapter_shardings,
+            base,
+            values=self.values,
+            module=module,
+            config=settings,
         )
-        self._values = jax.jit(functools.partial(self.values, module=module, config=settings))
 
     def pack(
         self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray

@@ -8,7 +8,6 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,6 @@ from expandr_jax.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
     Passage,
-    contrastive_step,
     draw_passages,
     make_batch,
     stays_plain,
@@ -40,8 +38,10 @@ from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.retriever import Retriever
 from expandr_jax.search import build_index
-from expandr_jax.sharding import batch_divisor, batch_sharding, make_mesh, replicated
+from expandr_jax.sharding import batch_divisor, replicated
+from expandr_jax.steps import contrastive_program, model_shardings
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.export import export_encoder, export_retriever
 from train.early_stopping import train_with_dev
@@ -100,31 +100,21 @@ def train_retriever(
             accumulation=config.accumulation,
         )
     )
-    # Training may compute in another type than encoding does; the weights are float32 in both.
-    module = models.retriever.module.clone(dtype=jnp.dtype(config.compute_dtype))
-    rows = batch_sharding(models.mesh)
-    step_fn = jax.jit(
-        functools.partial(
-            contrastive_step,
-            retriever=dataclasses.replace(models.retriever, module=module),
-            optimizer=optimizer,
-            config=ContrastiveConfig(
-                temperature=config.temperature,
-                query_weight=config.query_weight if samples else 1.0,
-                normalize=config.normalize,
-                learn_temperature=config.learn_temperature,
-                symmetric=config.symmetric,
-                info_nce_weight=config.info_nce_weight,
-                margin_mse_weight=config.margin_mse_weight,
-                kl_weight=config.kl_weight,
-                teacher_temperature=config.teacher_temperature,
-                invariance_weight=config.invariance_weight,
-                dimensions=tuple(config.dimensions),
-                micro_batch=config.micro_batch,
-            ),
-        ),
-        in_shardings=(None, rows, None),
-        donate_argnums=0,
+    mesh, retriever = models.contrastive_mesh, training_retriever(models.retriever, config)
+    placed = model_shardings(mesh, retriever.module, params)
+    params = start = jax.device_put(params, placed)
+    if config.learn_temperature:
+        log_temperature = jnp.log(jnp.float32(config.temperature))
+        start = {"retriever": params, "log_temperature": log_temperature}
+        placed = {"retriever": placed, "log_temperature": replicated(mesh)}
+    # From the start as each step leaves it, so that a restored state is, too.
+    places = TrainState.shardings(mesh, placed, start, optimizer)
+    step_fn = contrastive_program(
+        mesh,
+        places,
+        retriever=retriever,
+        config=contrastive_config(config, samples),
+        optimizer=optimizer,
     )
     seed, pad_id = run.config.seed, models.retriever.tokenizer.pad_token_id
     dropout_key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
@@ -149,12 +139,6 @@ def train_retriever(
     checkpoints = Checkpoints(
         run.path("checkpoints", phase), identity, keep=run.config.keep, keep_period=steps
     )
-    # On every device from the start, so that a restored state is, too.
-    everywhere = replicated(models.mesh)
-    params = start = jax.device_put(params, everywhere)
-    if config.learn_temperature:
-        log_temperature = jnp.log(jnp.float32(config.temperature))
-        start = {"retriever": params, "log_temperature": log_temperature}
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
@@ -163,7 +147,7 @@ def train_retriever(
             run,
             phase,
             round_,
-            jax.device_put(TrainState.create(start, optimizer), everywhere),
+            TrainState.create(start, optimizer, places),
             lambda state, batch: step_fn(state, batch, dropout_key),
             batch,
             first_step=round_ * steps,
@@ -189,6 +173,30 @@ def train_retriever(
     )
 
 
+def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
+    """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
+    module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
+    return dataclasses.replace(retriever, module=module)
+
+
+def contrastive_config(config: ml_collections.ConfigDict, samples: int) -> ContrastiveConfig:
+    """What the config's `contrastive` section compares; `samples`: expansions a query."""
+    return ContrastiveConfig(
+        temperature=config.temperature,
+        query_weight=config.query_weight if samples else 1.0,
+        normalize=config.normalize,
+        learn_temperature=config.learn_temperature,
+        symmetric=config.symmetric,
+        info_nce_weight=config.info_nce_weight,
+        margin_mse_weight=config.margin_mse_weight,
+        kl_weight=config.kl_weight,
+        teacher_temperature=config.teacher_temperature,
+        invariance_weight=config.invariance_weight,
+        dimensions=tuple(config.dimensions),
+        micro_batch=config.micro_batch,
+    )
+
+
 def _hash_example(example: ContrastiveExample) -> str:
     query = [int(token) for token in example.query]
     return hash_json([example.positive_text, query, [n.text for n in example.negatives]])
@@ -200,7 +208,11 @@ def _check(
     params: Any,
     examples: Sequence[ContrastiveExample],
 ) -> None:
-    size, micro, devices = config.batch_size, config.micro_batch, batch_divisor(models.mesh)
+    size, micro, devices = (
+        config.batch_size,
+        config.micro_batch,
+        batch_divisor(models.contrastive_mesh),
+    )
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     width = jax.eval_shape(models.retriever.embed, params, token, token).shape[-1]
     if not all(1 <= dimension <= width for dimension in config.dimensions):
@@ -254,7 +266,7 @@ def train_on_triples(
         if dev is not None and "dev" not in dev.qrels:
             raise UserError(f"{config.data.dev}/qrels/dev.tsv: missing; it decides what is kept")
     with run.phase("models"):
-        models = load_retriever_model(config, make_mesh(**config.mesh))
+        models = load_retriever_model(config)
         examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:

@@ -12,13 +12,18 @@ from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation import slots as device
-from expandr_jax.generation.programs import Shape, make_programs
+from expandr_jax.generation.programs import (
+    Shape,
+    heads_axis,
+    make_programs,
+    prefill_rows,
+    unstack_shardings,
+    variable_shardings,
+)
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.models.decoder import Decoder, unstack_layers
-from expandr_jax.sharding import batch_divisor, param_shardings, replicated
-
-PREFILL_TOKENS = 1024  # Of the prompts that are run together.
+from expandr_jax.sharding import batch_divisor
 
 
 class Engine:
@@ -92,10 +97,7 @@ class Engine:
         default = jnp.float32 if jax.default_backend() == "cpu" else module.dtype
         self._cache_dtype = jnp.dtype(cache_dtype or default)
         self._check_memory(params, memory_limit_bytes)
-        self._variables = {"params": unstack_layers(self._place(params))}
-        if adapter is not None:
-            adapter = adapter if mesh is None else jax.device_put(adapter, replicated(mesh))
-            self._variables["lora"] = unstack_layers(adapter)
+        self._variables = self._place(params, adapter)
         self._eos_ids = tuple(eos_ids)
         self._idle = jax.device_get(device.empty_settings(slots))
         self._programs = make_programs(
@@ -267,8 +269,7 @@ class Engine:
 
     def _prompts(self, bucket: int) -> int:
         """Prompts of this length that are run together."""
-        divisor = 1 if self._mesh is None else batch_divisor(self._mesh)
-        return divisor * max(1, min(self.slots, PREFILL_TOKENS // bucket) // divisor)
+        return prefill_rows(self.slots, bucket, self._mesh)
 
     @property
     def _length(self) -> int:
@@ -277,9 +278,7 @@ class Engine:
 
     @property
     def _heads_axis(self) -> str | None:
-        if self._mesh is None or self._module.config.num_kv_heads % self._mesh.shape["tensor"]:
-            return None
-        return "tensor"
+        return heads_axis(self._module, self._mesh)
 
     def _check_memory(self, params: Mapping[str, Any], limit: int | None) -> None:
         if limit is None:
@@ -298,18 +297,29 @@ class Engine:
                 "take fewer slots, shorter texts or a larger tensor axis"
             )
 
-    def _place(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Weights in the compute type, except norms, on the mesh."""
+    def _place(
+        self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
 
         def cast(path, leaf):
             return leaf if path[-1].key == "scale" else leaf.astype(self._module.dtype)
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
+        variables = {"params": jax.tree_util.tree_map_with_path(cast, params)}
+        if adapter is not None:
+            variables["lora"] = adapter
         if self._mesh is None:
-            return params
-        ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
-        stacked = self._module.clone(unroll=False)
-        return jax.device_put(params, param_shardings(self._mesh, stacked, ids, ids, mask))
+            return {name: unstack_layers(tree) for name, tree in variables.items()}
+        places = variable_shardings(self._mesh, self._module, params, adapter)
+        layers = self._module.config.num_layers
+        return {
+            # Spread first: parameters may come from a mesh of another shape, as training has it.
+            name: jax.device_put(
+                unstack_layers(jax.device_put(tree, places[name])),
+                unstack_shardings(places[name], layers),
+            )
+            for name, tree in variables.items()
+        }
 
     def _run_prefix(self) -> device.Prefilled | None:
         if not self.prefix:

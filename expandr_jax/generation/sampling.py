@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from expandr_jax.sharding import platform
+
 NEAR_TIE = 1e-4  # Probability, or relative difference of two probabilities.
 UNIT_BITS = 30
 CHUNK = 128  # Tokens summed together by the inverse CDF.
@@ -52,7 +54,7 @@ def sample(
     if padding:
         logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     arguments = (logits, settings, bits)
-    if jax.default_backend() != "cpu" or batch % CPU_BLOCK or batch == CPU_BLOCK:
+    if platform() != "cpu" or batch % CPU_BLOCK or batch == CPU_BLOCK:
         return _sample(*arguments)
     blocks = jax.tree.map(lambda x: x.reshape(-1, CPU_BLOCK, *x.shape[1:]), arguments)
     outputs = jax.lax.map(lambda block: _sample(*block), blocks)

@@ -16,6 +16,7 @@ from expandr_jax.models.attention import attend
 from expandr_jax.models.bert import LayerNorm
 from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.sharding import constrain
 
 _BOS = 0
 _FARTHEST = 127  # Tokens at this distance or beyond share the last bucket.
@@ -107,7 +108,7 @@ class Block(nn.Module):
             y = Attention(*options, name="cross_attn")(x, memory, memory_mask)
             x = self._norm("cross_norm", x, y)
         x = self._norm("mlp_norm", x, self._mlp(x))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        return constrain(x, ("batch", "length", "act_embed")), None
 
     def _mlp(self, x):
         cfg = self.config
@@ -147,6 +148,7 @@ class Stack(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("positions", "embed"))
         shape = cfg.max_positions + cfg.pad_id + 1, cfg.hidden_size
         x = x + self.param("position_embedding", init, shape)[positions + cfg.pad_id + 1]
+        x = constrain(x, ("batch", "length", "act_embed"))
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.dropout)(x, deterministic=self.deterministic)
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from expandr_jax.sharding import platform
+
 # Finite, so that a query that may attend to nothing gives numbers (of no meaning) and not NaN.
 _MASKED = -1e30
 
@@ -70,7 +72,7 @@ def attend(
 
 def _suits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     """Whether cuDNN's fused attention takes these shapes and types, forward and backward."""
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if platform() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device = jax.devices()[0]
     modern = device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8.0
@@ -108,15 +110,19 @@ def attend_with_cache(
     """
     batch, _, heads, head_dim = q.shape
     dtype = cached_keys.dtype
-    write = jax.vmap(jax.lax.dynamic_update_slice)
-    zero = jnp.zeros_like(place)
-    cached_keys = write(
-        cached_keys, k.astype(dtype).transpose(0, 2, 3, 1), jnp.stack([zero, zero, place], 1)
-    )
-    cached_values = write(
-        cached_values, v.astype(dtype).swapaxes(1, 2), jnp.stack([zero, place, zero], 1)
-    )
-    rows = (q * scale).astype(dtype).reshape(batch, k.shape[2], -1, head_dim)
+    k, v = k.astype(dtype).transpose(0, 2, 3, 1), v.astype(dtype).swapaxes(1, 2)
+    if platform() == "tpu":
+        # A write to another place in each row becomes a loop over the rows there, which by the
+        # compiler's estimate takes many times as long as to write all of it anew.
+        new = jnp.arange(cached_keys.shape[3])[None] == place[:, None]
+        cached_keys = jnp.where(new[:, None, None], k, cached_keys)
+        cached_values = jnp.where(new[:, None, :, None], v, cached_values)
+    else:
+        write = jax.vmap(jax.lax.dynamic_update_slice)
+        zero = jnp.zeros_like(place)
+        cached_keys = write(cached_keys, k, jnp.stack([zero, zero, place], 1))
+        cached_values = write(cached_values, v, jnp.stack([zero, place, zero], 1))
+    rows = (q * scale).astype(dtype).reshape(batch, k.shape[1], -1, head_dim)
     scores = jnp.einsum("bkgd,bkds->bkgs", rows, cached_keys, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], scores, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.sharding import constrain
 
 ACTIVATIONS = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -87,7 +88,7 @@ class Block(nn.Module):
         y = ACTIVATIONS[self.config.activation](y)
         y = self._project("down_proj", self.config.hidden_size, ("mlp", "embed"), y)
         x = self._norm("mlp_norm", x, y)
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        return constrain(x, ("batch", "length", "act_embed")), None
 
     def _attention(self, x, mask):
         cfg = self.config
@@ -151,6 +152,7 @@ class Bert(nn.Module):
         types = table("type_embedding", cfg.num_token_types, "token_types")
         positions = token_positions(attention_mask) + cfg.position_offset
         x = tokens[input_ids] + types[0] + places[positions]
+        x = constrain(x, ("batch", "length", "act_embed"))
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)
 

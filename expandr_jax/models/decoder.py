@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from expandr_jax.models.attention import attend, attend_with_cache
 from expandr_jax.models.lora import LoraConfig, Projection
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
+from expandr_jax.sharding import constrain
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -217,7 +218,7 @@ class Block(nn.Module):
         mlp = GatedMLP(cfg, self.dtype, self.lora, name="mlp")
         y = mlp(norm("mlp_norm", x), self.deterministic)
         x = x + (norm("post_mlp_norm", y) if cfg.post_norms else y)
-        x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+        x = constrain(x, ("batch", "length", "act_embed"))
         return x, kv if self.keep_kv else None
 
 
@@ -294,7 +295,9 @@ class Decoder(nn.Module):
             table, contract = self._head(), 0
         dims = (((hidden.ndim - 1,), (contract,)), ((), ()))
         operands = hidden.astype(self.dtype), table.astype(self.dtype)
-        return jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+        logits = jax.lax.dot_general(*operands, dims, preferred_element_type=jnp.float32)
+        # Said outright, or the compiler may gather the table rather than what it gives.
+        return constrain(logits, ("batch", *["length"] * (hidden.ndim - 2), "vocab"))
 
     def _embedding(self) -> jax.Array:
         cfg = self.config
@@ -309,6 +312,7 @@ class Decoder(nn.Module):
     def _forward(self, tokens, positions, mask, cache, past, keep_kv, deterministic):
         cfg = self.config
         x = self._embedding()[tokens].astype(self.dtype)
+        x = constrain(x, ("batch", "length", "act_embed"))
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
         keys = positions if cache is None else jnp.arange(mask.shape[2], dtype=jnp.int32)[None]

@@ -16,6 +16,7 @@ import numpy as np
 from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import REMAT_POLICIES, RMSNorm
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Block(nn.Module):
             self._attention(RMSNorm(cfg.norm_eps, False, name="input_norm")(x), shared)
         )
         x = x + self._drop(self._mlp(RMSNorm(cfg.norm_eps, False, name="mlp_norm")(x)))
-        return nn.with_logical_constraint(x, ("batch", "length", "act_embed")), None
+        return constrain(x, ("batch", "length", "act_embed")), None
 
     def _attention(self, x, shared):
         cfg = self.config
@@ -142,7 +143,7 @@ class T5Encoder(nn.Module):
         distances = table("relative_bias", cfg.num_buckets, cfg.num_heads, ("buckets", "heads"))
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
         shared = attention_mask[:, None, :] > 0, distances[buckets].transpose(2, 0, 1)
-        x = tokens[input_ids].astype(self.dtype)
+        x = constrain(tokens[input_ids].astype(self.dtype), ("batch", "length", "act_embed"))
         x = nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
 
         block = Block

@@ -2,14 +2,11 @@
 
 import logging
 from collections.abc import Sequence
+from types import ModuleType
 
-import bm25s
 import numpy as np
 
 from expandr_jax.errors import UserError
-
-# It sets itself to report every index that it builds.
-logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 
 class Bm25Index:
@@ -25,6 +22,7 @@ class Bm25Index:
         Raises:
             UserError: there is no text, or no word in any of them.
         """
+        bm25s = _bm25s()
         tokens = _tokenize(texts)
         if not any(tokens):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
@@ -60,9 +58,18 @@ class Bm25Index:
         return scores, indices
 
 
+def _bm25s() -> ModuleType:
+    """The library, imported late: it uses jax at import, whose devices can then not be chosen."""
+    import bm25s
+
+    # It sets itself to report every index that it builds.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    return bm25s
+
+
 def _tokenize(texts: Sequence[str]) -> list[list[str]]:
     if not texts:
         return []
-    return bm25s.tokenize(
+    return _bm25s().tokenize(
         list(texts), stopwords="english", stemmer=None, return_ids=False, show_progress=False
     )

@@ -57,7 +57,7 @@ class ExactIndex:
             block = np.asarray(self._vectors[offset : offset + block_rows], dtype=np.float32)
             block = jnp.asarray(_pad_rows(block, block_rows))
             best = [
-                _merge_block(*found, batch, block, offset, self.size)
+                merge_block(*found, batch, block, offset, self.size)
                 for found, batch in zip(best, batches, strict=True)
             ]
         scores = [np.asarray(found[0]) for found in best] or [np.empty((0, k), np.float32)]
@@ -88,7 +88,7 @@ class ExactIndex:
 
 
 @jax.jit
-def _merge_block(
+def merge_block(
     scores: jax.Array,
     indices: jax.Array,
     queries: jax.Array,

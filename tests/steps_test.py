@@ -1,0 +1,253 @@
+"""Every training step on meshes of eight devices against the same step on one."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from expandr_jax.contrastive import ContrastiveConfig, ContrastiveExample, Passage, make_batch
+from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
+from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.models.decoder import Decoder, DecoderConfig
+from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.preference import DPOConfig, PreferencePair, dpo_values, pack
+from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
+from expandr_jax.steps import (
+    adapter_program,
+    contrastive_program,
+    embedder,
+    model_shardings,
+    reference_program,
+    values_program,
+)
+from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.weights.load import example_inputs
+
+MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+SETTINGS = OptimizerConfig(1e-3, total_steps=4, clip_norm=1.0, weight_decay=0.01)
+BERT = BertConfig(
+    vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, mlp_dim=32, max_positions=16,
+    position_offset=0, num_token_types=2, activation="gelu", norm_eps=1e-12,
+    hidden_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+ANCHORDR = AnchorDrConfig(
+    vocab_size=64, hidden_size=16, num_layers=2, num_decoder_layers=2, num_heads=4, mlp_dim=32,
+    max_positions=14,
+)  # fmt: skip
+DECODER = DecoderConfig(
+    vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+    mlp_dim=32, max_positions=64,
+)  # fmt: skip
+
+
+def one_device():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def init(module):
+    inputs = [jnp.ones(x.shape, x.dtype) for x in example_inputs(module)]
+    return nn.unbox(module.init(jax.random.key(0), *inputs))["params"]
+
+
+@pytest.fixture(scope="module", params=["bert", "anchordr"])
+def retriever(request):
+    """(retriever, params)."""
+    if request.param == "bert":
+        made = Retriever(Bert(BERT), "mean", True, 16, "", "", None, None)
+    else:
+        made = Retriever(AnchorDr(ANCHORDR), "decoder", True, 12, "", "", None, None)
+    return made, init(made.module)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """(decoder, params, adapter that changes it)."""
+    module = Decoder(DECODER, lora=LoraConfig(rank=2, dropout=0.0))
+    params = init(module)
+    adapter = init_lora(jax.random.key(1), params, module.lora)
+    return module, params, jax.tree.map(lambda leaf: leaf + 0.05, adapter)
+
+
+def batch_of_queries():
+    rng = np.random.default_rng(0)
+
+    def text():
+        return rng.integers(3, 64, rng.integers(3, 12)).tolist()
+
+    examples = [
+        ContrastiveExample(text(), [text()], text(), f"p{i}", [Passage(text(), f"n{i}")])
+        for i in range(16)
+    ]
+    return make_batch(examples, 1, 1, 1)
+
+
+def batch_of_pairs():
+    rng = np.random.default_rng(0)
+    pairs = [
+        PreferencePair(*(rng.integers(3, 64, rng.integers(2, 5)).tolist() for _ in range(3)))
+        for _ in range(8)
+    ]
+    batch = pack(pairs, pad_id=0)
+    batch["reference_chosen"], batch["reference_rejected"] = rng.normal(-10, 1, (2, 8)).astype("f")
+    return batch
+
+
+def close(ours, theirs, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-5), ours, theirs
+    )
+
+
+def moved(before, after):
+    """The greatest change of a parameter: a test that compares nothing would find 0."""
+    changes = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), before, after)
+    return max(jax.tree.leaves(changes))
+
+
+def train_retriever(mesh, retriever, params, config, steps=3):
+    optimizer = make_optimizer(SETTINGS)
+    placed = model_shardings(mesh, retriever.module, params)
+    places = TrainState.shardings(mesh, placed, params, optimizer)
+    step = contrastive_program(
+        mesh, places, retriever=retriever, config=config, optimizer=optimizer
+    )
+    state, metrics = TrainState.create(params, optimizer, places), []
+    for _ in range(steps):
+        state, values = step(state, batch_of_queries(), None)
+        metrics.append(values)
+    return state, metrics
+
+
+CONFIG = ContrastiveConfig(0.1, 0.5, "both")
+
+
+@pytest.fixture(scope="module")
+def on_one_device(retriever):
+    """(state, metrics) after steps on one device, of whole batches."""
+    return train_retriever(one_device(), *retriever, CONFIG)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_contrastive_steps_are_those_of_one_device(retriever, on_one_device, sizes):
+    model, params = retriever
+    expected, expected_metrics = on_one_device
+    # BERT in whole batches, AnchorDR by GradCache's micro-batches.
+    pieces = 8 if isinstance(model.module, AnchorDr) else 0
+    config = dataclasses.replace(CONFIG, micro_batch=pieces)
+    state, metrics = train_retriever(make_mesh(*sizes), model, params, config)
+    close(metrics, expected_metrics)
+    # Adam's first steps have the size of the rate however small a gradient is: no parameter here
+    # has a gradient within rounding of zero but the keys' biases, which softmax cancels.
+    assert moved(params, state.params) > 1e-3
+    flat, wanted = (jax.tree_util.tree_leaves_with_path(s.params) for s in (state, expected))
+    for (path, ours), (_, theirs) in zip(flat, wanted, strict=True):
+        if "k_proj" not in jax.tree_util.keystr(path) or "bias" not in jax.tree_util.keystr(path):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def train_adapter(mesh, module, params, adapter, steps=3):
+    optimizer = make_optimizer(SETTINGS)
+    base = model_shardings(mesh, module, params)
+    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
+    step = adapter_program(
+        mesh, places, base, values=dpo_values, module=module, config=DPOConfig(chunk=16),
+        optimizer=optimizer,
+    )  # fmt: skip
+    params = jax.device_put(params, base)
+    state, metrics = TrainState.create(adapter, optimizer, places), []
+    batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
+    for _ in range(steps):
+        state, values = step(state, params, batch, jax.random.key(0))
+        metrics.append(values)
+    return state, metrics
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_dpo_steps_are_those_of_one_device(generator, sizes):
+    module, params, adapter = generator
+    expected, expected_metrics = train_adapter(one_device(), module, params, adapter)
+    mesh = make_mesh(*sizes)
+    state, metrics = train_adapter(mesh, module.clone(remat="full"), params, adapter)
+    close(metrics, expected_metrics)
+    close(state.params, expected.params)
+    assert moved(adapter, state.params) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_log_probabilities_and_figures_are_those_of_one_device(generator, sizes):
+    module, params, adapter = generator
+
+    def figures(mesh):
+        base = model_shardings(mesh, module, params)
+        variables = {"params": jax.device_put(params, base)}
+        batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
+        reference = reference_program(mesh, base, module=module, chunk=16)(variables, batch)
+        own = adapter_shardings(mesh, base, adapter)
+        values = values_program(
+            mesh, own, base, values=dpo_values, module=module, config=DPOConfig(chunk=16)
+        )
+        placed = jax.device_put(adapter, own)
+        return jax.device_get((reference, values(placed, variables["params"], batch)))
+
+    close(figures(make_mesh(*sizes)), figures(one_device()))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_vectors_are_those_of_one_device(retriever, sizes):
+    model, params = retriever
+    batch = batch_of_queries()
+    texts = batch["query_ids"], batch["query_mask"]
+    mesh = make_mesh(*sizes)
+    placed = jax.device_put(params, model_shardings(mesh, model.module, params))
+    expected = embedder(one_device(), model)(params, *texts)
+    close(jax.device_get(embedder(mesh, model)(placed, *texts)), jax.device_get(expected))
+
+
+# What is on every device, and why: a new entry needs a reason.
+SMALL = "as wide as one vector, and needed whole by each row"
+EVERYWHERE = {
+    "norm": SMALL,
+    "relative_bias": "a few hundred numbers",
+    "type_embedding": "two rows",
+    "count": "a counter",
+    "step": "a counter",
+}
+
+
+def test_what_is_on_every_device(retriever, generator):
+    mesh, optimizer = make_mesh(2, 2, 2), make_optimizer(SETTINGS)
+    model, params = retriever
+    module, base, adapter = generator
+    placed = model_shardings(mesh, module, base)
+    trees = [
+        TrainState.shardings(mesh, model_shardings(mesh, model.module, params), params, optimizer),
+        TrainState.shardings(mesh, adapter_shardings(mesh, placed, adapter), adapter, optimizer),
+        placed,
+    ]
+    for tree in trees:
+        for path, sharding in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path)
+            known = any(word in name for word in EVERYWHERE)
+            assert known or "fsdp" in sharding.spec or "tensor" in sharding.spec, name
+
+
+def test_a_step_leaves_its_state_where_it_was(retriever):
+    model, params = retriever
+    mesh, optimizer = make_mesh(2, 4, 1), make_optimizer(SETTINGS)
+    state, _ = train_retriever(mesh, model, params, ContrastiveConfig(0.1, 0.5, "both"), steps=1)
+    placed = model_shardings(mesh, model.module, params)
+    wanted = TrainState.shardings(mesh, placed, params, optimizer)
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    kernel = (
+        state.params["layers"]["up_proj"]["kernel"]
+        if "layers" in state.params
+        else (state.params["encoder"]["layers"]["up_proj"]["kernel"])
+    )
+    assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.shape == (2, 4, 32)
