@@ -3,29 +3,32 @@
 Systems are `bm25`, `dense` (the config's retriever), either with a strategy of eval/strategies.py
 (`dense+q2d`, `bm25+query2doc`), `dense+prf-average`, `dense+prf-rocchio`, the same over a corpus
 whose documents are expanded (`bm25@d2q`, `dense@d2d+q2d`), and fusions of any of these
-(`rrf:bm25:dense`). Each set gets results.json, runs/ and qrels.trec, in OUT or, where there
+(`rrf:bm25:dense`); `all` is the table of docs/strategies.md. Each set gets results.json,
+results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in OUT or, where there
 are several, in OUT/NAME. The same command goes on where it stopped; with other systems it adds what
 is missing, and what was generated serves every system that asks for the same.
 """
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
-import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
-from eval.compare import render, wide_console
+from eval.pages import write_mean, write_set
 from eval.ranking import LazyModels, Ranker
-from eval.strategies import System, parse_system
+from eval.sets import find_sets, harvested_set, mean_over_sets
+from eval.strategies import System, parse_systems
 from eval.systems import MEASURES
+from eval.tables import wide_console
+from eval.texts import TextCache
 from expandr_jax import metrics
 from expandr_jax.data.archive import Files
-from expandr_jax.data.beir import find_collections, judgements, source_hashes
+from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table
@@ -33,101 +36,94 @@ from train.launch import define_config, define_workdir, launch
 from train.run import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is done with each set.
+
+    Attributes:
+        systems: What is compared; the first is what tests compare with.
+        measures: Names of them.
+        split: Whose judgements are used.
+    """
+
+    systems: Sequence[System]
+    measures: Sequence[str]
+    split: str
+
+
 def evaluate_set(
-    run: Run,
-    models: LazyModels,
-    files: Files,
-    systems: Sequence[System],
-    split: str,
-    directory: pathlib.Path,
-) -> dict[str, Any]:
-    """Writes one set's runs/, qrels.trec, evaluation/ and results.json; returns the results.
+    run: Run, models: LazyModels, name: str, files: Files, task: Task, directory: pathlib.Path,
+    cache: TextCache,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes everything about one set; returns the contents of its results.json.
 
     Raises:
         UserError: The set is malformed, or is not the one that the directory was made with.
     """
-    path, source_path = directory / "results.json", directory / "data" / "SOURCE.json"
-    source = {"name": files.path("").name, "split": split, "files": source_hashes(files)}
-    if not source_path.exists():
-        write_json(source_path, source)
-    elif json.loads(source_path.read_text(encoding="utf-8")) != source:
-        raise UserError(f"{directory}: was made with other data than {files.path('')}; "
-                        "use a new --workdir")  # fmt: skip
-    names = [system.name for system in systems]
+    path = directory / "results.json"
+    _check_source(name, files, task.split, directory)
+    names = [system.name for system in task.systems]
     if path.exists():
         results = json.loads(path.read_text(encoding="utf-8"))
-        if [row["system"] for row in results["rows"]] == names:
+        rows = results["rows"]
+        if [r["system"] for r in rows] == names and [*rows[0]] == ["system", *task.measures]:
             return results
-    ranker = Ranker(run, models, files, split, directory)
+    collection = dataclasses.replace(read_beir(files), name=name.rpartition("/")[2])
+    ranker = Ranker(run, models, collection, task.split, directory, cache)
     metrics.write_qrels(directory / "qrels.trec", ranker.qrels)
-    values = {s.name: metrics.evaluate(ranker.rank(s), ranker.qrels, MEASURES) for s in systems}
+    values = {
+        s.name: metrics.evaluate(ranker.rank(s), ranker.qrels, task.measures) for s in task.systems
+    }
+    write_jsonl(
+        directory / "values.jsonl",
+        (
+            {"query_id": query, "system": system, **{m: values[system][m][query] for m in by_name}}
+            for system, by_name in values.items()
+            for query in ranker.ids
+        ),
+    )
     write_jsonl(
         directory / "evaluation" / "expansions.jsonl",
         (
-            {"query_id": query_id, "split": split, "system": system.name, "sample": sample,
+            {"query_id": query_id, "split": task.split, "system": system.name, "sample": sample,
              "query": query, "expansion": text}
-            for system in systems if system.strategy
+            for system in task.systems if system.strategy
             for query_id, query, texts in zip(
                 ranker.ids, ranker.queries, ranker.texts(system.method), strict=True)
             for sample, text in enumerate(texts)
         ),
     )  # fmt: skip
     results = {
-        "dataset": ranker.collection.name,
+        "dataset": collection.name,
         "queries": len(ranker.qrels),
         "chosen": {},
         "rows": [
-            {"system": name, **{m: round(metrics.mean(values[name][m]), 6) for m in MEASURES}}
-            for name in names
+            {"system": n, **{m: round(metrics.mean(values[n][m]), 6) for m in task.measures}}
+            for n in names
         ],
         "significance": [
-            {"system": name, "baseline": names[0], "metric": measure,
-             **metrics.paired_test(values[name][measure], values[names[0]][measure])}
-            for name in names[1:]
-            for measure in MEASURES
+            {"system": n, "baseline": names[0], "metric": measure,
+             **metrics.paired_test(values[n][measure], values[names[0]][measure])}
+            for n in names[1:]
+            for measure in task.measures
         ],
     }  # fmt: skip
+    texts = dict(zip(ranker.ids, ranker.queries, strict=True))
+    write_set(directory, results, values, texts)
     write_json(path, results)
     return results
 
 
-def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over sets, where sets named "cqadupstack/android" and so on count as one together.
-
-    Returns:
-        "sets": name -> rows as in results.json; "rows": their means.
-    """
-    groups: dict[str, list[list[dict[str, Any]]]] = {}
-    for name, result in results.items():
-        groups.setdefault(name.partition("/")[0], []).append(result["rows"])
-    sets = {name: _mean_rows(several) for name, several in groups.items()}
-    return {"sets": sets, "rows": _mean_rows(list(sets.values()))}
-
-
-def _mean_rows(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "system": rows[0]["system"],
-            **{m: round(float(np.mean([row[m] for row in rows])), 6) for m in MEASURES},
-        }
-        for rows in zip(*tables, strict=True)
-    ]
-
-
-def find_sets(paths: Sequence[str], split: str) -> dict[str, Files]:
-    """The sets at some paths by name, each with judgements of the split.
-
-    Raises:
-        UserError: There is none at a path, it lacks the split, or two have the same name.
-    """
-    sets: dict[str, Files] = {}
-    for path in paths:
-        for name, files in find_collections(path).items():
-            if name in sets:
-                raise UserError(f"{path}: a second data set called {name!r}; rename one")
-            next(judgements(files, split, lambda _: None), None)
-            sets[name] = files
-    return sets
+def _check_source(name: str, files: Files, split: str, directory: pathlib.Path) -> None:
+    path = directory / "data" / "SOURCE.json"
+    if files.root == path.parent:
+        return  # The harvest, which the workdir's config pins.
+    source = {"name": name.rpartition("/")[2], "split": split, "files": source_hashes(files)}
+    if not path.exists():
+        write_json(path, source)
+    elif json.loads(path.read_text(encoding="utf-8")) != source:
+        raise UserError(f"{directory}: was made with other data than {files.path('')}, or for "
+                        "another split; use a new --workdir")  # fmt: skip
 
 
 def evaluate_beir(
@@ -137,6 +133,8 @@ def evaluate_beir(
     names: Sequence[str],
     split: str,
     console: Console,
+    measures: Sequence[str] = (),
+    cache: pathlib.Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs or continues the evaluation of systems on sets in a workdir.
 
@@ -144,10 +142,12 @@ def evaluate_beir(
         config: As from configs/; `evaluation.query_weights` and `evaluation.samples` hold one
             value each, 0 samples being those of a strategy's authors.
         workdir: Where everything goes.
-        data: Paths of the sets.
+        data: Paths of the sets; none are the config's own data and tests.
         names: The systems; tests compare with the first.
         split: Whose judgements are used.
         console: Where progress and tables go.
+        measures: Beside those that every table has.
+        cache: Where generated texts are kept, for several workdirs; None: in the workdir.
 
     Returns:
         Set -> the contents of its results.json.
@@ -155,56 +155,68 @@ def evaluate_beir(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    systems = list({name: parse_system(name) for name in names}.values())
+    task = Task(parse_systems(names), tuple(dict.fromkeys((*MEASURES, *measures))), split)
+    metrics.evaluate({}, {"": {"": 1}}, task.measures)  # An unknown one is refused before the work.
+    own = config.data
+    harvest = not data and own.kind == "pydoc"
+    if not data and not harvest:
+        data = [path for path in (own.path if own.kind == "beir" else "", *own.tests) if path]
+        if not data:
+            raise UserError("--data is missing, and the config names no BEIR data: --data=DIR")
     sets = find_sets(data, split)
     run = Run(workdir, config, console)
-    parts = [part for system in systems for part in system.with_parts()]
+    if harvest:
+        sets = harvested_set(run, split)
+    parts = [part for system in task.systems for part in system.with_parts()]
     models = LazyModels(run, any(part.strategy or part.documents for part in parts))
+    texts = TextCache(cache or run.path("work", "texts"))
     results = {}
     for name, files in sets.items():
         directory = run.path(name) if len(sets) > 1 else run.path()
-        results[name] = evaluate_set(run, models, files, systems, split, directory)
+        results[name] = evaluate_set(run, models, name, files, task, directory, texts)
         console.print(results_table(results[name]))
     if len(sets) > 1:
         mean = mean_over_sets(results)
         write_json(run.path("mean.json"), mean)
-        console.print(mean_table(mean))
+        console.print(write_mean(run.workdir, mean))
+    console.print(f"{run.path('report.html')}", soft_wrap=True)
     run.close()
     return results
 
 
-def mean_table(mean: Mapping[str, Any]) -> Table | str:
-    """nDCG@10 by set, and its mean."""
-    columns = [*mean["sets"].values(), mean["rows"]]
-    rows = [
-        [cells[0]["system"], *(f"{cell[MEASURES[0]]:.4f}" for cell in cells)]
-        for cells in zip(*columns, strict=True)
-    ]
-    title = f"{MEASURES[0]} over {len(mean['sets'])} sets"
-    return render(title, ["system", *mean["sets"], "mean"], rows, "text")
-
-
 def main(_: Any) -> None:
     settings = flags.FLAGS
-    if not settings.data or not settings.systems:
-        raise UserError("--data or --systems is missing: --data=DIR --systems=bm25,dense")
+    if not settings.systems:
+        raise UserError("--systems is missing: --systems=bm25,dense, for example, or --systems=all")
     config = settings.config
     config.evaluation.query_weights = (settings.query_weight,)
     config.evaluation.samples = (settings.samples,)
-    workdir = pathlib.Path(settings.workdir)
-    evaluate_beir(config, workdir, settings.data, settings.systems, settings.split, wide_console())
+    evaluate_beir(
+        config,
+        pathlib.Path(settings.workdir),
+        settings.data,
+        settings.systems,
+        settings.split,
+        wide_console(),
+        settings.measures,
+        pathlib.Path(settings.cache) if settings.cache else None,
+    )
 
 
 def define_flags() -> None:
     define_config("configs/beir.py")
     define_workdir()
-    flags.DEFINE_list("data", [], "BEIR directories or zips, or folders of several.")
+    flags.DEFINE_list("data", [], "BEIR directories or zips, or folders of several; none: the "
+                      "config's own data.")  # fmt: skip
     flags.DEFINE_list("systems", [], "What is compared; the first is what tests compare with.")
+    flags.DEFINE_list("measures", [], "Further ones, as ir-measures spells them: P@5,Rprec.")
     flags.DEFINE_string("split", "test", "Whose judgements are used; dev on MS MARCO.")
     flags.DEFINE_float("query_weight", 0.5, "Of the query's vector, where a strategy weighs it.",
                        lower_bound=0.0, upper_bound=1.0)  # fmt: skip
     flags.DEFINE_integer("samples", 0, "Texts of each request; 0: as a strategy's authors have it.",
                          lower_bound=0)  # fmt: skip
+    flags.DEFINE_string("cache", "", "Where generated texts are kept, for several workdirs; the "
+                        "workdir's own work/texts.")  # fmt: skip
 
 
 if __name__ == "__main__":

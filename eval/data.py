@@ -16,7 +16,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from eval.compare import wide_console
+from eval.tables import wide_console
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
 from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
@@ -250,7 +250,8 @@ def main(arguments: Sequence[str]) -> None:
     path = pathlib.Path(arguments[1])
     mistakes = check(path, lengths, settings.near, wide_console())
     if mistakes:
-        raise UserError(f"{path}: {mistakes} lines are wrong; correct or remove them")
+        lines = "1 line is" if mistakes == 1 else f"{mistakes:,} lines are"
+        raise UserError(f"{path}: {lines} wrong; correct or remove them")
 
 
 def define_flags() -> None:

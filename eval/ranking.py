@@ -1,6 +1,5 @@
 """Ranks the corpus of one data set by any system of eval/strategies.py."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +23,16 @@ from eval.strategies import (
     parse_system,
 )
 from eval.systems import finish_run
+from eval.texts import TextCache
 from expandr_jax import metrics
-from expandr_jax.data.archive import Files
-from expandr_jax.data.beir import read_beir
+from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
 from expandr_jax.search import Bm25Index, Index, build_index
 from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
-from train.expansion import Prompt, sample_texts
+from train.expansion import Prompt
 from train.models import Models, RetrieverModel, load_models, load_retriever_model
 from train.run import Run
 
@@ -108,25 +107,28 @@ class Ranker:
     Args:
         run: The config and progress.
         models: The models.
-        files: The set.
+        collection: The set.
         split: Whose judged queries are searched for.
         directory: Where runs and what a restart needs go.
+        cache: Where generated texts are kept.
     """
 
     def __init__(
         self,
         run: Run,
         models: LazyModels,
-        files: Files,
+        collection: Collection,
         split: str,
         directory: pathlib.Path,
+        cache: TextCache,
     ):
-        self.collection = read_beir(files)
+        self.collection = collection
         self.qrels = self.collection.qrels[split]
         self.ids = list(self.qrels)
         self.queries = [self.collection.queries[query] for query in self.ids]
         self.documents = list(self.collection.corpus)
         self._run, self._models, self._directory = run, models, directory
+        self._cache = cache
         self._texts: dict[str, list[list[str]]] = {}
         self._corpora: dict[str | None, Searched] = {}
 
@@ -280,12 +282,8 @@ class Ranker:
         return [texts[document, 0] for document in self.documents]
 
     def _ask(self, name: str, prompts: Sequence[Prompt]) -> dict[tuple[str, int], str]:
-        config, models = self._run.config, self._models.both
-        asked = [dataclasses.astuple(prompt) for prompt in prompts]
-        key = hash_json([models.generator_hash, config.seed, name, asked])[:16]
-        path = self._directory / "work" / "texts" / f"{name}-{key}.jsonl"
-        with self._run.phase(f"{self.collection.name}: texts of {name}"):
-            return sample_texts(self._run, models, None, prompts, path=path, purpose=name)
+        phase = f"{self.collection.name}: texts of {name}"
+        return self._cache.texts(self._run, self._models.both, name, prompts, phase)
 
     def _shown(self) -> list[list[str]]:
         """The documents that BM25 finds for each query."""

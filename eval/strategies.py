@@ -164,6 +164,7 @@ STRATEGIES = {
     "lamer": _asked("lamer", 5, alternated, one_of_them),
     "csqe": Strategy((Request("q2d", "q2d"), Request("csqe", "csqe")), 5, lower_cased, one_of_them),
 }
+PUBLISHED = ("q2d", "hyde", "query2doc", "q2e", "q2c", "mugi", "lamer", "csqe")
 FEEDBACKS = {  # (query vectors, vectors of the documents found first) to query vectors
     "prf-average": fusion.average_feedback,
     "prf-rocchio": lambda query, found: fusion.rocchio(query, found, alpha=0.9, beta=0.1),
@@ -173,6 +174,15 @@ RANK_FUSIONS = {"rrf": fusion.reciprocal_rank_fusion, "exp4fuse": fusion.exp4fus
 SCORE_FUSIONS = {  # Equal weights.
     "interpolation": lambda runs: fusion.interpolate(runs, [1 / len(runs)] * len(runs))
 }
+
+ALL = "all"  # Stands for the table of docs/strategies.md:
+TABLE = (
+    "bm25", *(f"bm25+{name}" for name in PUBLISHED),
+    "dense", *(f"dense+{name}" for name in (*PUBLISHED, *FEEDBACKS)),
+    "rrf:bm25:dense", "interpolation:bm25:dense", "rrf:bm25:dense+q2d",
+    "exp4fuse:bm25:bm25+q2d", "exp4fuse:dense:dense+q2d",
+    "bm25@d2q", "dense@d2q", "dense@d2q+q2d",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,3 +243,15 @@ def parse_system(name: str) -> System:
         known = ", ".join(prompts.DOCUMENT_STRATEGIES)
         raise UserError(f"system {name!r}: expected {base}@ one of {known}")
     return System(name, base, method or None, documents=documents or None)
+
+
+def parse_systems(names: Sequence[str]) -> list[System]:
+    """Reads names of systems, `ALL` among them, each system once.
+
+    Raises:
+        UserError: There is no such system, or there are none.
+    """
+    each = [name for given in names for name in (TABLE if given == ALL else (given,))]
+    if not each:
+        raise UserError("no systems; expected bm25, dense and so on, or all")
+    return [parse_system(name) for name in dict.fromkeys(each)]

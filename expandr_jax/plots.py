@@ -94,15 +94,23 @@ def bars(
         return _svg(figure, title)
 
 
-def lines(title: str, series: Series, *, xlabel: str, ylabel: str) -> str:
-    """Draws one line a series; a long one is drawn faintly with its moving mean on top."""
+def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool = True) -> str:
+    """Draws one line a series.
+
+    Args:
+        title: what a screen reader says.
+        series: points by label.
+        xlabel: under the axis.
+        ylabel: beside it.
+        smooth: a long line is drawn faintly, with its moving mean on top.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure(2.9)
         for i, (name, (x, y)) in enumerate(series.items()):
             colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
             x, y = np.asarray(x, float), np.asarray(y, float)
             window = len(y) // 20
-            if window > 1:
+            if smooth and window > 1:
                 axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
                 y = np.convolve(y, np.full(window, 1 / window), mode="valid")
                 x = x[(window - 1) // 2 :][: len(y)]

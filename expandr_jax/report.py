@@ -43,8 +43,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         "Rewards of the candidates": lambda: _candidates(workdir),
         "Fresh samples before and after DPO": lambda: _samples(workdir),
         "Expansions": lambda: expansion_cards(workdir),
-        "Where the time went": lambda: _time(workdir),
-        "Settings": lambda: _settings(workdir, results),
+        "Where the time went": lambda: time_section(workdir),
+        "Settings": lambda: settings_section(workdir, results),
     }
     contents = {
         title: build() or paragraph("This run holds no data for this section.", "absent")
@@ -238,7 +238,8 @@ def _samples(workdir: pathlib.Path) -> str | None:
     return paragraph(sentence) + figures({f"{title}; a triangle is the mean": chart})
 
 
-def _time(workdir: pathlib.Path) -> str | None:
+def time_section(workdir: pathlib.Path) -> str | None:
+    """Returns the HTML of where a run's time went, or None where it has no timings.json."""
     timings = _read_json(workdir / "timings.json")
     if not timings or not timings.get("phases"):
         return None
@@ -261,7 +262,8 @@ def _time(workdir: pathlib.Path) -> str | None:
     return figures({"Seconds by phase": chart}) + table("By phase.", header, rows)
 
 
-def _settings(workdir: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+    """Returns the HTML of what was chosen on dev and of config.json, or None without either."""
     chosen = [[name, json.dumps(value)] for name, value in results.get("chosen", {}).items()]
     text = table("Chosen on dev.", ["setting", "value"], chosen) if chosen else ""
     config = _read_json(workdir / "config.json")

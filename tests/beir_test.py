@@ -237,6 +237,20 @@ def test_every_mistake_can_be_reported(tmp_path):
     assert found.qrels["test"]["q1"] == {"d1": 2, '"gone': 0, "d2": 3}
 
 
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({"corpus": b'{"_id": "d1", "text": "caf\xe9"}\n[]\n'}, "corpus.jsonl:1: not UTF-8"),
+        ({"qrels": "q9\td1\t1\nq8\td1\t1\n"}, "test.tsv:1: query 'q9' is not among"),
+    ],
+)
+def test_where_every_line_is_wrong_the_first_is_named(tmp_path, files, complaint):
+    mistakes = []
+    with pytest.raises(UserError, match=complaint):
+        read_beir(make(tmp_path / "tiny", **files), mistakes.append)
+    assert len(mistakes) == 2
+
+
 def test_judgements_say_where_they_stand(tmp_path):
     directory = make(tmp_path / "tiny")
     files = find_collections(directory)["tiny"]

@@ -14,8 +14,9 @@ from expandr_jax.data.builders.triples import Triples, part_of, split_name, to_t
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.triples import read_triples
 from expandr_jax.errors import UserError
+from tests.commands import ROOT
 
-CRANFIELD = pathlib.Path("/work/shared/data/cranfield")
+CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
 SHARES = {"retriever": 7.0, "generator": 1.0, "dev": 0.5, "test": 0.0}
 
 

@@ -10,7 +10,9 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
-from eval.compare import FORMATS, HEADER, compare, moved, read_expansions, render, score
+from eval.compare import score
+from eval.differences import HEADER, compare, moved, read_expansions
+from eval.tables import FORMATS, render
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from tests.commands import command, finish
@@ -116,18 +118,27 @@ def test_as_a_command_with_beir_judgements(paths, tmp_path):
     lines = ["query-id\tcorpus-id\tscore", *(f"{query}\td1\t1" for query in QRELS)]
     (tmp_path / "test.tsv").write_text("\n".join(lines) + "\n")
     arguments = [*map(str, paths), f"--qrels={tmp_path / 'test.tsv'}", "--measures=mrr@10,p@1"]
-    output = finish(command("eval.compare", *arguments, "--format=csv", "--moved=1"))
+    options = ["--format=csv", "--moved=1", f"--html={tmp_path / 'page.html'}"]
+    output = finish(command("eval.compare", *arguments, *options))
     rows = list(csv.reader(io.StringIO(output)))
     assert [row[:2] for row in rows[1:4]] == [["mrr@10", name] for name in RANKS]
     assert ["better", "q5", "0.1667", "1.0000", "+0.8333", "", ""] in rows
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Against base</h2>" in page
+    assert "0.1667 → 1.0000" in page
+    assert page.count("<svg") == 2  # means, and gains by query
+    for row in rows[1:4]:
+        assert f"<td>{row[2]}</td>" in page or f"<strong>{row[2]}</strong>" in page
 
 
 def test_mistakes_get_one_line(paths, tmp_path):
     qrels = f"--qrels={tmp_path / 'qrels.trec'}"
     bad = tmp_path / "bad.trec"
     bad.write_text("q0 Q0 d1 1\n")
+    (tmp_path / "empty").write_text("\n")
     for arguments, complaint in (
         ([str(bad), qrels], "bad.trec:1: 4 columns"),
+        ([str(paths[0]), f"--qrels={tmp_path / 'empty'}"], "empty: no judgements"),
         ([str(paths[0]), qrels, "--baseline=none"], "no such run; there are base"),
         ([str(paths[0])], "--qrels missing"),
     ):
@@ -141,6 +152,9 @@ def test_mistakes_get_one_line(paths, tmp_path):
 def test_runs_that_cannot_be_compared_are_refused(paths, tmp_path):
     with pytest.raises(UserError, match="none of its 8 queries is judged"):
         score(paths, {"elsewhere": {"d1": 1}}, ["mrr@10"])
+    (tmp_path / "empty.trec").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.trec: empty; expected lines of qid"):
+        score([paths[0], tmp_path / "empty.trec"], QRELS, ["mrr@10"])
     with pytest.raises(UserError, match="named twice"):
         score([paths[0], pathlib.Path(paths[0])], QRELS, ["mrr@10"])
     (tmp_path / "more").mkdir()

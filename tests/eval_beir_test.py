@@ -1,6 +1,9 @@
 """`eval.beir` on two small sets with the smoke config's models, against sentence-transformers."""
 
+import csv
+import html
 import json
+import re
 import shutil
 
 import numpy as np
@@ -9,10 +12,12 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from configs import smoke as smoke_config
-from eval.beir import evaluate_beir, find_sets, mean_over_sets
-from eval.strategies import STRATEGIES
+from eval.beir import evaluate_beir
+from eval.sets import find_sets, mean_over_sets
+from eval.strategies import STRATEGIES, document_message
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.search import Bm25Index
 from tests.commands import ROOT, command, finish
@@ -119,8 +124,14 @@ def test_expanded_documents_are_searched_in_the_place_of_their_texts(finished):
     model.max_seq_length = 16
     for directory in sets:
         collection = read_beir(directory)
-        (journal,) = (out / directory.name / "work" / "texts").glob("d2q-*.jsonl")
-        written = {row["query_id"]: row["text"] for row in map(json.loads, open_lines(journal))}
+        (cache,) = (out / "work" / "texts").glob("d2q-*.jsonl")
+        prompts = {
+            hash_json([document_message("d2q", text, most_characters=100, fits=lambda _: True),
+                       1.0, 0.9, 8])[:16]: key
+            for key, text in collection.corpus.items()
+        }  # fmt: skip
+        rows = [json.loads(line) for line in open_lines(cache)]
+        written = {row["query_id"]: row["text"] for row in rows if row["prompt"] in prompts}
         assert {*written} == {*collection.corpus}
         assert any(written.values())
         texts = [f"{text} {written[i]}".strip() for i, text in collection.corpus.items()]
@@ -201,17 +212,107 @@ def test_a_fusion_adds_reciprocal_ranks(finished):
 def test_the_same_command_does_nothing_and_another_system_asks_nothing_twice(finished):
     _, out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    journals = [path for path in before if path.parent.name == "texts"]
-    assert len(journals) == 6  # of queries, twice, and of documents, for two sets
+    kept = [path for path in before if path.parent.name == "texts" and path.suffix == ".jsonl"]
+    assert len(kept) == 3  # two requests of queries, and one of documents
     results = json.loads((out / "one" / "results.json").read_text())
     assert again(finished, SYSTEMS)["one"] == results
     for path, time in before.items():
-        assert path.name in (".lock", "mean.json") or path.stat().st_mtime_ns == time
+        written_again = path.suffix == ".lock" or path.parent == out  # the lock, and the mean
+        assert written_again or path.stat().st_mtime_ns == time
     more = again(finished, ["bm25", "bm25+q2d", "exp4fuse:bm25:bm25+q2d"])["one"]["rows"]
     assert more[0] == results["rows"][0]
-    assert sorted(out.rglob("texts/*")) == sorted(journals)
-    assert all(path.stat().st_mtime_ns == before[path] for path in journals)
+    assert sorted(out.rglob("texts/*.jsonl")) == sorted(kept)
+    assert all(path.stat().st_mtime_ns == before[path] for path in kept)
     assert again(finished, SYSTEMS)["one"] == results
+
+
+def test_tables_and_values_of_each_query_are_written(finished):
+    _, out, _ = finished
+    measures = ["ndcg@10", "mrr@10", "recall@100", "map"]
+    results = json.loads((out / "two" / "results.json").read_text())
+    expected = [[row["system"], *(f"{row[m]:.4f}" for m in measures)] for row in results["rows"]]
+    with open(out / "two" / "results.csv", newline="") as file:
+        assert list(csv.reader(file)) == [["system", *measures], *expected]
+    for suffix in (".md", ".tex"):
+        text = (out / "two" / f"results{suffix}").read_text()
+        assert all(cell in text for row in expected for cell in row)
+    values = [json.loads(line) for line in open_lines(out / "two" / "values.jsonl")]
+    assert len(values) == len(SYSTEMS) * 4
+    for row in results["rows"]:
+        mine = [value for value in values if value["system"] == row["system"]]
+        assert [value["query_id"] for value in mine] == ["q0", "q1", "q2", "q3"]
+        for measure in measures:
+            assert np.mean([value[measure] for value in mine]) == pytest.approx(
+                row[measure], abs=1e-6
+            )
+    with open(out / "mean.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["system", "one", "two", "mean"]
+    assert [row[0] for row in rows] == SYSTEMS
+    for row in rows:
+        assert float(row[3]) == pytest.approx((float(row[1]) + float(row[2])) / 2, abs=1e-4)
+
+
+def test_pages_hold_the_table_the_tests_and_the_expansions(finished):
+    _, out, output = finished
+    assert output.rstrip().endswith(str(out / "report.html"))
+    page = (out / "report.html").read_text()
+    assert "By set" in page
+    assert page.count("<svg") == 2  # means, and time
+    page = (out / "one" / "report.html").read_text()
+    for part in ("Results", "Against bm25", "Queries that moved most"):
+        assert f"<h2>{part}</h2>" in page
+    for row in json.loads((out / "one" / "results.json").read_text())["rows"]:
+        assert f"{row['ndcg@10']:.4f}" in page
+    assert "http" not in re.sub(r'xmlns\S*="[^"]*"', "", page)
+    shown = re.findall(r"<blockquote>(.*?)</blockquote>", page, re.DOTALL)
+    texts = {
+        " ".join(text.split())
+        for system in ("dense+q2d", "bm25+lamer", "dense@d2q+q2d")
+        for several in expansions(out / "one", system).values()
+        for text in several
+    }
+    assert shown
+    assert all(
+        html.unescape(text).split(" | ")[0].strip()[:40] in " ".join(texts) for text in shown
+    )
+
+
+def test_other_measures_and_the_config_s_own_data(tmp_path):
+    config = smoke_config.get_config()
+    config.evaluation.query_weights, config.evaluation.samples = (0.5,), (1,)
+    console = Console(quiet=True)
+    found = evaluate_beir(config, tmp_path, [], ["bm25"], "test", console, ["P@1", "map"])
+    assert list(found) == ["pydoc"]
+    (row,) = found["pydoc"]["rows"]
+    assert list(row) == ["system", "ndcg@10", "mrr@10", "recall@100", "map", "P@1"]
+    assert (found["pydoc"]["dataset"], found["pydoc"]["queries"]) == ("pydoc", 16)
+    run = metrics.read_trec(tmp_path / "runs" / "bm25.trec")
+    qrels = read_beir(tmp_path / "data").qrels["test"]
+    first = [qrels[query].get(next(iter(run.get(query, {})), ""), 0) for query in qrels]
+    assert row["P@1"] == pytest.approx(np.mean(first), abs=1e-6)
+    again = evaluate_beir(config, tmp_path, [], ["bm25"], "test", console, ["P@1"])
+    assert again == found
+    with pytest.raises(UserError, match="measure 'P@x' is unknown"):
+        evaluate_beir(config, tmp_path / "no", [], ["bm25"], "test", console, ["P@x"])
+    config.data.kind = "triples"
+    with pytest.raises(UserError, match="--data is missing"):
+        evaluate_beir(config, tmp_path / "no", [], ["bm25"], "test", console)
+    assert not (tmp_path / "no").exists()
+
+
+def test_another_workdir_can_have_the_same_texts(finished, tmp_path, monkeypatch):
+    sets, out, _ = finished
+    monkeypatch.setattr("eval.texts.sample_texts", None)  # Nothing is generated.
+    config = smoke_config.get_config()
+    config.evaluation.query_weights, config.evaluation.samples = (0.3,), (1,)
+    console = Console(quiet=True)
+    cache = out / "work" / "texts"
+    names = ["dense+q2d", "bm25+q2d"]
+    evaluate_beir(config, tmp_path, [str(sets[0])], names, "test", console, cache=cache)
+    once = expansions(tmp_path, "dense+q2d")
+    twice = expansions(out / "one", "dense+q2d")
+    assert once == {query: texts[:1] for query, texts in twice.items()}
 
 
 def test_what_was_made_otherwise_is_refused(finished, tmp_path):

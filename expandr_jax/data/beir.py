@@ -120,7 +120,7 @@ def read_texts(
     Raises:
         UserError: As `read_beir`.
     """
-    report = report or _refuse
+    report = _First(report or _refuse)
     names, seen = _parts(files, kind), set()
     for name in names:
         for where, row in _rows(files, name, report):
@@ -136,7 +136,8 @@ def read_texts(
             seen.add(key)
             yield key, text
     if not seen:
-        raise UserError(f"{files.path(names[0])}: empty; expected one JSON object a line")
+        where = files.path(names[0])
+        raise report.error or UserError(f"{where}: empty; expected one JSON object a line")
 
 
 def read_splits(
@@ -152,13 +153,16 @@ def read_splits(
     Raises:
         UserError: As `read_beir`.
     """
-    report, splits = report or _refuse, _splits(files)
+    splits = _splits(files)
     qrels = {}
     for split in splits:
-        qrels[split] = _collect(judgements(files, split, report), queries, report)
+        first = _First(report or _refuse)
+        qrels[split] = _collect(judgements(files, split, first), queries, first)
         if not qrels[split]:
             where = files.path(splits[split][0])
-            raise UserError(f"{where}: no judgements; expected lines of query, document, grade")
+            raise first.error or UserError(
+                f"{where}: no judgements; expected lines of query, document, grade"
+            )
     return qrels
 
 
@@ -209,6 +213,18 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
 
 def _refuse(error: UserError) -> NoReturn:
     raise error
+
+
+class _First:
+    """Passes mistakes on, and keeps the first: where every line has one, it says why."""
+
+    def __init__(self, report: Report):
+        self._report = report
+        self.error: UserError | None = None
+
+    def __call__(self, error: UserError) -> None:
+        self.error = self.error or error
+        self._report(error)
 
 
 def _only_collection(path: str | os.PathLike) -> Files:

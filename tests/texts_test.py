@@ -1,0 +1,113 @@
+"""Kept texts: what makes a request another one, and what a kill leaves behind."""
+
+import dataclasses
+import json
+import types
+
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from eval import texts
+from eval.texts import TextCache
+from expandr_jax.errors import UserError
+from train.expansion import Prompt
+from train.run import Run
+
+PROMPTS = [Prompt(f"q{i}", sample, f"about {i}?", 1.0, 0.9, 8) for i in (1, 2) for sample in (0, 1)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run", smoke.get_config(), Console(quiet=True))
+    yield run
+    run.close()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What was asked of the generator, call by call; its texts say what they answer."""
+    calls = []
+
+    def sample_texts(run, models, adapter, prompts, *, path, purpose, strip):
+        assert adapter is None
+        assert not strip
+        calls.append([(prompt.query_id, prompt.sample) for prompt in prompts])
+        return {
+            (p.query_id, p.sample): f"Here is a passage: {models.generator_hash} {purpose} {p.text}"
+            for p in prompts
+        }
+
+    monkeypatch.setattr(texts, "sample_texts", sample_texts)
+    return calls
+
+
+def get(run, cache, prompts, model="m", name="q2d"):
+    models = types.SimpleNamespace(generator_hash=model)
+    return TextCache(cache).texts(run, models, name, prompts, "texts")
+
+
+def test_a_request_is_answered_once(run, asked, tmp_path):
+    first = get(run, tmp_path / "cache", PROMPTS[:3])
+    assert first["q1", 1] == "m q2d about 1?"  # Without its lead-in.
+    assert get(run, tmp_path / "cache", PROMPTS[:2]) == {k: first[k] for k in [*first][:2]}
+    assert get(run, tmp_path / "cache", PROMPTS) == {**first, ("q2", 1): "m q2d about 2?"}
+    assert asked == [[("q1", 0), ("q1", 1), ("q2", 0)], [("q2", 1)]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_id": "q3"}, {"sample": 7}, {"text": "other"}, {"temperature": 0.5}, {"top_p": 1.0},
+        {"max_new_tokens": 9},
+    ],
+)  # fmt: skip
+def test_what_makes_a_request_another(run, asked, tmp_path, change):
+    get(run, tmp_path / "cache", PROMPTS)
+    other = dataclasses.replace(PROMPTS[0], **change)
+    get(run, tmp_path / "cache", [other, *PROMPTS[1:]])
+    assert asked[1:] == [[(other.query_id, other.sample)]]
+
+
+def test_another_model_strategy_or_seed_has_its_own(run, asked, tmp_path):
+    cache = tmp_path / "cache"
+    get(run, cache, PROMPTS)
+    assert get(run, cache, PROMPTS, model="n")["q1", 0] == "n q2d about 1?"
+    get(run, cache, PROMPTS, name="q2e")
+    run.config.seed = 5
+    get(run, cache, PROMPTS)
+    assert len(asked) == 4
+    assert len([*cache.glob("*.jsonl")]) == 4
+
+
+def test_after_a_kill_the_same_requests_go_on_from_their_journal(run, tmp_path, monkeypatch):
+    paths = []
+
+    def killed(run, models, adapter, prompts, *, path, purpose, strip):
+        paths.append(path)
+        path.write_text("finished so far")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(texts, "sample_texts", killed)
+    for prompts in (PROMPTS, PROMPTS, PROMPTS[:2]):
+        with pytest.raises(KeyboardInterrupt):
+            get(run, tmp_path / "cache", prompts)
+    assert paths[0] == paths[1] != paths[2]
+    monkeypatch.setattr(
+        texts, "sample_texts", lambda *_, **__: {(p.query_id, p.sample): "x" for p in PROMPTS}
+    )
+    get(run, tmp_path / "cache", PROMPTS)
+    assert not paths[0].exists()
+
+
+def test_damage_and_places_that_cannot_be_written_are_one_line(run, asked, tmp_path):
+    get(run, tmp_path / "cache", PROMPTS)
+    (path,) = (tmp_path / "cache").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {*rows[0]} == {"query_id", "sample", "prompt", "text"}
+    path.write_text(path.read_text() + '{"query_id": 1}\n')
+    with pytest.raises(UserError, match=rf'{path.name}:5: field "query_id" is an integer'):
+        get(run, tmp_path / "cache", PROMPTS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: texts cannot be kept there"):
+        get(run, tmp_path / "file", PROMPTS)
