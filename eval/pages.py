@@ -197,9 +197,12 @@ def _moved(
     expansions: Mapping[tuple[str, str], Sequence[str]],
 ) -> str | None:
     rows = moved(values, baseline, MOVED, texts, expansions)
-    rows.sort(key=lambda row: -abs(float(row[4])))  # Over all systems; each has its own above.
-    cards = "".join(_card(*row) for row in rows[:MOVED])
-    note = page.paragraph(f"The {min(MOVED, len(rows))} largest changes against {baseline}.")
+    largest: dict[str, Sequence[str]] = {}  # A query stands once, with its largest change.
+    for row in sorted(rows, key=lambda row: -abs(float(row[4]))):
+        largest.setdefault(row[1], row)
+    shown = list(largest.values())[:MOVED]
+    cards = "".join(_card(*row) for row in shown)
+    note = page.paragraph(f"The {len(shown)} queries with the largest change against {baseline}.")
     return f'{note}<div class="cards">{cards}</div>' if cards else None
 
 

@@ -175,13 +175,12 @@ SCORE_FUSIONS = {  # Equal weights.
     "interpolation": lambda runs: fusion.interpolate(runs, [1 / len(runs)] * len(runs))
 }
 
-ALL = "all"  # Stands for the table of docs/strategies.md:
+ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.
 TABLE = (
     "bm25", *(f"bm25+{name}" for name in PUBLISHED),
     "dense", *(f"dense+{name}" for name in (*PUBLISHED, *FEEDBACKS)),
     "rrf:bm25:dense", "interpolation:bm25:dense", "rrf:bm25:dense+q2d",
     "exp4fuse:bm25:bm25+q2d", "exp4fuse:dense:dense+q2d",
-    "bm25@d2q", "dense@d2q", "dense@d2q+q2d",
 )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from configs import base
+from configs import base, strategies
+from expandr_jax.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
@@ -41,3 +42,13 @@ def test_every_setting_has_its_meaning_beside_it():
         setting = re.match(r"    (config|\w+)\.\w+ = ", line)
         if setting and "ConfigDict()" not in line and "= (" not in line:
             assert "  # " in line, line
+
+
+def test_strategies_has_data_of_its_own_or_waits_for_some():
+    assert strategies.get_config().data.kind == "beir"
+    own = strategies.get_config("pydoc").data
+    assert own.kind == "pydoc"
+    assert [package.partition("==")[0] for package in own.packages] == ["flax", "optax"]
+    assert sum(own.shares.values()) == pytest.approx(1)
+    with pytest.raises(UserError, match=r"configs/strategies\.py:x: expected pydoc"):
+        strategies.get_config("x")

@@ -2,7 +2,16 @@
 
 import pytest
 
-from eval.strategies import STRATEGIES, document_message, parse_system
+from eval.strategies import (
+    FEEDBACKS,
+    PUBLISHED,
+    RANK_FUSIONS,
+    SCORE_FUSIONS,
+    STRATEGIES,
+    document_message,
+    parse_system,
+    parse_systems,
+)
 from expandr_jax.errors import UserError
 from expandr_jax.prompts import render
 
@@ -132,3 +141,19 @@ def test_systems_by_name():
     ):
         with pytest.raises(UserError, match=complaint):
             parse_system(name)
+
+
+def test_all_is_every_published_strategy_feedback_and_fusion():
+    systems = parse_systems(["dense", "all", "bm25"])
+    names = [system.name for system in systems]
+    assert names[:2] == ["dense", "bm25"]
+    assert len(set(names)) == len(names)
+    for base in ("bm25", "dense"):
+        assert {f"{base}+{name}" for name in PUBLISHED} <= {*names}
+    assert {s.method for s in systems if s.method in FEEDBACKS} == {*FEEDBACKS}
+    assert {s.base for s in systems if s.parts} == {*RANK_FUSIONS, *SCORE_FUSIONS}
+    assert {s.documents for s in systems} == {None}  # A text for each document is asked for.
+    with pytest.raises(UserError, match="no systems"):
+        parse_systems([])
+    with pytest.raises(UserError, match="'everything' is unknown"):
+        parse_systems(["everything"])
