@@ -5,8 +5,8 @@ Systems are `bm25`, `dense` (the config's retriever), either with a strategy of 
 whose documents are expanded (`bm25@d2q`, `dense@d2d+q2d`), and fusions of any of these
 (`rrf:bm25:dense`); `all` is the table of docs/strategies.md, without expanded documents. Each set
 gets results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in
-OUT or, where there are several, in OUT/NAME. The same command goes on where it stopped; with other systems it adds what
-is missing, and what was generated serves every system that asks for the same.
+OUT or, where there are several, in OUT/NAME. The same command goes on where it stopped; with other
+systems it adds what is missing, and what was generated serves every system that asks for the same.
 """
 
 import dataclasses
