@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.slots = 128  # Texts that are sampled at once.
+    generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.
     generator.prompt_buckets = (64, 128, 256, 512)
     # An OpenAI-compatible completion server with the same base; it cannot sample with the adapter.

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def command(module: str, *arguments: str) -> subprocess.Popen:
-    """`python -m MODULE ...` from the repository's root, on one device."""
+    """`python -m MODULE ...` from the repository's root, on the devices that it takes by itself."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,

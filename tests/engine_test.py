@@ -342,13 +342,25 @@ def test_half_precision_weights_are_cast_once_and_run(tiny):
     assert len(list(engine.generate(make_requests(3)))) == 12
 
 
+@pytest.mark.parametrize("axes", [None, {"data": 8}])
+def test_weights_are_in_memory_once(tiny, axes):
+    module, params = tiny
+    mesh = None if axes is None else make_mesh(**axes)
+    stack = params["layers"]["mlp"]["up_proj"]["kernel"]
+    engine = Engine(module, params, slots=8, mesh=mesh, **SETTINGS)
+    for i in range(2):
+        kernel = engine._variables["params"][f"layer_{i}"]["mlp"]["up_proj"]["kernel"]
+        (place,) = {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards}
+        assert place == stack.unsafe_buffer_pointer() + i * stack.nbytes // 2
+
+
 def test_the_plan_counts_the_cache_to_the_byte(tiny):
     for mesh, devices in ((None, 1), (make_mesh(data=4, tensor=2), 8)):
         engine = Engine(*tiny, slots=16, mesh=mesh, repetition_penalty=True, **SETTINGS)
         slots = engine._programs.empty(None)
         cache = sum(x.nbytes for x in (*slots.cache.keys, *slots.cache.values)) // devices
         seen = slots.seen.nbytes // min(devices, 4)
-        assert engine.plan()["slots"] == cache + seen
+        assert engine.memory["slots"] == cache + seen
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,12 @@ def test_wrong_hash(tmp_path):
     assert "sha256" in refused(tmp_path, "--config.generator.sha256=" + 64 * "0")
 
 
+def test_more_memory_for_sampling_than_there_may_be(tmp_path):
+    message = refused(tmp_path, "--config.generator.memory_limit=0.001")
+    assert "sampling needs 0.0" in message
+    assert "may use 0.00; take fewer slots" in message
+
+
 def test_workdir_of_another_config(smoke):
     message = refused(None, "--config.seed=1", workdir=smoke[0])
     assert "seed was 0, now 1" in message

@@ -144,7 +144,7 @@ class CandidateBatches(PairBatches):
         self, pairs: Sequence[WeightedResponse], chosen: Sequence[int], reference: None
     ) -> dict[str, Any]:
         """The batch of the candidates `chosen`."""
-        batch = pack_weighted([pairs[i] for i in chosen], self.models.generator.pad_id)
+        batch = pack_weighted([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
         return jax.device_put(batch, self.sharding)
 
     def reference(self, pairs: Sequence[WeightedResponse], task: str) -> None:

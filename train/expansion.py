@@ -15,7 +15,7 @@ from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.server import ServerEngine
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from expandr_jax.sharding import batch_divisor
-from train.models import Models
+from train.models import Models, sampling_memory
 from train.run import Run
 
 COMPLETIONS_PER_WRITE = 32
@@ -184,6 +184,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         seed=run.config.seed,
         prefix=prefix,
         mesh=models.sampling_mesh,
+        memory_limit_bytes=sampling_memory(settings),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from rich.console import Console
 
@@ -110,6 +111,12 @@ def train_generator(
         )
     )
     batches = kind(run, models, batch_size, objective(config))
+
+    def chosen(number: int) -> np.ndarray:
+        """The examples of a step."""
+        return batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
+
+    batches.choose_shapes(pairs, [chosen(number) for number in range(steps)])
     reference = batches.reference(pairs, "reference log-probabilities")
     dev = DevPairs(run, models, batches, dev_pairs, round_)
     lora = module.lora
@@ -139,8 +146,7 @@ def train_generator(
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
     def batch(number: int) -> dict[str, Any]:
-        chosen = batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
-        return batches.pack(pairs, chosen, reference)
+        return batches.pack(pairs, chosen(number), reference)
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:

@@ -12,6 +12,8 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.preference import (
     PreferencePair,
+    Shape,
+    batch_shapes,
     dpo_values,
     pack,
 )
@@ -21,6 +23,9 @@ from expandr_jax.weights.adapter import export_adapter, load_adapter
 from train.export import base_name
 from train.models import GeneratorModel
 from train.run import Run
+
+MOST_SHAPES = 6  # Of a training's batches.
+STEPS_PER_SHAPE = 40  # A shape is a program to compile, for as long as a few steps take.
 
 
 def tokenize_pairs(
@@ -64,6 +69,7 @@ class PairBatches:
     Attributes:
         values: The objective: an adapter, a base and a batch to losses and figures.
         examples: What they are called in messages.
+        shapes: That batches are padded to; see `choose_shapes`.
     """
 
     values = staticmethod(dpo_values)
@@ -72,6 +78,7 @@ class PairBatches:
     def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: Any):
         self.run, self.models, self.batch_size = run, models, batch_size
         self.settings = settings
+        self.shapes: list[Shape] = []
         mesh, module, base = models.dpo_mesh, models.generator.module, models.base_shardings
         self.sharding = batch_sharding(mesh)
         self._log_probs = reference_program(mesh, base, module=module, chunk=settings.chunk)
@@ -84,11 +91,19 @@ class PairBatches:
             config=settings,
         )
 
+    def choose_shapes(self, pairs: Sequence[Any], parts: Sequence[Sequence[int]]) -> None:
+        """Sets `shapes` to what suits the batches of a training, each the places of its pairs."""
+        needed = []
+        for part in parts:
+            lengths, responses = zip(*(pairs[i].size for i in part), strict=True)
+            needed.append((max(lengths), max(responses)))
+        self.shapes = batch_shapes(needed, min(MOST_SHAPES, 1 + len(parts) // STEPS_PER_SHAPE))
+
     def pack(
         self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray
     ) -> dict[str, Any]:
         """The batch of the pairs `chosen`, with the reference's log-probabilities."""
-        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id)
+        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
         batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
         return jax.device_put(batch, self.sharding)
 
@@ -107,7 +122,7 @@ class PairBatches:
             # Pairs of like length share a batch.
             order = sorted(range(len(pairs)), key=lambda i: sum(map(len, _ids(pairs[i]))))
             for chosen, filled in self._filled(order):
-                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id)
+                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id, self.shapes)
                 both = self._log_probs(variables, jax.device_put(batch, self.sharding))[:2]
                 result[chosen] = np.stack(both, axis=1)[: len(chosen)]
                 advance(len(chosen))
