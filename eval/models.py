@@ -23,7 +23,8 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
 from expandr_jax.data.records import write_text
-from expandr_jax.models.decoder import KVCache, causal_mask, token_positions, unstack_layers
+from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.export import export_encoder, export_generator
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate

@@ -49,7 +49,7 @@ def load_model(
     Args:
         source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
         with_head: Load a decoder's output head, where it is not the embedding.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms: float32.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -87,7 +87,7 @@ def load_retriever(
         max_length: Longest input in tokens.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms: float32.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -152,7 +152,7 @@ def load_generator(
 
     Args:
         source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms: float32.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.

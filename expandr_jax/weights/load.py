@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.mask import Mask
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
 
@@ -39,7 +40,7 @@ def load_params(
         files: The model's files.
         module: Decides the shapes.
         weights: The model's table.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms, which are small and stay in float32.
         shardings: A tree as `sharding.param_shardings` makes it; None means the default device.
 
     Returns:
@@ -55,8 +56,9 @@ def load_params(
     flat = {}
     for weight in weights:
         shape, names = expected[weight.path], stored[weight.path]
-        pieces = _pieces(files, weight, names, shape, dtype)
-        flat[weight.path] = _place(pieces, shape, dtype, places.get(weight.path))
+        own = np.dtype(np.float32) if "norm/" in weight.path else dtype
+        pieces = _pieces(files, weight, names, shape, own)
+        flat[weight.path] = _place(pieces, shape, own, places.get(weight.path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -64,7 +66,7 @@ def example_inputs(module: nn.Module) -> list[jax.ShapeDtypeStruct]:
     """Shapes of the smallest inputs of a model's `__call__`."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(module, Decoder):
-        return [tokens, tokens, jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)]
+        return [tokens, tokens, Mask(tokens, causal=True)]
     return [tokens, tokens]
 
 
