@@ -22,6 +22,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
+from eval.precision import measure_precision, precision_table
 from expandr_jax.data.records import write_text
 from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
 from expandr_jax.models.mask import causal_mask
@@ -247,8 +248,12 @@ def main(_: Sequence[str]) -> None:
         for row in measure(pathlib.Path(directory)):
             console.print(f"{row.family}: {row.difference:.0e}", soft_wrap=True)
             rows.append(row)
+    precision = []
+    for line in measure_precision(conftest.SMOLLM2, conftest.SMOLLM2_SHA256):
+        console.print(f"{line.weights}, {line.compute}: perplexity {line.perplexity:.3f}")
+        precision.append(line)
     out = pathlib.Path(flags.FLAGS.out)
-    write_text(out, INTRO + table(rows) + OUTRO)
+    write_text(out, INTRO + table(rows) + OUTRO + precision_table(precision))
     console.print(f"written to {out}", soft_wrap=True)
 
 

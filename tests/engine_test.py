@@ -50,7 +50,7 @@ def random_decoder(vocab_size, scale):
     )
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     ids = jnp.zeros((1, 1), jnp.int32)
-    params = module.init(jax.random.key(0), ids, ids, jnp.ones((1, 1, 1), bool))["params"]
+    params = module.init(jax.random.key(0), ids, ids, causal_mask(ids))["params"]
     return module, jax.tree.map(lambda x: scale * x, nn.meta.unbox(params))
 
 

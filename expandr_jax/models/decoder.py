@@ -49,6 +49,7 @@ class DecoderConfig:
         sliding_window: Width of local attention in tokens; None means all layers are global.
         layer_is_local: Per layer, whether it attends locally; empty means none does.
         rope_local_theta: Rotary base of local layers (Gemma 3); None means rope_theta.
+        int8: Projections keep their weights in int8, as `lora.Projection` says.
     """
 
     vocab_size: int
@@ -73,6 +74,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     layer_is_local: tuple[bool, ...] = ()
     rope_local_theta: float | None = None
+    int8: bool = False
 
 
 @flax.struct.dataclass
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         def project(name, heads, axis):
             width = heads * cfg.head_dim
             layer = Projection(
-                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, name=name
+                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, cfg.int8, name=name
             )
             return layer(x, deterministic).reshape(batch, length, heads, cfg.head_dim)
 
@@ -153,9 +155,10 @@ class Attention(nn.Module):
         else:
             out, *kv = attend_with_cache(q, k, v, *cached, mask=mask.dense(1), scale=scale)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        out = Projection(
-            cfg.hidden_size, ("heads", "embed"), False, self.dtype, self.lora, name="o_proj"
-        )(out, deterministic)
+        options = False, self.dtype, self.lora, cfg.int8
+        out = Projection(cfg.hidden_size, ("heads", "embed"), *options, name="o_proj")(
+            out, deterministic
+        )
         return out, kv
 
 
@@ -177,9 +180,8 @@ class GatedMLP(nn.Module):
         cfg = self.config
 
         def project(name, features, axes, y):
-            return Projection(features, axes, False, self.dtype, self.lora, name=name)(
-                y, deterministic
-            )
+            options = False, self.dtype, self.lora, cfg.int8
+            return Projection(features, axes, *options, name=name)(y, deterministic)
 
         gate = project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
         up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
@@ -369,6 +371,17 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     stacked = tree.pop("layers")
     count = jax.tree.leaves(stacked)[0].shape[0]
     return tree | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
+
+
+def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Weights in the compute type, but for what is float32 or int8 whatever that is."""
+
+    def cast(path, leaf):
+        # Norms compute in float32 and keep their scales so; products use the compute type only.
+        kept = path[-1].key in ("scale", "kernel_scale") or leaf.dtype == jnp.int8
+        return leaf if kept else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def token_positions(attention_mask: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """Loads models: Hugging Face and sentence-transformers directories, hub ids, and GGUF files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -49,7 +51,8 @@ def load_model(
     Args:
         source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
         with_head: Load a decoder's output head, where it is not the embedding.
-        dtype: Type of the parameters, but for those of norms: float32.
+        dtype: Type of the parameters, but for those of norms: float32. jnp.int8: a decoder's
+            projections are rounded to it, and the rest is in `compute_dtype`.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -152,7 +155,7 @@ def load_generator(
 
     Args:
         source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
-        dtype: Type of the parameters, but for those of norms: float32.
+        dtype: As in `load_model`.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -194,6 +197,10 @@ def _load(
 ) -> tuple[nn.Module, Params]:
     where = str(files.files[0].parent / "config.json")
     config = model_config(files.config, files.model_type, where)
+    if np.dtype(dtype) == np.int8:
+        if not isinstance(config, DecoderConfig):
+            raise UserError(f"{files.where}: weights in int8 are for decoders only")
+        config, dtype = dataclasses.replace(config, int8=True), compute_dtype
     module = _MODULES[type(config)](config, dtype=compute_dtype)
     shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
     return module, load_params(files, module, weights_of(config, with_head), dtype, shardings)
