@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
 
     config.generator = generator = ml_collections.ConfigDict()
-    generator.source = ""  # Directory, hub id, .gguf file, or "package:NAME/PATH".
+    generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".

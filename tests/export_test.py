@@ -5,6 +5,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import peft
 import pytest
@@ -17,13 +18,14 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
+from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.adapter import export_adapter, load_adapter
 from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
-from train.export import export_one
+from train.export import base_name, export_one
 
 
 def logits(module, params, ids):
@@ -166,6 +168,18 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, adapter, again)
     assert (settings.rank, settings.alpha, settings.dropout) == (4, 6.0, 0.1)
     assert init_lora(jax.random.key(0), params, settings).keys() == adapter.keys()
+    # An adapter's directory is a model too: its base with the adapter merged.
+    for mesh in (None, make_mesh(2, 2, 2)):
+        _, same = load_generator(str(tmp_path / "out"), mesh=mesh)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            merge_lora(params, adapter, lora),
+            same,
+        )
+    config = ml_collections.ConfigDict({"generator": {"source": str(tmp_path / "out")}})
+    assert base_name(tmp_path, config) == str(tmp_path / "export" / "base")
+    config.generator.source = str(tmp_path / "in")
+    assert base_name(tmp_path, config) == str(tmp_path / "in")
     # And one that peft itself writes.
     model.save_pretrained(tmp_path / "theirs")
     _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)
