@@ -51,6 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
+    generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.slots = 128  # Texts that are sampled at once.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from configs import smoke
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
@@ -17,6 +18,7 @@ from expandr_jax.weights import load
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator, load_model
 from tests import tiny_models
+from train.models import load_models
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])
@@ -109,3 +111,16 @@ def test_what_int8_cannot_do_is_refused(source, tmp_path):
     tiny_models.save(tmp_path / "bert", "bert")
     with pytest.raises(UserError, match=r"weights in int8 are for decoders only"):
         load_model(str(tmp_path / "bert"), dtype=jnp.int8)
+
+
+@pytest.mark.parametrize(("weights", "kept"), [("", "float32"), ("int8", "int8")])
+def test_the_config_says_what_a_run_keeps(weights, kept):
+    config = smoke.get_config()
+    config.generator.compute_dtype = "float32"
+    config.generator.weights = weights
+    params = load_models(config, lambda _: None).generator_params
+    assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == kept
+    assert params["embedding"].dtype == jnp.float32
+    config.generator.weights = "int4"
+    with pytest.raises(UserError, match=r"generator.weights is 'int4'; expected float32, bfloat16"):
+        load_models(config, lambda _: None)

@@ -301,7 +301,6 @@ class Engine:
         self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
-
         variables = {"params": cast_weights(params, self._module.dtype)}
         if adapter is not None:
             variables["lora"] = adapter
