@@ -49,10 +49,11 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
 
     config.generator = generator = ml_collections.ConfigDict()
-    generator.source = ""  # Directory, hub id, .gguf file, or "package:NAME/PATH".
+    generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
+    generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.slots = 128  # Texts that are sampled at once.
     generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.

@@ -17,6 +17,7 @@ import optax
 from expandr_jax.data.batches import best_lengths, bucket_length
 from expandr_jax.losses import dpo, token_log_probs
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.mask import Mask
 from expandr_jax.sharding import constrain
 from expandr_jax.train_state import TrainState
 
@@ -134,12 +135,9 @@ def pack_rows(
     return batch
 
 
-def packed_mask(segments: jax.Array) -> jax.Array:
-    """[batch, length] segments to the [batch, length, length] mask: causal, own response only."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    visible = (key == PROMPT) | (key == query)
-    return jnp.tril(jnp.ones((length, length), bool))[None] & visible & (key != PADDING)
+def packed_mask(segments: jax.Array) -> Mask:
+    """The mask of packed rows [batch, length]: causal, the prompt and the own response only."""
+    return Mask(jnp.where(segments == PADDING, 0, segments + 1), causal=True, responses=2)
 
 
 def response_log_probs(

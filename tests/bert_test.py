@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from expandr_jax.models.bert import Bert, BertConfig, Block
+from expandr_jax.models.mask import padding_mask
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models
 
@@ -90,7 +91,7 @@ def test_scanned_layers_equal_a_loop_over_blocks(tiny):
         x = Bert(config).apply(first, ids, mask)
         for i in range(TINY.num_layers):
             layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-            x, _ = block.apply({"params": layer}, x, mask[:, None, :] > 0)
+            x, _ = block.apply({"params": layer}, x, padding_mask(jnp.asarray(mask)))
         return jnp.square(x * mask[..., None]).mean()
 
     plain, again = (jax.jit(jax.value_and_grad(f))(params) for f in (scanned, looped))

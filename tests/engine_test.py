@@ -17,8 +17,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.sampling import SamplingSettings, sample
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.prompts import render
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
@@ -49,7 +50,7 @@ def random_decoder(vocab_size, scale):
     )
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     ids = jnp.zeros((1, 1), jnp.int32)
-    params = module.init(jax.random.key(0), ids, ids, jnp.ones((1, 1, 1), bool))["params"]
+    params = module.init(jax.random.key(0), ids, ids, causal_mask(ids))["params"]
     return module, jax.tree.map(lambda x: scale * x, nn.meta.unbox(params))
 
 

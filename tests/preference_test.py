@@ -12,8 +12,9 @@ import pytest
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.losses import dpo
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.preference import (
     DPOConfig,
     PreferencePair,

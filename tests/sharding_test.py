@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import batch_divisor, make_mesh, param_shardings, place, replicated
 
 CONFIG = DecoderConfig(

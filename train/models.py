@@ -23,6 +23,7 @@ from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
 
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
+WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class GeneratorModel:
         dpo_mesh: The devices, as training has them.
         sampling_mesh: The same devices, as sampling has them.
         generator: The language model, with its LoRA settings.
-        generator_params: Its frozen base weights, in the compute type, on `dpo_mesh`.
+        generator_params: Its frozen base weights, on `dpo_mesh`.
         generator_hash: sha256 of the base weights.
     """
 
@@ -146,23 +147,24 @@ def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
 def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     """The config's generator with its LoRA settings; errors as of `load_models`.
 
-    The base never changes, so one copy in the compute type serves sampling and DPO alike.
+    The base never changes, so one copy in a small type serves sampling and DPO alike.
     """
     source = config.generator
-    dtype = jnp.dtype(source.compute_dtype)
     mesh = phase_mesh(config.mesh, "dpo")
     sampling_mesh = phase_mesh(config.mesh, "sampling")
+    weights = source.weights or source.compute_dtype
+    if weights not in WEIGHTS:
+        raise UserError(f"generator.weights is {weights!r}; expected {', '.join(WEIGHTS)}")
     generator, params = load_generator(
-        source.source, sha256=source.sha256, compute_dtype=dtype, mesh=mesh
+        source.source,
+        dtype=jnp.dtype(weights),
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+        mesh=mesh,
     )
     lora = LoraConfig(**config.lora)
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=lora, remat=source.remat)
-    )
-    params = jax.tree_util.tree_map_with_path(
-        # Norms compute in float32 and keep their scales so; products use the compute type only.
-        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype),
-        params,
     )
     # Devices of a processor have one copy between them, where each holds the whole.
     params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))

@@ -23,7 +23,7 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
-from expandr_jax.models.decoder import Decoder, unstack_layers
+from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
 from expandr_jax.sharding import batch_divisor, batch_sharding, place
 
 
@@ -284,11 +284,7 @@ class Engine:
         self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
-
-        def cast(path, leaf):
-            return leaf if path[-1].key == "scale" else leaf.astype(self._module.dtype)
-
-        variables = {"params": jax.tree_util.tree_map_with_path(cast, params)}
+        variables = {"params": cast_weights(params, self._module.dtype)}
         if adapter is not None:
             variables["lora"] = adapter
         places = None

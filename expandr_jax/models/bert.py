@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend
-from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
+from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.mask import padding_mask
+from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
 
 ACTIVATIONS = {
@@ -156,15 +158,7 @@ class Bert(nn.Module):
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)
 
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.lora, deterministic, name="layers")
-        return layers(x, attention_mask[:, None, :] > 0)[0]
+        layers = stack(Block, cfg.num_layers, self.remat)(
+            cfg, self.dtype, self.lora, deterministic, name="layers"
+        )
+        return layers(x, padding_mask(attention_mask).prepared(x.shape[1]))[0]
