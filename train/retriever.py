@@ -40,6 +40,7 @@ from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.bert import Bert
 from expandr_jax.search import build_index
 from expandr_jax.sharding import batch_divisor, batch_sharding, make_mesh, replicated
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
@@ -102,6 +103,8 @@ def train_retriever(
     )
     # Training may compute in another type than encoding does; the weights are float32 in both.
     module = models.retriever.module.clone(dtype=jnp.dtype(config.compute_dtype))
+    if isinstance(module, Bert) and models.mesh.devices.flat[0].platform == "cpu":
+        module = module.clone(unroll=True)
     rows = batch_sharding(models.mesh)
     step_fn = jax.jit(
         functools.partial(
@@ -138,7 +141,9 @@ def train_retriever(
             if stays_plain(config.plain_share, seed=seed, step=number, query=i):
                 example = dataclasses.replace(example, expansions=())
             chosen.append(example)
-        return make_batch(chosen, pad_id, samples, config.negatives)
+        return make_batch(
+            chosen, pad_id, samples, config.negatives, longest=models.retriever.max_length
+        )
 
     identity = {
         "model": models.retriever_hash,

@@ -119,12 +119,15 @@ class Bert(nn.Module):
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
         lora: Settings for the "lora" collection, if one is passed.
+        unroll: Layers one after another instead of a loop: compiles longer, but on CPU a training
+            step takes a sixth less, because a loop copies what each layer keeps for the way back.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     lora: LoraConfig | None = None
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -163,6 +166,7 @@ class Bert(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=cfg.num_layers,
+            unroll=cfg.num_layers if self.unroll else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(cfg, self.dtype, self.lora, deterministic, name="layers")
         return layers(x, attention_mask[:, None, :] > 0)[0]

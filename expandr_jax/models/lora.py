@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.product import product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Projection(nn.Module):
             nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes),
             (x.shape[-1], self.features),
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             bias = self.param(
                 "bias",
