@@ -25,10 +25,11 @@ class TextEncoder:
     Args:
         retriever: Module, pooling and tokenizer.
         mesh: Rows are spread over its data-parallel devices.
-        tokens_per_batch: Rows times length of one device batch.
+        tokens_per_batch: Rows times length of one batch over all devices. On CPU more than the
+            default is slower, because what a layer computes no longer stays in the caches.
     """
 
-    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 4096):
+    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 1024):
         self.retriever = retriever
         self.mesh = mesh
         self.tokens_per_batch = tokens_per_batch

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
+from expandr_jax.models.gelu import gelu
 from expandr_jax.models.lora import LoraConfig, Projection
 
 ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
     "silu": nn.silu,
