@@ -46,7 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
-    retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
+    retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
 
     config.generator = generator = ml_collections.ConfigDict()
     generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.

@@ -44,6 +44,8 @@ def test_pad():
     np.testing.assert_array_equal(ids, [[1, 2, 3, 9], [4, 9, 9, 9]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
     assert pad([[1] * 17], pad_id=0)[0].shape == (1, 32)
+    assert pad([[1] * 17], pad_id=0, longest=24)[0].shape == (1, 24)
+    assert pad([[1] * 7], pad_id=0, longest=24)[0].shape == (1, 16)
 
 
 def test_an_epoch_shows_each_example_at_most_once_and_leaves_out_the_remainder():

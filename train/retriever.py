@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 
 from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
@@ -38,6 +39,7 @@ from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.bert import Bert
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.search import build_index
 from expandr_jax.sharding import batch_divisor, replicated
@@ -100,7 +102,8 @@ def train_retriever(
             accumulation=config.accumulation,
         )
     )
-    mesh, retriever = models.contrastive_mesh, training_retriever(models.retriever, config)
+    mesh = models.contrastive_mesh
+    retriever = training_retriever(models.retriever, config, mesh)
     placed = model_shardings(mesh, retriever.module, params)
     params = start = jax.device_put(params, placed)
     if config.learn_temperature:
@@ -128,7 +131,9 @@ def train_retriever(
             if stays_plain(config.plain_share, seed=seed, step=number, query=i):
                 example = dataclasses.replace(example, expansions=())
             chosen.append(example)
-        return make_batch(chosen, pad_id, samples, config.negatives)
+        return make_batch(
+            chosen, pad_id, samples, config.negatives, longest=models.retriever.max_length
+        )
 
     identity = {
         "model": models.retriever_hash,
@@ -173,9 +178,13 @@ def train_retriever(
     )
 
 
-def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
+def training_retriever(
+    retriever: Retriever, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Retriever:
     """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
     module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
+    if isinstance(module, Bert) and mesh.devices.flat[0].platform == "cpu":
+        module = module.clone(unroll=True)
     return dataclasses.replace(retriever, module=module)
 
 

@@ -51,11 +51,18 @@ def best_lengths(needed: Sequence[int], most: int, multiple: int = 16) -> tuple[
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    length: int | None = None,
+    longest: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids and mask, both [rows, length] int32; length defaults to a bucket."""
+    """Right-padded ids and mask, both [rows, length] int32.
+
+    `length` defaults to a bucket, or to `longest`, which no sequence is above, if that is less.
+    """
     if length is None:
         length = bucket_length(max((len(sequence) for sequence in sequences), default=1))
+        length = length if longest is None else min(length, longest)
     ids = np.full((len(sequences), length), pad_id, np.int32)
     mask = np.zeros((len(sequences), length), np.int32)
     for row, sequence in enumerate(sequences):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.product import product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Projection(nn.Module):
             scale = self.param("kernel_scale", init, (self.features,))
             y = (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
         else:
-            y = jnp.dot(*operands)
+            y = product(*operands)
         if self.use_bias:
             bias = self.param(
                 "bias",

@@ -12,7 +12,11 @@ REMAT_POLICIES = {
 
 
 def stack(
-    block: type[nn.Module], length: int, remat: str, in_axes: Any = nn.broadcast
+    block: type[nn.Module],
+    length: int,
+    remat: str,
+    in_axes: Any = nn.broadcast,
+    unroll: bool = False,
 ) -> type[nn.Module]:
     """A module of `length` blocks, one after the other.
 
@@ -24,6 +28,7 @@ def stack(
         length: How many.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
         in_axes: As `nn.scan`'s: by default all blocks get the same inputs.
+        unroll: Blocks laid out one after another in the program instead of a loop.
 
     Returns:
         A class with the block's attributes; outputs are stacked along a leading axis.
@@ -36,5 +41,6 @@ def stack(
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
+        unroll=length if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
