@@ -46,11 +46,17 @@ class DPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-    """Token ids of a prompt and its two responses, each response with its one EOS."""
+    """Token ids of a prompt and its two responses, each response with its one EOS; its name."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
     rejected: Sequence[int]
+    name: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 def pack(pairs: Sequence[PreferencePair], pad_id: int) -> dict[str, np.ndarray]:
