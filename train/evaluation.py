@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.beir import mean_over_sets, mean_table
+from eval.pages import write_mean
+from eval.sets import mean_over_sets
 from eval.systems import (
     MEASURES,
     SYSTEMS,
@@ -138,7 +139,7 @@ def evaluate_benchmarks(
     if len(results) > 1:
         mean = mean_over_sets(results)
         write_json(run.path("tests", "mean.json"), mean)
-        run.console.print(mean_table(mean))
+        run.console.print(write_mean(run.path("tests"), mean))
 
 
 def _on_benchmark(
