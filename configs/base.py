@@ -188,6 +188,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.export = export = ml_collections.ConfigDict()
     export.dtype = "float32"  # Of the exported models.
 
+    config.log = log = ml_collections.ConfigDict()  # May be changed when a run is continued.
+    log.peak_flops = placeholder(float)  # Of a device, a second; none: from a table, if it has it.
+    log.wandb = ""  # A project of Weights & Biases that gets each step, too; "": none.
+    log.profile_steps = 0  # Steps of each phase that are traced to profile/; 0: none.
+
     config.mesh = mesh = ml_collections.ConfigDict()  # Sizes multiply to the number of devices.
     mesh.data = -1  # Batches; -1: what the others leave.
     mesh.fsdp = 1  # Batches and parameters.

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.steps import embedder, model_shardings
@@ -61,7 +61,7 @@ class TextEncoder:
             [len(texts), dim] float32.
 
         Raises:
-            UserError: If a vector is not finite, which means damaged or diverged weights.
+            NotFiniteError: If a vector is not finite, which means damaged or diverged weights.
         """
         params = self.place(params)
         tokens = self.tokenize(texts, kind)
@@ -88,9 +88,10 @@ class TextEncoder:
             if vectors.shape[0] == 0:
                 vectors = np.zeros((len(texts), block.shape[1]), np.float32)
             if not np.isfinite(block).all():
-                raise UserError(
-                    f"text {chosen[int(np.argmin(np.isfinite(block).all(1)))]}: its vector is not "
-                    "finite; the retriever's weights are damaged or training diverged"
+                place = chosen[int(np.argmin(np.isfinite(block).all(1)))]
+                raise NotFiniteError(
+                    f"text {place} ({texts[place][:60]!r}): its vector is not finite; the "
+                    "retriever's weights are damaged or training diverged"
                 )
             vectors[chosen] = block
             if progress is not None:

@@ -48,11 +48,17 @@ class DPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-    """Token ids of a prompt and its two responses, each response with its one EOS."""
+    """Token ids of a prompt and its two responses, each response with its one EOS; its name."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
     rejected: Sequence[int]
+    name: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
     def size(self) -> Shape:

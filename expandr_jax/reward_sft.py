@@ -31,11 +31,17 @@ class RewardSftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedResponse:
-    """Token ids of a prompt and one response, with its one EOS, and the response's weight."""
+    """Token ids of a prompt and one response, with its one EOS; the response's weight and name."""
 
     prompt: Sequence[int]
     response: Sequence[int]
     weight: float
+    name: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + len(self.response)
 
     @property
     def size(self) -> Shape:

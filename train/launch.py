@@ -3,8 +3,8 @@
 Flags live here and nowhere else; a program's work is a function that tests can call.
 """
 
+import errno
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,9 +14,11 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from train.stopping import Stopped, end_on_sigterm, ignore_sigterm
 
 EXIT_USER_ERROR = 2
 CPU_DEVICES = 2
+FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
 
@@ -72,21 +74,26 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
     except UserError as error:
         _stop(console, str(error))
 
-    def on_sigterm(*_: object) -> None:
-        # What is finished is on disk; training replaces this handler to save its step first.
-        console.print("stopped by SIGTERM; the same command goes on from here")
-        sys.exit(0)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+    end_on_sigterm()
 
     def guarded(rest: Sequence[str]) -> None:
         try:
             main(rest)
         except UserError as error:
             _stop(console, str(error))
+        except Stopped as stopped:
+            console.print(stopped.message, markup=False, soft_wrap=True)
+            raise
         except KeyboardInterrupt:
             console.print("stopped; the same command goes on from here")
             sys.exit(130)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            name = f"{error.filename}: " if error.filename else ""
+            _stop(console, f"{name}{error.strerror}; free some, and the same command goes on")
+        finally:
+            ignore_sigterm()
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)

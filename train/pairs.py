@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from expandr_jax.data.records import Journal, hash_json
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.preference import (
     PreferencePair,
@@ -47,13 +47,13 @@ def tokenize_pairs(
         The pairs, and how many texts had to be cut.
     """
     pairs, cut = [], 0
-    for row in rows:
+    for number, row in enumerate(rows):
         texts = [row[name] for name in ("prompt", "chosen", "rejected")]
         ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompt = ids[0][-prompt_length:]
         responses = [[*part[: response_length - 1], generator.eos_ids[0]] for part in ids[1:]]
         cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
-        pairs.append(PreferencePair(prompt, *responses))
+        pairs.append(PreferencePair(prompt, *responses, name=str(row.get("query_id", number))))
     return pairs, cut
 
 
@@ -113,8 +113,9 @@ class PairBatches:
         They are kept beside the pairs and used again only for the same pairs and weights.
         """
         identity = hash_json([self.models.generator_hash, [_ids(p) for p in pairs]])
-        path = self.run.path("work", f"reference-{identity[:16]}.npy")
-        if path.exists():
+        name = f"work/reference-{identity[:16]}.npy"
+        path = self.run.path(name)
+        if self.run.seals.intact(name):
             return np.load(path, allow_pickle=False)
         result = np.zeros((len(pairs), 2), np.float32)
         variables = {"params": self.models.generator_params}
@@ -130,6 +131,7 @@ class PairBatches:
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, result)
         temporary.replace(path)
+        self.run.seals.seal(name)
         return result
 
     def evaluate(
@@ -179,7 +181,8 @@ class DevPairs:
         self._run, self._batches, self._pairs, self._round = run, batches, pairs, round_
         self._module = models.generator.module
         self._journal = Journal(run.path("work", f"round-{round_}", "generator-dev.jsonl"))
-        self._best = run.path(f"round-{round_}", "best-adapter")
+        self._name = f"round-{round_}/best-adapter"
+        self._best = run.path(self._name)
         if pairs:
             self._reference = batches.reference(pairs, "reference on dev pairs")
 
@@ -193,13 +196,14 @@ class DevPairs:
         """Takes the adapter's figures after a step, and keeps it if none had a lower loss."""
         figures = self._batches.evaluate(adapter, self._pairs, self._reference)
         if not all(map(math.isfinite, figures.values())):
-            raise UserError(
+            raise NotFiniteError(
                 f"generator, round {self._round}, step {step}: the loss on dev pairs is not "
                 "finite; lower the learning rate"
             )
         if all(figures["loss"] < row["loss"] for row in self._journal.rows):
             base = base_name(self._run.workdir, self._run.config)
             export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
+            self._run.seals.seal(self._name)
         self._run.metrics.rewind("generator-dev", self._round, step)
         self._run.metrics.write("generator-dev", self._round, step, figures)
         # Last, so that a kill before it has all of this done again.
@@ -211,9 +215,20 @@ class DevPairs:
         self._run.console.print(f"  step {step}: {', '.join([loss, *shown])}")
 
     def best(self) -> Any | None:
-        """The adapter with the lowest loss; None where no pairs are held out."""
+        """The adapter with the lowest loss; None where no pairs are held out.
+
+        Raises:
+            UserError: It is damaged.
+        """
         if not self._pairs:
             return None
+        if not self._run.seals.intact(self._name):
+            self._journal.keep(0)
+            checkpoints = f"generator-{self._round}" if self._round else "generator"
+            raise UserError(
+                f"{self._best}: was damaged; remove {self._run.path('checkpoints', checkpoints)}, "
+                "and the same command trains it again"
+            )
         if not self._journal.finished:
             self._journal.finish()
         best = min(self._journal.rows, key=lambda row: row["loss"])
