@@ -39,6 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
+    retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
@@ -49,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.generator = generator = ml_collections.ConfigDict()
     generator.source = ""  # Directory, hub id, .gguf file, or "package:NAME/PATH".
+    generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".

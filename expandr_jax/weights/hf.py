@@ -27,7 +27,7 @@ from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
 
-_MODULES = {
+MODULES = {
     BertConfig: Bert,
     T5Config: T5Encoder,
     AnchorDrConfig: AnchorDr,
@@ -194,7 +194,7 @@ def _load(
 ) -> tuple[nn.Module, Params]:
     where = str(files.files[0].parent / "config.json")
     config = model_config(files.config, files.model_type, where)
-    module = _MODULES[type(config)](config, dtype=compute_dtype)
+    module = MODULES[type(config)](config, dtype=compute_dtype)
     shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
     return module, load_params(files, module, weights_of(config, with_head), dtype, shardings)
 
