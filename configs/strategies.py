@@ -1,11 +1,11 @@
 """The table of docs/strategies.md: every strategy, by the quick start's models, for `eval.beir`.
 
     python -m eval.beir --config=configs/strategies.py --data=../shared/data/cranfield \
-        --systems=all,bm25@d2q,dense@d2q --workdir=runs/strategies/cranfield
+        --systems=all --workdir=runs/strategies/cranfield
     python -m eval.beir --config=configs/strategies.py:pydoc --samples=1 \
-        --systems=all,dense+pydoc,bm25@d2q,dense@d2q --workdir=runs/strategies/pydoc
+        --systems=all,dense+pydoc --workdir=runs/strategies/pydoc
 
-Texts are short and prompts are cut, so that two cores make each table within the hour.
+Texts are short and prompts are cut, for two cores.
 """
 
 import ml_collections

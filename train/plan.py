@@ -59,7 +59,7 @@ def plan(
         {"topology", "rows", ...}, as --out has it.
 
     Raises:
-        UserError: A model's shape cannot be found, a mesh does not fit, or a name is unknown.
+        UserError: No shape of a model is found, a mesh does not fit, or no program is named so.
     """
     programs = planned_programs(config, topology)
     unknown = [name for name in only if name not in programs]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, Sharding
 from expandr_jax.errors import UserError
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.weights.configs import model_config
-from expandr_jax.weights.hf import MODULES, open_files
+from expandr_jax.weights.hf import MODULES, open_model
 from expandr_jax.weights.load import example_inputs
 from expandr_jax.weights.source import locate
 from expandr_jax.weights.tokenizer import read_json
@@ -161,5 +161,5 @@ def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None
     if path.is_dir() and not list(path.glob("model*.safetensors*")):
         found = read_json(config)
         return found, found.get("model_type"), str(config)
-    files = open_files(path)
+    files, _ = open_model(source)
     return files.config, files.model_type, str(config)

@@ -73,7 +73,7 @@ class RetrieverShapes:
             raise UserError(
                 f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
             )
-        retriever = training_retriever(self.retriever, config)
+        retriever = training_retriever(self.retriever, config, mesh)
         optimizer = make_optimizer(OptimizerConfig(1.0, 2, accumulation=config.accumulation))
         start, places = self.params, model_shardings(mesh, retriever.module, self.params)
         if config.learn_temperature:
