@@ -102,7 +102,7 @@ class GeneratorShapes:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
         mesh, programs, variables = self._sampling()
         rows = prefill_rows(ROWS, PROMPT, mesh)
-        place = replicated(mesh)
+        place = batch_sharding(mesh)
         tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=place)
         length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
         forward = forward_flops(self.module, self.params, rows, PROMPT)
