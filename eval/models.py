@@ -22,8 +22,10 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
+from eval.precision import measure_precision, precision_table
 from expandr_jax.data.records import write_text
-from expandr_jax.models.decoder import KVCache, causal_mask, token_positions, unstack_layers
+from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.export import export_encoder, export_generator
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
@@ -55,12 +57,12 @@ INTRO = """# Model families
 `python -m eval.models --out=docs/models.md` wrote this table: it measures each row as it writes it.
 
 Weights come as safetensors (one file or shards) in a directory of transformers or
-sentence-transformers, by hub id, and where it says so as GGUF; PEFT adapters load onto any decoder.
-A decoder serves as a generator or, with last-token or mean pooling, as a retriever. Random models
-are tiny, float32, written by PyTorch. "Difference" is the largest between our hidden states
-(encoders) or logits (decoders) and PyTorch's, on ragged batches padded on either side;
-"cached" is token-by-token decoding against our full pass. "Back" says whether an export's tensors
-equal the files that were loaded, bit by bit.
+sentence-transformers, by hub id, and where it says so as GGUF; the directory of a decoder's PEFT
+adapter loads as its base with the adapter merged. A decoder serves as a generator or, with
+last-token or mean pooling, as a retriever. Random models are tiny, float32, written by PyTorch.
+"Difference" is the largest between our hidden states (encoders) or logits (decoders) and PyTorch's,
+on ragged batches padded on either side; "cached" is token-by-token decoding against our full pass.
+"Back" says whether an export's tensors equal the files that were loaded, bit by bit.
 
 | family | loads from | largest value | difference | cached | back |
 |---|---|---|---|---|---|
@@ -71,8 +73,17 @@ wrongly shaped or not finite, options that are not implemented (config.json's ar
 and an export of AnchorDR for sentence-transformers, which cannot hold it: it returns to its own
 layout. AnchorDR is compared with a twin written from its description, not with published weights.
 
+Attention is one function for all of them. On TPUs it takes jax's splash attention from 128 tokens
+on, where there is no bias and no dropout on its weights; on NVIDIA GPUs cuDNN's in half precision;
+else a plain form. The tests compare splash attention's program, interpreted, with the plain form,
+values and gradients, and lower cuDNN's for CUDA; neither has run on an accelerator.
+
+Loading puts each tensor where it belongs on the mesh as it is read: `pytest -m slow -s
+tests/streaming_test.py` prints the memory that this takes beyond 4.3 GB of parameters.
+
 The tests behind it: `bert_test`, `t5_test`, `anchordr_test`, `decoder_test`, `gguf_test`,
-`weights_test`, `export_test`, `streaming_test` and, marked slow, `greedy_test`.
+`weights_test`, `export_test`, `streaming_test`, `splash_test`, `int8_test` and, marked slow,
+`greedy_test`.
 """
 
 
@@ -246,8 +257,12 @@ def main(_: Sequence[str]) -> None:
         for row in measure(pathlib.Path(directory)):
             console.print(f"{row.family}: {row.difference:.0e}", soft_wrap=True)
             rows.append(row)
+    precision = []
+    for line in measure_precision(conftest.SMOLLM2, conftest.SMOLLM2_SHA256):
+        console.print(f"{line.weights}, {line.compute}: perplexity {line.perplexity:.3f}")
+        precision.append(line)
     out = pathlib.Path(flags.FLAGS.out)
-    write_text(out, INTRO + table(rows) + OUTRO)
+    write_text(out, INTRO + table(rows) + OUTRO + precision_table(precision))
     console.print(f"written to {out}", soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from expandr_jax import metrics
@@ -11,6 +12,9 @@ from expandr_jax.search import Index
 
 MEASURES = ("ndcg@10", "mrr@10", "recall@100", "map")
 CHOSEN_BY = "ndcg@10"  # The measure that settings are chosen by, on dev.
+
+# One program for each shape: uncompiled, each of its dozen operations would be a program.
+fuse = jax.jit(expanded_query, static_argnames="normalize")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +100,7 @@ def dense_run(
     vectors = encoded.queries
     if choice is not None:
         vectors = np.asarray(
-            expanded_query(
+            fuse(
                 encoded.queries,
                 encoded.expansions[:, : choice.samples],
                 encoded.present[:, : choice.samples],

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax that are checked when they are read back.
+"""Checkpoints by Orbax, written while training goes on and checked when they are read back.
 
 Orbax finishes or leaves out a save that is killed, but restores a file with a flipped byte as if
 nothing were wrong, and casts a wrong type silently. So each checkpoint carries the hash of its
@@ -7,16 +7,19 @@ content and the shape and type of every leaf; one that does not match is set asi
 
 import hashlib
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from expandr_jax.errors import UserError
+from expandr_jax.data.records import hash_json
+from expandr_jax.errors import NotFiniteError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,49 @@ def hash_tree(tree: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums [2] uint32 over mixed words and places of an array, and whether all is finite.
+
+    The sums do not depend on how the array is spread over devices, and no other value of a single
+    word has the same ones.
+    """
+    finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) & 0xFFFFFFFF
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    sums = []
+    for seed in (0x2545F491, 0x9E3779B9):
+        h = words ^ (place * jnp.uint32(0x85EBCA77) + jnp.uint32(seed))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer.
+            h = (h ^ (h >> shift)) * jnp.uint32(factor)
+        sums.append(jnp.sum(h ^ (h >> 16), dtype=jnp.uint32))
+    return jnp.stack(sums), finite
+
+
+def checksum_tree(tree: Any) -> tuple[str, list[str]]:
+    """A hash over every leaf's path, type, shape and content, and the paths of leaves that are not
+    finite.
+
+    It is computed where the leaves are, and is the same on every mesh. It finds damage; against a
+    forger take `hash_tree`.
+    """
+    leaves = [
+        (jax.tree_util.keystr(path), jnp.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    parts = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+    digest = hashlib.sha256()
+    for (path, leaf), (sums, _) in zip(leaves, parts, strict=True):
+        digest.update(f"{path} {leaf.dtype} {leaf.shape} {sums[0]} {sums[1]}\n".encode())
+    bad = [path for (path, _), (_, finite) in zip(leaves, parts, strict=True) if not finite]
+    return digest.hexdigest(), bad
 
 
 def _spec(tree: Any) -> dict[str, str]:
@@ -61,7 +107,6 @@ class Checkpoints:
             max_to_keep=keep,
             keep_period=keep_period,
             cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -70,18 +115,47 @@ class Checkpoints:
             raise UserError(f"{self.directory}: cannot be used for checkpoints: {error}") from None
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes one step; returns when it is on disk."""
-        record = {"sha256": hash_tree(tree), "spec": _spec(tree), "identity": self.identity}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
-            ),
-            force=True,
-        )
+        """Begins to write one step; the tree may be donated as soon as this returns.
+
+        A save that is still going on is waited for, so that no more than two are ever lost.
+
+        Raises:
+            NotFiniteError: If a number of the tree is not finite.
+            UserError: If this or the previous step cannot be written.
+        """
+        content, bad = checksum_tree(tree)
+        if bad:
+            raise NotFiniteError(f"after step {step}, {bad[0]} is not finite and was not saved")
+        record = {"hash": content, "spec": _spec(tree), "identity": self.identity}
+        record["record"] = hash_json(record)
+        try:
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._unwritten(error) from error
         if not saved:
             raise UserError(f"{self.directory}: step {step} exists already and was not overwritten")
-        self._manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk; errors as of `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Of tensorstore, of Orbax's threads, of the file system.
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())
+        if "No space left" in reason or "ENOSPC" in reason:
+            reason = "no space left on the disk"
+        return UserError(
+            f"{self.directory}: a checkpoint cannot be written: {reason[:300]}; mend that, and the "
+            "same command goes on from the one before"
+        )
 
     def restore(
         self, template: Any, *, after: int = -1, at_most: int | None = None
@@ -96,6 +170,7 @@ class Checkpoints:
         Raises:
             UserError: If the newest intact step belongs to another model or other settings.
         """
+        self.wait()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         for step in sorted(self._manager.all_steps(), reverse=True):
             if step <= after or (at_most is not None and step > at_most):
@@ -104,12 +179,14 @@ class Checkpoints:
                 record = self._manager.restore(
                     step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
                 )["record"]
+                if record.pop("record") != hash_json(record):
+                    raise ValueError("its record does not match its hash")
                 same = record["identity"] == self.identity and record["spec"] == _spec(template)
                 if same:
                     tree = self._manager.restore(
                         step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
                     )["state"]
-                    intact = hash_tree(tree) == record["sha256"]
+                    intact = checksum_tree(tree)[0] == record["hash"]
             except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
                 self._set_aside(step, f"{type(error).__name__}: {error}".splitlines()[0])
                 continue

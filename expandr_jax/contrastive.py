@@ -137,7 +137,11 @@ def stays_plain(share: float, *, seed: int, step: int, query: int) -> bool:
 
 
 def make_batch(
-    examples: Sequence[ContrastiveExample], pad_id: int, samples: int, negatives: int = 0
+    examples: Sequence[ContrastiveExample],
+    pad_id: int,
+    samples: int,
+    negatives: int = 0,
+    longest: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Arrays of one batch.
 
@@ -147,6 +151,7 @@ def make_batch(
         samples: Expansions a query; 0 for plain queries.
         negatives: Negatives a query. A query with fewer has its positive in their place, which is
             left out of every softmax.
+        longest: No text has more tokens; rows are not padded beyond it.
 
     Returns:
         "query_ids", "query_mask" [batch, length]; "positive_ids", "positive_mask"; "excluded"
@@ -157,17 +162,17 @@ def make_batch(
         negatives], the positive first.
     """
     batch: dict[str, np.ndarray] = {}
-    batch["query_ids"], batch["query_mask"] = pad([e.query for e in examples], pad_id)
-    batch["positive_ids"], batch["positive_mask"] = pad([e.positive for e in examples], pad_id)
+    fill = functools.partial(pad, pad_id=pad_id, longest=longest)
+    batch["query_ids"], batch["query_mask"] = fill([e.query for e in examples])
+    batch["positive_ids"], batch["positive_mask"] = fill([e.positive for e in examples])
     texts: list[str | None] = [e.positive_text for e in examples]
     if negatives:
         missing = Passage((), "")
         rows = [[*e.negatives[:negatives]] for e in examples]
         rows = [row + [missing] * (negatives - len(row)) for row in rows]
-        batch["negative_ids"], batch["negative_mask"] = pad(
+        batch["negative_ids"], batch["negative_mask"] = fill(
             [e.positive if p is missing else p.ids
-             for e, row in zip(examples, rows, strict=True) for p in row], pad_id,
-        )  # fmt: skip
+             for e, row in zip(examples, rows, strict=True) for p in row])  # fmt: skip
         texts += [None if p is missing else p.text for row in rows for p in row]
         batch["given"] = np.array([[True, *(p is not missing for p in row)] for row in rows])
         batch["teacher_scores"] = np.array(
@@ -177,12 +182,9 @@ def make_batch(
     batch["excluded"] = _excluded(examples, texts)
     if samples:
         present = [[i < len(e.expansions) for i in range(samples)] for e in examples]
-        rows = [
-            e.expansions[i] if i < len(e.expansions) else e.query
-            for e in examples
-            for i in range(samples)
-        ]
-        batch["expansion_ids"], batch["expansion_mask"] = pad(rows, pad_id)
+        rows = [e.expansions[i] if i < len(e.expansions) else e.query
+                for e in examples for i in range(samples)]  # fmt: skip
+        batch["expansion_ids"], batch["expansion_mask"] = fill(rows)
         batch["present"] = np.array(present)
     return batch
 
@@ -238,10 +240,7 @@ def contrastive_gradients(
     """((loss, figures), gradients) of `contrastive_loss`, by micro-batches where the config asks.
 
     Args:
-        params: As for `contrastive_loss`, as are all arguments.
-        batch: Likewise.
-        retriever: Likewise.
-        config: Likewise.
+        params, batch, retriever, config: As for `contrastive_loss`.
         dropout_key: Likewise; both passes over a micro-batch drop the same.
     """
     if not config.micro_batch:

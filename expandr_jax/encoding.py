@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.steps import embedder, model_shardings
@@ -26,10 +26,11 @@ class TextEncoder:
     Args:
         retriever: Module, pooling and tokenizer.
         mesh: Rows are spread over its data-parallel devices.
-        tokens_per_batch: Rows times length of one device batch.
+        tokens_per_batch: Rows times length of one batch over all devices. More than 1,024 a device
+            are slower on CPU, where a layer's results no longer stay in the caches.
     """
 
-    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 4096):
+    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 2048):
         self.retriever = retriever
         self.mesh = mesh
         self.tokens_per_batch = tokens_per_batch
@@ -60,7 +61,7 @@ class TextEncoder:
             [len(texts), dim] float32.
 
         Raises:
-            UserError: If a vector is not finite, which means damaged or diverged weights.
+            NotFiniteError: If a vector is not finite, which means damaged or diverged weights.
         """
         params = self.place(params)
         tokens = self.tokenize(texts, kind)
@@ -87,9 +88,10 @@ class TextEncoder:
             if vectors.shape[0] == 0:
                 vectors = np.zeros((len(texts), block.shape[1]), np.float32)
             if not np.isfinite(block).all():
-                raise UserError(
-                    f"text {chosen[int(np.argmin(np.isfinite(block).all(1)))]}: its vector is not "
-                    "finite; the retriever's weights are damaged or training diverged"
+                place = chosen[int(np.argmin(np.isfinite(block).all(1)))]
+                raise NotFiniteError(
+                    f"text {place} ({texts[place][:60]!r}): its vector is not finite; the "
+                    "retriever's weights are damaged or training diverged"
                 )
             vectors[chosen] = block
             if progress is not None:

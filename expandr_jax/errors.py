@@ -6,3 +6,7 @@ class UserError(Exception):
 
     Entry points print it and exit with status 2; a traceback would only hide the answer.
     """
+
+
+class NotFiniteError(UserError):
+    """A number that should be finite is NaN or infinite: damaged weights, or training diverged."""

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from expandr_jax.data.batches import bucket_length
+from expandr_jax.data.batches import best_lengths, bucket_length
 from expandr_jax.losses import dpo, token_log_probs
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.mask import Mask
 from expandr_jax.sharding import constrain
 from expandr_jax.train_state import TrainState
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+Shape = tuple[int, int]  # Of a batch: tokens of a row, and of its responses.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +48,62 @@ class DPOConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-    """Token ids of a prompt and its two responses, each response with its one EOS."""
+    """Token ids of a prompt and its two responses, each response with its one EOS; its name."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
     rejected: Sequence[int]
+    name: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+    @property
+    def size(self) -> Shape:
+        """Tokens of its row, and those of them that are its responses'."""
+        responses = len(self.chosen) + len(self.rejected)
+        return len(self.prompt) + responses, responses
 
 
-def pack(pairs: Sequence[PreferencePair], pad_id: int) -> dict[str, np.ndarray]:
+def pack(
+    pairs: Sequence[PreferencePair], pad_id: int, shapes: Sequence[Shape] = ()
+) -> dict[str, np.ndarray]:
     """Arrays of a batch of pairs, each in one row: `pack_rows` of CHOSEN and REJECTED."""
-    return pack_rows([(p.prompt, {CHOSEN: p.chosen, REJECTED: p.rejected}) for p in pairs], pad_id)
+    rows = [(p.prompt, {CHOSEN: p.chosen, REJECTED: p.rejected}) for p in pairs]
+    return pack_rows(rows, pad_id, shapes)
+
+
+def batch_shapes(needed: Sequence[Shape], most: int) -> list[Shape]:
+    """The shapes, `most` of them or fewer, that batches are padded to with the least filling.
+
+    Args:
+        needed: (tokens of the longest row, of the most response tokens) of each batch.
+        most: Shapes at most; each is a program to compile.
+
+    Returns:
+        Shapes for `pack_rows`.
+    """
+    shapes = []
+    for length in best_lengths([length for length, _ in needed], most):
+        width = max(own for longest, own in needed if longest <= length)
+        shapes.append((length, -(-width // 16) * 16))
+    return shapes
 
 
 def pack_rows(
-    rows: Sequence[tuple[Sequence[int], Mapping[int, Sequence[int]]]], pad_id: int
+    rows: Sequence[tuple[Sequence[int], Mapping[int, Sequence[int]]]],
+    pad_id: int,
+    shapes: Sequence[Shape] = (),
 ) -> dict[str, np.ndarray]:
     """Arrays of a batch of prompts, each in one row with its responses by segment.
+
+    Args:
+        rows: (prompt, its responses).
+        pad_id: Fills rows up.
+        shapes: (length, response tokens) that a batch may have, in rising order; a batch that fits
+            none is padded to powers of two.
 
     Returns:
         "tokens", "positions", "segments" [batch, length]: all responses continue the prompt's
@@ -69,9 +111,10 @@ def pack_rows(
         hidden state predicts each response token, the token, and its segment. int32.
     """
     widths = [sum(map(len, responses.values())) for _, responses in rows]
-    width = bucket_length(max(widths))
-    length = bucket_length(
-        max(len(prompt) + own for (prompt, _), own in zip(rows, widths, strict=True))
+    longest = max(len(prompt) + own for (prompt, _), own in zip(rows, widths, strict=True))
+    length, width = next(
+        (shape for shape in shapes if longest <= shape[0] and max(widths) <= shape[1]),
+        (bucket_length(longest), bucket_length(max(widths))),
     )
     shape = len(rows), length
     batch = {name: np.zeros(shape, np.int32) for name in ("positions", "segments")}
@@ -98,12 +141,9 @@ def pack_rows(
     return batch
 
 
-def packed_mask(segments: jax.Array) -> jax.Array:
-    """[batch, length] segments to the [batch, length, length] mask: causal, own response only."""
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    visible = (key == PROMPT) | (key == query)
-    return jnp.tril(jnp.ones((length, length), bool))[None] & visible & (key != PADDING)
+def packed_mask(segments: jax.Array) -> Mask:
+    """The mask of packed rows [batch, length]: causal, the prompt and the own response only."""
+    return Mask(jnp.where(segments == PADDING, 0, segments + 1), causal=True, responses=2)
 
 
 def response_log_probs(
@@ -160,31 +200,62 @@ def packed_log_probs(
 def _chunked_log_probs(module, variables, hidden, targets, chunk):
     """log p(target) [batch, tokens] without the [batch, tokens, vocabulary] tensor."""
     batch, tokens, width = hidden.shape
-    columns = max(1, min(tokens, chunk // batch))
+    columns = -(-tokens // min(tokens, -(-batch * tokens // chunk)))
     padded = -(-tokens // columns) * columns
     hidden = jnp.pad(hidden, ((0, 0), (0, padded - tokens), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padded - tokens)))
-    variables = {**variables, "params": _whole_head(module, variables["params"])}
-
-    @jax.checkpoint  # The backward pass makes a chunk's logits again instead of keeping them all.
-    def one(part):
-        states, wanted = part
-        return token_log_probs(module.apply(variables, states, method="logits"), wanted)
-
+    head = {"params": _whole_head(module, variables["params"])}
     split = (
         jnp.moveaxis(hidden.reshape(batch, -1, columns, width), 1, 0),
         jnp.moveaxis(targets.reshape(batch, -1, columns), 1, 0),
     )
-    log_probs = jax.lax.map(one, split)
+    log_probs = _head_log_probs(module, head, *split)
     return jnp.moveaxis(log_probs, 0, 1).reshape(batch, padded)[:, :tokens]
 
 
 def _whole_head(module: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with the output head gathered over fsdp: once, and not for every chunk."""
+    """The output head's parameter, gathered over fsdp: once, and not for every chunk."""
     name, axes = "lm_head", ("act_embed", "vocab")
     if module.config.tie_embeddings:
         name, axes = "embedding", ("vocab", "act_embed")
-    return {**params, name: constrain(params[name], axes)}
+    return {name: constrain(params[name], axes)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_log_probs(module, head, hidden, targets):
+    """log p(target) of chunks [chunks, batch, columns], one after the other.
+
+    A token's log-probability has one slope in its hidden state, whatever the loss does with it, so
+    the way forth computes that while a chunk's logits are there: the way back neither keeps them
+    nor makes them again. The head is frozen and gets no gradient.
+    """
+
+    def one(part):
+        states, wanted = part
+        return token_log_probs(module.apply(head, states, method="logits"), wanted)
+
+    return jax.lax.map(one, (hidden, targets))
+
+
+def _head_log_probs_forth(module, head, hidden, targets):
+    def one(part):
+        states, wanted = part
+        logits, back = jax.vjp(lambda x: module.apply(head, x, method="logits"), states)
+        mine = wanted[..., None] == jnp.arange(logits.shape[-1])
+        slope = back(mine.astype(logits.dtype) - jax.nn.softmax(logits, axis=-1))[0]
+        return token_log_probs(logits, wanted), slope
+
+    log_probs, slopes = jax.lax.map(one, (hidden, targets))
+    return log_probs, (head, slopes)
+
+
+def _head_log_probs_back(_, saved, cotangent):
+    head, slopes = saved
+    none = jax.tree.map(jnp.zeros_like, head)
+    return none, (cotangent[..., None] * slopes).astype(slopes.dtype), None
+
+
+_head_log_probs.defvjp(_head_log_probs_forth, _head_log_probs_back)
 
 
 def dpo_values(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from expandr_jax.models.decoder import Decoder
-from expandr_jax.preference import CHOSEN, pack_rows, packed_log_probs
+from expandr_jax.preference import CHOSEN, Shape, pack_rows, packed_log_probs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +31,29 @@ class RewardSftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedResponse:
-    """Token ids of a prompt and one response, with its one EOS, and the response's weight."""
+    """Token ids of a prompt and one response, with its one EOS; the response's weight and name."""
 
     prompt: Sequence[int]
     response: Sequence[int]
     weight: float
+    name: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many it has."""
+        return len(self.prompt) + len(self.response)
+
+    @property
+    def size(self) -> Shape:
+        """Tokens of its row, and those of them that are the response's."""
+        return len(self.prompt) + len(self.response), len(self.response)
 
 
-def pack_weighted(responses: Sequence[WeightedResponse], pad_id: int) -> dict[str, np.ndarray]:
+def pack_weighted(
+    responses: Sequence[WeightedResponse], pad_id: int, shapes: Sequence[Shape] = ()
+) -> dict[str, np.ndarray]:
     """Arrays of a batch: those of `preference.pack_rows`, and "weights" [batch] float32."""
-    batch = pack_rows([(r.prompt, {CHOSEN: r.response}) for r in responses], pad_id)
+    batch = pack_rows([(r.prompt, {CHOSEN: r.response}) for r in responses], pad_id, shapes)
     return {**batch, "weights": np.array([r.weight for r in responses], np.float32)}
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from expandr_jax.errors import UserError
 
@@ -77,6 +78,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_divisor(mesh: Mesh) -> int:
     """Batches must be a multiple of this many rows."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts a tree of arrays on devices.
+
+    Devices that share the host's memory share one copy of what each of them holds whole, and that
+    is the given array itself where it lies there: two of a processor need no more than one.
+
+    Args:
+        tree: Arrays of jax or numpy; those of the latter must not be written to afterwards.
+        shardings: A sharding for all, or a tree of them.
+    """
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+        on_host = all(device.platform == "cpu" for device in sharding.device_set)
+        if not (on_host and sharding.is_fully_replicated):
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        devices = sharding.addressable_devices_indices_map(leaf.shape)
+        copies = [jax.device_put(leaf, device) for device in devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:

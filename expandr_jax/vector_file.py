@@ -1,7 +1,10 @@
 """A corpus as a file of vectors: encoded as it streams by, and continued after a kill."""
 
+import hashlib
 import io
 import itertools
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -12,7 +15,7 @@ import numpy as np
 from expandr_jax.checkpoint import hash_tree
 from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.encoding import Kind, TextEncoder
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.stored_vectors import (
     DTYPES,
     StoredVectors,
@@ -21,6 +24,8 @@ from expandr_jax.stored_vectors import (
     storage_type,
     to_storage,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def encode_to_file(
@@ -37,8 +42,8 @@ def encode_to_file(
     """Encodes a stream of texts to a .npy file, with one block of texts in memory at a time.
 
     The same call goes on, after a kill, with the block it was at. PATH.jsonl has a line for each
-    block, with hashes of what its vectors are of. A file that is finished is opened without
-    reading the texts.
+    block, with hashes of its vectors and of what they are of. A file that is finished is opened
+    without reading the texts; from the first block that is damaged, it is made again.
 
     Args:
         path: The file; it appears whole.
@@ -56,8 +61,8 @@ def encode_to_file(
         [texts, dim], memory-mapped; see `stored_vectors`.
 
     Raises:
-        UserError: The file cannot be written or is damaged, or was begun with other weights, texts
-            or settings; there are no texts; or a vector is not finite.
+        UserError: The file cannot be written, or was begun with other weights, texts or settings;
+            there are no texts; or a vector is not finite.
     """
     if dtype not in DTYPES:
         raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(DTYPES)}")
@@ -69,28 +74,64 @@ def encode_to_file(
     identity = hash_json([hash_tree(params), *settings])
     if any(row["identity"] != identity for row in journal.rows):
         raise UserError(f"{path}: holds vectors of other weights or settings; remove {path}*")
-    if path.exists() != journal.finished and not (path.exists() and journal.rows):
-        raise UserError(f"{path}: it and {journal.path.name} do not fit together; remove {path}*")
-    if not path.exists():
-        part = path.with_name(f"{path.name}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "r+b" if journal.rows else "w+b") as file:
-                for first, chunk, digest in _missing_blocks(path, texts, block, journal, progress):
-                    try:
-                        vectors = encoder.encode(params, chunk, kind, progress)
-                    except UserError as error:
-                        raise UserError(f"{path}, texts from {first}: {error}") from None
-                    _append(file, journal, vectors, dtype)
-                    row = {"rows": len(chunk), "width": vectors.shape[1]}
-                    journal.append([{"identity": identity, "texts": digest, **row}])
-                _write_header(file, journal, dtype)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        good = _intact_blocks(path if path.exists() else part, journal, dtype)
+        if good < len(journal.rows):
+            logger.warning("%s: is damaged; vectors from block %d are made again", path, good)
+            journal.keep(good)
+        if not (path.exists() and journal.rows and _is_whole(path, journal, dtype)):
+            if path.exists():
+                path.replace(part)
+            _write_missing(part, encoder, params, texts, kind, dtype, block, journal, identity,
+                           progress)  # fmt: skip
             part.replace(path)
-        except OSError as error:
-            raise UserError(f"{part}: cannot be written: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"{part}: cannot be written: {error.strerror}") from error
     if not journal.finished:
         journal.finish()
     return open_vectors(path)
+
+
+def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
+    """How many of the journal's first blocks the file holds as they were written."""
+    if not journal.rows or not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(len(_header(dtype, 0, journal.rows[0]["width"])))
+        for number, row in enumerate(journal.rows):
+            kind, shape = storage_type(dtype, row["width"])
+            size = row["rows"] * kind.itemsize * math.prod(shape)
+            if hashlib.sha256(file.read(size)).hexdigest() != row["sha256"]:
+                return number
+    return len(journal.rows)
+
+
+def _is_whole(path: pathlib.Path, journal: Journal, dtype: str) -> bool:
+    """Whether the file's header is that of the journal's blocks and nothing follows them."""
+    rows, width = sum(row["rows"] for row in journal.rows), journal.rows[0]["width"]
+    header = _header(dtype, rows, width)
+    kind, shape = storage_type(dtype, width)
+    size = len(header) + rows * kind.itemsize * math.prod(shape)
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header and path.stat().st_size == size
+
+
+def _write_missing(part, encoder, params, texts, kind, dtype, block, journal, identity, progress):
+    """Encodes the blocks that the journal lacks, into the file that is not finished."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    if journal.finished:
+        journal.keep(len(journal.rows))
+    with open(part, "r+b" if journal.rows else "w+b") as file:
+        for first, chunk, digest in _missing_blocks(part, texts, block, journal, progress):
+            try:
+                vectors = encoder.encode(params, chunk, kind, progress)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{part}, texts from {first}: {error}") from None
+            sha256 = _append(file, journal, vectors, dtype)
+            row = {"rows": len(chunk), "width": vectors.shape[1], "sha256": sha256}
+            journal.append([{"identity": identity, "texts": digest, **row}])
+        _write_header(file, journal, dtype)
 
 
 def _missing_blocks(path, texts, size, journal, progress):
@@ -116,8 +157,8 @@ def _missing_blocks(path, texts, size, journal, progress):
         raise UserError(f"{path}: no texts to encode; expected at least one")
 
 
-def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -> None:
-    """Writes vectors behind those of the journal's rows, over what a kill left there."""
+def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -> str:
+    """Writes vectors behind those of the journal's rows, over what a kill left; their sha256."""
     with np.errstate(over="ignore"):
         stored = to_storage(vectors, dtype)
     if not np.isfinite(from_storage(stored)[:]).all():
@@ -127,13 +168,13 @@ def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -
     end = len(header) + rows * stored[:1].nbytes
     if rows == 0:
         file.write(header)
-    if os.fstat(file.fileno()).st_size < end and rows:
-        raise UserError(f"{file.name}: is shorter than {journal.path.name} says; remove both")
     file.seek(end)
     file.truncate()
-    file.write(np.ascontiguousarray(stored).data.cast("B"))
+    data = np.ascontiguousarray(stored).data.cast("B")
+    file.write(data)
     file.flush()
     os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
 
 
 def _write_header(file: BinaryIO, journal: Journal, dtype: str) -> None:

@@ -52,6 +52,20 @@ def test_vectors_equal_the_twin(write, gated):
             np.testing.assert_allclose(vector, twin.vector(row), atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+def test_vectors_equal_the_twin_at_the_published_size(write, monkeypatch):
+    """T5's base size, which AnchorDR has: 12 blocks in each stack, 768 wide."""
+    size = {"WIDTH": 768, "HEADS": 12, "INNER": 3072, "LAYERS": 12, "DECODER_LAYERS": 12}
+    for name, value in {**size, "SCALE": 0.05}.items():
+        monkeypatch.setattr(tiny_anchordr, name, value)
+    directory, tensors = write()
+    retriever, params = load_retriever(str(directory))
+    texts = ["The anchor text of a web page", "web"]
+    expected = [tiny_anchordr.Twin(tensors, False).vector(r) for r in retriever.token_ids(texts)]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 190e6
+    np.testing.assert_allclose(embed(retriever, params, texts), expected, atol=1e-4, rtol=0)
+
+
 def test_it_trains_with_dropout_and_remat_changes_nothing(write):
     directory, _ = write()
     retriever, params = load_retriever(str(directory))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from expandr_jax.models.attention import attend, attend_with_cache
+from expandr_jax.models.mask import Mask, causal_mask
 
 
 def twin(q, k, v, mask, scale):
@@ -32,7 +33,7 @@ def test_grouped_heads_and_masks_equal_the_twin(kv_heads):
     for rows in (5, 1):
         mask = random(3, 2, rows, 7) > 0
         mask[..., 0] = True
-        found = attend(*map(jnp.asarray, (q, k, v, mask)), scale=0.7)
+        found = attend(*map(jnp.asarray, (q, k, v)), Mask(array=jnp.asarray(mask)), scale=0.7)
         np.testing.assert_allclose(found, twin(q, k, v, mask, 0.7), atol=1e-5)
 
 
@@ -65,7 +66,7 @@ def test_large_scores_and_rows_that_see_nothing_stay_finite():
     q, k = 1e4 * jnp.ones((1, 2, 1, 4)), 1e4 * jnp.ones((1, 3, 1, 4))
     mask = jnp.asarray([[[True, True, False], [False, False, False]]])
     v = jnp.arange(12.0).reshape(1, 3, 1, 4)
-    found = np.asarray(attend(q, k, v, mask, scale=1.0))
+    found = np.asarray(attend(q, k, v, Mask(array=mask), scale=1.0))
     np.testing.assert_allclose(found[0, 0, 0], [2, 3, 4, 5])
     assert np.isfinite(found).all()
 
@@ -74,7 +75,7 @@ def test_half_precision_keeps_its_type_and_sums_in_float32():
     q, k, v = random(0, 1, 4, 2, 8), random(1, 1, 600, 2, 8), random(2, 1, 600, 2, 8)
     mask = np.ones((1, 1, 600), bool)
     half = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
-    found = attend(*half, jnp.asarray(mask), scale=0.01)
+    found = attend(*half, Mask(array=jnp.asarray(mask)), scale=0.01)
     assert found.dtype == jnp.bfloat16
     expected = twin(*(np.asarray(x, np.float64) for x in half), mask, 0.01)
     np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=2e-3)
@@ -82,8 +83,8 @@ def test_half_precision_keeps_its_type_and_sums_in_float32():
 
 def test_a_bias_is_added_to_the_scores_of_each_head():
     q, k, v = random(0, 2, 5, 6, 4), random(1, 2, 7, 3, 4), random(2, 2, 7, 3, 4)
-    bias, mask = random(4, 6, 5, 7), np.ones((2, 1, 7), bool)
-    found = attend(*map(jnp.asarray, (q, k, v, mask)), scale=0.7, bias=jnp.asarray(bias))
+    bias, mask = random(4, 6, 5, 7), Mask(array=jnp.ones((2, 1, 7), bool))
+    found = attend(*map(jnp.asarray, (q, k, v)), mask, scale=0.7, bias=jnp.asarray(bias))
     scores = 0.7 * np.einsum("bthd,bshd->bhts", q, k.repeat(2, axis=2)) + bias
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.einsum("bhts,bshd->bthd", weights, v.repeat(2, axis=2))
@@ -121,16 +122,35 @@ def test_the_fused_kernel_is_asked_for_the_same(on_gpu, rows, monkeypatch):
     )
     mask = random(3, 2, rows, 6) > 0
     mask[..., 0] = True
-    fused = attend(q, k, v, jnp.asarray(mask), scale=0.3)
+    fused = attend(q, k, v, Mask(array=jnp.asarray(mask)), scale=0.3)
     assert on_gpu == ["cudnn"]
     expected = twin(*(np.asarray(x, np.float64) for x in (q, k, v)), mask, 0.3)
     np.testing.assert_allclose(fused.astype(jnp.float32), expected, atol=3e-2)
 
 
+def test_a_gpus_program_has_the_fused_kernel_forward_and_backward(monkeypatch):
+    """Made here for CUDA, as far as cuDNN's own calls; only their version is made up."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91000)
+
+    def loss(q, k, v, attention_mask):
+        out = attend(q, k, v, causal_mask(attention_mask), scale=0.3)
+        return jnp.sum(out.astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((2, 6, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
+    shapes.append(jax.ShapeDtypeStruct((2, 6), jnp.int32))
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes)
+    program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmax(" in program or "@__cudnn$fmhaScaleBiasSoftmax" in program
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program
+
+
 def test_the_fused_kernel_is_left_alone_where_it_cannot_help(on_gpu, monkeypatch):
     def run(dtype=jnp.bfloat16, length=6, width=8, **options):
         q = k = v = jnp.ones((1, length, 2, width), dtype)
-        attend(q, k, v, jnp.ones((1, 1, length), bool), scale=1.0, **options)
+        attend(q, k, v, Mask(array=jnp.ones((1, 1, length), bool)), scale=1.0, **options)
         return bool(on_gpu)
 
     assert not run(jnp.float32)

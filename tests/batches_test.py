@@ -1,9 +1,11 @@
 """Padding and the order of data."""
 
+import itertools
+
 import numpy as np
 import pytest
 
-from expandr_jax.data.batches import batch_indices, bucket_length, pad
+from expandr_jax.data.batches import batch_indices, best_lengths, bucket_length, pad
 
 
 def test_buckets():
@@ -15,11 +17,35 @@ def test_buckets():
         bucket_length(5, (2, 4))
 
 
+def test_no_other_lengths_fill_batches_up_with_less():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        needed = rng.integers(1, 150, rng.integers(1, 12)).tolist()
+        most = int(rng.integers(1, 5))
+        rounded = [-(-length // 16) * 16 for length in needed]
+
+        def filled(lengths, rounded=rounded):
+            return sum(min(size for size in lengths if size >= own) for own in rounded)
+
+        sizes = sorted(set(rounded))
+        least = min(
+            filled((*others, sizes[-1]))
+            for count in range(min(most, len(sizes)))
+            for others in itertools.combinations(sizes[:-1], count)
+        )
+        found = best_lengths(needed, most)
+        assert len(found) <= most
+        assert filled(found) == least
+    assert best_lengths([448, 440, 433], 3) == (448,)
+
+
 def test_pad():
     ids, mask = pad([[1, 2, 3], [4]], pad_id=9, length=4)
     np.testing.assert_array_equal(ids, [[1, 2, 3, 9], [4, 9, 9, 9]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 0], [1, 0, 0, 0]])
     assert pad([[1] * 17], pad_id=0)[0].shape == (1, 32)
+    assert pad([[1] * 17], pad_id=0, longest=24)[0].shape == (1, 24)
+    assert pad([[1] * 7], pad_id=0, longest=24)[0].shape == (1, 16)
 
 
 def test_an_epoch_shows_each_example_at_most_once_and_leaves_out_the_remainder():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from expandr_jax.models.bert import Bert, BertConfig, Block
+from expandr_jax.models.mask import padding_mask
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models
 
@@ -74,8 +75,10 @@ def test_remat_changes_neither_values_nor_gradients(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
 
 
-def test_scanned_layers_equal_a_loop_over_blocks(tiny):
+@pytest.mark.parametrize("unroll", [False, True])
+def test_layers_equal_a_loop_over_blocks(tiny, unroll):
     module, params = tiny
+    module = module.clone(unroll=unroll)
     ids, mask = tiny_models.ragged_batch("right")
     ids = jnp.asarray(ids % TINY.vocab_size)
     block = Block(TINY, jnp.float32, None, True)
@@ -90,7 +93,7 @@ def test_scanned_layers_equal_a_loop_over_blocks(tiny):
         x = Bert(config).apply(first, ids, mask)
         for i in range(TINY.num_layers):
             layer = jax.tree.map(lambda x, i=i: x[i], params["layers"])
-            x, _ = block.apply({"params": layer}, x, mask[:, None, :] > 0)
+            x, _ = block.apply({"params": layer}, x, padding_mask(jnp.asarray(mask)))
         return jnp.square(x * mask[..., None]).mean()
 
     plain, again = (jax.jit(jax.value_and_grad(f))(params) for f in (scanned, looped))

@@ -1,11 +1,16 @@
 """Checkpoints: what is saved comes back, and what is damaged is found and set aside."""
 
+import shutil
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from expandr_jax.checkpoint import Checkpoints, hash_tree
-from expandr_jax.errors import UserError
+from expandr_jax.checkpoint import Checkpoints, checksum_tree, hash_tree
+from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.sharding import make_mesh
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.array([1, 2], jnp.int32)}}
 OTHER = {"a": TREE["a"] + 1, "b": {"c": TREE["b"]["c"]}}
@@ -17,6 +22,7 @@ def test_the_newest_step_comes_back_bit_for_bit(tmp_path):
     assert checkpoints.restore(TREE) is None
     checkpoints.save(1, TREE)
     checkpoints.save(2, OTHER)
+    checkpoints.wait()
     step, tree = Checkpoints(tmp_path, IDENTITY).restore(TREE)
     assert step == 2
     np.testing.assert_array_equal(tree["a"], OTHER["a"])
@@ -25,40 +31,111 @@ def test_the_newest_step_comes_back_bit_for_bit(tmp_path):
     assert Checkpoints(tmp_path, IDENTITY).restore(TREE, after=2) is None
 
 
-def data_files(directory):
-    return [path for path in directory.rglob("*") if path.is_file() and path.parent.name == "d"]
+def damages(content: bytes):
+    """Ways in which a file can be damaged: what is left of it, None where nothing is."""
+    yield None
+    yield b""
+    yield content[: len(content) // 2]
+    for place in {0, len(content) // 3, len(content) // 2, len(content) - 1}:
+        yield content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
-def test_a_damaged_step_is_set_aside_and_the_one_before_is_used(tmp_path, damage):
-    directory = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(directory, IDENTITY)
-    checkpoints.save(1, TREE)
-    checkpoints.save(2, OTHER)
-    for path in data_files(directory / "2" / "state"):
-        content = bytearray(path.read_bytes())
-        if damage == "delete":
-            path.unlink()
-        elif damage == "flip":
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
-        else:
-            path.write_bytes(content[: len(content) // 2] if damage == "truncate" else b"")
-    step, tree = Checkpoints(directory, IDENTITY).restore(TREE)
-    assert step == 1
-    np.testing.assert_array_equal(tree["a"], TREE["a"])
-    assert (tmp_path / "checkpoints-damaged" / "2").exists()
-    assert not (directory / "2").exists()
+def test_whatever_file_of_a_step_is_damaged_it_is_whole_or_set_aside(tmp_path):
+    """Every file of a checkpoint, flipped, cut, emptied and deleted in turn."""
+    whole = Checkpoints(tmp_path / "whole", IDENTITY)
+    whole.save(1, TREE)
+    whole.save(2, OTHER)
+    whole.wait()
+    names = [p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole" / "2").rglob("*")]
+    aside = 0
+    for name in names:
+        if not (tmp_path / "whole" / name).is_file():
+            continue
+        content = (tmp_path / "whole" / name).read_bytes()
+        for damage in damages(content) if content else [None]:
+            directory = tmp_path / "damaged"
+            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(tmp_path / "damaged-damaged", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", directory)
+            if damage is None:
+                (directory / name).unlink()
+            else:
+                (directory / name).write_bytes(damage)
+            step, tree = Checkpoints(directory, IDENTITY).restore(TREE)
+            wanted = {1: TREE, 2: OTHER}[step]
+            np.testing.assert_array_equal(tree["a"], wanted["a"])
+            np.testing.assert_array_equal(tree["b"]["c"], wanted["b"]["c"])
+            assert (directory / "2").exists() == (step == 2)
+            assert (tmp_path / "damaged-damaged" / "2").exists() == (step == 1)
+            aside += step == 1
+    assert aside >= 20
+
+
+def test_a_save_goes_on_while_the_next_step_overwrites_its_arrays(tmp_path):
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    tree = {"a": jnp.arange(3e6), "b": jnp.arange(1e6).astype(jnp.bfloat16)}
+    expected = jax.tree.map(np.array, tree)
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    checkpoints.save(1, tree)
+    jax.block_until_ready(overwrite(tree))
+    _, found = checkpoints.restore(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_directory_that_cannot_be_written_is_named_in_one_line(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: ... [No space left on device]\nand more")
+
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", full)
+    with pytest.raises(UserError, match="no space left on the disk") as raised:
+        checkpoints.wait()
+    assert "\n" not in str(raised.value)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, IDENTITY)
+    with pytest.raises(NotFiniteError, match=r"step 3, \['a'\] is not finite"):
+        checkpoints.save(3, {**TREE, "a": TREE["a"].at[0, 0].set(jnp.inf)})
+    assert checkpoints.restore(TREE) is None
+
+
+def test_a_checksum_is_of_the_values_not_of_the_mesh():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint32, bool):
+        values = jnp.arange(96).reshape(4, 8, 3).astype(dtype)
+        here, bad = checksum_tree({"x": values})
+        spread = jax.device_put(values, NamedSharding(mesh, PartitionSpec("data", "fsdp")))
+        assert checksum_tree({"x": spread}) == (here, bad) == (here, [])
+        swapped = values.at[0, 0, 0].set(values[0, 0, 1]).at[0, 0, 1].set(values[0, 0, 0])
+        other_shape = values.reshape(8, 4, 3)
+        assert len({here, *(checksum_tree({"x": x})[0] for x in (swapped, other_shape))}) == 3
+    assert checksum_tree({"x": jnp.array([1.0, jnp.nan])})[1] == ["['x']"]
+
+
+def test_any_flipped_bit_changes_the_checksum():
+    values = np.random.default_rng(0).normal(size=7).astype(np.float32)
+    seen = {checksum_tree(values)[0]}
+    for bit in range(values.nbytes * 8):
+        flipped = values.copy()
+        flipped.view(np.uint8)[bit // 8] ^= 1 << bit % 8
+        seen.add(checksum_tree(flipped)[0])
+    assert len(seen) == values.nbytes * 8 + 1
 
 
 def test_another_model_s_checkpoint_is_refused(tmp_path):
-    Checkpoints(tmp_path, IDENTITY).save(1, TREE)
+    saved = Checkpoints(tmp_path, IDENTITY)
+    saved.save(1, TREE)
+    saved.wait()
     with pytest.raises(UserError, match="another base model"):
         Checkpoints(tmp_path, {"model": "y"}).restore(TREE)
 
 
 def test_another_type_or_shape_is_refused(tmp_path):
-    Checkpoints(tmp_path, IDENTITY).save(1, TREE)
+    saved = Checkpoints(tmp_path, IDENTITY)
+    saved.save(1, TREE)
+    saved.wait()
     narrow = {**TREE, "a": TREE["a"].astype(jnp.bfloat16)}
     with pytest.raises(UserError, match="other"):
         Checkpoints(tmp_path, IDENTITY).restore(narrow)
@@ -68,6 +145,7 @@ def test_last_steps_of_rounds_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, IDENTITY, keep=1, keep_period=4)
     for step in (2, 4, 6, 7):
         checkpoints.save(step, TREE)
+    checkpoints.wait()
     names = {path.name for path in tmp_path.iterdir() if path.name.isdigit()}
     assert names == {"4", "7"}
 

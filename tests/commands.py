@@ -1,15 +1,18 @@
 """The project's programs, run as a user runs them."""
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
 
+from train.metrics_log import COST_FIELDS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def command(module: str, *arguments: str) -> subprocess.Popen:
-    """`python -m MODULE ...` from the repository's root, on one device."""
+    """`python -m MODULE ...` from the repository's root, on the devices that it takes by itself."""
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
@@ -32,3 +35,9 @@ def finish(process: subprocess.Popen) -> str:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
+
+
+def step_figures(workdir: pathlib.Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what a step cost, which differs from run to run."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: line[name] for name in line if name not in COST_FIELDS} for line in lines]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from expandr_jax.models.decoder import KVCache, causal_mask, token_positions, unstack_layers
+from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models
 
@@ -167,7 +168,7 @@ def test_a_shared_beginning_given_as_keys_and_values_changes_nothing(gemma):
     _, past = module.apply(
         variables, ids[:1, :6], token_positions(start), causal_mask(start), keep_kv=True
     )
-    attention = jnp.pad(causal_mask(rest), ((0, 0), (0, 0), (6, 0)), constant_values=True)
+    attention = causal_mask(rest).after(6)
     found = module.apply(variables, ids[:, 6:], 6 + token_positions(rest), attention, past=past)
     for a, b in zip(
         tiny_models.unpadded(np.asarray(found), rest),

@@ -17,8 +17,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.sampling import SamplingSettings, sample
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.prompts import render
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
@@ -49,7 +50,7 @@ def random_decoder(vocab_size, scale):
     )
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     ids = jnp.zeros((1, 1), jnp.int32)
-    params = module.init(jax.random.key(0), ids, ids, jnp.ones((1, 1, 1), bool))["params"]
+    params = module.init(jax.random.key(0), ids, ids, causal_mask(ids))["params"]
     return module, jax.tree.map(lambda x: scale * x, nn.meta.unbox(params))
 
 
@@ -342,13 +343,25 @@ def test_half_precision_weights_are_cast_once_and_run(tiny):
     assert len(list(engine.generate(make_requests(3)))) == 12
 
 
+@pytest.mark.parametrize("axes", [None, {"data": 8}])
+def test_weights_are_in_memory_once(tiny, axes):
+    module, params = tiny
+    mesh = None if axes is None else make_mesh(**axes)
+    stack = params["layers"]["mlp"]["up_proj"]["kernel"]
+    engine = Engine(module, params, slots=8, mesh=mesh, **SETTINGS)
+    for i in range(2):
+        kernel = engine._variables["params"][f"layer_{i}"]["mlp"]["up_proj"]["kernel"]
+        (place,) = {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards}
+        assert place == stack.unsafe_buffer_pointer() + i * stack.nbytes // 2
+
+
 def test_the_plan_counts_the_cache_to_the_byte(tiny):
     for mesh, devices in ((None, 1), (make_mesh(data=4, tensor=2), 8)):
         engine = Engine(*tiny, slots=16, mesh=mesh, repetition_penalty=True, **SETTINGS)
         slots = engine._programs.empty(None)
         cache = sum(x.nbytes for x in (*slots.cache.keys, *slots.cache.values)) // devices
         seen = slots.seen.nbytes // min(devices, 4)
-        assert engine.plan()["slots"] == cache + seen
+        assert engine.memory["slots"] == cache + seen
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,27 @@ import os
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import causal_mask, token_positions
+from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
+from expandr_jax.models.mask import causal_mask
+from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.adapter import export_adapter, load_adapter
+from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
-from train.export import export_one
+from train.export import base_name, export_one
 
 
 def logits(module, params, ids):
@@ -164,6 +168,18 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, adapter, again)
     assert (settings.rank, settings.alpha, settings.dropout) == (4, 6.0, 0.1)
     assert init_lora(jax.random.key(0), params, settings).keys() == adapter.keys()
+    # An adapter's directory is a model too: its base with the adapter merged.
+    for mesh in (None, make_mesh(2, 2, 2)):
+        _, same = load_generator(str(tmp_path / "out"), mesh=mesh)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+            merge_lora(params, adapter, lora),
+            same,
+        )
+    config = ml_collections.ConfigDict({"generator": {"source": str(tmp_path / "out")}})
+    assert base_name(tmp_path, config) == str(tmp_path / "export" / "base")
+    config.generator.source = str(tmp_path / "in")
+    assert base_name(tmp_path, config) == str(tmp_path / "in")
     # And one that peft itself writes.
     model.save_pretrained(tmp_path / "theirs")
     _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)
@@ -173,6 +189,36 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_dora": True}))
     with pytest.raises(UserError, match=r"use_dora=True is not supported"):
         load_adapter(str(tmp_path / "out"), generator.module.config)
+
+
+def test_an_adapter_of_llama_3_8b_has_the_names_and_shapes_that_peft_gives_it(tmp_path):
+    """As ExpandR's published adapter: r 8 on q and v; the base itself is never made."""
+    shape = {
+        "vocab_size": 128256, "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+        "max_position_embeddings": 8192, "rope_theta": 5e5,
+    }  # fmt: skip
+    with torch.device("meta"):
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    settings = peft.LoraConfig(
+        r=8, lora_alpha=32, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+    )
+    state = peft.get_peft_model_state_dict(peft.get_peft_model(base, settings))
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in state.items()}
+    published = tmp_path / "published"
+    settings.save_pretrained(published)
+    save_file(arrays, published / "adapter_model.safetensors")
+    config = model_config({"model_type": "llama", **shape}, "llama", "config.json")
+    lora, adapter = load_adapter(str(published), config)
+    assert (lora.rank, lora.alpha, lora.dropout) == (8, 32, 0.1)
+    weights = adapter["layers"]["self_attn"]["v_proj"]
+    assert (weights["a"].shape, weights["b"].shape) == ((32, 4096, 8), (32, 8, 1024))
+    export_adapter(tmp_path / "out", adapter, lora, config, base="meta-llama/base")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert written.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(written[name], array)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -20,7 +21,7 @@ from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
-from tests.commands import ROOT, command, finish
+from tests.commands import ROOT, command, finish, step_figures
 from train import generator
 from train.pairs import PairBatches
 
@@ -129,10 +130,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     gc.collect()  # Closes the stopped run's lock, as the end of its process would.
     train(make_config(preferences), tmp_path / "run")
     for file in (
-        "metrics.jsonl", "export/adapter/adapter_model.safetensors",
+        "export/adapter/adapter_model.safetensors",
         "round-0/best-adapter/adapter_model.safetensors",
     ):  # fmt: skip
         assert (tmp_path / "run" / file).read_bytes() == (trained[0] / file).read_bytes(), file
+    assert step_figures(tmp_path / "run") == step_figures(trained[0])
 
 
 def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp_path, monkeypatch):
@@ -193,3 +195,20 @@ def test_the_program_drops_bad_pairs_where_it_may(preferences, tmp_path):
     output = finish(command("train.generator", *arguments))
     assert f"{COUNT} pairs; 1 dropped: missing field" in output
     assert (tmp_path / "run" / "export" / "adapter" / "adapter_config.json").exists()
+
+
+def test_a_damaged_best_adapter_is_not_used(preferences, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    (workdir / ".lock").unlink()
+    shutil.rmtree(workdir / "export")
+    path = workdir / "round-0" / "best-adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"best-adapter: was damaged; remove .*/generator"):
+        train(make_config(preferences), workdir)
+    gc.collect()
+    shutil.rmtree(workdir / "checkpoints" / "generator")
+    train(make_config(preferences), workdir)
+    assert step_figures(workdir) == step_figures(trained[0])
+    name = "round-0/best-adapter/adapter_model.safetensors"
+    assert (workdir / name).read_bytes() == (trained[0] / name).read_bytes()

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import causal_mask, token_positions
+from expandr_jax.models.decoder import token_positions
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
@@ -142,13 +143,18 @@ def test_every_quantization_reads_as_the_gguf_package_does(tmp_path):
     writer.add_string("text", "naïve 東京")
     writer.add_array("numbers", [1.5, -2.0])
     writer.add_uint64("large", 2**40)
-    for kind in (kinds.F32, kinds.F16, kinds.BF16, kinds.Q8_0, kinds.Q4_0, kinds.Q4_1, kinds.Q5_1):
+    plain = (kinds.F32, kinds.F16, kinds.BF16, kinds.Q8_0, kinds.Q4_0, kinds.Q4_1, kinds.Q5_1)
+    for kind in plain:
         data = gguf.quantize(rng.normal(size=(3, 64)).astype(np.float32), kind)
         writer.add_tensor(kind.name, data, raw_dtype=kind)
-    for kind in (kinds.Q4_K, kinds.Q6_K, kinds.Q2_K):
+    # All others that the package dequantizes, some of which it cannot make.
+    others = gguf.quants._type_traits.keys() - set(plain)
+    assert {kinds.Q5_0, kinds.Q3_K, kinds.Q4_K, kinds.Q6_K, kinds.IQ2_XS, kinds.TQ1_0} <= others
+    for kind in sorted(others):
         _, size = gguf.GGML_QUANT_SIZES[kind]
         data = rng.integers(0, 60, (2, size), dtype=np.uint8)
         writer.add_tensor(kind.name, data, raw_dtype=kind)
+    writer.add_tensor("other", rng.integers(0, 60, (2, 8), dtype=np.int32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -158,7 +164,9 @@ def test_every_quantization_reads_as_the_gguf_package_does(tmp_path):
     assert ours.metadata["numbers"] == [1.5, -2.0]
     assert ours.metadata["large"] == 2**40
     assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
-    for tensor in theirs.tensors:
+    with pytest.raises(UserError, match=r"kinds.gguf: tensor other is stored as I32, which the"):
+        ours.read("other")
+    for tensor in theirs.tensors[:-1]:
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         found = ours.read(tensor.name)
         assert found.dtype == np.float32

@@ -9,12 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from expandr_jax.generation.engine import Engine
+from expandr_jax.generation.requests import Request
 from expandr_jax.losses import dpo
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.preference import (
     DPOConfig,
     PreferencePair,
+    batch_shapes,
     dpo_loss,
     dpo_step,
     pack,
@@ -110,30 +114,46 @@ def test_a_new_adapter_starts_at_log_two(model):
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-6)
 
 
-def test_an_obvious_preference_is_learned_and_the_base_does_not_move(model):
+def first_tokens(module, params, adapter, prompts):
+    """How often each token begins a sampled text: [vocabulary] shares."""
+    engine = Engine(
+        module, params, adapter=adapter, slots=16, prompt_buckets=(4,), max_new_tokens=1,
+        eos_ids=(2,), pad_id=0, seed=0,
+    )  # fmt: skip
+    requests = [Request(f"q{i}", s, p, 1.0, 1.0, 1) for i, p in enumerate(prompts) for s in (0, 1)]
+    tokens = [completion.tokens[0] for completion in engine.generate(requests)]
+    return np.bincount(tokens, minlength=module.config.vocab_size) / len(tokens)
+
+
+def test_an_obvious_preference_is_learned_and_sampled_and_the_base_does_not_move(model):
     module, params, _ = model
     before = jax.tree.map(np.array, params)
+    rng = np.random.default_rng(0)
+    prompts = [(3, *rng.integers(9, 23, 2).tolist()) for _ in range(300)]
+    trained, unseen = prompts[:100], prompts[100:]
+    pairs = [PreferencePair(prompt, [7, 7, 2], [8, 8, 2]) for prompt in trained]
     optimizer = optax.adam(3e-2)
     state = TrainState.create(init_lora(jax.random.key(1), params, module.lora), optimizer)
-    batch = pack([PreferencePair([3, i], [7, 7, 2], [8, 8, 2]) for i in range(4, 12)], pad_id=0)
-    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
-    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
-    step = jax.jit(
-        lambda state: dpo_step(
-            state,
-            params,
-            batch,
-            jax.random.key(0),
-            module=module,
-            config=DPOConfig(),
-            optimizer=optimizer,
-        )
+    start = first_tokens(module, params, state.params, unseen)
+    reference = jax.jit(
+        lambda batch: response_log_probs(module, {"params": params}, batch, chunk=64)[:2]
     )
-    for _ in range(30):
-        state, metrics = step(state)
-    assert metrics["accuracy"] == 1.0
+    step = jax.jit(
+        functools.partial(dpo_step, module=module, config=DPOConfig(), optimizer=optimizer)
+    )
+    accuracies = []
+    for number in range(20):
+        part = pairs[number % 5 :: 5]
+        batch = pack(part, pad_id=0)
+        batch["reference_chosen"], batch["reference_rejected"] = reference(batch)
+        state, metrics = step(state, params, batch, jax.random.key(0))
+        accuracies.append(metrics["accuracy"])
+    assert accuracies[-5:] == [1.0] * 5  # Of all hundred.
     assert metrics["margin"] > 1.0
     jax.tree.map(np.testing.assert_array_equal, params, before)
+    end = first_tokens(module, params, state.params, unseen)
+    assert end[7] > 1.5 * start[7] > 0
+    assert end[8] < 0.5 * start[8]
 
 
 def test_pack_lays_out_a_pair():
@@ -144,6 +164,24 @@ def test_pack_lays_out_a_pair():
     np.testing.assert_array_equal(batch["sources"][0, :5], [2, 3, 4, 2, 6])
     np.testing.assert_array_equal(batch["targets"][0, :5], [8, 9, 2, 10, 2])
     np.testing.assert_array_equal(batch["responses"][0, :6], [1, 1, 1, 2, 2, 3])
+
+
+def test_shapes_hold_their_batches_and_change_no_loss(model):
+    module, params, adapter = model
+    needed = [pair.size for pair in PAIRS]
+    assert needed == [(8, 5), (12, 7), (5, 4), (7, 4)]
+    assert batch_shapes([(40, 17), (33, 30), (90, 20), (100, 60)], 2) == [(48, 32), (112, 64)]
+    shapes = [(9, 4), (12, 8), (16, 8)]  # The first has too few places for responses.
+    packed = pack(PAIRS, 0, shapes)
+    assert packed["tokens"].shape == (4, 12)
+    assert packed["targets"].shape == (4, 8)
+    assert pack(PAIRS, 0, shapes[:1])["tokens"].shape == (4, 16)
+    variables = {"params": params, "lora": adapter}
+    for chunk in (5, 64):
+        found = response_log_probs(module, variables, packed, chunk=chunk)
+        expected = response_log_probs(module, variables, pack(PAIRS, 0), chunk=8)
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_accumulated_batches_update_as_one_large_batch_does(model):

@@ -1,7 +1,10 @@
+import errno
 import gzip
 import hashlib
 import json
+import os
 
+import numpy as np
 import pytest
 
 from expandr_jax.data.records import (
@@ -122,7 +125,8 @@ def test_journal_goes_on_after_a_kill_at_any_byte(tmp_path):
         journal.append(ROWS[done:])
         assert part.read_bytes() == written
         journal.finish()
-        assert path.read_bytes() == written
+        assert path.read_bytes() == written[:-3] + b'."}\n'
+        assert Journal(path).rows == ROWS
         assert not part.exists()
 
 
@@ -142,7 +146,72 @@ def test_finished_journal(tmp_path):
         again.append(ROWS)
 
 
-def test_journal_with_a_spoilt_line_is_refused(tmp_path):
-    (tmp_path / "work.part").write_text('{"a": 1}\nnonsense\n')
-    with pytest.raises(UserError, match=r"work\.part:2: not JSON"):
-        Journal(tmp_path / "work")
+def test_rows_before_a_damaged_line_are_kept(tmp_path, caplog):
+    """Every byte of a journal, flipped, and every line of it, left out; finished or not."""
+    Journal(tmp_path / "whole").append(ROWS)
+    part = (tmp_path / "whole.part").read_bytes()
+    finished = Journal(tmp_path / "whole")
+    finished.finish()
+    for content, name in ((part, "work.part"), ((tmp_path / "whole").read_bytes(), "work")):
+        lines = content.splitlines(keepends=True)
+        ends = np.cumsum([len(line) for line in lines])
+        damages = [
+            (content[:i] + bytes([content[i] ^ 4]) + content[i + 1 :], int(np.sum(ends <= i)))
+            for i in range(len(content))
+        ]
+        # That an unfinished file lacks its last line cannot be told, and costs as much as a kill.
+        ends = len(lines) - (name == "work.part")
+        damages += [(b"".join(lines[:i] + lines[i + 1 :]), i) for i in range(ends)]
+        for damage, intact in damages:
+            (tmp_path / name).write_bytes(damage)
+            journal = Journal(tmp_path / "work")
+            assert journal.rows == ROWS[:intact]
+            assert not journal.finished
+            # Half a last line is what a kill leaves.
+            assert ("made again" in caplog.text) == (damage[-1:] == b"\n" or name == "work")
+            caplog.clear()
+            if not journal.finished:
+                journal.append(ROWS[len(journal.rows) :])
+                assert (tmp_path / "work.part").read_bytes() == part
+                journal.finish()
+            assert Journal(tmp_path / "work").rows == ROWS
+            (tmp_path / "work").unlink()
+
+
+def test_an_emptied_or_cut_journal_is_not_finished(tmp_path):
+    journal = Journal(tmp_path / "work")
+    journal.append(ROWS)
+    journal.finish()
+    content = (tmp_path / "work").read_bytes()
+    for size in range(len(content)):
+        (tmp_path / "work").write_bytes(content[:size])
+        journal = Journal(tmp_path / "work")
+        assert not journal.finished
+        assert journal.rows == ROWS[: content[:size].count(b"\n")]
+        (tmp_path / "work.part").unlink(missing_ok=True)
+
+
+def test_rows_can_be_dropped_from_a_finished_journal(tmp_path):
+    journal = Journal(tmp_path / "work")
+    journal.append(ROWS)
+    journal.finish()
+    journal.keep(1)
+    again = Journal(tmp_path / "work")
+    assert (again.rows, again.finished) == (ROWS[:1], False)
+    again.append(ROWS[1:])
+    assert Journal(tmp_path / "work").rows == ROWS
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "work")
+    journal.append(ROWS[:1])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"work\.part: cannot write it: No space left"):
+            journal.append(ROWS[1:])
+    journal.append(ROWS[1:])
+    assert Journal(tmp_path / "work").rows == ROWS

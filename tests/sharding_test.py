@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import Decoder, DecoderConfig, causal_mask, token_positions
-from expandr_jax.sharding import batch_divisor, make_mesh, param_shardings
+from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
+from expandr_jax.models.mask import causal_mask
+from expandr_jax.sharding import batch_divisor, make_mesh, param_shardings, place, replicated
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -46,3 +48,25 @@ def test_parameters_follow_their_logical_axes():
         if not any(spec)
     ]
     assert all("norm" in name for name in replicated)
+
+
+def test_devices_in_the_hosts_memory_share_what_all_of_them_hold():
+    mesh = make_mesh(data=4, tensor=2)
+    whole, halved = jnp.arange(4096.0).reshape(64, 64), jnp.ones((64, 64))
+    shardings = {
+        "whole": replicated(mesh),
+        "halved": jax.sharding.NamedSharding(mesh, PartitionSpec("tensor")),
+    }
+    placed = place({"whole": whole, "halved": halved}, shardings)
+    for name, value in (("whole", whole), ("halved", halved)):
+        assert placed[name].sharding == shardings[name]
+        np.testing.assert_array_equal(placed[name], value)
+    copies = {shard.data.unsafe_buffer_pointer() for shard in placed["whole"].addressable_shards}
+    assert copies == {whole.unsafe_buffer_pointer()}
+    assert len({s.data.unsafe_buffer_pointer() for s in placed["halved"].addressable_shards}) == 8
+    # So do layers cut out of a stack by numpy.
+    layer = np.asarray(whole)[32]
+    (copy,) = {
+        s.data.unsafe_buffer_pointer() for s in place(layer, replicated(mesh)).addressable_shards
+    }
+    assert copy == whole.unsafe_buffer_pointer() + 32 * 64 * 4

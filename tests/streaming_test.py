@@ -99,6 +99,7 @@ def test_source_types_return_tensor_by_tensor(tmp_path):
 MEASURE = """
 import json, resource, sys
 import jax
+from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
 from expandr_jax.weights.names import weights_of
 from expandr_jax.weights.store import named_tensors, write_model_files
@@ -107,7 +108,9 @@ from pathlib import Path
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-module, params, _ = load_model(sys.argv[1])
+mesh = None if jax.device_count() == 1 else make_mesh(1, 2, 2)
+module, params, _ = load_model(sys.argv[1], mesh=mesh)
+assert all(len(leaf.devices()) == jax.device_count() for leaf in jax.tree.leaves(params))
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 loaded = peak()
 tensors = named_tensors(params, weights_of(module.config, True), "model.", lambda _, dtype: dtype)
@@ -153,16 +156,16 @@ def test_memory_stays_flat_on_four_gigabytes(tmp_path, capsys):
     }
     store.write_model_files(source, tensors, 10**9)
     del pool, tensors
-    env = {**os.environ, "XLA_FLAGS": ""}
-    command = [sys.executable, "-c", MEASURE, str(source), str(out)]
-    printed = subprocess.run(command, check=True, env=env, capture_output=True, text=True).stdout
-    found = json.loads(printed)
-    with capsys.disabled():
-        print("\npeak resident memory beyond the parameters, GB:")
-        print({key: round(value / 1e9, 3) for key, value in found.items()})
-    assert found["parameters"] > 4e9
-    for what in ("load", "write"):
-        assert found[what] < found["largest"] + 1e9, what
+    for devices in (1, 4):
+        env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-c", MEASURE, str(source), str(out)]
+        found = json.loads(subprocess.check_output(command, env=env, text=True))
+        with capsys.disabled():
+            print(f"\n{devices} devices, peak resident memory beyond the parameters, GB:")
+            print({key: round(value / 1e9, 3) for key, value in found.items()})
+        assert found["parameters"] > 4e9
+        for what in ("load", "write"):
+            assert found[what] < found["largest"] + 1e9, what
     (out / "config.json").write_text(json.dumps(config))
     ours, theirs = HfDirectory(out), HfDirectory(source)
     assert ours.shapes() == theirs.shapes()

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 WIDTH, HEADS, INNER, LAYERS, DECODER_LAYERS, BUCKETS, PAD = 32, 4, 48, 3, 2, 32, 1
 PIECES = 36
+SCALE = 0.3  # Of the random weights.
 
 
 def twin_bucket(r):
@@ -84,7 +85,7 @@ def random_tensors(gated):
     tensors = {}
 
     def add(name, *shape):
-        tensors[name] = rng.normal(size=shape, scale=0.3).astype(np.float32)
+        tensors[name] = rng.normal(size=shape, scale=SCALE).astype(np.float32)
 
     def linear(name, width_in, width_out, bias=True):
         add(f"{name}.weight", width_out, width_in)

@@ -1,5 +1,6 @@
 """Vectors in a file: those of `encode`, whatever interrupts it, with one block in memory."""
 
+import contextlib
 import pathlib
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from expandr_jax.data.records import Journal
 from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.search import build_index, fingerprint
@@ -137,7 +139,7 @@ def test_killed_in_a_block_it_goes_on(
             file.write(b"\xff" * 77)
     np.testing.assert_array_equal(write(tiny, path, dtype=dtype), expected)
     np.testing.assert_array_equal(write(tiny, path, never(), dtype=dtype), expected)
-    (tmp_path / "v.npy.jsonl").rename(tmp_path / "v.npy.jsonl.part")  # Killed at the very end.
+    Journal(tmp_path / "v.npy.jsonl").keep(3)  # As if killed at the very end.
     np.testing.assert_array_equal(write(tiny, path, never(), dtype=dtype), expected)
     with pytest.raises(UserError, match="other weights or settings"):
         write(tiny, path, dtype="float16")
@@ -163,16 +165,47 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
         write(tiny, path, ["x", *TEXTS[1:]])
     with pytest.raises(UserError, match="fewer texts"):
         write(tiny, path, [])
-    part = tmp_path / "v.npy.part"
-    whole = part.read_bytes()
-    part.write_bytes(whole[:-1])
-    with pytest.raises(UserError, match="is shorter than"):
-        write(tiny, path)
-    part.write_bytes(whole)
+
+
+def damaged(content: bytes, how: str) -> bytes | None:
+    """What is left of a file; None: nothing at all."""
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return {"truncate": content[:middle], "flip": flipped, "empty": b"", "delete": None}[how]
+
+
+@pytest.mark.parametrize("how", ["truncate", "flip", "empty", "delete"])
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("which", ["vectors", "journal"])
+def test_what_is_damaged_is_made_again(tiny, expected, tmp_path, how, finished, which):
+    path = tmp_path / "v.npy"
+
+    def stream():
+        for number, text in enumerate(TEXTS):
+            if not finished and number == len(TEXTS) - 1:
+                raise Killed
+            yield text
+
+    with contextlib.suppress(Killed):
+        write(tiny, path, stream())
+    file = tmp_path / {"vectors": "v.npy", "journal": "v.npy.jsonl"}[which]
+    if not finished:
+        file = file.with_name(f"{file.name}.part")
+    content = damaged(file.read_bytes(), how)
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    np.testing.assert_array_equal(write(tiny, path), expected)
+    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+
+
+def test_a_damaged_header_is_made_again(tiny, expected, tmp_path):
+    path = tmp_path / "v.npy"
     write(tiny, path)
-    (tmp_path / "v.npy.jsonl").unlink()
-    with pytest.raises(UserError, match="do not fit together"):
-        write(tiny, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + b"?" + content[21:])
+    np.testing.assert_array_equal(write(tiny, path), expected)
 
 
 def test_a_vector_that_is_not_finite_is_placed(tiny, tmp_path):

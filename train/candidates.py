@@ -1,6 +1,7 @@
 """Candidates with rewards as what step B learns from, in place of pairs (dpo.loss "reward-sft")."""
 
 import collections
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -114,7 +115,8 @@ def tokenize_candidates(
         share times candidates per query, so that their mean loss is that of a query.
     """
     responses, cut = [], 0
-    for row in rows:
+    for number, row in enumerate(rows):
+        name = str(row.get("query_id", number))
         texts = [candidate["text"] for candidate in row["candidates"]]
         shares = rewards.candidate_shares(
             np.array([candidate["reward"] for candidate in row["candidates"]]),
@@ -129,9 +131,9 @@ def tokenize_candidates(
         prompt = ids[0][-prompt_length:]
         for place, part in zip(used, ids[1:], strict=True):
             response = [*part[: response_length - 1], generator.eos_ids[0]]
-            responses.append(WeightedResponse(prompt, response, float(shares[place])))
+            responses.append(WeightedResponse(prompt, response, float(shares[place]), name))
     scale = len(responses) / max(1, len(rows))
-    return [WeightedResponse(r.prompt, r.response, r.weight * scale) for r in responses], cut
+    return [dataclasses.replace(r, weight=r.weight * scale) for r in responses], cut
 
 
 class CandidateBatches(PairBatches):
@@ -144,7 +146,7 @@ class CandidateBatches(PairBatches):
         self, pairs: Sequence[WeightedResponse], chosen: Sequence[int], reference: None
     ) -> dict[str, Any]:
         """The batch of the candidates `chosen`."""
-        batch = pack_weighted([pairs[i] for i in chosen], self.models.generator.pad_id)
+        batch = pack_weighted([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
         return jax.device_put(batch, self.sharding)
 
     def reference(self, pairs: Sequence[WeightedResponse], task: str) -> None:

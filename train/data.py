@@ -59,14 +59,14 @@ class TrainingData:
 
 
 def prepare_data(run: Run) -> TrainingData:
-    """Reads or makes data/ of the workdir, with data/SOURCE.json written last.
+    """Reads data/ of the workdir, or makes it where it is not whole.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
     directory = run.path("data")
     source_path = directory / "SOURCE.json"
-    if not source_path.exists():
+    if not run.seals.intact("data"):
         config = run.config.data
         if config.kind == "pydoc":
             collection, retriever, generator, source = _harvest(run)
@@ -108,6 +108,7 @@ def prepare_data(run: Run) -> TrainingData:
                 "generator_train": generator,
             },
         )
+        run.seals.seal("data")
     source = json.loads(source_path.read_text(encoding="utf-8"))
     collection = dataclasses.replace(read_beir(directory), name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])

@@ -58,6 +58,7 @@ def train_with_dev(
         # After a kill before the row was written, the weights may be there already.
         if value > max(before, default=-1.0) and _read(best, params, number) is None:
             best.save(number, weights)
+            best.wait()  # The row below says that they are there.
         journal.append([{"step": step, CHOSEN_BY: value}])
         run.metrics.rewind(f"{phase}-dev", round_, step)
         run.metrics.write(f"{phase}-dev", round_, step, {CHOSEN_BY: value})

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.beir import mean_over_sets, mean_table
+from eval.pages import write_mean
+from eval.sets import mean_over_sets
 from eval.systems import (
     MEASURES,
     SYSTEMS,
@@ -18,11 +19,11 @@ from eval.systems import (
     choose,
     dense_run,
     finish_run,
+    fuse,
 )
 from expandr_jax import metrics, rewards
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import write_json, write_jsonl
-from expandr_jax.fusion import expanded_query
 from expandr_jax.report import results_table
 from expandr_jax.search import Bm25Index
 from train.benchmarks import find_benchmarks
@@ -70,7 +71,8 @@ def evaluate(
     """
     directory = run.path("tests", set_name) if set_name else run.path()
     path = directory / "results.json"
-    if path.exists():
+    files = result_files(set_name)
+    if run.seals.intact(*files):
         return json.loads(path.read_text(encoding="utf-8"))
     systems = _systems(run, trained)
     texts = _sample_expansions(run, models, data, trained, systems, set_name)
@@ -95,7 +97,14 @@ def evaluate(
         write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
         results = _results(directory, data, systems, choices, samples)
         write_json(path, results)
+        run.seals.seal(*files)
     return results
+
+
+def result_files(set_name: str) -> list[str]:
+    """What `evaluate` writes, from the workdir."""
+    names = "results.json", "qrels.trec", "runs", "evaluation"
+    return [f"tests/{set_name}/{name}" if set_name else name for name in names]
 
 
 def evaluate_benchmarks(
@@ -114,7 +123,7 @@ def evaluate_benchmarks(
     results = {}
     for name, benchmark in find_benchmarks(run).items():
         path = run.path("tests", name, "results.json")
-        if path.exists():  # Its corpus may take minutes to read.
+        if run.seals.intact(*result_files(name)):  # Its corpus may take minutes to read.
             results[name] = json.loads(path.read_text(encoding="utf-8"))
         else:
             collection = read_beir(benchmark.files)
@@ -130,7 +139,7 @@ def evaluate_benchmarks(
     if len(results) > 1:
         mean = mean_over_sets(results)
         write_json(run.path("tests", "mean.json"), mean)
-        run.console.print(mean_table(mean))
+        run.console.print(write_mean(run.path("tests"), mean))
 
 
 def _on_benchmark(
@@ -286,7 +295,7 @@ def _sample_ranks(
     for split, part in encoded.items():
         samples, width = part.expansions.shape[1:]
         vectors = np.asarray(
-            expanded_query(
+            fuse(
                 np.repeat(part.queries, samples, axis=0),
                 part.expansions.reshape(-1, 1, width),
                 part.present.reshape(-1, 1),

@@ -15,8 +15,9 @@ from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.server import ServerEngine
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
 from expandr_jax.sharding import batch_divisor
-from train.models import Models
+from train.models import Models, sampling_memory
 from train.run import Run
+from train.stopping import held
 
 COMPLETIONS_PER_WRITE = 32
 
@@ -132,26 +133,33 @@ def _sample(
     left = [r for r in requests if (r.id.removeprefix(name), r.sample) not in done]
     engine = _server(run, models, adapter) or _engine(run, models, adapter, requests)
     waiting: list[dict[str, Any]] = []
-    with run.progress(f"{purpose}: texts", len(requests), len(done)) as advance:
-        for completion in engine.generate(left):
-            text = completion.text
-            if text is None:
-                text = models.generator.decode(list(completion.tokens))
-            waiting.append(
-                {
-                    "query_id": completion.id.removeprefix(name),
-                    "sample": completion.sample,
-                    "text": text,
-                    "tokens": len(completion.tokens),
-                    "finished": completion.finished,
-                    "near_ties": completion.near_ties,
-                }
-            )
-            advance(1)
-            if len(waiting) >= COMPLETIONS_PER_WRITE:
-                journal.append(waiting)
-                waiting = []
-    journal.append(waiting)
+
+    def write() -> None:
+        with held():  # Half of a write would have its rows sampled again.
+            journal.append(waiting)
+            waiting.clear()
+
+    try:
+        with run.progress(f"{purpose}: texts", len(requests), len(done)) as advance:
+            for completion in engine.generate(left):
+                text = completion.text
+                if text is None:
+                    text = models.generator.decode(list(completion.tokens))
+                waiting.append(
+                    {
+                        "query_id": completion.id.removeprefix(name),
+                        "sample": completion.sample,
+                        "text": text,
+                        "tokens": len(completion.tokens),
+                        "finished": completion.finished,
+                        "near_ties": completion.near_ties,
+                    }
+                )
+                advance(1)
+                if len(waiting) >= COMPLETIONS_PER_WRITE:
+                    write()
+    finally:  # What is finished is kept when SIGTERM ends this, too.
+        write()
     journal.finish(sorted(journal.rows, key=lambda row: (row["query_id"], row["sample"])))
 
 
@@ -184,6 +192,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         seed=run.config.seed,
         prefix=prefix,
         mesh=models.sampling_mesh,
+        memory_limit_bytes=sampling_memory(settings),
     )
 
 

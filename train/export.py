@@ -23,9 +23,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.lora import LoraConfig, merge_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.weights.adapter import export_adapter, load_adapter
+from expandr_jax.weights.adapter import adapter_base, export_adapter, load_adapter
 from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
-from expandr_jax.weights.hf import load_generator, load_retriever, open_files
+from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from expandr_jax.weights.source import locate
 from train.launch import define_workdir, launch
 
@@ -65,7 +65,9 @@ def base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
     """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
     load the source itself."""
     source = config.generator.source
-    if source.startswith("package:") or source.endswith(".gguf"):
+    alien = source.startswith("package:") or source.endswith(".gguf")
+    # An adapter on an adapter is more than peft's files can say.
+    if alien or adapter_base(locate(source)) is not None:
         return str(workdir / "export" / "base")
     return source
 
@@ -116,7 +118,8 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
 
 def _with_types_of(model: Any, source: str) -> Any:
     """A Retriever or Generator that takes its types for "source" from another source."""
-    types = {name: str(dtype) for name, dtype in open_files(locate(source)).dtypes().items()}
+    files, _ = open_model(source)
+    types = {name: str(dtype) for name, dtype in files.dtypes().items()}
     return dataclasses.replace(model, source=dataclasses.replace(model.source, dtypes=types))
 
 

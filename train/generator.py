@@ -9,13 +9,13 @@ trains it alone, on any file in TRL's formats; `train.joint` calls the same func
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from absl import flags
 from rich.console import Console
 
@@ -26,6 +26,7 @@ from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
+from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.preference import DPOConfig
 from expandr_jax.reward_sft import RewardSftConfig
 from expandr_jax.sharding import batch_divisor
@@ -40,11 +41,13 @@ from train.candidates import (
     tokenize_candidates,
 )
 from train.export import base_name
+from train.identity import model_hashes
 from train.launch import define_config, define_workdir, launch
 from train.loop import fit
 from train.models import GeneratorModel, load_generator_model
 from train.pairs import DevPairs, PairBatches, tokenize_pairs
 from train.run import Run
+from train.telemetry import Contents
 
 
 def train_generator(
@@ -110,6 +113,12 @@ def train_generator(
         )
     )
     batches = kind(run, models, batch_size, objective(config))
+
+    def chosen(number: int) -> np.ndarray:
+        """The examples of a step."""
+        return batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
+
+    batches.choose_shapes(pairs, [chosen(number) for number in range(steps)])
     reference = batches.reference(pairs, "reference log-probabilities")
     dev = DevPairs(run, models, batches, dev_pairs, round_)
     lora = module.lora
@@ -138,9 +147,23 @@ def train_generator(
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
+    def chosen(number: int) -> Any:
+        return batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
+
     def batch(number: int) -> dict[str, Any]:
-        chosen = batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
-        return batches.pack(pairs, chosen, reference)
+        return batches.pack(pairs, chosen(number), reference)
+
+    @functools.cache
+    def flops(tokens: int, logits: int) -> int:
+        return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
+
+    def contents(number: int) -> Contents:
+        drawn = [pairs[i] for i in chosen(number)]
+        return Contents(
+            [pair.name for pair in drawn],
+            sum(pair.tokens for pair in drawn),
+            sum(flops(pair.tokens, pair.tokens - len(pair.prompt)) for pair in drawn),
+        )
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
@@ -156,6 +179,7 @@ def train_generator(
             steps=last,
             checkpoints=checkpoints,
             save_every=config.save_every * accumulation,
+            contents=contents,
         ).params
 
     for last in dev.steps_left(steps, config.eval_every * accumulation):
@@ -208,6 +232,7 @@ def train_adapter(
     run = Run(workdir, config, console)
     with run.phase("model"):
         model = load_generator_model(config)
+        run.check_models(model_hashes(model))
     with run.phase("data"):
         rows = _read_pairs(run, model.generator)
     with run.phase("reward-sft" if is_rewarded(config.dpo) else "DPO"):
@@ -241,7 +266,7 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
     if not source_path.exists():
         source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
         write_json(source_path, source)
-    elif json.loads(source_path.read_text(encoding="utf-8"))["files"] != files:
+    elif run.read_json(source_path).get("files") != files:
         raise UserError(f"{path}: has changed since this run began; use a new --workdir")
     return rows
 

@@ -23,14 +23,16 @@ from train.candidates import is_rewarded, rewarded_candidates
 from train.corpus import Corpus, encode_corpus
 from train.data import TrainingData, prepare_data
 from train.evaluation import Trained, evaluate, evaluate_benchmarks
+from train.examples import triple_examples
 from train.expansion import expansion_prompts, sample_texts
 from train.export import export_run
 from train.generator import train_generator
+from train.identity import model_hashes
 from train.launch import define_config, define_workdir, launch
 from train.models import Models, load_models
 from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
-from train.retriever import train_retriever, triple_examples
+from train.retriever import train_retriever
 from train.run import Run
 from train.search_rewards import check_rewards
 
@@ -65,6 +67,7 @@ def train_joint(
     )
     with run.phase("models"), run.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
+    run.check_models(model_hashes(models))
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
@@ -107,7 +110,11 @@ def train_joint(
     results = evaluate(run, models, data, trained)
     evaluate_benchmarks(run, models, trained, results["chosen"])
     with run.phase("export"), run.progress("models exported", 3) as advance:
+        exports = [f"export/{name}" for name in ("retriever", "adapter", "generator")]
+        whole = [run.seals.intact(name) for name in exports]
         export_run(run.workdir, config, models.retriever, params, adapter, advance)
+        if not all(whole):
+            run.seals.seal(*exports)
     with run.phase("report"), run.progress("pages written", 1) as advance:
         report = write_report(run.workdir)
         advance(1)
@@ -216,6 +223,7 @@ def _train(
         phase=phase,
         round_=round_,
         samples=samples,
+        ids=data.retriever_train,
     )
 
 

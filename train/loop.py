@@ -1,8 +1,5 @@
 """The training loop that both models share: batches ahead, checkpoints, exact resume."""
 
-import signal
-import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,31 +8,13 @@ import jax
 import numpy as np
 
 from expandr_jax.checkpoint import Checkpoints
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.train_state import TrainState
 from train.run import Run
+from train.stopping import held
+from train.telemetry import Contents, Costs, Profile, SpikeWatch
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
-
-
-class Preemption:
-    """Turns SIGTERM, the notice that a machine will be taken, into a request to stop."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
-
-    def __enter__(self) -> "Preemption":
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-        return self
-
-    def _on_signal(self, *_: object) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
 
 
 def fit(
@@ -50,6 +29,7 @@ def fit(
     steps: int,
     checkpoints: Checkpoints,
     save_every: int,
+    contents: Callable[[int], Contents] = lambda _: Contents(()),
 ) -> TrainState:
     """Runs steps `first_step` to `first_step + steps`, or what a checkpoint leaves of them.
 
@@ -63,65 +43,87 @@ def fit(
         first_step: Number of this phase's first step among the checkpoints.
         steps: Steps of this phase.
         checkpoints: Where to save; a later step found here is restored.
-        save_every: Steps between saves; the last step is always saved.
+        save_every: Steps between saves, which go on while training does; the last step is always
+            saved.
+        contents: Step number within this phase -> what its batch is made of.
 
     Returns:
-        The state after the last step.
+        The state after the last step, when that is on disk.
 
     Raises:
-        UserError: If a loss or gradient is not finite, naming the last good checkpoint.
+        NotFiniteError: If a loss, gradient or parameter is not finite, naming the step and its
+            examples.
+        Stopped: If a SIGTERM comes; the step is saved.
     """
     last = first_step + steps
     start = first_step
     restored = checkpoints.restore(state, after=first_step, at_most=last)
     if restored is not None:
         start, state = restored
+        run.last_good = f"step {start} in {checkpoints.directory}"
         if start == last:
             return state
     run.metrics.rewind(phase, round_, start - first_step)
-    saved = start if start > first_step else None
+    costs, spikes = Costs(run.config), SpikeWatch()
+    where = f"{phase}, round {round_}, step"
 
-    def record(step: int, metrics: dict[str, jax.Array]) -> None:
+    def diverged(step: int, made_of: Contents, what: str) -> NotFiniteError:
+        checkpoints.wait()
+        return NotFiniteError(
+            f"{where} {step}: {what}; {made_of.named}. Lower the learning rate, or look at these "
+            "examples"
+        )
+
+    def record(step: int, metrics: dict[str, jax.Array], made_of: Contents) -> None:
         values = {name: float(np.asarray(value)) for name, value in metrics.items()}
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
-            good = (
-                "there is none yet" if saved is None else f"step {saved} in {checkpoints.directory}"
+            raise diverged(step, made_of, f"{bad[0]} is not finite")
+        run.metrics.write(phase, round_, step, values, costs.of_step(made_of))
+        median = spikes.median_if_spike(values["loss"]) if "loss" in values else None
+        if median is not None:
+            run.console.print(
+                f"  {where} {step}: the loss is {values['loss']:.4g}, where the median of the "
+                f"steps before is {median:.4g}; {made_of.named}",
+                markup=False,
             )
-            raise UserError(
-                f"{phase}, round {round_}, step {step}: {bad[0]} is not finite; lower the learning "
-                f"rate. The last good checkpoint: {good}"
-            )
-        run.metrics.write(phase, round_, step, values)
 
+    def prepare(step: int) -> tuple[Any, Contents]:
+        return make_batch(step), contents(step)
+
+    traced = run.path("profile", f"{phase}-round-{round_}")
     with (
-        Preemption() as preemption,
+        held() as notice,
         ThreadPoolExecutor(1) as ahead,
+        Profile(traced, run.config.log.profile_steps).watch() as profile,
         run.progress(f"{phase} steps", steps, start - first_step) as advance,
     ):
-        following = ahead.submit(make_batch, start - first_step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        following = ahead.submit(prepare, start - first_step)
+        pending: tuple[int, dict[str, jax.Array], Contents] | None = None
         for number in range(start, last):
-            batch = following.result()
+            batch, made_of = following.result()
             if number + 1 < last:
-                following = ahead.submit(make_batch, number + 1 - first_step)
+                following = ahead.submit(prepare, number + 1 - first_step)
+            profile.before_step()
             state, metrics = step_fn(state, batch)
             # The previous step's figures are fetched while this one runs.
             if pending is not None:
                 record(*pending)
-            pending = (number - first_step, metrics)
+            pending = (number - first_step, metrics, made_of)
             done = number + 1
-            if done % save_every == 0 or done == last or preemption.requested:
+            if done % save_every == 0 or done == last or notice.requested:
                 record(*pending)
                 pending = None
-                checkpoints.save(done, state)
-                saved = done
+                try:
+                    checkpoints.save(done, state)
+                except NotFiniteError as error:
+                    raise diverged(number - first_step, made_of, str(error)) from None
+                run.last_good = f"step {done} in {checkpoints.directory}"
             advance(1)
-            if preemption.requested and done < last:
-                run.console.print(
-                    f"stopped by SIGTERM at {phase} step {done - first_step}, saved; "
-                    "the same command goes on from here"
-                )
-                run.close()
-                sys.exit(0)
+            if notice.requested:
+                notice.where = f" at {phase} step {done - first_step}, saved"
+                break
+        checkpoints.wait()
+        if notice.requested:
+            run.close()
     return state

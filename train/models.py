@@ -8,17 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import psutil
 from jax.sharding import Mesh
 
 from expandr_jax.checkpoint import hash_tree
 from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
+from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import adapter_shardings, make_mesh
+from expandr_jax.sharding import adapter_shardings, make_mesh, place
 from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
+
+SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
+WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class GeneratorModel:
         dpo_mesh: The devices, as training has them.
         sampling_mesh: The same devices, as sampling has them.
         generator: The language model, with its LoRA settings.
-        generator_params: Its frozen base weights, in the compute type, on `dpo_mesh`.
+        generator_params: Its frozen base weights, on `dpo_mesh`.
         generator_hash: sha256 of the base weights.
     """
 
@@ -106,11 +111,14 @@ def load_models(config: ml_collections.ConfigDict, progress: Callable[[int], Non
         progress: Called with 1 after each of the two models.
 
     Raises:
-        UserError: A model cannot be found, read or verified, or the mesh does not fit.
+        UserError: A model cannot be found, read or verified, the mesh does not fit, or sampling
+            would need more memory than there is.
     """
     retriever = load_retriever_model(config)
     progress(1)
     generator = load_generator_model(config)
+    if not config.generator.server.url:
+        _check_sampling(config, generator)
     progress(1)
     return Models(**{**vars(retriever), **vars(generator)})
 
@@ -139,22 +147,51 @@ def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
 def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     """The config's generator with its LoRA settings; errors as of `load_models`.
 
-    The base never changes, so one copy in the compute type serves sampling and DPO alike.
+    The base never changes, so one copy in a small type serves sampling and DPO alike.
     """
     source = config.generator
-    dtype = jnp.dtype(source.compute_dtype)
     mesh = phase_mesh(config.mesh, "dpo")
     sampling_mesh = phase_mesh(config.mesh, "sampling")
+    weights = source.weights or source.compute_dtype
+    if weights not in WEIGHTS:
+        raise UserError(f"generator.weights is {weights!r}; expected {', '.join(WEIGHTS)}")
     generator, params = load_generator(
-        source.source, sha256=source.sha256, compute_dtype=dtype, mesh=mesh
+        source.source,
+        dtype=jnp.dtype(weights),
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+        mesh=mesh,
     )
     lora = LoraConfig(**config.lora)
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=lora, remat=source.remat)
     )
-    params = jax.tree_util.tree_map_with_path(
-        # Norms compute in float32 and keep their scales so; products use the compute type only.
-        lambda path, leaf: leaf if path[-1].key == "scale" else leaf.astype(dtype),
-        params,
-    )
+    # Devices of a processor have one copy between them, where each holds the whole.
+    params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     return GeneratorModel(mesh, sampling_mesh, generator, params, hash_tree(params))
+
+
+def sampling_memory(config: ml_collections.ConfigDict) -> int:
+    """Bytes of each device that sampling may take, by the config's `generator` section."""
+    if config.memory_limit:
+        return int(config.memory_limit * 2**30)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    # Devices of a processor have the host's memory between them.
+    return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
+
+
+def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) -> None:
+    """Refuses, before hours of work, texts that are too many or too long for the memory."""
+    settings = config.generator
+    longest = max(getattr(config, stage).max_new_tokens for stage in SAMPLING_STAGES)
+    module = model.generator.module
+    plan = plan_memory(
+        module,
+        model.generator_params,
+        slots=settings.slots,
+        buckets=tuple(settings.prompt_buckets),
+        length=max(settings.prompt_buckets) + longest,
+        cache_dtype=cache_type(module),
+        mesh=model.sampling_mesh,
+    )
+    check_memory(plan, sampling_memory(settings))

@@ -28,10 +28,12 @@ def mine_training_negatives(
     Returns:
         Query id -> texts of its negatives, hardest first.
     """
-    path = run.path(f"round-{round_}", "triples.jsonl")
-    if not path.exists():
+    name = f"round-{round_}/triples.jsonl"
+    path = run.path(name)
+    if not run.seals.intact(name):
         with run.phase(f"hard negatives, round {round_}"):
             _mine(run, models, params, corpus, data, round_)
+        run.seals.seal(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(path, fields)}
 

@@ -8,10 +8,12 @@ import jax
 import numpy as np
 
 from expandr_jax.data.records import Journal, hash_json
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.preference import (
     PreferencePair,
+    Shape,
+    batch_shapes,
     dpo_values,
     pack,
 )
@@ -21,6 +23,9 @@ from expandr_jax.weights.adapter import export_adapter, load_adapter
 from train.export import base_name
 from train.models import GeneratorModel
 from train.run import Run
+
+MOST_SHAPES = 6  # Of a training's batches.
+STEPS_PER_SHAPE = 40  # A shape is a program to compile, for as long as a few steps take.
 
 
 def tokenize_pairs(
@@ -42,13 +47,13 @@ def tokenize_pairs(
         The pairs, and how many texts had to be cut.
     """
     pairs, cut = [], 0
-    for row in rows:
+    for number, row in enumerate(rows):
         texts = [row[name] for name in ("prompt", "chosen", "rejected")]
         ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompt = ids[0][-prompt_length:]
         responses = [[*part[: response_length - 1], generator.eos_ids[0]] for part in ids[1:]]
         cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
-        pairs.append(PreferencePair(prompt, *responses))
+        pairs.append(PreferencePair(prompt, *responses, name=str(row.get("query_id", number))))
     return pairs, cut
 
 
@@ -64,6 +69,7 @@ class PairBatches:
     Attributes:
         values: The objective: an adapter, a base and a batch to losses and figures.
         examples: What they are called in messages.
+        shapes: That batches are padded to; see `choose_shapes`.
     """
 
     values = staticmethod(dpo_values)
@@ -72,6 +78,7 @@ class PairBatches:
     def __init__(self, run: Run, models: GeneratorModel, batch_size: int, settings: Any):
         self.run, self.models, self.batch_size = run, models, batch_size
         self.settings = settings
+        self.shapes: list[Shape] = []
         mesh, module, base = models.dpo_mesh, models.generator.module, models.base_shardings
         self.sharding = batch_sharding(mesh)
         self._log_probs = reference_program(mesh, base, module=module, chunk=settings.chunk)
@@ -84,11 +91,19 @@ class PairBatches:
             config=settings,
         )
 
+    def choose_shapes(self, pairs: Sequence[Any], parts: Sequence[Sequence[int]]) -> None:
+        """Sets `shapes` to what suits the batches of a training, each the places of its pairs."""
+        needed = []
+        for part in parts:
+            lengths, responses = zip(*(pairs[i].size for i in part), strict=True)
+            needed.append((max(lengths), max(responses)))
+        self.shapes = batch_shapes(needed, min(MOST_SHAPES, 1 + len(parts) // STEPS_PER_SHAPE))
+
     def pack(
         self, pairs: Sequence[PreferencePair], chosen: Sequence[int], reference: np.ndarray
     ) -> dict[str, Any]:
         """The batch of the pairs `chosen`, with the reference's log-probabilities."""
-        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id)
+        batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
         batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
         return jax.device_put(batch, self.sharding)
 
@@ -98,8 +113,9 @@ class PairBatches:
         They are kept beside the pairs and used again only for the same pairs and weights.
         """
         identity = hash_json([self.models.generator_hash, [_ids(p) for p in pairs]])
-        path = self.run.path("work", f"reference-{identity[:16]}.npy")
-        if path.exists():
+        name = f"work/reference-{identity[:16]}.npy"
+        path = self.run.path(name)
+        if self.run.seals.intact(name):
             return np.load(path, allow_pickle=False)
         result = np.zeros((len(pairs), 2), np.float32)
         variables = {"params": self.models.generator_params}
@@ -107,7 +123,7 @@ class PairBatches:
             # Pairs of like length share a batch.
             order = sorted(range(len(pairs)), key=lambda i: sum(map(len, _ids(pairs[i]))))
             for chosen, filled in self._filled(order):
-                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id)
+                batch = pack([pairs[i] for i in filled], self.models.generator.pad_id, self.shapes)
                 both = self._log_probs(variables, jax.device_put(batch, self.sharding))[:2]
                 result[chosen] = np.stack(both, axis=1)[: len(chosen)]
                 advance(len(chosen))
@@ -115,6 +131,7 @@ class PairBatches:
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, result)
         temporary.replace(path)
+        self.run.seals.seal(name)
         return result
 
     def evaluate(
@@ -164,7 +181,8 @@ class DevPairs:
         self._run, self._batches, self._pairs, self._round = run, batches, pairs, round_
         self._module = models.generator.module
         self._journal = Journal(run.path("work", f"round-{round_}", "generator-dev.jsonl"))
-        self._best = run.path(f"round-{round_}", "best-adapter")
+        self._name = f"round-{round_}/best-adapter"
+        self._best = run.path(self._name)
         if pairs:
             self._reference = batches.reference(pairs, "reference on dev pairs")
 
@@ -178,13 +196,14 @@ class DevPairs:
         """Takes the adapter's figures after a step, and keeps it if none had a lower loss."""
         figures = self._batches.evaluate(adapter, self._pairs, self._reference)
         if not all(map(math.isfinite, figures.values())):
-            raise UserError(
+            raise NotFiniteError(
                 f"generator, round {self._round}, step {step}: the loss on dev pairs is not "
                 "finite; lower the learning rate"
             )
         if all(figures["loss"] < row["loss"] for row in self._journal.rows):
             base = base_name(self._run.workdir, self._run.config)
             export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
+            self._run.seals.seal(self._name)
         self._run.metrics.rewind("generator-dev", self._round, step)
         self._run.metrics.write("generator-dev", self._round, step, figures)
         # Last, so that a kill before it has all of this done again.
@@ -196,9 +215,20 @@ class DevPairs:
         self._run.console.print(f"  step {step}: {', '.join([loss, *shown])}")
 
     def best(self) -> Any | None:
-        """The adapter with the lowest loss; None where no pairs are held out."""
+        """The adapter with the lowest loss; None where no pairs are held out.
+
+        Raises:
+            UserError: It is damaged.
+        """
         if not self._pairs:
             return None
+        if not self._run.seals.intact(self._name):
+            self._journal.keep(0)
+            checkpoints = f"generator-{self._round}" if self._round else "generator"
+            raise UserError(
+                f"{self._best}: was damaged; remove {self._run.path('checkpoints', checkpoints)}, "
+                "and the same command trains it again"
+            )
         if not self._journal.finished:
             self._journal.finish()
         best = min(self._journal.rows, key=lambda row: row["loss"])

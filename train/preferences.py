@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from eval.systems import fuse
 from expandr_jax import rewards
 from expandr_jax.data.records import read_jsonl, write_jsonl
-from expandr_jax.fusion import expanded_query
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from train.corpus import Corpus
@@ -28,17 +30,18 @@ def make_preferences(
     round_: int,
 ) -> list[dict[str, Any]]:
     """Writes candidates.jsonl and preferences.jsonl of a round; returns the latter's rows."""
-    directory = run.path(f"round-{round_}")
-    path = directory / "preferences.jsonl"
-    if not path.exists():
+    files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
+    candidates_path, path = (run.path(name) for name in files)
+    if not run.seals.intact(*files):
         with run.phase(f"candidates, round {round_}"):
             candidates = _sample_candidates(run, models, adapter, data, round_)
         with run.phase(f"self-answers, round {round_}"):
             answers = _self_answers(run, models, adapter, data, round_)
         with run.phase(f"rewards, round {round_}"):
-            rows = _score(run, models, retriever_params, corpus, data, candidates, answers)
-            write_jsonl(directory / "candidates.jsonl", rows)
+            rows = _score(run, models, retriever_params, corpus, data, candidates, answers, round_)
+            write_jsonl(candidates_path, rows)
             write_jsonl(path, _select(run, models, rows))
+            run.seals.seal(*files)
     return [row for _, row in read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})]
 
 
@@ -110,6 +113,7 @@ def _score(
     data: TrainingData,
     candidates: Mapping[tuple[str, int], str],
     answers: Mapping[str, str],
+    round_: int,
 ) -> list[dict[str, Any]]:
     """Rows of candidates.jsonl: similarities, ranks and rewards of every candidate."""
     config = run.config
@@ -130,8 +134,9 @@ def _score(
         query_vectors = encode(data.queries(queries), "query")
     place = {document: i for i, document in enumerate(corpus.ids)}
     positives = np.array([place[data.positive(query)] for query in queries])
+    normalized = jax.jit(l2_normalize)
     candidate_units, positive_units, answer_units = (
-        np.asarray(l2_normalize(x))
+        np.asarray(normalized(x))
         for x in (candidate_vectors, corpus.vectors[positives], answer_vectors)
     )
     similarity_positive = np.einsum("qcd,qd->qc", candidate_units, positive_units)
@@ -143,7 +148,7 @@ def _score(
         "answer": rewards.reciprocal_rank(rank_answer),
     }
     if config.reward.corpus > 0 or config.reward.group > 0:
-        fused = expanded_query(
+        fused = fuse(
             np.repeat(query_vectors, count, axis=0),
             candidate_vectors.reshape(len(flat), 1, -1),
             np.array([[bool(text)] for text in flat]),
@@ -163,6 +168,13 @@ def _score(
         group=config.reward.group,
     )
     total = rewards.total_reward(terms, weights)
+    finite = np.isfinite(total).all(axis=1)
+    if not finite.all():
+        bad = [query for query, right in zip(queries, finite, strict=True) if not right]
+        raise NotFiniteError(
+            f"rewards, round {round_}: not finite for queries {', '.join(bad)}; the retriever's "
+            "weights are damaged or training diverged"
+        )
     return [
         {
             "query_id": query,

@@ -8,16 +8,16 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 
 from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
@@ -26,7 +26,6 @@ from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
-    Passage,
     draw_passages,
     make_batch,
     stays_plain,
@@ -35,23 +34,25 @@ from expandr_jax.data.batches import batch_indices
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.data.triples import Triple, read_triples
-from expandr_jax.encoding import Kind, TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.bert import Bert
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.search import build_index
 from expandr_jax.sharding import batch_divisor, replicated
 from expandr_jax.steps import contrastive_program, model_shardings
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.export import export_encoder, export_retriever
 from train.early_stopping import train_with_dev
+from train.examples import triple_examples
+from train.identity import model_hashes
 from train.launch import define_config, define_workdir, launch
 from train.loop import fit
 from train.models import RetrieverModel, load_retriever_model
 from train.run import Run
 from train.source import data_path
-
-TEXTS_AT_ONCE = 4096  # Tokenized in one call.
+from train.telemetry import Contents
 
 
 def train_retriever(
@@ -64,6 +65,7 @@ def train_retriever(
     phase: str,
     round_: int,
     samples: int,
+    ids: Sequence[str] | None = None,
     evaluate: Callable[[Any], float] | None = None,
 ) -> Any:
     """One round of step A.
@@ -77,6 +79,7 @@ def train_retriever(
         phase: "retriever", or "fine-tuned" for the baseline on plain queries.
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
+        ids: What messages call the examples; None: their numbers, from 0.
         evaluate: Weights to a dev measure, called every `config.eval_every` steps and at the end;
             None trains all steps.
 
@@ -100,7 +103,8 @@ def train_retriever(
             accumulation=config.accumulation,
         )
     )
-    mesh, retriever = models.contrastive_mesh, training_retriever(models.retriever, config)
+    mesh = models.contrastive_mesh
+    retriever = training_retriever(models.retriever, config, mesh)
     placed = model_shardings(mesh, retriever.module, params)
     params = start = jax.device_put(params, placed)
     if config.learn_temperature:
@@ -119,16 +123,34 @@ def train_retriever(
     seed, pad_id = run.config.seed, models.retriever.tokenizer.pad_token_id
     dropout_key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
 
-    def batch(step: int) -> dict[str, Any]:
+    def chosen(step: int) -> dict[int, ContrastiveExample]:
+        """The examples of a step as it sees them, by their numbers."""
         number = round_ * steps + step
         epoch = number // (len(examples) // config.batch_size)
-        chosen = []
+        drawn = {}
         for i in batch_indices(seed, number, len(examples), config.batch_size).tolist():
             example = draw_passages(examples[i], config.negatives, seed=seed, epoch=epoch, query=i)
             if stays_plain(config.plain_share, seed=seed, step=number, query=i):
                 example = dataclasses.replace(example, expansions=())
-            chosen.append(example)
-        return make_batch(chosen, pad_id, samples, config.negatives)
+            drawn[i] = example
+        return drawn
+
+    def batch(step: int) -> dict[str, Any]:
+        drawn, longest = [*chosen(step).values()], models.retriever.max_length
+        return make_batch(drawn, pad_id, samples, config.negatives, longest=longest)
+
+    @functools.cache
+    def flops(length: int) -> int:
+        return forward_flops(models.retriever.module, params, 1, length)
+
+    def contents(step: int) -> Contents:
+        drawn, texts = chosen(step), []
+        for example in drawn.values():
+            negatives = (passage.ids for passage in example.negatives)
+            texts += [example.query, example.positive, *example.expansions[:samples], *negatives]
+        names = [str(i) if ids is None else ids[i] for i in drawn]
+        lengths = [len(text) for text in texts]
+        return Contents(names, sum(lengths), TRAINING * sum(map(flops, lengths)))
 
     identity = {
         "model": models.retriever_hash,
@@ -154,6 +176,7 @@ def train_retriever(
             steps=last,
             checkpoints=checkpoints,
             save_every=config.save_every * config.accumulation,
+            contents=contents,
         )
         return state.params["retriever"] if config.learn_temperature else state.params
 
@@ -173,9 +196,13 @@ def train_retriever(
     )
 
 
-def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
+def training_retriever(
+    retriever: Retriever, config: ml_collections.ConfigDict, mesh: Mesh
+) -> Retriever:
     """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
     module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
+    if isinstance(module, Bert) and mesh.devices.flat[0].platform == "cpu":
+        module = module.clone(unroll=True)
     return dataclasses.replace(retriever, module=module)
 
 
@@ -267,6 +294,7 @@ def train_on_triples(
             raise UserError(f"{config.data.dev}/qrels/dev.tsv: missing; it decides what is kept")
     with run.phase("models"):
         models = load_retriever_model(config)
+        run.check_models(model_hashes(models))
         examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:
@@ -321,51 +349,9 @@ def _read(run: Run) -> list[Triple]:
     path = run.path("data", "SOURCE.json")
     if not path.exists():
         write_json(path, source)
-    elif json.loads(path.read_text(encoding="utf-8")) != source:
+    elif run.read_json(path) != source:
         raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
     return triples
-
-
-def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[ContrastiveExample]:
-    """Tokenizes triples; a query's right passages on other lines are known to be right, too."""
-    queries = _tokens(encoder, (t.query for t in triples), "query")
-    documents = _tokens(
-        encoder, (x for t in triples for x in (*t.positives, *t.negatives, *t.expansions)),
-        "document",
-    )  # fmt: skip
-    known: dict[str, set[str]] = {}
-    for triple in triples:
-        known.setdefault(triple.query, set()).update(triple.positives)
-    examples = []
-    for triple in triples:
-        texts = (*triple.positives, *triple.negatives)
-        scores = triple.teacher_scores or [None] * len(texts)
-        passages = [Passage(documents[x], x, score) for x, score in zip(texts, scores, strict=True)]
-        first, *others = passages[: len(triple.positives)]
-        examples.append(
-            ContrastiveExample(
-                query=queries[triple.query],
-                expansions=[documents[x] for x in triple.expansions],
-                positive=first.ids,
-                positive_text=first.text,
-                negatives=passages[len(triple.positives) :],
-                other_positives=others,
-                known=known[triple.query],
-                positive_score=first.score,
-            )
-        )
-    return examples
-
-
-def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, np.ndarray]:
-    """Text -> token ids; equal texts are kept once, as arrays, which are a fifth of a list."""
-    unique = list(dict.fromkeys(texts))
-    result = {}
-    for start in range(0, len(unique), TEXTS_AT_ONCE):
-        block = unique[start : start + TEXTS_AT_ONCE]
-        for text, ids in zip(block, encoder.tokenize(block, kind), strict=True):
-            result[text] = np.array(ids, np.int32)
-    return result
 
 
 def main(_: Any) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import ml_collections
 import psutil
-import tensorboardX
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,13 +25,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from expandr_jax.data.records import write_json, write_text
-from expandr_jax.errors import UserError
+from expandr_jax.data.records import hash_json, write_json
+from expandr_jax.errors import NotFiniteError, UserError
+from train.metrics_log import MetricsLog
+from train.seals import Seals
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
     "scipy", "scann", "ir-measures", "bm25s", "tensorflow-datasets", "grain",
 )  # fmt: skip
+FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
+CHECKPOINT = "The last good checkpoint"
 SECONDS_BETWEEN_LINES = 10.0  # Where there is no terminal to draw a bar on.
 SHARE_BEFORE_ESTIMATE = 0.02  # Of the items; the first ones wait for programs to compile.
 
@@ -44,6 +47,9 @@ class Run:
         workdir: Made if absent; a run that is there already is continued.
         config: The resolved configuration; must be the one the workdir was made with.
         console: Where progress goes.
+
+    Attributes:
+        last_good: The latest checkpoint, for messages.
 
     Raises:
         UserError: If the directory cannot be written, is in use, or holds another config's run.
@@ -65,13 +71,24 @@ class Run:
         self._check_config()
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
-        self.metrics = MetricsLog(self.workdir)
+        self.seals = Seals(self.workdir, lambda text: console.print(f"  {text}", markup=False))
+        self.metrics = MetricsLog(self.workdir, config.log.wandb)
+        if self.metrics.dropped:
+            console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
+        self.last_good = "there is none yet"
         self._timings_path = self.path("timings.json")
         self._seconds_inside = 0.0  # Of phases that ran within the present one.
 
     def path(self, *parts: str) -> pathlib.Path:
         """A path under the workdir."""
         return self.workdir.joinpath(*parts)
+
+    def read_json(self, path: pathlib.Path) -> dict[str, Any]:
+        """An object that the run wrote; UserError if it is damaged."""
+        try:
+            return dict(json.loads(path.read_bytes().decode()))
+        except (ValueError, TypeError):
+            raise UserError(f"{path}: is damaged; use a new --workdir") from None
 
     def close(self) -> None:
         """Ends logging and lets other processes have the workdir."""
@@ -97,15 +114,44 @@ class Run:
             write_json(path, record)
             return
         try:
-            before = json.loads(path.read_text())["config"]
-        except (ValueError, KeyError, OSError):
+            before = dict(json.loads(path.read_text())["config"])
+        except (ValueError, KeyError, TypeError, OSError):
             raise UserError(f"{path}: is damaged; restore it or use a new --workdir") from None
+        for section in FREE:
+            before.pop(section, None), config.pop(section)
         changes = list(_differences(before, config))
         if changes:
             raise UserError(
                 f"{self.workdir}: was made with another config ({'; '.join(changes[:3])}"
                 f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
             )
+
+    def check_models(self, hashes: Mapping[str, str]) -> None:
+        """Refuses models and tokenizers other than those that the run began with.
+
+        Args:
+            hashes: Of their contents, by the setting that names them.
+        """
+        path = self.path("work", "models.json")
+        if not path.exists():
+            write_json(path, {"models": dict(hashes), "sha256": hash_json(dict(hashes))})
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            before = dict(record["models"])
+            if record["sha256"] != hash_json(before):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: is damaged, so nobody can tell whether the models are still the same; "
+                "remove it if they are"
+            ) from None
+        for name, value in hashes.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{name}: is not what this run began with; put that back, or use a new "
+                    "--workdir"
+                )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -117,13 +163,19 @@ class Run:
         outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()
         with _PeakMemory() as memory:
-            yield
+            try:
+                yield
+            except NotFiniteError as error:
+                if CHECKPOINT in str(error):
+                    raise
+                raise NotFiniteError(f"{error}. {CHECKPOINT}: {self.last_good}") from None
         whole = time.perf_counter() - start
         seconds = whole - self._seconds_inside
         self._seconds_inside = outside + whole
         timings = {"phases": []}
         if self._timings_path.exists():
-            timings = json.loads(self._timings_path.read_text())
+            with contextlib.suppress(ValueError):  # Damaged, they are counted anew.
+                timings = json.loads(self._timings_path.read_bytes().decode())
         phases = {row["phase"]: row for row in timings["phases"]}
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
@@ -177,48 +229,6 @@ class _Counter:
     start: float
     printed: float
     first: int
-
-
-class MetricsLog:
-    """metrics.jsonl and TensorBoard events, one record a step."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self._path = workdir / "metrics.jsonl"
-        self._directory = workdir / "tensorboard"
-        self._writer: tensorboardX.SummaryWriter | None = None
-        if self._path.exists():  # A line cut by a kill is dropped; whole ones end with a newline.
-            text = self._path.read_text(encoding="utf-8", errors="replace")
-            if not text.endswith("\n"):
-                write_text(self._path, text[: text.rfind("\n") + 1])
-
-    def write(self, phase: str, round_: int, step: int, values: Mapping[str, float]) -> None:
-        """Appends {"phase", "round", "step", ...} with values as floats."""
-        values = {name: float(value) for name, value in values.items()}
-        record = {"phase": phase, "round": round_, "step": step, **values}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._writer is None:
-            self._writer = tensorboardX.SummaryWriter(str(self._directory))
-        for name, value in values.items():
-            self._writer.add_scalar(f"{phase}/round-{round_}/{name}", value, step)
-
-    def rewind(self, phase: str, round_: int, step: int) -> None:
-        """Drops a phase's records at and after `step`: a restart from there writes them again."""
-        if not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            record = json.loads(line)
-            same = record["phase"] == phase and record["round"] == round_
-            if not (same and record["step"] >= step):
-                kept.append(line)
-        if len(kept) != len(lines):
-            write_text(self._path, "".join(kept))
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class _PeakMemory:

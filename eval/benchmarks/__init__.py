@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-NAMES = ("sampling",)
+NAMES = ("sampling", "dpo", "encode", "contrastive", "search", "rewards")
 THREADS = 2  # Of each side.
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from eval.benchmarks import THREADS, Comparison
 from expandr_jax.errors import UserError
+from train.launch import split_processor
 
 PREPARE, MACHINE = "prepare", "machine"  # Instead of a side.
 LAST_LINES = 3  # Of the log, in an error.
@@ -154,6 +155,8 @@ def main() -> None:
         ]
         say(costs=costs)
         return
+    if what == "ours":  # As all of this project's programs have it.
+        split_processor()
     running = getattr(comparison, what)(directory)
     np.savez(outputs_path(directory, name, what, row), **running.outputs)
     say(setting=running.setting)

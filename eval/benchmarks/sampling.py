@@ -18,7 +18,7 @@ from eval.benchmarks import THREADS, Comparison, Different, Running, smollm2
 CANDIDATES = 32
 NEW_TOKENS = 64
 TOP_P = 0.9
-SLOTS = 256
+SLOTS = 128  # As in configs/base.py.
 CHECKED_TOKENS = 16  # Greedy ones of each prompt, compared before anything is timed.
 BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; doubled for as long as it gets quicker.
 TRIED_TOKENS = 8  # A batch size is tried on.
@@ -43,6 +43,7 @@ def start_ours(directory: pathlib.Path) -> Running:
     """The engine, its slots filled with all candidates in turn."""
     from expandr_jax.generation.engine import Engine
     from expandr_jax.generation.requests import Request, common_prefix
+    from expandr_jax.sharding import make_mesh
     from expandr_jax.weights.hf import load_generator
 
     prompts = [tuple(prompt) for prompt in _prompts(directory)]
@@ -58,6 +59,7 @@ def start_ours(directory: pathlib.Path) -> Running:
         pad_id=generator.pad_id,
         seed=0,
         prefix=prefix,
+        mesh=make_mesh(),
     )
 
     def requests(samples: int, tokens: int, temperature: float) -> list[Request]:

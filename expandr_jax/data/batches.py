@@ -22,12 +22,47 @@ def bucket_length(length: int, buckets: Sequence[int] = TRAINING_LENGTHS) -> int
     raise ValueError(f"{length} tokens are above the longest bucket, {buckets[-1]}")
 
 
+def best_lengths(needed: Sequence[int], most: int, multiple: int = 16) -> tuple[int, ...]:
+    """The lengths, `most` of them or fewer, that batches are padded to with the least filling.
+
+    Args:
+        needed: Tokens of each batch's longest row.
+        most: Lengths at most; each is a program to compile.
+        multiple: Of which each length is one.
+
+    Returns:
+        Lengths in rising order; the last holds all.
+    """
+    rounded = [-(-length // multiple) * multiple for length in needed]
+    sizes, counts = np.unique(rounded, return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])  # Batches shorter than each size.
+    # cost[j]: tokens of the batches below size j, padded to the lengths chosen so far.
+    cost, chosen = np.full(len(sizes) + 1, np.inf), [()] * (len(sizes) + 1)
+    cost[0] = 0
+    for _ in range(min(most, len(sizes))):
+        new, picks = cost.copy(), list(chosen)
+        for last, size in enumerate(sizes):
+            tried = cost[: last + 1] + size * (before[last + 1] - before[: last + 1])
+            first = int(np.argmin(tried))
+            if tried[first] < new[last + 1]:
+                new[last + 1], picks[last + 1] = tried[first], (*chosen[first], int(size))
+        cost, chosen = new, picks
+    return chosen[-1]
+
+
 def pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, length: int | None = None
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    length: int | None = None,
+    longest: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids and mask, both [rows, length] int32; length defaults to a bucket."""
+    """Right-padded ids and mask, both [rows, length] int32.
+
+    `length` defaults to a bucket, or to `longest`, which no sequence is above, if that is less.
+    """
     if length is None:
         length = bucket_length(max((len(sequence) for sequence in sequences), default=1))
+        length = length if longest is None else min(length, longest)
     ids = np.full((len(sequences), length), pad_id, np.int32)
     mask = np.zeros((len(sequences), length), np.int32)
     for row, sequence in enumerate(sequences):

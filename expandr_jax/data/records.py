@@ -3,9 +3,10 @@
 import gzip
 import hashlib
 import json
+import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,10 @@ from typing import Any, BinaryIO
 from expandr_jax.errors import UserError
 
 Row = dict[str, Any]
+
+logger = logging.getLogger(__name__)
+_CHECK = "check"  # Field of a journal's lines.
+_END = "."  # At the end of the last one's.
 
 # str.splitlines breaks a line at these, so a reader that uses it would see half a record.
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -78,55 +83,133 @@ def hash_json(value: Any) -> str:
 class Journal:
     """An append-only file of finished work, from which a killed stage goes on.
 
-    Rows are appended to `path` + ".part"; `finish` turns them into `path`. Opening it again after
-    a kill gives back every row whose line is complete and cuts off a half-written one. `path`
-    exists only when the stage is finished; `rows` are then those of `path`.
+    Rows are appended to `path` + ".part"; `finish` turns them into `path`. Each line carries a
+    field "check", a checksum of itself and of all lines before it; the last one's ends with a stop.
+    Opening the journal again gives back the rows before the first line that is cut, changed or
+    missing, and goes on after them; `finished` is true only if nothing is damaged.
 
     Args:
         path: the file to make; its folder is created when first written to.
 
+    Attributes:
+        rows: the work that is done.
+        finished: whether it is all there is to do.
+        damage: what was wrong with the file, if more than a kill can do; None.
+
     Raises:
-        UserError: a file cannot be read or written, or a complete line is not a JSON object.
+        UserError: a file cannot be read or written.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.part = Path(f"{path}.part")
-        self.finished = self.path.exists()
+        self.rows: list[Row] = []
+        self.damage: str | None = None
+        self.finished = False
+        self._check = 0
         try:
-            if self.finished:
+            if self.path.exists() and self._recover(self.path, closed=True):
+                self.finished = True
                 # Left over when the kill came between the two steps of `finish`.
                 self.part.unlink(missing_ok=True)
+            elif self.path.exists():
+                self._rewrite()
+                self.path.unlink()
             elif self.part.exists():
-                _drop_truncated_line(self.part)
+                self._recover(self.part, closed=False)
         except OSError as error:
             raise UserError(f"{self.part}: cannot recover it: {error.strerror}") from error
-        present = self.path if self.finished else self.part
-        self.rows: list[Row] = []
-        if present.exists():
-            self.rows = [row for _, row in read_jsonl(present, {})]
+        if self.damage:
+            logger.warning("%s; what it lacks is made again", self.damage)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows and returns when they are on disk."""
         if self.finished:
             raise ValueError(f"{self.path} is finished: nothing can be appended")
         rows = [dict(row) for row in rows]
+        data, check = _seal(rows, self._check)
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             with open(self.part, "ab") as file:
-                file.write(b"".join(map(_encode, rows)))
-                file.flush()
-                os.fsync(file.fileno())
+                size = file.tell()
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.part, size)  # Where the disk is full, half a line stays.
+                    raise
         except OSError as error:
             raise UserError(f"{self.part}: cannot write it: {error.strerror}") from error
+        self._check = check
         self.rows.extend(rows)
+
+    def keep(self, count: int) -> None:
+        """Drops all but the first rows, of which something else turned out to be damaged."""
+        self.rows = self.rows[:count]
+        try:
+            self._rewrite()
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.part}: cannot write it: {error.strerror}") from error
+        self.finished = False
 
     def finish(self, rows: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Makes `path` of the rows given, or of those appended, and removes the part file."""
         self.rows = [dict(row) for row in (self.rows if rows is None else rows)]
-        write_jsonl(self.path, self.rows)
+        with _replacing(self.path) as file:
+            file.write(_seal(self.rows, 0, closed=True)[0])
         self.part.unlink(missing_ok=True)
         self.finished = True
+
+    def _recover(self, path: Path, closed: bool) -> bool:
+        """Reads the rows of a file up to the first that is damaged; whether none is."""
+        lines = path.read_bytes().splitlines(keepends=True)
+        # Of an unfinished file, a kill may have cut the last line.
+        cut = not closed and bool(lines) and not lines[-1].endswith(b"\n")
+        end = ""
+        for number, line in enumerate(lines, start=1):
+            row, check, end = _open(line, self._check)
+            if row is None or (end and not (closed and number == len(lines))):
+                if not (cut and number == len(lines)):
+                    self.damage = f"{path}:{number}: is damaged"
+                if not closed:
+                    os.truncate(path, sum(map(len, lines[: number - 1])))
+                return False
+            self._check = check
+            self.rows.append(row)
+        if closed and lines and not end:
+            self.damage = f"{path}: lacks its end"
+        return bool(end) or not closed  # No rows are soon done again, so an empty file is nothing.
+
+    def _rewrite(self) -> None:
+        """Makes the part file of the rows."""
+        data, self._check = _seal(self.rows, 0)
+        with _replacing(self.part) as file:
+            file.write(data)
+
+
+def _seal(rows: Sequence[Mapping[str, Any]], check: int, closed: bool = False) -> tuple[bytes, int]:
+    """Lines of rows, each with a checksum of itself and, through `check`, of those before."""
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        check = zlib.crc32(_encode(row), check)
+        end = _END if closed and number == len(rows) else ""
+        lines.append(_encode({**row, _CHECK: f"{check:08x}{end}"}))
+    return b"".join(lines), check
+
+
+def _open(line: bytes, check: int) -> tuple[Row | None, int, str]:
+    """A sealed line's row, checksum and end mark, if it has one; no row if it is damaged."""
+    try:
+        row = json.loads(line.decode())
+        found = row.pop(_CHECK)
+        check = zlib.crc32(_encode(row), check)
+        end = found[8:]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, check, ""
+    intact = line.endswith(b"\n") and found[:8] == f"{check:08x}" and end in ("", _END)
+    return (row if intact else None), check, end
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
@@ -187,11 +270,6 @@ def _kind(value: Any) -> str:
 def _encode(row: Mapping[str, Any]) -> bytes:
     text = json.dumps(row, ensure_ascii=False, allow_nan=False)
     return (text.translate(_LINE_BREAKS) + "\n").encode()
-
-
-def _drop_truncated_line(path: Path) -> None:
-    with open(path, "rb+") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 @contextmanager

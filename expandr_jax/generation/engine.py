@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation import slots as device
+from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.generation.programs import (
     Shape,
     heads_axis,
@@ -22,8 +23,8 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
-from expandr_jax.models.decoder import Decoder, unstack_layers
-from expandr_jax.sharding import batch_divisor
+from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
+from expandr_jax.sharding import batch_divisor, batch_sharding, place
 
 
 class Engine:
@@ -32,6 +33,9 @@ class Engine:
     The same request gives the same text whatever the order, the other requests and the restarts,
     as long as slots, buckets, mesh and weights stay the same. With other slots or another mesh,
     float32 texts are equal up to the first near tie.
+
+    Attributes:
+        memory: Bytes on each device, from `plan_memory`.
     """
 
     def __init__(
@@ -94,9 +98,19 @@ class Engine:
             )
         self._mesh = mesh
         self._module = module.clone(unroll=True, remat="none")
-        default = jnp.float32 if jax.default_backend() == "cpu" else module.dtype
-        self._cache_dtype = jnp.dtype(cache_dtype or default)
-        self._check_memory(params, memory_limit_bytes)
+        self._cache_dtype = jnp.dtype(cache_dtype or cache_type(module))
+        self.memory = plan_memory(
+            module,
+            params,
+            slots=slots,
+            buckets=self.buckets,
+            length=self._length,
+            cache_dtype=self._cache_dtype,
+            mesh=mesh,
+            penalize=repetition_penalty,
+        )
+        if memory_limit_bytes is not None:
+            check_memory(self.memory, memory_limit_bytes)
         self._variables = self._place(params, adapter)
         self._eos_ids = tuple(eos_ids)
         self._idle = jax.device_get(device.empty_settings(slots))
@@ -111,22 +125,10 @@ class Engine:
                 seed=seed,
                 eos_ids=self._eos_ids,
                 mesh=mesh,
-                heads_axis=self._heads_axis,
+                heads_axis=heads_axis(module, mesh),
             )
         )
         self._shared = self._run_prefix()
-
-    def plan(self) -> dict[str, int]:
-        """Bytes on each device: the slots' cache, and the largest batch of prompts."""
-        config, mesh = self._module.config, self._mesh
-        token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        token *= self._cache_dtype.itemsize
-        if self._heads_axis is not None:
-            token //= mesh.shape["tensor"]
-        rows = self.slots // (1 if mesh is None else batch_divisor(mesh))
-        seen = config.vocab_size if self.repetition_penalty else 0
-        prompts = max(self._prompts(bucket) * bucket for bucket in self.buckets)
-        return {"slots": rows * (self._length * token + seen), "prompts": prompts * token}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Samples a text for each request.
@@ -232,6 +234,8 @@ class Engine:
             own = group.prompt[len(self.prefix) :]
             tokens[row, : len(own)] = own
             length[row] = len(own) - 1
+        if self._mesh is not None:  # Each device runs its own prompts.
+            tokens, length = jax.device_put((tokens, length), batch_sharding(self._mesh))
         prompts = self._programs.prefill(self._variables, tokens, length, self._shared)
         for row, group in enumerate(groups):
             for request in group.requests:
@@ -276,50 +280,29 @@ class Engine:
         """Tokens that a slot has room for."""
         return len(self.prefix) + self.buckets[-1] + self.max_new_tokens
 
-    @property
-    def _heads_axis(self) -> str | None:
-        return heads_axis(self._module, self._mesh)
-
-    def _check_memory(self, params: Mapping[str, Any], limit: int | None) -> None:
-        if limit is None:
-            return
-        plan = self.plan()
-        tensor = 1 if self._mesh is None else self._mesh.shape["tensor"]
-        weights = (
-            sum(x.size for x in jax.tree.leaves(params)) * jnp.dtype(self._module.dtype).itemsize
-        )
-        needed = sum(plan.values()) + weights // tensor
-        if needed > limit:
-            raise UserError(
-                f"sampling needs {needed / 2**30:.2f} GiB a device "
-                f"(cache {plan['slots'] / 2**30:.2f}, prompts {plan['prompts'] / 2**30:.2f}, "
-                f"weights {weights / tensor / 2**30:.2f}) and may use {limit / 2**30:.2f}; "
-                "take fewer slots, shorter texts or a larger tensor axis"
-            )
-
     def _place(
         self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
-
-        def cast(path, leaf):
-            return leaf if path[-1].key == "scale" else leaf.astype(self._module.dtype)
-
-        variables = {"params": jax.tree_util.tree_map_with_path(cast, params)}
+        variables = {"params": cast_weights(params, self._module.dtype)}
         if adapter is not None:
             variables["lora"] = adapter
-        if self._mesh is None:
-            return {name: unstack_layers(tree) for name, tree in variables.items()}
-        places = variable_shardings(self._mesh, self._module, params, adapter)
-        layers = self._module.config.num_layers
-        return {
-            # Spread first: parameters may come from a mesh of another shape, as training has it.
-            name: jax.device_put(
-                unstack_layers(jax.device_put(tree, places[name])),
-                unstack_shardings(places[name], layers),
-            )
-            for name, tree in variables.items()
-        }
+        places = None
+        if self._mesh is not None:
+            places = variable_shardings(self._mesh, self._module, params, adapter)
+        placed = {}
+        for name, tree in variables.items():
+            if jax.default_backend() == "cpu":
+                # Layers of an array of numpy are views of it: the weights are in memory once.
+                tree = jax.tree.map(np.asarray, tree)
+            elif places is not None:
+                # Spread first: parameters may come from a mesh of another shape, as training has.
+                tree = jax.device_put(tree, places[name])
+            where = SingleDeviceSharding(jax.devices()[0])
+            if places is not None:
+                where = unstack_shardings(places[name], self._module.config.num_layers)
+            placed[name] = place(unstack_layers(tree), where)
+        return placed
 
     def _run_prefix(self) -> device.Prefilled | None:
         if not self.prefix:

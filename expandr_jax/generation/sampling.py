@@ -15,7 +15,7 @@ from expandr_jax.sharding import platform
 NEAR_TIE = 1e-4  # Probability, or relative difference of two probabilities.
 UNIT_BITS = 30
 CHUNK = 128  # Tokens summed together by the inverse CDF.
-CPU_BLOCK = 8  # Rows handled at once, so that the passes over them stay in the cache.
+CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the cache.
 
 
 @flax.struct.dataclass

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.generation.sampling import SamplingSettings, penalize_repetition
-from expandr_jax.models.decoder import Decoder, KVCache, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, KVCache, token_positions
+from expandr_jax.models.mask import causal_mask
 
 
 @flax.struct.dataclass
@@ -140,7 +141,7 @@ def prefill(
     if prefix is not None:
         before = prefix.tokens.shape[1]
         positions = positions + before
-        attention = jnp.pad(attention, ((0, 0), (0, 0), (before, 0)), constant_values=True)
+        attention = attention.after(before)
         past = tuple(k.swapaxes(2, 3) for k in prefix.keys), prefix.values
         shared = jnp.broadcast_to(prefix.tokens, (len(tokens), before))
     _, (keys, values) = decoder.apply(

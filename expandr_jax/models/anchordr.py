@@ -14,8 +14,10 @@ import numpy as np
 
 from expandr_jax.models.attention import attend
 from expandr_jax.models.bert import LayerNorm
-from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
+from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.mask import padding_mask
+from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
 
 _BOS = 0
@@ -152,17 +154,10 @@ class Stack(nn.Module):
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.dropout)(x, deterministic=self.deterministic)
 
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_decoder_layers if self.is_decoder else cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.lora, self.deterministic, self.is_decoder, name="layers")
+        length = cfg.num_decoder_layers if self.is_decoder else cfg.num_layers
+        layers = stack(Block, length, self.remat)(
+            cfg, self.dtype, self.lora, self.deterministic, self.is_decoder, name="layers"
+        )
         return layers(x, shared)[0]
 
 
@@ -199,14 +194,14 @@ class AnchorDr(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         tokens = self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
         options = cfg, self.dtype, self.lora, self.remat, deterministic
-        mask = attention_mask[:, None, :] > 0
+        mask = padding_mask(attention_mask).prepared(1)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets)
         encoder = Stack(*options, is_decoder=False, name="encoder")
         memory = encoder(
             tokens[input_ids], token_positions(attention_mask), (mask, buckets, None, None)
         )
         first = jnp.broadcast_to(tokens[_BOS], (input_ids.shape[0], 1, cfg.hidden_size))
-        itself = jnp.ones((input_ids.shape[0], 1, 1), bool)
+        itself = padding_mask(jnp.ones((input_ids.shape[0], 1), jnp.int32)).prepared(1)
         decoder = Stack(*options, is_decoder=True, name="decoder")
         return decoder(first, jnp.zeros((1, 1), jnp.int32), (itself, None, memory, mask))
 

@@ -3,8 +3,9 @@
 Scores are computed heads-major, with the query heads of a group side by side, so that grouped-query
 attention is one batched matrix product per group and keys are never repeated. Rows are divided by
 their sum after the product with the values, which touches far fewer numbers than before it. On CPU
-this is the quickest of the forms tried, forward and backward. On NVIDIA GPUs cuDNN's fused kernel
-takes its place in half precision, where it can: nothing of the size of the scores is stored then.
+this is the quickest of the forms tried, forward and backward. On TPUs splash attention takes its
+place, and on NVIDIA GPUs cuDNN's fused kernel in half precision, where they can: nothing of the
+size of the scores is stored then.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from expandr_jax.models.mask import Mask
+from expandr_jax.models.splash import splash_attend, suits_splash
 from expandr_jax.sharding import platform
 
 # Finite, so that a query that may attend to nothing gives numbers (of no meaning) and not NaN.
@@ -22,7 +25,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    mask: jax.Array,
+    mask: Mask,
     scale: float,
     bias: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] | None = None,
@@ -33,7 +36,7 @@ def attend(
         q: Queries [batch, length, heads, head_dim].
         k: Keys [batch, keys, kv_heads, head_dim]; kv_heads divides heads.
         v: Values, shaped as `k`.
-        mask: [batch, length or 1, keys] bool, True where attention is allowed.
+        mask: Which of them each query may attend to.
         scale: Factor on the scores, usually head_dim ** -0.5.
         bias: [heads, length, keys], added to the scores of every row (T5's relative positions).
         dropout: Applied to the attention weights.
@@ -42,8 +45,11 @@ def attend(
         [batch, length, heads, head_dim] in q's type.
     """
     batch, length, heads, head_dim = q.shape
-    if bias is None and dropout is None and _suits_cudnn(q, k):
-        whole = jnp.broadcast_to(mask[:, None], (batch, 1, length, k.shape[1]))
+    plain = bias is not None or dropout is not None
+    if not plain and platform() == "tpu" and suits_splash(length, k.shape[1], batch, mask):
+        return splash_attend(q, k, v, mask, scale)
+    if not plain and platform() == "gpu" and _suits_cudnn(q, k):
+        whole = jnp.broadcast_to(mask.dense(length)[:, None], (batch, 1, length, k.shape[1]))
         k, v = k.astype(q.dtype), v.astype(q.dtype)
         return jax.nn.dot_product_attention(
             q, k, v, mask=whole, scale=scale, implementation="cudnn"
@@ -58,7 +64,7 @@ def attend(
     scores = scores.reshape(*rows, -1)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(1, *rows[1:], -1)
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
+    scores = jnp.where(mask.dense(length)[:, None, None], scores, _MASKED)
     # The maximum only guards against overflow: it cancels, so no gradient flows through it.
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -72,7 +78,7 @@ def attend(
 
 def _suits_cudnn(q: jax.Array, k: jax.Array) -> bool:
     """Whether cuDNN's fused attention takes these shapes and types, forward and backward."""
-    if platform() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device = jax.devices()[0]
     modern = device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8.0

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend
-from expandr_jax.models.decoder import REMAT_POLICIES, token_positions
+from expandr_jax.models.decoder import token_positions
+from expandr_jax.models.gelu import gelu
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.mask import padding_mask
+from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
 
 ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
     "relu": nn.relu,
     "silu": nn.silu,
@@ -120,12 +123,15 @@ class Bert(nn.Module):
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
         lora: Settings for the "lora" collection, if one is passed.
+        unroll: Layers one after another instead of a loop: compiles longer, but on CPU a training
+            step takes a sixth less, because a loop copies what each layer keeps for the way back.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     lora: LoraConfig | None = None
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -156,15 +162,7 @@ class Bert(nn.Module):
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)
 
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.lora, deterministic, name="layers")
-        return layers(x, attention_mask[:, None, :] > 0)[0]
+        layers = stack(Block, cfg.num_layers, self.remat, unroll=self.unroll)(
+            cfg, self.dtype, self.lora, deterministic, name="layers"
+        )
+        return layers(x, padding_mask(attention_mask).prepared(x.shape[1]))[0]

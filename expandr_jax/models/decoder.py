@@ -16,13 +16,10 @@ import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend, attend_with_cache
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.mask import Mask
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
+from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +49,7 @@ class DecoderConfig:
         sliding_window: Width of local attention in tokens; None means all layers are global.
         layer_is_local: Per layer, whether it attends locally; empty means none does.
         rope_local_theta: Rotary base of local layers (Gemma 3); None means rope_theta.
+        int8: Projections keep their weights in int8, as `lora.Projection` says.
     """
 
     vocab_size: int
@@ -76,6 +74,7 @@ class DecoderConfig:
     sliding_window: int | None = None
     layer_is_local: tuple[bool, ...] = ()
     rope_local_theta: float | None = None
+    int8: bool = False
 
 
 @flax.struct.dataclass
@@ -136,7 +135,7 @@ class Attention(nn.Module):
         def project(name, heads, axis):
             width = heads * cfg.head_dim
             layer = Projection(
-                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, name=name
+                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, cfg.int8, name=name
             )
             return layer(x, deterministic).reshape(batch, length, heads, cfg.head_dim)
 
@@ -152,13 +151,14 @@ class Attention(nn.Module):
             kv = (k.swapaxes(1, 2), v.swapaxes(1, 2))
             if past is not None:
                 k, v = (_after(before, new) for before, new in zip(past, (k, v), strict=True))
-            out = attend(q, k, v, mask=mask, scale=scale)
+            out = attend(q, k, v, mask, scale=scale)
         else:
-            out, *kv = attend_with_cache(q, k, v, *cached, mask=mask, scale=scale)
+            out, *kv = attend_with_cache(q, k, v, *cached, mask=mask.dense(1), scale=scale)
         out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        out = Projection(
-            cfg.hidden_size, ("heads", "embed"), False, self.dtype, self.lora, name="o_proj"
-        )(out, deterministic)
+        options = False, self.dtype, self.lora, cfg.int8
+        out = Projection(cfg.hidden_size, ("heads", "embed"), *options, name="o_proj")(
+            out, deterministic
+        )
         return out, kv
 
 
@@ -180,9 +180,8 @@ class GatedMLP(nn.Module):
         cfg = self.config
 
         def project(name, features, axes, y):
-            return Projection(features, axes, False, self.dtype, self.lora, name=name)(
-                y, deterministic
-            )
+            options = False, self.dtype, self.lora, cfg.int8
+            return Projection(features, axes, *options, name=name)(y, deterministic)
 
         gate = project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
         up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
@@ -203,11 +202,12 @@ class Block(nn.Module):
     def __call__(self, x, layer, shared):
         cfg = self.config
         cached, past, is_local = layer
-        rope, mask = shared["global"]
-        if is_local is not None:
-            rope, mask = jax.tree.map(
-                lambda a, b: jnp.where(is_local, a, b), shared["local"], shared["global"]
-            )
+        rope, mask = shared["rope"], shared["mask"].replace(windowed=is_local)
+        if isinstance(is_local, bool):
+            rope = shared["local_rope"] if is_local else rope
+        elif is_local is not None:
+            local_rope = shared["local_rope"]
+            rope = jax.tree.map(lambda a, b: jnp.where(is_local, a, b), local_rope, rope)
 
         def norm(name, y):
             return RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name=name)(y)
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Mask,
         *,
         past: tuple[Sequence[jax.Array], Sequence[jax.Array]] | None = None,
         keep_kv: bool = False,
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         Args:
             tokens: [batch, length] int32.
             positions: [batch, length] int32, the rotary positions.
-            mask: [batch, length, past + length] bool, which tokens each may attend to.
+            mask: Over [batch, past + length] keys, which tokens each may attend to.
             past: Keys and values of tokens that every row begins with, at positions 0 and on; per
                 layer [1, kv_heads, past, head_dim]. For unrolled layers.
             keep_kv: Return these tokens' keys and values too.
@@ -282,7 +282,7 @@ class Decoder(nn.Module):
         """
         positions = cache.length[:, None]
         slots = jnp.arange(cache.keys[0].shape[3], dtype=jnp.int32)
-        mask = (slots <= positions)[:, None]
+        mask = Mask(array=(slots <= positions)[:, None])
         x, (keys, values) = self._forward(tokens[:, None], positions, mask, cache, None, True, True)
         return x[:, 0], KVCache(keys, values, cache.length + 1)
 
@@ -315,20 +315,23 @@ class Decoder(nn.Module):
         x = constrain(x, ("batch", "length", "act_embed"))
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
-        keys = positions if cache is None else jnp.arange(mask.shape[2], dtype=jnp.int32)[None]
-        if past is not None:
-            before = jnp.arange(past[0][0].shape[2], dtype=jnp.int32)
-            before = jnp.broadcast_to(before, (len(tokens), len(before)))
-            keys = jnp.concatenate([before, positions], axis=1)
-        shared = {"global": (self._rope(positions, cfg.rope_theta, cfg.rope_scaling), mask)}
+        if cache is None:
+            mask = mask.prepared(tokens.shape[1])
+        shared = {"rope": self._rope(positions, cfg.rope_theta, cfg.rope_scaling)}
         is_local = None
         if cfg.sliding_window is not None and any(cfg.layer_is_local):
             # Llama 3.1's stretching belongs to the global base; local layers (Gemma 3) have none.
             scaling = cfg.rope_scaling if cfg.rope_local_theta is None else None
-            rope = self._rope(positions, cfg.rope_local_theta or cfg.rope_theta, scaling)
-            near = positions[:, :, None] - keys[:, None, :] < cfg.sliding_window
-            shared["local"] = rope, mask & near
-            is_local = jnp.asarray(cfg.layer_is_local)
+            theta = cfg.rope_local_theta or cfg.rope_theta
+            shared["local_rope"] = self._rope(positions, theta, scaling)
+            keys = positions if cache is None else jnp.arange(mask.array.shape[2])[None]
+            if past is not None:
+                before = jnp.arange(past[0][0].shape[2], dtype=jnp.int32)
+                before = jnp.broadcast_to(before, (len(tokens), len(before)))
+                keys = jnp.concatenate([before, positions], axis=1)
+            mask = mask.within(cfg.sliding_window, positions, keys)
+            is_local = cfg.layer_is_local
+        shared["mask"] = mask
         run = self._unrolled if self.unroll else self._scanned
         x, kv = run(x, cache, past, is_local, shared, deterministic, keep_kv)
         x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
@@ -339,19 +342,11 @@ class Decoder(nn.Module):
     def _scanned(self, x, cache, past, is_local, shared, deterministic, keep_kv):
         assert cache is None, "a cache needs unrolled layers"
         assert past is None, "what came before needs unrolled layers"
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            out_axes=0,
-            length=self.config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, self.dtype, self.lora, deterministic, keep_kv, name="layers")
-        return layers(x, (None, None, is_local), shared)
+        layers = stack(Block, self.config.num_layers, self.remat, (0, nn.broadcast))(
+            self.config, self.dtype, self.lora, deterministic, keep_kv, name="layers"
+        )
+        flags = None if is_local is None else jnp.asarray(is_local)
+        return layers(x, (None, None, flags), shared)
 
     def _unrolled(self, x, cache, past, is_local, shared, deterministic, keep_kv):
         kv = []
@@ -378,11 +373,15 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
     return tree | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(count)}
 
 
-def causal_mask(attention_mask: jax.Array) -> jax.Array:
-    """[batch, length] of 0/1 to the [batch, length, length] mask of a plain causal pass."""
-    length = attention_mask.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    return causal[None] & (attention_mask[:, None, :] > 0)
+def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """Weights in the compute type, but for what is float32 or int8 whatever that is."""
+
+    def cast(path, leaf):
+        # Norms compute in float32 and keep their scales so; products use the compute type only.
+        kept = path[-1].key in ("scale", "kernel_scale") or leaf.dtype == jnp.int8
+        return leaf if kept else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def token_positions(attention_mask: jax.Array) -> jax.Array:

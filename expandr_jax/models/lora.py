@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.product import product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Projection(nn.Module):
         use_bias: Adds a bias.
         dtype: Compute type; parameters keep theirs.
         lora: Scale and dropout of the update; which projections have one is decided by the tree.
+        int8: W is int8 times a float32 scale for each output; for a W that is not trained.
     """
 
     features: int
@@ -56,15 +58,26 @@ class Projection(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     lora: LoraConfig | None = None
+    int8: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        init = nn.initializers.zeros if self.int8 else nn.initializers.lecun_normal()
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(nn.initializers.lecun_normal(), self.axes),
+            nn.with_logical_partitioning(init, self.axes),
             (x.shape[-1], self.features),
+            jnp.int8 if self.int8 else jnp.float32,
         )
-        y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        operands = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.int8:
+            # Whole numbers up to 127 are exact in any of the compute types.
+            y = jnp.dot(*operands, preferred_element_type=jnp.float32)
+            init = nn.with_logical_partitioning(nn.initializers.ones, (self.axes[1],))
+            scale = self.param("kernel_scale", init, (self.features,))
+            y = (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
+        else:
+            y = product(*operands)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -127,11 +140,18 @@ def merge_lora(
 
     Returns:
         Parameters of the same structure and types as `params`.
+
+    Raises:
+        UserError: If the base is in int8, which holds no such small updates.
     """
     flat = dict(traverse_util.flatten_dict(params))
     update = traverse_util.flatten_dict(adapter)
     for path in {path[:-1] for path in update}:
         kernel = flat[(*path, "kernel")]
+        if kernel.dtype == jnp.int8:
+            raise UserError(
+                "an adapter cannot be merged into int8 weights: load the base in float32"
+            )
         a, b = (update[(*path, name)].astype(jnp.float32) for name in ("a", "b"))
         delta = jnp.matmul(a, b) * config.scale
         flat[(*path, "kernel")] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.bert import Bert
-from expandr_jax.models.decoder import Decoder, causal_mask, token_positions
+from expandr_jax.models.decoder import Decoder, token_positions
+from expandr_jax.models.mask import causal_mask
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
 from expandr_jax.models.t5 import T5Encoder
 from expandr_jax.weights.fairseq import FairseqTokenizer

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from expandr_jax.models.attention import attend
-from expandr_jax.models.decoder import REMAT_POLICIES, RMSNorm
+from expandr_jax.models.decoder import RMSNorm
 from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.mask import padding_mask
+from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
 
 
@@ -142,21 +144,14 @@ class T5Encoder(nn.Module):
         tokens = table("embedding", cfg.vocab_size, cfg.hidden_size, ("vocab", "embed"))
         distances = table("relative_bias", cfg.num_buckets, cfg.num_heads, ("buckets", "heads"))
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
-        shared = attention_mask[:, None, :] > 0, distances[buckets].transpose(2, 0, 1)
+        mask = padding_mask(attention_mask).prepared(input_ids.shape[1])
+        shared = mask, distances[buckets].transpose(2, 0, 1)
         x = constrain(tokens[input_ids].astype(self.dtype), ("batch", "length", "act_embed"))
         x = nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
 
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(cfg, self.dtype, self.lora, deterministic, name="layers")
+        layers = stack(Block, cfg.num_layers, self.remat)(
+            cfg, self.dtype, self.lora, deterministic, name="layers"
+        )
         x = RMSNorm(cfg.norm_eps, False, name="final_norm")(layers(x, shared)[0])
         return nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
 

@@ -81,6 +81,21 @@ def export_adapter(
         (new / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
+def adapter_base(directory: Path) -> str | None:
+    """What a PEFT adapter's directory names as its base; None where it holds a whole model.
+
+    Raises:
+        UserError: If it is an adapter that names none.
+    """
+    where = directory / "adapter_config.json"
+    if not where.is_file() or (directory / "config.json").is_file():
+        return None
+    base = read_json(where).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{where}: base_model_name_or_path is missing: it says what to merge into")
+    return base
+
+
 def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """Reads a PEFT adapter.
 

@@ -195,6 +195,8 @@ def _tensors(
         return present if dtype is None else np.dtype(dtype)
 
     config = model.module.config
+    if getattr(config, "int8", False):
+        raise UserError("weights in int8 are not exported: load the model in float32 for that")
     is_anchordr = isinstance(model.module, AnchorDr)
     weights = weights_of(config, with_head)
     return named_tensors(params, weights, prefix, dtype_of, with_copies=is_anchordr)

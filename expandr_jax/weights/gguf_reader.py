@@ -54,13 +54,23 @@ class GgufReader:
             raise UserError(f"{path}: not a whole GGUF file: {error}") from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """The tensor, or some rows of it, dequantized to float32."""
+        """The tensor, or some rows of it, dequantized to float32.
+
+        Raises:
+            UserError: If the gguf package cannot dequantize it.
+        """
         tensor = self.tensors[name]
-        if len(tensor.shape) == 1:
-            return self._read(tensor)[rows]
-        start, stop, _ = rows.indices(tensor.shape[0])
-        place = tensor.offset + start * (_num_bytes(tensor) // tensor.shape[0])
-        return self._read(GgufTensor((stop - start, *tensor.shape[1:]), tensor.kind, place))
+        try:
+            if len(tensor.shape) == 1:
+                return self._read(tensor)[rows]
+            start, stop, _ = rows.indices(tensor.shape[0])
+            place = tensor.offset + start * (_num_bytes(tensor) // tensor.shape[0])
+            return self._read(GgufTensor((stop - start, *tensor.shape[1:]), tensor.kind, place))
+        except NotImplementedError:
+            raise UserError(
+                f"{self._path}: tensor {name} is stored as {tensor.kind.name}, which the gguf "
+                "package cannot dequantize: take a file with another quantization"
+            ) from None
 
     def _read(self, tensor: GgufTensor) -> np.ndarray:
         data = np.fromfile(self._path, np.uint8, _num_bytes(tensor), offset=tensor.offset)

@@ -1,10 +1,12 @@
 """Loads models: Hugging Face and sentence-transformers directories, hub ids, and GGUF files."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
@@ -13,10 +15,12 @@ from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.generator import Generator
+from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.t5 import T5Config, T5Encoder
 from expandr_jax.sharding import param_shardings, replicated
+from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.configs import ENCODERS, model_config
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
@@ -27,7 +31,7 @@ from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
 
-_MODULES = {
+MODULES = {
     BertConfig: Bert,
     T5Config: T5Encoder,
     AnchorDrConfig: AnchorDr,
@@ -47,9 +51,11 @@ def load_model(
     """Loads a bare model, without a tokenizer.
 
     Args:
-        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id. A PEFT adapter is
+            merged into the base that it names.
         with_head: Load a decoder's output head, where it is not the embedding.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms: float32. jnp.int8: a decoder's
+            projections are rounded to it, and the rest is in `compute_dtype`.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -60,8 +66,8 @@ def load_model(
     Raises:
         UserError: If the source is not there or is not a model that is supported and complete.
     """
-    files = open_files(locate(source), sha256)
-    module, params = _load(files, with_head, dtype, compute_dtype, mesh)
+    files, adapter = open_model(source, sha256)
+    module, params = _load(files, adapter, with_head, dtype, compute_dtype, mesh)
     return module, params, _origin(source, files)
 
 
@@ -81,13 +87,14 @@ def load_retriever(
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
 
     Args:
-        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id. A PEFT adapter is
+            merged into the base that it names.
         pooling: From token vectors to the text's.
         normalize: Whether vectors are scaled to length one.
         max_length: Longest input in tokens.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms: float32.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -99,7 +106,7 @@ def load_retriever(
         UserError: As `load_model`; also if nothing says how to pool.
     """
     path = locate(source)
-    files = open_files(path, sha256)
+    files, adapter = open_model(source, sha256)
     settings = read_settings(path) if path.is_dir() else None
     is_anchordr = files.model_type == "anchordr"
     if settings is None:
@@ -116,7 +123,7 @@ def load_retriever(
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = _load(files, False, dtype, compute_dtype, mesh)
+    module, params = _load(files, adapter, False, dtype, compute_dtype, mesh)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
         place = None if mesh is None else replicated(mesh)
@@ -151,8 +158,9 @@ def load_generator(
     """Loads a chat model.
 
     Args:
-        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id.
-        dtype: Type of the parameters.
+        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id. A PEFT adapter is
+            merged into the base that it names.
+        dtype: As in `load_model`.
         compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -163,7 +171,7 @@ def load_generator(
     Raises:
         UserError: As `load_model`; also if the model is an encoder, or has no chat template or end.
     """
-    files = open_files(locate(source), sha256)
+    files, adapter = open_model(source, sha256)
     config = files.config
     if files.model_type in ENCODERS:
         raise UserError(f"{source}: a {files.model_type} model cannot generate text")
@@ -176,27 +184,63 @@ def load_generator(
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
     eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    module, params = _load(files, True, dtype, compute_dtype, mesh)
+    module, params = _load(files, adapter, True, dtype, compute_dtype, mesh)
     return Generator(module, tokenizer, eos_ids, pad, _origin(source, files)), params
 
 
-def open_files(path: Path, sha256: str | None = None) -> ModelFiles:
-    """Opens a model directory or a .gguf file, and checks its hash if one is given."""
+def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path | None]:
+    """Opens a source's files, and checks its hash if one is given.
+
+    Args:
+        source: As in `load_model`.
+        sha256: Pinned hash of the weights file; of the adapter's where it is one.
+
+    Returns:
+        The files, and None; for a PEFT adapter its base's files, and the adapter's directory.
+
+    Raises:
+        UserError: If it is not there, or cannot be read.
+    """
+    path = locate(source)
+    base = adapter_base(path) if path.is_dir() else None
+    if base is None:
+        files = _open_files(path)
+        check_hash(files.files, sha256)
+        return files, None
+    check_hash([path / "adapter_model.safetensors"], sha256)
+    return _open_files(locate(base)), path
+
+
+def _open_files(path: Path) -> ModelFiles:
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path}: a model is a directory or a .gguf file")
-    files = GgufFile(path) if path.is_file() else HfDirectory(path)
-    check_hash(files.files, sha256)
-    return files
+    return GgufFile(path) if path.is_file() else HfDirectory(path)
 
 
 def _load(
-    files: ModelFiles, with_head: bool, dtype: Any, compute_dtype: Any, mesh: Mesh | None
+    files: ModelFiles,
+    adapter: Path | None,
+    with_head: bool,
+    dtype: Any,
+    compute_dtype: Any,
+    mesh: Mesh | None,
 ) -> tuple[nn.Module, Params]:
     where = str(files.files[0].parent / "config.json")
     config = model_config(files.config, files.model_type, where)
-    module = _MODULES[type(config)](config, dtype=compute_dtype)
+    if np.dtype(dtype) == np.int8:
+        if not isinstance(config, DecoderConfig):
+            raise UserError(f"{files.where}: weights in int8 are for decoders only")
+        config, dtype = dataclasses.replace(config, int8=True), compute_dtype
+    module = MODULES[type(config)](config, dtype=compute_dtype)
     shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
-    return module, load_params(files, module, weights_of(config, with_head), dtype, shardings)
+    params = load_params(files, module, weights_of(config, with_head), dtype, shardings)
+    if adapter is not None:
+        if not isinstance(config, DecoderConfig):
+            raise UserError(f"{adapter}: adapters of a {files.model_type} model are not supported")
+        lora, update = load_adapter(str(adapter), config)
+        update = update if mesh is None else jax.device_put(update, replicated(mesh))
+        params = merge_lora(params, update, lora)
+    return module, params
 
 
 def _origin(source: str, files: ModelFiles) -> Source:

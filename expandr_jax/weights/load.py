@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.mask import Mask
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
 
@@ -39,7 +40,8 @@ def load_params(
         files: The model's files.
         module: Decides the shapes.
         weights: The model's table.
-        dtype: Type of the parameters.
+        dtype: Type of the parameters, but for those of norms, which are small and stay in float32,
+            and for kernels that the module has in int8.
         shardings: A tree as `sharding.param_shardings` makes it; None means the default device.
 
     Returns:
@@ -55,8 +57,16 @@ def load_params(
     flat = {}
     for weight in weights:
         shape, names = expected[weight.path], stored[weight.path]
-        pieces = _pieces(files, weight, names, shape, dtype)
-        flat[weight.path] = _place(pieces, shape, dtype, places.get(weight.path))
+        scale_path = f"{weight.path}_scale"
+        in_float = "norm/" in weight.path or scale_path in expected
+        own = np.dtype(np.float32) if in_float else dtype
+        pieces = _pieces(files, weight, names, shape, own)
+        if scale_path in expected:
+            own, scales = np.dtype(np.int8), np.empty(expected[scale_path], np.float32)
+            pieces = _to_int8(pieces, scales)
+        flat[weight.path] = _place(pieces, shape, own, places.get(weight.path))
+        if scale_path in expected:
+            flat[scale_path] = jax.device_put(scales, places.get(scale_path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -64,7 +74,7 @@ def example_inputs(module: nn.Module) -> list[jax.ShapeDtypeStruct]:
     """Shapes of the smallest inputs of a model's `__call__`."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if isinstance(module, Decoder):
-        return [tokens, tokens, jax.ShapeDtypeStruct((1, 1, 1), jnp.bool_)]
+        return [tokens, tokens, Mask(tokens, causal=True)]
     return [tokens, tokens]
 
 
@@ -151,6 +161,15 @@ def _pieces(
             start = (0,) * (part.ndim - 1)
             start = (*start, rows.start) if weight.transpose else (rows.start, *start)
             yield ((index, *start), part[None]) if weight.stacked else (start, part)
+
+
+def _to_int8(pieces: Iterable[Piece], scales: np.ndarray) -> Iterator[Piece]:
+    """Kernels [..., in, out] in int8; writes the scale of each output, by its largest weight."""
+    for start, part in pieces:
+        scale = np.maximum(np.abs(part).max(axis=-2) / 127, np.finfo(np.float32).tiny)
+        place = (*start[:-2], start[-1])
+        scales[tuple(slice(b, b + n) for b, n in zip(place, scale.shape, strict=True))] = scale
+        yield start, np.rint(part / scale[..., None, :]).astype(np.int8)
 
 
 def _row_slices(shape: tuple[int, ...]) -> list[slice]:

@@ -1,0 +1,197 @@
+"""One step of step A: 32 queries with an expansion each, 64 passages, 128 tokens each, float32.
+
+Forward, backward, clipping and AdamW on MiniLM. With expansions the peer is plain PyTorch, which
+computes DESIGN's loss on transformers' model; without them it is sentence-transformers with its
+MultipleNegativesRankingLoss. Dropout is off on all sides, so that one gradient can be compared
+with the other.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from eval.benchmarks import THREADS, Comparison, Running, check_close, minilm
+
+QUERIES, LENGTH = 32, 128
+TEMPERATURE, WEIGHT, CLIP_NORM, LEARNING_RATE = 0.02, 0.5, 1.0, 1e-5
+STEPS = 1000  # Of the schedule.
+TOWERS = ("query", "positive", "negative", "expansion")
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Writes ids of texts that are all as long as they may be."""
+    minilm.write_pydoc(directory)
+    retriever, _ = minilm.load(LENGTH)
+    tokens = retriever.token_ids(minilm.spread(minilm.read_pydoc(directory)[1], 1000))
+    full = [ids for ids in tokens if len(ids) == LENGTH]
+    rows = np.array(full[: QUERIES * len(TOWERS)]).reshape(len(TOWERS), QUERIES, LENGTH)
+    np.savez(directory / "texts.npz", **dict(zip(TOWERS, rows, strict=True)))
+
+
+def _texts(directory: pathlib.Path, expanded: bool) -> dict[str, np.ndarray]:
+    with np.load(directory / "texts.npz", allow_pickle=False) as file:
+        return {name: file[name] for name in TOWERS if expanded or name != "expansion"}
+
+
+def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
+    """`contrastive_step`, as the trainer jits it."""
+    import jax
+
+    from expandr_jax.contrastive import (
+        ContrastiveConfig,
+        ContrastiveExample,
+        Passage,
+        contrastive_step,
+        make_batch,
+    )
+    from expandr_jax.sharding import batch_sharding, make_mesh, replicated
+    from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+
+    retriever, params = minilm.load(LENGTH)
+    retriever = dataclasses.replace(retriever, module=retriever.module.clone(unroll=True))
+    texts = _texts(directory, expanded)
+    examples = [
+        ContrastiveExample(
+            query=texts["query"][i],
+            expansions=[texts["expansion"][i]] if expanded else [],
+            positive=texts["positive"][i],
+            positive_text=f"right {i}",
+            negatives=[Passage(texts["negative"][i], f"wrong {i}")],
+        )
+        for i in range(QUERIES)
+    ]
+    pad_id = retriever.tokenizer.pad_token_id
+    batch = make_batch(examples, pad_id, int(expanded), 1, longest=LENGTH)
+    mesh = make_mesh()
+    optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM))
+    step = jax.jit(
+        functools.partial(
+            contrastive_step,
+            retriever=retriever,
+            config=ContrastiveConfig(TEMPERATURE, WEIGHT if expanded else 1.0, "both"),
+            optimizer=optimizer,
+        ),
+        in_shardings=(None, batch_sharding(mesh)),
+        donate_argnums=0,
+    )
+    state = jax.device_put(TrainState.create(params, optimizer), replicated(mesh))
+    state, figures = step(state, batch)
+    outputs = {name: np.array(figures[name]) for name in ("loss", "grad_norm")}
+
+    def run() -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state, figures = step(state, batch)
+        jax.block_until_ready((state, figures))
+        return 1 / (time.perf_counter() - begin)
+
+    run()
+    return Running(run, outputs, f"{mesh.size} devices")
+
+
+def _torch_step(model, loss_of) -> Running:
+    """Repeats forward, backward, clipping and AdamW."""
+    import torch
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+
+    def update() -> tuple[float, float]:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        optimizer.step()
+        schedule.step()
+        return float(loss.detach()), float(norm)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        update()
+        return 1 / (time.perf_counter() - begin)
+
+    loss, norm = update()
+    run()
+    return Running(run, {"loss": np.array(loss), "grad_norm": np.array(norm)})
+
+
+def start_torch(directory: pathlib.Path) -> Running:
+    """Plain PyTorch; all 128 texts are one batch of the model."""
+    import torch
+    from transformers import AutoModel
+
+    torch.set_num_threads(THREADS)
+    texts = _texts(directory, True)
+    ids = torch.from_numpy(np.concatenate([texts[name] for name in TOWERS]))
+    mask = torch.ones_like(ids)
+    model = AutoModel.from_pretrained(minilm.path(), add_pooling_layer=False).eval()
+    normalize = functools.partial(torch.nn.functional.normalize, dim=1)
+
+    def loss() -> torch.Tensor:
+        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        query, positive, negative, expansion = normalize(hidden.mean(1)).split(QUERIES)
+        mean = normalize(WEIGHT * query + (1 - WEIGHT) * expansion)
+        scores = mean @ torch.cat([positive, negative]).T / TEMPERATURE
+        return torch.nn.functional.cross_entropy(scores, torch.arange(QUERIES))
+
+    return _torch_step(model, loss)
+
+
+def start_sentence_transformers(directory: pathlib.Path) -> Running:
+    """sentence-transformers' model and loss on queries, positives and negatives."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    torch.set_num_threads(THREADS)
+    model = SentenceTransformer(minilm.path(), device="cpu").eval()
+    columns = [torch.from_numpy(ids) for ids in _texts(directory, False).values()]
+    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+
+    def loss_of() -> torch.Tensor:
+        # The model writes its outputs into what it is given.
+        features = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in columns]
+        return loss(features, torch.arange(QUERIES))
+
+    return _torch_step(model, loss_of)
+
+
+def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
+    """Losses and norms of the gradients are equal."""
+    said = check_close(ours["loss"], theirs["loss"], 1e-4, "losses")
+    norms = [side["grad_norm"] / theirs["grad_norm"] for side in (ours, theirs)]
+    return f"{said}, {check_close(*norms, 1e-4, 'norms of the gradient')}"
+
+
+def flops(directory: pathlib.Path, expanded: bool) -> float:
+    """Of a step: forward, and twice as much on the way back; the loss's are not counted."""
+    return 3 * minilm.forward_flops([LENGTH] * QUERIES * (4 if expanded else 3))
+
+
+def _row(expanded: bool, peer_name: str, packages: tuple[str, ...], peer) -> Comparison:
+    return Comparison(
+        name=f"contrastive step, {'expanded' if expanded else 'plain'} queries",
+        unit="steps/s",
+        peer_name=peer_name,
+        packages=packages,
+        ours=functools.partial(start_ours, expanded=expanded),
+        peer=peer,
+        check=check,
+        flops=functools.partial(flops, expanded=expanded),
+    )
+
+
+ROWS = (
+    _row(True, "torch", minilm.PACKAGES, start_torch),
+    _row(
+        False,
+        "sentence-transformers",
+        ("sentence-transformers", *minilm.PACKAGES),
+        start_sentence_transformers,
+    ),
+)

@@ -1,0 +1,250 @@
+"""One optimizer step of DPO: SmolLM2, LoRA of rank 8 on q and v, 8 pairs of 256 tokens, float32.
+
+The prompt has 64 of the tokens, each response 192. TRL runs without gradient checkpointing and
+bf16, once with the reference's log-probabilities made in the step, its default, and once with them
+made before. Here they are always made before, once for all passes over the pairs, and kept with
+them. Dropout is off on both sides, so that one gradient can be compared with the other.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from eval.benchmarks import THREADS, Comparison, Running, check_close, smollm2
+
+PAIRS = 8
+PROMPT, RESPONSE = 64, 192
+MICRO_BATCH = 2  # Pairs whose activations are in memory at once, of ours.
+RANK, ALPHA = 8, 32.0
+BETA, CLIP_NORM, LEARNING_RATE = 0.1, 10.0, 2e-5
+STEPS = 1000  # Of the schedule.
+TOLERANCE = 1e-4
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Writes the model, an adapter that is not zero, and the pairs' ids."""
+    import jax
+
+    from expandr_jax.models.lora import LoraConfig, init_lora
+    from expandr_jax.weights.adapter import export_adapter
+    from expandr_jax.weights.hf import load_generator
+
+    path = smollm2.export(directory)
+    generator, params = load_generator(str(path))
+    lora = LoraConfig(RANK, ALPHA, 0.0)
+    adapter = init_lora(jax.random.key(0), params, lora)
+    moved = jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), adapter
+    )
+    export_adapter(directory / "adapter", moved, lora, generator.module.config, str(path))
+    text = "\n".join(getattr(np, name).__doc__ or "" for name in sorted(np.__all__))
+    ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+    pairs = []
+    for _ in range(PAIRS):
+        pair = []
+        for length in (PROMPT, RESPONSE, RESPONSE):
+            pair.append(ids[:length])
+            ids = ids[length:]
+        for response in pair[1:]:
+            response[-1] = generator.eos_ids[0]
+        pairs.append(pair)
+    (directory / "pairs.json").write_text(json.dumps(pairs))
+
+
+def _pairs(directory: pathlib.Path) -> list[list[list[int]]]:
+    return json.loads((directory / "pairs.json").read_text())
+
+
+def start_ours(directory: pathlib.Path) -> Running:
+    """`train.generator`'s program on packed pairs, an update for each 8 of them."""
+    import jax
+    import optax
+    from safetensors.numpy import load_file
+
+    from expandr_jax.preference import (
+        DPOConfig,
+        PreferencePair,
+        batch_shapes,
+        dpo_values,
+        pack,
+    )
+    from expandr_jax.sharding import (
+        adapter_shardings,
+        batch_sharding,
+        make_mesh,
+        place,
+        replicated,
+    )
+    from expandr_jax.steps import adapter_program, reference_program
+    from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+    from expandr_jax.weights.adapter import export_adapter, load_adapter
+    from expandr_jax.weights.hf import load_generator
+
+    generator, params = load_generator(str(directory / "smollm2"))
+    mesh = make_mesh()
+    params = place(params, replicated(mesh))
+    lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
+    module = generator.module.clone(lora=lora)
+    pairs = [PreferencePair(*pair) for pair in _pairs(directory)]
+    config = DPOConfig(BETA)
+    base = jax.tree.map(lambda leaf: leaf.sharding, params)
+    log_probs = reference_program(mesh, base, module=module, chunk=config.chunk)
+    shapes = batch_shapes([pair.size for pair in pairs], 1)
+    batches = []
+    for first in range(0, PAIRS, MICRO_BATCH):
+        batch = pack(pairs[first : first + MICRO_BATCH], generator.pad_id, shapes)
+        both = jax.device_get(log_probs({"params": params}, batch)[:2])
+        batch["reference_chosen"], batch["reference_rejected"] = both
+        batches.append(jax.device_put(batch, batch_sharding(mesh)))
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            LEARNING_RATE, STEPS, clip_norm=CLIP_NORM, accumulation=PAIRS // MICRO_BATCH
+        )
+    )
+    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
+    step = adapter_program(
+        mesh, places, base, values=dpo_values, module=module, config=config, optimizer=optimizer
+    )
+    state = TrainState.create(adapter, optimizer, places)
+
+    def update(state: TrainState) -> tuple[TrainState, float]:
+        losses = []
+        for batch in batches:
+            state, figures = step(state, params, batch, jax.random.key(0))
+            losses.append(figures["loss"])
+        return state, float(np.mean(jax.device_get(losses)))
+
+    state, loss = update(state)
+    gradient = optax.tree_utils.tree_get(state.opt_state, "mu")
+    export_adapter(directory / "gradient", gradient, lora, module.config, "base")
+    outputs = load_file(directory / "gradient" / "adapter_model.safetensors")
+
+    def run() -> float:
+        nonlocal state
+        begin = time.perf_counter()
+        state, _ = update(state)
+        return PAIRS / (time.perf_counter() - begin)
+
+    return Running(run, {"loss": np.array(loss), **outputs}, f"micro-batches of {MICRO_BATCH}")
+
+
+def start_trl(directory: pathlib.Path, precompute: bool) -> Running:
+    """The training step of TRL's DPOTrainer, then the optimizer's."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+    from trl import DPOConfig, DPOTrainer
+
+    torch.set_num_threads(THREADS)
+    path = directory / "smollm2"
+    arguments = DPOConfig(
+        output_dir=str(directory / "trl"), bf16=False, gradient_checkpointing=False, use_cpu=True,
+        report_to=[], beta=BETA, max_length=PROMPT + RESPONSE, save_strategy="no",
+        disable_tqdm=True, per_device_train_batch_size=PAIRS, learning_rate=LEARNING_RATE,
+        max_grad_norm=CLIP_NORM, lr_scheduler_type="linear", warmup_steps=0,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    # The trainer wants a set of texts; the pairs are handed to its collator as ids below.
+    texts = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    trainer = DPOTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=arguments,
+        train_dataset=texts,
+        processing_class=transformers.AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, task_type="CAUSAL_LM",
+            target_modules=["q_proj", "v_proj"],
+        ),
+    )  # fmt: skip
+    parameters = {
+        name.replace(".default.", "."): parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    with torch.no_grad():
+        for name, value in load_file(directory / "adapter" / "adapter_model.safetensors").items():
+            parameters[name].copy_(value)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    batch = trainer.data_collator(
+        [dict(zip(names, pair, strict=True)) for pair in _pairs(directory)]
+    )
+    if precompute:
+        with torch.no_grad():
+            chosen, rejected = trainer.compute_ref_log_probs(trainer.model, dict(batch))
+        batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        trainer.precompute_ref_logps = True
+    trainer.create_optimizer_and_scheduler(STEPS)
+    trainer.current_gradient_accumulation_steps = 1  # Its own loop would say so.
+
+    def update() -> float:
+        loss = trainer.training_step(trainer.model, dict(batch))
+        torch.nn.utils.clip_grad_norm_(list(parameters.values()), CLIP_NORM)
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        trainer.optimizer.zero_grad()
+        return float(loss)
+
+    loss = update()
+    outputs = {
+        name: trainer.optimizer.state[parameter]["exp_avg"].numpy().copy()
+        for name, parameter in parameters.items()
+    }
+
+    def run() -> float:
+        begin = time.perf_counter()
+        update()
+        return PAIRS / (time.perf_counter() - begin)
+
+    return Running(run, {"loss": np.array(loss), **outputs})
+
+
+def start_trl_default(directory: pathlib.Path) -> Running:
+    """TRL makes the reference's log-probabilities in each step."""
+    return start_trl(directory, precompute=False)
+
+
+def start_trl_precomputed(directory: pathlib.Path) -> Running:
+    """TRL has made the reference's log-probabilities before."""
+    return start_trl(directory, precompute=True)
+
+
+def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
+    """Losses are equal, and so are the first moments of AdamW: 0.1 times the clipped gradient."""
+    said = check_close(ours["loss"], theirs["loss"], TOLERANCE, "losses")
+    names = sorted(theirs.keys() - {"loss"})
+    flat = [np.concatenate([side[name].ravel() for name in names]) for side in (ours, theirs)]
+    largest = np.abs(flat[1]).max()
+    return f"{said}, {check_close(*(x / largest for x in flat), TOLERANCE, 'gradients')}"
+
+
+def flops(directory: pathlib.Path) -> float:
+    """Of a pair: its tokens through the layers and its responses through the head, and back.
+
+    The way back has no gradients of the frozen weights. Attention is left out.
+    """
+    layers, head = smollm2.product_flops(directory)
+    return 2 * ((PROMPT + 2 * RESPONSE) * layers + 2 * RESPONSE * head)
+
+
+def _row(name, start_peer):
+    return Comparison(
+        name=name,
+        unit="pairs/s",
+        peer_name="trl",
+        packages=("trl", "torch", "peft", "transformers"),
+        ours=start_ours,
+        peer=start_peer,
+        check=check,
+        flops=flops,
+    )
+
+
+ROWS = (
+    _row("dpo", start_trl_default),
+    _row("dpo, reference made before", start_trl_precomputed),
+)

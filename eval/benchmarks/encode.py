@@ -1,0 +1,111 @@
+"""Documents a second through MiniLM: 2,000 of pydoc, cut at 128 and at 256 tokens, in float32.
+
+Text goes in and vectors come out, so tokenising, sorting, padding and checks are part of it on both
+sides. sentence-transformers takes the quickest of three batch sizes, 32 being its default.
+"""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from eval.benchmarks import THREADS, Comparison, Different, Running, minilm
+
+DOCUMENTS = 2000
+TRIED = 256  # Documents of the trial that chooses the peer's batch.
+LEAST_COSINE = 0.9999
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Writes the documents and how many tokens each has."""
+    minilm.write_pydoc(directory)
+    documents = minilm.spread(minilm.read_pydoc(directory)[1], DOCUMENTS)
+    retriever, _ = minilm.load(max(LENGTHS))
+    lengths = [len(ids) for ids in retriever.token_ids(documents)]
+    (directory / "documents.json").write_text(json.dumps([documents, lengths]))
+
+
+def _documents(directory: pathlib.Path) -> tuple[list[str], list[int]]:
+    documents, lengths = json.loads((directory / "documents.json").read_text())
+    return documents, lengths
+
+
+def start_ours(directory: pathlib.Path, length: int) -> Running:
+    """`TextEncoder` on the mesh that a run has by default."""
+    from expandr_jax.encoding import TextEncoder
+    from expandr_jax.sharding import make_mesh
+
+    documents, _ = _documents(directory)
+    retriever, params = minilm.load(length)
+    mesh = make_mesh()
+    encoder = TextEncoder(retriever, mesh)
+    vectors = encoder.encode(params, documents, "document")
+
+    def run() -> float:
+        begin = time.perf_counter()
+        encoder.encode(params, documents, "document")
+        return DOCUMENTS / (time.perf_counter() - begin)
+
+    setting = f"batches of {encoder.tokens_per_batch} tokens over {mesh.size} devices"
+    return Running(run, {"vectors": vectors}, setting)
+
+
+def start_peer(directory: pathlib.Path, length: int) -> Running:
+    """`SentenceTransformer.encode`."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    torch.set_num_threads(THREADS)
+    documents, _ = _documents(directory)
+    model = SentenceTransformer(minilm.path(), device="cpu")
+    model.max_seq_length = length
+
+    def seconds(texts: list[str], batch: int) -> float:
+        begin = time.perf_counter()
+        model.encode(texts, batch_size=batch, show_progress_bar=False)
+        return time.perf_counter() - begin
+
+    tried = minilm.spread(documents, TRIED)
+    seconds(tried, 32)
+    batch = min((16, 32, 64), key=lambda size: seconds(tried, size))
+    vectors = model.encode(documents, batch_size=batch, show_progress_bar=False)
+    return Running(
+        lambda: DOCUMENTS / seconds(documents, batch), {"vectors": vectors}, f"batches of {batch}"
+    )
+
+
+def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
+    """Every document's two vectors point one way, and have length one."""
+    a, b = ours["vectors"], theirs["vectors"]
+    if a.shape != b.shape:
+        raise Different(f"vectors: shapes {a.shape} and {b.shape}")
+    cosines = np.sum(a * b, axis=1, dtype=np.float64)
+    lengths = np.linalg.norm(a, axis=1)
+    if not (cosines.min() >= LEAST_COSINE and np.abs(lengths - 1).max() < 1e-4):
+        raise Different(f"least cosine {cosines.min():.6f}, lengths up to {lengths.max():.6f}")
+    return f"cosines at least {cosines.min():.6f}"
+
+
+def flops(directory: pathlib.Path, length: int) -> float:
+    """Of a document on average, padding left out."""
+    _, lengths = _documents(directory)
+    return minilm.forward_flops([min(n, length) for n in lengths]) / DOCUMENTS
+
+
+LENGTHS = (128, 256)
+ROWS = tuple(
+    Comparison(
+        name=f"encode, {length} tokens",
+        unit="documents/s",
+        peer_name="sentence-transformers",
+        packages=("sentence-transformers", *minilm.PACKAGES),
+        ours=functools.partial(start_ours, length=length),
+        peer=functools.partial(start_peer, length=length),
+        check=check,
+        flops=functools.partial(flops, length=length),
+    )
+    for length in LENGTHS
+)

@@ -1,0 +1,184 @@
+"""Queries a second through an index, with what it finds, beside FAISS's on the same vectors.
+
+The vectors are MiniLM's of the quick start's pydoc, and synthetic ones around random centres. All
+sides take the 1,000 queries at once, on two threads. What a row says of each side: the share of the
+exact best 10 and 100 that it finds, seconds to build, and bytes a vector when it is saved.
+"""
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from eval.benchmarks import THREADS, Comparison, Different, Running, minilm
+
+QUERIES, DEPTH = 1000, 100
+WIDTH, CENTRES, SPREAD = 128, 2000, 0.6  # Of the synthetic vectors.
+SETS = ("pydoc", "clustered 100,000", "clustered 500,000")
+LEAST_RECALL = 0.9  # Of the best 10, where an index is approximate.
+FAISS = ("faiss-cpu",)
+
+
+def _synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors around random centres, and queries drawn as they are."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((CENTRES, WIDTH), np.float32)
+
+    def draw(rows: int) -> np.ndarray:
+        noise = generator.standard_normal((rows, WIDTH), np.float32)
+        vectors = centres[generator.integers(CENTRES, size=rows)] + SPREAD * noise
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    return draw(count), draw(QUERIES)
+
+
+def _encoded(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    from expandr_jax.encoding import TextEncoder
+    from expandr_jax.sharding import make_mesh
+
+    minilm.write_pydoc(directory)
+    queries, documents = minilm.read_pydoc(directory)
+    retriever, params = minilm.load(48)  # As the quick start has it.
+    encoder = TextEncoder(retriever, make_mesh())
+    return (
+        encoder.encode(params, documents, "document"),
+        encoder.encode(params, minilm.spread(queries, QUERIES), "query"),
+    )
+
+
+def _exact(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    best = []
+    for start in range(0, len(queries), 100):
+        scores = queries[start : start + 100] @ vectors.T
+        rows = np.arange(len(scores))[:, None]
+        found = np.argpartition(-scores, DEPTH, axis=1)[:, :DEPTH]
+        best.append(found[rows, np.argsort(-scores[rows, found], axis=1)])
+    return np.concatenate(best)
+
+
+def prepare(directory: pathlib.Path) -> None:
+    """Writes vectors, queries and the exact results of each set."""
+    for number, name in enumerate(SETS):
+        if name == "pydoc":
+            vectors, queries = _encoded(directory)
+        else:
+            vectors, queries = _synthetic(int(name.split()[1].replace(",", "")))
+        np.save(directory / f"vectors-{number}.npy", vectors)
+        np.save(directory / f"queries-{number}.npy", queries)
+        np.save(directory / f"exact-{number}.npy", _exact(vectors, queries))
+
+
+def _running(
+    directory: pathlib.Path,
+    number: int,
+    build: Callable[[np.ndarray], object],
+    search: Callable[[object, np.ndarray], np.ndarray],
+    saved_bytes: Callable[[object], int],
+) -> Running:
+    vectors, queries, exact = (
+        np.load(directory / f"{kind}-{number}.npy", allow_pickle=False)
+        for kind in ("vectors", "queries", "exact")
+    )
+    begin = time.perf_counter()
+    index = build(vectors)
+    seconds = time.perf_counter() - begin
+    found = search(index, queries)
+    recall = [
+        np.mean([len(np.intersect1d(a[:k], b[:k])) / k for a, b in zip(found, exact, strict=True)])
+        for k in (10, DEPTH)
+    ]
+
+    def run() -> float:
+        begin = time.perf_counter()
+        search(index, queries)
+        return len(queries) / (time.perf_counter() - begin)
+
+    size = saved_bytes(index) / len(vectors)
+    return Running(run, {"recall": np.array(recall), "cost": np.array([seconds, size])})
+
+
+def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
+    """`build_index` with its defaults for the size."""
+    from expandr_jax.search import build_index
+
+    def saved_bytes(index) -> int:
+        target = directory / f"index-{number}-{backend}"
+        index.save(target)
+        return sum(file.stat().st_size for file in target.iterdir())
+
+    return _running(
+        directory,
+        number,
+        lambda vectors: build_index(vectors, backend),
+        lambda index, queries: index.search(queries, DEPTH)[1],
+        saved_bytes,
+    )
+
+
+def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
+    """FAISS's flat index, HNSW (32 links, efSearch 128) or IVF-PQ (2 dimensions a byte)."""
+    import faiss
+
+    faiss.omp_set_num_threads(THREADS)
+
+    def build(vectors: np.ndarray) -> faiss.Index:
+        count, width = vectors.shape
+        if kind == "flat":
+            index = faiss.IndexFlatIP(width)
+        elif kind == "HNSW":
+            index = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efSearch = 128
+        else:
+            lists = int(np.sqrt(count))
+            index = faiss.index_factory(
+                width, f"IVF{lists},PQ{width // 2}", faiss.METRIC_INNER_PRODUCT
+            )
+            index.nprobe = max(1, lists // 4)
+            index.train(vectors[:100_000])
+        index.add(vectors)
+        return index
+
+    return _running(
+        directory,
+        number,
+        build,
+        lambda index, queries: index.search(queries, DEPTH)[1],
+        lambda index: len(faiss.serialize_index(index)),
+    )
+
+
+def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], least: float) -> str:
+    """Says what each side finds and costs; ours must find enough."""
+    if ours["recall"][0] < least:
+        raise Different(f"recall@10 {ours['recall'][0]:.3f}, below {least}")
+    said = []
+    for name, side in (("ours", ours), ("theirs", theirs)):
+        ten, hundred = side["recall"]
+        seconds, size = side["cost"]
+        said.append(
+            f"{name}: recall@10 {ten:.3f}, recall@100 {hundred:.3f}, built in {seconds:.1f} s, "
+            f"{size:.0f} bytes a vector"
+        )
+    return "; ".join(said)
+
+
+def _row(number: int, backend: str, kind: str) -> Comparison:
+    return Comparison(
+        name=f"search, {SETS[number]}, {backend}",
+        unit="queries/s",
+        peer_name=f"FAISS {kind}",
+        packages=FAISS,
+        ours=functools.partial(start_ours, number=number, backend=backend),
+        peer=functools.partial(start_faiss, number=number, kind=kind),
+        # Equal scores at the cut may be either's.
+        check=functools.partial(check, least=0.999 if backend == "exact" else LEAST_RECALL),
+    )
+
+
+ROWS = tuple(
+    _row(number, backend, kind)
+    for number in range(len(SETS))
+    for backend, kind in (("scann", "HNSW"), ("scann", "IVF-PQ"), ("exact", "flat"))
+)

@@ -1,0 +1,307 @@
+"""train.plan: its rows against figures counted by hand, its verdicts and its exit codes."""
+
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from configs import llama3_8b_anchordr, smoke
+from expandr_jax.errors import UserError
+from expandr_jax.planning import chips, compiled
+from expandr_jax.planning.flops import forward_flops
+from expandr_jax.planning.topology import Topology, find_topology
+from tests.commands import command, finish
+from train import plan, plan_programs, plan_search
+from train.planned import param_shapes
+from train.planned_generator import GeneratorShapes
+from train.planned_retriever import RetrieverShapes
+
+PROGRAMS = [
+    "contrastive step",
+    "corpus encoding",
+    "prefill",
+    "decode",
+    "reference log-probabilities",
+    "DPO step",
+    "exact search",
+]
+CHIP = chips.Chip("cpu", 8 * chips.GIB, 1e12, 1e11, 1e10, "made up")
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = smoke.get_config()
+    config.contrastive.micro_batch = 128
+    config.mesh.contrastive = (2, 4, 1)
+    config.mesh.sampling = (4, 1, 2)
+    config.mesh.dpo = (1, 8, 1)
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned(config):
+    """A plan of the smoke config for 8 virtual devices."""
+    return plan.plan(config, Topology("cpu:8", jax.devices("cpu")[:8], CHIP), QUIET)
+
+
+def test_every_program_has_a_row_that_fits(planned):
+    assert [row["program"] for row in planned["rows"]] == PROGRAMS
+    for row in planned["rows"]:
+        assert row["fits"]
+        assert row["bytes_total"] >= row["bytes_argument"] + row["bytes_temporary"] > 0
+        assert row["bytes_capacity"] == CHIP.capacity
+        assert row["roofline_seconds"] > 0
+        assert row["bound"] in ("compute", "memory", "network")
+        assert row["model_flops"] > 0
+    json.dumps(planned)
+
+
+def test_parameters_are_split_as_the_meshes_say(planned, config):
+    rows = {row["program"]: row for row in planned["rows"]}
+    # tiny-bert: 4 bytes each; what fsdp cannot split is small.
+    retriever = RetrieverShapes(config, None).params
+    whole = 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(retriever))
+    assert whole / 4 <= rows["contrastive step"]["bytes_parameters"] < whole / 3
+    assert rows["corpus encoding"]["bytes_parameters"] == whole
+    # The step holds parameters and both of Adam's moments.
+    assert rows["contrastive step"]["bytes_argument"] >= 3 * whole / 4
+    assert rows["decode"]["bytes_argument"] > rows["decode"]["bytes_parameters"]
+
+
+def test_a_step_on_a_mesh_communicates_and_a_program_of_one_device_does_not(planned):
+    rows = {row["program"]: row for row in planned["rows"]}
+    assert rows["contrastive step"]["collectives"]["all-gather"]["count"] > 0
+    assert rows["DPO step"]["collectives"]["all-gather"]["count"] > 0
+    assert rows["corpus encoding"]["collectives"] == {}
+    assert rows["exact search"]["collectives"] == {}
+
+
+def test_no_parameter_is_gathered_to_decode(config, tmp_path):
+    """With matrices of 4 MiB and more, and 512 rows whose logits are a quarter of that."""
+    shape = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 512,
+        "intermediate_size": 4096, "rope_theta": 1e4,
+    }  # fmt: skip
+    (tmp_path / "wide.json").write_text(json.dumps(shape))
+    wide = config.copy_and_resolve_references()
+    wide.generator.shape = str(tmp_path / "wide.json")
+    topology = Topology("cpu:8", jax.devices("cpu")[:8], CHIP)
+    made = plan_programs.planned_programs(wide, topology)["decode"]()
+    needs = compiled.compile_program(made.program.lower(*made.arguments), CHIP)
+    matrices = [
+        leaf
+        for leaf in jax.tree.leaves(GeneratorShapes(wide, None).params)
+        if leaf.ndim > 1 and min(leaf.shape[-2:]) > 1
+    ]
+    smallest = min(4 * math.prod(leaf.shape) for leaf in matrices)
+    assert smallest == 4 * 2**20
+    assert needs.collectives["all-reduce"].count > 0
+    assert max(found.largest for found in needs.collectives.values()) < smallest
+
+
+def test_flops_are_those_of_the_shapes():
+    """A decoder's, written out."""
+    config = llama3_8b_anchordr.get_config()
+    generator = GeneratorShapes(config, None)
+    cfg = generator.module.config
+    layer = 2 * cfg.hidden_size * cfg.head_dim * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
+    layer += 3 * 2 * cfg.hidden_size * cfg.mlp_dim
+    attention = 2 * 2 * 7 * cfg.num_heads * cfg.head_dim
+    expected = 3 * (5 * cfg.num_layers * (layer + attention))
+    expected += 11 * 2 * cfg.hidden_size * cfg.vocab_size
+    found = forward_flops(generator.module, generator.params, 3, 5, keys=7, logits=11)
+    assert found == expected
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(generator.params))
+    assert parameters == 8_030_261_248  # Llama-3-8B's, as published.
+
+
+def test_flops_are_those_that_xla_counts_without_a_scan():
+    config = smoke.get_config()
+    retriever = RetrieverShapes(config, None)
+    module = retriever.retriever.module
+    texts = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+    one = module.clone(config=module.config.__class__(**{**vars(module.config), "num_layers": 1}))
+    params = param_shapes(one, jnp.float32)
+    made = jax.jit(one.apply).lower({"params": params}, texts, texts).compile()
+    counted = made.cost_analysis()["flops"]
+    found = forward_flops(one, params, 4, 16)
+    # XLA counts softmax and the like, too.
+    assert found <= counted <= 1.5 * found
+
+
+def test_what_does_not_fit_is_named_with_what_to_change(config):
+    small = Topology("cpu:8", jax.devices("cpu")[:8], chips.Chip("cpu", 1000, 1e12, 1, 1, ""))
+    programs = plan_programs.planned_programs(config, small)
+    made = programs["corpus encoding"]()
+    needs = compiled.compile_program(made.program.lower(*made.arguments), small.chip)
+    assert not needs.fits
+    row = plan._row(made, needs, small, 1.0)
+    [problem] = plan.misfits({"rows": [row]})
+    assert "corpus encoding" in problem
+    assert "retriever.tokens_per_batch" in problem
+
+
+REJECTION = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    "Used 23.51G of 15.75G hbm. Exceeded hbm capacity by 7.76G.\n\nTotal hbm usage >= 24.01G:\n"
+    "    reserved        258.00M \n    program          18.25G \n    arguments         5.26G \n"
+)
+
+
+def test_a_program_that_the_compiler_rejects_is_a_row_with_its_sizes():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(REJECTION)
+
+    needs = compiled.compile_program(Lowered(), CHIP)
+    assert needs.total == int(23.51 * chips.GIB)
+    assert needs.argument == int(5.26 * chips.GIB)
+    assert needs.temporary == needs.total - needs.argument
+    assert not needs.fits
+
+
+def test_so_is_one_that_is_rejected_for_what_it_keeps_alone():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+                "temporaries (400.00G) exceeds available HBM (15.75G)."
+            )
+
+    needs = compiled.compile_program(Lowered(), CHIP, resident=5)
+    assert (needs.total, needs.resident) == (400 * chips.GIB + 5, 5)
+
+
+def test_another_error_of_the_compiler_is_not_hidden():
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled.compile_program(Lowered(), CHIP)
+
+
+def test_the_slowest_of_three_is_the_roofline():
+    send = {"all-reduce": compiled.Collectives(1, int(1e9), 1)}
+    assert compiled.roofline(CHIP, 2, 4e12, 1e10, {}) == compiled.Roofline(2.0, "compute")
+    assert compiled.roofline(CHIP, 2, 1e10, 3e11, {}) == compiled.Roofline(3.0, "memory")
+    assert compiled.roofline(CHIP, 2, 1e10, 1e9, send) == compiled.Roofline(0.2, "network")
+
+
+def test_chip_hours_follow_the_paper():
+    names = ["prefill", "decode", "reference log-probabilities", "DPO step", "contrastive step"]
+    rows = {name: {"roofline_seconds": 0.0, "rows": 10} for name in names}
+    rows["decode"]["roofline_seconds"] = 0.01
+    hours = plan.paper_chip_hours(rows, 16)
+    # 3.2 million texts, 512 at once, 512 tokens each.
+    assert hours["all"] == hours["candidates"] == pytest.approx(6250 * 512 * 0.01 * 16 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:4x4", "expected something like"),
+        ("cpu:0", "expected something like"),
+        ("cpu:4096", "there are"),
+        ("gpu", "finds none"),
+    ],
+)
+def test_a_topology_that_is_not_there_is_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        find_topology(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_slice_is_described_without_a_tpu():
+    topology = find_topology("v5e:4x4")
+    assert len(topology.devices) == 16
+    assert topology.devices[0].platform == "tpu"
+    with pytest.raises(UserError, match="chips by rows"):
+        find_topology("v5e:16")
+    with pytest.raises(UserError, match="no such slice"):
+        find_topology("v5e:3x5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shape": "nowhere.json"}, "no such file"),
+        ({"source": "owner/name"}, "generator.shape can name a config.json"),
+        ({"source": "tests/data/tiny-bert"}, "generates no text"),
+    ],
+)
+def test_a_shape_that_cannot_be_had_is_refused(changes, message):
+    config = smoke.get_config()
+    config.generator.update(changes)
+    with pytest.raises(UserError, match=message):
+        GeneratorShapes(config, None)
+
+
+def test_a_mesh_that_does_not_fit_the_workload_is_refused(config):
+    topology = Topology("cpu:8", jax.devices("cpu")[:8], CHIP)
+    wrong = smoke.get_config()
+    wrong.mesh.dpo = (3, 1, 1)
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        plan_programs.planned_programs(wrong, topology)["DPO step"]()
+    wrong.contrastive.micro_batch = 100
+    with pytest.raises(UserError, match="expected a divisor of 1024"):
+        plan_programs.planned_programs(wrong, topology)["contrastive step"]()
+
+
+def test_the_command_writes_the_plan(tmp_path):
+    out = tmp_path / "plan.json"
+    printed = finish(
+        command("train.plan", "--config=configs/smoke.py", "--topology=cpu:2", f"--out={out}")
+    )
+    written = json.loads(out.read_text())
+    assert written["topology"] == "cpu:2"
+    assert [row["program"] for row in written["rows"]] == PROGRAMS
+    assert "chip-hours" in printed
+
+
+def test_only_what_was_asked_for_is_compiled(config):
+    topology = Topology("cpu:8", jax.devices("cpu")[:8], CHIP)
+    result = plan.plan(config, topology, QUIET, only=["exact search"])
+    assert [row["program"] for row in result["rows"]] == ["exact search"]
+    assert result["paper_chip_hours"] is None
+    with pytest.raises(UserError, match="--only=decoding: expected some of contrastive step"):
+        plan.plan(config, topology, QUIET, only=["decoding"])
+
+
+def test_a_mistake_ends_the_command_with_two(tmp_path):
+    process = command("train.plan", "--config=configs/smoke.py", "--topology=v9:1")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert output.startswith("error: --topology=v9:1: expected something like")
+
+
+def test_a_search_proposes_settings_that_fit(config, monkeypatch):
+    monkeypatch.setattr(plan_search, "PHASES", {"encoding": plan_search.PHASES["encoding"]})
+    devices = jax.devices("cpu")[:8]
+    [found] = plan_search.propose(config, Topology("cpu:8", devices, CHIP), QUIET)
+    assert found.needs.fits
+    mesh = found.settings["mesh.encoding"]
+    assert math.prod(mesh) == 8
+    assert found.flags == f'--config.mesh.encoding="{mesh}"'
+    small = Topology("cpu:8", devices, chips.Chip("cpu", 1000, 1e12, 1e11, 1e10, ""))
+    assert plan_search.propose(config, small, QUIET) == []
+
+
+def test_a_search_prefers_no_recomputation_where_that_fits(config):
+    devices = jax.devices("cpu")[:8]
+    order = sorted(
+        plan_search._estimates(config, Topology("cpu:8", devices, CHIP), "dpo"),
+        key=lambda item: item[0],
+    )
+    assert order[0][1].settings["generator.remat"] == "none"
+    # With room for the arguments alone, what is kept for the backward pass must be little.
+    planned = order[0][1].planned
+    room = plan_search.bytes_on_device(planned.arguments) + planned.resident + 1
+    tight = Topology("cpu:8", devices, chips.Chip("cpu", room, 1e12, 1e11, 1e10, ""))
+    assert len(list(plan_search._estimates(config, tight, "dpo"))) < len(order)

@@ -1,0 +1,133 @@
+"""Figures of every step: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+
+import importlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
+
+from expandr_jax.data.records import hash_json, write_text
+from expandr_jax.errors import UserError
+
+SECONDS_BETWEEN_FLUSHES = 30.0  # Of TensorBoard's file; metrics.jsonl has each step at once.
+# What a step cost, which differs from run to run; everything else in a line depends on the config.
+COST_FIELDS = ("step_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes")
+
+
+class MetricsLog:
+    """One record a step.
+
+    Args:
+        workdir: Gets metrics.jsonl and tensorboard/.
+        project: Of Weights & Biases; "": it is not used.
+
+    Attributes:
+        dropped: Lines of metrics.jsonl that were damaged and are gone.
+
+    Raises:
+        UserError: wandb is asked for and not installed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, project: str = ""):
+        self._workdir = workdir
+        self._path = workdir / "metrics.jsonl"
+        self._events: EventsWriter | None = None
+        self._flushed = time.monotonic()
+        self._wandb = _start_wandb(workdir, project) if project else None
+        self.dropped = 0
+        if self._path.exists():
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _is_whole(line)]
+            # The last line, if a kill cut it, is written again.
+            cut = bool(lines) and not lines[-1].endswith(b"\n")
+            self.dropped = len(lines) - len(kept) - cut
+            if len(kept) != len(lines):
+                write_text(self._path, b"".join(kept).decode())
+
+    def write(
+        self,
+        phase: str,
+        round_: int,
+        step: int,
+        values: Mapping[str, float],
+        costs: Mapping[str, float] | None = None,
+    ) -> None:
+        """Appends {"phase", "round", "step", ...} with values and costs (COST_FIELDS) as floats.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        values = {name: float(value) for name, value in {**values, **(costs or {})}.items()}
+        record = {"phase": phase, "round": round_, "step": step, **values}
+        tagged = {f"{phase}/round-{round_}/{name}": value for name, value in values.items()}
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            self._write_events(tagged, step)
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot write it: {error.strerror}") from error
+        if self._wandb is not None:
+            self._wandb.log({**tagged, f"{phase}/round-{round_}/step": step})
+
+    def rewind(self, phase: str, round_: int, step: int) -> None:
+        """Drops a phase's records at and after `step`: a restart from there writes them again."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            record = json.loads(line)
+            same = record["phase"] == phase and record["round"] == round_
+            if not (same and record["step"] >= step):
+                kept.append(line)
+        if len(kept) != len(lines):
+            write_text(self._path, "".join(kept))
+
+    def close(self) -> None:
+        """Ends the log; what was written stays."""
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _write_events(self, values: Mapping[str, float], step: int) -> None:
+        # Not SummaryWriter: its thread dies where the disk is full, and then its queue blocks.
+        if self._events is None:
+            directory = self._workdir / "tensorboard"
+            directory.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        event = Event(wall_time=time.time(), step=step)
+        for name, value in values.items():
+            event.summary.value.extend(scalar(name, value).value)
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line is a record, as `write` makes them."""
+    try:
+        record = json.loads(line.decode())
+        return line.endswith(b"\n") and {"phase", "round", "step"} <= record.keys()
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _start_wandb(workdir: pathlib.Path, project: str) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            "log.wandb is set, but wandb is not installed: pip install wandb, or leave it empty"
+        ) from None
+    name = hash_json(str(workdir))[:16]  # A restart goes on with the same run.
+    return wandb.init(project=project, dir=str(workdir), id=name, resume="allow")

@@ -1,0 +1,258 @@
+"""Says whether a run fits a machine, and how long it takes at least, without the machine.
+
+    python -m train.plan --config=configs/llama3_8b_anchordr.py --topology=v5e:4x4 --out=plan.json
+
+Compiles every program of the run for the topology, a TPU slice (v5e, v5p, v6e; by libtpu, here),
+or CPUs and GPUs of this machine ("cpu:8", "gpu:4"). No weights are read and nothing is fetched.
+With --search it proposes mesh, micro-batch and recomputation for each phase. Exit status 1 where
+something does not fit, 2 for a mistake in what was asked.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import ml_collections
+from absl import flags
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from expandr_jax.data.records import write_json
+from expandr_jax.errors import UserError
+from expandr_jax.planning.chips import GIB
+from expandr_jax.planning.compiled import Needs, compile_program, lower, roofline
+from expandr_jax.planning.topology import FORMS, Topology, find_topology
+from train.launch import define_config, launch
+from train.plan_programs import planned_programs
+from train.plan_search import PHASES, Proposal, propose
+from train.planned import NEW, PAIRS, QUERIES, ROWS, Planned, bytes_on_device
+
+EXIT_DOES_NOT_FIT = 1
+# The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
+PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
+         "examples": 709_000, "contrastive_epochs": 3}  # fmt: skip
+
+
+def plan(
+    config: ml_collections.ConfigDict,
+    topology: Topology,
+    console: Console,
+    only: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compiles the programs of a run.
+
+    Args:
+        config: The whole config.
+        topology: What to compile for.
+        console: Where progress is shown.
+        only: Names of programs; (): all of them.
+
+    Returns:
+        {"topology", "rows", ...}, as --out has it.
+
+    Raises:
+        UserError: No shape of a model is found, a mesh does not fit, or no program is named so.
+    """
+    programs = planned_programs(config, topology)
+    unknown = [name for name in only if name not in programs]
+    if unknown:
+        raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
+    programs = {name: make for name, make in programs.items() if not only or name in only}
+    rows: dict[str, dict[str, Any]] = {}
+    with (
+        Progress(console=console, transient=True) as progress,
+        ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool,
+    ):
+        task = progress.add_task(f"compiling for {topology.name}", total=len(programs))
+
+        def compiled(planned: Planned, lowered: Any, seconds: float) -> dict[str, Any]:
+            needs = compile_program(lowered, topology.chip, planned.resident)
+            progress.advance(task)
+            return _row(planned, needs, topology, seconds + needs.seconds)
+
+        waiting = {}
+        for name, make in programs.items():
+            start = time.monotonic()
+            planned = make()
+            lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
+            waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
+        rows = {name: future.result() for name, future in waiting.items()}
+    return {
+        "topology": topology.name,
+        "chip": dataclasses.asdict(topology.chip),
+        "rows": list(rows.values()),
+        # Where only some programs were asked for, the run's hours are not known.
+        "paper_chip_hours": None if only else paper_chip_hours(rows, len(topology.devices)),
+    }
+
+
+def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> dict[str, Any]:
+    at_best = roofline(
+        topology.chip, planned.devices, planned.run_flops, planned.moved, needs.collectives
+    )
+    batch = 1
+    if planned.mesh is not None:
+        batch = planned.mesh.shape["data"] * planned.mesh.shape["fsdp"]
+    return {
+        "program": planned.name,
+        "mesh": None if planned.mesh is None else dict(planned.mesh.shape),
+        "rows": planned.rows,
+        "rows_per_device": planned.rows / batch,
+        "bytes_parameters": bytes_on_device(planned.parameters),
+        "bytes_argument": needs.argument,
+        "bytes_temporary": needs.temporary,
+        "bytes_resident": needs.resident,
+        "bytes_total": needs.total,
+        "bytes_capacity": needs.capacity,
+        "fits": needs.fits,
+        "model_flops": planned.model_flops,
+        "collectives": {
+            kind: dataclasses.asdict(found) for kind, found in needs.collectives.items()
+        },
+        "compile_seconds": round(seconds, 2),
+        "roofline_seconds": at_best.seconds,
+        "bound": at_best.bound,
+        "change": planned.change,
+    }
+
+
+def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dict[str, float]:
+    """Chip-hours of the paper's run at the rooflines: no real run is that quick.
+
+    Args:
+        rows: Of `plan`, by program.
+        devices: Chips.
+    """
+    texts = PAPER["queries"] * PAPER["candidates"]
+    steps = {
+        "candidates": [
+            ("prefill", math.ceil(PAPER["queries"] / rows["prefill"]["rows"])),
+            ("decode", math.ceil(texts / ROWS) * NEW),
+        ],
+        "DPO": [
+            ("reference log-probabilities", math.ceil(PAPER["pairs"] / PAIRS)),
+            ("DPO step", PAPER["dpo_epochs"] * math.ceil(PAPER["pairs"] / PAIRS)),
+        ],
+        "contrastive": [
+            ("contrastive step",
+             PAPER["contrastive_epochs"] * math.ceil(PAPER["examples"] / QUERIES)),
+        ],
+    }  # fmt: skip
+    hours = {
+        part: sum(rows[name]["roofline_seconds"] * count for name, count in programs)
+        * devices
+        / 3600
+        for part, programs in steps.items()
+    }
+    return {**hours, "all": sum(hours.values())}
+
+
+def show(result: Mapping[str, Any], console: Console) -> None:
+    """Prints a plan as a table, and what does not fit."""
+    capacity = result["rows"][0]["bytes_capacity"] / GIB
+    table = Table(title=f"{result['topology']}: GiB a device, of {capacity:.2f}")
+    for name in ("program", "mesh", "rows a device", "parameters", "arguments", "temporary",
+                 "held beside", "total", "fits", "model TFLOP", "collectives: times, GiB",
+                 "compile s", "at least", "bound"):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("program", "mesh") else "right")
+    for row in result["rows"]:
+        mesh = row["mesh"]
+        table.add_row(
+            row["program"],
+            "1 device" if mesh is None else " x ".join(str(size) for size in mesh.values()),
+            f"{row['rows_per_device']:g}",
+            *(f"{row[f'bytes_{part}'] / GIB:.2f}"
+              for part in ("parameters", "argument", "temporary", "resident", "total")),
+            "yes" if row["fits"] else "NO",
+            f"{row['model_flops'] / 1e12:.3g}",
+            "\n".join(f"{kind} {c['count']}, {c['bytes'] / GIB:.3g}"
+                      for kind, c in row["collectives"].items()) or "none",
+            f"{row['compile_seconds']:.0f}",
+            _duration(row["roofline_seconds"]),
+            row["bound"],
+            style=None if row["fits"] else "red",
+        )  # fmt: skip
+    console.print(table)
+    hours = result["paper_chip_hours"]
+    if hours is None:
+        return
+    parts = ", ".join(f"{name} {value:.3g}" for name, value in hours.items() if name != "all")
+    console.print(
+        f"The paper's run takes at least {hours['all']:.3g} chip-hours ({parts}): that is with "
+        "every program at its roofline."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+
+
+def show_proposals(proposals: Sequence[Proposal], console: Console) -> None:
+    """Prints what `propose` found, as a table and as flags."""
+    table = Table(title="Settings by estimate, compiled until one fits")
+    for name in ("phase", "settings", "total GiB", "at least"):
+        table.add_column(name, justify="left" if name in ("phase", "settings") else "right")
+    for proposal in proposals:
+        total = f"{proposal.needs.total / GIB:.2f}"
+        table.add_row(proposal.phase, proposal.flags, total, _duration(proposal.seconds))
+    console.print(table)
+    for phase in PHASES:
+        if phase not in {proposal.phase for proposal in proposals}:
+            console.print(f"{phase}: nothing that was tried fits")
+
+
+def misfits(result: Mapping[str, Any]) -> list[str]:
+    """What does not fit, and what to change, a line for each program."""
+    return [
+        f"{row['program']}: needs {row['bytes_total'] / GIB:.2f} GiB a device of "
+        f"{row['bytes_capacity'] / GIB:.2f}; try {row['change']}"
+        for row in result["rows"]
+        if not row["fits"]
+    ]
+
+
+def main(_: Any) -> None:
+    console = Console(highlight=False)
+    values = flags.FLAGS
+    if not values.topology.startswith("gpu"):
+        # TPUs are compiled for, never used: jax must not look for any.
+        jax.config.update("jax_platforms", "cpu")
+    topology = find_topology(values.topology)
+    out = pathlib.Path(values.out) if values.out else None
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.parent}")
+    progress = Console(stderr=True, highlight=False)
+    result = plan(values.config, topology, progress, values.only)
+    proposals = propose(values.config, topology, progress) if values.search else []
+    if out is not None:
+        write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
+    # Never cut a table to the width of a pipe.
+    wide = console if console.is_terminal else Console(highlight=False, width=200)
+    show(result, wide)
+    if values.search:
+        show_proposals(proposals, wide)
+    problems = misfits(result)
+    for problem in problems:
+        console.print(f"does not fit: {problem}", soft_wrap=True, markup=False)
+    if problems:
+        sys.exit(EXIT_DOES_NOT_FIT)
+
+
+def define_flags() -> None:
+    define_config()
+    flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {FORMS}.")
+    flags.DEFINE_list("only", [], "Programs to compile, by their names in the table; all if empty.")
+    flags.DEFINE_bool("search", False, "Propose meshes, micro-batch and recomputation, too.")
+    flags.DEFINE_string("out", None, "Where to write the plan, as JSON.")
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

@@ -1,0 +1,139 @@
+"""What a step costs, where it goes wrong, and a profile of it."""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import ml_collections
+import psutil
+
+# Peak floating-point operations a second in bfloat16, by what `device_kind` begins with:
+# cloud.google.com/tpu/docs/ (v4, v5e, v5p, v6e); nvidia.com/en-us/data-center/ (dense).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+WINDOW, FEWEST = 50, 20  # Losses that a loss is compared with, at most and at least.
+SPIKE = 8.0  # Standard deviations above their median.
+STEPS_BEFORE_PROFILE = 2  # The first of a phase compile.
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a batch is made of.
+
+    Attributes:
+        ids: Of its examples.
+        tokens: Of its texts, without padding.
+        flops: Of the model in this step; 0 where nobody has counted them.
+    """
+
+    ids: Sequence[str]
+    tokens: int = 0
+    flops: float = 0.0
+
+    @property
+    def named(self) -> str:
+        """The ids, for a message."""
+        return f"examples {', '.join(self.ids)}" if self.ids else "its examples have no ids"
+
+
+class Costs:
+    """Time, speed and memory of each step; see `metrics_log.COST_FIELDS`."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        """`config`: the whole config; its `log.peak_flops` is of one device."""
+        self._peak = _peak_flops(config.log.peak_flops)
+        self._last = time.perf_counter()
+
+    def of_step(self, contents: Contents) -> dict[str, float]:
+        """Costs of the step that has just come back."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        costs = {"step_seconds": seconds}
+        if contents.tokens:
+            costs["tokens_per_second"] = contents.tokens / seconds
+        if contents.flops and self._peak:
+            costs["model_flops_utilisation"] = contents.flops / seconds / self._peak
+        costs["memory_bytes"] = _memory_bytes()
+        return costs
+
+
+def _peak_flops(given: float | None) -> float | None:
+    """Of all devices together: as given for one, or from the table; None if it has no such kind."""
+    if given is None:
+        kind = jax.devices()[0].device_kind
+        given = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    return given and given * jax.device_count()
+
+
+def _memory_bytes() -> int:
+    """The most that the first device has held, or, where it does not say, this process now."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or psutil.Process().memory_info().rss
+
+
+class SpikeWatch:
+    """Finds losses far above those before them; it begins anew when a run is continued."""
+
+    def __init__(self) -> None:
+        self._losses: collections.deque[float] = collections.deque(maxlen=WINDOW)
+
+    def median_if_spike(self, loss: float) -> float | None:
+        """The median of the losses before, if this one is far above them."""
+        before = list(self._losses)
+        self._losses.append(loss)
+        if len(before) < FEWEST:
+            return None
+        median = statistics.median(before)
+        # The median distance from the median, as a standard deviation; outliers do not move it.
+        deviation = 1.4826 * statistics.median(abs(x - median) for x in before)
+        floor = 1e-2 * abs(median) + 1e-6
+        return median if loss > median + SPIKE * max(deviation, floor) else None
+
+
+class Profile:
+    """A trace of a few steps for TensorBoard or Perfetto, where the config asks for one."""
+
+    def __init__(self, directory: pathlib.Path, steps: int):
+        """Nothing is traced yet.
+
+        Args:
+            directory: Where the trace goes.
+            steps: How many; 0: none.
+        """
+        self._directory, self._steps = directory, steps
+        self._seen, self._tracing = 0, False
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator["Profile"]:
+        """Ends a trace that the block leaves running."""
+        try:
+            yield self
+        finally:
+            self._stop()
+
+    def before_step(self) -> None:
+        """Called before each step is dispatched, and waits for none of them."""
+        if self._steps and self._seen == STEPS_BEFORE_PROFILE:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+        elif self._seen == STEPS_BEFORE_PROFILE + self._steps:
+            self._stop()
+        self._seen += 1
+
+    def _stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
