@@ -22,7 +22,7 @@ from expandr_jax.models.decoder import Decoder, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.topology import Topology
-from expandr_jax.preference import PreferencePair, pack
+from expandr_jax.preference import PreferencePair, batch_shapes, pack
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
@@ -107,7 +107,7 @@ class GeneratorShapes:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
         mesh, programs, variables = self._sampling()
         rows = prefill_rows(ROWS, PROMPT, mesh)
-        place = replicated(mesh)
+        place = batch_sharding(mesh)
         tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=place)
         length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
         forward = forward_flops(self.module, self.params, rows, PROMPT)
@@ -166,7 +166,7 @@ class GeneratorShapes:
         pair = PreferencePair([0] * PROMPT, [0] * NEW, [0] * NEW)
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-            for name, x in pack([pair] * PAIRS, 0).items()
+            for name, x in pack([pair] * PAIRS, 0, batch_shapes([pair.size], 1)).items()
         }
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]
