@@ -14,9 +14,10 @@ import ml_collections
 from jax.sharding import Mesh, Sharding
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import cast_weights
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.weights.configs import model_config
-from expandr_jax.weights.hf import MODULES, open_files
+from expandr_jax.weights.hf import MODULES, open_model
 from expandr_jax.weights.load import example_inputs
 from expandr_jax.weights.source import locate
 from expandr_jax.weights.tokenizer import read_json
@@ -119,12 +120,7 @@ def param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
     variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if path[-1].key == "scale" else dtype
-        ),
-        nn.unbox(variables["params"]),
-    )
+    return jax.eval_shape(lambda params: cast_weights(params, dtype), nn.unbox(variables["params"]))
 
 
 def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> nn.Module:
@@ -161,5 +157,5 @@ def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None
     if path.is_dir() and not list(path.glob("model*.safetensors*")):
         found = read_json(config)
         return found, found.get("model_type"), str(config)
-    files = open_files(path)
+    files, _ = open_model(source)
     return files.config, files.model_type, str(config)

@@ -1,5 +1,6 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,12 +22,12 @@ from expandr_jax.models.decoder import Decoder, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.topology import Topology
-from expandr_jax.preference import PreferencePair, pack
+from expandr_jax.preference import PreferencePair, batch_shapes, pack
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from train.generator import objective
-from train.models import phase_mesh
+from train.models import base_type, phase_mesh
 from train.pairs import PairBatches
 from train.planned import (
     NEW,
@@ -57,8 +58,12 @@ class GeneratorShapes:
         module = shape_module(section, "generator", section.compute_dtype)
         if not isinstance(module, Decoder):
             raise UserError("generator: its shape is that of an encoder, which generates no text")
+        weights = base_type(section)
+        if weights == "int8":
+            module = module.clone(config=dataclasses.replace(module.config, int8=True))
+            weights = section.compute_dtype  # Of what is not in int8.
         self.module = module.clone(lora=LoraConfig(**config.lora), remat=section.remat)
-        self.params = param_shapes(self.module, module.dtype)
+        self.params = param_shapes(self.module, jnp.dtype(weights))
         self.adapter = jax.eval_shape(
             lambda params: init_lora(jax.random.key(0), params, self.module.lora), self.params
         )
@@ -102,7 +107,7 @@ class GeneratorShapes:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
         mesh, programs, variables = self._sampling()
         rows = prefill_rows(ROWS, PROMPT, mesh)
-        place = replicated(mesh)
+        place = batch_sharding(mesh)
         tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=place)
         length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
         forward = forward_flops(self.module, self.params, rows, PROMPT)
@@ -161,7 +166,7 @@ class GeneratorShapes:
         pair = PreferencePair([0] * PROMPT, [0] * NEW, [0] * NEW)
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-            for name, x in pack([pair] * PAIRS, 0).items()
+            for name, x in pack([pair] * PAIRS, 0, batch_shapes([pair.size], 1)).items()
         }
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]

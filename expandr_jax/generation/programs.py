@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -106,6 +106,16 @@ class Programs:
     placed: Any
 
 
+def _together(sampler: Callable[..., Any], rows: NamedSharding) -> Callable[..., Any]:
+    """The sampler, all but logits where a slot's row is: else the whole step is split as it is."""
+
+    def placed(logits: jax.Array, *slots: Any) -> Any:
+        slots = jax.lax.with_sharding_constraint(slots, rows)
+        return jax.lax.with_sharding_constraint(sampler(logits, *slots), rows)
+
+    return placed
+
+
 @functools.lru_cache(maxsize=8)  # Each stage of a run makes an engine; most are of one shape.
 def make_programs(shape: Shape) -> Programs:
     """The programs of all engines of one shape."""
@@ -135,7 +145,7 @@ def make_programs(shape: Shape) -> Programs:
         insert = split(insert, in_specs=(specs, prompts, ROWS, ROWS), out_specs=specs)
         # Devices that share rows take a part of them each: every token is drawn once.
         rows = EVERYONE if shape.slots % shape.mesh.size == 0 else ROWS
-        sampler = split(sampler, in_specs=rows, out_specs=rows)
+        sampler = _together(split(sampler, in_specs=rows, out_specs=rows), place(ROWS))
     prefill = functools.partial(device.prefill, shape.module, dtype=shape.cache_dtype)
     decode = functools.partial(device.decode, shape.module, sampler, shape.seed, shape.eos_ids)
     return Programs(
