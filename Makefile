@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python -m train.joint --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(VENV)/test-installed
 	$(BIN)/python -m pytest -m slow
