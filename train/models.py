@@ -152,12 +152,9 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     source = config.generator
     mesh = phase_mesh(config.mesh, "dpo")
     sampling_mesh = phase_mesh(config.mesh, "sampling")
-    weights = source.weights or source.compute_dtype
-    if weights not in WEIGHTS:
-        raise UserError(f"generator.weights is {weights!r}; expected {', '.join(WEIGHTS)}")
     generator, params = load_generator(
         source.source,
-        dtype=jnp.dtype(weights),
+        dtype=jnp.dtype(base_type(source)),
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,
         mesh=mesh,
@@ -169,6 +166,18 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     # Devices of a processor have one copy between them, where each holds the whole.
     params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     return GeneratorModel(mesh, sampling_mesh, generator, params, hash_tree(params))
+
+
+def base_type(section: ml_collections.ConfigDict) -> str:
+    """The type that a config's `generator` section keeps the base in.
+
+    Raises:
+        UserError: There is no such type.
+    """
+    weights = section.weights or section.compute_dtype
+    if weights not in WEIGHTS:
+        raise UserError(f"generator.weights is {weights!r}; expected {', '.join(WEIGHTS)}")
+    return weights
 
 
 def sampling_memory(config: ml_collections.ConfigDict) -> int:

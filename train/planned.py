@@ -14,6 +14,7 @@ import ml_collections
 from jax.sharding import Mesh, Sharding
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import cast_weights
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.hf import MODULES, open_model
@@ -119,12 +120,7 @@ def param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
     variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32 if path[-1].key == "scale" else dtype
-        ),
-        nn.unbox(variables["params"]),
-    )
+    return jax.eval_shape(lambda params: cast_weights(params, dtype), nn.unbox(variables["params"]))
 
 
 def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> nn.Module:

@@ -1,5 +1,6 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from train.generator import objective
-from train.models import phase_mesh
+from train.models import base_type, phase_mesh
 from train.pairs import PairBatches
 from train.planned import (
     NEW,
@@ -57,8 +58,12 @@ class GeneratorShapes:
         module = shape_module(section, "generator", section.compute_dtype)
         if not isinstance(module, Decoder):
             raise UserError("generator: its shape is that of an encoder, which generates no text")
+        weights = base_type(section)
+        if weights == "int8":
+            module = module.clone(config=dataclasses.replace(module.config, int8=True))
+            weights = section.compute_dtype  # Of what is not in int8.
         self.module = module.clone(lora=LoraConfig(**config.lora), remat=section.remat)
-        self.params = param_shapes(self.module, module.dtype)
+        self.params = param_shapes(self.module, jnp.dtype(weights))
         self.adapter = jax.eval_shape(
             lambda params: init_lora(jax.random.key(0), params, self.module.lora), self.params
         )

@@ -118,7 +118,7 @@ def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
 
 
 def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
-    """FAISS's flat index, HNSW (32 links, efSearch 128) or IVF-PQ (2 dimensions a byte)."""
+    """FAISS's flat index, HNSW (32 links, efSearch 128) or IVF-PQ (4 dimensions a byte)."""
     import faiss
 
     faiss.omp_set_num_threads(THREADS)
@@ -133,7 +133,7 @@ def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
         else:
             lists = int(np.sqrt(count))
             index = faiss.index_factory(
-                width, f"IVF{lists},PQ{width // 2}", faiss.METRIC_INNER_PRODUCT
+                width, f"IVF{lists},PQ{width // 4}", faiss.METRIC_INNER_PRODUCT
             )
             index.nprobe = max(1, lists // 4)
             index.train(vectors[:100_000])

@@ -60,7 +60,10 @@ def plan_memory(
     rows = slots // (1 if mesh is None else batch_divisor(mesh))
     seen = config.vocab_size if penalize else 0
     prompts = max(prefill_rows(slots, bucket, mesh) * bucket for bucket in buckets)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(params)) * jnp.dtype(module.dtype).itemsize
+    itemsize = jnp.dtype(module.dtype).itemsize
+    weights = sum(
+        leaf.size * (1 if leaf.dtype == jnp.int8 else itemsize) for leaf in jax.tree.leaves(params)
+    )
     return {
         "slots": rows * (length * token + seen),
         "prompts": prompts * token,
