@@ -147,9 +147,6 @@ def train_generator(
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
-    def chosen(number: int) -> Any:
-        return batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
-
     def batch(number: int) -> dict[str, Any]:
         return batches.pack(pairs, chosen(number), reference)
 
