@@ -305,3 +305,17 @@ def test_a_search_prefers_no_recomputation_where_that_fits(config):
     room = plan_search.bytes_on_device(planned.arguments) + planned.resident + 1
     tight = Topology("cpu:8", devices, chips.Chip("cpu", room, 1e12, 1e11, 1e10, ""))
     assert len(list(plan_search._estimates(config, tight, "dpo"))) < len(order)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_what_jax_calls_it(kind, peak):
+    assert chips.known_peak_flops(kind) == peak

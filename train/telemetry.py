@@ -12,18 +12,8 @@ import jax
 import ml_collections
 import psutil
 
-# Peak floating-point operations a second in bfloat16, by what `device_kind` begins with:
-# cloud.google.com/tpu/docs/ (v4, v5e, v5p, v6e); nvidia.com/en-us/data-center/ (dense).
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from expandr_jax.planning.chips import known_peak_flops
+
 WINDOW, FEWEST = 50, 20  # Losses that a loss is compared with, at most and at least.
 SPIKE = 8.0  # Standard deviations above their median.
 STEPS_BEFORE_PROFILE = 2  # The first of a phase compile.
@@ -73,8 +63,7 @@ class Costs:
 def _peak_flops(given: float | None) -> float | None:
     """Of all devices together: as given for one, or from the table; None if it has no such kind."""
     if given is None:
-        kind = jax.devices()[0].device_kind
-        given = next((peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)), None)
+        given = known_peak_flops(jax.devices()[0].device_kind)
     return given and given * jax.device_count()
 
 

@@ -55,6 +55,17 @@ _GPUS = {
     "A100": (312e12, 2039e9, 300e9),
 }
 
+# What `device_kind` begins with, of TPUs; the longer names first.
+_TPU_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"}
+
+
+def known_peak_flops(device_kind: str) -> float | None:
+    """Peak operations a second in bfloat16 of a kind of device; None if it is not known."""
+    for begins, name in _TPU_KINDS.items():
+        if device_kind.startswith(begins):
+            return TPUS[name].flops
+    return next((figures[0] for name, figures in _GPUS.items() if name in device_kind), None)
+
 
 def gpu(device: jax.Device) -> Chip:
     """The chip of a GPU that is here.
