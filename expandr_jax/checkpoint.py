@@ -69,7 +69,9 @@ def checksum_tree(tree: Any) -> tuple[str, list[str]]:
         (jax.tree_util.keystr(path), jnp.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    parts = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+    # One after another: many small programs at once that sum over the same devices can wait for
+    # each other without end where the devices are a processor's.
+    parts = [jax.device_get(_checksum(leaf)) for _, leaf in leaves]
     digest = hashlib.sha256()
     for (path, leaf), (sums, _) in zip(leaves, parts, strict=True):
         digest.update(f"{path} {leaf.dtype} {leaf.shape} {sums[0]} {sums[1]}\n".encode())
