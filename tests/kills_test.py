@@ -1,6 +1,6 @@
 """A run that is killed, damaged or out of disk ends as if nothing had happened.
 
-    .venv/bin/python -m pytest tests/kills_test.py -m slow -s
+    .venv/bin/python -m pytest tests/kills_test.py -m long -s
 
 prints what was done to the run and what it took to end it.
 """
@@ -107,7 +107,7 @@ def test_four_kills_change_nothing(smoke, tmp_path):
     same(workdir, smoke[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_in_each_stage(smoke, tmp_path, kind):
     workdir = tmp_path / "run"
@@ -117,7 +117,7 @@ def test_killed_in_each_stage(smoke, tmp_path, kind):
     same(workdir, smoke[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_forty_random_instants(smoke, tmp_path):
     draw = random.Random(0)
     kills, runs, lived = 0, 0, 0.0
@@ -151,7 +151,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_lines_are_made_again(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -163,7 +163,7 @@ def test_damaged_lines_are_made_again(smoke, half_done, tmp_path, way):
     same(workdir, smoke[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_figures_of_steps_do_not_change_results(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -173,7 +173,7 @@ def test_damaged_figures_of_steps_do_not_change_results(smoke, half_done, tmp_pa
     print([line for line in output.splitlines() if "metrics.jsonl" in line])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_checkpoints_and_vectors_are_made_again(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -194,7 +194,7 @@ def test_damaged_checkpoints_and_vectors_are_made_again(smoke, half_done, tmp_pa
     assert len(list((workdir / "checkpoints").glob("*-damaged/*"))) == len(newest), output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("way", WAYS)
 def test_a_finished_run_mends_itself(smoke, tmp_path, way):
     workdir = copy(smoke[0], tmp_path / "run")
@@ -241,7 +241,7 @@ def small_disk(tmp_path) -> Iterator[Callable[[int], pathlib.Path]]:
     subprocess.run(["umount", str(directory)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_stops_it_and_it_goes_on(smoke, small_disk):
     whole = sum(p.stat().st_size for p in smoke[0].rglob("*") if p.is_file()) // 1024
     stopped_at = []

@@ -82,7 +82,7 @@ def write_large_set(directory: pathlib.Path) -> None:
     (directory / "qrels" / "test.tsv").write_text(lines)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_half_a_million_passages_in_under_three_gigabytes(tmp_path, capsys):
     data = tmp_path / "large"
     write_large_set(data)

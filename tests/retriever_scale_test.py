@@ -24,8 +24,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
 
-pytestmark = pytest.mark.slow
-
 
 def cranfield():
     """The train queries, every fifth of them as dev, and all documents."""
@@ -60,6 +58,7 @@ def ranking(queries, documents, query_ids, document_ids):
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("read", [cranfield, pydoc])
 def test_training_improves_dev_and_the_export_scores_the_same(read, tmp_path):
     collection, pairs, dev = read()
@@ -127,6 +126,7 @@ print(peak_memory())
 """
 
 
+@pytest.mark.long
 def test_a_batch_of_8192_takes_less_than_six_gigabytes():
     output, _ = start(LARGE_BATCH).communicate()
     peak = int(output)
@@ -149,6 +149,7 @@ print(len(vectors), peak_memory())
 """
 
 
+@pytest.mark.slow
 def test_200000_passages_survive_a_kill_in_flat_memory(tmp_path):
     def finish(name, count):
         output, _ = start(ENCODE, TINY, tmp_path / name, count).communicate()
