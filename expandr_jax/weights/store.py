@@ -29,14 +29,11 @@ class _Rows:
     transpose: bool
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        array = self.leaf if self.layer is None else self.leaf[self.layer]
-        if len(array.devices()) == 1:
-            array = np.asarray(array)
+        array = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
         array = array.T if self.transpose else array
-        step = max(1, _PART_BYTES // (array.dtype.itemsize * math.prod(array.shape[1:])))
+        step = max(1, _PART_BYTES // (array.itemsize * math.prod(array.shape[1:])))
         for start in range(0, len(array), step):
-            # Of several devices part by part: an array keeps the whole that was once made of it.
-            yield np.asarray(array[start : start + step])
+            yield array[start : start + step]
 
 
 def named_tensors(
