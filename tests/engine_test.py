@@ -367,7 +367,7 @@ def test_the_plan_counts_the_cache_to_the_byte(tiny):
 @pytest.mark.parametrize(
     ("options", "request_options", "message"),
     [
-        ({"memory_limit_bytes": 100_000}, {}, "sampling needs 0.00 GiB"),
+        ({"memory_limit_bytes": 100_000}, {}, "sampling needs 0.000"),
         ({"slots": 4, "mesh": True}, {}, "4 slots cannot be split over 8 devices"),
         ({}, {"prompt": (5,) * 17}, "the prompt has 17 tokens; the largest bucket holds 16"),
         ({"prefix": (9, 9)}, {}, "does not go on from the engine's prefix of 2 tokens"),

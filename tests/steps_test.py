@@ -50,7 +50,7 @@ def one_device():
 
 
 def init(module):
-    inputs = [jnp.ones(x.shape, x.dtype) for x in example_inputs(module)]
+    inputs = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), example_inputs(module))
     return nn.unbox(module.init(jax.random.key(0), *inputs))["params"]
 
 

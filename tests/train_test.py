@@ -210,9 +210,9 @@ def test_wrong_hash(tmp_path):
 
 
 def test_more_memory_for_sampling_than_there_may_be(tmp_path):
-    message = refused(tmp_path, "--config.generator.memory_limit=0.001")
-    assert "sampling needs 0.0" in message
-    assert "may use 0.00; take fewer slots" in message
+    message = refused(tmp_path, "--config.generator.memory_limit=0.0001")
+    assert "sampling needs 0.000" in message
+    assert "may use 0.0001; take fewer slots" in message
 
 
 def test_workdir_of_another_config(smoke):

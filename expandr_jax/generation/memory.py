@@ -76,8 +76,8 @@ def check_memory(plan: Mapping[str, int], limit: int) -> None:
     """Raises UserError, with the figures, if a plan needs more than `limit` bytes."""
     needed = sum(plan.values())
     if needed > limit:
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in plan.items())
+        parts = ", ".join(f"{name} {size / 2**30:.3g}" for name, size in plan.items())
         raise UserError(
-            f"sampling needs {needed / 2**30:.2f} GiB a device ({parts}) and may use "
-            f"{limit / 2**30:.2f}; take fewer slots, shorter texts or a larger tensor axis"
+            f"sampling needs {needed / 2**30:.3g} GiB a device ({parts}) and may use "
+            f"{limit / 2**30:.3g}; take fewer slots, shorter texts or a larger tensor axis"
         )
