@@ -107,8 +107,13 @@ def test_four_kills_change_nothing(smoke, tmp_path):
     same(workdir, smoke[0])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+    ],
+)
 def test_killed_in_each_stage(smoke, tmp_path, kind):
     workdir = tmp_path / "run"
     for stage in STAGES:
