@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
+    generator.stop = ()  # Strings that end a text; what comes from there on is dropped.
     generator.slots = 128  # Texts that are sampled at once.
     generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.

@@ -80,6 +80,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             eos_ids=generator.eos_ids,
             pad_id=generator.pad_id,
             seed=config.seed,
+            stop=settings.stop,
+            decode=lambda tokens: generator.decode(list(tokens)),
         )
         ids, _ = generator.chat_ids(expansion_text(config, query), max(settings.prompt_buckets))
         requests = [
@@ -94,7 +96,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             for sample in range(chosen["samples"])
         ]
         done = sorted(engine.generate(requests), key=lambda completion: completion.sample)
-        passages = [strip_lead_in(generator.decode(list(c.tokens))).strip() for c in done]
+        texts = [generator.decode(list(c.tokens)) if c.text is None else c.text for c in done]
+        passages = [strip_lead_in(text).strip() for text in texts]
     with step("encode"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
         plain = encoder.encode(retriever_params, [query], "query")

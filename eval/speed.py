@@ -77,7 +77,8 @@ def measure_row(
             console.print(f"{comparison.name}: {side} loads, compiles and warms up")
             sides[side] = SideProcess(directory, name, side, number)
             row[f"setting_{side}"] = sides[side].answer()["setting"]
-            console.print(f"{comparison.name}: {side} is ready ({row[f'setting_{side}']})")
+            setting = row[f"setting_{side}"] and f" ({row[f'setting_{side}']})"
+            console.print(f"{comparison.name}: {side} is ready{setting}")
             measured[side] = []
         if not missing:
             row["checked"] = _checked(directory, name, number, comparison)

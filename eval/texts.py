@@ -21,8 +21,8 @@ Key = tuple[str, int, str]  # Query id, sample, hash of the prompt and of how it
 class TextCache:
     """Texts on disk, a file for each strategy, model and seed, a line for each request.
 
-    A text depends on the model's weights, the seed, the strategy, the prompt with its temperature
-    and lengths, the query's id and the number of the sample; all of them are looked up.
+    A text depends on the model's weights, the seed, the strategy, stop strings, the prompt with its
+    temperature and lengths, the query's id and the number of the sample; all of them are looked up.
 
     Args:
         directory: Where the files are; several workdirs may share it.
@@ -49,7 +49,8 @@ class TextCache:
         Raises:
             UserError: The directory cannot be written, or a file in it is damaged.
         """
-        owner = hash_json([models.generator_hash, run.config.seed, name])[:_HASH_LENGTH]
+        stop = run.config.generator.stop
+        owner = hash_json([models.generator_hash, run.config.seed, name, *stop])[:_HASH_LENGTH]
         path = self._directory / f"{name}-{owner}.jsonl"
         keys = [_key(prompt) for prompt in prompts]
         with self._locked(path, run):

@@ -96,6 +96,11 @@ def request(sample=0, first=7, **options):
     return Request(f"q{first}", sample, (first, 8, 9), **settings)
 
 
+def test_stop_strings_are_asked_for(server, engine):
+    list(engine(stop=("\n\n",)).generate([request()]))
+    assert json.loads(server.bodies[0])["stop"] == ["\n\n"]
+
+
 def test_what_is_asked_and_what_is_answered(server, engine):
     server.script = lambda body, _: (200, completion("a\ud800b", "length"))
     (answer,) = engine().generate([request(3)])

@@ -1,12 +1,16 @@
 """`train.joint` end to end on the smoke config: the file contract, restarts, and bad input."""
 
 import json
+import math
 import pathlib
 import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import pytrec_eval
+from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -72,6 +76,22 @@ def test_trec_eval_finds_the_same_figures_in_the_runs(smoke):
         for ours, theirs in measures.items():
             mean = sum(scored.get(q, {}).get(theirs, 0.0) for q in qrels) / len(qrels)
             assert row[ours] == pytest.approx(mean, abs=2e-6)
+
+
+def test_a_checkpoint_of_the_generator_is_the_adapter_and_its_moments_alone(smoke):
+    workdir, _ = smoke
+    steps = [path for path in (workdir / "checkpoints" / "generator").iterdir() if path.is_dir()]
+    assert steps
+    adapter = load_file(workdir / "export" / "adapter" / "adapter_model.safetensors")
+    numbers = sum(tensor.size for tensor in adapter.values())
+    for step in steps:
+        saved = ocp.StandardCheckpointer().metadata(step / "state").item_metadata.tree
+        shapes = {
+            kind: [math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
+            for kind, tree in saved.items()
+        }
+        assert sum(shapes["params"]) == numbers
+        assert sum(shapes["opt_state"]) <= 3 * numbers + 8  # Two moments, a sum, some counters.
 
 
 def test_candidates_can_be_recomputed_from_what_is_written(smoke):

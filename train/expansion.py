@@ -192,6 +192,8 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         seed=run.config.seed,
         prefix=prefix,
         mesh=models.sampling_mesh,
+        stop=settings.stop,
+        decode=lambda tokens: models.generator.decode(list(tokens)),
         memory_limit_bytes=sampling_memory(settings),
     )
 
@@ -215,6 +217,7 @@ def _server(run: Run, models: Models, adapter: Any | None) -> ServerEngine | Non
         concurrency=settings.concurrency,
         retries=settings.retries,
         timeout=settings.timeout,
+        stop=run.config.generator.stop,
     )
 
 

@@ -76,16 +76,15 @@ def start_ours(directory: pathlib.Path) -> Running:
         batch_sharding,
         make_mesh,
         place,
-        replicated,
     )
-    from expandr_jax.steps import adapter_program, reference_program
+    from expandr_jax.steps import adapter_program, model_shardings, reference_program
     from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
     from expandr_jax.weights.adapter import export_adapter, load_adapter
     from expandr_jax.weights.hf import load_generator
 
     generator, params = load_generator(str(directory / "smollm2"))
     mesh = make_mesh()
-    params = place(params, replicated(mesh))
+    params = place(params, model_shardings(mesh, generator.module, params))
     lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
     module = generator.module.clone(lora=lora)
     pairs = [PreferencePair(*pair) for pair in _pairs(directory)]

@@ -1,10 +1,12 @@
 """Sampling: 16 prompts, 32 candidates of each, 64 tokens a candidate, top-p 0.9, in float32.
 
-No candidate ends early on either side. transformers takes the batch size that is its quickest.
+No candidate ends early on either side. transformers takes the batch size that is its quickest,
+found in a process of its own, so that the sizes that are not taken cost its peak memory nothing.
 A turn does a part of the work, from the prompts to the last token: the candidates that are sampled
 at once; the next turn goes on with the next part.
 """
 
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -20,19 +22,21 @@ NEW_TOKENS = 64
 TOP_P = 0.9
 SLOTS = 128  # As in configs/base.py.
 CHECKED_TOKENS = 16  # Greedy ones of each prompt, compared before anything is timed.
-BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; doubled for as long as it gets quicker.
-TRIED_TOKENS = 8  # A batch size is tried on.
+BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; each is tried once, with all its tokens,
+SLOWER = 0.9  # until one comes to less than this share of the best rate.
 NO_EOS = -1  # No token ends a text.
 
 
 def prepare(directory: pathlib.Path) -> None:
-    """Writes the model and the prompts' ids."""
+    """Writes the model, the prompts' ids and, where it is installed, transformers' best batch."""
     from expandr_jax.prompts import render
     from expandr_jax.weights.hf import load_generator
 
     generator, _ = load_generator(str(smollm2.export(directory)))
     prompts = [generator.chat_ids(render("q2d", text), 256)[0] for text in smollm2.QUESTIONS]
     (directory / "prompts.json").write_text(json.dumps(prompts))
+    if importlib.util.find_spec("torch"):
+        (directory / "batch.json").write_text(json.dumps(_best_batch(directory)))
 
 
 def _prompts(directory: pathlib.Path) -> list[list[int]]:
@@ -88,50 +92,63 @@ def start_ours(directory: pathlib.Path) -> Running:
     return Running(run, outputs, f"{SLOTS} slots")
 
 
+class _Transformers:
+    """`generate` of transformers on rows of prompts, left-padded."""
+
+    def __init__(self, directory: pathlib.Path):
+        import torch
+        import transformers
+
+        torch.set_num_threads(THREADS)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory / "smollm2", dtype=torch.float32
+        )
+        model.eval()
+        pad_id = model.generation_config.pad_token_id
+
+        def generate(rows: list[list[int]], tokens: int, **settings) -> np.ndarray:
+            width = max(map(len, rows))
+            ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+            config = transformers.GenerationConfig(
+                max_new_tokens=tokens, eos_token_id=None, pad_token_id=pad_id, **settings
+            )
+            with torch.inference_mode():
+                new = model.generate(ids, attention_mask=mask, generation_config=config)
+            return new[:, width:].numpy()
+
+        self._generate = generate
+        self.prompts = _prompts(directory)
+        self.rows = [prompt for prompt in self.prompts for _ in range(CANDIDATES)]
+
+    def greedy(self, tokens: int) -> np.ndarray:
+        """[prompts, tokens], the likeliest."""
+        return self._generate(self.prompts, tokens, do_sample=False)
+
+    def rate(self, rows: list[list[int]]) -> float:
+        """Tokens a second, of sampling all tokens of these rows."""
+        begin = time.perf_counter()
+        self._generate(rows, NEW_TOKENS, do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0)
+        return len(rows) * NEW_TOKENS / (time.perf_counter() - begin)
+
+
+def _best_batch(directory: pathlib.Path) -> int:
+    transformers, rates = _Transformers(directory), {}
+    transformers.greedy(CHECKED_TOKENS)  # The first call of all is slower.
+    for size in BATCHES:
+        rates[size] = transformers.rate(transformers.rows[:size])
+        if rates[size] < SLOWER * max(rates.values()):
+            break
+    return max(rates, key=rates.get)
+
+
 def start_transformers(directory: pathlib.Path) -> Running:
     """`generate` of transformers, at its best batch size."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(THREADS)
-    path = directory / "smollm2"
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.eval()
-    prompts = _prompts(directory)
-    pad_id = model.generation_config.pad_token_id
-
-    def generate(rows: list[list[int]], tokens: int, **settings) -> np.ndarray:
-        width = max(map(len, rows))
-        ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        config = transformers.GenerationConfig(
-            max_new_tokens=tokens, eos_token_id=None, pad_token_id=pad_id, **settings
-        )
-        with torch.inference_mode():
-            new = model.generate(ids, attention_mask=mask, generation_config=config)
-        return new[:, width:].numpy()
-
-    sampled = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": 0}
-    rows = [prompt for prompt in prompts for _ in range(CANDIDATES)]
-    outputs = {"tokens": generate(prompts, CHECKED_TOKENS, do_sample=False)}
-    best, quickest = BATCHES[0], 0.0
-    for size in BATCHES:
-        begin = time.perf_counter()
-        generate(rows[:size], TRIED_TOKENS, **sampled)
-        rate = size * TRIED_TOKENS / (time.perf_counter() - begin)
-        if rate < quickest:
-            break
-        best, quickest = size, rate
-
+    transformers = _Transformers(directory)
+    outputs = {"tokens": transformers.greedy(CHECKED_TOKENS)}
+    best, rows = json.loads((directory / "batch.json").read_text()), transformers.rows
     parts = itertools.cycle(rows[first : first + best] for first in range(0, len(rows), best))
-
-    def run() -> float:
-        part = next(parts)
-        begin = time.perf_counter()
-        generate(part, NEW_TOKENS, **sampled)
-        return len(part) * NEW_TOKENS / (time.perf_counter() - begin)
-
-    return Running(run, outputs, f"batch {best}")
+    return Running(lambda: transformers.rate(next(parts)), outputs, f"batch {best}")
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:

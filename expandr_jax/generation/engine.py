@@ -82,7 +82,8 @@ class Engine:
             memory_limit_bytes: Most memory of a device for weights and cache; None: no limit.
 
         Raises:
-            UserError: If `slots` does not fit the mesh, or weights and cache do not fit the limit.
+            UserError: If a stop string is empty, `slots` does not fit the mesh, or weights and
+                cache do not fit the limit.
         """
         self.buckets = tuple(sorted(prompt_buckets))
         self.max_new_tokens, self.slots, self.pad_id = max_new_tokens, slots, pad_id
@@ -91,6 +92,8 @@ class Engine:
         self.stop, self.decode = tuple(stop), decode
         if self.stop and decode is None:
             raise ValueError("stop strings need `decode`")
+        if "" in self.stop:
+            raise UserError("an empty stop string would end every text before it begins")
         if mesh is not None and slots % batch_divisor(mesh):
             raise UserError(
                 f"{slots} slots cannot be split over {batch_divisor(mesh)} devices; "

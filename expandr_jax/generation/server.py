@@ -82,6 +82,7 @@ class ServerEngine:
         retries: int = 6,
         timeout: float = 600.0,
         first_delay: float = 1.0,
+        stop: Sequence[str] = (),
     ):
         """Opens the cache; nothing is sent yet.
 
@@ -96,6 +97,7 @@ class ServerEngine:
             timeout: Seconds without a byte until a try has failed; a server sends none before the
                 text is complete.
             first_delay: Most seconds before the second try.
+            stop: Strings that end a text; they are left out of it.
 
         Raises:
             UserError: The URL, the key or a number cannot be used, or the cache cannot be read.
@@ -113,6 +115,7 @@ class ServerEngine:
         self._url, self._model, self._encode, self._seed = url.rstrip("/"), model, encode, seed
         self._concurrency, self._retries = concurrency, retries
         self._timeout, self._first_delay = timeout, first_delay
+        self._stop = list(stop)
         self._headers = {"Content-Type": "application/json"}
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
         if self._key:
@@ -169,7 +172,7 @@ class ServerEngine:
 
     def _body(self, request: Request) -> dict[str, Any]:
         digest = hashlib.sha256(f"{self._seed}/{request.sample}/{request.id}".encode()).digest()
-        return {
+        body = {
             "model": self._model,
             "prompt": list(request.prompt),
             "temperature": request.temperature,
@@ -182,6 +185,9 @@ class ServerEngine:
             "repetition_penalty": request.repetition_penalty,
             "repeat_penalty": request.repetition_penalty,  # llama.cpp's name for it.
         }
+        if self._stop:
+            body["stop"] = self._stop
+        return body
 
     def _ask(
         self, request: Request, body: dict[str, Any], stopped: threading.Event
