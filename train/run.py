@@ -27,6 +27,7 @@ from rich.progress import (
 
 from expandr_jax.data.records import hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
+from train.memory import release_memory
 from train.metrics_log import MetricsLog
 from train.seals import Seals
 
@@ -169,6 +170,7 @@ class Run:
                 if CHECKPOINT in str(error):
                     raise
                 raise NotFiniteError(f"{error}. {CHECKPOINT}: {self.last_good}") from None
+        release_memory()
         whole = time.perf_counter() - start
         seconds = whole - self._seconds_inside
         self._seconds_inside = outside + whole
