@@ -1,0 +1,78 @@
+"""From candidates to pairs, as `train.joint` makes them."""
+
+import io
+import types
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.data.beir import Collection
+from expandr_jax.errors import NotFiniteError
+from expandr_jax.search import build_index
+from train import preferences
+from train.corpus import Corpus
+from train.data import TrainingData
+from train.run import Run
+
+IDS = [f"d{i}" for i in range(20)]
+QUERIES = {"q0": "first", "q1": "second"}
+
+
+class Encoder:
+    """Every text has a vector of its own."""
+
+    def encode(self, _params, texts, _kind, _progress=None):
+        return np.stack(
+            [np.random.default_rng(sum(text.encode())).normal(size=8) for text in texts]
+        ).astype(np.float32)
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    config = smoke.get_config()
+    count = len(config.candidates.temperatures) * config.candidates.per_temperature
+    texts = {(query, i): f"{query} text {i}" for query in QUERIES for i in range(count)}
+    answers = {query: f"answer of {query}" for query in QUERIES}
+    monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: texts)
+    monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
+    corpus = {document: f"text of {document}" for document in IDS}
+    vectors = Encoder().encode(None, corpus.values(), "document")
+    qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
+    data = TrainingData(Collection("c", corpus, QUERIES, qrels), [], list(QUERIES))
+    models = types.SimpleNamespace(
+        encoder=Encoder(), generator=types.SimpleNamespace(chat_text=lambda text: text)
+    )
+    run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
+
+    def make_preferences():
+        index = build_index(vectors, backend="exact")
+        return preferences.make_preferences(
+            run, models, None, None, Corpus(IDS, vectors, index), data, 0
+        )
+
+    yield make_preferences, run
+    run.close()
+
+
+def test_pairs_are_made(make):
+    make_preferences, run = make
+    assert {row["query_id"] for row in make_preferences()} == set(QUERIES)
+    assert run.path("round-0", "candidates.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_query(make, monkeypatch, value):
+    make_preferences, run = make
+    real = preferences.corpus_reward
+
+    def broken(*args):
+        rewards = np.array(real(*args))
+        rewards[1, 2] = value
+        return rewards
+
+    monkeypatch.setattr(preferences, "corpus_reward", broken)
+    with pytest.raises(NotFiniteError, match="rewards, round 0: not finite for queries q1;"):
+        make_preferences()
+    assert not run.path("round-0", "preferences.jsonl").exists()
