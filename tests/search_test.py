@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from expandr_jax import search
 from expandr_jax.errors import UserError
-from expandr_jax.search import scann
+from expandr_jax.search import exact, scann
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="scann is not installed")
 BACKENDS = ["exact", pytest.param("scann", marks=needs_scann)]
@@ -54,6 +55,31 @@ def test_exact_results_do_not_depend_on_blocks(block_rows, query_rows):
     vectors, queries = _vectors(300), _vectors(7, seed=1)
     index = search.build_index(vectors, "exact", block_rows=block_rows, query_rows=query_rows)
     np.testing.assert_array_equal(index.search(queries, 20)[1], _by_numpy(vectors, queries, 20)[1])
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_exact_results_do_not_depend_on_the_number_of_devices(devices):
+    vectors, queries = _clustered(500), _clustered(40, seed=1)
+    vectors[300:400] = vectors[100:200]  # Ties between blocks of different devices.
+    options = search.ExactOptions(block_rows=37, query_rows=16)
+    alone = search.ExactIndex(vectors, options, jax.devices()[:1]).search(queries, 60)
+    shared = search.ExactIndex(vectors, options, jax.devices()[:devices]).search(queries, 60)
+    np.testing.assert_array_equal(shared[0], alone[0])
+    np.testing.assert_array_equal(shared[1], alone[1])
+    assert (np.diff(alone[0], axis=1) == 0).any()
+
+
+def test_exact_spreads_the_corpus_over_all_devices(monkeypatch):
+    used = []
+    real = exact.merge_block
+
+    def noted(scores, *rest):
+        used.extend(scores.devices())
+        return real(scores, *rest)
+
+    monkeypatch.setattr(exact, "merge_block", noted)
+    search.build_index(_vectors(100), "exact", block_rows=10).search(_vectors(3, seed=1), 5)
+    assert {used.count(device) for device in jax.devices()} == {1, 2}  # Ten blocks, eight devices.
 
 
 def test_exact_reads_a_memory_map_of_another_type(tmp_path):

@@ -1,8 +1,14 @@
-"""Exact search: a matrix product and top-k on the device, over blocks of the corpus."""
+"""Exact search: matrix products and top-k on the devices, each with its share of the corpus.
+
+Devices take the corpus's blocks in turn and keep what is best among theirs; the host merges that at
+the end. Every block has the same shape and nothing passes between devices, so that what is found
+does not depend on how many there are, to the last bit.
+"""
 
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +25,7 @@ class ExactOptions:
     """Settings of the exact index.
 
     Attributes:
-        block_rows: corpus vectors on the device at a time.
+        block_rows: corpus vectors in one matrix product.
         query_rows: queries in one matrix product.
     """
 
@@ -28,13 +34,25 @@ class ExactOptions:
 
 
 class ExactIndex:
-    """Every inner product, in float32; memory for one block whatever the corpus's size."""
+    """Every inner product, in float32; two blocks on each device whatever the corpus's size."""
 
-    def __init__(self, vectors: np.ndarray, options: ExactOptions = ExactOptions()):
-        """Indexes `vectors` [N, D] without copying them: a memory map stays one."""
+    def __init__(
+        self,
+        vectors: np.ndarray,
+        options: ExactOptions = ExactOptions(),
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Indexes `vectors` [N, D] without copying them: a memory map stays one.
+
+        Args:
+            vectors: finite floating point numbers.
+            options: sizes.
+            devices: that search; None: all of this process.
+        """
         check_vectors(vectors)
         self._vectors = vectors
         self._options = options
+        self._devices = devices
         self.size, self.dimension = vectors.shape
 
     @functools.cached_property
@@ -50,18 +68,24 @@ class ExactIndex:
         rows = min(self._options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
         starts = range(0, len(queries), rows)
         batches = [_pad_rows(queries[start : start + rows], rows) for start in starts]
-        empty = jnp.full((rows, k), -jnp.inf, jnp.float32), jnp.zeros((rows, k), jnp.int32)
-        best = [empty for _ in batches]
         block_rows = min(self._options.block_rows, self.size)
-        for offset in range(0, self.size, block_rows):
+        offsets = range(0, self.size, block_rows)
+        devices = (self._devices or jax.local_devices())[: len(offsets)]
+        empty = np.full((rows, k), -np.inf, np.float32), np.zeros((rows, k), np.int32)
+        asked = [jax.device_put(batches, device) for device in devices]
+        best = [[jax.device_put(empty, device) for _ in batches] for device in devices]
+        for turn, offset in enumerate(offsets):
+            mine = turn % len(devices)
             block = np.asarray(self._vectors[offset : offset + block_rows], dtype=np.float32)
-            block = jnp.asarray(_pad_rows(block, block_rows))
-            best = [
+            block = jax.device_put(_pad_rows(block, block_rows), devices[mine])
+            jax.block_until_ready(best[mine])  # No more blocks than two wait on a device.
+            best[mine] = [
                 merge_block(*found, batch, block, offset, self.size)
-                for found, batch in zip(best, batches, strict=True)
+                for found, batch in zip(best[mine], asked[mine], strict=True)
             ]
-        scores = [np.asarray(found[0]) for found in best] or [np.empty((0, k), np.float32)]
-        indices = [np.asarray(found[1]) for found in best] or [np.empty((0, k), np.int32)]
+        merged = [_merge_devices(jax.device_get(found), k) for found in zip(*best, strict=True)]
+        scores = [found[0] for found in merged] or [np.empty((0, k), np.float32)]
+        indices = [found[1] for found in merged] or [np.empty((0, k), np.int32)]
         return np.concatenate(scores)[: len(queries)], np.concatenate(indices)[: len(queries)]
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -105,6 +129,15 @@ def merge_block(
     scores, position = jax.lax.top_k(jnp.concatenate([scores, new], axis=1), scores.shape[1])
     candidates = jnp.concatenate([indices, jnp.broadcast_to(rows, new.shape)], axis=1)
     return scores, jnp.take_along_axis(candidates, position, axis=1)
+
+
+def _merge_devices(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best k of what each device found, equal scores in the order of the corpus."""
+    scores, indices = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    order = np.lexsort((indices, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)
 
 
 def _pad_rows(array: np.ndarray, rows: int) -> np.ndarray:
