@@ -76,7 +76,9 @@ def prepare_data(run: Run) -> TrainingData:
             collection, retriever, generator, source = read_echo(run)
         else:
             raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
-        tested = benchmark_queries(run)
+        held_out = (query for split in ("dev", "test") for query in collection.qrels[split])
+        tested = {query_key(collection.queries[query]) for query in held_out}
+        tested |= benchmark_queries(config.tests)
         before = len(retriever) + len(generator)
         retriever, generator = (
             [i for i in ids if query_key(collection.queries[i]) not in tested]
