@@ -167,6 +167,12 @@ def test_what_is_tested_is_not_trained_on(tmp_path):
     assert (source["left_out"], source["left_out_for_tests"]) == (1, 1)
 
 
+def test_wrong_tests_are_told_before_anything_is_prepared(source, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        prepare(source, tmp_path / "run", tests=(str(tmp_path / "nowhere"),))
+    assert not (tmp_path / "run" / "work").exists()
+
+
 def test_what_a_collection_tests_is_not_trained_on_either(tmp_path):
     queries = {f"q{i}": f"what is the {noun}?" for i, noun in enumerate(NOUNS[:40])}
     queries["q39"] = queries["q3"].upper().replace("?", " ?!")
