@@ -1,8 +1,7 @@
 """The table of docs/strategies.md: every strategy, by the quick start's models, for `eval.beir`.
 
     python -m eval.beir --config=configs/strategies.py --data=../shared/data/cranfield \
-        --systems=all,bm25@d2q,dense@d2q,bm25@d2q+q2d,dense@d2q+q2d \
-        --workdir=runs/strategies/cranfield
+        --systems=all --workdir=runs/strategies/cranfield
     python -m eval.beir --config=configs/strategies.py:pydoc --samples=1 \
         --systems=all,dense+pydoc,bm25@d2q,dense@d2q,bm25@d2q+q2d,dense@d2q+q2d \
         --workdir=runs/strategies/pydoc
@@ -42,5 +41,5 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
     config.retriever.max_length = 256
     config.generator.prompt_buckets = (64, 128, 384)
     config.expansion.max_new_tokens = 32
-    config.answer.max_characters = 200  # Of each document that a message shows.
+    config.answer.max_characters = 200 if data else 300  # Of each document that a message shows.
     return config
