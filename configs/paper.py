@@ -53,12 +53,12 @@ def get_config(retriever: str = "anchordr") -> ml_collections.ConfigDict:
     config.data.max_dev = 1000
     config.data.max_test = 1000
 
-    config.retriever.source = f"models/{folder}"
+    config.retriever.source = f"./models/{folder}"
     config.retriever.pooling = pooling
     config.retriever.normalize = True
     config.retriever.compute_dtype = "bfloat16"
     config.retriever.tokens_per_batch = 65536
-    config.generator.source = "models/Meta-Llama-3-8B-Instruct"
+    config.generator.source = "./models/Meta-Llama-3-8B-Instruct"
     config.generator.remat = "full"
     config.generator.prompt_buckets = (64, 128, 256, 512, 1024)
 

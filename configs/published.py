@@ -37,10 +37,10 @@ def get_config(checkpoint: str = "expandr") -> ml_collections.ConfigDict:
         )
     folder, pooling, normalize, generator = CHECKPOINTS[checkpoint]
     config = paper.get_config()
-    config.retriever.source = f"models/{folder}"
+    config.retriever.source = f"./models/{folder}"
     config.retriever.pooling = pooling
     config.retriever.normalize = normalize
     config.retriever.compute_dtype = "float32"
     config.contrastive.normalize = "before" if normalize else "none"
-    config.generator.source = f"models/{generator}"
+    config.generator.source = f"./models/{generator}"
     return config

@@ -3,7 +3,8 @@
     python -m eval.beir --config=configs/strategies.py --data=../shared/data/cranfield \
         --systems=all --workdir=runs/strategies/cranfield
     python -m eval.beir --config=configs/strategies.py:pydoc --samples=1 \
-        --systems=all,dense+pydoc --workdir=runs/strategies/pydoc
+        --systems=all,dense+pydoc,bm25@d2q,dense@d2q,bm25@d2q+q2d,dense@d2q+q2d \
+        --workdir=runs/strategies/pydoc
 
 Texts are short and prompts are cut, for two cores.
 """
@@ -35,9 +36,10 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
             if package.partition("==")[0] in ("flax", "optax")
         )  # fmt: skip
         config.data.min_pairs = 600
+        config.data.max_test = 128  # As many as are sampled at once.
         config.data.shares.update(retriever_train=0.5, generator_train=0.1, dev=0.1, test=0.3)
     config.retriever.max_length = 256
     config.generator.prompt_buckets = (64, 128, 384)
     config.expansion.max_new_tokens = 32
-    config.answer.max_characters = 300  # Of each document that a message shows.
+    config.answer.max_characters = 200 if data else 300  # Of each document that a message shows.
     return config

@@ -9,8 +9,8 @@ OUT or, where there are several, in OUT/NAME. The same command goes on where it 
 systems it adds what is missing, and what was generated serves every system that asks for the same.
 """
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,17 +21,17 @@ from rich.console import Console
 
 from eval.pages import write_mean, write_set
 from eval.ranking import LazyModels, Ranker
-from eval.sets import find_sets, harvested_set, mean_over_sets
+from eval.sets import harvested_set, mean_over_sets
 from eval.strategies import System, parse_systems
 from eval.systems import MEASURES
 from eval.tables import wide_console
 from eval.texts import TextCache
 from expandr_jax import metrics
-from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table
+from train.benchmarks import Benchmark, find_benchmarks
 from train.launch import define_config, define_workdir, launch
 from train.run import Run
 
@@ -43,17 +43,15 @@ class Task:
     Attributes:
         systems: What is compared; the first is what tests compare with.
         measures: Names of them.
-        split: Whose judgements are used.
     """
 
     systems: Sequence[System]
     measures: Sequence[str]
-    split: str
 
 
 def evaluate_set(
-    run: Run, models: LazyModels, name: str, files: Files, task: Task, directory: pathlib.Path,
-    cache: TextCache,
+    run: Run, models: LazyModels, name: str, tested: Benchmark, task: Task,
+    directory: pathlib.Path, cache: TextCache,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes everything about one set; returns the contents of its results.json.
 
@@ -61,15 +59,16 @@ def evaluate_set(
         UserError: The set is malformed, or is not the one that the directory was made with.
     """
     path = directory / "results.json"
-    _check_source(name, files, task.split, directory)
+    _check_source(run, name, tested, directory)
     names = [system.name for system in task.systems]
     if path.exists():
-        results = json.loads(path.read_text(encoding="utf-8"))
-        rows = results["rows"]
-        if [r["system"] for r in rows] == names and [*rows[0]] == ["system", *task.measures]:
+        results = run.read_json(path)
+        columns = ["system", *task.measures]
+        rows = results.get("rows", [])
+        if [row.get("system") for row in rows] == names and all([*r] == columns for r in rows):
             return results
-    collection = dataclasses.replace(read_beir(files), name=name.rpartition("/")[2])
-    ranker = Ranker(run, models, collection, task.split, directory, cache)
+    collection = dataclasses.replace(read_beir(tested.files), name=name.rpartition("/")[2])
+    ranker = Ranker(run, models, collection, tested.split, directory, cache)
     metrics.write_qrels(directory / "qrels.trec", ranker.qrels)
     values = {
         s.name: metrics.evaluate(ranker.rank(s), ranker.qrels, task.measures) for s in task.systems
@@ -85,7 +84,7 @@ def evaluate_set(
     write_jsonl(
         directory / "evaluation" / "expansions.jsonl",
         (
-            {"query_id": query_id, "split": task.split, "system": system.name, "sample": sample,
+            {"query_id": query_id, "split": tested.split, "system": system.name, "sample": sample,
              "query": query, "expansion": text}
             for system in task.systems if system.strategy
             for query_id, query, texts in zip(
@@ -114,14 +113,15 @@ def evaluate_set(
     return results
 
 
-def _check_source(name: str, files: Files, split: str, directory: pathlib.Path) -> None:
+def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Path) -> None:
+    files, split = tested.files, tested.split
     path = directory / "data" / "SOURCE.json"
     if files.root == path.parent:
         return  # The harvest, which the workdir's config pins.
     source = {"name": name.rpartition("/")[2], "split": split, "files": source_hashes(files)}
     if not path.exists():
         write_json(path, source)
-    elif json.loads(path.read_text(encoding="utf-8")) != source:
+    elif run.read_json(path) != source:
         raise UserError(f"{directory}: was made with other data than {files.path('')}, or for "
                         "another split; use a new --workdir")  # fmt: skip
 
@@ -144,7 +144,7 @@ def evaluate_beir(
         workdir: Where everything goes.
         data: Paths of the sets; none are the config's own data and tests.
         names: The systems; tests compare with the first.
-        split: Whose judgements are used.
+        split: Whose judgements are used; "": as `find_benchmarks` has it.
         console: Where progress and tables go.
         measures: Beside those that every table has.
         cache: Where generated texts are kept, for several workdirs; None: in the workdir.
@@ -155,7 +155,7 @@ def evaluate_beir(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    task = Task(parse_systems(names), tuple(dict.fromkeys((*MEASURES, *measures))), split)
+    task = Task(parse_systems(names), tuple(dict.fromkeys((*MEASURES, *measures))))
     metrics.evaluate({}, {"": {"": 1}}, task.measures)  # An unknown one is refused before the work.
     own = config.data
     harvest = not data and own.kind == "pydoc"
@@ -163,24 +163,23 @@ def evaluate_beir(
         data = [path for path in (own.path if own.kind == "beir" else "", *own.tests) if path]
         if not data:
             raise UserError("--data is missing, and the config names no BEIR data: --data=DIR")
-    sets = find_sets(data, split)
-    run = Run(workdir, config, console)
-    if harvest:
-        sets = harvested_set(run, split)
-    parts = [part for system in task.systems for part in system.with_parts()]
-    models = LazyModels(run, any(part.strategy or part.documents for part in parts))
-    texts = TextCache(cache or run.path("work", "texts"))
-    results = {}
-    for name, files in sets.items():
-        directory = run.path(name) if len(sets) > 1 else run.path()
-        results[name] = evaluate_set(run, models, name, files, task, directory, texts)
-        console.print(results_table(results[name]))
-    if len(sets) > 1:
-        mean = mean_over_sets(results)
-        write_json(run.path("mean.json"), mean)
-        console.print(write_mean(run.workdir, mean))
-    console.print(f"{run.path('report.html')}", soft_wrap=True)
-    run.close()
+    sets = find_benchmarks(data, split)
+    with contextlib.closing(Run(workdir, config, console)) as run:
+        if harvest:
+            sets = harvested_set(run, split)
+        parts = [part for system in task.systems for part in system.with_parts()]
+        models = LazyModels(run, any(part.strategy or part.documents for part in parts))
+        texts = TextCache(cache or run.path("work", "texts"))
+        results = {}
+        for name, tested in sets.items():
+            directory = run.path(name) if len(sets) > 1 else run.path()
+            results[name] = evaluate_set(run, models, name, tested, task, directory, texts)
+            console.print(results_table(results[name]))
+        if len(sets) > 1:
+            mean = mean_over_sets(results)
+            write_json(run.path("mean.json"), mean)
+            console.print(write_mean(run.workdir, mean))
+        console.print(f"{run.path('report.html')}", soft_wrap=True)
     return results
 
 
@@ -210,7 +209,8 @@ def define_flags() -> None:
                       "config's own data.")  # fmt: skip
     flags.DEFINE_list("systems", [], "What is compared; the first is what tests compare with.")
     flags.DEFINE_list("measures", [], "Further ones, as ir-measures spells them: P@5,Rprec.")
-    flags.DEFINE_string("split", "test", "Whose judgements are used; dev on MS MARCO.")
+    flags.DEFINE_string("split", "", "Whose judgements are used; test, and dev of a set called "
+                        "msmarco.")  # fmt: skip
     flags.DEFINE_float("query_weight", 0.5, "Of the query's vector, where a strategy weighs it.",
                        lower_bound=0.0, upper_bound=1.0)  # fmt: skip
     flags.DEFINE_integer("samples", 0, "Texts of each request; 0: as a strategy's authors have it.",

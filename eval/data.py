@@ -1,101 +1,43 @@
 """Checks a data set before any device time: `python -m eval.data DIR [--retriever=SOURCE]`.
 
-Reads a BEIR directory or zip, or MTEB's layout, and prints what is in it, what is wrong with it
-(exit status 2, each mistake with its file and line) and what deserves a look: texts and queries
-that stand twice, queries without judgements and judgements without documents, and what leaks from
-test into training. Lengths are in tokens where --retriever names a model, in words otherwise.
+Reads a BEIR directory or zip, MTEB's layout, or files of triples, and prints what is in it, what is
+wrong with it (exit status 2, each mistake with its file and line) and what deserves a look: texts
+and queries that stand twice, queries without judgements and judgements without documents, and what
+leaks from test into training; for triples, from the collections of --tests=DIR,DIR. Lengths are in
+tokens where --retriever names a model, in words otherwise.
 """
 
 import collections
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from eval.description import Lengths, token_lengths, warning_lines, word_lengths
 from eval.tables import wide_console
+from eval.triples import holds_triples, report_triples
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
 from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
 from expandr_jax.errors import UserError
-from expandr_jax.weights.hf import open_model
-from expandr_jax.weights.sentence_transformers import read_settings
-from expandr_jax.weights.source import locate
 from train.launch import launch
 
-Length = Callable[[Sequence[str]], list[int]]
-
-TEXTS_AT_ONCE = 1024
-EXAMPLES = 3  # Of each kind of warning.
-UNLIMITED = 10**9  # Tokens; a tokenizer without a limit says this or more.
 MOST_ERRORS = 20  # That are printed; all are counted.
 PARTS = ("corpus", "queries")
 
 
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """How long texts are.
-
-    Attributes:
-        unit: "tokens" or "words".
-        limit: Tokens that the retriever reads of a text, or None.
-        of: Texts to their lengths.
-    """
-
-    unit: str
-    limit: int | None
-    of: Length
-
-
-def word_lengths() -> Lengths:
-    """Lengths in words."""
-    return Lengths("words", None, lambda texts: [len(words(text)) for text in texts])
-
-
-def token_lengths(source: str) -> Lengths:
-    """Lengths in the tokens of a retriever, whose weights are not loaded.
-
-    Raises:
-        UserError: There is no such model, or no tokenizer with it.
-    """
-    path = locate(source)
-    tokenizer = open_model(source)[0].tokenizer()
-    settings = read_settings(path) if path.is_dir() else None
-
-    def lengths(texts: Sequence[str]) -> list[int]:
-        # Not verbose: it would warn of texts over the limit, which are what is counted here.
-        encoded = tokenizer(
-            list(texts), truncation=False, return_attention_mask=False, verbose=False
-        )
-        return [len(ids) for ids in encoded["input_ids"]]
-
-    limits = (tokenizer.model_max_length, (settings and settings.max_length) or UNLIMITED)
-    limit = min(limits)
-    return Lengths("tokens", limit if limit < UNLIMITED else None, lengths)
-
-
 def describe(collection: Collection, lengths: Lengths) -> list[Table]:
     """Tables of what a collection holds: its texts, and the judgements of each split."""
-    header = ["texts", "empty", f"mean {lengths.unit}", "median", "95 %", "longest"]
-    header += ["over the limit"] if lengths.limit else []
     texts = Table(title=collection.name, title_justify="left")
     texts.add_column("part")
-    for name in header:
+    for name in ("texts", "empty", *lengths.header):
         texts.add_column(name, justify="right")
     for part in PARTS:
         values = list(getattr(collection, part).values())
-        counts: list[int] = []
-        for start in range(0, len(values), TEXTS_AT_ONCE):
-            counts += lengths.of(values[start : start + TEXTS_AT_ONCE])
         cells = [f"{len(values):,}", f"{sum(not value for value in values):,}"]
-        cells += [f"{np.mean(counts):.1f}"]
-        cells += [f"{np.percentile(counts, share):.0f}" for share in (50, 95, 100)]
-        if lengths.limit:
-            cells.append(f"{np.mean(np.array(counts) > lengths.limit):.1%} (of {lengths.limit})")
-        texts.add_row(part, *cells)
+        texts.add_row(part, *cells, *lengths.cells(lengths.count(values)))
     splits = Table()
     splits.add_column("split")
     for name in ("queries", "judgements", "relevant a query", "highest grade"):
@@ -120,7 +62,9 @@ def find_warnings(collection: Collection, files: Files, near: float) -> list[str
         "documents repeat the text of another": _repeated(collection.corpus),
         "queries repeat the text of another": _repeated(collection.queries),
         "queries are the text of the document with their own id (drop_identical_ids is for them)": [
-            key for key, text in collection.queries.items() if collection.corpus.get(key) == text
+            key  # The document has a title before it.
+            for key, text in collection.queries.items()
+            if collection.corpus.get(key, "").endswith(text)
         ],
         "queries have no judgement in any split": [
             query
@@ -141,12 +85,7 @@ def find_warnings(collection: Collection, files: Files, near: float) -> list[str
         ]
     if {"train", "test"} <= collection.qrels.keys():
         found |= _leaks(collection, near)
-    return [
-        f"{len(places):,} {what}: {', '.join(places[:EXAMPLES])}"
-        + (", ..." if len(places) > EXAMPLES else "")
-        for what, places in found.items()
-        if places
-    ]
+    return warning_lines(found)
 
 
 def _repeated(texts: Mapping[str, str]) -> list[str]:
@@ -220,26 +159,51 @@ def _grams(text: str) -> set[tuple[str, ...]]:
     return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
 
 
-def check(path: pathlib.Path, lengths: Lengths, near: float, console: Console) -> int:
-    """Prints everything about the collections at a path; returns how many mistakes there are.
+def check(
+    path: pathlib.Path,
+    lengths: Lengths,
+    near: float,
+    console: Console,
+    tests: Sequence[str] = (),
+) -> int:
+    """Prints everything about the collections or triples at a path.
+
+    Args:
+        path: As `find_collections` or `find_sources` reads it.
+        lengths: In what texts are measured.
+        near: Least share of word 5-grams (Jaccard) that near-duplicates have in common.
+        console: Where it is printed.
+        tests: Collections that triples must not have anything of.
+
+    Returns:
+        How many mistakes there are.
 
     Raises:
         UserError: A file is missing or cannot be read at all.
     """
+    if holds_triples(path):
+        table, warnings, errors = report_triples(path, lengths, near, tests)
+        console.print(table)
+        _print_lines(warnings, errors, console)
+        return len(errors)
+    if tests:
+        raise UserError(f"--tests goes with triples, and {path} has none; test judgements of a "
+                        "collection are compared with its own train judgements")  # fmt: skip
     mistakes = 0
     for files in find_collections(path).values():
         errors: list[UserError] = []
         collection = read_beir(files, errors.append)
         for table in describe(collection, lengths):
             console.print(table)
-        for kind, lines in (
-            ("warning", find_warnings(collection, files, near)),
-            ("error", list(map(str, errors[:MOST_ERRORS]))),
-        ):
-            for line in lines:
-                console.print(f"{kind}: {line}", markup=False, soft_wrap=True)
+        _print_lines(find_warnings(collection, files, near), errors, console)
         mistakes += len(errors)
     return mistakes
+
+
+def _print_lines(warnings: Sequence[str], errors: Sequence[UserError], console: Console) -> None:
+    for kind, lines in (("warning", warnings), ("error", map(str, errors[:MOST_ERRORS]))):
+        for line in lines:
+            console.print(f"{kind}: {line}", markup=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -248,7 +212,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("name one data set: python -m eval.data DIR [--retriever=SOURCE]")
     lengths = token_lengths(settings.retriever) if settings.retriever else word_lengths()
     path = pathlib.Path(arguments[1])
-    mistakes = check(path, lengths, settings.near, wide_console())
+    mistakes = check(path, lengths, settings.near, wide_console(), settings.tests)
     if mistakes:
         lines = "1 line is" if mistakes == 1 else f"{mistakes:,} lines are"
         raise UserError(f"{path}: {lines} wrong; correct or remove them")
@@ -258,6 +222,7 @@ def define_flags() -> None:
     flags.DEFINE_string("retriever", None, "Model whose tokens are counted; words otherwise.")
     flags.DEFINE_float("near", 0.5, "Jaccard of 5-grams above which texts are near-duplicates.",
                        lower_bound=0.0, upper_bound=1.0)  # fmt: skip
+    flags.DEFINE_list("tests", [], "Collections that triples must not have anything of.")
 
 
 if __name__ == "__main__":

@@ -224,7 +224,9 @@ class Ranker:
     def _after_feedback(self, system: System) -> np.ndarray:
         found = self.rank(system.plain)
         place = {document: row for row, document in enumerate(self.documents)}
-        depth = min(FEEDBACK_DEPTH, *(len(found[query]) for query in self.ids))
+        depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
+        if not depth:  # Of a single document, left out for a query with its id.
+            return self._plain
         rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
         vectors = self._searched(system.documents).vectors[np.array(rows)]
         return np.asarray(FEEDBACKS[system.method](self._plain, vectors))

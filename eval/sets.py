@@ -1,34 +1,16 @@
-"""The collections that `eval.beir` tests on, and means over several of them."""
+"""The docstrings that `eval.beir` tests on, and means over several collections."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.archive import Files
-from expandr_jax.data.beir import find_collections, judgements
-from expandr_jax.errors import UserError
+from train.benchmarks import Benchmark, find_benchmarks
 from train.data import prepare_data
 from train.run import Run
 
 
-def find_sets(paths: Sequence[str], split: str) -> dict[str, Files]:
-    """The sets at some paths by name, each with judgements of the split.
-
-    Raises:
-        UserError: There is none at a path, it lacks the split, or two have the same name.
-    """
-    sets: dict[str, Files] = {}
-    for path in paths:
-        for name, files in find_collections(path).items():
-            if name in sets:
-                raise UserError(f"{path}: a second data set called {name!r}; rename one")
-            next(judgements(files, split, lambda _: None), None)
-            sets[name] = files
-    return sets
-
-
-def harvested_set(run: Run, split: str) -> dict[str, Files]:
+def harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
     """The docstrings that the config names, as `train.joint` has them, in the workdir's data/.
 
     Raises:
@@ -36,8 +18,8 @@ def harvested_set(run: Run, split: str) -> dict[str, Files]:
     """
     with run.phase("data"):
         name = prepare_data(run).collection.name
-    (files,) = find_sets([str(run.path("data"))], split).values()
-    return {name: files}
+    (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
+    return {name: harvested}
 
 
 def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

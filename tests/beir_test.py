@@ -175,6 +175,16 @@ def test_parquet_tables_as_on_the_hub(tmp_path, ids, folder, kind):
     assert read_qrels(path) == expected.qrels["test"]
 
 
+def test_the_hub_s_own_conversion_to_parquet(tmp_path):
+    expected = read_beir(make(tmp_path / "jsonl" / "tiny"))
+    directory = make_parquet(tmp_path / "tiny")
+    for kind, split in (("corpus", "corpus"), ("queries", "queries"), ("default", "test")):
+        (directory / kind / split).mkdir()
+        for number, path in enumerate(sorted((directory / kind).glob("*.parquet"))):
+            path.rename(directory / kind / split / f"{number:04}.parquet")
+    assert read_beir(directory) == expected
+
+
 def test_mistakes_in_parquet_are_named(tmp_path):
     directory = make_parquet(tmp_path / "tiny")
     path = directory / "queries" / "queries-00000-of-00001.parquet"
@@ -218,9 +228,24 @@ def test_several_collections_are_found_by_name(tmp_path):
         assert read_beir(found["cqadupstack/english"]).name == "english"
         with pytest.raises(UserError, match="holds 2 collections; name one: cqadupstack/android"):
             read_beir(place)
-    make(tmp_path / "cqadupstack" / "more" / "android")
-    with pytest.raises(UserError, match="the same name: android/, english/, more/android/"):
+    make(tmp_path / "cqadupstack" / "more" / "cqadupstack" / "android")
+    with pytest.raises(UserError, match="two of its collections are called 'cqadupstack/android'"):
         find_collections(tmp_path / "cqadupstack")
+
+
+def test_a_folder_of_sets_is_no_family(tmp_path):
+    for name in ("fiqa", "scifact", "cqadupstack/android", "cqadupstack/english"):
+        make(tmp_path / "beir" / name)
+    path = pack(tmp_path / "beir", tmp_path / "archive.zip")
+    names = ["cqadupstack/android", "cqadupstack/english", "fiqa", "scifact"]
+    for place in (tmp_path / "beir", path):
+        found = find_collections(place)
+        assert list(found) == names
+        assert read_beir(found["cqadupstack/english"]).name == "english"
+        assert all(read_beir(files).qrels["test"] for files in found.values())
+    make(tmp_path / "beir" / "old" / "fiqa")
+    with pytest.raises(UserError, match="beir: two of its collections are called 'fiqa'"):
+        find_collections(tmp_path / "beir")
 
 
 def test_every_mistake_can_be_reported(tmp_path):

@@ -167,6 +167,30 @@ def test_what_is_tested_is_not_trained_on(tmp_path):
     assert (source["left_out"], source["left_out_for_tests"]) == (1, 1)
 
 
+def test_wrong_tests_are_told_before_anything_is_prepared(source, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        prepare(source, tmp_path / "run", tests=(str(tmp_path / "nowhere"),))
+    assert not (tmp_path / "run" / "work").exists()
+
+
+def test_what_a_collection_tests_is_not_trained_on_either(tmp_path):
+    queries = {f"q{i}": f"what is the {noun}?" for i, noun in enumerate(NOUNS[:40])}
+    queries["q39"] = queries["q3"].upper().replace("?", " ?!")
+    corpus = {f"d{i}": passage(noun) for i, noun in enumerate(NOUNS[:40])}
+    qrels = {
+        split: {f"q{i}": {f"d{i}": 1} for i in part}
+        for split, part in (
+            ("train", range(26)), ("dev", range(26, 30)), ("test", range(30, 40)),
+        )
+    }  # fmt: skip
+    write_beir(tmp_path / "set", Collection("set", corpus, queries, qrels))
+    data = prepare(tmp_path / "set", tmp_path / "run", kind="beir")
+    trained = [*data.retriever_train, *data.generator_train]
+    assert sorted(trained) == sorted(f"q{i}" for i in range(26) if i != 3)
+    source = json.loads((tmp_path / "run" / "data" / "SOURCE.json").read_text())
+    assert source["left_out_for_tests"] == 1
+
+
 def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path):
     source = write_echo(tmp_path / "echo")
     tests = [str(benchmark(tmp_path / name, [f"the {NOUNS[-40]}?", "x y"])) for name in "ab"]

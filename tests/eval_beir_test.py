@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from configs import smoke as smoke_config
 from eval.beir import evaluate_beir
-from eval.sets import find_sets, mean_over_sets
+from eval.sets import mean_over_sets
 from eval.strategies import STRATEGIES, document_message
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
@@ -21,6 +21,7 @@ from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.search import Bm25Index
 from tests.commands import ROOT, command, finish
+from train.benchmarks import find_benchmarks
 
 SYSTEMS = [
     "bm25", "dense", "dense+q2d", "dense+prf-average", "dense+prf-rocchio", "bm25+lamer",
@@ -327,13 +328,48 @@ def test_what_was_made_otherwise_is_refused(finished, tmp_path):
         again(finished, ["bm25"], tmp_path / "out", [changed])
 
 
+def test_what_is_damaged_is_named(finished, tmp_path):
+    out = tmp_path / "out"
+    again(finished, ["bm25"], out, finished[0][:1])
+    for name in ("results.json", "data/SOURCE.json", "config.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=f"{name}: is damaged"):
+            again(finished, ["bm25"], out, finished[0][:1])
+        (out / name).write_bytes(whole)
+    (out / "results.json").unlink()
+    (out / "runs" / "bm25.trec").write_text("q0 Q0 d0 1\n")
+    with pytest.raises(UserError, match=r"bm25\.trec:1: "):
+        again(finished, ["bm25"], out, finished[0][:1])
+
+
+def test_feedback_where_the_only_document_is_left_out(tmp_path):
+    write_beir(
+        tmp_path / "one",
+        Collection("one", {"x": "pad an array"}, {"x": "pad"}, {"test": {"x": {"x": 1}}}),
+    )
+    config = smoke_config.get_config()
+    config.evaluation.query_weights, config.evaluation.samples = (0.5,), (1,)
+    config.evaluation.drop_identical_ids = True
+    console = Console(quiet=True)
+    names = ["bm25", "dense", "dense+prf-average", "rrf:bm25:dense"]
+    found = evaluate_beir(config, tmp_path / "out", [str(tmp_path / "one")], names, "test", console)
+    assert [row["ndcg@10"] for row in found["one"]["rows"]] == [0.0] * 4
+
+
 def test_sets_are_checked_before_anything_is_loaded(finished, tmp_path):
     one, two = map(str, finished[0])
-    assert list(find_sets([one, two], "test")) == ["one", "two"]
+    assert list(find_benchmarks([one, two])) == ["one", "two"]
     with pytest.raises(UserError, match="a second data set called 'one'"):
-        find_sets([one, one], "test")
+        find_benchmarks([one, one])
     with pytest.raises(UserError, match="no judgements of split 'dev'; there are test"):
-        find_sets([one], "dev")
+        find_benchmarks([one], "dev")
+    msmarco = shutil.copytree(one, tmp_path / "msmarco")
+    with pytest.raises(UserError, match="no judgements of split 'dev'; there are test"):
+        find_benchmarks([msmarco])
+    (msmarco / "qrels" / "test.tsv").rename(msmarco / "qrels" / "dev.tsv")
+    found = find_benchmarks([msmarco, two])
+    assert [tested.split for tested in found.values()] == ["dev", "test"]
     for names, data in ((["bm26"], [one]), (["bm25"], [tmp_path / "nowhere"])):
         with pytest.raises(UserError, match=r"bm26|nowhere: no such directory"):
             again(finished, names, tmp_path / "out", data)

@@ -5,8 +5,10 @@ import json
 import pytest
 from rich.console import Console
 
-from eval.data import check, find_warnings, token_lengths, word_lengths
+from eval.data import check, find_warnings
+from eval.description import token_lengths, word_lengths
 from expandr_jax.data.beir import find_collections, read_beir
+from expandr_jax.errors import UserError
 from tests.commands import ROOT, command, finish
 
 LONG = [f"word{i}" for i in range(30)]
@@ -35,8 +37,10 @@ def directory(tmp_path):
     path = tmp_path / "set"
     (path / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", CORPUS), ("queries", QUERIES)):
-        lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in texts.items())
-        (path / f"{name}.jsonl").write_text("".join(lines))
+        rows = [{"_id": key, "text": text} for key, text in texts.items()]
+        if name == "corpus":
+            rows[-1]["title"] = "its title"
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for split, rows in QRELS.items():
         lines = ("\t".join(map(str, row)) + "\n" for row in rows)
         (path / "qrels" / f"{split}.tsv").write_text("".join(lines))
@@ -86,8 +90,8 @@ def test_counts_and_lengths(directory):
     assert check(directory, word_lengths(), 0.5, console) == 0
     lines = [[c.strip() for c in line.split("│")] for line in console.export_text().splitlines()]
     rows = {row[1]: row[2:-1] for row in lines if len(row) > 2}
-    # Words: 30, 27, 4, 4, 0 and 6; then 2, 2, 2 and 6.
-    assert rows["corpus"] == ["6", "1", "11.8", "5", "29", "30"]
+    # Words: 30, 27, 4, 4, 0 and 8; then 2, 2, 2 and 6.
+    assert rows["corpus"] == ["6", "1", "12.2", "6", "29", "30"]
     assert rows["queries"] == ["4", "0", "3.0", "2", "5", "6"]
     assert rows["train"] == ["1", "2", "2.00", "2"]
     assert rows["test"] == ["2", "4", "1.50", "1"]
@@ -124,3 +128,71 @@ def test_warnings_alone_end_in_status_0(directory):
     output = finish(command("eval.data", str(directory), retriever))
     assert "over the limit" in output
     assert "word for word" in output
+
+
+TRIPLES = {
+    "nq": [
+        {"query": "train query", "positive": CORPUS["d1"], "negative": "x y"},
+        {"query": "Train  query?", "positive": "a b c", "negative": ["a b c", "x"]},
+        {"query": "word for word", "positive": "p"},
+    ],
+    "squad": [{"query": "QUERY, judged", "positive": ["p", "q r"], "negative": "n"}],
+}
+
+
+def write_triples(directory, triples=TRIPLES):
+    directory.mkdir()
+    for source, rows in triples.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{source}.jsonl").write_text(text)
+    return directory
+
+
+def test_triples_and_what_of_test_sets_is_in_them(directory, tmp_path):
+    (directory / "qrels" / "test.tsv").write_text("q2\td2\t1\nq3\td5\t0\n")
+    queries = {"q2": "query: judged", "q3": "Word for word"}
+    lines = (json.dumps({"_id": key, "text": text}) + "\n" for key, text in queries.items())
+    (directory / "queries.jsonl").write_text("".join(lines))
+    (directory / "qrels" / "train.tsv").unlink()
+    console = Console(width=200, record=True)
+    path = write_triples(tmp_path / "echo")
+    assert check(path, word_lengths(), 0.5, console, [str(directory)]) == 0
+    output = console.export_text().splitlines()
+    lines = [[c.strip() for c in line.split("│")][1:-1] for line in output if "│" in line]
+    assert lines[:3] == [
+        ["nq", "queries", "3", "2.3", "2", "3", "3"],  # 2, 2 and 3 words
+        ["", "positives", "3", "11.3", "3", "27", "30"],  # 30, 3 and 1
+        ["", "negatives", "3", "2.0", "2", "3", "3"],  # 2, 3 and 1
+    ]
+    assert [line for line in output if line.startswith("warning")] == [
+        "warning: 1 lines have a positive that shares over 0.5 of its 5-grams with a relevant test "
+        "document: nq: train query",
+        "warning: 1 lines repeat the query of another: nq: Train  query?",
+        "warning: 1 lines have a positive among their negatives: nq: Train  query?",
+        "warning: 1 lines have no negative: nq: word for word",
+        "warning: 2 lines have a test query, word for word: nq: word for word, "
+        "squad: QUERY, judged",
+    ]
+    console = Console(width=200, record=True)
+    assert check(path, word_lengths(), 0.5, console) == 0  # Without tests.
+    assert "test" not in console.export_text()
+
+
+def test_mistakes_in_triples_end_in_status_2(directory, tmp_path):
+    path = write_triples(tmp_path / "echo", {"nq": [*TRIPLES["nq"], {"query": "q"}, []]})
+    for place in (path, path / "nq.jsonl"):
+        process = command("eval.data", str(place))
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2, output
+        assert "nq.jsonl:4: no right passage" in output
+        assert "nq.jsonl:5: found an array; expected a JSON object" in output
+        assert "2 lines are wrong" in output
+        assert "Traceback" not in output
+    (path / "nq.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=f"{path}: no triples"):
+        check(path, word_lengths(), 0.5, Console(quiet=True))
+    with pytest.raises(UserError, match=f"--tests goes with triples, and {directory} has none"):
+        check(directory, word_lengths(), 0.5, Console(quiet=True), [str(directory)])
+    (directory / "corpus.jsonl").unlink()
+    with pytest.raises(UserError, match=r"corpus\.jsonl: cannot read it"):
+        check(directory, word_lengths(), 0.5, Console(quiet=True))

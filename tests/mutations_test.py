@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from eval.compare import score
-from eval.data import check, word_lengths
+from eval.data import check
+from eval.description import word_lengths
 from eval.differences import compare
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
@@ -200,6 +201,29 @@ def test_a_spoilt_collection_ends_in_one_line_or_in_counted_ones(tmp_path, kind)
         if complaint:
             check_complaint(complaint, directory)
         path.write_bytes(data)
+    assert counts["refused"] + counts["counted"] > 50, counts
+
+
+def test_spoilt_triples_end_in_one_line_or_in_counted_ones(tmp_path):
+    rng, counts = random.Random("triples"), {"refused": 0, "counted": 0, "read": 0}
+    texts = [" ".join(rng.choices(WORDS, k=6)) for _ in range(60)]
+    rows = [
+        {"query": texts[i], "positive": texts[i + 1], "negative": [texts[i + 2]]}
+        for i in range(0, 60, 3)
+    ]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path = tmp_path / "nq.jsonl"
+    for number in range(200):
+        spoilt = (spoil_json if number % 2 else mutate)(data, rng)
+        packed = number % 4 > 1
+        if packed:
+            spoilt = mutate(gzip.compress(data), rng) if number % 2 else gzip.compress(spoilt)
+        source = path.with_name("nq.jsonl.gz") if packed else path
+        source.write_bytes(spoilt)
+        mistakes, complaint = check_quietly(source)
+        counts["refused" if complaint else "counted" if mistakes else "read"] += 1
+        if complaint:
+            check_complaint(complaint, source)
     assert counts["refused"] + counts["counted"] > 50, counts
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from configs import paper, published, reference_code
 from expandr_jax.errors import UserError
+from expandr_jax.weights import source
 from tests.commands import command
 from tests.configs_test import flatten
 from train.models import load_retriever_model
@@ -32,8 +33,16 @@ def test_arguments_pick_the_retriever():
     assert (shares["retriever_train"] + held_out) / shares["generator_train"] == pytest.approx(
         7.0874, abs=1e-4
     )
-    for name in published.CHECKPOINTS:
-        assert published.get_config(name).retriever.source.startswith("models/")
+
+
+def test_a_model_that_is_not_on_disk_is_not_looked_for_elsewhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(source, "_from_hub", None)
+    monkeypatch.chdir(tmp_path)
+    configs = [paper.get_config(name) for name in paper.RETRIEVERS]
+    configs += [published.get_config(name) for name in published.CHECKPOINTS]
+    for name in {part.source for c in configs for part in (c.retriever, c.generator)}:
+        with pytest.raises(UserError, match=f"{name}: no such file or directory"):
+            source.locate(name)
 
 
 def test_the_released_code_differs_from_the_paper_in_these_settings():

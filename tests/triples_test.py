@@ -122,3 +122,11 @@ def test_files_without_triples(tmp_path):
         read_triples(tmp_path / "bad.jsonl", on_bad="skip")
     with pytest.raises(UserError, match="on_bad"):
         read_triples(tmp_path / "bad.jsonl", on_bad="ignore")
+
+
+def test_a_file_that_grows_as_no_text_does_is_refused(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    line = b'{"query": "q", "pos": "' + b"a" * 500_000 + b'"}\n'
+    path.write_bytes(gzip.compress(line * 20))
+    with pytest.raises(UserError, match=r"bomb\.jsonl\.gz: .*unpacks to over 100 times its size"):
+        read_triples(path)

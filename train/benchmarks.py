@@ -1,12 +1,12 @@
-"""The further collections that a run is tested on: `data.tests`."""
+"""Collections that systems are tested on: `data.tests` of a run, `--data` of `eval.beir`."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import find_collections, judgements, read_texts
 from expandr_jax.data.duplicates import words
 from expandr_jax.errors import UserError
-from train.run import Run
 
 # MS MARCO's test judgements are of few queries; its dev queries are what BEIR's tables report.
 SPLITS = {"msmarco": "dev"}
@@ -25,26 +25,30 @@ class Benchmark:
         return {judgement.query for judgement in judgements(self.files, self.split)}
 
 
-def find_benchmarks(run: Run) -> dict[str, Benchmark]:
-    """The config's test collections by name.
+def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmark]:
+    """The collections at some paths by name.
+
+    Args:
+        paths: Directories or zips, or folders of several.
+        split: Whose judgements count; "": "test", or what `SPLITS` has for the set's name.
 
     Raises:
         UserError: There is none at a path, it lacks the split, or two have the same name.
     """
     found: dict[str, Benchmark] = {}
-    for path in run.config.data.tests:
+    for path in paths:
         for name, files in find_collections(path).items():
             if name in found:
                 raise UserError(f"{path}: a second data set called {name!r}; rename one")
-            found[name] = Benchmark(files, SPLITS.get(name, "test"))
+            found[name] = Benchmark(files, split or SPLITS.get(name, "test"))
             next(judgements(files, found[name].split, lambda _: None), None)
     return found
 
 
-def benchmark_queries(run: Run) -> set[str]:
-    """The judged queries of the config's test collections, as `query_key` has them."""
+def benchmark_queries(paths: Sequence[str]) -> set[str]:
+    """The judged queries of the test collections at some paths, as `query_key` has them."""
     found = set()
-    for benchmark in find_benchmarks(run).values():
+    for benchmark in find_benchmarks(paths).values():
         judged = benchmark.queries
         texts = read_texts(benchmark.files, "queries")
         found |= {query_key(text) for query, text in texts if query in judged}

@@ -68,6 +68,7 @@ def prepare_data(run: Run) -> TrainingData:
     source_path = directory / "SOURCE.json"
     if not run.seals.intact("data"):
         config = run.config.data
+        tested = benchmark_queries(config.tests)  # First: a wrong path is told at once.
         if config.kind == "pydoc":
             collection, retriever, generator, source = _harvest(run)
         elif config.kind == "beir":
@@ -76,7 +77,8 @@ def prepare_data(run: Run) -> TrainingData:
             collection, retriever, generator, source = read_echo(run)
         else:
             raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
-        tested = benchmark_queries(run)
+        held_out = (query for split in ("dev", "test") for query in collection.qrels[split])
+        tested |= {query_key(collection.queries[query]) for query in held_out}
         before = len(retriever) + len(generator)
         retriever, generator = (
             [i for i in ids if query_key(collection.queries[i]) not in tested]

@@ -121,7 +121,7 @@ def evaluate_benchmarks(
         chosen: From the results on the run's own data: how each system uses its expansions.
     """
     results = {}
-    for name, benchmark in find_benchmarks(run).items():
+    for name, benchmark in find_benchmarks(run.config.data.tests).items():
         path = run.path("tests", name, "results.json")
         if run.seals.intact(*result_files(name)):  # Its corpus may take minutes to read.
             results[name] = json.loads(path.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from expandr_jax.errors import UserError
 # the memory pack to a thousandth.
 MOST_GROWTH = 100
 _SLACK = 1 << 20  # Bytes that any file may unpack to, however small.
-_DEPTH = 3  # Folders that are looked into: DIR/android/qrels/test.tsv.
+_DEPTH = 4  # Names below a directory: DIR/cqadupstack/android/qrels/test.tsv.
 _DAMAGE = (
     OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, struct.error,
     zipfile.BadZipFile,
@@ -85,7 +85,7 @@ class Files:
 
 
 def list_files(path: str | os.PathLike) -> Files:
-    """Lists a directory, three folders deep, or a zip archive.
+    """Lists a directory, `_DEPTH` names deep, or a zip archive.
 
     Raises:
         UserError: There is no such directory or archive, it is damaged, or a member's path leads

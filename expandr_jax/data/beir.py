@@ -3,6 +3,9 @@
 corpus.jsonl[.gz]    or corpus/*.parquet     _id (or id), title, text
 queries.jsonl[.gz]   or queries/*.parquet    _id (or id), text; or TREC topics: topics.*
 qrels/SPLIT.tsv[.gz] or qrels/, default/ or data/ with SPLIT*.parquet; or qrels/SPLIT.trec
+
+The hub's own conversion of a data set to parquet, with a folder more (corpus/corpus/0000.parquet,
+default/test/0000.parquet), is read as well.
 """
 
 import os
@@ -20,9 +23,10 @@ from expandr_jax.errors import UserError
 Qrels = dict[str, dict[str, int]]
 Report = Callable[[UserError], None]
 
+FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _HEADER = ("query-id", "corpus-id", "score")
 _TEXTS = {"_id": str, "text": str}
-_CORPUS = re.compile(r"(.*/)?corpus(?:\.jsonl(?:\.gz)?|/[^/]+\.parquet)")
+_CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
 _TABLE_TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
 _ROWS_AT_ONCE = 4096
@@ -85,7 +89,8 @@ def find_collections(path: str | os.PathLike) -> dict[str, Files]:
     """The collections of a directory or zip: the one it is, or those in its folders.
 
     Returns:
-        Name -> files; several (CQADupStack's twelve) are named "cqadupstack/android" and so on.
+        Name -> files. Several are named by their folders; those in one of `FAMILIES`, which count
+        as one set together, "cqadupstack/android" and so on.
 
     Raises:
         UserError: There is no such path, the archive cannot be read, or two have the same name.
@@ -98,10 +103,15 @@ def find_collections(path: str | os.PathLike) -> dict[str, Files]:
         return {name: files}
     if len(folders) == 1:
         return {Path(folders[0]).name: files.below(folders[0])}
-    last = [Path(folder).name for folder in folders]
-    if len(set(last)) < len(last):
-        raise UserError(f"{path}: two of its collections have the same name: {', '.join(folders)}")
-    return {f"{name}/{n}": files.below(f) for n, f in zip(last, folders, strict=True)}
+    found: dict[str, Files] = {}
+    for folder in folders:
+        *above, last = name, *Path(folder).parts
+        family = next((f for f in FAMILIES if above[-1].lower() == f), None)
+        label = f"{family}/{last}" if family else last
+        if label in found:
+            raise UserError(f"{path}: two of its collections are called {label!r}; rename one")
+        found[label] = files.below(folder)
+    return found
 
 
 def source_hashes(files: Files) -> dict[str, str]:
@@ -239,7 +249,9 @@ def _parts(files: Files, kind: str) -> list[str]:
     for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
         if name in files.names:
             return [name]
-    tables = [name for name in files.names if re.fullmatch(rf"{kind}/[^/]+\.parquet", name)]
+    tables = [
+        name for name in files.names if re.fullmatch(rf"{kind}/({kind}/)?[^/]+\.parquet", name)
+    ]
     if kind == "queries" and not tables:
         tables = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)][:1]
     if not tables:
@@ -259,7 +271,7 @@ def _splits(files: Files) -> dict[str, list[str]]:
                 splits.setdefault(found[1], [name])
     for folder in () if splits else _TABLES:
         for name in files.names:
-            if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+)?\.parquet", name):
+            if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+|/\d+)?\.parquet", name):
                 splits.setdefault(found[1], []).append(name)
     if not splits:
         raise UserError(f"{files.path('qrels')}: no .tsv file; expected judgements as SPLIT.tsv")

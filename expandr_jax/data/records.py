@@ -1,6 +1,5 @@
 """JSON lines in and out: checked reading, atomic writing, and a journal that survives a kill."""
 
-import gzip
 import hashlib
 import json
 import logging
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from expandr_jax.data.archive import Files
 from expandr_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -213,14 +213,9 @@ def _open(line: bytes, check: int) -> tuple[Row | None, int, str]:
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, bytes) of a file, gzip-compressed if its name ends in ".gz"."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read it: {reason}") from error
+    """Yields (line number from 1, line) of a file, as `Files.lines` reads and refuses it."""
+    path = Path(path)
+    yield from Files(path.parent, "", (path.name,)).lines(path.name)
 
 
 def parse_row(where: str, line: bytes) -> Row:

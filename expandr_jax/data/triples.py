@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from expandr_jax.data.records import parse_row, read_lines
 from expandr_jax.errors import UserError
 
+SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Of one text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
 
@@ -87,6 +89,27 @@ def stream_triples(
             report(error)
         else:
             yield triple
+
+
+def find_sources(path: str | os.PathLike) -> dict[str, Path]:
+    """Source -> file, sorted by name.
+
+    Raises:
+        UserError: There is no .jsonl or .jsonl.gz file.
+    """
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    found: dict[str, Path] = {}
+    for file in files:
+        suffix = next((s for s in SUFFIXES if file.name.endswith(s)), None)
+        if suffix and file.is_file() and not file.name.startswith("."):
+            source = file.name.removesuffix(suffix)
+            if source in found:
+                raise UserError(f"{file}: stands beside {found[source].name}; remove one of them")
+            found[source] = file
+    if not found:
+        raise UserError(f"{path}: no .jsonl file; expected triples of query, positive and negative")
+    return found
 
 
 def _triple(where: str, row: dict[str, Any]) -> Triple:

@@ -8,6 +8,8 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 
+_WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
+
 
 class Bm25Index:
     """Lucene's BM25 with the settings usual on BEIR (Anserini): k1 0.9, b 0.4.
@@ -23,8 +25,9 @@ class Bm25Index:
             UserError: there is no text, or no word in any of them.
         """
         bm25s = _bm25s()
-        tokens = _tokenize(texts)
-        if not any(tokens):
+        # Numbers of words, not the words: bm25s would number them in a second list as long.
+        tokens = bm25s.tokenize(list(texts), return_ids=True, **_WORDS)
+        if not any(tokens.ids):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
         self._bm25 = bm25s.BM25(method="lucene", k1=k1, b=b)
@@ -68,8 +71,4 @@ def _bm25s() -> ModuleType:
 
 
 def _tokenize(texts: Sequence[str]) -> list[list[str]]:
-    if not texts:
-        return []
-    return _bm25s().tokenize(
-        list(texts), stopwords="english", stemmer=None, return_ids=False, show_progress=False
-    )
+    return _bm25s().tokenize(list(texts), return_ids=False, **_WORDS) if texts else []

@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from expandr_jax.data.builders.prepare import Row, TextBuilder
 from expandr_jax.data.records import hash_file
-from expandr_jax.data.triples import Triple, stream_triples
+from expandr_jax.data.triples import Triple, find_sources, stream_triples
 from expandr_jax.errors import UserError
 
 # What the README of the paper's code lists.
@@ -23,7 +23,6 @@ ECHO_SOURCES = (
     "eli5_question_answer", "fever", "hotpot_qa", "msmarco_document", "msmarco_passage", "nq",
     "squad", "trivia_qa",
 )  # fmt: skip
-_SUFFIXES = (".jsonl", ".jsonl.gz")
 _TEXT, _TEXTS = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
 
 
@@ -76,27 +75,6 @@ class Triples(TextBuilder, skip_registration=True):
                     "expansions": list(triple.expansions),
                     "teacher_scores": [repr(score) for score in triple.teacher_scores or ()],
                 }
-
-
-def find_sources(path: str | os.PathLike) -> dict[str, Path]:
-    """Source -> file, sorted by name.
-
-    Raises:
-        UserError: There is no .jsonl or .jsonl.gz file.
-    """
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    found: dict[str, Path] = {}
-    for file in files:
-        suffix = next((s for s in _SUFFIXES if file.name.endswith(s)), None)
-        if suffix and file.is_file() and not file.name.startswith("."):
-            source = file.name.removesuffix(suffix)
-            if source in found:
-                raise UserError(f"{file}: stands beside {found[source].name}; remove one of them")
-            found[source] = file
-    if not found:
-        raise UserError(f"{path}: no .jsonl file; expected triples of query, positive and negative")
-    return found
 
 
 def split_name(source: str, part: str) -> str:
