@@ -26,6 +26,7 @@ from expandr_jax.losses import (
     matryoshka,
     symmetric_info_nce,
 )
+from expandr_jax.micro_batches import by_length, join, join_rows, split_rows
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.train_state import TrainState
 
@@ -253,16 +254,16 @@ def contrastive_gradients(
         _loss_of_vectors, argnums=(0, 1), has_aux=True
     )(vectors, log_temperature, batch, config)
     grads = jax.tree.map(jnp.zeros_like, model)
-    for tower, cotangent in cotangents.items():
-        chunks = _chunks(batch, tower, config.micro_batch, dropout_key)
 
-        def add(total, part):
-            chunk, vector_grads = part
-            _, pull_back = jax.vjp(lambda m: _embed_chunk(m, chunk, retriever), model)
-            return jax.tree.map(jnp.add, total, pull_back(vector_grads)[0]), None
+    def add(total, part):
+        chunk, vector_grads = part
+        _, pull_back = jax.vjp(lambda m: _embed_chunk(m, chunk, retriever), model)
+        return jax.tree.map(jnp.add, total, pull_back(vector_grads)[0]), None
 
-        parts = (chunks, _split_rows(cotangent, config.micro_batch))
-        grads, _ = jax.lax.scan(add, grads, parts)
+    for towers in by_length(batch, TOWERS):
+        chunks = join(_chunks(batch, t, config.micro_batch, dropout_key) for t in towers)
+        vector_grads = join(split_rows(cotangents[t], config.micro_batch) for t in towers)
+        grads, _ = jax.lax.scan(add, grads, (chunks, vector_grads))
     if config.learn_temperature:
         grads = {"retriever": grads, "log_temperature": log_temperature_grad}
     return result, grads
@@ -366,14 +367,17 @@ def _embed_batch(
     key: jax.Array | None,
 ) -> dict[str, jax.Array]:
     """Vectors [rows, dim] of each kind of text in a batch, in the batch's order."""
-    vectors = {}
-    for tower in (tower for tower in TOWERS if f"{tower}_ids" in batch):
-        chunks = _chunks(batch, tower, config.micro_batch, key)
-        if config.micro_batch:
-            mapped = jax.lax.map(lambda chunk: _embed_chunk(model, chunk, retriever), chunks)
-            vectors[tower] = jnp.swapaxes(mapped, 0, 1).reshape(-1, mapped.shape[-1])
-        else:
-            vectors[tower] = _embed_chunk(model, chunks, retriever)
+    vectors, size = {}, config.micro_batch
+    for towers in by_length(batch, TOWERS):
+        chunks = [_chunks(batch, tower, size, key) for tower in towers]
+        if not size:
+            own = (_embed_chunk(model, chunk, retriever) for chunk in chunks)
+            vectors |= dict(zip(towers, own, strict=True))
+            continue
+        mapped = jax.lax.map(lambda chunk: _embed_chunk(model, chunk, retriever), join(chunks))
+        ends = np.cumsum([len(ids) for ids, _, _ in chunks])[:-1]
+        for tower, part in zip(towers, jnp.split(mapped, ends), strict=True):
+            vectors[tower] = join_rows(part)
     return vectors
 
 
@@ -391,10 +395,4 @@ def _chunks(
     if not micro_batch:
         return ids, mask, key
     keys = None if key is None else jax.random.split(key, ids.shape[0] // micro_batch)
-    return _split_rows(ids, micro_batch), _split_rows(mask, micro_batch), keys
-
-
-def _split_rows(x: jax.Array, micro_batch: int) -> jax.Array:
-    """[rows, n] to [rows / micro_batch, micro_batch, n]."""
-    # Every so many rows, not side by side: on a mesh each micro-batch has rows of every device.
-    return jnp.swapaxes(x.reshape(micro_batch, -1, x.shape[1]), 0, 1)
+    return split_rows(ids, micro_batch), split_rows(mask, micro_batch), keys
