@@ -80,7 +80,7 @@ class Processes:
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Link] = {}
         self._alone = count == 1  # As is the first one within `once`.
         self._leaving = threading.Event()
 
@@ -196,13 +196,13 @@ class Processes:
         if self.count > 1:
             time.sleep(seconds)
 
-    def connect(self, links: dict[int, "_Link"]) -> None:
+    def connect(self, links: dict[int, "Link"]) -> None:
         """Listens to the processes at the other ends: to process 0, or in it to all others."""
         self._links = links
         for index, link in links.items():
             threading.Thread(target=self._listen, args=(index, link), daemon=True).start()
 
-    def _listen(self, index: int, link: "_Link") -> None:
+    def _listen(self, index: int, link: "Link") -> None:
         last = link.listen()
         if last is None:
             reason = "it was killed, or its machine is gone"
@@ -232,7 +232,7 @@ class Processes:
                     link.send({"end": end})
 
 
-class _Link:
+class Link:
     """Messages to and from another process, an object of JSON a line.
 
     Attributes:
@@ -347,7 +347,7 @@ def _is_tpu_host() -> bool:
     return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _links(index: int, count: int, host: str | None) -> dict[int, _Link]:
+def _links(index: int, count: int, host: str | None) -> dict[int, Link]:
     """Connections between process 0, which says to all where it listens, and the others."""
     address = np.zeros(ADDRESS_BYTES, np.uint8)
     server = None
@@ -359,14 +359,14 @@ def _links(index: int, count: int, host: str | None) -> dict[int, _Link]:
     address = np.asarray(multihost_utils.broadcast_one_to_all(address))
     host, port, token = json.loads(bytes(address).rstrip(b"\0"))
     if server is None:
-        link = _Link(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
+        link = Link(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
         link.send({"process": index, "token": token})
         return {0: link}
-    links: dict[int, _Link] = {}
+    links: dict[int, Link] = {}
     with server:
         server.settimeout(SECONDS_TO_CONNECT)
         while len(links) < count - 1:
-            link = _Link(server.accept()[0])
+            link = Link(server.accept()[0])
             hello = link.first()
             if hello.get("token") == token:  # Anyone on the network may knock.
                 links[hello["process"]] = link
