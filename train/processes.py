@@ -124,13 +124,19 @@ class Processes:
         return value
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """What a function returns that all call, process 0 before the others: it may mend files."""
+        """What a function returns that all call, process 0 before the others: it may mend files.
+
+        None goes on before all have called it, and so finds what process 0 changes later.
+        """
         if self._alone:
             return function()
         if self.is_main:
             value = function()
         self.once(lambda: None)
-        return value if self.is_main else function()
+        if not self.is_main:
+            value = function()
+        self.barrier()
+        return value
 
     def gather(self, value: Any) -> list[Any]:
         """The value (of JSON) that each process gives, by its number, to all of them."""
