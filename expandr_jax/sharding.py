@@ -141,7 +141,7 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+    def place_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
         on_host = all(device.platform == "cpu" for device in sharding.device_set)
         if not (on_host and sharding.is_fully_replicated):
             return put(leaf, sharding)
@@ -150,7 +150,7 @@ def place(tree: Any, shardings: Any) -> Any:
         copies = [jax.device_put(leaf, device) for device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(place_leaf, tree, shardings)
 
 
 def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:

@@ -1,6 +1,5 @@
 """A corpus as a file of vectors: encoded as it streams by, and continued after a kill."""
 
-import functools
 import hashlib
 import io
 import itertools
@@ -87,8 +86,13 @@ def encode_to_file(
         if not (path.exists() and journal.rows and _is_whole(path, journal, dtype)):
             if path.exists():
                 path.replace(part)
-            encode = functools.partial(encoder.encode, params, kind=kind, progress=progress)
-            _write_missing(part, encode, vectors, texts, dtype, block, journal, identity, progress)
+
+            def encode(first: int, chunk: list[str]) -> np.ndarray:
+                if vectors is not None:
+                    return vectors(first, first + len(chunk))
+                return encoder.encode(params, chunk, kind, progress)
+
+            _write_missing(part, encode, texts, dtype, block, journal, identity, progress)
             part.replace(path)
     except OSError as error:
         raise UserError(f"{part}: cannot be written: {error.strerror}") from error
@@ -121,7 +125,7 @@ def _is_whole(path: pathlib.Path, journal: Journal, dtype: str) -> bool:
         return file.read(len(header)) == header and path.stat().st_size == size
 
 
-def _write_missing(part, encode, known, texts, dtype, block, journal, identity, progress):
+def _write_missing(part, encode, texts, dtype, block, journal, identity, progress):
     """Encodes the blocks that the journal lacks, into the file that is not finished."""
     part.parent.mkdir(parents=True, exist_ok=True)
     if journal.finished:
@@ -129,7 +133,7 @@ def _write_missing(part, encode, known, texts, dtype, block, journal, identity, 
     with open(part, "r+b" if journal.rows else "w+b") as file:
         for first, chunk, digest in _missing_blocks(part, texts, block, journal, progress):
             try:
-                vectors = known(first, first + len(chunk)) if known else encode(chunk)
+                vectors = encode(first, chunk)
             except NotFiniteError as error:
                 raise NotFiniteError(f"{part}, texts from {first}: {error}") from None
             sha256 = _append(file, journal, vectors, dtype)
