@@ -19,6 +19,7 @@ from train.journals import CommonJournal, DividedJournal
 from train.processes import EXIT_LOST, Link, Processes, Settings
 
 COUNT = 3
+SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
 
 
 @pytest.fixture
@@ -210,9 +211,12 @@ def until(processes: list, condition: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory):
-    """The smoke run by two processes: (workdir, what each printed, files of the second's share)."""
+    """The smoke run by two processes, each of which holds half of every parameter in training.
+
+    (workdir, what each printed, names of the files of the second one's shares)
+    """
     workdir = tmp_path_factory.mktemp("divided") / "run"
-    processes = start_processes(workdir, 2)
+    processes = start_processes(workdir, 2, *SPREAD)
     seen = set()
     while any(process.poll() is None for process in processes):
         seen |= {re.sub(r"\.part$", "", p.name) for p in workdir.glob("work/**/*.process-1*")}
@@ -239,6 +243,9 @@ def test_two_processes_lose_and_reward_as_one(divided, smoke):
     ours, theirs = step_figures(divided[0]), step_figures(smoke[0])
     assert len(ours) == len(theirs) > 20
     for one, other in zip(ours, theirs, strict=True):
+        # Norms of gradients are up to 100 times as large as losses.
+        norms = one.pop("grad_norm", 0.0), other.pop("grad_norm", 0.0)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
         assert one == pytest.approx(other, abs=1e-5)
     for name in ("candidates.jsonl", "preferences.jsonl"):
         found, expected = (rows(w / "round-0" / name) for w in (divided[0], smoke[0]))
@@ -292,7 +299,7 @@ def test_two_processes_rank_as_one(divided, smoke):
 def test_a_finished_run_is_left_as_it_is_by_one_and_by_two(divided):
     workdir = divided[0]
     before = (workdir / "results.json").stat().st_mtime_ns
-    for process in start_processes(workdir, 2):
+    for process in start_processes(workdir, 2, *SPREAD):
         finish(process)
     assert "expandr-plain" in finish(start(workdir))
     assert (workdir / "results.json").stat().st_mtime_ns == before
@@ -327,14 +334,14 @@ def test_a_killed_process_ends_the_other_within_seconds(tmp_path, victim, under_
 @pytest.mark.slow
 def test_a_notice_to_one_process_saves_and_ends_both(tmp_path, divided):
     workdir = tmp_path / "run"
-    processes = start_processes(workdir, 2)
+    processes = start_processes(workdir, 2, *SPREAD)
     until(processes, lambda: any((workdir / "checkpoints" / "fine-tuned").glob("[0-9]*")))
     processes[1].send_signal(signal.SIGTERM)
     for process, output in zip(processes, ended(processes, timeout=60), strict=True):
         assert process.returncode == 0, output
         assert "stopped by SIGTERM" in output
         assert "Traceback" not in output
-    for process in start_processes(workdir, 2):
+    for process in start_processes(workdir, 2, *SPREAD):
         finish(process)
     for name in ("results.json", "round-0/preferences.jsonl", "runs/expandr.trec"):
         assert (workdir / name).read_bytes() == (divided[0] / name).read_bytes(), name

@@ -165,10 +165,16 @@ def _stop(console: Console, message: str) -> None:
 
 
 def _crash(console: Console, error: Exception) -> None:
-    """Where there are several processes, ends them all by an error that nobody foresaw."""
+    """Where there are several processes, ends them all by an error that nobody foresaw.
+
+    It may be that of a collective without a process that was stopped, which is none.
+    """
     current = processes.current()
     if current.count == 1:
         return
     current.wait_for_news()
+    if current.stopped is not None:
+        console.print(current.stopped, markup=False, soft_wrap=True)
+        current.leave(0, current.stopped)
     console.print_exception()
     current.leave(1, _one_line(error)[:500])

@@ -76,10 +76,12 @@ class Processes:
     Attributes:
         index: Which one this is, from 0.
         count: How many there are; 1 where nothing was connected.
+        stopped: What another process said that was stopped by SIGTERM; None: there is none.
     """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
+        self.stopped: str | None = None
         self._links: dict[int, Link] = {}
         self._alone = count == 1  # As is the first one within `once`.
         self._leaving = threading.Event()
@@ -220,6 +222,7 @@ class Processes:
         who, status, reason = last["process"], last["status"], last["reason"]
         if status == 0:
             # As if the notice had come here: what is in hand is finished, if that can be done.
+            self.stopped = reason
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(SECONDS_TO_STOP)
         else:
