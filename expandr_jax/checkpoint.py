@@ -5,21 +5,24 @@ nothing were wrong, and casts a wrong type silently. So each checkpoint carries 
 content and the shape and type of every leaf; one that does not match is set aside by name.
 """
 
+import functools
 import hashlib
 import logging
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.sharding import replicated
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,6 @@ def hash_tree(tree: Any) -> str:
     return digest.hexdigest()
 
 
-@jax.jit
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two sums [2] uint32 over mixed words and places of an array, and whether all is finite.
 
@@ -58,6 +60,22 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.stack(sums), finite
 
 
+_checksum_here = jax.jit(_checksum)
+
+
+@functools.lru_cache(maxsize=8)
+def _checksum_on(mesh: Mesh) -> Callable[..., Any]:
+    """`_checksum` of an array that several processes hold, so that each of them knows it."""
+    return jax.jit(_checksum, out_shardings=replicated(mesh))
+
+
+def _checksum_leaf(leaf: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    program = _checksum_here
+    if not leaf.is_fully_addressable:
+        program = _checksum_on(leaf.sharding.mesh)
+    return jax.device_get(program(leaf))
+
+
 def checksum_tree(tree: Any) -> tuple[str, list[str]]:
     """A hash over every leaf's path, type, shape and content, and the paths of leaves that are not
     finite.
@@ -71,7 +89,7 @@ def checksum_tree(tree: Any) -> tuple[str, list[str]]:
     ]
     # One after another: many small programs at once that sum over the same devices can wait for
     # each other without end where the devices are a processor's.
-    parts = [jax.device_get(_checksum(leaf)) for _, leaf in leaves]
+    parts = [_checksum_leaf(leaf) for _, leaf in leaves]
     digest = hashlib.sha256()
     for (path, leaf), (sums, _) in zip(leaves, parts, strict=True):
         digest.update(f"{path} {leaf.dtype} {leaf.shape} {sums[0]} {sums[1]}\n".encode())
@@ -93,6 +111,8 @@ class Checkpoints:
             saved under another identity is refused.
         keep: How many of the latest steps stay.
         keep_period: Steps that are a multiple of this stay as well.
+        agree: Whether something is true in every process, where there are several; they save and
+            restore together.
     """
 
     def __init__(
@@ -102,7 +122,9 @@ class Checkpoints:
         *,
         keep: int = 2,
         keep_period: int | None = None,
+        agree: Callable[[bool], bool] = bool,
     ):
+        self._agree = agree
         self.directory = pathlib.Path(directory).absolute()
         self.identity = dict(identity)
         options = ocp.CheckpointManagerOptions(
@@ -177,35 +199,52 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if step <= after or (at_most is not None and step > at_most):
                 continue
-            try:
-                record = self._manager.restore(
-                    step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-                )["record"]
-                if record.pop("record") != hash_json(record):
-                    raise ValueError("its record does not match its hash")
-                same = record["identity"] == self.identity and record["spec"] == _spec(template)
-                if same:
-                    tree = self._manager.restore(
-                        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    )["state"]
-                    intact = checksum_tree(tree)[0] == record["hash"]
-            except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
-                self._set_aside(step, f"{type(error).__name__}: {error}".splitlines()[0])
-                continue
-            if not same:
+            record, problem = self._attempt(lambda step=step: self._record(step))
+            if problem is None and (
+                record["identity"] != self.identity or record["spec"] != _spec(template)
+            ):
                 raise UserError(
                     f"{self.directory / str(step)}: saved by a run with another base model or "
                     "other settings; use a new --workdir, or the config that made this one"
                 )
-            if intact:
+            if problem is None:
+                tree, problem = self._attempt(lambda step=step: self._state(step, abstract))
+            if problem is None and checksum_tree(tree)[0] != record["hash"]:
+                problem = "its content does not match its hash"
+            if problem is None:
                 return step, tree
-            self._set_aside(step, "its content does not match its hash")
+            self._set_aside(step, problem)
         return None
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was written beside a step's state."""
+        args = ocp.args.Composite(record=ocp.args.JsonRestore())
+        record = self._manager.restore(step, args=args)["record"]
+        if record.pop("record") != hash_json(record):
+            raise ValueError("its record does not match its hash")
+        return record
+
+    def _state(self, step: int, abstract: Any) -> Any:
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args)["state"]
+
+    def _attempt(self, read: Callable[[], Any]) -> tuple[Any, str | None]:
+        """What was read, and what is wrong with it, if anything is in any process."""
+        value = problem = None
+        try:
+            value = read()
+        except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        if not self._agree(problem is None):
+            problem = problem or "another process cannot read it"
+        return value, problem
 
     def _set_aside(self, step: int, reason: str) -> None:
         target = self.directory.with_name(f"{self.directory.name}-damaged") / str(step)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)
-        (self.directory / str(step)).rename(target)
+        if jax.process_index() == 0:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+            logger.warning("checkpoint %s is damaged (%s); moved to %s", step, reason[:200], target)
+        self._agree(True)  # It is gone for all of them before they look again.
         self._manager.reload()
-        logger.warning("checkpoint %s is damaged (%s); moved to %s", step, reason[:200], target)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from expandr_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+WHOLE_BYTES = 2**28  # What every device holds of a parameter at once, where it is made whole.
 
 # Logical axis of a parameter or activation -> mesh axes. Names absent here would replicate in
 # silence, so `param_shardings` refuses them.
@@ -80,6 +81,53 @@ def batch_divisor(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put` that reaches devices of several processes, too.
+
+    Args:
+        tree: Arrays that every process has whole, each with the same values, or that are spread
+            over the devices already.
+        shardings: A sharding for all, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        if spread or sharding.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        # device_put would have all processes compare the values first.
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
+
+    return jax.tree.map(put_leaf, tree, shardings)
+
+
+def whole(tree: Any) -> Any:
+    """A tree that this process can read: what is spread over several is fetched to its host.
+
+    All processes call it together. With one process the tree is returned as it is.
+    """
+    return jax.tree.map(_whole_leaf, tree)
+
+
+def _whole_leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))
+    if leaf.nbytes > WHOLE_BYTES and leaf.ndim > 1:
+        # A device has room for a layer of a large model, but not for all.
+        result = np.empty(leaf.shape, leaf.dtype)
+        for row in range(len(leaf)):
+            result[row] = _whole_leaf(leaf[row])
+        return result
+    everywhere = jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))
+    return np.asarray(everywhere(leaf).addressable_data(0))
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Puts a tree of arrays on devices.
 
@@ -93,16 +141,16 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+    def place_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
         on_host = all(device.platform == "cpu" for device in sharding.device_set)
         if not (on_host and sharding.is_fully_replicated):
-            return jax.device_put(leaf, sharding)
+            return put(leaf, sharding)
         leaf = np.asarray(leaf)
         devices = sharding.addressable_devices_indices_map(leaf.shape)
         copies = [jax.device_put(leaf, device) for device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
-    return jax.tree.map(put, tree, shardings)
+    return jax.tree.map(place_leaf, tree, shardings)
 
 
 def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from expandr_jax.sharding import replicated
+from expandr_jax.sharding import put, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainState:
 
         if shardings is None:
             return new(params)
-        params = jax.device_put(params, shardings.params)
+        params = put(params, shardings.params)
         return jax.jit(new, out_shardings=shardings)(params)
 
     @classmethod

@@ -38,6 +38,7 @@ def encode_to_file(
     dtype: str = "float32",
     block: int = 16384,
     progress: Callable[[int], None] | None = None,
+    vectors: Callable[[int, int], np.ndarray] | None = None,
 ) -> np.ndarray | StoredVectors:
     """Encodes a stream of texts to a .npy file, with one block of texts in memory at a time.
 
@@ -56,6 +57,8 @@ def encode_to_file(
             float32.
         block: Texts between two writes; they are sorted by length within a block.
         progress: Called with the number of texts done since its last call.
+        vectors: What the encoder makes of the texts from one number to another, where that is
+            known, as from files that several processes made; it is then not run.
 
     Returns:
         [texts, dim], memory-mapped; see `stored_vectors`.
@@ -83,8 +86,13 @@ def encode_to_file(
         if not (path.exists() and journal.rows and _is_whole(path, journal, dtype)):
             if path.exists():
                 path.replace(part)
-            _write_missing(part, encoder, params, texts, kind, dtype, block, journal, identity,
-                           progress)  # fmt: skip
+
+            def encode(first: int, chunk: list[str]) -> np.ndarray:
+                if vectors is not None:
+                    return vectors(first, first + len(chunk))
+                return encoder.encode(params, chunk, kind, progress)
+
+            _write_missing(part, encode, texts, dtype, block, journal, identity, progress)
             part.replace(path)
     except OSError as error:
         raise UserError(f"{part}: cannot be written: {error.strerror}") from error
@@ -117,7 +125,7 @@ def _is_whole(path: pathlib.Path, journal: Journal, dtype: str) -> bool:
         return file.read(len(header)) == header and path.stat().st_size == size
 
 
-def _write_missing(part, encoder, params, texts, kind, dtype, block, journal, identity, progress):
+def _write_missing(part, encode, texts, dtype, block, journal, identity, progress):
     """Encodes the blocks that the journal lacks, into the file that is not finished."""
     part.parent.mkdir(parents=True, exist_ok=True)
     if journal.finished:
@@ -125,7 +133,7 @@ def _write_missing(part, encoder, params, texts, kind, dtype, block, journal, id
     with open(part, "r+b" if journal.rows else "w+b") as file:
         for first, chunk, digest in _missing_blocks(part, texts, block, journal, progress):
             try:
-                vectors = encoder.encode(params, chunk, kind, progress)
+                vectors = encode(first, chunk)
             except NotFiniteError as error:
                 raise NotFiniteError(f"{part}, texts from {first}: {error}") from None
             sha256 = _append(file, journal, vectors, dtype)

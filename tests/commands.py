@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -28,6 +29,25 @@ def start(
 ) -> subprocess.Popen:
     """`train.joint` as a user starts it."""
     return command("train.joint", f"--config={config}", f"--workdir={workdir}", *overrides)
+
+
+def start_processes(
+    workdir: pathlib.Path,
+    count: int,
+    *overrides: str,
+    of_one: dict[int, tuple[str, ...]] | None = None,
+) -> list[subprocess.Popen]:
+    """`train.joint` as several processes on this machine, each with a device of its own.
+
+    `of_one` has further arguments of single processes, by their numbers.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
+    return [
+        start(workdir, *overrides, *together, f"--process={i}", *(of_one or {}).get(i, ()))
+        for i in range(count)
+    ]
 
 
 def finish(process: subprocess.Popen) -> str:

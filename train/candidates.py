@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -15,6 +14,7 @@ from expandr_jax.data.preferences import read_candidates
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.reward_sft import WeightedResponse, pack_weighted, sft_values
+from expandr_jax.sharding import put
 from train.expansion import expansion_text
 from train.models import Models
 from train.pairs import PairBatches
@@ -147,7 +147,7 @@ class CandidateBatches(PairBatches):
     ) -> dict[str, Any]:
         """The batch of the candidates `chosen`."""
         batch = pack_weighted([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
-        return jax.device_put(batch, self.sharding)
+        return put(batch, self.sharding)
 
     def reference(self, pairs: Sequence[WeightedResponse], task: str) -> None:
         """No log-probabilities of the base are needed."""

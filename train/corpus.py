@@ -1,16 +1,24 @@
-"""A corpus as one retriever encodes it, with its index."""
+"""Texts as vectors, each process encoding its share, and a corpus of them with its index."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import functools
+import glob
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_collections
 import numpy as np
 
+from expandr_jax.encoding import Kind
 from expandr_jax.search import Index, build_index
-from expandr_jax.stored_vectors import StoredVectors
+from expandr_jax.stored_vectors import StoredVectors, open_vectors
 from expandr_jax.vector_file import encode_to_file
-from train.models import Models
+from train.models import RetrieverModel
 from train.run import Run
+
+Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,27 +28,114 @@ class Corpus:
     Attributes:
         ids: Document ids, in the order of the index.
         vectors: [documents, dim], float32 when indexed or stored in less.
-        index: Search over the vectors.
+        search: The config's section.
     """
 
     ids: list[str]
     vectors: np.ndarray | StoredVectors
-    index: Index
+    search: ml_collections.ConfigDict
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Search over the vectors; made when asked for, as one process alone does."""
+        return build_index(self.vectors, **self.search)
 
 
 def encode_corpus(
-    run: Run, models: Models, texts: Mapping[str, str], name: str, params: Any
+    run: Run, models: RetrieverModel, texts: Mapping[str, str], name: str, params: Any
 ) -> Corpus:
-    """Encodes documents (id -> text) to work/vectors/NAME.npy and builds their index."""
+    """Encodes documents (id -> text) to work/vectors/NAME.npy and opens them for searching."""
     path = run.path("work", "vectors", f"{name}.npy")
+    encode = functools.partial(
+        encode_to_file,
+        encoder=models.encoder,
+        params=params,
+        kind="document",
+    )
+    dtype, processes = run.config.retriever.vectors, run.processes
     with run.progress(f"{name}: documents encoded", len(texts)) as advance:
-        vectors = encode_to_file(
-            path,
-            models.encoder,
-            params,
-            texts.values(),
-            "document",
-            dtype=run.config.retriever.vectors,
-            progress=advance,
-        )
-    return Corpus(list(texts), vectors, build_index(vectors, **run.config.search))
+        if processes.count == 1:
+            vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
+        else:
+            _encode_shares(run, path, texts, encode, dtype, advance)
+            vectors = open_vectors(path)
+    corpus = Corpus(list(texts), vectors, run.config.search)
+    if processes.is_main:
+        _ = corpus.index
+    return corpus
+
+
+def _encode_shares(
+    run: Run,
+    path: pathlib.Path,
+    texts: Mapping[str, str],
+    encode: Callable[..., Any],
+    dtype: str,
+    advance: Progress,
+) -> None:
+    """Makes a file of vectors of what each process has encoded, unless it is there already."""
+    processes = run.processes
+    values = list(texts.values())
+    starts = _starts(len(values), processes.count)
+    names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
+    parts = [path.with_name(name) for name in names]
+    divided = not processes.once(path.exists)
+    if divided:
+        own = values[starts[processes.index] : starts[processes.index + 1]]
+        if own:
+            encode(parts[processes.index], texts=own, progress=advance)
+        processes.barrier()
+
+    def known(start: int, end: int) -> np.ndarray:
+        """Vectors of documents from the processes' files."""
+        rows = []
+        for part, first, last in zip(parts, starts, starts[1:], strict=False):
+            if max(start, first) < min(end, last):
+                rows.append(open_vectors(part)[max(start, first) - first : min(end, last) - first])
+        return np.concatenate(rows)
+
+    def join() -> None:
+        # What is damaged of a file that was there, process 0 encodes by itself.
+        encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
+        for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
+            file.unlink()
+
+    processes.once(join)
+
+
+def encode_texts(
+    run: Run,
+    models: RetrieverModel,
+    params: Any,
+    texts: Sequence[str],
+    kind: Kind,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
+
+    Returns:
+        [len(texts), dim] float32, in every process.
+    """
+    processes = run.processes
+    if processes.count == 1:
+        return models.encoder.encode(params, texts, kind, progress)
+    starts = _starts(len(texts), processes.count)
+    own = texts[starts[processes.index] : starts[processes.index + 1]]
+    vectors = models.encoder.encode(params, own, kind, progress)
+    paths = [run.path("work", "shares", f"vectors-{i}.npy") for i in range(processes.count)]
+    mine = paths[processes.index]
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    np.save(mine, vectors)
+    processes.barrier()
+    parts = [np.load(path, allow_pickle=False) for path in paths]
+    processes.barrier()  # Nobody writes the next ones before all have read these.
+    with contextlib.suppress(OSError):
+        mine.unlink()
+    if progress is not None:
+        progress(len(texts) - len(own))
+    return np.concatenate([part for part in parts if len(part)] or [vectors])
+
+
+def _starts(count: int, shares: int) -> list[int]:
+    """Where each share of so many items begins, and the last one ends."""
+    return [count * share // shares for share in range(shares + 1)]

@@ -64,8 +64,16 @@ def prepare_data(run: Run) -> TrainingData:
     Raises:
         UserError: The source is missing, empty or malformed.
     """
+    run.processes.once(lambda: _make_data(run))
     directory = run.path("data")
-    source_path = directory / "SOURCE.json"
+    source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
+    collection = dataclasses.replace(read_beir(directory), name=source["name"])
+    return TrainingData(collection, source["retriever_train"], source["generator_train"])
+
+
+def _make_data(run: Run) -> None:
+    """Writes data/ where it is not whole."""
+    directory = run.path("data")
     if not run.seals.intact("data"):
         config = run.config.data
         tested = benchmark_queries(config.tests)  # First: a wrong path is told at once.
@@ -102,7 +110,7 @@ def prepare_data(run: Run) -> TrainingData:
         used = {query: collection.queries[query] for ids in keep.values() for query in ids}
         write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
         write_json(
-            source_path,
+            directory / "SOURCE.json",
             {
                 **source,
                 "left_out_for_tests": left_out,
@@ -111,9 +119,6 @@ def prepare_data(run: Run) -> TrainingData:
             },
         )
         run.seals.seal("data")
-    source = json.loads(source_path.read_text(encoding="utf-8"))
-    collection = dataclasses.replace(read_beir(directory), name=source["name"])
-    return TrainingData(collection, source["retriever_train"], source["generator_train"])
 
 
 def _limit(ids: list[str], most: int) -> list[str]:

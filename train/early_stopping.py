@@ -7,8 +7,8 @@ import numpy as np
 
 from eval.systems import CHOSEN_BY
 from expandr_jax.checkpoint import Checkpoints
-from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
+from train.journals import CommonJournal
 from train.run import Run
 
 
@@ -45,7 +45,8 @@ def train_with_dev(
     Raises:
         UserError: If they cannot be read back.
     """
-    journal = Journal(run.path("work", f"round-{round_}", f"{phase}-dev.jsonl"))
+    path = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
+    journal = CommonJournal(path, run.processes)
     stops = [*range(0, steps, every or steps), steps]
     for step in stops[len(journal.rows) :]:
         before = [row[CHOSEN_BY] for row in journal.rows]

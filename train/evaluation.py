@@ -27,7 +27,7 @@ from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.report import results_table
 from expandr_jax.search import Bm25Index
 from train.benchmarks import find_benchmarks
-from train.corpus import Corpus, encode_corpus
+from train.corpus import Corpus, encode_corpus, encode_texts
 from train.data import TrainingData
 from train.expansion import expansion_prompts, sample_texts
 from train.models import Models
@@ -77,28 +77,33 @@ def evaluate(
     systems = _systems(run, trained)
     texts = _sample_expansions(run, models, data, trained, systems, set_name)
     with run.phase("evaluation"):
-        metrics.write_qrels(directory / "qrels.trec", data.collection.qrels["test"])
         runs: dict[str, dict[str, dict[str, float]]] = {}
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
         samples: list[dict[str, Any]] = []
         with run.progress("evaluation: systems", len(systems)) as advance:
             for name, system in systems.items():
-                if system.retriever is None:
+                if system.retriever is None and run.processes.is_main:
                     runs[name] = _bm25(run, data)
                     advance(1)
             for retriever, build in trained.retrievers.items():
                 mine = {n: s for n, s in systems.items() if s.retriever == retriever}
                 if mine:
                     params, corpus = build()
-                    _dense(run, models, data, params, corpus, mine, texts, runs, choices, samples)
+                    encoded = _encode(run, models, data, params, mine, texts)
+                    if run.processes.is_main:  # The others only encode.
+                        _dense(run, data, corpus, mine, encoded, runs, choices, samples)
                     advance(len(mine))
-        for name in systems:
-            metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
-        write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
-        results = _results(directory, data, systems, choices, samples)
-        write_json(path, results)
+
+        def write() -> None:
+            metrics.write_qrels(directory / "qrels.trec", data.collection.qrels["test"])
+            for name in systems:
+                metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
+            write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
+            write_json(path, _results(directory, data, systems, choices, samples))
+
+        run.processes.once(write)
         run.seals.seal(*files)
-    return results
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def result_files(set_name: str) -> list[str]:
@@ -138,8 +143,12 @@ def evaluate_benchmarks(
         run.console.print(results_table(results[name]))
     if len(results) > 1:
         mean = mean_over_sets(results)
-        write_json(run.path("tests", "mean.json"), mean)
-        run.console.print(write_mean(run.path("tests"), mean))
+
+        def write() -> None:
+            write_json(run.path("tests", "mean.json"), mean)
+            run.console.print(write_mean(run.path("tests"), mean))
+
+        run.processes.once(write)
 
 
 def _on_benchmark(
@@ -209,7 +218,7 @@ def _sample_expansions(
         for sample in range(count)
     )
     directory = run.path("tests", set_name) if set_name else run.path()
-    write_jsonl(directory / "evaluation" / "expansions.jsonl", rows)
+    run.processes.once(lambda: write_jsonl(directory / "evaluation" / "expansions.jsonl", rows))
     return texts
 
 
@@ -223,14 +232,38 @@ def _bm25(run: Run, data: TrainingData) -> dict[str, dict[str, float]]:
     return finish_run(found, config.depth, config.drop_identical_ids)
 
 
-def _dense(
+def _encode(
     run: Run,
     models: Models,
     data: TrainingData,
     params: Any,
-    corpus: Corpus,
     systems: Mapping[str, System],
     texts: Mapping[str, Mapping[tuple[str, int], str]],
+) -> dict[str, dict[str, EncodedQueries]]:
+    """System -> split -> queries under one retriever, with the system's expansions if it has any.
+
+    Without dev queries, choices are made already.
+    """
+    encoded: dict[str, dict[str, EncodedQueries]] = {name: {} for name in systems}
+    for split in SPLITS:
+        ids = list(data.collection.qrels[split])
+        if not ids:
+            continue
+        plain = encode_texts(run, models, params, data.queries(ids), "query")
+        for name, system in systems.items():
+            encoded[name][split] = EncodedQueries(ids, plain)
+            if system.generator is not None:
+                expansions = _encode_expansions(run, models, params, ids, texts[system.generator])
+                encoded[name][split] = EncodedQueries(ids, plain, *expansions)
+    return encoded
+
+
+def _dense(
+    run: Run,
+    data: TrainingData,
+    corpus: Corpus,
+    systems: Mapping[str, System],
+    encodings: Mapping[str, Mapping[str, EncodedQueries]],
     runs: dict[str, dict[str, dict[str, float]]],
     choices: dict[str, Choice],
     samples: list[dict[str, Any]],
@@ -244,19 +277,8 @@ def _dense(
     }
     grid = [Choice(w, n) for n in config.samples for w in config.query_weights]
     qrels = data.collection.qrels
-    splits = [split for split in SPLITS if qrels[split]]  # Without dev, choices are made.
-    plain = {
-        split: models.encoder.encode(params, data.queries(list(qrels[split])), "query")
-        for split in splits
-    }
     for name, system in systems.items():
-        encoded = {}
-        for split in splits:
-            ids = list(qrels[split])
-            encoded[split] = EncodedQueries(ids, plain[split])
-            if system.generator is not None:
-                expansions = _encode_expansions(models, params, ids, texts[system.generator])
-                encoded[split] = EncodedQueries(ids, plain[split], *expansions)
+        encoded = encodings[name]
         if system.generator is not None:
             if name not in choices:
                 choices[name], tried = choose(
@@ -272,12 +294,12 @@ def _dense(
 
 
 def _encode_expansions(
-    models: Models, params: Any, ids: list[str], texts: Mapping[tuple[str, int], str]
+    run: Run, models: Models, params: Any, ids: list[str], texts: Mapping[tuple[str, int], str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors [queries, samples, dim] of expansions and which are not empty."""
     count = 1 + max(sample for _, sample in texts)
     flat = [texts[query, sample] for query in ids for sample in range(count)]
-    vectors = models.encoder.encode(params, flat, "document")
+    vectors = encode_texts(run, models, params, flat, "document")
     present = np.array([bool(text) for text in flat])
     return vectors.reshape(len(ids), count, -1), present.reshape(len(ids), count)
 

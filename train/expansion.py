@@ -8,14 +8,13 @@ from typing import Any
 
 import ml_collections
 
-from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.server import ServerEngine
 from expandr_jax.prompts import is_repetitive, render, strip_lead_in
-from expandr_jax.sharding import batch_divisor
-from train.models import Models, sampling_memory
+from train.journals import DividedJournal
+from train.models import Models, sampling_memory, slots_of_a_process
 from train.run import Run
 from train.stopping import held
 
@@ -92,7 +91,7 @@ def sample_texts(
     Returns:
         (query id, sample) -> text; "" where the model said nothing.
     """
-    journal = Journal(path)
+    journal = DividedJournal(path, run.processes, lambda row: (row["query_id"], row["sample"]))
     if not journal.finished:
         requests, cut = [], 0
         limit = max(run.config.generator.prompt_buckets)
@@ -125,12 +124,14 @@ def _sample(
     models: Models,
     adapter: Any | None,
     requests: list[Request],
-    journal: Journal,
+    journal: DividedJournal,
     purpose: str,
 ) -> None:
     done = {(row["query_id"], row["sample"]) for row in journal.rows}
     name = f"{purpose}/"
-    left = [r for r in requests if (r.id.removeprefix(name), r.sample) not in done]
+    # Samples of one prompt stay together: it is run once for all of them.
+    own = run.processes.share(requests, key=lambda request: request.id)
+    left = [r for r in own if (r.id.removeprefix(name), r.sample) not in done]
     engine = _server(run, models, adapter) or _engine(run, models, adapter, requests)
     waiting: list[dict[str, Any]] = []
 
@@ -140,7 +141,7 @@ def _sample(
             waiting.clear()
 
     try:
-        with run.progress(f"{purpose}: texts", len(requests), len(done)) as advance:
+        with run.progress(f"{purpose}: texts", len(own), len(own) - len(left)) as advance:
             for completion in engine.generate(left):
                 text = completion.text
                 if text is None:
@@ -160,15 +161,7 @@ def _sample(
                     write()
     finally:  # What is finished is kept when SIGTERM ends this, too.
         write()
-    journal.finish(sorted(journal.rows, key=lambda row: (row["query_id"], row["sample"])))
-
-
-def _slots(most: int, texts: int, divisor: int) -> int:
-    """Slots for a stage: halved while all of its texts fit, so that a small one is quick."""
-    slots = most
-    while slots // 2 >= texts and slots % (2 * divisor) == 0:
-        slots //= 2
-    return slots
+    journal.finish()
 
 
 def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Request]) -> Engine:
@@ -181,9 +174,9 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
     longest = max(map(len, prompts), default=1) - len(prefix)
     return Engine(
         models.generator.module,
-        models.generator_params,
+        models.sampling_params,
         adapter=adapter,
-        slots=_slots(settings.slots, len(requests), batch_divisor(models.sampling_mesh)),
+        slots=slots_of_a_process(settings, models.sampling_mesh, len(requests)),
         prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
         + [min(b for b in settings.prompt_buckets if b >= longest)],
         max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
@@ -213,7 +206,7 @@ def _server(run: Run, models: Models, adapter: Any | None) -> ServerEngine | Non
         settings.model,
         encode=lambda text: models.generator.tokenizer(text, add_special_tokens=False)["input_ids"],
         seed=run.config.seed,
-        cache=run.path("work", "server.jsonl"),
+        cache=run.path("work", f"server{run.processes.suffix}.jsonl"),
         concurrency=settings.concurrency,
         retries=settings.retries,
         timeout=settings.timeout,

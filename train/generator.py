@@ -29,7 +29,7 @@ from expandr_jax.models.lora import init_lora
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.preference import DPOConfig
 from expandr_jax.reward_sft import RewardSftConfig
-from expandr_jax.sharding import batch_divisor
+from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.steps import adapter_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
@@ -42,7 +42,7 @@ from train.candidates import (
 )
 from train.export import base_name
 from train.identity import model_hashes
-from train.launch import define_config, define_workdir, launch
+from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.loop import fit
 from train.models import GeneratorModel, load_generator_model
 from train.pairs import DevPairs, PairBatches, tokenize_pairs
@@ -69,7 +69,8 @@ def train_generator(
         round_: Counts from 0.
 
     Returns:
-        The trained adapter: the last, or the best on dev pairs where the config says so.
+        The trained adapter, as each process can read it all: the last, or the best on dev pairs
+        where the config says so.
 
     Raises:
         UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
@@ -133,7 +134,11 @@ def train_generator(
     # Rounds differ in their number of pairs, so their steps cannot be numbered through.
     name = f"generator-{round_}" if round_ else "generator"
     checkpoints = Checkpoints(
-        run.path("checkpoints", name), identity, keep=run.config.keep, keep_period=steps
+        run.path("checkpoints", name),
+        identity,
+        keep=run.config.keep,
+        keep_period=steps,
+        agree=run.processes.all,
     )
     places = TrainState.shardings(models.dpo_mesh, models.adapter_shardings, adapter, optimizer)
     step = adapter_program(
@@ -181,7 +186,7 @@ def train_generator(
 
     for last in dev.steps_left(steps, config.eval_every * accumulation):
         dev.evaluate(last, train(last))
-    trained, best = train(steps), dev.best()
+    trained, best = whole(train(steps)), dev.best()
     if best is None:
         if config.dev_share:
             run.console.print("  too few pairs for dpo.dev_share: the last adapter is used")
@@ -237,7 +242,9 @@ def train_adapter(
     directory = run.path("export", "adapter")
     with run.phase("export"):
         module, base = model.generator.module, base_name(run.workdir, config)
-        export_adapter(directory, adapter, module.lora, module.config, base)
+        run.processes.once(
+            lambda: export_adapter(directory, adapter, module.lora, module.config, base)
+        )
     console.print(f"adapter: {directory}", soft_wrap=True)
     run.close()
     return directory
@@ -260,22 +267,26 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
         raise UserError(f"{path}: has nothing to train on")
     source_path = run.path("data", "SOURCE.json")
     files = {str(path): hash_file(path)}
-    if not source_path.exists():
-        source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
-        write_json(source_path, source)
-    elif run.read_json(source_path).get("files") != files:
-        raise UserError(f"{path}: has changed since this run began; use a new --workdir")
+
+    def check() -> None:
+        if not source_path.exists():
+            source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
+            write_json(source_path, source)
+        elif run.read_json(source_path).get("files") != files:
+            raise UserError(f"{path}: has changed since this run began; use a new --workdir")
+
+    run.processes.main_first(check)
     return rows
 
 
 def main(_: Any) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    train_adapter(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
+    train_adapter(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
 
 
 def define_flags() -> None:
     define_config()
     define_workdir()
+    define_processes()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from train.expansion import expansion_prompts, sample_texts
 from train.export import export_run
 from train.generator import train_generator
 from train.identity import model_hashes
-from train.launch import define_config, define_workdir, launch
+from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.models import Models, load_models
 from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
@@ -109,14 +109,18 @@ def train_joint(
     trained = Trained(retrievers, adapters)
     results = evaluate(run, models, data, trained)
     evaluate_benchmarks(run, models, trained, results["chosen"])
-    with run.phase("export"), run.progress("models exported", 3) as advance:
+
+    def export() -> None:
         exports = [f"export/{name}" for name in ("retriever", "adapter", "generator")]
         whole = [run.seals.intact(name) for name in exports]
         export_run(run.workdir, config, models.retriever, params, adapter, advance)
         if not all(whole):
             run.seals.seal(*exports)
+
+    with run.phase("export"), run.progress("models exported", 3) as advance:
+        run.processes.once(export)
     with run.phase("report"), run.progress("pages written", 1) as advance:
-        report = write_report(run.workdir)
+        report = run.processes.once(lambda: str(write_report(run.workdir)))
         advance(1)
     console.print(results_table(results))
     console.print(f"report: {report}", soft_wrap=True)
@@ -186,7 +190,8 @@ def _expand(
         }
         for (query, sample), text in sorted(texts.items())
     )
-    write_jsonl(run.path(f"round-{round_}", "expansions.jsonl"), rows)
+    path = run.path(f"round-{round_}", "expansions.jsonl")
+    run.processes.once(lambda: write_jsonl(path, rows))
     return texts
 
 
@@ -243,13 +248,13 @@ def _retriever(
 
 
 def main(_: Any) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    train_joint(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
+    train_joint(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
 
 
 def define_flags() -> None:
     define_config()
     define_workdir()
+    define_processes()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from train import processes
 from train.stopping import Stopped, end_on_sigterm, ignore_sigterm
 
 EXIT_USER_ERROR = 2
@@ -29,15 +30,18 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
-def split_processor() -> None:
+def split_processor(count: int = 1) -> None:
     """Has JAX take the processor for two devices, unless XLA_FLAGS says for how many.
 
     Each then does the whole of its half of a batch on a core of its own, where otherwise all cores
     would wait for each other after every operation. It is two on any machine, so that figures do
     not depend on its cores. Must be called before JAX is used.
+
+    Args:
+        count: Processes of the run, which share the two; each has one at least.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+        jax.config.update("jax_num_cpu_devices", max(1, CPU_DEVICES // count))
 
 
 def define_config(default: str | None = None) -> None:
@@ -52,6 +56,21 @@ def define_workdir() -> None:
     flags.DEFINE_string("workdir", None, "Where everything the run writes goes.")
 
 
+def define_processes() -> None:
+    """Defines where the processes of a run find each other; see `processes.Settings`."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where a run has several; not on TPU pods."
+    )
+    flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+
+
+def make_console() -> Console:
+    """Where a program shows its progress: process 0 does, where there are several."""
+    quiet = not processes.current().is_main
+    return Console(highlight=False, soft_wrap=True, quiet=quiet)
+
+
 def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) -> None:
     """Parses flags, calls `main` with what is left of argv, and turns user errors into exit 2.
 
@@ -60,7 +79,6 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
         define: Defines the program's flags.
     """
     quiet_libraries()
-    split_processor()
     console = Console(stderr=True, highlight=False)
     define()
     try:
@@ -73,30 +91,54 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
         _stop(console, _one_line(error))
     except UserError as error:
         _stop(console, str(error))
+    try:
+        _start_processes()
+    except UserError as error:
+        _stop(console, str(error))
 
     end_on_sigterm()
 
     def guarded(rest: Sequence[str]) -> None:
         try:
             main(rest)
+            processes.current().finish()
         except UserError as error:
             _stop(console, str(error))
         except Stopped as stopped:
             console.print(stopped.message, markup=False, soft_wrap=True)
+            processes.current().leave(0, stopped.message)
             raise
         except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from here")
+            message = "stopped; the same command goes on from here"
+            console.print(message)
+            processes.current().leave(130, message)
             sys.exit(130)
         except OSError as error:
             if error.errno not in FULL:
+                _crash(console, error)
                 raise
             name = f"{error.filename}: " if error.filename else ""
             _stop(console, f"{name}{error.strerror}; free some, and the same command goes on")
+        except Exception as error:
+            _crash(console, error)
+            raise
         finally:
             ignore_sigterm()
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
+
+
+def _start_processes() -> None:
+    """Connects the processes of a run, where the program may have several."""
+    if "coordinator" not in flags.FLAGS:
+        split_processor()
+        return
+    values = flags.FLAGS
+    settings = processes.Settings(values.coordinator, values.processes, values.process)
+    settings.check()
+    split_processor(settings.count or 1)
+    processes.start(settings)
 
 
 def _check_config_exists(arguments: Sequence[str]) -> None:
@@ -118,4 +160,21 @@ def _one_line(error: BaseException) -> str:
 
 def _stop(console: Console, message: str) -> None:
     console.print("error: " + message, style="red", markup=False, soft_wrap=True)
+    processes.current().leave(EXIT_USER_ERROR, message)
     sys.exit(EXIT_USER_ERROR)
+
+
+def _crash(console: Console, error: Exception) -> None:
+    """Where there are several processes, ends them all by an error that nobody foresaw.
+
+    It may be that of a collective without a process that was stopped, which is none.
+    """
+    current = processes.current()
+    if current.count == 1:
+        return
+    current.wait_for_news()
+    if current.stopped is not None:
+        console.print(current.stopped, markup=False, soft_wrap=True)
+        current.leave(0, current.stopped)
+    console.print_exception()
+    current.leave(1, _one_line(error)[:500])

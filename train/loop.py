@@ -111,6 +111,9 @@ def fit(
                 record(*pending)
             pending = (number - first_step, metrics, made_of)
             done = number + 1
+            # All stop after the same step, whichever of them had the notice.
+            if run.processes.any(notice.requested):
+                notice.requested = True
             if done % save_every == 0 or done == last or notice.requested:
                 record(*pending)
                 pending = None

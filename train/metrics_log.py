@@ -113,6 +113,21 @@ class MetricsLog:
             self._flushed = time.monotonic()
 
 
+class NoMetrics:
+    """What processes have that write no figures; as `MetricsLog` otherwise."""
+
+    dropped = 0
+
+    def write(self, *_: Any) -> None:
+        """Does nothing."""
+
+    def rewind(self, *_: Any) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def _is_whole(line: bytes) -> bool:
     """Whether a line is a record, as `write` makes them."""
     try:

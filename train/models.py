@@ -18,11 +18,12 @@ from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import adapter_shardings, make_mesh, place
+from expandr_jax.sharding import adapter_shardings, batch_divisor, make_mesh, place, whole
 from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
 
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
+OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
 WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
@@ -31,11 +32,11 @@ class RetrieverModel:
     """What step A uses.
 
     Attributes:
-        contrastive_mesh: The devices, as step A has them.
+        contrastive_mesh: The devices of all processes, as step A has them.
         retriever: The retriever; its parameters change from round to round.
-        retriever_params: Its weights before any training.
+        retriever_params: Its weights before any training, as this process can read them all.
         retriever_hash: sha256 of those weights.
-        encoder: Texts to vectors, on a mesh of its own.
+        encoder: Texts to vectors, on a mesh of this process's devices.
     """
 
     contrastive_mesh: Mesh
@@ -50,10 +51,12 @@ class GeneratorModel:
     """What step B uses.
 
     Attributes:
-        dpo_mesh: The devices, as training has them.
-        sampling_mesh: The same devices, as sampling has them.
+        dpo_mesh: The devices of all processes, as training has them.
+        sampling_mesh: Those of this process, as sampling has them.
         generator: The language model, with its LoRA settings.
         generator_params: Its frozen base weights, on `dpo_mesh`.
+        sampling_params: The same, as this process can read them all: on the host where the mesh is
+            of several processes.
         generator_hash: sha256 of the base weights.
     """
 
@@ -61,6 +64,7 @@ class GeneratorModel:
     sampling_mesh: Mesh
     generator: Generator
     generator_params: Any
+    sampling_params: Any
     generator_hash: str
 
     @property
@@ -86,7 +90,8 @@ def phase_mesh(config: ml_collections.ConfigDict, phase: str, devices: Any = Non
     Args:
         config: The config's `mesh` section.
         phase: "contrastive", "encoding", "sampling" or "dpo".
-        devices: None: all that there are.
+        devices: None: all that there are; of several processes, for a phase of OF_ONE_PROCESS,
+            those of this one.
 
     Raises:
         UserError: It does not fit the devices.
@@ -94,7 +99,16 @@ def phase_mesh(config: ml_collections.ConfigDict, phase: str, devices: Any = Non
     own = tuple(config[phase])
     if own and (len(own) != 3 or not all(isinstance(size, int) for size in own)):
         raise UserError(f"mesh.{phase} is {own}; expected (data, fsdp, tensor), or () for mesh's")
-    return make_mesh(*(own or (config.data, config.fsdp, config.tensor)), devices=devices)
+    sizes = own or (config.data, config.fsdp, config.tensor)
+    if devices is not None or jax.process_count() == 1 or phase not in OF_ONE_PROCESS:
+        return make_mesh(*sizes, devices=devices)
+    try:
+        return make_mesh(*sizes, devices=jax.local_devices())
+    except UserError as error:
+        raise UserError(
+            f"mesh.{phase}: {error}; there are {jax.process_count()} processes, and this phase "
+            "has those of one at a time"
+        ) from None
 
 
 def adapter_shapes(generator: Generator, params: Any) -> Any:
@@ -138,8 +152,11 @@ def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
         sha256=source.sha256,
         mesh=mesh,
     )
+    params = whole(params)
     encoder = TextEncoder(
-        retriever, phase_mesh(config.mesh, "encoding"), tokens_per_batch=source.tokens_per_batch
+        retriever,
+        phase_mesh(config.mesh, "encoding"),
+        tokens_per_batch=source.tokens_per_batch // jax.process_count(),
     )
     return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
 
@@ -165,7 +182,8 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     )
     # Devices of a processor have one copy between them, where each holds the whole.
     params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
-    return GeneratorModel(mesh, sampling_mesh, generator, params, hash_tree(params))
+    readable = whole(params)
+    return GeneratorModel(mesh, sampling_mesh, generator, params, readable, hash_tree(readable))
 
 
 def base_type(section: ml_collections.ConfigDict) -> str:
@@ -189,6 +207,28 @@ def sampling_memory(config: ml_collections.ConfigDict) -> int:
     return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
 
 
+def slots_of_a_process(
+    config: ml_collections.ConfigDict, mesh: Mesh, texts: int | None = None
+) -> int:
+    """Slots of a stage in each process; halved while all of its texts fit, so a small one is quick.
+
+    Args:
+        config: The config's `generator` section, whose slots all processes have together.
+        mesh: The process's own.
+        texts: Of all processes together; None: so many that no slot is spared.
+
+    Raises:
+        UserError: The slots cannot be divided among the processes.
+    """
+    slots, count = config.slots, jax.process_count()
+    if slots % count:
+        raise UserError(f"generator.slots {slots} cannot be divided among {count} processes")
+    divisor = count * batch_divisor(mesh)
+    while texts is not None and slots // 2 >= texts and slots % (2 * divisor) == 0:
+        slots //= 2
+    return slots // count
+
+
 def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) -> None:
     """Refuses, before hours of work, texts that are too many or too long for the memory."""
     settings = config.generator
@@ -197,7 +237,7 @@ def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) ->
     plan = plan_memory(
         module,
         model.generator_params,
-        slots=settings.slots,
+        slots=slots_of_a_process(settings, model.sampling_mesh),
         buckets=tuple(settings.prompt_buckets),
         length=max(settings.prompt_buckets) + longest,
         cache_dtype=cache_type(module),

@@ -6,7 +6,7 @@ import numpy as np
 
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
-from train.corpus import Corpus
+from train.corpus import Corpus, encode_texts
 from train.data import TrainingData
 from train.models import Models
 from train.run import Run
@@ -41,11 +41,16 @@ def mine_training_negatives(
 def _mine(
     run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
 ) -> None:
+    ids = data.retriever_train
+    with run.progress("training queries encoded", len(ids)) as advance:
+        queries = encode_texts(run, models, params, data.queries(ids), "query", advance)
+    run.processes.once(lambda: _search(run, corpus, data, queries, round_))
+
+
+def _search(run: Run, corpus: Corpus, data: TrainingData, queries: np.ndarray, round_: int) -> None:
     config, ids = run.config.mining, data.retriever_train
     place = {document: row for row, document in enumerate(corpus.ids)}
     right = [[place[document] for document in data.positives(query)] for query in ids]
-    with run.progress("training queries encoded", len(ids)) as advance:
-        queries = models.encoder.encode(params, data.queries(ids), "query", advance)
     scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
     own = corpus.vectors[[documents[0] for documents in right]]
     texts = [data.collection.corpus[document] for document in corpus.ids]

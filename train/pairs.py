@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from expandr_jax.data.records import Journal, hash_json
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.preference import (
@@ -17,10 +16,11 @@ from expandr_jax.preference import (
     dpo_values,
     pack,
 )
-from expandr_jax.sharding import batch_sharding
+from expandr_jax.sharding import batch_sharding, put, whole
 from expandr_jax.steps import reference_program, values_program
 from expandr_jax.weights.adapter import export_adapter, load_adapter
 from train.export import base_name
+from train.journals import CommonJournal
 from train.models import GeneratorModel
 from train.run import Run
 
@@ -105,7 +105,7 @@ class PairBatches:
         """The batch of the pairs `chosen`, with the reference's log-probabilities."""
         batch = pack([pairs[i] for i in chosen], self.models.generator.pad_id, self.shapes)
         batch["reference_chosen"], batch["reference_rejected"] = reference[chosen].T
-        return jax.device_put(batch, self.sharding)
+        return put(batch, self.sharding)
 
     def reference(self, pairs: Sequence[PreferencePair], task: str) -> np.ndarray:
         """Log-probabilities of both responses under the base, adapter off: [pairs, 2] float32.
@@ -124,13 +124,17 @@ class PairBatches:
             order = sorted(range(len(pairs)), key=lambda i: sum(map(len, _ids(pairs[i]))))
             for chosen, filled in self._filled(order):
                 batch = pack([pairs[i] for i in filled], self.models.generator.pad_id, self.shapes)
-                both = self._log_probs(variables, jax.device_put(batch, self.sharding))[:2]
-                result[chosen] = np.stack(both, axis=1)[: len(chosen)]
+                both = self._log_probs(variables, put(batch, self.sharding))[:2]
+                result[chosen] = np.stack(whole(both), axis=1)[: len(chosen)]
                 advance(len(chosen))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, result)
-        temporary.replace(path)
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp.npy")
+            np.save(temporary, result)
+            temporary.replace(path)
+
+        self.run.processes.once(write)
         self.run.seals.seal(name)
         return result
 
@@ -180,7 +184,8 @@ class DevPairs:
     ):
         self._run, self._batches, self._pairs, self._round = run, batches, pairs, round_
         self._module = models.generator.module
-        self._journal = Journal(run.path("work", f"round-{round_}", "generator-dev.jsonl"))
+        path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
+        self._journal = CommonJournal(path, run.processes)
         self._name = f"round-{round_}/best-adapter"
         self._best = run.path(self._name)
         if pairs:
@@ -201,8 +206,8 @@ class DevPairs:
                 "finite; lower the learning rate"
             )
         if all(figures["loss"] < row["loss"] for row in self._journal.rows):
-            base = base_name(self._run.workdir, self._run.config)
-            export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
+            best = whole(adapter)
+            self._run.processes.once(lambda: self._keep(best))
             self._run.seals.seal(self._name)
         self._run.metrics.rewind("generator-dev", self._round, step)
         self._run.metrics.write("generator-dev", self._round, step, figures)
@@ -213,6 +218,10 @@ class DevPairs:
         ]
         loss = f"dev loss {figures['loss']:.4f}"
         self._run.console.print(f"  step {step}: {', '.join([loss, *shown])}")
+
+    def _keep(self, adapter: Any) -> None:
+        base = base_name(self._run.workdir, self._run.config)
+        export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
 
     def best(self) -> Any | None:
         """The adapter with the lowest loss; None where no pairs are held out.

@@ -12,7 +12,7 @@ from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
-from train.corpus import Corpus
+from train.corpus import Corpus, encode_texts
 from train.data import TrainingData
 from train.expansion import Prompt, expansion_text, sample_texts
 from train.models import Models
@@ -38,9 +38,14 @@ def make_preferences(
         with run.phase(f"self-answers, round {round_}"):
             answers = _self_answers(run, models, adapter, data, round_)
         with run.phase(f"rewards, round {round_}"):
-            rows = _score(run, models, retriever_params, corpus, data, candidates, answers, round_)
-            write_jsonl(candidates_path, rows)
-            write_jsonl(path, _select(run, models, rows))
+            encoded = _encode(run, models, retriever_params, data, candidates, answers)
+
+            def write() -> None:
+                rows = _score(run, corpus, data, candidates, answers, encoded, round_)
+                write_jsonl(candidates_path, rows)
+                write_jsonl(path, _select(run, models, rows))
+
+            run.processes.once(write)
             run.seals.seal(*files)
     return [row for _, row in read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})]
 
@@ -105,33 +110,52 @@ def _self_answers(
     return answers
 
 
-def _score(
+def _encode(
     run: Run,
     models: Models,
     params: Any,
+    data: TrainingData,
+    candidates: Mapping[tuple[str, int], str],
+    answers: Mapping[str, str],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors of candidates [queries, candidates, dim], answers and queries [queries, dim]."""
+    count = len(_temperatures(run))
+    queries = [query for query in data.generator_train if query in answers]
+    flat = [candidates[query, i] for query in queries for i in range(count)]
+    with run.progress("rewards: texts encoded", len(flat) + 2 * len(queries)) as advance:
+
+        def encode(items: list[str], kind: str) -> np.ndarray:
+            # An empty candidate has nothing in common with anything: its vector is zero.
+            vectors = encode_texts(run, models, params, items, kind, advance)
+            return np.where([[bool(item)] for item in items], vectors, 0.0)
+
+        return (
+            encode(flat, "document").reshape(len(queries), count, -1),
+            encode([answers[query] for query in queries], "document"),
+            encode(data.queries(queries), "query"),
+        )
+
+
+def _score(
+    run: Run,
     corpus: Corpus,
     data: TrainingData,
     candidates: Mapping[tuple[str, int], str],
     answers: Mapping[str, str],
+    encoded: tuple[np.ndarray, np.ndarray, np.ndarray],
     round_: int,
 ) -> list[dict[str, Any]]:
-    """Rows of candidates.jsonl: similarities, ranks and rewards of every candidate."""
+    """Rows of candidates.jsonl: similarities, ranks and rewards of every candidate.
+
+    `encoded` is what `_encode` returns.
+    """
     config = run.config
     temperatures = _temperatures(run)
     count = len(temperatures)
     queries = [query for query in data.generator_train if query in answers]
     texts = [[candidates[query, i] for i in range(count)] for query in queries]
     flat = [text for row in texts for text in row]
-    with run.progress("rewards: texts encoded", len(flat) + 2 * len(queries)) as advance:
-
-        def encode(items: list[str], kind: str) -> np.ndarray:
-            # An empty candidate has nothing in common with anything: its vector is zero.
-            vectors = models.encoder.encode(params, items, kind, advance)
-            return np.where([[bool(item)] for item in items], vectors, 0.0)
-
-        candidate_vectors = encode(flat, "document").reshape(len(queries), count, -1)
-        answer_vectors = encode([answers[query] for query in queries], "document")
-        query_vectors = encode(data.queries(queries), "query")
+    candidate_vectors, answer_vectors, query_vectors = encoded
     place = {document: i for i, document in enumerate(corpus.ids)}
     positives = np.array([place[data.positive(query)] for query in queries])
     normalized = jax.jit(l2_normalize)

@@ -40,14 +40,15 @@ from expandr_jax.models.bert import Bert
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.search import build_index
-from expandr_jax.sharding import batch_divisor, replicated
+from expandr_jax.sharding import batch_divisor, batch_sharding, put, replicated, whole
 from expandr_jax.steps import contrastive_program, model_shardings
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.export import export_encoder, export_retriever
+from train.corpus import encode_texts
 from train.early_stopping import train_with_dev
 from train.examples import triple_examples
 from train.identity import model_hashes
-from train.launch import define_config, define_workdir, launch
+from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.loop import fit
 from train.models import RetrieverModel, load_retriever_model
 from train.run import Run
@@ -84,7 +85,8 @@ def train_retriever(
             None trains all steps.
 
     Returns:
-        The trained parameters; with `evaluate`, those that it was highest for.
+        The trained parameters, as each process can read them all; with `evaluate`, those that it
+        was highest for.
 
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
@@ -106,9 +108,9 @@ def train_retriever(
     mesh = models.contrastive_mesh
     retriever = training_retriever(models.retriever, config, mesh)
     placed = model_shardings(mesh, retriever.module, params)
-    params = start = jax.device_put(params, placed)
+    params = start = put(params, placed)
     if config.learn_temperature:
-        log_temperature = jnp.log(jnp.float32(config.temperature))
+        log_temperature = put(jnp.log(jnp.float32(config.temperature)), replicated(mesh))
         start = {"retriever": params, "log_temperature": log_temperature}
         placed = {"retriever": placed, "log_temperature": replicated(mesh)}
     # From the start as each step leaves it, so that a restored state is, too.
@@ -137,7 +139,8 @@ def train_retriever(
 
     def batch(step: int) -> dict[str, Any]:
         drawn, longest = [*chosen(step).values()], models.retriever.max_length
-        return make_batch(drawn, pad_id, samples, config.negatives, longest=longest)
+        made = make_batch(drawn, pad_id, samples, config.negatives, longest=longest)
+        return put(made, batch_sharding(mesh)) if run.processes.count > 1 else made
 
     @functools.cache
     def flops(length: int) -> int:
@@ -159,7 +162,11 @@ def train_retriever(
         "steps": steps,
     }
     checkpoints = Checkpoints(
-        run.path("checkpoints", phase), identity, keep=run.config.keep, keep_period=steps
+        run.path("checkpoints", phase),
+        identity,
+        keep=run.config.keep,
+        keep_period=steps,
+        agree=run.processes.all,
     )
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
@@ -181,19 +188,22 @@ def train_retriever(
         return state.params["retriever"] if config.learn_temperature else state.params
 
     if evaluate is None:
-        return train(steps)
-    return train_with_dev(
+        return whole(train(steps))
+    best = train_with_dev(
         run,
         phase,
         round_,
         params,
         train,
         evaluate,
-        best=Checkpoints(run.path("checkpoints", f"{phase}-best"), identity, keep=1),
+        best=Checkpoints(
+            run.path("checkpoints", f"{phase}-best"), identity, keep=1, agree=run.processes.all
+        ),
         steps=steps,
         every=config.eval_every * config.accumulation,
         patience=config.patience,
     )
+    return whole(best)
 
 
 def training_retriever(
@@ -298,20 +308,26 @@ def train_on_triples(
         examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:
-        encoder, ids = models.encoder, list(dev.qrels["dev"])
+        params, ids = whole(params), list(dev.qrels["dev"])
         with run.progress("dev: documents encoded", len(dev.corpus)) as advance:
-            vectors = encoder.encode(params, list(dev.corpus.values()), "document", advance)
-        queries = encoder.encode(params, [dev.queries[query] for query in ids], "query")
-        found = dense_run(
-            build_index(vectors, "exact"),
-            list(dev.corpus),
-            EncodedQueries(ids, queries),
-            None,
-            normalize=config.contrastive.normalize,
-            depth=config.evaluation.depth,
-            drop_identical_ids=config.evaluation.drop_identical_ids,
-        )
-        return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
+            documents = list(dev.corpus.values())
+            vectors = encode_texts(run, models, params, documents, "document", advance)
+        queries = [dev.queries[query] for query in ids]
+        encoded = EncodedQueries(ids, encode_texts(run, models, params, queries, "query"))
+
+        def measure() -> float:
+            found = dense_run(
+                build_index(vectors, "exact"),
+                list(dev.corpus),
+                encoded,
+                None,
+                normalize=config.contrastive.normalize,
+                depth=config.evaluation.depth,
+                drop_identical_ids=config.evaluation.drop_identical_ids,
+            )
+            return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
+
+        return run.processes.once(measure)
 
     with run.phase("retriever"):
         params = train_retriever(
@@ -325,12 +341,16 @@ def train_on_triples(
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
             evaluate=None if dev is None else evaluate,
         )
-    with run.phase("export"):
-        directory = run.path("export", "retriever")
+
+    def export() -> None:
         if not directory.exists():
             anchordr = isinstance(models.retriever.module, AnchorDr)
             write = export_encoder if anchordr else export_retriever
             write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+
+    directory = run.path("export", "retriever")
+    with run.phase("export"):
+        run.processes.once(export)
     console.print(f"retriever: {directory}", soft_wrap=True)
     run.close()
 
@@ -338,7 +358,7 @@ def train_on_triples(
 def _read(run: Run) -> list[Triple]:
     """The triples, which must be those that the run began with; data/SOURCE.json describes them."""
     config = run.config.data
-    given = data_path(run)
+    given = run.processes.main_first(lambda: data_path(run))  # It may have to be downloaded.
     triples, skipped = read_triples(given, config.on_bad)
     queries = f"  {len(triples)} training queries"
     if skipped:
@@ -347,21 +367,25 @@ def _read(run: Run) -> list[Triple]:
     source = {"name": given.name, "sha256": hash_file(given),
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     path = run.path("data", "SOURCE.json")
-    if not path.exists():
-        write_json(path, source)
-    elif run.read_json(path) != source:
-        raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
+
+    def check() -> None:
+        if not path.exists():
+            write_json(path, source)
+        elif run.read_json(path) != source:
+            raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
+
+    run.processes.main_first(check)
     return triples
 
 
 def main(_: Any) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    train_on_triples(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), console)
+    train_on_triples(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
 
 
 def define_flags() -> None:
     define_config()
     define_workdir()
+    define_processes()
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from rich.progress import (
 
 from expandr_jax.data.records import hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
+from train import processes
 from train.memory import release_memory
-from train.metrics_log import MetricsLog
+from train.metrics_log import MetricsLog, NoMetrics
 from train.seals import Seals
 
 LIBRARIES = (
@@ -42,7 +43,7 @@ SHARE_BEFORE_ESTIMATE = 0.02  # Of the items; the first ones wait for programs t
 
 
 class Run:
-    """One workdir, opened by one process.
+    """One workdir, opened by the processes of a run, of which the first one writes to it.
 
     Args:
         workdir: Made if absent; a run that is there already is continued.
@@ -50,30 +51,26 @@ class Run:
         console: Where progress goes.
 
     Attributes:
+        processes: This process among those of the run.
         last_good: The latest checkpoint, for messages.
 
     Raises:
-        UserError: If the directory cannot be written, is in use, or holds another config's run.
+        UserError: If the directory cannot be written, is in use, holds another config's run, or is
+            not the same one for all processes.
     """
 
     def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, console: Console):
         self.workdir = pathlib.Path(workdir).absolute()
         self.config = config
         self.console = console
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.workdir / ".lock", "w")  # noqa: SIM115 (held for the run's life)
-        except OSError as error:
-            raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{workdir}: another process is running in this workdir") from None
-        self._check_config()
+        self.processes = processes.current()
+        self.processes.once(lambda: self._take(workdir))
+        self.processes.main_first(self._check_config)
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
         self.seals = Seals(self.workdir, lambda text: console.print(f"  {text}", markup=False))
-        self.metrics = MetricsLog(self.workdir, config.log.wandb)
+        writes = self.processes.is_main
+        self.metrics = MetricsLog(self.workdir, config.log.wandb) if writes else NoMetrics()
         if self.metrics.dropped:
             console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
@@ -92,14 +89,32 @@ class Run:
             raise UserError(f"{path}: is damaged; use a new --workdir") from None
 
     def close(self) -> None:
-        """Ends logging and lets other processes have the workdir."""
+        """Ends logging and lets other runs have the workdir."""
         self.metrics.close()
-        self._lock.close()
+        if self.processes.is_main:
+            self._lock.close()
+
+    def _take(self, workdir: pathlib.Path) -> None:
+        """Makes the workdir, and keeps other runs out of it."""
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.workdir / ".lock", "w")  # noqa: SIM115 (held for the run's life)
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{workdir}: another process is running in this workdir") from None
 
     def _check_config(self) -> None:
         path = self.path("config.json")
         config = json.loads(self.config.to_json())
         if not path.exists():
+            if not self.processes.is_main:
+                raise UserError(
+                    f"{self.workdir}: holds nothing of what process 0 wrote; expected a directory "
+                    "that all processes share"
+                )
             device = jax.devices()[0]
             versions = {}
             for name in LIBRARIES:
@@ -133,6 +148,9 @@ class Run:
         Args:
             hashes: Of their contents, by the setting that names them.
         """
+        self.processes.main_first(lambda: self._check_models(hashes))
+
+    def _check_models(self, hashes: Mapping[str, str]) -> None:
         path = self.path("work", "models.json")
         if not path.exists():
             write_json(path, {"models": dict(hashes), "sha256": hash_json(dict(hashes))})
@@ -174,6 +192,10 @@ class Run:
         whole = time.perf_counter() - start
         seconds = whole - self._seconds_inside
         self._seconds_inside = outside + whole
+        if self.processes.is_main:
+            self._write_timing(name, seconds, memory.peak)
+
+    def _write_timing(self, name: str, seconds: float, peak: int) -> None:
         timings = {"phases": []}
         if self._timings_path.exists():
             with contextlib.suppress(ValueError):  # Damaged, they are counted anew.
@@ -181,7 +203,7 @@ class Run:
         phases = {row["phase"]: row for row in timings["phases"]}
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
-        row["peak_memory_bytes"] = max(row["peak_memory_bytes"], memory.peak)
+        row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
         rows = list(phases.values())
         write_json(
             self._timings_path,

@@ -4,13 +4,16 @@ import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from expandr_jax.data.records import hash_file, hash_json, write_json
+from train import processes
 
 
 class Seals:
     """The sha256 of each file that a stage of a run has finished, in work/seals.json.
+
+    Of several processes, the first one alone reads, writes and removes; all learn what it found.
 
     Args:
         workdir: The run; paths are relative to it.
@@ -19,6 +22,7 @@ class Seals:
 
     def __init__(self, workdir: pathlib.Path, say: Callable[[str], None]):
         self._workdir, self._say = workdir, say
+        self._processes = processes.current()
         self._path = workdir / "work" / "seals.json"
         self._files: dict[str, str] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -36,6 +40,9 @@ class Seals:
         Args:
             *names: Paths from the workdir.
         """
+        self._processes.once(lambda: self._seal(names))
+
+    def _seal(self, names: Sequence[str]) -> None:
         for name in names:
             self._forget(name)
             self._files |= {file: hash_file(self._workdir / file) for file in self._inside(name)}
@@ -48,6 +55,9 @@ class Seals:
         Args:
             *names: As for `seal`.
         """
+        return self._processes.once(lambda: self._intact(names))
+
+    def _intact(self, names: Sequence[str]) -> bool:
         bad = [name for name in names if not self._is_intact(name)]
         if not bad:
             return True

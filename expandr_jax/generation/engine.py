@@ -301,7 +301,7 @@ class Engine:
             elif places is not None:
                 # Spread first: parameters may come from a mesh of another shape, as training has.
                 tree = jax.device_put(tree, places[name])
-            where = SingleDeviceSharding(jax.devices()[0])
+            where = SingleDeviceSharding(jax.local_devices()[0])
             if places is not None:
                 where = unstack_shardings(places[name], self._module.config.num_layers)
             placed[name] = place(unstack_layers(tree), where)

@@ -19,7 +19,7 @@ from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.t5 import T5Config, T5Encoder
-from expandr_jax.sharding import param_shardings, replicated
+from expandr_jax.sharding import param_shardings, put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.configs import ENCODERS, model_config
 from expandr_jax.weights.files import HfDirectory, ModelFiles
@@ -126,8 +126,8 @@ def load_retriever(
     module, params = _load(files, adapter, False, dtype, compute_dtype, mesh)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
-        place = None if mesh is None else replicated(mesh)
-        params["dense"] = {k: jax.device_put(v.astype(dtype), place) for k, v in dense.items()}
+        dense = {name: value.astype(dtype) for name, value in dense.items()}
+        params["dense"] = jax.device_put(dense) if mesh is None else put(dense, replicated(mesh))
     limits = (
         module.config.max_positions,
         max_length or settings.max_length,
@@ -238,7 +238,7 @@ def _load(
         if not isinstance(config, DecoderConfig):
             raise UserError(f"{adapter}: adapters of a {files.model_type} model are not supported")
         lora, update = load_adapter(str(adapter), config)
-        update = update if mesh is None else jax.device_put(update, replicated(mesh))
+        update = update if mesh is None else put(update, replicated(mesh))
         params = merge_lora(params, update, lora)
     return module, params
 

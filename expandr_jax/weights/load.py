@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.mask import Mask
+from expandr_jax.sharding import put
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
 
@@ -66,7 +67,7 @@ def load_params(
             pieces = _to_int8(pieces, scales)
         flat[weight.path] = _place(pieces, shape, own, places.get(weight.path))
         if scale_path in expected:
-            flat[scale_path] = jax.device_put(scales, places.get(scale_path))
+            flat[scale_path] = _put(scales, places.get(scale_path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -189,6 +190,10 @@ def _read(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
     return tensor
 
 
+def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    return jax.device_put(leaf) if sharding is None else put(leaf, sharding)
+
+
 @jax.jit(donate_argnums=0)
 def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, piece, start)
@@ -200,7 +205,7 @@ def _place(
     """Puts a leaf's pieces where they belong on each device."""
     first = next(pieces)
     if first[1].shape == shape:
-        return jax.device_put(first[1], sharding)
+        return _put(first[1], sharding)
     bounds = {None: [(0, size) for size in shape]}
     if sharding is not None:
         bounds = {

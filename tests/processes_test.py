@@ -1,0 +1,373 @@
+"""Several processes of one run: what they share, what they come to, and how they end."""
+
+import json
+import pathlib
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from expandr_jax.data.records import Journal
+from expandr_jax.errors import UserError
+from tests.commands import finish, start, start_processes, step_figures
+from train.journals import CommonJournal, DividedJournal
+from train.processes import EXIT_LOST, Link, Processes, Settings
+
+COUNT = 3
+SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
+
+
+@pytest.fixture
+def group():
+    """Three processes, connected as those of a run are, but all of them in this one."""
+    ends: dict[int, dict[int, Link]] = {i: {} for i in range(COUNT)}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for i in range(1, COUNT):
+            ends[i][0] = Link(socket.create_connection(server.getsockname()))
+            ends[0][i] = Link(server.accept()[0])
+    members = [Processes(i, COUNT) for i in range(COUNT)]
+    for member in members:
+        member.connect(ends[member.index])
+    yield members
+    together(members, Processes.finish)
+
+
+def together(members: list[Processes], function: Callable[[Processes], object]) -> list:
+    """What a function returns in each process, called in all of them at once."""
+    results: list = [None] * len(members)
+    errors = []
+
+    def call(i: int) -> None:
+        try:
+            results[i] = function(members[i])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,), daemon=True) for i in range(len(members))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert not errors
+    return results
+
+
+def test_one_process_alone_calls_and_gathers_by_itself():
+    alone = Processes()
+    assert alone.once(lambda: 1) == 1
+    assert alone.main_first(lambda: 2) == 2
+    assert alone.gather("a") == ["a"]
+    assert alone.share([3, 1, 2], key=lambda x: x) == [3, 1, 2]
+    alone.finish()
+    alone.leave(1, "nothing to tell")  # Nobody else is ended, and it ends itself as before.
+
+
+def test_shares_are_everything_once_and_keep_keys_together():
+    items = [(query, sample) for query in "abcde" for sample in range(2)]
+    shares = [Processes(i, COUNT).share(items, key=lambda item: item[0]) for i in range(COUNT)]
+    assert sorted(item for share in shares for item in share) == items
+    assert [len(share) for share in shares] == [4, 4, 2]
+    owners = [{query for query, _ in share} for share in shares]
+    assert sum(map(len, owners)) == 5
+
+
+def test_once_calls_in_the_first_process_alone_and_tells_all(group):
+    called = []
+
+    def function(member: Processes) -> dict:
+        def work() -> dict:
+            called.append(member.index)
+            # What it uses inside may do something once as well.
+            return {"nested": member.once(lambda: 7), "alone": member.gather(1)}
+
+        return member.once(work)
+
+    assert together(group, function) == [{"nested": 7, "alone": [1]}] * COUNT
+    assert called == [0]
+
+
+def test_gather_any_and_all(group):
+    assert together(group, lambda m: m.gather(10 * m.index)) == [[0, 10, 20]] * COUNT
+    assert together(group, lambda m: m.any(m.index == 2)) == [True] * COUNT
+    assert together(group, lambda m: m.any(False)) == [False] * COUNT
+    assert together(group, lambda m: m.all(m.index != 2)) == [False] * COUNT
+
+
+def test_the_main_process_comes_first(group, tmp_path):
+    def function(member: Processes) -> str:
+        def mend() -> str:
+            if member.is_main:
+                time.sleep(0.2)
+                (tmp_path / "mended").write_text("whole")
+            return (tmp_path / "mended").read_text()
+
+        return member.main_first(mend)
+
+    assert together(group, function) == ["whole"] * COUNT
+
+
+def test_a_common_journal_is_written_once_and_known_to_all(group, tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def function(member: Processes) -> list:
+        journal = CommonJournal(path, member)
+        journal.append([{"n": 1}])
+        journal.append([{"n": 2}])
+        journal.finish()
+        assert journal.finished
+        return journal.rows
+
+    assert together(group, function) == [[{"n": 1}, {"n": 2}]] * COUNT
+    assert Journal(path).rows == [{"n": 1}, {"n": 2}]
+    assert Journal(path).finished
+
+
+def key(row: dict) -> int:
+    return row["n"]
+
+
+def test_a_divided_journal_is_put_together_in_order(group, tmp_path):
+    path = tmp_path / "rows.jsonl"
+
+    def function(member: Processes) -> list:
+        journal = DividedJournal(path, member, key)
+        journal.append([{"n": n} for n in member.share(range(9, 0, -1), key=lambda n: n)])
+        journal.finish()
+        assert journal.finished
+        return journal.rows
+
+    rows = [{"n": n} for n in range(1, 10)]
+    assert together(group, function) == [rows] * COUNT
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+    whole = Journal(tmp_path / "of one")
+    whole.finish(rows)
+    assert path.read_bytes() == whole.path.read_bytes()
+
+
+def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for member in group:  # None of them comes to its end.
+        own = Journal(tmp_path / f"rows.jsonl.process-{member.index}")
+        own.append([{"n": member.index}])
+    with open(f"{path}.process-1.part", "ab") as file:
+        file.write(b'{"n": 5, "che')  # Cut by the kill.
+    alone = DividedJournal(path, Processes(), key)
+    assert sorted(alone.rows, key=key) == [{"n": 0}, {"n": 1}, {"n": 2}]
+    alone.append([{"n": 3}])
+
+    def rest(member: Processes) -> list:
+        journal = DividedJournal(path, member, key)
+        assert len(journal.rows) == 4
+        if member.index == 2:
+            journal.append([{"n": 4}])
+        journal.finish()
+        return journal.rows
+
+    assert together(group, rest) == [[{"n": n} for n in range(5)]] * COUNT
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(coordinator="host:1"), "go together"),
+        (Settings(count=2, index=0), "go together"),
+        (Settings("host", 2, 0), "HOST:PORT"),
+        (Settings("host:1", 2, 2), "expected 0 to 1"),
+    ],
+)
+def test_settings_that_do_not_fit_together(settings, message):
+    with pytest.raises(UserError, match=message):
+        settings.check()
+
+
+def test_settings_of_one_process_need_no_others():
+    Settings(count=1).check()
+    Settings().check()
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def ended(processes: list, timeout: float = 300) -> list[str]:
+    """What processes printed, when all have ended."""
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+def until(processes: list, condition: Callable[[], bool]) -> None:
+    """Waits for something that processes are to do."""
+    limit = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < limit
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory):
+    """The smoke run by two processes, each of which holds half of every parameter in training.
+
+    (workdir, what each printed, names of the files of the second one's shares)
+    """
+    workdir = tmp_path_factory.mktemp("divided") / "run"
+    processes = start_processes(workdir, 2, *SPREAD)
+    seen = set()
+    while any(process.poll() is None for process in processes):
+        seen |= {re.sub(r"\.part$", "", p.name) for p in workdir.glob("work/**/*.process-1*")}
+        time.sleep(0.02)
+    output = [finish(process) for process in processes]
+    return workdir, output, seen
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_work_and_one_speaks(divided):
+    workdir, (first, second), seen = divided
+    assert f"report: {workdir / 'report.html'}" in first
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == []
+    assert json.loads((workdir / "config.json").read_text())["device"]["count"] == 2
+    assert {"expansions.jsonl.process-1", "candidates.jsonl.process-1"} <= seen
+    assert "zero-shot.npy.process-1-of-2" in seen
+    assert not list(workdir.glob("work/**/*process-*"))
+    share = json.loads((workdir / "data" / "SOURCE.json").read_text())["generator_train"]
+    assert len(share) == 8
+
+
+@pytest.mark.slow
+def test_two_processes_lose_and_reward_as_one(divided, smoke):
+    ours, theirs = step_figures(divided[0]), step_figures(smoke[0])
+    assert len(ours) == len(theirs) > 20
+    for one, other in zip(ours, theirs, strict=True):
+        # Norms of gradients are up to 100 times as large as losses.
+        norms = one.pop("grad_norm", 0.0), other.pop("grad_norm", 0.0)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        assert one == pytest.approx(other, abs=1e-5)
+    for name in ("candidates.jsonl", "preferences.jsonl"):
+        found, expected = (rows(w / "round-0" / name) for w in (divided[0], smoke[0]))
+        for one, other in zip(found, expected, strict=True):
+            candidates, others = one.pop("candidates", []), other.pop("candidates", [])
+            assert one == pytest.approx(other, abs=1e-5)
+            for candidate, like in zip(candidates, others, strict=True):
+                assert candidate.pop("reward_terms") == pytest.approx(like.pop("reward_terms"))
+                assert candidate == pytest.approx(like, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(divided, smoke):
+    """Texts are equal, but for one that differs from the first draw near a boundary on."""
+    journals = sorted(p.relative_to(smoke[0]) for p in smoke[0].glob("work/**/*.jsonl"))
+    texts = [p for p in journals if "finished" in rows(smoke[0] / p)[0]]
+    assert len(texts) >= 5
+    total = 0
+    for path in texts:
+        found, expected = (
+            {(row["query_id"], row["sample"]): row for row in rows(workdir / path)}
+            for workdir in (divided[0], smoke[0])
+        )
+        assert list(found) == list(expected)
+        total += len(found)
+        for name, row in expected.items():
+            assert found[name]["text"] == row["text"] or row["near_ties"], (path, name)
+    assert total > 150
+
+
+@pytest.mark.slow
+def test_two_processes_rank_as_one(divided, smoke):
+    found = sorted((divided[0] / "runs").iterdir())
+    assert [p.name for p in found] == sorted(p.name for p in (smoke[0] / "runs").iterdir())
+    for path in found:
+        lists = [
+            [line.split() for line in (w / "runs" / path.name).read_text().splitlines()]
+            for w in (divided[0], smoke[0])
+        ]
+        ours, theirs = (np.array([float(line[4]) for line in lines]) for lines in lists)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+        documents = [[(line[0], line[2]) for line in lines] for lines in lists]
+        assert documents[0] == documents[1], path.name
+    results = (json.loads((w / "results.json").read_text()) for w in (divided[0], smoke[0]))
+    ours, theirs = results
+    assert ours["chosen"] == theirs["chosen"]
+    assert ours["rows"] == theirs["rows"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is_by_one_and_by_two(divided):
+    workdir = divided[0]
+    before = (workdir / "results.json").stat().st_mtime_ns
+    for process in start_processes(workdir, 2, *SPREAD):
+        finish(process)
+    assert "expandr-plain" in finish(start(workdir))
+    assert (workdir / "results.json").stat().st_mtime_ns == before
+
+
+def error_of(output: str) -> str:
+    """The one line that a program ended with."""
+    assert "Traceback" not in output, output
+    (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return message
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "under_way",
+    ["config.json", pytest.param("checkpoints/fine-tuned/[0-9]*", marks=pytest.mark.slow)],
+)
+def test_a_killed_process_ends_the_other_within_seconds(tmp_path, victim, under_way):
+    workdir = tmp_path / "run"
+    processes = start_processes(workdir, 2)
+    until(processes, lambda: any(workdir.glob(under_way)))
+    processes[victim].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    output = ended(processes, timeout=60)[1 - victim]
+    assert time.monotonic() - start < 10
+    assert processes[1 - victim].returncode == EXIT_LOST, output
+    message = error_of(output)
+    assert f"process {victim} ended: it was killed, or its machine is gone" in message
+    assert "the same commands go on from here" in message
+
+
+@pytest.mark.slow
+def test_a_notice_to_one_process_saves_and_ends_both(tmp_path, divided):
+    workdir = tmp_path / "run"
+    processes = start_processes(workdir, 2, *SPREAD)
+    until(processes, lambda: any((workdir / "checkpoints" / "fine-tuned").glob("[0-9]*")))
+    processes[1].send_signal(signal.SIGTERM)
+    for process, output in zip(processes, ended(processes, timeout=60), strict=True):
+        assert process.returncode == 0, output
+        assert "stopped by SIGTERM" in output
+        assert "Traceback" not in output
+    for process in start_processes(workdir, 2, *SPREAD):
+        finish(process)
+    for name in ("results.json", "round-0/preferences.jsonl", "runs/expandr.trec"):
+        assert (workdir / name).read_bytes() == (divided[0] / name).read_bytes(), name
+    assert step_figures(workdir) == step_figures(divided[0])
+
+
+def test_a_process_with_another_config_ends_all(tmp_path):
+    processes = start_processes(tmp_path / "run", 2, of_one={1: ("--config.seed=1",)})
+    first, second = ended(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "process 1 ended:" in error_of(first)
+    assert "seed was 0, now 1" in error_of(first)
+    assert "seed was 0, now 1" in error_of(second)
+
+
+def test_workdirs_that_are_not_shared(tmp_path):
+    processes = start_processes(
+        tmp_path / "run", 2, of_one={1: (f"--workdir={tmp_path / 'other'}",)}
+    )
+    _, second = ended(processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "expected a directory that all processes share" in error_of(second)
+
+
+def test_a_process_without_the_others_address(tmp_path):
+    process = start(tmp_path / "run", "--processes=2", "--process=0")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "go together" in error_of(output)
