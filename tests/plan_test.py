@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -319,3 +320,12 @@ def test_a_search_prefers_no_recomputation_where_that_fits(config):
 )
 def test_a_device_is_known_by_what_jax_calls_it(kind, peak):
     assert chips.known_peak_flops(kind) == peak
+
+
+def test_sigterm_ends_what_has_nothing_to_go_on_from():
+    process = command("train.plan", "--config=configs/smoke.py", "--topology=cpu:2")
+    first = process.stdout.readline()  # The work has begun.
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, first + rest
+    assert rest.splitlines()[-1] == "stopped by SIGTERM"

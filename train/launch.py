@@ -18,6 +18,7 @@ from train import processes
 from train.stopping import Stopped, end_on_sigterm, ignore_sigterm
 
 EXIT_USER_ERROR = 2
+EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
@@ -71,12 +72,15 @@ def make_console() -> Console:
     return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
-def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) -> None:
+def launch(
+    main: Callable[[Sequence[str]], None], define: Callable[[], None], *, resumes: bool = False
+) -> None:
     """Parses flags, calls `main` with what is left of argv, and turns user errors into exit 2.
 
     Args:
         main: The program; reads `flags.FLAGS`.
         define: Defines the program's flags.
+        resumes: Whether the same command goes on where one that was stopped has ended.
     """
     quiet_libraries()
     console = Console(stderr=True, highlight=False)
@@ -105,11 +109,14 @@ def launch(main: Callable[[Sequence[str]], None], define: Callable[[], None]) ->
         except UserError as error:
             _stop(console, str(error))
         except Stopped as stopped:
+            if not resumes:
+                console.print("stopped by SIGTERM")
+                sys.exit(EXIT_TERMINATED)
             console.print(stopped.message, markup=False, soft_wrap=True)
             processes.current().leave(0, stopped.message)
             raise
         except KeyboardInterrupt:
-            message = "stopped; the same command goes on from here"
+            message = "stopped; the same command goes on from here" if resumes else "stopped"
             console.print(message)
             processes.current().leave(130, message)
             sys.exit(130)
