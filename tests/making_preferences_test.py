@@ -10,7 +10,6 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.data.beir import Collection
 from expandr_jax.errors import NotFiniteError
-from expandr_jax.search import build_index
 from train import preferences
 from train.corpus import Corpus
 from train.data import TrainingData
@@ -37,20 +36,18 @@ def make(tmp_path, monkeypatch):
     answers = {query: f"answer of {query}" for query in QUERIES}
     monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: texts)
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
-    corpus = {document: f"text of {document}" for document in IDS}
-    vectors = Encoder().encode(None, corpus.values(), "document")
+    texts_of_documents = {document: f"text of {document}" for document in IDS}
+    vectors = Encoder().encode(None, texts_of_documents.values(), "document")
+    corpus = Corpus(IDS, vectors, {"backend": "exact"})
     qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
-    data = TrainingData(Collection("c", corpus, QUERIES, qrels), [], list(QUERIES))
+    data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
     models = types.SimpleNamespace(
         encoder=Encoder(), generator=types.SimpleNamespace(chat_text=lambda text: text)
     )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
 
     def make_preferences():
-        index = build_index(vectors, backend="exact")
-        return preferences.make_preferences(
-            run, models, None, None, Corpus(IDS, vectors, index), data, 0
-        )
+        return preferences.make_preferences(run, models, None, None, corpus, data, 0)
 
     yield make_preferences, run
     run.close()
