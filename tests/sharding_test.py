@@ -70,3 +70,15 @@ def test_devices_in_the_hosts_memory_share_what_all_of_them_hold():
         s.data.unsafe_buffer_pointer() for s in place(layer, replicated(mesh)).addressable_shards
     }
     assert copy == whole.unsafe_buffer_pointer() + 32 * 64 * 4
+
+
+def test_an_axis_may_take_a_part_of_a_torus_axis(monkeypatch):
+    def refuses(*_, **__):  # As it does an axis of 8 on 4 x 4 chips.
+        raise NotImplementedError
+
+    whole = make_mesh(2, 1, 4)
+    monkeypatch.setattr(jax, "make_mesh", refuses)
+    mesh = make_mesh(2, 1, 4)
+    assert dict(mesh.shape) == dict(whole.shape)
+    assert mesh.axis_types == whole.axis_types
+    assert set(mesh.devices.flat) == set(jax.devices())
