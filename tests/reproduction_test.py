@@ -52,13 +52,14 @@ def test_minilm_on_cranfield(tmp_path):
 
 
 PREPARE = """
-import resource, sys
+import sys
+from eval.benchmarks.process import peak_memory
 from expandr_jax.data.builders.beir import ALL, prepare_beir
 from expandr_jax.data.builders.stream import rows
 (prepared,) = prepare_beir(sys.argv[1], sys.argv[2]).values()
 documents = rows(prepared.corpus, ALL)
 print(len(documents), documents[len(documents) - 1]["id"])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(peak_memory())
 """
 
 
