@@ -269,6 +269,23 @@ def test_a_run_that_is_not_there_is_refused(run, tmp_path):
         export_one(run, tmp_path / "out", "adapter", "float32")
 
 
+def test_only_a_model_is_replaced(run, tmp_path):
+    files = sorted(run.rglob("*"))
+    with pytest.raises(UserError, match=r"it is there and holds no model, so it is kept"):
+        export_one(run, run, "generator", "float32")
+    with pytest.raises(UserError, match=r"it is there and holds no model, so it is kept"):
+        export_one(run, run.parent, "generator", "float32")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes.txt: it is there and holds no model"):
+        export_one(run, tmp_path / "notes.txt", "generator", "float32")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert sorted(run.rglob("*")) == files
+    (tmp_path / "empty").mkdir()
+    for kind in ("generator", "retriever"):
+        export_one(run, tmp_path / "empty", kind, "float32")
+    assert (tmp_path / "empty" / "modules.json").exists()
+
+
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     tiny_models.save(tmp_path / "in", "bert")
     retriever, params = load_retriever(str(tmp_path / "in"), pooling="cls", normalize=False)

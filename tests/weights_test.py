@@ -213,6 +213,14 @@ def test_a_retriever_from_a_decoder_has_no_head(llama):
             lambda t: t["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), np.nan),
             "NaN or infinite values: model.layers.1.mlp.up_proj.weight",
         ),
+        (
+            lambda t: t.update({"model.norm.weight": np.full(32, 1e300)}),
+            "NaN or infinite values: model.norm.weight",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(32, np.int8)}),
+            r"1 tensors are not of a floating type; .* GGUF: model.norm.weight \(int8\)",
+        ),
     ],
 )
 def test_bad_tensors_are_named(llama, change, message):
@@ -226,6 +234,22 @@ def test_bad_tensors_are_named(llama, change, message):
         load_model(str(llama))
 
 
+def test_a_tied_head_that_is_not_the_embedding_is_refused(llama):
+    # transformers computes with the file's head, whatever config.json says.
+    change_json(llama / "config.json", tie_word_embeddings=True)
+    message = r"1 tensors should equal model.embed_tokens.weight, .* do not: lm_head.weight"
+    with pytest.raises(UserError, match=message):
+        load_model(str(llama))
+    load_retriever(str(llama), pooling="last", normalize=True)
+    embedding = "model.embed_tokens.weight"
+    change_tensors(llama, lambda t: {**t, "lm_head.weight": t[embedding].copy()})
+    tied = load_model(str(llama))[1]
+    change_json(llama / "config.json", tie_word_embeddings=False)
+    untied = load_model(str(llama))[1]
+    np.testing.assert_array_equal(untied.pop("lm_head"), tied["embedding"].T)
+    assert_same(tied, untied)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -236,6 +260,7 @@ def test_bad_tensors_are_named(llama, change, message):
         ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1}}, "rope_type 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "weights are quantized; take the mod"),
         ({"num_hidden_layers": None}, "field 'num_hidden_layers' is missing"),
     ],
 )

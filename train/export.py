@@ -134,7 +134,7 @@ def main(_: Any) -> None:
 
 def define_flags() -> None:
     define_workdir()
-    flags.DEFINE_string("to", None, "The directory to write; replaced if it is there.")
+    flags.DEFINE_string("to", None, "The directory to write; a model that is there is replaced.")
     flags.DEFINE_enum("format", "generator", FORMATS, "Which model.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of the tensors.")
 

@@ -1,6 +1,7 @@
 """LoRA adapters in the format of the PEFT library, both ways."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ import numpy as np
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import DecoderConfig
+from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.weights.export import new_directory
+from expandr_jax.weights.load import leaf_shapes
 from expandr_jax.weights.names import Weight, decoder_weights
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
@@ -33,6 +35,20 @@ _PLAIN = {
     "layers_to_transform": None,
     "lora_bias": False,
 }
+# More of the kind, which not every version of peft knows: nothing or false only.
+_UNSET = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+# Beginnings under which the base's own kernels stay what they are.
+_INITS = (None, True, False, "eva", "gaussian", "orthogonal")
 
 
 def export_adapter(
@@ -85,13 +101,19 @@ def adapter_base(directory: Path) -> str | None:
     """What a PEFT adapter's directory names as its base; None where it holds a whole model.
 
     Raises:
-        UserError: If it is an adapter that names none.
+        UserError: If it is an adapter that names none, or holds a whole model, too.
     """
     where = directory / "adapter_config.json"
-    if not where.is_file() or (directory / "config.json").is_file():
+    if not where.is_file():
         return None
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        if (directory / name).is_file():
+            raise UserError(
+                f"{directory}: it holds a model ({name}) and an adapter ({where.name}): move one "
+                "of them to a directory of its own, so that it is clear what to load"
+            )
     base = read_json(where).get("base_model_name_or_path")
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"{where}: base_model_name_or_path is missing: it says what to merge into")
     return base
 
@@ -119,19 +141,40 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     for key, value in _PLAIN.items():
         if settings.get(key) and settings[key] != value:
             raise UserError(f"{where}: {key}={settings[key]!r} is not supported; only {value!r} is")
+    for key in _UNSET:
+        if settings.get(key):
+            raise UserError(f"{where}: {key}={settings[key]!r} is not supported; leave it out")
+    if settings.get("init_lora_weights") not in _INITS:
+        raise UserError(
+            f"{where}: init_lora_weights={settings['init_lora_weights']!r} changes the base too, "
+            "which this adapter does not hold: save it with peft's "
+            "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
+        )
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{where}: r is {rank!r}; it must be a whole number above 0")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise UserError(f"{where}: lora_alpha is {alpha!r}; it must be a number")
     tensors = _read_tensors(directory / "adapter_model.safetensors")
-    flat, rank = {}, settings["r"]
+    kernels, flat = leaf_shapes(Decoder(config)), {}
     for path, module in _modules(config).items():
-        for name, letter in (("a", "A"), ("b", "B")):
-            keys = [f"{module.format(i)}.lora_{letter}.weight" for i in range(config.num_layers)]
-            if any(key in tensors for key in keys):
-                flat[f"{path}/{name}"] = _stack(where.parent, tensors, keys, rank, name)
+        width_in, width_out = kernels[f"{path}/kernel"][1:]
+        pairs = {"A": (rank, width_in), "B": (width_out, rank)}
+        keys = {
+            letter: [f"{module.format(i)}.lora_{letter}.weight" for i in range(config.num_layers)]
+            for letter in pairs
+        }
+        if any(key in tensors for names in keys.values() for key in names):
+            for letter, shape in pairs.items():
+                flat[f"{path}/{letter.lower()}"] = _stack(
+                    where.parent, tensors, keys[letter], shape, rank
+                )
     if tensors or not flat:
         raise UserError(
             f"{where.parent}: tensors fit no projection: {', '.join(sorted(tensors)[:5])}"
         )
     targets = tuple(f"^{re.escape(path)}$" for path in sorted({p.rsplit("/", 1)[0] for p in flat}))
-    lora = LoraConfig(rank, settings["lora_alpha"], settings.get("lora_dropout", 0.0), targets)
+    lora = LoraConfig(rank, alpha, settings.get("lora_dropout", 0.0), targets)
     return lora, traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -146,24 +189,29 @@ def _modules(config: DecoderConfig) -> dict[str, str]:
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; adapter_model.bin, a pickle, can run code when read and is "
+            "refused: load and save such an adapter with peft first"
+        )
     file = SafetensorsFile(path)
     # Up to three levels of wrappers come before the layers, depending on the task.
     return {re.sub(r"^.*?(?=layers\.\d+\.)", "", name): file.read(name) for name in file.entries}
 
 
 def _stack(
-    where: Path, tensors: dict[str, np.ndarray], keys: list[str], rank: int, name: str
+    where: Path, tensors: dict[str, np.ndarray], keys: list[str], shape: tuple[int, int], rank: int
 ) -> jnp.ndarray:
-    """Takes one matrix for each layer out of `tensors`."""
+    """Takes one matrix for each layer, of that shape in the file, out of `tensors`."""
     missing = [key for key in keys if key not in tensors]
     if missing:
         raise UserError(f"{where}: tensors are missing: {', '.join(missing[:5])}")
-    parts = [np.asarray(tensors.pop(key), np.float32).T for key in keys]
+    parts = [np.asarray(tensors.pop(key), np.float32) for key in keys]
     for key, part in zip(keys, parts, strict=True):
-        if part.shape != parts[0].shape or part.shape[-1 if name == "a" else 0] != rank:
+        if part.shape != shape:
             raise UserError(
-                f"{where}: {key} has shape {part.T.shape}, which does not fit rank {rank}"
+                f"{where}: {key} has shape {part.shape}; its base and rank {rank} make it {shape}"
             )
         if not np.isfinite(part).all():
             raise UserError(f"{where}: {key} has NaN or infinite values")
-    return jnp.asarray(np.stack(parts))
+    return jnp.asarray(np.stack([part.T for part in parts]))

@@ -76,6 +76,11 @@ def model_config(hf: Mapping[str, Any], kind: str | None, where: str) -> ModelCo
     if kind not in ENCODERS + DECODERS:
         known = ", ".join(ENCODERS + DECODERS)
         raise UserError(f"{where}: model_type {kind!r} is not supported; supported: {known}")
+    if hf.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantization_config says that the weights are quantized; take the model "
+            "before that, or a GGUF file"
+        )
     defaults = _DEFAULTS.get({"anchordr": "t5"}.get(kind, kind), _DEFAULTS["roberta"])
     # A null means the default, but for the window, where it means none.
     given = {key: hf[key] for key in hf if hf[key] is not None or key == "sliding_window"}

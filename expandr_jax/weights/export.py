@@ -39,6 +39,9 @@ _CLASSES = {
     "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForMaskedLM"),
 }
 
+# A directory with one of these is a model, and may be replaced by another.
+_WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
+
 MAX_SHARD_BYTES = 5 * 10**9  # Above it transformers, too, writes several files.
 
 
@@ -150,9 +153,11 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a new directory beside `path` that takes its place if the block ends well.
 
     Raises:
-        UserError: If it cannot be written.
+        UserError: If it cannot be written, or if what is there is no model, but a run, say.
     """
     path = Path(path).absolute()
+    if path.exists() and not _is_replaceable(path):
+        raise UserError(f"{path}: it is there and holds no model, so it is kept: name another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -170,6 +175,14 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether it is an empty directory or holds a model's weights."""
+    if not path.is_dir():
+        return False
+    names = set(os.listdir(path))
+    return not names or not names.isdisjoint(_WEIGHTS)
 
 
 def _write_encoder(

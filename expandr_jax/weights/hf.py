@@ -208,7 +208,10 @@ def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path
         check_hash(files.files, sha256)
         return files, None
     check_hash([path / "adapter_model.safetensors"], sha256)
-    return _open_files(locate(base)), path
+    below = locate(base)
+    if below.is_dir() and adapter_base(below) is not None:
+        raise UserError(f"{path}: its base {base} is an adapter, too: merge that one first")
+    return _open_files(below), path
 
 
 def _open_files(path: Path) -> ModelFiles:

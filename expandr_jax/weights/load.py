@@ -115,6 +115,9 @@ def _find(
         names = stored[weight.path]
         wrong += [f"{n} {shapes[n]} (expected {shape})" for n in names if shapes[n] != shape]
     _complain(files.where, "have the wrong shape", wrong)
+    types, names = files.dtypes(), {name for names in stored.values() for name in names}
+    whole = {f"{n} ({types[n]})" for n in names if not jnp.issubdtype(types[n], jnp.floating)}
+    _complain(files.where, "are not of a floating type; quantized ones are read from GGUF", whole)
     for weight in weights:
         _check_copies(files, stored[weight.path][0], weight.copies)
     return stored
@@ -131,7 +134,8 @@ def _check_copies(files: ModelFiles, name: str, copies: Iterable[str]) -> None:
             np.array_equal(files.read(name, part), files.read(copy, part)) for part in rows
         ):
             different.append(copy)
-    _complain(files.where, f"should equal {name} and do not", different)
+    what = f"should equal {name}, by config.json and the family, and do not"
+    _complain(files.where, what, different)
 
 
 def _complain(where: str, what: str, names: Iterable[str]) -> None:
@@ -185,6 +189,9 @@ def _ours(weight: Weight, tensor: np.ndarray) -> np.ndarray:
 
 def _read(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
     tensor = files.read(name, rows)
+    if tensor.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            tensor = tensor.astype(np.float32)
     if not np.isfinite(tensor).all():
         _complain(files.where, "have NaN or infinite values", [name])
     return tensor

@@ -75,8 +75,10 @@ def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:
         norms["post_attention_norm"] = "post_attention_layernorm"
         norms["mlp_norm"] = "pre_feedforward_layernorm"
         norms["post_mlp_norm"] = "post_feedforward_layernorm"
+    # A file may hold a tied head as well, but then it is the embedding again.
+    copies = ("lm_head.weight",) if with_head and config.tie_embeddings else ()
     weights = [
-        Weight("embedding", "embed_tokens.weight"),
+        Weight("embedding", "embed_tokens.weight", copies=copies),
         Weight("final_norm/scale", "norm.weight"),
     ]
     weights += [Weight(f"layers/{ours}/scale", f"{layer}{hf}.weight") for ours, hf in norms.items()]
