@@ -119,5 +119,5 @@ def test_whole_models_and_second_names_load_the_same(tmp_path):
     save_file({k: v for k, v in tensors.items() if k != "shared.weight"} | copy, path)
     jax.tree.map(np.testing.assert_array_equal, params, load_model(str(tmp_path))[1])
     save_file(tensors | {"encoder.embed_tokens.weight": 2 * tensors["shared.weight"]}, path)
-    with pytest.raises(UserError, match=r"should equal shared.weight and do not: encoder.embed"):
+    with pytest.raises(UserError, match=r"should equal shared.weight, .* do not: encoder.embed"):
         load_model(str(tmp_path))
