@@ -11,6 +11,7 @@ systems it adds what is missing, and what was generated serves every system that
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -128,7 +129,7 @@ def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Pat
 
 def evaluate_beir(
     config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike,
     data: Sequence[str],
     names: Sequence[str],
     split: str,
@@ -179,7 +180,7 @@ def evaluate_beir(
             mean = mean_over_sets(results)
             write_json(run.path("mean.json"), mean)
             console.print(write_mean(run.workdir, mean))
-        console.print(f"{run.path('report.html')}", soft_wrap=True)
+        console.print(run.where(run.path("report.html")), soft_wrap=True)
     return results
 
 
@@ -192,7 +193,7 @@ def main(_: Any) -> None:
     config.evaluation.samples = (settings.samples,)
     evaluate_beir(
         config,
-        pathlib.Path(settings.workdir),
+        settings.workdir,
         settings.data,
         settings.systems,
         settings.split,

@@ -29,8 +29,13 @@ from expandr_jax.stored_vectors import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.expansion import expansion_text
 from train.launch import define_workdir, launch
+from train.mirror import local_copy
 from train.models import phase_mesh
 
+READ = (  # Of a run.
+    "config.json", "results.json", "data", "export/retriever", "export/generator",
+    "work/vectors/expandr.npy",
+)  # fmt: skip
 SNIPPET = 160  # Characters of a document that are shown.
 
 
@@ -158,7 +163,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError('what to search for is missing: eval.search --workdir=DIR "a question"')
     values = flags.FLAGS
     query = " ".join(arguments[1:])
-    ask(pathlib.Path(values.workdir).absolute(), query, values.count, Console(highlight=False))
+    workdir = local_copy(values.workdir, *READ)
+    ask(workdir, query, values.count, Console(highlight=False))
 
 
 def define_flags() -> None:

@@ -9,8 +9,7 @@ import functools
 import hashlib
 import logging
 import math
-import pathlib
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from expandr_jax.data.records import hash_json
@@ -106,7 +106,7 @@ class Checkpoints:
     """The steps saved in one directory.
 
     Args:
-        directory: Where Orbax keeps them; made if absent.
+        directory: Where Orbax keeps them; made if absent. gs://BUCKET/DIRECTORY: in a bucket.
         identity: What a checkpoint belongs to (base weights, settings); restoring one that was
             saved under another identity is refused.
         keep: How many of the latest steps stay.
@@ -117,7 +117,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: str | os.PathLike,
         identity: Mapping[str, Any],
         *,
         keep: int = 2,
@@ -125,17 +125,21 @@ class Checkpoints:
         agree: Callable[[bool], bool] = bool,
     ):
         self._agree = agree
-        self.directory = pathlib.Path(directory).absolute()
+        self._in_bucket = os.fspath(directory).startswith("gs://")
+        self.directory = epath.Path(directory if self._in_bucket else os.path.abspath(directory))
         self.identity = dict(identity)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period,
             cleanup_tmp_directories=True,
         )
+        # Of a disk, of gcsfs, of tensorstore.
+        expected = Exception if self._in_bucket else OSError
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if not self._in_bucket:  # It has no directories.
+                self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        except OSError as error:
+        except expected as error:
             raise UserError(f"{self.directory}: cannot be used for checkpoints: {error}") from None
 
     def save(self, step: int, tree: Any) -> None:
@@ -235,6 +239,11 @@ class Checkpoints:
             value = read()
         except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            if self._in_bucket and _is_refused(error):
+                raise UserError(
+                    f"{self.directory}: a checkpoint cannot be read: {problem[:300]}; the same "
+                    "command goes on from here"
+                ) from None
         if not self._agree(problem is None):
             problem = problem or "another process cannot read it"
         return value, problem
@@ -242,9 +251,31 @@ class Checkpoints:
     def _set_aside(self, step: int, reason: str) -> None:
         target = self.directory.with_name(f"{self.directory.name}-damaged") / str(step)
         if jax.process_index() == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            (self.directory / str(step)).rename(target)
+            _move(self.directory / str(step), target)
             logger.warning("checkpoint %s is damaged (%s); moved to %s", step, reason[:200], target)
         self._agree(True)  # It is gone for all of them before they look again.
         self._manager.reload()
+
+
+# What does not say that a checkpoint is damaged: the bucket could not be reached, or refused.
+_REFUSED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether an error is of the way to a bucket."""
+    modules = ("aiohttp", "requests", "google.auth", "gcsfs")
+    return type(error).__module__.startswith(modules) or any(w in str(error) for w in _REFUSED)
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a directory to where another may be; in a bucket object by object."""
+    if target.exists():
+        target.rmtree()
+    if not os.fspath(source).startswith("gs://"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            path.copy(target / path.relative_to(source), overwrite=True)
+    source.rmtree()

@@ -27,12 +27,12 @@ class Corpus:
 
     Attributes:
         ids: Document ids, in the order of the index.
-        vectors: [documents, dim], float32 when indexed or stored in less.
+        vectors: [documents, dim], float32 when indexed or stored in less; process 0 has them.
         search: The config's section.
     """
 
     ids: list[str]
-    vectors: np.ndarray | StoredVectors
+    vectors: np.ndarray | StoredVectors | None
     search: ml_collections.ConfigDict
 
     @functools.cached_property
@@ -53,12 +53,18 @@ def encode_corpus(
         kind="document",
     )
     dtype, processes = run.config.retriever.vectors, run.processes
-    with run.progress(f"{name}: documents encoded", len(texts)) as advance:
+    with run.progress(f"{name}: documents encoded", len(texts)) as shown:
+
+        def advance(count: int) -> None:
+            shown(count)
+            processes.files.push(later=True)
+
         if processes.count == 1:
             vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
+            processes.files.push()
         else:
             _encode_shares(run, path, texts, encode, dtype, advance)
-            vectors = open_vectors(path)
+            vectors = open_vectors(path) if processes.is_main else None
     corpus = Corpus(list(texts), vectors, run.config.search)
     if processes.is_main:
         _ = corpus.index
@@ -97,10 +103,14 @@ def _encode_shares(
     def join() -> None:
         # What is damaged of a file that was there, process 0 encodes by itself.
         encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
+        remove()
+
+    def remove() -> None:
         for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
-            file.unlink()
+            file.unlink(missing_ok=True)
 
     processes.once(join)
+    remove()  # Each its own, where they have no directory in common.
 
 
 def encode_texts(
@@ -122,7 +132,7 @@ def encode_texts(
     starts = _starts(len(texts), processes.count)
     own = texts[starts[processes.index] : starts[processes.index + 1]]
     vectors = models.encoder.encode(params, own, kind, progress)
-    paths = [run.path("work", "shares", f"vectors-{i}.npy") for i in range(processes.count)]
+    paths = [run.path("work", "shares", f"vectors.process-{i}.npy") for i in range(processes.count)]
     mine = paths[processes.index]
     mine.parent.mkdir(parents=True, exist_ok=True)
     np.save(mine, vectors)

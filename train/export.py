@@ -9,6 +9,7 @@ only form that AnchorDR has). `train.joint` writes generator, adapter and retrie
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +28,9 @@ from expandr_jax.weights.adapter import adapter_base, export_adapter, load_adapt
 from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from expandr_jax.weights.source import locate
+from train.bucket import is_bucket
 from train.launch import define_workdir, launch
+from train.mirror import local_copy
 
 DTYPES = ("float32", "bfloat16", "source")
 FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
@@ -40,8 +43,13 @@ def export_run(
     retriever_params: Any,
     adapter: Any,
     progress: Callable[[int], None],
+    *,
+    address: str,
 ) -> None:
-    """Writes export/retriever, /generator (merged) and /adapter; keeps what is there."""
+    """Writes export/retriever, /generator (merged) and /adapter; keeps what is there.
+
+    `address` is what the run's user calls its workdir, and the adapter its base by.
+    """
     directory = workdir / "export"
     dtype = jnp.dtype(config.export.dtype)
     if not (directory / "retriever").exists():
@@ -52,7 +60,7 @@ def export_run(
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
     if not (directory / "adapter").exists():
         shape = generator.module.config
-        export_adapter(directory / "adapter", adapter, lora, shape, base_name(workdir, config))
+        export_adapter(directory / "adapter", adapter, lora, shape, base_name(address, config))
     progress(1)
     if not (directory / "generator").exists():
         # Merged in float32, whatever type the run computed in.
@@ -61,18 +69,20 @@ def export_run(
     progress(1)
 
 
-def base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
+def base_name(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> str:
     """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
     load the source itself."""
     source = config.generator.source
     alien = source.startswith("package:") or source.endswith(".gguf")
     # An adapter on an adapter is more than peft's files can say.
     if alien or adapter_base(locate(source)) is not None:
-        return str(workdir / "export" / "base")
+        return f"{workdir}/export/base"
     return source
 
 
-def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -> None:
+def export_one(
+    workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str, address: str | None = None
+) -> None:
     """Writes one of a finished run's models to a directory.
 
     Args:
@@ -81,6 +91,7 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
         kind: One of FORMATS.
         dtype: Type of the tensors, or "source" for each tensor's own in the model that the run
             started from; an adapter is always float32.
+        address: Of the run, where it is a copy of one in a bucket.
 
     Raises:
         UserError: The run is not there or not finished, or the model has no such format.
@@ -92,7 +103,7 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
         raise UserError(
             f"{path}: not a run's config; --workdir must be one of train.joint"
         ) from None
-    made = workdir / "export" / {"encoder": "retriever"}.get(kind, kind)
+    made = workdir / made_as(kind)
     if kind != "base" and not made.exists():
         raise UserError(f"{made}: not there; let train.joint finish this run first")
     target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
@@ -113,7 +124,13 @@ def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -
     else:
         generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
         lora, adapter = load_adapter(str(made), generator.module.config)
-        export_adapter(to, adapter, lora, generator.module.config, base_name(workdir, config))
+        base = base_name(address or workdir, config)
+        export_adapter(to, adapter, lora, generator.module.config, base)
+
+
+def made_as(kind: str) -> str:
+    """What a run writes of itself that a format is made of, from the workdir."""
+    return "export/" + {"encoder": "retriever"}.get(kind, kind)
 
 
 def _with_types_of(model: Any, source: str) -> Any:
@@ -127,8 +144,12 @@ def main(_: Any) -> None:
     values = flags.FLAGS
     if not values.to:
         raise UserError("--to is missing: the directory to write")
+    if is_bucket(values.to):
+        raise UserError(f"--to={values.to}: expected a directory of this machine")
     to = pathlib.Path(values.to).absolute()
-    export_one(pathlib.Path(values.workdir).absolute(), to, values.format, values.dtype)
+    workdir = local_copy(values.workdir, "config.json", made_as(values.format))
+    address = values.workdir if is_bucket(values.workdir) else None
+    export_one(workdir, to, values.format, values.dtype, address)
     Console(highlight=False).print(f"{values.format} written to {to}", soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ trains it alone, on any file in TRL's formats; `train.joint` calls the same func
 """
 
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -134,7 +135,7 @@ def train_generator(
     # Rounds differ in their number of pairs, so their steps cannot be numbered through.
     name = f"generator-{round_}" if round_ else "generator"
     checkpoints = Checkpoints(
-        run.path("checkpoints", name),
+        run.checkpoints(name),
         identity,
         keep=run.config.keep,
         keep_period=steps,
@@ -209,7 +210,7 @@ def objective(config: ml_collections.ConfigDict) -> DPOConfig | RewardSftConfig:
 
 
 def train_adapter(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
 ) -> pathlib.Path:
     """Trains, or goes on training, an adapter on the config's file of preference pairs.
 
@@ -241,11 +242,11 @@ def train_adapter(
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        module, base = model.generator.module, base_name(run.workdir, config)
+        module, base = model.generator.module, base_name(run.address, config)
         run.processes.once(
             lambda: export_adapter(directory, adapter, module.lora, module.config, base)
         )
-    console.print(f"adapter: {directory}", soft_wrap=True)
+    console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
     run.close()
     return directory
 
@@ -280,7 +281,7 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
 
 
 def main(_: Any) -> None:
-    train_adapter(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
+    train_adapter(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
 
 
 def define_flags() -> None:

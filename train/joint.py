@@ -6,7 +6,7 @@ generator by DPO (step B). Then choose settings on dev, score every system on te
 The same command again continues where it stopped.
 """
 
-import pathlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,13 +38,14 @@ from train.search_rewards import check_rewards
 
 
 def train_joint(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
 ) -> dict[str, Any]:
     """Runs or continues the whole of ExpandR in a workdir.
 
     Args:
         config: As from configs/.
-        workdir: Where everything goes; see the file contract in docs/run.md.
+        workdir: Where everything goes, a directory or gs://BUCKET/DIRECTORY; see the file contract
+            in docs/run.md.
         console: Where progress is shown.
 
     Returns:
@@ -113,7 +114,9 @@ def train_joint(
     def export() -> None:
         exports = [f"export/{name}" for name in ("retriever", "adapter", "generator")]
         whole = [run.seals.intact(name) for name in exports]
-        export_run(run.workdir, config, models.retriever, params, adapter, advance)
+        export_run(
+            run.workdir, config, models.retriever, params, adapter, advance, address=run.address
+        )
         if not all(whole):
             run.seals.seal(*exports)
 
@@ -123,7 +126,7 @@ def train_joint(
         report = run.processes.once(lambda: str(write_report(run.workdir)))
         advance(1)
     console.print(results_table(results))
-    console.print(f"report: {report}", soft_wrap=True)
+    console.print(f"report: {run.where(report)}", soft_wrap=True)
     run.close()
     return results
 
@@ -248,7 +251,7 @@ def _retriever(
 
 
 def main(_: Any) -> None:
-    train_joint(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
+    train_joint(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
 
 
 def define_flags() -> None:

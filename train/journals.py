@@ -88,20 +88,21 @@ class DividedJournal:
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows of this process, and returns when they are on disk."""
         self._own.append(rows)
+        self._processes.files.push(later=True)
 
     def finish(self) -> None:
         """Waits until all have done their share; then every process has all rows, in order."""
         self._processes.barrier()
         self._whole = self._processes.main_first(self._close)
+        self._remove_parts()  # Each its own, where they have no directory in common.
 
     def _open(self) -> Journal:
         journal = Journal(self._path)
-        if self._processes.is_main:
-            if not journal.finished:
-                rows = self._new_rows(journal)
-                if rows:
-                    journal.append(rows)
-            self._remove_parts()
+        if self._processes.is_main and not journal.finished:
+            rows = self._new_rows(journal)
+            if rows:
+                journal.append(rows)
+        self._remove_parts()
         return journal
 
     def _close(self) -> Journal:
@@ -109,7 +110,6 @@ class DividedJournal:
             return Journal(self._path)
         rows = [*self._whole.rows, *self._new_rows(self._whole)]
         self._whole.finish(sorted(rows, key=self._key))
-        self._remove_parts()
         return self._whole
 
     def _new_rows(self, journal: Journal) -> list[Row]:

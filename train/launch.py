@@ -54,7 +54,9 @@ def define_config(default: str | None = None) -> None:
 
 def define_workdir() -> None:
     """Defines --workdir=DIR."""
-    flags.DEFINE_string("workdir", None, "Where everything the run writes goes.")
+    flags.DEFINE_string(
+        "workdir", None, "Where everything the run writes goes; gs://BUCKET/DIRECTORY: in a bucket."
+    )
 
 
 def define_processes() -> None:
@@ -109,6 +111,7 @@ def launch(
         except UserError as error:
             _stop(console, str(error))
         except Stopped as stopped:
+            _save_what_is_here(console)
             if not resumes:
                 console.print("stopped by SIGTERM")
                 sys.exit(EXIT_TERMINATED)
@@ -163,6 +166,14 @@ def _one_line(error: BaseException) -> str:
         error = error.args[0]
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()) or type(error).__name__
+
+
+def _save_what_is_here(console: Console) -> None:
+    """Puts into a bucket, where the workdir is in one, what had not been put there yet."""
+    try:
+        processes.current().files.push()
+    except UserError as error:
+        _stop(console, str(error))
 
 
 def _stop(console: Console, message: str) -> None:

@@ -117,6 +117,7 @@ def fit(
             if done % save_every == 0 or done == last or notice.requested:
                 record(*pending)
                 pending = None
+                run.processes.files.push()  # A restart from there needs the lines before it.
                 try:
                     checkpoints.save(done, state)
                 except NotFiniteError as error:

@@ -220,7 +220,7 @@ class DevPairs:
         self._run.console.print(f"  step {step}: {', '.join([loss, *shown])}")
 
     def _keep(self, adapter: Any) -> None:
-        base = base_name(self._run.workdir, self._run.config)
+        base = base_name(self._run.address, self._run.config)
         export_adapter(self._best, adapter, self._module.lora, self._module.config, base)
 
     def best(self) -> Any | None:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -68,6 +68,17 @@ class Settings:
             raise UserError(f"--process={self.index}: expected 0 to {self.count - 1}")
 
 
+class Files:
+    """How files of one process come to the others: here, they have a directory in common."""
+
+    def push(self, *, later: bool = False) -> int:
+        """Lets the others have what this process wrote; `later`: it may wait for another call."""
+        return 0
+
+    def pull(self, versions: Mapping[int, int]) -> None:
+        """Takes what others have pushed; `versions`: what that returned, by their numbers."""
+
+
 class Processes:
     """This process among those of a run.
 
@@ -77,10 +88,12 @@ class Processes:
         index: Which one this is, from 0.
         count: How many there are; 1 where nothing was connected.
         stopped: What another process said that was stopped by SIGTERM; None: there is none.
+        files: How their files come to each other.
     """
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
+        self.files = Files()
         self.stopped: str | None = None
         self._links: dict[int, Link] = {}
         self._alone = count == 1  # As is the first one within `once`.
@@ -113,16 +126,21 @@ class Processes:
             function: Returns a value of JSON.
         """
         if self._alone:
-            return function()
+            value = function()
+            self.files.push()
+            return value
         if not self.is_main:
-            return self._links[0].receive("once")
+            value, version = self._links[0].receive("once")
+            self.files.pull({0: version})
+            return value
         self._alone = True
         try:
             value = function()
+            version = self.files.push()
         finally:
             self._alone = False
         for link in self._links.values():
-            link.send({"once": value})
+            link.send({"once": [value, version]})
         return value
 
     def main_first(self, function: Callable[[], T]) -> T:
@@ -131,7 +149,7 @@ class Processes:
         None goes on before all have called it, and so finds what process 0 changes later.
         """
         if self._alone:
-            return function()
+            return self.once(function)
         if self.is_main:
             value = function()
         self.once(lambda: None)
@@ -153,8 +171,8 @@ class Processes:
         return values
 
     def barrier(self) -> None:
-        """Returns when all processes are here."""
-        self.gather(None)
+        """Returns when all processes are here; each finds what the others wrote before."""
+        self.files.pull(dict(enumerate(self.gather(self.files.push()))))
 
     def any(self, value: bool) -> bool:
         """Whether it is true in some process."""

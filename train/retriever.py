@@ -9,7 +9,7 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 
 import dataclasses
 import functools
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,7 +162,7 @@ def train_retriever(
         "steps": steps,
     }
     checkpoints = Checkpoints(
-        run.path("checkpoints", phase),
+        run.checkpoints(phase),
         identity,
         keep=run.config.keep,
         keep_period=steps,
@@ -197,7 +197,7 @@ def train_retriever(
         train,
         evaluate,
         best=Checkpoints(
-            run.path("checkpoints", f"{phase}-best"), identity, keep=1, agree=run.processes.all
+            run.checkpoints(f"{phase}-best"), identity, keep=1, agree=run.processes.all
         ),
         steps=steps,
         every=config.eval_every * config.accumulation,
@@ -284,7 +284,7 @@ def _check(
 
 
 def train_on_triples(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path, console: Console
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
 ) -> None:
     """Trains a retriever alone, or continues; writes it to export/retriever of the workdir.
 
@@ -351,7 +351,7 @@ def train_on_triples(
     directory = run.path("export", "retriever")
     with run.phase("export"):
         run.processes.once(export)
-    console.print(f"retriever: {directory}", soft_wrap=True)
+    console.print(f"retriever: {run.where(directory)}", soft_wrap=True)
     run.close()
 
 
@@ -379,7 +379,7 @@ def _read(run: Run) -> list[Triple]:
 
 
 def main(_: Any) -> None:
-    train_on_triples(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), make_console())
+    train_on_triples(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
 
 
 def define_flags() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import ml_collections
 import psutil
+from etils import epath
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,8 +30,10 @@ from rich.progress import (
 from expandr_jax.data.records import hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
 from train import processes
+from train.bucket import is_bucket
 from train.memory import release_memory
 from train.metrics_log import MetricsLog, NoMetrics
+from train.mirror import Mirror, scratch
 from train.seals import Seals
 
 LIBRARIES = (
@@ -46,11 +50,14 @@ class Run:
     """One workdir, opened by the processes of a run, of which the first one writes to it.
 
     Args:
-        workdir: Made if absent; a run that is there already is continued.
+        workdir: Made if absent; a run that is there already is continued. gs://BUCKET/DIRECTORY:
+            in a bucket; see `mirror`.
         config: The resolved configuration; must be the one the workdir was made with.
         console: Where progress goes.
 
     Attributes:
+        address: The workdir, as its user knows it.
+        workdir: The directory that the run works in; of one in a bucket, this process's own.
         processes: This process among those of the run.
         last_good: The latest checkpoint, for messages.
 
@@ -59,12 +66,23 @@ class Run:
             not the same one for all processes.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict, console: Console):
-        self.workdir = pathlib.Path(workdir).absolute()
+    def __init__(
+        self, workdir: str | os.PathLike, config: ml_collections.ConfigDict, console: Console
+    ):
         self.config = config
         self.console = console
         self.processes = processes.current()
-        self.processes.once(lambda: self._take(workdir))
+        self.processes.files = processes.Files()
+        self._lock: Any = None
+        if is_bucket(workdir):
+            self.address = str(workdir).rstrip("/")
+            self.workdir = scratch(self.address, self.processes.suffix)
+            self._take(self.workdir)
+            self.processes.files = self._mirror()
+        else:
+            self.workdir = pathlib.Path(workdir).absolute()
+            self.address = str(self.workdir)
+            self.processes.once(lambda: self._take(workdir))
         self.processes.main_first(self._check_config)
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
@@ -81,6 +99,15 @@ class Run:
         """A path under the workdir."""
         return self.workdir.joinpath(*parts)
 
+    def where(self, path: str | os.PathLike) -> str:
+        """A path under the workdir, as its user knows it."""
+        inside = pathlib.Path(path).relative_to(self.workdir).as_posix()
+        return self.address if inside == "." else f"{self.address}/{inside}"
+
+    def checkpoints(self, name: str) -> epath.Path:
+        """Where the checkpoints of this name are; in the bucket, if that is where the run is."""
+        return epath.Path(self.address) / "checkpoints" / name
+
     def read_json(self, path: pathlib.Path) -> dict[str, Any]:
         """An object that the run wrote; UserError if it is damaged."""
         try:
@@ -91,10 +118,22 @@ class Run:
     def close(self) -> None:
         """Ends logging and lets other runs have the workdir."""
         self.metrics.close()
-        if self.processes.is_main:
+        self.processes.files.push()
+        if self._lock is not None:
             self._lock.close()
 
-    def _take(self, workdir: pathlib.Path) -> None:
+    def _mirror(self) -> Mirror:
+        """What keeps the workdir and the bucket the same."""
+        own = self.processes
+
+        def say(text: str) -> None:
+            self.console.print(f"  {text}", markup=False)
+
+        mirror = Mirror(self.address, self.workdir, own.index, own.count, say)
+        own.main_first(mirror.start)
+        return mirror
+
+    def _take(self, workdir: str | os.PathLike) -> None:
         """Makes the workdir, and keeps other runs out of it."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +151,7 @@ class Run:
         if not path.exists():
             if not self.processes.is_main:
                 raise UserError(
-                    f"{self.workdir}: holds nothing of what process 0 wrote; expected a directory "
+                    f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
                     "that all processes share"
                 )
             device = jax.devices()[0]
@@ -132,13 +171,15 @@ class Run:
         try:
             before = dict(json.loads(path.read_text())["config"])
         except (ValueError, KeyError, TypeError, OSError):
-            raise UserError(f"{path}: is damaged; restore it or use a new --workdir") from None
+            raise UserError(
+                f"{self.where(path)}: is damaged; restore it or use a new --workdir"
+            ) from None
         for section in FREE:
             before.pop(section, None), config.pop(section)
         changes = list(_differences(before, config))
         if changes:
             raise UserError(
-                f"{self.workdir}: was made with another config ({'; '.join(changes[:3])}"
+                f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
                 f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
             )
 

@@ -39,6 +39,9 @@ class Notice:
         self.where = ""
 
 
+_notices: list[Notice] = []  # Of the blocks that hold one back now.
+
+
 def end_on_sigterm() -> None:
     """Makes SIGTERM raise `Stopped` in the main thread."""
     signal.signal(signal.SIGTERM, _stop)
@@ -58,7 +61,8 @@ def _stop(*_: Any) -> None:
 def held() -> Iterator[Notice]:
     """Holds a SIGTERM back until the block ends, and then raises `Stopped`.
 
-    Only the main thread can; in another the notice is not seen here, and ends the main thread.
+    Only the main thread can; in another the notice is not seen here, and ends the main thread. A
+    block within another leaves the ending to that one.
 
     Yields:
         The notice: a loop looks at `requested` to end early.
@@ -67,16 +71,21 @@ def held() -> Iterator[Notice]:
     if threading.current_thread() is not threading.main_thread():
         yield notice
         return
+    outer = _notices[-1] if _notices else None
 
     def note(*_: Any) -> None:
         notice.requested = True
 
     previous = signal.signal(signal.SIGTERM, note)
+    _notices.append(notice)
     try:
         yield notice
     finally:
+        _notices.pop()
         signal.signal(signal.SIGTERM, previous)
-    if notice.requested:
+    if notice.requested and outer is not None:
+        outer.requested = True
+    elif notice.requested:
         if previous is _stop:
             ignore_sigterm()
         raise Stopped(notice.where)

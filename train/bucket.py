@@ -1,0 +1,123 @@
+"""Objects of a bucket, read and written whole, and errors of that in one line."""
+
+import fnmatch
+import importlib.util
+import logging
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from expandr_jax.errors import UserError
+
+SCHEME = "gs://"
+TRIES = 3  # Of a request that nothing came back from; gcsfs tries those six times that failed.
+
+T = TypeVar("T")
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is the address of something in a bucket."""
+    return str(path).startswith(SCHEME)
+
+
+class Bucket:
+    """The objects below an address; the network is used by the methods alone.
+
+    Args:
+        address: gs://BUCKET or gs://BUCKET/PREFIX.
+
+    Raises:
+        UserError: It is no address, or gcsfs is not installed; the methods: the bucket is not
+            there, cannot be reached, or refuses.
+    """
+
+    def __init__(self, address: str):
+        name = address.removeprefix(SCHEME).rstrip("/")
+        self.address = SCHEME + name
+        if not name or name.startswith("/"):
+            raise UserError(f"{address}: expected gs://BUCKET/DIRECTORY")
+        if importlib.util.find_spec("gcsfs") is None:
+            raise UserError(
+                f"{address}: a bucket needs gcsfs: pip install -c requirements.lock -e '.[gcs]'"
+            )
+        # What these would look up of a bucket's kind needs a permission that a run does not.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It prints what is raised as well.
+        import fsspec  # Imported where it is used: it takes half a second.
+
+        # Other processes write objects, too. Orbax, by etils.epath, has its settings from here.
+        fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+        self._files = self._try("", lambda: fsspec.filesystem("gs"))
+
+    def path(self, name: str) -> str:
+        """The address of an object."""
+        return f"{self.address}/{name}" if name else self.address
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None: it is not there."""
+        return self._if_there(name, lambda: self._files.cat_file(self.path(name)))
+
+    def write(self, name: str, content: bytes) -> None:
+        """Makes an object, or puts another in its place."""
+        self._try(name, lambda: self._files.pipe_file(self.path(name), content))
+
+    def upload(self, path: pathlib.Path, name: str) -> None:
+        """Makes an object of a file."""
+        self._try(name, lambda: self._files.put_file(str(path), self.path(name)))
+
+    def download(self, name: str, path: pathlib.Path) -> bool:
+        """Makes a file of an object; False: it is not there."""
+
+        def fetch() -> bool:
+            self._files.get_file(self.path(name), str(path))
+            return True
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return bool(self._if_there(name, fetch))
+
+    def remove(self, name: str) -> None:
+        """Removes an object, if it is there."""
+        self._if_there(name, lambda: self._files.rm_file(self.path(name)))
+
+    def names(self, pattern: str) -> list[str]:
+        """Names of the objects of one directory that match a pattern."""
+        directory = pattern.rpartition("/")[0]
+        found = self._if_there(
+            directory, lambda: self._files.ls(self.path(directory), detail=False)
+        )
+        start = len(self.address.removeprefix(SCHEME)) + 1
+        return sorted(n[start:] for n in found or () if fnmatch.fnmatch(n[start:], pattern))
+
+    def _if_there(self, name: str, request: Callable[[], T]) -> T | None:
+        try:
+            return self._try(name, request, missing=True)
+        except FileNotFoundError:
+            return None
+
+    def _try(self, name: str, request: Callable[[], T], missing: bool = False) -> Any:
+        for attempt in range(TRIES):
+            try:
+                return request()
+            except FileNotFoundError:
+                if missing:
+                    raise
+                raise UserError(f"{self.path(name)}: there is no such bucket") from None
+            except TimeoutError as error:
+                if attempt == TRIES - 1:
+                    raise self._refused(name, error) from None
+            except Exception as error:  # Of aiohttp, requests, google.auth, gcsfs.
+                raise self._refused(name, error) from None
+        return None
+
+    def _refused(self, name: str, error: Exception) -> UserError:
+        text = " ".join(str(error).split())
+        if getattr(error, "errno", None) is not None and getattr(error, "filename", None):
+            return UserError(f"{error.filename}: {error.strerror}")  # A file here.
+        if text.startswith("Forbidden") or getattr(error, "code", None) in (401, 403, "401", "403"):
+            reason = "no permission; see that this account may read and write objects there"
+        elif type(error).__module__.startswith("google.auth"):
+            reason = f"no credentials ({text[:200]}); try: gcloud auth application-default login"
+        else:
+            reason = f"cannot be reached: {text[:200] or type(error).__name__}"
+        return UserError(f"{self.path(name)}: {reason}; the same command goes on from here")
