@@ -8,8 +8,10 @@ import shutil
 import signal
 import time
 
+import jax.numpy as jnp
 import pytest
 
+from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, write_json, write_text
 from expandr_jax.errors import UserError
 from tests.commands import command, finish, start, start_processes
@@ -305,6 +307,39 @@ def test_a_copy_of_what_is_asked_for(bucket, open_mirror):
     directory = local_copy("gs://bucket/run", "config.json", "data")
     assert files(directory) == {"config.json": "config.json", "data/a.txt": "data/a.txt"}
     assert local_copy("some/run", "data") == pathlib.Path("some/run").absolute()
+
+
+def test_a_damaged_checkpoint_is_set_aside_but_not_one_that_cannot_be_reached(bucket):
+    tree = {"a": jnp.arange(6.0), "b": jnp.ones((2, 2), jnp.int32)}
+    address = "gs://bucket/run/checkpoints/retriever"
+    checkpoints = Checkpoints(address, {"model": "x"})
+    for step in (1, 2):
+        checkpoints.save(step, {**tree, "a": tree["a"] + step})
+    checkpoints.wait()
+    assert bucket["run/checkpoints/retriever/2/commit_success.txt"]
+    step, found = Checkpoints(address, {"model": "x"}).restore(tree)
+    assert (step, found["a"].tolist()) == (2, (tree["a"] + 2).tolist())
+
+    checkpoints = Checkpoints(address, {"model": "x"})
+    bucket.fail = lambda method, name: 403 if "/state/" in name else None
+    with pytest.raises(UserError, match="a checkpoint cannot be read"):
+        checkpoints.restore(tree)
+    bucket.fail = lambda method, name: None
+    data = next(n for n in bucket.names("run/checkpoints/retriever/2/state/d/"))
+    bucket.put(data, bucket[data][: len(bucket[data]) // 2])
+    step, found = Checkpoints(address, {"model": "x"}).restore(tree)
+    assert (step, found["a"].tolist()) == (1, (tree["a"] + 1).tolist())
+    assert bucket.names("run/checkpoints/retriever-damaged/2/")
+    assert not bucket.names("run/checkpoints/retriever/2/")
+
+    def save() -> None:
+        checkpoints = Checkpoints(address, {"model": "x"})
+        checkpoints.save(3, tree)
+        checkpoints.wait()
+
+    bucket.fail = lambda method, name: 403 if method == "POST" else None
+    with pytest.raises(UserError, match="a checkpoint cannot be written"):
+        save()
 
 
 def fetched(bucket, target: pathlib.Path) -> pathlib.Path:

@@ -58,6 +58,21 @@ def test_a_held_block_within_another():
         notify()
 
 
+def test_a_held_block_lets_the_one_around_it_end_first():
+    done = []
+
+    def work():
+        with held() as outer:
+            with held():
+                notify()
+            assert outer.requested
+            done.append(1)
+
+    with pytest.raises(Stopped):
+        work()
+    assert done == [1]
+
+
 def test_an_error_in_the_block_is_what_is_seen():
     def work():
         with held():

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from expandr_jax.errors import UserError
 
 SCHEME = "gs://"
+FRESH = {"cache_control": "no-store"}  # What anybody may read is otherwise kept for an hour.
 TRIES = 3  # Of a request that nothing came back from; gcsfs tries those six times that failed.
 
 T = TypeVar("T")
@@ -60,11 +61,15 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Makes an object, or puts another in its place."""
-        self._try(name, lambda: self._files.pipe_file(self.path(name), content))
+        path = self.path(name)
+        self._try(name, lambda: self._files.pipe_file(path, content, fixed_key_metadata=FRESH))
 
     def upload(self, path: pathlib.Path, name: str) -> None:
         """Makes an object of a file."""
-        self._try(name, lambda: self._files.put_file(str(path), self.path(name)))
+        self._try(
+            name,
+            lambda: self._files.put_file(str(path), self.path(name), fixed_key_metadata=FRESH),
+        )
 
     def download(self, name: str, path: pathlib.Path) -> bool:
         """Makes a file of an object; False: it is not there."""

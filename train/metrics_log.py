@@ -26,6 +26,7 @@ class MetricsLog:
     Args:
         workdir: Gets metrics.jsonl and tensorboard/.
         project: Of Weights & Biases; "": it is not used.
+        address: What the run is told from others by there; "": its workdir.
 
     Attributes:
         dropped: Lines of metrics.jsonl that were damaged and are gone.
@@ -34,12 +35,12 @@ class MetricsLog:
         UserError: wandb is asked for and not installed.
     """
 
-    def __init__(self, workdir: pathlib.Path, project: str = ""):
+    def __init__(self, workdir: pathlib.Path, project: str = "", address: str = ""):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
         self._events: EventsWriter | None = None
         self._flushed = time.monotonic()
-        self._wandb = _start_wandb(workdir, project) if project else None
+        self._wandb = _start_wandb(workdir, project, address or str(workdir)) if project else None
         self.dropped = 0
         if self._path.exists():
             lines = self._path.read_bytes().splitlines(keepends=True)
@@ -137,12 +138,12 @@ def _is_whole(line: bytes) -> bool:
         return False
 
 
-def _start_wandb(workdir: pathlib.Path, project: str) -> Any:
+def _start_wandb(workdir: pathlib.Path, project: str, address: str) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
         raise UserError(
             "log.wandb is set, but wandb is not installed: pip install wandb, or leave it empty"
         ) from None
-    name = hash_json(str(workdir))[:16]  # A restart goes on with the same run.
+    name = hash_json(address)[:16]  # A restart goes on with the same run.
     return wandb.init(project=project, dir=str(workdir), id=name, resume="allow")

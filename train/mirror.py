@@ -78,9 +78,9 @@ class Mirror(Files):
         self._bucket = Bucket(address)
         self._index, self._count, self._say = index, count, say
         self._version = 0  # Of the marker, counted up.
-        self._own: dict[str, Version] = {}  # What the marker vouches for.
+        self._own: Content = {}  # What the marker vouches for.
         self._seen: dict[str, tuple[int, int, int]] = {}  # Files as they are in the bucket.
-        self._theirs: dict[int, tuple[int, dict[str, Version]]] = {}  # As `_own`, with versions.
+        self._theirs: dict[int, tuple[int, dict[str, Version]]] = {}  # Markers, as fetched.
         self._rested, self._took = 0.0, 0.0
 
     def start(self) -> None:
@@ -104,8 +104,9 @@ class Mirror(Files):
         for name, versions in sorted(whole.items()):
             found = fetch(self._bucket, name, versions, self.directory / name)
             if found is not None and self._writer(name) == self._index:
-                self._own[name] = found
-                self._seen[name] = _state(self.directory / name)
+                self._own[name] = versions
+                if len(versions) == 1:  # Otherwise the object may be the other one.
+                    self._seen[name] = _state(self.directory / name)
             elif found is None and name == "config.json":
                 raise UserError(
                     f"{self._bucket.path(name)}: is damaged; restore it or use a new --workdir"
@@ -114,7 +115,7 @@ class Mirror(Files):
                 self._say(f"{self._bucket.path(name)}: is damaged or was removed")
         gone = [i for i in markers if i >= self._count]
         if self._index == 0 and gone:
-            self._write_marker({name: [version] for name, version in self._own.items()})
+            self._write_marker(self._own)
             for i in gone:
                 self._bucket.remove(_marker(i))
 
@@ -150,24 +151,26 @@ class Mirror(Files):
         files = {path.relative_to(self.directory).as_posix(): path for path in self._files()}
         states = {name: _state(path) for name, path in files.items()}
         changed = [name for name, state in states.items() if self._seen.get(name) != state]
-        content: Content = {name: [v] for name, v in self._own.items() if name in files}
-        new: dict[str, Version] = {}
-        for name in sorted(changed, key=lambda name: states[name]):  # As they were written.
-            before = self._own.get(name)
-            versions = _versions(files[name], states[name][1], before)
-            if versions[-1] != before:
-                new[name] = versions[-1]
-            if before is not None and before not in versions:
-                content[name] = [before, versions[-1]]
         gone = [name for name in self._own if name not in files]
+        own: Content = {name: v for name, v in self._own.items() if name in files}
+        new: Content = {}
+        replaced = False
+        for name in sorted(changed, key=lambda name: states[name]):  # As they were written.
+            before = own.get(name, [])
+            versions = _versions(files[name], states[name][1], before)
+            if versions[-1:] != before:
+                new[name] = versions[-1:]
+                if before and before != versions[:1]:
+                    own[name] = [*before, versions[-1]]
+                    replaced = True
         if new or gone:
-            if any(len(versions) > 1 for versions in content.values()):
-                self._write_marker(content)
+            if replaced:
+                self._write_marker(own)
+                self._own = own
             for name in new:
                 self._bucket.upload(files[name], name)
-            own = {name: v for name, v in self._own.items() if name in files} | new
-            self._write_marker({name: [version] for name, version in own.items()})
-            self._own = own
+            self._own = own | new
+            self._write_marker(self._own)
         self._seen = states
         for name in gone:
             self._bucket.remove(name)
@@ -320,18 +323,13 @@ def _writer(name: str) -> int:
 
 def _files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """The files that are mirrored: not those that begin with a dot, which are under way."""
+    elsewhere = {directory / name for name in ELSEWHERE}
     for folder, folders, names in os.walk(directory):
         inside = pathlib.Path(folder)
-        hidden = [name for name in folders if name.startswith(".")]
-        others = [name for name in folders if inside / name in _elsewhere(directory)]
-        folders[:] = sorted(set(folders) - {*hidden, *others})
+        folders[:] = [n for n in folders if n[0] != "." and inside / n not in elsewhere]
         for name in names:
             if not name.startswith(".") and not name.endswith(".tmp.npy"):
                 yield inside / name
-
-
-def _elsewhere(directory: pathlib.Path) -> set[pathlib.Path]:
-    return {directory / name for name in ELSEWHERE}
 
 
 def _state(path: pathlib.Path) -> tuple[int, int, int]:
@@ -340,9 +338,9 @@ def _state(path: pathlib.Path) -> tuple[int, int, int]:
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
-def _versions(path: pathlib.Path, size: int, before: Version | None) -> list[Version]:
-    """Of a file's first bytes: as many as `before` has, and all `size` of them."""
-    sizes = [size] if before is None or before[0] >= size else [before[0], size]
+def _versions(path: pathlib.Path, size: int, before: Sequence[Version] = ()) -> list[Version]:
+    """Of a file's first bytes: as many as `before` has, if that is one, and all `size` of them."""
+    sizes = [*(v[0] for v in before if len(before) == 1 and v[0] < size), size]
     found, digest, done = [], hashlib.sha256(), 0
     with open(path, "rb") as file:
         for end in sizes:
@@ -360,6 +358,6 @@ def _find(path: pathlib.Path, versions: Sequence[Version]) -> Version | None:
         return None
     size = path.stat().st_size
     for version in reversed(versions):
-        if version[0] <= size and _versions(path, version[0], None) == [version]:
+        if version[0] <= size and _versions(path, version[0]) == [version]:
             return version
     return None

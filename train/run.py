@@ -88,7 +88,9 @@ class Run:
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
         self.seals = Seals(self.workdir, lambda text: console.print(f"  {text}", markup=False))
         writes = self.processes.is_main
-        self.metrics = MetricsLog(self.workdir, config.log.wandb) if writes else NoMetrics()
+        self.metrics = (
+            MetricsLog(self.workdir, config.log.wandb, self.address) if writes else NoMetrics()
+        )
         if self.metrics.dropped:
             console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
@@ -113,7 +115,7 @@ class Run:
         try:
             return dict(json.loads(path.read_bytes().decode()))
         except (ValueError, TypeError):
-            raise UserError(f"{path}: is damaged; use a new --workdir") from None
+            raise UserError(f"{self.where(path)}: is damaged; use a new --workdir") from None
 
     def close(self) -> None:
         """Ends logging and lets other runs have the workdir."""
