@@ -34,17 +34,18 @@ class Bucket:
     """
 
     def __init__(self, address: str):
-        name = address.removeprefix(SCHEME).rstrip("/")
-        self.address = SCHEME + name
-        if not name or name.startswith("/"):
+        inside = address.removeprefix(SCHEME).rstrip("/")
+        self.address = SCHEME + inside
+        if not inside or inside.startswith("/"):
             raise UserError(f"{address}: expected gs://BUCKET/DIRECTORY")
         if importlib.util.find_spec("gcsfs") is None:
             raise UserError(
                 f"{address}: a bucket needs gcsfs: pip install -c requirements.lock -e '.[gcs]'"
             )
-        # What these would look up of a bucket's kind needs a permission that a run does not.
+        # What gcsfs would look up of a bucket's kind takes a permission that a run does not need.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It prints what is raised as well.
+        for name in ("absl", "asyncio", "gcsfs"):  # They, Orbax by the first, print what is raised.
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         import fsspec  # Imported where it is used: it takes half a second.
 
         # Other processes write objects, too. Orbax, by etils.epath, has its settings from here.

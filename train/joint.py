@@ -123,10 +123,10 @@ def train_joint(
     with run.phase("export"), run.progress("models exported", 3) as advance:
         run.processes.once(export)
     with run.phase("report"), run.progress("pages written", 1) as advance:
-        report = run.processes.once(lambda: str(write_report(run.workdir)))
+        report = run.processes.once(lambda: run.where(write_report(run.workdir)))
         advance(1)
     console.print(results_table(results))
-    console.print(f"report: {run.where(report)}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
     run.close()
     return results
 
