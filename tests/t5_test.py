@@ -85,7 +85,7 @@ def test_dense_layers_that_do_not_fit_are_refused(gtr):
     weights, config = directory / "2_Dense/model.safetensors", directory / "2_Dense/config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "activation_function": "torch.nn.ReLU"}))
-    with pytest.raises(UserError, match=r"activation 'torch.nn.ReLU' is not supported"):
+    with pytest.raises(UserError, match=r"activation_function 'torch.nn.ReLU' is not supported"):
         load_retriever(str(directory))
     config.write_text(json.dumps(settings))
     save_file({"linear.weight": np.zeros((24, 31), np.float32)}, weights)
