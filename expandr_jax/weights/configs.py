@@ -167,7 +167,9 @@ def _decoder(hf: Fields, kind: str) -> DecoderConfig:
         hf.quotient("hidden_size", "num_attention_heads")
     width = hf.count("head_dim", hf.count("hidden_size") // heads)
     if width % 2:
-        raise hf.refuse("head_dim", f"an even number, not {width}: its halves rotate together")
+        raise UserError(
+            f"{hf.where}: head_dim is {width}; expected an even number: its halves rotate together"
+        )
     window, is_local = _sliding(hf, kind)
     activation = "hidden_activation" if gemma else "hidden_act"
     return DecoderConfig(

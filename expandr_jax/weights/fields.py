@@ -10,7 +10,7 @@ from expandr_jax.errors import UserError
 
 _LARGEST = 2**31 - 1
 _SHOWN = 80  # Characters of a wrong value that a message repeats.
-_LONGEST = 300  # Those of another library's message.
+_LONGEST = 400  # Those of another library's message, or of names.
 _LONGEST_PATH = 255
 
 
@@ -159,9 +159,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def reason(error: Exception) -> str:
-    """What an exception says, on one line and not at any length."""
-    text = " ".join(str(error).split())
+def one_line(message: Any) -> str:
+    """What an exception says, or names from a file, on one line and not at any length."""
+    text = " ".join(str(message).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -173,7 +173,7 @@ def read_json(path: Path, default: Any = None) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable JSON: {reason(error)}") from None
+        raise UserError(f"{path}: not readable JSON: {one_line(error)}") from None
 
 
 def read_text(path: Path) -> str:

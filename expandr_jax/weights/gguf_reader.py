@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import Fields, reason, shown
+from expandr_jax.weights.fields import Fields, one_line, shown
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -52,7 +52,7 @@ class GgufReader:
             self._parse()
             del self._buffer  # What was read through it would stay resident.
         except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
-            raise UserError(f"{path}: not a whole GGUF file: {reason(error)}") from None
+            raise UserError(f"{path}: not a whole GGUF file: {one_line(error)}") from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or some rows of it, dequantized to float32.

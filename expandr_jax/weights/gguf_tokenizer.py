@@ -15,7 +15,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import Fields, reason, shown
+from expandr_jax.weights.fields import Fields, one_line, shown
 
 _KEY = "tokenizer.ggml."
 _TOKENS = _KEY + "tokens"
@@ -62,7 +62,7 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{metadata.where}: its tokenizer is damaged: {reason(error)}") from None
+        raise UserError(f"{metadata.where}: its tokenizer is damaged: {one_line(error)}") from None
     backend.add_tokens(
         [
             AddedToken(token, special=token_type == _CONTROL, normalized=False)

@@ -24,7 +24,7 @@ from expandr_jax.sharding import param_shardings, put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.configs import ENCODERS, model_config
 from expandr_jax.weights.fairseq import FairseqTokenizer
-from expandr_jax.weights.fields import is_count, reason, shown
+from expandr_jax.weights.fields import is_count, one_line, shown
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.load import example_inputs, load_params
@@ -231,7 +231,7 @@ def _check_template(generator: Generator, source: str) -> None:
     except Exception as error:  # A template may raise anything.
         raise UserError(
             f"{source}: its chat template cannot be applied: "
-            f"{type(error).__name__}: {reason(error)}"
+            f"{type(error).__name__}: {one_line(error)}"
         ) from None
     if not ids:
         raise UserError(f"{source}: its chat template makes nothing of a user's message")

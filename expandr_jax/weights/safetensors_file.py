@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import is_count, reason, shown
+from expandr_jax.weights.fields import is_count, one_line, shown
 
 _TYPES = {
     "F64": np.float64,
@@ -75,7 +75,7 @@ class SafetensorsFile:
         except OSError as error:
             raise UserError(f"{path}: cannot read it: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable safetensors file: {reason(error)}") from None
+            raise UserError(f"{path}: not a readable safetensors file: {one_line(error)}") from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """One tensor, or some rows of it, in the type it has in the file."""

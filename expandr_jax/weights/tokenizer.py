@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import Fields, read_text, reason
+from expandr_jax.weights.fields import Fields, one_line, read_text
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -44,7 +44,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         backend = Tokenizer.from_file(str(path))
         backend.encode(_ODD_TEXT)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: not a readable tokenizer: {reason(error)}") from None
+        raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
