@@ -275,6 +275,7 @@ def test_sources_that_are_not_there():
         ("package:no_such_package/x", "package 'no_such_package' is not installed"),
         ("package:flax/no_such_file", "has no 'no_such_file'"),
         ("./no-such-directory", "no such file or directory"),
+        ("x" * 1000, "xxx.*: cannot read it: File name too long"),
     ]:
         with pytest.raises(UserError, match=message):
             load_model(source)

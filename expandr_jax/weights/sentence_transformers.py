@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from expandr_jax.errors import UserError
@@ -144,6 +145,10 @@ def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
     params = {"kernel": np.ascontiguousarray(kernel.T)}
     if bias is not None:
         params["bias"] = bias
+    if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in params.values()):
+        raise UserError(f"{path}: its tensors are not of a floating type")
+    with np.errstate(over="ignore"):
+        params = {name: value.astype(np.float32) for name, value in params.items()}
     if not all(np.isfinite(value).all() for value in params.values()):
         raise UserError(f"{path}: it has NaN or infinite values")
     return params
