@@ -18,10 +18,10 @@ from expandr_jax.models.decoder import cast_weights
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.weights.configs import model_config
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import MODULES, open_model
 from expandr_jax.weights.load import example_inputs
 from expandr_jax.weights.source import locate
-from expandr_jax.weights.tokenizer import read_json
 from train.models import OF_ONE_PROCESS, phase_mesh
 
 # The workload: counts of texts and their tokens, of all processes together.
@@ -161,17 +161,16 @@ def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> n
         UserError: Neither a shape nor a source that is here is named.
     """
     if section.shape:
-        where = section.shape
-        found = read_json(Path(where))
-        kind = found.get("model_type")
+        found = Fields.read(Path(section.shape))
+        kind = found.values.get("model_type")
     else:
-        found, kind, where = _shape_of_source(section.source, name)
-    config = model_config(found, kind, where)
+        found, kind = _shape_of_source(section.source, name)
+    config = model_config(found, kind)
     return MODULES[type(config)](config, dtype=jnp.dtype(dtype))
 
 
-def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None, str]:
-    """config.json, kind and place of a model that is here; nothing is fetched."""
+def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
+    """config.json and kind of a model that is here; nothing is fetched."""
     path = Path(source).expanduser()
     if not source or not (source.startswith("package:") or path.exists()):
         raise UserError(
@@ -179,9 +178,8 @@ def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None
             "of its shape"
         )
     path = locate(source)
-    config = path / "config.json"
     if path.is_dir() and not list(path.glob("model*.safetensors*")):
-        found = read_json(config)
-        return found, found.get("model_type"), str(config)
+        found = Fields.read(path / "config.json")
+        return found, found.values.get("model_type")
     files, _ = open_model(source)
-    return files.config, files.model_type, str(config)
+    return files.config, files.model_type
