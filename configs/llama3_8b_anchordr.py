@@ -18,7 +18,7 @@ SHAPES = pathlib.Path(__file__).resolve().parent / "shapes"
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """8 chips or more; each mesh takes all that there are."""
+    """Hosts of 4 chips, two or more: training takes all chips, sampling and encoding a host's."""
     config = paper.get_config("anchordr")
     config.retriever.shape = str(SHAPES / "anchordr.json")
     config.generator.shape = str(SHAPES / "llama3_8b_instruct.json")
@@ -35,6 +35,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.mesh.contrastive = (1, -1, 1)  # Weights and optimizer state spread; gathered by layer.
     config.mesh.encoding = (-1, 1, 1)  # Whole weights everywhere: nothing is sent.
-    config.mesh.sampling = (-1, 1, 8)  # A step reads weights once: each chip an eighth of them.
+    config.mesh.sampling = (-1, 1, 4)  # A step reads weights once: each chip a quarter of them.
     config.mesh.dpo = (1, -1, 1)
     return config

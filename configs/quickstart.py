@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.epochs = 1.0
     config.contrastive.batch_size = 16
     config.contrastive.negatives = 1
-    config.contrastive.learning_rate = 1e-4
+    config.contrastive.learning_rate = 5e-5
     config.contrastive.warmup_steps = 8
     config.mining.per_query = 1
     config.mining.relative_margin = 0.0  # What outscores the right document is often right too.

@@ -69,9 +69,10 @@ on ragged batches padded on either side; "cached" is token-by-token decoding aga
 """
 OUTRO = """
 Refused, each with its reason: pickles (`pytorch_model.bin`), tensors that are missing, unknown,
-wrongly shaped or not finite, options that are not implemented (config.json's are named one by one),
-and an export of AnchorDR for sentence-transformers, which cannot hold it: it returns to its own
-layout. AnchorDR is compared with a twin written from its description, not with published weights.
+wrongly shaped or not finite, files that are cut short or damaged, fields of theirs that cannot be
+and options that are not implemented (each by its name), and an export of AnchorDR for
+sentence-transformers, which cannot hold it: it returns to its own layout. AnchorDR is compared with
+a twin written from its description, not with published weights.
 
 Attention is one function for all of them. On TPUs it takes jax's splash attention from 128 tokens
 on, where there is no bias and no dropout on its weights; on NVIDIA GPUs cuDNN's in half precision;
@@ -82,8 +83,8 @@ Loading puts each tensor where it belongs on the mesh as it is read: `pytest -m 
 tests/streaming_test.py` prints the memory that this takes beyond 4.3 GB of parameters.
 
 The tests behind it: `bert_test`, `t5_test`, `anchordr_test`, `decoder_test`, `gguf_test`,
-`weights_test`, `export_test`, `streaming_test`, `splash_test`, `int8_test` and, marked slow,
-`greedy_test`.
+`weights_test`, `model_configs_test`, `model_files_test`, `export_test`, `streaming_test`,
+`splash_test`, `int8_test` and, marked slow, `greedy_test`.
 """
 
 

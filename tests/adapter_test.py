@@ -56,11 +56,11 @@ def change_tensors(directory, change):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": ...}, r"adapter_config.json: r is None; it must be a whole number"),
-        ({"r": "4"}, r"adapter_config.json: r is '4'; it must be a whole number"),
-        ({"lora_alpha": ...}, r"lora_alpha is None; it must be a number"),
-        ({"lora_alpha": float("nan")}, r"lora_alpha is nan; it must be a number"),
-        ({"base_model_name_or_path": 3}, r"base_model_name_or_path is missing"),
+        ({"r": ...}, r"adapter_config.json: field 'r' is missing"),
+        ({"r": "4"}, r"adapter_config.json: r is '4'; expected a whole number from 1"),
+        ({"lora_alpha": ...}, r"field 'lora_alpha' is missing"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha is nan; expected a number"),
+        ({"base_model_name_or_path": 3}, r"base_model_name_or_path is 3; expected a string"),
         ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication=.* is not supported"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] is not supported"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),

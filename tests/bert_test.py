@@ -75,10 +75,10 @@ def test_remat_changes_neither_values_nor_gradients(tiny):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), plain, again)
 
 
-@pytest.mark.parametrize("unroll", [False, True])
-def test_layers_equal_a_loop_over_blocks(tiny, unroll):
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_layers_equal_a_loop_over_blocks(tiny, remat):
     module, params = tiny
-    module = module.clone(unroll=unroll)
+    module = module.clone(remat=remat)
     ids, mask = tiny_models.ragged_batch("right")
     ids = jnp.asarray(ids % TINY.vocab_size)
     block = Block(TINY, jnp.float32, None, True)

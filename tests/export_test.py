@@ -22,6 +22,7 @@ from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.adapter import export_adapter, load_adapter
 from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.export import export_generator, export_retriever
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
@@ -209,7 +210,7 @@ def test_an_adapter_of_llama_3_8b_has_the_names_and_shapes_that_peft_gives_it(tm
     published = tmp_path / "published"
     settings.save_pretrained(published)
     save_file(arrays, published / "adapter_model.safetensors")
-    config = model_config({"model_type": "llama", **shape}, "llama", "config.json")
+    config = model_config(Fields(shape, "config.json"), "llama")
     lora, adapter = load_adapter(str(published), config)
     assert (lora.rank, lora.alpha, lora.dropout) == (8, 32, 0.1)
     weights = adapter["layers"]["self_attn"]["v_proj"]

@@ -13,6 +13,7 @@ import transformers
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
@@ -190,7 +191,7 @@ def test_rope_scaling_is_recovered_from_its_divisors(tmp_path):
     model.config.head_dim = 128  # all that the divisors depend on
     path = tmp_path / "scaled.gguf"
     write_gguf(path, model, "llama", rope_freqs=(plain / scaled).astype(np.float32))
-    assert GgufFile(path).config["rope_scaling"] == options
+    assert GgufFile(path).config.values["rope_scaling"] == options
     write_gguf(path, model, "llama", rope_freqs=np.linspace(1, 9, 64, dtype=np.float32))
     with pytest.raises(UserError, match=r"rope_freqs.weight is not Llama 3's"):
         GgufFile(path)
@@ -236,9 +237,10 @@ def test_sentencepiece_tokens_equal_the_library(prefix, tmp_path):
         "tokenizer.ggml.eos_token_id": library.eos_id(),
         "tokenizer.ggml.add_space_prefix": prefix,
     }
-    tokenizer = read_gguf_tokenizer(metadata, "file")
+    fields = Fields(metadata, "file")
+    tokenizer = read_gguf_tokenizer(fields)
     end = library.piece_to_id("<end_of_turn>")
-    assert ends_of_turn(metadata) == [end]
+    assert ends_of_turn(fields) == [end]
     for sample in (
         "the web page leads",
         "it's  about 35,",
@@ -330,8 +332,8 @@ def test_refused_files(tmp_path):
     with pytest.raises(UserError, match=r"does not begin"):
         load_model(str(path))
     path.write_bytes(whole.replace(b"llama.block_count", b"llama.block_COUNT"))
-    with pytest.raises(UserError, match=r"metadata 'llama.block_count' is missing"):
+    with pytest.raises(UserError, match=r"field 'llama.block_count' is missing"):
         load_model(str(path))
     write_gguf(path, model, "falcon")
-    with pytest.raises(UserError, match=r"architecture 'falcon' is not supported"):
+    with pytest.raises(UserError, match=r"general.architecture 'falcon' is not supported"):
         load_model(str(path))

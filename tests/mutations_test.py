@@ -242,6 +242,14 @@ def check_quietly(source):
     return mistakes, ""
 
 
+def complaint_of(read, place):
+    """What a reader complains of, checked to be one line that begins with the place."""
+    with pytest.raises(UserError) as caught:
+        read()
+    check_complaint(str(caught.value), place)
+    return str(caught.value)
+
+
 def check_complaint(complaint, place):
     assert complaint.startswith(f"{place}"), complaint[:300]
     assert len(complaint.splitlines()) == 1, complaint[:300]

@@ -39,7 +39,7 @@ def config():
     config = smoke.get_config()
     config.contrastive.micro_batch = 128
     config.mesh.contrastive = (2, 4, 1)
-    config.mesh.sampling = (4, 1, 2)
+    config.mesh.sampling = (-1, 1, 2)
     config.mesh.dpo = (1, 8, 1)
     return config
 
@@ -197,10 +197,10 @@ def test_the_slowest_of_three_is_the_roofline():
 
 def test_chip_hours_follow_the_paper():
     names = ["prefill", "decode", "reference log-probabilities", "DPO step", "contrastive step"]
-    rows = {name: {"roofline_seconds": 0.0, "rows": 10} for name in names}
+    rows = {name: {"roofline_seconds": 0.0, "rows": 128, "shares": 4} for name in names}
     rows["decode"]["roofline_seconds"] = 0.01
     hours = plan.paper_chip_hours(rows, 16)
-    # 3.2 million texts, 512 at once, 512 tokens each.
+    # 3.2 million texts, 128 at once on each of four hosts, 512 tokens each.
     assert hours["all"] == hours["candidates"] == pytest.approx(6250 * 512 * 0.01 * 16 / 3600)
 
 
@@ -223,6 +223,8 @@ def test_a_slice_is_described_without_a_tpu():
     topology = find_topology("v5e:4x4")
     assert len(topology.devices) == 16
     assert topology.devices[0].platform == "tpu"
+    assert topology.hosts == 4
+    assert {device.process_index for device in topology.host_devices} == {0}
     with pytest.raises(UserError, match="chips by rows"):
         find_topology("v5e:16")
     with pytest.raises(UserError, match="no such slice"):
@@ -253,6 +255,32 @@ def test_a_mesh_that_does_not_fit_the_workload_is_refused(config):
     wrong.contrastive.micro_batch = 100
     with pytest.raises(UserError, match="expected a divisor of 1024"):
         plan_programs.planned_programs(wrong, topology)["contrastive step"]()
+
+
+def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, planned):
+    """Half of the workload each, on half of the devices, as a run of two processes has it."""
+    topology = Topology("two hosts", jax.devices("cpu")[:8], CHIP, hosts=2)
+    shared = ("corpus encoding", "prefill", "decode")
+    two = plan.plan(config, topology, QUIET)
+    rows = {row["program"]: row for row in two["rows"]}
+    for one in planned["rows"]:
+        row = rows[one["program"]]
+        if row["program"] in shared:
+            assert row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"] == 4
+            assert row["shares"] == 2
+        else:
+            assert row["mesh"] == one["mesh"]
+            assert row["shares"] == 1
+    whole = {row["program"]: row for row in planned["rows"]}
+    assert rows["decode"]["rows"] == whole["decode"]["rows"] / 2
+    assert rows["decode"]["model_flops"] == whole["decode"]["model_flops"] / 2
+    # The same texts on as many chips at the same peaks: the hours change by less than half.
+    hours = [result["paper_chip_hours"]["candidates"] for result in (planned, two)]
+    assert 1 / 2 < hours[1] / hours[0] < 2
+    wrong = config.copy_and_resolve_references()
+    wrong.mesh.sampling = (1, 1, 8)
+    with pytest.raises(UserError, match="two hosts has 2 hosts, and this phase has the devices"):
+        plan_programs.planned_programs(wrong, topology)["decode"]()
 
 
 def test_the_command_writes_the_plan(tmp_path):

@@ -85,18 +85,24 @@ def test_dense_layers_that_do_not_fit_are_refused(gtr):
     weights, config = directory / "2_Dense/model.safetensors", directory / "2_Dense/config.json"
     settings = json.loads(config.read_text())
     config.write_text(json.dumps({**settings, "activation_function": "torch.nn.ReLU"}))
-    with pytest.raises(UserError, match=r"activation 'torch.nn.ReLU' is not supported"):
+    with pytest.raises(UserError, match=r"activation_function 'torch.nn.ReLU' is not supported"):
         load_retriever(str(directory))
     config.write_text(json.dumps(settings))
     save_file({"linear.weight": np.zeros((24, 31), np.float32)}, weights)
     with pytest.raises(UserError, match=r"expected linear.weight of width 32 .* \(24, 31\)"):
+        load_retriever(str(directory))
+    save_file({"linear.weight": np.zeros((24, 32), np.int8)}, weights)
+    with pytest.raises(UserError, match=r"2_Dense/model.safetensors: .* not of a floating type"):
+        load_retriever(str(directory))
+    save_file({"linear.weight": np.full((24, 32), 1e300)}, weights)
+    with pytest.raises(UserError, match=r"2_Dense/model.safetensors: it has NaN or infinite val"):
         load_retriever(str(directory))
     weights.unlink()
     with pytest.raises(UserError, match=r"2_Dense/model.safetensors: no such file; pytorch_model"):
         load_retriever(str(directory))
     modules = json.loads((directory / "modules.json").read_text())
     (directory / "modules.json").write_text(json.dumps(modules[:1] + modules[:0:-1]))
-    with pytest.raises(UserError, match=r"modules are Transformer, Normalize, Dense, Pooling"):
+    with pytest.raises(UserError, match=r"modules are 'Transformer, Normalize, Dense, Pooling"):
         load_retriever(str(directory))
 
 

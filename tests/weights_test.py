@@ -257,7 +257,7 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(llama):
             {"model_type": "gpt2"},
             "config.json: model_type 'gpt2' is not supported; supported: bert",
         ),
-        ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1}}, "rope_type 'yarn'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "weights are quantized; take the mod"),
@@ -275,6 +275,7 @@ def test_sources_that_are_not_there():
         ("package:no_such_package/x", "package 'no_such_package' is not installed"),
         ("package:flax/no_such_file", "has no 'no_such_file'"),
         ("./no-such-directory", "no such file or directory"),
+        ("x" * 1000, "xxx.*: cannot read it: File name too long"),
     ]:
         with pytest.raises(UserError, match=message):
             load_model(source)

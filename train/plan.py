@@ -33,7 +33,7 @@ from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from train.launch import define_config, launch
 from train.plan_programs import planned_programs
 from train.plan_search import PHASES, Proposal, propose
-from train.planned import NEW, PAIRS, QUERIES, ROWS, Planned, bytes_on_device
+from train.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
 
 EXIT_DOES_NOT_FIT = 1
 # The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
@@ -104,6 +104,7 @@ def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> 
     return {
         "program": planned.name,
         "mesh": None if planned.mesh is None else dict(planned.mesh.shape),
+        "shares": planned.shares,
         "rows": planned.rows,
         "rows_per_device": planned.rows / batch,
         "bytes_parameters": bytes_on_device(planned.parameters),
@@ -132,10 +133,14 @@ def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dic
         devices: Chips.
     """
     texts = PAPER["queries"] * PAPER["candidates"]
+
+    def calls(program: str, texts: int) -> int:
+        return math.ceil(texts / (rows[program]["rows"] * rows[program]["shares"]))
+
     steps = {
         "candidates": [
-            ("prefill", math.ceil(PAPER["queries"] / rows["prefill"]["rows"])),
-            ("decode", math.ceil(texts / ROWS) * NEW),
+            ("prefill", calls("prefill", PAPER["queries"])),
+            ("decode", calls("decode", texts) * NEW),
         ],
         "DPO": [
             ("reference log-probabilities", math.ceil(PAPER["pairs"] / PAIRS)),
@@ -164,10 +169,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                  "compile s", "at least", "bound"):  # fmt: skip
         table.add_column(name, justify="left" if name in ("program", "mesh") else "right")
     for row in result["rows"]:
-        mesh = row["mesh"]
         table.add_row(
             row["program"],
-            "1 device" if mesh is None else " x ".join(str(size) for size in mesh.values()),
+            _mesh(row),
             f"{row['rows_per_device']:g}",
             *(f"{row[f'bytes_{part}'] / GIB:.2f}"
               for part in ("parameters", "argument", "temporary", "resident", "total")),
@@ -189,6 +193,13 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         f"The paper's run takes at least {hours['all']:.3g} chip-hours ({parts}): that is with "
         "every program at its roofline."
     )
+
+
+def _mesh(row: Mapping[str, Any]) -> str:
+    if row["mesh"] is None:
+        return "1 device"
+    sizes = " x ".join(str(size) for size in row["mesh"].values())
+    return sizes if row["shares"] == 1 else f"{sizes}, on each of {row['shares']} hosts"
 
 
 def _duration(seconds: float) -> str:

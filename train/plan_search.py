@@ -16,6 +16,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning.collectives import Collectives
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.topology import Topology
+from train.models import OF_ONE_PROCESS
 from train.plan_programs import planned_programs
 from train.planned import QUERIES, Planned, bytes_on_device
 
@@ -103,9 +104,8 @@ def _estimates(
     if phase == "contrastive":
         micro_batches += [QUERIES // 2**i for i in range(3)]
     remats = REMATS if remat_name else (None,)
-    for mesh, micro, remat in itertools.product(
-        _meshes(len(topology.devices)), micro_batches, remats
-    ):
+    devices = topology.host_devices if phase in OF_ONE_PROCESS else topology.devices
+    for mesh, micro, remat in itertools.product(_meshes(len(devices)), micro_batches, remats):
         settings: dict[str, Any] = {f"mesh.{phase}": mesh}
         if phase == "contrastive":
             settings["contrastive.micro_batch"] = micro

@@ -15,14 +15,16 @@ from jax.sharding import Mesh, Sharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights
+from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.weights.configs import model_config
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import MODULES, open_model
 from expandr_jax.weights.load import example_inputs
 from expandr_jax.weights.source import locate
-from expandr_jax.weights.tokenizer import read_json
+from train.models import OF_ONE_PROCESS, phase_mesh
 
-# The workload: counts of texts and their tokens.
+# The workload: counts of texts and their tokens, of all processes together.
 QUERIES, PASSAGES, LENGTH = 1024, 2, 512  # A step of A: each query with its expansion.
 ENCODED = 4096  # Texts of LENGTH that are encoded at once.
 ROWS, PROMPT, NEW = 512, 100, 512  # Texts sampled at once.
@@ -41,7 +43,7 @@ class Planned:
         mesh: The devices; None: one of them.
         parameters: The tree among the arguments whose memory is that of parameters.
         module: The model.
-        rows: Queries, texts, pairs or slots of the whole batch.
+        rows: Queries, texts, pairs or slots of the whole batch, or of one share of it.
         tokens: Of all texts of the batch.
         tokens_at_once: Of the texts whose activations are in memory at once.
         model_flops: Operations of one call that the model needs.
@@ -51,6 +53,7 @@ class Planned:
         learns: Whether gradients of all parameters are summed over the mesh.
         moved: Bytes that one call moves between each device and its memory, at least.
         change: What to change where it does not fit.
+        shares: Processes that each run it at the same time, on meshes of their own.
         resident: Bytes on each device that the run holds for other phases meanwhile.
     """
 
@@ -70,6 +73,7 @@ class Planned:
     learns: bool
     moved: float
     change: str
+    shares: int = 1
     resident: int = 0
 
     @property
@@ -89,6 +93,28 @@ def bytes_on_device(tree: Any) -> int:
 def key_shape() -> jax.ShapeDtypeStruct:
     """Of a key of random numbers."""
     return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def planned_mesh(config: ml_collections.ConfigDict, phase: str, topology: Topology) -> Mesh:
+    """A phase's mesh: of all devices, or of a process's own where a run shares texts out.
+
+    Args:
+        config: The whole config.
+        phase: As of `phase_mesh`.
+        topology: What to compile for.
+
+    Raises:
+        UserError: It does not fit the devices.
+    """
+    if phase not in OF_ONE_PROCESS or topology.hosts == 1:
+        return phase_mesh(config.mesh, phase, topology.devices)
+    try:
+        return phase_mesh(config.mesh, phase, topology.host_devices)
+    except UserError as error:
+        raise UserError(
+            f"mesh.{phase}: {error}: {topology.name} has {topology.hosts} hosts, and this phase "
+            "has the devices of one at a time"
+        ) from None
 
 
 def check_rows(rows: int, mesh: Mesh, phase: str, what: str) -> None:
@@ -135,17 +161,16 @@ def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> n
         UserError: Neither a shape nor a source that is here is named.
     """
     if section.shape:
-        where = section.shape
-        found = read_json(Path(where))
-        kind = found.get("model_type")
+        found = Fields.read(Path(section.shape))
+        kind = found.values.get("model_type")
     else:
-        found, kind, where = _shape_of_source(section.source, name)
-    config = model_config(found, kind, where)
+        found, kind = _shape_of_source(section.source, name)
+    config = model_config(found, kind)
     return MODULES[type(config)](config, dtype=jnp.dtype(dtype))
 
 
-def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None, str]:
-    """config.json, kind and place of a model that is here; nothing is fetched."""
+def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
+    """config.json and kind of a model that is here; nothing is fetched."""
     path = Path(source).expanduser()
     if not source or not (source.startswith("package:") or path.exists()):
         raise UserError(
@@ -153,9 +178,8 @@ def _shape_of_source(source: str, name: str) -> tuple[dict[str, Any], str | None
             "of its shape"
         )
     path = locate(source)
-    config = path / "config.json"
     if path.is_dir() and not list(path.glob("model*.safetensors*")):
-        found = read_json(config)
-        return found, found.get("model_type"), str(config)
+        found = Fields.read(path / "config.json")
+        return found, found.values.get("model_type")
     files, _ = open_model(source)
-    return files.config, files.model_type, str(config)
+    return files.config, files.model_type

@@ -27,7 +27,7 @@ from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from train.generator import objective
-from train.models import base_type, phase_mesh
+from train.models import base_type
 from train.pairs import PairBatches
 from train.planned import (
     NEW,
@@ -40,6 +40,7 @@ from train.planned import (
     key_shape,
     param_shapes,
     placed,
+    planned_mesh,
     shape_module,
 )
 
@@ -68,21 +69,26 @@ class GeneratorShapes:
             lambda params: init_lora(jax.random.key(0), params, self.module.lora), self.params
         )
 
+    @property
+    def _rows(self) -> int:
+        """Slots of a process."""
+        return max(1, ROWS // self._topology.hosts)
+
     def resident(self) -> int:
         """Bytes a device of what a run holds: the base, as DPO has it."""
-        mesh = phase_mesh(self._config.mesh, "dpo", self._topology.devices)
+        mesh = planned_mesh(self._config, "dpo", self._topology)
         return bytes_on_device(placed(self.params, model_shardings(mesh, self.module, self.params)))
 
     def _sampling(self) -> tuple[Mesh, Programs, dict[str, Any]]:
         """The mesh, the engine's programs and its variables, the adapter among them."""
-        mesh = phase_mesh(self._config.mesh, "sampling", self._topology.devices)
-        check_rows(ROWS, mesh, "sampling", "slots")
+        mesh = planned_mesh(self._config, "sampling", self._topology)
+        check_rows(self._rows, mesh, "sampling", "slots")
         module = self.module.clone(unroll=True, remat="none")
         on_cpu = self._topology.devices[0].platform == "cpu"
         programs = make_programs(
             Shape(
                 module=module,
-                slots=ROWS,
+                slots=self._rows,
                 length=PROMPT + NEW,
                 max_new_tokens=NEW,
                 cache_dtype=jnp.dtype(jnp.float32 if on_cpu else module.dtype),
@@ -106,7 +112,7 @@ class GeneratorShapes:
     def prefill(self) -> Planned:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
         mesh, programs, variables = self._sampling()
-        rows = prefill_rows(ROWS, PROMPT, mesh)
+        rows = prefill_rows(self._rows, PROMPT, mesh)
         place = batch_sharding(mesh)
         tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=place)
         length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
@@ -128,16 +134,18 @@ class GeneratorShapes:
             learns=False,
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
             change="a larger tensor axis in mesh.sampling",
+            shares=self._topology.hosts,
         )
 
     def decode(self) -> Planned:
-        """One token for each of ROWS slots, each with room for PROMPT + NEW."""
+        """One token for each of a process's slots, each with room for PROMPT + NEW."""
+        rows = self._rows
         mesh, programs, variables = self._sampling()
         slots = placed(jax.eval_shape(programs.empty, None), programs.placed)
         everywhere = replicated(mesh)
-        cancelled = jax.ShapeDtypeStruct((ROWS,), jnp.bool_, sharding=everywhere)
+        cancelled = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        forward = forward_flops(self.module, self.params, ROWS, 1, keys=PROMPT + NEW, logits=ROWS)
+        forward = forward_flops(self.module, self.params, rows, 1, keys=PROMPT + NEW, logits=rows)
         weights = bytes_on_device(variables) * mesh.shape["fsdp"]
         return Planned(
             name="decode",
@@ -146,9 +154,9 @@ class GeneratorShapes:
             mesh=mesh,
             parameters=variables,
             module=self.module,
-            rows=ROWS,
-            tokens=ROWS,
-            tokens_at_once=ROWS,
+            rows=rows,
+            tokens=rows,
+            tokens_at_once=rows,
             model_flops=forward,
             run_flops=forward,
             passes=1,
@@ -156,11 +164,12 @@ class GeneratorShapes:
             learns=False,
             moved=weights + bytes_on_device(slots.cache),
             change="fewer generator.slots, or a larger tensor axis in mesh.sampling",
+            shares=self._topology.hosts,
         )
 
     def _pairs(self) -> tuple[Mesh, Any, dict[str, Any], int]:
         """The mesh, the placed base, a batch and the operations of one forward pass over it."""
-        mesh = phase_mesh(self._config.mesh, "dpo", self._topology.devices)
+        mesh = planned_mesh(self._config, "dpo", self._topology)
         check_rows(PAIRS, mesh, "dpo", "pairs")
         base = placed(self.params, model_shardings(mesh, self.module, self.params))
         pair = PreferencePair([0] * PROMPT, [0] * NEW, [0] * NEW)

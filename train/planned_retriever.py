@@ -18,7 +18,6 @@ from expandr_jax.search.exact import ExactOptions, merge_block
 from expandr_jax.sharding import batch_divisor, batch_sharding, replicated
 from expandr_jax.steps import contrastive_program, embedder, model_shardings
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
-from train.models import phase_mesh
 from train.planned import (
     DEPTH,
     ENCODED,
@@ -31,6 +30,7 @@ from train.planned import (
     key_shape,
     param_shapes,
     placed,
+    planned_mesh,
     shape_module,
 )
 from train.retriever import contrastive_config, training_retriever
@@ -60,20 +60,20 @@ class RetrieverShapes:
 
     def resident(self) -> int:
         """Bytes a device of what a run holds: the weights before training, and those trained."""
-        mesh = phase_mesh(self._config.mesh, "contrastive", self._topology.devices)
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
         places = model_shardings(mesh, self.retriever.module, self.params)
         return 2 * bytes_on_device(placed(self.params, places))
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""
         config = self._config.contrastive
-        mesh = phase_mesh(self._config.mesh, "contrastive", self._topology.devices)
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
         check_rows(QUERIES, mesh, "contrastive", "queries")
         if config.micro_batch and QUERIES % config.micro_batch:
             raise UserError(
                 f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
             )
-        retriever = training_retriever(self.retriever, config, mesh)
+        retriever = training_retriever(self.retriever, config)
         optimizer = make_optimizer(OptimizerConfig(1.0, 2, accumulation=config.accumulation))
         start, places = self.params, model_shardings(mesh, retriever.module, self.params)
         if config.learn_temperature:
@@ -134,11 +134,12 @@ class RetrieverShapes:
         }
 
     def encoding(self) -> Planned:
-        """A batch of texts to vectors: ENCODED of them, or what the config takes at once."""
-        mesh = phase_mesh(self._config.mesh, "encoding", self._topology.devices)
+        """A process's batch of texts: its share of ENCODED, or of what the config takes at once."""
+        hosts = self._topology.hosts
+        mesh = planned_mesh(self._config, "encoding", self._topology)
         divisor = batch_divisor(mesh)
-        rows = self._config.retriever.tokens_per_batch // self._length
-        rows = min(ENCODED, max(1, rows // divisor) * divisor)
+        rows = self._config.retriever.tokens_per_batch // hosts // self._length
+        rows = min(max(1, ENCODED // hosts), max(1, rows // divisor) * divisor)
         check_rows(rows, mesh, "encoding", "texts")
         places = model_shardings(mesh, self.retriever.module, self.params)
         params = placed(self.params, places)
@@ -161,6 +162,7 @@ class RetrieverShapes:
             learns=False,
             moved=bytes_on_device(params) * mesh.shape["fsdp"],
             change="a smaller retriever.tokens_per_batch",
+            shares=hosts,
         )
 
     def search(self) -> Planned:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from absl import flags
-from jax.sharding import Mesh
 from rich.console import Console
 
 from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
@@ -36,7 +35,6 @@ from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
-from expandr_jax.models.bert import Bert
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.search import build_index
@@ -106,7 +104,7 @@ def train_retriever(
         )
     )
     mesh = models.contrastive_mesh
-    retriever = training_retriever(models.retriever, config, mesh)
+    retriever = training_retriever(models.retriever, config)
     placed = model_shardings(mesh, retriever.module, params)
     params = start = put(params, placed)
     if config.learn_temperature:
@@ -206,13 +204,9 @@ def train_retriever(
     return whole(best)
 
 
-def training_retriever(
-    retriever: Retriever, config: ml_collections.ConfigDict, mesh: Mesh
-) -> Retriever:
+def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
     """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
     module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
-    if isinstance(module, Bert) and mesh.devices.flat[0].platform == "cpu":
-        module = module.clone(unroll=True)
     return dataclasses.replace(retriever, module=module)
 
 

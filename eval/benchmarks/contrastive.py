@@ -6,7 +6,6 @@ MultipleNegativesRankingLoss. Dropout is off on all sides, so that one gradient 
 with the other.
 """
 
-import dataclasses
 import functools
 import pathlib
 import time
@@ -41,6 +40,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     """`contrastive_step`, as the trainer jits it."""
     import jax
 
+    from configs import base
     from expandr_jax.contrastive import (
         ContrastiveConfig,
         ContrastiveExample,
@@ -50,9 +50,10 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     )
     from expandr_jax.sharding import batch_sharding, make_mesh, replicated
     from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+    from train.retriever import training_retriever
 
-    retriever, params = minilm.load(LENGTH)
-    retriever = dataclasses.replace(retriever, module=retriever.module.clone(unroll=True))
+    loaded, params = minilm.load(LENGTH)
+    retriever = training_retriever(loaded, base.get_config().contrastive)
     texts = _texts(directory, expanded)
     examples = [
         ContrastiveExample(

@@ -22,8 +22,7 @@ NEW_TOKENS = 64
 TOP_P = 0.9
 SLOTS = 128  # As in configs/base.py.
 CHECKED_TOKENS = 16  # Greedy ones of each prompt, compared before anything is timed.
-BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; each is tried once, with all its tokens,
-SLOWER = 0.9  # until one comes to less than this share of the best rate.
+BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; each is tried with all its tokens.
 NO_EOS = -1  # No token ends a text.
 
 
@@ -137,8 +136,6 @@ def _best_batch(directory: pathlib.Path) -> int:
     transformers.greedy(CHECKED_TOKENS)  # The first call of all is slower.
     for size in BATCHES:
         rates[size] = transformers.rate(transformers.rows[:size])
-        if rates[size] < SLOWER * max(rates.values()):
-            break
     return max(rates, key=rates.get)
 
 

@@ -21,7 +21,7 @@ from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
 
 _BOS = 0
-_FARTHEST = 127  # Tokens at this distance or beyond share the last bucket.
+FARTHEST = 127  # Tokens at this distance or beyond share the last bucket.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ def relative_buckets(length: int, num_buckets: int) -> jax.Array:
     half = num_buckets // 2
     exact = half // 2
     distance = np.arange(length)
-    far = np.log(np.maximum(distance, exact) / exact) / np.log(_FARTHEST / exact)
+    far = np.log(np.maximum(distance, exact) / exact) / np.log(FARTHEST / exact)
     far = exact + np.ceil(far * (half - 1 - exact))
     bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
     ahead = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]

@@ -16,7 +16,6 @@ def stack(
     length: int,
     remat: str,
     in_axes: Any = nn.broadcast,
-    unroll: bool = False,
 ) -> type[nn.Module]:
     """A module of `length` blocks, one after the other.
 
@@ -28,7 +27,6 @@ def stack(
         length: How many.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
         in_axes: As `nn.scan`'s: by default all blocks get the same inputs.
-        unroll: Blocks laid out one after another in the program instead of a loop.
 
     Returns:
         A class with the block's attributes; outputs are stacked along a leading axis.
@@ -41,6 +39,5 @@ def stack(
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
-        unroll=length if unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

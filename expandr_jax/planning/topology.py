@@ -32,11 +32,18 @@ class Topology:
         name: As it was asked for.
         devices: To make a mesh of; of a TPU these are descriptions that can only be compiled for.
         chip: What each can do.
+        hosts: Processes of a run there, one on each host, with as many of the devices each.
     """
 
     name: str
     devices: Sequence[Any]
     chip: chips.Chip
+    hosts: int = 1
+
+    @property
+    def host_devices(self) -> Sequence[Any]:
+        """Those of the first process."""
+        return self.devices[: len(self.devices) // self.hosts]
 
 
 def find_topology(name: str) -> Topology:
@@ -52,7 +59,9 @@ def find_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind in chips.TPUS:
-        return Topology(name, _slice(name, kind, shape), chips.TPUS[kind])
+        devices = sorted(_slice(name, kind, shape), key=lambda device: device.process_index)
+        hosts = len({device.process_index for device in devices})
+        return Topology(name, devices, chips.TPUS[kind], hosts)
     if kind not in ("cpu", "gpu") or (shape and not re.fullmatch(r"[1-9]\d*", shape)):
         raise UserError(f"--topology={name}: expected something like {FORMS}")
     devices = _local(kind, int(shape) if shape else None)

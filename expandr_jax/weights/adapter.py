@@ -1,7 +1,6 @@
 """LoRA adapters in the format of the PEFT library, both ways."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.weights.export import new_directory
+from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.load import leaf_shapes
 from expandr_jax.weights.names import Weight, decoder_weights
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
-from expandr_jax.weights.tokenizer import read_json
 
 _PREFIX = "base_model.model.model."
 # Settings that change what an adapter computes, and the one value of each that is implemented.
@@ -112,10 +111,10 @@ def adapter_base(directory: Path) -> str | None:
                 f"{directory}: it holds a model ({name}) and an adapter ({where.name}): move one "
                 "of them to a directory of its own, so that it is clear what to load"
             )
-    base = read_json(where).get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
+    settings = Fields.read(where)
+    if not settings.values.get("base_model_name_or_path"):
         raise UserError(f"{where}: base_model_name_or_path is missing: it says what to merge into")
-    return base
+    return settings.text("base_model_name_or_path")
 
 
 def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[str, Any]]:
@@ -133,28 +132,23 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     """
     directory = locate(source)
     where = directory / "adapter_config.json"
-    settings = read_json(where)
-    if settings.get("peft_type") != "LORA":
+    settings = Fields.read(where)
+    settings.choice("peft_type", ("LORA",))
+    # An empty value of these is none.
+    given = {name: value for name, value in settings.values.items() if value}
+    Fields(given, str(where)).only(**_PLAIN)
+    for name in _UNSET:
+        if name in given:
+            raise UserError(f"{where}: {name}={shown(given[name])} is not supported; leave it out")
+    init = settings.values.get("init_lora_weights")
+    if init not in _INITS:
         raise UserError(
-            f"{where}: peft_type {settings.get('peft_type')!r} is not supported; LORA is"
-        )
-    for key, value in _PLAIN.items():
-        if settings.get(key) and settings[key] != value:
-            raise UserError(f"{where}: {key}={settings[key]!r} is not supported; only {value!r} is")
-    for key in _UNSET:
-        if settings.get(key):
-            raise UserError(f"{where}: {key}={settings[key]!r} is not supported; leave it out")
-    if settings.get("init_lora_weights") not in _INITS:
-        raise UserError(
-            f"{where}: init_lora_weights={settings['init_lora_weights']!r} changes the base too, "
+            f"{where}: init_lora_weights={shown(init)} changes the base too, "
             "which this adapter does not hold: save it with peft's "
             "path_initial_model_for_weight_conversion, which makes a plain adapter of it"
         )
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if type(rank) is not int or rank < 1:
-        raise UserError(f"{where}: r is {rank!r}; it must be a whole number above 0")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise UserError(f"{where}: lora_alpha is {alpha!r}; it must be a number")
+    rank, alpha = settings.count("r"), settings.number("lora_alpha")
+    dropout = settings.rate("lora_dropout", 0.0)
     tensors = _read_tensors(directory / "adapter_model.safetensors")
     kernels, flat = leaf_shapes(Decoder(config)), {}
     for path, module in _modules(config).items():
@@ -174,7 +168,7 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
             f"{where.parent}: tensors fit no projection: {', '.join(sorted(tensors)[:5])}"
         )
     targets = tuple(f"^{re.escape(path)}$" for path in sorted({p.rsplit("/", 1)[0] for p in flat}))
-    lora = LoraConfig(rank, alpha, settings.get("lora_dropout", 0.0), targets)
+    lora = LoraConfig(rank, alpha, dropout, targets)
     return lora, traverse_util.unflatten_dict(flat, sep="/")
 
 

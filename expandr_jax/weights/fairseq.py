@@ -9,7 +9,8 @@ from pathlib import Path
 import sentencepiece
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.tokenizer import read_json
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.tokenizer import model_max_length as length_in
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _BOS, _PAD, _EOS, _UNK = range(4)
@@ -36,6 +37,7 @@ class FairseqTokenizer:
         pad_token_id: Fills rows.
         model_max_length: Longest input in tokens.
         lower_case: Whether texts are lower-cased.
+        vocab_size: How many ids there are.
     """
 
     pad_token, pad_token_id = _SPECIAL[_PAD], _PAD
@@ -50,9 +52,9 @@ class FairseqTokenizer:
         Raises:
             UserError: If a file is missing or cannot be read.
         """
-        settings = read_json(directory / "tokenizer_config.json", {})
-        self.lower_case = bool(settings.get("do_lower_case", False))
-        self.model_max_length = min(model_max_length, settings.get("model_max_length", 10**9))
+        settings = Fields.read(directory / "tokenizer_config.json", optional=True)
+        self.lower_case = settings.flag("do_lower_case", False)
+        self.model_max_length = min(model_max_length, length_in(settings) or model_max_length)
         self._files = {name: _read(directory / name) for name in ("sp.model", "dict.txt")}
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
@@ -60,6 +62,7 @@ class FairseqTokenizer:
         except RuntimeError:
             raise UserError(f"{directory / 'sp.model'}: not a SentencePiece model") from None
         self._ids = _read_dictionary(directory / "dict.txt", self._files["dict.txt"])
+        self.vocab_size = len(self._ids)
 
     def __call__(
         self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None, **_

@@ -1,15 +1,17 @@
 """A model's files as one object: configuration, tokenizer, and tensors read by rows."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.fields import Fields, path_inside, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile
-from expandr_jax.weights.tokenizer import read_json, read_tokenizer
+from expandr_jax.weights.tokenizer import read_tokenizer
 
 # AnchorDR's config.json says T5; only this tensor tells them apart.
 _OF_ANCHORDR = "encoder.pos_embed.weight"
@@ -23,14 +25,14 @@ class ModelFiles(Protocol):
         where: The weights file, for messages.
         files: The weights files.
         config: As in config.json.
-        generation_config: As in generation_config.json, if there is one.
+        generation_config: As in generation_config.json; without fields if there is none.
         model_type: Which family it is of.
     """
 
     where: str
     files: list[Path]
-    config: dict[str, Any]
-    generation_config: dict[str, Any] | None
+    config: Fields
+    generation_config: Fields
     model_type: str | None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -52,34 +54,35 @@ class HfDirectory:
     def __init__(self, path: Path):
         """Opens the files; raises UserError if one is missing or cannot be read."""
         self._path = path
-        self.config = read_json(path / "config.json")
-        self.generation_config = read_json(path / "generation_config.json", {}) or None
+        self.config = Fields.read(path / "config.json")
+        self.generation_config = Fields.read(path / "generation_config.json", optional=True)
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
         if single.is_file():
-            self.where, self.files = str(single), [single]
+            self.where, self.files, places = str(single), [single], {}
         elif index.is_file():
-            shards = set(read_json(index).get("weight_map", {}).values())
-            self.where, self.files = str(index), [path / name for name in sorted(shards)]
+            self.where, places = str(index), _read_index(index)
+            self.files = sorted({*places.values()})
         else:
             raise UserError(
                 f"{path}: no model.safetensors here; pytorch_model.bin, a pickle, can run code "
                 "when read and is refused: load and save such a model with transformers first"
             )
-        if not self.files:
-            raise UserError(f"{index}: it lists no weights files")
         self._stored = {}
-        for path in self.files:
-            file = SafetensorsFile(path)
+        for file_path in self.files:
+            file = SafetensorsFile(file_path)
             for name in file.entries:
                 # Files converted from TensorFlow keep its names of a norm's parameters.
                 present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
                 present = present.replace("LayerNorm.beta", "LayerNorm.bias")
+                if present in self._stored:
+                    raise UserError(f"{file_path}: tensor {shown(name)} is there twice")
                 self._stored[present] = file, name
+            _check_listed(file, [name for name in places if places[name] == file_path], file_path)
 
     @property
     def model_type(self) -> str | None:
         """config.json's, or "anchordr" for the model that only its tensors tell from T5."""
-        return "anchordr" if _OF_ANCHORDR in self._stored else self.config.get("model_type")
+        return "anchordr" if _OF_ANCHORDR in self._stored else self.config.values.get("model_type")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
@@ -99,3 +102,26 @@ class HfDirectory:
         if self.model_type == "anchordr":
             return FairseqTokenizer(self._path, _ANCHORDR_LENGTH)
         return read_tokenizer(self._path, self.model_type)
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    """Where each tensor is, by the index of a model in several files."""
+    listed = Fields.read(index).section("weight_map")
+    names = {tensor: listed.text(tensor) for tensor in listed.values}
+    places = {tensor: path_inside(index.parent, names[tensor], str(index)) for tensor in names}
+    for path in sorted({*places.values()}):
+        if not path.is_file():
+            raise UserError(f"{index}: it names {path.name}, which is not there: fetch it too")
+    if not places:
+        raise UserError(f"{index}: it lists no weights files")
+    return places
+
+
+def _check_listed(file: SafetensorsFile, names: Iterable[str], where: Path) -> None:
+    """Refuses a file that lacks tensors which the index says it has."""
+    missing = sorted({*names} - file.entries.keys())
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} tensors are missing that the index places here: "
+            + shown(", ".join(missing))
+        )

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 
@@ -49,20 +50,19 @@ class GgufFile:
         """Reads the header; raises UserError if the file or its architecture cannot be read."""
         self.where, self.files = str(path), [path]
         self._reader = GgufReader(path)
-        self._architecture = self._field("general.architecture")
-        if self._architecture not in _ARCHITECTURES:
-            known = ", ".join(_ARCHITECTURES)
-            raise UserError(
-                f"{path}: architecture {self._architecture!r} is not supported; supported: {known}"
-            )
+        self._metadata = Fields(self._reader.metadata, self.where)
+        known = tuple(_ARCHITECTURES)
+        self._architecture = self._metadata.choice("general.architecture", known)
         block = _BLOCK | (_GEMMA_NORMS if self._architecture == "gemma3" else {})
         self._names = {_hf_name(name, block): name for name in self._reader.tensors}
         self._names.pop(_ROPE_FACTORS, None)
-        self.config = self._config()
-        self.model_type = self.config["model_type"]
-        eos = self.config["eos_token_id"]
-        ends = [eos, *(end for end in ends_of_turn(self._reader.metadata) if end != eos)]
-        self.generation_config = {"eos_token_id": ends} if len(ends) > 1 else None
+        config = self._config()
+        self.config = Fields(config, self.where)
+        self.model_type = config["model_type"]
+        eos = config["eos_token_id"]
+        ends = [eos, *(end for end in ends_of_turn(self._metadata) if end != eos)]
+        generation = {"eos_token_id": ends} if len(ends) > 1 else {}
+        self.generation_config = Fields(generation, self.where)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
@@ -81,33 +81,37 @@ class GgufFile:
         # llama.cpp interleaves the halves that rotate together.
         array = self._reader.read(self._names[name])
         key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-        heads = self.config[key]
+        heads = self.config.count(key)
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(array.shape)[rows]
 
     def _config(self) -> dict[str, Any]:
         """The metadata as a Hugging Face configuration."""
         kind, class_name = _ARCHITECTURES[self._architecture]
-        heads, width = self._attention("head_count"), self._of_model("embedding_length")
+        heads, width = self._count("attention.head_count"), self._count("embedding_length")
+        eps = np.float32(self._number("attention.layer_norm_rms_epsilon"))
+        embedding = self.shapes().get("model.embed_tokens.weight")
+        if not embedding:
+            raise UserError(f"{self.where}: tensor token_embd.weight is missing")
         config = {
             "architectures": [class_name],
             "model_type": kind,
-            "vocab_size": self.shapes()["model.embed_tokens.weight"][0],
+            "vocab_size": embedding[0],
             "hidden_size": width,
-            "num_hidden_layers": self._of_model("block_count"),
+            "num_hidden_layers": self._count("block_count"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._attention("head_count_kv"),
-            "head_dim": self._attention("key_length", width // heads),
-            "intermediate_size": self._of_model("feed_forward_length"),
-            "max_position_embeddings": self._of_model("context_length"),
+            "num_key_value_heads": self._count("attention.head_count_kv"),
+            "head_dim": self._count("attention.key_length", width // heads),
+            "intermediate_size": self._count("feed_forward_length"),
+            "max_position_embeddings": self._count("context_length"),
             "hidden_act": "silu",
             # Stored in float32; the shortest decimal that gives the same is what was meant.
-            "rms_norm_eps": float(str(np.float32(self._attention("layer_norm_rms_epsilon")))),
-            "rope_theta": float(self._of_model("rope.freq_base", 10000.0)),
+            "rms_norm_eps": float(str(eps)),
+            "rope_theta": float(self._number("rope.freq_base", 10000.0)),
             "tie_word_embeddings": "lm_head.weight" not in self._names,
-            "bos_token_id": self._field("tokenizer.ggml.bos_token_id", None),
-            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._field("tokenizer.ggml.padding_token_id", None),
+            "bos_token_id": self._token_id("bos", None),
+            "eos_token_id": self._token_id("eos"),
+            "pad_token_id": self._token_id("padding", None),
             "dtype": "float32",
         }
         if kind == "gemma3_text":
@@ -123,18 +127,17 @@ class GgufFile:
         return {
             "hidden_activation": "gelu_pytorch_tanh",
             "query_pre_attn_scalar": per_head if largest else config["head_dim"],
-            "rope_local_base_freq": float(self._of_model("rope.freq_base_swa", 10000.0)),
-            "sliding_window": self._attention("sliding_window"),
+            "rope_local_base_freq": float(self._number("rope.freq_base_swa", 10000.0)),
+            "sliding_window": self._count("attention.sliding_window"),
             "sliding_window_pattern": 6,
         }
 
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
         """Llama 3.1's settings, recovered from the divisors of the frequencies that they gave."""
-        kind = self._of_model("rope.scaling.type", "none")
-        if kind not in ("none", "linear"):
-            raise UserError(f"{self.where}: rope scaling {kind!r} is not supported")
+        name = f"{self._architecture}.rope.scaling.type"
+        kind = self._metadata.choice(name, ("none", "linear"), "none")
         if kind == "linear":
-            return {"rope_type": "linear", "factor": self._of_model("rope.scaling.factor")}
+            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
         if _ROPE_FACTORS not in self._reader.tensors:
             return None
         divisors = self._reader.read(_ROPE_FACTORS)
@@ -155,18 +158,16 @@ class GgufFile:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that the file describes, chat template included."""
-        return read_gguf_tokenizer(self._reader.metadata, self.where)
+        return read_gguf_tokenizer(self._metadata)
 
-    def _attention(self, key: str, *default: Any) -> Any:
-        return self._of_model(f"attention.{key}", *default)
+    def _count(self, key: str, *default: int) -> int:
+        return self._metadata.count(f"{self._architecture}.{key}", *default)
 
-    def _of_model(self, key: str, *default: Any) -> Any:
-        return self._field(f"{self._architecture}.{key}", *default)
+    def _number(self, key: str, *default: float) -> float:
+        return self._metadata.number(f"{self._architecture}.{key}", *default, above=0)
 
-    def _field(self, key: str, *default: Any) -> Any:
-        if key not in self._reader.metadata and not default:
-            raise UserError(f"{self.where}: metadata {key!r} is missing")
-        return self._reader.metadata.get(key, *default)
+    def _token_id(self, key: str, *default: Any) -> int | None:
+        return self._metadata.count(f"tokenizer.ggml.{key}_token_id", *default, least=0)
 
 
 def _hf_name(name: str, block: Mapping[str, str]) -> str:

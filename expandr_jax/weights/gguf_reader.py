@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import Fields, one_line, shown
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -50,8 +51,8 @@ class GgufReader:
             self._place = 0
             self._parse()
             del self._buffer  # What was read through it would stay resident.
-        except (OSError, ValueError, KeyError, struct.error) as error:
-            raise UserError(f"{path}: not a whole GGUF file: {error}") from None
+        except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
+            raise UserError(f"{path}: not a whole GGUF file: {one_line(error)}") from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """The tensor, or some rows of it, dequantized to float32.
@@ -97,15 +98,19 @@ class GgufReader:
             (rank,) = self._unpack("I")
             shape = self._unpack(f"{rank}Q")[::-1]
             headers.append((name, shape, *self._unpack("IQ")))
-        align = self.metadata.get("general.alignment", 32)
+        align = Fields(self.metadata, str(self._path)).count("general.alignment", 32)
         start = -(-self._place // align) * align
         self.tensors = {
             name: GgufTensor(shape, gguf.GGMLQuantizationType(kind), start + offset)
             for name, shape, kind, offset in headers
         }
-        for name, tensor in self.tensors.items():
-            if tensor.offset + _num_bytes(tensor) > len(self._buffer):
-                raise ValueError(f"it ends before the data of {name}")
+        place = start
+        for name, tensor in sorted(self.tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset < place:
+                raise ValueError(f"{shown(name)} begins before the tensor before it ends")
+            place = tensor.offset + _num_bytes(tensor)
+            if place > len(self._buffer):
+                raise ValueError(f"it ends before the data of {shown(name)}")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

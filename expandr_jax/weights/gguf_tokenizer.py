@@ -1,6 +1,5 @@
 """The tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import (
@@ -16,7 +15,10 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import Fields, one_line, shown
 
+_KEY = "tokenizer.ggml."
+_TOKENS = _KEY + "tokens"
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -32,12 +34,11 @@ _SPLITS = {
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
-def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTokenizerFast:
+def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     """Builds a tokenizer, chat template included.
 
     Args:
-        metadata: Of the file, by key.
-        where: The file, for messages.
+        metadata: Of the file.
 
     Returns:
         The tokenizer.
@@ -45,23 +46,23 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTo
     Raises:
         UserError: If it is of another kind, or damaged.
     """
-    kind, split = _field(metadata, "model", where), metadata.get("tokenizer.ggml.pre")
+    kind, split = metadata.text(_KEY + "model"), metadata.text(_KEY + "pre", None)
     if kind != "llama" and (kind != "gpt2" or split not in _SPLITS):
         raise UserError(
-            f"{where}: tokenizer {kind!r} with pre {split!r} is not supported; supported: "
-            f"llama, and gpt2 with pre {', '.join(_SPLITS)}"
+            f"{metadata.where}: tokenizer {shown(kind)} with pre {shown(split)} is not supported; "
+            f"supported: llama, and gpt2 with pre {', '.join(_SPLITS)}"
         )
-    tokens = _field(metadata, "tokens", where)
-    types = _field(metadata, "token_type", where)
+    tokens = metadata.items(_TOKENS, str)
+    types = _of_tokens(metadata, "token_type", int, tokens)
     try:
         if kind == "llama":
-            backend = _sentencepiece(metadata, tokens, types, where)
+            backend = _sentencepiece(metadata, tokens, types)
         else:
-            backend = _byte_level(_field(metadata, "merges", where), tokens, split)
+            backend = _byte_level(metadata.items(_KEY + "merges", str), tokens, split)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{where}: its tokenizer is damaged: {error}") from None
+        raise UserError(f"{metadata.where}: its tokenizer is damaged: {one_line(error)}") from None
     backend.add_tokens(
         [
             AddedToken(token, special=token_type == _CONTROL, normalized=False)
@@ -69,36 +70,37 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTrainedTo
             if token_type in (_CONTROL, _USER_DEFINED)
         ]
     )
+    last = len(tokens) - 1
     special = {
-        f"{name}_token": tokens[metadata[f"tokenizer.ggml.{field}_token_id"]]
+        f"{name}_token": tokens[metadata.count(_KEY + f"{field}_token_id", least=0, most=last)]
         for name, field in (
             ("bos", "bos"),
             ("eos", "eos"),
             ("unk", "unknown"),
             ("pad", "padding"),
         )
-        if metadata.get(f"tokenizer.ggml.{field}_token_id") is not None
+        if _KEY + f"{field}_token_id" in metadata
     }
     begins = kind == "llama" or split == "llama-bpe"
-    if metadata.get("tokenizer.ggml.add_bos_token", begins):
-        bos = special["bos_token"]
+    if metadata.flag(_KEY + "add_bos_token", begins):
+        bos = tokens[metadata.count(_KEY + "bos_token_id", least=0, most=last)]
         backend.post_processor = processors.TemplateProcessing(
             f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]
         )
-    architecture = metadata["general.architecture"]
+    architecture = metadata.text("general.architecture")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        model_max_length=metadata[f"{architecture}.context_length"],
+        chat_template=metadata.text("tokenizer.chat_template", None),
+        model_max_length=metadata.count(f"{architecture}.context_length"),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **special,
     )
 
 
-def ends_of_turn(metadata: Mapping[str, Any]) -> list[int]:
+def ends_of_turn(metadata: Fields) -> list[int]:
     """Ids of the tokens that end a chat model's turn, as far as their names tell."""
-    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    tokens = metadata.items(_TOKENS, str, [])
     return [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
 
 
@@ -119,11 +121,9 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], where: str
-) -> Tokenizer:
+def _sentencepiece(metadata: Fields, tokens: list[str], types: list[int]) -> Tokenizer:
     """BPE that merges the pair whose union has the highest score, bytes for what has no piece."""
-    scores = _field(metadata, "scores", where)
+    scores = _of_tokens(metadata, "scores", float, tokens)
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, score, token_type in zip(tokens, scores, types, strict=True):
@@ -134,11 +134,12 @@ def _sentencepiece(
             if left in vocab and right in vocab:
                 merges.append((-score, -len(left), -len(right), vocab[left], left, right))
     pairs = [(left, right) for *_, left, right in sorted(merges)]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
+    last = len(tokens) - 1
+    unknown = tokens[metadata.count(_KEY + "unknown_token_id", 0, least=0, most=last)]
     backend = Tokenizer(
         models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = metadata.flag(_KEY + "add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     to_spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.normalizer = spaces
@@ -149,7 +150,11 @@ def _sentencepiece(
     return backend
 
 
-def _field(metadata: Mapping[str, Any], key: str, where: str) -> Any:
-    if f"tokenizer.ggml.{key}" not in metadata:
-        raise UserError(f"{where}: metadata 'tokenizer.ggml.{key}' is missing")
-    return metadata[f"tokenizer.ggml.{key}"]
+def _of_tokens(metadata: Fields, key: str, kind: type, tokens: list[str]) -> list[Any]:
+    """A list with a value for each token."""
+    values = metadata.items(_KEY + key, kind)
+    if len(values) != len(tokens):
+        raise UserError(
+            f"{metadata.where}: {_KEY}{key} has {len(values)} values for {len(tokens)} tokens"
+        )
+    return values

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
@@ -22,10 +23,12 @@ from expandr_jax.models.t5 import T5Config, T5Encoder
 from expandr_jax.sharding import param_shardings, put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.configs import ENCODERS, model_config
+from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.fields import is_count, one_line, shown
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.load import example_inputs, load_params
-from expandr_jax.weights.names import weights_of
+from expandr_jax.weights.names import ModelConfig, weights_of
 from expandr_jax.weights.sentence_transformers import Settings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
 
@@ -67,7 +70,8 @@ def load_model(
         UserError: If the source is not there or is not a model that is supported and complete.
     """
     files, adapter = open_model(source, sha256)
-    module, params = _load(files, adapter, with_head, dtype, compute_dtype, mesh)
+    config = model_config(files.config, files.model_type)
+    module, params = _load(files, config, adapter, with_head, dtype, compute_dtype, mesh)
     return module, params, _origin(source, files)
 
 
@@ -119,11 +123,12 @@ def load_retriever(
     pooling = pooling or settings.pooling
     if (pooling == "decoder") != is_anchordr:
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
-    tokenizer = files.tokenizer()
+    config = model_config(files.config, files.model_type)
+    tokenizer = _tokenizer(files, config)
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = _load(files, adapter, False, dtype, compute_dtype, mesh)
+    module, params = _load(files, config, adapter, False, dtype, compute_dtype, mesh)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
         dense = {name: value.astype(dtype) for name, value in dense.items()}
@@ -172,20 +177,64 @@ def load_generator(
         UserError: As `load_model`; also if the model is an encoder, or has no chat template or end.
     """
     files, adapter = open_model(source, sha256)
-    config = files.config
     if files.model_type in ENCODERS:
         raise UserError(f"{source}: a {files.model_type} model cannot generate text")
-    tokenizer = files.tokenizer()
+    config = model_config(files.config, files.model_type)
+    tokenizer = _tokenizer(files, config)
     if tokenizer.chat_template is None:
         raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
-    eos = (files.generation_config or config).get("eos_token_id")
+    eos_ids = _eos_ids(files, tokenizer, config.vocab_size)
+    if not eos_ids:
+        raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
+    pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    generator = Generator(Decoder(config), tokenizer, eos_ids, pad, _origin(source, files))
+    _check_template(generator, source)
+    module, params = _load(files, config, adapter, True, dtype, compute_dtype, mesh)
+    return dataclasses.replace(generator, module=module), params
+
+
+def _tokenizer(
+    files: ModelFiles, config: ModelConfig
+) -> PreTrainedTokenizerFast | FairseqTokenizer:
+    tokenizer = files.tokenizer()
+    # Added tokens may lie beyond the table: Gemma's for images, which no text has.
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{files.config.where}: vocab_size is {config.vocab_size}, but the tokenizer here has "
+            f"{tokenizer.vocab_size} tokens: it is another model's"
+        )
+    return tokenizer
+
+
+def _eos_ids(
+    files: ModelFiles, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+) -> tuple[int, ...]:
+    """The ids that end a text; none where nothing names any."""
+    fields = files.generation_config if files.generation_config.values else files.config
+    eos = fields.values.get("eos_token_id")
     eos = tokenizer.eos_token_id if eos is None else eos
     if eos is None:
-        raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
-    eos_ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    module, params = _load(files, adapter, True, dtype, compute_dtype, mesh)
-    return Generator(module, tokenizer, eos_ids, pad, _origin(source, files)), params
+        return ()
+    ids = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not ids or not all(is_count(token, 0, vocab_size - 1) for token in ids):
+        raise UserError(
+            f"{fields.where}: eos_token_id is {shown(eos)}; expected a token's id, from 0 to "
+            f"{vocab_size - 1}, or a list of them"
+        )
+    return ids
+
+
+def _check_template(generator: Generator, source: str) -> None:
+    """Refuses a chat template that cannot be applied."""
+    try:
+        ids, _ = generator.chat_ids("text", 1)
+    except Exception as error:  # A template may raise anything.
+        raise UserError(
+            f"{source}: its chat template cannot be applied: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from None
+    if not ids:
+        raise UserError(f"{source}: its chat template makes nothing of a user's message")
 
 
 def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path | None]:
@@ -222,14 +271,13 @@ def _open_files(path: Path) -> ModelFiles:
 
 def _load(
     files: ModelFiles,
+    config: ModelConfig,
     adapter: Path | None,
     with_head: bool,
     dtype: Any,
     compute_dtype: Any,
     mesh: Mesh | None,
 ) -> tuple[nn.Module, Params]:
-    where = str(files.files[0].parent / "config.json")
-    config = model_config(files.config, files.model_type, where)
     if np.dtype(dtype) == np.int8:
         if not isinstance(config, DecoderConfig):
             raise UserError(f"{files.where}: weights in int8 are for decoders only")
@@ -248,4 +296,5 @@ def _load(
 
 def _origin(source: str, files: ModelFiles) -> Source:
     dtypes = {name: str(dtype) for name, dtype in files.dtypes().items()}
-    return Source(source, files.config, files.generation_config, dtypes)
+    generation = files.generation_config.values or None
+    return Source(source, files.config.values, generation, dtypes)

@@ -19,6 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.mask import Mask
 from expandr_jax.sharding import put
+from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
 
@@ -142,7 +143,9 @@ def _complain(where: str, what: str, names: Iterable[str]) -> None:
     names = sorted(names)
     if names:
         rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UserError(f"{where}: {len(names)} tensors {what}: {', '.join(names[:5])}{rest}")
+        raise UserError(
+            f"{where}: {len(names)} tensors {what}: {one_line(', '.join(names[:5]))}{rest}"
+        )
 
 
 def _pieces(

@@ -8,13 +8,15 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import is_count, one_line, shown
 
 _TYPES = {
     "F64": np.float64,
@@ -52,6 +54,11 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
 
+    @property
+    def stop(self) -> int:
+        """The byte after its last."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
 
 class SafetensorsFile:
     """The parsed header of a safetensors file.
@@ -64,9 +71,11 @@ class SafetensorsFile:
         """Parses the header; raises UserError if it is not a whole safetensors file."""
         self._path = path
         try:
-            self.entries = dict(_parse(path))
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+            self.entries = _parse(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot read it: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: not a readable safetensors file: {one_line(error)}") from None
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """One tensor, or some rows of it, in the type it has in the file."""
@@ -79,21 +88,43 @@ class SafetensorsFile:
         return values.reshape((stop - start, *entry.shape[1:]) if entry.shape else ())
 
 
-def _parse(path: Path) -> Iterator[tuple[str, Entry]]:
+def _parse(path: Path) -> dict[str, Entry]:
+    """The tensors by name; raises ValueError unless they fill the file, one after another."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(size, _LONGEST_HEADER):
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise ValueError("its header is longer than the file")
         header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
-        start, stop = entry["data_offsets"]
-        if stop - start != math.prod(shape) * dtype.itemsize or 8 + length + stop > size:
-            raise ValueError(f"the place of {name} does not fit it")
-        yield name, Entry(dtype, shape, 8 + length + start)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    entries = {name: _entry(name, entry, begin) for name, entry in header.items()}
+    place = begin
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].stop)):
+        if entry.offset != place:
+            raise ValueError(f"{shown(name)} does not begin where the tensor before it ends")
+        place = entry.stop
+    if place != size:
+        raise ValueError(f"it has {size} bytes, and its header speaks of {place}")
+    return entries
+
+
+def _entry(name: str, entry: Any, begin: int) -> Entry:
+    """A tensor of a header; `begin` is where the file's data does."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        raise ValueError(f"{shown(name)} has no type")
+    if entry["dtype"] not in _TYPES:
+        raise ValueError(f"{shown(name)} is of a type that is not known: {shown(entry['dtype'])}")
+    dtype = _TYPES[entry["dtype"]]
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    for numbers in (shape, place):
+        if not isinstance(numbers, list) or not all(is_count(n, 0, 2**63 - 1) for n in numbers):
+            raise ValueError(f"{shown(name)} has a shape or a place that cannot be")
+    if len(place) != 2 or place[1] - place[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the place of {shown(name)} does not fit its shape")
+    return Entry(dtype, tuple(shape), begin + place[0])
 
 
 @dataclasses.dataclass(frozen=True)

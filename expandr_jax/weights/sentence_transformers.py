@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
+from expandr_jax.weights.fields import Fields, path_inside, read_json, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
-from expandr_jax.weights.tokenizer import read_json
 
 _POOLING = {
     "pooling_mode_mean_tokens": "mean",
@@ -68,38 +69,50 @@ def read_settings(directory: Path) -> Settings | None:
     listing = directory / "modules.json"
     if not listing.is_file():
         return None
-    kinds = [entry["type"].rsplit(".", 1)[-1] for entry in read_json(listing)]
-    if kinds != [kind for kind in _ORDER if kind in {*kinds, "Transformer", "Pooling"}]:
-        raise UserError(
-            f"{listing}: modules are {', '.join(kinds)}; supported: Transformer, Pooling, then, if "
-            "wanted, Dense and Normalize"
-        )
-    paths = [entry["path"] for entry in read_json(listing)]
-    modules = dict(zip(kinds, paths, strict=True))
-    more = read_json(directory / "config_sentence_transformers.json", {})
-    bert = read_json(directory / modules["Transformer"] / "sentence_bert_config.json", {})
-    if bert.get("do_lower_case"):
+    modules = _read_modules(listing)
+    more = Fields.read(directory / "config_sentence_transformers.json", optional=True)
+    bert = Fields.read(modules["Transformer"] / "sentence_bert_config.json", optional=True)
+    if bert.flag("do_lower_case", False):
         raise UserError(f"{directory}: do_lower_case in sentence_bert_config.json is not supported")
     return Settings(
-        pooling=_pooling(directory / modules["Pooling"] / "config.json"),
+        pooling=_pooling(modules["Pooling"] / "config.json"),
         normalize="Normalize" in modules,
-        max_length=bert.get("max_seq_length"),
+        max_length=bert.count("max_seq_length", None),
         query_prompt=_prompt(more, _QUERY_PROMPTS),
         document_prompt=_prompt(more, _DOCUMENT_PROMPTS),
-        dense=_dense_activation(directory / modules["Dense"]) if "Dense" in modules else None,
-        dense_folder=modules.get("Dense", "2_Dense"),
+        dense=_dense_activation(modules["Dense"]) if "Dense" in modules else None,
+        dense_folder=str(modules.get("Dense", directory / "2_Dense").relative_to(directory)),
     )
 
 
+def _read_modules(listing: Path) -> dict[str, Path]:
+    """The folder of each module that modules.json lists, by its kind and in its order."""
+    entries = read_json(listing)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{listing}: expected a list of JSON objects, one for each module")
+    entries = [Fields(entry, str(listing)) for entry in entries]
+    kinds = [entry.text("type").rsplit(".", 1)[-1] for entry in entries]
+    if kinds != [kind for kind in _ORDER if kind in {*kinds, "Transformer", "Pooling"}]:
+        raise UserError(
+            f"{listing}: modules are {shown(', '.join(kinds))}; supported: Transformer, Pooling, "
+            "then, if wanted, Dense and Normalize"
+        )
+    names = [entry.text("path") for entry in entries]
+    paths = [path_inside(listing.parent, name, str(listing)) for name in names]
+    if paths[0] != listing.parent:
+        raise UserError(
+            f"{listing}: its Transformer is in {shown(names[0])}; only one in the model's own "
+            "directory is supported: load and save such a model with sentence-transformers first"
+        )
+    return dict(zip(kinds, paths, strict=True))
+
+
 def _dense_activation(folder: Path) -> str:
-    path = folder / "config.json"
-    config = read_json(path)
-    name = config.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if name not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"{path}: activation {name!r} is not supported; supported: {known}")
-    if config.get("use_residual") or config.get("module_input_name", _VECTOR) != _VECTOR:
-        raise UserError(f"{path}: only a plain layer on {_VECTOR} is supported")
+    config = Fields.read(folder / "config.json")
+    default = "torch.nn.modules.activation.Tanh"
+    name = config.choice("activation_function", tuple(_ACTIVATIONS), default)
+    if config.flag("use_residual", False) or config.text("module_input_name", _VECTOR) != _VECTOR:
+        raise UserError(f"{config.where}: only a plain layer on {_VECTOR} is supported")
     return _ACTIVATIONS[name]
 
 
@@ -132,6 +145,10 @@ def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
     params = {"kernel": np.ascontiguousarray(kernel.T)}
     if bias is not None:
         params["bias"] = bias
+    if not all(jnp.issubdtype(value.dtype, jnp.floating) for value in params.values()):
+        raise UserError(f"{path}: its tensors are not of a floating type")
+    with np.errstate(over="ignore"):
+        params = {name: value.astype(np.float32) for name, value in params.items()}
     if not all(np.isfinite(value).all() for value in params.values()):
         raise UserError(f"{path}: it has NaN or infinite values")
     return params
@@ -155,30 +172,29 @@ def write_dense(folder: Path, params: Mapping[str, Any], activation: str) -> Non
 
 
 def _pooling(path: Path) -> Pooling:
-    config = read_json(path)
-    if not config.get("include_prompt", True):
+    config = Fields.read(path)
+    if not config.flag("include_prompt", True):
         raise UserError(f"{path}: include_prompt=false is not supported")
     if "pooling_mode" in config:
-        kinds = [config["pooling_mode"]]
+        kinds = [config.text("pooling_mode")]
     else:
-        modes = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        modes = [key for key in config.values if key.startswith("pooling_mode_")]
+        modes = [key for key in modes if config.flag(key, False)]
         kinds = [_POOLING.get(key, key) for key in modes]
         kinds = [{"last": "lasttoken"}.get(kind, kind) for kind in kinds]
     if len(kinds) != 1 or kinds[0] not in _NAMES:
         raise UserError(
-            f"{path}: pooling {'+'.join(map(str, kinds))} is not supported; "
+            f"{path}: pooling {shown('+'.join(kinds))} is not supported; "
             "supported: mean, cls, lasttoken"
         )
     return _NAMES[kinds[0]]
 
 
-def _prompt(config: Mapping[str, Any], names: tuple[str, ...]) -> str:
+def _prompt(config: Fields, names: tuple[str, ...]) -> str:
     """The prompt of that name, or the default one, as sentence-transformers picks it."""
-    prompts = config.get("prompts") or {}
-    for name in (*names, config.get("default_prompt_name")):
-        if prompts.get(name):
-            return prompts[name]
-    return ""
+    prompts = config.section("prompts")
+    found = [prompts.text(name, "") for name in (*names, config.text("default_prompt_name", ""))]
+    return next((prompt for prompt in found if prompt), "")
 
 
 def write_settings(directory: Path, settings: Settings, width: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from expandr_jax.data.records import hash_file
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -46,8 +47,11 @@ def locate(source: str) -> Path:
     if source.startswith("package:"):
         return _in_package(source)
     path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:
+        raise UserError(f"{shown(source)}: cannot read it: {error.strerror}") from None
     if _HUB_ID.fullmatch(source):
         return _from_hub(source)
     raise UserError(f"{source}: no such file or directory, and not a hub id (owner/name) either")

@@ -1,13 +1,12 @@
 """Tokenizers from a model directory, without transformers' AutoTokenizer, which imports PyTorch."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.fields import Fields, one_line, read_text
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -18,12 +17,7 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_SETTINGS = (
-    "model_max_length",
-    "model_input_names",
-    "padding_side",
-    "clean_up_tokenization_spaces",
-)
+_ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
 
 
 def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokenizerFast:
@@ -48,49 +42,56 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         )
     try:
         backend = Tokenizer.from_file(str(path))
+        backend.encode(_ODD_TEXT)
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: not a readable tokenizer: {error}") from None
+        raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
     backend.no_truncation()
     backend.no_padding()
-    settings = read_json(directory / "tokenizer_config.json", {})
-    special = {**read_json(directory / "special_tokens_map.json", {}), **settings}
-    options: dict[str, Any] = {}
-    if model_type != "bert":
-        options["model_input_names"] = ["input_ids", "attention_mask"]
-    options |= {key: settings[key] for key in _SETTINGS if settings.get(key) is not None}
-    for key in _SPECIAL_TOKENS:
-        if special.get(key) is not None:
-            options[key] = _token(special[key])
+    settings = Fields.read(directory / "tokenizer_config.json", optional=True)
+    special = Fields.read(directory / "special_tokens_map.json", optional=True)
+    inputs = None if model_type == "bert" else ["input_ids", "attention_mask"]
+    options = {
+        "model_max_length": model_max_length(settings),
+        "model_input_names": settings.items("model_input_names", str, inputs),
+        "padding_side": settings.choice("padding_side", ("left", "right"), None),
+        "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
+    }
+    for name in _SPECIAL_TOKENS:
+        options[name] = _token(settings if name in settings else special, name)
     template = directory / "chat_template.jinja"
-    if template.is_file():
-        options["chat_template"] = template.read_text(encoding="utf-8")
-    elif settings.get("chat_template"):
-        options["chat_template"] = _template(settings["chat_template"])
+    if template.exists():
+        options["chat_template"] = read_text(template)
+    elif settings.values.get("chat_template"):
+        options["chat_template"] = _template(settings)
+    options = {name: value for name, value in options.items() if value is not None}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
 
 
-def read_json(path: Path, default: Any = None) -> Any:
-    """Parses a JSON file; a missing one gives `default`, or is an error where there is none."""
-    if not path.is_file():
-        if default is not None:
-            return default
-        raise UserError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable JSON: {error}") from None
+def model_max_length(settings: Fields) -> int | None:
+    """Longest input in tokens, by tokenizer_config.json; files have 1e30 for any length."""
+    length = settings.number("model_max_length", None, above=0)
+    if length is not None and length % 1:
+        raise settings.refuse("model_max_length", "a whole number")
+    return None if length is None else int(length)
 
 
-def _token(value: str | dict[str, Any]) -> str | AddedToken:
-    if isinstance(value, str):
-        return value
+def _token(settings: Fields, name: str) -> str | AddedToken | None:
+    """A special token: a string, or an object that says how it is cut from a text."""
+    if not isinstance(settings.values.get(name), dict):
+        return settings.text(name, None)
+    token = settings.section(name)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return AddedToken(value["content"], **{key: value[key] for key in flags if key in value})
+    given = {flag: token.flag(flag, False) for flag in flags if flag in token}
+    return AddedToken(token.text("content"), **given)
 
 
-def _template(value: str | list[dict[str, str]]) -> str:
+def _template(settings: Fields) -> str:
     """A chat template, or the default one of several."""
-    if isinstance(value, str):
-        return value
-    named = {entry["name"]: entry["template"] for entry in value}
-    return named.get("default", value[0]["template"])
+    if not isinstance(settings.values["chat_template"], list):
+        return settings.text("chat_template")
+    entries = [
+        Fields(entry, settings.where, "chat_template.")
+        for entry in settings.items("chat_template", dict)
+    ]
+    named = {entry.text("name"): entry.text("template") for entry in entries}
+    return named.get("default", next(iter(named.values())))
