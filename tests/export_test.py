@@ -237,6 +237,7 @@ def run(tmp_path):
     )
     export_retriever(work / "export" / "retriever", retriever, params)
     config = {name: {"source": str(tmp_path / name), "sha256": None} for name in sources}
+    config["data"] = {"kind": "pydoc"}
     (work / "config.json").write_text(json.dumps({"config": config}))
     return work
 
@@ -268,6 +269,48 @@ def test_a_run_that_is_not_there_is_refused(run, tmp_path):
         export_one(tmp_path / "none", tmp_path / "out", "generator", "float32")
     with pytest.raises(UserError, match=r"export/adapter: not there; let train.joint finish"):
         export_one(run, tmp_path / "out", "adapter", "float32")
+    (run / "export" / "retriever").rename(run / "elsewhere")
+    change_config(run, "data", kind="triples")
+    with pytest.raises(UserError, match=r"retriever: not there; let train.retriever or train.j"):
+        export_one(run, tmp_path / "out", "encoder", "float32")
+    change_config(run, "generator", source="")  # As configs/retriever.py has it.
+    for kind in ("base", "generator", "adapter"):
+        message = rf"run: this run has no generator, so no {kind} can be written"
+        with pytest.raises(UserError, match=message):
+            export_one(run, tmp_path / "out", kind, "float32")
+
+
+def change_config(run, section, **values):
+    config = json.loads((run / "config.json").read_text())
+    config["config"][section] |= values
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3", "[]", "null", "{", '{"config": 3}', '{"config": {}}', '{"config": {"generator": 3}}'],
+)
+def test_a_config_that_is_no_run_s_is_refused(run, tmp_path, text):
+    (run / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json: not a run's config"):
+        export_one(run, tmp_path / "out", "base", "float32")
+
+
+@pytest.mark.parametrize(
+    "change", [("data", "kind", ["a"]), ("generator", "source", 3), ("generator", "sha256", 3)]
+)
+def test_a_config_s_field_of_another_type_is_refused(run, tmp_path, change):
+    section, name, value = change
+    change_config(run, section, **{name: value})
+    with pytest.raises(UserError, match=r"config.json: not a run's config"):
+        export_one(run, tmp_path / "out", "base", "float32")
+
+
+def test_a_name_that_is_too_long_is_refused(run, tmp_path):
+    for length in (250, 300):  # The shorter one fits, but not that of the directory made first.
+        with pytest.raises(UserError, match=r"n: cannot write it: File name too long"):
+            export_one(run, tmp_path / ("n" * length), "base", "float32")
+    assert not list(tmp_path.glob("*nnn*"))
 
 
 def test_only_a_model_is_replaced(run, tmp_path):
