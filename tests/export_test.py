@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +148,7 @@ def test_minilm_returns_bit_equal_and_embeds_as_sentence_transformers_does(minil
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
+def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path, monkeypatch):
     tiny_models.save(tmp_path / "in", family, head=True)
     generator, params = load_generator(str(tmp_path / "in"))
     lora = LoraConfig(rank=4, alpha=6.0, dropout=0.1, targets=("q_proj$", "v_proj$", "down_proj$"))
@@ -181,6 +182,12 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     assert base_name(tmp_path, config) == str(tmp_path / "export" / "base")
     config.generator.source = str(tmp_path / "in")
     assert base_name(tmp_path, config) == str(tmp_path / "in")
+    # A path that begins where the program ran is written as one that is right everywhere.
+    monkeypatch.chdir(tmp_path)
+    config.generator.source = "in"
+    assert base_name(tmp_path, config) == str(tmp_path / "in")
+    config.generator.source = "in/../out"
+    assert base_name(pathlib.Path("run"), config) == str(tmp_path / "run" / "export" / "base")
     # And one that peft itself writes.
     model.save_pretrained(tmp_path / "theirs")
     _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)

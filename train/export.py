@@ -74,8 +74,10 @@ def base_name(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> str:
     alien = source.startswith("package:") or source.endswith(".gguf")
     # An adapter on an adapter is more than peft's files can say.
     if alien or adapter_base(locate(source)) is not None:
-        return str(workdir / "export" / "base")
-    return source
+        return str(workdir.absolute() / "export" / "base")
+    path = pathlib.Path(source).expanduser()
+    # A hub id stays one; a path must be the same wherever peft runs.
+    return str(path.absolute()) if path.is_dir() else source
 
 
 def export_one(workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str) -> None:
