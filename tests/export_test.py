@@ -122,6 +122,17 @@ def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tm
         assert getattr(theirs, field) == getattr(retriever, field), field
 
 
+def test_a_model_whose_vectors_sentence_transformers_would_cut_is_refused(tmp_path):
+    tiny_models.save(tmp_path / "in", "bert")
+    retriever, params = load_retriever(str(tmp_path / "in"), pooling="mean", normalize=True)
+    export_retriever(tmp_path / "out", retriever, params)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu", truncate_dim=8)
+    assert theirs.encode("abc").shape == (8,)
+    theirs.save(str(tmp_path / "cut"))
+    with pytest.raises(UserError, match=r"config_sentence_transformers.json: truncate_dim=8 is"):
+        load_retriever(str(tmp_path / "cut"))
+
+
 def embed(retriever, params, texts, prompt=""):
     rows = retriever.token_ids(texts, prompt)
     width = max(map(len, rows))
