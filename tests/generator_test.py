@@ -88,6 +88,12 @@ def test_it_learns_the_preference_and_says_so(trained):
     assert [row["step"] for row in dev] == [4, 8, 12, 16]
     assert dev[-1]["loss"] < dev[0]["loss"] < np.log(2)
     assert dev[-1]["accuracy"] == 1.0
+    # A new adapter is the base; what both responses lose or gain is in the rewards, too.
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)
+    beta = make_config(None).dpo.beta
+    for row in steps + dev:
+        rewards = row["reward_chosen"] + row["reward_rejected"]
+        assert row["kl"] == pytest.approx(rewards / (2 * beta), rel=1e-3, abs=1e-4)
     assert f"{COUNT} pairs" in output
     assert f"dev loss {dev[-1]['loss']:.4f}" in output
     assert f"adapter: {workdir / 'export' / 'adapter'}" in output

@@ -276,6 +276,8 @@ def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp
             )
         np.testing.assert_allclose(figures["margin"], seen["rewards/margins"], atol=1e-4)
         np.testing.assert_allclose(figures["accuracy"], seen["rewards/accuracies"])
+        both = seen["rewards/chosen"] + seen["rewards/rejected"]
+        np.testing.assert_allclose(BETA * figures["kl"], both / 2, atol=1e-4)
 
 
 def test_an_added_sft_term_equals_trl_s_of_each_pair_alone(ours, strings, make_trainer):
