@@ -86,8 +86,11 @@ def dpo(
         label_smoothing: Share of pairs taken to be the wrong way round; below one half.
 
     Returns:
-        [batch] losses, and {"reward_chosen", "reward_rejected", "margin", "accuracy"}, [batch]
-        each; a reward is beta times a response's log-ratio to the reference.
+        [batch] losses, and {"reward_chosen", "reward_rejected", "margin", "accuracy", "kl"},
+        [batch] each. A reward is beta times a response's log-ratio to the reference; "kl" is the
+        mean of both log-ratios, log pi - log ref, without beta. Over responses that the policy
+        samples its mean is KL(pi || ref); over given ones, as here, it only estimates that, and
+        may be below 0. Where log-probabilities are means over tokens, so is it.
 
     Raises:
         ValueError: If the kind is unknown.
@@ -116,6 +119,7 @@ def dpo(
         "reward_rejected": beta * ratio_rejected,
         "margin": beta * h,
         "accuracy": (h > 0).astype(jnp.float32),
+        "kl": (ratio_chosen + ratio_rejected) / 2,
     }
     return loss, metrics
 

@@ -284,6 +284,35 @@ def test_each_prompt_runs_once(tiny):
     assert ran == wanted
 
 
+@pytest.mark.parametrize("steps_per_call", [4, 32])
+def test_a_long_text_holds_no_other_slot(tiny, monkeypatch, steps_per_call):
+    """Slots that come free are filled at once: steps are tokens / slots, not those of batches."""
+    slots, long, short = 4, 40, 4
+    engine = Engine(
+        *tiny, slots=slots, steps_per_call=steps_per_call,
+        **{**SETTINGS, "max_new_tokens": long, "eos_ids": (-1,)},
+    )  # fmt: skip
+    # One text of 40 tokens first, then 30 of 4: four slots have 160 tokens to make, in 40 steps.
+    limits = [long] + [short] * 30
+    requests = [Request(f"q{i}", 0, (3, 4, 5), 1.0, 1.0, n) for i, n in enumerate(limits)]
+    calls = []
+    decode = engine._programs.decode
+
+    def counted(variables, before, cancelled, steps, enough):
+        made = np.asarray(before.count).copy(), np.asarray(before.active).copy()
+        after = decode(variables, before, cancelled, steps, enough)
+        calls.append(int(np.max(np.where(made[1], np.asarray(after.count) - made[0], 0))))
+        return after
+
+    monkeypatch.setattr(engine, "_programs", dataclasses.replace(engine._programs, decode=counted))
+    completions = list(engine.generate(requests))
+    assert sorted(len(c.tokens) for c in completions) == sorted(limits)
+    steps = -(-sum(limits) // slots)
+    assert steps == sum(calls) == long
+    # A call ends with the texts that end in it, here three at a time, and no sooner.
+    assert len(calls) == long // short
+
+
 def test_stop_strings_cut_the_same_place_however_often_we_look(tiny, expected):
     letters = "".join(chr(ord("a") + i % 26) for i in range(37))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,17 @@ def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tm
         assert getattr(theirs, field) == getattr(retriever, field), field
 
 
+def test_a_model_whose_vectors_sentence_transformers_would_cut_is_refused(tmp_path):
+    tiny_models.save(tmp_path / "in", "bert")
+    retriever, params = load_retriever(str(tmp_path / "in"), pooling="mean", normalize=True)
+    export_retriever(tmp_path / "out", retriever, params)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu", truncate_dim=8)
+    assert theirs.encode("abc").shape == (8,)
+    theirs.save(str(tmp_path / "cut"))
+    with pytest.raises(UserError, match=r"config_sentence_transformers.json: truncate_dim=8 is"):
+        load_retriever(str(tmp_path / "cut"))
+
+
 def embed(retriever, params, texts, prompt=""):
     rows = retriever.token_ids(texts, prompt)
     width = max(map(len, rows))
@@ -147,7 +159,7 @@ def test_minilm_returns_bit_equal_and_embeds_as_sentence_transformers_does(minil
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
+def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path, monkeypatch):
     tiny_models.save(tmp_path / "in", family, head=True)
     generator, params = load_generator(str(tmp_path / "in"))
     lora = LoraConfig(rank=4, alpha=6.0, dropout=0.1, targets=("q_proj$", "v_proj$", "down_proj$"))
@@ -181,6 +193,12 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path):
     assert base_name(tmp_path, config) == str(tmp_path / "export" / "base")
     config.generator.source = str(tmp_path / "in")
     assert base_name(tmp_path, config) == str(tmp_path / "in")
+    # A path that begins where the program ran is written as one that is right everywhere.
+    monkeypatch.chdir(tmp_path)
+    config.generator.source = "in"
+    assert base_name(tmp_path, config) == str(tmp_path / "in")
+    config.generator.source = "in/../out"
+    assert base_name(pathlib.Path("run"), config) == str(tmp_path / "run" / "export" / "base")
     # And one that peft itself writes.
     model.save_pretrained(tmp_path / "theirs")
     _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)
@@ -237,6 +255,7 @@ def run(tmp_path):
     )
     export_retriever(work / "export" / "retriever", retriever, params)
     config = {name: {"source": str(tmp_path / name), "sha256": None} for name in sources}
+    config["data"] = {"kind": "pydoc"}
     (work / "config.json").write_text(json.dumps({"config": config}))
     return work
 
@@ -268,6 +287,48 @@ def test_a_run_that_is_not_there_is_refused(run, tmp_path):
         export_one(tmp_path / "none", tmp_path / "out", "generator", "float32")
     with pytest.raises(UserError, match=r"export/adapter: not there; let train.joint finish"):
         export_one(run, tmp_path / "out", "adapter", "float32")
+    (run / "export" / "retriever").rename(run / "elsewhere")
+    change_config(run, "data", kind="triples")
+    with pytest.raises(UserError, match=r"retriever: not there; let train.retriever or train.j"):
+        export_one(run, tmp_path / "out", "encoder", "float32")
+    change_config(run, "generator", source="")  # As configs/retriever.py has it.
+    for kind in ("base", "generator", "adapter"):
+        message = rf"run: this run has no generator, so no {kind} can be written"
+        with pytest.raises(UserError, match=message):
+            export_one(run, tmp_path / "out", kind, "float32")
+
+
+def change_config(run, section, **values):
+    config = json.loads((run / "config.json").read_text())
+    config["config"][section] |= values
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["3", "[]", "null", "{", '{"config": 3}', '{"config": {}}', '{"config": {"generator": 3}}'],
+)
+def test_a_config_that_is_no_run_s_is_refused(run, tmp_path, text):
+    (run / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config.json: not a run's config"):
+        export_one(run, tmp_path / "out", "base", "float32")
+
+
+@pytest.mark.parametrize(
+    "change", [("data", "kind", ["a"]), ("generator", "source", 3), ("generator", "sha256", 3)]
+)
+def test_a_config_s_field_of_another_type_is_refused(run, tmp_path, change):
+    section, name, value = change
+    change_config(run, section, **{name: value})
+    with pytest.raises(UserError, match=r"config.json: not a run's config"):
+        export_one(run, tmp_path / "out", "base", "float32")
+
+
+def test_a_name_that_is_too_long_is_refused(run, tmp_path):
+    for length in (250, 300):  # The shorter one fits, but not that of the directory made first.
+        with pytest.raises(UserError, match=r"n: cannot write it: File name too long"):
+            export_one(run, tmp_path / ("n" * length), "base", "float32")
+    assert not list(tmp_path.glob("*nnn*"))
 
 
 def test_only_a_model_is_replaced(run, tmp_path):

@@ -23,6 +23,7 @@ from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, command, finish, step_figures
 from train import generator
+from train.export import export_one
 from train.pairs import PairBatches
 
 COUNT = 27
@@ -87,11 +88,43 @@ def test_it_learns_the_preference_and_says_so(trained):
     assert [row["step"] for row in dev] == [4, 8, 12, 16]
     assert dev[-1]["loss"] < dev[0]["loss"] < np.log(2)
     assert dev[-1]["accuracy"] == 1.0
+    # A new adapter is the base; what both responses lose or gain is in the rewards, too.
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-4)
+    beta = make_config(None).dpo.beta
+    for row in steps + dev:
+        rewards = row["reward_chosen"] + row["reward_rejected"]
+        assert row["kl"] == pytest.approx(rewards / (2 * beta), rel=1e-3, abs=1e-4)
     assert f"{COUNT} pairs" in output
     assert f"dev loss {dev[-1]['loss']:.4f}" in output
     assert f"adapter: {workdir / 'export' / 'adapter'}" in output
     for name in ("config.json", "timings.json", "data/SOURCE.json"):
         assert json.loads((workdir / name).read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "source"])
+def test_the_merged_generator_and_the_base_are_written_from_the_adapter(trained, tmp_path, dtype):
+    workdir = trained[0]
+    export_one(workdir, tmp_path / "merged", "generator", dtype)
+    export_one(workdir, tmp_path / "adapter", "adapter", dtype)
+    export_one(workdir, tmp_path / "base", "base", dtype)
+    before, after = (load_file(d / "model.safetensors") for d in (TINY_LLAMA, tmp_path / "base"))
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, value in expected.state_dict().items():
+        np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
+    assert any(np.abs(merged[name].numpy() - value).max() > 1e-4 for name, value in before.items())
+    with pytest.raises(UserError, match=r"has no retriever, so no retriever can be written"):
+        export_one(workdir, tmp_path / "out", "retriever", dtype)
+
+
+def test_a_run_that_has_not_finished_has_no_generator_to_write(trained, tmp_path):
+    (tmp_path / "config.json").write_text((trained[0] / "config.json").read_text())
+    for kind in ("generator", "adapter"):
+        with pytest.raises(UserError, match=r"export/adapter: not there; let train.generator fin"):
+            export_one(tmp_path, tmp_path / "out", kind, "float32")
 
 
 def test_the_adapter_loads_in_peft(trained):

@@ -198,6 +198,7 @@ def test_dpo_literal_constants():
         np.testing.assert_allclose(metrics["reward_chosen"], [0.2], rtol=1e-5)
         np.testing.assert_allclose(metrics["reward_rejected"], [-0.1], rtol=1e-5)
         np.testing.assert_allclose(metrics["accuracy"], [1.0])
+        np.testing.assert_allclose(metrics["kl"], [0.5])  # (2 - 1) / 2
     # log(1 + exp(0.3)) = 0.8543552444685272 is the loss of the pair the other way round.
     loss, _ = dpo(*arguments, beta=0.1, label_smoothing=0.1)
     np.testing.assert_allclose(

@@ -220,6 +220,10 @@ SPOILT = [
         "pooling_mode_mean_tokens is 'false'; expected true or false",
     ),
     ("bert", "sentence_bert_config.json", fields(max_seq_length="64"), "max_seq_length is '64'; "),
+    (
+        "bert", "config_sentence_transformers.json", fields(truncate_dim=8),
+        "truncate_dim=8 is not supported; null has vectors of the whole width",
+    ),
     ("bert", "sentence_bert_config.json", fields(max_seq_length=-1), "max_seq_length is -1; expe"),
     ("bert", "config_sentence_transformers.json", fields(prompts=["x"]), "prompts is ['x']; exp"),
     (

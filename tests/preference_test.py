@@ -112,6 +112,27 @@ def test_a_new_adapter_starts_at_log_two(model):
     loss, metrics = dpo_loss(adapter, params, batch, module=module, config=DPOConfig())
     np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-6)
+    np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [DPOConfig(), DPOConfig(length_normalized=True)])
+def test_the_kl_estimate_is_that_of_plain_log_probabilities(model, config):
+    module, params, adapter = model
+    batch = pack(PAIRS, pad_id=0)
+    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
+    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    _, metrics = dpo_loss(adapter, params, batch, module=module, config=config)
+    ratios = []
+    for pair in PAIRS:
+        for response in (pair.chosen, pair.rejected):
+            policy, base = (
+                np.float64(plain_log_prob(module, variables, pair.prompt, response))
+                for variables in ({"params": params, "lora": adapter}, {"params": params})
+            )
+            length = len(response) if config.length_normalized else 1
+            ratios.append((policy - base) / length)
+    assert np.abs(ratios).max() > 1e-2
+    np.testing.assert_allclose(metrics["kl"], np.mean(ratios), atol=1e-5)
 
 
 def first_tokens(module, params, adapter, prompts):

@@ -80,6 +80,27 @@ def test_each_draw_inverts_the_cdf(vocabulary):
     assert np.mean(near) < 0.3
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}])
+def test_very_low_temperatures_are_greedy(filters, scale):
+    rows, vocabulary, rng = 16, 300, np.random.default_rng(7)
+    # No two are near: the likeliest leads by a thousand times the highest temperature.
+    logits = rng.permuted(np.tile(np.arange(vocabulary), (rows, 1)), axis=1) * scale * 1e-2
+    logits = jnp.asarray(logits - scale, jnp.float32)
+    for temperature in (1e-45, 2e-38, 1e-36, 1e-30, 1e-20, 1e-8, 1e-6):
+        bits = jnp.asarray(rng.integers(0, 2**32, rows, dtype=np.uint32))
+        tokens, near = jitted(logits, settings(rows, temperature, **filters), bits)
+        np.testing.assert_array_equal(tokens, np.argmax(logits, axis=1))
+        assert not near.any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_logits_end(value):
+    logits = jnp.zeros((2, 200)).at[0, 5].set(value)
+    tokens, _ = jitted(logits, settings(2, top_p=0.9, top_k=3), jnp.zeros(2, jnp.uint32))
+    assert tokens[1] == 0
+
+
 def test_the_same_tokens_are_kept_as_in_transformers():
     rows, grid = 40, 2**13
     rng = np.random.default_rng(3)

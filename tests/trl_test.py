@@ -168,6 +168,14 @@ def test_the_loss_is_fed_the_tokens_that_trl_feeds_it(ours, strings, make_traine
         assert prompt.count(bos) == 2  # A turn each; the chat template was applied once.
 
 
+def test_a_response_that_ends_already_gets_no_second_end(ours, strings, make_trainer):
+    ended = [{**row, "chosen": f"{row['chosen']}<|im_end|>"} for row in strings]
+    pairs, cut = our_pairs(ours[0], ended)
+    assert cut == 0
+    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == fed(collated(make_trainer(ended)))
+    assert pairs == our_pairs(ours[0], strings)[0]
+
+
 def test_of_messages_trl_also_learns_what_the_template_puts_behind_the_end(
     ours, messages, strings, make_trainer, tmp_path
 ):
@@ -268,6 +276,8 @@ def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp
             )
         np.testing.assert_allclose(figures["margin"], seen["rewards/margins"], atol=1e-4)
         np.testing.assert_allclose(figures["accuracy"], seen["rewards/accuracies"])
+        both = seen["rewards/chosen"] + seen["rewards/rejected"]
+        np.testing.assert_allclose(BETA * figures["kl"], both / 2, atol=1e-4)
 
 
 def test_an_added_sft_term_equals_trl_s_of_each_pair_alone(ours, strings, make_trainer):

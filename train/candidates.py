@@ -104,7 +104,7 @@ def tokenize_candidates(
     """Rewarded rows to ids: the end of the prompt, the start of each candidate, one EOS on each.
 
     Args:
-        generator: For its tokenizer.
+        generator: For its tokenizer and its end of an answer.
         rows: {"prompt", "candidates": [{"text", "reward"}]}, the chat template applied.
         prompt_length: Most tokens of a prompt.
         response_length: Most tokens of a candidate, EOS included.
@@ -127,10 +127,11 @@ def tokenize_candidates(
         ids = generator.tokenizer(
             [row["prompt"], *(texts[i] for i in used)], add_special_tokens=False
         )["input_ids"]
-        cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
+        cut += len(ids[0]) > prompt_length
         prompt = ids[0][-prompt_length:]
         for place, part in zip(used, ids[1:], strict=True):
-            response = [*part[: response_length - 1], generator.eos_ids[0]]
+            response, was_cut = generator.response_ids(part, response_length)
+            cut += was_cut
             responses.append(WeightedResponse(prompt, response, float(shares[place]), name))
     scale = len(responses) / max(1, len(rows))
     return [dataclasses.replace(r, weight=r.weight * scale) for r in responses], cut

@@ -4,7 +4,8 @@
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
 "adapter", "retriever" (for sentence-transformers) or "encoder" (the retriever's model alone, the
-only form that AnchorDR has). `train.joint` writes generator, adapter and retriever by itself.
+only form that AnchorDR has). `train.joint` writes generator, adapter and retriever by itself,
+`train.generator` the adapter, which "generator" merges, and `train.retriever` the retriever.
 """
 
 import dataclasses
@@ -34,6 +35,11 @@ from train.mirror import local_copy
 
 DTYPES = ("float32", "bfloat16", "source")
 FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
+# By data.kind, what other programs than train.joint train.
+_PROGRAMS = {
+    "triples": {"retriever": "train.retriever or train.joint"},
+    "preferences": {"generator": "train.generator"},
+}
 
 
 def export_run(
@@ -76,8 +82,12 @@ def base_name(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> 
     alien = source.startswith("package:") or source.endswith(".gguf")
     # An adapter on an adapter is more than peft's files can say.
     if alien or adapter_base(locate(source)) is not None:
-        return f"{workdir}/export/base"
-    return source
+        # A run in a bucket has no path to make absolute.
+        run = workdir if is_bucket(workdir) else pathlib.Path(workdir).absolute()
+        return f"{run}/export/base"
+    path = pathlib.Path(source).expanduser()
+    # A hub id stays one; a path must be the same wherever peft runs.
+    return str(path.absolute()) if path.is_dir() else source
 
 
 def export_one(
@@ -96,19 +106,22 @@ def export_one(
     Raises:
         UserError: The run is not there or not finished, or the model has no such format.
     """
-    path = workdir / "config.json"
-    try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"{path}: not a run's config; --workdir must be one of train.joint"
-        ) from None
-    made = workdir / made_as(kind)
+    config = _read_config(workdir / "config.json")
+    model = "retriever" if kind in ("retriever", "encoder") else "generator"
+    pairs_alone = config.data.kind == "preferences"
+    if not config[model].source or (model == "retriever" and pairs_alone):
+        raise UserError(f"{workdir}: this run has no {model}, so no {kind} can be written")
+    merged = kind == "generator" and pairs_alone
+    made = workdir / made_as("adapter" if merged else kind)
     if kind != "base" and not made.exists():
-        raise UserError(f"{made}: not there; let train.joint finish this run first")
+        program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")
+        raise UserError(f"{made}: not there; let {program} finish this run first")
     target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
-    if kind == "base":
+    if kind == "base" or merged:
         generator, params = load_generator(config.generator.source, sha256=config.generator.sha256)
+        if merged:
+            lora, adapter = load_adapter(str(made), generator.module.config)
+            params = merge_lora(params, adapter, lora)
         export_generator(to, generator, params, target)
     elif kind == "generator":
         generator, params = load_generator(str(made))
@@ -133,6 +146,20 @@ def made_as(kind: str) -> str:
     return "export/" + {"encoder": "retriever"}.get(kind, kind)
 
 
+def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a run keeps; UserError if there is none, or it is no run's."""
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        needed = (config.data.kind, config.generator.source, config.retriever.source)
+        hashes = (config.generator.sha256, config.retriever.sha256)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        needed, hashes = (None,), ()
+    texts = [*needed, *(sha256 for sha256 in hashes if sha256 is not None)]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: not a run's config; --workdir must be that of a training run")
+    return config
+
+
 def _with_types_of(model: Any, source: str) -> Any:
     """A Retriever or Generator that takes its types for "source" from another source."""
     files, _ = open_model(source)
@@ -147,7 +174,9 @@ def main(_: Any) -> None:
     if is_bucket(values.to):
         raise UserError(f"--to={values.to}: expected a directory of this machine")
     to = pathlib.Path(values.to).absolute()
-    workdir = local_copy(values.workdir, "config.json", made_as(values.format))
+    # Of a run of train.generator the adapter is merged when it is asked for.
+    parts = {made_as(kind) for kind in (values.format, "adapter")}
+    workdir = local_copy(values.workdir, "config.json", *sorted(parts))
     address = values.workdir if is_bucket(values.workdir) else None
     export_one(workdir, to, values.format, values.dtype, address)
     Console(highlight=False).print(f"{values.format} written to {to}", soft_wrap=True)

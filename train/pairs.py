@@ -38,7 +38,7 @@ def tokenize_pairs(
     """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
 
     Args:
-        generator: For its tokenizer.
+        generator: For its tokenizer and its end of an answer.
         rows: {"prompt", "chosen", "rejected"}, the prompt with the chat template applied.
         prompt_length: Most tokens of a prompt.
         response_length: Most tokens of a response, EOS included.
@@ -51,8 +51,9 @@ def tokenize_pairs(
         texts = [row[name] for name in ("prompt", "chosen", "rejected")]
         ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
         prompt = ids[0][-prompt_length:]
-        responses = [[*part[: response_length - 1], generator.eos_ids[0]] for part in ids[1:]]
-        cut += (len(ids[0]) > prompt_length) + sum(len(p) >= response_length for p in ids[1:])
+        made = [generator.response_ids(part, response_length) for part in ids[1:]]
+        responses, were_cut = zip(*made, strict=True)
+        cut += (len(ids[0]) > prompt_length) + sum(were_cut)
         pairs.append(PreferencePair(prompt, *responses, name=str(row.get("query_id", number))))
     return pairs, cut
 

@@ -49,7 +49,7 @@ def prepare(directory: pathlib.Path) -> None:
             pair.append(ids[:length])
             ids = ids[length:]
         for response in pair[1:]:
-            response[-1] = generator.eos_ids[0]
+            response[-1] = generator.end_id
         pairs.append(pair)
     (directory / "pairs.json").write_text(json.dumps(pairs))
 

@@ -15,6 +15,8 @@ from expandr_jax.sharding import platform
 NEAR_TIE = 1e-4  # Probability, or relative difference of two probabilities.
 UNIT_BITS = 30
 CHUNK = 128  # Tokens summed together by the inverse CDF.
+LEAST_TEMPERATURE = 1e-30  # Colder draws are greedy already, and quotients stay finite.
+MOST_TURNS = 64  # Of a bisection; one between integers of 31 bits takes 35 or so at most.
 CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the cache.
 
 
@@ -75,7 +77,8 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
 
 def _sample(logits, settings, bits):
     greedy = settings.temperature == 0
-    units = _probability_units(logits / jnp.where(greedy, 1.0, settings.temperature)[:, None])
+    temperature = jnp.where(greedy, 1.0, jnp.maximum(settings.temperature, LEAST_TEMPERATURE))
+    units = _probability_units(logits, temperature)
     cut, doubtful = _cut(units, settings)
     tokens, near = _draw(jnp.where(units >= cut[:, None], units, 0), bits, cut, doubtful)
     best, best_near = jax.lax.cond(
@@ -84,9 +87,11 @@ def _sample(logits, settings, bits):
     return jnp.where(greedy, best, tokens), jnp.where(greedy, best_near, near)
 
 
-def _probability_units(logits):
-    """softmax(logits) in units of 2**-30, [batch, vocabulary] int32."""
-    weights = jnp.exp(logits - jnp.max(logits, axis=1, keepdims=True))
+def _probability_units(logits, temperature):
+    """softmax(logits / temperature) in units of 2**-30, [batch, vocabulary] int32."""
+    # Divided first, logits could become infinite, and the differences NaN.
+    below = logits - jnp.max(logits, axis=1, keepdims=True)
+    weights = jnp.exp(below / temperature[:, None])
     scale = 2.0**UNIT_BITS / jnp.sum(weights, axis=1, keepdims=True)
     return jnp.round(weights * scale).astype(jnp.int32)
 
@@ -169,7 +174,9 @@ def _bisect(weigh, units, wanted, low, high):
     def halve(state):
         low, high, weight_low, weight_high = state
         middle = jnp.sqrt(low.astype(jnp.float32)) * jnp.sqrt(high.astype(jnp.float32))
-        middle = jnp.clip(middle.astype(jnp.int32), low + 1, jnp.maximum(high - 1, low + 1))
+        # Within a factor of 2 the arithmetic mean, which float32 does not round.
+        middle = jnp.where(high - low < low, low + (high - low) // 2, middle.astype(jnp.int32))
+        middle = jnp.clip(middle, low + 1, jnp.maximum(high - 1, low + 1))
         weight = weigh(units, middle)
         up = searching(*state) & (weight >= wanted)
         down = searching(*state) & (weight < wanted)
@@ -182,7 +189,11 @@ def _bisect(weigh, units, wanted, low, high):
 
     unknown = jnp.full_like(low, 2**31 - 1)
     state = (low, high, unknown, jnp.zeros_like(low))
-    low = jax.lax.while_loop(lambda s: jnp.any(searching(*s)), halve, state)[0]
+    _, (low, *_) = jax.lax.while_loop(
+        lambda turn: (turn[0] < MOST_TURNS) & jnp.any(searching(*turn[1])),
+        lambda turn: (turn[0] + 1, halve(turn[1])),
+        (0, state),
+    )
     return jnp.min(jnp.where(units >= low[:, None], units, 2**31 - 1), axis=1)
 
 

@@ -1,11 +1,15 @@
 """A chat model with what it takes to prompt it."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.weights.source import Source
+
+_ANSWER = "the assistant's answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,40 @@ class Generator:
         # Not verbose: whoever asks for long prompts is told what was cut.
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return ids[-max_length:], len(ids) > max_length
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The one of `eos_ids` that ends an answer to a prompt of `chat_text`.
+
+        What the chat template puts right after an assistant's message; if that is none of them,
+        the tokenizer's eos token; if that is none of them, the first.
+        """
+        return next((i for i in self._usual_ends() if i in self.eos_ids), self.eos_ids[0])
+
+    def _usual_ends(self) -> Iterator[int | None]:
+        """What may end an answer, the best first."""
+        turns = [{"role": "user", "content": "text"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # A template may raise anything; this one takes the user's turn alone.
+            text = ""
+        behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
+        yield from self.tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        yield self.tokenizer.eos_token_id
+
+    def response_ids(self, text_ids: Sequence[int], max_length: int) -> tuple[list[int], bool]:
+        """Turns the ids of an answer's text into what the model learns to generate.
+
+        Args:
+            text_ids: With `end_id` at their end or without.
+            max_length: Most ids to return; of a longer text the beginning is kept.
+
+        Returns:
+            The ids with `end_id` at their end, once, and whether the text was cut off.
+        """
+        ended = bool(text_ids) and text_ids[-1] == self.end_id
+        text = text_ids[:-1] if ended else text_ids
+        return [*text[: max_length - 1], self.end_id], len(text) >= max_length
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids up to the first that ends it, special tokens left out."""

@@ -156,9 +156,9 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         UserError: If it cannot be written, or if what is there is no model, but a run, say.
     """
     path = Path(path).absolute()
-    if path.exists() and not _is_replaceable(path):
-        raise UserError(f"{path}: it is there and holds no model, so it is kept: name another")
     try:
+        if path.exists() and not _is_replaceable(path):
+            raise UserError(f"{path}: it is there and holds no model, so it is kept: name another")
         path.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:

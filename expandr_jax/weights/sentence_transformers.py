@@ -71,6 +71,12 @@ def read_settings(directory: Path) -> Settings | None:
         return None
     modules = _read_modules(listing)
     more = Fields.read(directory / "config_sentence_transformers.json", optional=True)
+    if "truncate_dim" in more:
+        # Cut after they are brought to unit length, vectors would have no length that fits a score.
+        raise UserError(
+            f"{more.where}: truncate_dim={shown(more.values['truncate_dim'])} is not supported; "
+            "null has vectors of the whole width"
+        )
     bert = Fields.read(modules["Transformer"] / "sentence_bert_config.json", optional=True)
     if bert.flag("do_lower_case", False):
         raise UserError(f"{directory}: do_lower_case in sentence_bert_config.json is not supported")

@@ -1,0 +1,89 @@
+"""How a response ends that the generator learns: which token, and only once."""
+
+import json
+import shutil
+
+import pytest
+
+from expandr_jax.weights.hf import load_generator
+from tests.commands import ROOT
+from train.candidates import tokenize_candidates
+from train.pairs import tokenize_pairs
+
+TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+TEXT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|>; the template puts the latter.
+USER_ALONE = "{{ messages[0]['content'] }}\n"
+REFUSES = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + USER_ALONE
+PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+SPACED = "{% for m in messages %}{{ m['content'] }} <|im_end|>\n{% endfor %}"
+LIMITS = {"prompt_length": 8, "response_length": 5}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the tiny generator with these ids that end a text, and this chat template and token."""
+
+    def load(eos_ids, template=None, eos_token=None):
+        path = shutil.copytree(TINY_LLAMA, tmp_path / "model")
+        changes = {"generation_config.json": {"eos_token_id": eos_ids}}
+        if eos_token is not None:
+            changes["tokenizer_config.json"] = {"eos_token": eos_token}
+        for name, fields in changes.items():
+            file = path / name
+            file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+        if template is not None:
+            (path / "chat_template.jinja").write_text(template)
+        return load_generator(str(path))[0]
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("eos_ids", "template", "eos_token", "expected"),
+    [
+        ([TEXT_END, TURN_END], None, None, TURN_END),
+        ([TEXT_END, TURN_END], None, "<|endoftext|>", TURN_END),
+        ([5, TURN_END], SPACED, "<|endoftext|>", TURN_END),
+        ([TEXT_END, 5], None, "<|endoftext|>", TEXT_END),
+        ([5, TEXT_END], PLAIN, "<|endoftext|>", TEXT_END),
+        ([5, TEXT_END], REFUSES, "<|endoftext|>", TEXT_END),
+        ([5, TURN_END], USER_ALONE, None, TURN_END),
+        ([5, 6], None, None, 5),
+        ([6, 5], PLAIN, "<|endoftext|>", 6),
+    ],
+    ids=[
+        "as Llama 3", "as Llama 3, another eos token", "behind a space", "the template's ends none",
+        "the template puts none", "the template refuses", "the template leaves it out",
+        "no known end", "no end at all",
+    ],
+)  # fmt: skip
+def test_the_template_names_the_end_then_the_tokenizer(
+    load, eos_ids, template, eos_token, expected
+):
+    assert load(eos_ids, template, eos_token).end_id == expected
+
+
+def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
+    generator = load([TEXT_END, TURN_END])
+    sentence = "a norm, a loss, a scalar"
+    short, long = generator.tokenizer(["axis", sentence], add_special_tokens=False)["input_ids"]
+    assert len(short) < LIMITS["response_length"] < len(long)
+    exact = generator.tokenizer.decode(long[: LIMITS["response_length"] - 1])
+    expected = {
+        "axis": [*short, TURN_END],
+        "axis<|im_end|>": [*short, TURN_END],
+        "axis<|endoftext|>": [*short, TEXT_END, TURN_END],
+        exact: [*long[:4], TURN_END],
+        f"{exact}<|im_end|>": [*long[:4], TURN_END],
+        sentence: [*long[:4], TURN_END],
+        f"{sentence}<|im_end|>": [*long[:4], TURN_END],
+    }
+    for text, ids in expected.items():
+        cut = text.startswith(sentence)
+        row = {"prompt": "a?", "chosen": text, "rejected": "no"}
+        (pair,), was_cut = tokenize_pairs(generator, [row], **LIMITS)
+        assert (pair.chosen, was_cut) == (ids, cut), text
+        assert pair.rejected[-1] == TURN_END
+        row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
+        (one,), was_cut = tokenize_candidates(generator, [row], temperature=1.0, **LIMITS)
+        assert (one.response, was_cut) == (ids, cut), text

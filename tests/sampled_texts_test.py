@@ -1,0 +1,72 @@
+"""What a run says of the texts that it has sampled."""
+
+import io
+import types
+
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.generation.requests import Completion
+from train import expansion
+from train.expansion import Prompt
+from train.run import Run
+
+# (query, sample): (text, tokens, how it ended, draws near a boundary).
+TEXTS = {
+    ("q0", 0): ("Returns the sum of the elements over the given axis.", 3, "eos", 0),
+    ("q0", 1): ("the array is the array is " * 6, 50, "length", 2),
+    ("q1", 0): ("", 1, "eos", 1),
+    ("q1", 1): (" \n", 2, "stop", 0),
+    ("q2", 0): ("A norm", 7, "length", 4),
+}
+LINE = (
+    "5 texts, 63 tokens; 2 cut by length, 2 empty, 1 repetitive; 7 draws near a decision boundary"
+)
+
+
+class Engine:
+    """Has its texts already."""
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, requests):
+        for request in requests:
+            self.asked.append(request)
+            text, tokens, finished, near = TEXTS[request.id.removeprefix("test/"), request.sample]
+            first = 0 if near else None
+            yield Completion(request.id, request.sample, (9,) * tokens, finished, near, first, text)
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch):
+    """Samples TEXTS, and returns them with what was printed and how many the engine was asked."""
+    engine = Engine()
+    monkeypatch.setattr(expansion, "_engine", lambda *_: engine)
+    models = types.SimpleNamespace(
+        generator=types.SimpleNamespace(chat_ids=lambda text, limit: ([1, 2], False))
+    )
+    output = io.StringIO()
+    run = Run(tmp_path / "run", smoke.get_config(), Console(file=output, width=200))
+
+    def sample():
+        prompts = [Prompt(*key, "text", 1.0, 1.0, 50) for key in TEXTS]
+        path = run.path("work", "texts.jsonl")
+        texts = expansion.sample_texts(run, models, None, prompts, path=path, purpose="test")
+        return texts, output.getvalue(), len(engine.asked)
+
+    yield sample
+    run.close()
+
+
+def test_cut_empty_and_repetitive_texts_and_near_ties_are_counted(sample):
+    texts, output, asked = sample()
+    assert texts == {key: text.strip() for key, (text, *_) in TEXTS.items()}
+    assert output.count(LINE) == 1
+    assert asked == len(TEXTS)
+    # A restart finds the texts and says the same of them.
+    again, output, asked = sample()
+    assert again == texts
+    assert output.count(LINE) == 2
+    assert asked == len(TEXTS)
