@@ -81,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
     expansion.max_new_tokens = 512  # Longest expansion, in tokens.
-    expansion.train_samples = 1  # Expansions of each training query.
+    expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
 
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.

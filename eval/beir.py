@@ -35,6 +35,7 @@ from expandr_jax.report import results_table
 from train.benchmarks import Benchmark, find_benchmarks
 from train.launch import define_config, define_workdir, launch
 from train.run import Run
+from train.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,7 @@ def main(_: Any) -> None:
         raise UserError("--systems is missing: --systems=bm25,dense, for example, or --systems=all")
     config = settings.config
     config.evaluation.query_weights = (settings.query_weight,)
+    check_settings(config)  # Before 0 samples, which only mean something here.
     config.evaluation.samples = (settings.samples,)
     evaluate_beir(
         config,

@@ -29,7 +29,9 @@ class Strategy:
     @property
     def fields(self) -> set[str]:
         """The placeholders of the template."""
-        return {name for _, name, _, _ in string.Formatter().parse(self.template) if name}
+        return {
+            name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None
+        }
 
 
 def _hyde(request: str, label: str) -> Strategy:
@@ -164,6 +166,10 @@ def strategy(name: str, template: str | None = None) -> Strategy:
             f"prompt template {template!r}: it needs {{query}} and may have {{document}} and "
             f"{{passages}}; found {sorted(custom.fields)}"
         )
+    try:
+        custom.template.format(**dict.fromkeys(FIELDS, ""))
+    except (ValueError, LookupError) as error:
+        raise UserError(f"prompt template {template!r}: {error}; write {{query}} alone") from None
     return custom
 
 

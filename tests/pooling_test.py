@@ -27,6 +27,11 @@ def test_padding_on_either_side_is_left_out(kind, expected):
     np.testing.assert_array_equal(pooled, expected)
 
 
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="unknown pooling 'max'"):
+        pool(HIDDEN, MASK, "max")
+
+
 def test_mean_of_nothing_is_zero():
     np.testing.assert_array_equal(pool(HIDDEN, jnp.zeros_like(MASK), "mean"), np.zeros((2, 2)))
 

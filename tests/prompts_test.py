@@ -45,7 +45,7 @@ def test_lamer_numbers_its_passages():
 
 def test_templates_of_the_user():
     assert render("q2d", "Q", template="Explain {query} in {{braces}}") == "Explain Q in {braces}"
-    for template in ("no placeholder", "{query} {other}", "{query"):
+    for template in ("no placeholder", "{query} {other}", "{query", "{query} {}", "{query:d}"):
         with pytest.raises(UserError, match="template"):
             strategy("q2d", template)
     with pytest.raises(UserError, match="q2x"):

@@ -248,7 +248,7 @@ def test_settings_that_do_not_exist_are_refused(path, tmp_path):
     with pytest.raises(UserError, match=r"reward_sft.*expected one of sigmoid"):
         train(config, tmp_path / "run")
     config.dpo.update(loss="reward-sft", reward_temperature=0.0)
-    with pytest.raises(UserError, match="expected above 0"):
+    with pytest.raises(UserError, match="expected a finite number above 0"):
         train(config, tmp_path / "other")
 
 

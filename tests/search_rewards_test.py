@@ -5,10 +5,9 @@ import pytest
 
 from configs import base
 from expandr_jax.data.beir import Collection
-from expandr_jax.errors import UserError
 from expandr_jax.search import build_index
 from train.data import TrainingData
-from train.search_rewards import check_rewards, corpus_reward, group_reward, judged_documents
+from train.search_rewards import corpus_reward, group_reward, judged_documents
 
 IDS = [f"d{i}" for i in range(50)]
 # d49 is no document of the corpus, d7 not relevant; q1 has one right document.
@@ -106,10 +105,3 @@ def test_a_group_of_the_whole_corpus_gives_its_ndcg(vectors, judged):
         for c in range(4):
             order = np.argsort(-(corpus @ x[q, c]))[:10].tolist()
             np.testing.assert_allclose(found[q, c], plain("ndcg", order, RIGHT[q]))
-
-
-def test_a_measure_that_does_not_exist_is_refused_at_once():
-    with pytest.raises(UserError, match="corpus_measure is 'mrr'; expected reciprocal_rank"):
-        check_rewards(make_config(corpus_measure="mrr"))
-    with pytest.raises(UserError, match="at least 1"):
-        check_rewards(make_config(group_sets=0))

@@ -309,6 +309,8 @@ def test_refused_files(llama, bert, tmp_path):
         UserError, match=r"no modules.json here: pooling and normalize must be given"
     ):
         load_retriever(str(bert))
+    with pytest.raises(UserError, match=r"max_length is 2; expected more than the 2 tokens"):
+        load_retriever(str(bert), pooling="mean", normalize=True, max_length=2)
     (llama / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match=r"no chat template"):
         load_generator(str(llama))

@@ -48,6 +48,7 @@ from train.loop import fit
 from train.models import GeneratorModel, load_generator_model
 from train.pairs import DevPairs, PairBatches, tokenize_pairs
 from train.run import Run
+from train.settings import check_settings
 from train.telemetry import Contents
 
 
@@ -91,10 +92,10 @@ def train_generator(
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
-    if config.batch_size < 1 or config.batch_size % devices or accumulation < 1:
+    if config.batch_size % devices:
         raise UserError(
-            f"dpo.batch_size {config.batch_size} and dpo.accumulation {accumulation} must be above "
-            f"0, and the former a multiple of {devices} (the mesh's data and fsdp)"
+            f"dpo.batch_size {config.batch_size} must be a multiple of {devices} (the mesh's data "
+            "and fsdp)"
         )
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
     kind = CandidateBatches if rewarded else PairBatches
@@ -225,6 +226,7 @@ def train_adapter(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
+    check_settings(config)
     if config.data.kind != "preferences":
         raise UserError(
             f"data.kind is {config.data.kind!r}; train.generator reads 'preferences', "

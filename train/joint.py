@@ -34,7 +34,7 @@ from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
 from train.run import Run
-from train.search_rewards import check_rewards
+from train.settings import check_settings
 
 
 def train_joint(
@@ -54,8 +54,8 @@ def train_joint(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
+    check_settings(config)
     _check_server(config)
-    check_rewards(config)
     rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
     with run.phase("data"):

@@ -19,7 +19,6 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import adapter_shardings, batch_divisor, make_mesh, place, whole
-from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.hf import load_generator, load_retriever
 
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
@@ -141,8 +140,6 @@ def load_retriever_model(config: ml_collections.ConfigDict) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
     mesh = phase_mesh(config.mesh, "contrastive")
-    if source.vectors not in DTYPES:
-        raise UserError(f"retriever.vectors is {source.vectors!r}; expected {', '.join(DTYPES)}")
     retriever, params = load_retriever(
         source.source,
         pooling=source.pooling or None,
@@ -187,15 +184,8 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
 
 
 def base_type(section: ml_collections.ConfigDict) -> str:
-    """The type that a config's `generator` section keeps the base in.
-
-    Raises:
-        UserError: There is no such type.
-    """
-    weights = section.weights or section.compute_dtype
-    if weights not in WEIGHTS:
-        raise UserError(f"generator.weights is {weights!r}; expected {', '.join(WEIGHTS)}")
-    return weights
+    """The type that a config's `generator` section keeps the base in."""
+    return section.weights or section.compute_dtype
 
 
 def sampling_memory(config: ml_collections.ConfigDict) -> int:

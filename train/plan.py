@@ -34,6 +34,7 @@ from train.launch import define_config, launch
 from train.plan_programs import planned_programs
 from train.plan_search import PHASES, Proposal, propose
 from train.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
+from train.settings import check_settings
 
 EXIT_DOES_NOT_FIT = 1
 # The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
@@ -233,6 +234,7 @@ def misfits(result: Mapping[str, Any]) -> list[str]:
 def main(_: Any) -> None:
     console = Console(highlight=False)
     values = flags.FLAGS
+    check_settings(values.config)
     if not values.topology.startswith("gpu"):
         # TPUs are compiled for, never used: jax must not look for any.
         jax.config.update("jax_platforms", "cpu")

@@ -13,6 +13,7 @@ import ml_collections
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.stack import REMATS
 from expandr_jax.planning.collectives import Collectives
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.topology import Topology
@@ -28,7 +29,6 @@ PHASES = {
     "sampling": ("decode", None),
     "dpo": ("DPO step", "generator.remat"),
 }
-REMATS = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ from train.launch import define_config, define_processes, define_workdir, launch
 from train.loop import fit
 from train.models import RetrieverModel, load_retriever_model
 from train.run import Run
+from train.settings import check_settings
 from train.source import data_path
 from train.telemetry import Contents
 
@@ -290,6 +291,7 @@ def train_on_triples(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
+    check_settings(config)
     run = Run(workdir, config, console)
     with run.phase("data"):
         triples = _read(run)

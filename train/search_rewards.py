@@ -8,7 +8,6 @@ import ml_collections
 import numpy as np
 
 from expandr_jax import rewards
-from expandr_jax.errors import UserError
 from expandr_jax.search import Index
 from train.data import TrainingData
 
@@ -28,17 +27,6 @@ class Judged:
     queries: Sequence[str]
     documents: np.ndarray
     grades: np.ndarray
-
-
-def check_rewards(config: ml_collections.ConfigDict) -> None:
-    """Refuses, before hours of work, rewards that do not exist; `config` is the whole config."""
-    reward = config.reward
-    if reward.corpus_measure not in MEASURES:
-        raise UserError(
-            f"reward.corpus_measure is {reward.corpus_measure!r}; expected {', '.join(MEASURES)}"
-        )
-    if reward.group_size < 1 or reward.group_sets < 1:
-        raise UserError("reward.group_size and reward.group_sets must be at least 1")
 
 
 def judged_documents(

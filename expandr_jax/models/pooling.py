@@ -23,6 +23,9 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
 
     Returns:
         [batch, width] float32; a row without tokens gives zeros under "mean".
+
+    Raises:
+        ValueError: If the kind is unknown.
     """
     if kind == "decoder":
         return hidden[:, 0].astype(jnp.float32)
@@ -32,8 +35,10 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     if kind == "cls":
         place = jnp.argmax(mask, axis=1)
-    else:
+    elif kind == "last":
         place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    else:
+        raise ValueError(f"unknown pooling {kind!r}: mean, cls, last or decoder")
     return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
 

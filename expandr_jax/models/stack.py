@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+REMATS = ("none", "dots", "full")  # What a backward pass may recompute.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -107,7 +107,7 @@ def load_retriever(
         The retriever and its parameters.
 
     Raises:
-        UserError: As `load_model`; also if nothing says how to pool.
+        UserError: As `load_model`; also if nothing says how to pool, or no text fits `max_length`.
     """
     path = locate(source)
     files, adapter = open_model(source, sha256)
@@ -125,6 +125,13 @@ def load_retriever(
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
     tokenizer = _tokenizer(files, config)
+    added = len(tokenizer([""])["input_ids"][0])
+    if max_length and max_length <= added:
+        # The tokenizer would cut nothing.
+        raise UserError(
+            f"{path}: max_length is {max_length}; expected more than the {added} tokens that stand "
+            "beside each text"
+        )
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token

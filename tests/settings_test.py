@@ -1,0 +1,198 @@
+"""Wrong settings are refused by name, at once; those of every config pass."""
+
+import importlib
+import math
+import pathlib
+
+import pytest
+
+from configs import base, paper, published, reference_code, strategies
+from expandr_jax.errors import UserError
+from tests.commands import command
+from tests.configs_test import CONFIGS, NAMES, flatten
+from train.settings import CHECKS, check_settings, value_of
+
+# Where each of these is read, it is checked against the files, the models or the devices.
+ELSEWHERE = (
+    "data.kind", "data.path", "data.url", "data.sha256", "data.cache", "data.tests", "data.weights",
+    "data.prepared", "data.dev", "data.on_bad", "data.packages", "retriever.source",
+    "retriever.shape", "retriever.sha256", "retriever.normalize", "generator.source",
+    "generator.shape", "generator.sha256", "generator.server.url", "generator.server.model",
+    "expansion.template", "log.wandb",
+)  # fmt: skip
+MESH = "mesh."
+
+COUNT, POSITIVE = "a whole number from 1 to 2147483647", "a finite number above 0"
+NOT_NEGATIVE, SHARE = "a finite number at least 0", "a finite number at least 0 and at most 1"
+FROM_0 = "a whole number from 0 to 2147483647"
+EPOCHS = "a finite number above 0 and at most 10000"
+MANY = "a whole number from 1 to 10000"
+LEARNED = [f"{section}.{name}" for section in ("dpo", "contrastive") for name in (
+    "learning_rate", "clip_norm")]  # fmt: skip
+WRONG = [
+    *((name, value, POSITIVE) for name in (*LEARNED, "dpo.beta", "dpo.reward_temperature",
+      "contrastive.temperature", "contrastive.teacher_temperature", "lora.alpha",
+      "generator.server.timeout", "log.peak_flops")
+      for value in (0.0, -1.0, math.nan, math.inf, 1e39)),
+    *((f"{section}.epochs", value, EPOCHS) for section in ("dpo", "contrastive")
+      for value in (0.0, -1.0, math.nan, math.inf, 1e12)),
+    *((name, value, NOT_NEGATIVE) for name in ("dpo.sft_weight", "contrastive.weight_decay",
+      "contrastive.info_nce_weight", "contrastive.margin_mse_weight", "contrastive.kl_weight",
+      "contrastive.invariance_weight", "expansion.temperature", "answer.temperature",
+      "generator.memory_limit", "reward.positive", "reward.answer", "reward.corpus", "reward.group",
+      "data.shares.dev") for value in (-0.1, math.nan, math.inf)),
+    *((name, value, SHARE) for name in ("contrastive.query_weight", "contrastive.plain_share",
+      "reward.query_weight") for value in (-0.1, 1.1, math.nan)),
+    *((f"{section}.top_p", value, "a finite number above 0 and at most 1")
+      for section in ("expansion", "candidates", "answer") for value in (0.0, 1.1, math.nan)),
+    *((name, value, COUNT) for name in ("dpo.batch_size", "dpo.prompt_length", "dpo.chunk",
+      "dpo.save_every", "contrastive.batch_size", "contrastive.save_every", "retriever.max_length",
+      "retriever.tokens_per_batch", "generator.slots", "lora.rank", "expansion.max_new_tokens",
+      "candidates.max_new_tokens", "answer.max_new_tokens", "answer.max_characters",
+      "evaluation.depth", "evaluation.sample_depth", "mining.depth", "reward.depth",
+      "reward.group_size", "keep", "generator.server.concurrency") for value in (0, -1)),
+    *((name, value, MANY) for name in ("rounds", "dpo.accumulation", "contrastive.accumulation",
+      "candidates.per_temperature", "reward.group_sets")
+      for value in (0, 10**9)),
+    *((name, -1, FROM_0) for name in ("seed", "dpo.warmup_steps", "dpo.eval_every",
+      "contrastive.warmup_steps", "contrastive.eval_every", "contrastive.patience",
+      "contrastive.micro_batch", "contrastive.negatives", "mining.per_query", "mining.first",
+      "data.max_dev", "data.min_pairs", "log.profile_steps", "generator.server.retries")),
+    ("seed", 2**31, FROM_0),
+    ("expansion.train_samples", -1, "a whole number from 0 to 10000"),
+    ("seed", True, FROM_0),
+    ("dpo.beta", None, POSITIVE),
+    ("dpo.loss", "dpo", "one of sigmoid, hinge, ipo, robust, reward-sft"),
+    ("dpo.label_smoothing", 0.5, "a finite number at least 0 and below 0.5"),
+    ("dpo.label_smoothing", -0.1, "a finite number at least 0 and below 0.5"),
+    ("dpo.response_length", 1, "a whole number from 2 to 2147483647"),
+    ("dpo.dev_share", 1.0, "a finite number at least 0 and below 1"),
+    ("dpo.dev_share", -0.1, "a finite number at least 0 and below 1"),
+    ("dpo.on_bad_pair", "skip", "one of error, drop"),
+    ("contrastive.normalize", "all", "one of none, before, after, both"),
+    ("contrastive.remat", "some", "one of none, dots, full"),
+    ("contrastive.compute_dtype", "float", "one of float32, bfloat16"),
+    ("contrastive.dimensions", (8, 0), f"values that each are {COUNT}"),
+    ("contrastive.dimensions", (8.5,), f"values that each are {COUNT}"),
+    ("contrastive.info_nce_weight", 0.0, "or contrastive.invariance_weight above 0"),
+    ("retriever.pooling", "max", "one of mean, cls, last, decoder, or ''"),
+    ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
+    ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),
+    ("generator.compute_dtype", "int8", "one of float32, bfloat16"),
+    ("generator.weights", "int4", "one of float32, bfloat16, int8, or ''"),
+    ("generator.remat", "", "one of none, dots, full"),
+    ("generator.stop", ("\n", ""), "each are a string that is not empty"),
+    *(("generator.prompt_buckets", value, "whole numbers above 0 that ascend")
+      for value in ((), (64, 64), (128, 64), (0, 64), ("64",), (64.0,), (True, 64))),
+    ("lora.dropout", 1.0, "a finite number at least 0 and below 1"),
+    ("lora.targets", (), "a tuple of values that each are a regular expression"),
+    ("lora.targets", ("q_proj$", "("), "a regular expression"),
+    ("lora.targets", ("",), "a regular expression"),
+    ("lora.targets", (1,), "a regular expression"),
+    ("expansion.strategy", "q2x", "one of q2d, "),
+    ("expansion.strategy", "csqe", "shows {query} alone, not {passages}, {query}"),
+    ("expansion.template", "{query} {document}", "shows {query} alone, not {document}, {query}"),
+    ("candidates.temperatures", (), f"a tuple of values that each are {NOT_NEGATIVE}"),
+    ("candidates.temperatures", (1.0, math.nan), NOT_NEGATIVE),
+    ("candidates.temperatures", ("1",), NOT_NEGATIVE),
+    ("mining.absolute_margin", math.nan, "a finite number, or None"),
+    ("mining.first", 50, "less than mining.depth, 50"),
+    ("reward.corpus_measure", "mrr", "one of reciprocal_rank, ndcg, average_precision"),
+    ("reward.threshold", math.nan, "a finite number"),
+    ("search.backend", "faiss", "one of auto, scann, exact"),
+    ("evaluation.systems", ("dense",), "one of bm25, zero-shot, "),
+    ("evaluation.systems", (), "a tuple of values that each are one of bm25"),
+    ("evaluation.query_weights", (0.5, 1.5), SHARE),
+    ("evaluation.query_weights", (), SHARE),
+    ("evaluation.samples", (1, 0), MANY),
+    ("evaluation.samples", (), MANY),
+    ("export.dtype", "int8", "one of float32, bfloat16"),
+]  # fmt: skip
+
+
+def changed(**settings):
+    config = base.get_config()
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), WRONG)
+def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
+    with pytest.raises(UserError) as error:
+        check_settings(changed(**{name: value}))
+    message = str(error.value)
+    assert message.startswith(f"{name} is {value!r}; expected ")
+    assert expected in message.partition("; expected ")[2]
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {f"reward.{name}": 0.0 for name in ("positive", "answer", "corpus", "group")},
+        {f"data.shares.{name}_train": 0.0 for name in ("retriever", "generator")},
+    ],
+)
+def test_weights_that_are_all_0_are_refused(settings):
+    with pytest.raises(UserError, match=f"^{min(settings)} is 0.0|^{max(settings)} is 0.0"):
+        check_settings(changed(**settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dpo.epochs": 1, "dpo.beta": 1, "lora.alpha": 16},  # Whole numbers are numbers.
+        {"candidates.temperatures": (0, 1), "expansion.temperature": 0.0},  # Greedy.
+        {"contrastive.info_nce_weight": 0.0, "contrastive.kl_weight": 1.0},
+        {"contrastive.dimensions": (32, 8), "generator.stop": ("\n",)},
+        {"evaluation.query_weights": (0, 1), "dpo.response_length": 2, "seed": 2**31 - 1},
+        {"expansion.train_samples": 0, "contrastive.eval_every": 0},
+        {"expansion.strategy": "q2a", "expansion.template": "Say what {query} means."},
+    ],
+)
+def test_what_has_a_meaning_passes(settings):
+    check_settings(changed(**settings))
+
+
+@pytest.mark.parametrize("name", ["base", *NAMES])
+def test_the_settings_of_a_config_pass(name):
+    check_settings(importlib.import_module(f"configs.{name}").get_config())
+
+
+def test_the_settings_of_a_config_s_variants_pass():
+    variants = [paper.get_config(name) for name in paper.RETRIEVERS]
+    variants += [reference_code.get_config(name) for name in reference_code.RETRIEVERS]
+    variants += [published.get_config(name) for name in published.CHECKPOINTS]
+    for config in (*variants, strategies.get_config("pydoc")):
+        check_settings(config)
+
+
+def test_every_setting_is_checked_here_or_where_it_is_read():
+    config = base.get_config()
+    for name, value in flatten(config):
+        known = name in CHECKS or name in ELSEWHERE or name.startswith(MESH)
+        assert known or isinstance(value, bool), name
+    for name in CHECKS:
+        value_of(config, name)
+
+
+@pytest.mark.parametrize(
+    ("program", "config", "override", "message"),
+    [
+        ("train.joint", "smoke", "dpo.epochs=inf", f"dpo.epochs is inf; expected {EPOCHS}"),
+        ("train.retriever", "retriever", "retriever.pooling=max", "retriever.pooling is 'max'"),
+        ("train.generator", "dpo", "dpo.response_length=1", "dpo.response_length is 1"),
+        ("train.plan", "smoke", "lora.targets=('(',)", "lora.targets is ('(',)"),
+        ("eval.beir", "beir", "contrastive.normalize=x", "contrastive.normalize is 'x'"),
+    ],
+)  # fmt: skip
+def test_a_program_says_so_before_it_begins(tmp_path, program, config, override, message):
+    workdir = [f"--workdir={tmp_path / 'run'}"] if program != "train.plan" else []
+    systems = ["--systems=bm25"] if program == "eval.beir" else []
+    path = pathlib.PurePath(CONFIGS.name) / f"{config}.py"
+    process = command(program, f"--config={path}", f"--config.{override}", *workdir, *systems)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert output.startswith(f"error: {message}"), output
+    assert len(output.splitlines()) == 1
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,282 @@
+"""What each setting of a config may be, checked before a model is loaded or a stage runs."""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import ml_collections
+
+from eval.systems import SYSTEMS
+from expandr_jax import prompts
+from expandr_jax.errors import UserError
+from expandr_jax.fusion import Normalize
+from expandr_jax.models.pooling import Pooling
+from expandr_jax.models.stack import REMATS
+from expandr_jax.stored_vectors import DTYPES
+from expandr_jax.weights.fields import shown
+from train.candidates import LOSSES_OF_PAIRS, REWARD_SFT
+from train.models import WEIGHTS
+from train.search_rewards import MEASURES
+
+FLOATS = ("float32", "bfloat16")
+BACKENDS = ("auto", "scann", "exact")
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST = 1e38  # What float32 can hold.
+_MANY = 10_000  # More of what is done again and again would not end.
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What a setting has to be.
+
+    Attributes:
+        expected: In words, for messages.
+        holds: Whether a value is that.
+    """
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def _count(least: int, most: int = _LARGEST_COUNT) -> Check:
+    """A whole number from `least` to `most`, both included."""
+    return Check(
+        f"a whole number from {least} to {most}",
+        lambda value: _is_a(int, value) and least <= value <= most,
+    )
+
+
+def _number(
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> Check:
+    """A finite number within bounds."""
+    bounds = {"above": above, "at least": least, "below": below, "at most": most}
+    words = " and".join(f" {name} {bound}" for name, bound in bounds.items() if bound is not None)
+
+    def holds(value: Any) -> bool:
+        # NaN is not within any bounds.
+        return (
+            _is_a((int, float), value)
+            and abs(value) <= _LARGEST
+            and (above is None or value > above)
+            and (least is None or value >= least)
+            and (below is None or value < below)
+            and (most is None or value <= most)
+        )
+
+    return Check(f"a finite number{words}", holds)
+
+
+def _choice(known: Sequence[str], *, empty: bool = False) -> Check:
+    """One of some strings, or, if `empty`, none of them."""
+    return Check(
+        f"one of {', '.join(known)}" + (", or ''" if empty else ""),
+        lambda value: isinstance(value, str) and (value in known or (empty and not value)),
+    )
+
+
+def _optional(check: Check) -> Check:
+    """The same, or None."""
+    return Check(f"{check.expected}, or None", lambda value: value is None or check.holds(value))
+
+
+def _several(each: Check, *, least: int = 1) -> Check:
+    """A tuple of at least so many values."""
+    return Check(
+        f"{'a tuple' if least else 'an empty tuple or one'} of values that each are "
+        f"{each.expected}",
+        lambda value: (
+            _is_a((tuple, list), value) and len(value) >= least and all(map(each.holds, value))
+        ),
+    )
+
+
+def _is_a(kind: type | tuple[type, ...], value: Any) -> bool:
+    """As `isinstance`, but true and false are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value != "" and re.compile(value) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+def _ascends(value: Any) -> bool:
+    counts = _several(_count(1))
+    return counts.holds(value) and all(a < b for a, b in itertools.pairwise(value))
+
+
+_POSITIVE, _NOT_NEGATIVE = _number(above=0), _number(least=0)
+_SHARE = _number(least=0, most=1)
+_TOP_P = _number(above=0, most=1)
+_EPOCHS = _number(above=0, most=_MANY)
+_TEXT = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+
+CHECKS = {
+    "seed": _count(0),
+    "rounds": _count(1, _MANY),
+    "keep": _count(1),
+    "data.min_pairs": _count(0),
+    "data.shares.retriever_train": _NOT_NEGATIVE,
+    "data.shares.generator_train": _NOT_NEGATIVE,
+    "data.shares.dev": _NOT_NEGATIVE,
+    "data.shares.test": _NOT_NEGATIVE,
+    "data.max_retriever_train": _count(0),
+    "data.max_generator_train": _count(0),
+    "data.max_dev": _count(0),
+    "data.max_test": _count(0),
+    "retriever.pooling": _choice(get_args(Pooling), empty=True),
+    "retriever.max_length": _count(1),
+    "retriever.compute_dtype": _choice(FLOATS),
+    "retriever.vectors": _choice(DTYPES),
+    "retriever.tokens_per_batch": _count(1),
+    "generator.compute_dtype": _choice(FLOATS),
+    "generator.weights": _choice(WEIGHTS, empty=True),
+    "generator.remat": _choice(REMATS),
+    "generator.stop": _several(_TEXT, least=0),
+    "generator.slots": _count(1),
+    "generator.memory_limit": _NOT_NEGATIVE,
+    "generator.prompt_buckets": Check("a tuple of whole numbers above 0 that ascend", _ascends),
+    "generator.server.concurrency": _count(1),
+    "generator.server.retries": _count(0),
+    "generator.server.timeout": _POSITIVE,
+    "lora.rank": _count(1),
+    "lora.alpha": _POSITIVE,
+    "lora.dropout": _number(least=0, below=1),
+    "lora.targets": _several(Check("a regular expression", _is_pattern)),
+    "expansion.strategy": _choice(tuple(prompts.STRATEGIES)),
+    "expansion.temperature": _NOT_NEGATIVE,
+    "expansion.top_p": _TOP_P,
+    "expansion.max_new_tokens": _count(1),
+    "expansion.train_samples": _count(0, _MANY),
+    "contrastive.compute_dtype": _choice(FLOATS),
+    "contrastive.epochs": _EPOCHS,
+    "contrastive.batch_size": _count(1),
+    "contrastive.accumulation": _count(1, _MANY),
+    "contrastive.learning_rate": _POSITIVE,
+    "contrastive.warmup_steps": _count(0),
+    "contrastive.weight_decay": _NOT_NEGATIVE,
+    "contrastive.clip_norm": _POSITIVE,
+    "contrastive.temperature": _POSITIVE,
+    "contrastive.query_weight": _SHARE,
+    "contrastive.normalize": _choice(get_args(Normalize)),
+    "contrastive.negatives": _count(0),
+    "contrastive.plain_share": _SHARE,
+    "contrastive.remat": _choice(REMATS),
+    "contrastive.micro_batch": _count(0),
+    "contrastive.info_nce_weight": _NOT_NEGATIVE,
+    "contrastive.margin_mse_weight": _NOT_NEGATIVE,
+    "contrastive.kl_weight": _NOT_NEGATIVE,
+    "contrastive.teacher_temperature": _POSITIVE,
+    "contrastive.invariance_weight": _NOT_NEGATIVE,
+    "contrastive.dimensions": _several(_count(1), least=0),
+    "contrastive.eval_every": _count(0),
+    "contrastive.patience": _count(0),
+    "contrastive.save_every": _count(1),
+    "mining.per_query": _count(0),
+    "mining.first": _count(0),
+    "mining.depth": _count(1),
+    "mining.absolute_margin": _optional(_number()),
+    "mining.relative_margin": _optional(_number()),
+    "candidates.temperatures": _several(_NOT_NEGATIVE),
+    "candidates.per_temperature": _count(1, _MANY),
+    "candidates.top_p": _TOP_P,
+    "candidates.max_new_tokens": _count(1),
+    "answer.temperature": _NOT_NEGATIVE,
+    "answer.top_p": _TOP_P,
+    "answer.max_new_tokens": _count(1),
+    "answer.max_characters": _count(1),
+    "reward.positive": _NOT_NEGATIVE,
+    "reward.answer": _NOT_NEGATIVE,
+    "reward.corpus": _NOT_NEGATIVE,
+    "reward.corpus_measure": _choice(MEASURES),
+    "reward.group": _NOT_NEGATIVE,
+    "reward.group_size": _count(1),
+    "reward.group_sets": _count(1, _MANY),
+    "reward.query_weight": _SHARE,
+    "reward.depth": _count(1),
+    "reward.threshold": _number(),
+    "dpo.loss": _choice((*LOSSES_OF_PAIRS, REWARD_SFT)),
+    "dpo.reward_temperature": _POSITIVE,
+    "dpo.beta": _POSITIVE,
+    "dpo.label_smoothing": _number(least=0, below=0.5),
+    "dpo.sft_weight": _NOT_NEGATIVE,
+    "dpo.epochs": _EPOCHS,
+    "dpo.batch_size": _count(1),
+    "dpo.accumulation": _count(1, _MANY),
+    "dpo.learning_rate": _POSITIVE,
+    "dpo.warmup_steps": _count(0),
+    "dpo.clip_norm": _POSITIVE,
+    "dpo.prompt_length": _count(1),
+    "dpo.response_length": _count(2),  # A token and the end.
+    "dpo.on_bad_pair": _choice(("error", "drop")),
+    "dpo.dev_share": _number(least=0, below=1),
+    "dpo.eval_every": _count(0),
+    "dpo.chunk": _count(1),
+    "dpo.save_every": _count(1),
+    "search.backend": _choice(BACKENDS),
+    "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
+    "evaluation.query_weights": _several(_SHARE),
+    "evaluation.samples": _several(_count(1, _MANY)),
+    "evaluation.depth": _count(1),
+    "evaluation.sample_depth": _count(1),
+    "export.dtype": _choice(FLOATS),
+    "log.peak_flops": _optional(_POSITIVE),
+    "log.profile_steps": _count(0),
+}
+# Of these at least one is above 0, or nothing would be learned.
+WEIGHED = (
+    tuple(f"contrastive.{n}_weight" for n in ("info_nce", "margin_mse", "kl", "invariance")),
+    tuple(f"reward.{name}" for name in ("positive", "answer", "corpus", "group")),
+    tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
+)
+
+
+def check_settings(config: ml_collections.ConfigDict) -> None:
+    """Refuses what would train nonsense, never end or fail after hours of work.
+
+    Whether settings fit the data, the models and the devices is seen where these are known.
+
+    Args:
+        config: The whole config.
+
+    Raises:
+        UserError: Naming the first setting that is wrong, its value and what was expected.
+    """
+    for name, check in CHECKS.items():
+        if not check.holds(value_of(config, name)):
+            raise _refuse(config, name, check.expected)
+    for names in WEIGHED:
+        if not any(value_of(config, name) for name in names):
+            raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
+    if config.mining.first >= config.mining.depth:
+        raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+    _check_prompt(config)
+
+
+def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
+    """A setting by its name, as "dpo.beta"."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def _check_prompt(config: ml_collections.ConfigDict) -> None:
+    """Training queries come without the documents or passages that some strategies show."""
+    section = config.expansion
+    chosen = prompts.strategy(section.strategy, section.template)
+    if chosen.fields != {"query"}:
+        name = "template" if section.template else "strategy"
+        shows = ", ".join(f"{{{field}}}" for field in sorted(chosen.fields))
+        raise _refuse(config, f"expansion.{name}", f"one that shows {{query}} alone, not {shows}")
+
+
+def _refuse(config: ml_collections.ConfigDict, name: str, expected: str) -> UserError:
+    return UserError(f"{name} is {shown(value_of(config, name))}; expected {expected}")
