@@ -99,9 +99,8 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.negatives = 0  # Given ones a query and step; more are drawn from, fewer masked.
     contrastive.plain_share = 0.0  # Of queries that stay unexpanded in a step.
     contrastive.dropout = False  # The module's own rates, in training.
-    # What the backward pass recomputes: "none", "dots" (all but products with weights: as quick on
-    # CPU, where memory costs more than arithmetic, with half of it) or "full".
-    contrastive.remat = "dots"
+    # "dots" is as quick as "none" on CPU, where memory costs more than arithmetic, with half of it.
+    contrastive.remat = "dots"  # What the backward pass recomputes: "none", "dots" or "full".
     contrastive.micro_batch = 0  # Texts whose graph is in memory at once (GradCache); 0: all.
     contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
     contrastive.symmetric = False  # Documents are compared with all queries, too.
