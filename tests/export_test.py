@@ -55,7 +55,7 @@ def test_generators_return_to_transformers_bit_equal(family, tmp_path):
             for d in ("out", "in")
         )
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(logits(generator.module, params, ids), found, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits(generator.module, params, ids), found, atol=1e-5, rtol=0)
 
 
 def test_generator_settings_and_tokenizer_return(tmp_path):
@@ -175,7 +175,7 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path, monkeypat
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
     merged = logits(generator.module, merge_lora(params, adapter, lora), ids)
-    np.testing.assert_allclose(merged, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(merged, expected, atol=1e-5, rtol=0)
 
     settings, again = load_adapter(str(tmp_path / "out"), generator.module.config)
     jax.tree.map(np.testing.assert_array_equal, adapter, again)
