@@ -32,18 +32,18 @@ class Topology:
         name: As it was asked for.
         devices: To make a mesh of; of a TPU these are descriptions that can only be compiled for.
         chip: What each can do.
-        hosts: Processes of a run there, one on each host, with as many of the devices each.
+        host_devices: Such as one process of a run has there, by itself.
     """
 
     name: str
     devices: Sequence[Any]
     chip: chips.Chip
-    hosts: int = 1
+    host_devices: Sequence[Any]
 
     @property
-    def host_devices(self) -> Sequence[Any]:
-        """Those of the first process."""
-        return self.devices[: len(self.devices) // self.hosts]
+    def hosts(self) -> int:
+        """Processes of a run there, one on each host."""
+        return len(self.devices) // len(self.host_devices)
 
 
 def find_topology(name: str) -> Topology:
@@ -59,15 +59,15 @@ def find_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind in chips.TPUS:
-        devices = sorted(_slice(name, kind, shape), key=lambda device: device.process_index)
-        hosts = len({device.process_index for device in devices})
-        return Topology(name, devices, chips.TPUS[kind], hosts)
+        devices = _slice(name, kind, shape)
+        host = _host_shape(devices, axes=1 + shape.count("x"))
+        # A slice of its own: the compiler does not take a part of one.
+        return Topology(name, devices, chips.TPUS[kind], _slice(name, kind, host))
     if kind not in ("cpu", "gpu") or (shape and not re.fullmatch(r"[1-9]\d*", shape)):
         raise UserError(f"--topology={name}: expected something like {FORMS}")
     devices = _local(kind, int(shape) if shape else None)
-    return Topology(
-        name, devices, chips.cpu(len(devices)) if kind == "cpu" else chips.gpu(devices[0])
-    )
+    chip = chips.cpu(len(devices)) if kind == "cpu" else chips.gpu(devices[0])
+    return Topology(name, devices, chip, devices)
 
 
 def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
@@ -84,13 +84,19 @@ def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}")
     except Exception as error:  # libtpu's own, a RuntimeError or one of its subclasses.
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"--topology={name}: TPU's compiler knows no such slice: {reason}"
         ) from None
     return found.devices
+
+
+def _host_shape(devices: Sequence[Any], axes: int) -> str:
+    """Of the chips of the first process, as a slice's shape is written."""
+    coordinates = [device.coords[:axes] for device in devices if device.process_index == 0]
+    return "x".join(str(1 + max(axis) - min(axis)) for axis in zip(*coordinates, strict=True))
 
 
 def _example(kind: str) -> str:
