@@ -65,3 +65,22 @@ def test_the_order_is_a_function_of_seed_and_step():
 def test_too_few_examples():
     with pytest.raises(ValueError, match="do not fill one batch"):
         batch_indices(0, 0, 3, 4)
+
+
+def test_batches_by_length():
+    lengths = np.random.default_rng(0).integers(1, 500, 103)
+    for window in (1, 4, 100):
+        epoch = [batch_indices(3, step, 103, 8, lengths, window) for step in range(12)]
+        assert len(set(np.concatenate(epoch).tolist())) == 96
+        same = np.random.Generator(np.random.Philox(key=[3, 0])).permutation(103)[:96]
+        sizes = lengths[same]
+        # A numpy twin: each window sorted, then cut into batches.
+        windows = [np.sort(sizes[i : i + 8 * window]) for i in range(0, 96, 8 * window)]
+        expected = sorted(tuple(b) for w in windows for b in w.reshape(-1, 8).tolist())
+        assert sorted(tuple(lengths[batch].tolist()) for batch in epoch) == expected
+        again = batch_indices(3, 7, 103, 8, lengths, window)
+        np.testing.assert_array_equal(epoch[7], again)
+    spread = [np.ptp(lengths[batch_indices(3, s, 103, 8, lengths, 100)]) for s in range(12)]
+    assert max(spread) < 150  # Of 500, where a shuffle's are near all of it.
+    longest = [lengths[batch].max() for batch in epoch]
+    assert longest != sorted(longest)  # The batches do not come by length themselves.

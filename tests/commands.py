@@ -25,10 +25,13 @@ def command(module: str, *arguments: str) -> subprocess.Popen:
 
 
 def start(
-    workdir: pathlib.Path, *overrides: str, config: str = "configs/smoke.py"
+    workdir: pathlib.Path,
+    *overrides: str,
+    config: str = "configs/smoke.py",
+    module: str = "train.joint",
 ) -> subprocess.Popen:
-    """`train.joint` as a user starts it."""
-    return command("train.joint", f"--config={config}", f"--workdir={workdir}", *overrides)
+    """A trainer as a user starts it."""
+    return command(module, f"--config={config}", f"--workdir={workdir}", *overrides)
 
 
 def start_processes(
@@ -36,16 +39,20 @@ def start_processes(
     count: int,
     *overrides: str,
     of_one: dict[int, tuple[str, ...]] | None = None,
+    **program: str,
 ) -> list[subprocess.Popen]:
-    """`train.joint` as several processes on this machine, each with a device of its own.
+    """A trainer as several processes on this machine, each with a device of its own.
 
-    `of_one` has further arguments of single processes, by their numbers.
+    `of_one` has further arguments of single processes, by their numbers; `program` is as of
+    `start`.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
     return [
-        start(workdir, *overrides, *together, f"--process={i}", *(of_one or {}).get(i, ()))
+        start(
+            workdir, *overrides, *together, f"--process={i}", *(of_one or {}).get(i, ()), **program
+        )
         for i in range(count)
     ]
 

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from configs import base
 from expandr_jax import metrics
 from expandr_jax.checkpoint import Checkpoints
+from expandr_jax.contrastive import make_batch
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
@@ -68,6 +69,29 @@ def config_of(data, **contrastive):
 
 def train(config, workdir):
     train_on_triples(config, workdir, Console(quiet=True))
+
+
+def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
+    rows = read_lines(data / "triples.jsonl")
+    for i, row in enumerate(rows):
+        row["expansion"] = " ".join([row["expansion"]] * (1 + i % 6))
+    write_jsonl(tmp_path / "triples.jsonl", rows)
+    widths = {}
+
+    def recorded(*args, **options):
+        batch = make_batch(*args, **options)
+        widths[window].append(batch["expansion_ids"].shape[1])
+        return batch
+
+    monkeypatch.setattr("train.retriever.make_batch", recorded)
+    for window in (0, 100):
+        widths[window] = []
+        config = config_of(data, length_window=window, epochs=1.0, batch_size=8, plain_share=0.0)
+        config.data.path, config.data.dev = str(tmp_path / "triples.jsonl"), ""
+        config.retriever.max_length = 64
+        train(config, tmp_path / f"run-{window}")
+    assert len(widths[0]) == len(widths[100]) == len(rows) // 8
+    assert sum(widths[100]) < 0.75 * sum(widths[0])
 
 
 def dev_rows(workdir):

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import flags
 from rich.console import Console
 
@@ -124,12 +125,19 @@ def train_retriever(
     seed, pad_id = run.config.seed, models.retriever.tokenizer.pad_token_id
     dropout_key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
 
+    lengths = None
+    if config.length_window:
+        lengths = np.array([_longest(example, samples) for example in examples])
+
     def chosen(step: int) -> dict[int, ContrastiveExample]:
         """The examples of a step as it sees them, by their numbers."""
         number = round_ * steps + step
         epoch = number // (len(examples) // config.batch_size)
         drawn = {}
-        for i in batch_indices(seed, number, len(examples), config.batch_size).tolist():
+        indices = batch_indices(
+            seed, number, len(examples), config.batch_size, lengths, config.length_window
+        )
+        for i in indices.tolist():
             example = draw_passages(examples[i], config.negatives, seed=seed, epoch=epoch, query=i)
             if stays_plain(config.plain_share, seed=seed, step=number, query=i):
                 example = dataclasses.replace(example, expansions=())
@@ -227,6 +235,13 @@ def contrastive_config(config: ml_collections.ConfigDict, samples: int) -> Contr
         dimensions=tuple(config.dimensions),
         micro_batch=config.micro_batch,
     )
+
+
+def _longest(example: ContrastiveExample, samples: int) -> int:
+    """Tokens of the longest text that may be used of an example."""
+    passages = [*example.other_positives, *example.negatives]
+    texts = [example.query, example.positive, *example.expansions[:samples]]
+    return max(map(len, [*texts, *(passage.ids for passage in passages)]))
 
 
 def _hash_example(example: ContrastiveExample) -> str:

@@ -162,6 +162,7 @@ CHECKS = {
     "contrastive.epochs": _EPOCHS,
     "contrastive.batch_size": _count(1),
     "contrastive.accumulation": _count(1, _MANY),
+    "contrastive.length_window": _count(0),
     "contrastive.learning_rate": _POSITIVE,
     "contrastive.warmup_steps": _count(0),
     "contrastive.weight_decay": _NOT_NEGATIVE,

@@ -71,11 +71,26 @@ def pad(
     return ids, mask
 
 
-def batch_indices(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
+def batch_indices(
+    seed: int,
+    step: int,
+    count: int,
+    batch_size: int,
+    lengths: np.ndarray | None = None,
+    window: int = 1,
+) -> np.ndarray:
     """Which of `count` examples make up batch `step`: a fresh shuffle each epoch, no remainder.
 
     The order is a function of its arguments, so a run that resumes at a step needs no iterator's
     state, and neither hosts nor restarts can change it.
+
+    Args:
+        seed, step: What the order is drawn from.
+        count: Examples.
+        batch_size: Of them in a batch.
+        lengths: [count], of each example; with it, batches have examples of like length: those of
+            `window` batches are sorted by it, then the batches of the epoch are shuffled.
+        window: Batches that are sorted together.
 
     Returns:
         [batch_size] int64.
@@ -87,5 +102,13 @@ def batch_indices(seed: int, step: int, count: int, batch_size: int) -> np.ndarr
     if per_epoch == 0:
         raise ValueError(f"{count} examples do not fill one batch of {batch_size}")
     epoch, place = divmod(step, per_epoch)
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-    return order[place * batch_size : (place + 1) * batch_size]
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = generator.permutation(count)[: per_epoch * batch_size]
+    first = 0
+    if lengths is not None:
+        place = generator.permutation(per_epoch)[place]
+        first = place // window * window
+        order = order[first * batch_size : (first + window) * batch_size]
+        order = order[np.argsort(lengths[order], kind="stable")]
+    start = (place - first) * batch_size
+    return order[start : start + batch_size]
