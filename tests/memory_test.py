@@ -1,12 +1,18 @@
 """Freed memory goes back to the system."""
 
 import ctypes
+import gc
+import pathlib
 
+import jax
 import numpy as np
 import psutil
 import pytest
 
-from train.memory import release_memory
+from expandr_jax.generation.engine import Engine
+from expandr_jax.generation.requests import Request
+from expandr_jax.host_memory import release_memory
+from expandr_jax.weights.hf import load_generator
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
@@ -18,3 +24,28 @@ def test_what_was_freed_below_something_that_stays_is_returned():
     release_memory()
     assert held - psutil.Process().memory_info().rss > 200e6
     assert stays.sum() == 12_000
+
+
+@pytest.mark.parametrize("texts", [1, 3])  # Of three, only the first is asked for.
+def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, texts):
+    generator, params = load_generator(str(pathlib.Path(__file__).parent / "data" / "tiny-llama"))
+    engine = Engine(
+        generator.module, params, slots=4, prompt_buckets=(16,), max_new_tokens=4,
+        eos_ids=generator.eos_ids, pad_id=generator.pad_id, seed=0,
+    )  # fmt: skip
+
+    def held() -> int:
+        gc.collect()
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before, seen = held(), []
+    monkeypatch.setattr("expandr_jax.generation.engine.trim_memory", lambda: seen.append(held()))
+    requests = [Request(f"{i}", 0, (5, 6, 7), 1.0, 0.9, 1 + i) for i in range(texts)]
+    completions = engine.generate(requests)
+    if texts == 1:
+        assert len(list(completions)) == 1
+    else:
+        next(completions)
+        assert held() > before
+        completions.close()
+    assert seen == [before]

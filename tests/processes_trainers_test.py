@@ -1,4 +1,4 @@
-"""What several processes do beside the smoke run: each trainer alone, rounds, damaged checkpoints."""
+"""Several processes beside the smoke run: each trainer alone, two rounds, damaged checkpoints."""
 
 import json
 import pathlib

@@ -72,7 +72,7 @@ def train(config, workdir):
 
 
 def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
-    rows = read_lines(data / "triples.jsonl")
+    rows = [json.loads(line) for line in (data / "triples.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):
         row["expansion"] = " ".join([row["expansion"]] * (1 + i % 6))
     write_jsonl(tmp_path / "triples.jsonl", rows)
@@ -91,7 +91,7 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
         config.retriever.max_length = 64
         train(config, tmp_path / f"run-{window}")
     assert len(widths[0]) == len(widths[100]) == len(rows) // 8
-    assert sum(widths[100]) < 0.75 * sum(widths[0])
+    assert sum(widths[100]) < 0.8 * sum(widths[0])
 
 
 def dev_rows(workdir):

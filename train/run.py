@@ -29,9 +29,9 @@ from rich.progress import (
 
 from expandr_jax.data.records import hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.host_memory import release_memory
 from train import processes
 from train.bucket import is_bucket
-from train.memory import release_memory
 from train.metrics_log import MetricsLog, NoMetrics
 from train.mirror import Mirror, scratch
 from train.seals import Seals

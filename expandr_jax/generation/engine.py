@@ -23,6 +23,7 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.host_memory import trim_memory
 from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
 from expandr_jax.sharding import batch_divisor, batch_sharding, place
 
@@ -147,6 +148,12 @@ class Engine:
         Raises:
             UserError: If a prompt, a text or a penalty is more than the engine was made for.
         """
+        try:
+            yield from self._generate(requests)
+        finally:  # The cache is gone: the next one must not come on top of it.
+            trim_memory()
+
+    def _generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         queue = PromptQueue(map(self._checked, requests), self._bucket, self._prompts)
         ready: collections.deque[tuple[device.Prefilled, int, Request]] = collections.deque()
         running: dict[int, Request] = {}
