@@ -3,11 +3,15 @@
 import importlib
 import pathlib
 import re
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import base, strategies
 from expandr_jax.errors import UserError
+from train.launch import unpin
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
@@ -52,3 +56,26 @@ def test_strategies_has_data_of_its_own_or_waits_for_some():
     assert sum(own.shares.values()) == pytest.approx(1)
     with pytest.raises(UserError, match=r"configs/strategies\.py:x: expected pydoc"):
         strategies.get_config("x")
+
+
+def parsed(monkeypatch, *arguments):
+    values = flags.FlagValues()
+    monkeypatch.chdir(CONFIGS.parent)
+    monkeypatch.setattr("sys.argv", ["program", "--config=configs/quickstart.py", *arguments])
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    values(sys.argv)
+    unpin(values["config"])
+    return values.config
+
+
+def test_a_hash_is_of_the_weights_that_a_config_names_not_of_others(monkeypatch):
+    own = parsed(monkeypatch)
+    assert own.retriever.sha256
+    assert own.generator.sha256
+    other = parsed(monkeypatch, "--config.retriever.source=path/to/mine", "--config.seed=1")
+    assert other.retriever.sha256 is None
+    assert other.generator.sha256 == own.generator.sha256
+    pinned = parsed(
+        monkeypatch, "--config.generator.source=mine", f"--config.generator.sha256={64 * 'a'}"
+    )
+    assert pinned.generator.sha256 == 64 * "a"

@@ -39,7 +39,7 @@ def test_two_processes_train_a_retriever_on_triples(smoke, tmp_path):
     settings = [
         f"--config.data.path={smoke[0] / 'round-0' / 'triples.jsonl'}",
         f"--config.data.dev={smoke[0] / 'data'}",
-        f"--config.retriever.source={DATA / 'tiny-bert'}", "--config.retriever.sha256=",
+        f"--config.retriever.source={DATA / 'tiny-bert'}",
         "--config.retriever.max_length=16", "--config.contrastive.batch_size=8",
         "--config.contrastive.epochs=2.0", "--config.contrastive.eval_every=3",
         "--config.contrastive.negatives=1", "--config.contrastive.learning_rate=1e-3",
@@ -58,7 +58,7 @@ def test_two_processes_train_a_retriever_on_triples(smoke, tmp_path):
 def test_two_processes_train_a_generator_on_pairs(smoke, tmp_path):
     settings = [
         f"--config.data.path={smoke[0] / 'round-0' / 'preferences.jsonl'}",
-        f"--config.generator.source={DATA / 'tiny-llama'}", "--config.generator.sha256=",
+        f"--config.generator.source={DATA / 'tiny-llama'}",
         "--config.generator.compute_dtype=float32", "--config.dpo.batch_size=2",
         "--config.dpo.dev_share=0.25", "--config.dpo.eval_every=2", "--config.dpo.epochs=3.0",
         "--config.dpo.prompt_length=32", "--config.dpo.response_length=16",

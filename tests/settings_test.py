@@ -16,8 +16,8 @@ from train.settings import CHECKS, check_settings, value_of
 ELSEWHERE = (
     "data.kind", "data.path", "data.url", "data.sha256", "data.cache", "data.tests", "data.weights",
     "data.prepared", "data.dev", "data.on_bad", "data.packages", "retriever.source",
-    "retriever.shape", "retriever.sha256", "retriever.normalize", "generator.source",
-    "generator.shape", "generator.sha256", "generator.server.url", "generator.server.model",
+    "retriever.shape", "retriever.normalize", "generator.source",
+    "generator.shape", "generator.server.url", "generator.server.model",
     "expansion.template", "log.wandb",
 )  # fmt: skip
 MESH = "mesh."
@@ -75,6 +75,8 @@ WRONG = [
     ("contrastive.dimensions", (8, 0), f"values that each are {COUNT}"),
     ("contrastive.dimensions", (8.5,), f"values that each are {COUNT}"),
     ("contrastive.info_nce_weight", 0.0, "or contrastive.invariance_weight above 0"),
+    *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or None")
+      for model in ("retriever", "generator") for value in ("", "00", 64 * "G")),
     ("retriever.pooling", "max", "one of mean, cls, last, decoder, or ''"),
     ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
     ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),

@@ -90,6 +90,8 @@ def launch(
     try:
         _check_config_exists(sys.argv[1:])
         arguments = flags.FLAGS(sys.argv)
+        if "config" in flags.FLAGS:
+            unpin(flags.FLAGS["config"])
         for name in ("config", "workdir"):
             if name in flags.FLAGS and flags.FLAGS[name].value is None:
                 raise UserError(f"--{name} is missing: add {EXAMPLES[name]}, for example")
@@ -149,6 +151,16 @@ def _start_processes() -> None:
     settings.check()
     split_processor(settings.count or 1)
     processes.start(settings)
+
+
+def unpin(flag: flags.Flag) -> None:
+    """A hash in a config file is of the weights that it names, not of those named instead."""
+    if flag.value is None:
+        return
+    given = config_flags.get_override_values(flag)
+    for name in ("retriever", "generator"):
+        if f"{name}.source" in given and f"{name}.sha256" not in given:
+            flag.value[name].sha256 = None
 
 
 def _check_config_exists(arguments: Sequence[str]) -> None:

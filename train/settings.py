@@ -120,6 +120,12 @@ _SHARE = _number(least=0, most=1)
 _TOP_P = _number(above=0, most=1)
 _EPOCHS = _number(above=0, most=_MANY)
 _TEXT = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+_SHA256 = _optional(
+    Check(
+        "the 64 hexadecimal digits of a sha256",
+        lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    )
+)
 
 CHECKS = {
     "seed": _count(0),
@@ -134,11 +140,13 @@ CHECKS = {
     "data.max_generator_train": _count(0),
     "data.max_dev": _count(0),
     "data.max_test": _count(0),
+    "retriever.sha256": _SHA256,
     "retriever.pooling": _choice(get_args(Pooling), empty=True),
     "retriever.max_length": _count(1),
     "retriever.compute_dtype": _choice(FLOATS),
     "retriever.vectors": _choice(DTYPES),
     "retriever.tokens_per_batch": _count(1),
+    "generator.sha256": _SHA256,
     "generator.compute_dtype": _choice(FLOATS),
     "generator.weights": _choice(WEIGHTS, empty=True),
     "generator.remat": _choice(REMATS),
