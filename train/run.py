@@ -156,6 +156,11 @@ class Run:
                     f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
                     "that all processes share"
                 )
+            if any(self.path(name).exists() for name in ("checkpoints", "work/seals.json")):
+                raise UserError(
+                    f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
+                    "with the same config; restore it or use a new --workdir"
+                )
             device = jax.devices()[0]
             versions = {}
             for name in LIBRARIES:
@@ -239,11 +244,11 @@ class Run:
             self._write_timing(name, seconds, memory.peak)
 
     def _write_timing(self, name: str, seconds: float, peak: int) -> None:
-        timings = {"phases": []}
-        if self._timings_path.exists():
-            with contextlib.suppress(ValueError):  # Damaged, they are counted anew.
-                timings = json.loads(self._timings_path.read_bytes().decode())
-        phases = {row["phase"]: row for row in timings["phases"]}
+        phases: dict[str, dict[str, Any]] = {}
+        # Absent, or damaged: they are counted anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            timings = json.loads(self._timings_path.read_bytes().decode())
+            phases = {row["phase"]: _timing(row) for row in timings["phases"]}
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
         row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
@@ -288,6 +293,12 @@ class Run:
             self.console.print(f"  {task} {state.done}/{total}{estimate}")
 
         yield advance
+
+
+def _timing(row: Any) -> dict[str, Any]:
+    """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
+    seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
+    return {"phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
 
 
 @dataclasses.dataclass
