@@ -72,7 +72,7 @@ def train(config, workdir):
 
 
 def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
-    rows = read_lines(data / "triples.jsonl")
+    rows = [json.loads(line) for line in (data / "triples.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):
         row["expansion"] = " ".join([row["expansion"]] * (1 + i % 6))
     write_jsonl(tmp_path / "triples.jsonl", rows)
