@@ -334,10 +334,11 @@ def train_on_triples(
         )
 
     def export() -> None:
-        if not directory.exists():
+        if not run.seals.intact("export/retriever"):
             anchordr = isinstance(models.retriever.module, AnchorDr)
             write = export_encoder if anchordr else export_retriever
             write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+            run.seals.seal("export/retriever")
 
     directory = run.path("export", "retriever")
     with run.phase("export"):
