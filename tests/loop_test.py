@@ -63,16 +63,19 @@ def opened(workdir, **log):
     return Run(workdir, config, Console(file=io.StringIO(), width=1000))
 
 
-def train(workdir, make_batch=batch, **log):
+def train(workdir, make_batch=batch, parts=(STEPS,), **log):
+    """Trains the toy; `parts`: the steps that single calls end with."""
     run = opened(workdir, **log)
     checkpoints = Checkpoints(workdir / "checkpoints" / "toy", {})
     try:
         with run.phase("toy"):
-            state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
-            return fit(
-                run, "toy", 0, state, step, make_batch,
-                first_step=0, steps=STEPS, checkpoints=checkpoints, save_every=3, contents=contents,
-            )  # fmt: skip
+            for last in parts:
+                state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
+                state = fit(
+                    run, "toy", 0, state, step, make_batch, first_step=0, steps=last,
+                    checkpoints=checkpoints, save_every=3, contents=contents,
+                )  # fmt: skip
+            return state
     finally:
         checkpoints.wait()
         run.close()
@@ -153,9 +156,29 @@ def test_a_loss_far_above_those_before_is_reported():
     assert SpikeWatch().median_if_spike(1e9) is None  # Nothing to compare it with.
 
 
-def test_a_trace_of_some_steps_is_written_where_asked(tmp_path):
-    train(tmp_path / "run", profile_steps=2)
-    assert list((tmp_path / "run" / "profile" / "toy-round-0").rglob("*.xplane.pb"))
+PARTS = [(STEPS,), range(2, STEPS + 1, 2)]  # The latter as with evaluations in between.
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_spike_is_reported_with_its_step_and_examples(tmp_path, monkeypatch, parts):
+    monkeypatch.setattr("train.telemetry.FEWEST", 3)
+    run = opened(tmp_path / "run")
+    monkeypatch.setattr("tests.loop_test.opened", lambda *_, **__: run)
+
+    def spiky(number):
+        x, y = batch(number)
+        return x, y * (1000 if number == 5 else 1)
+
+    train(tmp_path / "run", spiky, parts)
+    (line,) = [line for line in run.console.file.getvalue().splitlines() if "median" in line]
+    assert "toy, round 0, step 5: the loss is " in line
+    assert line.endswith("examples q5a, q5b")
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_trace_of_some_steps_is_written_once_where_asked(tmp_path, parts):
+    train(tmp_path / "run", parts=parts, profile_steps=2)
+    (_,) = (tmp_path / "run" / "profile" / "toy-round-0").rglob("*.xplane.pb")
     train(tmp_path / "other")
     assert not (tmp_path / "other" / "profile").exists()
 

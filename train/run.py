@@ -35,6 +35,7 @@ from train.memory import release_memory
 from train.metrics_log import MetricsLog, NoMetrics
 from train.mirror import Mirror, scratch
 from train.seals import Seals
+from train.telemetry import Profile, SpikeWatch
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
@@ -94,6 +95,7 @@ class Run:
         if self.metrics.dropped:
             console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
+        self._watches: dict[tuple[str, int], tuple[SpikeWatch, Profile]] = {}
         self._timings_path = self.path("timings.json")
         self._seconds_inside = 0.0  # Of phases that ran within the present one.
 
@@ -219,6 +221,19 @@ class Run:
                     f"{name}: is not what this run began with; put that back, or use a new "
                     "--workdir"
                 )
+
+    def watch(self, phase: str, round_: int) -> tuple[SpikeWatch, Profile]:
+        """What watches the steps of a phase: the same ones, where it is trained in parts.
+
+        Args:
+            phase: As in metrics.jsonl.
+            round_: Likewise.
+        """
+        if (phase, round_) not in self._watches:
+            traced = self.path("profile", f"{phase}-round-{round_}")
+            profile = Profile(traced, self.config.log.profile_steps)
+            self._watches[phase, round_] = SpikeWatch(), profile
+        return self._watches[phase, round_]
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
