@@ -22,6 +22,7 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.train_state import TrainState
 from tests.commands import step_figures
+from train.generator import train_adapter
 from train.loop import fit
 from train.retriever import train_on_triples
 from train.run import Run
@@ -193,6 +194,50 @@ def test_utilisation_is_of_the_peak_that_the_config_gives(tmp_path, monkeypatch)
         assert line["model_flops_utilisation"] == pytest.approx(speed)
 
 
+def killed_after_two_steps(monkeypatch, function, *arguments):
+    """Calls a trainer that ends, as by a kill, when the second step's checkpoint is there."""
+    save = Checkpoints.save
+
+    def until_killed(self, step, tree):
+        save(self, step, tree)
+        self.wait()
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", until_killed)
+        with pytest.raises(Killed):
+            function(*arguments)
+    gc.collect()  # Closes the lock, as the end of its process would.
+
+
+def test_on_another_mesh_it_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
+    """DPO: 8 x 1 x 1 devices, then 2 x 2 x 2, with dropout."""
+    words = [a + b for a, b in itertools.product("abcd", "uvwx")]
+    rows = [{"prompt": f"{w}?", "chosen": f"{w} {w}", "rejected": w[::-1]} for w in words]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+    def config(**mesh):
+        config = smoke.get_config()
+        config.data.kind, config.data.path = "preferences", str(tmp_path / "pairs.jsonl")
+        config.dpo.update(batch_size=8, epochs=2.0, dev_share=0.0, save_every=1)
+        config.mesh.update(mesh)
+        return config
+
+    def weights(name):
+        return load_file(tmp_path / name / "export" / "adapter" / "adapter_model.safetensors")
+
+    quiet = Console(quiet=True)
+    train_adapter(config(data=8), tmp_path / "whole", quiet)
+    killed_after_two_steps(monkeypatch, train_adapter, config(data=8), tmp_path / "run", quiet)
+    train_adapter(config(data=2, fsdp=2, tensor=2), tmp_path / "run", quiet)
+    whole, resumed = weights("whole"), weights("run")
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name], value, atol=1e-5, err_msg=name)
+    assert all(np.abs(value).max() > 1e-3 for value in whole.values())  # A new one's B is 0.
+    assert len(step_figures(tmp_path / "run")) == 4
+
+
 def test_on_another_mesh_it_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     """The retriever's training: 8 x 1 x 1 devices, then 1 x 4 x 2."""
     words = [a + b for a, b in itertools.product("abcdefgh", "uvwx")]
@@ -213,19 +258,7 @@ def test_on_another_mesh_it_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
     quiet = Console(quiet=True)
     train_on_triples(config(data=8), tmp_path / "whole", quiet)
-    save = Checkpoints.save
-
-    def until_killed(self, step, tree):
-        save(self, step, tree)
-        self.wait()
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", until_killed)
-        with pytest.raises(Killed):
-            train_on_triples(config(data=8), tmp_path / "run", quiet)
-    gc.collect()  # Closes the lock, as the end of its process would.
+    killed_after_two_steps(monkeypatch, train_on_triples, config(data=8), tmp_path / "run", quiet)
     train_on_triples(config(data=1, fsdp=4, tensor=2), tmp_path / "run", quiet)
     before, whole, resumed = (
         load_file(f"{TINY}/model.safetensors"),
