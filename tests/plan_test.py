@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning import chips, compiled
 from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.topology import Topology, find_topology
-from tests.commands import command, finish
+from tests.commands import ROOT, command, finish
 from train import plan, plan_programs, plan_search
 from train.planned import param_shapes
 from train.planned_generator import GeneratorShapes
@@ -300,6 +303,28 @@ def test_the_command_writes_the_plan(tmp_path):
     assert "chip-hours" in printed
 
 
+SMALL = """
+import train.launch, train.plan
+from expandr_jax.planning import chips
+chips.cpu = lambda devices: chips.Chip("cpu", 1000, 1e12, 1e11, 1e10, "made up")
+train.launch.launch(train.plan.main, train.plan.define_flags)
+"""
+
+
+def test_the_command_ends_with_one_and_says_what_to_change_where_something_does_not_fit(tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ["--config=configs/smoke.py", "--topology=cpu:2", "--only=exact search"]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, *arguments, f"--out={out}"],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("does not fit: exact search: needs ")
+    assert "; try fewer rows in a block" in done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert not row["fits"]
+
+
 def test_only_what_was_asked_for_is_compiled(config):
     topology = machine()
     result = plan.plan(config, topology, QUIET, only=["exact search"])
@@ -314,6 +339,18 @@ def test_a_mistake_ends_the_command_with_two(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert output.startswith("error: --topology=v9:1: expected something like")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [(".", "is a directory"), ("nowhere/plan.json", "there is no directory")]
+)
+def test_a_place_that_cannot_take_the_plan_is_refused_before_it_is_made(tmp_path, out, message):
+    process = command(
+        "train.plan", "--config=configs/smoke.py", "--topology=cpu:2", f"--out={tmp_path / out}"
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert output.startswith(f"error: --out={tmp_path / out}: {message}")
 
 
 def test_a_search_proposes_settings_that_fit(config, monkeypatch):
