@@ -48,8 +48,8 @@ def test_a_run_without_its_config_is_refused(tmp_path):
     [
         b"", b"{", b"\xff", b"[]", b"{}", b'{"phases": 3}', b'{"phases": [{}]}',
         b'{"phases": [{"phase": "one", "seconds": "x", "peak_memory_bytes": 1}]}',
-        b'{"phases": [{"phase": "one", "second": 1.0, "peak_memory_bytes": 1}]}',
-        b'{"phases": [{"phase": [], "seconds": 1.0, "peak_memory_bytes": 1}]}',
+        b'{"phases": [{"phase": "one", "second": 1e6, "peak_memory_bytes": 1}]}',
+        b'{"phases": [{"phase": [], "seconds": 1e6, "peak_memory_bytes": 1}]}',
     ],
 )  # fmt: skip
 def test_damaged_timings_are_counted_anew(tmp_path, content):
@@ -60,5 +60,5 @@ def test_damaged_timings_are_counted_anew(tmp_path, content):
             pass
     (row,) = json.loads(run.path("timings.json").read_text())["phases"]
     assert row["phase"] == "one"
-    assert row["seconds"] < 1
+    assert row["seconds"] < 1000  # None of what was there.
     run.close()
