@@ -91,30 +91,6 @@ def test_a_step_on_a_mesh_communicates_and_a_program_of_one_device_does_not(plan
     assert rows["exact search"]["collectives"] == {}
 
 
-def test_no_parameter_is_gathered_to_decode(config, tmp_path):
-    """With matrices of 4 MiB and more, and 512 rows whose logits are a quarter of that."""
-    shape = {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 512,
-        "intermediate_size": 4096, "rope_theta": 1e4,
-    }  # fmt: skip
-    (tmp_path / "wide.json").write_text(json.dumps(shape))
-    wide = config.copy_and_resolve_references()
-    wide.generator.shape = str(tmp_path / "wide.json")
-    topology = machine()
-    made = plan_programs.planned_programs(wide, topology)["decode"]()
-    needs = compiled.compile_program(made.program.lower(*made.arguments), CHIP)
-    matrices = [
-        leaf
-        for leaf in jax.tree.leaves(GeneratorShapes(wide, None).params)
-        if leaf.ndim > 1 and min(leaf.shape[-2:]) > 1
-    ]
-    smallest = min(4 * math.prod(leaf.shape) for leaf in matrices)
-    assert smallest == 4 * 2**20
-    assert needs.collectives["all-reduce"].count > 0
-    assert max(found.largest for found in needs.collectives.values()) < smallest
-
-
 def test_flops_are_those_of_the_shapes():
     """A decoder's, written out."""
     config = llama3_8b_anchordr.get_config()
