@@ -194,6 +194,9 @@ def test_chip_hours_follow_the_paper():
     [
         ("v9:4x4", "expected something like"),
         ("cpu:0", "expected something like"),
+        ("v5e", "expected chips by rows, as v5e:4x4"),
+        ("v5e:4x4x4", "expected chips by rows, as v5e:4x4"),
+        ("v6e:2x2x2", "expected chips by rows, as v6e:4x4"),
         ("cpu:4096", "there are"),
         ("gpu", "finds none"),
     ],
