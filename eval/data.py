@@ -226,4 +226,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch(main, define_flags)
+    launch(main, define_flags, words=True)

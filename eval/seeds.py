@@ -130,4 +130,4 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    launch(main, define_flags)
+    launch(main, define_flags, words=True)

@@ -5,6 +5,7 @@ nothing were wrong, and casts a wrong type silently. So each checkpoint carries 
 content and the shape and type of every leaf; one that does not match is set aside by name.
 """
 
+import errno
 import functools
 import hashlib
 import logging
@@ -196,7 +197,8 @@ class Checkpoints:
             at_most: Only steps up to this.
 
         Raises:
-            UserError: If the newest intact step belongs to another model or other settings.
+            UserError: If the newest intact step belongs to another model or other settings, or
+                one cannot be read for a reason that is no damage.
         """
         self.wait()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
@@ -239,7 +241,7 @@ class Checkpoints:
             value = read()
         except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-            if self._in_bucket and _is_refused(error):
+            if _is_refused(error):
                 raise UserError(
                     f"{self.directory}: a checkpoint cannot be read: {problem[:300]}; the same "
                     "command goes on from here"
@@ -257,14 +259,23 @@ class Checkpoints:
         self._manager.reload()
 
 
-# What does not say that a checkpoint is damaged: the bucket could not be reached, or refused.
-_REFUSED = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden")
+# What does not say that a checkpoint is damaged: the way to it failed, or there is no room for it.
+_REFUSED = (
+    "UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "Forbidden",
+    "RESOURCE_EXHAUSTED",
+)  # fmt: skip
+_NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether an error is of the way to a bucket."""
+    """Whether an error is of the way to a checkpoint, or of what there is room for here."""
     modules = ("aiohttp", "requests", "google.auth", "gcsfs")
-    return type(error).__module__.startswith(modules) or any(w in str(error) for w in _REFUSED)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in _NO_DAMAGE)
+        or type(error).__module__.startswith(modules)
+        or any(word in str(error) for word in _REFUSED)
+    )
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:

@@ -61,7 +61,8 @@ class TextEncoder:
             [len(texts), dim] float32.
 
         Raises:
-            NotFiniteError: If a vector is not finite, which means damaged or diverged weights.
+            NotFiniteError: If a vector is not finite, which means damaged or diverged weights; its
+                `row` is the text's.
         """
         params = self.place(params)
         tokens = self.tokenize(texts, kind)
@@ -91,7 +92,8 @@ class TextEncoder:
                 place = chosen[int(np.argmin(np.isfinite(block).all(1)))]
                 raise NotFiniteError(
                     f"text {place} ({texts[place][:60]!r}): its vector is not finite; the "
-                    "retriever's weights are damaged or training diverged"
+                    "retriever's weights are damaged or training diverged",
+                    row=place,
                 )
             vectors[chosen] = block
             if progress is not None:

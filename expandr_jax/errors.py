@@ -9,4 +9,12 @@ class UserError(Exception):
 
 
 class NotFiniteError(UserError):
-    """A number that should be finite is NaN or infinite: damaged weights, or training diverged."""
+    """A number that should be finite is NaN or infinite: damaged weights, or training diverged.
+
+    Attributes:
+        row: Which of the texts or rows that were given it is of, from 0; None: of no single one.
+    """
+
+    def __init__(self, message: str, row: int | None = None):
+        super().__init__(message)
+        self.row = row

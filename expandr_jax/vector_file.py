@@ -65,7 +65,7 @@ def encode_to_file(
 
     Raises:
         UserError: The file cannot be written, or was begun with other weights, texts or settings;
-            there are no texts; or a vector is not finite.
+            there are no texts; or a vector is not finite (NotFiniteError; its `row` is the text's).
     """
     if dtype not in DTYPES:
         raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(DTYPES)}")
@@ -135,7 +135,8 @@ def _write_missing(part, encode, texts, dtype, block, journal, identity, progres
             try:
                 vectors = encode(first, chunk)
             except NotFiniteError as error:
-                raise NotFiniteError(f"{part}, texts from {first}: {error}") from None
+                row = None if error.row is None else first + error.row
+                raise NotFiniteError(f"{part}, texts from {first}: {error}", row=row) from None
             sha256 = _append(file, journal, vectors, dtype)
             row = {"rows": len(chunk), "width": vectors.shape[1], "sha256": sha256}
             journal.append([{"identity": identity, "texts": digest, **row}])

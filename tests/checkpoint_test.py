@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and what is damaged is found and set aside."""
 
+import errno
 import shutil
 
 import jax
@@ -92,6 +93,32 @@ def test_a_directory_that_cannot_be_written_is_named_in_one_line(tmp_path, monke
     with pytest.raises(UserError, match="no space left on the disk") as raised:
         checkpoints.wait()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EMFILE, "Too many open files"),
+        MemoryError("no room"),
+        ValueError("PERMISSION_DENIED: Error opening file [OS error 13: EACCES]"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes"),
+    ],
+)
+def test_a_step_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, error):
+    saved = Checkpoints(tmp_path / "c", IDENTITY)
+    saved.save(1, TREE)
+    saved.wait()
+    checkpoints = Checkpoints(tmp_path / "c", IDENTITY)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fails)
+    with pytest.raises(UserError, match=r"a checkpoint cannot be read: .*the same command goes on"):
+        checkpoints.restore(TREE)
+    assert not (tmp_path / "c-damaged").exists()
+    assert Checkpoints(tmp_path / "c", IDENTITY).restore(TREE)[0] == 1
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):

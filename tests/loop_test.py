@@ -22,6 +22,7 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.train_state import TrainState
 from tests.commands import step_figures
+from train.generator import train_adapter
 from train.loop import fit
 from train.retriever import train_on_triples
 from train.run import Run
@@ -63,16 +64,19 @@ def opened(workdir, **log):
     return Run(workdir, config, Console(file=io.StringIO(), width=1000))
 
 
-def train(workdir, make_batch=batch, **log):
+def train(workdir, make_batch=batch, parts=(STEPS,), **log):
+    """Trains the toy; `parts`: the steps that single calls end with."""
     run = opened(workdir, **log)
     checkpoints = Checkpoints(workdir / "checkpoints" / "toy", {})
     try:
         with run.phase("toy"):
-            state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
-            return fit(
-                run, "toy", 0, state, step, make_batch,
-                first_step=0, steps=STEPS, checkpoints=checkpoints, save_every=3, contents=contents,
-            )  # fmt: skip
+            for last in parts:
+                state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
+                state = fit(
+                    run, "toy", 0, state, step, make_batch, first_step=0, steps=last,
+                    checkpoints=checkpoints, save_every=3, contents=contents,
+                )  # fmt: skip
+            return state
     finally:
         checkpoints.wait()
         run.close()
@@ -153,9 +157,29 @@ def test_a_loss_far_above_those_before_is_reported():
     assert SpikeWatch().median_if_spike(1e9) is None  # Nothing to compare it with.
 
 
-def test_a_trace_of_some_steps_is_written_where_asked(tmp_path):
-    train(tmp_path / "run", profile_steps=2)
-    assert list((tmp_path / "run" / "profile" / "toy-round-0").rglob("*.xplane.pb"))
+PARTS = [(STEPS,), range(2, STEPS + 1, 2)]  # The latter as with evaluations in between.
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_spike_is_reported_with_its_step_and_examples(tmp_path, monkeypatch, parts):
+    monkeypatch.setattr("train.telemetry.FEWEST", 3)
+    run = opened(tmp_path / "run")
+    monkeypatch.setattr("tests.loop_test.opened", lambda *_, **__: run)
+
+    def spiky(number):
+        x, y = batch(number)
+        return x, y * (1000 if number == 5 else 1)
+
+    train(tmp_path / "run", spiky, parts)
+    (line,) = [line for line in run.console.file.getvalue().splitlines() if "median" in line]
+    assert "toy, round 0, step 5: the loss is " in line
+    assert line.endswith("examples q5a, q5b")
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_trace_of_some_steps_is_written_once_where_asked(tmp_path, parts):
+    train(tmp_path / "run", parts=parts, profile_steps=2)
+    (_,) = (tmp_path / "run" / "profile" / "toy-round-0").rglob("*.xplane.pb")
     train(tmp_path / "other")
     assert not (tmp_path / "other" / "profile").exists()
 
@@ -168,6 +192,50 @@ def test_utilisation_is_of_the_peak_that_the_config_gives(tmp_path, monkeypatch)
     for line in map(json.loads, lines):
         speed = line["tokens_per_second"] / 10 * 1e6 / (1e9 * jax.device_count())
         assert line["model_flops_utilisation"] == pytest.approx(speed)
+
+
+def killed_after_two_steps(monkeypatch, function, *arguments):
+    """Calls a trainer that ends, as by a kill, when the second step's checkpoint is there."""
+    save = Checkpoints.save
+
+    def until_killed(self, step, tree):
+        save(self, step, tree)
+        self.wait()
+        if step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", until_killed)
+        with pytest.raises(Killed):
+            function(*arguments)
+    gc.collect()  # Closes the lock, as the end of its process would.
+
+
+def test_on_another_mesh_it_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
+    """DPO: 8 x 1 x 1 devices, then 2 x 2 x 2, with dropout."""
+    words = [a + b for a, b in itertools.product("abcd", "uvwx")]
+    rows = [{"prompt": f"{w}?", "chosen": f"{w} {w}", "rejected": w[::-1]} for w in words]
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+
+    def config(**mesh):
+        config = smoke.get_config()
+        config.data.kind, config.data.path = "preferences", str(tmp_path / "pairs.jsonl")
+        config.dpo.update(batch_size=8, epochs=2.0, dev_share=0.0, save_every=1)
+        config.mesh.update(mesh)
+        return config
+
+    def weights(name):
+        return load_file(tmp_path / name / "export" / "adapter" / "adapter_model.safetensors")
+
+    quiet = Console(quiet=True)
+    train_adapter(config(data=8), tmp_path / "whole", quiet)
+    killed_after_two_steps(monkeypatch, train_adapter, config(data=8), tmp_path / "run", quiet)
+    train_adapter(config(data=2, fsdp=2, tensor=2), tmp_path / "run", quiet)
+    whole, resumed = weights("whole"), weights("run")
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name], value, atol=1e-5, err_msg=name)
+    assert all(np.abs(value).max() > 1e-3 for value in whole.values())  # A new one's B is 0.
+    assert len(step_figures(tmp_path / "run")) == 4
 
 
 def test_on_another_mesh_it_goes_on_to_the_same_weights(tmp_path, monkeypatch):
@@ -190,19 +258,7 @@ def test_on_another_mesh_it_goes_on_to_the_same_weights(tmp_path, monkeypatch):
 
     quiet = Console(quiet=True)
     train_on_triples(config(data=8), tmp_path / "whole", quiet)
-    save = Checkpoints.save
-
-    def until_killed(self, step, tree):
-        save(self, step, tree)
-        self.wait()
-        if step == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", until_killed)
-        with pytest.raises(Killed):
-            train_on_triples(config(data=8), tmp_path / "run", quiet)
-    gc.collect()  # Closes the lock, as the end of its process would.
+    killed_after_two_steps(monkeypatch, train_on_triples, config(data=8), tmp_path / "run", quiet)
     train_on_triples(config(data=1, fsdp=4, tensor=2), tmp_path / "run", quiet)
     before, whole, resumed = (
         load_file(f"{TINY}/model.safetensors"),

@@ -73,3 +73,24 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_query(make, mon
     with pytest.raises(NotFiniteError, match="rewards, round 0: not finite for queries q1;"):
         make_preferences()
     assert not run.path("round-0", "preferences.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [("q1 text 2", "candidates of q1: "), ("answer of q0", "answer to q0: "),
+     ("second", "query q1: ")],
+)  # fmt: skip
+def test_a_vector_that_is_not_finite_stops_the_run_and_names_the_query(
+    make, monkeypatch, text, named
+):
+    make_preferences, _ = make
+    real = Encoder.encode
+
+    def broken(self, params, texts, kind, progress=None):
+        if text in texts:
+            raise NotFiniteError("its vector is not finite", row=list(texts).index(text))
+        return real(self, params, texts, kind, progress)
+
+    monkeypatch.setattr(Encoder, "encode", broken)
+    with pytest.raises(NotFiniteError, match=f"^{named}its vector is not finite.*checkpoint: "):
+        make_preferences()

@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning import chips, compiled
 from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.topology import Topology, find_topology
-from tests.commands import command, finish
+from tests.commands import ROOT, command, finish
 from train import plan, plan_programs, plan_search
 from train.planned import param_shapes
 from train.planned_generator import GeneratorShapes
@@ -86,30 +89,6 @@ def test_a_step_on_a_mesh_communicates_and_a_program_of_one_device_does_not(plan
     assert rows["DPO step"]["collectives"]["all-gather"]["count"] > 0
     assert rows["corpus encoding"]["collectives"] == {}
     assert rows["exact search"]["collectives"] == {}
-
-
-def test_no_parameter_is_gathered_to_decode(config, tmp_path):
-    """With matrices of 4 MiB and more, and 512 rows whose logits are a quarter of that."""
-    shape = {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 512,
-        "intermediate_size": 4096, "rope_theta": 1e4,
-    }  # fmt: skip
-    (tmp_path / "wide.json").write_text(json.dumps(shape))
-    wide = config.copy_and_resolve_references()
-    wide.generator.shape = str(tmp_path / "wide.json")
-    topology = machine()
-    made = plan_programs.planned_programs(wide, topology)["decode"]()
-    needs = compiled.compile_program(made.program.lower(*made.arguments), CHIP)
-    matrices = [
-        leaf
-        for leaf in jax.tree.leaves(GeneratorShapes(wide, None).params)
-        if leaf.ndim > 1 and min(leaf.shape[-2:]) > 1
-    ]
-    smallest = min(4 * math.prod(leaf.shape) for leaf in matrices)
-    assert smallest == 4 * 2**20
-    assert needs.collectives["all-reduce"].count > 0
-    assert max(found.largest for found in needs.collectives.values()) < smallest
 
 
 def test_flops_are_those_of_the_shapes():
@@ -215,6 +194,9 @@ def test_chip_hours_follow_the_paper():
     [
         ("v9:4x4", "expected something like"),
         ("cpu:0", "expected something like"),
+        ("v5e", "expected chips by rows, as v5e:4x4"),
+        ("v5e:4x4x4", "expected chips by rows, as v5e:4x4"),
+        ("v6e:2x2x2", "expected chips by rows, as v6e:4x4"),
         ("cpu:4096", "there are"),
         ("gpu", "finds none"),
     ],
@@ -300,6 +282,28 @@ def test_the_command_writes_the_plan(tmp_path):
     assert "chip-hours" in printed
 
 
+SMALL = """
+import train.launch, train.plan
+from expandr_jax.planning import chips
+chips.cpu = lambda devices: chips.Chip("cpu", 1000, 1e12, 1e11, 1e10, "made up")
+train.launch.launch(train.plan.main, train.plan.define_flags)
+"""
+
+
+def test_the_command_ends_with_one_and_says_what_to_change_where_something_does_not_fit(tmp_path):
+    out = tmp_path / "plan.json"
+    arguments = ["--config=configs/smoke.py", "--topology=cpu:2", "--only=exact search"]
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL, *arguments, f"--out={out}"],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("does not fit: exact search: needs ")
+    assert "; try fewer rows in a block" in done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert not row["fits"]
+
+
 def test_only_what_was_asked_for_is_compiled(config):
     topology = machine()
     result = plan.plan(config, topology, QUIET, only=["exact search"])
@@ -314,6 +318,18 @@ def test_a_mistake_ends_the_command_with_two(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert output.startswith("error: --topology=v9:1: expected something like")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"), [(".", "is a directory"), ("nowhere/plan.json", "there is no directory")]
+)
+def test_a_place_that_cannot_take_the_plan_is_refused_before_it_is_made(tmp_path, out, message):
+    process = command(
+        "train.plan", "--config=configs/smoke.py", "--topology=cpu:2", f"--out={tmp_path / out}"
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert output.startswith(f"error: --out={tmp_path / out}: {message}")
 
 
 def test_a_search_proposes_settings_that_fit(config, monkeypatch):

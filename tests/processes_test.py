@@ -178,6 +178,9 @@ def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_p
         (Settings(coordinator="host:1"), "go together"),
         (Settings(count=2, index=0), "go together"),
         (Settings("host", 2, 0), "HOST:PORT"),
+        (Settings("host:0", 2, 0), "HOST:PORT"),
+        (Settings("host:65536", 2, 0), "HOST:PORT"),
+        (Settings("host:²", 2, 0), "HOST:PORT"),
         (Settings("host:1", 2, 2), "expected 0 to 1"),
     ],
 )

@@ -3,6 +3,7 @@
 import gc
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -166,6 +167,22 @@ def test_a_finished_run_is_left_as_it_is(data, finished):
     before = path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()
     train(config_of(data), finished)
     assert (path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()) == before
+
+
+@pytest.mark.parametrize("way", ["flip", "truncate", "empty", "delete"])
+def test_a_damaged_export_is_made_again(data, finished, tmp_path, way):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    path = workdir / "export" / "retriever" / "model.safetensors"
+    content = path.read_bytes()
+    half = len(content) // 2
+    if way == "delete":
+        path.unlink()
+    else:
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        path.write_bytes({"flip": flipped, "truncate": content[:half], "empty": b""}[way])
+    train(config_of(data), workdir)
+    assert path.read_bytes() == content
 
 
 def test_without_a_gain_it_stops_and_keeps_the_first_weights(data, tmp_path):

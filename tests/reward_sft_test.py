@@ -232,6 +232,7 @@ def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_pa
         ({"query": "a", "candidates": []}, 'no list "candidates"'),
         ({"query": "a", "candidates": [{"text": "b"}]}, "candidate 0 is not"),
         ({"query": "a", "candidates": [candidate("b", True)]}, "candidate 0 is not"),
+        ({"query": "a", "candidates": [candidate("b", 10**400)]}, "candidate 0 is not"),
         ({"query": "a" * 99, "candidates": [candidate("b", 1)]}, "at most 64"),
     ],
 )

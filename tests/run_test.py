@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.errors import UserError
 from train.run import Run
 
 
@@ -26,4 +27,38 @@ def test_time_within_an_inner_phase_counts_once(tmp_path):
     # What is written lags what passed only by the writing of the last row.
     assert timings["total_seconds"] == pytest.approx(whole, abs=0.1)
     assert timings["total_seconds"] == pytest.approx(sum(seconds.values()), abs=0.002)
+    run.close()
+
+
+def test_a_run_without_its_config_is_refused(tmp_path):
+    config, console = smoke.get_config(), Console(file=io.StringIO())
+    run = Run(tmp_path / "run", config, console)
+    run.path("config.json").unlink()
+    run.close()
+    run = Run(tmp_path / "run", config, console)  # Nothing is there yet that depends on it.
+    run.seals.seal()
+    run.path("config.json").unlink()
+    run.close()
+    with pytest.raises(UserError, match=r"config.json: is gone.*use a new --workdir"):
+        Run(tmp_path / "run", config, console)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff", b"[]", b"{}", b'{"phases": 3}', b'{"phases": [{}]}',
+        b'{"phases": [{"phase": "one", "seconds": "x", "peak_memory_bytes": 1}]}',
+        b'{"phases": [{"phase": "one", "second": 1e6, "peak_memory_bytes": 1}]}',
+        b'{"phases": [{"phase": [], "seconds": 1e6, "peak_memory_bytes": 1}]}',
+    ],
+)  # fmt: skip
+def test_damaged_timings_are_counted_anew(tmp_path, content):
+    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO()))
+    run.path("timings.json").write_bytes(content)
+    for _ in range(2):
+        with run.phase("one"):
+            pass
+    (row,) = json.loads(run.path("timings.json").read_text())["phases"]
+    assert row["phase"] == "one"
+    assert row["seconds"] < 1000  # None of what was there.
     run.close()

@@ -164,6 +164,8 @@ def test_metrics_have_each_step_once(smoke):
         # This machine's peak is in no table.
         assert set(costs) == {"step_seconds", "tokens_per_second", "memory_bytes"}
         assert min(costs.values()) > 0
+        # What is NaN or infinite in either stops the run.
+        assert line["phase"].endswith("-dev") or {"loss", "grad_norm"} <= set(line)
     assert {phase for phase, _, _ in seen} >= {"fine-tuned", "retriever", "generator"}
     assert list((smoke[0] / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -233,6 +235,35 @@ def test_more_memory_for_sampling_than_there_may_be(tmp_path):
     message = refused(tmp_path, "--config.generator.memory_limit=0.0001")
     assert "sampling needs 0.000" in message
     assert "may use 0.0001; take fewer slots" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("dpo.batch_size=3", "dpo.batch_size 3 must be a multiple of 2"),
+        ("contrastive.batch_size=5", "contrastive.batch_size 5 and micro_batch 0 do not fit"),
+        ("contrastive.batch_size=40", "32 training queries do not fill one batch of 40"),
+        ("contrastive.dimensions=(8,33)", "must lie between 1 and 32"),
+    ],
+)
+def test_what_the_devices_cannot_take_is_refused_before_any_work(tmp_path, override, expected):
+    assert expected in refused(tmp_path, f"--config.{override}")
+    assert not list((tmp_path / "run" / "work").glob("vectors/*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mesh.dpo=(1,3,1)", "mesh.dpo: mesh data=1 fsdp=3 tensor=1 does not fit 2 devices"),
+        ("mesh.sampling=(1,2)", "mesh.sampling is (1, 2); expected (data, fsdp, tensor)"),
+        ("mesh.tensor=3", "mesh.contrastive: mesh data=-1 fsdp=1 tensor=3 does not fit 2 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path, override, expected
+):
+    assert expected in refused(tmp_path, f"--config.{override}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_of_another_config(smoke):

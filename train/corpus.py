@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import glob
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from expandr_jax.encoding import Kind
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.search import Index, build_index
 from expandr_jax.stored_vectors import StoredVectors, open_vectors
 from expandr_jax.vector_file import encode_to_file
@@ -44,7 +45,11 @@ class Corpus:
 def encode_corpus(
     run: Run, models: RetrieverModel, texts: Mapping[str, str], name: str, params: Any
 ) -> Corpus:
-    """Encodes documents (id -> text) to work/vectors/NAME.npy and opens them for searching."""
+    """Encodes documents (id -> text) to work/vectors/NAME.npy and opens them for searching.
+
+    Raises:
+        NotFiniteError: A vector is not finite, naming its document.
+    """
     path = run.path("work", "vectors", f"{name}.npy")
     encode = functools.partial(
         encode_to_file,
@@ -60,7 +65,8 @@ def encode_corpus(
             processes.files.push(later=True)
 
         if processes.count == 1:
-            vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
+            with _naming(list(texts), "document "):
+                vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
             processes.files.push()
         else:
             _encode_shares(run, path, texts, encode, dtype, advance)
@@ -81,15 +87,16 @@ def _encode_shares(
 ) -> None:
     """Makes a file of vectors of what each process has encoded, unless it is there already."""
     processes = run.processes
-    values = list(texts.values())
+    ids, values = list(texts), list(texts.values())
     starts = _starts(len(values), processes.count)
     names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
     parts = [path.with_name(name) for name in names]
     divided = not processes.once(path.exists)
     if divided:
-        own = values[starts[processes.index] : starts[processes.index + 1]]
-        if own:
-            encode(parts[processes.index], texts=own, progress=advance)
+        share = slice(starts[processes.index], starts[processes.index + 1])
+        if values[share]:
+            with _naming(ids[share], "document "):
+                encode(parts[processes.index], texts=values[share], progress=advance)
         processes.barrier()
 
     def known(start: int, end: int) -> np.ndarray:
@@ -102,7 +109,8 @@ def _encode_shares(
 
     def join() -> None:
         # What is damaged of a file that was there, process 0 encodes by itself.
-        encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
+        with _naming(ids, "document "):
+            encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
         remove()
 
     def remove() -> None:
@@ -120,18 +128,34 @@ def encode_texts(
     texts: Sequence[str],
     kind: Kind,
     progress: Progress | None = None,
+    *,
+    ids: Sequence[str] = (),
 ) -> np.ndarray:
     """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
 
+    Args:
+        run: Its processes.
+        models: The encoder.
+        params: The retriever's parameters.
+        texts: Any number of them.
+        kind: Decides the prompt that is put before each text.
+        progress: Called with the number of texts done since its last call.
+        ids: What an error calls each text; (): its number alone.
+
     Returns:
         [len(texts), dim] float32, in every process.
+
+    Raises:
+        NotFiniteError: A vector is not finite, naming its text.
     """
     processes = run.processes
-    if processes.count == 1:
-        return models.encoder.encode(params, texts, kind, progress)
     starts = _starts(len(texts), processes.count)
-    own = texts[starts[processes.index] : starts[processes.index + 1]]
-    vectors = models.encoder.encode(params, own, kind, progress)
+    share = slice(starts[processes.index], starts[processes.index + 1])
+    own = texts[share]
+    with _naming(ids[share]):
+        vectors = models.encoder.encode(params, own, kind, progress)
+    if processes.count == 1:
+        return vectors
     paths = [run.path("work", "shares", f"vectors.process-{i}.npy") for i in range(processes.count)]
     mine = paths[processes.index]
     mine.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +168,17 @@ def encode_texts(
     if progress is not None:
         progress(len(texts) - len(own))
     return np.concatenate([part for part in parts if len(part)] or [vectors])
+
+
+@contextlib.contextmanager
+def _naming(ids: Sequence[str], what: str = "") -> Iterator[None]:
+    """Has an error of one of the texts say which one, where they have ids; `what` precedes it."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if error.row is None or not ids:
+            raise
+        raise NotFiniteError(f"{what}{ids[error.row]}: {error}", row=error.row) from None
 
 
 def _starts(count: int, shares: int) -> list[int]:

@@ -249,7 +249,7 @@ def _encode(
         ids = list(data.collection.qrels[split])
         if not ids:
             continue
-        plain = encode_texts(run, models, params, data.queries(ids), "query")
+        plain = encode_texts(run, models, params, data.queries(ids), "query", ids=ids)
         for name, system in systems.items():
             encoded[name][split] = EncodedQueries(ids, plain)
             if system.generator is not None:
@@ -299,7 +299,8 @@ def _encode_expansions(
     """Vectors [queries, samples, dim] of expansions and which are not empty."""
     count = 1 + max(sample for _, sample in texts)
     flat = [texts[query, sample] for query in ids for sample in range(count)]
-    vectors = encode_texts(run, models, params, flat, "document")
+    named = [f"expansions of {query}" for query in ids for _ in range(count)]
+    vectors = encode_texts(run, models, params, flat, "document", ids=named)
     present = np.array([bool(text) for text in flat])
     return vectors.reshape(len(ids), count, -1), present.reshape(len(ids), count)
 

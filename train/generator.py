@@ -34,6 +34,7 @@ from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.steps import adapter_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
+from train.batch_checks import check_dpo_batch
 from train.candidates import (
     CandidateBatches,
     counted,
@@ -45,7 +46,7 @@ from train.export import base_name
 from train.identity import model_hashes
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.loop import fit
-from train.models import GeneratorModel, load_generator_model
+from train.models import GeneratorModel, check_meshes, load_generator_model
 from train.pairs import DevPairs, PairBatches, tokenize_pairs
 from train.run import Run
 from train.settings import check_settings
@@ -92,11 +93,7 @@ def train_generator(
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
-    if config.batch_size % devices:
-        raise UserError(
-            f"dpo.batch_size {config.batch_size} must be a multiple of {devices} (the mesh's data "
-            "and fsdp)"
-        )
+    check_dpo_batch(config, models)
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
     kind = CandidateBatches if rewarded else PairBatches
     if not batch_size:
@@ -227,6 +224,7 @@ def train_adapter(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     check_settings(config)
+    check_meshes(config.mesh, ("sampling", "dpo"))
     if config.data.kind != "preferences":
         raise UserError(
             f"data.kind is {config.data.kind!r}; train.generator reads 'preferences', "

@@ -19,6 +19,7 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.report import results_table, write_report
+from train.batch_checks import check_contrastive_batch, check_dpo_batch
 from train.candidates import is_rewarded, rewarded_candidates
 from train.corpus import Corpus, encode_corpus
 from train.data import TrainingData, prepare_data
@@ -29,7 +30,7 @@ from train.export import export_run
 from train.generator import train_generator
 from train.identity import model_hashes
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.models import Models, load_models
+from train.models import Models, check_meshes, load_models
 from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
@@ -55,6 +56,7 @@ def train_joint(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     check_settings(config)
+    check_meshes(config.mesh)
     _check_server(config)
     rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
@@ -69,6 +71,8 @@ def train_joint(
     with run.phase("models"), run.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
+    check_contrastive_batch(config.contrastive, models, len(data.retriever_train))
+    check_dpo_batch(config.dpo, models)
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)

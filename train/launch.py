@@ -6,6 +6,7 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,6 +22,7 @@ EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
+_IN_CONFIG = "Error whilst parsing config file:"  # What ml_collections says.
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
 
@@ -75,7 +77,11 @@ def make_console() -> Console:
 
 
 def launch(
-    main: Callable[[Sequence[str]], None], define: Callable[[], None], *, resumes: bool = False
+    main: Callable[[Sequence[str]], None],
+    define: Callable[[], None],
+    *,
+    resumes: bool = False,
+    words: bool = False,
 ) -> None:
     """Parses flags, calls `main` with what is left of argv, and turns user errors into exit 2.
 
@@ -83,6 +89,7 @@ def launch(
         main: The program; reads `flags.FLAGS`.
         define: Defines the program's flags.
         resumes: Whether the same command goes on where one that was stopped has ended.
+        words: Whether the program takes arguments that are no options.
     """
     quiet_libraries()
     console = Console(stderr=True, highlight=False)
@@ -90,15 +97,24 @@ def launch(
     try:
         _check_config_exists(sys.argv[1:])
         arguments = flags.FLAGS(sys.argv)
-        if "config" in flags.FLAGS:
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            getattr(flags.FLAGS.config, "seed", None)  # Where it is broken, this says so.
             unpin(flags.FLAGS["config"])
         for name in ("config", "workdir"):
             if name in flags.FLAGS and flags.FLAGS[name].value is None:
-                raise UserError(f"--{name} is missing: add {EXAMPLES[name]}, for example")
+                raise UserError(_missing(name))
+        if len(arguments) > 1 and not words:  # A setting without its dashes would be forgotten.
+            raise UserError(f"{arguments[1]!r} is no option; expected --NAME=VALUE")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         _stop(console, _one_line(error))
     except UserError as error:
         _stop(console, str(error))
+    except SyntaxError as error:  # A config file's, as are others.
+        _stop(console, f"{error.filename}:{error.lineno}: {error.msg}")
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        kind = type(error).__name__
+        _stop(console, f"{place.filename}:{place.lineno}: {kind}: {_one_line(error)}")
     try:
         _start_processes()
     except UserError as error:
@@ -155,8 +171,6 @@ def _start_processes() -> None:
 
 def unpin(flag: flags.Flag) -> None:
     """A hash in a config file is of the weights that it names, not of those named instead."""
-    if flag.value is None:
-        return
     given = config_flags.get_override_values(flag)
     for name in ("retriever", "generator"):
         if f"{name}.source" in given and f"{name}.sha256" not in given:
@@ -165,19 +179,29 @@ def unpin(flag: flags.Flag) -> None:
 
 def _check_config_exists(arguments: Sequence[str]) -> None:
     """Names a --config=FILE that is not there; ml_collections would wait until it is used."""
-    for argument in arguments:
-        name, _, value = argument.lstrip("-").partition("=")
-        path = value.partition(":")[0]
-        if name == "config" and not os.path.exists(path):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, joined, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        path = (value if joined else following).partition(":")[0]
+        if not path:
+            raise UserError(_missing("config"))
+        if not os.path.isfile(path):
             raise UserError(f"{path}: no such config file; configs/ has those of the project")
+
+
+def _missing(name: str) -> str:
+    return f"--{name} is missing: add {EXAMPLES[name]}, for example"
 
 
 def _one_line(error: BaseException) -> str:
     """What an error says, without the quotes that KeyError and its wrappers add."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split()) or type(error).__name__
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if _IN_CONFIG in text:  # Of a traceback, which follows, its last line.
+        text = f"--config: {text.strip().splitlines()[-1]}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _save_what_is_here(console: Console) -> None:

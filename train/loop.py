@@ -12,7 +12,7 @@ from expandr_jax.errors import NotFiniteError
 from expandr_jax.train_state import TrainState
 from train.run import Run
 from train.stopping import held
-from train.telemetry import Contents, Costs, Profile, SpikeWatch
+from train.telemetry import Contents, Costs
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -64,7 +64,7 @@ def fit(
         if start == last:
             return state
     run.metrics.rewind(phase, round_, start - first_step)
-    costs, spikes = Costs(run.config), SpikeWatch()
+    costs, (spikes, profile) = Costs(run.config), run.watch(phase, round_)
     where = f"{phase}, round {round_}, step"
 
     def diverged(step: int, made_of: Contents, what: str) -> NotFiniteError:
@@ -91,11 +91,10 @@ def fit(
     def prepare(step: int) -> tuple[Any, Contents]:
         return make_batch(step), contents(step)
 
-    traced = run.path("profile", f"{phase}-round-{round_}")
     with (
         held() as notice,
         ThreadPoolExecutor(1) as ahead,
-        Profile(traced, run.config.log.profile_steps).watch() as profile,
+        profile.watch(),
         run.progress(f"{phase} steps", steps, start - first_step) as advance,
     ):
         following = ahead.submit(prepare, start - first_step)

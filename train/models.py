@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from expandr_jax.sharding import adapter_shardings, batch_divisor, make_mesh, pl
 from expandr_jax.weights.hf import load_generator, load_retriever
 
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
+PHASES = ("contrastive", "encoding", "sampling", "dpo")  # Each may have a mesh of its own.
 OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
 WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
@@ -108,6 +109,24 @@ def phase_mesh(config: ml_collections.ConfigDict, phase: str, devices: Any = Non
             f"mesh.{phase}: {error}; there are {jax.process_count()} processes, and this phase "
             "has those of one at a time"
         ) from None
+
+
+def check_meshes(config: ml_collections.ConfigDict, phases: Sequence[str] = PHASES) -> None:
+    """Refuses meshes that do not fit the devices, before anything is loaded.
+
+    Args:
+        config: The config's `mesh` section.
+        phases: Those of the program.
+
+    Raises:
+        UserError: Naming the phase and its mesh.
+    """
+    for phase in phases:
+        try:
+            phase_mesh(config, phase)
+        except UserError as error:
+            named = str(error).startswith("mesh.")
+            raise UserError(str(error) if named else f"mesh.{phase}: {error}") from None
 
 
 def adapter_shapes(generator: Generator, params: Any) -> Any:

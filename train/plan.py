@@ -242,6 +242,8 @@ def main(_: Any) -> None:
     out = pathlib.Path(values.out) if values.out else None
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.parent}")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out={out}: is a directory; expected the name of a file")
     progress = Console(stderr=True, highlight=False)
     result = plan(values.config, topology, progress, values.only)
     proposals = propose(values.config, topology, progress) if values.search else []

@@ -124,15 +124,17 @@ def _encode(
     flat = [candidates[query, i] for query in queries for i in range(count)]
     with run.progress("rewards: texts encoded", len(flat) + 2 * len(queries)) as advance:
 
-        def encode(items: list[str], kind: str) -> np.ndarray:
+        def encode(items: list[str], kind: str, what: str) -> np.ndarray:
             # An empty candidate has nothing in common with anything: its vector is zero.
-            vectors = encode_texts(run, models, params, items, kind, advance)
+            each = len(items) // max(1, len(queries))
+            ids = [f"{what} {query}" for query in queries for _ in range(each)]
+            vectors = encode_texts(run, models, params, items, kind, advance, ids=ids)
             return np.where([[bool(item)] for item in items], vectors, 0.0)
 
         return (
-            encode(flat, "document").reshape(len(queries), count, -1),
-            encode([answers[query] for query in queries], "document"),
-            encode(data.queries(queries), "query"),
+            encode(flat, "document", "candidates of").reshape(len(queries), count, -1),
+            encode([answers[query] for query in queries], "document", "answer to"),
+            encode(data.queries(queries), "query", "query"),
         )
 
 

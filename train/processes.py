@@ -62,7 +62,7 @@ class Settings:
                 "leave all three out"
             )
         host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
             raise UserError(f"--coordinator={self.coordinator}: expected HOST:PORT")
         if not 0 <= self.index < self.count:
             raise UserError(f"--process={self.index}: expected 0 to {self.count - 1}")

@@ -39,17 +39,18 @@ from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.search import build_index
-from expandr_jax.sharding import batch_divisor, batch_sharding, put, replicated, whole
+from expandr_jax.sharding import batch_sharding, put, replicated, whole
 from expandr_jax.steps import contrastive_program, model_shardings
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.export import export_encoder, export_retriever
+from train.batch_checks import check_contrastive_batch
 from train.corpus import encode_texts
 from train.early_stopping import train_with_dev
 from train.examples import triple_examples
 from train.identity import model_hashes
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.loop import fit
-from train.models import RetrieverModel, load_retriever_model
+from train.models import RetrieverModel, check_meshes, load_retriever_model
 from train.run import Run
 from train.settings import check_settings
 from train.source import data_path
@@ -91,7 +92,7 @@ def train_retriever(
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    _check(config, models, params, examples)
+    _check(config, models, examples)
     batches = len(examples) // config.batch_size
     updates = max(1, round(config.epochs * batches / config.accumulation))
     steps = updates * config.accumulation
@@ -252,31 +253,9 @@ def _hash_example(example: ContrastiveExample) -> str:
 def _check(
     config: ml_collections.ConfigDict,
     models: RetrieverModel,
-    params: Any,
     examples: Sequence[ContrastiveExample],
 ) -> None:
-    size, micro, devices = (
-        config.batch_size,
-        config.micro_batch,
-        batch_divisor(models.contrastive_mesh),
-    )
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    width = jax.eval_shape(models.retriever.embed, params, token, token).shape[-1]
-    if not all(1 <= dimension <= width for dimension in config.dimensions):
-        raise UserError(
-            f"contrastive.dimensions {tuple(config.dimensions)} must lie between 1 and {width}, "
-            "the width of the vectors"
-        )
-    if len(examples) < size:
-        raise UserError(
-            f"{len(examples)} training queries do not fill one batch of {size}; lower "
-            "contrastive.batch_size"
-        )
-    if size % devices or (micro and (size % micro or micro % devices)):
-        raise UserError(
-            f"contrastive.batch_size {size} and micro_batch {micro} do not fit: the latter must "
-            f"divide the former, and {devices} (the mesh's data and fsdp) must divide both"
-        )
+    check_contrastive_batch(config, models, len(examples))
     if config.negatives and not any(e.negatives for e in examples):
         raise UserError(
             f"contrastive.negatives is {config.negatives}, but no training query has a negative"
@@ -307,6 +286,7 @@ def train_on_triples(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     check_settings(config)
+    check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):
         triples = _read(run)
@@ -354,10 +334,11 @@ def train_on_triples(
         )
 
     def export() -> None:
-        if not directory.exists():
+        if not run.seals.intact("export/retriever"):
             anchordr = isinstance(models.retriever.module, AnchorDr)
             write = export_encoder if anchordr else export_retriever
             write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+            run.seals.seal("export/retriever")
 
     directory = run.path("export", "retriever")
     with run.phase("export"):

@@ -35,6 +35,7 @@ from train.bucket import is_bucket
 from train.metrics_log import MetricsLog, NoMetrics
 from train.mirror import Mirror, scratch
 from train.seals import Seals
+from train.telemetry import Profile, SpikeWatch
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
@@ -94,6 +95,7 @@ class Run:
         if self.metrics.dropped:
             console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
+        self._watches: dict[tuple[str, int], tuple[SpikeWatch, Profile]] = {}
         self._timings_path = self.path("timings.json")
         self._seconds_inside = 0.0  # Of phases that ran within the present one.
 
@@ -156,6 +158,11 @@ class Run:
                     f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
                     "that all processes share"
                 )
+            if any(self.path(name).exists() for name in ("checkpoints", "work/seals.json")):
+                raise UserError(
+                    f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
+                    "with the same config; restore it or use a new --workdir"
+                )
             device = jax.devices()[0]
             versions = {}
             for name in LIBRARIES:
@@ -215,6 +222,19 @@ class Run:
                     "--workdir"
                 )
 
+    def watch(self, phase: str, round_: int) -> tuple[SpikeWatch, Profile]:
+        """What watches the steps of a phase: the same ones, where it is trained in parts.
+
+        Args:
+            phase: As in metrics.jsonl.
+            round_: Likewise.
+        """
+        if (phase, round_) not in self._watches:
+            traced = self.path("profile", f"{phase}-round-{round_}")
+            profile = Profile(traced, self.config.log.profile_steps)
+            self._watches[phase, round_] = SpikeWatch(), profile
+        return self._watches[phase, round_]
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a phase and watches its memory; both add up over restarts in timings.json.
@@ -239,11 +259,11 @@ class Run:
             self._write_timing(name, seconds, memory.peak)
 
     def _write_timing(self, name: str, seconds: float, peak: int) -> None:
-        timings = {"phases": []}
-        if self._timings_path.exists():
-            with contextlib.suppress(ValueError):  # Damaged, they are counted anew.
-                timings = json.loads(self._timings_path.read_bytes().decode())
-        phases = {row["phase"]: row for row in timings["phases"]}
+        phases: dict[str, dict[str, Any]] = {}
+        # Absent, or damaged: they are counted anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            timings = json.loads(self._timings_path.read_bytes().decode())
+            phases = {row["phase"]: _timing(row) for row in timings["phases"]}
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
         row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
@@ -288,6 +308,12 @@ class Run:
             self.console.print(f"  {task} {state.done}/{total}{estimate}")
 
         yield advance
+
+
+def _timing(row: Any) -> dict[str, Any]:
+    """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
+    seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
+    return {"phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
 
 
 @dataclasses.dataclass

@@ -106,10 +106,10 @@ class Profile:
         self._seen, self._tracing = 0, False
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator["Profile"]:
+    def watch(self) -> Iterator[None]:
         """Ends a trace that the block leaves running."""
         try:
-            yield self
+            yield
         finally:
             self._stop()
 

@@ -1,7 +1,6 @@
 """Reads what step B learns: preference pairs in the formats of TRL, or candidates with rewards."""
 
 import collections
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,7 +123,8 @@ def _check_candidates(row: Mapping[str, Any]) -> None:
     for place, candidate in enumerate(row["candidates"]):
         reward = candidate.get("reward") if isinstance(candidate, dict) else None
         right = isinstance(reward, int | float) and not isinstance(reward, bool)
-        if not right or not math.isfinite(reward) or not isinstance(candidate.get("text"), str):
+        # Not math.isfinite: JSON's whole numbers may be larger than any float.
+        if not right or not abs(reward) < 1e30 or not isinstance(candidate.get("text"), str):
             raise _BadPair(
                 "wrong type",
                 f'candidate {place} is not {{"text", "reward"}}, a string and a finite number',

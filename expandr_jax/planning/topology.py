@@ -71,13 +71,15 @@ def find_topology(name: str) -> Topology:
 
 
 def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
+    # Of what has two axes, libtpu takes a third for a reason to abort the process.
+    most = 2 if kind == "v5p" else 1
+    if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{1,{most}}}", shape):
+        raise UserError(f"--topology={name}: expected chips by rows, as {kind}:{_example(kind)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} needs TPU's compiler, which runs anywhere: "
             'pip install -c requirements.lock -e ".[plan]"'
         )
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        raise UserError(f"--topology={name}: expected chips by rows, as {kind}:{_example(kind)}")
     # Without these it looks for a TPU, asks the cloud's metadata server, and complains of neither.
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)

@@ -1,0 +1,73 @@
+"""What every program refuses on its command line, in one line, before it begins."""
+
+import pytest
+
+from tests.commands import command
+
+
+def refused(module: str, *arguments: str) -> str:
+    """The one line that a command line is answered with."""
+    process = command(module, *arguments)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert len(output.splitlines()) == 1, output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("module", "others"),
+    [
+        ("train.joint", ["--config=configs/smoke.py"]),
+        ("train.plan", ["--config=configs/smoke.py", "--topology=cpu:2"]),
+        ("eval.beir", ["--systems=bm25"]),
+    ],
+)
+def test_a_word_that_no_option_takes(tmp_path, module, others):
+    workdir = [] if module == "train.plan" else [f"--workdir={tmp_path / 'run'}"]
+    message = refused(module, *others, *workdir, "config.rounds=2")
+    assert message.startswith("error: 'config.rounds=2' is no option; expected --NAME=VALUE")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_may_stand_apart_from_its_option(tmp_path):
+    message = refused("train.joint", "--config", "configs/smoke.py")
+    assert message.startswith("error: --workdir is missing")
+    message = refused("train.joint", "--config", "configs/nothing.py", f"--workdir={tmp_path}")
+    assert message.startswith("error: configs/nothing.py: no such config file")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("", "--config is missing: add --config="),
+        (":argument", "--config is missing: add --config="),
+        ("configs", "configs: no such config file"),
+    ],
+)
+def test_a_config_that_is_no_file(tmp_path, config, message):
+    found = refused("train.joint", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    assert found.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "broken.py:1: invalid syntax"),
+        ("x = 1\nimport no_such_module\n", "broken.py:2: ModuleNotFoundError: No module named"),
+        ("def get_config():\n    return name\n", "broken.py:2: NameError: name 'name' is not"),
+        ("def get_config():\n    open('nothing')\n", "No such file or directory: 'nothing'"),
+        ("def get_config():\n    return int('x')\n", "--config: ValueError: invalid literal"),
+        ("x = 1\n", "has no attribute 'get_config'"),
+    ],
+)
+def test_a_config_file_that_is_broken(tmp_path, text, message):
+    (tmp_path / "broken.py").write_text(text)
+    found = refused("train.joint", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path}/w")
+    assert found.startswith("error: ")
+    assert message in found
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_argument_that_a_config_does_not_take(tmp_path):
+    found = refused("train.joint", "--config=configs/smoke.py:x", f"--workdir={tmp_path}/w")
+    assert found.startswith("error: --config: TypeError: get_config() takes 0 positional")

@@ -1,0 +1,60 @@
+"""What the generator's programs send between devices: what their sharding needs, and no more."""
+
+import json
+import math
+
+import jax
+
+from configs import smoke
+from expandr_jax.planning import compiled
+from tests.plan_test import CHIP, machine
+from train import plan_programs
+from train.planned_generator import GeneratorShapes
+
+
+def wide_model(tmp_path, layers):
+    """The smoke config on 8 devices, with a generator whose matrices have 4 MiB and more."""
+    shape = {
+        "model_type": "llama", "vocab_size": 512, "hidden_size": 2048, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 512,
+        "intermediate_size": 4096, "rope_theta": 1e4,
+    }  # fmt: skip
+    (tmp_path / "wide.json").write_text(json.dumps(shape))
+    wide = smoke.get_config()
+    wide.mesh.update(sampling=(-1, 1, 2), dpo=(1, 8, 1))
+    wide.generator.shape = str(tmp_path / "wide.json")
+    return wide
+
+
+def test_a_dpo_step_gathers_weights_for_two_passes_and_sums_the_adapter_alone(tmp_path):
+    wide = wide_model(tmp_path, layers=2)
+    shapes = GeneratorShapes(wide, None)
+    base, adapter = (
+        [4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)]
+        for tree in (shapes.params, shapes.adapter)
+    )
+    made = plan_programs.planned_programs(wide, machine())["DPO step"]()
+    needs = compiled.compile_program(made.program.lower(*made.arguments), CHIP)
+    assert set(needs.collectives) == {"all-gather", "all-reduce"}
+    # Forward and backward; of the stack of two layers one at a time.
+    assert sum(base) < needs.collectives["all-gather"].bytes <= 2 * sum(base)
+    assert needs.collectives["all-gather"].largest <= max(base) / 2
+    # Gradients, and a few figures.
+    assert 0 <= needs.collectives["all-reduce"].bytes - sum(adapter) < 1000
+
+
+def test_no_parameter_is_gathered_to_decode(tmp_path):
+    """With 512 rows, whose logits are a quarter of the smallest matrix."""
+    wide = wide_model(tmp_path, layers=1)
+    topology = machine()
+    made = plan_programs.planned_programs(wide, topology)["decode"]()
+    needs = compiled.compile_program(made.program.lower(*made.arguments), CHIP)
+    matrices = [
+        leaf
+        for leaf in jax.tree.leaves(GeneratorShapes(wide, None).params)
+        if leaf.ndim > 1 and min(leaf.shape[-2:]) > 1
+    ]
+    smallest = min(4 * math.prod(leaf.shape) for leaf in matrices)
+    assert smallest == 4 * 2**20
+    assert needs.collectives["all-reduce"].count > 0
+    assert max(found.largest for found in needs.collectives.values()) < smallest
