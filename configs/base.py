@@ -89,8 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.epochs = 3.0  # Passes over the training queries.
     contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
-    # Batches whose queries are sorted by length together, so that less is padded; 0: none are.
-    contrastive.length_window = 0
+    contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # From 0 to the peak.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.

@@ -66,13 +66,17 @@ def config_of(data, **contrastive):
     config.contrastive.update(settings)
     return config
 
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 
 def train(config, workdir):
     train_on_triples(config, workdir, Console(quiet=True))
 
 
 def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
-    rows = read_lines(data / "triples.jsonl")
+    rows = read_rows(data / "triples.jsonl")
     for i, row in enumerate(rows):
         row["expansion"] = " ".join([row["expansion"]] * (1 + i % 6))
     write_jsonl(tmp_path / "triples.jsonl", rows)
@@ -95,8 +99,7 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
 
 
 def dev_rows(workdir):
-    path = workdir / "work" / "round-0" / "retriever-dev.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(workdir / "work" / "round-0" / "retriever-dev.jsonl")
 
 
 @pytest.fixture(scope="module")
