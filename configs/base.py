@@ -176,6 +176,24 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
+    search.exact = exact = ml_collections.ConfigDict()
+    exact.block_rows = 8192  # Documents in one matrix product.
+    exact.query_rows = 1024  # Queries in one matrix product.
+    search.scann = scann = ml_collections.ConfigDict()
+    scann.method = "auto"  # "brute": all; "ah": hashed; "tree": those in near leaves; by size.
+    scann.ah_from = 20_000  # Documents from which "auto" is "ah".
+    scann.tree_from = 100_000  # Documents from which "auto" is "tree".
+    scann.leaves = placeholder(int)  # Of the tree; none: the root of the number of documents.
+    scann.leaves_to_search = placeholder(int)  # For a query; none: a quarter of them.
+    scann.tree_sample = 100_000  # Vectors that the tree is trained on.
+    scann.tree_iterations = 12  # Of k-means.
+    scann.soar = placeholder(float)  # Weight of a second leaf for each vector; none: one leaf.
+    scann.dimensions_per_block = 2  # Hashed together.
+    scann.anisotropic_threshold = 0.2  # Of the loss that the hash is trained by.
+    scann.ah_sample = 100_000  # Vectors that the hash is trained on.
+    scann.ah_iterations = 10  # Of k-means for the hash.
+    scann.reorder = 400  # Documents scored exactly for a query; as many as asked for at least.
+    scann.storage = "float32"  # Of the vectors for that; or "bfloat16", "int8".
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.systems = (  # Rows of the results; see eval/systems.py.

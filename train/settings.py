@@ -16,6 +16,7 @@ from expandr_jax.fusion import Normalize
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.stack import REMATS
 from expandr_jax.stored_vectors import DTYPES
+from expandr_jax.search.scann import METHODS, STORAGES
 from expandr_jax.weights.fields import shown
 from train.candidates import LOSSES_OF_PAIRS, REWARD_SFT
 from train.models import WEIGHTS
@@ -226,6 +227,22 @@ CHECKS = {
     "dpo.save_every": _count(1),
     "search.backend": _choice(BACKENDS),
     "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
+    "search.exact.block_rows": _count(1),
+    "search.exact.query_rows": _count(1),
+    "search.scann.method": _choice(METHODS),
+    "search.scann.ah_from": _count(0),
+    "search.scann.tree_from": _count(0),
+    "search.scann.leaves": _optional(_count(1)),
+    "search.scann.leaves_to_search": _optional(_count(1)),
+    "search.scann.tree_sample": _count(1),
+    "search.scann.tree_iterations": _count(1, _MANY),
+    "search.scann.soar": _optional(_NOT_NEGATIVE),
+    "search.scann.dimensions_per_block": _count(1),
+    "search.scann.anisotropic_threshold": _number(least=0, below=1),
+    "search.scann.ah_sample": _count(1),
+    "search.scann.ah_iterations": _count(1, _MANY),
+    "search.scann.reorder": _count(1),
+    "search.scann.storage": _choice(STORAGES),
     "evaluation.query_weights": _several(_SHARE),
     "evaluation.samples": _several(_count(1, _MANY)),
     "evaluation.depth": _count(1),
