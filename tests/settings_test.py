@@ -132,6 +132,13 @@ def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
     assert "\n" not in message
 
 
+def test_a_temperature_below_the_floor_cannot_be_learned():
+    check_settings(changed(**{"contrastive.temperature": 0.005}))
+    learned = {"contrastive.temperature": 0.005, "contrastive.learn_temperature": True}
+    with pytest.raises(UserError, match=r"^contrastive\.temperature is 0\.005; expected at least"):
+        check_settings(changed(**learned))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

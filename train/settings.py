@@ -11,12 +11,13 @@ import ml_collections
 
 from eval.systems import SYSTEMS
 from expandr_jax import prompts
+from expandr_jax.contrastive import LEAST_TEMPERATURE
 from expandr_jax.errors import UserError
 from expandr_jax.fusion import Normalize
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.stack import REMATS
-from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.search.scann import METHODS, STORAGES
+from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.fields import shown
 from train.candidates import LOSSES_OF_PAIRS, REWARD_SFT
 from train.models import WEIGHTS
@@ -226,7 +227,6 @@ CHECKS = {
     "dpo.chunk": _count(1),
     "dpo.save_every": _count(1),
     "search.backend": _choice(BACKENDS),
-    "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
     "search.exact.block_rows": _count(1),
     "search.exact.query_rows": _count(1),
     "search.scann.method": _choice(METHODS),
@@ -243,6 +243,7 @@ CHECKS = {
     "search.scann.ah_iterations": _count(1, _MANY),
     "search.scann.reorder": _count(1),
     "search.scann.storage": _choice(STORAGES),
+    "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
     "evaluation.query_weights": _several(_SHARE),
     "evaluation.samples": _several(_count(1, _MANY)),
     "evaluation.depth": _count(1),
@@ -278,6 +279,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
     if config.mining.first >= config.mining.depth:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+    step_a = config.contrastive
+    # Below its floor a learned temperature has no gradient: it would stay there.
+    if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
+        raise _refuse(
+            config, "contrastive.temperature",
+            f"at least {LEAST_TEMPERATURE}, below which none is learned",
+        )  # fmt: skip
     _check_prompt(config)
 
 
