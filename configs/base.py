@@ -111,10 +111,10 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
     contrastive.invariance_weight = 0.0  # Of what expansion changes in a query's ranking, as KL.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
-    contrastive.eval_every = 100  # Steps between evaluations, where train.retriever has data.dev.
+    contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
     contrastive.restart = False  # Each round starts from the original weights.
-    contrastive.save_every = 100  # Steps between checkpoints.
+    contrastive.save_every = 100  # Updates between checkpoints.
 
     config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
     mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
