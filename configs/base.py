@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    retriever.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.generator = generator = ml_collections.ConfigDict()
     generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    generator.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
