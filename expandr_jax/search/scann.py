@@ -229,6 +229,6 @@ def _check_options(options: ScannOptions) -> None:
         raise UserError(f"ScaNN option soar is {soar!r}; expected a number, at least 0, or None")
     if not (type(threshold) in (int, float) and 0 <= threshold < 1):
         raise UserError(
-            f"ScaNN option anisotropic_threshold is {threshold!r}; expected a number from 0 to 1, "
-            "less than 1"
+            f"ScaNN option anisotropic_threshold is {threshold!r}; expected a number, at least 0 "
+            "and below 1"
         )
