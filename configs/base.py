@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    retriever.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    retriever.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.generator = generator = ml_collections.ConfigDict()
     generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    generator.sha256 = placeholder(str)  # Of the weights file; none: not checked.
+    generator.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
     generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
     generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
@@ -89,7 +89,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.epochs = 3.0  # Passes over the training queries.
     contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
-    contrastive.length_window = 0  # Batches sorted by length together, to be padded less; 0: none.
+    contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # From 0 to the peak.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.
@@ -111,10 +111,10 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
     contrastive.invariance_weight = 0.0  # Of what expansion changes in a query's ranking, as KL.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
-    contrastive.eval_every = 100  # Steps between evaluations, where train.retriever has data.dev.
+    contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
     contrastive.restart = False  # Each round starts from the original weights.
-    contrastive.save_every = 100  # Steps between checkpoints.
+    contrastive.save_every = 100  # Updates between checkpoints.
 
     config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
     mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
@@ -176,6 +176,24 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
+    search.exact = exact = ml_collections.ConfigDict()
+    exact.block_rows = 8192  # Documents in one matrix product.
+    exact.query_rows = 1024  # Queries in one matrix product.
+    search.scann = scann = ml_collections.ConfigDict()
+    scann.method = "auto"  # "brute": all; "ah": hashed; "tree": those in near leaves; by size.
+    scann.ah_from = 20_000  # Documents from which "auto" is "ah".
+    scann.tree_from = 100_000  # Documents from which "auto" is "tree".
+    scann.leaves = placeholder(int)  # Of the tree; none: the root of the number of documents.
+    scann.leaves_to_search = placeholder(int)  # For a query; none: a quarter of them.
+    scann.tree_sample = 100_000  # Vectors that the tree is trained on.
+    scann.tree_iterations = 12  # Of k-means.
+    scann.soar = placeholder(float)  # Weight of a second leaf for each vector; none: one leaf.
+    scann.dimensions_per_block = 2  # Hashed together.
+    scann.anisotropic_threshold = 0.2  # Of the loss that the hash is trained by.
+    scann.ah_sample = 100_000  # Vectors that the hash is trained on.
+    scann.ah_iterations = 10  # Of k-means for the hash.
+    scann.reorder = 400  # Documents scored exactly for a query; as many as asked for at least.
+    scann.storage = "float32"  # Of the vectors for that; or "bfloat16", "int8".
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.systems = (  # Rows of the results; see eval/systems.py.

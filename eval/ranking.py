@@ -29,9 +29,10 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
-from expandr_jax.search import Bm25Index, Index, build_index
+from expandr_jax.search import Bm25Index, Index
 from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
+from train.corpus import configured_index
 from train.expansion import Prompt
 from train.models import Models, RetrieverModel, load_models, load_retriever_model
 from train.run import Run
@@ -98,7 +99,7 @@ class Searched:
     @functools.cached_property
     def index(self) -> Index:
         """Of the vectors."""
-        return build_index(self.vectors, **self._run.config.search)
+        return configured_index(self.vectors, self._run.config.search)
 
 
 class Ranker:

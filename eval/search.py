@@ -24,9 +24,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.fusion import expanded_query
 from expandr_jax.generation.engine import Engine, Request
 from expandr_jax.prompts import strip_lead_in
-from expandr_jax.search import build_index
 from expandr_jax.stored_vectors import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
+from train.corpus import configured_index
 from train.expansion import expansion_text
 from train.launch import define_workdir, launch
 from train.mirror import local_copy
@@ -73,7 +73,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
-        index = build_index(vectors, **config.search)
+        index = configured_index(vectors, config.search)
     with step("write passages"):
         settings = config.generator
         engine = Engine(

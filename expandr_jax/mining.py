@@ -87,13 +87,14 @@ def triple_rows(
 
     Args:
         queries: Texts.
-        positives: Right documents of each query.
+        positives: Right documents of each query; empty ones are left out. `read_triples` refuses a
+            query without any.
         negatives: From `mine_negatives`.
         documents: Texts of the corpus.
     """
     for query, right, wrong in zip(queries, positives, negatives, strict=True):
         yield {
             "query": query,
-            "pos": [documents[document] for document in right],
+            "pos": [documents[document] for document in right if documents[document].strip()],
             "neg": [documents[document] for document in wrong],
         }

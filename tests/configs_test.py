@@ -1,5 +1,6 @@
 """Every config can be made, has only the settings of base.py, and can be overridden."""
 
+import dataclasses
 import importlib
 import pathlib
 import re
@@ -11,6 +12,7 @@ from ml_collections import config_flags
 
 from configs import base, strategies
 from expandr_jax.errors import UserError
+from expandr_jax.search import ExactOptions, ScannOptions
 from train.launch import unpin
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -35,10 +37,16 @@ def test_a_config_has_the_settings_of_base(name):
 def test_every_setting_is_read():
     code = "\n".join(path.read_text() for path in SOURCES)
     for key, _ in flatten(base.get_config()):
-        section, _, name = key.rpartition(".")
+        *sections, name = key.split(".")
         # lora, mesh, search and shares are passed on whole.
-        whole = section.split(".")[-1] in ("lora", "mesh", "search", "shares")
+        whole = {"lora", "mesh", "search", "shares"} & set(sections)
         assert whole or re.search(rf"\.{name}\b", code), key
+
+
+def test_the_options_of_an_index_are_the_library_s():
+    section = base.get_config().search
+    for name, options in (("exact", ExactOptions()), ("scann", ScannOptions())):
+        assert section[name].to_dict() == dataclasses.asdict(options)
 
 
 def test_every_setting_has_its_meaning_beside_it():

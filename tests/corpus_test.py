@@ -1,21 +1,25 @@
-"""Texts and a corpus as vectors, as a run has them: what is wrong is named by its id."""
+"""Texts and a corpus as vectors and as an index, as a run has them."""
 
 import io
 import pathlib
 import types
 
+import ml_collections
 import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import smoke
+from configs import base, smoke
 from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.search import ExactIndex, ExactOptions, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_retriever
-from train.corpus import encode_corpus, encode_texts
+from train.corpus import configured_index, encode_corpus, encode_texts
 from train.run import Run
 
+needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
+VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
 TEXTS = {"d-first": "the loss of an array", "d-bad": "a gradient", "d-last": "the array"}
 
@@ -60,3 +64,34 @@ def test_a_query_without_a_finite_vector_is_named(model, run):
         encode_texts(run, models, params, list(TEXTS.values()), "query", ids=list(TEXTS))
     with pytest.raises(NotFiniteError, match=r"^text 1 .'a gradient'.: .*not finite"):
         encode_texts(run, models, params, list(TEXTS.values()), "query")
+
+
+def section(**settings):
+    config = base.get_config()
+    config.update_from_flattened_dict(settings)
+    return config.search
+
+
+@needs_scann
+@pytest.mark.parametrize("backend", ["auto", "scann"])
+def test_scann_has_its_options(backend):
+    index = configured_index(
+        VECTORS,
+        section(**{"search.backend": backend, "search.scann.method": "tree",
+                   "search.scann.leaves": 3, "search.exact.block_rows": 7}),
+    )  # fmt: skip
+    assert isinstance(index, ScannIndex)
+    assert (index.method, index.leaves) == ("tree", 3)
+
+
+def test_exact_search_has_its_own():
+    settings = {"search.backend": "exact", "search.scann.method": "tree",
+                "search.exact.block_rows": 7}  # fmt: skip
+    index = configured_index(VECTORS, section(**settings))
+    assert isinstance(index, ExactIndex)
+    assert index._options.block_rows == 7
+
+
+def test_a_run_from_before_there_were_options():
+    index = configured_index(VECTORS, ml_collections.ConfigDict({"backend": "exact"}))
+    assert index._options == ExactOptions()

@@ -60,7 +60,7 @@ def test_it_equals_a_plain_loop():
 
 
 def test_rows_are_triples(tmp_path):
-    rows = triple_rows(["q", "r"], [[0], [4, 1]], [[3, 6], []], DOCUMENTS)
+    rows = triple_rows(["q", "r"], [[5, 0], [4, 1]], [[3, 6], []], DOCUMENTS)  # 5 has no text.
     write_jsonl(tmp_path / "triples.jsonl", rows)
     triples, _ = read_triples(tmp_path / "triples.jsonl")
     assert [(t.query, t.positives, t.negatives) for t in triples] == [

@@ -42,16 +42,15 @@ def data(tmp_path_factory):
         for i, (query, document) in enumerate(PAIRS)
     ]
     write_jsonl(directory / "triples.jsonl", rows)
-    write_beir(
-        directory / "dev",
-        Collection(
-            "dev",
-            {f"d{i}": document for i, (_, document) in enumerate(PAIRS)},
-            {f"q{i}": query for i, (query, _) in enumerate(PAIRS)},
-            {"dev": {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}},
-        ),
-    )
+    write_dev(directory / "dev", {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))})
     return directory
+
+
+def write_dev(directory, qrels):
+    """The documents and queries of PAIRS, with these dev judgements."""
+    corpus = {f"d{i}": document for i, (_, document) in enumerate(PAIRS)}
+    queries = {f"q{i}": query for i, (query, _) in enumerate(PAIRS)}
+    write_beir(directory, Collection("dev", corpus, queries, {"dev": qrels}))
 
 
 def config_of(data, **contrastive):
@@ -68,14 +67,18 @@ def config_of(data, **contrastive):
     return config
 
 
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def train(config, workdir):
     train_on_triples(config, workdir, Console(quiet=True))
 
 
 def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
-    rows = [json.loads(line) for line in (data / "triples.jsonl").read_text().splitlines()]
+    rows = read_rows(data / "triples.jsonl")
     for i, row in enumerate(rows):
-        row["expansion"] = " ".join([row["expansion"]] * (1 + i % 6))
+        row["expansion"] = " ".join([row["expansion"]] * (1 if i % 8 else 6))
     write_jsonl(tmp_path / "triples.jsonl", rows)
     widths = {}
 
@@ -96,8 +99,7 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
 
 
 def dev_rows(workdir):
-    path = workdir / "work" / "round-0" / "retriever-dev.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return read_rows(workdir / "work" / "round-0" / "retriever-dev.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,55 @@ def test_without_a_gain_it_stops_and_keeps_the_first_weights(data, tmp_path):
 def test_settings_that_do_not_fit(data, tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         train(config_of(data, **settings), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        # Each of these would train for hours and change nothing.
+        ({"batch_size": 1, "negatives": 0, "kl_weight": 0.0}, "compared with no other"),
+        ({"info_nce_weight": 0.0, "kl_weight": 0.0, "invariance_weight": 1.0, "plain_share": 1.0},
+         "nothing to learn"),
+    ],
+)  # fmt: skip
+def test_what_teaches_nothing_is_refused(data, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        train(config_of(data, **settings), tmp_path / "run")
+
+
+def test_a_line_without_teacher_scores_is_named(data, tmp_path):
+    rows = read_rows(data / "triples.jsonl")
+    del rows[4]["teacher_scores"]
+    path = tmp_path / "triples.jsonl"
+    path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))  # A blank line first.
+    config = config_of(data)
+    config.data.path = str(path)
+    with pytest.raises(UserError, match=r"^training query triples\.jsonl:6 has no teach"):
+        train(config, tmp_path / "run")
+
+
+def test_dev_data_that_tell_nothing_or_change_are_refused(data, tmp_path):
+    config = config_of(data, epochs=1.0, eval_every=0)
+    config.data.dev = str(tmp_path / "dev")
+    config.data.max_dev = 2
+    for qrels in ({"q1": {"d1": 0}}, {"q1": {"d1": -1, "elsewhere": 1}}):
+        write_dev(tmp_path / "dev", qrels)
+        with pytest.raises(UserError, match="dev: no dev query has a right document"):
+            train(config, tmp_path / "run")
+        gc.collect()
+    # The mistake mended, the same command goes on: nothing was noted of what was refused.
+    right = {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}
+    write_dev(tmp_path / "dev", right)
+    evaluated = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "evaluate", lambda run, qrels, names, of=metrics.evaluate: (
+            evaluated.append(set(qrels)), of(run, qrels, names))[1])  # fmt: skip
+        train(config, tmp_path / "run")
+    assert [len(queries) for queries in evaluated] == [2, 2]
+    gc.collect()
+    write_dev(tmp_path / "dev", {**right, "q1": {"d2": 1}})
+    with pytest.raises(UserError, match="dev: is not the data this run began with"):
+        train(config, tmp_path / "run")
 
 
 def test_another_file_in_the_same_workdir(data, tmp_path):

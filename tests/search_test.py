@@ -168,6 +168,20 @@ def test_unusable_vectors_are_refused(backend):
         vectors[17, 3] = bad
         with pytest.raises(UserError, match="corpus vector 17"):
             search.build_index(vectors, backend)
+    # Their squares are above what float32 holds: hashing them would end the process.
+    vectors[17] = 1e20
+    with pytest.raises(UserError, match=r"corpus vector 17 is longer than 1e\+15"):
+        search.build_index(vectors, backend)
+
+
+@needs_scann
+@pytest.mark.parametrize("method", ["brute", "ah", "tree"])
+def test_the_longest_vectors_are_searched(method):
+    vectors = _clustered(200) * np.float32(0.99e15)
+    index = search.build_index(vectors, "scann", method=method, leaves_to_search=1000)
+    scores, indices = index.search(vectors, 5)
+    assert np.isfinite(scores).all()
+    np.testing.assert_array_equal(indices[:, 0], range(200))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -175,7 +189,10 @@ def test_unusable_queries_are_refused(backend):
     index = search.build_index(_vectors(30), backend)
     queries = _vectors(3)
     queries[2, 0] = np.nan
-    with pytest.raises(UserError, match="query vector 2"):
+    with pytest.raises(UserError, match="query vector 2 holds NaN"):
+        index.search(queries, 5)
+    queries[2, 0] = 1e38  # Its products are infinite.
+    with pytest.raises(UserError, match="query vector 2 is longer"):
         index.search(queries, 5)
     with pytest.raises(UserError, match=r"\[Q, 8\]"):
         index.search(_vectors(3, width=7), 5)
@@ -236,6 +253,30 @@ def test_a_wrong_or_damaged_index_is_refused(tmp_path, backend):
         search.load_index(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("exact", {}), pytest.param("scann", {"method": "tree", "soar": 1.5}, marks=needs_scann)],
+)
+def test_each_file_of_a_saved_index_is_checked(tmp_path, backend, options):
+    search.build_index(_vectors(30), backend, **options).save(tmp_path)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > (5 if backend == "scann" else 1)
+    for path in files:
+        content = path.read_bytes()
+        # Of the manifest every byte: a digit that changes is still JSON.
+        places = range(len(content)) if path.name == "index.json" else (0, len(content) // 2)
+        spoilt = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in places]
+        for bad in (b"", content[: len(content) // 2], content + b"x", None, *spoilt):
+            if bad is None:
+                path.unlink()
+            else:
+                path.write_bytes(bad)
+            with pytest.raises(UserError, match=r"build (it|the index) again"):
+                search.load_index(tmp_path)
+        path.write_bytes(content)
+    search.load_index(tmp_path)
+
+
 def test_fingerprints_tell_type_shape_and_bytes_apart():
     vectors = _vectors(6)
     seen = {
@@ -261,12 +302,55 @@ def test_without_scann_auto_is_exact_and_scann_says_so(monkeypatch):
         ("exact", {"leaves": 3}, "'leaves' is unknown"),
         ("auto", {"leafs": 3}, "'leafs' is unknown"),
         pytest.param("scann", {"method": "hnsw"}, "'hnsw'", marks=needs_scann),
+        ("exact", {"block_rows": 0}, "block_rows is 0"),
+        ("exact", {"query_rows": 2.5}, "query_rows is 2.5"),
         pytest.param("scann", {"leaves": 0}, "leaves is 0", marks=needs_scann),
+        pytest.param(
+            "scann", {"leaves_to_search": "3"}, "leaves_to_search is '3'", marks=needs_scann
+        ),
+        pytest.param("scann", {"tree_from": -1}, "tree_from is -1", marks=needs_scann),
+        pytest.param("scann", {"reorder": None}, "reorder is None", marks=needs_scann),
+        pytest.param("scann", {"soar": np.nan}, "soar is nan", marks=needs_scann),
+        pytest.param(
+            "scann", {"anisotropic_threshold": "0.2"}, "threshold is '0.2'", marks=needs_scann
+        ),
     ],
 )
 def test_unknown_settings_are_refused(backend, options, message):
     with pytest.raises(UserError, match=message):
         search.build_index(_vectors(30), backend, **options)
+
+
+METHODS = [pytest.param(m, marks=needs_scann) for m in ("auto", "brute", "ah", "tree")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17])
+def test_scann_finds_all_of_a_tiny_corpus(method, rows):
+    vectors, queries = _vectors(rows), _vectors(5, seed=1)
+    scores, indices = search.build_index(vectors, "scann", method=method).search(queries, 100)
+    expected_scores, expected_indices = _by_numpy(vectors, queries, rows)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+@needs_scann
+@pytest.mark.parametrize("method", ["ah", "tree"])
+def test_samples_and_blocks_fit_the_vectors(method):
+    vectors = _clustered(2000)
+    options = {"ah_sample": 1, "tree_sample": 1, "dimensions_per_block": 99, "leaves": 300,
+               "leaves_to_search": 300, "reorder": 2000}  # fmt: skip
+    index = search.build_index(vectors, "scann", method=method, **options)
+    _, indices = index.search(vectors[:50], 1)
+    np.testing.assert_array_equal(indices[:, 0], range(50))
+
+
+@needs_scann
+@pytest.mark.parametrize("method", ["auto", "ah", "tree"])
+def test_scann_takes_vectors_of_one_dimension(method):
+    vectors = _vectors(30, width=1)
+    _, indices = search.build_index(vectors, "scann", method=method).search(np.ones((1, 1)), 30)
+    np.testing.assert_array_equal(indices[0], np.argsort(-vectors[:, 0], kind="stable"))
 
 
 TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]

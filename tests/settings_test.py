@@ -75,8 +75,8 @@ WRONG = [
     ("contrastive.dimensions", (8, 0), f"values that each are {COUNT}"),
     ("contrastive.dimensions", (8.5,), f"values that each are {COUNT}"),
     ("contrastive.info_nce_weight", 0.0, "or contrastive.invariance_weight above 0"),
-    *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or None")
-      for model in ("retriever", "generator") for value in ("", "00", 64 * "G")),
+    *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or ''")
+      for model in ("retriever", "generator") for value in ("00", 64 * "G", 65 * "0")),
     ("retriever.pooling", "max", "one of mean, cls, last, decoder, or ''"),
     ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
     ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),
@@ -102,6 +102,12 @@ WRONG = [
     ("reward.corpus_measure", "mrr", "one of reciprocal_rank, ndcg, average_precision"),
     ("reward.threshold", math.nan, "a finite number"),
     ("search.backend", "faiss", "one of auto, scann, exact"),
+    ("search.exact.block_rows", 0, COUNT),
+    ("search.scann.method", "hnsw", "one of auto, brute, ah, tree"),
+    ("search.scann.leaves", 0, f"{COUNT}, or None"),
+    ("search.scann.soar", math.nan, f"{NOT_NEGATIVE}, or None"),
+    ("search.scann.anisotropic_threshold", 1.0, "a finite number at least 0 and below 1"),
+    ("search.scann.storage", "int4", "one of float32, bfloat16, int8"),
     ("evaluation.systems", ("dense",), "one of bm25, zero-shot, "),
     ("evaluation.systems", (), "a tuple of values that each are one of bm25"),
     ("evaluation.query_weights", (0.5, 1.5), SHARE),
@@ -126,6 +132,13 @@ def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
     assert message.startswith(f"{name} is {value!r}; expected ")
     assert expected in message.partition("; expected ")[2]
     assert "\n" not in message
+
+
+def test_a_temperature_below_the_floor_cannot_be_learned():
+    check_settings(changed(**{"contrastive.temperature": 0.005}))
+    learned = {"contrastive.temperature": 0.005, "contrastive.learn_temperature": True}
+    with pytest.raises(UserError, match=r"^contrastive\.temperature is 0\.005; expected at least"):
+        check_settings(changed(**learned))
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,9 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch, llama
 
 
 def test_refused_files(llama, bert, tmp_path):
-    with pytest.raises(UserError, match=r"model.safetensors: sha256 is .*, expected 00"):
+    with pytest.raises(UserError, match=r"model.safetensors: sha256 is .*, expected 00; for other"):
         load_model(str(llama), sha256="00")
+    load_model(str(llama), sha256="")  # As --config.retriever.sha256= has it.
     with pytest.raises(UserError, match=r"a bert model cannot generate text"):
         load_generator(str(bert))
     with pytest.raises(

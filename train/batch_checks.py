@@ -37,6 +37,11 @@ def check_contrastive_batch(
             f"{queries} training queries do not fill one batch of {size}; lower "
             "contrastive.batch_size"
         )
+    if size == 1 and not config.negatives:
+        raise UserError(
+            "contrastive.batch_size is 1 and contrastive.negatives 0, so that a query's document "
+            "is compared with no other; raise one of them"
+        )
     if size % devices or (micro and (size % micro or micro % devices)):
         raise UserError(
             f"contrastive.batch_size {size} and micro_batch {micro} do not fit: the latter must "

@@ -39,7 +39,19 @@ class Corpus:
     @functools.cached_property
     def index(self) -> Index:
         """Search over the vectors; made when asked for, as one process alone does."""
-        return build_index(self.vectors, **self.search)
+        return configured_index(self.vectors, self.search)
+
+
+def configured_index(
+    vectors: np.ndarray | StoredVectors, search: ml_collections.ConfigDict
+) -> Index:
+    """`build_index` as the config's `search` section has it.
+
+    A run that was made before the section had the backends' options is searched with the defaults.
+    """
+    sections = [name for name in ("exact", "scann") if search.backend in (name, "auto")]
+    options = {key: value for name in sections for key, value in search.get(name, {}).items()}
+    return build_index(vectors, search.backend, **options)
 
 
 def encode_corpus(

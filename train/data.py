@@ -93,12 +93,12 @@ def _make_data(run: Run) -> None:
             for ids in (retriever, generator)
         )
         left_out = before - len(retriever) - len(generator)
-        retriever = _limit(retriever, config.max_retriever_train)
-        generator = _limit(generator, config.max_generator_train)
+        retriever = limit_queries(retriever, config.max_retriever_train)
+        generator = limit_queries(generator, config.max_generator_train)
         keep = {
             "train": sorted([*retriever, *generator]),
-            "dev": _limit(list(collection.qrels["dev"]), config.max_dev),
-            "test": _limit(list(collection.qrels["test"]), config.max_test),
+            "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
+            "test": limit_queries(list(collection.qrels["test"]), config.max_test),
         }
         for split, ids in {**keep, "corpus": collection.corpus}.items():
             if not ids:
@@ -121,7 +121,7 @@ def _make_data(run: Run) -> None:
         run.seals.seal("data")
 
 
-def _limit(ids: list[str], most: int) -> list[str]:
+def limit_queries(ids: list[str], most: int) -> list[str]:
     """At most `most` ids (0: all), picked by hash so that the choice depends on the ids alone."""
     if most and len(ids) > most:
         ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:most]

@@ -68,7 +68,7 @@ def _search(run: Run, corpus: Corpus, data: TrainingData, queries: np.ndarray, r
     rows = triple_rows(data.queries(ids), right, mined, texts)
     write_jsonl(
         run.path(f"round-{round_}", "triples.jsonl"),
-        ({"query_id": query, **row} for query, row in zip(ids, rows, strict=True)),
+        ({"query_id": query, **row} for query, row in zip(ids, rows, strict=True) if row["pos"]),
     )
     count = sum(map(len, mined))
     run.console.print(f"  {count} negatives; {sum(not m for m in mined)} queries have none")

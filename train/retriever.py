@@ -31,9 +31,7 @@ from expandr_jax.contrastive import (
     stays_plain,
 )
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.beir import read_beir
-from expandr_jax.data.records import hash_file, hash_json, write_json
-from expandr_jax.data.triples import Triple, read_triples
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.retriever import Retriever
@@ -53,8 +51,8 @@ from train.loop import fit
 from train.models import RetrieverModel, check_meshes, load_retriever_model
 from train.run import Run
 from train.settings import check_settings
-from train.source import data_path
 from train.telemetry import Contents
+from train.triples import read_dev, read_training_triples
 
 
 def train_retriever(
@@ -82,7 +80,7 @@ def train_retriever(
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
         ids: What messages call the examples; None: their numbers, from 0.
-        evaluate: Weights to a dev measure, called every `config.eval_every` steps and at the end;
+        evaluate: Weights to a dev measure, called every `config.eval_every` updates and at the end;
             None trains all steps.
 
     Returns:
@@ -92,7 +90,8 @@ def train_retriever(
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    _check(config, models, examples)
+    names = [str(i) for i in range(len(examples))] if ids is None else ids
+    _check(config, models, examples, samples, names)
     batches = len(examples) // config.batch_size
     updates = max(1, round(config.epochs * batches / config.accumulation))
     steps = updates * config.accumulation
@@ -159,9 +158,9 @@ def train_retriever(
         for example in drawn.values():
             negatives = (passage.ids for passage in example.negatives)
             texts += [example.query, example.positive, *example.expansions[:samples], *negatives]
-        names = [str(i) if ids is None else ids[i] for i in drawn]
         lengths = [len(text) for text in texts]
-        return Contents(names, sum(lengths), TRAINING * sum(map(flops, lengths)))
+        named = [names[i] for i in drawn]
+        return Contents(named, sum(lengths), TRAINING * sum(map(flops, lengths)))
 
     identity = {
         "model": models.retriever_hash,
@@ -254,8 +253,17 @@ def _check(
     config: ml_collections.ConfigDict,
     models: RetrieverModel,
     examples: Sequence[ContrastiveExample],
+    samples: int,
+    names: Sequence[str],
 ) -> None:
     check_contrastive_batch(config, models, len(examples))
+    learned = (config.info_nce_weight, config.margin_mse_weight, config.kl_weight)
+    expanded = samples and config.plain_share < 1 and any(e.expansions for e in examples)
+    if not any(learned) and not expanded:
+        raise UserError(
+            "contrastive.invariance_weight alone is above 0, but no training query is expanded: "
+            "there is nothing to learn"
+        )
     if config.negatives and not any(e.negatives for e in examples):
         raise UserError(
             f"contrastive.negatives is {config.negatives}, but no training query has a negative"
@@ -263,11 +271,11 @@ def _check(
     if config.margin_mse_weight or config.kl_weight:
         if not config.negatives:
             raise UserError("a teacher's scores need contrastive.negatives above 0")
-        for number, example in enumerate(examples):
+        for name, example in zip(names, examples, strict=True):
             passages = [*example.other_positives, *example.negatives]
             if None in (example.positive_score, *(p.score for p in passages)):
                 raise UserError(
-                    f"training query {number} has no teacher's scores; without them set "
+                    f"training query {name} has no teacher's scores; without them set "
                     "contrastive.margin_mse_weight and kl_weight to 0"
                 )
 
@@ -289,10 +297,7 @@ def train_on_triples(
     check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):
-        triples = _read(run)
-        dev = read_beir(config.data.dev) if config.data.dev else None
-        if dev is not None and "dev" not in dev.qrels:
-            raise UserError(f"{config.data.dev}/qrels/dev.tsv: missing; it decides what is kept")
+        dev, triples = read_dev(run), read_training_triples(run)
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
@@ -320,6 +325,7 @@ def train_on_triples(
 
         return run.processes.once(measure)
 
+    file = os.path.basename(config.data.path or config.data.url)
     with run.phase("retriever"):
         params = train_retriever(
             run,
@@ -330,6 +336,7 @@ def train_on_triples(
             phase="retriever",
             round_=0,
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
+            ids=[f"{file}:{triple.line}" for triple in triples],
             evaluate=None if dev is None else evaluate,
         )
 
@@ -345,29 +352,6 @@ def train_on_triples(
         run.processes.once(export)
     console.print(f"retriever: {run.where(directory)}", soft_wrap=True)
     run.close()
-
-
-def _read(run: Run) -> list[Triple]:
-    """The triples, which must be those that the run began with; data/SOURCE.json describes them."""
-    config = run.config.data
-    given = run.processes.main_first(lambda: data_path(run))  # It may have to be downloaded.
-    triples, skipped = read_triples(given, config.on_bad)
-    queries = f"  {len(triples)} training queries"
-    if skipped:
-        queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
-    run.console.print(queries, markup=False)
-    source = {"name": given.name, "sha256": hash_file(given),
-              "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
-    path = run.path("data", "SOURCE.json")
-
-    def check() -> None:
-        if not path.exists():
-            write_json(path, source)
-        elif run.read_json(path) != source:
-            raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
-
-    run.processes.main_first(check)
-    return triples
 
 
 def main(_: Any) -> None:

@@ -11,10 +11,12 @@ import ml_collections
 
 from eval.systems import SYSTEMS
 from expandr_jax import prompts
+from expandr_jax.contrastive import LEAST_TEMPERATURE
 from expandr_jax.errors import UserError
 from expandr_jax.fusion import Normalize
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.stack import REMATS
+from expandr_jax.search.scann import METHODS, STORAGES
 from expandr_jax.stored_vectors import DTYPES
 from expandr_jax.weights.fields import shown
 from train.candidates import LOSSES_OF_PAIRS, REWARD_SFT
@@ -122,8 +124,8 @@ _EPOCHS = _number(above=0, most=_MANY)
 _TEXT = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
 _SHA256 = _optional(
     Check(
-        "the 64 hexadecimal digits of a sha256",
-        lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+        "the 64 hexadecimal digits of a sha256, or ''",
+        lambda value: isinstance(value, str) and re.fullmatch("([0-9a-fA-F]{64})?", value),
     )
 )
 
@@ -233,6 +235,22 @@ CHECKS = {
     "dpo.chunk": _count(1),
     "dpo.save_every": _count(1),
     "search.backend": _choice(BACKENDS),
+    "search.exact.block_rows": _count(1),
+    "search.exact.query_rows": _count(1),
+    "search.scann.method": _choice(METHODS),
+    "search.scann.ah_from": _count(0),
+    "search.scann.tree_from": _count(0),
+    "search.scann.leaves": _optional(_count(1)),
+    "search.scann.leaves_to_search": _optional(_count(1)),
+    "search.scann.tree_sample": _count(1),
+    "search.scann.tree_iterations": _count(1, _MANY),
+    "search.scann.soar": _optional(_NOT_NEGATIVE),
+    "search.scann.dimensions_per_block": _count(1),
+    "search.scann.anisotropic_threshold": _number(least=0, below=1),
+    "search.scann.ah_sample": _count(1),
+    "search.scann.ah_iterations": _count(1, _MANY),
+    "search.scann.reorder": _count(1),
+    "search.scann.storage": _choice(STORAGES),
     "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
     "evaluation.query_weights": _several(_SHARE),
     "evaluation.samples": _several(_count(1, _MANY)),
@@ -269,6 +287,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
     if config.mining.first >= config.mining.depth:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+    step_a = config.contrastive
+    # Below its floor a learned temperature has no gradient: it would stay there.
+    if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
+        raise _refuse(
+            config, "contrastive.temperature",
+            f"at least {LEAST_TEMPERATURE}, below which none is learned",
+        )  # fmt: skip
     _check_prompt(config)
 
 

@@ -8,7 +8,7 @@ those of "pos", then those of "neg"). "positive" and "negative" are other names 
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Triple:
         negatives: texts of wrong passages.
         expansions: texts that a language model wrote for the query; empty ones are left out.
         teacher_scores: of the positives, then of the negatives; or None.
+        line: where it stands in its file, from 1; 0: in none.
     """
 
     query: str
@@ -37,6 +38,7 @@ class Triple:
     negatives: tuple[str, ...] = ()
     expansions: tuple[str, ...] = ()
     teacher_scores: tuple[float, ...] | None = None
+    line: int = field(default=0, compare=False)
 
 
 def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[Triple], list[str]]:
@@ -82,7 +84,7 @@ def stream_triples(
             continue
         where = f"{path}:{number}"
         try:
-            triple = _triple(where, parse_row(where, line))
+            triple = _triple(where, parse_row(where, line), number)
         except UserError as error:
             if report is None:
                 raise
@@ -112,7 +114,7 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
     return found
 
 
-def _triple(where: str, row: dict[str, Any]) -> Triple:
+def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
     query = row.get("query")
     if not isinstance(query, str):
         raise UserError(f'{where}: field "query" is missing or no string')
@@ -122,6 +124,7 @@ def _triple(where: str, row: dict[str, Any]) -> Triple:
         _texts(where, *_field(where, row, "neg")),
         _texts(where, "expansion", row.get("expansion", []), may_be_empty=True),
         _scores(where, row.get("teacher_scores")),
+        line,
     )
     count = len(triple.positives) + len(triple.negatives)
     if not triple.positives:

@@ -26,8 +26,8 @@ class Retriever:
         pooling: From token vectors to the text's.
         normalize: Whether vectors are scaled to length one.
         max_length: Longest input in tokens, special ones included; longer texts lose their end.
-        query_prompt: Put before queries (and their expansions).
-        document_prompt: Put before documents.
+        query_prompt: Put before queries.
+        document_prompt: Put before documents, and before passages written for a query.
         tokenizer: Text to ids.
         source: Where it came from.
         dense: Activation of the layer between pooling and normalisation, if there is one; its

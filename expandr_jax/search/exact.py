@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
-from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
 
 _FILE = "vectors.npy"
 
@@ -48,7 +48,11 @@ class ExactIndex:
             vectors: finite floating point numbers.
             options: sizes.
             devices: that search; None: all of this process.
+
+        Raises:
+            UserError: vectors or options cannot be used.
         """
+        check_counts("exact search", options, ("block_rows", "query_rows"))
         check_vectors(vectors)
         self._vectors = vectors
         self._options = options

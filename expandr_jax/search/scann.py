@@ -9,9 +9,14 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
-from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
 
+METHODS = ("auto", "brute", "ah", "tree")
+STORAGES = ("float32", "bfloat16", "int8")
 _SMALLEST = 16  # asymmetric hashing trains 16 centres a block
+# ScaNN draws each vector on its own, so a sample can be smaller than was asked for; it refuses one
+# that is smaller than the centres.
+_SAMPLE = 100  # vectors that any training has at least, where there are so many
 _QUERY_ROWS = 64  # brute force rounds smaller batches differently, so none is smaller
 _ASSETS = (
     "ah_codebook.pb",
@@ -43,12 +48,12 @@ class ScannOptions:
         tree_from: with "auto", the N from which the tree is used.
         leaves: leaves of the tree; None is sqrt(N).
         leaves_to_search: leaves visited for a query; None is a quarter of them.
-        tree_sample: vectors that the tree is trained on.
+        tree_sample: vectors that the tree is trained on; about two a leaf and 100 at least.
         tree_iterations: of k-means.
         soar: weight of SOAR's second leaf for each vector (arXiv 2404.00774); None is one leaf.
-        dimensions_per_block: dimensions hashed together.
+        dimensions_per_block: dimensions hashed together; no more than there are.
         anisotropic_threshold: of the score-aware quantization loss.
-        ah_sample: vectors that hashing is trained on.
+        ah_sample: vectors that hashing is trained on, about; 100 at least.
         ah_iterations: of k-means for the hash.
         reorder: candidates scored exactly for a query; at least k of them always are.
         storage: "float32", "bfloat16" or "int8", of the vectors used for exact scores.
@@ -89,11 +94,6 @@ class ScannIndex:
         check_vectors(vectors)  # ScaNN ends the process on NaN
         self.size, self.dimension = vectors.shape
         self.fingerprint = fingerprint(vectors)
-        if options.dimensions_per_block > self.dimension:
-            raise UserError(
-                f"ScaNN option dimensions_per_block is {options.dimensions_per_block}; "
-                f"the vectors have only {self.dimension} dimensions"
-            )
         self._set_shape(options)
         self._searcher = self._build(library, np.ascontiguousarray(vectors, dtype=np.float32))
 
@@ -114,14 +114,14 @@ class ScannIndex:
                 num_leaves_to_search=min(
                     options.leaves_to_search or math.ceil(self.leaves / 4), self.leaves
                 ),
-                training_sample_size=max(options.tree_sample, self.leaves),
+                training_sample_size=max(options.tree_sample, 2 * self.leaves, _SAMPLE),
                 training_iterations=options.tree_iterations,
                 soar_lambda=options.soar,
             )
         builder = builder.score_ah(
-            dimensions_per_block=options.dimensions_per_block,
+            dimensions_per_block=min(options.dimensions_per_block, self.dimension),
             anisotropic_quantization_threshold=options.anisotropic_threshold,
-            training_sample_size=options.ah_sample,
+            training_sample_size=max(options.ah_sample, _SAMPLE),
             training_iterations=options.ah_iterations,
         )
         return builder.reorder(options.reorder, quantize=storage).build()
@@ -211,26 +211,24 @@ def _method(options: ScannOptions, size: int) -> str:
 
 
 def _check_options(options: ScannOptions) -> None:
-    choices = {
-        "method": ("auto", "brute", "ah", "tree"),
-        "storage": ("float32", "bfloat16", "int8"),
-    }
-    for name, expected in choices.items():
+    for name, expected in (("method", METHODS), ("storage", STORAGES)):
         if getattr(options, name) not in expected:
             raise UserError(
                 f"ScaNN option {name} is {getattr(options, name)!r}; "
                 f"expected one of {', '.join(expected)}"
             )
-    for name in (
-        "leaves",
-        "leaves_to_search",
-        "tree_sample",
-        "tree_iterations",
-        "dimensions_per_block",
-        "ah_sample",
-        "ah_iterations",
-        "reorder",
-    ):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"ScaNN option {name} is {value}; expected at least 1")
+    counts = ("tree_sample", "tree_iterations", "dimensions_per_block", "ah_sample",
+              "ah_iterations", "reorder")  # fmt: skip
+    optional = ("leaves", "leaves_to_search")
+    given = [name for name in optional if getattr(options, name) is not None]
+    check_counts("ScaNN", options, (*counts, *given))
+    check_counts("ScaNN", options, ("ah_from", "tree_from"), least=0)
+    # ScaNN takes what is no number for its default, and says so among its own messages alone.
+    soar, threshold = options.soar, options.anisotropic_threshold
+    if soar is not None and not (type(soar) in (int, float) and 0 <= soar < math.inf):
+        raise UserError(f"ScaNN option soar is {soar!r}; expected a number, at least 0, or None")
+    if not (type(threshold) in (int, float) and 0 <= threshold < 1):
+        raise UserError(
+            f"ScaNN option anisotropic_threshold is {threshold!r}; expected a number, at least 0 "
+            "and below 1"
+        )

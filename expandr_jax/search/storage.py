@@ -7,10 +7,11 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from expandr_jax.data.records import hash_file, write_json
+from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 
 _NAME = "index.json"
+_CHECK = "sha256"  # Field of the manifest: the hash of all others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def write_manifest(
     """Writes the manifest, last of all, so that half an index is never taken for a whole one."""
     hashes = {name: hash_file(directory / name) for name in sorted(files)}
     manifest = Manifest(backend, size, dimension, fingerprint, dict(options), hashes)
-    write_json(directory / _NAME, dataclasses.asdict(manifest))
+    fields = dataclasses.asdict(manifest)
+    write_json(directory / _NAME, {**fields, _CHECK: hash_json(fields)})
 
 
 def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Manifest:
@@ -74,10 +76,14 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
     """
     path = pathlib.Path(directory) / _NAME
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        # A changed digit of the size or of an option would give other answers, and no error.
+        if fields.pop(_CHECK) != hash_json(fields):
+            raise ValueError
+        manifest = Manifest(**fields)
     except OSError as error:
         raise UserError(f"{path}: no saved index: {error.strerror}; build it again") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: not an index's manifest; build the index again") from error
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise UserError(

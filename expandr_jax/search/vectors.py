@@ -1,17 +1,32 @@
-"""Checks on the vectors that go into and against an index."""
+"""Checks on the options of an index, and on the vectors that go into and against it."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from expandr_jax.errors import UserError
 
+_LONGEST = 1e15  # of a vector: beyond, sums of squares overflow, which ends ScaNN's process
 _BLOCK_BYTES = 1 << 24  # what a scan over memory-mapped vectors holds at a time
 
 
+def check_counts(backend: str, options: Any, names: Sequence[str], least: int = 1) -> None:
+    """Raises UserError unless each option named is a whole number, `least` or more."""
+    for name in names:
+        value = getattr(options, name)
+        if type(value) is not int or value < least:
+            raise UserError(
+                f"{backend} option {name} is {value!r}; expected a whole number, at least {least}"
+            )
+
+
 def check_vectors(vectors: np.ndarray) -> None:
-    """Raises UserError unless `vectors` is a non-empty, finite [N, D] array of floats."""
+    """Raises UserError unless `vectors` is a non-empty [N, D] array of floats.
+
+    None may be NaN or infinite, or so long that products with it could be.
+    """
     if vectors.ndim != 2:
         raise UserError(f"corpus vectors have shape {vectors.shape}; expected [N, D]")
     if 0 in vectors.shape:
@@ -50,7 +65,11 @@ def _blocks(vectors: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _check_finite(block: np.ndarray, name: str, first_row: int) -> None:
-    finite = np.isfinite(np.asarray(block, dtype=np.float32)).all(axis=1)
-    if not finite.all():
-        row = first_row + int(np.argmin(finite))
-        raise UserError(f"{name} {row} holds NaN or infinity; nothing near it can be searched")
+    with np.errstate(over="ignore", invalid="ignore"):
+        block = np.asarray(block, dtype=np.float32)
+        sound = np.einsum("nd,nd->n", block, block) <= _LONGEST**2  # NaN is not.
+    if not sound.all():
+        row = int(np.argmin(sound))
+        finite = np.isfinite(block[row]).all()
+        what = f"is longer than {_LONGEST:g}" if finite else "holds NaN or infinity"
+        raise UserError(f"{name} {first_row + row} {what}; nothing near it can be searched")

@@ -89,12 +89,12 @@ def check_hash(files: Sequence[Path], sha256: str | None) -> None:
 
     Args:
         files: The weights files; a hash can pin only one.
-        sha256: Hexadecimal digest, or None.
+        sha256: Hexadecimal digest; None or "" checks nothing.
 
     Raises:
         UserError: If the hash differs, or there are several files.
     """
-    if sha256 is None:
+    if not sha256:
         return
     if len(files) != 1:
         raise UserError(
@@ -102,4 +102,7 @@ def check_hash(files: Sequence[Path], sha256: str | None) -> None:
         )
     found = hash_file(files[0])
     if found != sha256.lower():
-        raise UserError(f"{files[0]}: sha256 is {found}, expected {sha256}")
+        raise UserError(
+            f"{files[0]}: sha256 is {found}, expected {sha256}; for other weights than the pinned "
+            "ones set sha256 to theirs, or to nothing"
+        )
