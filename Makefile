@@ -3,19 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test slow long lint lock clean
+.PHONY: quickstart test slow lint lock clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m train.joint --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m slow
-
-long: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m long -s
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

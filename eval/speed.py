@@ -39,10 +39,11 @@ def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, A
         console: Where progress is shown.
 
     Returns:
-        What `--out` holds: {"machine", "rows"}.
+        What `--out` holds: {"machine", "rows"}. A row whose sides failed, or did not come to the
+        same, has "failed" and no figures.
 
     Raises:
-        UserError: A side failed, or the two did not come to the same.
+        UserError: A benchmark cannot be prepared.
     """
     with tempfile.TemporaryDirectory() as temporary:
         directory = pathlib.Path(temporary)
@@ -53,7 +54,12 @@ def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, A
             console.print(f"{name}: preparing")
             costs = _only_answer(SideProcess(directory, name, PREPARE))["costs"]
             for number, comparison in enumerate(benchmark(name).ROWS):
-                row = measure_row(directory, name, number, comparison, repeats, console)
+                try:
+                    row = measure_row(directory, name, number, comparison, repeats, console)
+                except UserError as error:  # What others took long to measure is kept.
+                    console.print(f"{error}", markup=False)
+                    rows.append(_empty_row(comparison) | {"failed": str(error)})
+                    continue
                 rows.append(row | _limits(row, costs[number], machine))
     return {"machine": machine, "rows": rows}
 
@@ -100,6 +106,12 @@ def measure_row(
     if missing:
         row["reason"] = f"not installed: {', '.join(missing)}"
     return row
+
+
+def _empty_row(comparison: Comparison) -> dict[str, Any]:
+    figures = ("ours", "peer", "ratio", "peak_memory_ours", "peak_memory_peer")
+    names = {"name": comparison.name, "unit": comparison.unit, "peer_name": comparison.peer_name}
+    return names | dict.fromkeys(figures)
 
 
 def _checked(directory: pathlib.Path, name: str, number: int, comparison: Comparison) -> str:
@@ -173,12 +185,13 @@ def speed_table(result: dict[str, Any]) -> Table:
         number = lambda name, form, of=1.0, row=row: (  # noqa: E731
             "-" if row.get(name) is None else format(row[name] / of, form)
         )
+        reason = row.get("reason") or ("failed" if "failed" in row else "")
         table.add_row(
             row["name"],
             row["unit"],
             number("ours", ".4g"),
             number("peer", ".4g"),
-            row["peer_name"] + (f" ({row['reason']})" if "reason" in row else ""),
+            row["peer_name"] + (f" ({reason})" if reason else ""),
             number("ratio", ".2f"),
             number("peak_memory_ours", ".2f", 1e9),
             number("peak_memory_peer", ".2f", 1e9),
@@ -201,6 +214,9 @@ def main(_: Sequence[str]) -> None:
     result = measure(values.only, values.repeats, console)
     write_json(out, result)
     console.print(speed_table(result))
+    failed = [row["failed"] for row in result["rows"] if "failed" in row]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(result['rows'])} rows failed: {failed[0]}")
 
 
 def define_flags() -> None:

@@ -7,6 +7,7 @@ One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes
 import contextlib
 import contextvars
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from expandr_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 WHOLE_BYTES = 2**28  # What every device holds of a parameter at once, where it is made whole.
@@ -169,11 +172,11 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
 
     Returns:
         A tree like the module's "params" with a NamedSharding for each leaf. An axis that does not
-        divide evenly is replicated.
+        divide evenly is replicated, which is said once.
     """
     init = functools.partial(module.init, **kwargs)
     boxed = jax.eval_shape(init, jax.random.key(0), *args)["params"]
-    rules = dict(RULES)
+    rules, whole_axes = dict(RULES), set()
 
     def place(leaf: Any) -> NamedSharding:
         axes = []
@@ -183,9 +186,19 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
             axis = rules[name]
             fits = isinstance(axis, str) and size % mesh.shape[axis] == 0
             axes.append(axis if fits else None)
+            if isinstance(axis, str) and not fits:
+                whole_axes.add(f"{name} {size} over {axis} {mesh.shape[axis]}")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    placed = jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    if whole_axes:
+        _warn_of_whole_axes(", ".join(sorted(whole_axes)))
+    return placed
+
+
+@functools.cache
+def _warn_of_whole_axes(axes: str) -> None:
+    logger.warning("the mesh does not divide %s: every device holds these axes whole", axes)
 
 
 def adapter_shardings(

@@ -1,6 +1,6 @@
 """A run that is killed, damaged or out of disk ends as if nothing had happened.
 
-    .venv/bin/python -m pytest tests/kills_test.py -m long -s
+    .venv/bin/python -m pytest tests/kills_test.py -m slow -s
 
 prints what was done to the run and what it took to end it.
 """
@@ -113,13 +113,8 @@ def test_four_kills_change_nothing(smoke, tmp_path):
     same(workdir, smoke[0])
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_in_each_stage(smoke, tmp_path, kind):
     workdir = tmp_path / "run"
     for stage in STAGES:
@@ -128,7 +123,7 @@ def test_killed_in_each_stage(smoke, tmp_path, kind):
     same(workdir, smoke[0])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_at_forty_random_instants(smoke, tmp_path):
     draw = random.Random(0)
     kills, runs, lived = 0, 0, 0.0
@@ -162,7 +157,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
     return target
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_lines_are_made_again(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -174,7 +169,7 @@ def test_damaged_lines_are_made_again(smoke, half_done, tmp_path, way):
     same(workdir, smoke[0])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_figures_of_steps_do_not_change_results(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -184,7 +179,7 @@ def test_damaged_figures_of_steps_do_not_change_results(smoke, half_done, tmp_pa
     print([line for line in output.splitlines() if "metrics.jsonl" in line])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_damaged_checkpoints_and_vectors_are_made_again(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
@@ -205,7 +200,7 @@ def test_damaged_checkpoints_and_vectors_are_made_again(smoke, half_done, tmp_pa
     assert len(list((workdir / "checkpoints").glob("*-damaged/*"))) == len(newest), output
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_finished_run_mends_itself(smoke, tmp_path, way):
     workdir = copy(smoke[0], tmp_path / "run")
@@ -252,7 +247,7 @@ def small_disk(tmp_path) -> Iterator[Callable[[int], pathlib.Path]]:
     subprocess.run(["umount", str(directory)], check=True)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_full_disk_stops_it_and_it_goes_on(smoke, small_disk):
     whole = sum(p.stat().st_size for p in smoke[0].rglob("*") if p.is_file()) // 1024
     stopped_at = []

@@ -1,8 +1,11 @@
 """What every program refuses on its command line, in one line, before it begins."""
 
+import errno
+
 import pytest
 
 from tests.commands import command
+from train.launch import is_full
 
 
 def refused(module: str, *arguments: str) -> str:
@@ -71,3 +74,17 @@ def test_a_config_file_that_is_broken(tmp_path, text, message):
 def test_an_argument_that_a_config_does_not_take(tmp_path):
     found = refused("train.joint", "--config=configs/smoke.py:x", f"--workdir={tmp_path}/w")
     assert found.startswith("error: --config: TypeError: get_config() takes 0 positional")
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (Exception("No space left on device (os error 28)"), True),  # tokenizers says no more.
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("os error 281"), False),
+    ],
+)
+def test_errors_that_mean_a_full_disk(error, full):
+    assert is_full(error) == full

@@ -1,6 +1,7 @@
 """`train.retriever` on a file of triples: it learns, resumes, keeps the best, exports, refuses."""
 
 import gc
+import io
 import json
 import pathlib
 import shutil
@@ -258,6 +259,18 @@ def test_dev_data_that_tell_nothing_or_change_are_refused(data, tmp_path):
     write_dev(tmp_path / "dev", {**right, "q1": {"d2": 1}})
     with pytest.raises(UserError, match="dev: is not the data this run began with"):
         train(config, tmp_path / "run")
+
+
+def test_dev_queries_that_are_trained_on_are_counted(data, tmp_path):
+    write_dev(tmp_path / "dev", {f"q{i}": {f"d{i}": 1} for i in range(4)})
+    queries = tmp_path / "dev" / "queries.jsonl"
+    queries.write_text(queries.read_text().replace(PAIRS[1][0], PAIRS[1][0].upper() + " ", 1)
+                       .replace(PAIRS[2][0], "of something new", 1))  # fmt: skip
+    config = config_of(data, epochs=1.0)
+    config.data.dev = str(tmp_path / "dev")
+    output = io.StringIO()
+    train_on_triples(config, tmp_path / "run", Console(file=output, width=200))
+    assert "3 of 4 dev queries are training queries, too" in output.getvalue()
 
 
 def test_another_file_in_the_same_workdir(data, tmp_path):

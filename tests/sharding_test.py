@@ -1,5 +1,7 @@
 """Meshes, and where parameters go."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,17 @@ def test_parameters_follow_their_logical_axes():
         if not any(spec)
     ]
     assert all("norm" in name for name in replicated)
+
+
+def test_an_axis_that_stays_whole_is_said(caplog):
+    mask = jnp.ones((1, 4), jnp.int32)
+    inputs = jnp.zeros((1, 4), jnp.int32), token_positions(mask), causal_mask(mask)
+    odd = Decoder(dataclasses.replace(CONFIG, vocab_size=CONFIG.vocab_size + 1))
+    for _ in range(2):
+        shardings = param_shardings(make_mesh(data=2, fsdp=2, tensor=2), odd, *inputs)
+    assert shardings["embedding"].spec == PartitionSpec(None, "fsdp")
+    said = f"vocab {CONFIG.vocab_size + 1} over tensor 2: every device holds these axes whole"
+    assert [said in record.message for record in caplog.records] == [True]
 
 
 def test_devices_in_the_hosts_memory_share_what_all_of_them_hold():

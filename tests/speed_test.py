@@ -57,6 +57,21 @@ def test_sides_that_differ_or_fail_are_not_measured(tmp_path):
         measure_row(tmp_path, name, 1, failing, 1, console)
 
 
+def test_rows_that_fail_leave_the_others(tmp_path):
+    output = io.StringIO()
+    names = ["tests.toy_benchmark_wrong", "tests.toy_benchmark"]
+    result = measure(names, 1, Console(file=output, width=300))
+    different, failing, good, _ = result["rows"]
+    assert "values differ by 0.5" in different["failed"]
+    assert "no such thing" in failing["failed"]
+    for row in (different, failing):
+        assert row.keys() >= CONTRACT
+        assert row["ours"] is row["ratio"] is None
+    assert good["ratio"] > 0
+    Console(file=output, width=300).print(speed_table(result))
+    assert output.getvalue().count("(failed)") == 2
+
+
 def test_a_benchmark_that_is_not_there_is_named(tmp_path):
     program = command("eval.speed", "--only=sleeping", f"--out={tmp_path / 'speed.json'}")
     output, _ = program.communicate(timeout=120)

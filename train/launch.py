@@ -4,10 +4,12 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 """
 
 import errno
+import logging as standard_logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -31,6 +33,17 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # What goes wrong in the threads and tasks that write a checkpoint is raised where it is waited
+    # for, and said there in one line. These would print each of their tracebacks as well.
+    logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)
+    standard_logging.getLogger("asyncio").setLevel(standard_logging.CRITICAL)
+    printed = sys.unraisablehook
+
+    def hook(ignored: Any) -> None:
+        if str(ignored.exc_value) != "Event loop is closed":  # Tensorstore tells a loop that ended.
+            printed(ignored)
+
+    sys.unraisablehook = hook
 
 
 def split_processor(count: int = 1) -> None:
@@ -141,20 +154,25 @@ def launch(
             console.print(message)
             processes.current().leave(130, message)
             sys.exit(130)
-        except OSError as error:
-            if error.errno not in FULL:
+        except Exception as error:
+            if not is_full(error):
                 _crash(console, error)
                 raise
-            name = f"{error.filename}: " if error.filename else ""
-            _stop(console, f"{name}{error.strerror}; free some, and the same command goes on")
-        except Exception as error:
-            _crash(console, error)
-            raise
+            name = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            _stop(
+                console, f"{name}no space left on the disk; free some, and the same command goes on"
+            )
         finally:
             ignore_sigterm()
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
+
+
+def is_full(error: Exception) -> bool:
+    """Whether there is no space left; libraries written in Rust say so in words alone."""
+    numbers = [f"os error {number})" for number in FULL]
+    return getattr(error, "errno", None) in FULL or any(n in str(error) for n in numbers)
 
 
 def _start_processes() -> None:

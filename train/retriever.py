@@ -52,7 +52,7 @@ from train.models import RetrieverModel, check_meshes, load_retriever_model
 from train.run import Run
 from train.settings import check_settings
 from train.telemetry import Contents
-from train.triples import read_dev, read_training_triples
+from train.triples import read_dev, read_training_triples, say_leaks
 
 
 def train_retriever(
@@ -298,6 +298,8 @@ def train_on_triples(
     run = Run(workdir, config, console)
     with run.phase("data"):
         dev, triples = read_dev(run), read_training_triples(run)
+        if dev is not None:
+            say_leaks(run, triples, dev)
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))

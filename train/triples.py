@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
 from expandr_jax.data.records import hash_file, write_json
@@ -70,3 +71,20 @@ def read_dev(run: Run) -> Collection | None:
             "expected a grade above 0 of a document in the corpus"
         )
     return dataclasses.replace(dev, qrels={"dev": judged})
+
+
+def say_leaks(run: Run, triples: Sequence[Triple], dev: Collection) -> None:
+    """Says how many of the dev queries are trained on, if any."""
+    judged = dev.qrels["dev"]
+    trained = {_folded(triple.query) for triple in triples}
+    leaked = sum(_folded(dev.queries[query]) in trained for query in judged)
+    if leaked:
+        run.console.print(
+            f"  {leaked} of {len(judged)} dev queries are training queries, too: the dev measure "
+            "says nothing of new queries there"
+        )
+
+
+def _folded(text: str) -> str:
+    """Case and white space aside."""
+    return " ".join(text.casefold().split())
