@@ -224,15 +224,17 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was written beside a step's state."""
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        record = self._manager.restore(step, args=args)["record"]
+        record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
         if record.pop("record") != hash_json(record):
             raise ValueError("its record does not match its hash")
         return record
 
     def _state(self, step: int, abstract: Any) -> Any:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        # Not by the manager, which waits for all processes when it has read: where one of them
+        # finds damage, the others would wait without end.
+        return ocp.StandardCheckpointHandler().restore(
+            self.directory / str(step) / "state", args=ocp.args.StandardRestore(abstract)
+        )
 
     def _attempt(self, read: Callable[[], Any]) -> tuple[Any, str | None]:
         """What was read, and what is wrong with it, if anything is in any process."""

@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -114,9 +115,11 @@ def test_a_step_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monke
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoints._manager, "restore", fails)
-    with pytest.raises(UserError, match=r"a checkpoint cannot be read: .*the same command goes on"):
-        checkpoints.restore(TREE)
+    match = r"a checkpoint cannot be read: .*the same command goes on"
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "restore", fails)
+        with pytest.raises(UserError, match=match):
+            checkpoints.restore(TREE)
     assert not (tmp_path / "c-damaged").exists()
     assert Checkpoints(tmp_path / "c", IDENTITY).restore(TREE)[0] == 1
 
