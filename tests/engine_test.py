@@ -99,22 +99,42 @@ def next_logits(model, tokens):
     return full_pass(*model, ids, len(tokens) - 1)
 
 
+def assert_documented_draws(model, request, completion):
+    """Each token is drawn from the full pass's logits with the request's settings and own bits."""
+    key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
+    key = jax.random.fold_in(key, request.sample)
+    settings = (request.temperature, request.top_p, request.top_k, request.min_p)
+    options = SamplingSettings(*(np.asarray([x]) for x in settings))
+    for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
+        logits = next_logits(model, request.prompt + completion.tokens[:i])
+        bits = jax.random.bits(jax.random.fold_in(key, i))[None]
+        assert jitted_sample(logits, options, bits)[0] == token
+
+
 def test_texts_are_those_of_the_full_pass_and_the_documented_draws(tiny, expected):
     for request in make_requests()[:12]:
         completion = expected[request.id, request.sample]
-        key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
-        key = jax.random.fold_in(key, request.sample)
-        options = SamplingSettings(
-            *(np.asarray([x]) for x in (request.temperature, request.top_p, 0, 0.0))
-        )
-        for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
-            logits = next_logits(tiny, request.prompt + completion.tokens[:i])
-            bits = jax.random.bits(jax.random.fold_in(key, i))[None]
-            assert jitted_sample(logits, options, bits)[0] == token
+        assert_documented_draws(tiny, request, completion)
         assert EOS not in completion.tokens[:-1]
         assert completion.finished == ("eos" if completion.tokens[-1] == EOS else "length")
         if completion.finished == "length":
             assert len(completion.tokens) == request.max_new_tokens
+
+
+def test_one_batch_holds_requests_with_filters_of_their_own(tiny):
+    filters = [{"top_k": 2}, {"min_p": 0.3}, {"top_p": 0.4}, {"top_k": 5, "min_p": 0.1}, {}]
+    requests = [
+        dataclasses.replace(request, temperature=1.1, **filters[i % len(filters)])
+        for i, request in enumerate(make_requests())
+    ]
+    found = run(tiny, requests)
+    for request in requests:
+        assert_documented_draws(tiny, request, found[request.id, request.sample])
+    # Each filter decides some text: without it there is another.
+    plain = run(tiny, [dataclasses.replace(r, top_p=1.0, top_k=0, min_p=0.0) for r in requests])
+    for i in range(len(filters)):
+        keys = [(request.id, request.sample) for request in requests[i :: len(filters)]]
+        assert any(found[key] != plain[key] for key in keys), filters[i]
 
 
 def test_order_refill_and_restart_give_identical_texts(tiny, expected):
@@ -169,20 +189,6 @@ def test_common_prefix_leaves_each_prompt_a_token():
     assert common_prefix([(4, 5, 6, 7), (4, 5), (4, 5, 9)]) == (4,)
     assert common_prefix([(4, 5, 6, 7), (4, 5, 6, 8, 1), (4, 5, 6, 7, 7)]) == (4, 5, 6)
     assert common_prefix([(4, 5), (5, 4)]) == ()
-
-
-def test_engines_of_one_shape_share_their_programs(tiny):
-    first, second = (Engine(*tiny, slots=4, **SETTINGS) for _ in range(2))
-    assert first._programs is second._programs
-    assert first._programs is not Engine(*tiny, slots=8, **SETTINGS)._programs
-
-
-def test_slots_move_no_cache_between_devices(tiny):
-    engine = Engine(*tiny, slots=16, mesh=make_mesh(data=8), **SETTINGS)
-    slots, idle = engine._programs.empty(None), np.zeros(16, bool)
-    text = engine._programs.decode.lower(engine._variables, slots, idle, 4, 0).compile().as_text()
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
 
 
 def test_greedy_equals_transformers(tmp_path):
