@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
     contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
     contrastive.learning_rate = 3e-5  # Peak.
-    contrastive.warmup_steps = 0  # From 0 to the peak.
+    contrastive.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.
     contrastive.clip_norm = 1.0  # Greatest norm of the gradient.
     contrastive.temperature = 0.02  # tau.
@@ -163,7 +163,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.batch_size = 16  # Pairs or candidates a batch.
     dpo.accumulation = 1  # Batches an update, by their mean gradient.
     dpo.learning_rate = 2e-5  # Peak.
-    dpo.warmup_steps = 0  # Updates from 0 to the peak.
+    dpo.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     dpo.clip_norm = 10.0  # Greatest norm of the gradient.
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.

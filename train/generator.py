@@ -262,7 +262,12 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
     if is_rewarded(config.dpo):
         rows, dropped = rewarded_rows(config, generator, path, **limits)
     else:
-        rows, dropped = read_preferences(path, generator.tokenizer, **limits)
+
+        def learned(text: str) -> list[int]:
+            ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return generator.response_ids(ids, config.dpo.response_length)[0]
+
+        rows, dropped = read_preferences(path, generator.tokenizer, learned=learned, **limits)
     run.console.print(f"  {counted(len(rows), dropped, config.dpo)}")
     if not rows:
         raise UserError(f"{path}: has nothing to train on")
