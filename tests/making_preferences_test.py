@@ -3,6 +3,7 @@
 import io
 import types
 
+import ml_collections
 import numpy as np
 import pytest
 from rich.console import Console
@@ -38,7 +39,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
-    corpus = Corpus(IDS, vectors, {"backend": "exact"})
+    corpus = Corpus(IDS, vectors, ml_collections.ConfigDict({"backend": "exact"}))
     qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
     data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
     models = types.SimpleNamespace(
