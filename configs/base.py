@@ -80,6 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.template = ""  # Replaces the strategy's own; has {query}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
+    expansion.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    expansion.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    expansion.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     expansion.max_new_tokens = 512  # Longest expansion, in tokens.
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
@@ -127,11 +130,17 @@ def get_config() -> ml_collections.ConfigDict:
     candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
     candidates.per_temperature = 8  # Candidates of a query at each temperature.
     candidates.top_p = 0.9  # Probability mass that is sampled from.
+    candidates.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    candidates.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    candidates.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     candidates.max_new_tokens = 512  # Longest candidate, in tokens.
 
     config.answer = answer = ml_collections.ConfigDict()  # Step B, the self-answer.
     answer.temperature = 1.0  # 0: greedy.
     answer.top_p = 0.9  # Probability mass that is sampled from.
+    answer.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    answer.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    answer.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     answer.max_new_tokens = 512  # Longest answer, in tokens.
     answer.max_characters = 1500  # Of the document in the prompt.
 

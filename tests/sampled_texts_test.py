@@ -10,6 +10,7 @@ from configs import smoke
 from expandr_jax.generation.requests import Completion
 from train import expansion
 from train.expansion import Prompt
+from train.models import load_generator_model
 from train.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
@@ -37,6 +38,24 @@ class Engine:
             text, tokens, finished, near = TEXTS[request.id.removeprefix("test/"), request.sample]
             first = 0 if near else None
             yield Completion(request.id, request.sample, (9,) * tokens, finished, near, first, text)
+
+
+def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
+    config = smoke.get_config()
+    models = load_generator_model(config)
+    run = Run(tmp_path / "run", config, Console(quiet=True))
+
+    def texts(name, **settings):
+        settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 16, **settings}
+        prompts = [Prompt(f"q{i}", 0, f"shape {i}?", **settings) for i in range(6)]
+        path = run.path("work", f"{name}.jsonl")
+        return expansion.sample_texts(run, models, None, prompts, path=path, purpose="test")
+
+    greedy = texts("greedy", temperature=0.0)
+    assert texts("plain") != greedy
+    assert texts("top k", top_k=1) == texts("min p", min_p=1.0) == greedy
+    assert texts("penalty", temperature=0.0, repetition_penalty=3.0) != greedy
+    run.close()
 
 
 @pytest.fixture

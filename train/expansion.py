@@ -32,6 +32,9 @@ class Prompt:
         temperature: 0 is greedy.
         top_p: Probability mass that is sampled from.
         max_new_tokens: Most tokens, EOS included.
+        top_k: Number of tokens that are sampled from; 0 means all.
+        min_p: Least probability relative to the likeliest token's.
+        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
     """
 
     query_id: str
@@ -40,6 +43,23 @@ class Prompt:
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def drawing(section: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How a section of the config has its texts drawn, all but the temperature.
+
+    Args:
+        section: The config's `expansion`, `candidates` or `answer`.
+
+    Returns:
+        Arguments of a `Prompt` or a `Request`.
+    """
+    names = ("top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
+    # A finished run may be older than some of these.
+    return {name: section[name] for name in names if name in section}
 
 
 def expansion_text(config: ml_collections.ConfigDict, query: str) -> str:
@@ -59,8 +79,7 @@ def expansion_prompts(
             sample,
             expansion_text(config, query),
             settings.temperature,
-            settings.top_p,
-            settings.max_new_tokens,
+            **drawing(settings),
         )
         for query_id, query in queries.items()
         for sample in range(samples)
@@ -106,6 +125,9 @@ def sample_texts(
                     temperature=prompt.temperature,
                     top_p=prompt.top_p,
                     max_new_tokens=prompt.max_new_tokens,
+                    top_k=prompt.top_k,
+                    min_p=prompt.min_p,
+                    repetition_penalty=prompt.repetition_penalty,
                 )
             )
         if cut:
@@ -185,6 +207,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         seed=run.config.seed,
         prefix=prefix,
         mesh=models.sampling_mesh,
+        repetition_penalty=any(request.repetition_penalty != 1 for request in requests),
         stop=settings.stop,
         decode=lambda tokens: models.generator.decode(list(tokens)),
         memory_limit_bytes=sampling_memory(settings),
