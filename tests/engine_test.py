@@ -228,19 +228,23 @@ def test_smollm2_greedy_equals_transformers(smollm2):
         assert len(completion.tokens[sure]) > 5
 
 
-def test_pairs_of_tokens_follow_their_joint_distribution():
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [(0.9, 0.9), *((t, p) for t in (0.8, 1.0, 1.1) for p in (0.9, 1.0)), (1.1, 0.8)],
+)
+def test_pairs_of_tokens_follow_their_joint_distribution(temperature, top_p):
     model = random_decoder(6, 1.5)
     prompt, count = (3, 5, 4), 20_000
-    requests = [Request(str(i), 0, prompt, 0.9, 0.9, 2) for i in range(count)]
+    requests = [Request(str(i), 0, prompt, temperature, top_p, 2) for i in range(count)]
     found = run(model, requests, slots=2000, eos_ids=(-1,))
     observed = np.zeros((6, 6))
     for completion in found.values():
         observed[completion.tokens] += 1
 
     def distribution(tokens):
-        p = np.asarray(jax.nn.softmax(next_logits(model, tokens)[0] / 0.9), np.float64)
+        p = np.asarray(jax.nn.softmax(next_logits(model, tokens)[0] / temperature), np.float64)
         order = np.argsort(-p)
-        p[order[np.searchsorted(np.cumsum(p[order]), 0.9) + 1 :]] = 0
+        p[order[np.searchsorted(np.cumsum(p[order]), top_p) + 1 :]] = 0
         return p / p.sum()
 
     first = distribution(prompt)

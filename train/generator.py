@@ -264,7 +264,7 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
     else:
 
         def learned(text: str) -> list[int]:
-            ids = generator.tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return generator.response_ids(ids, config.dpo.response_length)[0]
 
         rows, dropped = read_preferences(path, generator.tokenizer, learned=learned, **limits)
