@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from expandr_jax.preference import DPOConfig, pack, response_log_probs
+from expandr_jax.models.lora import init_lora
+from expandr_jax.preference import DPOConfig, dpo_values, pack, response_log_probs
 from train.models import load_generator_model
 from train.pairs import PairBatches, tokenize_pairs
 from train.run import Run
@@ -81,6 +82,31 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
             module, {"params": models.generator_params}, pack([pair], 0), chunk=16
         )
         np.testing.assert_allclose(found, np.ravel(expected[:2]), rtol=1e-5)
+
+
+def test_figures_are_means_over_pairs_whatever_fills_the_last_batch(models, run):
+    """Eleven pairs in batches of eight: the last is filled with five that do not count."""
+    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    module, config = models.generator.module, DPOConfig(chunk=16)
+    batches = PairBatches(run, models, 8, config)
+    reference = batches.reference(pairs, "reference")
+    adapter = init_lora(jax.random.key(0), models.generator_params, module.lora)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.2, adapter)
+    found = batches.evaluate(adapter, pairs, reference)
+    alone = []
+    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
+        batch = pack([pair], 0)
+        batch |= {"reference_chosen": chosen[None], "reference_rejected": rejected[None]}
+        loss, figures = dpo_values(
+            adapter, models.generator_params, batch, module=module, config=config
+        )
+        alone.append({"loss": loss[0], **{name: value[0] for name, value in figures.items()}})
+    assert np.std([row["loss"] for row in alone]) > 1e-2
+    assert found.keys() == alone[0].keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(
+            value, np.mean([row[name] for row in alone]), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_damaged_file_is_made_again(models, run, made):
