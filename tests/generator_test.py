@@ -254,6 +254,24 @@ def test_a_bad_pair_and_a_file_that_changes_are_refused(preferences, tmp_path, m
         train(make_config(path), tmp_path / "run")
 
 
+def test_pairs_longer_than_the_model_was_made_for_are_said(preferences, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a" * 200, "chosen": "b" * 60, "rejected": "c"}
+    path.write_text(preferences.read_text() + json.dumps(row) + "\n")
+    monkeypatch.setattr(generator, "make_optimizer", lambda _: 1 / 0)
+    for length, said in ((56, False), (57, True)):
+        config = make_config(path)
+        config.dpo.update(prompt_length=200, response_length=length)
+        output = io.StringIO()
+        with pytest.raises(ZeroDivisionError):
+            generator.train_adapter(config, tmp_path / f"{length}", Console(file=output, width=200))
+        line = (
+            "a prompt and a response have up to 257 tokens together; the generator was made for 256"
+        )
+        assert (line in output.getvalue()) == said
+        gc.collect()
+
+
 def test_a_pair_that_differs_behind_the_limit_alone_is_refused(preferences, tmp_path):
     """It is the same response twice by then: a loss without a slope, and never accurate."""
     texts = {side: "axis " * 15 + end for side, end in (("chosen", "1"), ("rejected", "2"))}

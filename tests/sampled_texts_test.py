@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from expandr_jax.generation.requests import Completion
+from expandr_jax.generation.requests import Completion, Request
 from train import expansion
 from train.expansion import Prompt
 from train.models import load_generator_model
@@ -55,6 +55,20 @@ def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
     assert texts("plain") != greedy
     assert texts("top k", top_k=1) == texts("min p", min_p=1.0) == greedy
     assert texts("penalty", temperature=0.0, repetition_penalty=3.0) != greedy
+    run.close()
+
+
+@pytest.mark.parametrize(("new", "said"), [(246, False), (247, True)])
+def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
+    config = smoke.get_config()
+    models = load_generator_model(config)
+    assert models.generator.module.config.max_positions == 256
+    output = io.StringIO()
+    run = Run(tmp_path / "run", config, Console(file=output, width=200))
+    prompts = [(5, 6, i, *(7,) * 7) for i in range(2)]
+    expansion._engine(run, models, None, [Request("q", 0, p, 1.0, 1.0, new) for p in prompts])
+    line = "prompts and texts may have 257 tokens together; the generator was made for 256"
+    assert (line in output.getvalue()) == said
     run.close()
 
 

@@ -194,6 +194,13 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
     prompts = [request.prompt for request in requests]
     prefix = common_prefix(prompts)
     longest = max(map(len, prompts), default=1) - len(prefix)
+    most = max((request.max_new_tokens for request in requests), default=1)
+    room, made_for = len(prefix) + longest + most, models.generator.module.config.max_positions
+    if room > made_for:
+        run.console.print(
+            f"  prompts and texts may have {room} tokens together; the generator was made for "
+            f"{made_for}"
+        )
     return Engine(
         models.generator.module,
         models.sampling_params,
@@ -201,7 +208,7 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         slots=slots_of_a_process(settings, models.sampling_mesh, len(requests)),
         prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
         + [min(b for b in settings.prompt_buckets if b >= longest)],
-        max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
+        max_new_tokens=most,
         eos_ids=models.generator.eos_ids,
         pad_id=models.generator.pad_id,
         seed=run.config.seed,

@@ -92,6 +92,13 @@ def train_generator(
     (dev_pairs, dev_cut), (pairs, cut) = tokenize(rows[:held_out]), tokenize(rows[held_out:])
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
+    longest = max((example.positions for example in (*dev_pairs, *pairs)), default=0)
+    made_for = models.generator.module.config.max_positions
+    if longest > made_for:
+        run.console.print(
+            f"  a prompt and a response have up to {longest} tokens together; the generator was "
+            f"made for {made_for}"
+        )
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_dpo_batch(config, models)
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
