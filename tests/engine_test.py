@@ -259,24 +259,6 @@ def test_pairs_of_tokens_follow_their_joint_distribution(temperature, top_p):
     assert pvalue > 1e-3
 
 
-def test_programs_are_few_and_compiled_once(tiny):
-    compiled = []
-
-    def listen(name, _, **__):
-        if name.endswith("backend_compile_duration"):
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    engine = Engine(*tiny, slots=8, **{**SETTINGS, "seed": 12})  # Of a shape that no test has.
-    compiled.clear()
-    assert list(engine.generate(make_requests(2, 1, seed=3) + make_requests(9)))
-    # The empty slots, the decoder, and two programs for each bucket.
-    assert len(compiled) <= 2 + 2 * len(SETTINGS["prompt_buckets"])
-    compiled.clear()
-    assert list(engine.generate(make_requests(20, 3, seed=4)))
-    assert not compiled
-
-
 def test_each_prompt_runs_once(tiny):
     engine = Engine(*tiny, slots=4, **SETTINGS)
     rows = []
@@ -380,18 +362,6 @@ def test_half_precision_weights_are_cast_once_and_run(tiny):
     kernels = engine._variables["params"]["layer_0"]["mlp"]
     assert kernels["up_proj"]["kernel"].dtype == jnp.bfloat16
     assert len(list(engine.generate(make_requests(3)))) == 12
-
-
-@pytest.mark.parametrize("axes", [None, {"data": 8}])
-def test_weights_are_in_memory_once(tiny, axes):
-    module, params = tiny
-    mesh = None if axes is None else make_mesh(**axes)
-    stack = params["layers"]["mlp"]["up_proj"]["kernel"]
-    engine = Engine(module, params, slots=8, mesh=mesh, **SETTINGS)
-    for i in range(2):
-        kernel = engine._variables["params"][f"layer_{i}"]["mlp"]["up_proj"]["kernel"]
-        (place,) = {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards}
-        assert place == stack.unsafe_buffer_pointer() + i * stack.nbytes // 2
 
 
 def test_the_plan_counts_the_cache_to_the_byte(tiny):

@@ -8,7 +8,7 @@ import pytest
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.slots import Prefilled
 from expandr_jax.sharding import make_mesh
-from tests.engine_test import SETTINGS, random_decoder
+from tests.engine_test import SETTINGS, make_requests, random_decoder
 
 SORTS = ("stablehlo.sort", "chlo.top_k")  # What jax makes of sort, argsort and top_k.
 
@@ -75,3 +75,35 @@ def test_slots_are_donated_and_nothing_else(engine):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(filled))
     kept = jax.tree.leaves((prefilled, engine._variables))
     assert not any(leaf.is_deleted() for leaf in kept)
+
+
+def test_programs_are_few_and_compiled_once(tiny):
+    compiled = []
+
+    def listen(name, _, **__):
+        if name.endswith("backend_compile_duration"):
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    # What jax compiles once in a process, whatever the engine, is there before.
+    assert list(Engine(*tiny, slots=2, **SETTINGS).generate(make_requests(2, 1)))
+    engine = Engine(*tiny, slots=8, **{**SETTINGS, "seed": 12})  # Of a shape that no test has.
+    compiled.clear()
+    assert list(engine.generate(make_requests(2, 1, seed=3) + make_requests(9)))
+    # The empty slots, the decoder, and two programs for each bucket.
+    assert len(compiled) <= 2 + 2 * len(SETTINGS["prompt_buckets"])
+    compiled.clear()
+    assert list(engine.generate(make_requests(20, 3, seed=4)))
+    assert not compiled
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 8}])
+def test_weights_are_in_memory_once(tiny, axes):
+    module, params = tiny
+    mesh = None if axes is None else make_mesh(**axes)
+    stack = params["layers"]["mlp"]["up_proj"]["kernel"]
+    engine = Engine(module, params, slots=8, mesh=mesh, **SETTINGS)
+    for i in range(2):
+        kernel = engine._variables["params"][f"layer_{i}"]["mlp"]["up_proj"]["kernel"]
+        (place,) = {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards}
+        assert place == stack.unsafe_buffer_pointer() + i * stack.nbytes // 2
