@@ -80,6 +80,9 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.template = ""  # Replaces the strategy's own; has {query}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
+    expansion.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    expansion.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    expansion.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     expansion.max_new_tokens = 512  # Longest expansion, in tokens.
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
@@ -91,7 +94,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
     contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
     contrastive.learning_rate = 3e-5  # Peak.
-    contrastive.warmup_steps = 0  # From 0 to the peak.
+    contrastive.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.
     contrastive.clip_norm = 1.0  # Greatest norm of the gradient.
     contrastive.temperature = 0.02  # tau.
@@ -127,11 +130,17 @@ def get_config() -> ml_collections.ConfigDict:
     candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
     candidates.per_temperature = 8  # Candidates of a query at each temperature.
     candidates.top_p = 0.9  # Probability mass that is sampled from.
+    candidates.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    candidates.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    candidates.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     candidates.max_new_tokens = 512  # Longest candidate, in tokens.
 
     config.answer = answer = ml_collections.ConfigDict()  # Step B, the self-answer.
     answer.temperature = 1.0  # 0: greedy.
     answer.top_p = 0.9  # Probability mass that is sampled from.
+    answer.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    answer.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    answer.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     answer.max_new_tokens = 512  # Longest answer, in tokens.
     answer.max_characters = 1500  # Of the document in the prompt.
 
@@ -163,12 +172,12 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.batch_size = 16  # Pairs or candidates a batch.
     dpo.accumulation = 1  # Batches an update, by their mean gradient.
     dpo.learning_rate = 2e-5  # Peak.
-    dpo.warmup_steps = 0  # Updates from 0 to the peak.
+    dpo.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     dpo.clip_norm = 10.0  # Greatest norm of the gradient.
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
     dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
-    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries, held out.
+    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries: the first are held out.
     dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.

@@ -33,7 +33,7 @@ from expandr_jax.search import Bm25Index, Index
 from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
 from train.corpus import configured_index
-from train.expansion import Prompt
+from train.expansion import Prompt, drawing
 from train.models import Models, RetrieverModel, load_models, load_retriever_model
 from train.run import Run
 
@@ -260,10 +260,7 @@ class Ranker:
         shown = self._shown() if request.needs_passages else [[]] * len(self.ids)
         settings = config.expansion
         prompts = [
-            Prompt(
-                query_id, sample, text, settings.temperature, settings.top_p,
-                settings.max_new_tokens,
-            )
+            Prompt(query_id, sample, text, settings.temperature, **drawing(settings))
             for query_id, query, passages in zip(self.ids, self.queries, shown, strict=True)
             for text in [self._prompt(request, query, passages)]
             for sample in range(samples)
@@ -277,7 +274,7 @@ class Ranker:
         prompts = [
             Prompt(
                 document, 0, self._document_prompt(name, text), settings.temperature,
-                settings.top_p, settings.max_new_tokens,
+                **drawing(settings),
             )
             for document, text in self.collection.corpus.items()
         ]  # fmt: skip

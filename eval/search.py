@@ -27,7 +27,7 @@ from expandr_jax.prompts import strip_lead_in
 from expandr_jax.stored_vectors import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.corpus import configured_index
-from train.expansion import expansion_text
+from train.expansion import drawing, expansion_text
 from train.launch import define_workdir, launch
 from train.mirror import local_copy
 from train.models import phase_mesh
@@ -75,7 +75,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
         index = configured_index(vectors, config.search)
     with step("write passages"):
-        settings = config.generator
+        settings, drawn = config.generator, drawing(config.expansion)
         engine = Engine(
             generator.module,
             generator_params,
@@ -85,6 +85,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             eos_ids=generator.eos_ids,
             pad_id=generator.pad_id,
             seed=config.seed,
+            repetition_penalty=drawn.get("repetition_penalty", 1) != 1,
             stop=settings.stop,
             decode=lambda tokens: generator.decode(list(tokens)),
         )
@@ -95,8 +96,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
                 sample=sample,
                 prompt=tuple(ids),
                 temperature=config.expansion.temperature,
-                top_p=config.expansion.top_p,
-                max_new_tokens=config.expansion.max_new_tokens,
+                **drawn,
             )
             for sample in range(chosen["samples"])
         ]

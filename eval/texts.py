@@ -104,6 +104,9 @@ class TextCache:
 
 def _key(prompt: Prompt) -> Key:
     asked = [prompt.text, prompt.temperature, prompt.top_p, prompt.max_new_tokens]
+    rest = [prompt.top_k, prompt.min_p, prompt.repetition_penalty]
+    if rest != [0, 0.0, 1.0]:  # Left out where they change nothing, so that kept texts still serve.
+        asked += rest
     return prompt.query_id, prompt.sample, hash_json(asked)[:_HASH_LENGTH]
 
 

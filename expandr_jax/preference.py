@@ -61,6 +61,11 @@ class PreferencePair:
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
     @property
+    def positions(self) -> int:
+        """Tokens of the prompt with the longer response: both continue its positions."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+    @property
     def size(self) -> Shape:
         """Tokens of its row, and those of them that are its responses'."""
         responses = len(self.chosen) + len(self.rejected)

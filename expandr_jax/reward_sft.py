@@ -44,6 +44,11 @@ class WeightedResponse:
         return len(self.prompt) + len(self.response)
 
     @property
+    def positions(self) -> int:
+        """The same: one response continues the prompt."""
+        return self.tokens
+
+    @property
     def size(self) -> Shape:
         """Tokens of its row, and those of them that are the response's."""
         return len(self.prompt) + len(self.response), len(self.response)

@@ -99,22 +99,42 @@ def next_logits(model, tokens):
     return full_pass(*model, ids, len(tokens) - 1)
 
 
+def assert_documented_draws(model, request, completion):
+    """Each token is drawn from the full pass's logits with the request's settings and own bits."""
+    key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
+    key = jax.random.fold_in(key, request.sample)
+    settings = (request.temperature, request.top_p, request.top_k, request.min_p)
+    options = SamplingSettings(*(np.asarray([x]) for x in settings))
+    for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
+        logits = next_logits(model, request.prompt + completion.tokens[:i])
+        bits = jax.random.bits(jax.random.fold_in(key, i))[None]
+        assert jitted_sample(logits, options, bits)[0] == token
+
+
 def test_texts_are_those_of_the_full_pass_and_the_documented_draws(tiny, expected):
     for request in make_requests()[:12]:
         completion = expected[request.id, request.sample]
-        key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
-        key = jax.random.fold_in(key, request.sample)
-        options = SamplingSettings(
-            *(np.asarray([x]) for x in (request.temperature, request.top_p, 0, 0.0))
-        )
-        for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
-            logits = next_logits(tiny, request.prompt + completion.tokens[:i])
-            bits = jax.random.bits(jax.random.fold_in(key, i))[None]
-            assert jitted_sample(logits, options, bits)[0] == token
+        assert_documented_draws(tiny, request, completion)
         assert EOS not in completion.tokens[:-1]
         assert completion.finished == ("eos" if completion.tokens[-1] == EOS else "length")
         if completion.finished == "length":
             assert len(completion.tokens) == request.max_new_tokens
+
+
+def test_one_batch_holds_requests_with_filters_of_their_own(tiny):
+    filters = [{"top_k": 2}, {"min_p": 0.3}, {"top_p": 0.4}, {"top_k": 5, "min_p": 0.1}, {}]
+    requests = [
+        dataclasses.replace(request, temperature=1.1, **filters[i % len(filters)])
+        for i, request in enumerate(make_requests())
+    ]
+    found = run(tiny, requests)
+    for request in requests:
+        assert_documented_draws(tiny, request, found[request.id, request.sample])
+    # Each filter decides some text: without it there is another.
+    plain = run(tiny, [dataclasses.replace(r, top_p=1.0, top_k=0, min_p=0.0) for r in requests])
+    for i in range(len(filters)):
+        keys = [(request.id, request.sample) for request in requests[i :: len(filters)]]
+        assert any(found[key] != plain[key] for key in keys), filters[i]
 
 
 def test_order_refill_and_restart_give_identical_texts(tiny, expected):
@@ -171,20 +191,6 @@ def test_common_prefix_leaves_each_prompt_a_token():
     assert common_prefix([(4, 5), (5, 4)]) == ()
 
 
-def test_engines_of_one_shape_share_their_programs(tiny):
-    first, second = (Engine(*tiny, slots=4, **SETTINGS) for _ in range(2))
-    assert first._programs is second._programs
-    assert first._programs is not Engine(*tiny, slots=8, **SETTINGS)._programs
-
-
-def test_slots_move_no_cache_between_devices(tiny):
-    engine = Engine(*tiny, slots=16, mesh=make_mesh(data=8), **SETTINGS)
-    slots, idle = engine._programs.empty(None), np.zeros(16, bool)
-    text = engine._programs.decode.lower(engine._variables, slots, idle, 4, 0).compile().as_text()
-    assert "all-gather" not in text
-    assert "all-to-all" not in text
-
-
 def test_greedy_equals_transformers(tmp_path):
     reference = tiny_models.torch_model("llama-3.2", head=True)
     reference.save_pretrained(tmp_path)
@@ -222,19 +228,23 @@ def test_smollm2_greedy_equals_transformers(smollm2):
         assert len(completion.tokens[sure]) > 5
 
 
-def test_pairs_of_tokens_follow_their_joint_distribution():
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [(0.9, 0.9), *((t, p) for t in (0.8, 1.0, 1.1) for p in (0.9, 1.0)), (1.1, 0.8)],
+)
+def test_pairs_of_tokens_follow_their_joint_distribution(temperature, top_p):
     model = random_decoder(6, 1.5)
     prompt, count = (3, 5, 4), 20_000
-    requests = [Request(str(i), 0, prompt, 0.9, 0.9, 2) for i in range(count)]
+    requests = [Request(str(i), 0, prompt, temperature, top_p, 2) for i in range(count)]
     found = run(model, requests, slots=2000, eos_ids=(-1,))
     observed = np.zeros((6, 6))
     for completion in found.values():
         observed[completion.tokens] += 1
 
     def distribution(tokens):
-        p = np.asarray(jax.nn.softmax(next_logits(model, tokens)[0] / 0.9), np.float64)
+        p = np.asarray(jax.nn.softmax(next_logits(model, tokens)[0] / temperature), np.float64)
         order = np.argsort(-p)
-        p[order[np.searchsorted(np.cumsum(p[order]), 0.9) + 1 :]] = 0
+        p[order[np.searchsorted(np.cumsum(p[order]), top_p) + 1 :]] = 0
         return p / p.sum()
 
     first = distribution(prompt)
@@ -247,24 +257,6 @@ def test_pairs_of_tokens_follow_their_joint_distribution():
         np.append(joint[likely], joint[~likely].sum() + 1),
     ).pvalue
     assert pvalue > 1e-3
-
-
-def test_programs_are_few_and_compiled_once(tiny):
-    compiled = []
-
-    def listen(name, _, **__):
-        if name.endswith("backend_compile_duration"):
-            compiled.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    engine = Engine(*tiny, slots=8, **{**SETTINGS, "seed": 12})  # Of a shape that no test has.
-    compiled.clear()
-    assert list(engine.generate(make_requests(2, 1, seed=3) + make_requests(9)))
-    # The empty slots, the decoder, and two programs for each bucket.
-    assert len(compiled) <= 2 + 2 * len(SETTINGS["prompt_buckets"])
-    compiled.clear()
-    assert list(engine.generate(make_requests(20, 3, seed=4)))
-    assert not compiled
 
 
 def test_each_prompt_runs_once(tiny):
@@ -370,18 +362,6 @@ def test_half_precision_weights_are_cast_once_and_run(tiny):
     kernels = engine._variables["params"]["layer_0"]["mlp"]
     assert kernels["up_proj"]["kernel"].dtype == jnp.bfloat16
     assert len(list(engine.generate(make_requests(3)))) == 12
-
-
-@pytest.mark.parametrize("axes", [None, {"data": 8}])
-def test_weights_are_in_memory_once(tiny, axes):
-    module, params = tiny
-    mesh = None if axes is None else make_mesh(**axes)
-    stack = params["layers"]["mlp"]["up_proj"]["kernel"]
-    engine = Engine(module, params, slots=8, mesh=mesh, **SETTINGS)
-    for i in range(2):
-        kernel = engine._variables["params"][f"layer_{i}"]["mlp"]["up_proj"]["kernel"]
-        (place,) = {shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards}
-        assert place == stack.unsafe_buffer_pointer() + i * stack.nbytes // 2
 
 
 def test_the_plan_counts_the_cache_to_the_byte(tiny):

@@ -15,10 +15,12 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from configs import smoke
+from configs import dpo, smoke
 from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.preference import DPOConfig
+from expandr_jax.train_state import OptimizerConfig
 from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, command, finish, step_figures
@@ -48,13 +50,13 @@ def preferences(tmp_path_factory):
     return path
 
 
-def make_config(preferences, **dpo):
+def make_config(preferences, **settings):
     config = smoke.get_config()
     config.data.kind = "preferences"
     config.data.path = str(preferences)
     config.dpo.update(
         prompt_length=64, response_length=16, batch_size=8, accumulation=2, dev_share=0.3,
-        epochs=8.0, learning_rate=1e-2, save_every=3, eval_every=2, **dpo,
+        epochs=8.0, learning_rate=1e-2, save_every=3, eval_every=2, **settings,
     )  # fmt: skip
     return config
 
@@ -191,6 +193,40 @@ def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp
     jax.tree.map(np.testing.assert_array_equal, best, seen[int(np.argmin(losses))])
 
 
+def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
+    preferences, tmp_path, monkeypatch
+):
+    class Seen(Exception):
+        pass
+
+    def make_optimizer(settings):
+        raise Seen(settings)
+
+    monkeypatch.setattr(generator, "make_optimizer", make_optimizer)
+    config = make_config(preferences, warmup_steps=3, clip_norm=0.7)
+    with pytest.raises(Seen) as caught:
+        train(config, tmp_path / "run")
+    assert caught.value.args[0] == OptimizerConfig(
+        1e-2, total_steps=UPDATES, warmup_steps=3, clip_norm=0.7, accumulation=2
+    )
+    config.dpo.update(
+        loss="robust",
+        beta=0.2,
+        label_smoothing=0.3,
+        length_normalized=True,
+        sft_weight=0.4,
+        chunk=5,
+    )
+    assert generator.objective(config.dpo) == DPOConfig(0.2, "robust", 0.3, True, 0.4, 5)
+
+
+def test_the_config_of_this_program_holds_pairs_out():
+    """Else dpo.eval_every would have nothing to evaluate, and there would be no best adapter."""
+    config = dpo.get_config().dpo
+    assert 0 < config.dev_share < 0.5
+    assert config.eval_every > 0
+
+
 def test_batches_that_the_devices_cannot_share_are_refused(preferences, tmp_path):
     config = make_config(preferences)
     config.dpo.batch_size = 6
@@ -215,6 +251,35 @@ def test_a_bad_pair_and_a_file_that_changes_are_refused(preferences, tmp_path, m
     gc.collect()
     path.write_text(preferences.read_text().replace("no 3", "nothing 3"))
     with pytest.raises(UserError, match="has changed since this run began"):
+        train(make_config(path), tmp_path / "run")
+
+
+def test_pairs_longer_than_the_model_was_made_for_are_said(preferences, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "a" * 200, "chosen": "b" * 60, "rejected": "c"}
+    path.write_text(preferences.read_text() + json.dumps(row) + "\n")
+    monkeypatch.setattr(generator, "make_optimizer", lambda _: 1 / 0)
+    for length, said in ((56, False), (57, True)):
+        config = make_config(path)
+        config.dpo.update(prompt_length=200, response_length=length)
+        output = io.StringIO()
+        with pytest.raises(ZeroDivisionError):
+            generator.train_adapter(config, tmp_path / f"{length}", Console(file=output, width=200))
+        line = (
+            "a prompt and a response have up to 257 tokens together; the generator was made for 256"
+        )
+        assert (line in output.getvalue()) == said
+        gc.collect()
+
+
+def test_a_pair_that_differs_behind_the_limit_alone_is_refused(preferences, tmp_path):
+    """It is the same response twice by then: a loss without a slope, and never accurate."""
+    texts = {side: "axis " * 15 + end for side, end in (("chosen", "1"), ("rejected", "2"))}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(preferences.read_text() + json.dumps({"prompt": "a", **texts}) + "\n")
+    with pytest.raises(
+        UserError, match=rf"pairs.jsonl:{COUNT + 1}: .* the same 16 tokens once cut"
+    ):
         train(make_config(path), tmp_path / "run")
 
 

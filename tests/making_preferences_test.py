@@ -14,6 +14,7 @@ from expandr_jax.errors import NotFiniteError
 from train import preferences
 from train.corpus import Corpus
 from train.data import TrainingData
+from train.expansion import expansion_prompts
 from train.run import Run
 
 IDS = [f"d{i}" for i in range(20)]
@@ -58,6 +59,41 @@ def test_pairs_are_made(make):
     make_preferences, run = make
     assert {row["query_id"] for row in make_preferences()} == set(QUERIES)
     assert run.path("round-0", "candidates.jsonl").exists()
+
+
+def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
+    _, run = make
+    monkeypatch.undo()  # The stages themselves.
+    asked = []
+
+    def sample_texts(_run, _models, _adapter, prompts, **_):
+        asked.append(prompts)
+        return {(prompt.query_id, prompt.sample): "text" for prompt in prompts}
+
+    monkeypatch.setattr(preferences, "sample_texts", sample_texts)
+    sections = {
+        "expansion": (0.5, 0.7, 9, 4, 0.1, 1.1),
+        "candidates": (None, 0.8, 8, 5, 0.2, 1.2),
+        "answer": (0.6, 0.9, 7, 6, 0.3, 1.3),
+    }
+    names = ("temperature", "top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
+    with run.config.unlocked():
+        for section, values in sections.items():
+            run.config[section].update(
+                {name: value for name, value in zip(names, values, strict=True) if value}
+            )
+    collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
+    data = TrainingData(collection, [], ["q0"])
+    preferences._sample_candidates(run, None, None, data, 0)
+    preferences._self_answers(run, None, None, data, 0)
+    asked.append(expansion_prompts(run.config, QUERIES, 1))
+    for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
+        for prompt in prompts:
+            found = tuple(getattr(prompt, name) for name in names)
+            assert found[1:] == sections[section][1:]
+            assert sections[section][0] in (None, found[0])
+    temperatures = [prompt.temperature for prompt in asked[0]]
+    assert temperatures == list(run.config.candidates.temperatures)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system."""
+"""Memory: what was freed goes back to the system, what is needed is known before a run."""
 
 import ctypes
 import gc
@@ -9,10 +9,12 @@ import numpy as np
 import psutil
 import pytest
 
+from configs import smoke
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.host_memory import release_memory
 from expandr_jax.weights.hf import load_generator
+from train.models import load_models, slots_of_a_process
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
@@ -49,3 +51,14 @@ def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, tex
         assert held() > before
         completions.close()
     assert seen == [before]
+
+
+@pytest.mark.parametrize("stage", ["expansion", "candidates", "answer"])
+def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
+    config, plans = smoke.get_config(), []
+    monkeypatch.setattr("train.models.check_memory", lambda plan, _: plans.append(plan["slots"]))
+    for penalty in (1.0, 1.2):
+        config[stage].repetition_penalty = penalty
+        models = load_models(config, lambda _: None)
+    rows = slots_of_a_process(config.generator, models.sampling_mesh) // 8
+    assert plans[1] - plans[0] == rows * models.generator.module.config.vocab_size

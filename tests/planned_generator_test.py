@@ -43,6 +43,15 @@ def test_a_dpo_step_gathers_weights_for_two_passes_and_sums_the_adapter_alone(tm
     assert 0 <= needs.collectives["all-reduce"].bytes - sum(adapter) < 1000
 
 
+def test_a_repetition_penalty_s_tokens_are_planned(tmp_path):
+    wide = wide_model(tmp_path, layers=1)
+    for penalty, stage in ((1.0, "answer"), (1.2, "answer"), (1.2, "candidates")):
+        config = wide.copy_and_resolve_references()
+        config[stage].repetition_penalty = penalty
+        slots = GeneratorShapes(config, machine()).decode().arguments[1]
+        assert (slots.seen is not None) == (penalty != 1)
+
+
 def test_no_parameter_is_gathered_to_decode(tmp_path):
     """With 512 rows, whose logits are a quarter of the smallest matrix."""
     wide = wide_model(tmp_path, layers=1)

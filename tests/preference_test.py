@@ -12,7 +12,7 @@ import pytest
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.losses import dpo
-from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
+from expandr_jax.models.decoder import Decoder, DecoderConfig, cast_weights, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.preference import (
@@ -101,6 +101,59 @@ def test_packed_gradients_are_the_plain_ones(model):
     expected, expected_grads = jax.value_and_grad(plain)(adapter)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
+
+
+def arrays_in(jaxpr):
+    """Shapes of all that a program computes, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.shape for variable in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from arrays_in(inner)
+
+
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_logits_are_of_a_chunk_alone_forth_and_back(model, chunk):
+    module, params, adapter = model
+    batch = {**pack(PAIRS, pad_id=0), "reference_chosen": np.zeros(4)}
+    batch["reference_rejected"] = np.zeros(4)
+    gradient = jax.value_and_grad(
+        functools.partial(dpo_loss, module=module, config=DPOConfig(chunk=chunk)), has_aux=True
+    )
+    shapes = list(arrays_in(jax.make_jaxpr(gradient)(adapter, params, batch).jaxpr))
+    head = module.config.hidden_size, module.config.vocab_size
+    tokens = [np.prod(x[:-1]) for x in shapes if x[-1:] == head[1:] and x != head]
+    assert max(tokens) == chunk < np.sum(batch["responses"] < 3)
+
+
+def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(model):
+    module, params, adapter = model
+    half = module.clone(dtype=jnp.bfloat16)
+    weights = cast_weights(params, jnp.bfloat16)
+    batch = pack(PAIRS, pad_id=0)
+    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
+    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=4, accumulation=2))
+    state = TrainState.create(adapter, optimizer)
+    (_, expected), (grads, metrics) = (
+        jax.grad(dpo_loss, has_aux=True)(adapter, base, batch, module=module_, config=DPOConfig())
+        for module_, base in ((module, params), (half, weights))
+    )
+    assert metrics["log_prob_chosen"] != expected["log_prob_chosen"]  # It is another arithmetic.
+    for side in ("chosen", "rejected"):
+        name = f"log_prob_{side}"
+        assert metrics[name].dtype == jnp.float32
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-2)
+    state, metrics = dpo_step(
+        state, weights, batch, jax.random.key(0), module=half, config=DPOConfig(),
+        optimizer=optimizer,
+    )  # fmt: skip
+    assert metrics["loss"].dtype == jnp.float32
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((grads, state.params, state.opt_state))}
+    assert kinds <= {jnp.dtype(kind) for kind in ("float32", "int32", "bool")}
 
 
 def test_a_new_adapter_starts_at_log_two(model):

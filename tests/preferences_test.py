@@ -107,6 +107,17 @@ def test_a_prompt_of_exactly_the_limit_is_used(read, tokenizer):
         read(row, prompt_length=count - 1)
 
 
+def test_responses_that_are_one_once_cut_prefer_nothing(read):
+    rows = [FINE, {"prompt": "a", "chosen": "a b c", "rejected": "a b d"}, FINE]
+    assert read(*rows)[0] == rows
+    learned = {"learned": lambda text: text.split()[:2]}
+    with pytest.raises(UserError, match=r"jsonl:2: chosen and rejected are the same 2 tokens"):
+        read(*rows, **learned)
+    pairs, dropped = read(*rows, on_bad_pair="drop", **learned)
+    assert pairs == [FINE, FINE]
+    assert dropped == {"nothing preferred": 1}
+
+
 def test_a_damaged_line_stops_the_reading_whatever_is_allowed(tmp_path, tokenizer):
     path = tmp_path / "preferences.jsonl"
     path.write_text('{"prompt": "a"\n')

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from expandr_jax.data.preferences import read_preferences
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
 from train.candidates import tokenize_candidates
@@ -61,6 +62,26 @@ def test_the_template_names_the_end_then_the_tokenizer(
     load, eos_ids, template, eos_token, expected
 ):
     assert load(eos_ids, template, eos_token).end_id == expected
+
+
+def test_long_texts_are_cut_without_a_warning_of_indexing_errors(load, tmp_path):
+    """transformers says so once, of texts that are longer than the model; none is run whole."""
+    generator = load([TEXT_END, TURN_END])
+    long = "a " * (generator.tokenizer.model_max_length + 1)
+    row = {
+        "prompt": long,
+        "chosen": long,
+        "rejected": "no",
+        "candidates": [{"text": long, "reward": 1.0}],
+    }
+    assert tokenize_pairs(generator, [row], **LIMITS)[1] == 2
+    assert tokenize_candidates(generator, [row], temperature=1.0, **LIMITS)[1] == 2
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    assert read_preferences(path, generator.tokenizer, prompt_length=8, on_bad_pair="drop")[1]
+    assert not generator.tokenizer.deprecation_warnings
+    generator.tokenizer(long)
+    assert generator.tokenizer.deprecation_warnings
 
 
 def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):

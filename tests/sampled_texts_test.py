@@ -7,9 +7,10 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from expandr_jax.generation.requests import Completion
+from expandr_jax.generation.requests import Completion, Request
 from train import expansion
 from train.expansion import Prompt
+from train.models import load_generator_model
 from train.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
@@ -37,6 +38,38 @@ class Engine:
             text, tokens, finished, near = TEXTS[request.id.removeprefix("test/"), request.sample]
             first = 0 if near else None
             yield Completion(request.id, request.sample, (9,) * tokens, finished, near, first, text)
+
+
+def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
+    config = smoke.get_config()
+    models = load_generator_model(config)
+    run = Run(tmp_path / "run", config, Console(quiet=True))
+
+    def texts(name, **settings):
+        settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 16, **settings}
+        prompts = [Prompt(f"q{i}", 0, f"shape {i}?", **settings) for i in range(6)]
+        path = run.path("work", f"{name}.jsonl")
+        return expansion.sample_texts(run, models, None, prompts, path=path, purpose="test")
+
+    greedy = texts("greedy", temperature=0.0)
+    assert texts("plain") != greedy
+    assert texts("top k", top_k=1) == texts("min p", min_p=1.0) == greedy
+    assert texts("penalty", temperature=0.0, repetition_penalty=3.0) != greedy
+    run.close()
+
+
+@pytest.mark.parametrize(("new", "said"), [(246, False), (247, True)])
+def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
+    config = smoke.get_config()
+    models = load_generator_model(config)
+    assert models.generator.module.config.max_positions == 256
+    output = io.StringIO()
+    run = Run(tmp_path / "run", config, Console(file=output, width=200))
+    prompts = [(5, 6, i, *(7,) * 7) for i in range(2)]
+    expansion._engine(run, models, None, [Request("q", 0, p, 1.0, 1.0, new) for p in prompts])
+    line = "prompts and texts may have 257 tokens together; the generator was made for 256"
+    assert (line in output.getvalue()) == said
+    run.close()
 
 
 @pytest.fixture

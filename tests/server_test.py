@@ -5,13 +5,15 @@ import io
 import json
 import threading
 import time
+import types
 
 import pytest
 from rich.console import Console
 
 from configs import smoke
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.data.records import hash_json, read_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
 from train.expansion import Prompt, sample_texts
@@ -168,6 +170,23 @@ def test_a_time_out_is_tried_again(server, engine):
     assert [a.text for a in engine(timeout=0.2).generate([request()])] == ["in time"]
     over.set()
     assert len(server.bodies) == 2
+
+
+def test_it_waits_longer_before_each_further_try(server, engine, monkeypatch):
+    waits = []
+
+    class Event(threading.Event):
+        def wait(self, timeout=None):
+            waits.append(timeout)
+            return super().wait(0)
+
+    monkeypatch.setattr(client, "threading", types.SimpleNamespace(Event=Event))
+    server.script = lambda *_: (503, "busy")
+    with pytest.raises(UserError):
+        list(engine(retries=3, first_delay=2.0).generate([request()]))
+    key = hash_json(json.loads(server.bodies[0]))
+    assert waits == [0.0, *(retry_delay(0, key, attempt, 2.0) for attempt in (1, 2, 3))]
+    assert waits[1] < waits[3]
 
 
 def test_too_many_failures_end_in_one_line(server, engine):

@@ -45,6 +45,11 @@ WRONG = [
       "reward.query_weight") for value in (-0.1, 1.1, math.nan)),
     *((f"{section}.top_p", value, "a finite number above 0 and at most 1")
       for section in ("expansion", "candidates", "answer") for value in (0.0, 1.1, math.nan)),
+    *((f"{section}.{name}", value, expected) for section in ("expansion", "candidates", "answer")
+      for name, values, expected in (
+          ("top_k", (-1, True), FROM_0), ("min_p", (-0.1, 1.1, math.nan), SHARE),
+          ("repetition_penalty", (0.0, 1e-38, 11.0, math.nan), "at least 0.1 and at most 10"))
+      for value in values),
     *((name, value, COUNT) for name in ("dpo.batch_size", "dpo.prompt_length", "dpo.chunk",
       "dpo.save_every", "contrastive.batch_size", "contrastive.save_every", "retriever.max_length",
       "retriever.tokens_per_batch", "generator.slots", "lora.rank", "expansion.max_new_tokens",

@@ -251,3 +251,20 @@ def test_a_step_leaves_its_state_where_it_was(retriever):
     )
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.shape == (2, 4, 32)
+
+
+def test_a_step_donates_the_adapter_s_state_and_keeps_the_base(generator):
+    """The base serves the next step, the reference and sampling: there is one of it."""
+    module, params, adapter = generator
+    mesh, optimizer = make_mesh(2, 4, 1), make_optimizer(SETTINGS)
+    base = model_shardings(mesh, module, params)
+    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
+    step = adapter_program(
+        mesh, places, base, values=dpo_values, module=module, config=DPOConfig(chunk=16),
+        optimizer=optimizer,
+    )  # fmt: skip
+    placed, state = jax.device_put(params, base), TrainState.create(adapter, optimizer, places)
+    batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
+    step(state, placed, batch, jax.random.key(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((placed, adapter, batch)))

@@ -10,6 +10,7 @@ from rich.console import Console
 from configs import smoke
 from eval import texts
 from eval.texts import TextCache
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from train.expansion import Prompt
 from train.run import Run
@@ -59,7 +60,7 @@ def test_a_request_is_answered_once(run, asked, tmp_path):
     "change",
     [
         {"query_id": "q3"}, {"sample": 7}, {"text": "other"}, {"temperature": 0.5}, {"top_p": 1.0},
-        {"max_new_tokens": 9},
+        {"max_new_tokens": 9}, {"top_k": 3}, {"min_p": 0.1}, {"repetition_penalty": 1.2},
     ],
 )  # fmt: skip
 def test_what_makes_a_request_another(run, asked, tmp_path, change):
@@ -67,6 +68,13 @@ def test_what_makes_a_request_another(run, asked, tmp_path, change):
     other = dataclasses.replace(PROMPTS[0], **change)
     get(run, tmp_path / "cache", [other, *PROMPTS[1:]])
     assert asked[1:] == [[(other.query_id, other.sample)]]
+
+
+def test_texts_that_were_kept_before_there_were_more_filters_still_serve(run, asked, tmp_path):
+    get(run, tmp_path / "cache", PROMPTS[:1])
+    (path,) = (tmp_path / "cache").glob("*.jsonl")
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert hash_json(["about 1?", 1.0, 0.9, 8]).startswith(row["prompt"])
 
 
 def test_another_model_strategy_or_seed_has_its_own(run, asked, tmp_path):

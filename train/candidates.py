@@ -119,7 +119,7 @@ def tokenize_candidates(
         )
         used = np.flatnonzero(shares)
         ids = generator.tokenizer(
-            [row["prompt"], *(texts[i] for i in used)], add_special_tokens=False
+            [row["prompt"], *(texts[i] for i in used)], add_special_tokens=False, verbose=False
         )["input_ids"]
         cut += len(ids[0]) > prompt_length
         prompt = ids[0][-prompt_length:]

@@ -32,6 +32,9 @@ class Prompt:
         temperature: 0 is greedy.
         top_p: Probability mass that is sampled from.
         max_new_tokens: Most tokens, EOS included.
+        top_k: Number of tokens that are sampled from; 0 means all.
+        min_p: Least probability relative to the likeliest token's.
+        repetition_penalty: Above 1 makes tokens of the prompt and of the text so far less likely.
     """
 
     query_id: str
@@ -40,6 +43,23 @@ class Prompt:
     temperature: float
     top_p: float
     max_new_tokens: int
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+def drawing(section: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How a section of the config has its texts drawn, all but the temperature.
+
+    Args:
+        section: The config's `expansion`, `candidates` or `answer`.
+
+    Returns:
+        Arguments of a `Prompt` or a `Request`.
+    """
+    names = ("top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
+    # A finished run may be older than some of these.
+    return {name: section[name] for name in names if name in section}
 
 
 def expansion_text(config: ml_collections.ConfigDict, query: str) -> str:
@@ -59,8 +79,7 @@ def expansion_prompts(
             sample,
             expansion_text(config, query),
             settings.temperature,
-            settings.top_p,
-            settings.max_new_tokens,
+            **drawing(settings),
         )
         for query_id, query in queries.items()
         for sample in range(samples)
@@ -106,6 +125,9 @@ def sample_texts(
                     temperature=prompt.temperature,
                     top_p=prompt.top_p,
                     max_new_tokens=prompt.max_new_tokens,
+                    top_k=prompt.top_k,
+                    min_p=prompt.min_p,
+                    repetition_penalty=prompt.repetition_penalty,
                 )
             )
         if cut:
@@ -172,6 +194,13 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
     prompts = [request.prompt for request in requests]
     prefix = common_prefix(prompts)
     longest = max(map(len, prompts), default=1) - len(prefix)
+    most = max((request.max_new_tokens for request in requests), default=1)
+    room, made_for = len(prefix) + longest + most, models.generator.module.config.max_positions
+    if room > made_for:
+        run.console.print(
+            f"  prompts and texts may have {room} tokens together; the generator was made for "
+            f"{made_for}"
+        )
     return Engine(
         models.generator.module,
         models.sampling_params,
@@ -179,12 +208,13 @@ def _engine(run: Run, models: Models, adapter: Any | None, requests: Sequence[Re
         slots=slots_of_a_process(settings, models.sampling_mesh, len(requests)),
         prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
         + [min(b for b in settings.prompt_buckets if b >= longest)],
-        max_new_tokens=max((request.max_new_tokens for request in requests), default=1),
+        max_new_tokens=most,
         eos_ids=models.generator.eos_ids,
         pad_id=models.generator.pad_id,
         seed=run.config.seed,
         prefix=prefix,
         mesh=models.sampling_mesh,
+        repetition_penalty=any(request.repetition_penalty != 1 for request in requests),
         stop=settings.stop,
         decode=lambda tokens: models.generator.decode(list(tokens)),
         memory_limit_bytes=sampling_memory(settings),

@@ -92,6 +92,13 @@ def train_generator(
     (dev_pairs, dev_cut), (pairs, cut) = tokenize(rows[:held_out]), tokenize(rows[held_out:])
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
+    longest = max((example.positions for example in (*dev_pairs, *pairs)), default=0)
+    made_for = models.generator.module.config.max_positions
+    if longest > made_for:
+        run.console.print(
+            f"  a prompt and a response have up to {longest} tokens together; the generator was "
+            f"made for {made_for}"
+        )
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_dpo_batch(config, models)
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
@@ -262,7 +269,12 @@ def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
     if is_rewarded(config.dpo):
         rows, dropped = rewarded_rows(config, generator, path, **limits)
     else:
-        rows, dropped = read_preferences(path, generator.tokenizer, **limits)
+
+        def learned(text: str) -> list[int]:
+            ids = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return generator.response_ids(ids, config.dpo.response_length)[0]
+
+        rows, dropped = read_preferences(path, generator.tokenizer, learned=learned, **limits)
     run.console.print(f"  {counted(len(rows), dropped, config.dpo)}")
     if not rows:
         raise UserError(f"{path}: has nothing to train on")

@@ -207,6 +207,11 @@ def base_type(section: ml_collections.ConfigDict) -> str:
     return section.weights or section.compute_dtype
 
 
+def penalizes(config: ml_collections.ConfigDict) -> bool:
+    """Whether a stage of the whole config samples with a repetition penalty."""
+    return any(getattr(config, stage).repetition_penalty != 1 for stage in SAMPLING_STAGES)
+
+
 def sampling_memory(config: ml_collections.ConfigDict) -> int:
     """Bytes of each device that sampling may take, by the config's `generator` section."""
     if config.memory_limit:
@@ -251,5 +256,6 @@ def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) ->
         length=max(settings.prompt_buckets) + longest,
         cache_dtype=cache_type(module),
         mesh=model.sampling_mesh,
+        penalize=penalizes(config),
     )
     check_memory(plan, sampling_memory(settings))

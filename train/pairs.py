@@ -49,7 +49,7 @@ def tokenize_pairs(
     pairs, cut = [], 0
     for number, row in enumerate(rows):
         texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        ids = generator.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = generator.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         prompt = ids[0][-prompt_length:]
         made = [generator.response_ids(part, response_length) for part in ids[1:]]
         responses, were_cut = zip(*made, strict=True)

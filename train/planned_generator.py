@@ -27,7 +27,7 @@ from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from train.generator import objective
-from train.models import base_type
+from train.models import base_type, penalizes
 from train.pairs import PairBatches
 from train.planned import (
     NEW,
@@ -92,7 +92,7 @@ class GeneratorShapes:
                 length=PROMPT + NEW,
                 max_new_tokens=NEW,
                 cache_dtype=jnp.dtype(jnp.float32 if on_cpu else module.dtype),
-                penalize=False,
+                penalize=penalizes(self._config),
                 seed=self._config.seed,
                 eos_ids=(0,),
                 mesh=mesh,

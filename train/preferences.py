@@ -14,7 +14,7 @@ from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from train.corpus import Corpus, encode_texts
 from train.data import TrainingData
-from train.expansion import Prompt, expansion_text, sample_texts
+from train.expansion import Prompt, drawing, expansion_text, sample_texts
 from train.models import Models
 from train.run import Run
 from train.search_rewards import corpus_reward, group_reward, judged_documents
@@ -60,8 +60,7 @@ def _sample_candidates(
             sample,
             expansion_text(run.config, data.collection.queries[query]),
             temperature,
-            config.top_p,
-            config.max_new_tokens,
+            **drawing(config),
         )
         for query in data.generator_train
         for sample, temperature in enumerate(_temperatures(run))
@@ -98,8 +97,7 @@ def _self_answers(
                     document=data.collection.corpus[data.positive(query)][: config.max_characters],
                 ),
                 config.temperature,
-                config.top_p,
-                config.max_new_tokens,
+                **drawing(config),
             )
             for query in missing
         ]

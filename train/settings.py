@@ -121,6 +121,7 @@ _POSITIVE, _NOT_NEGATIVE = _number(above=0), _number(least=0)
 _SHARE = _number(least=0, most=1)
 _TOP_P = _number(above=0, most=1)
 _EPOCHS = _number(above=0, most=_MANY)
+_PENALTY = _number(least=0.1, most=10)  # Beyond these, logits are all or nothing.
 _TEXT = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
 _SHA256 = _optional(
     Check(
@@ -166,6 +167,9 @@ CHECKS = {
     "expansion.strategy": _choice(tuple(prompts.STRATEGIES)),
     "expansion.temperature": _NOT_NEGATIVE,
     "expansion.top_p": _TOP_P,
+    "expansion.top_k": _count(0),
+    "expansion.min_p": _SHARE,
+    "expansion.repetition_penalty": _PENALTY,
     "expansion.max_new_tokens": _count(1),
     "expansion.train_samples": _count(0, _MANY),
     "contrastive.compute_dtype": _choice(FLOATS),
@@ -201,9 +205,15 @@ CHECKS = {
     "candidates.temperatures": _several(_NOT_NEGATIVE),
     "candidates.per_temperature": _count(1, _MANY),
     "candidates.top_p": _TOP_P,
+    "candidates.top_k": _count(0),
+    "candidates.min_p": _SHARE,
+    "candidates.repetition_penalty": _PENALTY,
     "candidates.max_new_tokens": _count(1),
     "answer.temperature": _NOT_NEGATIVE,
     "answer.top_p": _TOP_P,
+    "answer.top_k": _count(0),
+    "answer.min_p": _SHARE,
+    "answer.repetition_penalty": _PENALTY,
     "answer.max_new_tokens": _count(1),
     "answer.max_characters": _count(1),
     "reward.positive": _NOT_NEGATIVE,

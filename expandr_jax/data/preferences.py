@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -28,6 +28,7 @@ def read_preferences(
     *,
     prompt_length: int,
     on_bad_pair: str = "error",
+    learned: Callable[[str], Sequence[Any]] | None = None,
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """The pairs of a JSON-lines file, each as the text before the response and two responses.
 
@@ -42,6 +43,8 @@ def read_preferences(
         tokenizer: Has the chat template; counts a prompt's tokens.
         prompt_length: Most tokens of a prompt, chat template included.
         on_bad_pair: "error" stops at the first pair that cannot be used; "drop" leaves it out.
+        learned: A response to those of its tokens that are trained on, where it may be cut: a pair
+            of which these are the same cannot be used.
 
     Returns:
         {"prompt", "chosen", "rejected"} of each pair that can be used, and how many were dropped
@@ -57,7 +60,7 @@ def read_preferences(
     for number, row in read_jsonl(path, {}):
         try:
             pair = _texts(row, tokenizer)
-            _check(pair, tokenizer, prompt_length)
+            _check(pair, tokenizer, prompt_length, learned)
         except _BadPair as error:
             if on_bad_pair == "error":
                 raise UserError(f"{path}:{number}: {error}") from None
@@ -192,7 +195,12 @@ def _check_messages(messages: Any, name: str) -> None:
             )
 
 
-def _check(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+def _check(
+    pair: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_length: int,
+    learned: Callable[[str], Sequence[Any]] | None,
+) -> None:
     """Raises unless there is something to learn from the pair."""
     for name, text in pair.items():
         if not text.strip():
@@ -200,6 +208,13 @@ def _check(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, prompt_l
     if pair["chosen"] == pair["rejected"]:
         raise _BadPair("nothing preferred", "chosen and rejected are the same text")
     _check_prompt(pair["prompt"], tokenizer, prompt_length)
+    if learned is not None:
+        chosen, rejected = (learned(pair[name]) for name in SIDES)
+        if list(chosen) == list(rejected):
+            raise _BadPair(
+                "nothing preferred",
+                f"chosen and rejected are the same {len(chosen)} tokens once cut to their limit",
+            )
 
 
 def _check_prompt(
@@ -210,7 +225,7 @@ def _check_prompt(
         raise _BadPair("empty", "prompt is empty")
     if prompt_length is None:
         return
-    count = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    count = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
     if count > prompt_length:
         raise _BadPair(
             "prompt too long", f"the prompt has {count} tokens; at most {prompt_length} are allowed"

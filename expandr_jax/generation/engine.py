@@ -158,6 +158,8 @@ class Engine:
         ready: collections.deque[tuple[device.Prefilled, int, Request]] = collections.deque()
         running: dict[int, Request] = {}
         slots = self._programs.empty(self._shared)
+        if self._mesh is None:  # Bound to the device, as decoded slots: insert compiles once.
+            slots = jax.device_put(slots, jax.local_devices()[0])
         cancelled = np.zeros(self.slots, bool)
         while True:
             while len(running) < self.slots and (ready or queue):

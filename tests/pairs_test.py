@@ -1,0 +1,120 @@
+"""The base's log-probabilities of preference pairs: made once, for these pairs and weights."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.models.lora import init_lora
+from expandr_jax.preference import DPOConfig, dpo_values, pack, response_log_probs
+from train.models import load_generator_model
+from train.pairs import PairBatches, tokenize_pairs
+from train.run import Run
+
+LENGTHS = {"prompt_length": 32, "response_length": 9}
+ROWS = [
+    {"prompt": f"shape {i}?", "chosen": "axis " * (i + 1), "rejected": f"no {i}"} for i in range(11)
+]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_generator_model(smoke.get_config())
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO(), width=300))
+    yield run
+    run.close()
+
+
+@pytest.fixture
+def made(run):
+    """Log-probabilities as a new process has them, and how many batches the base has run."""
+
+    def made(models, pairs):
+        batches = PairBatches(run, models, 8, DPOConfig(chunk=16))
+        program, calls = batches._log_probs, []
+
+        def counted(variables, batch):
+            assert variables.keys() == {"params"}  # The adapter is off.
+            calls.append(batch)
+            return program(variables, batch)
+
+        batches._log_probs = counted
+        return batches.reference(pairs, "reference"), len(calls)
+
+    return made
+
+
+def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made):
+    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    first, batches = made(models, pairs)
+    assert batches == 2
+    again, batches = made(models, pairs)
+    assert batches == 0
+    np.testing.assert_array_equal(again, first)
+    part, batches = made(models, pairs[:8])
+    assert batches == 1
+    np.testing.assert_allclose(part, first[:8], atol=1e-5)
+    assert made(models, pairs[::-1])[1] == 2
+    twice = jax.tree.map(
+        lambda leaf: jax.device_put(2 * np.asarray(leaf), leaf.sharding), models.generator_params
+    )
+    other = dataclasses.replace(models, generator_params=twice, generator_hash="of others")
+    changed, batches = made(other, pairs)
+    assert batches == 2
+    assert np.abs(changed - first).min() > 1e-3
+    # Those of the first weights are still there.
+    assert made(models, pairs)[1] == 0
+
+
+def test_it_is_the_base_s_of_each_pair_alone(models, made):
+    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    module = models.generator.module
+    for pair, found in zip(pairs, made(models, pairs)[0], strict=True):
+        expected = response_log_probs(
+            module, {"params": models.generator_params}, pack([pair], 0), chunk=16
+        )
+        np.testing.assert_allclose(found, np.ravel(expected[:2]), rtol=1e-5)
+
+
+def test_figures_are_means_over_pairs_whatever_fills_the_last_batch(models, run):
+    """Eleven pairs in batches of eight: the last is filled with five that do not count."""
+    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    module, config = models.generator.module, DPOConfig(chunk=16)
+    batches = PairBatches(run, models, 8, config)
+    reference = batches.reference(pairs, "reference")
+    adapter = init_lora(jax.random.key(0), models.generator_params, module.lora)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.2, adapter)
+    found = batches.evaluate(adapter, pairs, reference)
+    alone = []
+    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
+        batch = pack([pair], 0)
+        batch |= {"reference_chosen": chosen[None], "reference_rejected": rejected[None]}
+        loss, figures = dpo_values(
+            adapter, models.generator_params, batch, module=module, config=config
+        )
+        alone.append({"loss": loss[0], **{name: value[0] for name, value in figures.items()}})
+    assert np.std([row["loss"] for row in alone]) > 1e-2
+    assert found.keys() == alone[0].keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(
+            value, np.mean([row[name] for row in alone]), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_damaged_file_is_made_again(models, run, made):
+    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    first, _ = made(models, pairs)
+    (path,) = run.path("work").glob("reference-*.npy")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    again, batches = made(models, pairs)
+    assert batches == 2
+    np.testing.assert_array_equal(again, first)
+    assert "reference-" in run.console.file.getvalue()
