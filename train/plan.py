@@ -3,9 +3,10 @@
     python -m train.plan --config=configs/llama3_8b_anchordr.py --topology=v5e:4x4 --out=plan.json
 
 Compiles every program of the run for the topology, a TPU slice (v5e, v5p, v6e; by libtpu, here),
-or CPUs and GPUs of this machine ("cpu:8", "gpu:4"). No weights are read and nothing is fetched.
-With --search it proposes mesh, micro-batch and recomputation for each phase. Exit status 1 where
-something does not fit, 2 for a mistake in what was asked.
+or devices of this machine ("cpu:8", "gpu:4", "tpu"). No weights are read and nothing is fetched.
+With --search it proposes mesh, micro-batch and recomputation for each phase; with --repeats it also
+runs what fits, on devices of this machine, and says how near to the bound that is. Exit status 1
+where something does not fit, 2 for a mistake in what was asked.
 """
 
 import dataclasses
@@ -33,6 +34,7 @@ from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from train.launch import define_config, launch
 from train.plan_programs import planned_programs
 from train.plan_search import PHASES, Proposal, propose
+from train.plan_timing import time_program
 from train.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
 from train.settings import check_settings
 
@@ -47,6 +49,7 @@ def plan(
     topology: Topology,
     console: Console,
     only: Sequence[str] = (),
+    repeats: int = 0,
 ) -> dict[str, Any]:
     """Compiles the programs of a run.
 
@@ -55,13 +58,20 @@ def plan(
         topology: What to compile for.
         console: Where progress is shown.
         only: Names of programs; (): all of them.
+        repeats: Times that each program is run, with made-up numbers; 0: none is.
 
     Returns:
         {"topology", "rows", ...}, as --out has it.
 
     Raises:
-        UserError: No shape of a model is found, a mesh does not fit, or no program is named so.
+        UserError: No shape of a model is found, a mesh does not fit, no program is named so, or
+            what is to be run is not here.
     """
+    if repeats and not topology.is_here:
+        raise UserError(
+            f"--repeats={repeats}: {topology.name} is compiled for, not here; to run the programs, "
+            "give --topology=cpu, gpu or tpu"
+        )
     programs = planned_programs(config, topology)
     unknown = [name for name in only if name not in programs]
     if unknown:
@@ -74,10 +84,10 @@ def plan(
     ):
         task = progress.add_task(f"compiling for {topology.name}", total=len(programs))
 
-        def compiled(planned: Planned, lowered: Any, seconds: float) -> dict[str, Any]:
+        def compiled(planned: Planned, lowered: Any, seconds: float) -> tuple[Planned, Needs, Any]:
             needs = compile_program(lowered, topology.chip, planned.resident)
             progress.advance(task)
-            return _row(planned, needs, topology, seconds + needs.seconds)
+            return planned, needs, _row(planned, needs, topology, seconds + needs.seconds)
 
         waiting = {}
         for name, make in programs.items():
@@ -85,7 +95,16 @@ def plan(
             planned = make()
             lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
             waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
-        rows = {name: future.result() for name, future in waiting.items()}
+        made = {name: future.result() for name, future in waiting.items()}
+        rows = {name: row for name, (_, _, row) in made.items()}
+        if repeats:
+            task = progress.add_task("", total=len(made))
+        while repeats and made:
+            name = next(iter(made))
+            planned, needs, row = made.pop(name)  # A program that was run takes no memory longer.
+            progress.update(task, description=f"running {name}", advance=1)
+            row |= _measured(planned, needs, topology, row, repeats)
+            del planned, needs
     return {
         "topology": topology.name,
         "chip": dataclasses.asdict(topology.chip),
@@ -123,6 +142,21 @@ def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> 
         "roofline_seconds": at_best.seconds,
         "bound": at_best.bound,
         "change": planned.change,
+    }
+
+
+def _measured(
+    planned: Planned, needs: Needs, topology: Topology, row: Mapping[str, Any], repeats: int
+) -> dict[str, float | None]:
+    """Of a row: what running the program a few times gave; nulls where it cannot run."""
+    seconds = time_program(planned, needs.compiled, repeats) if needs.fits else None
+    if seconds is None:
+        return dict.fromkeys(("seconds", "model_flops_utilisation", "share_of_bound"))
+    at_peak = planned.model_flops / planned.devices / topology.chip.flops
+    return {
+        "seconds": seconds,
+        "model_flops_utilisation": at_peak / seconds,
+        "share_of_bound": row["roofline_seconds"] / seconds,
     }
 
 
@@ -167,7 +201,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     table = Table(title=f"{result['topology']}: GiB a device, of {capacity:.2f}")
     for name in ("program", "mesh", "rows a device", "parameters", "arguments", "temporary",
                  "held beside", "total", "fits", "model TFLOP", "collectives: times, GiB",
-                 "compile s", "at least", "bound"):  # fmt: skip
+                 "compile s", "at least", "bound",
+                 *(("took", "of bound", "MFU") if _ran(result) else ())):  # fmt: skip
         table.add_column(name, justify="left" if name in ("program", "mesh") else "right")
     for row in result["rows"]:
         table.add_row(
@@ -183,6 +218,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             f"{row['compile_seconds']:.0f}",
             _duration(row["roofline_seconds"]),
             row["bound"],
+            *(_took(row) if _ran(result) else ()),
             style=None if row["fits"] else "red",
         )  # fmt: skip
     console.print(table)
@@ -201,6 +237,17 @@ def _mesh(row: Mapping[str, Any]) -> str:
         return "1 device"
     sizes = " x ".join(str(size) for size in row["mesh"].values())
     return sizes if row["shares"] == 1 else f"{sizes}, on each of {row['shares']} hosts"
+
+
+def _ran(result: Mapping[str, Any]) -> bool:
+    return "seconds" in result["rows"][0]
+
+
+def _took(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    if row["seconds"] is None:
+        return "-", "-", "-"
+    shares = row["share_of_bound"], row["model_flops_utilisation"]
+    return (_duration(row["seconds"]), *(f"{share:.1%}" for share in shares))
 
 
 def _duration(seconds: float) -> str:
@@ -235,8 +282,8 @@ def main(_: Any) -> None:
     console = Console(highlight=False)
     values = flags.FLAGS
     check_settings(values.config)
-    if not values.topology.startswith("gpu"):
-        # TPUs are compiled for, never used: jax must not look for any.
+    if not values.topology.startswith(("gpu", "tpu")):
+        # Slices are compiled for, not used: jax must not look for TPUs.
         jax.config.update("jax_platforms", "cpu")
     topology = find_topology(values.topology)
     out = pathlib.Path(values.out) if values.out else None
@@ -245,7 +292,7 @@ def main(_: Any) -> None:
     if out is not None and out.is_dir():
         raise UserError(f"--out={out}: is a directory; expected the name of a file")
     progress = Console(stderr=True, highlight=False)
-    result = plan(values.config, topology, progress, values.only)
+    result = plan(values.config, topology, progress, values.only, values.repeats)
     proposals = propose(values.config, topology, progress) if values.search else []
     if out is not None:
         write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
@@ -266,6 +313,10 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {FORMS}.")
     flags.DEFINE_list("only", [], "Programs to compile, by their names in the table; all if empty.")
     flags.DEFINE_bool("search", False, "Propose meshes, micro-batch and recomputation, too.")
+    flags.DEFINE_integer(
+        "repeats", 0, "Times to run each program on the devices here; 0: compile only.",
+        lower_bound=0,
+    )  # fmt: skip
     flags.DEFINE_string("out", None, "Where to write the plan, as JSON.")
 
 

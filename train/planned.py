@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
+from expandr_jax.train_state import TrainState
 from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import MODULES, open_model
@@ -55,6 +57,9 @@ class Planned:
         change: What to change where it does not fit.
         shares: Processes that each run it at the same time, on meshes of their own.
         resident: Bytes on each device that the run holds for other phases meanwhile.
+        values: Arguments with made-up numbers -> the same with those that a call's time depends on:
+            tokens and masks, which slots are active. None: it depends on no numbers.
+        units: Times that such a call does what is planned: decode's tokens.
     """
 
     name: str
@@ -75,10 +80,23 @@ class Planned:
     change: str
     shares: int = 1
     resident: int = 0
+    values: Callable[..., Sequence[Any]] | None = None
+    units: int = 1
 
     @property
     def devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
+
+
+def random_tokens(module: nn.Module, *shape: int) -> np.ndarray:
+    """Token ids of a model's vocabulary."""
+    numbers = np.random.default_rng(0).integers(0, module.config.vocab_size, shape)
+    return numbers.astype(np.int32)
+
+
+def untrained(state: TrainState) -> TrainState:
+    """With an optimizer state as before the first step: not every number is one."""
+    return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
 
 
 def bytes_on_device(tree: Any) -> int:

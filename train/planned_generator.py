@@ -1,11 +1,13 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
@@ -18,6 +20,7 @@ from expandr_jax.generation.programs import (
     unstack_shardings,
     variable_shardings,
 )
+from expandr_jax.generation.slots import Slots, empty_settings
 from expandr_jax.models.decoder import Decoder, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.planning.flops import FROZEN, forward_flops
@@ -41,8 +44,12 @@ from train.planned import (
     param_shapes,
     placed,
     planned_mesh,
+    random_tokens,
     shape_module,
+    untrained,
 )
+
+TIMED = 32  # Tokens that decode makes for each slot in one timed call.
 
 
 class GeneratorShapes:
@@ -135,6 +142,12 @@ class GeneratorShapes:
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
             change="a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
+            values=lambda variables, _, __, prefix: (
+                variables,
+                random_tokens(self.module, rows, PROMPT),
+                np.full(rows, PROMPT, np.int32),
+                prefix,
+            ),
         )
 
     def decode(self) -> Planned:
@@ -147,6 +160,21 @@ class GeneratorShapes:
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         forward = forward_flops(self.module, self.params, rows, 1, keys=PROMPT + NEW, logits=rows)
         weights = bytes_on_device(variables) * mesh.shape["fsdp"]
+
+        def all_active(variables: Any, slots: Slots, *_: Any) -> Sequence[Any]:
+            whole = np.zeros(rows, np.int32)
+            stream = np.arange(rows, dtype=np.uint32)
+            begun = slots.replace(
+                settings=empty_settings(rows).replace(limit=whole + NEW, stream=stream),
+                cache=slots.cache.replace(length=whole + PROMPT),
+                token=random_tokens(self.module, rows),
+                active=np.ones(rows, bool),
+                count=whole,
+            )
+            # Copies: the slots are donated, and no buffer can be given away twice.
+            begun = begun.replace(settings=jax.tree.map(np.array, begun.settings))
+            return variables, begun, np.zeros(rows, bool), np.int32(TIMED), np.int32(0)
+
         return Planned(
             name="decode",
             program=programs.decode,
@@ -165,17 +193,26 @@ class GeneratorShapes:
             moved=weights + bytes_on_device(slots.cache),
             change="fewer generator.slots, or a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
+            values=all_active,
+            units=TIMED,
         )
+
+    def _batch(self) -> dict[str, np.ndarray]:
+        """PAIRS of random tokens."""
+        prompts, chosen, rejected = (
+            random_tokens(self.module, PAIRS, length) for length in (PROMPT, NEW, NEW)
+        )
+        pairs = [PreferencePair(*texts) for texts in zip(prompts, chosen, rejected, strict=True)]
+        return pack(pairs, 0, batch_shapes([pairs[0].size], 1))
 
     def _pairs(self) -> tuple[Mesh, Any, dict[str, Any], int]:
         """The mesh, the placed base, a batch and the operations of one forward pass over it."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
         check_rows(PAIRS, mesh, "dpo", "pairs")
         base = placed(self.params, model_shardings(mesh, self.module, self.params))
-        pair = PreferencePair([0] * PROMPT, [0] * NEW, [0] * NEW)
         batch = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-            for name, x in pack([pair] * PAIRS, 0, batch_shapes([pair.size], 1)).items()
+            for name, x in self._batch().items()
         }
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]
@@ -208,6 +245,7 @@ class GeneratorShapes:
             learns=False,
             moved=bytes_on_device(base) * mesh.shape["fsdp"],
             change="a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo",
+            values=lambda variables, batch: (variables, batch | self._batch()),
         )
 
     def dpo(self) -> Planned:
@@ -252,4 +290,10 @@ class GeneratorShapes:
             moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
             change="generator.remat=full, a smaller dpo.batch_size or dpo.chunk, or more fsdp in "
             "mesh.dpo",
+            values=lambda state, base, batch, key: (
+                untrained(state),
+                base,
+                batch | self._batch(),
+                key,
+            ),
         )

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from expandr_jax.contrastive import ContrastiveExample, Passage, make_batch
@@ -31,7 +32,9 @@ from train.planned import (
     param_shapes,
     placed,
     planned_mesh,
+    random_tokens,
     shape_module,
+    untrained,
 )
 from train.retriever import contrastive_config, training_retriever
 
@@ -101,7 +104,7 @@ class RetrieverShapes:
             ),
             arguments=(
                 state,
-                placed(self._batch(), batch_sharding(mesh)),
+                placed(self._batch_shapes(), batch_sharding(mesh)),
                 key_shape() if config.dropout else None,
             ),
             mesh=mesh,
@@ -118,13 +121,27 @@ class RetrieverShapes:
             moved=passes * turns * weights + bytes_on_device(state),
             change="a smaller contrastive.micro_batch, contrastive.remat=full, or more fsdp in "
             "mesh.contrastive",
+            values=lambda state, _, key: (untrained(state), self._batch(QUERIES), key),
         )
 
-    def _batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        text = [0] * self._length
-        one = ContrastiveExample(text, [text], text, "", [Passage(text, "")] * (PASSAGES - 1))
+    def _batch(self, queries: int) -> dict[str, np.ndarray]:
+        """Queries of random tokens, each with an expansion and PASSAGES that nobody shares."""
+        texts = iter(random_tokens(self.retriever.module, queries * TEXTS, self._length))
+        examples = [
+            ContrastiveExample(
+                next(texts),
+                [next(texts)],
+                next(texts),
+                f"right {i}",
+                [Passage(next(texts), f"wrong {i} {j}") for j in range(PASSAGES - 1)],
+            )
+            for i in range(queries)
+        ]
+        return make_batch(examples, 0, 1, PASSAGES - 1)
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         # Of a batch of two: "excluded" is as wide as there are passages.
-        arrays = make_batch([one, one], 0, 1, PASSAGES - 1)
+        arrays = self._batch(2)
         return {
             name: jax.ShapeDtypeStruct(
                 (len(x) // 2 * QUERIES, QUERIES * PASSAGES if name == "excluded" else x.shape[1]),
@@ -163,6 +180,11 @@ class RetrieverShapes:
             moved=bytes_on_device(params) * mesh.shape["fsdp"],
             change="a smaller retriever.tokens_per_batch",
             shares=hosts,
+            values=lambda params, *_: (
+                params,
+                random_tokens(self.retriever.module, rows, self._length),
+                np.ones((rows, self._length), np.int32),
+            ),
         )
 
     def search(self) -> Planned:

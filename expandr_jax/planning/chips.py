@@ -67,17 +67,20 @@ def known_peak_flops(device_kind: str) -> float | None:
     return next((figures[0] for name, figures in _GPUS.items() if name in device_kind), None)
 
 
-def gpu(device: jax.Device) -> Chip:
-    """The chip of a GPU that is here.
+def accelerator(device: jax.Device) -> Chip:
+    """The chip of a GPU or TPU that is here.
 
     Raises:
         UserError: It is of a kind that is not known.
     """
     kind = device.device_kind
+    for begins, name in _TPU_KINDS.items():
+        if kind.startswith(begins):
+            return TPUS[name]
     found = [figures for name, figures in _GPUS.items() if name in kind]
     if not found:
         raise UserError(
-            f"no figures are known for the GPU {kind!r}; known are {', '.join(_GPUS)} "
+            f"no figures are known for {kind!r}; known are {', '.join((*TPUS, *_GPUS))} "
             "(expandr_jax/planning/chips.py)"
         )
     capacity = (device.memory_stats() or {}).get("bytes_limit", 0)

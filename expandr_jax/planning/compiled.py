@@ -27,6 +27,7 @@ class Needs:
         capacity: Bytes that there are.
         collectives: By kind; empty where the compiler gave up.
         seconds: That compiling took.
+        compiled: To be called; None where the compiler gave up.
     """
 
     argument: int
@@ -36,6 +37,7 @@ class Needs:
     capacity: int
     collectives: dict[str, Collectives]
     seconds: float
+    compiled: jax.stages.Compiled | None
 
     @property
     def fits(self) -> bool:
@@ -75,6 +77,7 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, resident: int = 0) 
         capacity=chip.capacity,
         collectives=count_collectives(compiled.as_text()),
         seconds=seconds,
+        compiled=compiled,
     )
 
 
@@ -97,6 +100,7 @@ def _rejected(message: str, chip: Chip, resident: int, seconds: float) -> Needs:
         capacity=chip.capacity,
         collectives={},
         seconds=seconds,
+        compiled=None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Devices to compile for: a TPU slice that need not exist, or CPUs and GPUs of this machine."""
+"""Devices to compile for: a TPU slice that need not exist, or devices of this machine."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-FORMS = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu or gpu:4"
+FORMS = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu, gpu:4 or tpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Topology:
     host_devices: Sequence[Any]
 
     @property
+    def is_here(self) -> bool:
+        """Whether the devices can be used, not only compiled for."""
+        return not self.name.startswith(tuple(chips.TPUS))
+
+    @property
     def hosts(self) -> int:
         """Processes of a run there, one on each host."""
         return len(self.devices) // len(self.host_devices)
@@ -52,7 +57,7 @@ def find_topology(name: str) -> Topology:
     Args:
         name: "v5e:4x4" and so on: a slice of that shape, compiled for by libtpu without any TPU.
             "cpu:8": so many virtual devices of this machine's processor; jax must not be in use
-            yet, or have as many. "gpu", "gpu:4": the GPUs of this machine.
+            yet, or have as many. "gpu", "gpu:4", "tpu": those of this machine.
 
     Raises:
         UserError: There is no such kind or shape, or what it takes is not installed.
@@ -63,10 +68,10 @@ def find_topology(name: str) -> Topology:
         host = _host_shape(devices, axes=1 + shape.count("x"))
         # A slice of its own: the compiler does not take a part of one.
         return Topology(name, devices, chips.TPUS[kind], _slice(name, kind, host))
-    if kind not in ("cpu", "gpu") or (shape and not re.fullmatch(r"[1-9]\d*", shape)):
+    if kind not in ("cpu", "gpu", "tpu") or (shape and not re.fullmatch(r"[1-9]\d*", shape)):
         raise UserError(f"--topology={name}: expected something like {FORMS}")
     devices = _local(kind, int(shape) if shape else None)
-    chip = chips.cpu(len(devices)) if kind == "cpu" else chips.gpu(devices[0])
+    chip = chips.cpu(len(devices)) if kind == "cpu" else chips.accelerator(devices[0])
     return Topology(name, devices, chip, devices)
 
 
