@@ -1,0 +1,82 @@
+"""What only an NVIDIA GPU shows: cuDNN's fused attention itself. Runs where there is one."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import ROOT
+
+pytestmark = pytest.mark.skipif(
+    not pathlib.Path("/dev/nvidia0").exists(), reason="there is no NVIDIA GPU"
+)
+
+# In a process of its own: the tests' has 8 virtual devices of the CPU.
+FUSED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from expandr_jax.models import attention
+from expandr_jax.models.mask import Mask, causal_mask, padding_mask
+
+rng = np.random.default_rng(0)
+calls = []
+real = jax.nn.dot_product_attention
+
+
+def counted(*args, **kwargs):
+    calls.append(kwargs["implementation"])
+    return real(*args, **kwargs)
+
+
+jax.nn.dot_product_attention = counted
+
+
+def run(dtype, arrays, weights, mask):
+    def loss(*arrays):
+        out = attention.attend(*(x.astype(dtype) for x in arrays), mask, 0.125)
+        out = out.astype(jnp.float32) * weights  # Zero where padding asks: that has no meaning.
+        return jnp.sum(out), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    return out, *gradients
+
+
+lengths = np.array([128, 77])
+ones = jnp.asarray(np.arange(128) < lengths[:, None], jnp.int32)
+packed = jnp.asarray(np.where(ones, 1 + (np.arange(128) >= 40) + (np.arange(128) >= 70), 0))
+masks = {
+    "padding": padding_mask(ones),
+    "causal": causal_mask(ones),
+    "packed": Mask(packed.astype(jnp.int32), causal=True, responses=2),
+}
+for name, mask in masks.items():
+    for heads, groups, width in ((12, 12, 32), (9, 3, 64), (32, 8, 128)):
+        q, k, v, weights = (
+            jnp.asarray(rng.normal(size=(2, 128, n, width)), jnp.float32)
+            for n in (heads, groups, groups, heads)
+        )
+        weights = weights * ones[:, :, None, None]
+        with jax.default_matmul_precision("highest"):
+            expected = run(jnp.float32, (q, k, v), weights, mask)
+        assert not calls
+        found = run(jnp.bfloat16, (q, k, v), weights, mask)
+        assert calls == ["cudnn"], calls
+        calls.clear()
+        errors = [
+            float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+            for a, b in zip(found, expected, strict=True)
+        ]
+        print(name, heads, groups, width, *(f"{error:.1e}" for error in errors), flush=True)
+        assert max(errors) < 1e-2, errors
+"""
+
+
+def test_the_fused_kernel_gives_what_the_plain_form_gives_in_float32():
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", FUSED], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    print(done.stdout)
