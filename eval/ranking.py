@@ -29,7 +29,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.encoding import Kind
 from expandr_jax.fusion import expanded_query
-from expandr_jax.search import Bm25Index, Index
+from expandr_jax.search import Index, build_index
 from expandr_jax.stored_vectors import StoredVectors
 from expandr_jax.vector_file import encode_to_file
 from train.corpus import configured_index
@@ -75,9 +75,9 @@ class Searched:
         self._run, self._models, self._texts, self._path = run, models, texts, path
 
     @functools.cached_property
-    def bm25(self) -> Bm25Index:
+    def bm25(self) -> Index:
         """Of the words."""
-        return Bm25Index(self._texts)
+        return build_index(self._texts, "bm25")
 
     @functools.cached_property
     def vectors(self) -> np.ndarray | StoredVectors:

@@ -298,7 +298,7 @@ def test_without_scann_auto_is_exact_and_scann_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("faiss", {}, "expected auto, exact or scann"),
+        ("faiss", {}, "expected auto, exact, scann or bm25"),
         ("exact", {"leaves": 3}, "'leaves' is unknown"),
         ("auto", {"leafs": 3}, "'leafs' is unknown"),
         pytest.param("scann", {"method": "hnsw"}, "'hnsw'", marks=needs_scann),
@@ -357,7 +357,7 @@ TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog
 
 
 def test_bm25_equals_lucenes_formula():
-    scores, indices = search.Bm25Index(TEXTS).search(["dog sat", "CAT cat"], 6)
+    scores, indices = search.build_index(TEXTS).search(["dog sat", "CAT cat"], 6)
     documents = [["cat", "sat"], ["dog", "sat", "dog"], ["birds", "fly", "high"], [], ["cat"],
                  ["dog", "sat"]]  # fmt: skip
     mean_length = np.mean([len(words) for words in documents])
@@ -397,3 +397,57 @@ def test_bm25_refuses_what_holds_no_word():
             search.Bm25Index(texts)
     with pytest.raises(UserError, match="k is 0"):
         search.Bm25Index(TEXTS).search(["cat"], 0)
+
+
+def test_bm25_is_saved_and_loaded_as_the_others_are(tmp_path):
+    index = search.build_index(TEXTS, "bm25", k1=1.2, b=0.75)
+    index.save(tmp_path / "index")
+    loaded = search.load_index(tmp_path / "index", fingerprint=search.text_fingerprint(TEXTS))
+    assert (loaded.size, loaded.dimension) == (index.size, index.dimension) == (6, 7)
+    assert loaded.fingerprint == index.fingerprint
+    for found, expected in zip(
+        loaded.search(["dog sat", "unknown", "birds"], 6),
+        index.search(["dog sat", "unknown", "birds"], 6),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    again = tmp_path / "again"
+    loaded.save(again)
+    np.testing.assert_array_equal(search.load_index(again).search(["cat"], 6)[1],
+                                  index.search(["cat"], 6)[1])  # fmt: skip
+    with pytest.raises(UserError, match="built from other texts"):
+        search.load_index(again, fingerprint=search.text_fingerprint(TEXTS[::-1]))
+    for file in sorted(again.iterdir()):
+        data = file.read_bytes()
+        file.write_bytes(data[:-2])
+        with pytest.raises(UserError, match=f"{file.name}: .*build .* again"):
+            search.load_index(again)
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "backend", "options", "message"),
+    [
+        (TEXTS, "exact", {}, "the exact backend indexes an array of vectors"),
+        (np.eye(3), "bm25", {}, "the bm25 backend indexes texts"),
+        (TEXTS, "bm25", {"leaves": 3}, "expected one of b, k1"),
+        (TEXTS, "bm25", {"k1": -0.1}, "BM25 option k1 is -0.1"),
+        (TEXTS, "bm25", {"k1": float("nan")}, "BM25 option k1 is nan"),
+        (TEXTS, "auto", {"b": 1.5}, "BM25 option b is 1.5; expected a number from 0 to 1"),
+        (TEXTS, "lucene", {}, "expected auto, exact, scann or bm25"),
+    ],
+)
+def test_what_a_backend_does_not_take_is_refused(corpus, backend, options, message):
+    with pytest.raises(UserError, match=message):
+        search.build_index(corpus, backend, **options)
+
+
+def test_bm25_searches_for_texts_alone():
+    for queries in ("cat", np.eye(2), [b"cat"]):
+        with pytest.raises(UserError, match="BM25 searches for a list of texts"):
+            search.build_index(TEXTS).search(queries, 3)
+
+
+def test_texts_that_run_together_have_another_fingerprint():
+    ways = [["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["c", "ab"]]
+    assert len({search.text_fingerprint(texts) for texts in ways}) == len(ways)

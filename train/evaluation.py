@@ -25,7 +25,7 @@ from expandr_jax import metrics, rewards
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.report import results_table
-from expandr_jax.search import Bm25Index
+from expandr_jax.search import build_index
 from train.benchmarks import find_benchmarks
 from train.corpus import Corpus, encode_corpus, encode_texts
 from train.data import TrainingData
@@ -225,7 +225,7 @@ def _sample_expansions(
 def _bm25(run: Run, data: TrainingData) -> dict[str, dict[str, float]]:
     config, corpus = run.config.evaluation, data.collection.corpus
     queries = list(data.collection.qrels["test"])
-    index = Bm25Index(list(corpus.values()))
+    index = build_index(list(corpus.values()), "bm25")
     depth = config.depth + config.drop_identical_ids
     scores, indices = index.search(data.queries(queries), depth)
     found = metrics.make_run(queries, list(corpus), scores, indices, above=0.0)

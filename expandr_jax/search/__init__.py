@@ -1,18 +1,20 @@
-"""Nearest neighbours of query vectors in a corpus of vectors, behind one interface.
+"""The best of a corpus for queries, vectors or texts, behind one interface.
 
 index = build_index(vectors)                     # ScaNN where it is installed, else exact
+index = build_index(texts)                       # BM25
 scores, indices = index.search(queries, k=100)   # [Q, k] each, best first
 """
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.search import scann
-from expandr_jax.search.bm25 import Bm25Index
+from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint
 from expandr_jax.search.exact import ExactIndex, ExactOptions
 from expandr_jax.search.scann import ScannIndex, ScannOptions
 from expandr_jax.search.storage import read_manifest
@@ -20,6 +22,7 @@ from expandr_jax.search.vectors import fingerprint
 
 __all__ = [
     "Bm25Index",
+    "Bm25Options",
     "ExactIndex",
     "ExactOptions",
     "Index",
@@ -28,27 +31,35 @@ __all__ = [
     "build_index",
     "fingerprint",
     "load_index",
+    "text_fingerprint",
 ]
+
+_BACKENDS = {
+    "exact": (ExactIndex, ExactOptions),
+    "scann": (ScannIndex, ScannOptions),
+    "bm25": (Bm25Index, Bm25Options),
+}
 
 
 class Index(Protocol):
-    """What every vector index offers; the score is the inner product.
+    """What every index offers; the score is the inner product of vectors, or BM25's of texts.
 
     Attributes:
-        size: number of vectors.
-        dimension: their width.
-        fingerprint: sha256 of the vectors, as `search.fingerprint` computes it.
+        size: number of vectors or texts.
+        dimension: width of the vectors; of texts, their different words.
+        fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
     """
 
     size: int
     dimension: int
     fingerprint: str
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray | Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns scores [Q, min(k, N)] float32 and indices int32, best first.
 
-        Equal scores come in the order of their indices. Queries [Q, D] that are not finite or not
-        of the index's width raise UserError.
+        Equal scores come in the order of their indices. Queries are what was indexed: vectors
+        [Q, D], of which those that are not finite or not of the index's width raise UserError, or
+        Q texts.
         """
         ...
 
@@ -57,33 +68,44 @@ class Index(Protocol):
         ...
 
 
-def build_index(vectors: np.ndarray, backend: str = "auto", **options) -> Index:
-    """Builds an index over corpus vectors.
+def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **options) -> Index:
+    """Builds an index over a corpus.
 
     Args:
-        vectors: [N, D] floating point, N and D at least 1, all finite; may be memory-mapped.
-        backend: "exact", "scann", or "auto": ScaNN where it is installed, else exact.
-        **options: fields of ExactOptions or ScannOptions; under "auto" each backend takes its own.
+        corpus: vectors [N, D], floating point, N and D at least 1, all finite, may be
+            memory-mapped; or texts.
+        backend: "exact" or "scann" for vectors, "bm25" for texts, or "auto": BM25 for texts; for
+            vectors ScaNN where it is installed, else exact.
+        **options: fields of ExactOptions, ScannOptions or Bm25Options; under "auto" each backend
+            takes its own.
 
     Raises:
-        UserError: the vectors cannot be indexed, the backend is missing or an option is unknown.
+        UserError: the corpus cannot be indexed so, the backend is missing or an option is unknown.
     """
-    known = {"exact": ExactOptions, "scann": ScannOptions}
-    if backend not in (*known, "auto"):
-        raise UserError(f"search backend {backend!r} is unknown; expected auto, exact or scann")
-    chosen = backend if backend != "auto" else "scann" if scann.installed() else "exact"
-    own = {field.name for field in dataclasses.fields(known[chosen])}
+    if backend not in (*_BACKENDS, "auto"):
+        raise UserError(
+            f"search backend {backend!r} is unknown; expected auto, exact, scann or bm25"
+        )
+    vectors = hasattr(corpus, "ndim")  # `StoredVectors`, too.
+    chosen = backend
+    if backend == "auto":
+        chosen = "bm25" if not vectors else "scann" if scann.installed() else "exact"
+    if vectors == (chosen == "bm25"):
+        wanted = "texts" if vectors else "an array of vectors"
+        raise UserError(f"the {chosen} backend indexes {wanted}; something else was given")
+    kind, settings = _BACKENDS[chosen]
+    own = {field.name for field in dataclasses.fields(settings)}
     accepted = own
     if backend == "auto":
-        accepted = {field.name for kind in known.values() for field in dataclasses.fields(kind)}
+        fields = (dataclasses.fields(settings) for _, settings in _BACKENDS.values())
+        accepted = {field.name for several in fields for field in several}
     for name in options:
         if name not in accepted:
             raise UserError(
                 f"search option {name!r} is unknown to the {backend} backend; "
                 f"expected one of {', '.join(sorted(accepted))}"
             )
-    settings = known[chosen](**{name: value for name, value in options.items() if name in own})
-    return (ExactIndex if chosen == "exact" else ScannIndex)(vectors, settings)
+    return kind(corpus, settings(**{k: v for k, v in options.items() if k in own}))
 
 
 def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) -> Index:
@@ -91,10 +113,11 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
 
     Args:
         directory: where it was saved.
-        fingerprint: of the vectors that the index must have been built from; None accepts any.
+        fingerprint: of what the index must have been built from; None accepts any.
 
     Raises:
-        UserError: no index there, a damaged file, or an index of other vectors.
+        UserError: no index there, a damaged file, or an index of something else.
     """
     manifest = read_manifest(directory, fingerprint)
-    return (ExactIndex if manifest.backend == "exact" else ScannIndex).load(directory, manifest)
+    kind, _ = _BACKENDS[manifest.backend]
+    return kind.load(directory, manifest)

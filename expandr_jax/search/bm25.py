@@ -1,37 +1,73 @@
 """BM25 over texts, by bm25s."""
 
+import dataclasses
+import functools
+import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
 
+# As bm25s names them.
+_FILES = (
+    "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "params.index.json",
+    "vocab.index.json",
+)  # fmt: skip
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 
 
+@dataclasses.dataclass(frozen=True)
+class Bm25Options:
+    """Lucene's two; the defaults are those usual on BEIR (Anserini).
+
+    Attributes:
+        k1: how slowly further occurrences of a word count less, 0 or more.
+        b: how much a document's length counts, 0 to 1.
+    """
+
+    k1: float = 0.9
+    b: float = 0.4
+
+
 class Bm25Index:
-    """Lucene's BM25 with the settings usual on BEIR (Anserini): k1 0.9, b 0.4.
+    """Lucene's BM25: an index of texts, searched for texts.
 
     Text is lower-cased and split into words of two or more word characters; Lucene's 33 English
     stop words are dropped; nothing is stemmed (Anserini stems, so its figures differ a little).
     """
 
-    def __init__(self, texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4):
+    def __init__(self, texts: Sequence[str], options: Bm25Options = Bm25Options()):
         """Indexes `texts`, one a document, in order.
 
         Raises:
-            UserError: there is no text, or no word in any of them.
+            UserError: there is no text, or no word in any of them, or an option is out of range.
         """
+        _check(options)
         bm25s = _bm25s()
         # Numbers of words, not the words: bm25s would number them in a second list as long.
         tokens = bm25s.tokenize(list(texts), return_ids=True, **_WORDS)
         if not any(tokens.ids):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
-        self._bm25 = bm25s.BM25(method="lucene", k1=k1, b=b)
+        self._texts, self._options = texts, options
+        self._bm25 = bm25s.BM25(method="lucene", **dataclasses.asdict(options))
         self._bm25.index(tokens, show_progress=False)
+
+    @property
+    def dimension(self) -> int:
+        """Words that it knows."""
+        return len(self._bm25.vocab_dict)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the texts."""
+        return text_fingerprint(self._texts)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Ranks the documents for each query.
@@ -46,6 +82,8 @@ class Bm25Index:
         """
         if k < 1:
             raise UserError(f"k is {k}; a search returns at least 1 result a query")
+        if isinstance(queries, str) or not all(isinstance(query, str) for query in queries):
+            raise UserError("BM25 searches for a list of texts; something else was given")
         k = min(k, self.size)
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
@@ -59,6 +97,48 @@ class Bm25Index:
             indices[row] = candidates[order]
             scores[row] = scored[indices[row]]
         return scores, indices
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the index into `directory`, to be read by `load_index`; not the texts."""
+        directory = empty_directory(directory, _FILES)
+        self._bm25.save(directory, show_progress=False)
+        write_manifest(
+            directory,
+            _FILES,
+            backend="bm25",
+            size=self.size,
+            dimension=self.dimension,
+            fingerprint=self.fingerprint,
+            options=dataclasses.asdict(self._options),
+        )
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "Bm25Index":
+        """Memory-maps a saved index; `load_index` reads the manifest."""
+        index = cls.__new__(cls)
+        index.size, index._options = manifest.size, Bm25Options(**manifest.options)
+        index.fingerprint = manifest.fingerprint
+        index._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
+        return index
+
+
+def text_fingerprint(texts: Sequence[str]) -> str:
+    """Returns the sha256 of texts in their order, each with its length."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode(errors="surrogatepass")
+        digest.update(f"{len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _check(options: Bm25Options) -> None:
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    if not number(options.k1) or not 0 <= options.k1 < float("inf"):
+        raise UserError(f"BM25 option k1 is {options.k1!r}; expected a number, at least 0")
+    if not number(options.b) or not 0 <= options.b <= 1:
+        raise UserError(f"BM25 option b is {options.b!r}; expected a number from 0 to 1")
 
 
 def _bm25s() -> ModuleType:

@@ -19,10 +19,10 @@ class Manifest:
     """Describes a saved index.
 
     Attributes:
-        backend: "exact" or "scann".
-        size: number of vectors.
-        dimension: their width.
-        fingerprint: sha256 of the vectors.
+        backend: "exact", "scann" or "bm25".
+        size: number of vectors or texts.
+        dimension: width of the vectors; of texts, their different words.
+        fingerprint: sha256 of the vectors or texts.
         options: fields of the backend's options.
         files: sha256 of each file of the index, by name.
     """
@@ -33,6 +33,11 @@ class Manifest:
     fingerprint: str
     options: Mapping[str, Any]
     files: Mapping[str, str]
+
+    @property
+    def contents(self) -> str:
+        """What was indexed, for messages."""
+        return "texts" if self.backend == "bm25" else "vectors"
 
 
 def empty_directory(directory: str | os.PathLike, names: Iterable[str]) -> pathlib.Path:
@@ -69,10 +74,10 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
 
     Args:
         directory: where the index was saved.
-        fingerprint: of the vectors that the index must have been built from; None accepts any.
+        fingerprint: of what the index must have been built from; None accepts any.
 
     Raises:
-        UserError: no index there, a damaged file, or an index of other vectors.
+        UserError: no index there, a damaged file, or an index of something else.
     """
     path = pathlib.Path(directory) / _NAME
     try:
@@ -87,8 +92,8 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
         raise UserError(f"{path}: not an index's manifest; build the index again") from error
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise UserError(
-            f"{path}: the index was built from other vectors (sha256 {manifest.fingerprint[:12]}, "
-            f"expected {fingerprint[:12]}); build it again"
+            f"{path}: the index was built from other {manifest.contents} (sha256 "
+            f"{manifest.fingerprint[:12]}, expected {fingerprint[:12]}); build it again"
         )
     for name, expected in manifest.files.items():
         file = path.parent / name
