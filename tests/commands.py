@@ -10,6 +10,8 @@ import sys
 from train.metrics_log import COST_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Of two processes: parameters spread over both.
+SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
 
 
 def command(module: str, *arguments: str) -> subprocess.Popen:

@@ -14,12 +14,11 @@ import pytest
 
 from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
-from tests.commands import finish, start, start_processes, step_figures
+from tests.commands import SPREAD, finish, start, start_processes, step_figures
 from train.journals import CommonJournal, DividedJournal
 from train.processes import EXIT_LOST, Link, Processes, Settings
 
 COUNT = 3
-SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.commands import ROOT, finish, start, start_processes, step_figures
+from tests.commands import ROOT, SPREAD, finish, start, start_processes, step_figures
 
 pytestmark = pytest.mark.slow
 
-SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
 DATA = ROOT / "tests" / "data"
 
 
@@ -28,6 +27,13 @@ def same_steps(ours: pathlib.Path, theirs: pathlib.Path) -> None:
         norms = one.pop("grad_norm", 0.0), other.pop("grad_norm", 0.0)
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
         assert one == pytest.approx(other, abs=1e-5)
+
+
+def same_results(ours: pathlib.Path, theirs: pathlib.Path) -> set[str]:
+    """Asserts that two runs scored the same; returns the systems."""
+    results = [json.loads((w / "results.json").read_text()) for w in (ours, theirs)]
+    assert results[0]["rows"] == results[1]["rows"]
+    return {row["system"] for row in results[1]["rows"]}
 
 
 def same_weights(ours: pathlib.Path, theirs: pathlib.Path) -> None:
@@ -82,9 +88,7 @@ def test_two_processes_in_two_rounds(tmp_path):
     for process in start_processes(two, 2, *rounds, *SPREAD):
         finish(process)
     same_steps(two, one)
-    results = [json.loads((w / "results.json").read_text()) for w in (two, one)]
-    assert "expandr-round0" in {row["system"] for row in results[1]["rows"]}
-    assert results[0]["rows"] == results[1]["rows"]
+    assert "expandr-round0" in same_results(two, one)
 
 
 def test_two_processes_set_damaged_checkpoints_aside(smoke, tmp_path):
@@ -107,5 +111,4 @@ def test_two_processes_set_damaged_checkpoints_aside(smoke, tmp_path):
     for name in ("fine-tuned", "retriever"):
         assert len(list((workdir / "checkpoints").glob(f"{name}-damaged/*"))) == 1, output
     same_steps(workdir, smoke[0])
-    results = [json.loads((w / "results.json").read_text()) for w in (workdir, smoke[0])]
-    assert results[0]["rows"] == results[1]["rows"]
+    same_results(workdir, smoke[0])
