@@ -204,9 +204,11 @@ def test_chip_hours_follow_the_paper():
         ("v6e:2x2x2", "expected chips by rows, as v6e:4x4"),
         ("cpu:4096", "there are"),
         ("gpu", "finds none"),
+        ("tpu", "finds none"),
     ],
 )
 def test_a_topology_that_is_not_there_is_refused(name, message):
+    jax.devices()  # In use, with 8 of them: it gets no more.
     with pytest.raises(UserError, match=message):
         find_topology(name)
 
