@@ -213,7 +213,32 @@ def test_a_topology_that_is_not_there_is_refused(name, message):
         find_topology(name)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x2"])
+def test_llama_and_anchordr_fit(topology, tmp_path):
+    """The tables of docs/plan.md: all programs fit, and decode gathers no weights."""
+    out = tmp_path / "plan.json"
+    process = command(
+        "train.plan", "--config=configs/llama3_8b_anchordr.py", f"--topology={topology}",
+        f"--out={out}",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    rows = {row["program"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == PROGRAMS
+    assert all(row["fits"] for row in rows.values())
+    assert set(rows["decode"]["collectives"]) == {"all-reduce", "all-to-all"}
+    # What is gathered at once is never more than the largest single weight, the vocabulary's.
+    assert rows["DPO step"]["collectives"]["all-gather"]["largest"] == 128_256 * 4096 * 2
+
+
+@needs_libtpu
 def test_a_slice_is_described_without_a_tpu():
     topology = find_topology("v5e:4x4")
     assert len(topology.devices) == 16
