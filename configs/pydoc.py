@@ -1,4 +1,4 @@
-"""The quick start at full size: all docstring pairs, over 1,000 test queries; hours on two cores.
+"""More documents, generator's queries and test queries than the quick start has.
 
     python -m train.joint --config=configs/pydoc.py --workdir=runs/pydoc-0 --config.seed=0
 
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """More text and queries than the quick start; settings that were chosen on dev queries."""
+    """What docs/pydoc.md reports; few training queries, since many leave expansions no room."""
     config = quickstart.get_config()
     config.data.packages = PACKAGES
     config.data.max_retriever_train = 1024

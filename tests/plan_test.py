@@ -21,7 +21,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning import chips, compiled
 from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.topology import Topology, find_topology
-from expandr_jax.preference import PADDING
+from expandr_jax.preference import CHOSEN, PADDING, REJECTED
 from tests.commands import ROOT, command, finish
 from train import plan, plan_programs, plan_search
 from train.plan_timing import made_up, time_program
@@ -429,6 +429,30 @@ def test_what_fits_is_run_where_it_was_asked_for(config):
     assert f"{rows[1]['share_of_bound']:.1%}" in text.getvalue()
 
 
+@pytest.mark.slow
+def test_all_programs_run_on_a_mesh(config):
+    rows = plan.plan(config, machine(), QUIET, repeats=1)["rows"]
+    assert [row["program"] for row in rows] == PROGRAMS
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_command_runs_what_it_planned(tmp_path):
+    out = tmp_path / "plan.json"
+    only = "--only=prefill,exact search"
+    arguments = ["--config=configs/smoke.py", only, "--repeats=1", f"--out={out}"]
+    printed = finish(command("train.plan", *arguments, "--topology=cpu:1"))
+    assert "of bound" in printed
+    assert all(row["seconds"] > 0 for row in json.loads(out.read_text())["rows"])
+
+
+def test_memory_that_ran_out_is_said():
+    row = {"program": "decode", "fits": True, "seconds": None}
+    assert plan.lost([row, {**row, "fits": False}, {**row, "seconds": 1.0}]) == [
+        "decode: ran out of memory when it was run"
+    ]
+    assert plan.lost([{"program": "decode", "fits": True}]) == []
+
+
 def test_a_program_that_does_not_fit_is_not_run(config):
     small = machine(chips.Chip("cpu", 1000, 1e12, 1, 1, ""))
     (row,) = plan.plan(config, small, QUIET, ["exact search"], repeats=1)["rows"]
@@ -447,7 +471,12 @@ def test_what_is_timed_is_the_work_that_was_planned(config):
     """Every slot decodes TIMED tokens, and no number of a step is lost to NaN."""
     shapes = GeneratorShapes(config, machine())
     decode = shapes.decode()
-    arguments = decode.values(*jax.tree.map(made_up, tuple(decode.arguments)))
+    shapes_of = tuple(decode.arguments)
+    arguments = jax.tree.map(
+        lambda value, shape: jax.device_put(value, shape.sharding),
+        decode.values(*jax.tree.map(made_up, shapes_of)),
+        shapes_of,
+    )
     slots = decode.program(*arguments)
     assert (slots.count == TIMED).sum() > 0.9 * decode.rows  # Some may have ended: 512 tokens.
     assert (slots.cache.length == 100 + TIMED).sum() > 0.9 * decode.rows
@@ -455,6 +484,8 @@ def test_what_is_timed_is_the_work_that_was_planned(config):
     batch = shapes.dpo().values(*jax.tree.map(made_up, tuple(shapes.dpo().arguments)))[2]
     assert (batch["segments"] != PADDING).sum() == 16 * (100 + 2 * 512)
     assert len(np.unique(batch["tokens"])) > 50
+    chosen, rejected = (batch["tokens"][batch["segments"] == i] for i in (CHOSEN, REJECTED))
+    assert (chosen != rejected).any()
 
     step = RetrieverShapes(config, machine()).contrastive()
     state, batch, _ = step.values(*jax.tree.map(made_up, tuple(step.arguments)))

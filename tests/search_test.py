@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from expandr_jax import search
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.search import exact, scann
 
@@ -403,7 +404,7 @@ def test_bm25_is_saved_and_loaded_as_the_others_are(tmp_path):
     index = search.build_index(TEXTS, "bm25", k1=1.2, b=0.75)
     index.save(tmp_path / "index")
     loaded = search.load_index(tmp_path / "index", fingerprint=search.text_fingerprint(TEXTS))
-    assert (loaded.size, loaded.dimension) == (index.size, index.dimension) == (6, 7)
+    assert (loaded.size, loaded.dimension) == (index.size, index.dimension) == (6, 6)
     assert loaded.fingerprint == index.fingerprint
     for found, expected in zip(
         loaded.search(["dog sat", "unknown", "birds"], 6),
@@ -428,8 +429,12 @@ def test_bm25_is_saved_and_loaded_as_the_others_are(tmp_path):
 @pytest.mark.parametrize(
     ("corpus", "backend", "options", "message"),
     [
-        (TEXTS, "exact", {}, "the exact backend indexes an array of vectors"),
-        (np.eye(3), "bm25", {}, "the bm25 backend indexes texts"),
+        (TEXTS, "exact", {}, "the exact backend indexes an array of vectors; a list was given"),
+        (np.eye(3), "bm25", {}, "the bm25 backend indexes a list of texts; an array was given"),
+        ([[1.0, 2.0]], "auto", {}, "BM25 indexes texts; number 0 is of type list"),
+        (["a", None, "dog"], "bm25", {}, "number 1 is of type NoneType"),
+        ([b"cat dog"], "bm25", {}, "number 0 is of type bytes"),
+        ("cats and dogs", "auto", {}, "BM25 indexes a list of texts; one text was given"),
         (TEXTS, "bm25", {"leaves": 3}, "expected one of b, k1"),
         (TEXTS, "bm25", {"k1": -0.1}, "BM25 option k1 is -0.1"),
         (TEXTS, "bm25", {"k1": float("nan")}, "BM25 option k1 is nan"),
@@ -443,9 +448,32 @@ def test_what_a_backend_does_not_take_is_refused(corpus, backend, options, messa
 
 
 def test_bm25_searches_for_texts_alone():
+    index = search.build_index(np.array(TEXTS), k1=np.float32(0.9))
     for queries in ("cat", np.eye(2), [b"cat"]):
-        with pytest.raises(UserError, match="BM25 searches for a list of texts"):
-            search.build_index(TEXTS).search(queries, 3)
+        with pytest.raises(UserError, match=r"BM25 searches for (a list of )?texts"):
+            index.search(queries, 3)
+    np.testing.assert_array_equal(
+        index.search(np.array(["cat", "dog"]), 2)[1], index.search(["cat", "dog"], 2)[1]
+    )
+
+
+def test_a_list_that_changes_later_changes_no_index(tmp_path):
+    texts = list(TEXTS)
+    index = search.build_index(texts)
+    texts.append("zebra")
+    index.save(tmp_path)
+    assert search.load_index(tmp_path).fingerprint == search.text_fingerprint(TEXTS)
+
+
+def test_a_manifest_of_a_backend_that_is_not_known_is_refused(tmp_path):
+    search.build_index(TEXTS).save(tmp_path)
+    manifest = json.loads((tmp_path / "index.json").read_text())
+    del manifest["sha256"]
+    manifest["backend"] = "later"
+    manifest["sha256"] = hash_json(manifest)
+    (tmp_path / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="not an index's manifest; build the index again"):
+        search.load_index(tmp_path)
 
 
 def test_texts_that_run_together_have_another_fingerprint():

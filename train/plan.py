@@ -87,7 +87,8 @@ def plan(
         def compiled(planned: Planned, lowered: Any, seconds: float) -> tuple[Planned, Needs, Any]:
             needs = compile_program(lowered, topology.chip, planned.resident)
             progress.advance(task)
-            return planned, needs, _row(planned, needs, topology, seconds + needs.seconds)
+            row = _row(planned, needs, topology, seconds + needs.seconds)
+            return planned, needs if repeats else dataclasses.replace(needs, compiled=None), row
 
         waiting = {}
         for name, make in programs.items():
@@ -96,6 +97,7 @@ def plan(
             lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
             waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
         made = {name: future.result() for name, future in waiting.items()}
+        del waiting, lowered  # They hold the programs, too.
         rows = {name: row for name, (_, _, row) in made.items()}
         if repeats:
             task = progress.add_task("", total=len(made))
@@ -278,6 +280,15 @@ def misfits(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def lost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What fits by the compiler's word and yet ran out of memory, a line for each program."""
+    return [
+        f"{row['program']}: ran out of memory when it was run"
+        for row in rows
+        if row["fits"] and row.get("seconds", 0.0) is None
+    ]
+
+
 def main(_: Any) -> None:
     console = Console(highlight=False)
     values = flags.FLAGS
@@ -301,6 +312,8 @@ def main(_: Any) -> None:
     show(result, wide)
     if values.search:
         show_proposals(proposals, wide)
+    for line in lost(result["rows"]):
+        console.print(line, soft_wrap=True)
     problems = misfits(result)
     for problem in problems:
         console.print(f"does not fit: {problem}", soft_wrap=True, markup=False)

@@ -89,6 +89,7 @@ def propose(
                 planned = proposal.planned
                 lowered = planned.program.lower(*planned.arguments)
                 needs = compile_program(lowered, topology.chip, planned.resident)
+                needs = dataclasses.replace(needs, compiled=None)  # Not kept: it may be large.
             if needs.fits:
                 found.append(dataclasses.replace(proposal, needs=needs))
                 break

@@ -71,9 +71,13 @@ def _put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _not_donated(arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
-    """The arguments with what a call gave in the place of the one it took, if it took one."""
+    """The arguments with what a call gave in the place of the one it took, if it took one.
+
+    A run's programs take one argument at most, a state, and give the next one alone or first.
+    """
     new = result[0] if isinstance(result, tuple) else result
+    taken = [any(leaf.is_deleted() for leaf in jax.tree.leaves(argument)) for argument in arguments]
+    assert sum(taken) <= 1
     return tuple(
-        new if any(leaf.is_deleted() for leaf in jax.tree.leaves(argument)) else argument
-        for argument in arguments
+        new if was_taken else argument for argument, was_taken in zip(arguments, taken, strict=True)
     )

@@ -199,10 +199,8 @@ class GeneratorShapes:
 
     def _batch(self) -> dict[str, np.ndarray]:
         """PAIRS of random tokens."""
-        prompts, chosen, rejected = (
-            random_tokens(self.module, PAIRS, length) for length in (PROMPT, NEW, NEW)
-        )
-        pairs = [PreferencePair(*texts) for texts in zip(prompts, chosen, rejected, strict=True)]
+        rows = random_tokens(self.module, PAIRS, PROMPT + 2 * NEW)
+        pairs = [PreferencePair(*np.split(row, (PROMPT, PROMPT + NEW))) for row in rows]
         return pack(pairs, 0, batch_shapes([pairs[0].size], 1))
 
     def _pairs(self) -> tuple[Mesh, Any, dict[str, Any], int]:

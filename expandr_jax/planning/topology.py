@@ -21,7 +21,7 @@ _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-FORMS = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu, gpu:4 or tpu"
+FORMS = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu, gpu:4, tpu or tpu:4"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,13 +86,16 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
         raise UserError(
             f"search backend {backend!r} is unknown; expected auto, exact, scann or bm25"
         )
-    vectors = hasattr(corpus, "ndim")  # `StoredVectors`, too.
+    # `StoredVectors`, too; an array of strings is none of vectors.
+    vectors = hasattr(corpus, "ndim") and corpus.dtype.kind not in "OUT"
     chosen = backend
     if backend == "auto":
         chosen = "bm25" if not vectors else "scann" if scann.installed() else "exact"
     if vectors == (chosen == "bm25"):
-        wanted = "texts" if vectors else "an array of vectors"
-        raise UserError(f"the {chosen} backend indexes {wanted}; something else was given")
+        wanted, given = "a list of texts", "an array"
+        if not vectors:
+            wanted, given = "an array of vectors", f"a {type(corpus).__name__}"
+        raise UserError(f"the {chosen} backend indexes {wanted}; {given} was given")
     kind, settings = _BACKENDS[chosen]
     own = {field.name for field in dataclasses.fields(settings)}
     accepted = own

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import numbers
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -49,6 +50,8 @@ class Bm25Index:
             UserError: there is no text, or no word in any of them, or an option is out of range.
         """
         _check(options)
+        options = Bm25Options(float(options.k1), float(options.b))
+        texts = _checked(texts, "BM25 indexes")
         bm25s = _bm25s()
         # Numbers of words, not the words: bm25s would number them in a second list as long.
         tokens = bm25s.tokenize(list(texts), return_ids=True, **_WORDS)
@@ -62,11 +65,11 @@ class Bm25Index:
     @property
     def dimension(self) -> int:
         """Words that it knows."""
-        return len(self._bm25.vocab_dict)
+        return len(self._bm25.vocab_dict.keys() - {""})  # bm25s's own, of no text.
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the texts."""
+        """The sha256 of the texts; reads them all when first asked for."""
         return text_fingerprint(self._texts)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +85,7 @@ class Bm25Index:
         """
         if k < 1:
             raise UserError(f"k is {k}; a search returns at least 1 result a query")
-        if isinstance(queries, str) or not all(isinstance(query, str) for query in queries):
-            raise UserError("BM25 searches for a list of texts; something else was given")
+        queries = _checked(queries, "BM25 searches for")
         k = min(k, self.size)
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
@@ -131,9 +133,20 @@ def text_fingerprint(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def _checked(texts: Sequence[str], verb: str) -> tuple[str, ...]:
+    """The texts, in a sequence of our own that nobody changes."""
+    if isinstance(texts, str):
+        raise UserError(f"{verb} a list of texts; one text was given: put it into a list")
+    texts = tuple(texts)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{verb} texts; number {row} is of type {type(text).__name__}")
+    return texts
+
+
 def _check(options: Bm25Options) -> None:
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
     if not number(options.k1) or not 0 <= options.k1 < float("inf"):
         raise UserError(f"BM25 option k1 is {options.k1!r}; expected a number, at least 0")
