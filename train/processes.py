@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from expandr_jax.errors import UserError
+from train.meeting import meet
 
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
@@ -329,7 +330,7 @@ def start(settings: Settings) -> Processes:
         settings: As the user gave them; none on a pod, and where there is one process.
 
     Raises:
-        UserError: The settings do not fit together, or the others cannot be reached.
+        UserError: The settings do not fit together, or the others cannot be reached or do not come.
     """
     global _current
     settings.check()
@@ -340,6 +341,9 @@ def start(settings: Settings) -> Processes:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Two programs at once could take each other's messages on a processor.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if settings.count is not None:
+        host, _, port = settings.coordinator.rpartition(":")
+        meet(host, int(port), settings.count, settings.index)
     try:
         jax.distributed.initialize(
             settings.coordinator,
