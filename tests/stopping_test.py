@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from tests.commands import ROOT
 from train.stopping import Stopped, end_on_sigterm, held
 
 
@@ -81,3 +84,33 @@ def test_an_error_in_the_block_is_what_is_seen():
 
     with pytest.raises(ValueError, match="its own"):
         work()
+
+
+DROPPED = """
+import os, signal, time
+from train.launch import quiet_libraries
+from train.stopping import Stopped, end_on_sigterm
+
+
+class Ends:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sum(range(1000))  # Here the handler raises, and Python drops what a finalizer raises.
+
+
+quiet_libraries()
+end_on_sigterm()
+one = Ends()
+del one
+try:
+    time.sleep(60)
+except Stopped:
+    print("stopped")
+"""
+
+
+def test_a_notice_that_comes_while_an_object_ends_is_not_lost():
+    done = subprocess.run(
+        [sys.executable, "-c", DROPPED], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("stopped\n", "")

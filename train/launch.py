@@ -18,7 +18,7 @@ from rich.console import Console
 
 from expandr_jax.errors import UserError
 from train import processes
-from train.stopping import Stopped, end_on_sigterm, ignore_sigterm
+from train.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
@@ -40,6 +40,8 @@ def quiet_libraries() -> None:
     printed = sys.unraisablehook
 
     def hook(ignored: Any) -> None:
+        if notice_again(ignored.exc_value):
+            return
         if str(ignored.exc_value) != "Event loop is closed":  # Tensorstore tells a loop that ended.
             printed(ignored)
 

@@ -5,6 +5,7 @@ already. `held` marks the parts that end themselves, such as a step of training 
 """
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -45,6 +46,20 @@ _notices: list[Notice] = []  # Of the blocks that hold one back now.
 def end_on_sigterm() -> None:
     """Makes SIGTERM raise `Stopped` in the main thread."""
     signal.signal(signal.SIGTERM, _stop)
+
+
+def notice_again(exception: BaseException | None) -> bool:
+    """For exceptions that Python drops, as those of finalizers: whether it was a `Stopped`.
+
+    If so the notice comes once more, a moment later.
+    """
+    if not isinstance(exception, Stopped):
+        return False
+    end_on_sigterm()
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True
+    again.start()
+    return True
 
 
 def ignore_sigterm() -> None:
