@@ -43,7 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
-    retriever.max_length = 512  # Tokens of a text; longer ones lose their end.
+    retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
     retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
     retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
