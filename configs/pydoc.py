@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """What docs/pydoc.md reports; few training queries, since many leave expansions no room."""
+    """The reward that docs/pydoc.md ends with; step A is the smaller, step B the larger part."""
     config = quickstart.get_config()
     config.data.packages = PACKAGES
     config.data.max_retriever_train = 1024

@@ -472,7 +472,7 @@ def test_a_manifest_of_a_backend_that_is_not_known_is_refused(tmp_path):
     manifest["backend"] = "later"
     manifest["sha256"] = hash_json(manifest)
     (tmp_path / "index.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="not an index's manifest; build the index again"):
+    with pytest.raises(UserError, match="no backend 'later' is known here; build the index again"):
         search.load_index(tmp_path)
 
 

@@ -122,5 +122,9 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
         UserError: no index there, a damaged file, or an index of something else.
     """
     manifest = read_manifest(directory, fingerprint)
+    if manifest.backend not in _BACKENDS:
+        raise UserError(
+            f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
+        )
     kind, _ = _BACKENDS[manifest.backend]
     return kind.load(directory, manifest)

@@ -10,7 +10,6 @@ from typing import Any
 from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 
-BACKENDS = ("exact", "scann", "bm25")
 _NAME = "index.json"
 _CHECK = "sha256"  # Field of the manifest: the hash of all others.
 
@@ -87,8 +86,6 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
         if fields.pop(_CHECK) != hash_json(fields):
             raise ValueError
         manifest = Manifest(**fields)
-        if manifest.backend not in BACKENDS:
-            raise ValueError
     except OSError as error:
         raise UserError(f"{path}: no saved index: {error.strerror}; build it again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
