@@ -9,6 +9,7 @@ runs what fits, on devices of this machine, and says how near to the bound that 
 where something does not fit, 2 for a mistake in what was asked.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -23,7 +24,6 @@ import jax
 import ml_collections
 from absl import flags
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from expandr_jax.data.records import write_json
@@ -36,6 +36,7 @@ from train.plan_programs import planned_programs
 from train.plan_search import PHASES, Proposal, propose
 from train.plan_timing import time_program
 from train.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
+from train.progress import progress
 from train.settings import check_settings
 
 EXIT_DOES_NOT_FIT = 1
@@ -78,15 +79,17 @@ def plan(
         raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
     programs = {name: make for name, make in programs.items() if not only or name in only}
     rows: dict[str, dict[str, Any]] = {}
+    console.print(f"compiling for {topology.name}: {', '.join(programs)}", soft_wrap=True)
     with (
-        Progress(console=console, transient=True) as progress,
-        ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool,
+        progress(console, "programs compiled", len(programs)) as advance,
+        contextlib.ExitStack() as stack,
     ):
-        task = progress.add_task(f"compiling for {topology.name}", total=len(programs))
+        pool = ThreadPoolExecutor(max(1, os.cpu_count() or 1))
+        stack.callback(pool.shutdown, cancel_futures=True)  # After a SIGTERM nothing more begins.
 
         def compiled(planned: Planned, lowered: Any, seconds: float) -> tuple[Planned, Needs, Any]:
             needs = compile_program(lowered, topology.chip, planned.resident)
-            progress.advance(task)
+            advance(1)
             row = _row(planned, needs, topology, seconds + needs.seconds)
             return planned, needs if repeats else dataclasses.replace(needs, compiled=None), row
 
@@ -99,14 +102,12 @@ def plan(
         made = {name: future.result() for name, future in waiting.items()}
         del waiting, lowered  # They hold the programs, too.
         rows = {name: row for name, (_, _, row) in made.items()}
-        if repeats:
-            task = progress.add_task("", total=len(made))
-        while repeats and made:
-            name = next(iter(made))
-            planned, needs, row = made.pop(name)  # A program that was run takes no memory longer.
-            progress.update(task, description=f"running {name}", advance=1)
-            row |= _measured(planned, needs, topology, row, repeats)
-            del planned, needs
+    while repeats and made:
+        name = next(iter(made))
+        planned, needs, row = made.pop(name)  # A program that was run takes no memory longer.
+        console.print(f"running {name}")
+        row |= _measured(planned, needs, topology, row, repeats)
+        del planned, needs
     return {
         "topology": topology.name,
         "chip": dataclasses.asdict(topology.chip),
@@ -302,9 +303,9 @@ def main(_: Any) -> None:
         raise UserError(f"--out={out}: there is no directory {out.parent}")
     if out is not None and out.is_dir():
         raise UserError(f"--out={out}: is a directory; expected the name of a file")
-    progress = Console(stderr=True, highlight=False)
-    result = plan(values.config, topology, progress, values.only, values.repeats)
-    proposals = propose(values.config, topology, progress) if values.search else []
+    log = Console(stderr=True, highlight=False)
+    result = plan(values.config, topology, log, values.only, values.repeats)
+    proposals = propose(values.config, topology, log) if values.search else []
     if out is not None:
         write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
     # Never cut a table to the width of a pipe.

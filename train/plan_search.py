@@ -82,14 +82,18 @@ def propose(
     """
     found = []
     for phase in PHASES:
-        with console.status(f"settings for {phase}"):
-            ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
+        console.print(f"{phase}: estimating settings")
+        ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
         for number, (_, proposal) in enumerate(ordered[:TRIES], start=1):
-            with console.status(f"{phase}: compiling {proposal.flags} ({number} of {TRIES})"):
-                planned = proposal.planned
-                lowered = planned.program.lower(*planned.arguments)
-                needs = compile_program(lowered, topology.chip, planned.resident)
-                needs = dataclasses.replace(needs, compiled=None)  # Not kept: it may be large.
+            console.print(
+                f"{phase}: compiling {proposal.flags} ({number} of at most {TRIES})",
+                soft_wrap=True,
+                markup=False,
+            )
+            planned = proposal.planned
+            lowered = planned.program.lower(*planned.arguments)
+            needs = compile_program(lowered, topology.chip, planned.resident)
+            needs = dataclasses.replace(needs, compiled=None)  # Not kept: it may be large.
             if needs.fits:
                 found.append(dataclasses.replace(proposal, needs=needs))
                 break

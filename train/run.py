@@ -1,7 +1,6 @@
 """A run's directory: its config, metrics, timings and progress; where the file contract is kept."""
 
 import contextlib
-import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -18,14 +17,6 @@ import ml_collections
 import psutil
 from etils import epath
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from expandr_jax.data.records import hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
@@ -34,6 +25,7 @@ from train import processes
 from train.bucket import is_bucket
 from train.metrics_log import MetricsLog, NoMetrics
 from train.mirror import Mirror, scratch
+from train.progress import progress
 from train.seals import Seals
 from train.telemetry import Profile, SpikeWatch
 
@@ -43,8 +35,6 @@ LIBRARIES = (
 )  # fmt: skip
 FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 CHECKPOINT = "The last good checkpoint"
-SECONDS_BETWEEN_LINES = 10.0  # Where there is no terminal to draw a bar on.
-SHARE_BEFORE_ESTIMATE = 0.02  # Of the items; the first ones wait for programs to compile.
 
 
 class Run:
@@ -277,51 +267,17 @@ class Run:
             },
         )
 
-    @contextlib.contextmanager
-    def progress(self, task: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A bar with an estimate on a terminal, a line now and then elsewhere.
-
-        Yields:
-            A function to call with the number of items done since its last call.
-        """
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-            )  # fmt: skip
-            with Progress(*columns, console=self.console, transient=True) as bar:
-                task_id = bar.add_task(task, total=total, completed=done)
-                yield lambda count: bar.advance(task_id, count)
-            return
-        state = _Counter(done, time.perf_counter(), time.perf_counter(), done)
-
-        def advance(count: int) -> None:
-            state.done += count
-            now = time.perf_counter()
-            if now - state.printed < SECONDS_BETWEEN_LINES or state.done <= state.first:
-                return
-            state.printed = now
-            estimate = ""
-            if state.done - state.first > total * SHARE_BEFORE_ESTIMATE:
-                left = (now - state.start) * (total - state.done) / (state.done - state.first)
-                estimate = f", about {left:.0f} s left"
-            self.console.print(f"  {task} {state.done}/{total}{estimate}")
-
-        yield advance
+    def progress(
+        self, task: str, total: int, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """As `train.progress.progress`, on this run's console."""
+        return progress(self.console, task, total, done)
 
 
 def _timing(row: Any) -> dict[str, Any]:
     """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
     seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
     return {"phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
-
-
-@dataclasses.dataclass
-class _Counter:
-    done: int
-    start: float
-    printed: float
-    first: int
 
 
 class _PeakMemory:
