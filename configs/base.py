@@ -148,8 +148,10 @@ def get_config() -> ml_collections.ConfigDict:
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
-    # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision": of all right ones.
+    # "reciprocal_rank": 1 / rank of the document; of all right ones "ndcg", "average_precision" or
+    # "softmax_share", theirs of softmax(score / corpus_temperature) over the results.
     reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
+    reward.corpus_temperature = 0.05  # "softmax_share": divides the scores.
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
     reward.group_size = 64  # Documents drawn from the corpus beside the right ones of a query.
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.

@@ -114,6 +114,34 @@ def average_precision(rank: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     return np.divide(precision, count, out=np.zeros_like(precision), where=count > 0)
 
 
+def softmax_share(
+    scores: np.ndarray, results: np.ndarray, documents: np.ndarray, temperature: float
+) -> np.ndarray:
+    """Share of the right documents in softmax(score / temperature) over the results of a search.
+
+    With one right document its logarithm is minus the contrastive loss of the search. It changes
+    with every score, where a rank stays the same until two documents change places.
+
+    Args:
+        scores: [queries, results] of the documents found.
+        results: [queries, results] their ids.
+        documents: [queries, count] ids of the right ones; -1 for filling.
+        temperature: Divides the scores; above 0.
+
+    Returns:
+        [queries] values between 0 and 1; 0 where none was found.
+
+    References:
+        The likelihood of a document that REPLUG's retriever learns from, arXiv 2301.12652, eq. 2.
+    """
+    logits = np.asarray(scores, np.float64) / temperature
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    right = np.zeros(results.shape, bool)
+    for column in np.asarray(documents).T:  # All at once would take count times the memory.
+        right |= (results == column[:, None]) & (column >= 0)[:, None]
+    return np.sum(weights * right, axis=-1) / np.sum(weights, axis=-1)
+
+
 def group_ndcg(
     queries: np.ndarray, documents: np.ndarray, grades: np.ndarray, cutoff: int = 10
 ) -> np.ndarray:

@@ -7,7 +7,7 @@ from configs import base
 from expandr_jax.data.beir import Collection
 from expandr_jax.search import build_index
 from train.data import TrainingData
-from train.search_rewards import corpus_reward, group_reward, judged_documents
+from train.search_rewards import MEASURES, corpus_reward, group_reward, judged_documents
 
 IDS = [f"d{i}" for i in range(50)]
 # d49 is no document of the corpus, d7 not relevant; q1 has one right document.
@@ -47,8 +47,11 @@ def test_right_documents_stand_by_grade_and_rows_are_filled_up(judged):
     np.testing.assert_array_equal(judged.grades, [[2, 1, 1], [1, 0, 0]])
 
 
-def plain(measure, order, grades):
-    """A measure of one ranking, a document at a time; grades by document."""
+def plain(measure, order, grades, scores):
+    """A measure of one ranking, a document at a time; grades and scores by document."""
+    if measure == "softmax_share":
+        share = {d: float(np.exp(np.float64(scores[d]) / 0.3)) for d in order}
+        return sum(share[d] for d in order if d in grades) / sum(share.values())
     if measure == "reciprocal_rank":
         best = max(grades, key=grades.get)
         return 1 / (order.index(best) + 1) if best in order else 0.0
@@ -67,17 +70,21 @@ def plain(measure, order, grades):
 RIGHT = [{40: 2, 3: 1, 8: 1}, {11: 1}]
 
 
-@pytest.mark.parametrize("measure", ["reciprocal_rank", "ndcg", "average_precision"])
+@pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("depth", [10, 49])
 def test_the_corpus_reward_is_the_measure_of_a_plain_ranking(vectors, judged, measure, depth):
     corpus, x = vectors[:49], fused(vectors)
-    config = make_config(corpus_measure=measure, depth=depth)
+    config = make_config(corpus_measure=measure, corpus_temperature=0.3, depth=depth)
     found = corpus_reward(config, build_index(corpus, "exact"), x, judged)
     assert found.shape == (2, 4)
     for q in range(2):
         for c in range(4):
-            order = np.argsort(-(corpus @ x[q, c]))[:depth].tolist()
-            np.testing.assert_allclose(found[q, c], plain(measure, order, RIGHT[q]))
+            scores = corpus @ x[q, c]
+            order = np.argsort(-scores)[:depth].tolist()
+            expected = plain(measure, order, RIGHT[q], scores)
+            # Scores are float32, here as there; ranks are exact.
+            rtol = 1e-5 if measure == "softmax_share" else 1e-7
+            np.testing.assert_allclose(found[q, c], expected, rtol=rtol)
     assert found[0, 0] == found[0].max()
 
 
@@ -103,5 +110,6 @@ def test_a_group_of_the_whole_corpus_gives_its_ndcg(vectors, judged):
     found = group_reward(make_config(group_size=1000, group_sets=2), corpus, x, judged)
     for q in range(2):
         for c in range(4):
-            order = np.argsort(-(corpus @ x[q, c]))[:10].tolist()
-            np.testing.assert_allclose(found[q, c], plain("ndcg", order, RIGHT[q]))
+            scores = corpus @ x[q, c]
+            order = np.argsort(-scores)[:10].tolist()
+            np.testing.assert_allclose(found[q, c], plain("ndcg", order, RIGHT[q], scores))

@@ -11,7 +11,7 @@ from expandr_jax import rewards
 from expandr_jax.search import Index
 from train.data import TrainingData
 
-MEASURES = ("reciprocal_rank", "ndcg", "average_precision")
+MEASURES = ("reciprocal_rank", "ndcg", "average_precision", "softmax_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,11 @@ def corpus_reward(
     """
     reward = config.reward
     queries, count, width = fused.shape
-    _, found = index.search(fused.reshape(-1, width), reward.depth)
+    scores, found = index.search(fused.reshape(-1, width), reward.depth)
+    if reward.corpus_measure == "softmax_share":
+        right = np.repeat(np.where(judged.grades > 0, judged.documents, -1), count, axis=0)
+        share = rewards.softmax_share(scores, found, right, reward.corpus_temperature)
+        return share.reshape(queries, count)
     wanted = 1 if reward.corpus_measure == "reciprocal_rank" else judged.documents.shape[1]
     documents = np.repeat(judged.documents[:, :wanted], count, axis=0)
     rank = rewards.ranks_in_results(found, documents).reshape(queries, count, wanted)

@@ -220,6 +220,7 @@ CHECKS = {
     "reward.answer": _NOT_NEGATIVE,
     "reward.corpus": _NOT_NEGATIVE,
     "reward.corpus_measure": _choice(MEASURES),
+    "reward.corpus_temperature": _POSITIVE,
     "reward.group": _NOT_NEGATIVE,
     "reward.group_size": _count(1),
     "reward.group_sets": _count(1, _MANY),
