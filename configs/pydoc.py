@@ -34,12 +34,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.query_weight = 0.5
     config.candidates.per_temperature = 4
     # A passage that is ranked alone does best where it repeats the query, which gains nothing
-    # from it: so its reward is the rank of the right document for the query with it.
+    # from it: so its reward is what it does for a search with the query. Not the rank there, which
+    # is the same for most passages of a query, but the right document's share of the softmax.
     config.reward.positive = 0.0
     config.reward.answer = 0.0
+    config.reward.corpus_measure = "softmax_share"
     config.reward.query_weight = 0.7
-    config.answer.max_characters = 100  # Only the filter looks at answers.
+    config.reward.depth = 1000
+    config.reward.threshold = 0.0
+    config.answer.max_characters = 100  # No reward looks at answers.
     config.answer.max_new_tokens = 16
+    config.generator.remat = "none"  # DPO within 5 GB.
+    config.dpo.epochs = 1.5
     config.dpo.learning_rate = 2e-4
     config.dpo.warmup_steps = 10
     config.dpo.dev_share = 0.1
