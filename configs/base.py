@@ -148,15 +148,15 @@ def get_config() -> ml_collections.ConfigDict:
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
-    # "reciprocal_rank": 1 / rank of the document; of all right ones "ndcg", "average_precision" or
-    # "softmax_share", theirs of softmax(score / corpus_temperature) over the results.
+    # "reciprocal_rank": 1 / rank of the document; of all right ones "ndcg" or "average_precision",
+    # or "softmax_share": their share of softmax(score / corpus_temperature) over the results.
     reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
-    reward.corpus_temperature = 0.05  # "softmax_share": divides the scores.
+    reward.corpus_temperature = 0.05  # "softmax_share": the smaller, the more the first ones count.
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
     reward.group_size = 64  # Documents drawn from the corpus beside the right ones of a query.
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.
     reward.query_weight = 0.5  # Of the query's own vector in these rankings.
-    reward.depth = 100  # Of the search in the corpus; deeper counts 0.
+    reward.depth = 100  # Of the search in the corpus: the results; deeper counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.

@@ -119,27 +119,31 @@ def softmax_share(
 ) -> np.ndarray:
     """Share of the right documents in softmax(score / temperature) over the results of a search.
 
-    With one right document its logarithm is minus the contrastive loss of the search. It changes
-    with every score, where a rank stays the same until two documents change places.
+    With one right document its logarithm is minus a contrastive loss over the results. It changes
+    with every score, where a rank stays the same until two documents change places; so scores must
+    be on one scale, as those of vectors of unit length are.
 
     Args:
         scores: [queries, results] of the documents found.
-        results: [queries, results] their ids.
-        documents: [queries, count] ids of the right ones; -1 for filling.
+        results: [queries, results] their ids; -1 for filling.
+        documents: [queries, count] ids of the right ones, each once; -1 for filling.
         temperature: Divides the scores; above 0.
 
     Returns:
-        [queries] values between 0 and 1; 0 where none was found.
+        [queries] float64 between 0 and 1; 0 where no right document was found.
 
     References:
-        The likelihood of a document that REPLUG's retriever learns from, arXiv 2301.12652, eq. 2.
+        The retrieval likelihood of REPLUG, arXiv 2301.12652, over what was found.
     """
-    logits = np.asarray(scores, np.float64) / temperature
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    logits = np.where(results >= 0, np.asarray(scores, np.float64) / temperature, -np.inf)
+    best = logits.max(axis=-1, keepdims=True)
+    weights = np.exp(logits - np.where(best == -np.inf, 0.0, best))
     right = np.zeros(results.shape, bool)
     for column in np.asarray(documents).T:  # All at once would take count times the memory.
         right |= (results == column[:, None]) & (column >= 0)[:, None]
-    return np.sum(weights * right, axis=-1) / np.sum(weights, axis=-1)
+    total = np.sum(weights, axis=-1)
+    share = np.sum(np.where(right, weights, 0.0), axis=-1)
+    return np.divide(share, total, out=np.zeros_like(total), where=total != 0)
 
 
 def group_ndcg(

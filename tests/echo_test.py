@@ -1,5 +1,6 @@
 """Triples as a run's data: what falls to whom, what leaks, and a whole run with a benchmark."""
 
+import contextlib
 import json
 import pathlib
 
@@ -62,6 +63,15 @@ def prepare(source, workdir, **changes):
 def rows(source):
     files = sorted(source.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_part_without_a_query_is_a_line(source, tmp_path):
+    config = config_of(source)
+    config.data.shares.generator_train = 0.0
+    message = "triples data: no generator's texts; the run needs some"
+    run = Run(tmp_path / "run", config, Console(quiet=True))
+    with contextlib.closing(run), pytest.raises(UserError, match=message):
+        prepare_data(run)
 
 
 def test_every_query_falls_to_its_part(source, tmp_path):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.data.beir import Collection
-from expandr_jax.errors import NotFiniteError
+from expandr_jax.errors import NotFiniteError, UserError
 from train import preferences
 from train.corpus import Corpus
 from train.data import TrainingData
@@ -59,6 +59,14 @@ def test_pairs_are_made(make):
     make_preferences, run = make
     assert {row["query_id"] for row in make_preferences()} == set(QUERIES)
     assert run.path("round-0", "candidates.jsonl").exists()
+
+
+def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):
+    make_preferences, run = make
+    monkeypatch.setattr(preferences, "_self_answers", lambda *_: {})
+    with pytest.raises(UserError, match="round 0: the generator left every self-answer empty"):
+        make_preferences()
+    assert not run.path("round-0", "candidates.jsonl").exists()
 
 
 def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):

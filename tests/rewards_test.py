@@ -50,6 +50,20 @@ def test_ranks_of_several_documents():
     np.testing.assert_array_equal(found, [[3, 0, 0], [1, 3, 2]])
 
 
+def test_softmax_share_of_a_worked_example():
+    scores = np.log([[6.0, 3.0, 1.0], [6.0, 3.0, 1.0], [4.0, 1.0, 0.5]]) / 2
+    results = np.array([[5, 3, 1], [5, 3, 1], [5, 3, -1]])
+    documents = np.array([[3, -1, -1], [1, 5, 9], [3, -1, -1]])
+    found = rewards.softmax_share(scores, results, documents, 0.5)
+    np.testing.assert_allclose(found, [3 / 10, 7 / 10, 1 / 5])
+    assert rewards.softmax_share(scores[:1], results[:1], np.array([[9]]), 0.5) == 0
+    assert rewards.softmax_share(np.full((1, 2), -np.inf), np.full((1, 2), -1), [[3]], 0.5) == 0
+    far = rewards.softmax_share(np.array([[9.0, -9.0]]), np.array([[1, 2]]), [[1]], 1e-3)
+    np.testing.assert_array_equal(far, [1.0])
+    damaged = rewards.softmax_share(np.array([[np.nan, 1.0]]), np.array([[1, 2]]), [[1]], 0.5)
+    assert np.isnan(damaged)
+
+
 def test_ndcg_and_average_precision_of_a_worked_example():
     # Grade 2 at rank 3, grade 1 at rank 1, one of grade 1 not found, one place filled up.
     rank, grades = np.array([3, 1, 0, 0]), np.array([2, 1, 1, 0])

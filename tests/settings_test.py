@@ -105,6 +105,7 @@ WRONG = [
     ("mining.absolute_margin", math.nan, "a finite number, or None"),
     ("mining.first", 50, "less than mining.depth, 50"),
     ("reward.corpus_measure", "mrr", "one of reciprocal_rank, ndcg, average_precision"),
+    ("reward.corpus_temperature", 0.0, "a finite number above 0"),
     ("reward.threshold", math.nan, "a finite number"),
     ("search.backend", "faiss", "one of auto, scann, exact"),
     ("search.exact.block_rows", 0, COUNT),

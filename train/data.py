@@ -100,9 +100,10 @@ def _make_data(run: Run) -> None:
             "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
             "test": limit_queries(list(collection.qrels["test"]), config.max_test),
         }
-        for split, ids in {**keep, "corpus": collection.corpus}.items():
+        needed = {"retriever's": retriever, "generator's": generator, "corpus": collection.corpus}
+        for part, ids in {**keep, **needed}.items():
             if not ids:
-                raise UserError(f"{config.kind} data: no {split} texts; the run needs some")
+                raise UserError(f"{config.kind} data: no {part} texts; the run needs some")
         qrels = {
             split: {query: collection.qrels[split][query] for query in ids}
             for split, ids in keep.items()

@@ -17,7 +17,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -79,7 +79,8 @@ def plan(
         raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
     programs = {name: make for name, make in programs.items() if not only or name in only}
     rows: dict[str, dict[str, Any]] = {}
-    console.print(f"compiling for {topology.name}: {', '.join(programs)}", soft_wrap=True)
+    names = f"compiling for {topology.name}: {', '.join(programs)}"
+    console.print(names, soft_wrap=True, markup=False, emoji=False)
     with (
         progress(console, "programs compiled", len(programs)) as advance,
         contextlib.ExitStack() as stack,
@@ -89,7 +90,6 @@ def plan(
 
         def compiled(planned: Planned, lowered: Any, seconds: float) -> tuple[Planned, Needs, Any]:
             needs = compile_program(lowered, topology.chip, planned.resident)
-            advance(1)
             row = _row(planned, needs, topology, seconds + needs.seconds)
             return planned, needs if repeats else dataclasses.replace(needs, compiled=None), row
 
@@ -99,6 +99,8 @@ def plan(
             planned = make()
             lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
             waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
+        for _ in as_completed(waiting.values()):
+            advance(1)
         made = {name: future.result() for name, future in waiting.items()}
         del waiting, lowered  # They hold the programs, too.
         rows = {name: row for name, (_, _, row) in made.items()}

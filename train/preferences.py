@@ -9,7 +9,7 @@ import numpy as np
 from eval.systems import fuse
 from expandr_jax import rewards
 from expandr_jax.data.records import read_jsonl, write_jsonl
-from expandr_jax.errors import NotFiniteError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.prompts import render
 from train.corpus import Corpus, encode_texts
@@ -37,6 +37,11 @@ def make_preferences(
             candidates = _sample_candidates(run, models, adapter, data, round_)
         with run.phase(f"self-answers, round {round_}"):
             answers = _self_answers(run, models, adapter, data, round_)
+        if not answers:
+            raise UserError(
+                f"round {round_}: the generator left every self-answer empty, twice; no query is "
+                "left to learn from. Look at the model and at the section answer of the config"
+            )
         with run.phase(f"rewards, round {round_}"):
             encoded = _encode(run, models, retriever_params, data, candidates, answers)
 

@@ -32,7 +32,7 @@ def progress(
         done: How many of them were done before.
 
     Yields:
-        A function to call with the number of items done since its last call.
+        A function to call with the number of items done since its last call, by one thread.
     """
     if console.is_terminal:
         columns = (
@@ -62,6 +62,8 @@ def progress(
 
 @dataclasses.dataclass
 class _Counter:
+    """Items done, when it began, when a line was last printed, items done before it began."""
+
     done: int
     start: float
     printed: float

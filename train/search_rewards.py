@@ -12,6 +12,7 @@ from expandr_jax.search import Index
 from train.data import TrainingData
 
 MEASURES = ("reciprocal_rank", "ndcg", "average_precision", "softmax_share")
+BLOCK_ROWS = 8192  # Of results in float64 at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,13 @@ def corpus_reward(
     queries, count, width = fused.shape
     scores, found = index.search(fused.reshape(-1, width), reward.depth)
     if reward.corpus_measure == "softmax_share":
-        right = np.repeat(np.where(judged.grades > 0, judged.documents, -1), count, axis=0)
-        share = rewards.softmax_share(scores, found, right, reward.corpus_temperature)
-        return share.reshape(queries, count)
+        right = np.repeat(judged.documents, count, axis=0)
+        blocks = [slice(i, i + BLOCK_ROWS) for i in range(0, len(found), BLOCK_ROWS)]
+        shares = [
+            rewards.softmax_share(scores[b], found[b], right[b], reward.corpus_temperature)
+            for b in blocks
+        ]
+        return np.concatenate(shares).reshape(queries, count)
     wanted = 1 if reward.corpus_measure == "reciprocal_rank" else judged.documents.shape[1]
     documents = np.repeat(judged.documents[:, :wanted], count, axis=0)
     rank = rewards.ranks_in_results(found, documents).reshape(queries, count, wanted)

@@ -305,6 +305,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             config, "contrastive.temperature",
             f"at least {LEAST_TEMPERATURE}, below which none is learned",
         )  # fmt: skip
+    # Longer vectors would have sharper shares, whatever they say.
+    graded = config.reward.corpus > 0 and config.reward.corpus_measure == "softmax_share"
+    if graded and step_a.normalize not in ("after", "both"):
+        raise _refuse(
+            config, "contrastive.normalize",
+            '"after" or "both", as reward.corpus_measure is "softmax_share"',
+        )  # fmt: skip
     _check_prompt(config)
 
 
