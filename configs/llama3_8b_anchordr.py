@@ -5,7 +5,8 @@
 
 As configs/paper.py:anchordr, but for batches of the size that a slice is worth renting for, and for
 meshes. docs/plan.md has what the first command prints; docs/paper.md says what the second needs.
-Not run by us: it wants an accelerator and weights that we do not have.
+Not run by us: it wants accelerators and weights that we do not have; single programs of it, with
+made-up weights, ran on an H100 (docs/plan.md).
 """
 
 import pathlib

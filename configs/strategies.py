@@ -1,6 +1,6 @@
 """The table of docs/strategies.md: every strategy, by the quick start's models, for `eval.beir`.
 
-    python -m eval.beir --config=configs/strategies.py --data=../shared/data/cranfield \
+    python -m eval.beir --config=configs/strategies.py --data=path/to/cranfield \
         --systems=all --workdir=runs/strategies/cranfield
     python -m eval.beir --config=configs/strategies.py:pydoc --samples=1 \
         --systems=all,dense+pydoc,bm25@d2q,dense@d2q,bm25@d2q+q2d,dense@d2q+q2d \

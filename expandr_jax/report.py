@@ -228,7 +228,8 @@ def _samples(workdir: pathlib.Path) -> str | None:
     before, after = {q: before[q] for q in shared}, {q: after[q] for q in shared}
     test = metrics.paired_test(after, before)
     sentence = (
-        f"Mean 1/rank of the right document for fresh samples on {len(shared):,} {split} queries: "
+        f"Mean 1/rank of the right document for fresh samples, each searched on its own, on "
+        f"{len(shared):,} {split} queries: "
         f"{metrics.mean(before):.4f} with the base generator, {metrics.mean(after):.4f} with the "
         f"trained one ({test['difference']:+.4f}, p {_p_value(test['p_value'])}, {test['test']})."
     )
