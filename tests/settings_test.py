@@ -217,3 +217,14 @@ def test_a_program_says_so_before_it_begins(tmp_path, program, config, override,
     assert output.startswith(f"error: {message}"), output
     assert len(output.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_shares_of_a_softmax_want_vectors_of_unit_length():
+    config = base.get_config()
+    config.reward.corpus_measure = "softmax_share"
+    config.contrastive.normalize = "before"
+    config.reward.corpus = 0.0
+    check_settings(config)
+    config.reward.corpus = 1.0
+    with pytest.raises(UserError, match=r"^contrastive\.normalize is 'before'; expected"):
+        check_settings(config)

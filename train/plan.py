@@ -99,10 +99,11 @@ def plan(
             planned = make()
             lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
             waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
-        for _ in as_completed(waiting.values()):
+        for future in as_completed(waiting.values()):
+            future.result()  # What cannot be compiled is known at once.
             advance(1)
-        made = {name: future.result() for name, future in waiting.items()}
-        del waiting, lowered  # They hold the programs, too.
+        made = {name: done.result() for name, done in waiting.items()}
+        del waiting, lowered, future  # They hold the programs, too.
         rows = {name: row for name, (_, _, row) in made.items()}
     while repeats and made:
         name = next(iter(made))
