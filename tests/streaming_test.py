@@ -97,27 +97,25 @@ def test_source_types_return_tensor_by_tensor(tmp_path):
 
 
 MEASURE = """
-import json, resource, sys
+import json, sys
 import jax
+from eval.benchmarks.process import peak_memory
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
 from expandr_jax.weights.names import weights_of
 from expandr_jax.weights.store import named_tensors, write_model_files
 from pathlib import Path
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
 mesh = None if jax.device_count() == 1 else make_mesh(1, 2, 2)
 module, params, _ = load_model(sys.argv[1], mesh=mesh)
 assert all(len(leaf.devices()) == jax.device_count() for leaf in jax.tree.leaves(params))
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-loaded = peak()
+loaded = peak_memory()
 tensors = named_tensors(params, weights_of(module.config, True), "model.", lambda _, dtype: dtype)
 largest = max(tensor.num_bytes for tensor in tensors.values())
 write_model_files(Path(sys.argv[2]), tensors, 10**9)
 print(json.dumps({"parameters": size, "largest": largest,
-                  "load": loaded - size, "write": peak() - size}))
+                  "load": loaded - size, "write": peak_memory() - size}))
 """
 
 
