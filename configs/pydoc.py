@@ -31,6 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.epochs = 2.0
     config.contrastive.batch_size = 32
     config.contrastive.negatives = 0
+    # Half of the queries stay as they are, so that those without a passage do not fall behind.
+    config.contrastive.plain_share = 0.5
     config.contrastive.query_weight = 0.5
     config.candidates.per_temperature = 4
     # A passage that is ranked alone does best where it repeats the query, which gains nothing

@@ -77,6 +77,27 @@ def test_an_argument_that_a_config_does_not_take(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("dpo.lr=1", "--config.dpo.lr: there is no setting 'lr'; configs/base.py has them all"),
+        ("lr", "--config.lr: there is no setting 'lr'; configs/base.py has them all"),
+        ("dpo.bata=1", "--config.dpo.bata: there is no setting 'bata'; did you mean 'beta'?"),
+        (
+            "generater.remat=x",
+            "--config.generater.remat: there is no setting 'generater'; did you mean",
+        ),
+        ("dpo.beta.x=1", "--config.dpo.beta.x: there is no setting 'x'; configs/base.py has them"),
+    ],
+)
+def test_a_setting_that_is_none(tmp_path, setting, message):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    others = ["--config.seed=1", f"--config.{setting}", "--config.rounds=1"]
+    found = refused("train.joint", "--config=configs/smoke.py", workdir, *others)
+    assert found.startswith(f"error: {message}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("error", "full"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), True),

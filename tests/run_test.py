@@ -43,6 +43,24 @@ def test_a_run_without_its_config_is_refused(tmp_path):
         Run(tmp_path / "run", config, console)
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_another_config_may_follow_one_that_wrote_nothing(tmp_path, damaged):
+    config, console = smoke.get_config(), Console(file=io.StringIO())
+    config.data.path = "mistyped"
+    run = Run(tmp_path / "run", config, console)
+    run.close()
+    if damaged:
+        run.path("config.json").write_text("{")
+    config.data.path = "right"
+    run = Run(tmp_path / "run", config, console)
+    assert json.loads(run.path("config.json").read_text())["config"]["data"]["path"] == "right"
+    run.path("data").mkdir()
+    run.close()
+    config.data.path = "other"
+    with pytest.raises(UserError, match=r"another config \(data.path was 'right', now 'other'\)"):
+        Run(tmp_path / "run", config, console)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -6,6 +6,7 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 import errno
 import logging as standard_logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +25,10 @@ EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
-_IN_CONFIG = "Error whilst parsing config file:"  # What ml_collections says.
+# What ml_collections says.
+_IN_CONFIG = "Error whilst parsing config file:"
+_NO_SETTING = re.compile(r"(?:'(\w+)'|Attribute <.*>\.(\w+) does not exist)")
+_NEAREST = re.compile(r'Did you mean "(\w+)"')
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
 
@@ -121,7 +125,8 @@ def launch(
         if len(arguments) > 1 and not words:  # A setting without its dashes would be forgotten.
             raise UserError(f"{arguments[1]!r} is no option; expected --NAME=VALUE")
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        _stop(console, _one_line(error))
+        text = _one_line(error)
+        _stop(console, _unknown_setting(text, sys.argv[1:]) or text)
     except UserError as error:
         _stop(console, str(error))
     except SyntaxError as error:  # A config file's, as are others.
@@ -208,6 +213,18 @@ def _check_config_exists(arguments: Sequence[str]) -> None:
             raise UserError(_missing("config"))
         if not os.path.isfile(path):
             raise UserError(f"{path}: no such config file; configs/ has those of the project")
+
+
+def _unknown_setting(text: str, arguments: Sequence[str]) -> str | None:
+    """Which option is meant where ml_collections names the part of one that the config lacks."""
+    missing, nearest = _NO_SETTING.match(text), _NEAREST.search(text)
+    part = missing and (missing[1] or missing[2])
+    for argument in arguments:
+        path = argument.partition("=")[0].removeprefix("-").removeprefix("-")
+        if part and part in path.split(".")[1:] and path.startswith("config."):
+            hint = f"did you mean {nearest[1]!r}?" if nearest else "configs/base.py has them all"
+            return f"--{path}: there is no setting {part!r}; {hint}"
+    return None
 
 
 def _missing(name: str) -> str:

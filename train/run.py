@@ -35,6 +35,7 @@ LIBRARIES = (
 )  # fmt: skip
 FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 CHECKPOINT = "The last good checkpoint"
+LOCK = ".lock"
 
 
 class Run:
@@ -131,7 +132,7 @@ class Run:
         """Makes the workdir, and keeps other runs out of it."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.workdir / ".lock", "w")  # noqa: SIM115 (held for the run's life)
+            self._lock = open(self.workdir / LOCK, "w")  # noqa: SIM115 (held for the run's life)
         except OSError as error:
             raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
         try:
@@ -141,7 +142,10 @@ class Run:
 
     def _check_config(self) -> None:
         path = self.path("config.json")
-        config = json.loads(self.config.to_json())
+        # One that failed before it wrote anything, of a mistyped path perhaps, binds to nothing.
+        begun = any(p.name not in (path.name, LOCK) for p in self.workdir.iterdir())
+        if self.processes.is_main and not begun:
+            self._write_config(path)
         if not path.exists():
             if not self.processes.is_main:
                 raise UserError(
@@ -153,26 +157,14 @@ class Run:
                     f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
                     "with the same config; restore it or use a new --workdir"
                 )
-            device = jax.devices()[0]
-            versions = {}
-            for name in LIBRARIES:
-                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                    versions[name] = importlib.metadata.version(name)
-            record = {
-                "config": config,
-                "seed": config["seed"],
-                "versions": {"python": platform.python_version(), **versions},
-                "device": {"kind": device.device_kind, "platform": device.platform,
-                           "count": jax.device_count()},
-            }  # fmt: skip
-            write_json(path, record)
-            return
+            self._write_config(path)
         try:
             before = dict(json.loads(path.read_text())["config"])
         except (ValueError, KeyError, TypeError, OSError):
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
+        config = json.loads(self.config.to_json())
         for section in FREE:
             before.pop(section, None), config.pop(section)
         changes = list(_differences(before, config))
@@ -181,6 +173,22 @@ class Run:
                 f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
                 f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
             )
+
+    def _write_config(self, path: pathlib.Path) -> None:
+        versions = {}
+        for name in LIBRARIES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        config = json.loads(self.config.to_json())
+        device = jax.devices()[0]
+        record = {
+            "config": config,
+            "seed": config["seed"],
+            "versions": {"python": platform.python_version(), **versions},
+            "device": {"kind": device.device_kind, "platform": device.platform,
+                       "count": jax.device_count()},
+        }  # fmt: skip
+        write_json(path, record)
 
     def check_models(self, hashes: Mapping[str, str]) -> None:
         """Refuses models and tokenizers other than those that the run began with.
