@@ -88,6 +88,7 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"qrels": QRELS + "q1 d2 1"}, "test.tsv:4: 1 columns; expected query, document, grade"),
         ({"qrels": QRELS + "q1\t0\td2\t1"}, "test.tsv:4: 4 columns"),
         ({"qrels": QRELS + "q1\td2\t0.5"}, "test.tsv:4: grade '0.5'; expected an integer"),
+        ({"qrels": QRELS + "q1\td2\t10000"}, "test.tsv:4: grade '10000'; expected an integer"),
         ({"qrels": QRELS + "q9\td2\t1"}, "test.tsv:4: query 'q9' is not among the queries"),
         ({"qrels": QRELS + "q1\td1\t1"}, "test.tsv:4: .* judged otherwise"),
         ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: no judgements"),

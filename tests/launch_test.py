@@ -32,6 +32,28 @@ def test_a_word_that_no_option_takes(tmp_path, module, others):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_without_a_name():
+    message = refused("train.joint", "--config=configs/smoke.py", "--workdir=")
+    assert message.startswith("error: --workdir is missing")
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ("train.joint", {"--config", "--config.NAME", "--workdir", "--coordinator"}),
+        ("eval.compare", {"--qrels", "--baseline", "--html"}),
+    ],
+)
+def test_what_a_program_says_of_itself(module, options, option):
+    process = command(module, option)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert f"python -m {module}" in output
+    assert options <= {line.split()[0] for line in output.splitlines() if line.strip()}
+    assert "--logtostderr" not in output  # The libraries' own.
+
+
 def test_a_config_may_stand_apart_from_its_option(tmp_path):
     message = refused("train.joint", "--config", "configs/smoke.py")
     assert message.startswith("error: --workdir is missing")

@@ -9,13 +9,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from expandr_jax.errors import UserError
 from train import processes
@@ -112,7 +114,10 @@ def launch(
     """
     quiet_libraries()
     console = Console(stderr=True, highlight=False)
+    others = set(flags.FLAGS)  # Those of libraries.
     define()
+    if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
+        _help(set(flags.FLAGS) - others)
     try:
         _check_config_exists(sys.argv[1:])
         arguments = flags.FLAGS(sys.argv)
@@ -120,7 +125,7 @@ def launch(
             getattr(flags.FLAGS.config, "seed", None)  # Where it is broken, this says so.
             unpin(flags.FLAGS["config"])
         for name in ("config", "workdir"):
-            if name in flags.FLAGS and flags.FLAGS[name].value is None:
+            if name in flags.FLAGS and flags.FLAGS[name].value in (None, ""):
                 raise UserError(_missing(name))
         if len(arguments) > 1 and not words:  # A setting without its dashes would be forgotten.
             raise UserError(f"{arguments[1]!r} is no option; expected --NAME=VALUE")
@@ -174,6 +179,22 @@ def launch(
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
+
+
+def _help(names: Iterable[str]) -> None:
+    """Prints what the program says of itself, and its options."""
+    console = Console(highlight=False)
+    console.print((sys.modules["__main__"].__doc__ or "").strip(), markup=False, soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name in sorted(names):
+        flag = flags.FLAGS[name]
+        default = flag.default_as_str.strip("'") if flag.default else ""
+        table.add_row(Text(f"--{name}"), Text(f"{flag.help}{default and f' Default: {default}'}"))
+    if "config" in names:
+        table.add_row("--config.NAME", "Another value of a setting; configs/base.py has them all.")
+    console.print()
+    console.print(table)
+    sys.exit(0)
 
 
 def is_full(error: Exception) -> bool:

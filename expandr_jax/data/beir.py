@@ -355,8 +355,8 @@ def _judgement(where: str, columns: list[Any]) -> Judgement:
             raise UserError(f"{where}: id {value!r}; expected text")
     # Tables hold whole numbers as 1.0 now and then.
     text = f"{grade:g}" if isinstance(grade, float) else str(grade)
-    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
-        raise UserError(f"{where}: grade {grade!r}; expected an integer")
+    if not re.fullmatch(r"[+-]?[0-9]{1,4}", text):  # trec_eval's memory grows with the grade.
+        raise UserError(f"{where}: grade {grade!r}; expected an integer from -9999 to 9999")
     return Judgement(where, query, document, int(text))
 
 
