@@ -179,7 +179,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
     dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
-    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries: the first are held out.
+    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries, held out by a hash.
     dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.

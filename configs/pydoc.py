@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.packages = PACKAGES
     config.data.max_retriever_train = 1024
     config.data.max_generator_train = 0
-    config.data.max_dev = 300
+    config.data.max_dev = 0
     config.data.max_test = 0
     config.retriever.max_length = 128
     config.contrastive.epochs = 2.0

@@ -1,5 +1,6 @@
 """Training the adapter alone: formats in, PEFT out, dev pairs, accumulation, exact restarts."""
 
+import collections
 import gc
 import io
 import json
@@ -310,3 +311,18 @@ def test_a_damaged_best_adapter_is_not_used(preferences, trained, tmp_path):
     assert step_figures(workdir) == step_figures(trained[0])
     name = "round-0/best-adapter/adapter_model.safetensors"
     assert (workdir / name).read_bytes() == (trained[0] / name).read_bytes()
+
+
+def test_pairs_are_held_out_by_their_prompts():
+    """Sorted rows are of one kind after the other; dev must not be of the first kind alone."""
+    rows = [{"prompt": f"{kind} {i}", "chosen": "a", "rejected": "b"}
+            for kind in ("first", "second") for i in range(100) for _ in range(2)]  # fmt: skip
+    dev, others = generator.hold_out(rows, 0.2)
+    assert len(dev) == 80
+    assert len(others) == 320
+    assert sorted(map(str, dev + others)) == sorted(map(str, rows))
+    kinds = collections.Counter(row["prompt"].split()[0] for row in dev)
+    assert min(kinds["first"], kinds["second"]) > 25
+    assert {row["prompt"] for row in dev}.isdisjoint(row["prompt"] for row in others)
+    assert [row for row in rows if row in others] == others
+    assert generator.hold_out(rows, 0.0) == ([], rows)

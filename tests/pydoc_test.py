@@ -121,6 +121,27 @@ def directive():
     assert "fake" not in sys.modules
 
 
+def test_equal_documents_are_one(install):
+    source = "\n".join(
+        f'def {name}():\n    """{query}\n    {rest(number)}"""'
+        for name, query, number in [
+            ("b", "Write it to disk.", 1), ("a", "Store it for later.", 1), ("c", "Read it.", 2),
+            ("d", "Fetch it once more.", 2), ("e", "Do something else.", 3),
+        ]
+    )  # fmt: skip
+    collection = harvest([install("fake", "1.0", {"fake.py": source})]).collection
+    assert list(collection.corpus) == ["fake.py:a", "fake.py:d", "fake.py:e"]
+    right = {
+        query: judged for split in collection.qrels.values() for query, judged in split.items()
+    }
+    assert right == {
+        "q:fake.py:a": {"fake.py:a": 1},
+        "q:fake.py:b": {"fake.py:a": 1},
+        "q:fake.py:d": {"fake.py:d": 1},  # "Read it." is too short for a query.
+        "q:fake.py:e": {"fake.py:e": 1},
+    }
+
+
 def test_which_files_are_read(install):
     def module(number):
         return f'"""Text of module number {number}.\n{rest(number)}"""'
@@ -226,7 +247,7 @@ def test_real_package():
     text = "\n".join(f"{key}\t{value}" for key, value in collection.corpus.items())
     assert (
         hashlib.sha256(text.encode()).hexdigest()
-        == "30f19308bc1f7ad23cd005bd853a143a57da8e4771ee8424960f575d273a3a73"
+        == "1ca11a9539d6f81a07c18f63b3c9c5e87c597d24d202cbab9fc22d6ab061dd89"
     )
     for key, document in collection.corpus.items():
         query = collection.queries[f"q:{key}"]

@@ -53,6 +53,26 @@ from train.settings import check_settings
 from train.telemetry import Contents
 
 
+def hold_out(
+    rows: Sequence[dict[str, Any]], share: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Divides rows into dev and training ones, each in their order.
+
+    They come sorted by query, so the first ones are of one kind: of one package, one source. The
+    sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
+
+    Args:
+        rows: With "prompt", a string or chat messages.
+        share: Of the rows, to hold out.
+    """
+    drawn = sorted(range(len(rows)), key=lambda row: hash_json(rows[row]["prompt"]))
+    dev = set(drawn[: int(len(rows) * share)])
+    return (
+        [row for number, row in enumerate(rows) if number in dev],
+        [row for number, row in enumerate(rows) if number not in dev],
+    )
+
+
 def train_generator(
     run: Run,
     models: GeneratorModel,
@@ -88,8 +108,8 @@ def train_generator(
         response_length=config.response_length,
         **({"temperature": config.reward_temperature} if rewarded else {}),
     )
-    held_out = int(len(rows) * config.dev_share)
-    (dev_pairs, dev_cut), (pairs, cut) = tokenize(rows[:held_out]), tokenize(rows[held_out:])
+    held_out, others = hold_out(rows, config.dev_share)
+    (dev_pairs, dev_cut), (pairs, cut) = tokenize(held_out), tokenize(others)
     if dev_cut + cut:
         run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
     longest = max((example.positions for example in (*dev_pairs, *pairs)), default=0)

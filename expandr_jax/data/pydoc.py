@@ -33,7 +33,8 @@ RULE = (
     "query: first line of a public docstring, signature lines skipped; document: the rest, at "
     f"most {MAX_DOCUMENT_CHARACTERS} characters; at least {MIN_QUERY_WORDS} and "
     f"{MIN_DOCUMENT_WORDS} words; first of equal queries kept; none whose query is inside its "
-    "document, ends in a colon or is markup; test files skipped; clusters of documents whose "
+    "document, ends in a colon or is markup; equal documents are one, under the first id; test "
+    "files skipped; clusters of documents whose "
     f"word 5-gram Jaccard is above {JACCARD} go whole to one split by the sha256 of their "
     "smallest id"
 )
@@ -303,17 +304,23 @@ def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Pr
     members = {name: [f"q:{pair.id}" for pair in split] for name, split in splits.items()}
     train = sorted(splits["retriever_train"] + splits["generator_train"])
     judged = {"train": train, "dev": splits["dev"], "test": splits["test"]}
+    # Of equal documents none could be found before the other but by chance.
+    first: dict[str, str] = {}
+    for pair in pairs:
+        first.setdefault(pair.document, pair.id)
     collection = Collection(
         name="pydoc",
-        corpus={pair.id: pair.document for pair in pairs},
+        corpus={identifier: document for document, identifier in first.items()},
         queries={f"q:{pair.id}": pair.query for pair in pairs},
         qrels={
-            name: {f"q:{pair.id}": {pair.id: 1} for pair in split} for name, split in judged.items()
+            name: {f"q:{pair.id}": {first[pair.document]: 1} for pair in split}
+            for name, split in judged.items()
         },
     )
     summary = {
         "packages": source,
         "pairs": len(pairs),
+        "documents": len(first),
         "clusters": len(set(clusters)),
         "splits": {name: len(ids) for name, ids in members.items()},
         "rule": RULE,
