@@ -1,6 +1,7 @@
 """What every program refuses on its command line, in one line, before it begins."""
 
 import errno
+import os
 
 import pytest
 
@@ -30,6 +31,25 @@ def test_a_word_that_no_option_takes(tmp_path, module, others):
     message = refused(module, *others, *workdir, "config.rounds=2")
     assert message.startswith("error: 'config.rounds=2' is no option; expected --NAME=VALUE")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", [b"--workdir=caf\xe9", b"--config.data.path=\xff", b"\xe9"])
+@pytest.mark.parametrize("module", ["train.joint", "eval.search"])
+def test_an_argument_that_is_no_text(module, option):
+    found = refused(module, os.fsdecode(option))
+    assert found == f"error: {option!r}: not UTF-8; write it so\n"
+
+
+def test_a_workdir_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").write_text("")
+    found = refused("train.joint", "--config=configs/smoke.py", "--workdir=~/run")
+    assert found.startswith(f"error: {tmp_path}/run: is a file; expected a directory")
+
+
+def test_a_switch_that_is_neither():
+    found = refused("train.plan", "--config=configs/smoke.py", "--search=maybe")
+    assert found == "error: flag --search=maybe: expected true or false\n"
 
 
 def test_a_workdir_without_a_name():

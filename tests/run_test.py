@@ -43,14 +43,10 @@ def test_a_run_without_its_config_is_refused(tmp_path):
         Run(tmp_path / "run", config, console)
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_another_config_may_follow_one_that_wrote_nothing(tmp_path, damaged):
+def test_another_config_may_follow_one_that_wrote_nothing(tmp_path):
     config, console = smoke.get_config(), Console(file=io.StringIO())
     config.data.path = "mistyped"
-    run = Run(tmp_path / "run", config, console)
-    run.close()
-    if damaged:
-        run.path("config.json").write_text("{")
+    Run(tmp_path / "run", config, console).close()
     config.data.path = "right"
     run = Run(tmp_path / "run", config, console)
     assert json.loads(run.path("config.json").read_text())["config"]["data"]["path"] == "right"
@@ -59,6 +55,41 @@ def test_another_config_may_follow_one_that_wrote_nothing(tmp_path, damaged):
     config.data.path = "other"
     with pytest.raises(UserError, match=r"another config \(data.path was 'right', now 'other'\)"):
         Run(tmp_path / "run", config, console)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data/mine.txt", "holds data, which a run would write over"),
+        ("export/retriever/mine.txt", "holds export, which a run would write over"),
+        ("results.json", "holds results.json, which a run would write over"),
+        ("config.json", "config.json: is damaged"),  # A model's, perhaps.
+        ("notes.txt", None),
+    ],
+)
+def test_files_that_are_no_runs_are_kept(tmp_path, name, message):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    config, console = smoke.get_config(), Console(file=io.StringIO())
+    if message is None:
+        Run(tmp_path / "run", config, console).close()
+    else:
+        with pytest.raises(UserError, match=message):
+            Run(tmp_path / "run", config, console)
+    assert file.read_text() == "{}"
+
+
+@pytest.mark.parametrize("setting", ["data.path", "retriever.source", "data.tests"])
+def test_what_is_read_from_where_the_run_writes_is_refused(tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    config, console = smoke.get_config(), Console(file=io.StringIO())
+    inside, section = "run/x/../data/mine", setting.split(".")
+    value = (inside,) if setting == "data.tests" else inside
+    config[section[0]][section[1]] = value
+    with pytest.raises(UserError, match=f"{setting} is {inside}, where a run in this workdir"):
+        Run("run", config, console)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

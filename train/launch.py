@@ -30,6 +30,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's sh
 # What ml_collections says.
 _IN_CONFIG = "Error whilst parsing config file:"
 _NO_SETTING = re.compile(r"(?:'(\w+)'|Attribute <.*>\.(\w+) does not exist)")
+_NO_SWITCH = re.compile(r"\('Non-boolean argument to boolean flag', '.*'\)$")
 _NEAREST = re.compile(r'Did you mean "(\w+)"')
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
@@ -119,11 +120,14 @@ def launch(
     if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
         _help(set(flags.FLAGS) - others)
     try:
+        _check_text(sys.argv[1:])
         _check_config_exists(sys.argv[1:])
         arguments = flags.FLAGS(sys.argv)
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             getattr(flags.FLAGS.config, "seed", None)  # Where it is broken, this says so.
             unpin(flags.FLAGS["config"])
+        if str(getattr(flags.FLAGS, "workdir", "")).startswith("~"):  # Shells leave --workdir=~/x.
+            flags.FLAGS.workdir = os.path.expanduser(flags.FLAGS.workdir)
         for name in ("config", "workdir"):
             if name in flags.FLAGS and flags.FLAGS[name].value in (None, ""):
                 raise UserError(_missing(name))
@@ -223,6 +227,15 @@ def unpin(flag: flags.Flag) -> None:
             flag.value[name].sha256 = None
 
 
+def _check_text(arguments: Sequence[str]) -> None:
+    """Refuses bytes that are no UTF-8, which Python lets stand in strings that nobody can write."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{os.fsencode(argument)!r}: not UTF-8; write it so") from None
+
+
 def _check_config_exists(arguments: Sequence[str]) -> None:
     """Names a --config=FILE that is not there; ml_collections would wait until it is used."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -259,6 +272,7 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _IN_CONFIG in text:  # Of a traceback, which follows, its last line.
         text = f"--config: {text.strip().splitlines()[-1]}"
+    text = _NO_SWITCH.sub("expected true or false", text)
     return " ".join(text.split()) or type(error).__name__
 
 

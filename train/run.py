@@ -36,6 +36,10 @@ LIBRARIES = (
 FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 CHECKPOINT = "The last good checkpoint"
 LOCK = ".lock"
+WRITTEN = (
+    "data", "evaluation", "export", "metrics.jsonl", "qrels.trec", "report.html", "results.json",
+    "round-0", "runs", "tensorboard", "timings.json", "work",
+)  # fmt: skip
 
 
 class Run:
@@ -54,8 +58,8 @@ class Run:
         last_good: The latest checkpoint, for messages.
 
     Raises:
-        UserError: If the directory cannot be written, is in use, holds another config's run, or is
-            not the same one for all processes.
+        UserError: If the directory cannot be written, is in use, holds another config's run or
+            files that are no run's, or is not the same one for all processes.
     """
 
     def __init__(
@@ -72,8 +76,9 @@ class Run:
             self._take(self.workdir)
             self.processes.files = self._mirror()
         else:
-            self.workdir = pathlib.Path(workdir).absolute()
+            self.workdir = pathlib.Path(os.path.abspath(workdir))
             self.address = str(self.workdir)
+            self._check_inputs()
             self.processes.once(lambda: self._take(workdir))
         self.processes.main_first(self._check_config)
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
@@ -133,6 +138,8 @@ class Run:
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.workdir / LOCK, "w")  # noqa: SIM115 (held for the run's life)
+        except FileExistsError:
+            raise UserError(f"{workdir}: is a file; expected a directory") from None
         except OSError as error:
             raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
         try:
@@ -142,21 +149,12 @@ class Run:
 
     def _check_config(self) -> None:
         path = self.path("config.json")
-        # One that failed before it wrote anything, of a mistyped path perhaps, binds to nothing.
-        begun = any(p.name not in (path.name, LOCK) for p in self.workdir.iterdir())
-        if self.processes.is_main and not begun:
+        there = {file.name for file in self.workdir.iterdir()}
+        if path.name not in there:
+            self._check_new(path, there)
             self._write_config(path)
-        if not path.exists():
-            if not self.processes.is_main:
-                raise UserError(
-                    f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
-                    "that all processes share"
-                )
-            if any(self.path(name).exists() for name in ("checkpoints", "work/seals.json")):
-                raise UserError(
-                    f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
-                    "with the same config; restore it or use a new --workdir"
-                )
+        elif self.processes.is_main and there <= {path.name, LOCK} and _is_record(path):
+            # The start before this one wrote nothing else: it may have had a mistyped path.
             self._write_config(path)
         try:
             before = dict(json.loads(path.read_text())["config"])
@@ -173,6 +171,36 @@ class Run:
                 f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
                 f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
             )
+
+    def _check_new(self, path: pathlib.Path, there: set[str]) -> None:
+        """Refuses to begin where other processes do not look, or among files that it would take."""
+        if not self.processes.is_main:
+            raise UserError(
+                f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
+                "that all processes share"
+            )
+        if "checkpoints" in there or self.path("work/seals.json").exists():
+            raise UserError(
+                f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
+                "with the same config; restore it or use a new --workdir"
+            )
+        if others := sorted(there.intersection(WRITTEN)):
+            raise UserError(
+                f"{self.address}: holds {others[0]}, which a run would write over, and no run; "
+                "use a new --workdir"
+            )
+
+    def _check_inputs(self) -> None:
+        """Refuses what is to be read from a place where the run's own files go."""
+        for name, value in _texts(json.loads(self.config.to_json())):
+            path = pathlib.Path(os.path.abspath(value))
+            if path.is_relative_to(self.workdir) and path != self.workdir:
+                place = path.relative_to(self.workdir).parts[0]
+                if place in WRITTEN:
+                    raise UserError(
+                        f"{name} is {value}, where a run in this workdir writes over {place}; "
+                        "use another --workdir"
+                    )
 
     def _write_config(self, path: pathlib.Path) -> None:
         versions = {}
@@ -308,6 +336,25 @@ class _PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def _is_record(path: pathlib.Path) -> bool:
+    """Whether a config.json is a run's: not a model's, nor damaged."""
+    with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+        return set(json.loads(path.read_text())) >= {"config", "versions"}
+    return False
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a nested config's strings."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else key)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, name)
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
