@@ -15,10 +15,16 @@ from rich.console import Console
 
 from eval.systems import MEASURES
 from expandr_jax import metrics
-from expandr_jax.data.records import read_jsonl, write_text
+from expandr_jax.data.records import write_text
 from expandr_jax.errors import UserError
+from expandr_jax.samples import MEASURES as SAMPLE_MEASURES
+from expandr_jax.samples import RANK, REWARD, mean_by_query, read_samples
 from train.launch import launch
 
+SAMPLES = {
+    RANK: "1 / rank of the right document for a single fresh passage searched on its own",
+    REWARD: "Reward in the corpus (reward.corpus_measure) of a single fresh passage",
+}
 Values = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 
 
@@ -45,28 +51,17 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
             for measure, scores in metrics.evaluate(run, qrels, MEASURES).items():
                 column = values.setdefault(system, {}).setdefault(measure, [])
                 column.append([scores[query] for query in queries])
-        for system, scores in _sample_values(workdir).items():
-            column = values[system].setdefault("sample 1/rank", [])
-            column.append([scores[query] for query in queries])
+        samples = read_samples(workdir / "evaluation" / "samples.jsonl")
+        for system in {row["system"] for row in samples}:
+            for field, measure in SAMPLE_MEASURES.items():
+                if scores := mean_by_query(samples, system, "test", field):
+                    column = values[system].setdefault(measure, [])
+                    column.append([scores[query] for query in queries])
     arrays = {
         system: {measure: np.array(rows) for measure, rows in columns.items()}
         for system, columns in values.items()
     }
     return arrays, len(first[0])
-
-
-def _sample_values(workdir: pathlib.Path) -> dict[str, dict[str, float]]:
-    """System -> test query -> mean 1 / rank of the right document over its single samples."""
-    fields = {"query_id": str, "split": str, "system": str, "reciprocal_rank": float}
-    collected: dict[str, dict[str, list[float]]] = {}
-    for _, row in read_jsonl(workdir / "evaluation" / "samples.jsonl", fields):
-        if row["split"] == "test":
-            by_query = collected.setdefault(row["system"], {})
-            by_query.setdefault(row["query_id"], []).append(row["reciprocal_rank"])
-    return {
-        system: {query: float(np.mean(several)) for query, several in by_query.items()}
-        for system, by_query in collected.items()
-    }
 
 
 def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
@@ -97,16 +92,16 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
             else [f"{test['difference']:+.4f}", f"{test['p_value']:.2g}"]
         )
         lines.append(f"| {system} | {' | '.join([*cells, *last])} |")
-    name, pair = "sample 1/rank", (reference, f"{reference}-base-generator")
-    if all(name in values.get(system, {}) for system in pair):
-        ours, theirs = (values[system][name].mean(axis=0) for system in pair)
-        test = metrics.paired_test(ours, theirs)
-        lines += [
-            "",
-            f"1 / rank of the right document for a single fresh passage searched on its own: "
-            f"{ours.mean():.4f} trained generator, {theirs.mean():.4f} untrained; difference "
-            f"{test['difference']:+.4f}, p {test['p_value']:.2g}",
-        ]
+    pair = reference, f"{reference}-base-generator"
+    for field, measure in SAMPLE_MEASURES.items():
+        if all(measure in values.get(system, {}) for system in pair):
+            ours, theirs = (values[system][measure].mean(axis=0) for system in pair)
+            test = metrics.paired_test(ours, theirs)
+            lines += [
+                "",
+                f"{SAMPLES[field]}: {ours.mean():.4f} trained generator, {theirs.mean():.4f} "
+                f"untrained; difference {test['difference']:+.4f}, p {test['p_value']:.2g}",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -118,6 +113,8 @@ def main(arguments: Sequence[str]) -> None:
     workdirs = [pathlib.Path(argument) for argument in arguments[1:]]
     if not workdirs:
         raise UserError("no runs given: python -m eval.seeds WORKDIR [WORKDIR ...]")
+    if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+        raise UserError("a run is named twice; it would count as two")
     text = table(workdirs, flags.FLAGS.system)
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
     if flags.FLAGS.out:

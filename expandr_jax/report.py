@@ -16,6 +16,7 @@ from expandr_jax.data.records import read_jsonl, write_text
 from expandr_jax.errors import UserError
 from expandr_jax.expansion_cards import expansion_cards
 from expandr_jax.page import figures, paragraph, render, table
+from expandr_jax.samples import RANK, REWARD, mean_by_query, read_samples
 
 _OURS = "expandr"
 
@@ -210,17 +211,33 @@ def _samples(workdir: pathlib.Path) -> str | None:
     path = workdir / "evaluation" / "samples.jsonl"
     if not path.exists():
         return None
-    fields = {"query_id": str, "split": str, "system": str, "reciprocal_rank": float}
-    rows = [row for _, row in read_jsonl(path, fields)]
+    rows = read_samples(path)
     splits = {row["split"] for row in rows}
     split = "test" if "test" in splits else min(splits, default="")
-    ranks: dict[str, dict[str, list[float]]] = {"expandr-base-generator": {}, "expandr": {}}
-    for row in rows:
-        if row["split"] == split and row["system"] in ranks:
-            ranks[row["system"]].setdefault(row["query_id"], []).append(row["reciprocal_rank"])
+    parts = [_before_and_after(rows, split, field) for field in _FRESH]
+    return "".join(filter(None, parts)) or None
+
+
+# What is shown of fresh samples: a sentence's beginning, a chart's title and its axis.
+_FRESH = {
+    RANK: (
+        "Mean 1/rank of the right document for fresh samples, each searched on its own",
+        "1/rank of the right document, mean over a query's samples",
+        "1/rank",
+    ),
+    REWARD: (
+        "Mean reward in the corpus (reward.corpus_measure) of fresh samples, each with its query",
+        "Reward in the corpus, mean over a query's samples",
+        "reward",
+    ),
+}
+
+
+def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> str | None:
+    start, title, axis = _FRESH[field]
     before, after = (
-        {query: float(np.mean(values)) for query, values in queries.items()}
-        for queries in ranks.values()
+        mean_by_query(rows, system, split, field)
+        for system in ("expandr-base-generator", "expandr")
     )
     shared = [query for query in before if query in after]
     if not shared:
@@ -228,14 +245,12 @@ def _samples(workdir: pathlib.Path) -> str | None:
     before, after = {q: before[q] for q in shared}, {q: after[q] for q in shared}
     test = metrics.paired_test(after, before)
     sentence = (
-        f"Mean 1/rank of the right document for fresh samples, each searched on its own, on "
-        f"{len(shared):,} {split} queries: "
+        f"{start}, on {len(shared):,} {split} queries: "
         f"{metrics.mean(before):.4f} with the base generator, {metrics.mean(after):.4f} with the "
         f"trained one ({test['difference']:+.4f}, p {_p_value(test['p_value'])}, {test['test']})."
     )
     values = {"before DPO": list(before.values()), "after DPO": list(after.values())}
-    title = "1/rank of the right document, mean over a query's samples"
-    chart = plots.histogram(title, values, xlabel="1/rank", ylabel="share of queries")
+    chart = plots.histogram(title, values, xlabel=axis, ylabel="share of queries")
     return paragraph(sentence) + figures({f"{title}; a triangle is the mean": chart})
 
 

@@ -126,7 +126,7 @@ def workdir(tmp_path_factory):
         root / "evaluation/samples.jsonl",
         [
             {"query_id": query, "split": "test", "system": system, "sample": sample,
-             "reciprocal_rank": float(random.beta(a, 2))}
+             "reciprocal_rank": float(random.beta(a, 2)), "corpus_reward": a / 4}
             for query in queries
             for system, a in (("expandr-base-generator", 1.0), ("expandr", 1.6))
             for sample in range(4)
@@ -249,6 +249,12 @@ def test_expansions_show_gains_losses_and_others_with_their_ranks(workdir, page_
     np.testing.assert_allclose([change[q] for q in shown[:4]], ordered[::-1][:4])
     np.testing.assert_allclose([change[q] for q in shown[4:8]], ordered[:4])
     assert len(set(shown)) == 12
+
+
+def test_rewards_of_fresh_samples_are_shown_before_and_after(workdir):
+    text = report.write_report(workdir).read_text()
+    assert "Mean reward in the corpus (reward.corpus_measure) of fresh samples" in text
+    assert "0.2500 with the base generator, 0.4000 with the trained one (+0.1500" in text
 
 
 @pytest.mark.parametrize(

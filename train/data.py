@@ -41,9 +41,9 @@ class TrainingData:
         """Texts of queries."""
         return [self.collection.queries[i] for i in ids]
 
-    def positives(self, query_id: str) -> list[str]:
-        """Ids of a training query's right documents, by falling grade, then by id."""
-        grades = self.collection.qrels["train"][query_id]
+    def positives(self, query_id: str, split: str = "train") -> list[str]:
+        """Ids of a query's right documents, by falling grade, then by id."""
+        grades = self.collection.qrels[split][query_id]
         known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
         return sorted(known, key=lambda d: (-known[d], d))
 

@@ -19,12 +19,13 @@ from eval.systems import (
     choose,
     dense_run,
     finish_run,
-    fuse,
 )
-from expandr_jax import metrics, rewards
+from expandr_jax import metrics
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.report import results_table
+from expandr_jax.samples import MEASURES as SAMPLE_MEASURES
+from expandr_jax.samples import mean_by_query
 from expandr_jax.search import build_index
 from train.benchmarks import find_benchmarks
 from train.corpus import Corpus, encode_corpus, encode_texts
@@ -32,9 +33,9 @@ from train.data import TrainingData
 from train.expansion import expansion_prompts, sample_texts
 from train.models import Models
 from train.run import Run
+from train.samples import sample_rows
 
 SPLITS = ("dev", "test")
-SAMPLE_MEASURE = "reciprocal rank of samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +288,7 @@ def _dense(
                 best = max(value for _, value in tried)
                 run.console.print(f"  {name}: {choices[name]} (dev nDCG@10 {best:.4f})")
             if system.retriever == "expandr":
-                samples += _sample_ranks(run, name, corpus, encoded, qrels)
+                samples += sample_rows(run.config, name, corpus, data, encoded)
         runs[name] = dense_run(
             corpus.index, corpus.ids, encoded["test"], choices.get(name), **settings
         )
@@ -303,47 +304,6 @@ def _encode_expansions(
     vectors = encode_texts(run, models, params, flat, "document", ids=named)
     present = np.array([bool(text) for text in flat])
     return vectors.reshape(len(ids), count, -1), present.reshape(len(ids), count)
-
-
-def _sample_ranks(
-    run: Run,
-    name: str,
-    corpus: Corpus,
-    encoded: Mapping[str, EncodedQueries],
-    qrels: Mapping[str, Mapping[str, Mapping[str, int]]],
-) -> list[dict[str, Any]]:
-    """How high each single sampled passage, searched on its own, ranks a right document."""
-    rows = []
-    depth = min(run.config.evaluation.sample_depth, len(corpus.ids))
-    for split, part in encoded.items():
-        samples, width = part.expansions.shape[1:]
-        vectors = np.asarray(
-            fuse(
-                np.repeat(part.queries, samples, axis=0),
-                part.expansions.reshape(-1, 1, width),
-                part.present.reshape(-1, 1),
-                query_weight=0.0,
-                normalize=run.config.contrastive.normalize,
-            )
-        )
-        _, indices = corpus.index.search(vectors, depth)
-        for row, found in enumerate(indices):
-            query, sample = part.ids[row // samples], row % samples
-            right = [
-                i for i, j in enumerate(found) if qrels[split][query].get(corpus.ids[j], 0) > 0
-            ]
-            rank = right[0] + 1 if right and part.present[row // samples, sample] else 0
-            value = float(rewards.reciprocal_rank(rank))
-            rows.append(
-                {
-                    "query_id": query,
-                    "split": split,
-                    "system": name,
-                    "sample": sample,
-                    "reciprocal_rank": value,
-                }
-            )
-    return rows
 
 
 def _results(
@@ -376,17 +336,18 @@ def _results(
                     {"system": "expandr", "baseline": baseline, "metric": measure, **test}
                 )
         if "expandr-base-generator" in systems:
-            ours, base = (
-                _mean_by_query(samples, name) for name in ("expandr", "expandr-base-generator")
-            )
-            significance.append(
-                {
-                    "system": "expandr",
-                    "baseline": "expandr-base-generator",
-                    "metric": SAMPLE_MEASURE,
-                    **metrics.paired_test(ours, base),
-                }
-            )
+            pair = "expandr", "expandr-base-generator"
+            for field, measure in SAMPLE_MEASURES.items():
+                ours, base = (mean_by_query(samples, name, "test", field) for name in pair)
+                if ours:
+                    significance.append(
+                        {
+                            "system": pair[0],
+                            "baseline": pair[1],
+                            "metric": measure,
+                            **metrics.paired_test(ours, base),
+                        }
+                    )
     return {
         "dataset": data.collection.name,
         "queries": len(qrels),
@@ -394,12 +355,3 @@ def _results(
         "rows": rows,
         "significance": significance,
     }
-
-
-def _mean_by_query(samples: list[dict[str, Any]], system: str) -> dict[str, float]:
-    """Mean reciprocal rank of a system's samples for each test query."""
-    values: dict[str, list[float]] = {}
-    for row in samples:
-        if row["system"] == system and row["split"] == "test":
-            values.setdefault(row["query_id"], []).append(row["reciprocal_rank"])
-    return {query: float(np.mean(several)) for query, several in values.items()}

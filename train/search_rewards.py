@@ -31,20 +31,21 @@ class Judged:
 
 
 def judged_documents(
-    data: TrainingData, queries: Sequence[str], place: Mapping[str, int]
+    data: TrainingData, queries: Sequence[str], place: Mapping[str, int], *, split: str = "train"
 ) -> Judged:
-    """The right documents of training queries.
+    """The right documents of a split's queries.
 
     Args:
         data: Has the judgements.
         queries: Ids.
         place: Document id to its row in the index.
+        split: Whose judgements.
     """
-    positives = [data.positives(query) for query in queries]
+    positives = [data.positives(query, split) for query in queries]
     shape = len(queries), max(map(len, positives), default=1)
     documents, grades = np.full(shape, -1), np.zeros(shape)
     for row, (query, ids) in enumerate(zip(queries, positives, strict=True)):
-        judged = data.collection.qrels["train"][query]
+        judged = data.collection.qrels[split][query]
         documents[row, : len(ids)] = [place[document] for document in ids]
         grades[row, : len(ids)] = [judged[document] for document in ids]
     return Judged(queries, documents, grades)

@@ -1,0 +1,73 @@
+"""Fresh samples of both generators for dev and test queries, each judged by itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from eval.systems import EncodedQueries, fuse
+from expandr_jax import rewards
+from expandr_jax.samples import RANK, REWARD
+from train.corpus import Corpus
+from train.data import TrainingData
+from train.search_rewards import corpus_reward, judged_documents
+
+
+def sample_rows(
+    config: ml_collections.ConfigDict,
+    name: str,
+    corpus: Corpus,
+    data: TrainingData,
+    encoded: Mapping[str, EncodedQueries],
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl: a passage's rank of a right document, and its reward in the corpus.
+
+    The former is of a search for the passage alone; the latter, where the config has it, is what
+    the generator is trained for: `reward.corpus_measure` of a search for query and passage.
+
+    Args:
+        config: The whole config.
+        name: Of the system whose passages they are.
+        corpus: As the system's retriever encodes it.
+        data: Has the judgements.
+        encoded: Split -> its queries with their passages.
+    """
+    rows = []
+    depth = min(config.evaluation.sample_depth, len(corpus.ids))
+    place = {document: i for i, document in enumerate(corpus.ids)}
+    for split, part in encoded.items():
+        samples = part.expansions.shape[1]
+        alone = _fused(config, part, query_weight=0.0)
+        _, found = corpus.index.search(alone.reshape(-1, alone.shape[-1]), depth)
+        judged = judged_documents(data, part.ids, place, split=split)
+        documents = np.repeat(judged.documents, samples, axis=0)
+        ranks = rewards.ranks_in_results(found, documents)
+        first = np.min(np.where(ranks > 0, ranks, np.inf), axis=-1).reshape(-1, samples)
+        first = np.where(part.present & np.isfinite(first), first, 0).astype(int)
+        values = {RANK: rewards.reciprocal_rank(first)}
+        if config.reward.corpus > 0:
+            fused = _fused(config, part, query_weight=config.reward.query_weight)
+            values[REWARD] = corpus_reward(config, corpus.index, fused, judged)
+        rows += [
+            {"query_id": query, "split": split, "system": name, "sample": sample}
+            | {field: float(value[i, sample]) for field, value in values.items()}
+            for i, query in enumerate(part.ids)
+            for sample in range(samples)
+        ]
+    return rows
+
+
+def _fused(
+    config: ml_collections.ConfigDict, part: EncodedQueries, *, query_weight: float
+) -> np.ndarray:
+    """[queries, samples, dim] vectors of the queries with each of their passages."""
+    queries, samples, width = part.expansions.shape
+    vectors = fuse(
+        np.repeat(part.queries, samples, axis=0),
+        part.expansions.reshape(-1, 1, width),
+        part.present.reshape(-1, 1),
+        query_weight=query_weight,
+        normalize=config.contrastive.normalize,
+    )
+    return np.asarray(vectors).reshape(queries, samples, width)
