@@ -81,8 +81,9 @@ def _headline(results: Mapping[str, Any]) -> str:
         ours = rows[_OURS]["ndcg@10"]
         text += f" expandr reaches nDCG@10 {ours:.4f}"
         gains = [
-            f"{100 * (ours / rows[name]['ndcg@10'] - 1):+.1f} % against {name}"
-            for name in ("zero-shot", "fine-tuned")
+            # Without a minus before zero.
+            f"{round(100 * (ours / rows[name]['ndcg@10'] - 1), 1) + 0.0:+.1f} % against {name}"
+            for name in ("bm25", "zero-shot", "fine-tuned")
             if name in rows and rows[name]["ndcg@10"] > 0
         ]
         text += f": {', '.join(gains)}." if gains else "."
@@ -140,7 +141,7 @@ def _significance(results: Mapping[str, Any]) -> str | None:
         for entry in results.get("significance", [])
     ]
     header = ["systems", "metric", "difference", "p", "test"]
-    caption = "Paired over the test queries, two-sided; p below 0.05 is bold."
+    caption = "Paired over the test queries, two-sided, each on its own; p below 0.05 is bold."
     return table(caption, header, rows) if rows else None
 
 

@@ -286,7 +286,10 @@ def _dense(
                     corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
                 )
                 best = max(value for _, value in tried)
-                run.console.print(f"  {name}: {choices[name]} (dev nDCG@10 {best:.4f})")
+                run.console.print(
+                    f"  {name}: query weight {choices[name].query_weight}, samples "
+                    f"{choices[name].samples} (dev nDCG@10 {best:.4f})"
+                )
             if system.retriever == "expandr":
                 samples += sample_rows(run.config, name, corpus, data, encoded)
         runs[name] = dense_run(
