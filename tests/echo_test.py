@@ -68,7 +68,7 @@ def rows(source):
 def test_a_part_without_a_query_is_a_line(source, tmp_path):
     config = config_of(source)
     config.data.shares.generator_train = 0.0
-    message = "triples data: no generator's texts; the run needs some"
+    message = "no queries to train the generator on; expected a larger data.shares.generator_train"
     run = Run(tmp_path / "run", config, Console(quiet=True))
     with contextlib.closing(run), pytest.raises(UserError, match=message):
         prepare_data(run)

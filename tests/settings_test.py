@@ -219,6 +219,16 @@ def test_a_program_says_so_before_it_begins(tmp_path, program, config, override,
     assert not (tmp_path / "run").exists()
 
 
+def test_candidates_that_are_all_one_text_are_refused():
+    config = base.get_config()
+    config.candidates.update(temperatures=(0.0, 1.0), per_temperature=1)
+    check_settings(config)
+    for temperatures, each in (((0.0,), 8), ((1.0,), 1)):
+        config.candidates.update(temperatures=temperatures, per_temperature=each)
+        with pytest.raises(UserError, match=r"^candidates\.temperatures is .*two different texts"):
+            check_settings(config)
+
+
 def test_shares_of_a_softmax_want_vectors_of_unit_length():
     config = base.get_config()
     config.reward.corpus_measure = "softmax_share"

@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from expandr_jax.data.beir import (
     Collection,
+    Qrels,
     find_collections,
     read_beir,
     source_hashes,
@@ -100,14 +101,15 @@ def _make_data(run: Run) -> None:
             "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
             "test": limit_queries(list(collection.qrels["test"]), config.max_test),
         }
-        needed = {"retriever's": retriever, "generator's": generator, "corpus": collection.corpus}
-        for part, ids in {**keep, **needed}.items():
-            if not ids:
-                raise UserError(f"{config.kind} data: no {part} texts; the run needs some")
+        if left_out:
+            run.console.print(
+                f"  {left_out} training queries are left out: they are dev or test queries, too"
+            )
         qrels = {
             split: {query: collection.qrels[split][query] for query in ids}
             for split, ids in keep.items()
         }
+        _check_parts(config.kind, collection.corpus, qrels, retriever, generator)
         used = {query: collection.queries[query] for ids in keep.values() for query in ids}
         write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
         write_json(
@@ -120,6 +122,34 @@ def _make_data(run: Run) -> None:
             },
         )
         run.seals.seal("data")
+
+
+def _check_parts(
+    kind: str,
+    corpus: Mapping[str, str],
+    qrels: Qrels,
+    retriever: Sequence[str],
+    generator: Sequence[str],
+) -> None:
+    """Refuses what the run would end on, or end with a table of zeros."""
+    if not any(text.strip() for text in corpus.values()):
+        raise UserError(f"{kind} data: no document has a text")
+    for split, judged in qrels.items():
+        source = f"qrels/{split}.tsv" if kind == "beir" else "the data"
+        share = "" if split == "train" else f", or a larger data.shares.{split}"
+        if not judged:
+            raise UserError(f"{kind} data: no {split} queries; expected some in {source}{share}")
+        if not any(g > 0 and d in corpus for grades in judged.values() for d, g in grades.items()):
+            raise UserError(
+                f"{kind} data: no {split} query has a right document in the corpus; expected "
+                f"grades above 0 of its documents in {source}"
+            )
+    for name, queries in (("retriever", retriever), ("generator", generator)):
+        if not queries:
+            raise UserError(
+                f"{kind} data: no queries to train the {name} on; expected a larger "
+                f"data.shares.{name}_train, or more queries"
+            )
 
 
 def limit_queries(ids: list[str], most: int) -> list[str]:

@@ -68,6 +68,7 @@ def train_joint(
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
+    _check_negatives(config, data)
     with run.phase("models"), run.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
@@ -149,6 +150,17 @@ def _check_server(config: ml_collections.ConfigDict) -> None:
             "generator.server.url: the server has the base model only; set rounds to 1 and leave "
             f"{', '.join(adapted) or 'further rounds'} out of evaluation.systems, or empty the URL"
         )
+
+
+def _check_negatives(config: ml_collections.ConfigDict, data: TrainingData) -> None:
+    """Refuses, before the models are loaded, to train on negatives that are nowhere."""
+    count = config.contrastive.negatives
+    if not count or config.mining.per_query or any(map(data.negatives, data.retriever_train)):
+        return
+    raise UserError(
+        f"contrastive.negatives is {count}, but no training query has a document that is judged "
+        "wrong; set it to 0, or mine some with mining.per_query"
+    )
 
 
 def _negatives(

@@ -196,6 +196,7 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=lora, remat=source.remat)
     )
+    adapter_shapes(generator, params)  # Settings that do not fit the model are said now.
     # Devices of a processor have one copy between them, where each holds the whole.
     params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     readable = whole(params)
@@ -232,12 +233,17 @@ def slots_of_a_process(
         texts: Of all processes together; None: so many that no slot is spared.
 
     Raises:
-        UserError: The slots cannot be divided among the processes.
+        UserError: The slots cannot be divided among the processes and their devices.
     """
     slots, count = config.slots, jax.process_count()
     if slots % count:
         raise UserError(f"generator.slots {slots} cannot be divided among {count} processes")
     divisor = count * batch_divisor(mesh)
+    if slots % divisor:
+        raise UserError(
+            f"generator.slots {slots} must be a multiple of {divisor} (the data and fsdp of "
+            f"sampling's mesh{', in each process' if count > 1 else ''})"
+        )
     while texts is not None and slots // 2 >= texts and slots % (2 * divisor) == 0:
         slots //= 2
     return slots // count

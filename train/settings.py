@@ -298,6 +298,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
     if config.mining.first >= config.mining.depth:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+    texts = config.candidates
+    # Greedy decoding gives the same text each time.
+    if sum(texts.per_temperature if t > 0 else 1 for t in texts.temperatures) < 2:
+        raise _refuse(
+            config, "candidates.temperatures",
+            "with candidates.per_temperature at least two different texts, to prefer one",
+        )  # fmt: skip
     step_a = config.contrastive
     # Below its floor a learned temperature has no gradient: it would stay there.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:

@@ -105,7 +105,7 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> 
         A tree with "a" [..., in, rank] and "b" [..., rank, out], float32, for each matched kernel.
 
     Raises:
-        UserError: If a pattern matches no projection.
+        UserError: If a pattern matches no projection, or the rank is above that of a whole update.
     """
     flat = traverse_util.flatten_dict(params)
     kernels = {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
@@ -117,6 +117,11 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> 
     for index, (path, shape) in enumerate(sorted(kernels.items())):
         if any(re.search(pattern, "/".join(path)) for pattern in config.targets):
             *stack, width_in, width_out = shape
+            if config.rank > min(width_in, width_out):
+                raise UserError(
+                    f"LoRA rank {config.rank} is above {min(width_in, width_out)}, the lesser side "
+                    f"of {'/'.join(path)}; lower lora.rank"
+                )
             bound = 1.0 / math.sqrt(width_in)
             adapter[(*path, "a")] = jax.random.uniform(
                 jax.random.fold_in(key, index),

@@ -1,0 +1,108 @@
+"""What cannot work is refused before the work that would come first."""
+
+import contextlib
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.errors import UserError
+from train import joint
+from train.data import prepare_data
+from train.models import load_models
+from train.run import Run
+
+COUNT = 40
+
+
+def write(directory, *, grade=1, text="word {i} of a document", document="d{i}", same=""):
+    """A collection in BEIR layout whose query i asks for document i; all of test is alike."""
+    (directory / "qrels").mkdir(parents=True)
+    lines = {
+        "corpus": [{"_id": f"d{i}", "title": "", "text": text.format(i=i)} for i in range(COUNT)],
+        "queries": [{"_id": f"q{i}", "text": same or f"query {i}"} for i in range(2 * COUNT)],
+    }
+    for name, rows in lines.items():
+        text_ = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(text_)
+    train = [f"q{i}\td{i}\t1" for i in range(COUNT)]
+    test = [f"q{COUNT + i}\t{document.format(i=i)}\t{grade}" for i in range(COUNT)]
+    for split, rows in {"train": train, "test": test}.items():
+        (directory / "qrels" / f"{split}.tsv").write_text(
+            "\n".join(["query-id\tcorpus-id\tscore", *rows, ""])
+        )
+    return directory
+
+
+def config_of(directory):
+    config = smoke.get_config()
+    config.data.update(kind="beir", path=str(directory))
+    config.data.shares.dev = 0.2
+    config.contrastive.batch_size = 8
+    return config
+
+
+def prepare(config, workdir):
+    console = Console(file=io.StringIO(), width=200)
+    with contextlib.closing(Run(workdir, config, console)) as run:
+        return prepare_data(run), console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grade": 0}, "no test query has a right document in the corpus; expected grades above 0"),
+        ({"document": "other{i}"}, "no test query has a right document in the corpus"),
+        ({"text": "  "}, "no document has a text"),
+        ({"same": "one query"}, r"no train queries; expected some in qrels/train.tsv"),
+    ],
+)
+def test_a_collection_that_teaches_or_tests_nothing(tmp_path, changes, message):
+    config = config_of(write(tmp_path / "set", **changes))
+    with pytest.raises(UserError, match=f"^beir data: {message}"):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_collection_without_dev_queries_says_how_to_have_some(tmp_path):
+    config = config_of(write(tmp_path / "set"))
+    config.data.shares.dev = 0.0
+    message = "no dev queries; expected some in qrels/dev.tsv, or a larger data.shares.dev"
+    with pytest.raises(UserError, match=message):
+        prepare(config, tmp_path / "run")
+
+
+def test_queries_that_are_left_out_are_said(tmp_path):
+    source = write(tmp_path / "set")
+    data, said = prepare(config_of(source), tmp_path / "one")
+    assert "left out" not in said
+    path = source / "queries.jsonl"
+    path.write_text(path.read_text().replace(f'query {COUNT}"', 'Query 3"'))
+    data, said = prepare(config_of(source), tmp_path / "two")
+    assert "  1 training queries are left out: they are dev or test queries, too\n" in said
+    assert "q3" not in data.retriever_train + data.generator_train
+
+
+def test_negatives_that_are_nowhere(tmp_path, monkeypatch):
+    config = config_of(write(tmp_path / "set"))
+    config.contrastive.negatives, config.mining.per_query = 1, 0
+    monkeypatch.setattr(joint, "load_models", lambda *_: pytest.fail("loaded the models first"))
+    with pytest.raises(UserError, match=r"contrastive.negatives is 1, .* mining.per_query"):
+        joint.train_joint(config, tmp_path / "run", Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lora.targets", ("q_proj", "nosuch"), "'nosuch' matches no projection"),
+        ("lora.rank", 1_000_000, "rank 1000000 is above .*; lower lora.rank"),
+        ("generator.slots", 12, "generator.slots 12 must be a multiple of 8"),
+    ],
+)
+def test_settings_that_do_not_fit_the_generator(setting, value, message):
+    config = smoke.get_config()
+    section, name = setting.split(".")
+    config[section][name] = value
+    with pytest.raises(UserError, match=message):
+        load_models(config, lambda _: None)
