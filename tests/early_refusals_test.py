@@ -73,6 +73,24 @@ def test_a_collection_without_dev_queries_says_how_to_have_some(tmp_path):
         prepare(config, tmp_path / "run")
 
 
+def test_dev_judgements_that_are_all_wrong(tmp_path):
+    source = write(tmp_path / "set")
+    lines = (source / "qrels" / "test.tsv").read_text().replace("\t1\n", "\t0\n")
+    (source / "qrels" / "dev.tsv").write_text(lines)
+    message = "no dev query has a right document in the corpus; .* in qrels/dev.tsv"
+    with pytest.raises(UserError, match=message):
+        prepare(config_of(source), tmp_path / "run")
+
+
+def test_train_judgements_that_are_all_wrong(tmp_path):
+    source = write(tmp_path / "set")
+    train = source / "qrels" / "train.tsv"
+    train.write_text(train.read_text().replace("\t1\n", "\t0\n"))
+    message = "no train queries; expected some in qrels/train.tsv that have a right document and"
+    with pytest.raises(UserError, match=message):
+        prepare(config_of(source), tmp_path / "run")
+
+
 def test_queries_that_are_left_out_are_said(tmp_path):
     source = write(tmp_path / "set")
     data, said = prepare(config_of(source), tmp_path / "one")

@@ -223,7 +223,7 @@ def test_candidates_that_are_all_one_text_are_refused():
     config = base.get_config()
     config.candidates.update(temperatures=(0.0, 1.0), per_temperature=1)
     check_settings(config)
-    for temperatures, each in (((0.0,), 8), ((1.0,), 1)):
+    for temperatures, each in (((0.0,), 8), ((0.0, 0.0), 8), ((1.0,), 1)):
         config.candidates.update(temperatures=temperatures, per_temperature=each)
         with pytest.raises(UserError, match=r"^candidates\.temperatures is .*two different texts"):
             check_settings(config)

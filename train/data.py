@@ -136,9 +136,11 @@ def _check_parts(
         raise UserError(f"{kind} data: no document has a text")
     for split, judged in qrels.items():
         source = f"qrels/{split}.tsv" if kind == "beir" else "the data"
-        share = "" if split == "train" else f", or a larger data.shares.{split}"
         if not judged:
-            raise UserError(f"{kind} data: no {split} queries; expected some in {source}{share}")
+            way = f", or a larger data.shares.{split}"
+            if split == "train":
+                way = " that have a right document and are no dev or test queries"
+            raise UserError(f"{kind} data: no {split} queries; expected some in {source}{way}")
         if not any(g > 0 and d in corpus for grades in judged.values() for d, g in grades.items()):
             raise UserError(
                 f"{kind} data: no {split} query has a right document in the corpus; expected "

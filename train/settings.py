@@ -300,7 +300,8 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
     texts = config.candidates
     # Greedy decoding gives the same text each time.
-    if sum(texts.per_temperature if t > 0 else 1 for t in texts.temperatures) < 2:
+    drawn = texts.per_temperature * sum(t > 0 for t in texts.temperatures)
+    if drawn + (0 in texts.temperatures) < 2:
         raise _refuse(
             config, "candidates.temperatures",
             "with candidates.per_temperature at least two different texts, to prefer one",
