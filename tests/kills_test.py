@@ -214,7 +214,7 @@ def test_a_finished_run_mends_itself(smoke, tmp_path, way):
 
 @pytest.mark.parametrize("way", ["truncate", "flip", "empty"])
 def test_a_damaged_config_is_refused(smoke, tmp_path, way):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").mkdir(parents=True)  # Something depends on the config.
     shutil.copy(smoke[0] / "config.json", tmp_path / "run" / "config.json")
     content = (tmp_path / "run" / "config.json").read_bytes()
     damage(tmp_path / "run" / "config.json", way, content.index(b"learning_rate") / len(content))

@@ -149,7 +149,8 @@ class Run:
 
     def _check_config(self) -> None:
         path = self.path("config.json")
-        there = {file.name for file in self.workdir.iterdir()}
+        # Process 0 has made the directory; another one may be looking elsewhere.
+        there = {file.name for file in self.workdir.iterdir()} if self.workdir.exists() else set()
         if path.name not in there:
             self._check_new(path, there)
             self._write_config(path)
