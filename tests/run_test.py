@@ -65,19 +65,23 @@ def test_another_config_may_follow_one_that_wrote_nothing(tmp_path):
         ("results.json", "holds results.json, which a run would write over"),
         ("config.json", "config.json: is damaged"),  # A model's, perhaps.
         ("notes.txt", None),
+        ("data/", None),
     ],
 )
 def test_files_that_are_no_runs_are_kept(tmp_path, name, message):
     file = tmp_path / "run" / name
-    file.parent.mkdir(parents=True)
-    file.write_text("{}")
+    if name.endswith("/"):
+        file.mkdir(parents=True)
+    else:
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
     config, console = smoke.get_config(), Console(file=io.StringIO())
     if message is None:
         Run(tmp_path / "run", config, console).close()
     else:
         with pytest.raises(UserError, match=message):
             Run(tmp_path / "run", config, console)
-    assert file.read_text() == "{}"
+    assert file.is_dir() or file.read_text() == "{}"
 
 
 @pytest.mark.parametrize("setting", ["data.path", "retriever.source", "data.tests"])

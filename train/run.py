@@ -185,7 +185,8 @@ class Run:
                 f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
                 "with the same config; restore it or use a new --workdir"
             )
-        if others := sorted(there.intersection(WRITTEN)):
+        # Empty directories have nothing to lose; a bucket's scratch may keep some.
+        if others := sorted(n for n in there.intersection(WRITTEN) if _has_files(self.path(n))):
             raise UserError(
                 f"{self.address}: holds {others[0]}, which a run would write over, and no run; "
                 "use a new --workdir"
@@ -337,6 +338,10 @@ class _PeakMemory:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+
+
+def _has_files(path: pathlib.Path) -> bool:
+    return path.is_file() or any(inside.is_file() for inside in path.rglob("*"))
 
 
 def _is_record(path: pathlib.Path) -> bool:
