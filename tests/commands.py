@@ -48,15 +48,19 @@ def start_processes(
     `of_one` has further arguments of single processes, by their numbers; `program` is as of
     `start`.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    together = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
+    together = [f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}"]
     return [
         start(
             workdir, *overrides, *together, f"--process={i}", *(of_one or {}).get(i, ()), **program
         )
         for i in range(count)
     ]
+
+
+def free_port() -> int:
+    """One of this machine that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def finish(process: subprocess.Popen) -> str:

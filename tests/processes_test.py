@@ -1,10 +1,13 @@
 """Several processes of one run: what they share, what they come to, and how they end."""
 
 import json
+import os
 import pathlib
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +17,9 @@ import pytest
 
 from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
-from tests.commands import SPREAD, finish, start, start_processes, step_figures
+from tests.commands import ROOT, SPREAD, finish, free_port, start, start_processes, step_figures
 from train.journals import CommonJournal, DividedJournal
-from train.processes import EXIT_LOST, Link, Processes, Settings
+from train.processes import EXIT_LOST, SECONDS_TO_STOP, Link, Processes, Settings
 
 COUNT = 3
 
@@ -332,6 +335,56 @@ def test_a_killed_process_ends_the_other_within_seconds(tmp_path, victim, under_
     message = error_of(output)
     assert f"process {victim} ended: it was killed, or its machine is gone" in message
     assert "the same commands go on from here" in message
+
+
+# As a save does whose collective fails a moment before the end of another process is heard of.
+FAILS_FIRST = """
+import os, signal, sys, time
+from absl import flags
+from expandr_jax.errors import UserError
+from train import launch
+from train.stopping import Stopped
+
+def main(rest):
+    if flags.FLAGS.process == 1:
+        raise UserError("a checkpoint cannot be written: AllGather failed")
+    time.sleep(1)
+    if flags.FLAGS.end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise Stopped
+
+def define():
+    launch.define_processes()
+    flags.DEFINE_string("end", None, "How process 0 ends.")
+
+launch.launch(main, define, resumes=True)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "notice"])
+def test_an_error_that_the_end_of_another_process_caused(end):
+    together = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", f"--end={end}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILS_FIRST, *together, f"--process={i}"],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
+    start = time.monotonic()
+    output = ended(processes, timeout=60)[1]
+    assert time.monotonic() - start < SECONDS_TO_STOP  # Both leave at once when both know.
+    if end == "kill":
+        assert processes[1].returncode == EXIT_LOST, output
+        assert "process 0 ended: it was killed" in error_of(output)
+    else:
+        assert processes[1].returncode == 0, output
+        assert "error: " not in output
+        assert output.count("stopped by SIGTERM; the same command goes on from here") == 1
 
 
 @pytest.mark.slow

@@ -153,8 +153,7 @@ def launch(
 
     def guarded(rest: Sequence[str]) -> None:
         try:
-            main(rest)
-            processes.current().finish()
+            _run(main, rest)
         except UserError as error:
             _stop(console, str(error))
         except Stopped as stopped:
@@ -183,6 +182,21 @@ def launch(
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save otherwise.
     app.run(guarded, argv=arguments, flags_parser=lambda argv: argv)
+
+
+def _run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> None:
+    """Calls the program; where there are several processes, all of them are done on return."""
+    current = processes.current()
+    try:
+        main(rest)
+        current.finish()
+    except Exception:
+        # It may come of another's end: a collective in a step or a save may fail before that is
+        # heard of.
+        current.wait_for_news()
+        if current.stopped is not None:
+            raise Stopped from None
+        raise
 
 
 def _help(names: Iterable[str]) -> None:
@@ -291,16 +305,8 @@ def _stop(console: Console, message: str) -> None:
 
 
 def _crash(console: Console, error: Exception) -> None:
-    """Where there are several processes, ends them all by an error that nobody foresaw.
-
-    It may be that of a collective without a process that was stopped, which is none.
-    """
+    """Where there are several processes, ends them all by an error that nobody foresaw."""
     current = processes.current()
-    if current.count == 1:
-        return
-    current.wait_for_news()
-    if current.stopped is not None:
-        console.print(current.stopped, markup=False, soft_wrap=True)
-        current.leave(0, current.stopped)
-    console.print_exception()
-    current.leave(1, _one_line(error)[:500])
+    if current.count > 1:
+        console.print_exception()
+        current.leave(1, _one_line(error)[:500])
