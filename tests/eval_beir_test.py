@@ -370,6 +370,10 @@ def test_sets_are_checked_before_anything_is_loaded(finished, tmp_path):
     (msmarco / "qrels" / "test.tsv").rename(msmarco / "qrels" / "dev.tsv")
     found = find_benchmarks([msmarco, two])
     assert [tested.split for tested in found.values()] == ["dev", "test"]
+    dev = msmarco / "qrels" / "dev.tsv"
+    dev.write_text(dev.read_text().replace("\t1\n", "\t0\n"))
+    with pytest.raises(UserError, match="no grade above 0 in split 'dev'; expected some"):
+        find_benchmarks([msmarco, two])
     for names, data in ((["bm26"], [one]), (["bm25"], [tmp_path / "nowhere"])):
         with pytest.raises(UserError, match=r"bm26|nowhere: no such directory"):
             again(finished, names, tmp_path / "out", data)

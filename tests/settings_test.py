@@ -227,6 +227,9 @@ def test_candidates_that_are_all_one_text_are_refused():
         config.candidates.update(temperatures=temperatures, per_temperature=each)
         with pytest.raises(UserError, match=r"^candidates\.temperatures is .*two different texts"):
             check_settings(config)
+    config.candidates.update(temperatures=(0.0, 1.0), per_temperature=8, top_k=1)
+    with pytest.raises(UserError, match=r"^candidates\.top_k is 1; .*two different texts"):
+        check_settings(config)
 
 
 def test_shares_of_a_softmax_want_vectors_of_unit_length():

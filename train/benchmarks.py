@@ -33,7 +33,8 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
         split: Whose judgements count; "": "test", or what `SPLITS` has for the set's name.
 
     Raises:
-        UserError: There is none at a path, it lacks the split, or two have the same name.
+        UserError: There is none at a path, it lacks the split or has no grade above 0 in it, or two
+            have the same name.
     """
     found: dict[str, Benchmark] = {}
     for path in paths:
@@ -41,8 +42,17 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
             if name in found:
                 raise UserError(f"{path}: a second data set called {name!r}; rename one")
             found[name] = Benchmark(files, split or SPLITS.get(name, "test"))
-            next(judgements(files, found[name].split, lambda _: None), None)
+            _check_judged(found[name])
     return found
+
+
+def _check_judged(benchmark: Benchmark) -> None:
+    """Refuses a collection whose results could be nothing but zeros."""
+    wrong: list[UserError] = []  # Lines, which are told as the caller wants when they are read.
+    grades = (j.grade for j in judgements(benchmark.files, benchmark.split, wrong.append))
+    if not any(grade > 0 for grade in grades) and not wrong:
+        where = benchmark.files.path("qrels")
+        raise UserError(f"{where}: no grade above 0 in split {benchmark.split!r}; expected some")
 
 
 def benchmark_queries(paths: Sequence[str]) -> set[str]:

@@ -68,6 +68,11 @@ def prepare_data(run: Run) -> TrainingData:
     run.processes.once(lambda: _make_data(run))
     directory = run.path("data")
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
+    if source["left_out_for_tests"]:
+        run.console.print(
+            f"  {source['left_out_for_tests']} training queries are left out: "
+            "they are dev or test queries, too"
+        )
     collection = dataclasses.replace(read_beir(directory), name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])
 
@@ -101,10 +106,6 @@ def _make_data(run: Run) -> None:
             "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
             "test": limit_queries(list(collection.qrels["test"]), config.max_test),
         }
-        if left_out:
-            run.console.print(
-                f"  {left_out} training queries are left out: they are dev or test queries, too"
-            )
         qrels = {
             split: {query: collection.qrels[split][query] for query in ids}
             for split, ids in keep.items()

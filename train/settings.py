@@ -299,11 +299,13 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     if config.mining.first >= config.mining.depth:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
     texts = config.candidates
-    # Greedy decoding gives the same text each time.
-    drawn = texts.per_temperature * sum(t > 0 for t in texts.temperatures)
+    # Greedy decoding gives the same text each time, as does choosing among one token.
+    drawn = (
+        0 if texts.top_k == 1 else texts.per_temperature * sum(t > 0 for t in texts.temperatures)
+    )
     if drawn + (0 in texts.temperatures) < 2:
         raise _refuse(
-            config, "candidates.temperatures",
+            config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
             "with candidates.per_temperature at least two different texts, to prefer one",
         )  # fmt: skip
     step_a = config.contrastive
