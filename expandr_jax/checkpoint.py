@@ -132,16 +132,30 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not self._in_bucket,
         )
         # Of a disk, of gcsfs, of tensorstore.
         expected = Exception if self._in_bucket else OSError
         try:
-            if not self._in_bucket:  # It has no directories.
+            if self._in_bucket:
+                self._clean_bucket()
+            else:  # A bucket has no directories.
                 self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except expected as error:
             raise UserError(f"{self.directory}: cannot be used for checkpoints: {error}") from None
+
+    def _clean_bucket(self) -> None:
+        """Removes what saves that were killed have left.
+
+        Orbax would while it looks for steps, and a directory whose last object goes is none then.
+        """
+        if jax.process_index() == 0 and self.directory.exists():
+            for step in list(self.directory.iterdir()):
+                done = step / ocp.path.atomicity.COMMIT_SUCCESS_FILE
+                if step.is_dir() and not done.exists():
+                    step.rmtree()
+        self._agree(True)  # The others look when that is done.
 
     def save(self, step: int, tree: Any) -> None:
         """Begins to write one step; the tree may be donated as soon as this returns.

@@ -15,7 +15,7 @@ from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, write_json, write_text
 from expandr_jax.errors import UserError
 from tests.commands import command, finish, start, start_processes
-from tests.fake_bucket import serve
+from tests.fake_bucket import NAME, serve
 from tests.kills_test import same
 from tests.processes_test import SPREAD, error_of, until
 from train.bucket import Bucket
@@ -30,6 +30,7 @@ def served():
     with serve() as bucket, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment.items():
             patch.setenv(name, value)
+        Bucket(f"gs://{NAME}")  # Sets how gcsfs works, as in a run, before a test does without one.
         yield bucket
 
 
@@ -356,6 +357,13 @@ def names_of(workdir: pathlib.Path) -> set[str]:
     found = (path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file())
     apart = (".lock", "work/compiled/", "work/markers/", "tensorboard/", "checkpoints/")
     return {name for name in found if not name.startswith(apart)}
+
+
+def test_what_a_killed_save_left_is_gone_before_steps_are_looked_for(bucket):
+    bucket.put("run/checkpoints/toy/3/state/part", b"half")
+    bucket.fail = lambda method, name: time.sleep(0.5) if method == "DELETE" else None
+    Checkpoints("gs://bucket/run/checkpoints/toy", {})
+    assert bucket.names() == []
 
 
 def test_killed_in_the_middle_it_ends_the_same_on_another_disk(smoke, bucket, tmp_path):
