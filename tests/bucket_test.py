@@ -312,12 +312,12 @@ def test_a_copy_of_what_is_asked_for(bucket, open_mirror):
 
 def test_a_damaged_checkpoint_is_set_aside_but_not_one_that_cannot_be_reached(bucket):
     tree = {"a": jnp.arange(6.0), "b": jnp.ones((2, 2), jnp.int32)}
-    address = "gs://bucket/run/checkpoints/retriever"
+    address = "gs://bucket/alone/checkpoints/toy"
     checkpoints = Checkpoints(address, {"model": "x"})
     for step in (1, 2):
         checkpoints.save(step, {**tree, "a": tree["a"] + step})
     checkpoints.wait()
-    assert bucket["run/checkpoints/retriever/2/commit_success.txt"]
+    assert bucket["alone/checkpoints/toy/2/commit_success.txt"]
     step, found = Checkpoints(address, {"model": "x"}).restore(tree)
     assert (step, found["a"].tolist()) == (2, (tree["a"] + 2).tolist())
 
@@ -326,12 +326,12 @@ def test_a_damaged_checkpoint_is_set_aside_but_not_one_that_cannot_be_reached(bu
     with pytest.raises(UserError, match="a checkpoint cannot be read"):
         checkpoints.restore(tree)
     bucket.fail = lambda method, name: None
-    data = next(n for n in bucket.names("run/checkpoints/retriever/2/state/d/"))
+    data = next(n for n in bucket.names("alone/checkpoints/toy/2/state/d/"))
     bucket.put(data, bucket[data][: len(bucket[data]) // 2])
     step, found = Checkpoints(address, {"model": "x"}).restore(tree)
     assert (step, found["a"].tolist()) == (1, (tree["a"] + 1).tolist())
-    assert bucket.names("run/checkpoints/retriever-damaged/2/")
-    assert not bucket.names("run/checkpoints/retriever/2/")
+    assert bucket.names("alone/checkpoints/toy-damaged/2/")
+    assert not bucket.names("alone/checkpoints/toy/2/")
 
     def save() -> None:
         checkpoints = Checkpoints(address, {"model": "x"})
@@ -363,7 +363,7 @@ def test_what_a_killed_save_left_is_gone_before_steps_are_looked_for(bucket):
     bucket.put("run/checkpoints/toy/3/state/part", b"half")
     bucket.fail = lambda method, name: time.sleep(0.5) if method == "DELETE" else None
     Checkpoints("gs://bucket/run/checkpoints/toy", {})
-    assert bucket.names() == []
+    assert bucket.names("run/") == []
 
 
 def test_killed_in_the_middle_it_ends_the_same_on_another_disk(smoke, bucket, tmp_path):

@@ -65,7 +65,7 @@ def free_port() -> int:
 
 def finish(process: subprocess.Popen) -> str:
     """Waits for a program that must succeed; returns what it printed."""
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     return output
 

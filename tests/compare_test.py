@@ -143,7 +143,7 @@ def test_mistakes_get_one_line(paths, tmp_path):
         ([str(paths[0])], "--qrels missing"),
     ):
         process = command("eval.compare", *arguments)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 2
         assert complaint in output
         assert len(output.strip().splitlines()) == 1

@@ -45,6 +45,7 @@ class FakeBucket:
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.uploads: dict[str, tuple[str, bytearray]] = {}
+        self.numbers = itertools.count()  # Of uploads.
         self._generations = itertools.count(1)
 
     def __getitem__(self, name: str) -> bytes:
@@ -55,15 +56,18 @@ class FakeBucket:
         with self.lock:
             return sorted(name for name in self.objects if name.startswith(prefix))
 
-    def put(self, name: str, content: bytes) -> dict:
-        """Writes an object; what the API says of it."""
+    def put(self, name: str, content: bytes, wanted: str | None = None) -> dict | None:
+        """Writes an object; what the API says of it, or None: not `wanted`, a number, is there."""
         with self.lock:
-            self.objects[name] = Stored(bytes(content), next(self._generations))
-        return self.describe(name)
+            there = self.objects.get(name)
+            if wanted is not None and int(wanted) != (there.generation if there else 0):
+                return None
+            stored = Stored(bytes(content), next(self._generations))
+            self.objects[name] = stored
+        return self.describe(name, stored)
 
-    def describe(self, name: str) -> dict:
+    def describe(self, name: str, stored: Stored) -> dict:
         """What the API says of an object."""
-        stored = self.objects[name]
         crc = google_crc32c.value(stored.content).to_bytes(4, "big")
         moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
         return {
@@ -160,7 +164,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(204, b"")
         if self.query.get("alt") == "media":
             return self._media(stored)
-        return self._json(self.bucket.describe(name))
+        return self._json(self.bucket.describe(name, stored))
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
@@ -189,7 +193,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content = content[content.index(b"\n\n") + 2 :]
             return self._json(self._put(name, content.removesuffix(b"\n")))
         if "upload_id" not in self.query:
-            number = str(len(uploads))
+            number = str(next(self.bucket.numbers))
             uploads[number] = (name, bytearray())
             place = f"http://{self.headers['Host']}{self.path}&upload_id={number}"
             return self._send(200, b"{}", Location=place)
@@ -201,11 +205,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json(self._put(name, held))
 
     def _put(self, name: str, content: bytes) -> dict | None:
-        wanted = self.query.get("ifGenerationMatch")
-        stored = self.bucket.objects.get(name)
-        if wanted is not None and int(wanted) != (stored.generation if stored else 0):
-            return None
-        return self.bucket.put(name, content)
+        return self.bucket.put(name, content, self.query.get("ifGenerationMatch"))
 
     def _list(self) -> None:
         prefix, delimiter = self.query.get("prefix", ""), self.query.get("delimiter")
@@ -220,7 +220,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             else:
                 items.append(name)
         with self.bucket.lock:
-            described = [self.bucket.describe(n) for n in items if n in self.bucket.objects]
+            there = [(n, self.bucket.objects[n]) for n in items if n in self.bucket.objects]
+        described = [self.bucket.describe(name, stored) for name, stored in there]
         self._json({"kind": "storage#objects", "items": described, "prefixes": sorted(prefixes)})
 
     def _media(self, stored: Stored) -> None:

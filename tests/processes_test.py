@@ -94,6 +94,18 @@ def test_once_calls_in_the_first_process_alone_and_tells_all(group):
     assert called == [0]
 
 
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"5" * 5000])
+def test_a_stranger_who_connects_is_none_of_them(monkeypatch, said):
+    monkeypatch.setattr("train.processes.SECONDS_FOR_HELLO", 0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as stranger,
+        server.accept()[0] as connection,
+    ):
+        stranger.sendall(said)
+        assert Link(connection).first() == {}
+
+
 def test_gather_any_and_all(group):
     assert together(group, lambda m: m.gather(10 * m.index)) == [[0, 10, 20]] * COUNT
     assert together(group, lambda m: m.any(m.index == 2)) == [True] * COUNT
@@ -349,6 +361,7 @@ def main(rest):
     if flags.FLAGS.process == 1:
         raise UserError("a checkpoint cannot be written: AllGather failed")
     time.sleep(1)
+    print("ends at", time.monotonic(), flush=True)
     if flags.FLAGS.end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     raise Stopped
@@ -375,9 +388,9 @@ def test_an_error_that_the_end_of_another_process_caused(end):
         )
         for i in range(2)
     ]
-    start = time.monotonic()
-    output = ended(processes, timeout=60)[1]
-    assert time.monotonic() - start < SECONDS_TO_STOP  # Both leave at once when both know.
+    first, output = ended(processes, timeout=120)
+    since = float(re.search(r"ends at (\S+)", first)[1])
+    assert time.monotonic() - since < SECONDS_TO_STOP  # Both leave at once when both know.
     if end == "kill":
         assert processes[1].returncode == EXIT_LOST, output
         assert "process 0 ended: it was killed" in error_of(output)
@@ -424,6 +437,6 @@ def test_workdirs_that_are_not_shared(tmp_path):
 
 def test_a_process_without_the_others_address(tmp_path):
     process = start(tmp_path / "run", "--processes=2", "--process=0")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "go together" in error_of(output)

@@ -24,8 +24,8 @@ def test_time_within_an_inner_phase_counts_once(tmp_path):
     timings = json.loads(run.path("timings.json").read_text())
     seconds = {row["phase"]: row["seconds"] for row in timings["phases"]}
     assert seconds["inner"] >= 0.4
-    # What is written lags what passed only by the writing of the last row.
-    assert timings["total_seconds"] == pytest.approx(whole, abs=0.1)
+    # What is written lags what passed by the writing of the last row.
+    assert 0.4 <= timings["total_seconds"] <= whole
     assert timings["total_seconds"] == pytest.approx(sum(seconds.values()), abs=0.002)
     run.close()
 

@@ -278,12 +278,14 @@ def test_unwritable_workdir(tmp_path):
 
 def test_workdir_in_use(tmp_path):
     first = start(tmp_path / "run")
-    while not (tmp_path / "run" / "config.json").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    assert "another process" in refused(tmp_path)
-    first.kill()
-    first.communicate()
+    try:
+        while not (tmp_path / "run" / "config.json").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        assert "another process" in refused(tmp_path)
+    finally:
+        first.kill()
+        first.communicate()
 
 
 def write_beir(directory: pathlib.Path, documents: list[str], queries: list[str]) -> pathlib.Path:

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # One that another process is just writing; the program is compiled once more.
+    warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
     # What goes wrong in the threads and tasks that write a checkpoint is raised where it is waited
     # for, and said there in one line. These would print each of their tracebacks as well.
     logging.get_absl_logger().addFilter(lambda record: "/orbax/" not in record.pathname)

@@ -32,6 +32,8 @@ from train.meeting import meet
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
 SECONDS_TO_CONNECT = 60.0
+SECONDS_FOR_HELLO = 10.0  # From one that has connected; anyone on the network may.
+LONGEST_HELLO = 4096  # Bytes.
 SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
 ADDRESS_BYTES = 256
 
@@ -297,8 +299,14 @@ class Link:
         return value
 
     def first(self) -> dict[str, Any]:
-        """The first message, before `listen`."""
-        return json.loads(self._lines.readline() or b"{}")
+        """The first message, before `listen`; {} where none comes that is one."""
+        self._connection.settimeout(SECONDS_FOR_HELLO)
+        try:
+            message = json.loads(self._lines.readline(LONGEST_HELLO))
+        except (OSError, ValueError):
+            message = None
+        self._connection.settimeout(None)
+        return message if isinstance(message, dict) else {}
 
     def listen(self) -> dict[str, Any] | None:
         """Takes messages in until the other end has gone; its last words, if it had any."""
@@ -399,7 +407,7 @@ def _links(index: int, count: int, host: str | None) -> dict[int, Link]:
         while len(links) < count - 1:
             link = Link(server.accept()[0])
             hello = link.first()
-            if hello.get("token") == token:  # Anyone on the network may knock.
+            if hello.get("token") == token:
                 links[hello["process"]] = link
     return dict(sorted(links.items()))
 
