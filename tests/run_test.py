@@ -25,7 +25,7 @@ def test_time_within_an_inner_phase_counts_once(tmp_path):
     seconds = {row["phase"]: row["seconds"] for row in timings["phases"]}
     assert seconds["inner"] >= 0.4
     # What is written lags what passed by the writing of the last row.
-    assert 0.4 <= timings["total_seconds"] <= whole
+    assert 0.4 <= timings["total_seconds"] <= whole + 0.002  # It is rounded.
     assert timings["total_seconds"] == pytest.approx(sum(seconds.values()), abs=0.002)
     run.close()
 
