@@ -14,10 +14,9 @@ import pytest
 from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, write_json, write_text
 from expandr_jax.errors import UserError
-from tests.commands import command, finish, start, start_processes
+from tests.commands import SPREAD, command, error_of, finish, start, start_processes, until
 from tests.fake_bucket import NAME, serve
 from tests.kills_test import same
-from tests.processes_test import SPREAD, error_of, until
 from train.bucket import Bucket
 from train.mirror import Mirror, local_copy, read_marker
 

@@ -6,6 +6,8 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 from train.metrics_log import COST_FIELDS
 
@@ -74,3 +76,24 @@ def step_figures(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl, without what a step cost, which differs from run to run."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{name: line[name] for name in line if name not in COST_FIELDS} for line in lines]
+
+
+def ended(processes: list, timeout: float = 300) -> list[str]:
+    """What processes printed, when all have ended."""
+    return [process.communicate(timeout=timeout)[0] for process in processes]
+
+
+def until(processes: list, condition: Callable[[], bool]) -> None:
+    """Waits for something that processes are to do."""
+    limit = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < limit
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.02)
+
+
+def error_of(output: str) -> str:
+    """The one line that a program ended with."""
+    assert "Traceback" not in output, output
+    (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return message

@@ -7,7 +7,7 @@ import jax
 
 from configs import smoke
 from expandr_jax.planning import compiled
-from tests.plan_test import CHIP, machine
+from tests.eight_devices import CHIP, machine
 from train import plan_programs
 from train.planned_generator import GeneratorShapes
 

@@ -10,12 +10,8 @@ import contextlib
 import dataclasses
 import glob
 import importlib.util
-import json
 import os
-import queue
-import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,19 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from expandr_jax.errors import UserError
+from train.links import Link, connect_all
 from train.meeting import meet
 
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
-SECONDS_TO_CONNECT = 60.0
-SECONDS_FOR_HELLO = 10.0  # From one that has connected; anyone on the network may.
-LONGEST_HELLO = 4096  # Bytes.
 SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
-ADDRESS_BYTES = 256
 
 T = TypeVar("T")
 
@@ -225,13 +216,13 @@ class Processes:
         if self.count > 1:
             time.sleep(seconds)
 
-    def connect(self, links: dict[int, "Link"]) -> None:
+    def connect(self, links: dict[int, Link]) -> None:
         """Listens to the processes at the other ends: to process 0, or in it to all others."""
         self._links = links
         for index, link in links.items():
             threading.Thread(target=self._listen, args=(index, link), daemon=True).start()
 
-    def _listen(self, index: int, link: "Link") -> None:
+    def _listen(self, index: int, link: Link) -> None:
         last = link.listen()
         if last is None:
             reason = "it was killed, or its machine is gone"
@@ -260,67 +251,6 @@ class Processes:
             if index != source:
                 with contextlib.suppress(OSError):
                     link.send({"end": end})
-
-
-class Link:
-    """Messages to and from another process, an object of JSON a line.
-
-    Attributes:
-        open: Whether the other end may still say something.
-    """
-
-    def __init__(self, connection: socket.socket):
-        # Of a machine that is gone nothing comes back, not even an end.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
-            ("TCP_USER_TIMEOUT", 20_000),
-        ):  # fmt: skip
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        connection.settimeout(None)
-        self._connection = connection
-        self._lines = connection.makefile("rb")
-        self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._sending = threading.Lock()
-        self.open = True
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Sends a message; what becomes of a lost connection, `listen` finds out."""
-        data = json.dumps(message).encode() + b"\n"
-        with self._sending, contextlib.suppress(ConnectionError):
-            self._connection.sendall(data)
-
-    def receive(self, kind: str) -> Any:
-        """The content of the next message, which must be of this kind."""
-        (found, value), *_ = self._messages.get().items()
-        if found != kind:
-            raise RuntimeError(f"processes are out of step: expected {kind!r}, got {found!r}")
-        return value
-
-    def first(self) -> dict[str, Any]:
-        """The first message, before `listen`; {} where none comes that is one."""
-        self._connection.settimeout(SECONDS_FOR_HELLO)
-        try:
-            message = json.loads(self._lines.readline(LONGEST_HELLO))
-        except (OSError, ValueError):
-            message = None
-        self._connection.settimeout(None)
-        return message if isinstance(message, dict) else {}
-
-    def listen(self) -> dict[str, Any] | None:
-        """Takes messages in until the other end has gone; its last words, if it had any."""
-        try:
-            for line in self._lines:
-                message = json.loads(line)
-                if "end" in message:
-                    return message["end"]
-                self._messages.put(message)
-        except (OSError, ValueError):
-            pass  # Half a line, or none any more: it is gone.
-        finally:
-            self.open = False
-        return None
 
 
 _current = Processes()
@@ -372,7 +302,7 @@ def start(settings: Settings) -> Processes:
         _current = Processes(index, count)
         host = (settings.coordinator or "").rpartition(":")[0]
         try:
-            _current.connect(_links(index, count, host or None))
+            _current.connect(connect_all(index, count, host or None))
         except OSError as error:
             raise UserError(f"the processes cannot reach each other: {error}") from None
     return _current
@@ -384,43 +314,3 @@ def _is_tpu_host() -> bool:
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
     wanted = not platforms or "tpu" in platforms.split(",")
     return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None
-
-
-def _links(index: int, count: int, host: str | None) -> dict[int, Link]:
-    """Connections between process 0, which says to all where it listens, and the others."""
-    address = np.zeros(ADDRESS_BYTES, np.uint8)
-    server = None
-    if index == 0:
-        server = _listen_on(host or _own_address())
-        where = [host or _own_address(), server.getsockname()[1], secrets.token_hex(8)]
-        data = json.dumps(where).encode()
-        address[: len(data)] = np.frombuffer(data, np.uint8)
-    address = np.asarray(multihost_utils.broadcast_one_to_all(address))
-    host, port, token = json.loads(bytes(address).rstrip(b"\0"))
-    if server is None:
-        link = Link(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
-        link.send({"process": index, "token": token})
-        return {0: link}
-    links: dict[int, Link] = {}
-    with server:
-        server.settimeout(SECONDS_TO_CONNECT)
-        while len(links) < count - 1:
-            link = Link(server.accept()[0])
-            hello = link.first()
-            if hello.get("token") == token:
-                links[hello["process"]] = link
-    return dict(sorted(links.items()))
-
-
-def _listen_on(host: str) -> socket.socket:
-    try:
-        return socket.create_server((host, 0))
-    except OSError:  # The others may know this machine by an address that it does not have.
-        return socket.create_server(("", 0))
-
-
-def _own_address() -> str:
-    """This machine's address, as others on its network see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("10.255.255.255", 1))  # Sends nothing: it only chooses the interface.
-        return probe.getsockname()[0]

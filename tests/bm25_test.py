@@ -1,0 +1,136 @@
+"""BM25 against Lucene's formula, behind the same functions as the other indexes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from expandr_jax import search
+from expandr_jax.data.records import hash_json
+from expandr_jax.errors import UserError
+
+TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]
+
+
+def test_bm25_equals_lucenes_formula():
+    scores, indices = search.build_index(TEXTS).search(["dog sat", "CAT cat"], 6)
+    documents = [["cat", "sat"], ["dog", "sat", "dog"], ["birds", "fly", "high"], [], ["cat"],
+                 ["dog", "sat"]]  # fmt: skip
+    mean_length = np.mean([len(words) for words in documents])
+
+    def score(query, words):
+        total = 0.0
+        for word in query:
+            frequency = sum(word in other for other in documents)
+            weight = np.log(1 + (6 - frequency + 0.5) / (frequency + 0.5))
+            norm = 0.9 * (1 - 0.4 + 0.4 * len(words) / mean_length)
+            total += weight * words.count(word) / (words.count(word) + norm)
+        return total
+
+    for row, query in enumerate((["dog", "sat"], ["cat", "cat"])):
+        expected = np.array([score(query, words) for words in documents])
+        order = np.argsort(-expected, kind="stable")
+        np.testing.assert_array_equal(indices[row], order)
+        np.testing.assert_allclose(scores[row], expected[order], rtol=1e-5)
+    assert scores.dtype == np.float32
+    assert indices.dtype == np.int32
+
+
+def test_bm25_ties_clipping_and_queries_without_known_words():
+    index = search.Bm25Index(["same words"] * 5 + ["other"])
+    scores, indices = index.search(["words", "unknown", "", "the"], 100)
+    np.testing.assert_array_equal(indices, [range(6)] * 4)
+    assert (scores[1:] == 0).all()
+    assert (scores[0, :5] > 0).all()
+    assert scores[0, 5] == 0
+    np.testing.assert_array_equal(index.search(["words"], 3)[1], [[0, 1, 2]])
+    assert index.search([], 3)[0].shape == (0, 3)
+
+
+def test_bm25_refuses_what_holds_no_word():
+    for texts in ([], ["", "the a", "!"]):
+        with pytest.raises(UserError, match="BM25"):
+            search.Bm25Index(texts)
+    with pytest.raises(UserError, match="k is 0"):
+        search.Bm25Index(TEXTS).search(["cat"], 0)
+
+
+def test_bm25_is_saved_and_loaded_as_the_others_are(tmp_path):
+    index = search.build_index(TEXTS, "bm25", k1=1.2, b=0.75)
+    index.save(tmp_path / "index")
+    loaded = search.load_index(tmp_path / "index", fingerprint=search.text_fingerprint(TEXTS))
+    assert (loaded.size, loaded.dimension) == (index.size, index.dimension) == (6, 6)
+    assert loaded.fingerprint == index.fingerprint
+    for found, expected in zip(
+        loaded.search(["dog sat", "unknown", "birds"], 6),
+        index.search(["dog sat", "unknown", "birds"], 6),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    again = tmp_path / "again"
+    loaded.save(again)
+    np.testing.assert_array_equal(search.load_index(again).search(["cat"], 6)[1],
+                                  index.search(["cat"], 6)[1])  # fmt: skip
+    with pytest.raises(UserError, match="built from other texts"):
+        search.load_index(again, fingerprint=search.text_fingerprint(TEXTS[::-1]))
+    for file in sorted(again.iterdir()):
+        data = file.read_bytes()
+        file.write_bytes(data[:-2])
+        with pytest.raises(UserError, match=f"{file.name}: .*build .* again"):
+            search.load_index(again)
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "backend", "options", "message"),
+    [
+        (TEXTS, "exact", {}, "the exact backend indexes an array of vectors; a list was given"),
+        (np.eye(3), "bm25", {}, "the bm25 backend indexes a list of texts; an array was given"),
+        ([[1.0, 2.0]], "auto", {}, "BM25 indexes texts; number 0 is of type list"),
+        (["a", None, "dog"], "bm25", {}, "number 1 is of type NoneType"),
+        ([b"cat dog"], "bm25", {}, "number 0 is of type bytes"),
+        ("cats and dogs", "auto", {}, "BM25 indexes a list of texts; one text was given"),
+        (TEXTS, "bm25", {"leaves": 3}, "expected one of b, k1"),
+        (TEXTS, "bm25", {"k1": -0.1}, "BM25 option k1 is -0.1"),
+        (TEXTS, "bm25", {"k1": float("nan")}, "BM25 option k1 is nan"),
+        (TEXTS, "auto", {"b": 1.5}, "BM25 option b is 1.5; expected a number from 0 to 1"),
+        (TEXTS, "lucene", {}, "expected auto, exact, scann or bm25"),
+    ],
+)
+def test_what_a_backend_does_not_take_is_refused(corpus, backend, options, message):
+    with pytest.raises(UserError, match=message):
+        search.build_index(corpus, backend, **options)
+
+
+def test_bm25_searches_for_texts_alone():
+    index = search.build_index(np.array(TEXTS), k1=np.float32(0.9))
+    for queries in ("cat", np.eye(2), [b"cat"]):
+        with pytest.raises(UserError, match=r"BM25 searches for (a list of )?texts"):
+            index.search(queries, 3)
+    np.testing.assert_array_equal(
+        index.search(np.array(["cat", "dog"]), 2)[1], index.search(["cat", "dog"], 2)[1]
+    )
+
+
+def test_a_list_that_changes_later_changes_no_index(tmp_path):
+    texts = list(TEXTS)
+    index = search.build_index(texts)
+    texts.append("zebra")
+    index.save(tmp_path)
+    assert search.load_index(tmp_path).fingerprint == search.text_fingerprint(TEXTS)
+
+
+def test_a_manifest_of_a_backend_that_is_not_known_is_refused(tmp_path):
+    search.build_index(TEXTS).save(tmp_path)
+    manifest = json.loads((tmp_path / "index.json").read_text())
+    del manifest["sha256"]
+    manifest["backend"] = "later"
+    manifest["sha256"] = hash_json(manifest)
+    (tmp_path / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no backend 'later' is known here; build the index again"):
+        search.load_index(tmp_path)
+
+
+def test_texts_that_run_together_have_another_fingerprint():
+    ways = [["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["c", "ab"]]
+    assert len({search.text_fingerprint(texts) for texts in ways}) == len(ways)

@@ -1,0 +1,37 @@
+"""What tests of train.plan plan for: the smoke config on eight virtual devices."""
+
+import jax
+import ml_collections
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.planning import chips
+from expandr_jax.planning.topology import Topology
+
+PROGRAMS = [
+    "contrastive step",
+    "corpus encoding",
+    "prefill",
+    "decode",
+    "reference log-probabilities",
+    "DPO step",
+    "exact search",
+]
+CHIP = chips.Chip("cpu", 8 * chips.GIB, 1e12, 1e11, 1e10, "made up")
+QUIET = Console(quiet=True)
+
+
+def machine(chip=CHIP):
+    """8 virtual devices of one host."""
+    devices = jax.devices("cpu")[:8]
+    return Topology("cpu:8", devices, chip, devices)
+
+
+def smoke_on_meshes() -> ml_collections.ConfigDict:
+    """The smoke config with a mesh for each phase."""
+    config = smoke.get_config()
+    config.contrastive.micro_batch = 128
+    config.mesh.contrastive = (2, 4, 1)
+    config.mesh.sampling = (-1, 1, 2)
+    config.mesh.dpo = (1, 8, 1)
+    return config
