@@ -88,6 +88,20 @@ def test_the_corpus_reward_is_the_measure_of_a_plain_ranking(vectors, judged, me
     assert found[0, 0] == found[0].max()
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_the_corpus_reward_is_the_same_whatever_is_in_memory_at_once(
+    vectors, judged, measure, monkeypatch
+):
+    config = make_config(corpus_measure=measure, corpus_temperature=0.3, depth=20)
+    index, x = build_index(vectors[:49], "exact"), fused(vectors)
+    whole = corpus_reward(config, index, x, judged)
+    monkeypatch.setattr("train.search_rewards.BLOCK_ROWS", 5)  # One query, with four candidates.
+    searched, real = [], index.search
+    monkeypatch.setattr(index, "search", lambda q, k: searched.append(len(q)) or real(q, k))
+    np.testing.assert_array_equal(corpus_reward(config, index, x, judged), whole)
+    assert searched == [4, 4]
+
+
 def test_the_group_reward_depends_on_seed_and_query_alone(vectors, judged):
     corpus, x = vectors[:49], fused(vectors)
     config = make_config(group_size=20, group_sets=3)

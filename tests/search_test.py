@@ -117,6 +117,21 @@ def test_scann_methods_find_most_neighbours(method, storage):
 
 
 @needs_scann
+@needs_scann
+def test_of_many_queries_those_that_tie_at_the_cut_are_searched_again(monkeypatch):
+    corpus = np.concatenate([np.eye(8), np.tile(np.full(8, 8**-0.5), (40, 1))]).astype(np.float32)
+    queries = np.concatenate([np.eye(8) * [8, 7, 6, 5, 4, 3, 2, 1] + 0.01, np.ones((1, 8))])
+    queries = queries.astype(np.float32)
+    index = search.build_index(corpus, "scann")
+    rows, real = [], index._neighbours
+    monkeypatch.setattr(index, "_neighbours", lambda q, k: rows.append((len(q), k)) or real(q, k))
+    scores, indices = index.search(queries, 1)
+    assert rows == [(9, 2), (1, 4), (1, 8), (1, 16), (1, 32), (1, 48)]
+    expected_scores, expected_indices = _by_numpy(corpus, queries, 1)
+    np.testing.assert_array_equal(indices, expected_indices)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
+
+
 def test_the_method_follows_the_size():
     options = {"ah_from": 50, "tree_from": 100}
     for rows, method in ((10, "brute"), (49, "brute"), (50, "ah"), (99, "ah"), (100, "tree")):

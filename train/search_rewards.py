@@ -12,7 +12,7 @@ from expandr_jax.search import Index
 from train.data import TrainingData
 
 MEASURES = ("reciprocal_rank", "ndcg", "average_precision", "softmax_share")
-BLOCK_ROWS = 8192  # Of results in float64 at once.
+BLOCK_ROWS = 8192  # Expanded queries whose results are in memory at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def judged_documents(
 def corpus_reward(
     config: ml_collections.ConfigDict, index: Index, fused: np.ndarray, judged: Judged
 ) -> np.ndarray:
-    """`reward.corpus_measure` of each expanded query's search: [queries, candidates].
+    """`reward.corpus_measure` of each expanded query's search: [queries, candidates] float64.
 
     Args:
         config: The whole config.
@@ -62,21 +62,34 @@ def corpus_reward(
         fused: [queries, candidates, dim] a query's vector with each of its candidates.
         judged: Of the same queries.
     """
-    reward = config.reward
+    result = np.zeros(fused.shape[:2])
+    rows = max(1, BLOCK_ROWS // max(1, fused.shape[1]))
+    for start in range(0, len(fused), rows):
+        block = slice(start, start + rows)
+        result[block] = _measure(
+            config.reward, index, fused[block], judged.documents[block], judged.grades[block]
+        )
+    return result
+
+
+def _measure(
+    reward: ml_collections.ConfigDict,
+    index: Index,
+    fused: np.ndarray,
+    right: np.ndarray,
+    grades: np.ndarray,
+) -> np.ndarray:
+    """`corpus_reward` of some queries, given the rows of `Judged` that are theirs."""
     queries, count, width = fused.shape
     scores, found = index.search(fused.reshape(-1, width), reward.depth)
     if reward.corpus_measure == "softmax_share":
-        right = np.repeat(judged.documents, count, axis=0)
-        blocks = [slice(i, i + BLOCK_ROWS) for i in range(0, len(found), BLOCK_ROWS)]
-        shares = [
-            rewards.softmax_share(scores[b], found[b], right[b], reward.corpus_temperature)
-            for b in blocks
-        ]
-        return np.concatenate(shares).reshape(queries, count)
-    wanted = 1 if reward.corpus_measure == "reciprocal_rank" else judged.documents.shape[1]
-    documents = np.repeat(judged.documents[:, :wanted], count, axis=0)
+        documents = np.repeat(right, count, axis=0)
+        share = rewards.softmax_share(scores, found, documents, reward.corpus_temperature)
+        return share.reshape(queries, count)
+    wanted = 1 if reward.corpus_measure == "reciprocal_rank" else right.shape[1]
+    documents = np.repeat(right[:, :wanted], count, axis=0)
     rank = rewards.ranks_in_results(found, documents).reshape(queries, count, wanted)
-    grades = np.broadcast_to(judged.grades[:, None, :wanted], rank.shape)
+    grades = np.broadcast_to(grades[:, None, :wanted], rank.shape)
     if reward.corpus_measure == "reciprocal_rank":
         return rewards.reciprocal_rank(rank[..., 0])
     if reward.corpus_measure == "ndcg":

@@ -134,15 +134,17 @@ class ScannIndex:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int32)
         fetch = min(k + 1, self.size)
         scores, indices = self._neighbours(queries, fetch)
+        found = scores[:, :k], indices[:, :k]
+        if self.method != "brute":
+            return found
         # ScaNN leaves the order of ties open: fetch until the tie at the cut is whole.
-        while (
-            self.method == "brute"
-            and fetch < self.size
-            and np.any(scores[:, k - 1] == scores[:, -1])
-        ):
+        tied = np.flatnonzero(scores[:, k - 1] == scores[:, -1])
+        while len(tied) and fetch < self.size:
             fetch = min(2 * fetch, self.size)
-            scores, indices = self._neighbours(queries, fetch)
-        return scores[:, :k], indices[:, :k]
+            scores, indices = self._neighbours(queries[tied], fetch)
+            found[0][tied], found[1][tied] = scores[:, :k], indices[:, :k]
+            tied = tied[scores[:, k - 1] == scores[:, -1]]
+        return found
 
     def _neighbours(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(queries)
