@@ -241,3 +241,14 @@ def test_shares_of_a_softmax_want_vectors_of_unit_length():
     config.reward.corpus = 1.0
     with pytest.raises(UserError, match=r"^contrastive\.normalize is 'before'; expected"):
         check_settings(config)
+
+
+def test_shares_of_a_harvest_add_up():
+    config = base.get_config()
+    config.data.shares.generator_train = 0.9
+    check_settings(config)  # Those of triples are parts of what they add up to.
+    config.data.kind = "pydoc"
+    with pytest.raises(
+        UserError, match=r"^data\.shares: its four parts add up to 1\.795; expected 1"
+    ):
+        check_settings(config)

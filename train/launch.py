@@ -4,6 +4,7 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 """
 
 import errno
+import itertools
 import logging as standard_logging
 import os
 import re
@@ -255,7 +256,7 @@ def _check_text(arguments: Sequence[str]) -> None:
 
 def _check_config_exists(arguments: Sequence[str]) -> None:
     """Names a --config=FILE that is not there; ml_collections would wait until it is used."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         name, joined, value = argument.partition("=")
         if name not in ("--config", "-config"):
             continue
@@ -289,6 +290,8 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _IN_CONFIG in text:  # Of a traceback, which follows, its last line.
         text = f"--config: {text.strip().splitlines()[-1]}"
+        if "get_config() takes 0 positional arguments" in text:
+            text = "--config: this config takes nothing after its name and ':'"
     text = _NO_SWITCH.sub("expected true or false", text)
     return " ".join(text.split()) or type(error).__name__
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -296,6 +297,9 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
     for names in WEIGHED:
         if not any(value_of(config, name) for name in names):
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
+    total = math.fsum(config.data.shares.values())
+    if config.data.kind == "pydoc" and abs(total - 1) > 1e-9:
+        raise UserError(f"data.shares: its four parts add up to {total:.6g}; expected 1")
     if config.mining.first >= config.mining.depth:
         raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
     texts = config.candidates
