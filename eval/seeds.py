@@ -1,7 +1,9 @@
 """One table from several seeds: `python -m eval.seeds runs/pydoc-0 runs/pydoc-1 runs/pydoc-2`.
 
-Each query's value is its mean over the runs, which must have the same test queries; systems are
-then compared query by query with a paired t-test, so seeds are not counted as new queries.
+The runs must have the same test queries and, but for the seed, the same config. Systems are
+compared by two paired t-tests. The one over queries, each with its mean over the runs, asks whether
+these trainings differ on other queries; seeds are not counted as new queries. The one over runs,
+each with its mean over the queries, asks whether other trainings would differ on these queries.
 """
 
 import json
@@ -15,7 +17,7 @@ from rich.console import Console
 
 from eval.systems import MEASURES
 from expandr_jax import metrics
-from expandr_jax.data.records import write_text
+from expandr_jax.data.records import differences, write_text
 from expandr_jax.errors import UserError
 from expandr_jax.samples import MEASURES as SAMPLE_MEASURES
 from expandr_jax.samples import RANK, REWARD, mean_by_query, read_samples
@@ -25,6 +27,11 @@ SAMPLES = {
     RANK: "1 / rank of the right document for a single fresh passage searched on its own",
     REWARD: "Reward in the corpus (reward.corpus_measure) of a single fresh passage",
 }
+# Settings that decide how fast a run is, and results up to rounding.
+HOW = (
+    "contrastive.micro_batch", "contrastive.remat", "generator.memory_limit", "generator.remat",
+    "generator.slots", "keep", "log", "mesh", "retriever.tokens_per_batch",
+)  # fmt: skip
 Values = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 
 
@@ -32,13 +39,13 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
     """Per-query values of every system in every run, and the number of test queries.
 
     Raises:
-        UserError: A run is not finished, or the runs differ in queries or systems.
+        UserError: A run is not finished, two have the same seed, or they differ in settings,
+            queries or systems.
     """
+    _check_configs(workdirs)
     values: dict[str, dict[str, list[list[float]]]] = {}
     first: tuple[set[str], set[str]] | None = None
     for workdir in workdirs:
-        if not (workdir / "results.json").exists():
-            raise UserError(f"{workdir}: not a finished run; it has no results.json")
         qrels = metrics.read_qrels(workdir / "qrels.trec")
         queries = sorted(qrels)
         systems = {path.stem for path in (workdir / "runs").glob("*.trec")}
@@ -52,9 +59,14 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
                 column = values.setdefault(system, {}).setdefault(measure, [])
                 column.append([scores[query] for query in queries])
         samples = read_samples(workdir / "evaluation" / "samples.jsonl")
-        for system in {row["system"] for row in samples}:
+        for system in sorted({row["system"] for row in samples}):
             for field, measure in SAMPLE_MEASURES.items():
                 if scores := mean_by_query(samples, system, "test", field):
+                    if missing := set(queries) - set(scores):
+                        raise UserError(
+                            f"{workdir / 'evaluation' / 'samples.jsonl'}: nothing of {system} for "
+                            f"query {min(missing)}; run train.joint again, which makes it anew"
+                        )
                     column = values[system].setdefault(measure, [])
                     column.append([scores[query] for query in queries])
     arrays = {
@@ -62,6 +74,29 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
         for system, columns in values.items()
     }
     return arrays, len(first[0])
+
+
+def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
+    """Refuses what is no finished run, and runs that do not differ by their seed alone."""
+    seeds: dict[int, pathlib.Path] = {}
+    first: dict[str, Any] = {}
+    for workdir in workdirs:
+        if not (workdir / "results.json").exists():
+            raise UserError(f"{workdir}: not a finished run; it has no results.json")
+        try:
+            config = dict(json.loads((workdir / "config.json").read_text())["config"])
+            seed = config.pop("seed")
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{workdir / 'config.json'}: not the record of a run") from None
+        if (other := seeds.setdefault(seed, workdir)) != workdir:
+            raise UserError(f"{workdir}: has the seed of {other}; it would count twice")
+        first = first or config
+        for name, before, now in differences(first, config):
+            if not f"{name}.".startswith(tuple(f"{how}." for how in HOW)):
+                raise UserError(
+                    f"{workdir}: {name} is {now!r}, in {workdirs[0]} {before!r}; expected runs "
+                    "that differ by their seed alone"
+                )
 
 
 def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
@@ -73,10 +108,10 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
     order = [row["system"] for row in _rows(workdirs[0])]
     lines = [
         f"{dataset}, {queries} test queries, {len(workdirs)} runs: mean (standard deviation over "
-        f"runs); p: {reference} against the row, paired t-test over queries",
+        f"runs); p: {reference} against the row, paired t-tests over queries and over runs",
         "",
-        f"| system | {' | '.join(MEASURES)} | difference in {MEASURES[0]} | p |",
-        "|---|" + "---:|" * (len(MEASURES) + 2),
+        f"| system | {' | '.join(MEASURES)} | difference in {MEASURES[0]} | p, queries | p, runs |",
+        "|---|" + "---:|" * (len(MEASURES) + 3),
     ]
     for system in order:
         cells = []
@@ -84,13 +119,14 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
             means = values[system][measure].mean(axis=1)
             spread = means.std(ddof=1) if len(means) > 1 else 0.0
             cells.append(f"{means.mean():.4f} ({spread:.4f})")
-        ours, theirs = (values[name][MEASURES[0]].mean(axis=0) for name in (reference, system))
-        test = metrics.paired_test(ours, theirs)
-        last = (
-            ["", ""]
-            if system == reference
-            else [f"{test['difference']:+.4f}", f"{test['p_value']:.2g}"]
-        )
+        last = ["", "", ""]
+        if system != reference:
+            ours, theirs = (values[name][MEASURES[0]] for name in (reference, system))
+            test = metrics.paired_test(ours.mean(axis=0), theirs.mean(axis=0))
+            last = [f"{test['difference']:+.4f}", f"{test['p_value']:.2g}", ""]
+            if len(workdirs) > 1:
+                test = metrics.paired_test(ours.mean(axis=1), theirs.mean(axis=1))
+                last[2] = f"{test['p_value']:.2g}"
         lines.append(f"| {system} | {' | '.join([*cells, *last])} |")
     pair = reference, f"{reference}-base-generator"
     for field, measure in SAMPLE_MEASURES.items():

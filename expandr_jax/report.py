@@ -276,7 +276,13 @@ def time_section(workdir: pathlib.Path) -> str | None:
         seconds[phase["phase"]] += phase["seconds"]
     chart = plots.bars("Seconds by phase", seconds, label="{:,.1f} s")
     header = ["phase", "time", "share", "peak memory"]
-    return figures({"Seconds by phase": chart}) + table("By phase.", header, rows)
+    places = dict.fromkeys(
+        f"{phase['device']} with jax {phase['jax']}"
+        for phase in timings["phases"]
+        if "device" in phase
+    )
+    caption = f"By phase, on {' and '.join(places)}." if places else "By phase."
+    return figures({"Seconds by phase": chart}) + table(caption, header, rows)
 
 
 def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> str | None:

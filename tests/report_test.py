@@ -136,7 +136,12 @@ def workdir(tmp_path_factory):
               "reward": 12, "train generator": 170, "evaluate": 95}  # fmt: skip
     timings = {
         "phases": [
-            {"phase": name, "seconds": seconds, "peak_memory_bytes": 2**30 + seconds * 10**6}
+            {
+                "phase": name,
+                "seconds": seconds,
+                "peak_memory_bytes": 2**30 + seconds * 10**6,
+                **({} if name == "harvest" else {"device": "TPU v5e", "jax": "0.10.2"}),
+            }
             for name, seconds in phases.items()
         ],
         "total_seconds": 990.0,
@@ -215,6 +220,7 @@ def test_figures_and_intervals_are_those_of_the_files(workdir, page_text):
         assert f"{low:.3f} – {high:.3f}" in text
     assert "16 min 30 s" in text
     assert "3.00 GiB" in text
+    assert "By phase, on TPU v5e with jax 0.10.2." in text
     assert "query_weight" in text
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import time
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -27,6 +28,7 @@ def test_time_within_an_inner_phase_counts_once(tmp_path):
     # What is written lags what passed by the writing of the last row.
     assert 0.4 <= timings["total_seconds"] <= whole + 0.002  # It is rounded.
     assert timings["total_seconds"] == pytest.approx(sum(seconds.values()), abs=0.002)
+    assert {(row["device"], row["jax"]) for row in timings["phases"]} == {("cpu", jax.__version__)}
     run.close()
 
 

@@ -100,6 +100,8 @@ def workdirs(tmp_path):
         write_jsonl(root / "evaluation" / "samples.jsonl", samples)
         rows = [{"system": system} for system in ("expandr", "expandr-base-generator")]
         (root / "results.json").write_text(json.dumps({"dataset": "toy", "rows": rows}))
+        config = {"seed": ["one", "two"].index(run), "generator": {"slots": 8}, "rounds": 1}
+        (root / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
     return [tmp_path / "one", tmp_path / "two"]
 
 
@@ -118,8 +120,9 @@ def test_seeds_are_averaged_before_queries_are_compared(workdirs):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     spread = base_.mean(1).std(ddof=1)
     assert cells[1] == f"{base_.mean():.4f} ({spread:.4f})"
-    assert cells[-2] == f"{(ours - base_).mean():+.4f}"
-    assert cells[-1] == f"{stats.ttest_rel(ours.mean(0), base_.mean(0)).pvalue:.2g}"
+    assert cells[-3] == f"{(ours - base_).mean():+.4f}"
+    assert cells[-2] == f"{stats.ttest_rel(ours.mean(0), base_.mean(0)).pvalue:.2g}"
+    assert cells[-1] == f"{stats.ttest_rel(ours.mean(1), base_.mean(1)).pvalue:.2g}"
     for field, start in seeds.SAMPLES.items():
         means = []
         for system in values:
@@ -149,3 +152,33 @@ def test_runs_that_cannot_be_compared_are_refused(workdirs, tmp_path):
         seeds.table([tmp_path], "expandr")
     with pytest.raises(UserError, match="no system 'other'"):
         seeds.table(workdirs, "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 0}, "two: has the seed of .*one; it would count twice"),
+        ({"rounds": 2}, "two: rounds is 2, in .*one 1; expected runs that differ by their seed"),
+        ({"generator": {"slots": 16}}, None),
+    ],
+)
+def test_runs_differ_by_their_seed_alone(workdirs, changes, message):
+    path = workdirs[1] / "config.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "config": record["config"] | changes}))
+    if message is None:
+        assert "2 runs" in seeds.table(workdirs, "expandr")
+    else:
+        with pytest.raises(UserError, match=message):
+            seeds.table(workdirs, "expandr")
+    path.write_text("{}")
+    with pytest.raises(UserError, match=r"two/config\.json: not the record of a run"):
+        seeds.table(workdirs, "expandr")
+
+
+def test_samples_that_lack_a_query_are_named(workdirs):
+    path = workdirs[1] / "evaluation" / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"q7"' not in line))
+    with pytest.raises(UserError, match=r"samples\.jsonl: nothing of expandr for query q7"):
+        seeds.table(workdirs, "expandr")

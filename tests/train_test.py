@@ -55,6 +55,17 @@ def test_results_have_every_system_and_test(smoke):
     assert compared == set(SYSTEMS) - {"expandr"}
 
 
+def test_the_choices_are_the_best_of_those_tried(smoke):
+    results = json.loads((smoke[0] / "results.json").read_text())
+    tried = list(map(json.loads, (smoke[0] / "evaluation/choices.jsonl").read_text().splitlines()))
+    for system, chosen in results["chosen"].items():
+        mine = [row for row in tried if row["system"] == system]
+        assert len(mine) > 1
+        best = max(mine, key=lambda row: row["ndcg@10"])  # The first of several.
+        assert chosen == {name: best[name] for name in ("query_weight", "samples")}
+    assert {row["system"] for row in tried} == set(results["chosen"])
+
+
 def test_trec_eval_finds_the_same_figures_in_the_runs(smoke):
     workdir, _ = smoke
     results = json.loads((workdir / "results.json").read_text())

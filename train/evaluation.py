@@ -11,6 +11,7 @@ import numpy as np
 from eval.pages import write_mean
 from eval.sets import mean_over_sets
 from eval.systems import (
+    CHOSEN_BY,
     MEASURES,
     SYSTEMS,
     Choice,
@@ -81,6 +82,7 @@ def evaluate(
         runs: dict[str, dict[str, dict[str, float]]] = {}
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
         samples: list[dict[str, Any]] = []
+        tried: list[dict[str, Any]] = []
         with run.progress("evaluation: systems", len(systems)) as advance:
             for name, system in systems.items():
                 if system.retriever is None and run.processes.is_main:
@@ -92,13 +94,15 @@ def evaluate(
                     params, corpus = build()
                     encoded = _encode(run, models, data, params, mine, texts)
                     if run.processes.is_main:  # The others only encode.
-                        _dense(run, data, corpus, mine, encoded, runs, choices, samples)
+                        _dense(run, data, corpus, mine, encoded, runs, choices, tried, samples)
                     advance(len(mine))
 
         def write() -> None:
             metrics.write_qrels(directory / "qrels.trec", data.collection.qrels["test"])
             for name in systems:
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
+            if tried:
+                write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
             write_json(path, _results(directory, data, systems, choices, samples))
 
@@ -267,9 +271,10 @@ def _dense(
     encodings: Mapping[str, Mapping[str, EncodedQueries]],
     runs: dict[str, dict[str, dict[str, float]]],
     choices: dict[str, Choice],
+    tried: list[dict[str, Any]],
     samples: list[dict[str, Any]],
 ) -> None:
-    """Adds the test runs, choices that are not made yet and ranks of samples of one retriever."""
+    """Adds of one retriever the test runs, choices not made yet with all tried, and samples."""
     config = run.config.evaluation
     settings = {
         "normalize": run.config.contrastive.normalize,
@@ -282,10 +287,14 @@ def _dense(
         encoded = encodings[name]
         if system.generator is not None:
             if name not in choices:
-                choices[name], tried = choose(
+                choices[name], values = choose(
                     corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
                 )
-                best = max(value for _, value in tried)
+                tried += [
+                    {"system": name, **dataclasses.asdict(choice), CHOSEN_BY: round(value, 6)}
+                    for choice, value in values
+                ]
+                best = max(value for _, value in values)
                 run.console.print(
                     f"  {name}: query weight {choices[name].query_weight}, samples "
                     f"{choices[name].samples} (dev nDCG@10 {best:.4f})"

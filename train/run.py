@@ -18,7 +18,7 @@ import psutil
 from etils import epath
 from rich.console import Console
 
-from expandr_jax.data.records import hash_json, write_json
+from expandr_jax.data.records import differences, hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.host_memory import release_memory
 from train import processes
@@ -166,7 +166,9 @@ class Run:
         config = json.loads(self.config.to_json())
         for section in FREE:
             before.pop(section, None), config.pop(section)
-        changes = list(_differences(before, config))
+        changes = [
+            f"{name} was {old!r}, now {new!r}" for name, old, new in differences(before, config)
+        ]
         if changes:
             raise UserError(
                 f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
@@ -295,6 +297,8 @@ class Run:
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
         row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
+        # A run may go on elsewhere than where config.json was written.
+        row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         rows = list(phases.values())
         write_json(
             self._timings_path,
@@ -315,7 +319,7 @@ class Run:
 def _timing(row: Any) -> dict[str, Any]:
     """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
     seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
-    return {"phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
+    return {**row, "phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
 
 
 class _PeakMemory:
@@ -361,13 +365,3 @@ def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(values, list):
         for value in values:
             yield from _texts(value, name)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Names and values of the settings that differ between two nested configs."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            inner = f"{name}.{key}" if name else key
-            yield from _differences(before.get(key), now.get(key), inner)
-    elif before != now:
-        yield f"{name} was {before!r}, now {now!r}"
