@@ -1,4 +1,6 @@
+import collections
 import hashlib
+import importlib
 import importlib.metadata
 import sys
 
@@ -242,8 +244,7 @@ def test_real_package():
         importlib.metadata.distribution("networkx")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("networkx is not installed")
-    pydoc = harvest(["networkx==3.6.1"], min_pairs=1000)
-    collection = pydoc.collection
+    collection = harvest(["networkx==3.6.1"], min_pairs=1000).collection
     text = "\n".join(f"{key}\t{value}" for key, value in collection.corpus.items())
     assert (
         hashlib.sha256(text.encode()).hexdigest()
@@ -254,13 +255,41 @@ def test_real_package():
         assert query.lower() not in document.lower()
         assert len(words(query)) >= 3
         assert len(document.split()) >= 20
-    grams = {}
+    check_splits(collection)
+    normal = [query.lower().strip() for query in collection.queries.values()]
+    assert len(set(normal)) == len(normal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "pydoc"])
+def test_the_configs_packages(name):
+    """What is tested on is neither in what is trained on nor close to it."""
+    config = importlib.import_module(f"configs.{name}").get_config().data
+    try:
+        pydoc = harvest(config.packages, shares=Shares(**config.shares), min_pairs=config.min_pairs)
+    except UserError as error:
+        pytest.skip(str(error))
+    judged, queries = pydoc.collection.qrels, pydoc.collection.queries
+    assert len(judged["test"]) >= {"quickstart": 300, "pydoc": 1000}[name]
+    assert len(pydoc.generator_train) >= {"quickstart": 500, "pydoc": 4000}[name]
+    check_splits(pydoc.collection)
+    trained, tested = ({queries[q].lower().strip() for q in judged[s]} for s in ("train", "test"))
+    assert not trained & tested
+
+
+def check_splits(collection):
+    """No test document shares more than half of its word 5-grams with one that is trained on."""
+    grams, holders = {}, collections.defaultdict(list)
     for key, document in collection.corpus.items():
         tokens = document.lower().split()
         grams[key] = {tuple(tokens[i : i + 5]) for i in range(max(1, len(tokens) - 4))}
-    train = [next(iter(judged)) for judged in collection.qrels["train"].values()]
+    for judged in collection.qrels["train"].values():
+        for key in judged:
+            for gram in grams[key]:
+                holders[gram].append(key)
     for judged in collection.qrels["test"].values():
-        mine = grams[next(iter(judged))]
-        assert all(len(mine & grams[key]) <= 0.5 * len(mine | grams[key]) for key in train)
-    normal = [query.lower().strip() for query in collection.queries.values()]
-    assert len(set(normal)) == len(normal)
+        for test in judged:
+            mine = grams[test]
+            assert mine
+            for key in {key for gram in mine for key in holders[gram]}:
+                assert len(mine & grams[key]) <= 0.5 * len(mine | grams[key]), (test, key)
