@@ -69,7 +69,11 @@ def test_types_of_numbers(tmp_path):
         next(rows)
 
 
-@pytest.mark.parametrize("content", [None, b"not gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-12]])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"not gzip", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12]],
+    ids=["missing", "not gzip", "cut off"],
+)
 def test_unreadable_file_is_named(tmp_path, content):
     path = tmp_path / "rows.jsonl.gz"
     if content is not None:
