@@ -23,7 +23,7 @@ from tests.commands import (
     start_processes,
     step_figures,
     until,
-)  # fmt: skip
+)
 from train.processes import EXIT_LOST, SECONDS_TO_STOP
 
 
