@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     for table in tables:
         console.print(table, markup=False, soft_wrap=isinstance(table, str))
     if settings.html:
-        from eval.pages import write_comparison  # Plots and models take a second to import.
+        from eval.pages import write_comparison  # Models take a second to import.
 
         write_comparison(pathlib.Path(settings.html), values, baseline, *known)
 

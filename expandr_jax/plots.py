@@ -4,12 +4,15 @@ import html
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    # Otherwise imported where it is used: it takes half a second, and a program draws at its end.
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Matplotlib knows no CSS variables: each stand-in below is replaced by var(--name) in the SVG, so
 # that a plot follows the page into dark mode.
@@ -65,7 +68,7 @@ def bars(
         highlight: the label whose bar stands out; None colours all alike.
         label: format of the value written beside a bar.
     """
-    with matplotlib.rc_context(_STYLE):
+    with _style(_STYLE):
         figure, axes = _figure(0.5 + 0.32 * len(values))
         positions = np.arange(len(values))
         colours = [
@@ -104,7 +107,7 @@ def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool 
         ylabel: beside it.
         smooth: a long line is drawn faintly, with its moving mean on top.
     """
-    with matplotlib.rc_context(_STYLE):
+    with _style(_STYLE):
         figure, axes = _figure(2.9)
         for i, (name, (x, y)) in enumerate(series.items()):
             colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
@@ -124,7 +127,7 @@ def histogram(
     title: str, samples: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str = "share"
 ) -> str:
     """Draws the distribution of each sample as the share in 20 equal bins, its mean as a tick."""
-    with matplotlib.rc_context(_STYLE):
+    with _style(_STYLE):
         figure, axes = _figure(2.9)
         together = np.concatenate([np.asarray(values, float) for values in samples.values()])
         low, high = min(0.0, together.min()), together.max()
@@ -141,13 +144,22 @@ def histogram(
         return _svg(figure, title)
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _style(settings: Mapping[str, Any]) -> AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(settings)
+
+
+def _figure(height: float) -> "tuple[Figure, Axes]":
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
 
-def _finish(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
+def _finish(axes: "Axes", xlabel: str, ylabel: str, legend: bool) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y")
@@ -163,10 +175,10 @@ def _finish(axes: Axes, xlabel: str, ylabel: str, legend: bool) -> None:
         )
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: "Figure", title: str) -> str:
     buffer = io.StringIO()
     # The salt makes the ids repeat from run to run and differ between plots of one page.
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+    with _style({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :]

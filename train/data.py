@@ -17,7 +17,6 @@ from expandr_jax.data.pydoc import Shares, harvest
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from train.benchmarks import benchmark_queries, query_key
-from train.echo import read_echo
 from train.run import Run
 from train.source import data_path
 
@@ -88,6 +87,9 @@ def _make_data(run: Run) -> None:
         elif config.kind == "beir":
             collection, retriever, generator, source = _copy_beir(run)
         elif config.kind == "triples":
+            # Imported where it is used: tensorflow-datasets takes a quarter of a second.
+            from train.echo import read_echo
+
             collection, retriever, generator, source = read_echo(run)
         else:
             raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")

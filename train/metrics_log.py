@@ -8,10 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
-
 from expandr_jax.data.records import hash_json, write_text
 from expandr_jax.errors import UserError
 
@@ -38,7 +34,7 @@ class MetricsLog:
     def __init__(self, workdir: pathlib.Path, project: str = "", address: str = ""):
         self._workdir = workdir
         self._path = workdir / "metrics.jsonl"
-        self._events: EventsWriter | None = None
+        self._events: Any = None
         self._flushed = time.monotonic()
         self._wandb = _start_wandb(workdir, project, address or str(workdir)) if project else None
         self.dropped = 0
@@ -100,6 +96,11 @@ class MetricsLog:
             self._wandb = None
 
     def _write_events(self, values: Mapping[str, float], step: int) -> None:
+        # Imported with the first step: it imports PyTorch where that is installed, for seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         # Not SummaryWriter: its thread dies where the disk is full, and then its queue blocks.
         if self._events is None:
             directory = self._workdir / "tensorboard"
