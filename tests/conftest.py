@@ -1,5 +1,6 @@
 """Eight virtual devices, a compilation cache, and models that several test files share."""
 
+import fcntl
 import os
 import pathlib
 
@@ -35,6 +36,13 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """An uninterrupted run of the smoke config: (workdir, what it printed)."""
-    workdir = tmp_path_factory.mktemp("smoke") / "run"
-    return workdir, finish(start(workdir))
+    """An uninterrupted run of the smoke config, one for all workers: (workdir, what it printed)."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    workdir, printed = directory / "smoke", directory / "smoke.txt"
+    with open(directory / "smoke.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            printed.write_text(finish(start(workdir)))
+    return workdir, printed.read_text()

@@ -81,12 +81,12 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
     for i, row in enumerate(rows):
         row["expansion"] = " ".join([row["expansion"]] * (1 if i % 8 else 6))
     write_jsonl(tmp_path / "triples.jsonl", rows)
-    widths = {}
+    widths, first = {}, {}
 
     def recorded(*args, **options):
         batch = make_batch(*args, **options)
         widths[window].append(batch["expansion_ids"].shape[1])
-        return batch
+        return first.setdefault("batch", batch)  # One program: all that counts is what was made.
 
     monkeypatch.setattr("train.retriever.make_batch", recorded)
     for window in (0, 100):

@@ -28,7 +28,7 @@ from expandr_jax.steps import (
 from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.load import example_inputs
 
-MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
+MESHES = [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)]
 SETTINGS = OptimizerConfig(1e-3, total_steps=4, clip_norm=1.0, weight_decay=0.01)
 BERT = BertConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, mlp_dim=32, max_positions=16,
@@ -167,10 +167,16 @@ def train_adapter(mesh, module, params, adapter, steps=3):
     return state, metrics
 
 
+@pytest.fixture(scope="module")
+def adapter_on_one_device(generator):
+    """(state, metrics) after steps of the adapter on one device."""
+    return train_adapter(one_device(), *generator)
+
+
 @pytest.mark.parametrize("sizes", MESHES)
-def test_dpo_steps_are_those_of_one_device(generator, sizes):
+def test_dpo_steps_are_those_of_one_device(generator, adapter_on_one_device, sizes):
     module, params, adapter = generator
-    expected, expected_metrics = train_adapter(one_device(), module, params, adapter)
+    expected, expected_metrics = adapter_on_one_device
     mesh = make_mesh(*sizes)
     state, metrics = train_adapter(mesh, module.clone(remat="full"), params, adapter)
     close(metrics, expected_metrics)
@@ -178,23 +184,30 @@ def test_dpo_steps_are_those_of_one_device(generator, sizes):
     assert moved(adapter, state.params) > 1e-3
 
 
+def figures(mesh, module, params, adapter):
+    """The reference's log-probabilities of a batch, and DPO's figures of it."""
+    base = model_shardings(mesh, module, params)
+    variables = {"params": jax.device_put(params, base)}
+    batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
+    reference = reference_program(mesh, base, module=module, chunk=16)(variables, batch)
+    own = adapter_shardings(mesh, base, adapter)
+    values = values_program(
+        mesh, own, base, values=dpo_values, module=module, config=DPOConfig(chunk=16)
+    )
+    placed = jax.device_put(adapter, own)
+    return jax.device_get((reference, values(placed, variables["params"], batch)))
+
+
+@pytest.fixture(scope="module")
+def figures_on_one_device(generator):
+    return figures(one_device(), *generator)
+
+
 @pytest.mark.parametrize("sizes", MESHES)
-def test_log_probabilities_and_figures_are_those_of_one_device(generator, sizes):
-    module, params, adapter = generator
-
-    def figures(mesh):
-        base = model_shardings(mesh, module, params)
-        variables = {"params": jax.device_put(params, base)}
-        batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
-        reference = reference_program(mesh, base, module=module, chunk=16)(variables, batch)
-        own = adapter_shardings(mesh, base, adapter)
-        values = values_program(
-            mesh, own, base, values=dpo_values, module=module, config=DPOConfig(chunk=16)
-        )
-        placed = jax.device_put(adapter, own)
-        return jax.device_get((reference, values(placed, variables["params"], batch)))
-
-    close(figures(make_mesh(*sizes)), figures(one_device()))
+def test_log_probabilities_and_figures_are_those_of_one_device(
+    generator, figures_on_one_device, sizes
+):
+    close(figures(make_mesh(*sizes), *generator), figures_on_one_device)
 
 
 @pytest.mark.parametrize("sizes", MESHES)

@@ -335,6 +335,7 @@ def test_text_that_is_not_utf8(tmp_path):
     assert "corpus.jsonl:5" in refused(tmp_path, *beir(data))
 
 
+@pytest.mark.slow
 def test_a_beir_directory_with_a_text_of_100_000_words(tmp_path):
     documents = [f"document number {i} about topic {i % 7}" for i in range(60)]
     documents[0] = "word " * 100_000
