@@ -127,6 +127,7 @@ def train(config, workdir):
     retriever_training.train_on_triples(config, workdir, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "triples.jsonl"
     write_jsonl(path, [{"query": query, "pos": document} for query, document in PAIRS])

