@@ -365,6 +365,7 @@ def test_what_a_killed_save_left_is_gone_before_steps_are_looked_for(bucket):
     assert bucket.names("run/") == []
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_the_same_on_another_disk(smoke, bucket, tmp_path):
     process = start("gs://bucket/run")
     until([process], lambda: any("checkpoints/retriever" in n for n in bucket.names()))

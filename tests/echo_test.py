@@ -201,6 +201,7 @@ def test_what_a_collection_tests_is_not_trained_on_either(tmp_path):
     assert source["left_out_for_tests"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path):
     source = write_echo(tmp_path / "echo")
     tests = [str(benchmark(tmp_path / name, [f"the {NOUNS[-40]}?", "x y"])) for name in "ab"]

@@ -83,6 +83,7 @@ def test_programs_of_a_slice_that_is_not_here_cannot_be_run(config):
         plan.plan(config, slice_, QUIET, repeats=3)
 
 
+@pytest.mark.slow
 def test_what_is_timed_is_the_work_that_was_planned(config):
     """Every slot decodes TIMED tokens, and no number of a step is lost to NaN."""
     shapes = GeneratorShapes(config, machine())

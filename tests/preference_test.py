@@ -134,23 +134,25 @@ def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(m
     half = module.clone(dtype=jnp.bfloat16)
     weights = cast_weights(params, jnp.bfloat16)
     batch = pack(PAIRS, pad_id=0)
-    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
+    log_probs = jax.jit(functools.partial(response_log_probs, module, chunk=8))
+    reference = log_probs({"params": params}, batch)
     batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
     optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=4, accumulation=2))
     state = TrainState.create(adapter, optimizer)
-    (_, expected), (grads, metrics) = (
-        jax.grad(dpo_loss, has_aux=True)(adapter, base, batch, module=module_, config=DPOConfig())
-        for module_, base in ((module, params), (half, weights))
-    )
+
+    def gradients(module, base):
+        gradients_of = jax.grad(dpo_loss, has_aux=True)
+        program = jax.jit(functools.partial(gradients_of, module=module, config=DPOConfig()))
+        return program(adapter, base, batch)
+
+    (_, expected), (grads, metrics) = gradients(module, params), gradients(half, weights)
     assert metrics["log_prob_chosen"] != expected["log_prob_chosen"]  # It is another arithmetic.
     for side in ("chosen", "rejected"):
         name = f"log_prob_{side}"
         assert metrics[name].dtype == jnp.float32
         np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-2)
-    state, metrics = dpo_step(
-        state, weights, batch, jax.random.key(0), module=half, config=DPOConfig(),
-        optimizer=optimizer,
-    )  # fmt: skip
+    step = functools.partial(dpo_step, module=half, config=DPOConfig(), optimizer=optimizer)
+    state, metrics = jax.jit(step)(state, weights, batch, jax.random.key(0))
     assert metrics["loss"].dtype == jnp.float32
     kinds = {leaf.dtype for leaf in jax.tree.leaves((grads, state.params, state.opt_state))}
     assert kinds <= {jnp.dtype(kind) for kind in ("float32", "int32", "bool")}

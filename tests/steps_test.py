@@ -126,6 +126,12 @@ def train_retriever(mesh, retriever, params, config, steps=3):
 CONFIG = ContrastiveConfig(0.1, 0.5, "both")
 
 
+def config_of(retriever):
+    """BERT in whole batches, AnchorDR by GradCache's micro-batches."""
+    pieces = 8 if isinstance(retriever.module, AnchorDr) else 0
+    return dataclasses.replace(CONFIG, micro_batch=pieces)
+
+
 @pytest.fixture(scope="module")
 def on_one_device(retriever):
     """(state, metrics) after steps on one device, of whole batches."""
@@ -136,10 +142,7 @@ def on_one_device(retriever):
 def test_contrastive_steps_are_those_of_one_device(retriever, on_one_device, sizes):
     model, params = retriever
     expected, expected_metrics = on_one_device
-    # BERT in whole batches, AnchorDR by GradCache's micro-batches.
-    pieces = 8 if isinstance(model.module, AnchorDr) else 0
-    config = dataclasses.replace(CONFIG, micro_batch=pieces)
-    state, metrics = train_retriever(make_mesh(*sizes), model, params, config)
+    state, metrics = train_retriever(make_mesh(*sizes), model, params, config_of(model))
     close(metrics, expected_metrics)
     # Adam's first steps have the size of the rate however small a gradient is: no parameter here
     # has a gradient within rounding of zero but the keys' biases, which softmax cancels.
@@ -251,8 +254,8 @@ def test_what_is_on_every_device(retriever, generator):
 
 def test_a_step_leaves_its_state_where_it_was(retriever):
     model, params = retriever
-    mesh, optimizer = make_mesh(2, 4, 1), make_optimizer(SETTINGS)
-    state, _ = train_retriever(mesh, model, params, ContrastiveConfig(0.1, 0.5, "both"), steps=1)
+    mesh, optimizer = make_mesh(2, 2, 2), make_optimizer(SETTINGS)
+    state, _ = train_retriever(mesh, model, params, config_of(model), steps=1)
     placed = model_shardings(mesh, model.module, params)
     wanted = TrainState.shardings(mesh, placed, params, optimizer)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
@@ -263,7 +266,7 @@ def test_a_step_leaves_its_state_where_it_was(retriever):
         else (state.params["encoder"]["layers"]["up_proj"]["kernel"])
     )
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
-    assert kernel.addressable_shards[0].data.shape == (2, 4, 32)
+    assert kernel.addressable_shards[0].data.shape == (2, 8, 16)
 
 
 def test_a_step_donates_the_adapter_s_state_and_keeps_the_base(generator):
