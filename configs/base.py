@@ -76,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
     lora.targets = ("q_proj$", "v_proj$")  # Regular expressions on the projections' paths.
 
     config.expansion = expansion = ml_collections.ConfigDict()
-    expansion.strategy = "q2d"  # A name in expandr_jax/prompts.py.
+    expansion.strategy = "q2d"  # A name in expandr_jax/expansion/prompts.py.
     expansion.template = ""  # Replaces the strategy's own; has {query}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
@@ -207,7 +207,7 @@ def get_config() -> ml_collections.ConfigDict:
     scann.storage = "float32"  # Of the vectors for that; or "bfloat16", "int8".
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
-    evaluation.systems = (  # Rows of the results; see eval/systems.py.
+    evaluation.systems = (  # Rows of the results; see expandr_jax/ranking/systems.py.
         "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",
         "expandr", "expandr-base-generator", "expandr-plain",
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """One table over data sets: `python -m eval.beir --data=DIR[,DIR] --systems=a,b --workdir=OUT`.
 
-Systems are `bm25`, `dense` (the config's retriever), either with a strategy of eval/strategies.py
-(`dense+q2d`, `bm25+query2doc`), `dense+prf-average`, `dense+prf-rocchio`, the same over a corpus
-whose documents are expanded (`bm25@d2q`, `dense@d2d+q2d`), and fusions of any of these
-(`rrf:bm25:dense`); `all` is the table of docs/strategies.md, without expanded documents. Each set
+Systems are `bm25`, `dense` (the config's retriever), either with a strategy of
+expandr_jax/expansion/strategies.py (`dense+q2d`, `bm25+query2doc`), `dense+prf-average`,
+`dense+prf-rocchio`, the same over a corpus whose documents are expanded (`bm25@d2q`,
+`dense@d2d+q2d`), and fusions of any of these (`rrf:bm25:dense`); `all` is the table of
+docs/strategies.md, without expanded documents. Each set
 gets results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in
 OUT or, where there are several, in OUT/NAME. The same command goes on where it stopped; with other
 systems it adds what is missing, and what was generated serves every system that asks for the same.
@@ -20,21 +21,21 @@ import ml_collections
 from absl import flags
 from rich.console import Console
 
-from eval.pages import write_mean, write_set
-from eval.ranking import LazyModels, Ranker
-from eval.sets import harvested_set, mean_over_sets
-from eval.strategies import System, parse_systems
-from eval.systems import MEASURES
-from eval.tables import wide_console
-from eval.texts import TextCache
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_beir, source_hashes
+from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.report import results_table
-from train.benchmarks import Benchmark, find_benchmarks
+from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.strategies import System, parse_systems
+from expandr_jax.ranking.ranker import LazyModels, Ranker
+from expandr_jax.ranking.systems import MEASURES
+from expandr_jax.report.pages import write_mean, write_set
+from expandr_jax.report.run_report import results_table
+from expandr_jax.report.sets import harvested_set, mean_over_sets
+from expandr_jax.report.tables import wide_console
+from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
-from train.run import Run
 from train.settings import check_settings
 
 

@@ -12,11 +12,18 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from eval.differences import HEADER, MOVED_HEADER, Values, compare, moved, read_expansions
-from eval.tables import FORMATS, render, wide_console
 from expandr_jax import metrics
 from expandr_jax.data.beir import Qrels, read_qrels
 from expandr_jax.errors import UserError
+from expandr_jax.report.differences import (
+    HEADER,
+    MOVED_HEADER,
+    Values,
+    compare,
+    moved,
+    read_expansions,
+)
+from expandr_jax.report.tables import FORMATS, render, wide_console
 from train.launch import launch
 
 
@@ -74,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     for table in tables:
         console.print(table, markup=False, soft_wrap=isinstance(table, str))
     if settings.html:
-        from eval.pages import write_comparison  # Models take a second to import.
+        from expandr_jax.report.pages import write_comparison  # Models take a second to import.
 
         write_comparison(pathlib.Path(settings.html), values, baseline, *known)
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.description import Lengths, token_lengths, warning_lines, word_lengths
-from eval.tables import wide_console
 from eval.triples import holds_triples, report_triples
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
 from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
 from expandr_jax.errors import UserError
+from expandr_jax.report.tables import wide_console
 from train.launch import launch
 
 MOST_ERRORS = 20  # That are printed; all are counted.

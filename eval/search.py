@@ -19,18 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 from expandr_jax.data.beir import read_beir
-from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
-from expandr_jax.fusion import expanded_query
+from expandr_jax.expansion.expand import drawing, expansion_text
+from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.generation.engine import Engine, Request
-from expandr_jax.prompts import strip_lead_in
-from expandr_jax.stored_vectors import open_vectors
+from expandr_jax.pair import phase_mesh
+from expandr_jax.ranking.fusion import expanded_query
+from expandr_jax.runtime.mirror import local_copy
+from expandr_jax.vectors.corpus import configured_index
+from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.stored import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
-from train.corpus import configured_index
-from train.expansion import drawing, expansion_text
 from train.launch import define_workdir, launch
-from train.mirror import local_copy
-from train.models import phase_mesh
 
 READ = (  # Of a run.
     "config.json", "results.json", "data", "export/retriever", "export/generator",

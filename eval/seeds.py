@@ -15,12 +15,12 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from eval.systems import MEASURES
 from expandr_jax import metrics
 from expandr_jax.data.records import differences, write_text
 from expandr_jax.errors import UserError
-from expandr_jax.samples import MEASURES as SAMPLE_MEASURES
-from expandr_jax.samples import RANK, REWARD, mean_by_query, read_samples
+from expandr_jax.ranking.samples import MEASURES as SAMPLE_MEASURES
+from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
+from expandr_jax.ranking.systems import MEASURES
 from train.launch import launch
 
 SAMPLES = {

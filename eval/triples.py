@@ -9,11 +9,11 @@ from rich.table import Table
 
 from eval.description import TEXTS_AT_ONCE, Lengths, warning_lines
 from expandr_jax.data.beir import judgements, read_texts
+from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, query_key
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
-from train.benchmarks import benchmark_queries, find_benchmarks, query_key
 
 PARTS = ("queries", "positives", "negatives")
 SHOWN = 60  # Characters of a query in an example.

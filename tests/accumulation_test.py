@@ -16,19 +16,19 @@ import pytest
 from rich.console import Console
 
 from configs import base
-from expandr_jax.checkpoint import Checkpoints
-from expandr_jax.contrastive import (
+from expandr_jax.data.records import write_jsonl
+from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
     contrastive_gradients,
     contrastive_step,
     make_batch,
 )
-from expandr_jax.data.records import write_jsonl
-from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_sharding, make_mesh
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.hf import load_retriever
 from tests.commands import step_figures
 from train import retriever as retriever_training

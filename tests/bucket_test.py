@@ -11,14 +11,14 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, write_json, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.bucket import Bucket
+from expandr_jax.runtime.mirror import Mirror, local_copy, read_marker
+from expandr_jax.training.checkpoint import Checkpoints
 from tests.commands import SPREAD, command, error_of, finish, start, start_processes, until
 from tests.fake_bucket import NAME, serve
 from tests.kills_test import same
-from train.bucket import Bucket
-from train.mirror import Mirror, local_copy, read_marker
 
 MARKER = "work/markers/process-{}.json"
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from train.metrics_log import COST_FIELDS
+from expandr_jax.runtime.metrics_log import COST_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Of two processes: parameters spread over both.

@@ -11,10 +11,10 @@ import scipy.stats
 from rich.console import Console
 
 from eval.compare import score
-from eval.differences import HEADER, compare, moved, read_expansions
-from eval.tables import FORMATS, render
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
+from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
+from expandr_jax.report.tables import FORMATS, render
 from tests.commands import command, finish
 
 QRELS = {f"q{i}": {"d1": 1} for i in range(8)}

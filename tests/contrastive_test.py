@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from expandr_jax.contrastive import (
+from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     ContrastiveExample,
     Passage,
@@ -26,7 +26,7 @@ from expandr_jax.contrastive import (
     stays_plain,
 )
 from expandr_jax.sharding import batch_sharding, make_mesh
-from expandr_jax.train_state import TrainState
+from expandr_jax.training.train_state import TrainState
 from expandr_jax.weights.hf import load_retriever
 
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")

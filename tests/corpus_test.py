@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 
 from configs import base, smoke
-from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactIndex, ExactOptions, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
+from expandr_jax.vectors.corpus import configured_index, encode_corpus, encode_texts
+from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
-from train.corpus import configured_index, encode_corpus, encode_texts
-from train.run import Run
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)

@@ -10,10 +10,10 @@ from rich.console import Console
 from configs import beir
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.download import download
+from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.run import Run
 from tests.beir_test import pack
-from train.data import prepare_data
-from train.run import Run
 
 DATA = bytes(range(256)) * 20_000
 SHA256 = hashlib.sha256(DATA).hexdigest()

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
+from expandr_jax.pair import load_models
+from expandr_jax.runtime.run import Run
 from train import joint
-from train.data import prepare_data
-from train.models import load_models
-from train.run import Run
 
 COUNT = 40
 

@@ -11,10 +11,10 @@ from configs import echo
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.builders.triples import ECHO_SOURCES, part_of
 from expandr_jax.data.records import write_jsonl
+from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.run import Run
 from tests.commands import command, finish, start
-from train.data import prepare_data
-from train.run import Run
 
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count", "mean", "sum"]
 NOUNS = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS if len({a, b, c}) == 3]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.sharding import make_mesh
+from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
 
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")

@@ -14,13 +14,13 @@ import torch
 import transformers
 
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.prompts import render
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.sampling import SamplingSettings, sample
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.prompts import render
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
 from tests import tiny_models

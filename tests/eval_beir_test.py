@@ -13,15 +13,15 @@ from sentence_transformers import SentenceTransformer
 
 from configs import smoke as smoke_config
 from eval.beir import evaluate_beir
-from eval.sets import mean_over_sets
-from eval.strategies import STRATEGIES, document_message
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.strategies import STRATEGIES, document_message
+from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.search import Bm25Index
 from tests.commands import ROOT, command, finish
-from train.benchmarks import find_benchmarks
 
 SYSTEMS = [
     "bm25", "dense", "dense+q2d", "dense+prf-average", "dense+prf-rocchio", "bm25+lamer",
@@ -304,7 +304,7 @@ def test_other_measures_and_the_config_s_own_data(tmp_path):
 
 def test_another_workdir_can_have_the_same_texts(finished, tmp_path, monkeypatch):
     sets, out, _ = finished
-    monkeypatch.setattr("eval.texts.sample_texts", None)  # Nothing is generated.
+    monkeypatch.setattr("expandr_jax.expansion.cache.sample_texts", None)  # Nothing is generated.
     config = smoke_config.get_config()
     config.evaluation.query_weights, config.evaluation.samples = (0.3,), (1,)
     console = Console(quiet=True)

@@ -20,14 +20,14 @@ from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import make_mesh
-from expandr_jax.weights.adapter import export_adapter, load_adapter
+from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest, tiny_models
-from train.export import base_name, export_one
+from train.export import export_one
 
 
 def logits(module, params, ids):
@@ -190,15 +190,17 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path, monkeypat
             same,
         )
     config = ml_collections.ConfigDict({"generator": {"source": str(tmp_path / "out")}})
-    assert base_name(tmp_path, config) == str(tmp_path / "export" / "base")
+    assert base_name(tmp_path, config.generator.source) == str(tmp_path / "export" / "base")
     config.generator.source = str(tmp_path / "in")
-    assert base_name(tmp_path, config) == str(tmp_path / "in")
+    assert base_name(tmp_path, config.generator.source) == str(tmp_path / "in")
     # A path that begins where the program ran is written as one that is right everywhere.
     monkeypatch.chdir(tmp_path)
     config.generator.source = "in"
-    assert base_name(tmp_path, config) == str(tmp_path / "in")
+    assert base_name(tmp_path, config.generator.source) == str(tmp_path / "in")
     config.generator.source = "in/../out"
-    assert base_name(pathlib.Path("run"), config) == str(tmp_path / "run" / "export" / "base")
+    assert base_name(pathlib.Path("run"), config.generator.source) == str(
+        tmp_path / "run" / "export" / "base"
+    )
     # And one that peft itself writes.
     model.save_pretrained(tmp_path / "theirs")
     _, theirs = load_adapter(str(tmp_path / "theirs"), generator.module.config)

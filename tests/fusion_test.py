@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expandr_jax.fusion import (
+from expandr_jax.ranking.fusion import (
     average_feedback,
     exp4fuse,
     expanded_query,

@@ -17,17 +17,17 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import dpo, smoke
-from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.preference import DPOConfig
-from expandr_jax.train_state import OptimizerConfig
+from expandr_jax.objectives.pairs import PairBatches
+from expandr_jax.objectives.preference import DPOConfig
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.train_state import OptimizerConfig
 from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, command, finish, step_figures
 from train import generator
 from train.export import export_one
-from train.pairs import PairBatches
 
 COUNT = 27
 TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"

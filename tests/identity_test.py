@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 from configs import smoke
 from expandr_jax.errors import UserError
-from train.identity import model_hashes
-from train.models import load_models
-from train.run import Run
+from expandr_jax.model_hashes import model_hashes
+from expandr_jax.pair import load_models
+from expandr_jax.runtime.run import Run
 
 
 def begin(workdir: pathlib.Path, models: pathlib.Path) -> None:

@@ -13,13 +13,13 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
+from expandr_jax.pair import load_models
+from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights import load
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator, load_model
 from tests import tiny_models
-from train.models import load_models
-from train.planned_generator import GeneratorShapes
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])

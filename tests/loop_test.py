@@ -17,17 +17,17 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from configs import base, smoke
-from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
-from expandr_jax.train_state import TrainState
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.stopping import Stopped
+from expandr_jax.runtime.telemetry import Contents, SpikeWatch
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.loop import fit
+from expandr_jax.training.train_state import TrainState
 from tests.commands import step_figures
 from train.generator import train_adapter
-from train.loop import fit
 from train.retriever import train_on_triples
-from train.run import Run
-from train.stopping import Stopped
-from train.telemetry import Contents, SpikeWatch
 
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
 OPTIMIZER = optax.adam(0.1)
@@ -162,7 +162,7 @@ PARTS = [(STEPS,), range(2, STEPS + 1, 2)]  # The latter as with evaluations in 
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_a_spike_is_reported_with_its_step_and_examples(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr("train.telemetry.FEWEST", 3)
+    monkeypatch.setattr("expandr_jax.runtime.telemetry.FEWEST", 3)
     run = opened(tmp_path / "run")
     monkeypatch.setattr("tests.loop_test.opened", lambda *_, **__: run)
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.util import dot_score
 
-from expandr_jax.losses import (
+from expandr_jax.losses.contrastive import (
     distillation_kl,
     dpo,
     info_nce,

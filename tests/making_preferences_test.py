@@ -10,12 +10,12 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.expansion.expand import expansion_prompts
+from expandr_jax.runtime.run import Run
+from expandr_jax.vectors.corpus import Corpus
 from train import preferences
-from train.corpus import Corpus
-from train.data import TrainingData
-from train.expansion import expansion_prompts
-from train.run import Run
 
 IDS = [f"d{i}" for i in range(20)]
 QUERIES = {"q0": "first", "q1": "second"}

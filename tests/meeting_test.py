@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from expandr_jax.errors import UserError
+from expandr_jax.runtime import rendezvous as meeting
 from tests.commands import start
-from train import meeting
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import pytest
 from configs import smoke
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.host_memory import release_memory
+from expandr_jax.pair import load_models, slots_of_a_process
+from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.weights.hf import load_generator
-from train.models import load_models, slots_of_a_process
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
@@ -56,7 +56,9 @@ def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, tex
 @pytest.mark.parametrize("stage", ["expansion", "candidates", "answer"])
 def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
     config, plans = smoke.get_config(), []
-    monkeypatch.setattr("train.models.check_memory", lambda plan, _: plans.append(plan["slots"]))
+    monkeypatch.setattr(
+        "expandr_jax.pair.check_memory", lambda plan, _: plans.append(plan["slots"])
+    )
     for penalty in (1.0, 1.2):
         config[stage].repetition_penalty = penalty
         models = load_models(config, lambda _: None)

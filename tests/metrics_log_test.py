@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from expandr_jax.errors import UserError
-from train.metrics_log import MetricsLog
+from expandr_jax.runtime.metrics_log import MetricsLog
 
 
 def events(workdir):

@@ -17,11 +17,11 @@ from rich.console import Console
 from eval.compare import score
 from eval.data import check
 from eval.description import word_lengths
-from eval.differences import compare
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
+from expandr_jax.report.differences import compare
 from tests.beir_test import mutate
 
 WORDS = ["array", "sort", "pad", "matrix", "inverse", "scale", "gradient", "list"]

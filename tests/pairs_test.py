@@ -10,10 +10,10 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.models.lora import init_lora
-from expandr_jax.preference import DPOConfig, dpo_values, pack, response_log_probs
-from train.models import load_generator_model
-from train.pairs import PairBatches, tokenize_pairs
-from train.run import Run
+from expandr_jax.objectives.pairs import PairBatches, tokenize_pairs
+from expandr_jax.objectives.preference import DPOConfig, dpo_values, pack, response_log_probs
+from expandr_jax.pair import load_generator_model
+from expandr_jax.runtime.run import Run
 
 LENGTHS = {"prompt_length": 32, "response_length": 9}
 ROWS = [

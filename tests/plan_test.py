@@ -15,14 +15,16 @@ import pytest
 from configs import llama3_8b_anchordr, smoke
 from expandr_jax.errors import UserError
 from expandr_jax.planning import chips, compiled
+from expandr_jax.planning import programs as plan_programs
+from expandr_jax.planning import proposals as plan_search
 from expandr_jax.planning.flops import forward_flops
+from expandr_jax.planning.planned import param_shapes
+from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology, find_topology
 from tests.commands import ROOT, command, finish
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
-from train import plan, plan_programs, plan_search
-from train.planned import param_shapes
-from train.planned_generator import GeneratorShapes
-from train.planned_retriever import RetrieverShapes
+from train import plan
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import pytest
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from expandr_jax.objectives.preference import CHOSEN, PADDING, REJECTED
 from expandr_jax.planning import chips
-from expandr_jax.preference import CHOSEN, PADDING, REJECTED
+from expandr_jax.planning.planned import Planned
+from expandr_jax.planning.planned_generator import TIMED, GeneratorShapes
+from expandr_jax.planning.planned_retriever import RetrieverShapes
+from expandr_jax.planning.timing import made_up, time_program
 from tests.commands import command, finish
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
 from train import plan
-from train.plan_timing import made_up, time_program
-from train.planned import Planned
-from train.planned_generator import TIMED, GeneratorShapes
-from train.planned_retriever import RetrieverShapes
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import jax
 
 from configs import smoke
 from expandr_jax.planning import compiled
+from expandr_jax.planning import programs as plan_programs
+from expandr_jax.planning.planned_generator import GeneratorShapes
 from tests.eight_devices import CHIP, machine
-from train import plan_programs
-from train.planned_generator import GeneratorShapes
 
 
 def wide_model(tmp_path, layers):

@@ -11,11 +11,11 @@ import pytest
 
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.losses import dpo
+from expandr_jax.losses.contrastive import dpo
 from expandr_jax.models.decoder import Decoder, DecoderConfig, cast_weights, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.preference import (
+from expandr_jax.objectives.preference import (
     DPOConfig,
     PreferencePair,
     batch_shapes,
@@ -24,7 +24,7 @@ from expandr_jax.preference import (
     pack,
     response_log_probs,
 )
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
 PAIRS = [
     PreferencePair([5, 6, 7], [8, 9, 2], [10, 2]),

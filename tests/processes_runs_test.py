@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from expandr_jax.runtime.processes import EXIT_LOST, SECONDS_TO_STOP
 from tests.commands import (
     ROOT,
     SPREAD,
@@ -24,7 +25,6 @@ from tests.commands import (
     step_figures,
     until,
 )
-from train.processes import EXIT_LOST, SECONDS_TO_STOP
 
 
 def rows(path: pathlib.Path) -> list[dict]:
@@ -153,7 +153,7 @@ import os, signal, sys, time
 from absl import flags
 from expandr_jax.errors import UserError
 from train import launch
-from train.stopping import Stopped
+from expandr_jax.runtime.stopping import Stopped
 
 def main(rest):
     if flags.FLAGS.process == 1:

@@ -9,9 +9,9 @@ import pytest
 
 from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
-from train.journals import CommonJournal, DividedJournal
-from train.links import Link
-from train.processes import Processes, Settings
+from expandr_jax.runtime.connections import Link
+from expandr_jax.runtime.journals import CommonJournal, DividedJournal
+from expandr_jax.runtime.processes import Processes, Settings
 
 COUNT = 3
 
@@ -88,7 +88,7 @@ def test_once_calls_in_the_first_process_alone_and_tells_all(group):
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"5" * 5000])
 def test_a_stranger_who_connects_is_none_of_them(monkeypatch, said):
-    monkeypatch.setattr("train.links.SECONDS_FOR_HELLO", 0.2)
+    monkeypatch.setattr("expandr_jax.runtime.connections.SECONDS_FOR_HELLO", 0.2)
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as stranger,

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from train import progress
+from expandr_jax.runtime import progress
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 
 from expandr_jax.errors import UserError
-from expandr_jax.prompts import (
+from expandr_jax.expansion.prompts import (
     DOCUMENT_STRATEGIES,
     STRATEGIES,
     is_repetitive,

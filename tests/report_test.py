@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import rich.console
 
-from expandr_jax import metrics, report
+from expandr_jax import metrics
 from expandr_jax.errors import UserError
+from expandr_jax.report import run_report as report
 
 SYSTEMS = {  # typical log2 of the right document's rank
     "bm25": 3.1,

@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from expandr_jax.data.preferences import read_preferences
+from expandr_jax.objectives.candidates import tokenize_candidates
+from expandr_jax.objectives.pairs import tokenize_pairs
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
-from train.candidates import tokenize_candidates
-from train.pairs import tokenize_pairs
 
 TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
 TEXT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|>; the template puts the latter.

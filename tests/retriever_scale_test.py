@@ -114,8 +114,8 @@ LARGE_BATCH = """
 import functools, jax, numpy as np
 from eval.benchmarks.minilm import load
 from eval.benchmarks.process import peak_memory
-from expandr_jax.contrastive import ContrastiveConfig, contrastive_step
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 retriever, params = load(16)
 rows, generator = 8192, np.random.default_rng(0)
 batch = {"excluded": np.eye(rows, dtype=bool)}
@@ -143,9 +143,9 @@ def test_a_batch_of_8192_takes_less_than_six_gigabytes():
 ENCODE = """
 import sys
 from eval.benchmarks.process import peak_memory
-from expandr_jax.encoding import TextEncoder
+from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.sharding import make_mesh
-from expandr_jax.vector_file import encode_to_file
+from expandr_jax.vectors.file import encode_to_file
 from expandr_jax.weights.hf import load_retriever
 model, path, count = sys.argv[1:]
 retriever, params = load_retriever(model)

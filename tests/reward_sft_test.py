@@ -13,20 +13,20 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import smoke
-from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.reward_sft import (
+from expandr_jax.objectives.candidates import rewarded_rows, tokenize_candidates
+from expandr_jax.objectives.reward_sft import (
     RewardSftConfig,
     WeightedResponse,
     pack_weighted,
     sft_values,
 )
+from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
 from train import generator as training
-from train.candidates import rewarded_rows, tokenize_candidates
 
 TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
 RESPONSES = [

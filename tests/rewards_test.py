@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from expandr_jax import metrics, rewards
+from expandr_jax import metrics
+from expandr_jax.rewards import ranks as rewards
 
 
 def test_ranks_of_a_worked_example():

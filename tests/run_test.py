@@ -10,7 +10,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.errors import UserError
-from train.run import Run
+from expandr_jax.runtime.run import Run
 
 
 def test_time_within_an_inner_phase_counts_once(tmp_path):

@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.expansion import expand as expansion
+from expandr_jax.expansion.expand import Prompt
 from expandr_jax.generation.requests import Completion, Request
-from train import expansion
-from train.expansion import Prompt
-from train.models import load_generator_model
-from train.run import Run
+from expandr_jax.pair import load_generator_model
+from expandr_jax.runtime.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
 TEXTS = {

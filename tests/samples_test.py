@@ -8,14 +8,14 @@ from scipy import stats
 
 from configs import base
 from eval import seeds
-from eval.systems import EncodedQueries
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import write_jsonl
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.samples import RANK, REWARD, mean_by_query
-from train.corpus import Corpus
-from train.data import TrainingData
+from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query
+from expandr_jax.ranking.systems import EncodedQueries
+from expandr_jax.vectors.corpus import Corpus
 from train.samples import sample_rows
 
 IDS = [f"d{i}" for i in range(40)]

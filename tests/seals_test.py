@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.seals import Seals
+from expandr_jax.runtime.checksums import Seals
 
 
 @pytest.fixture

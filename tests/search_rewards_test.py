@@ -5,9 +5,9 @@ import pytest
 
 from configs import base
 from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.rewards.search import MEASURES, corpus_reward, group_reward, judged_documents
 from expandr_jax.search import build_index
-from train.data import TrainingData
-from train.search_rewards import MEASURES, corpus_reward, group_reward, judged_documents
 
 IDS = [f"d{i}" for i in range(50)]
 # d49 is no document of the corpus, d7 not relevant; q1 has one right document.
@@ -95,7 +95,9 @@ def test_the_corpus_reward_is_the_same_whatever_is_in_memory_at_once(
     config = make_config(corpus_measure=measure, corpus_temperature=0.3, depth=20)
     index, x = build_index(vectors[:49], "exact"), fused(vectors)
     whole = corpus_reward(config, index, x, judged)
-    monkeypatch.setattr("train.search_rewards.BLOCK_ROWS", 5)  # One query, with four candidates.
+    monkeypatch.setattr(
+        "expandr_jax.rewards.search.BLOCK_ROWS", 5
+    )  # One query, with four candidates.
     searched, real = [], index.search
     monkeypatch.setattr(index, "search", lambda q, k: searched.append(len(q)) or real(q, k))
     np.testing.assert_array_equal(corpus_reward(config, index, x, judged), whole)

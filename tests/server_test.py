@@ -13,12 +13,12 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.data.records import hash_json, read_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.expand import Prompt, sample_texts
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
-from train.expansion import Prompt, sample_texts
-from train.models import load_generator_model
-from train.run import Run
+from expandr_jax.pair import load_generator_model
+from expandr_jax.runtime.run import Run
 
 KEY = "sk-do-not-show"
 

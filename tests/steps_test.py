@@ -9,15 +9,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from expandr_jax.contrastive import ContrastiveConfig, ContrastiveExample, Passage, make_batch
 from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.preference import DPOConfig, PreferencePair, dpo_values, pack
+from expandr_jax.objectives.contrastive import (
+    ContrastiveConfig,
+    ContrastiveExample,
+    Passage,
+    make_batch,
+)
+from expandr_jax.objectives.preference import DPOConfig, PreferencePair, dpo_values, pack
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
-from expandr_jax.steps import (
+from expandr_jax.training.steps import (
     adapter_program,
     contrastive_program,
     embedder,
@@ -25,7 +30,7 @@ from expandr_jax.steps import (
     reference_program,
     values_program,
 )
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.load import example_inputs
 
 MESHES = [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)]

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, held
 from tests.commands import ROOT
-from train.stopping import Stopped, end_on_sigterm, held
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_an_error_in_the_block_is_what_is_seen():
 DROPPED = """
 import os, signal, time
 from train.launch import quiet_libraries
-from train.stopping import Stopped, end_on_sigterm
+from expandr_jax.runtime.stopping import Stopped, end_on_sigterm
 
 
 class Ends:

@@ -2,7 +2,9 @@
 
 import pytest
 
-from eval.strategies import (
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.prompts import render
+from expandr_jax.expansion.strategies import (
     FEEDBACKS,
     PUBLISHED,
     RANK_FUSIONS,
@@ -12,8 +14,6 @@ from eval.strategies import (
     parse_system,
     parse_systems,
 )
-from expandr_jax.errors import UserError
-from expandr_jax.prompts import render
 
 QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
 

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
-from eval import texts
-from eval.texts import TextCache
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
-from train.expansion import Prompt
-from train.run import Run
+from expandr_jax.expansion import cache as texts
+from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.expand import Prompt
+from expandr_jax.runtime.run import Run
 
 PROMPTS = [Prompt(f"q{i}", sample, f"about {i}?", 1.0, 0.9, 8) for i in (1, 2) for sample in (0, 1)]
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 import transformers
 
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer, make_schedule
+from expandr_jax.training.train_state import (
+    OptimizerConfig,
+    TrainState,
+    make_optimizer,
+    make_schedule,
+)
 
 UPDATES = 10
 

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from expandr_jax import rewards
+from expandr_jax.rewards import ranks as rewards
+from expandr_jax.runtime.metrics_log import COST_FIELDS
 from tests.commands import finish, start
-from train.metrics_log import COST_FIELDS
 
 SYSTEMS = [
     "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",

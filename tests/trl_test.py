@@ -15,12 +15,18 @@ from safetensors.numpy import load_file
 
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.preference import DPOConfig, dpo_loss, dpo_step, pack, response_log_probs
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.objectives.pairs import tokenize_pairs
+from expandr_jax.objectives.preference import (
+    DPOConfig,
+    dpo_loss,
+    dpo_step,
+    pack,
+    response_log_probs,
+)
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
-from train.pairs import tokenize_pairs
 
 pytest.importorskip("trl")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from expandr_jax.data.records import Journal
-from expandr_jax.encoding import TextEncoder
 from expandr_jax.errors import UserError
 from expandr_jax.search import build_index, fingerprint
 from expandr_jax.sharding import make_mesh
-from expandr_jax.stored_vectors import from_storage, to_storage
-from expandr_jax.vector_file import encode_to_file
+from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.stored import from_storage, to_storage
 from expandr_jax.weights.hf import load_retriever
 
 TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")

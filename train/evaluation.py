@@ -8,9 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from eval.pages import write_mean
-from eval.sets import mean_over_sets
-from eval.systems import (
+from expandr_jax import metrics
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.benchmarks import find_benchmarks
+from expandr_jax.data.records import write_json, write_jsonl
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.expansion.expand import expansion_prompts, sample_texts
+from expandr_jax.pair import Models
+from expandr_jax.ranking.samples import MEASURES as SAMPLE_MEASURES
+from expandr_jax.ranking.samples import mean_by_query
+from expandr_jax.ranking.systems import (
     CHOSEN_BY,
     MEASURES,
     SYSTEMS,
@@ -21,19 +28,12 @@ from eval.systems import (
     dense_run,
     finish_run,
 )
-from expandr_jax import metrics
-from expandr_jax.data.beir import read_beir
-from expandr_jax.data.records import write_json, write_jsonl
-from expandr_jax.report import results_table
-from expandr_jax.samples import MEASURES as SAMPLE_MEASURES
-from expandr_jax.samples import mean_by_query
+from expandr_jax.report.pages import write_mean
+from expandr_jax.report.run_report import results_table
+from expandr_jax.report.sets import mean_over_sets
+from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
-from train.benchmarks import find_benchmarks
-from train.corpus import Corpus, encode_corpus, encode_texts
-from train.data import TrainingData
-from train.expansion import expansion_prompts, sample_texts
-from train.models import Models
-from train.run import Run
+from expandr_jax.vectors.corpus import Corpus, encode_corpus, encode_texts
 from train.samples import sample_rows
 
 SPLITS = ("dev", "test")

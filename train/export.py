@@ -10,7 +10,6 @@ only form that AnchorDR has). `train.joint` writes generator, adapter and retrie
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +24,12 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.lora import LoraConfig, merge_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.weights.adapter import adapter_base, export_adapter, load_adapter
+from expandr_jax.runtime.bucket import is_bucket
+from expandr_jax.runtime.mirror import local_copy
+from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
-from expandr_jax.weights.source import locate
-from train.bucket import is_bucket
 from train.launch import define_workdir, launch
-from train.mirror import local_copy
 
 DTYPES = ("float32", "bfloat16", "source")
 FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
@@ -66,28 +64,15 @@ def export_run(
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
     if not (directory / "adapter").exists():
         shape = generator.module.config
-        export_adapter(directory / "adapter", adapter, lora, shape, base_name(address, config))
+        export_adapter(
+            directory / "adapter", adapter, lora, shape, base_name(address, config.generator.source)
+        )
     progress(1)
     if not (directory / "generator").exists():
         # Merged in float32, whatever type the run computed in.
         merged = merge_lora(base, adapter, lora)
         export_generator(directory / "generator", generator, merged, dtype)
     progress(1)
-
-
-def base_name(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> str:
-    """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
-    load the source itself."""
-    source = config.generator.source
-    alien = source.startswith("package:") or source.endswith(".gguf")
-    # An adapter on an adapter is more than peft's files can say.
-    if alien or adapter_base(locate(source)) is not None:
-        # A run in a bucket has no path to make absolute.
-        run = workdir if is_bucket(workdir) else pathlib.Path(workdir).absolute()
-        return f"{run}/export/base"
-    path = pathlib.Path(source).expanduser()
-    # A hub id stays one; a path must be the same wherever peft runs.
-    return str(path.absolute()) if path.is_dir() else source
 
 
 def export_one(
@@ -137,7 +122,7 @@ def export_one(
     else:
         generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
         lora, adapter = load_adapter(str(made), generator.module.config)
-        base = base_name(address or workdir, config)
+        base = base_name(address or workdir, config.generator.source)
         export_adapter(to, adapter, lora, generator.module.config, base)
 
 

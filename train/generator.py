@@ -20,37 +20,35 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from expandr_jax.checkpoint import Checkpoints
 from expandr_jax.data.batches import batch_indices
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
+from expandr_jax.model_hashes import model_hashes
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.planning.flops import FROZEN, forward_flops
-from expandr_jax.preference import DPOConfig
-from expandr_jax.reward_sft import RewardSftConfig
-from expandr_jax.sharding import batch_divisor, whole
-from expandr_jax.steps import adapter_program
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
-from expandr_jax.weights.adapter import export_adapter
-from train.batch_checks import check_dpo_batch
-from train.candidates import (
+from expandr_jax.objectives.candidates import (
     CandidateBatches,
     counted,
     is_rewarded,
+    objective,
     rewarded_rows,
     tokenize_candidates,
 )
-from train.export import base_name
-from train.identity import model_hashes
+from expandr_jax.objectives.pairs import DevPairs, PairBatches, tokenize_pairs
+from expandr_jax.pair import GeneratorModel, check_meshes, load_generator_model
+from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.sharding import batch_divisor, whole
+from expandr_jax.training.batch_checks import check_dpo_batch
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.loop import fit
+from expandr_jax.training.steps import adapter_program
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.weights.adapter import base_name, export_adapter
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.loop import fit
-from train.models import GeneratorModel, check_meshes, load_generator_model
-from train.pairs import DevPairs, PairBatches, tokenize_pairs
-from train.run import Run
 from train.settings import check_settings
-from train.telemetry import Contents
 
 
 def hold_out(
@@ -220,20 +218,6 @@ def train_generator(
     return best if config.keep_best else trained
 
 
-def objective(config: ml_collections.ConfigDict) -> DPOConfig | RewardSftConfig:
-    """Settings of the objective that the config's `dpo` section names."""
-    if is_rewarded(config):
-        return RewardSftConfig(length_normalized=config.length_normalized, chunk=config.chunk)
-    return DPOConfig(
-        beta=config.beta,
-        kind=config.loss,
-        label_smoothing=config.label_smoothing,
-        length_normalized=config.length_normalized,
-        sft_weight=config.sft_weight,
-        chunk=config.chunk,
-    )
-
-
 def train_adapter(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
 ) -> pathlib.Path:
@@ -269,7 +253,7 @@ def train_adapter(
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        module, base = model.generator.module, base_name(run.address, config)
+        module, base = model.generator.module, base_name(run.address, config.generator.source)
         run.processes.once(
             lambda: export_adapter(directory, adapter, module.lora, module.config, base)
         )

@@ -14,27 +14,27 @@ import ml_collections
 from absl import flags
 from rich.console import Console
 
-from eval.systems import SYSTEMS
+from expandr_jax.data.examples import triple_examples
 from expandr_jax.data.records import write_jsonl
+from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.report import results_table, write_report
-from train.batch_checks import check_contrastive_batch, check_dpo_batch
-from train.candidates import is_rewarded, rewarded_candidates
-from train.corpus import Corpus, encode_corpus
-from train.data import TrainingData, prepare_data
+from expandr_jax.expansion.expand import expansion_prompts, sample_texts
+from expandr_jax.model_hashes import model_hashes
+from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
+from expandr_jax.pair import Models, check_meshes, load_models
+from expandr_jax.ranking.systems import SYSTEMS
+from expandr_jax.report.run_report import results_table, write_report
+from expandr_jax.runtime.run import Run
+from expandr_jax.training.batch_checks import check_contrastive_batch, check_dpo_batch
+from expandr_jax.vectors.corpus import Corpus, encode_corpus
 from train.evaluation import Trained, evaluate, evaluate_benchmarks
-from train.examples import triple_examples
-from train.expansion import expansion_prompts, sample_texts
 from train.export import export_run
 from train.generator import train_generator
-from train.identity import model_hashes
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.models import Models, check_meshes, load_models
 from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
-from train.run import Run
 from train.settings import check_settings
 
 

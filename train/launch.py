@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from expandr_jax.errors import UserError
-from train import processes
-from train.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
+from expandr_jax.runtime import processes
+from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.

@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.mining import mine_negatives, triple_rows
-from train.corpus import Corpus, encode_texts
-from train.data import TrainingData
-from train.models import Models
-from train.run import Run
+from expandr_jax.pair import Models
+from expandr_jax.runtime.run import Run
+from expandr_jax.vectors.corpus import Corpus, encode_texts
 
 
 def mine_training_negatives(

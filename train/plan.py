@@ -30,13 +30,13 @@ from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.planning.chips import GIB
 from expandr_jax.planning.compiled import Needs, compile_program, lower, roofline
+from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
+from expandr_jax.planning.programs import planned_programs
+from expandr_jax.planning.proposals import PHASES, Proposal, propose
+from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
+from expandr_jax.runtime.progress import progress
 from train.launch import define_config, launch
-from train.plan_programs import planned_programs
-from train.plan_search import PHASES, Proposal, propose
-from train.plan_timing import time_program
-from train.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
-from train.progress import progress
 from train.settings import check_settings
 
 EXIT_DOES_NOT_FIT = 1

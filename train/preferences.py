@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval.systems import fuse
-from expandr_jax import rewards
 from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.expansion.expand import Prompt, drawing, expansion_text, sample_texts
+from expandr_jax.expansion.prompts import render
 from expandr_jax.models.pooling import l2_normalize
-from expandr_jax.prompts import render
-from train.corpus import Corpus, encode_texts
-from train.data import TrainingData
-from train.expansion import Prompt, drawing, expansion_text, sample_texts
-from train.models import Models
-from train.run import Run
-from train.search_rewards import corpus_reward, group_reward, judged_documents
+from expandr_jax.pair import Models
+from expandr_jax.ranking.systems import fuse
+from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.search import corpus_reward, group_reward, judged_documents
+from expandr_jax.runtime.run import Run
+from expandr_jax.vectors.corpus import Corpus, encode_texts
 
 
 def make_preferences(

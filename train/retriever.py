@@ -20,39 +20,38 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from eval.systems import CHOSEN_BY, EncodedQueries, dense_run
 from expandr_jax import metrics
-from expandr_jax.checkpoint import Checkpoints
-from expandr_jax.contrastive import (
-    ContrastiveConfig,
+from expandr_jax.data.batches import batch_indices
+from expandr_jax.data.examples import triple_examples
+from expandr_jax.data.records import hash_json
+from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
+from expandr_jax.errors import UserError
+from expandr_jax.model_hashes import model_hashes
+from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.objectives.contrastive import (
     ContrastiveExample,
     draw_passages,
     make_batch,
     stays_plain,
 )
-from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.records import hash_json
-from expandr_jax.errors import UserError
-from expandr_jax.models.anchordr import AnchorDr
-from expandr_jax.models.retriever import Retriever
+from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
 from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.ranking.systems import CHOSEN_BY, EncodedQueries, dense_run
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index
 from expandr_jax.sharding import batch_sharding, put, replicated, whole
-from expandr_jax.steps import contrastive_program, model_shardings
-from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.batch_checks import check_contrastive_batch
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.early_stopping import train_with_dev
+from expandr_jax.training.loop import fit
+from expandr_jax.training.setup import contrastive_config, training_retriever
+from expandr_jax.training.steps import contrastive_program, model_shardings
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.vectors.corpus import encode_texts
 from expandr_jax.weights.export import export_encoder, export_retriever
-from train.batch_checks import check_contrastive_batch
-from train.corpus import encode_texts
-from train.early_stopping import train_with_dev
-from train.examples import triple_examples
-from train.identity import model_hashes
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.loop import fit
-from train.models import RetrieverModel, check_meshes, load_retriever_model
-from train.run import Run
 from train.settings import check_settings
-from train.telemetry import Contents
-from train.triples import read_dev, read_training_triples, say_leaks
 
 
 def train_retriever(
@@ -211,30 +210,6 @@ def train_retriever(
         patience=config.patience,
     )
     return whole(best)
-
-
-def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
-    """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
-    module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
-    return dataclasses.replace(retriever, module=module)
-
-
-def contrastive_config(config: ml_collections.ConfigDict, samples: int) -> ContrastiveConfig:
-    """What the config's `contrastive` section compares; `samples`: expansions a query."""
-    return ContrastiveConfig(
-        temperature=config.temperature,
-        query_weight=config.query_weight if samples else 1.0,
-        normalize=config.normalize,
-        learn_temperature=config.learn_temperature,
-        symmetric=config.symmetric,
-        info_nce_weight=config.info_nce_weight,
-        margin_mse_weight=config.margin_mse_weight,
-        kl_weight=config.kl_weight,
-        teacher_temperature=config.teacher_temperature,
-        invariance_weight=config.invariance_weight,
-        dimensions=tuple(config.dimensions),
-        micro_batch=config.micro_batch,
-    )
 
 
 def _longest(example: ContrastiveExample, samples: int) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from eval.systems import EncodedQueries, fuse
-from expandr_jax import rewards
-from expandr_jax.samples import RANK, REWARD
-from train.corpus import Corpus
-from train.data import TrainingData
-from train.search_rewards import corpus_reward, judged_documents
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.ranking.samples import RANK, REWARD
+from expandr_jax.ranking.systems import EncodedQueries, fuse
+from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.search import corpus_reward, judged_documents
+from expandr_jax.vectors.corpus import Corpus
 
 
 def sample_rows(

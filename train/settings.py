@@ -10,19 +10,19 @@ from typing import Any, get_args
 
 import ml_collections
 
-from eval.systems import SYSTEMS
-from expandr_jax import prompts
-from expandr_jax.contrastive import LEAST_TEMPERATURE
 from expandr_jax.errors import UserError
-from expandr_jax.fusion import Normalize
+from expandr_jax.expansion import prompts
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.stack import REMATS
+from expandr_jax.objectives.candidates import LOSSES_OF_PAIRS, REWARD_SFT
+from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
+from expandr_jax.pair import WEIGHTS
+from expandr_jax.ranking.fusion import Normalize
+from expandr_jax.ranking.systems import SYSTEMS
+from expandr_jax.rewards.search import MEASURES
 from expandr_jax.search.scann import METHODS, STORAGES
-from expandr_jax.stored_vectors import DTYPES
+from expandr_jax.vectors.stored import DTYPES
 from expandr_jax.weights.fields import shown
-from train.candidates import LOSSES_OF_PAIRS, REWARD_SFT
-from train.models import WEIGHTS
-from train.search_rewards import MEASURES
 
 FLOATS = ("float32", "bfloat16")
 BACKENDS = ("auto", "scann", "exact")

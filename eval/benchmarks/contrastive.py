@@ -41,7 +41,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     import jax
 
     from configs import base
-    from expandr_jax.contrastive import (
+    from expandr_jax.objectives.contrastive import (
         ContrastiveConfig,
         ContrastiveExample,
         Passage,
@@ -49,8 +49,8 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
         make_batch,
     )
     from expandr_jax.sharding import batch_sharding, make_mesh, replicated
-    from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
-    from train.retriever import training_retriever
+    from expandr_jax.training.setup import training_retriever
+    from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
     loaded, params = minilm.load(LENGTH)
     retriever = training_retriever(loaded, base.get_config().contrastive)

@@ -64,7 +64,7 @@ def start_ours(directory: pathlib.Path) -> Running:
     import optax
     from safetensors.numpy import load_file
 
-    from expandr_jax.preference import (
+    from expandr_jax.objectives.preference import (
         DPOConfig,
         PreferencePair,
         batch_shapes,
@@ -77,8 +77,8 @@ def start_ours(directory: pathlib.Path) -> Running:
         make_mesh,
         place,
     )
-    from expandr_jax.steps import adapter_program, model_shardings, reference_program
-    from expandr_jax.train_state import OptimizerConfig, TrainState, make_optimizer
+    from expandr_jax.training.steps import adapter_program, model_shardings, reference_program
+    from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
     from expandr_jax.weights.adapter import export_adapter, load_adapter
     from expandr_jax.weights.hf import load_generator
 

@@ -35,8 +35,8 @@ def _documents(directory: pathlib.Path) -> tuple[list[str], list[int]]:
 
 def start_ours(directory: pathlib.Path, length: int) -> Running:
     """`TextEncoder` on the mesh that a run has by default."""
-    from expandr_jax.encoding import TextEncoder
     from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
 
     documents, _ = _documents(directory)
     retriever, params = minilm.load(length)

@@ -22,8 +22,8 @@ def prepare(directory: pathlib.Path) -> None:
     """Writes queries, candidates and the vectors of the corpus."""
     import json
 
-    from expandr_jax.encoding import TextEncoder
     from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
 
     minilm.write_pydoc(directory)
     queries, documents = minilm.read_pydoc(directory)
@@ -49,12 +49,12 @@ def prepare(directory: pathlib.Path) -> None:
 def _start(directory: pathlib.Path, everything: bool) -> Running:
     import json
 
-    from expandr_jax import rewards
-    from expandr_jax.encoding import TextEncoder
-    from expandr_jax.fusion import expanded_query
     from expandr_jax.mining import mine_negatives
+    from expandr_jax.ranking.fusion import expanded_query
+    from expandr_jax.rewards import ranks as rewards
     from expandr_jax.search import build_index
     from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
 
     queries, texts, documents = json.loads((directory / "candidates.json").read_text())
     vectors = np.load(directory / "corpus.npy", allow_pickle=False)

@@ -28,7 +28,7 @@ NO_EOS = -1  # No token ends a text.
 
 def prepare(directory: pathlib.Path) -> None:
     """Writes the model, the prompts' ids and, where it is installed, transformers' best batch."""
-    from expandr_jax.prompts import render
+    from expandr_jax.expansion.prompts import render
     from expandr_jax.weights.hf import load_generator
 
     generator, _ = load_generator(str(smollm2.export(directory)))

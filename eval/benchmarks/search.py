@@ -37,8 +37,8 @@ def _synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encoded(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    from expandr_jax.encoding import TextEncoder
     from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
 
     minilm.write_pydoc(directory)
     queries, documents = minilm.read_pydoc(directory)

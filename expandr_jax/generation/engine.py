@@ -23,8 +23,8 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
-from expandr_jax.host_memory import trim_memory
 from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
+from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.sharding import batch_divisor, batch_sharding, place
 
 

@@ -14,6 +14,7 @@ from flax import traverse_util
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
+from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.weights.export import new_directory
 from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.load import leaf_shapes
@@ -209,3 +210,17 @@ def _stack(
         if not np.isfinite(part).all():
             raise UserError(f"{where}: {key} has NaN or infinite values")
     return jnp.asarray(np.stack([part.T for part in parts]))
+
+
+def base_name(workdir: str | os.PathLike, source: str) -> str:
+    """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
+    load the source itself."""
+    alien = source.startswith("package:") or source.endswith(".gguf")
+    # An adapter on an adapter is more than peft's files can say.
+    if alien or adapter_base(locate(source)) is not None:
+        # A run in a bucket has no path to make absolute.
+        run = workdir if is_bucket(workdir) else Path(workdir).absolute()
+        return f"{run}/export/base"
+    path = Path(source).expanduser()
+    # A hub id stays one; a path must be the same wherever peft runs.
+    return str(path.absolute()) if path.is_dir() else source

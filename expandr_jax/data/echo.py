@@ -1,0 +1,135 @@
+"""A collection made of triples, such as the eight files of echo-embeddings that the paper uses."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.builders.prepare import tfds_name
+from expandr_jax.data.builders.stream import rows, shuffled
+from expandr_jax.data.builders.triples import Triples, split_name, to_triple
+from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.source import data_path
+from expandr_jax.data.triples import Triple
+from expandr_jax.errors import UserError
+from expandr_jax.runtime.run import Run
+
+HELD_OUT = ("dev", "test")
+TRAINING = ("retriever_train", "generator_train")
+ID_LENGTH = 24  # Hex digits of a text's hash: 96 bits, so that no two texts share them.
+JACCARD = 0.5  # Of word 5-grams; above it a document is a near-duplicate.
+
+
+def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any]]:
+    """Makes a collection of the config's triples; their passages are the corpus.
+
+    Given negatives are judged 0. Which rows are taken where the config limits their number depends
+    on the files alone. Training queries are left out where the held-out share has the same query,
+    or where their document is nearly that of a held-out query.
+
+    Returns:
+        The collection with judgements of train, dev and test; ids of the queries that train the
+        retriever; of those that train the generator; what data/SOURCE.json records.
+
+    Raises:
+        UserError: The files or the config's weights are wrong.
+    """
+    config = run.config.data
+    path = data_path(run)
+    root = config.prepared or run.path("work", "prepared")
+    builder = Triples(path, data_dir=root, shares=config.shares.to_dict())
+    with run.progress("triples prepared", _lines(builder)) as advance:
+        prepared = builder.prepare(advance)
+    limits = {
+        "retriever_train": config.max_retriever_train,
+        "generator_train": config.max_generator_train,
+        "dev": config.max_dev,
+        "test": config.max_test,
+    }
+    taken = {part: list(_take(run, builder, prepared, part, limits[part])) for part in limits}
+    held_out = [triple for part in HELD_OUT for triple in taken[part]]
+    known = {query_key(triple.query) for triple in held_out}
+    documents = list({text for triple in held_out for text in triple.positives})
+    corpus: dict[str, str] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
+    ids: dict[str, dict[str, None]] = {part: {} for part in limits}
+    left_out = 0
+    for part, triples in taken.items():
+        dropped = _leaks(triples, known, documents) if part in TRAINING else [False] * len(triples)
+        left_out += sum(dropped)
+        judged = qrels["train" if part in TRAINING else part]
+        for triple, drop in zip(triples, dropped, strict=True):
+            if drop:
+                continue
+            query = _id(triple.query)
+            queries[query] = triple.query.strip()
+            ids[part][query] = None
+            grades = judged.setdefault(query, {})
+            for text in triple.negatives:
+                grades.setdefault(_id(text), 0)
+            for text in triple.positives:  # Right in one line is right in all.
+                grades[_id(text)] = 1
+            for text in (*triple.positives, *triple.negatives):
+                corpus[_id(text)] = text.strip()
+    run.console.print(f"  {left_out} training queries left out: a held-out query is like them")
+    name = path.resolve().name
+    source = {
+        "name": name,
+        **builder.identity,
+        "weights": dict(config.weights),
+        "rows": {part: len(triples) for part, triples in taken.items()},
+        "left_out": left_out,
+    }
+    retriever, generator = (list(ids[part]) for part in TRAINING)
+    return Collection(name, corpus, queries, qrels), retriever, generator, source
+
+
+def _take(run: Run, builder: Triples, prepared: Any, part: str, most: int) -> Iterator[Triple]:
+    """The first rows of a part in a fixed shuffle, at most `most` unless that is 0."""
+    splits = {source: split_name(source, part) for source in builder.files}
+    present = {s: name for s, name in splits.items() if tfds_name(name) in prepared.info.splits}
+    weights = dict(run.config.data.weights)
+    if unknown := set(weights) - set(builder.files):
+        raise UserError(
+            f"data.weights: no file of {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(builder.files)}"
+        )
+    present = {s: name for s, name in present.items() if not weights or s in weights}
+    if not present:
+        return
+    data = shuffled(
+        [rows(prepared, name) for name in present.values()],
+        seed=0,  # Not the config's: seeds are compared on the same data.
+        weights=[weights[source] for source in present] if weights else None,
+    )
+    count = min(most or len(data), len(data))
+    with run.progress(f"{part}: rows read", count) as advance:
+        for i in range(count):
+            yield to_triple(data[i])
+            advance(1)
+
+
+def _lines(builder: Triples) -> int:
+    """About how many rows there are, for the progress display."""
+    total = 0
+    for file in builder.files.values():
+        with open(file, "rb") as stream:
+            sample = stream.read(1 << 20)
+        # Compressed files are a guess at best, which only the estimate shows.
+        total += max(1, sample.count(b"\n") * file.stat().st_size // max(1, len(sample)))
+    return total
+
+
+def _leaks(triples: list[Triple], known: set[str], documents: list[str]) -> list[bool]:
+    near = near_duplicates((x for t in triples for x in t.positives), documents, JACCARD)
+    flags = []
+    for triple in triples:
+        hits = [next(near) for _ in triple.positives]  # All of them, so that the next's come next.
+        flags.append(any(hits) or query_key(triple.query) in known)
+    return flags
+
+
+def _id(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:ID_LENGTH]

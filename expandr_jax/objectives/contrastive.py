@@ -1,0 +1,398 @@
+"""Step A: the retriever learns from expanded queries, contrastively (ExpandR, arXiv 2502.17057).
+
+With `micro_batch` set, a batch of any size takes the memory of one micro-batch (GradCache, Gao et
+al., arXiv 2101.06983): all vectors first, without what their gradients need, then the loss's
+gradient with respect to them, then each micro-batch once more, to carry that gradient on to the
+parameters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from expandr_jax.data.batches import pad
+from expandr_jax.losses.contrastive import (
+    distillation_kl,
+    info_nce,
+    invariance_kl,
+    margin_mse,
+    matryoshka,
+    symmetric_info_nce,
+)
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.ranking.fusion import Normalize, expanded_query
+from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
+from expandr_jax.training.train_state import TrainState
+
+TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
+LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveConfig:
+    """What the contrastive loss compares.
+
+    Attributes:
+        temperature: tau; where it is learned, the value it starts from.
+        query_weight: Weight of the query's own vector; 1 trains on plain queries.
+        normalize: Where expanded query vectors are brought to unit length.
+        learn_temperature: The parameters are {"retriever": ..., "log_temperature": scalar}.
+        symmetric: Passages are compared with all queries, too.
+        info_nce_weight: Weight of the contrastive loss.
+        margin_mse_weight: Weight of margin-MSE against the teacher's scores.
+        kl_weight: Weight of the divergence from the teacher's distribution.
+        teacher_temperature: Divides the teacher's scores in that divergence.
+        invariance_weight: Weight of the divergence of plain from expanded queries' rankings.
+        dimensions: Matryoshka dimensions; none: whole vectors.
+        micro_batch: Texts whose graph is in memory at once; divides the rows of the batch. 0: all.
+    """
+
+    temperature: float
+    query_weight: float
+    normalize: Normalize
+    learn_temperature: bool = False
+    symmetric: bool = False
+    info_nce_weight: float = 1.0
+    margin_mse_weight: float = 0.0
+    kl_weight: float = 0.0
+    teacher_temperature: float = 1.0
+    invariance_weight: float = 0.0
+    dimensions: tuple[int, ...] = ()
+    micro_batch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A document of a training query.
+
+    Attributes:
+        ids: Token ids.
+        text: Hash or id of its text, to find equal ones in a batch.
+        score: A teacher's, where there is one.
+    """
+
+    ids: Sequence[int]
+    text: str
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastiveExample:
+    """Token ids of one training query, its expansions (may be none) and its documents.
+
+    Attributes:
+        query: Ids of the query.
+        expansions: Ids of each sampled passage; an empty generation is left out.
+        positive: Ids of the right document.
+        positive_text: Hash or id of the right document's text, to find equal ones in a batch.
+        negatives: Documents that were given as wrong.
+        other_positives: Further right documents, of which `draw_passages` may take one instead.
+        known: Texts of documents that are right as well and must not count as wrong.
+        positive_score: A teacher's score of the right document, where there is one.
+    """
+
+    query: Sequence[int]
+    expansions: Sequence[Sequence[int]]
+    positive: Sequence[int]
+    positive_text: str
+    negatives: Sequence[Passage] = ()
+    other_positives: Sequence[Passage] = ()
+    known: Collection[str] = ()
+    positive_score: float | None = None
+
+
+def draw_passages(
+    example: ContrastiveExample, negatives: int, *, seed: int, epoch: int, query: int
+) -> ContrastiveExample:
+    """The example as one epoch sees it: one of its positives, at most `negatives` negatives.
+
+    The draw is a function of (seed, epoch, query) alone; `query` numbers the examples.
+    """
+    if not example.other_positives and len(example.negatives) <= negatives:
+        return example
+    generator = np.random.default_rng([seed, epoch, query])
+    own = Passage(example.positive, example.positive_text, example.positive_score)
+    positives = [own, *example.other_positives]
+    right = positives.pop(int(generator.integers(len(positives))))
+    kept = np.sort(generator.permutation(len(example.negatives))[:negatives])
+    return dataclasses.replace(
+        example,
+        positive=right.ids,
+        positive_text=right.text,
+        positive_score=right.score,
+        other_positives=positives,
+        negatives=[example.negatives[i] for i in kept],
+    )
+
+
+def stays_plain(share: float, *, seed: int, step: int, query: int) -> bool:
+    """Whether a query is left unexpanded in a step: drawn with `share` by (seed, step, query)."""
+    # The fourth number keeps this apart from the draws of passages.
+    return share > 0 and np.random.default_rng([seed, step, query, 1]).random() < share
+
+
+def make_batch(
+    examples: Sequence[ContrastiveExample],
+    pad_id: int,
+    samples: int,
+    negatives: int = 0,
+    longest: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Arrays of one batch.
+
+    Args:
+        examples: Of each, the first `samples` expansions and `negatives` negatives are used.
+        pad_id: Fills up rows.
+        samples: Expansions a query; 0 for plain queries.
+        negatives: Negatives a query. A query with fewer has its positive in their place, which is
+            left out of every softmax.
+        longest: No text has more tokens; rows are not padded beyond it.
+
+    Returns:
+        "query_ids", "query_mask" [batch, length]; "positive_ids", "positive_mask"; "excluded"
+        [batch, batch * (1 + negatives)], True for passages with the text of one that is right for
+        the query. With samples also "expansion_ids", "expansion_mask" [batch * samples, length]
+        and "present" [batch, samples]; with negatives "negative_ids", "negative_mask" [batch *
+        negatives, length], a query's own side by side, and "given", "teacher_scores" [batch, 1 +
+        negatives], the positive first.
+    """
+    batch: dict[str, np.ndarray] = {}
+    fill = functools.partial(pad, pad_id=pad_id, longest=longest)
+    batch["query_ids"], batch["query_mask"] = fill([e.query for e in examples])
+    batch["positive_ids"], batch["positive_mask"] = fill([e.positive for e in examples])
+    texts: list[str | None] = [e.positive_text for e in examples]
+    if negatives:
+        missing = Passage((), "")
+        rows = [[*e.negatives[:negatives]] for e in examples]
+        rows = [row + [missing] * (negatives - len(row)) for row in rows]
+        batch["negative_ids"], batch["negative_mask"] = fill(
+            [e.positive if p is missing else p.ids
+             for e, row in zip(examples, rows, strict=True) for p in row])  # fmt: skip
+        texts += [None if p is missing else p.text for row in rows for p in row]
+        batch["given"] = np.array([[True, *(p is not missing for p in row)] for row in rows])
+        batch["teacher_scores"] = np.array(
+            [[e.positive_score or 0.0, *(p.score or 0.0 for p in row)]
+             for e, row in zip(examples, rows, strict=True)], np.float32,
+        )  # fmt: skip
+    batch["excluded"] = _excluded(examples, texts)
+    if samples:
+        present = [[i < len(e.expansions) for i in range(samples)] for e in examples]
+        rows = [e.expansions[i] if i < len(e.expansions) else e.query
+                for e in examples for i in range(samples)]  # fmt: skip
+        batch["expansion_ids"], batch["expansion_mask"] = fill(rows)
+        batch["present"] = np.array(present)
+    return batch
+
+
+def _excluded(examples: Sequence[ContrastiveExample], texts: Sequence[str | None]) -> np.ndarray:
+    """[examples, texts] bool: the text is right for the query, or None, which nobody compares."""
+    places: dict[str | None, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
+    excluded = np.zeros((len(examples), len(texts)), bool)
+    excluded[:, places.get(None, [])] = True
+    for row, example in enumerate(examples):
+        others = (passage.text for passage in example.other_positives)
+        for text in (example.positive_text, *others, *example.known):
+            excluded[row, places.get(text, [])] = True
+    return excluded
+
+
+def contrastive_loss(
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    retriever: Retriever,
+    config: ContrastiveConfig,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean loss of a batch and its figures.
+
+    Args:
+        params: The retriever's parameters; see `ContrastiveConfig.learn_temperature`.
+        batch: From `make_batch`.
+        retriever: Module, pooling and normalisation.
+        config: What is compared.
+        dropout_key: Turns the module's dropout on.
+
+    Returns:
+        The loss; "in_batch_accuracy", the share of queries whose own document beats all others
+        together; "temperature" where it is learned.
+    """
+    model, log_temperature = _split(params, config)
+    vectors = _embed_batch(model, batch, retriever, config, dropout_key)
+    return _loss_of_vectors(vectors, log_temperature, batch, config)
+
+
+def contrastive_gradients(
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    retriever: Retriever,
+    config: ContrastiveConfig,
+    dropout_key: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
+    """((loss, figures), gradients) of `contrastive_loss`, by micro-batches where the config asks.
+
+    Args:
+        params, batch, retriever, config: As for `contrastive_loss`.
+        dropout_key: Likewise; both passes over a micro-batch drop the same.
+    """
+    if not config.micro_batch:
+        return jax.value_and_grad(contrastive_loss, has_aux=True)(
+            params, batch, retriever=retriever, config=config, dropout_key=dropout_key
+        )
+    model, log_temperature = _split(params, config)
+    vectors = _embed_batch(model, batch, retriever, config, dropout_key)
+    result, (cotangents, log_temperature_grad) = jax.value_and_grad(
+        _loss_of_vectors, argnums=(0, 1), has_aux=True
+    )(vectors, log_temperature, batch, config)
+    grads = jax.tree.map(jnp.zeros_like, model)
+
+    def add(total, part):
+        chunk, vector_grads = part
+        _, pull_back = jax.vjp(lambda m: _embed_chunk(m, chunk, retriever), model)
+        return jax.tree.map(jnp.add, total, pull_back(vector_grads)[0]), None
+
+    for towers in by_length(batch, TOWERS):
+        chunks = join(_chunks(batch, t, config.micro_batch, dropout_key) for t in towers)
+        vector_grads = join(split_rows(cotangents[t], config.micro_batch) for t in towers)
+        grads, _ = jax.lax.scan(add, grads, (chunks, vector_grads))
+    if config.learn_temperature:
+        grads = {"retriever": grads, "log_temperature": log_temperature_grad}
+    return result, grads
+
+
+def contrastive_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None = None,
+    *,
+    retriever: Retriever,
+    config: ContrastiveConfig,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the retriever: (state, batch) -> (state, metrics).
+
+    Dropout, if a key turns it on, is drawn from (key, step).
+    """
+    (loss, metrics), grads = contrastive_gradients(
+        state.params,
+        batch,
+        retriever=retriever,
+        config=config,
+        dropout_key=None if key is None else jax.random.fold_in(key, state.step),
+    )
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+    return state.apply(grads, optimizer), metrics
+
+
+def _split(params: Any, config: ContrastiveConfig) -> tuple[Any, jax.Array | None]:
+    """The retriever's parameters and the logarithm of the temperature, None where it is fixed."""
+    if not config.learn_temperature:
+        return params, None
+    return params["retriever"], params["log_temperature"]
+
+
+def _loss_of_vectors(
+    vectors: Mapping[str, jax.Array],
+    log_temperature: jax.Array | None,
+    batch: Mapping[str, jax.Array],
+    config: ContrastiveConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    query, positive, negative = (vectors.get(tower) for tower in TOWERS[:3])
+    plain = None
+    if "present" in batch:
+        rows, samples = batch["present"].shape
+        expand = functools.partial(
+            expanded_query,
+            query,
+            vectors["expansion"].reshape(rows, samples, -1),
+            query_weight=config.query_weight,
+            normalize=config.normalize,
+        )
+        query = expand(batch["present"])
+        if config.invariance_weight:
+            plain = expand(jnp.zeros_like(batch["present"]))
+    temperature, metrics = config.temperature, {}
+    if log_temperature is not None:
+        temperature = jnp.maximum(jnp.exp(log_temperature), LEAST_TEMPERATURE)
+        metrics["temperature"] = temperature
+
+    def losses(query, positive, negative, plain):
+        contrast = symmetric_info_nce if config.symmetric else info_nce
+        total = config.info_nce_weight * contrast(
+            query, positive, negative, temperature=temperature, excluded=batch["excluded"]
+        )
+        if config.margin_mse_weight or config.kl_weight:
+            given, teacher = batch["given"], batch["teacher_scores"]
+            own = jnp.concatenate(
+                [positive[:, None], negative.reshape(len(positive), -1, positive.shape[1])], axis=1
+            )
+            student = jnp.einsum("qd,qpd->qp", query, own, precision=jax.lax.Precision.HIGHEST)
+            total += config.margin_mse_weight * margin_mse(student, teacher, given)
+            total += config.kl_weight * distillation_kl(
+                student / temperature, teacher / config.teacher_temperature, given
+            )
+        if plain is not None:
+            passages = positive if negative is None else jnp.concatenate([positive, negative])
+            total += config.invariance_weight * invariance_kl(
+                query, plain, passages, temperature=temperature, excluded=batch["excluded"]
+            )
+        return total
+
+    if config.dimensions:
+        loss = matryoshka(losses, config.dimensions, query, positive, negative, plain)
+    else:
+        loss = losses(query, positive, negative, plain)
+    own = jax.lax.stop_gradient(
+        info_nce(query, positive, negative, temperature=temperature, excluded=batch["excluded"])
+    )
+    # A loss below log 2 means that the document beats all others together.
+    metrics["in_batch_accuracy"] = jnp.mean(own < jnp.log(2.0))
+    return jnp.mean(loss), metrics
+
+
+def _embed_batch(
+    model: Any,
+    batch: Mapping[str, jax.Array],
+    retriever: Retriever,
+    config: ContrastiveConfig,
+    key: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """Vectors [rows, dim] of each kind of text in a batch, in the batch's order."""
+    vectors, size = {}, config.micro_batch
+    for towers in by_length(batch, TOWERS):
+        chunks = [_chunks(batch, tower, size, key) for tower in towers]
+        if not size:
+            own = (_embed_chunk(model, chunk, retriever) for chunk in chunks)
+            vectors |= dict(zip(towers, own, strict=True))
+            continue
+        mapped = jax.lax.map(lambda chunk: _embed_chunk(model, chunk, retriever), join(chunks))
+        ends = np.cumsum([len(ids) for ids, _, _ in chunks])[:-1]
+        for tower, part in zip(towers, jnp.split(mapped, ends), strict=True):
+            vectors[tower] = join_rows(part)
+    return vectors
+
+
+def _embed_chunk(model: Any, chunk: Any, retriever: Retriever) -> jax.Array:
+    ids, mask, key = chunk
+    return retriever.embed(model, ids, mask, dropout_key=key)
+
+
+def _chunks(
+    batch: Mapping[str, jax.Array], tower: str, micro_batch: int, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Ids, mask and dropout key of a kind of text; cut into micro-batches, if there are any."""
+    key = None if key is None else jax.random.fold_in(key, TOWERS.index(tower))
+    ids, mask = batch[f"{tower}_ids"], batch[f"{tower}_mask"]
+    if not micro_batch:
+        return ids, mask, key
+    keys = None if key is None else jax.random.split(key, ids.shape[0] // micro_batch)
+    return split_rows(ids, micro_batch), split_rows(mask, micro_batch), keys

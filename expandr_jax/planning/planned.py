@@ -1,0 +1,203 @@
+"""What a plan knows of a program before it is compiled, and the workload it is made for."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh, Sharding
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import cast_weights
+from expandr_jax.pair import OF_ONE_PROCESS, phase_mesh
+from expandr_jax.planning.topology import Topology
+from expandr_jax.sharding import batch_divisor
+from expandr_jax.training.train_state import TrainState
+from expandr_jax.weights.configs import model_config
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.hf import MODULES, open_model
+from expandr_jax.weights.load import example_inputs
+from expandr_jax.weights.source import locate
+
+# The workload: counts of texts and their tokens, of all processes together.
+QUERIES, PASSAGES, LENGTH = 1024, 2, 512  # A step of A: each query with its expansion.
+ENCODED = 4096  # Texts of LENGTH that are encoded at once.
+ROWS, PROMPT, NEW = 512, 100, 512  # Texts sampled at once.
+PAIRS = 16  # A step of B: PROMPT tokens and NEW for each response.
+DEPTH = 100  # Documents found for each of QUERIES queries.
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A program with the shapes of its arguments, and what it computes.
+
+    Attributes:
+        name: For people and for plan.json.
+        program: The jitted function.
+        arguments: ShapeDtypeStructs, placed on the mesh.
+        mesh: The devices; None: one of them.
+        parameters: The tree among the arguments whose memory is that of parameters.
+        module: The model.
+        rows: Queries, texts, pairs or slots of the whole batch, or of one share of it.
+        tokens: Of all texts of the batch.
+        tokens_at_once: Of the texts whose activations are in memory at once.
+        model_flops: Operations of one call that the model needs.
+        run_flops: These and what is computed again to save memory.
+        passes: Times that the weights are gone through, backward passes included.
+        turns: Micro-batches, each of which makes those passes.
+        learns: Whether gradients of all parameters are summed over the mesh.
+        moved: Bytes that one call moves between each device and its memory, at least.
+        change: What to change where it does not fit.
+        shares: Processes that each run it at the same time, on meshes of their own.
+        resident: Bytes on each device that the run holds for other phases meanwhile.
+        values: Arguments with made-up numbers -> the same with those that a call's time depends on:
+            tokens and masks, which slots are active. None: it depends on no numbers.
+        units: Times that such a call does what is planned: decode's tokens.
+    """
+
+    name: str
+    program: Any
+    arguments: Sequence[Any]
+    mesh: Mesh | None
+    parameters: Any
+    module: nn.Module
+    rows: int
+    tokens: int
+    tokens_at_once: int
+    model_flops: int
+    run_flops: int
+    passes: int
+    turns: int
+    learns: bool
+    moved: float
+    change: str
+    shares: int = 1
+    resident: int = 0
+    values: Callable[..., Sequence[Any]] | None = None
+    units: int = 1
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+
+def random_tokens(module: nn.Module, *shape: int) -> np.ndarray:
+    """Token ids of a model's vocabulary."""
+    numbers = np.random.default_rng(0).integers(0, module.config.vocab_size, shape)
+    return numbers.astype(np.int32)
+
+
+def untrained(state: TrainState) -> TrainState:
+    """With an optimizer state as before the first step: not every number is one."""
+    return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree of placed shapes on one device."""
+
+    def shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def key_shape() -> jax.ShapeDtypeStruct:
+    """Of a key of random numbers."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def planned_mesh(config: ml_collections.ConfigDict, phase: str, topology: Topology) -> Mesh:
+    """A phase's mesh: of all devices, or of a process's own where a run shares texts out.
+
+    Args:
+        config: The whole config.
+        phase: As of `phase_mesh`.
+        topology: What to compile for.
+
+    Raises:
+        UserError: It does not fit the devices.
+    """
+    if phase not in OF_ONE_PROCESS or topology.hosts == 1:
+        return phase_mesh(config.mesh, phase, topology.devices)
+    try:
+        return phase_mesh(config.mesh, phase, topology.host_devices)
+    except UserError as error:
+        raise UserError(
+            f"mesh.{phase}: {error}: {topology.name} has {topology.hosts} hosts, and this phase "
+            "has the devices of one at a time"
+        ) from None
+
+
+def check_rows(rows: int, mesh: Mesh, phase: str, what: str) -> None:
+    """Raises UserError where the workload's rows cannot be split over a phase's mesh."""
+    if rows % batch_divisor(mesh):
+        raise UserError(
+            f"mesh.{phase}: {rows} {what} cannot be split over {batch_divisor(mesh)} devices "
+            "(data times fsdp); give the tensor axis more"
+        )
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with the sharding of each, or with one for all."""
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+
+
+def param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
+    """Parameters of a module in the types that a run keeps them in."""
+    # What is recomputed changes no shape, and a search asks for the same ones many times.
+    return dict(_param_shapes(module.clone(remat="none"), dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
+    variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
+    return jax.eval_shape(lambda params: cast_weights(params, dtype), nn.unbox(variables["params"]))
+
+
+def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> nn.Module:
+    """The config's model without its weights.
+
+    Args:
+        section: The config's `retriever` or `generator` section.
+        name: Which of the two, for messages.
+        dtype: Compute type.
+
+    Raises:
+        UserError: Neither a shape nor a source that is here is named.
+    """
+    if section.shape:
+        found = Fields.read(Path(section.shape))
+        kind = found.values.get("model_type")
+    else:
+        found, kind = _shape_of_source(section.source, name)
+    config = model_config(found, kind)
+    return MODULES[type(config)](config, dtype=jnp.dtype(dtype))
+
+
+def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
+    """config.json and kind of a model that is here; nothing is fetched."""
+    path = Path(source).expanduser()
+    if not source or not (source.startswith("package:") or path.exists()):
+        raise UserError(
+            f"{name}.source is {source!r}, which is not here; {name}.shape can name a config.json "
+            "of its shape"
+        )
+    path = locate(source)
+    if path.is_dir() and not list(path.glob("model*.safetensors*")):
+        found = Fields.read(path / "config.json")
+        return found, found.values.get("model_type")
+    files, _ = open_model(source)
+    return files.config, files.model_type

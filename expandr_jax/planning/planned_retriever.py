@@ -1,0 +1,220 @@
+"""The retriever's programs, as shapes: step A, encoding and search."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.anchordr import AnchorDr
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.contrastive import ContrastiveExample, Passage, make_batch
+from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.planning.planned import (
+    DEPTH,
+    ENCODED,
+    LENGTH,
+    PASSAGES,
+    QUERIES,
+    Planned,
+    bytes_on_device,
+    check_rows,
+    key_shape,
+    param_shapes,
+    placed,
+    planned_mesh,
+    random_tokens,
+    shape_module,
+    untrained,
+)
+from expandr_jax.planning.topology import Topology
+from expandr_jax.search.exact import ExactOptions, merge_block
+from expandr_jax.sharding import batch_divisor, batch_sharding, replicated
+from expandr_jax.training.setup import contrastive_config, training_retriever
+from expandr_jax.training.steps import contrastive_program, embedder, model_shardings
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+
+TEXTS = 2 + PASSAGES  # Of a query: itself, its expansion and its passages.
+
+
+class RetrieverShapes:
+    """Makes the programs of the config's retriever.
+
+    Args:
+        config: The whole config.
+        topology: What to compile for.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, topology: Topology):
+        self._config, self._topology = config, topology
+        section = config.retriever
+        module = shape_module(section, "retriever", section.compute_dtype)
+        pooling = {AnchorDr: "decoder", Decoder: "last"}.get(type(module), "mean")
+        self._length = min(LENGTH, module.config.max_positions or LENGTH)
+        self.retriever = Retriever(
+            module, section.pooling or pooling, True, self._length, "", "", None, None
+        )
+        self.params = param_shapes(module, jnp.float32)
+        self.params.pop("lm_head", None)  # A decoder's, which only generating needs.
+
+    def resident(self) -> int:
+        """Bytes a device of what a run holds: the weights before training, and those trained."""
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        places = model_shardings(mesh, self.retriever.module, self.params)
+        return 2 * bytes_on_device(placed(self.params, places))
+
+    def contrastive(self) -> Planned:
+        """A step of A: QUERIES, each with an expansion and PASSAGES."""
+        config = self._config.contrastive
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        check_rows(QUERIES, mesh, "contrastive", "queries")
+        if config.micro_batch and QUERIES % config.micro_batch:
+            raise UserError(
+                f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
+            )
+        retriever = training_retriever(self.retriever, config)
+        optimizer = make_optimizer(OptimizerConfig(1.0, 2, accumulation=config.accumulation))
+        start, places = self.params, model_shardings(mesh, retriever.module, self.params)
+        if config.learn_temperature:
+            start = {"retriever": start, "log_temperature": jax.ShapeDtypeStruct((), jnp.float32)}
+            places = {"retriever": places, "log_temperature": replicated(mesh)}
+        state_places = TrainState.shardings(mesh, places, start, optimizer)
+        state = placed(
+            jax.eval_shape(lambda params: TrainState.create(params, optimizer), start),
+            state_places,
+        )
+        texts = QUERIES * TEXTS
+        forward = forward_flops(retriever.module, self.params, texts, self._length)
+        forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
+        passes = TRAINING + (config.remat == "full") + bool(config.micro_batch)
+        turns = texts // config.micro_batch if config.micro_batch else 1
+        weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
+        return Planned(
+            name="contrastive step",
+            program=contrastive_program(
+                mesh,
+                state_places,
+                retriever=retriever,
+                config=contrastive_config(config, samples=1),
+                optimizer=optimizer,
+            ),
+            arguments=(
+                state,
+                placed(self._batch_shapes(), batch_sharding(mesh)),
+                key_shape() if config.dropout else None,
+            ),
+            mesh=mesh,
+            parameters=state.params,
+            module=retriever.module,
+            rows=QUERIES,
+            tokens=texts * self._length,
+            tokens_at_once=(config.micro_batch or texts) * self._length,
+            model_flops=TRAINING * forward,
+            run_flops=passes * forward,
+            passes=passes,
+            turns=turns,
+            learns=True,
+            moved=passes * turns * weights + bytes_on_device(state),
+            change="a smaller contrastive.micro_batch, contrastive.remat=full, or more fsdp in "
+            "mesh.contrastive",
+            values=lambda state, _, key: (untrained(state), self._batch(QUERIES), key),
+        )
+
+    def _batch(self, queries: int) -> dict[str, np.ndarray]:
+        """Queries of random tokens, each with an expansion and PASSAGES that nobody shares."""
+        texts = iter(random_tokens(self.retriever.module, queries * TEXTS, self._length))
+        examples = [
+            ContrastiveExample(
+                next(texts),
+                [next(texts)],
+                next(texts),
+                f"right {i}",
+                [Passage(next(texts), f"wrong {i} {j}") for j in range(PASSAGES - 1)],
+            )
+            for i in range(queries)
+        ]
+        return make_batch(examples, 0, 1, PASSAGES - 1)
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        # Of a batch of two: "excluded" is as wide as there are passages.
+        arrays = self._batch(2)
+        return {
+            name: jax.ShapeDtypeStruct(
+                (len(x) // 2 * QUERIES, QUERIES * PASSAGES if name == "excluded" else x.shape[1]),
+                x.dtype,
+            )
+            for name, x in arrays.items()
+        }
+
+    def encoding(self) -> Planned:
+        """A process's batch of texts: its share of ENCODED, or of what the config takes at once."""
+        hosts = self._topology.hosts
+        mesh = planned_mesh(self._config, "encoding", self._topology)
+        divisor = batch_divisor(mesh)
+        rows = self._config.retriever.tokens_per_batch // hosts // self._length
+        rows = min(max(1, ENCODED // hosts), max(1, rows // divisor) * divisor)
+        check_rows(rows, mesh, "encoding", "texts")
+        places = model_shardings(mesh, self.retriever.module, self.params)
+        params = placed(self.params, places)
+        texts = jax.ShapeDtypeStruct((rows, self._length), jnp.int32, sharding=batch_sharding(mesh))
+        forward = forward_flops(self.retriever.module, self.params, rows, self._length)
+        return Planned(
+            name="corpus encoding",
+            program=embedder(mesh, self.retriever),
+            arguments=(params, texts, texts),
+            mesh=mesh,
+            parameters=params,
+            module=self.retriever.module,
+            rows=rows,
+            tokens=rows * self._length,
+            tokens_at_once=rows * self._length,
+            model_flops=forward,
+            run_flops=forward,
+            passes=1,
+            turns=1,
+            learns=False,
+            moved=bytes_on_device(params) * mesh.shape["fsdp"],
+            change="a smaller retriever.tokens_per_batch",
+            shares=hosts,
+            values=lambda params, *_: (
+                params,
+                random_tokens(self.retriever.module, rows, self._length),
+                np.ones((rows, self._length), np.int32),
+            ),
+        )
+
+    def search(self) -> Planned:
+        """A block of the corpus against QUERIES; it runs on one device."""
+        rows, block = QUERIES, ExactOptions().block_rows
+        width = self.retriever.module.config.hidden_size
+        place = SingleDeviceSharding(self._topology.devices[0])
+
+        def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        number = array(dtype=jnp.int32)
+        best = array(rows, DEPTH), array(rows, DEPTH, dtype=jnp.int32)
+        operations = 2 * rows * block * width
+        return Planned(
+            name="exact search",
+            program=merge_block,
+            arguments=(*best, array(rows, width), array(block, width), number, number),
+            mesh=None,
+            parameters=(),
+            module=self.retriever.module,
+            rows=rows,
+            tokens=0,
+            tokens_at_once=0,
+            model_flops=operations,
+            # A product in float32 is six in bfloat16 on a TPU.
+            run_flops=operations * (6 if self._topology.chip.is_tpu else 1),
+            passes=1,
+            turns=1,
+            learns=False,
+            moved=4 * (rows * width + block * width + 2 * rows * block),
+            change="fewer rows in a block (expandr_jax.search.ExactOptions)",
+        )

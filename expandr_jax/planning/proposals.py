@@ -1,0 +1,176 @@
+"""Proposes mesh, micro-batch and recomputation for each phase of a run: `train.plan --search`.
+
+Settings are ordered by an estimate from shapes; the compiler then says of one after another
+whether it fits, and the first that does is proposed.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+from rich.console import Console
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.stack import REMATS
+from expandr_jax.pair import OF_ONE_PROCESS
+from expandr_jax.planning.collectives import Collectives
+from expandr_jax.planning.compiled import Needs, compile_program, roofline
+from expandr_jax.planning.planned import QUERIES, Planned, bytes_on_device
+from expandr_jax.planning.programs import planned_programs
+from expandr_jax.planning.topology import Topology
+
+TRIES = 4  # Settings of a phase that are compiled at most.
+# Phase, the program that stands for it, and where its recomputation is set.
+PHASES = {
+    "contrastive": ("contrastive step", "contrastive.remat"),
+    "encoding": ("corpus encoding", None),
+    "sampling": ("decode", None),
+    "dpo": ("DPO step", "generator.remat"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """Settings of a phase and what they need.
+
+    Attributes:
+        phase: A key of `PHASES`.
+        settings: By their names in the config.
+        planned: The program with them.
+        seconds: An estimate of its time, at least.
+        needs: As compiled; None until then.
+    """
+
+    phase: str
+    settings: dict[str, Any]
+    planned: Planned
+    seconds: float
+    needs: Needs | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As --out has it."""
+        return {
+            "phase": self.phase,
+            "settings": self.settings,
+            "bytes_total": self.needs.total,
+            "roofline_seconds": self.seconds,
+        }
+
+    @property
+    def flags(self) -> str:
+        """As they are given on the command line."""
+        return " ".join(
+            f'--config.{name}="{value}"' if isinstance(value, tuple) else f"--config.{name}={value}"
+            for name, value in self.settings.items()
+        )
+
+
+def propose(
+    config: ml_collections.ConfigDict, topology: Topology, console: Console
+) -> list[Proposal]:
+    """The quickest settings of each phase, by estimate, that the compiler says fit.
+
+    Args:
+        config: The whole config; all that is not searched stays as it says.
+        topology: What for.
+        console: Where progress is shown.
+
+    Returns:
+        A proposal for each phase that has one; of the others nothing tried fits.
+    """
+    found = []
+    for phase in PHASES:
+        console.print(f"{phase}: estimating settings")
+        ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
+        for number, (_, proposal) in enumerate(ordered[:TRIES], start=1):
+            console.print(
+                f"{phase}: compiling {proposal.flags} ({number} of at most {TRIES})",
+                soft_wrap=True,
+                markup=False,
+            )
+            planned = proposal.planned
+            lowered = planned.program.lower(*planned.arguments)
+            needs = compile_program(lowered, topology.chip, planned.resident)
+            needs = dataclasses.replace(needs, compiled=None)  # Not kept: it may be large.
+            if needs.fits:
+                found.append(dataclasses.replace(proposal, needs=needs))
+                break
+    return found
+
+
+def _estimates(
+    config: ml_collections.ConfigDict, topology: Topology, phase: str
+) -> Iterator[tuple[tuple[Any, ...], Proposal]]:
+    """(what to sort by, settings) of all that may fit."""
+    program, remat_name = PHASES[phase]
+    micro_batches = [0]
+    if phase == "contrastive":
+        micro_batches += [QUERIES // 2**i for i in range(3)]
+    remats = REMATS if remat_name else (None,)
+    devices = topology.host_devices if phase in OF_ONE_PROCESS else topology.devices
+    for mesh, micro, remat in itertools.product(_meshes(len(devices)), micro_batches, remats):
+        settings: dict[str, Any] = {f"mesh.{phase}": mesh}
+        if phase == "contrastive":
+            settings["contrastive.micro_batch"] = micro
+        if remat:
+            settings[remat_name] = remat
+        if micro % (mesh[0] * mesh[1]):
+            continue
+        try:
+            planned = planned_programs(_with(config, settings), topology)[program]()
+        except UserError:
+            continue  # Rows that cannot be split so.
+        held = bytes_on_device(planned.arguments) + planned.resident
+        if held + _kept(planned, mesh, remat) > topology.chip.capacity:
+            continue
+        estimate = roofline(
+            topology.chip, planned.devices, planned.run_flops, planned.moved, _sent(planned, mesh)
+        ).seconds
+        order = (estimate, mesh[2], -mesh[1], REMATS.index(remat) if remat else 0, -micro)
+        yield order, Proposal(phase, settings, planned, estimate)
+
+
+def _meshes(devices: int) -> Iterator[tuple[int, int, int]]:
+    """(data, fsdp, tensor): weights spread over all devices, or whole in each part of them."""
+    for tensor in (size for size in (1, 2, 4, 8) if devices % size == 0):
+        yield 1, devices // tensor, tensor
+        if devices > tensor:
+            yield devices // tensor, 1, tensor
+
+
+def _with(config: ml_collections.ConfigDict, settings: dict[str, Any]) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def _kept(planned: Planned, mesh: tuple[int, int, int], remat: str | None) -> int:
+    """Bytes that a device keeps for the backward pass, at the very least."""
+    if remat is None:
+        return 0
+    config, size = planned.module.config, planned.module.dtype.itemsize
+    data, fsdp, tensor = mesh
+    tokens = planned.tokens_at_once // (data * fsdp)
+    width = config.hidden_size
+    if remat != "full":
+        # Queries, keys, values and the feed-forward's sides.
+        width += (3 * config.hidden_size + 2 * config.mlp_dim) // tensor
+    return config.num_layers * tokens * width * size
+
+
+def _sent(planned: Planned, mesh: tuple[int, int, int]) -> dict[str, Collectives]:
+    """What a program sends, from shapes: weights gathered for each pass, and tensor's sums."""
+    data, fsdp, tensor = mesh
+    config, size = planned.module.config, planned.module.dtype.itemsize
+    whole = bytes_on_device(planned.parameters) * fsdp
+    gathered = planned.passes * planned.turns * whole if fsdp > 1 else 0
+    if planned.learns and data * fsdp > 1:
+        gathered += 2 * whole  # The gradients' sum, about.
+    tokens = planned.tokens // (data * fsdp)
+    summed = 2 * config.num_layers * planned.passes * tokens * config.hidden_size * size
+    return {
+        "all-gather": Collectives(1, gathered, gathered),
+        "all-reduce": Collectives(1, summed * (tensor > 1), summed),
+    }

@@ -1,0 +1,83 @@
+"""Takes the time of the programs of a plan, on devices that are here, with made-up numbers."""
+
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from expandr_jax.planning.planned import Planned
+
+SCALE = 0.02  # Of made-up parameters, as models are begun with.
+
+
+def time_program(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> float | None:
+    """Median of the seconds that the planned work takes, after one call to warm up.
+
+    Args:
+        planned: What is compiled.
+        compiled: The program, for devices of this process.
+        repeats: Calls.
+
+    Returns:
+        Seconds; None where the devices' memory does not suffice after all.
+    """
+    try:
+        seconds = _time(planned, compiled, repeats)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    return statistics.median(seconds) / planned.units
+
+
+def _time(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> Sequence[float]:
+    arguments = tuple(jax.tree.map(made_up, planned.arguments))
+    seconds = []
+    for _ in range(repeats + 1):
+        if planned.values is not None:
+            arguments = tuple(jax.tree.map(_put, planned.values(*arguments), planned.arguments))
+        jax.block_until_ready(arguments)
+        start = time.perf_counter()
+        result = jax.block_until_ready(compiled(*arguments))
+        seconds.append(time.perf_counter() - start)
+        arguments = _not_donated(arguments, result)
+    return seconds[1:]
+
+
+def made_up(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Small random numbers where floating-point ones are asked for, else ones; a key for a key."""
+    return _maker(shape.shape, shape.dtype, shape.sharding)(jax.random.key(0))
+
+
+@functools.cache
+def _maker(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Any:
+    def make(key: jax.Array) -> jax.Array:
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            return key
+        if jnp.issubdtype(dtype, jnp.floating):
+            return (SCALE * jax.random.normal(key, shape, dtype)).astype(dtype)
+        return jnp.ones(shape, dtype)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def _put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return value if shape.sharding is None else jax.device_put(value, shape.sharding)
+
+
+def _not_donated(arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:
+    """The arguments with what a call gave in the place of the one it took, if it took one.
+
+    A run's programs take one argument at most, a state, and give the next one alone or first.
+    """
+    new = result[0] if isinstance(result, tuple) else result
+    taken = [any(leaf.is_deleted() for leaf in jax.tree.leaves(argument)) for argument in arguments]
+    assert sum(taken) <= 1
+    return tuple(
+        new if was_taken else argument for argument, was_taken in zip(arguments, taken, strict=True)
+    )

@@ -1,0 +1,310 @@
+"""Ranks the corpus of one data set by any system of expandr_jax/expansion/strategies.py."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from expandr_jax import metrics
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.records import hash_json
+from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.expand import Prompt, drawing
+from expandr_jax.expansion.strategies import (
+    FEEDBACK,
+    FEEDBACK_DEPTH,
+    FEEDBACKS,
+    RANK_FUSIONS,
+    SCORE_FUSIONS,
+    SEPARATOR,
+    STRATEGIES,
+    Request,
+    Strategy,
+    System,
+    document_message,
+    parse_system,
+)
+from expandr_jax.pair import Models, RetrieverModel, load_models, load_retriever_model
+from expandr_jax.ranking.fusion import expanded_query
+from expandr_jax.ranking.systems import finish_run
+from expandr_jax.runtime.run import Run
+from expandr_jax.search import Index, build_index
+from expandr_jax.vectors.corpus import configured_index
+from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.stored import StoredVectors
+
+BM25 = parse_system("bm25")
+
+
+class LazyModels:
+    """The config's models, each loaded when something first needs it."""
+
+    def __init__(self, run: Run, generates: bool):
+        self._run, self._generates = run, generates
+
+    @functools.cached_property
+    def both(self) -> Models:
+        """Retriever and generator."""
+        with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
+            return load_models(self._run.config, advance)
+
+    @functools.cached_property
+    def retriever(self) -> RetrieverModel:
+        """The retriever; no generator is loaded where none is used."""
+        if self._generates:
+            return self.both
+        with self._run.phase("models"):
+            return load_retriever_model(self._run.config)
+
+
+class Searched:
+    """A corpus as it is searched; each index is built when something first needs it.
+
+    Args:
+        run: The config and progress.
+        models: The models.
+        texts: Of the documents.
+        path: Where its vectors go.
+    """
+
+    def __init__(self, run: Run, models: LazyModels, texts: Sequence[str], path: pathlib.Path):
+        self._run, self._models, self._texts, self._path = run, models, texts, path
+
+    @functools.cached_property
+    def bm25(self) -> Index:
+        """Of the words."""
+        return build_index(self._texts, "bm25")
+
+    @functools.cached_property
+    def vectors(self) -> np.ndarray | StoredVectors:
+        """[documents, dim], memory-mapped."""
+        dtype = self._run.config.retriever.vectors
+        model = self._models.retriever
+        encoder, params = model.encoder, model.retriever_params
+        with self._run.progress("documents encoded", len(self._texts)) as advance:
+            return encode_to_file(
+                self._path,
+                encoder,
+                params,
+                self._texts,
+                "document",
+                dtype=dtype,
+                progress=advance,
+            )
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Of the vectors."""
+        return configured_index(self.vectors, self._run.config.search)
+
+
+class Ranker:
+    """Ranks one set's corpus by any system; whatever it makes is made once.
+
+    Args:
+        run: The config and progress.
+        models: The models.
+        collection: The set.
+        split: Whose judged queries are searched for.
+        directory: Where runs and what a restart needs go.
+        cache: Where generated texts are kept.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        models: LazyModels,
+        collection: Collection,
+        split: str,
+        directory: pathlib.Path,
+        cache: TextCache,
+    ):
+        self.collection = collection
+        self.qrels = self.collection.qrels[split]
+        self.ids = list(self.qrels)
+        self.queries = [self.collection.queries[query] for query in self.ids]
+        self.documents = list(self.collection.corpus)
+        self._run, self._models, self._directory = run, models, directory
+        self._cache = cache
+        self._texts: dict[str, list[list[str]]] = {}
+        self._corpora: dict[str | None, Searched] = {}
+
+    def rank(self, system: System) -> dict[str, dict[str, float]]:
+        """The system's run, as its file holds it."""
+        path = self._directory / "runs" / f"{system.name}.trec"
+        if not path.exists():
+            # First what it needs, which has phases of its own.
+            for needed in (system.plain,) if system.method in FEEDBACKS else system.parts:
+                self.rank(needed)
+            if not system.parts:
+                self._searched(system.documents)
+            if system.strategy:
+                self.texts(system.method)
+            if system.base == "dense":
+                _ = self._models.retriever
+            with self._run.phase(f"{self.collection.name}: {system.name}"):
+                metrics.write_trec(path, self._search(system), system.name)
+        return metrics.read_trec(path)
+
+    def texts(self, method: str) -> list[list[str]]:
+        """The texts of a strategy for each query, request by request; "" where nothing was said."""
+        if method not in self._texts:
+            parts = [self._sample(request, method) for request in STRATEGIES[method].requests]
+            self._texts[method] = [
+                [text for texts in several for text in texts]
+                for several in zip(*parts, strict=True)
+            ]
+        return self._texts[method]
+
+    def _search(self, system: System) -> Mapping[str, Mapping[str, float]]:
+        config = self._run.config.evaluation
+        if system.parts:
+            runs = [self.rank(part) for part in system.parts]
+            fused = {query: self._fuse(system, query, runs) for query in self.ids}
+            # A fusion's order is that of its scores, whichever run a document was first met in.
+            return {
+                query: dict(metrics.rank_documents(scores)[: config.depth])
+                for query, scores in fused.items()
+            }
+        depth = config.depth + config.drop_identical_ids
+        if system.base == "bm25":
+            queries = self._with_texts(system, lambda s, q, texts: s.sparse(q, texts))
+            scores, indices = self._searched(system.documents).bm25.search(queries, depth)
+            run = metrics.make_run(self.ids, self.documents, scores, indices, above=0.0)
+        else:
+            index = self._searched(system.documents).index
+            scores, indices = index.search(self._query_vectors(system), depth)
+            run = metrics.make_run(self.ids, self.documents, scores, indices)
+        return finish_run(run, config.depth, config.drop_identical_ids)
+
+    def _fuse(self, system: System, query: str, runs: Sequence[Mapping]) -> dict[str, float]:
+        scores = [run.get(query, {}) for run in runs]
+        if system.base in SCORE_FUSIONS:
+            return SCORE_FUSIONS[system.base](scores)
+        rankings = [[document for document, _ in metrics.rank_documents(s)] for s in scores]
+        return RANK_FUSIONS[system.base](rankings)
+
+    def _with_texts(self, system: System, build: Callable[..., Any]) -> list[Any]:
+        """`build(strategy, query, texts)` of each query, or the queries where there is none."""
+        strategy = system.strategy
+        if strategy is None:
+            return self.queries
+        rows = zip(self.queries, self.texts(system.method), strict=True)
+        return [build(strategy, query, [t for t in texts if t]) for query, texts in rows]
+
+    def _searched(self, documents: str | None) -> Searched:
+        """The corpus, its documents expanded where there is a strategy for that."""
+        if documents not in self._corpora:
+            texts, name = list(self.collection.corpus.values()), "vectors"
+            if documents:
+                added = self._sample_documents(documents)
+                # An empty one adds nothing. A retriever reads max_length tokens of the two.
+                texts = [f"{t} {new}".strip() for t, new in zip(texts, added, strict=True)]
+                name = f"vectors-{documents}-{hash_json(texts)[:16]}"
+            path = self._directory / "work" / f"{name}.npy"
+            self._corpora[documents] = Searched(self._run, self._models, texts, path)
+        return self._corpora[documents]
+
+    @functools.cached_property
+    def _plain(self) -> np.ndarray:
+        return self._encode(self.queries, "query")
+
+    def _encode(self, texts: Sequence[str], kind: Kind) -> np.ndarray:
+        model = self._models.retriever
+        return model.encoder.encode(model.retriever_params, texts, kind)
+
+    def _query_vectors(self, system: System) -> np.ndarray:
+        if system.method in FEEDBACKS:
+            return self._after_feedback(system)
+        return self._plain if system.strategy is None else self._expanded(system)
+
+    def _after_feedback(self, system: System) -> np.ndarray:
+        found = self.rank(system.plain)
+        place = {document: row for row, document in enumerate(self.documents)}
+        depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
+        if not depth:  # Of a single document, left out for a query with its id.
+            return self._plain
+        rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
+        vectors = self._searched(system.documents).vectors[np.array(rows)]
+        return np.asarray(FEEDBACKS[system.method](self._plain, vectors))
+
+    def _expanded(self, system: System) -> np.ndarray:
+        (weight,) = self._run.config.evaluation.query_weights
+        dense = self._with_texts(system, lambda s, q, texts: s.dense(q, texts, weight))
+        places = [(row, i) for row, query in enumerate(dense) for i in range(len(query.texts))]
+        if not places:
+            return self._plain
+        tokenizer = self._models.retriever.retriever.tokenizer
+        separator = getattr(tokenizer, "sep_token", None) or ""
+        flat = [text.replace(SEPARATOR, separator) for query in dense for text in query.texts]
+        encoded = self._encode(flat, system.strategy.kind)
+        shape = len(dense), max(len(query.texts) for query in dense)
+        vectors = np.zeros((*shape, encoded.shape[1]), np.float32)
+        present = np.zeros(shape, bool)
+        rows, columns = np.array(places).T
+        vectors[rows, columns], present[rows, columns] = encoded, True
+        weights = np.array([[query.query_weight] for query in dense], np.float32)
+        normalize = self._run.config.contrastive.normalize
+        return np.asarray(
+            expanded_query(self._plain, vectors, present, query_weight=weights, normalize=normalize)
+        )
+
+    def _sample(self, request: Request, method: str) -> list[list[str]]:
+        """The texts that answer one request, for each query, kept for whoever asks it again."""
+        config = self._run.config
+        samples = samples_of(config, STRATEGIES[method])
+        shown = self._shown() if request.needs_passages else [[]] * len(self.ids)
+        settings = config.expansion
+        prompts = [
+            Prompt(query_id, sample, text, settings.temperature, **drawing(settings))
+            for query_id, query, passages in zip(self.ids, self.queries, shown, strict=True)
+            for text in [self._prompt(request, query, passages)]
+            for sample in range(samples)
+        ]  # fmt: skip
+        texts = self._ask(request.name, prompts)
+        return [[texts[query, sample] for sample in range(samples)] for query in self.ids]
+
+    def _sample_documents(self, name: str) -> list[str]:
+        """What the generator writes for each document."""
+        settings = self._run.config.expansion
+        prompts = [
+            Prompt(
+                document, 0, self._document_prompt(name, text), settings.temperature,
+                **drawing(settings),
+            )
+            for document, text in self.collection.corpus.items()
+        ]  # fmt: skip
+        texts = self._ask(name, prompts)
+        return [texts[document, 0] for document in self.documents]
+
+    def _ask(self, name: str, prompts: Sequence[Prompt]) -> dict[tuple[str, int], str]:
+        phase = f"{self.collection.name}: texts of {name}"
+        return self._cache.texts(self._run, self._models.both, name, prompts, phase)
+
+    def _shown(self) -> list[list[str]]:
+        """The documents that BM25 finds for each query."""
+        found = self.rank(BM25)
+        corpus = self.collection.corpus
+        return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
+
+    def _prompt(self, request: Request, query: str, passages: Sequence[str]) -> str:
+        most = self._run.config.answer.max_characters
+        return request.message(query, passages, most_characters=most, fits=self._fits)
+
+    def _document_prompt(self, name: str, text: str) -> str:
+        most = self._run.config.answer.max_characters
+        return document_message(name, text, most_characters=most, fits=self._fits)
+
+    def _fits(self, text: str) -> bool:
+        """Whether a message loses nothing."""
+        limit = max(self._run.config.generator.prompt_buckets)
+        return not self._models.both.generator.chat_ids(text, limit)[1]
+
+
+def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:
+    """How often each of a strategy's requests is made: as the config says, or else its authors."""
+    return config.evaluation.samples[0] or strategy.samples

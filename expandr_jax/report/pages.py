@@ -1,0 +1,230 @@
+"""Tables of `eval.beir` as Markdown, LaTeX, CSV and rich text, and its results as an HTML page."""
+
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from expandr_jax import metrics
+from expandr_jax.data.records import write_text
+from expandr_jax.ranking.systems import CHOSEN_BY
+from expandr_jax.report import page, plots
+from expandr_jax.report.differences import HEADER, Values, compare, moved, read_expansions
+from expandr_jax.report.run_report import settings_section, time_section
+from expandr_jax.report.tables import FORMATS, render
+
+SUFFIXES = {"markdown": ".md", "latex": ".tex", "csv": ".csv"}
+CURVES = 6  # Systems whose gains by query are drawn: those that differ most from the baseline.
+MOVED = 12  # Queries that are shown.
+EXPANSION_CHARACTERS = 500  # Of the texts of a query.
+
+
+def write_tables(
+    path: pathlib.Path, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Table:
+    """Writes a table to path.md, .tex and .csv, and returns it as rich text."""
+    for form, suffix in SUFFIXES.items():
+        write_text(path.with_suffix(suffix), render(title, header, rows, form))
+    return render(title, header, rows, FORMATS[0])
+
+
+def write_set(
+    directory: pathlib.Path,
+    results: Mapping[str, Any],
+    values: Values,
+    texts: Mapping[str, str],
+) -> None:
+    """Writes results.md, .tex and .csv and report.html of one set.
+
+    Args:
+        directory: Of the set; holds evaluation/expansions.jsonl.
+        results: The contents of results.json.
+        values: System -> measure -> query -> value.
+        texts: Of the queries, by id.
+    """
+    title = f"{results['dataset']}, {results['queries']:,} queries"
+    header = list(results["rows"][0])
+    rows = [[row["system"], *(f"{row[m]:.4f}" for m in header[1:])] for row in results["rows"]]
+    write_tables(directory / "results", title, header, rows)
+    _, expansions = read_expansions(directory / "evaluation" / "expansions.jsonl")
+    sections = {
+        "Results": _results(results, values),
+        **comparison_sections(values, results["rows"][0]["system"], texts, expansions),
+        "Where the time went": time_section(directory),
+        "Settings": settings_section(directory, results),
+    }
+    _write_page(
+        directory / "report.html",
+        f"Systems on {results['dataset']}",
+        f"{results['queries']:,} queries, {len(rows)} systems.",
+        sections,
+    )
+
+
+def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
+    """Writes mean.md, .tex and .csv and report.html of several sets; returns the table.
+
+    Args:
+        workdir: Of the run.
+        mean: As from `mean_over_sets`.
+    """
+    columns = [*mean["sets"].values(), mean["rows"]]
+    title = f"{CHOSEN_BY} over {len(mean['sets'])} sets"
+    header = ["system", *mean["sets"], "mean"]
+    numbers = [[cell[CHOSEN_BY] for cell in cells] for cells in zip(*columns, strict=True)]
+    names = [row["system"] for row in mean["rows"]]
+    rows = [
+        [name, *(f"{value:.4f}" for value in line)]
+        for name, line in zip(names, numbers, strict=True)
+    ]
+    best = np.max(numbers, axis=0)
+    marked = [
+        [name, *((f"{v:.4f}", v == b) for v, b in zip(line, best, strict=True))]
+        for name, line in zip(names, numbers, strict=True)
+    ]
+    means = {row["system"]: row[CHOSEN_BY] for row in mean["rows"]}
+    chart = plots.bars(f"Mean {CHOSEN_BY} of each system", means)
+    measures = [name for name in mean["rows"][0] if name != "system"]
+    others = [[row["system"], *(f"{row[m]:.4f}" for m in measures)] for row in mean["rows"]]
+    caption = "Sets of one family, as CQADupStack's twelve, count as one; the best is bold."
+    sections = {
+        "By set": page.table(caption, header, marked) + page.figures({f"Mean {CHOSEN_BY}": chart}),
+        "All measures": page.table("Means over the sets.", ["system", *measures], others),
+        "Where the time went": time_section(workdir),
+        "Settings": settings_section(workdir, {}),
+    }
+    _write_page(
+        workdir / "report.html", f"Systems on {len(mean['sets'])} sets", f"{title}.", sections
+    )
+    return write_tables(workdir / "mean", title, header, rows)
+
+
+def write_comparison(
+    path: pathlib.Path,
+    values: Values,
+    baseline: str,
+    texts: Mapping[str, str],
+    expansions: Mapping[tuple[str, str], Sequence[str]],
+) -> None:
+    """Writes a page on runs from anywhere; arguments as of `comparison_sections`."""
+    measures = list(values[baseline])
+    rows = [
+        {"system": run, **{m: metrics.mean(of[m]) for m in measures}} for run, of in values.items()
+    ]
+    queries = len(values[baseline][measures[0]])
+    sections = {
+        "Results": _results({"rows": rows}, values),
+        **comparison_sections(values, baseline, texts, expansions),
+    }
+    lead = f"{queries:,} queries, {len(rows)} runs, compared with {baseline}."
+    _write_page(path, "Runs compared", lead, sections)
+
+
+def comparison_sections(
+    values: Values,
+    baseline: str,
+    texts: Mapping[str, str],
+    expansions: Mapping[tuple[str, str], Sequence[str]],
+) -> dict[str, str | None]:
+    """Sections on differences from a baseline, under the first measure.
+
+    Args:
+        values: As from `eval/compare.py`.
+        baseline: Name of the run that the others are compared with.
+        texts: Query id -> its text.
+        expansions: (run, query id) -> its expansions.
+    """
+    if len(values) < 2:
+        return {}
+    measure = next(iter(values[baseline]))
+    first = {run: {measure: of[measure]} for run, of in values.items()}
+    rows = [row.cells()[1:] for row in compare(first, baseline)]
+    caption = (
+        f"{measure}; queries that a system wins, ties and loses; two-sided tests, and the same "
+        "adjusted by Holm's method for all rows."
+    )
+    return {
+        f"Against {baseline}": page.table(caption, HEADER[1:], rows)
+        + page.figures({f"Gain in {measure} by query, sorted": _gains(first, baseline, measure)}),
+        "Queries that moved most": _moved(first, baseline, texts, expansions),
+    }
+
+
+def _results(results: Mapping[str, Any], values: Values) -> str:
+    header = list(results["rows"][0])
+    measure = header[1]
+    best = {name: max(row[name] for row in results["rows"]) for name in header[1:]}
+    rows = [
+        [row["system"], *((f"{row[m]:.4f}", row[m] == best[m]) for m in header[1:])]
+        for row in results["rows"]
+    ]
+    chart = plots.bars(
+        f"{measure} of each system",
+        {row["system"]: row[measure] for row in results["rows"]},
+        intervals={
+            name: metrics.bootstrap_interval(list(of[measure].values()))
+            for name, of in values.items()
+        },
+    )
+    note = f"{measure}, with 95 % bootstrap intervals of the mean over queries"
+    return page.table("Mean over the queries; the best is bold.", header, rows) + page.figures(
+        {note: chart}
+    )
+
+
+def _gains(values: Values, baseline: str, measure: str) -> str:
+    reference = values[baseline][measure]
+    gains = {
+        run: sorted(
+            (of[measure][query] - value for query, value in reference.items()), reverse=True
+        )
+        for run, of in values.items()
+        if run != baseline
+    }
+    shown = sorted(gains, key=lambda run: -abs(sum(gains[run])))[:CURVES]
+    series = {run: (range(1, len(gains[run]) + 1), gains[run]) for run in gains if run in shown}
+    title = f"Gain in {measure} over {baseline}: {', '.join(series)}"
+    return plots.lines(title, series, xlabel="queries, by gain", ylabel=f"gain in {measure}",
+                       smooth=False)  # fmt: skip
+
+
+def _moved(
+    values: Values,
+    baseline: str,
+    texts: Mapping[str, str],
+    expansions: Mapping[tuple[str, str], Sequence[str]],
+) -> str | None:
+    rows = moved(values, baseline, MOVED, texts, expansions)
+    largest: dict[str, Sequence[str]] = {}  # A query stands once, with its largest change.
+    for row in sorted(rows, key=lambda row: -abs(float(row[4]))):
+        largest.setdefault(row[1], row)
+    shown = list(largest.values())[:MOVED]
+    cards = "".join(_card(*row) for row in shown)
+    note = page.paragraph(f"The {len(shown)} queries with the largest change against {baseline}.")
+    return f'{note}<div class="cards">{cards}</div>' if cards else None
+
+
+def _card(
+    run: str, query: str, before: str, after: str, difference: str, text: str, expansion: str
+) -> str:
+    trend = "better" if float(difference) > 0 else "worse"
+    quoted = ""
+    if expansion:
+        clipped = expansion[:EXPANSION_CHARACTERS]
+        clipped += " …" if len(expansion) > len(clipped) else ""
+        quoted = f"<blockquote>{html.escape(clipped)}</blockquote>"
+    return (
+        f"<article><h3>{html.escape(text or query)}</h3>"
+        f'<p class="rank {trend}">{before} → {after} <span>{html.escape(run)}, query '
+        f"{html.escape(query)}</span></p>{quoted}</article>"
+    )
+
+
+def _write_page(
+    path: pathlib.Path, title: str, lead: str, sections: Mapping[str, str | None]
+) -> None:
+    present = {name: content for name, content in sections.items() if content}
+    write_text(path, page.render(title, lead, present))

@@ -1,0 +1,336 @@
+"""The report of a run: one self-contained HTML page, and the table for the terminal."""
+
+import collections
+import html
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import rich.markup
+import rich.table
+
+from expandr_jax import metrics
+from expandr_jax.data.records import read_jsonl, write_text
+from expandr_jax.errors import UserError
+from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
+from expandr_jax.report import plots
+from expandr_jax.report.expansion_cards import expansion_cards
+from expandr_jax.report.page import figures, paragraph, render, table
+
+_OURS = "expandr"
+
+
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `report.html` from the files of a finished run.
+
+    Args:
+        workdir: holds results.json; a section whose other files are absent says so.
+
+    Returns:
+        The path of the page, which needs no other file and no network.
+
+    Raises:
+        UserError: results.json is absent, or a file of the run cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    results = _read_json(workdir / "results.json")
+    if results is None:
+        raise UserError(f"{workdir / 'results.json'}: not there; the run has not been evaluated")
+    sections: dict[str, Callable[[], str | None]] = {
+        "Results": lambda: _results(workdir, results),
+        "Significance": lambda: _significance(results),
+        "Training": lambda: _training(workdir),
+        "Rewards of the candidates": lambda: _candidates(workdir),
+        "Fresh samples before and after DPO": lambda: _samples(workdir),
+        "Expansions": lambda: expansion_cards(workdir),
+        "Where the time went": lambda: time_section(workdir),
+        "Settings": lambda: settings_section(workdir, results),
+    }
+    contents = {
+        title: build() or paragraph("This run holds no data for this section.", "absent")
+        for title, build in sections.items()
+    }
+    title = f"ExpandR on {results['dataset']}"
+    path = workdir / "report.html"
+    write_text(path, render(title, _headline(results), contents))
+    return path
+
+
+def results_table(results: Mapping[str, Any]) -> rich.table.Table:
+    """Returns the rows of results.json as a table for the terminal, best values in bold."""
+    names = _metric_names(results)
+    view = rich.table.Table(title=f"{results['dataset']}, {results['queries']:,} test queries")
+    view.add_column("system")
+    for name in names:
+        view.add_column(name, justify="right")
+    best = _best(results)
+    for row in results["rows"]:
+        cells = [
+            f"[bold]{row[name]:.4f}[/bold]" if row[name] == best[name] else f"{row[name]:.4f}"
+            for name in names
+        ]
+        view.add_row(rich.markup.escape(row["system"]), *cells)
+    return view
+
+
+def _headline(results: Mapping[str, Any]) -> str:
+    rows = {row["system"]: row for row in results["rows"]}
+    text = f"{results['queries']:,} test queries."
+    if _OURS in rows:
+        ours = rows[_OURS]["ndcg@10"]
+        text += f" expandr reaches nDCG@10 {ours:.4f}"
+        gains = [
+            # Without a minus before zero.
+            f"{round(100 * (ours / rows[name]['ndcg@10'] - 1), 1) + 0.0:+.1f} % against {name}"
+            for name in ("bm25", "zero-shot", "fine-tuned")
+            if name in rows and rows[name]["ndcg@10"] > 0
+        ]
+        text += f": {', '.join(gains)}." if gains else "."
+    return text
+
+
+def _results(workdir: pathlib.Path, results: Mapping[str, Any]) -> str:
+    names, best = _metric_names(results), _best(results)
+    intervals = _intervals(workdir, results)
+    rows = []
+    for row in results["rows"]:
+        cells = [row["system"]]
+        cells += [(f"{row[name]:.4f}", row[name] == best[name]) for name in names]
+        if intervals:
+            low, high = intervals.get(row["system"], (None, None))
+            cells.append("–" if low is None else f"{low:.3f} – {high:.3f}")
+        rows.append(cells)
+    header = ["system", *names] + (["nDCG@10, 95 % interval"] if intervals else [])
+    chart = plots.bars(
+        "nDCG@10 of each system",
+        {row["system"]: row["ndcg@10"] for row in results["rows"]},
+        intervals=intervals,
+        highlight=_OURS,
+    )
+    note = "nDCG@10"
+    if intervals:
+        note += ", with 95 % bootstrap intervals of the mean over queries"
+    return table("Mean over the test queries; the best is bold.", header, rows) + figures(
+        {note: chart}
+    )
+
+
+def _intervals(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    if not (workdir / "qrels.trec").exists():
+        return {}
+    qrels = metrics.read_qrels(workdir / "qrels.trec")
+    intervals = {}
+    for row in results["rows"]:
+        path = workdir / "runs" / f"{row['system']}.trec"
+        if path.exists():
+            values = metrics.evaluate(metrics.read_trec(path), qrels, ["ndcg@10"])["ndcg@10"]
+            intervals[row["system"]] = metrics.bootstrap_interval(list(values.values()))
+    return intervals
+
+
+def _significance(results: Mapping[str, Any]) -> str | None:
+    rows = [
+        [
+            f"{entry['system']} against {entry['baseline']}",
+            entry["metric"],
+            f"{entry['difference']:+.4f}",
+            (_p_value(entry["p_value"]), entry["p_value"] < 0.05),
+            entry["test"],
+        ]
+        for entry in results.get("significance", [])
+    ]
+    header = ["systems", "metric", "difference", "p", "test"]
+    caption = "Paired over the test queries, two-sided, each on its own; p below 0.05 is bold."
+    return table(caption, header, rows) if rows else None
+
+
+def _training(workdir: pathlib.Path) -> str | None:
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    # A run that was resumed may log a step again: the last line stands.
+    points: dict[tuple[str, str], dict[int, float]] = collections.defaultdict(dict)
+    for _, row in read_jsonl(path, {"phase": str, "step": int}):
+        name = f"{row['phase']}, round {row['round']}" if "round" in row else row["phase"]
+        for field in {"loss", "dev_ndcg@10", "margin", "accuracy"} & row.keys():
+            points[field, name][row["step"]] = row[field]
+
+    def draw(field: str, wanted: Callable[[str], bool], ylabel: str) -> str | None:
+        series = {
+            name: (sorted(values), [values[step] for step in sorted(values)])
+            for (found, name), values in points.items()
+            if found == field and wanted(name)
+        }
+        title = f"{ylabel} by step: {', '.join(series)}"
+        return plots.lines(title, series, xlabel="step", ylabel=ylabel) if series else None
+
+    def generator(name: str) -> bool:
+        return name.startswith("generator")
+
+    charts = {
+        "Contrastive loss of the retriever": draw("loss", lambda n: not generator(n), "loss"),
+        "nDCG@10 on dev while training": draw("dev_ndcg@10", lambda _: True, "dev nDCG@10"),
+        "DPO loss of the generator": draw("loss", generator, "DPO loss"),
+        "Preference margin over DPO steps": draw("margin", generator, "margin"),
+        "Share of pairs that the generator ranks right": draw("accuracy", generator, "accuracy"),
+    }
+    charts = {caption: chart for caption, chart in charts.items() if chart}
+    return figures(charts) if charts else None
+
+
+def _candidates(workdir: pathlib.Path) -> str | None:
+    charts, rows = {}, []
+    for directory in _rounds(workdir):
+        rewards: dict[float, list[float]] = collections.defaultdict(list)
+        if (directory / "candidates.jsonl").exists():
+            for _, row in read_jsonl(directory / "candidates.jsonl", {"candidates": list}):
+                for candidate in row["candidates"]:
+                    rewards[candidate["temperature"]].append(candidate["reward"])
+        samples = {"all candidates": [reward for group in rewards.values() for reward in group]}
+        if (directory / "preferences.jsonl").exists():
+            fields = {"reward_chosen": float, "reward_rejected": float}
+            pairs = [row for _, row in read_jsonl(directory / "preferences.jsonl", fields)]
+            samples["chosen"] = [row["reward_chosen"] for row in pairs]
+            samples["rejected"] = [row["reward_rejected"] for row in pairs]
+        samples = {name: values for name, values in samples.items() if values}
+        number = directory.name.removeprefix("round-")
+        if samples:
+            title = f"Reward of {', '.join(samples)}, round {number}"
+            charts[f"{title}; a triangle is the mean"] = plots.histogram(
+                title, samples, xlabel="reward"
+            )
+        for temperature, values in sorted(rewards.items()):
+            rows.append([number, f"{temperature:g}", f"{len(values):,}", f"{np.mean(values):.4f}"])
+    if not charts:
+        return None
+    header = ["round", "temperature", "candidates", "mean reward"]
+    return figures(charts) + (table("By temperature.", header, rows) if rows else "")
+
+
+def _samples(workdir: pathlib.Path) -> str | None:
+    path = workdir / "evaluation" / "samples.jsonl"
+    if not path.exists():
+        return None
+    rows = read_samples(path)
+    splits = {row["split"] for row in rows}
+    split = "test" if "test" in splits else min(splits, default="")
+    parts = [_before_and_after(rows, split, field) for field in _FRESH]
+    return "".join(filter(None, parts)) or None
+
+
+# What is shown of fresh samples: a sentence's beginning, a chart's title and its axis.
+_FRESH = {
+    RANK: (
+        "Mean 1/rank of the right document for fresh samples, each searched on its own",
+        "1/rank of the right document, mean over a query's samples",
+        "1/rank",
+    ),
+    REWARD: (
+        "Mean reward in the corpus (reward.corpus_measure) of fresh samples, each with its query",
+        "Reward in the corpus, mean over a query's samples",
+        "reward",
+    ),
+}
+
+
+def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> str | None:
+    start, title, axis = _FRESH[field]
+    before, after = (
+        mean_by_query(rows, system, split, field)
+        for system in ("expandr-base-generator", "expandr")
+    )
+    shared = [query for query in before if query in after]
+    if not shared:
+        return None
+    before, after = {q: before[q] for q in shared}, {q: after[q] for q in shared}
+    test = metrics.paired_test(after, before)
+    sentence = (
+        f"{start}, on {len(shared):,} {split} queries: "
+        f"{metrics.mean(before):.4f} with the base generator, {metrics.mean(after):.4f} with the "
+        f"trained one ({test['difference']:+.4f}, p {_p_value(test['p_value'])}, {test['test']})."
+    )
+    values = {"before DPO": list(before.values()), "after DPO": list(after.values())}
+    chart = plots.histogram(title, values, xlabel=axis, ylabel="share of queries")
+    return paragraph(sentence) + figures({f"{title}; a triangle is the mean": chart})
+
+
+def time_section(workdir: pathlib.Path) -> str | None:
+    """Returns the HTML of where a run's time went, or None where it has no timings.json."""
+    timings = _read_json(workdir / "timings.json")
+    if not timings or not timings.get("phases"):
+        return None
+    total = timings.get("total_seconds") or sum(p["seconds"] for p in timings["phases"])
+    rows = [
+        [
+            phase["phase"],
+            _duration(phase["seconds"]),
+            f"{100 * phase['seconds'] / max(total, 1e-9):.1f} %",
+            _memory(phase.get("peak_memory_bytes")),
+        ]
+        for phase in timings["phases"]
+    ]
+    rows.append(["total", _duration(total), "100.0 %", _memory(timings.get("peak_memory_bytes"))])
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for phase in timings["phases"]:
+        seconds[phase["phase"]] += phase["seconds"]
+    chart = plots.bars("Seconds by phase", seconds, label="{:,.1f} s")
+    header = ["phase", "time", "share", "peak memory"]
+    places = dict.fromkeys(
+        f"{phase['device']} with jax {phase['jax']}"
+        for phase in timings["phases"]
+        if "device" in phase
+    )
+    caption = f"By phase, on {' and '.join(places)}." if places else "By phase."
+    return figures({"Seconds by phase": chart}) + table(caption, header, rows)
+
+
+def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> str | None:
+    """Returns the HTML of what was chosen on dev and of config.json, or None without either."""
+    chosen = [[name, json.dumps(value)] for name, value in results.get("chosen", {}).items()]
+    text = table("Chosen on dev.", ["setting", "value"], chosen) if chosen else ""
+    config = _read_json(workdir / "config.json")
+    if config is not None:
+        body = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
+        text += f"<details><summary>config.json</summary><pre>{body}</pre></details>"
+    return text or None
+
+
+def _metric_names(results: Mapping[str, Any]) -> list[str]:
+    return [name for name in results["rows"][0] if name != "system"] if results["rows"] else []
+
+
+def _best(results: Mapping[str, Any]) -> dict[str, float]:
+    return {name: max(row[name] for row in results["rows"]) for name in _metric_names(results)}
+
+
+def _rounds(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    found = [path for path in workdir.glob("round-*") if path.name[6:].isdigit()]
+    yield from sorted(found, key=lambda path: int(path.name[6:]))
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def _memory(size: float | None) -> str:
+    return "–" if size is None else f"{size / 2**30:.2f} GiB"

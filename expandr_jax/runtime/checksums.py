@@ -1,0 +1,100 @@
+"""Finished files of a run, with their hashes: what is damaged is found before it is used."""
+
+import contextlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+
+from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.runtime import processes
+
+
+class Seals:
+    """The sha256 of each file that a stage of a run has finished, in work/seals.json.
+
+    Of several processes, the first one alone reads, writes and removes; all learn what it found.
+
+    Args:
+        workdir: The run; paths are relative to it.
+        say: Tells the user what is damaged.
+    """
+
+    def __init__(self, workdir: pathlib.Path, say: Callable[[str], None]):
+        self._workdir, self._say = workdir, say
+        self._processes = processes.current()
+        self._path = workdir / "work" / "seals.json"
+        self._files: dict[str, str] = {}
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                record = json.loads(self._path.read_bytes().decode())
+                if hash_json(record["files"]) != record["sha256"]:
+                    raise ValueError
+                self._files = record["files"]
+            except (ValueError, KeyError, TypeError):
+                say(f"{self._path}: is damaged; finished files are made again")
+
+    def seal(self, *names: str) -> None:
+        """Records the files, or all files of the directories, as finished.
+
+        Args:
+            *names: Paths from the workdir.
+        """
+        self._processes.once(lambda: self._seal(names))
+
+    def _seal(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._forget(name)
+            self._files |= {file: hash_file(self._workdir / file) for file in self._inside(name)}
+        files = dict(sorted(self._files.items()))
+        write_json(self._path, {"files": files, "sha256": hash_json(files)})
+
+    def intact(self, *names: str) -> bool:
+        """Whether all of these were finished and are as they were; if not, all are removed.
+
+        Args:
+            *names: As for `seal`.
+        """
+        return self._processes.once(lambda: self._intact(names))
+
+    def _intact(self, names: Sequence[str]) -> bool:
+        bad = [name for name in names if not self._is_intact(name)]
+        if not bad:
+            return True
+        for name in bad:
+            if any(file == name or file.startswith(f"{name}/") for file in self._files):
+                self._say(f"{self._workdir / name}: is damaged or was removed; it is made again")
+        for name in names:
+            self._forget(name)
+            path = self._workdir / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return False
+
+    def _is_intact(self, name: str) -> bool:
+        known = {
+            file: seal
+            for file, seal in self._files.items()
+            if file == name or file.startswith(f"{name}/")
+        }
+        there = self._inside(name)
+        return (
+            bool(known)
+            and set(there) == set(known)
+            and all(hash_file(self._workdir / file) == known[file] for file in there)
+        )
+
+    def _inside(self, name: str) -> list[str]:
+        """The file of this name, or those of the directory of this name, from the workdir."""
+        path = self._workdir / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        return [file.relative_to(self._workdir).as_posix() for file in files if file.is_file()]
+
+    def _forget(self, name: str) -> None:
+        self._files = {
+            file: seal
+            for file, seal in self._files.items()
+            if file != name and not file.startswith(f"{name}/")
+        }

@@ -1,0 +1,316 @@
+"""Several processes of one run, as on the hosts of a pod: who does what, and what ends them all.
+
+Arrays move between the devices of all processes by JAX's own collectives. Whatever else processes
+have to tell each other goes through process 0 over TCP, which has no time limit. A connection
+ends with its process, so that one that dies is noticed at once, whatever the others wait for: a
+collective without it would never come back.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from expandr_jax.errors import UserError
+from expandr_jax.runtime.connections import Link, connect_all
+from expandr_jax.runtime.rendezvous import meet
+
+EXIT_LOST = 3  # Another process ended without a word.
+GOES_ON = "the same commands go on from here"
+SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Where the processes of a run find each other; all None on a pod, which knows.
+
+    Attributes:
+        coordinator: HOST:PORT of process 0, free there and the same for all.
+        count: How many processes there are.
+        index: Which of them this one is, from 0.
+    """
+
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+    def check(self) -> None:
+        """Raises UserError unless all are given, or none, or a count of 1."""
+        given = [self.coordinator is not None, self.count is not None, self.index is not None]
+        if self.count == 1 or not any(given):
+            return
+        if not all(given):
+            raise UserError(
+                "--coordinator=HOST:PORT, --processes=N and --process=I go together; on a TPU pod "
+                "leave all three out"
+            )
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(f"--coordinator={self.coordinator}: expected HOST:PORT")
+        if not 0 <= self.index < self.count:
+            raise UserError(f"--process={self.index}: expected 0 to {self.count - 1}")
+
+
+class Files:
+    """How files of one process come to the others: here, they have a directory in common."""
+
+    def push(self, *, later: bool = False) -> int:
+        """Lets the others have what this process wrote; `later`: it may wait for another call."""
+        return 0
+
+    def pull(self, versions: Mapping[int, int]) -> None:
+        """Takes what others have pushed; `versions`: what that returned, by their numbers."""
+
+
+class Processes:
+    """This process among those of a run.
+
+    All of them call the same methods in the same order, from their main threads.
+
+    Attributes:
+        index: Which one this is, from 0.
+        count: How many there are; 1 where nothing was connected.
+        stopped: What another process said that was stopped by SIGTERM; None: there is none.
+        files: How their files come to each other.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1):
+        self.index, self.count = index, count
+        self.files = Files()
+        self.stopped: str | None = None
+        self._links: dict[int, Link] = {}
+        self._alone = count == 1  # As is the first one within `once`.
+        self._leaving = threading.Event()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes the run's files."""
+        return self.index == 0
+
+    @property
+    def suffix(self) -> str:
+        """Tells a file that each process has of its own; "" where there is one process."""
+        return f"-process-{self.index}" if self.count > 1 else ""
+
+    def share(self, items: Sequence[T], key: Callable[[T], Any]) -> list[T]:
+        """The items of which this process takes care; those of one key stay together."""
+        numbers: dict[Any, int] = {}
+        for item in items:
+            numbers.setdefault(key(item), len(numbers))
+        return [item for item in items if numbers[key(item)] % self.count == self.index]
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What a function returns that process 0 alone calls, while the others wait.
+
+        Its files are there for all of them afterwards. Within the function, process 0 counts as
+        being by itself.
+
+        Args:
+            function: Returns a value of JSON.
+        """
+        if self._alone:
+            value = function()
+            self.files.push()
+            return value
+        if not self.is_main:
+            value, version = self._links[0].receive("once")
+            self.files.pull({0: version})
+            return value
+        self._alone = True
+        try:
+            value = function()
+            version = self.files.push()
+        finally:
+            self._alone = False
+        for link in self._links.values():
+            link.send({"once": [value, version]})
+        return value
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """What a function returns that all call, process 0 before the others: it may mend files.
+
+        None goes on before all have called it, and so finds what process 0 changes later.
+        """
+        if self._alone:
+            return self.once(function)
+        if self.is_main:
+            value = function()
+        self.once(lambda: None)
+        if not self.is_main:
+            value = function()
+        self.barrier()
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value (of JSON) that each process gives, by its number, to all of them."""
+        if self._alone:
+            return [value]
+        if not self.is_main:
+            self._links[0].send({"gather": value})
+            return self._links[0].receive("gathered")
+        values = [value, *(self._links[i].receive("gather") for i in range(1, self.count))]
+        for link in self._links.values():
+            link.send({"gathered": values})
+        return values
+
+    def barrier(self) -> None:
+        """Returns when all processes are here; each finds what the others wrote before."""
+        self.files.pull(dict(enumerate(self.gather(self.files.push()))))
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in some process."""
+        return any(self.gather(bool(value)))
+
+    def all(self, value: bool) -> bool:
+        """Whether it is true in every process."""
+        return all(self.gather(bool(value)))
+
+    def finish(self) -> None:
+        """Waits for the others at the end of a run; from then on they may leave."""
+        self.barrier()
+        self._leaving.set()
+        self.barrier()
+
+    def leave(self, status: int, reason: str) -> None:
+        """Ends this process, and by that all of them, before the run is at its end.
+
+        Args:
+            status: Exit status; 0: it was stopped by SIGTERM, and so will the others be.
+            reason: What they tell their users, in one line.
+        """
+        if self.count == 1:
+            return
+        if not self._leaving.is_set():
+            self._leaving.set()
+            self._tell(None, {"process": self.index, "status": status, "reason": reason})
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        self._exit(status)
+
+    def _exit(self, status: int) -> None:
+        # JAX in the others must not miss its service, which process 0 has, before they are done.
+        end = time.monotonic() + SECONDS_TO_STOP
+        while self.is_main and time.monotonic() < end:
+            if not any(link.open for link in self._links.values()):
+                break
+            time.sleep(0.02)
+        os._exit(status)  # Not sys.exit: JAX would wait for the others for minutes.
+
+    def wait_for_news(self, seconds: float = 3.0) -> None:
+        """Gives the end of another process time to be heard of, which then ends this one.
+
+        A collective that it was part of may fail first, and say less.
+        """
+        if self.count > 1:
+            time.sleep(seconds)
+
+    def connect(self, links: dict[int, Link]) -> None:
+        """Listens to the processes at the other ends: to process 0, or in it to all others."""
+        self._links = links
+        for index, link in links.items():
+            threading.Thread(target=self._listen, args=(index, link), daemon=True).start()
+
+    def _listen(self, index: int, link: Link) -> None:
+        last = link.listen()
+        if last is None:
+            reason = "it was killed, or its machine is gone"
+            last = {"process": index, "status": EXIT_LOST, "reason": reason}
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        self._tell(index, last)
+        who, status, reason = last["process"], last["status"], last["reason"]
+        if status == 0:
+            # As if the notice had come here: what is in hand is finished, if that can be done.
+            self.stopped = reason
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(SECONDS_TO_STOP)
+        else:
+            reason = f"error: process {who} ended: {reason}"
+        if status == EXIT_LOST:
+            reason = f"{reason}; {GOES_ON}"
+        with contextlib.suppress(OSError):
+            os.write(2, f"{reason}\n".encode())
+        self._exit(status)
+
+    def _tell(self, source: int | None, end: dict[str, Any]) -> None:
+        """Passes on the end of a process, to all but the one it was heard from."""
+        for index, link in self._links.items():
+            if index != source:
+                with contextlib.suppress(OSError):
+                    link.send({"end": end})
+
+
+_current = Processes()
+
+
+def current() -> Processes:
+    """This process among those that `start` has connected."""
+    return _current
+
+
+def start(settings: Settings) -> Processes:
+    """Connects the processes of a run, before JAX is used for anything else.
+
+    Args:
+        settings: As the user gave them; none on a pod, and where there is one process.
+
+    Raises:
+        UserError: The settings do not fit together, or the others cannot be reached or do not come.
+    """
+    global _current
+    settings.check()
+    if settings.count == 1 or (settings.count is None and not _is_tpu_host()):
+        return _current
+    # Its own handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Two programs at once could take each other's messages on a processor.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    if settings.count is not None:
+        host, _, port = settings.coordinator.rpartition(":")
+        meet(host, int(port), settings.count, settings.index)
+    try:
+        jax.distributed.initialize(
+            settings.coordinator,
+            settings.count,
+            settings.index,
+            # The connections here find a lost process sooner, and end the others in a line.
+            heartbeat_timeout_seconds=600,
+        )
+    except ValueError:
+        if settings.count is not None:
+            raise
+        return _current  # Chips, but not of a machine that JAX knows.
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the processes cannot reach each other: {reason[:300]}") from None
+    index, count = jax.process_index(), jax.process_count()
+    if count > 1:
+        _current = Processes(index, count)
+        host = (settings.coordinator or "").rpartition(":")[0]
+        try:
+            _current.connect(connect_all(index, count, host or None))
+        except OSError as error:
+            raise UserError(f"the processes cannot reach each other: {error}") from None
+    return _current
+
+
+def _is_tpu_host() -> bool:
+    """Whether this machine has TPU chips that JAX would use."""
+    platforms = jax.config.jax_platforms or ""
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    wanted = not platforms or "tpu" in platforms.split(",")
+    return wanted and bool(chips) and importlib.util.find_spec("libtpu") is not None

@@ -1,0 +1,367 @@
+"""A run's directory: its config, metrics, timings and progress; where the file contract is kept."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import psutil
+from etils import epath
+from rich.console import Console
+
+from expandr_jax.data.records import differences, hash_json, write_json
+from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.runtime import processes
+from expandr_jax.runtime.bucket import is_bucket
+from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.host_memory import release_memory
+from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
+from expandr_jax.runtime.mirror import Mirror, scratch
+from expandr_jax.runtime.progress import progress
+from expandr_jax.runtime.telemetry import Profile, SpikeWatch
+
+LIBRARIES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+    "scipy", "scann", "ir-measures", "bm25s", "tensorflow-datasets", "grain",
+)  # fmt: skip
+FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
+CHECKPOINT = "The last good checkpoint"
+LOCK = ".lock"
+WRITTEN = (
+    "data", "evaluation", "export", "metrics.jsonl", "qrels.trec", "report.html", "results.json",
+    "round-0", "runs", "tensorboard", "timings.json", "work",
+)  # fmt: skip
+
+
+class Run:
+    """One workdir, opened by the processes of a run, of which the first one writes to it.
+
+    Args:
+        workdir: Made if absent; a run that is there already is continued. gs://BUCKET/DIRECTORY:
+            in a bucket; see `mirror`.
+        config: The resolved configuration; must be the one the workdir was made with.
+        console: Where progress goes.
+
+    Attributes:
+        address: The workdir, as its user knows it.
+        workdir: The directory that the run works in; of one in a bucket, this process's own.
+        processes: This process among those of the run.
+        last_good: The latest checkpoint, for messages.
+
+    Raises:
+        UserError: If the directory cannot be written, is in use, holds another config's run or
+            files that are no run's, or is not the same one for all processes.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike, config: ml_collections.ConfigDict, console: Console
+    ):
+        self.config = config
+        self.console = console
+        self.processes = processes.current()
+        self.processes.files = processes.Files()
+        self._lock: Any = None
+        if is_bucket(workdir):
+            self.address = str(workdir).rstrip("/")
+            self.workdir = scratch(self.address, self.processes.suffix)
+            self._take(self.workdir)
+            self.processes.files = self._mirror()
+        else:
+            self.workdir = pathlib.Path(os.path.abspath(workdir))
+            self.address = str(self.workdir)
+            self._check_inputs()
+            self.processes.once(lambda: self._take(workdir))
+        self.processes.main_first(self._check_config)
+        if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
+            jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
+        self.seals = Seals(self.workdir, lambda text: console.print(f"  {text}", markup=False))
+        writes = self.processes.is_main
+        self.metrics = (
+            MetricsLog(self.workdir, config.log.wandb, self.address) if writes else NoMetrics()
+        )
+        if self.metrics.dropped:
+            console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
+        self.last_good = "there is none yet"
+        self._watches: dict[tuple[str, int], tuple[SpikeWatch, Profile]] = {}
+        self._timings_path = self.path("timings.json")
+        self._seconds_inside = 0.0  # Of phases that ran within the present one.
+
+    def path(self, *parts: str) -> pathlib.Path:
+        """A path under the workdir."""
+        return self.workdir.joinpath(*parts)
+
+    def where(self, path: str | os.PathLike) -> str:
+        """A path under the workdir, as its user knows it."""
+        inside = pathlib.Path(path).relative_to(self.workdir).as_posix()
+        return self.address if inside == "." else f"{self.address}/{inside}"
+
+    def checkpoints(self, name: str) -> epath.Path:
+        """Where the checkpoints of this name are; in the bucket, if that is where the run is."""
+        return epath.Path(self.address) / "checkpoints" / name
+
+    def read_json(self, path: pathlib.Path) -> dict[str, Any]:
+        """An object that the run wrote; UserError if it is damaged."""
+        try:
+            return dict(json.loads(path.read_bytes().decode()))
+        except (ValueError, TypeError):
+            raise UserError(f"{self.where(path)}: is damaged; use a new --workdir") from None
+
+    def close(self) -> None:
+        """Ends logging and lets other runs have the workdir."""
+        self.metrics.close()
+        self.processes.files.push()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _mirror(self) -> Mirror:
+        """What keeps the workdir and the bucket the same."""
+        own = self.processes
+
+        def say(text: str) -> None:
+            self.console.print(f"  {text}", markup=False)
+
+        mirror = Mirror(self.address, self.workdir, own.index, own.count, say)
+        own.main_first(mirror.start)
+        return mirror
+
+    def _take(self, workdir: str | os.PathLike) -> None:
+        """Makes the workdir, and keeps other runs out of it."""
+        try:
+            self.workdir.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.workdir / LOCK, "w")  # noqa: SIM115 (held for the run's life)
+        except FileExistsError:
+            raise UserError(f"{workdir}: is a file; expected a directory") from None
+        except OSError as error:
+            raise UserError(f"{workdir}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{workdir}: another process is running in this workdir") from None
+
+    def _check_config(self) -> None:
+        path = self.path("config.json")
+        # Process 0 has made the directory; another one may be looking elsewhere.
+        there = {file.name for file in self.workdir.iterdir()} if self.workdir.exists() else set()
+        if path.name not in there:
+            self._check_new(path, there)
+            self._write_config(path)
+        elif self.processes.is_main and there <= {path.name, LOCK} and _is_record(path):
+            # The start before this one wrote nothing else: it may have had a mistyped path.
+            self._write_config(path)
+        try:
+            before = dict(json.loads(path.read_text())["config"])
+        except (ValueError, KeyError, TypeError, OSError):
+            raise UserError(
+                f"{self.where(path)}: is damaged; restore it or use a new --workdir"
+            ) from None
+        config = json.loads(self.config.to_json())
+        for section in FREE:
+            before.pop(section, None), config.pop(section)
+        changes = [
+            f"{name} was {old!r}, now {new!r}" for name, old, new in differences(before, config)
+        ]
+        if changes:
+            raise UserError(
+                f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
+                f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
+            )
+
+    def _check_new(self, path: pathlib.Path, there: set[str]) -> None:
+        """Refuses to begin where other processes do not look, or among files that it would take."""
+        if not self.processes.is_main:
+            raise UserError(
+                f"{self.address}: holds nothing of what process 0 wrote; expected a directory "
+                "that all processes share"
+            )
+        if "checkpoints" in there or self.path("work/seals.json").exists():
+            raise UserError(
+                f"{self.where(path)}: is gone, and nobody can tell whether this run was made "
+                "with the same config; restore it or use a new --workdir"
+            )
+        # Empty directories have nothing to lose; a bucket's scratch may keep some.
+        if others := sorted(n for n in there.intersection(WRITTEN) if _has_files(self.path(n))):
+            raise UserError(
+                f"{self.address}: holds {others[0]}, which a run would write over, and no run; "
+                "use a new --workdir"
+            )
+
+    def _check_inputs(self) -> None:
+        """Refuses what is to be read from a place where the run's own files go."""
+        for name, value in _texts(json.loads(self.config.to_json())):
+            path = pathlib.Path(os.path.abspath(value))
+            if path.is_relative_to(self.workdir) and path != self.workdir:
+                place = path.relative_to(self.workdir).parts[0]
+                if place in WRITTEN:
+                    raise UserError(
+                        f"{name} is {value}, where a run in this workdir writes over {place}; "
+                        "use another --workdir"
+                    )
+
+    def _write_config(self, path: pathlib.Path) -> None:
+        versions = {}
+        for name in LIBRARIES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        config = json.loads(self.config.to_json())
+        device = jax.devices()[0]
+        record = {
+            "config": config,
+            "seed": config["seed"],
+            "versions": {"python": platform.python_version(), **versions},
+            "device": {"kind": device.device_kind, "platform": device.platform,
+                       "count": jax.device_count()},
+        }  # fmt: skip
+        write_json(path, record)
+
+    def check_models(self, hashes: Mapping[str, str]) -> None:
+        """Refuses models and tokenizers other than those that the run began with.
+
+        Args:
+            hashes: Of their contents, by the setting that names them.
+        """
+        self.processes.main_first(lambda: self._check_models(hashes))
+
+    def _check_models(self, hashes: Mapping[str, str]) -> None:
+        path = self.path("work", "models.json")
+        if not path.exists():
+            write_json(path, {"models": dict(hashes), "sha256": hash_json(dict(hashes))})
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            before = dict(record["models"])
+            if record["sha256"] != hash_json(before):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path}: is damaged, so nobody can tell whether the models are still the same; "
+                "remove it if they are"
+            ) from None
+        for name, value in hashes.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{name}: is not what this run began with; put that back, or use a new "
+                    "--workdir"
+                )
+
+    def watch(self, phase: str, round_: int) -> tuple[SpikeWatch, Profile]:
+        """What watches the steps of a phase: the same ones, where it is trained in parts.
+
+        Args:
+            phase: As in metrics.jsonl.
+            round_: Likewise.
+        """
+        if (phase, round_) not in self._watches:
+            traced = self.path("profile", f"{phase}-round-{round_}")
+            profile = Profile(traced, self.config.log.profile_steps)
+            self._watches[phase, round_] = SpikeWatch(), profile
+        return self._watches[phase, round_]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase and watches its memory; both add up over restarts in timings.json.
+
+        The time of a phase within another counts for the inner one alone.
+        """
+        self.console.print(f"[bold]{name}[/]")
+        outside, self._seconds_inside = self._seconds_inside, 0.0
+        start = time.perf_counter()
+        with _PeakMemory() as memory:
+            try:
+                yield
+            except NotFiniteError as error:
+                if CHECKPOINT in str(error):
+                    raise
+                raise NotFiniteError(f"{error}. {CHECKPOINT}: {self.last_good}") from None
+        release_memory()
+        whole = time.perf_counter() - start
+        seconds = whole - self._seconds_inside
+        self._seconds_inside = outside + whole
+        if self.processes.is_main:
+            self._write_timing(name, seconds, memory.peak)
+
+    def _write_timing(self, name: str, seconds: float, peak: int) -> None:
+        phases: dict[str, dict[str, Any]] = {}
+        # Absent, or damaged: they are counted anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            timings = json.loads(self._timings_path.read_bytes().decode())
+            phases = {row["phase"]: _timing(row) for row in timings["phases"]}
+        row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
+        row["seconds"] = round(row["seconds"] + seconds, 3)
+        row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
+        # A run may go on elsewhere than where config.json was written.
+        row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        rows = list(phases.values())
+        write_json(
+            self._timings_path,
+            {
+                "phases": rows,
+                "total_seconds": round(sum(row["seconds"] for row in rows), 3),
+                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            },
+        )
+
+    def progress(
+        self, task: str, total: int, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """As `expandr_jax.runtime.progress.progress`, on this run's console."""
+        return progress(self.console, task, total, done)
+
+
+def _timing(row: Any) -> dict[str, Any]:
+    """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
+    seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
+    return {**row, "phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
+
+
+class _PeakMemory:
+    """Samples this process's resident memory while a phase runs."""
+
+    def __enter__(self) -> "_PeakMemory":
+        self.peak = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self._process.memory_info().rss)
+            if self._stop.wait(0.05):
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def _has_files(path: pathlib.Path) -> bool:
+    return path.is_file() or any(inside.is_file() for inside in path.rglob("*"))
+
+
+def _is_record(path: pathlib.Path) -> bool:
+    """Whether a config.json is a run's: not a model's, nor damaged."""
+    with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+        return set(json.loads(path.read_text())) >= {"config", "versions"}
+    return False
+
+
+def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a nested config's strings."""
+    if isinstance(values, str):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _texts(value, f"{name}.{key}" if name else key)
+    elif isinstance(values, list):
+        for value in values:
+            yield from _texts(value, name)

@@ -1,0 +1,146 @@
+"""The compiled programs of training and encoding, each made in one place.
+
+A run calls them with arrays; `train.plan` compiles the same for other machines, from shapes alone.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
+from expandr_jax.objectives.preference import adapter_step, response_log_probs
+from expandr_jax.sharding import batch_sharding, on_mesh, param_shardings, replicated
+from expandr_jax.training.train_state import TrainState
+from expandr_jax.weights.load import example_inputs
+
+Program = Callable[..., Any]
+
+
+def embedder(mesh: Mesh, retriever: Retriever, params: Mapping[str, Any] | None = None) -> Program:
+    """(params, ids, mask) -> vectors [rows, width], rows spread over the mesh.
+
+    Args:
+        mesh: The devices.
+        retriever: Module, pooling and normalisation.
+        params: Shardings of the parameters; None: as those of the first call lie.
+    """
+    rows = batch_sharding(mesh)
+    return jax.jit(on_mesh(mesh, retriever.embed), in_shardings=(params, rows, rows))
+
+
+def contrastive_program(
+    mesh: Mesh,
+    state: TrainState,
+    *,
+    retriever: Retriever,
+    config: ContrastiveConfig,
+    optimizer: optax.GradientTransformation,
+) -> Program:
+    """(state, batch, key) -> (state, metrics): `contrastive_step`, the state donated.
+
+    Args:
+        mesh: The devices.
+        state: Shardings of the state, from `TrainState.shardings`.
+        retriever: As for the step.
+        config: Likewise.
+        optimizer: Likewise.
+    """
+    step = functools.partial(
+        contrastive_step, retriever=retriever, config=config, optimizer=optimizer
+    )
+    return jax.jit(
+        on_mesh(mesh, step),
+        in_shardings=(state, batch_sharding(mesh), None),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def adapter_program(
+    mesh: Mesh,
+    state: TrainState,
+    params: Mapping[str, Any],
+    *,
+    values: Callable[..., Any],
+    module: Decoder,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+) -> Program:
+    """(state, params, batch, key) -> (state, metrics): `adapter_step`, the state donated.
+
+    Args:
+        mesh: The devices.
+        state: Shardings of the adapter's state, from `TrainState.shardings`.
+        params: Shardings of the base.
+        values: As for the step.
+        module: Likewise.
+        config: Likewise.
+        optimizer: Likewise.
+    """
+    step = functools.partial(
+        adapter_step, values=values, module=module, config=config, optimizer=optimizer
+    )
+    return jax.jit(
+        on_mesh(mesh, step),
+        in_shardings=(state, params, batch_sharding(mesh), None),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def reference_program(
+    mesh: Mesh, params: Mapping[str, Any], *, module: Decoder, chunk: int
+) -> Program:
+    """({"params": base}, batch) -> what `response_log_probs` gives, on every device."""
+    log_probs = functools.partial(response_log_probs, module, chunk=chunk)
+    return jax.jit(
+        on_mesh(mesh, log_probs),
+        in_shardings=({"params": params}, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def values_program(
+    mesh: Mesh,
+    adapter: Any,
+    params: Mapping[str, Any],
+    *,
+    values: Callable[..., Any],
+    module: Decoder,
+    config: Any,
+) -> Program:
+    """(adapter, params, batch) -> losses and figures of each row, without dropout."""
+    return jax.jit(
+        on_mesh(mesh, functools.partial(values, module=module, config=config)),
+        in_shardings=(adapter, params, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+@functools.lru_cache(maxsize=64)  # Encoding asks for it at each call.
+def _module_shardings(mesh: Mesh, module: nn.Module) -> Mapping[str, Any]:
+    return param_shardings(mesh, module, *example_inputs(module))
+
+
+def model_shardings(mesh: Mesh, module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model's parameters belong on a mesh.
+
+    Args:
+        mesh: The devices.
+        module: Names the axes of its parameters.
+        params: The parameters, or their shapes. Those that are not the module's, as of a layer
+            after pooling, are on every device.
+    """
+    own = _module_shardings(mesh, module.clone(remat="none"))
+    everywhere = replicated(mesh)
+    return {
+        name: own[name] if name in own else jax.tree.map(lambda _: everywhere, tree)
+        for name, tree in params.items()
+    }

@@ -1,0 +1,198 @@
+"""Texts as vectors, each process encoding its share, and a corpus of them with its index."""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from expandr_jax.errors import NotFiniteError
+from expandr_jax.pair import RetrieverModel
+from expandr_jax.runtime.run import Run
+from expandr_jax.search import Index, build_index
+from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.stored import StoredVectors, open_vectors
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The corpus as the current retriever sees it.
+
+    Attributes:
+        ids: Document ids, in the order of the index.
+        vectors: [documents, dim], float32 when indexed or stored in less; process 0 has them.
+        search: The config's section.
+    """
+
+    ids: list[str]
+    vectors: np.ndarray | StoredVectors | None
+    search: ml_collections.ConfigDict
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Search over the vectors; made when asked for, as one process alone does."""
+        return configured_index(self.vectors, self.search)
+
+
+def configured_index(
+    vectors: np.ndarray | StoredVectors, search: ml_collections.ConfigDict
+) -> Index:
+    """`build_index` as the config's `search` section has it.
+
+    A run that was made before the section had the backends' options is searched with the defaults.
+    """
+    sections = [name for name in ("exact", "scann") if search.backend in (name, "auto")]
+    options = {key: value for name in sections for key, value in search.get(name, {}).items()}
+    return build_index(vectors, search.backend, **options)
+
+
+def encode_corpus(
+    run: Run, models: RetrieverModel, texts: Mapping[str, str], name: str, params: Any
+) -> Corpus:
+    """Encodes documents (id -> text) to work/vectors/NAME.npy and opens them for searching.
+
+    Raises:
+        NotFiniteError: A vector is not finite, naming its document.
+    """
+    path = run.path("work", "vectors", f"{name}.npy")
+    encode = functools.partial(
+        encode_to_file,
+        encoder=models.encoder,
+        params=params,
+        kind="document",
+    )
+    dtype, processes = run.config.retriever.vectors, run.processes
+    with run.progress(f"{name}: documents encoded", len(texts)) as shown:
+
+        def advance(count: int) -> None:
+            shown(count)
+            processes.files.push(later=True)
+
+        if processes.count == 1:
+            with _naming(list(texts), "document "):
+                vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
+            processes.files.push()
+        else:
+            _encode_shares(run, path, texts, encode, dtype, advance)
+            vectors = open_vectors(path) if processes.is_main else None
+    corpus = Corpus(list(texts), vectors, run.config.search)
+    if processes.is_main:
+        _ = corpus.index
+    return corpus
+
+
+def _encode_shares(
+    run: Run,
+    path: pathlib.Path,
+    texts: Mapping[str, str],
+    encode: Callable[..., Any],
+    dtype: str,
+    advance: Progress,
+) -> None:
+    """Makes a file of vectors of what each process has encoded, unless it is there already."""
+    processes = run.processes
+    ids, values = list(texts), list(texts.values())
+    starts = _starts(len(values), processes.count)
+    names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
+    parts = [path.with_name(name) for name in names]
+    divided = not processes.once(path.exists)
+    if divided:
+        share = slice(starts[processes.index], starts[processes.index + 1])
+        if values[share]:
+            with _naming(ids[share], "document "):
+                encode(parts[processes.index], texts=values[share], progress=advance)
+        processes.barrier()
+
+    def known(start: int, end: int) -> np.ndarray:
+        """Vectors of documents from the processes' files."""
+        rows = []
+        for part, first, last in zip(parts, starts, starts[1:], strict=False):
+            if max(start, first) < min(end, last):
+                rows.append(open_vectors(part)[max(start, first) - first : min(end, last) - first])
+        return np.concatenate(rows)
+
+    def join() -> None:
+        # What is damaged of a file that was there, process 0 encodes by itself.
+        with _naming(ids, "document "):
+            encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
+        remove()
+
+    def remove() -> None:
+        for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
+            file.unlink(missing_ok=True)
+
+    processes.once(join)
+    remove()  # Each its own, where they have no directory in common.
+
+
+def encode_texts(
+    run: Run,
+    models: RetrieverModel,
+    params: Any,
+    texts: Sequence[str],
+    kind: Kind,
+    progress: Progress | None = None,
+    *,
+    ids: Sequence[str] = (),
+) -> np.ndarray:
+    """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
+
+    Args:
+        run: Its processes.
+        models: The encoder.
+        params: The retriever's parameters.
+        texts: Any number of them.
+        kind: Decides the prompt that is put before each text.
+        progress: Called with the number of texts done since its last call.
+        ids: What an error calls each text; (): its number alone.
+
+    Returns:
+        [len(texts), dim] float32, in every process.
+
+    Raises:
+        NotFiniteError: A vector is not finite, naming its text.
+    """
+    processes = run.processes
+    starts = _starts(len(texts), processes.count)
+    share = slice(starts[processes.index], starts[processes.index + 1])
+    own = texts[share]
+    with _naming(ids[share]):
+        vectors = models.encoder.encode(params, own, kind, progress)
+    if processes.count == 1:
+        return vectors
+    paths = [run.path("work", "shares", f"vectors.process-{i}.npy") for i in range(processes.count)]
+    mine = paths[processes.index]
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    np.save(mine, vectors)
+    processes.barrier()
+    parts = [np.load(path, allow_pickle=False) for path in paths]
+    processes.barrier()  # Nobody writes the next ones before all have read these.
+    with contextlib.suppress(OSError):
+        mine.unlink()
+    if progress is not None:
+        progress(len(texts) - len(own))
+    return np.concatenate([part for part in parts if len(part)] or [vectors])
+
+
+@contextlib.contextmanager
+def _naming(ids: Sequence[str], what: str = "") -> Iterator[None]:
+    """Has an error of one of the texts say which one, where they have ids; `what` precedes it."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if error.row is None or not ids:
+            raise
+        raise NotFiniteError(f"{what}{ids[error.row]}: {error}", row=error.row) from None
+
+
+def _starts(count: int, shares: int) -> list[int]:
+    """Where each share of so many items begins, and the last one ends."""
+    return [count * share // shares for share in range(shares + 1)]

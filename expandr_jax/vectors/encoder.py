@@ -1,0 +1,109 @@
+"""Texts to vectors: tokenised ahead, batched by length, a few compiled shapes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
+from expandr_jax.errors import NotFiniteError
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.sharding import batch_divisor
+from expandr_jax.training.steps import embedder, model_shardings
+
+Kind = Literal["query", "document"]
+Progress = Callable[[int], None]
+
+
+class TextEncoder:
+    """Encodes texts with one retriever; parameters are passed to each call, so training can go on.
+
+    A text's vector depends on the text alone: it always runs at the length of its own bucket and in
+    the same batch shape, whatever else is encoded with it.
+
+    Args:
+        retriever: Module, pooling and tokenizer.
+        mesh: Rows are spread over its data-parallel devices.
+        tokens_per_batch: Rows times length of one batch over all devices. More than 1,024 a device
+            are slower on CPU, where a layer's results no longer stay in the caches.
+    """
+
+    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 2048):
+        self.retriever = retriever
+        self.mesh = mesh
+        self.tokens_per_batch = tokens_per_batch
+        self._embed = embedder(mesh, retriever)
+
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
+        """Token ids of texts with the retriever's prompt for their kind before them."""
+        retriever = self.retriever
+        prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
+        return retriever.token_ids(texts, prompts[kind])
+
+    def place(self, params: Any) -> Any:
+        """The parameters as encoding has them on its mesh; a training step may spread them more."""
+        return jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
+
+    def encode(
+        self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
+    ) -> np.ndarray:
+        """Vectors of texts.
+
+        Args:
+            params: The retriever's parameters.
+            texts: Any number of texts.
+            kind: Decides the prompt that is put before each text.
+            progress: Called with the number of texts done since its last call.
+
+        Returns:
+            [len(texts), dim] float32.
+
+        Raises:
+            NotFiniteError: If a vector is not finite, which means damaged or diverged weights; its
+                `row` is the text's.
+        """
+        params = self.place(params)
+        tokens = self.tokenize(texts, kind)
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        pending: list[tuple[list[int], jax.Array]] = []
+        vectors = np.zeros((0, 0), np.float32)
+        start = 0
+        while start < len(order) or pending:
+            if start < len(order):
+                length, rows = self._shape(len(tokens[order[start]]))
+                chosen = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
+                ids, mask = pad(
+                    [tokens[i] for i in chosen], self.retriever.tokenizer.pad_token_id, length
+                )
+                fill = rows - len(chosen)
+                # Rows that only fill the shape repeat the first: no row is ever fully masked.
+                ids, mask = (np.concatenate([a, np.repeat(a[:1], fill, 0)]) for a in (ids, mask))
+                pending.append((chosen, self._embed(params, ids, mask)))
+                start += len(chosen)
+                if len(pending) < 2 and start < len(order):
+                    continue  # Keep one batch in flight while the next is prepared.
+            chosen, result = pending.pop(0)
+            block = np.asarray(result)[: len(chosen)]
+            if vectors.shape[0] == 0:
+                vectors = np.zeros((len(texts), block.shape[1]), np.float32)
+            if not np.isfinite(block).all():
+                place = chosen[int(np.argmin(np.isfinite(block).all(1)))]
+                raise NotFiniteError(
+                    f"text {place} ({texts[place][:60]!r}): its vector is not finite; the "
+                    "retriever's weights are damaged or training diverged",
+                    row=place,
+                )
+            vectors[chosen] = block
+            if progress is not None:
+                progress(len(chosen))
+        return vectors
+
+    def _shape(self, length: int) -> tuple[int, int]:
+        """Padded length and rows of the batch that a text of `length` tokens belongs to."""
+        longest = self.retriever.max_length
+        length = bucket_length(length, [n for n in ENCODING_LENGTHS if n < longest] + [longest])
+        divisor = batch_divisor(self.mesh)
+        rows = max(1, self.tokens_per_batch // length // divisor) * divisor
+        return length, rows
