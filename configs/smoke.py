@@ -11,7 +11,7 @@ import ml_collections
 
 from configs import base
 
-MODELS = pathlib.Path(__file__).resolve().parent.parent / "tests" / "data"
+MODELS = pathlib.Path(__file__).resolve().parent / "tiny"
 
 
 def get_config() -> ml_collections.ConfigDict:

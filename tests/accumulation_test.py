@@ -33,7 +33,7 @@ from expandr_jax.weights.hf import load_retriever
 from tests.commands import step_figures
 from train import retriever as retriever_training
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count"]
 PAIRS = [(f"{a} {b}", f"the {b} of an {a}") for a in WORDS for b in WORDS if a != b]
 CONFIG = ContrastiveConfig(temperature=0.1, query_weight=0.5, normalize="both")

@@ -17,7 +17,9 @@ from train.launch import unpin
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
-SOURCES = [p for d in ("train", "eval") for p in (CONFIGS.parent / d).glob("*.py")]
+SOURCES = [
+    path for d in ("expandr_jax", "train", "eval") for path in (CONFIGS.parent / d).rglob("*.py")
+]
 
 
 def flatten(config, prefix=""):

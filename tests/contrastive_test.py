@@ -29,7 +29,7 @@ from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.weights.hf import load_retriever
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 QUERIES = ["compute the gradient", "return an array", "scale the norm", "count the steps of a loss"]
 DOCUMENTS = ["the gradient of a loss", "array of a shape", "a norm and a clip factor", "step count"]
 PASSAGES = [["gradient of parameters"], ["an array, returned"], [], ["count by one"]]

@@ -20,7 +20,7 @@ from expandr_jax.weights.hf import load_retriever
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 TEXTS = {"d-first": "the loss of an array", "d-bad": "a gradient", "d-last": "the array"}
 
 

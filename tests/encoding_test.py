@@ -12,7 +12,7 @@ from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 TEXTS = ["an array", "", "a loss " * 30, "scale", "the gradient of a loss and a norm " * 3] * 5
 
 

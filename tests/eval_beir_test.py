@@ -93,7 +93,7 @@ def test_the_mean_is_over_sets_and_a_family_counts_as_one():
 
 def test_vectors_are_what_sentence_transformers_and_the_formulas_give(finished):
     sets, out, _ = finished
-    model = SentenceTransformer(str(ROOT / "tests" / "data" / "tiny-bert"), device="cpu")
+    model = SentenceTransformer(str(ROOT / "configs" / "tiny" / "tiny-bert"), device="cpu")
     model.max_seq_length = 16
 
     def encode(texts):
@@ -121,7 +121,7 @@ def test_vectors_are_what_sentence_transformers_and_the_formulas_give(finished):
 
 def test_expanded_documents_are_searched_in_the_place_of_their_texts(finished):
     sets, out, _ = finished
-    model = SentenceTransformer(str(ROOT / "tests" / "data" / "tiny-bert"), device="cpu")
+    model = SentenceTransformer(str(ROOT / "configs" / "tiny" / "tiny-bert"), device="cpu")
     model.max_seq_length = 16
     for directory in sets:
         collection = read_beir(directory)

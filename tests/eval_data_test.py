@@ -98,7 +98,7 @@ def test_counts_and_lengths(directory):
 
 
 def test_tokens_are_the_retriever_s():
-    lengths = token_lengths(str(ROOT / "tests" / "data" / "tiny-bert"))
+    lengths = token_lengths(str(ROOT / "configs" / "tiny" / "tiny-bert"))
     assert (lengths.unit, lengths.limit) == ("tokens", 64)
     assert lengths.of(["", "( (", "a b c " * 100])[:2] == [2, 4]  # [CLS] and [SEP] count
     assert lengths.of(["a b c " * 100]) > [64]  # what would be cut is counted too
@@ -124,7 +124,7 @@ def test_mistakes_are_listed_with_their_lines_and_end_in_status_2(directory):
 
 
 def test_warnings_alone_end_in_status_0(directory):
-    retriever = f"--retriever={ROOT / 'tests' / 'data' / 'tiny-bert'}"
+    retriever = f"--retriever={ROOT / 'configs' / 'tiny' / 'tiny-bert'}"
     output = finish(command("eval.data", str(directory), retriever))
     assert "over the limit" in output
     assert "word for word" in output

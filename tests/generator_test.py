@@ -30,7 +30,7 @@ from train import generator
 from train.export import export_one
 
 COUNT = 27
-TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
 
 
 @pytest.fixture(scope="module")

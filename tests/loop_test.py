@@ -29,7 +29,7 @@ from tests.commands import step_figures
 from train.generator import train_adapter
 from train.retriever import train_on_triples
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 OPTIMIZER = optax.adam(0.1)
 STEPS = 8
 

@@ -30,7 +30,9 @@ def test_what_was_freed_below_something_that_stays_is_returned():
 
 @pytest.mark.parametrize("texts", [1, 3])  # Of three, only the first is asked for.
 def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, texts):
-    generator, params = load_generator(str(pathlib.Path(__file__).parent / "data" / "tiny-llama"))
+    generator, params = load_generator(
+        str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama")
+    )
     engine = Engine(
         generator.module, params, slots=4, prompt_buckets=(16,), max_new_tokens=4,
         eos_ids=generator.eos_ids, pad_id=generator.pad_id, seed=0,

@@ -21,7 +21,7 @@ from tests.beir_test import mutate
 from tests.gguf_test import write_gguf
 from tests.mutations_test import check_complaint, complaint_of
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent.parent / "configs" / "tiny"
 WEIGHTS, SHARD = "model.safetensors", "model-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
 

@@ -15,7 +15,7 @@ from expandr_jax.weights import source
 from tests.commands import command
 from tests.configs_test import flatten
 
-TINY = pathlib.Path(__file__).parent / "data" / "tiny-bert"
+TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert"
 
 
 def changed(first, second):

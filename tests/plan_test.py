@@ -230,7 +230,7 @@ def test_a_slice_is_described_without_a_tpu():
     [
         ({"shape": "nowhere.json"}, "no such file"),
         ({"source": "owner/name"}, "generator.shape can name a config.json"),
-        ({"source": "tests/data/tiny-bert"}, "generates no text"),
+        ({"source": "configs/tiny/tiny-bert"}, "generates no text"),
     ],
 )
 def test_a_shape_that_cannot_be_had_is_refused(changes, message):

@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.errors import UserError
 
-TINY_LLAMA = pathlib.Path(__file__).parent / "data" / "tiny-llama"
+TINY_LLAMA = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama"
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Shape?"}
 FIRST = {"role": "assistant", "content": "Which one?"}
 GOOD = {"role": "assistant", "content": "(2, 3)"}
 BAD = {"role": "assistant", "content": "No."}
-# What the template of tests/data/tiny-llama makes of SYSTEM and USER, written out.
+# What the template of configs/tiny/tiny-llama makes of SYSTEM and USER, written out.
 CHAT = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nShape?<|im_end|>\n"
     "<|im_start|>assistant\n"

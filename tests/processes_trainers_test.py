@@ -13,7 +13,7 @@ from tests.commands import ROOT, SPREAD, finish, start, start_processes, step_fi
 
 pytestmark = pytest.mark.slow
 
-DATA = ROOT / "tests" / "data"
+DATA = ROOT / "configs" / "tiny"
 
 
 def same_steps(ours: pathlib.Path, theirs: pathlib.Path) -> None:

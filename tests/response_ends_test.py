@@ -11,7 +11,7 @@ from expandr_jax.objectives.pairs import tokenize_pairs
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
 
-TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
 TEXT_END, TURN_END = 0, 2  # <|endoftext|> and <|im_end|>; the template puts the latter.
 USER_ALONE = "{{ messages[0]['content'] }}\n"
 REFUSES = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + USER_ALONE

@@ -22,7 +22,7 @@ from train.retriever import train_on_triples
 
 ROOT = pathlib.Path(__file__).parent.parent
 CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 
 
 def cranfield():

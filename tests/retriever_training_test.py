@@ -21,7 +21,7 @@ from expandr_jax.training.checkpoint import Checkpoints
 from tests.commands import command, step_figures
 from train.retriever import train_on_triples
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count"]
 # A document says with other words what its query says.
 OTHER = dict(zip(WORDS, WORDS[3:] + WORDS[:3], strict=True))

@@ -28,7 +28,7 @@ from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
 from train import generator as training
 
-TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
 RESPONSES = [
     WeightedResponse([5, 6, 7], [80, 90, 2], 0.5),
     WeightedResponse([5, 6, 7], [100, 2], 1.5),

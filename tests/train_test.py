@@ -142,7 +142,7 @@ def test_negatives_are_what_the_untrained_retriever_ranks_highest_of_what_is_wro
     corpus = rows(workdir / "data" / "corpus.jsonl")
     texts = [f"{row['title']} {row['text']}".strip() for row in corpus]
     vectors = np.load(workdir / "work" / "vectors" / "zero-shot.npy")
-    model = SentenceTransformer("tests/data/tiny-bert", device="cpu")
+    model = SentenceTransformer("configs/tiny/tiny-bert", device="cpu")
     model.max_seq_length = 16
     queries = model.encode([row["query"] for row in triples], normalize_embeddings=True)
     for row, scores in zip(triples, queries @ vectors.T, strict=True):

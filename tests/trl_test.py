@@ -30,7 +30,7 @@ from tests.commands import ROOT
 
 pytest.importorskip("trl")
 
-TINY_LLAMA = ROOT / "tests" / "data" / "tiny-llama"
+TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0)
 PAIRS = [
     ("shape of an array?", "axis 1, axis 2 and a norm", "no"),

@@ -17,7 +17,7 @@ from expandr_jax.vectors.file import encode_to_file
 from expandr_jax.vectors.stored import from_storage, to_storage
 from expandr_jax.weights.hf import load_retriever
 
-TINY = str(pathlib.Path(__file__).parent / "data" / "tiny-bert")
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 TEXTS = [f"the {a} of {b}" for a in ("norm", "loss", "step") for b in ("shape", "array", "count")]
 
 

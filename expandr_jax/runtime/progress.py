@@ -60,6 +60,27 @@ def progress(
     yield advance
 
 
+@dataclasses.dataclass(frozen=True)
+class Reporter:
+    """Where a stage tells people what it does.
+
+    Attributes:
+        console: Where it is shown.
+    """
+
+    console: Console
+
+    def say(self, text: str) -> None:
+        """Prints a line of a stage, as it is."""
+        self.console.print(f"  {text}", markup=False)
+
+    def progress(
+        self, task: str, total: int, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """`progress` on this console, with its arguments."""
+        return progress(self.console, task, total, done)
+
+
 @dataclasses.dataclass
 class _Counter:
     """Items done, when it began, when a line was last printed, items done before it began."""

@@ -26,7 +26,7 @@ from expandr_jax.runtime.checksums import Seals
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
 from expandr_jax.runtime.mirror import Mirror, scratch
-from expandr_jax.runtime.progress import progress
+from expandr_jax.runtime.progress import Reporter, progress
 from expandr_jax.runtime.telemetry import Profile, SpikeWatch
 
 LIBRARIES = (
@@ -67,6 +67,7 @@ class Run:
     ):
         self.config = config
         self.console = console
+        self.reporter = Reporter(console)
         self.processes = processes.current()
         self.processes.files = processes.Files()
         self._lock: Any = None

@@ -1,4 +1,4 @@
-"""Makes tests/data/tiny-bert and tiny-llama: `python tests/data/make_tiny_models.py`.
+"""Makes configs/tiny/tiny-bert and tiny-llama: `python tests/make_tiny_models.py`.
 
 Random weights from transformers, and tokenizers trained on the lines below: the smoke config's
 models, small enough to be kept in the repository.
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent.parent / "configs" / "tiny"
 LINES = [
     "Write the documentation of the Python function described as:",
     "Computes the gradient of a loss and updates the parameters of an optimizer state.",
