@@ -138,7 +138,7 @@ def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypat
         save(self, step, tree)
         saved.append(step)
 
-    def notified(run, phase, round_, state, step_fn, *arguments, **settings):
+    def notified(log, state, step_fn, *arguments, **settings):
         calls = itertools.count()
 
         def step(state, batch):
@@ -146,7 +146,7 @@ def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypat
                 os.kill(os.getpid(), signal.SIGTERM)
             return step_fn(state, batch)
 
-        return fit(run, phase, round_, state, step, *arguments, **settings)
+        return fit(log, state, step, *arguments, **settings)
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", noted)

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.stopping import Stopped
-from expandr_jax.runtime.telemetry import Contents, SpikeWatch
+from expandr_jax.runtime.telemetry import Contents, SpikeWatch, TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
@@ -58,6 +59,10 @@ def contents(number):
     return Contents([f"q{number}a", f"q{number}b"], 32)
 
 
+def with_contents(make_batch):
+    return lambda number: (make_batch(number), contents(number))
+
+
 def opened(workdir, **log):
     config = smoke.get_config()
     config.log.update(log)
@@ -73,8 +78,8 @@ def train(workdir, make_batch=batch, parts=(STEPS,), **log):
             for last in parts:
                 state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
                 state = fit(
-                    run, "toy", 0, state, step, make_batch, first_step=0, steps=last,
-                    checkpoints=checkpoints, save_every=3, contents=contents,
+                    run.training_log("toy", 0), state, step, with_contents(make_batch),
+                    first_step=0, steps=last, checkpoints=checkpoints, save_every=3,
                 )  # fmt: skip
             return state
     finally:
@@ -141,8 +146,9 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
         run.phase("toy"),
     ):
         fit(
-            run, "toy", 0, TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER), overflow, batch,
-            first_step=0, steps=STEPS, checkpoints=checkpoints, save_every=3, contents=contents,
+            run.training_log("toy", 0), TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER),
+            overflow, with_contents(batch), first_step=0, steps=STEPS, checkpoints=checkpoints,
+            save_every=3,
         )  # fmt: skip
     run.close()
 
@@ -192,6 +198,47 @@ def test_utilisation_is_of_the_peak_that_the_config_gives(tmp_path, monkeypatch)
     for line in map(json.loads, lines):
         speed = line["tokens_per_second"] / 10 * 1e6 / (1e9 * jax.device_count())
         assert line["model_flops_utilisation"] == pytest.approx(speed)
+
+
+def trained_on_policy(directory, steps, until=None):
+    """Trains on targets that each step makes of the weights of the one before, without a Run."""
+    seen = []
+
+    def make_batch(number, state):
+        w = np.asarray(state.params["w"])
+        seen.append((number, threading.current_thread(), w))
+        if number == until:
+            raise Killed
+        x, y = batch(number)
+        return (x, y + x @ w / 2), Contents([str(number)])
+
+    checkpoints = Checkpoints(directory, {})
+    try:
+        state = fit(
+            TrainingLog("toy"), TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER), step,
+            make_batch, first_step=0, steps=steps, checkpoints=checkpoints, save_every=3,
+            on_policy=True,
+        )  # fmt: skip
+    finally:
+        checkpoints.wait()
+    return state, seen
+
+
+def test_batches_made_of_the_state_are_those_of_the_weights_just_trained(tmp_path):
+    state, seen = trained_on_policy(tmp_path / "whole", STEPS)
+    by_hand, w = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER), np.zeros(4, np.float32)
+    for number, (given, thread, weights) in enumerate(seen):
+        assert (given, thread) == (number, threading.current_thread())
+        np.testing.assert_array_equal(weights, w)
+        x, y = batch(number)
+        by_hand, _ = step(by_hand, (x, y + x @ w / 2))
+        w = np.asarray(by_hand.params["w"])
+    np.testing.assert_array_equal(state.params["w"], w)
+    with pytest.raises(Killed):
+        trained_on_policy(tmp_path / "run", STEPS, until=5)
+    resumed, seen = trained_on_policy(tmp_path / "run", STEPS)
+    assert [number for number, _, _ in seen] == [3, 4, 5, 6, 7]
+    np.testing.assert_array_equal(resumed.params["w"], w)
 
 
 def killed_after_two_steps(monkeypatch, function, *arguments):

@@ -176,28 +176,25 @@ def train_generator(
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
-    def batch(number: int) -> dict[str, Any]:
-        return batches.pack(pairs, chosen(number), reference)
-
     @functools.cache
     def flops(tokens: int, logits: int) -> int:
         return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
 
-    def contents(number: int) -> Contents:
-        drawn = [pairs[i] for i in chosen(number)]
-        return Contents(
+    def batch(number: int) -> tuple[dict[str, Any], Contents]:
+        indices = chosen(number)
+        drawn = [pairs[i] for i in indices]
+        contents = Contents(
             [pair.name for pair in drawn],
             sum(pair.tokens for pair in drawn),
             sum(flops(pair.tokens, pair.tokens - len(pair.prompt)) for pair in drawn),
         )
+        return batches.pack(pairs, indices, reference), contents
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
         """The adapter after step `last`."""
         return fit(
-            run,
-            "generator",
-            round_,
+            run.training_log("generator", round_),
             TrainState.create(adapter, optimizer, places),
             lambda state, batch: step(state, params, batch, key),
             batch,
@@ -205,7 +202,6 @@ def train_generator(
             steps=last,
             checkpoints=checkpoints,
             save_every=config.save_every * accumulation,
-            contents=contents,
         ).params
 
     for last in dev.steps_left(steps, config.eval_every * accumulation):

@@ -37,6 +37,7 @@ from expandr_jax.objectives.contrastive import (
 from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.ranking.systems import CHOSEN_BY, EncodedQueries, dense_run
+from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index
@@ -143,17 +144,19 @@ def train_retriever(
             drawn[i] = example
         return drawn
 
-    def batch(step: int) -> dict[str, Any]:
-        drawn, longest = [*chosen(step).values()], models.retriever.max_length
-        made = make_batch(drawn, pad_id, samples, config.negatives, longest=longest)
-        return put(made, batch_sharding(mesh)) if run.processes.count > 1 else made
-
     @functools.cache
     def flops(length: int) -> int:
         return forward_flops(models.retriever.module, params, 1, length)
 
-    def contents(step: int) -> Contents:
-        drawn, texts = chosen(step), []
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        drawn, longest = chosen(step), models.retriever.max_length
+        made = make_batch([*drawn.values()], pad_id, samples, config.negatives, longest=longest)
+        if run.processes.count > 1:
+            made = put(made, batch_sharding(mesh))
+        return made, contents(drawn)
+
+    def contents(drawn: dict[int, ContrastiveExample]) -> Contents:
+        texts = []
         for example in drawn.values():
             negatives = (passage.ids for passage in example.negatives)
             texts += [example.query, example.positive, *example.expansions[:samples], *negatives]
@@ -175,13 +178,13 @@ def train_retriever(
         agree=run.processes.all,
     )
 
+    log = run.training_log(phase, round_)
+
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
         """The weights after step `last` of this round."""
         state = fit(
-            run,
-            phase,
-            round_,
+            log,
             TrainState.create(start, optimizer, places),
             lambda state, batch: step_fn(state, batch, dropout_key),
             batch,
@@ -189,16 +192,15 @@ def train_retriever(
             steps=last,
             checkpoints=checkpoints,
             save_every=config.save_every * config.accumulation,
-            contents=contents,
         )
         return state.params["retriever"] if config.learn_temperature else state.params
 
     if evaluate is None:
         return whole(train(steps))
+    journal = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
     best = train_with_dev(
-        run,
-        phase,
-        round_,
+        log,
+        CommonJournal(journal, run.processes),
         params,
         train,
         evaluate,

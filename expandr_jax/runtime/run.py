@@ -27,7 +27,7 @@ from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
 from expandr_jax.runtime.mirror import Mirror, scratch
 from expandr_jax.runtime.progress import Reporter, progress
-from expandr_jax.runtime.telemetry import Profile, SpikeWatch
+from expandr_jax.runtime.telemetry import Profile, TrainingLog
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
@@ -92,7 +92,7 @@ class Run:
         if self.metrics.dropped:
             console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
-        self._watches: dict[tuple[str, int], tuple[SpikeWatch, Profile]] = {}
+        self._training_logs: dict[tuple[str, int], TrainingLog] = {}
         self._timings_path = self.path("timings.json")
         self._seconds_inside = 0.0  # Of phases that ran within the present one.
 
@@ -253,18 +253,30 @@ class Run:
                     "--workdir"
                 )
 
-    def watch(self, phase: str, round_: int) -> tuple[SpikeWatch, Profile]:
-        """What watches the steps of a phase: the same ones, where it is trained in parts.
+    def training_log(self, phase: str, round_: int) -> TrainingLog:
+        """Where a phase of training is recorded: the same log, where it is trained in parts.
 
         Args:
             phase: As in metrics.jsonl.
             round_: Likewise.
         """
-        if (phase, round_) not in self._watches:
-            traced = self.path("profile", f"{phase}-round-{round_}")
-            profile = Profile(traced, self.config.log.profile_steps)
-            self._watches[phase, round_] = SpikeWatch(), profile
-        return self._watches[phase, round_]
+        if (phase, round_) not in self._training_logs:
+            traces = self.path("profile", f"{phase}-round-{round_}")
+            self._training_logs[phase, round_] = TrainingLog(
+                phase,
+                round_,
+                metrics=self.metrics,
+                reporter=self.reporter,
+                processes=self.processes,
+                profile=Profile(traces, self.config.log.profile_steps),
+                peak_flops=self.config.log.peak_flops,
+                saved=self._note_checkpoint,
+                stopped=self.close,
+            )
+        return self._training_logs[phase, round_]
+
+    def _note_checkpoint(self, where: str) -> None:
+        self.last_good = where
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -3,16 +3,19 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
+import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-import ml_collections
 import psutil
+from rich.console import Console
 
 from expandr_jax.planning.chips import known_peak_flops
+from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 
 WINDOW, FEWEST = 50, 20  # Losses that a loss is compared with, at most and at least.
 SPIKE = 8.0  # Standard deviations above their median.
@@ -24,9 +27,9 @@ class Contents:
     """What a batch is made of.
 
     Attributes:
-        ids: Of its examples.
-        tokens: Of its texts, without padding.
-        flops: Of the model in this step; 0 where nobody has counted them.
+        ids: The ids of its examples.
+        tokens: Number of tokens of its texts, without padding.
+        flops: Operations of the model in this step; 0 where nobody has counted them.
     """
 
     ids: Sequence[str]
@@ -42,9 +45,9 @@ class Contents:
 class Costs:
     """Time, speed and memory of each step; see `metrics_log.COST_FIELDS`."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        """`config`: the whole config; its `log.peak_flops` is of one device."""
-        self._peak = _peak_flops(config.log.peak_flops)
+    def __init__(self, peak_flops: float | None):
+        """`peak_flops`: operations a second of one device; None: as `planning.chips` has."""
+        self._peak = _peak_flops(peak_flops)
         self._last = time.perf_counter()
 
     def of_step(self, contents: Contents) -> dict[str, float]:
@@ -61,7 +64,7 @@ class Costs:
 
 
 def _peak_flops(given: float | None) -> float | None:
-    """Of all devices together: as given for one, or from the table; None if it has no such kind."""
+    """The peak of all devices: as given for one, or from the table; None if it lacks this kind."""
     if given is None:
         given = known_peak_flops(jax.devices()[0].device_kind)
     return given and given * jax.device_count()
@@ -95,7 +98,7 @@ class SpikeWatch:
 class Profile:
     """A trace of a few steps for TensorBoard or Perfetto, where the config asks for one."""
 
-    def __init__(self, directory: pathlib.Path, steps: int):
+    def __init__(self, directory: str | os.PathLike = "", steps: int = 0):
         """Nothing is traced yet.
 
         Args:
@@ -126,3 +129,46 @@ class Profile:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+
+
+def _nothing(*_: object) -> None:
+    """Does nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingLog:
+    """Where a phase of training is recorded; as it is by default, nothing is kept or shown.
+
+    A phase that is trained in parts, with evaluations in between, has one for all of them.
+
+    Attributes:
+        phase: Its name in metrics.jsonl.
+        round_: Its round there, counted from 0.
+        metrics: Gets a record of each step.
+        reporter: Shows progress and losses far above those before.
+        processes: This process among those that train together.
+        spikes: Finds such losses.
+        profile: Traces some of the steps.
+        peak_flops: Operations a second of one device at most; None: as `planning.chips` has.
+        saved: Called with the place of each checkpoint that is on disk, for later messages.
+        stopped: Called before a SIGTERM ends the program, when the step is saved.
+    """
+
+    phase: str
+    round_: int = 0
+    metrics: MetricsLog | NoMetrics = dataclasses.field(default_factory=NoMetrics)
+    reporter: Reporter = dataclasses.field(default_factory=lambda: Reporter(Console(quiet=True)))
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    spikes: SpikeWatch = dataclasses.field(default_factory=SpikeWatch)
+    profile: Profile = dataclasses.field(default_factory=Profile)
+    peak_flops: float | None = None
+    saved: Callable[[str], None] = _nothing
+    stopped: Callable[[], None] = _nothing
+
+    def rewind(self, step: int) -> None:
+        """Drops the phase's records at and after a step; a restart from there writes them again."""
+        self.metrics.rewind(self.phase, self.round_, step)
+
+    def write(self, step: int, values: Mapping[str, float], costs: Mapping[str, float]) -> None:
+        """Records a step's metrics and what it cost."""
+        self.metrics.write(self.phase, self.round_, step, values, costs)

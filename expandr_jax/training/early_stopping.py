@@ -8,14 +8,13 @@ import numpy as np
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.systems import CHOSEN_BY
 from expandr_jax.runtime.journals import CommonJournal
-from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
 
 
 def train_with_dev(
-    run: Run,
-    phase: str,
-    round_: int,
+    log: TrainingLog,
+    journal: CommonJournal,
     params: Any,
     train: Callable[[int], Any],
     evaluate: Callable[[Any], float],
@@ -28,9 +27,8 @@ def train_with_dev(
     """Trains until the dev measure stops rising, or to the end.
 
     Args:
-        run: work/round-R/PHASE-dev.jsonl gets a row for each evaluation; metrics.jsonl as well.
-        phase: Name in metrics.jsonl, "-dev" added.
-        round_: Counts from 0.
+        log: Where metrics and progress go; evaluations have "-dev" behind the phase's name.
+        journal: Gets a row for each evaluation.
         params: Weights at the start, which are evaluated, too.
         train: Step of this round -> weights there; goes on from where it was.
         evaluate: Weights -> dev measure.
@@ -45,8 +43,7 @@ def train_with_dev(
     Raises:
         UserError: If they cannot be read back.
     """
-    path = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
-    journal = CommonJournal(path, run.processes)
+    phase, round_ = f"{log.phase}-dev", log.round_
     stops = [*range(0, steps, every or steps), steps]
     for step in stops[len(journal.rows) :]:
         before = [row[CHOSEN_BY] for row in journal.rows]
@@ -61,9 +58,9 @@ def train_with_dev(
             best.save(number, weights)
             best.wait()  # The row below says that they are there.
         journal.append([{"step": step, CHOSEN_BY: value}])
-        run.metrics.rewind(f"{phase}-dev", round_, step)
-        run.metrics.write(f"{phase}-dev", round_, step, {CHOSEN_BY: value})
-        run.console.print(f"  step {step} of {steps}: dev nDCG@10 {value:.4f}")
+        log.metrics.rewind(phase, round_, step)
+        log.metrics.write(phase, round_, step, {CHOSEN_BY: value})
+        log.reporter.say(f"step {step} of {steps}: dev nDCG@10 {value:.4f}")
     if not journal.finished:
         journal.finish()
     values = [row[CHOSEN_BY] for row in journal.rows]
@@ -71,7 +68,7 @@ def train_with_dev(
     weights = _read(best, params, round_ * steps + step)
     if weights is None:
         raise UserError(f"{best.directory}: the best weights are not there; use a new --workdir")
-    run.console.print(f"  best on dev: step {step}, nDCG@10 {max(values):.4f}")
+    log.reporter.say(f"best on dev: step {step}, nDCG@10 {max(values):.4f}")
     return weights
 
 
