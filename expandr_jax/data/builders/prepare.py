@@ -7,6 +7,7 @@ that data that changed are prepared anew, and never taken for what they were.
 import contextlib
 import fcntl
 import itertools
+import logging
 import os
 import shutil
 from abc import abstractmethod
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
@@ -125,13 +125,14 @@ def tfds_name(text: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS from warning that a set is none of its own, and from drawing bars."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    log = logging.getLogger("absl")  # TFDS's own.
+    before = log.level
+    log.setLevel(logging.ERROR)
     tfds.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        log.setLevel(before)
 
 
 @contextlib.contextmanager

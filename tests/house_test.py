@@ -1,0 +1,184 @@
+"""The house keeps its order: who imports whom, what a signature may ask for, how long files are.
+
+Everything here is read from the sources, none of which is run.
+"""
+
+import ast
+import functools
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRODUCT = ("expandr_jax", "train", "eval", "configs")
+MOST_LINES = 400  # A file.
+MOST_SOURCE_LINES = 27_900  # In expandr_jax, train and eval together.
+
+# Every room of the library, the lowest first: a room imports from those before it alone. A module
+# that lies in no package is a room of its own.
+ROOMS = (
+    "errors", "sharding", "mining", "data", "metrics", "runtime", "models", "weights", "losses",
+    "training", "search", "generation", "vectors", "pair", "model_hashes", "expansion", "rewards",
+    "objectives", "ranking", "report", "planning",
+)  # fmt: skip
+
+# What is not yet as it should be. Nothing may be added; what is mended is taken out.
+UPWARDS = {
+    ("data", "objectives"),
+    ("data", "runtime"),
+    ("data", "vectors"),
+    ("expansion", "ranking"),
+    ("models", "weights"),
+    ("objectives", "ranking"),
+    ("runtime", "planning"),
+    ("training", "objectives"),
+    ("training", "pair"),
+    ("training", "ranking"),
+    ("vectors", "pair"),
+}
+BETWEEN_PROGRAMS = {
+    ("eval/beir.py", "train.settings"),
+}
+OF_TESTS = {
+    "eval/models.py",
+}
+OF_FLAGS = {
+    "expandr_jax/expansion/expand.py",
+    "expandr_jax/objectives/candidates.py",
+    "expandr_jax/pair.py",
+    "expandr_jax/planning/planned.py",
+    "expandr_jax/planning/planned_generator.py",
+    "expandr_jax/planning/planned_retriever.py",
+    "expandr_jax/planning/programs.py",
+    "expandr_jax/planning/proposals.py",
+    "expandr_jax/ranking/ranker.py",
+    "expandr_jax/rewards/search.py",
+    "expandr_jax/runtime/run.py",
+    "expandr_jax/runtime/telemetry.py",
+    "expandr_jax/training/batch_checks.py",
+    "expandr_jax/training/setup.py",
+    "expandr_jax/vectors/corpus.py",
+}
+WITH_RUN = {
+    "expandr_jax/data/echo.py",
+    "expandr_jax/data/source.py",
+    "expandr_jax/data/training_data.py",
+    "expandr_jax/data/training_triples.py",
+    "expandr_jax/expansion/cache.py",
+    "expandr_jax/expansion/expand.py",
+    "expandr_jax/objectives/candidates.py",
+    "expandr_jax/objectives/pairs.py",
+    "expandr_jax/ranking/ranker.py",
+    "expandr_jax/report/sets.py",
+    "expandr_jax/training/early_stopping.py",
+    "expandr_jax/training/loop.py",
+    "expandr_jax/vectors/corpus.py",
+}
+LONG = {
+    "tests/bucket_test.py",
+    "tests/engine_test.py",
+}
+
+FLAGS = ("absl", "ml_collections")
+# Processes of grain that read ahead are given the flags of absl, which must have been parsed.
+OF_GRAIN_S_WORKERS = "expandr_jax/data/builders/stream.py"
+LAUNCHER = "train.launch"  # It starts every program.
+RUN = "expandr_jax.runtime.run"  # The workdir: the library takes what it needs of it.
+
+
+def sources(*directories: str) -> Iterator[tuple[str, str]]:
+    """Every Python file of the directories: its path from the root, its text."""
+    for directory in directories:
+        for path in sorted((ROOT / directory).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+@functools.cache
+def imports() -> tuple[tuple[str, str], ...]:
+    """Every import of the product, those inside functions too: the file, the module imported."""
+    found = []
+    for path, text in sources(*PRODUCT):
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found += [(path, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}:{node.lineno}: imports are written in full"
+                found += [(path, module(f"{node.module}.{alias.name}")) for alias in node.names]
+    return tuple(found)
+
+
+def module(name: str) -> str:
+    """The module that a dotted name lies in, where it is one of the product's."""
+    path = ROOT / name.replace(".", "/")
+    if name.split(".")[0] in PRODUCT and not path.is_dir() and not path.with_suffix(".py").exists():
+        return name.rpartition(".")[0]
+    return name
+
+
+def top(name: str) -> str:
+    """The package that a path or a module belongs to."""
+    return name.replace("/", ".").split(".")[0]
+
+
+def room(name: str) -> str:
+    """The room that a path or a module of the library lies in."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[1]
+
+
+def test_the_library_imports_neither_programs_nor_settings():
+    wrong = [i for i in imports() if top(i[0]) == "expandr_jax" and top(i[1]) in PRODUCT[1:]]
+    assert not wrong
+
+
+def test_programs_share_the_launcher_alone():
+    found = {
+        (path, name)
+        for path, name in imports()
+        if {top(path), top(name)} == {"train", "eval"} and name != LAUNCHER
+    }
+    assert found == BETWEEN_PROGRAMS
+
+
+def test_no_product_imports_tests():
+    assert {path for path, name in imports() if top(name) == "tests"} == OF_TESTS
+
+
+def test_the_library_reads_no_flags():
+    found = {path for path, name in imports() if top(path) == PRODUCT[0] and top(name) in FLAGS}
+    assert OF_GRAIN_S_WORKERS in found
+    assert found - {OF_GRAIN_S_WORKERS} == OF_FLAGS
+
+
+def test_every_room_has_its_floor():
+    rooms = {room(path) for path, _ in sources("expandr_jax")} - {"__init__"}
+    assert rooms == set(ROOMS)
+
+
+def test_rooms_import_from_those_below_them():
+    floors = {name: floor for floor, name in enumerate(ROOMS)}
+    pairs = {
+        (room(path), room(name))
+        for path, name in imports()
+        if top(path) == top(name) == PRODUCT[0] and name != PRODUCT[0]
+    }
+    assert {(low, high) for low, high in pairs if floors[low] < floors[high]} == UPWARDS
+
+
+def test_the_library_knows_no_run():
+    found = {path for path, name in imports() if top(path) == PRODUCT[0] and name == RUN}
+    assert {path for path in found if room(path) != "runtime"} == WITH_RUN
+
+
+def test_no_file_is_long():
+    long = {path for path, text in sources(*PRODUCT, "tests") if text.count("\n") > MOST_LINES}
+    assert long == LONG
+
+
+def test_the_source_does_not_grow():
+    assert sum(text.count("\n") for _, text in sources(*PRODUCT[:3])) <= MOST_SOURCE_LINES
+
+
+@pytest.mark.parametrize("path", ["expandr_jax/search/exact.py", "expandr_jax.search.exact"])
+def test_a_room_is_found_by_path_or_module(path):
+    assert (top(path), room(path)) == ("expandr_jax", "search")
