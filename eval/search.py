@@ -22,10 +22,13 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import drawing, expansion_text
 from expandr_jax.expansion.prompts import strip_lead_in
-from expandr_jax.generation.engine import Engine, Request
+from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
 from expandr_jax.pair import phase_mesh
 from expandr_jax.ranking.fusion import expanded_query
 from expandr_jax.runtime.mirror import local_copy
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.stored import open_vectors
@@ -70,39 +73,25 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             str(workdir / "export" / "generator"),
             compute_dtype=jnp.dtype(config.generator.compute_dtype),
         )
+        own = phase_mesh(config.mesh, "sampling"), config.generator, config.seed
+        sampler = Sampler(generator, generator_params, "", *own, Processes(), Reporter(console))
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
         index = configured_index(vectors, config.search)
     with step("write passages"):
-        settings, drawn = config.generator, drawing(config.expansion)
-        engine = Engine(
-            generator.module,
-            generator_params,
-            slots=chosen["samples"],
-            prompt_buckets=tuple(settings.prompt_buckets),
-            max_new_tokens=config.expansion.max_new_tokens,
-            eos_ids=generator.eos_ids,
-            pad_id=generator.pad_id,
-            seed=config.seed,
-            repetition_penalty=drawn.get("repetition_penalty", 1) != 1,
-            stop=settings.stop,
-            decode=lambda tokens: generator.decode(list(tokens)),
-        )
-        ids, _ = generator.chat_ids(expansion_text(config, query), max(settings.prompt_buckets))
         requests = [
             Request(
-                id=query,
-                sample=sample,
-                prompt=tuple(ids),
-                temperature=config.expansion.temperature,
-                **drawn,
+                query,
+                sample,
+                expansion_text(config, query),
+                config.expansion.temperature,
+                **drawing(config.expansion),
             )
             for sample in range(chosen["samples"])
         ]
-        done = sorted(engine.generate(requests), key=lambda completion: completion.sample)
-        texts = [generator.decode(list(c.tokens)) if c.text is None else c.text for c in done]
-        passages = [strip_lead_in(text).strip() for text in texts]
+        made = {c.sample: text for c, text in sampler.generate(None, requests, requests)}
+        passages = [strip_lead_in(made[request.sample]).strip() for request in requests]
     with step("encode"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
         plain = encoder.encode(retriever_params, [query], "query")

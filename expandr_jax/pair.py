@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import psutil
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
+from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import adapter_shardings, batch_divisor, make_mesh, place, whole
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
+from expandr_jax.sharding import adapter_shardings, make_mesh, place, whole
 from expandr_jax.training.checkpoint import hash_tree
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_generator, load_retriever
@@ -203,6 +206,27 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
     return GeneratorModel(mesh, sampling_mesh, generator, params, readable, hash_tree(readable))
 
 
+def make_sampler(
+    models: GeneratorModel,
+    config: ml_collections.ConfigDict,
+    processes: Processes,
+    reporter: Reporter,
+    directory: pathlib.Path,
+) -> Sampler:
+    """The sampler of a generator; what a server writes is kept in the directory."""
+    return Sampler(
+        models.generator,
+        models.sampling_params,
+        models.generator_hash,
+        models.sampling_mesh,
+        config.generator,
+        config.seed,
+        processes,
+        reporter,
+        directory / f"server{processes.suffix}.jsonl",
+    )
+
+
 def base_type(section: ml_collections.ConfigDict) -> str:
     """The type that a config's `generator` section keeps the base in."""
     return section.weights or section.compute_dtype
@@ -211,42 +235,6 @@ def base_type(section: ml_collections.ConfigDict) -> str:
 def penalizes(config: ml_collections.ConfigDict) -> bool:
     """Whether a stage of the whole config samples with a repetition penalty."""
     return any(getattr(config, stage).repetition_penalty != 1 for stage in SAMPLING_STAGES)
-
-
-def sampling_memory(config: ml_collections.ConfigDict) -> int:
-    """Bytes of each device that sampling may take, by the config's `generator` section."""
-    if config.memory_limit:
-        return int(config.memory_limit * 2**30)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    # Devices of a processor have the host's memory between them.
-    return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
-
-
-def slots_of_a_process(
-    config: ml_collections.ConfigDict, mesh: Mesh, texts: int | None = None
-) -> int:
-    """Slots of a stage in each process; halved while all of its texts fit, so a small one is quick.
-
-    Args:
-        config: The config's `generator` section, whose slots all processes have together.
-        mesh: The process's own.
-        texts: Of all processes together; None: so many that no slot is spared.
-
-    Raises:
-        UserError: The slots cannot be divided among the processes and their devices.
-    """
-    slots, count = config.slots, jax.process_count()
-    if slots % count:
-        raise UserError(f"generator.slots {slots} cannot be divided among {count} processes")
-    divisor = count * batch_divisor(mesh)
-    if slots % divisor:
-        raise UserError(
-            f"generator.slots {slots} must be a multiple of {divisor} (the data and fsdp of "
-            f"sampling's mesh{', in each process' if count > 1 else ''})"
-        )
-    while texts is not None and slots // 2 >= texts and slots % (2 * divisor) == 0:
-        slots //= 2
-    return slots // count
 
 
 def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) -> None:

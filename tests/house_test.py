@@ -44,7 +44,6 @@ OF_TESTS = {
     "eval/models.py",
 }
 OF_FLAGS = {
-    "expandr_jax/expansion/expand.py",
     "expandr_jax/objectives/candidates.py",
     "expandr_jax/pair.py",
     "expandr_jax/planning/planned.py",
@@ -55,7 +54,6 @@ OF_FLAGS = {
     "expandr_jax/ranking/ranker.py",
     "expandr_jax/rewards/search.py",
     "expandr_jax/runtime/run.py",
-    "expandr_jax/runtime/telemetry.py",
     "expandr_jax/training/batch_checks.py",
     "expandr_jax/training/setup.py",
     "expandr_jax/vectors/corpus.py",
@@ -65,14 +63,10 @@ WITH_RUN = {
     "expandr_jax/data/source.py",
     "expandr_jax/data/training_data.py",
     "expandr_jax/data/training_triples.py",
-    "expandr_jax/expansion/cache.py",
-    "expandr_jax/expansion/expand.py",
     "expandr_jax/objectives/candidates.py",
     "expandr_jax/objectives/pairs.py",
     "expandr_jax/ranking/ranker.py",
     "expandr_jax/report/sets.py",
-    "expandr_jax/training/early_stopping.py",
-    "expandr_jax/training/loop.py",
     "expandr_jax/vectors/corpus.py",
 }
 LONG = {

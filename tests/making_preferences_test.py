@@ -12,7 +12,7 @@ from configs import smoke
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.expansion.expand import expansion_prompts
+from expandr_jax.expansion.expand import expansion_requests
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
@@ -74,10 +74,11 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
     monkeypatch.undo()  # The stages themselves.
     asked = []
 
-    def sample_texts(_run, _models, _adapter, prompts, **_):
-        asked.append(prompts)
-        return {(prompt.query_id, prompt.sample): "text" for prompt in prompts}
+    def sample_texts(_sampler, _adapter, requests, **_):
+        asked.append(requests)
+        return {(request.id, request.sample): "text" for request in requests}
 
+    monkeypatch.setattr(preferences, "make_sampler", lambda *_: None)
     monkeypatch.setattr(preferences, "sample_texts", sample_texts)
     sections = {
         "expansion": (0.5, 0.7, 9, 4, 0.1, 1.1),
@@ -94,7 +95,7 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
     data = TrainingData(collection, [], ["q0"])
     preferences._sample_candidates(run, None, None, data, 0)
     preferences._self_answers(run, None, None, data, 0)
-    asked.append(expansion_prompts(run.config, QUERIES, 1))
+    asked.append(expansion_requests(run.config, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:
             found = tuple(getattr(prompt, name) for name in names)

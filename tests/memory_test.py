@@ -12,7 +12,8 @@ import pytest
 from configs import smoke
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.pair import load_models, slots_of_a_process
+from expandr_jax.generation.sampler import slots_of_a_process
+from expandr_jax.pair import load_models
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.weights.hf import load_generator
 

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.expansion import expand as expansion
-from expandr_jax.expansion.expand import Prompt
 from expandr_jax.generation.requests import Completion, Request
-from expandr_jax.pair import load_generator_model
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.pair import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
@@ -24,6 +24,10 @@ TEXTS = {
 LINE = (
     "5 texts, 63 tokens; 2 cut by length, 2 empty, 1 repetitive; 7 draws near a decision boundary"
 )
+
+
+def sampler_of(run, models):
+    return make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
 
 
 class Engine:
@@ -44,12 +48,13 @@ def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
     config = smoke.get_config()
     models = load_generator_model(config)
     run = Run(tmp_path / "run", config, Console(quiet=True))
+    sampler = sampler_of(run, models)
 
     def texts(name, **settings):
         settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 16, **settings}
-        prompts = [Prompt(f"q{i}", 0, f"shape {i}?", **settings) for i in range(6)]
+        requests = [Request(f"q{i}", 0, f"shape {i}?", **settings) for i in range(6)]
         path = run.path("work", f"{name}.jsonl")
-        return expansion.sample_texts(run, models, None, prompts, path=path, purpose="test")
+        return expansion.sample_texts(sampler, None, requests, path=path, purpose="test")
 
     greedy = texts("greedy", temperature=0.0)
     assert texts("plain") != greedy
@@ -66,7 +71,7 @@ def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
     output = io.StringIO()
     run = Run(tmp_path / "run", config, Console(file=output, width=200))
     prompts = [(5, 6, i, *(7,) * 7) for i in range(2)]
-    expansion._engine(run, models, None, [Request("q", 0, p, 1.0, 1.0, new) for p in prompts])
+    sampler_of(run, models).engine(None, [Request("q", 0, p, 1.0, 1.0, new) for p in prompts])
     line = "prompts and texts may have 257 tokens together; the generator was made for 256"
     assert (line in output.getvalue()) == said
     run.close()
@@ -76,17 +81,21 @@ def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
 def sample(tmp_path, monkeypatch):
     """Samples TEXTS, and returns them with what was printed and how many the engine was asked."""
     engine = Engine()
-    monkeypatch.setattr(expansion, "_engine", lambda *_: engine)
+    monkeypatch.setattr(Sampler, "engine", lambda *_: engine)
     models = types.SimpleNamespace(
-        generator=types.SimpleNamespace(chat_ids=lambda text, limit: ([1, 2], False))
+        generator=types.SimpleNamespace(chat_ids=lambda text, limit: ([1, 2], False)),
+        sampling_params=None,
+        generator_hash="",
+        sampling_mesh=None,
     )
     output = io.StringIO()
     run = Run(tmp_path / "run", smoke.get_config(), Console(file=output, width=200))
 
     def sample():
-        prompts = [Prompt(*key, "text", 1.0, 1.0, 50) for key in TEXTS]
+        requests = [Request(*key, "text", 1.0, 1.0, 50) for key in TEXTS]
         path = run.path("work", "texts.jsonl")
-        texts = expansion.sample_texts(run, models, None, prompts, path=path, purpose="test")
+        sampler = sampler_of(run, models)
+        texts = expansion.sample_texts(sampler, None, requests, path=path, purpose="test")
         return texts, output.getvalue(), len(engine.asked)
 
     yield sample

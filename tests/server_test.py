@@ -13,11 +13,11 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.data.records import hash_json, read_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Prompt, sample_texts
+from expandr_jax.expansion.expand import sample_texts
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
-from expandr_jax.pair import load_generator_model
+from expandr_jax.pair import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
 KEY = "sk-do-not-show"
@@ -288,9 +288,10 @@ def test_a_run_samples_the_base_on_the_server(server, tmp_path):
         completion(f"Here is a passage: {generator.tokenizer.decode(body['prompt'][-4:])}"),
     )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
-    prompts = [Prompt(f"q{i}", 0, f"query {i}", 1.0, 0.9, 8) for i in range(40)]
+    requests = [Request(f"q{i}", 0, f"query {i}", 1.0, 0.9, 8) for i in range(40)]
     path = tmp_path / "run" / "texts.jsonl"
-    texts = sample_texts(run, models, None, prompts, path=path, purpose="test")
+    sampler = make_sampler(models, config, run.processes, run.reporter, run.path("work"))
+    texts = sample_texts(sampler, None, requests, path=path, purpose="test")
     assert len(texts) == 40
     assert all("passage" not in text for text in texts.values())
     assert [row["query_id"] for _, row in read_jsonl(path, {})] == sorted(
@@ -299,4 +300,4 @@ def test_a_run_samples_the_base_on_the_server(server, tmp_path):
     sent = generator.tokenizer.decode(json.loads(server.bodies[0])["prompt"])
     assert sent.startswith("<|im_start|>user\n")
     with pytest.raises(UserError, match="trained adapter"):
-        sample_texts(run, models, {}, prompts, path=tmp_path / "other.jsonl", purpose="test")
+        sample_texts(sampler, {}, requests, path=tmp_path / "other.jsonl", purpose="test")

@@ -13,8 +13,8 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.expansion.expand import expansion_prompts, sample_texts
-from expandr_jax.pair import Models
+from expandr_jax.expansion.expand import expansion_requests, sample_texts
+from expandr_jax.pair import Models, make_sampler
 from expandr_jax.ranking.samples import MEASURES as SAMPLE_MEASURES
 from expandr_jax.ranking.samples import mean_by_query
 from expandr_jax.ranking.systems import (
@@ -197,7 +197,8 @@ def _sample_expansions(
     queries = [(split, query) for split in SPLITS for query in data.collection.qrels[split]]
     count = max(run.config.evaluation.samples)
     by_id = {query: data.collection.queries[query] for _, query in queries}
-    prompts = expansion_prompts(run.config, by_id, count)
+    requests = expansion_requests(run.config, by_id, count)
+    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     texts = {}
     for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
         what = f"{set_name}, {name}" if set_name else name
@@ -206,7 +207,7 @@ def _sample_expansions(
             journal /= f"evaluation-{name}.jsonl"
             adapter = trained.adapters[name]
             texts[name] = sample_texts(
-                run, models, adapter, prompts, path=journal, purpose="evaluation"
+                sampler, adapter, requests, path=journal, purpose="evaluation"
             )
     rows = (
         {

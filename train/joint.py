@@ -19,10 +19,10 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import expansion_prompts, sample_texts
+from expandr_jax.expansion.expand import expansion_requests, sample_texts
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
-from expandr_jax.pair import Models, check_meshes, load_models
+from expandr_jax.pair import Models, check_meshes, load_models, make_sampler
 from expandr_jax.ranking.systems import SYSTEMS
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
@@ -188,12 +188,11 @@ def _expand(
     """Expansions of the retriever's training queries; writes round-R/expansions.jsonl."""
     config = run.config.expansion
     queries = {query: data.collection.queries[query] for query in data.retriever_train}
-    prompts = expansion_prompts(run.config, queries, config.train_samples)
+    requests = expansion_requests(run.config, queries, config.train_samples)
     texts = sample_texts(
-        run,
-        models,
+        make_sampler(models, run.config, run.processes, run.reporter, run.path("work")),
         adapter,
-        prompts,
+        requests,
         path=run.path("work", f"round-{round_}", "expansions.jsonl"),
         purpose=f"expansions, round {round_}",
         strip=config.strip_train_lead_ins,

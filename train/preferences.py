@@ -9,10 +9,11 @@ import numpy as np
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.expansion.expand import Prompt, drawing, expansion_text, sample_texts
+from expandr_jax.expansion.expand import drawing, expansion_text, sample_texts
 from expandr_jax.expansion.prompts import render
+from expandr_jax.generation.requests import Request
 from expandr_jax.models.pooling import l2_normalize
-from expandr_jax.pair import Models
+from expandr_jax.pair import Models, make_sampler
 from expandr_jax.ranking.systems import fuse
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.search import corpus_reward, group_reward, judged_documents
@@ -59,8 +60,8 @@ def _sample_candidates(
     run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
 ) -> dict[tuple[str, int], str]:
     config = run.config.candidates
-    prompts = [
-        Prompt(
+    requests = [
+        Request(
             query,
             sample,
             expansion_text(run.config, data.collection.queries[query]),
@@ -71,9 +72,9 @@ def _sample_candidates(
         for sample, temperature in enumerate(_temperatures(run))
     ]
     path = run.path("work", f"round-{round_}", "candidates.jsonl")
-    return sample_texts(
-        run, models, adapter, prompts, path=path, purpose=f"candidates, round {round_}"
-    )
+    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
+    purpose = f"candidates, round {round_}"
+    return sample_texts(sampler, adapter, requests, path=path, purpose=purpose)
 
 
 def _temperatures(run: Run) -> list[float]:
@@ -87,13 +88,14 @@ def _self_answers(
 ) -> dict[str, str]:
     """Query id -> answer; an empty one is tried once more, then its query is left out."""
     config = run.config.answer
+    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     answers: dict[str, str] = {}
     for attempt in range(2):
         missing = [query for query in data.generator_train if query not in answers]
         if not missing:
             break
-        prompts = [
-            Prompt(
+        requests = [
+            Request(
                 query,
                 attempt,
                 render(
@@ -108,7 +110,7 @@ def _self_answers(
         ]
         path = run.path("work", f"round-{round_}", f"answers-{attempt}.jsonl")
         purpose = f"answers, round {round_}, try {attempt}"
-        texts = sample_texts(run, models, adapter, prompts, path=path, purpose=purpose)
+        texts = sample_texts(sampler, adapter, requests, path=path, purpose=purpose)
         answers |= {query: text for (query, _), text in texts.items() if text}
     return answers
 

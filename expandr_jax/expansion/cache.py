@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 
 from expandr_jax.data.records import hash_json, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Prompt, sample_texts
+from expandr_jax.expansion.expand import sample_texts
 from expandr_jax.expansion.prompts import strip_lead_in
-from expandr_jax.pair import Models
-from expandr_jax.runtime.run import Run
+from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.runtime.progress import Reporter
 
 FIELDS = {"query_id": str, "sample": int, "prompt": str, "text": str}
 _HASH_LENGTH = 16  # Hex digits.
@@ -32,33 +33,36 @@ class TextCache:
         self._directory = directory
 
     def texts(
-        self, run: Run, models: Models, name: str, prompts: Sequence[Prompt], phase: str
+        self,
+        sampler: Sampler,
+        name: str,
+        requests: Sequence[Request],
+        timed: contextlib.AbstractContextManager,
     ) -> dict[tuple[str, int], str]:
         """The texts of some requests; those that are not kept yet are generated and kept.
 
         Args:
-            run: Seed, settings of the engine, progress.
-            models: The generator.
-            name: Of the strategy; sets its draws apart from others'.
-            prompts: The requests, each (query_id, sample) once.
-            phase: What generating them is called in timings.json.
+            sampler: The generator, the base model of which is asked.
+            name: Sets the draws of these requests apart from others'.
+            requests: Users' messages, each (id, sample) once.
+            timed: Entered while texts are generated, if any are.
 
         Returns:
-            (query id, sample) -> text without its lead-in; "" where the model said nothing.
+            (id, sample) -> text without its lead-in; "" where the model said nothing.
 
         Raises:
             UserError: The directory cannot be written, or a file in it is damaged.
         """
-        stop = run.config.generator.stop
-        owner = hash_json([models.generator_hash, run.config.seed, name, *stop])[:_HASH_LENGTH]
+        named = [sampler.weights_hash, sampler.seed, name, *sampler.settings.stop]
+        owner = hash_json(named)[:_HASH_LENGTH]
         path = self._directory / f"{name}-{owner}.jsonl"
-        keys = [_key(prompt) for prompt in prompts]
-        with self._locked(path, run):
+        keys = list(map(_key, requests))
+        with self._locked(path, sampler.reporter):
             kept = _read(path)
-            missing = [p for p, key in zip(prompts, keys, strict=True) if key not in kept]
+            missing = [r for r, key in zip(requests, keys, strict=True) if key not in kept]
             if missing:
-                with run.phase(phase):
-                    kept |= self._generate(run, models, name, path, missing)
+                with timed:
+                    kept |= self._generate(sampler, name, path, missing)
                 write_jsonl(
                     path,
                     (
@@ -67,24 +71,25 @@ class TextCache:
                     ),
                 )
                 self._journal(path, missing).unlink(missing_ok=True)
-        if len(missing) < len(prompts):
-            run.console.print(f"  {len(prompts) - len(missing)} texts of {name} were there already")
+        if len(missing) < len(requests):
+            there = len(requests) - len(missing)
+            sampler.reporter.say(f"{there} texts of {name} were there already")
         return {key[:2]: strip_lead_in(kept[key]).strip() for key in keys}
 
     def _generate(
-        self, run: Run, models: Models, name: str, path: pathlib.Path, missing: Sequence[Prompt]
+        self, sampler: Sampler, name: str, path: pathlib.Path, missing: Sequence[Request]
     ) -> dict[Key, str]:
         journal = self._journal(path, missing)
-        made = sample_texts(run, models, None, missing, path=journal, purpose=name, strip=False)
-        return {_key(prompt): made[prompt.query_id, prompt.sample] for prompt in missing}
+        made = sample_texts(sampler, None, missing, path=journal, purpose=name, strip=False)
+        return {_key(request): made[request.id, request.sample] for request in missing}
 
-    def _journal(self, path: pathlib.Path, missing: Sequence[Prompt]) -> pathlib.Path:
+    def _journal(self, path: pathlib.Path, missing: Sequence[Request]) -> pathlib.Path:
         """Where the same requests go on from after a kill."""
-        which = hash_json([dataclasses.astuple(prompt) for prompt in missing])[:_HASH_LENGTH]
+        which = hash_json([dataclasses.astuple(request) for request in missing])[:_HASH_LENGTH]
         return path.with_suffix(f".{which}.new")
 
     @contextlib.contextmanager
-    def _locked(self, path: pathlib.Path, run: Run) -> Iterator[None]:
+    def _locked(self, path: pathlib.Path, reporter: Reporter) -> Iterator[None]:
         """Keeps other processes from generating the same."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -97,17 +102,17 @@ class TextCache:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                run.console.print(f"  another process writes {path}: waiting for it")
+                reporter.say(f"another process writes {path}: waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
 
-def _key(prompt: Prompt) -> Key:
-    asked = [prompt.text, prompt.temperature, prompt.top_p, prompt.max_new_tokens]
-    rest = [prompt.top_k, prompt.min_p, prompt.repetition_penalty]
+def _key(request: Request) -> Key:
+    asked = [request.prompt, request.temperature, request.top_p, request.max_new_tokens]
+    rest = [request.top_k, request.min_p, request.repetition_penalty]
     if rest != [0, 0.0, 1.0]:  # Left out where they change nothing, so that kept texts still serve.
         asked += rest
-    return prompt.query_id, prompt.sample, hash_json(asked)[:_HASH_LENGTH]
+    return request.id, request.sample, hash_json(asked)[:_HASH_LENGTH]
 
 
 def _read(path: pathlib.Path) -> dict[Key, str]:

@@ -18,7 +18,7 @@ SEPARATOR = "[SEP]"  # Replaced by the retriever's own.
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class Ask:
     """One thing that the generator is asked.
 
     Attributes:
@@ -102,7 +102,7 @@ class Strategy:
         kind: How `dense`'s texts are encoded: "query" where the query stands in them.
     """
 
-    requests: tuple[Request, ...]
+    requests: tuple[Ask, ...]
     samples: int
     sparse: Callable[[str, Sequence[str]], str]
     dense: Callable[[str, Sequence[str], float], DenseQuery]
@@ -147,7 +147,7 @@ def joined(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
 
 
 def _asked(name: str, samples: int, *rest, **options) -> Strategy:
-    return Strategy((Request(name, name),), samples, *rest, **options)
+    return Strategy((Ask(name, name),), samples, *rest, **options)
 
 
 STRATEGIES = {
@@ -163,7 +163,7 @@ STRATEGIES = {
     "q2c": _asked("q2c", 1, repeated(5), joined(" "), kind="query"),
     "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),
     "lamer": _asked("lamer", 5, alternated, one_of_them),
-    "csqe": Strategy((Request("q2d", "q2d"), Request("csqe", "csqe")), 5, lower_cased, one_of_them),
+    "csqe": Strategy((Ask("q2d", "q2d"), Ask("csqe", "csqe")), 5, lower_cased, one_of_them),
 }
 PUBLISHED = ("q2d", "hyde", "query2doc", "q2e", "q2c", "mugi", "lamer", "csqe")
 FEEDBACKS = {  # (query vectors, vectors of the documents found first) to query vectors

@@ -14,7 +14,8 @@ class Request:
     Attributes:
         id: The query's id, or any name.
         sample: Index of this text among those of the same id.
-        prompt: Token ids, chat template included.
+        prompt: Token ids, chat template included; or the user's message, which `Sampler` turns
+            into them.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_p: Probability mass that is sampled from, in (0, 1].
         max_new_tokens: Most tokens to sample, EOS included.
@@ -28,7 +29,7 @@ class Request:
 
     id: str
     sample: int
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] | str
     temperature: float
     top_p: float
     max_new_tokens: int
@@ -38,7 +39,7 @@ class Request:
 
     def __post_init__(self) -> None:
         expected = {
-            "prompt": (len(self.prompt) > 0, "at least one token"),
+            "prompt": (self.prompt != (), "at least one token"),
             "temperature": (self.temperature >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "max_new_tokens": (self.max_new_tokens > 0, "1 or more"),

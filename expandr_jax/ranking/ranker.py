@@ -12,7 +12,7 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.expansion.cache import TextCache
-from expandr_jax.expansion.expand import Prompt, drawing
+from expandr_jax.expansion.expand import drawing
 from expandr_jax.expansion.strategies import (
     FEEDBACK,
     FEEDBACK_DEPTH,
@@ -21,13 +21,21 @@ from expandr_jax.expansion.strategies import (
     SCORE_FUSIONS,
     SEPARATOR,
     STRATEGIES,
-    Request,
+    Ask,
     Strategy,
     System,
     document_message,
     parse_system,
 )
-from expandr_jax.pair import Models, RetrieverModel, load_models, load_retriever_model
+from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.pair import (
+    Models,
+    RetrieverModel,
+    load_models,
+    load_retriever_model,
+    make_sampler,
+)
 from expandr_jax.ranking.fusion import expanded_query
 from expandr_jax.ranking.systems import finish_run
 from expandr_jax.runtime.run import Run
@@ -51,6 +59,12 @@ class LazyModels:
         """Retriever and generator."""
         with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
             return load_models(self._run.config, advance)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The generator as it samples."""
+        run = self._run
+        return make_sampler(self.both, run.config, run.processes, run.reporter, run.path("work"))
 
     @functools.cached_property
     def retriever(self) -> RetrieverModel:
@@ -153,7 +167,7 @@ class Ranker:
     def texts(self, method: str) -> list[list[str]]:
         """The texts of a strategy for each query, request by request; "" where nothing was said."""
         if method not in self._texts:
-            parts = [self._sample(request, method) for request in STRATEGIES[method].requests]
+            parts = [self._sample(ask, method) for ask in STRATEGIES[method].requests]
             self._texts[method] = [
                 [text for texts in several for text in texts]
                 for several in zip(*parts, strict=True)
@@ -253,37 +267,37 @@ class Ranker:
             expanded_query(self._plain, vectors, present, query_weight=weights, normalize=normalize)
         )
 
-    def _sample(self, request: Request, method: str) -> list[list[str]]:
+    def _sample(self, ask: Ask, method: str) -> list[list[str]]:
         """The texts that answer one request, for each query, kept for whoever asks it again."""
         config = self._run.config
         samples = samples_of(config, STRATEGIES[method])
-        shown = self._shown() if request.needs_passages else [[]] * len(self.ids)
+        shown = self._shown() if ask.needs_passages else [[]] * len(self.ids)
         settings = config.expansion
-        prompts = [
-            Prompt(query_id, sample, text, settings.temperature, **drawing(settings))
+        requests = [
+            Request(query_id, sample, text, settings.temperature, **drawing(settings))
             for query_id, query, passages in zip(self.ids, self.queries, shown, strict=True)
-            for text in [self._prompt(request, query, passages)]
+            for text in [self._prompt(ask, query, passages)]
             for sample in range(samples)
         ]  # fmt: skip
-        texts = self._ask(request.name, prompts)
+        texts = self._ask(ask.name, requests)
         return [[texts[query, sample] for sample in range(samples)] for query in self.ids]
 
     def _sample_documents(self, name: str) -> list[str]:
         """What the generator writes for each document."""
         settings = self._run.config.expansion
-        prompts = [
-            Prompt(
+        requests = [
+            Request(
                 document, 0, self._document_prompt(name, text), settings.temperature,
                 **drawing(settings),
             )
             for document, text in self.collection.corpus.items()
         ]  # fmt: skip
-        texts = self._ask(name, prompts)
+        texts = self._ask(name, requests)
         return [texts[document, 0] for document in self.documents]
 
-    def _ask(self, name: str, prompts: Sequence[Prompt]) -> dict[tuple[str, int], str]:
-        phase = f"{self.collection.name}: texts of {name}"
-        return self._cache.texts(self._run, self._models.both, name, prompts, phase)
+    def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+        timed = self._run.phase(f"{self.collection.name}: texts of {name}")
+        return self._cache.texts(self._models.sampler, name, requests, timed)
 
     def _shown(self) -> list[list[str]]:
         """The documents that BM25 finds for each query."""
@@ -291,18 +305,13 @@ class Ranker:
         corpus = self.collection.corpus
         return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
 
-    def _prompt(self, request: Request, query: str, passages: Sequence[str]) -> str:
+    def _prompt(self, ask: Ask, query: str, passages: Sequence[str]) -> str:
         most = self._run.config.answer.max_characters
-        return request.message(query, passages, most_characters=most, fits=self._fits)
+        return ask.message(query, passages, most_characters=most, fits=self._models.sampler.fits)
 
     def _document_prompt(self, name: str, text: str) -> str:
         most = self._run.config.answer.max_characters
-        return document_message(name, text, most_characters=most, fits=self._fits)
-
-    def _fits(self, text: str) -> bool:
-        """Whether a message loses nothing."""
-        limit = max(self._run.config.generator.prompt_buckets)
-        return not self._models.both.generator.chat_ids(text, limit)[1]
+        return document_message(name, text, most_characters=most, fits=self._models.sampler.fits)
 
 
 def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:
