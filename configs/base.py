@@ -10,24 +10,24 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ml_collections.ConfigDict:
     """The paper's settings, without models or data: those come with each config."""
     config = ml_collections.ConfigDict()
-    config.seed = 0  # Of the order of data, of dropout and of every sampled token.
-    config.rounds = 1  # Of A then B; the paper has one, each further one uses the new generator.
+    config.seed = 0  # Sets the order of data, dropout and every sampled token.
+    config.rounds = 1  # A then B so many times; the paper: once. Each uses the latest generator.
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
 
     config.data = data = ml_collections.ConfigDict()
     data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": JSON lines.
     data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
     data.url = ""  # Instead of a path: one file, a zip in BEIR layout or triples, to download.
-    data.sha256 = ""  # Of that file; another is refused.
+    data.sha256 = ""  # That file's sha256; another file is refused.
     data.cache = ""  # Where it is kept; "": ~/.cache/expandr-jax.
     data.tests = ()  # Further BEIR directories or zips that a run is tested on, after its own data.
     data.weights = ()  # triples: (("FILE", weight), ...), shares of the rows; (): all of all files.
     data.prepared = ""  # triples: where they are prepared, for several runs; "": in the workdir.
     data.dev = ""  # train.retriever: BEIR directory whose dev queries choose the weights; or none.
-    data.on_bad = "error"  # train.retriever: what a wrong line of triples is, "error" or "skip".
+    data.on_bad = "error"  # train.retriever: what a bad line of triples is, "error" or "skip".
     data.packages = ()  # pydoc: "name==version" of each package to read.
     data.min_pairs = 1  # pydoc: fewest pairs to go on with.
-    data.shares = shares = ml_collections.ConfigDict()  # Of queries, where no split is given.
+    data.shares = shares = ml_collections.ConfigDict()  # Queries' shares, where no split is given.
     shares.retriever_train = 0.735  # To step A; 7 to 1 against step B, as in the paper.
     shares.generator_train = 0.105  # To step B.
     shares.dev = 0.05  # To choosing settings.
@@ -40,20 +40,20 @@ def get_config() -> ml_collections.ConfigDict:
     config.retriever = retriever = ml_collections.ConfigDict()
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    retriever.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
+    retriever.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
-    retriever.compute_dtype = "float32"  # Of encoding: "float32" or "bfloat16".
-    retriever.vectors = "float32"  # Of documents' vectors in files; "float16", "bfloat16", "int8".
+    retriever.compute_dtype = "float32"  # Type that encoding computes in: "float32" or "bfloat16".
+    retriever.vectors = "float32"  # Documents' vectors in files; or "float16", "bfloat16", "int8".
     retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
 
     config.generator = generator = ml_collections.ConfigDict()
     generator.source = ""  # Directory, hub id, .gguf file, "package:NAME/PATH"; PEFT adapters too.
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
-    generator.sha256 = placeholder(str)  # Of the weights file; none or "": not checked.
-    generator.compute_dtype = "bfloat16"  # Of sampling and DPO; the adapter stays in float32.
-    generator.weights = ""  # Of the frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
+    generator.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
+    generator.compute_dtype = "bfloat16"  # In sampling and step B; the adapter stays in float32.
+    generator.weights = ""  # The frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.stop = ()  # Strings that end a text; what comes from there on is dropped.
     generator.slots = 128  # Texts that are sampled at once.
@@ -98,21 +98,21 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.weight_decay = 0.0  # Decoupled, on matrices.
     contrastive.clip_norm = 1.0  # Greatest norm of the gradient.
     contrastive.temperature = 0.02  # tau.
-    contrastive.query_weight = 0.5  # Of the query's own vector in the mean with its expansions.
+    contrastive.query_weight = 0.5  # The query vector's weight in the mean with its expansions'.
     contrastive.normalize = "both"  # Unit length "before" the mean, "after", "both" or "none".
     contrastive.negatives = 0  # Given ones a query and step; more are drawn from, fewer masked.
-    contrastive.plain_share = 0.0  # Of queries that stay unexpanded in a step.
+    contrastive.plain_share = 0.0  # Share of queries that stay unexpanded in a step.
     contrastive.dropout = False  # The module's own rates, in training.
     # "dots" is as quick as "none" on CPU, where memory costs more than arithmetic, with half of it.
     contrastive.remat = "dots"  # What the backward pass recomputes: "none", "dots" or "full".
     contrastive.micro_batch = 0  # Texts whose graph is in memory at once (GradCache); 0: all.
     contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
     contrastive.symmetric = False  # Documents are compared with all queries, too.
-    contrastive.info_nce_weight = 1.0  # Of the contrastive loss.
-    contrastive.margin_mse_weight = 0.0  # Of squared errors of the teacher's score margins.
-    contrastive.kl_weight = 0.0  # Of the divergence from the teacher's distribution.
+    contrastive.info_nce_weight = 1.0  # Weight of the contrastive loss.
+    contrastive.margin_mse_weight = 0.0  # Weight of squared errors of the teacher's score margins.
+    contrastive.kl_weight = 0.0  # Weight of the divergence from the teacher's distribution.
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
-    contrastive.invariance_weight = 0.0  # Of what expansion changes in a query's ranking, as KL.
+    contrastive.invariance_weight = 0.0  # Weight of the KL by which expansion changes a ranking.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
@@ -121,9 +121,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.mining = mining = ml_collections.ConfigDict()  # Where contrastive.negatives is not 0.
     mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
-    mining.first = 0  # Results left out at the top, where right documents nobody judged may be.
+    mining.first = 0  # Results left out at the top: relevant documents nobody judged may be there.
     mining.depth = 50  # Results looked at.
-    mining.absolute_margin = placeholder(float)  # Below the right document's score, at least.
+    mining.absolute_margin = placeholder(float)  # At least so far below the positive's score.
     mining.relative_margin = placeholder(float)  # The same as a share of that score.
 
     config.candidates = candidates = ml_collections.ConfigDict()  # Step B, sampling.
@@ -142,32 +142,32 @@ def get_config() -> ml_collections.ConfigDict:
     answer.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
     answer.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
     answer.max_new_tokens = 512  # Longest answer, in tokens.
-    answer.max_characters = 1500  # Of the document in the prompt.
+    answer.max_characters = 1500  # Characters of the document that the prompt shows.
 
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
-    # "reciprocal_rank": 1 / rank of the document; of all right ones "ndcg" or "average_precision",
-    # or "softmax_share": their share of softmax(score / corpus_temperature) over the results.
+    # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision" of all relevant
+    # ones, or "softmax_share": theirs of softmax(score / corpus_temperature) over the results.
     reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
     reward.corpus_temperature = 0.05  # "softmax_share": the smaller, the more the first ones count.
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
-    reward.group_size = 64  # Documents drawn from the corpus beside the right ones of a query.
+    reward.group_size = 64  # Documents drawn from the corpus beside a query's relevant ones.
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.
-    reward.query_weight = 0.5  # Of the query's own vector in these rankings.
-    reward.depth = 100  # Of the search in the corpus: the results; deeper counts 0.
+    reward.query_weight = 0.5  # The query vector's weight in these rankings.
+    reward.depth = 100  # Results of the search in the corpus; a document below them counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
-    # "sigmoid", "hinge", "ipo" or "robust", of pairs; "reward-sft": each candidate's negative
+    # "sigmoid", "hinge", "ipo" or "robust", for pairs; "reward-sft": each candidate's negative
     # log-likelihood, by its share softmax(reward / reward_temperature) among its query's.
-    dpo.loss = "sigmoid"  # Of these, which is learned.
+    dpo.loss = "sigmoid"  # Which of these is learned.
     dpo.reward_temperature = (
         0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
     )
     dpo.beta = 0.1  # Strength of the tie to the base model.
-    dpo.label_smoothing = 0.0  # Share of pairs taken to be the wrong way round.
+    dpo.label_smoothing = 0.0  # Share of pairs whose chosen text is taken to be the worse one.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
     dpo.epochs = 2.0  # Passes over the pairs or candidates.
@@ -179,7 +179,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.prompt_length = 100  # Tokens of a prompt; longer ones lose their beginning.
     dpo.response_length = 512  # Tokens of a response, its end included; longer ones are cut.
     dpo.on_bad_pair = "error"  # train.generator: stop at the first, or "drop" and count them.
-    dpo.dev_share = 0.1  # Of the pairs, or of the candidates' queries, held out by a hash.
+    dpo.dev_share = 0.1  # Share of pairs, or of the candidates' queries, held out by a hash.
     dpo.eval_every = 0  # Updates between evaluations on the pairs held out; 0: at the end only.
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.
@@ -194,17 +194,17 @@ def get_config() -> ml_collections.ConfigDict:
     scann.method = "auto"  # "brute": all; "ah": hashed; "tree": those in near leaves; by size.
     scann.ah_from = 20_000  # Documents from which "auto" is "ah".
     scann.tree_from = 100_000  # Documents from which "auto" is "tree".
-    scann.leaves = placeholder(int)  # Of the tree; none: the root of the number of documents.
+    scann.leaves = placeholder(int)  # Leaves of the tree; none: the root of the documents' number.
     scann.leaves_to_search = placeholder(int)  # For a query; none: a quarter of them.
     scann.tree_sample = 100_000  # Vectors that the tree is trained on.
-    scann.tree_iterations = 12  # Of k-means.
+    scann.tree_iterations = 12  # Iterations of k-means for the tree.
     scann.soar = placeholder(float)  # Weight of a second leaf for each vector; none: one leaf.
     scann.dimensions_per_block = 2  # Hashed together.
-    scann.anisotropic_threshold = 0.2  # Of the loss that the hash is trained by.
+    scann.anisotropic_threshold = 0.2  # Threshold of the loss that the hash is trained by.
     scann.ah_sample = 100_000  # Vectors that the hash is trained on.
-    scann.ah_iterations = 10  # Of k-means for the hash.
+    scann.ah_iterations = 10  # Iterations of k-means for the hash.
     scann.reorder = 400  # Documents scored exactly for a query; as many as asked for at least.
-    scann.storage = "float32"  # Of the vectors for that; or "bfloat16", "int8".
+    scann.storage = "float32"  # The vectors that those are scored by; or "bfloat16", "int8".
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.systems = (  # Rows of the results; see expandr_jax/ranking/systems.py.
@@ -214,14 +214,14 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)  # Tried on dev.
     evaluation.samples = (1,)  # How many expansions are averaged; tried on dev.
     evaluation.depth = 100  # Documents a query in runs/.
-    evaluation.sample_depth = 1000  # Of the search that ranks single samples.
+    evaluation.sample_depth = 1000  # Results of the searches that rank single samples.
     evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).
 
     config.export = export = ml_collections.ConfigDict()
-    export.dtype = "float32"  # Of the exported models.
+    export.dtype = "float32"  # Type of the exported models' weights.
 
     config.log = log = ml_collections.ConfigDict()  # May be changed when a run is continued.
-    log.peak_flops = placeholder(float)  # Of a device, a second; none: from a table, if it has it.
+    log.peak_flops = placeholder(float)  # A device's, a second; none: from a table, if it has it.
     log.wandb = ""  # A project of Weights & Biases that gets each step, too; "": none.
     log.profile_steps = 0  # Steps of each phase that are traced to profile/; 0: none.
 

@@ -23,7 +23,7 @@ BEIR = (
     "msmarco", "trec-covid", "nfcorpus", "nq", "hotpotqa", "fiqa", "arguana", "webis-touche2020",
     "quora", "cqadupstack", "dbpedia-entity", "scidocs", "fever", "climate-fever", "scifact",
 )  # fmt: skip
-# Of 808,740 lines 100,000 go to step B; of the others a tenth were held out.
+# 100,000 of the 808,740 lines go to step B; a tenth of the others were held out.
 LINES, GENERATOR_LINES, HELD_OUT_LINES = 808_740, 100_000, 70_874
 
 

@@ -4,7 +4,7 @@
         --data=data/beir/scifact,data/beir/fiqa --systems=dense,dense+q2d
 
 The argument is expandr (the authors' retriever and generator), anchordr, contriever or
-contriever-msmarco. docs/paper.md says what has to lie under models/ and which figures are known.
+contriever-msmarco. docs/paper.md says what has to lie under models/ and which results are known.
 """
 
 import ml_collections

@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.candidates.per_temperature = 4
     # A passage that is ranked alone does best where it repeats the query, which gains nothing
     # from it: so its reward is what it does for a search with the query. Not the rank there, which
-    # is the same for most passages of a query, but the right document's share of the softmax.
+    # is the same for most passages of a query, but the relevant document's share of the softmax.
     config.reward.positive = 0.0
     config.reward.answer = 0.0
     config.reward.corpus_measure = "softmax_share"

@@ -51,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.learning_rate = 5e-5
     config.contrastive.warmup_steps = 8
     config.mining.per_query = 1
-    config.mining.relative_margin = 0.0  # What outscores the right document is often right too.
+    config.mining.relative_margin = 0.0  # What outscores the relevant document is often relevant.
     config.contrastive.query_weight = 0.7
     config.candidates.max_new_tokens = 24
     config.answer.max_new_tokens = 32

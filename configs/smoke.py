@@ -2,7 +2,7 @@
 
     python -m train.joint --config=configs/smoke.py --workdir=runs/smoke
 
-For tests and for trying an override; the figures mean nothing.
+For tests and for trying an override; the results mean nothing.
 """
 
 import pathlib

@@ -41,5 +41,5 @@ def get_config(data: str = "") -> ml_collections.ConfigDict:
     config.retriever.max_length = 256
     config.generator.prompt_buckets = (64, 128, 384)
     config.expansion.max_new_tokens = 32
-    config.answer.max_characters = 200 if data else 300  # Of each document that a message shows.
+    config.answer.max_characters = 200 if data else 300  # So much of each document is shown.
     return config

@@ -1,12 +1,12 @@
-"""Measures this project beside what else would do the work: `python -m eval.speed --out=FILE`.
+"""Measures this project's speed beside other libraries': `python -m eval.speed --out=FILE`.
 
     python -m eval.speed --only=sampling,dpo --out=speed.json
 
-Each side runs in a process of its own, in float32 and on two threads, from the same inputs. What
-both come to is compared first; then they take turns, --repeats times, and medians are compared. A
-ratio above 1 means that this project is quicker. The machine's peak of matrix products and of
-reading memory is measured too: "share" is what part of the former a side reaches, and "floor" the
-rate at which the row's operations and bytes would pass at both peaks.
+Each side runs in a process of its own, in float32 and on two threads, from the same inputs. Their
+results are compared first; then they take turns, --repeats times, and medians are compared. A ratio
+above 1 means that this project is quicker. The machine's peaks of matrix products and of reading
+memory are measured too: "share" is what part of the former a side reaches, and "floor" the rate at
+which the row's operations and bytes would pass at both peaks.
 """
 
 import importlib.metadata
@@ -34,13 +34,13 @@ def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, A
     """Runs benchmarks.
 
     Args:
-        names: Of `eval.benchmarks.NAMES`, or full names of such modules.
+        names: Some of `eval.benchmarks.NAMES`, or full names of such modules.
         repeats: Times that each side does the work.
         console: Where progress is shown.
 
     Returns:
-        What `--out` holds: {"machine", "rows"}. A row whose sides failed, or did not come to the
-        same, has "failed" and no figures.
+        What `--out` holds: {"machine", "rows"}. A row whose sides failed, or differ in their
+        results, has "failed" and no numbers.
 
     Raises:
         UserError: A benchmark cannot be prepared.
@@ -56,7 +56,7 @@ def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, A
             for number, comparison in enumerate(benchmark(name).ROWS):
                 try:
                     row = measure_row(directory, name, number, comparison, repeats, console)
-                except UserError as error:  # What others took long to measure is kept.
+                except UserError as error:  # The other rows took long to measure, and are kept.
                     console.print(f"{error}", markup=False)
                     rows.append(_empty_row(comparison) | {"failed": str(error)})
                     continue
@@ -92,16 +92,16 @@ def measure_row(
         for repeat in range(repeats):
             for side, process in sides.items():
                 measured[side].append(process.measure())
-                figure = f"{measured[side][-1]['figure']:.4g} {comparison.unit}"
-                console.print(f"{comparison.name}: {repeat + 1}/{repeats}, {side}: {figure}")
+                rate = f"{measured[side][-1]['rate']:.4g} {comparison.unit}"
+                console.print(f"{comparison.name}: {repeat + 1}/{repeats}, {side}: {rate}")
     finally:
         for process in sides.values():
             process.close()
     for side in ("ours", "peer"):
         each = measured.get(side)
-        row[side] = each and statistics.median(m["figure"] for m in each)
+        row[side] = each and statistics.median(m["rate"] for m in each)
         row[f"peak_memory_{side}"] = each and max(m["peak_memory"] for m in each)
-        row[f"each_{side}"] = each and [m["figure"] for m in each]
+        row[f"each_{side}"] = each and [m["rate"] for m in each]
     row["ratio"] = row["ours"] / row["peer"] if row["peer"] else None
     if missing:
         row["reason"] = f"not installed: {', '.join(missing)}"
@@ -109,9 +109,9 @@ def measure_row(
 
 
 def _empty_row(comparison: Comparison) -> dict[str, Any]:
-    figures = ("ours", "peer", "ratio", "peak_memory_ours", "peak_memory_peer")
+    measured = ("ours", "peer", "ratio", "peak_memory_ours", "peak_memory_peer")
     names = {"name": comparison.name, "unit": comparison.unit, "peer_name": comparison.peer_name}
-    return names | dict.fromkeys(figures)
+    return names | dict.fromkeys(measured)
 
 
 def _checked(directory: pathlib.Path, name: str, number: int, comparison: Comparison) -> str:

@@ -18,15 +18,16 @@ import numpy as np
 from expandr_jax.data.records import write_text
 from expandr_jax.errors import UserError
 
-Run = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
+RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance, 0 is not relevant
 
-_MEASURES = {"ndcg": "nDCG", "mrr": "RR", "recall": "R", "map": "AP", "p": "P"}
+# Our names and those of ir-measures.
+_IR_MEASURES = {"ndcg": "nDCG", "mrr": "RR", "recall": "R", "map": "AP", "p": "P"}
 _RESAMPLES_AT_ONCE = 1 << 22  # values drawn at a time: 32 MiB
 
 
 def evaluate(
-    run: Run,
+    run: RunScores,
     qrels: Qrels,
     names: Sequence[str] = ("ndcg@10", "mrr@10", "recall@100", "map"),
 ) -> dict[str, dict[str, float]]:
@@ -79,8 +80,8 @@ def make_run(
     """Names the results of `Index.search`.
 
     Args:
-        query_ids: of the Q queries searched.
-        document_ids: of the N documents indexed.
+        query_ids: ids of the Q queries searched.
+        document_ids: ids of the N documents indexed.
         scores: [Q, k].
         indices: [Q, k], rows of the index.
         above: results that score this or less are left out (0 for BM25: no word in common).
@@ -99,7 +100,7 @@ def rank_documents(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     """Orders one query's documents as trec_eval does, best first, with strictly falling scores.
 
     Args:
-        scores: by document id; finite as float32.
+        scores: document id -> score, finite as float32.
 
     Returns:
         (document id, score) pairs; each score is a float32 value, lowered by the least possible
@@ -120,7 +121,7 @@ def rank_documents(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(document, float(score)) for (_, document), score in zip(ranking, lowered, strict=True)]
 
 
-def write_trec(path: str | os.PathLike, run: Run, tag: str) -> None:
+def write_trec(path: str | os.PathLike, run: RunScores, tag: str) -> None:
     """Writes a run as "qid Q0 docid rank score tag" lines, rank from 1, scores strictly falling.
 
     Args:
@@ -235,7 +236,7 @@ def randomisation_test(
     Args:
         a: values by query id, or in the order of the queries.
         b: the same for the other system.
-        seed: of the swaps.
+        seed: seed of the swaps.
         samples: random assignments drawn; the p-value is (1 + as extreme) / (1 + samples).
 
     Returns:
@@ -284,7 +285,7 @@ def bootstrap_interval(
 
     Args:
         values: one a query, at least one.
-        seed: of the resampling.
+        seed: seed of the resampling.
         confidence: share of resampled means inside the interval.
         samples: resamples drawn.
     """
@@ -304,7 +305,7 @@ def bootstrap_interval(
 
 def _measure(name: str) -> ir_measures.Measure:
     base, _, cutoff = name.partition("@")
-    spelled = _MEASURES.get(base.lower(), base) + ("@" + cutoff if cutoff else "")
+    spelled = _IR_MEASURES.get(base.lower(), base) + ("@" + cutoff if cutoff else "")
     try:
         measure = ir_measures.parse_measure(spelled)
         if ir_measures.DefaultPipeline.supports(measure):

@@ -19,19 +19,19 @@ def mine_negatives(
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
 ) -> list[list[int]]:
-    """Takes the best results of each query that are not right and not too near to being right.
+    """Takes the best results of each query that are not relevant, and do not look as if they were.
 
-    Of each text at most one document is taken, and none with the text of a right document.
+    At most one document of each text is taken, and none with the text of a relevant document.
 
     Args:
         scores: [queries, found], as `Index.search` returns them.
         indices: [queries, found] documents, best first.
         positive_scores: [queries] scores of the right documents: of the one to be found, or the
             least of them where no known one may be outscored.
-        positives: Of each query, all documents that are known to be right.
+        positives: All documents of each query that are known to be relevant.
         documents: Texts of the corpus, in the order of the index.
         count: Negatives a query at most.
-        first: Results left out at the top, where right documents that nobody judged are likely.
+        first: Results left out at the top, where relevant documents that nobody judged are likely.
         depth: Results looked at, those left out included; None: all.
         absolute_margin: A negative scores at most the positive's score minus this.
         relative_margin: A negative scores at most the positive's score minus this share of its
@@ -65,8 +65,8 @@ def mine_negatives(
     if depth is not None:
         allowed[:, depth:] = False
     mined = []
-    for query, right in enumerate(positives):
-        seen = {documents[document].strip() for document in right}
+    for query, relevant in enumerate(positives):
+        seen = {documents[document].strip() for document in relevant}
         taken: list[int] = []
         for document in indices[query, allowed[query]].tolist():
             text = documents[document].strip()
@@ -92,9 +92,9 @@ def triple_rows(
         negatives: From `mine_negatives`.
         documents: Texts of the corpus.
     """
-    for query, right, wrong in zip(queries, positives, negatives, strict=True):
+    for query, relevant, others in zip(queries, positives, negatives, strict=True):
         yield {
             "query": query,
-            "pos": [documents[document] for document in right if documents[document].strip()],
-            "neg": [documents[document] for document in wrong],
+            "pos": [documents[document] for document in relevant if documents[document].strip()],
+            "neg": [documents[document] for document in others],
         }

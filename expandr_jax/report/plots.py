@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    # Otherwise imported where it is used: it takes half a second, and a program draws at its end.
+    # Imported where it is used, else: it takes half a second, and a program draws at its end.
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -62,7 +62,7 @@ def bars(
     """Draws one horizontal bar a label, with whiskers where there is an interval.
 
     Args:
-        title: names the plot for those who cannot see it.
+        title: name of the plot, for those who cannot see it.
         values: length of each bar by its label, drawn from top to bottom.
         intervals: low and high end by label.
         highlight: the label whose bar stands out; None colours all alike.
@@ -101,10 +101,10 @@ def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool 
     """Draws one line a series.
 
     Args:
-        title: what a screen reader says.
+        title: name of the plot, for those who cannot see it.
         series: points by label.
-        xlabel: under the axis.
-        ylabel: beside it.
+        xlabel: text under the horizontal axis.
+        ylabel: text beside the vertical axis.
         smooth: a long line is drawn faintly, with its moving mean on top.
     """
     with _style(_STYLE):

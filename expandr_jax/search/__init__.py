@@ -34,7 +34,7 @@ __all__ = [
     "text_fingerprint",
 ]
 
-_BACKENDS = {
+BACKENDS = {
     "exact": (ExactIndex, ExactOptions),
     "scann": (ScannIndex, ScannOptions),
     "bm25": (Bm25Index, Bm25Options),
@@ -46,7 +46,7 @@ class Index(Protocol):
 
     Attributes:
         size: number of vectors or texts.
-        dimension: width of the vectors; of texts, their different words.
+        dimension: width of the vectors; for texts, how many different words they have.
         fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
     """
 
@@ -82,11 +82,11 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
     Raises:
         UserError: the corpus cannot be indexed so, the backend is missing or an option is unknown.
     """
-    if backend not in (*_BACKENDS, "auto"):
+    if backend not in (*BACKENDS, "auto"):
         raise UserError(
             f"search backend {backend!r} is unknown; expected auto, exact, scann or bm25"
         )
-    # `StoredVectors`, too; an array of strings is none of vectors.
+    # `StoredVectors` count as well; an array of strings is not one of vectors.
     vectors = hasattr(corpus, "ndim") and corpus.dtype.kind not in "OUT"
     chosen = backend
     if backend == "auto":
@@ -96,11 +96,11 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
         if not vectors:
             wanted, given = "an array of vectors", f"a {type(corpus).__name__}"
         raise UserError(f"the {chosen} backend indexes {wanted}; {given} was given")
-    kind, settings = _BACKENDS[chosen]
+    kind, settings = BACKENDS[chosen]
     own = {field.name for field in dataclasses.fields(settings)}
     accepted = own
     if backend == "auto":
-        fields = (dataclasses.fields(settings) for _, settings in _BACKENDS.values())
+        fields = (dataclasses.fields(settings) for _, settings in BACKENDS.values())
         accepted = {field.name for several in fields for field in several}
     for name in options:
         if name not in accepted:
@@ -116,15 +116,15 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
 
     Args:
         directory: where it was saved.
-        fingerprint: of what the index must have been built from; None accepts any.
+        fingerprint: that of what the index must have been built from; None accepts any.
 
     Raises:
         UserError: no index there, a damaged file, or an index of something else.
     """
     manifest = read_manifest(directory, fingerprint)
-    if manifest.backend not in _BACKENDS:
+    if manifest.backend not in BACKENDS:
         raise UserError(
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
         )
-    kind, _ = _BACKENDS[manifest.backend]
+    kind, _ = BACKENDS[manifest.backend]
     return kind.load(directory, manifest)

@@ -40,7 +40,7 @@ class Bm25Index:
     """Lucene's BM25: an index of texts, searched for texts.
 
     Text is lower-cased and split into words of two or more word characters; Lucene's 33 English
-    stop words are dropped; nothing is stemmed (Anserini stems, so its figures differ a little).
+    stop words are dropped; nothing is stemmed (Anserini stems, so its scores differ a little).
     """
 
     def __init__(self, texts: Sequence[str], options: Bm25Options = Bm25Options()):
@@ -64,8 +64,8 @@ class Bm25Index:
 
     @property
     def dimension(self) -> int:
-        """Words that it knows."""
-        return len(self._bm25.vocab_dict.keys() - {""})  # bm25s's own, of no text.
+        """Number of words that it knows."""
+        return len(self._bm25.vocab_dict.keys() - {""})  # bm25s adds "", which no text has.
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -136,7 +136,7 @@ def text_fingerprint(texts: Sequence[str]) -> str:
 def _checked(texts: Sequence[str], verb: str) -> tuple[str, ...]:
     """The texts, in a sequence of our own that nobody changes."""
     if isinstance(texts, str):
-        raise UserError(f"{verb} a list of texts; one text was given: put it into a list")
+        raise UserError(f"{verb} a list of texts; one text was given: make it a list of one")
     texts = tuple(texts)
     for row, text in enumerate(texts):
         if not isinstance(text, str):

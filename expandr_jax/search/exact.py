@@ -47,7 +47,7 @@ class ExactIndex:
         Args:
             vectors: finite floating point numbers.
             options: sizes.
-            devices: that search; None: all of this process.
+            devices: the devices that search; None: all of this process.
 
         Raises:
             UserError: vectors or options cannot be used.
@@ -111,7 +111,7 @@ class ExactIndex:
         """Memory-maps a saved index; `load_index` reads the manifest."""
         vectors = np.load(os.path.join(directory, _FILE), mmap_mode="r", allow_pickle=False)
         index = cls(vectors, ExactOptions(**manifest.options))
-        index.fingerprint = manifest.fingerprint  # of the vectors given, if not float32
+        index.fingerprint = manifest.fingerprint  # That of the vectors given, if not in float32.
         return index
 
 
@@ -126,7 +126,7 @@ def merge_block(
 ) -> tuple[jax.Array, jax.Array]:
     """Merges a block [B, D] that starts at row `offset` into the best [Q, k] so far."""
     new = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
-    new = jnp.where(new == 0, 0, new)  # top_k would put 0.0 before -0.0
+    new = jnp.where(new == 0, 0, new)  # top_k would rank 0.0 before -0.0.
     rows = offset + jnp.arange(len(block), dtype=jnp.int32)
     new = jnp.where(rows < size, new, -jnp.inf)
     # top_k is stable and earlier blocks stand first, so ties keep the order of the corpus.

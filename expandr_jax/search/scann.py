@@ -49,12 +49,12 @@ class ScannOptions:
         leaves: leaves of the tree; None is sqrt(N).
         leaves_to_search: leaves visited for a query; None is a quarter of them.
         tree_sample: vectors that the tree is trained on; about two a leaf and 100 at least.
-        tree_iterations: of k-means.
+        tree_iterations: iterations of k-means for the tree.
         soar: weight of SOAR's second leaf for each vector (arXiv 2404.00774); None is one leaf.
         dimensions_per_block: dimensions hashed together; no more than there are.
-        anisotropic_threshold: of the score-aware quantization loss.
+        anisotropic_threshold: threshold of the score-aware quantization loss.
         ah_sample: vectors that hashing is trained on, about; 100 at least.
-        ah_iterations: of k-means for the hash.
+        ah_iterations: iterations of k-means for the hash.
         reorder: candidates scored exactly for a query; at least k of them always are.
         storage: "float32", "bfloat16" or "int8", of the vectors used for exact scores.
     """

@@ -21,7 +21,7 @@ class Manifest:
     Attributes:
         backend: "exact", "scann" or "bm25".
         size: number of vectors or texts.
-        dimension: width of the vectors; of texts, their different words.
+        dimension: width of the vectors; for texts, how many different words they have.
         fingerprint: sha256 of the vectors or texts.
         options: fields of the backend's options.
         files: sha256 of each file of the index, by name.
@@ -74,7 +74,7 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
 
     Args:
         directory: where the index was saved.
-        fingerprint: of what the index must have been built from; None accepts any.
+        fingerprint: that of what the index must have been built from; None accepts any.
 
     Raises:
         UserError: no index there, a damaged file, or an index of something else.

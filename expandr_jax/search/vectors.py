@@ -8,8 +8,8 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 
-_LONGEST = 1e15  # of a vector: beyond, sums of squares overflow, which ends ScaNN's process
-_BLOCK_BYTES = 1 << 24  # what a scan over memory-mapped vectors holds at a time
+_LONGEST = 1e15  # Length of a vector; sums of squares of longer ones overflow, which ends ScaNN.
+_BLOCK_BYTES = 1 << 24  # What a scan over memory-mapped vectors holds at a time.
 
 
 def check_counts(backend: str, options: Any, names: Sequence[str], least: int = 1) -> None:

@@ -39,7 +39,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         identity: Everything that the rows depend on: sha256 of files by name, and settings.
     """
 
-    VERSION = tfds.core.Version("1.0.0")  # Of the fields; raised when they change.
+    VERSION = tfds.core.Version("1.0.0")  # Raised when the fields change.
     FIELDS: ClassVar[Mapping[str, Any]]
     # TFDS would look for checksums of downloads beside the module, through a package that it does
     # not depend on.
@@ -74,7 +74,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             self._progress = progress
         with _locked(self.data_path.parent):
             if not (self.data_path / "dataset_info.json").exists():
-                for left in Path(self.data_path.parent).glob("incomplete.*"):  # By a kill.
+                for left in Path(self.data_path.parent).glob("incomplete.*"):  # After a kill.
                     shutil.rmtree(left)
                 with _quiet():
                     self.download_and_prepare(file_format=FORMAT)

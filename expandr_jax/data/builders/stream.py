@@ -66,7 +66,7 @@ def shuffled(
 
     Args:
         parts: From `rows`.
-        seed: Of the order.
+        seed: Seed of the order.
         weights: The sources' shares of the rows, interleaved evenly. An epoch ends when the first
             source does, so that no row stands in it twice. None: all rows of all of them.
 
@@ -118,7 +118,8 @@ class Stream(Iterator[list[Row]]):
         own = dataset[:even][host::hosts].repeat(epochs).batch(batch_size, batch_fn=list)
         batches = own.to_iter_dataset()
         if workers:
-            if not flags.FLAGS.is_parsed():  # Workers are given the flags of absl.
+            # The processes are given the flags of absl, which a library's caller need not have.
+            if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self._layout = {

@@ -27,7 +27,7 @@ _TEXT, _TEXTS = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text(
 
 
 class Triples(TextBuilder, skip_registration=True):
-    """Queries with right and wrong passages; a split SOURCE_PART for each file and part.
+    """Queries with positive and negative passages; a split SOURCE_PART for each file and part.
 
     Args:
         path: A directory of .jsonl[.gz] files, or one such file; see expandr_jax/data/triples.py.
