@@ -27,9 +27,9 @@ from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.cache import TextCache
-from expandr_jax.expansion.strategies import System, parse_systems
+from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.ranker import LazyModels, Ranker
-from expandr_jax.ranking.systems import MEASURES
+from expandr_jax.ranking.systems import System, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.sets import harvested_set, mean_over_sets
@@ -91,7 +91,7 @@ def evaluate_set(
              "query": query, "expansion": text}
             for system in task.systems if system.strategy
             for query_id, query, texts in zip(
-                ranker.ids, ranker.queries, ranker.texts(system.method), strict=True)
+                ranker.ids, ranker.queries, ranker.texts(system.strategy), strict=True)
             for sample, text in enumerate(texts)
         ),
     )  # fmt: skip
@@ -129,6 +129,18 @@ def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Pat
                         "another split; use a new --workdir")  # fmt: skip
 
 
+def _untrained(names: Sequence[str]) -> list[System]:
+    """The systems of these names; UserError where one needs what only a run trains."""
+    systems = parse_systems(names)
+    for system in systems:
+        if system.needs_training:
+            raise UserError(
+                f"system {system.name!r} needs a training run; train.joint ranks it, with "
+                "evaluation.systems"
+            )
+    return systems
+
+
 def evaluate_beir(
     config: ml_collections.ConfigDict,
     workdir: str | os.PathLike,
@@ -158,7 +170,7 @@ def evaluate_beir(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    task = Task(parse_systems(names), tuple(dict.fromkeys((*MEASURES, *measures))))
+    task = Task(_untrained(names), tuple(dict.fromkeys((*METRICS, *measures))))
     metrics.evaluate({}, {"": {"": 1}}, task.measures)  # An unknown one is refused before the work.
     own = config.data
     harvest = not data and own.kind == "pydoc"
@@ -170,8 +182,7 @@ def evaluate_beir(
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
             sets = harvested_set(run, split)
-        parts = [part for system in task.systems for part in system.with_parts()]
-        models = LazyModels(run, any(part.strategy or part.documents for part in parts))
+        models = LazyModels(run, any(system.generators for system in task.systems))
         texts = TextCache(cache or run.path("work", "texts"))
         results = {}
         for name, tested in sets.items():

@@ -18,9 +18,14 @@ from rich.console import Console
 from expandr_jax import metrics
 from expandr_jax.data.records import differences, write_text
 from expandr_jax.errors import UserError
-from expandr_jax.ranking.samples import MEASURES as SAMPLE_MEASURES
-from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
-from expandr_jax.ranking.systems import MEASURES
+from expandr_jax.metrics import METRICS
+from expandr_jax.ranking.samples import (
+    RANK,
+    REWARD,
+    SAMPLE_METRICS,
+    mean_by_query,
+    read_samples,
+)
 from train.launch import launch
 
 SAMPLES = {
@@ -55,12 +60,12 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
             raise UserError(f"{workdir}: has other test queries or systems than {workdirs[0]}")
         for system in systems:
             run = metrics.read_trec(workdir / "runs" / f"{system}.trec")
-            for measure, scores in metrics.evaluate(run, qrels, MEASURES).items():
+            for measure, scores in metrics.evaluate(run, qrels, METRICS).items():
                 column = values.setdefault(system, {}).setdefault(measure, [])
                 column.append([scores[query] for query in queries])
         samples = read_samples(workdir / "evaluation" / "samples.jsonl")
         for system in sorted({row["system"] for row in samples}):
-            for field, measure in SAMPLE_MEASURES.items():
+            for field, measure in SAMPLE_METRICS.items():
                 if scores := mean_by_query(samples, system, "test", field):
                     if missing := set(queries) - set(scores):
                         raise UserError(
@@ -110,18 +115,18 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
         f"{dataset}, {queries} test queries, {len(workdirs)} runs: mean (standard deviation over "
         f"runs); p: {reference} against the row, paired t-tests over queries and over runs",
         "",
-        f"| system | {' | '.join(MEASURES)} | difference in {MEASURES[0]} | p, queries | p, runs |",
-        "|---|" + "---:|" * (len(MEASURES) + 3),
+        f"| system | {' | '.join(METRICS)} | difference in {METRICS[0]} | p, queries | p, runs |",
+        "|---|" + "---:|" * (len(METRICS) + 3),
     ]
     for system in order:
         cells = []
-        for measure in MEASURES:
+        for measure in METRICS:
             means = values[system][measure].mean(axis=1)
             spread = means.std(ddof=1) if len(means) > 1 else 0.0
             cells.append(f"{means.mean():.4f} ({spread:.4f})")
         last = ["", "", ""]
         if system != reference:
-            ours, theirs = (values[name][MEASURES[0]] for name in (reference, system))
+            ours, theirs = (values[name][METRICS[0]] for name in (reference, system))
             test = metrics.paired_test(ours.mean(axis=0), theirs.mean(axis=0))
             last = [f"{test['difference']:+.4f}", f"{test['p_value']:.2g}", ""]
             if len(workdirs) > 1:
@@ -129,7 +134,7 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
                 last[2] = f"{test['p_value']:.2g}"
         lines.append(f"| {system} | {' | '.join([*cells, *last])} |")
     pair = reference, f"{reference}-base-generator"
-    for field, measure in SAMPLE_MEASURES.items():
+    for field, measure in SAMPLE_METRICS.items():
         if all(measure in values.get(system, {}) for system in pair):
             ours, theirs = (values[system][measure].mean(axis=0) for system in pair)
             test = metrics.paired_test(ours, theirs)

@@ -21,6 +21,9 @@ from expandr_jax.errors import UserError
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance, 0 is not relevant
 
+METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")  # Of every table.
+CHOSEN_BY = "ndcg@10"  # The metric that settings are chosen by, on dev.
+
 # Our names and those of ir-measures.
 _IR_MEASURES = {"ndcg": "nDCG", "mrr": "RR", "recall": "R", "map": "AP", "p": "P"}
 _RESAMPLES_AT_ONCE = 1 << 22  # values drawn at a time: 32 MiB
@@ -29,7 +32,7 @@ _RESAMPLES_AT_ONCE = 1 << 22  # values drawn at a time: 32 MiB
 def evaluate(
     run: RunScores,
     qrels: Qrels,
-    names: Sequence[str] = ("ndcg@10", "mrr@10", "recall@100", "map"),
+    names: Sequence[str] = METRICS,
 ) -> dict[str, dict[str, float]]:
     """Scores a run against judgements, by ir-measures.
 

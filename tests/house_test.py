@@ -28,13 +28,11 @@ UPWARDS = {
     ("data", "objectives"),
     ("data", "runtime"),
     ("data", "vectors"),
-    ("expansion", "ranking"),
     ("models", "weights"),
     ("objectives", "ranking"),
     ("runtime", "planning"),
     ("training", "objectives"),
     ("training", "pair"),
-    ("training", "ranking"),
     ("vectors", "pair"),
 }
 BETWEEN_PROGRAMS = {

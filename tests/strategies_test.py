@@ -2,17 +2,10 @@
 
 import pytest
 
-from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import render
 from expandr_jax.expansion.strategies import (
-    FEEDBACKS,
-    PUBLISHED,
-    RANK_FUSIONS,
-    SCORE_FUSIONS,
     STRATEGIES,
     document_message,
-    parse_system,
-    parse_systems,
 )
 
 QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
@@ -114,46 +107,3 @@ def test_a_document_is_cut_until_its_message_fits():
     assert "Document: " + "a b " * 75 + "\n" in message(10_000)
     assert 100 < len(message(200)) <= 200
     assert "a b " * 10 in message(0)
-
-
-def test_systems_by_name():
-    system = parse_system("dense+query2doc")
-    assert (system.base, system.strategy) == ("dense", STRATEGIES["query2doc"])
-    assert parse_system("dense+prf-rocchio").strategy is None
-    fused = parse_system("rrf:bm25+q2d:dense")
-    assert [part.name for part in fused.with_parts()] == ["bm25+q2d", "dense", "rrf:bm25+q2d:dense"]
-    system = parse_system("dense@d2q+q2d")
-    assert (system.base, system.documents, system.method) == ("dense", "d2q", "q2d")
-    assert system.plain == parse_system("dense@d2q")
-    assert parse_system("dense+q2d").plain == parse_system("dense")
-    for name, complaint in (
-        ("bm25@q2d", "expected bm25@ one of d2q, d2d"),
-        ("dense@", "expected dense@ one of"),
-        ("rrf@d2q", "a system begins with"),
-        ("splade", "a system begins with one of bm25, dense, rrf"),
-        ("dense+q2x", r"expected dense\+ one of q2d"),
-        ("dense+", r"expected dense\+ one of"),
-        ("bm25+prf-average", r"expected bm25\+ one of"),
-        ("rrf:bm25", "expected two systems to fuse"),
-        ("rrf:bm25:bm25", "expected two systems to fuse"),
-        ("rrf:bm25:rrf", "expected two systems to fuse"),
-        ("", "is unknown"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            parse_system(name)
-
-
-def test_all_is_every_published_strategy_feedback_and_fusion():
-    systems = parse_systems(["dense", "all", "bm25"])
-    names = [system.name for system in systems]
-    assert names[:2] == ["dense", "bm25"]
-    assert len(set(names)) == len(names)
-    for base in ("bm25", "dense"):
-        assert {f"{base}+{name}" for name in PUBLISHED} <= {*names}
-    assert {s.method for s in systems if s.method in FEEDBACKS} == {*FEEDBACKS}
-    assert {s.base for s in systems if s.parts} == {*RANK_FUSIONS, *SCORE_FUSIONS}
-    assert {s.documents for s in systems} == {None}  # A text for each document is asked for.
-    with pytest.raises(UserError, match="no systems"):
-        parse_systems([])
-    with pytest.raises(UserError, match="'everything' is unknown"):
-        parse_systems(["everything"])

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from expandr_jax import metrics
@@ -13,21 +14,13 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import expansion_requests, sample_texts
+from expandr_jax.metrics import CHOSEN_BY, METRICS
 from expandr_jax.pair import Models, make_sampler
-from expandr_jax.ranking.samples import MEASURES as SAMPLE_MEASURES
-from expandr_jax.ranking.samples import mean_by_query
-from expandr_jax.ranking.systems import (
-    CHOSEN_BY,
-    MEASURES,
-    SYSTEMS,
-    Choice,
-    EncodedQueries,
-    System,
-    choose,
-    dense_run,
-    finish_run,
-)
+from expandr_jax.ranking.dense import Choice, EncodedQueries, choose, dense_run, finish_run
+from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
+from expandr_jax.ranking.systems import BM25, EXPANSION, System, parse_systems, row_of_round
 from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.sets import mean_over_sets
@@ -76,7 +69,7 @@ def evaluate(
     files = result_files(set_name)
     if run.seals.intact(*files):
         return json.loads(path.read_text(encoding="utf-8"))
-    systems = _systems(run, trained)
+    systems = {system.name: system for system in systems_of_run(run.config)}
     texts = _sample_expansions(run, models, data, trained, systems, set_name)
     with run.phase("evaluation"):
         runs: dict[str, dict[str, dict[str, float]]] = {}
@@ -85,7 +78,7 @@ def evaluate(
         tried: list[dict[str, Any]] = []
         with run.progress("evaluation: systems", len(systems)) as advance:
             for name, system in systems.items():
-                if system.retriever is None and run.processes.is_main:
+                if system.retriever == BM25 and run.processes.is_main:
                     runs[name] = _bm25(run, data)
                     advance(1)
             for retriever, build in trained.retrievers.items():
@@ -173,13 +166,23 @@ def _on_benchmark(
     return built
 
 
-def _systems(run: Run, trained: Trained) -> dict[str, System]:
-    """The config's systems, and one for each round where there are several."""
-    systems = {name: SYSTEMS[name] for name in run.config.evaluation.systems}
-    for name in trained.retrievers:
-        if name.startswith("round-"):
-            systems[f"expandr-{name.replace('-', '')}"] = System(name, name)
-    return systems
+def systems_of_run(config: ml_collections.ConfigDict) -> list[System]:
+    """The config's systems, and one for each round but the last.
+
+    Raises:
+        UserError: A run cannot make one of them.
+    """
+    rounds = [row_of_round(round_) for round_ in range(config.rounds - 1)]
+    systems = parse_systems(config.evaluation.systems)
+    known = {BM25, "zero-shot", "fine-tuned", "expandr", *(row.retriever for row in rounds)}
+    for system in systems:
+        if not system.retrievers <= known:
+            raise UserError(f"evaluation.systems: {system.name} is of a round that is none before "
+                            f"the last; rounds is {config.rounds}")  # fmt: skip
+        if any(leaf.strategy not in (None, EXPANSION) or leaf.documents for leaf in system.leaves):
+            raise UserError(f"evaluation.systems: {system.name} has another strategy than the "
+                            "config's; eval.beir compares them")  # fmt: skip
+    return list({system.name: system for system in (*systems, *rounds)}.values())
 
 
 def _sample_expansions(
@@ -330,12 +333,12 @@ def _results(
     # Scored from what is on disk, so that anyone who reads the files finds the same figures.
     scored = {
         name: metrics.evaluate(
-            metrics.read_trec(directory / "runs" / f"{name}.trec"), qrels, MEASURES
+            metrics.read_trec(directory / "runs" / f"{name}.trec"), qrels, METRICS
         )
         for name in systems
     }
     rows = [
-        {"system": name, **{m: round(metrics.mean(scored[name][m]), 6) for m in MEASURES}}
+        {"system": name, **{m: round(metrics.mean(scored[name][m]), 6) for m in METRICS}}
         for name in systems
     ]
     significance = []
@@ -343,14 +346,14 @@ def _results(
         for baseline in systems:
             if baseline == "expandr":
                 continue
-            for measure in MEASURES:
+            for measure in METRICS:
                 test = metrics.paired_test(scored["expandr"][measure], scored[baseline][measure])
                 significance.append(
                     {"system": "expandr", "baseline": baseline, "metric": measure, **test}
                 )
         if "expandr-base-generator" in systems:
             pair = "expandr", "expandr-base-generator"
-            for field, measure in SAMPLE_MEASURES.items():
+            for field, measure in SAMPLE_METRICS.items():
                 ours, base = (mean_by_query(samples, name, "test", field) for name in pair)
                 if ours:
                     significance.append(

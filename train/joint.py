@@ -7,7 +7,7 @@ The same command again continues where it stopped.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,12 +23,12 @@ from expandr_jax.expansion.expand import expansion_requests, sample_texts
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
 from expandr_jax.pair import Models, check_meshes, load_models, make_sampler
-from expandr_jax.ranking.systems import SYSTEMS
+from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.batch_checks import check_contrastive_batch, check_dpo_batch
 from expandr_jax.vectors.corpus import Corpus, encode_corpus
-from train.evaluation import Trained, evaluate, evaluate_benchmarks
+from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
 from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
@@ -57,7 +57,8 @@ def train_joint(
     """
     check_settings(config)
     check_meshes(config.mesh)
-    _check_server(config)
+    systems = systems_of_run(config)
+    _check_server(config, systems)
     rewarded = is_rewarded(config.dpo)
     run = Run(workdir, config, console)
     with run.phase("data"):
@@ -78,7 +79,7 @@ def train_joint(
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
     negatives = _negatives(run, models, retrievers["zero-shot"], data, 0)
-    if any(name.startswith("fine-tuned") for name in config.evaluation.systems):
+    if any("fine-tuned" in system.retrievers for system in systems):
         with run.phase("fine-tuned baseline"):
             params = _train(run, models, data, None, negatives, phase="fine-tuned", round_=0)
         retrievers["fine-tuned"] = _retriever(run, models, data, "fine-tuned", params)
@@ -136,15 +137,11 @@ def train_joint(
     return results
 
 
-def _check_server(config: ml_collections.ConfigDict) -> None:
+def _check_server(config: ml_collections.ConfigDict, systems: Sequence[System]) -> None:
     """Refuses, before hours of work, a server that would have to sample with the adapter."""
     if not config.generator.server.url:
         return
-    adapted = [
-        name
-        for name in config.evaluation.systems
-        if name in SYSTEMS and SYSTEMS[name].generator == "trained"
-    ]
+    adapted = [system.name for system in systems if "trained" in system.generators]
     if config.rounds > 1 or adapted:
         raise UserError(
             "generator.server.url: the server has the base model only; set rounds to 1 and leave "

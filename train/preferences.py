@@ -14,7 +14,7 @@ from expandr_jax.expansion.prompts import render
 from expandr_jax.generation.requests import Request
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.pair import Models, make_sampler
-from expandr_jax.ranking.systems import fuse
+from expandr_jax.ranking.dense import fuse
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.search import corpus_reward, group_reward, judged_documents
 from expandr_jax.runtime.run import Run

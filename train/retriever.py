@@ -26,6 +26,7 @@ from expandr_jax.data.examples import triple_examples
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
 from expandr_jax.errors import UserError
+from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.objectives.contrastive import (
@@ -36,7 +37,7 @@ from expandr_jax.objectives.contrastive import (
 )
 from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
 from expandr_jax.planning.flops import TRAINING, forward_flops
-from expandr_jax.ranking.systems import CHOSEN_BY, EncodedQueries, dense_run
+from expandr_jax.ranking.dense import EncodedQueries, dense_run
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents

@@ -7,8 +7,8 @@ import ml_collections
 import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.ranking.dense import EncodedQueries, fuse
 from expandr_jax.ranking.samples import RANK, REWARD
-from expandr_jax.ranking.systems import EncodedQueries, fuse
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.search import corpus_reward, judged_documents
 from expandr_jax.vectors.corpus import Corpus

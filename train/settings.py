@@ -18,7 +18,7 @@ from expandr_jax.objectives.candidates import LOSSES_OF_PAIRS, REWARD_SFT
 from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.pair import WEIGHTS
 from expandr_jax.ranking.fusion import Normalize
-from expandr_jax.ranking.systems import SYSTEMS
+from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.search import MEASURES
 from expandr_jax.search.scann import METHODS, STORAGES
 from expandr_jax.vectors.stored import DTYPES
@@ -263,7 +263,7 @@ CHECKS = {
     "search.scann.ah_iterations": _count(1, _MANY),
     "search.scann.reorder": _count(1),
     "search.scann.storage": _choice(STORAGES),
-    "evaluation.systems": _several(_choice(tuple(SYSTEMS))),
+    "evaluation.systems": _several(_TEXT),
     "evaluation.query_weights": _several(_SHARE),
     "evaluation.samples": _several(_count(1, _MANY)),
     "evaluation.depth": _count(1),
@@ -326,6 +326,10 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
             config, "contrastive.normalize",
             '"after" or "both", as reward.corpus_measure is "softmax_share"',
         )  # fmt: skip
+    try:
+        parse_systems(config.evaluation.systems)
+    except UserError as error:
+        raise UserError(f"evaluation.systems: {error}") from None
     _check_prompt(config)
 
 

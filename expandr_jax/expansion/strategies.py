@@ -7,9 +7,7 @@ texts whose vectors are averaged. An empty generation is left out; without any, 
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from expandr_jax.errors import UserError
 from expandr_jax.expansion import prompts
-from expandr_jax.ranking import fusion
 from expandr_jax.vectors.encoder import Kind
 
 FEEDBACK = 10  # Documents that BM25 finds for a prompt that shows some.
@@ -166,92 +164,3 @@ STRATEGIES = {
     "csqe": Strategy((Ask("q2d", "q2d"), Ask("csqe", "csqe")), 5, lower_cased, one_of_them),
 }
 PUBLISHED = ("q2d", "hyde", "query2doc", "q2e", "q2c", "mugi", "lamer", "csqe")
-FEEDBACKS = {  # (query vectors, vectors of the documents found first) to query vectors
-    "prf-average": fusion.average_feedback,
-    "prf-rocchio": lambda query, found: fusion.rocchio(query, found, alpha=0.9, beta=0.1),
-}
-FEEDBACK_DEPTH = 3  # Documents that vector feedback takes to be relevant.
-RANK_FUSIONS = {"rrf": fusion.reciprocal_rank_fusion, "exp4fuse": fusion.exp4fuse}
-SCORE_FUSIONS = {  # Equal weights.
-    "interpolation": lambda runs: fusion.interpolate(runs, [1 / len(runs)] * len(runs))
-}
-
-ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.
-TABLE = (
-    "bm25", *(f"bm25+{name}" for name in PUBLISHED),
-    "dense", *(f"dense+{name}" for name in (*PUBLISHED, *FEEDBACKS)),
-    "rrf:bm25:dense", "interpolation:bm25:dense", "rrf:bm25:dense+q2d",
-    "exp4fuse:bm25:bm25+q2d", "exp4fuse:dense:dense+q2d",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class System:
-    """One row of the results.
-
-    Attributes:
-        name: As the user wrote it.
-        base: "bm25", "dense" or, of a fusion, its name.
-        method: A key of `STRATEGIES` or `FEEDBACKS`, or None.
-        parts: Of a fusion, the systems that it fuses.
-        documents: How the corpus is expanded, a key of `prompts.DOCUMENT_STRATEGIES`, or None.
-    """
-
-    name: str
-    base: str
-    method: str | None = None
-    parts: tuple["System", ...] = ()
-    documents: str | None = None
-
-    @property
-    def plain(self) -> "System":
-        """The same search for the queries as they are."""
-        return System(self.name.partition("+")[0], self.base, documents=self.documents)
-
-    @property
-    def strategy(self) -> Strategy | None:
-        """How it expands queries, if it does."""
-        return STRATEGIES.get(self.method) if self.method else None
-
-    def with_parts(self) -> tuple["System", ...]:
-        """Itself and, of a fusion, what it fuses."""
-        return (*self.parts, self)
-
-
-def parse_system(name: str) -> System:
-    """Reads "bm25", "dense", "BASE+STRATEGY", "dense+prf-average" or "rrf:SYSTEM:SYSTEM".
-
-    "BASE@STRATEGY" searches a corpus whose documents are expanded, as in "dense@d2q+q2d".
-
-    Raises:
-        UserError: There is no such system.
-    """
-    base, *parts = name.split(":")
-    if base in RANK_FUSIONS or base in SCORE_FUSIONS:
-        if len(set(parts)) < 2:
-            raise UserError(f"system {name!r}: expected two systems to fuse, {base}:bm25:dense")
-        return System(name, base, parts=tuple(map(parse_system, parts)))
-    where, plus, method = name.partition("+")
-    base, at, documents = where.partition("@")
-    methods = {"bm25": STRATEGIES, "dense": {**STRATEGIES, **FEEDBACKS}}.get(base)
-    if methods is None:
-        known = ", ".join(("bm25", "dense", *RANK_FUSIONS, *SCORE_FUSIONS))
-        raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
-    if plus and method not in methods:
-        raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
-    if at and documents not in prompts.DOCUMENT_STRATEGIES:
-        known = ", ".join(prompts.DOCUMENT_STRATEGIES)
-        raise UserError(f"system {name!r}: expected {base}@ one of {known}")
-    return System(name, base, method or None, documents=documents or None)
-
-
-def parse_systems(names: Sequence[str]) -> list[System]:
-    """Reads names of systems, `ALL` among them, each system once.
-
-    Raises:
-        UserError: There is no such system, or there are none.
-    """
-    each = [name for given in names for name in (TABLE if given == ALL else (given,))]
-    if not each:
-        raise UserError("no systems; expected bm25, dense and so on, or all")
-    return [parse_system(name) for name in dict.fromkeys(each)]

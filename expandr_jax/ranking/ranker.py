@@ -1,4 +1,4 @@
-"""Ranks the corpus of one data set by any system of expandr_jax/expansion/strategies.py."""
+"""Ranks the corpus of one data set by any system that needs no training."""
 
 import functools
 import pathlib
@@ -15,17 +15,11 @@ from expandr_jax.expansion.cache import TextCache
 from expandr_jax.expansion.expand import drawing
 from expandr_jax.expansion.strategies import (
     FEEDBACK,
-    FEEDBACK_DEPTH,
-    FEEDBACKS,
-    RANK_FUSIONS,
-    SCORE_FUSIONS,
     SEPARATOR,
     STRATEGIES,
     Ask,
     Strategy,
-    System,
     document_message,
-    parse_system,
 )
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
@@ -36,16 +30,16 @@ from expandr_jax.pair import (
     load_retriever_model,
     make_sampler,
 )
+from expandr_jax.ranking.dense import finish_run
 from expandr_jax.ranking.fusion import expanded_query
-from expandr_jax.ranking.systems import finish_run
+from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
+from expandr_jax.ranking.systems import BM25, System, parse_system
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
 from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.file import encode_to_file
 from expandr_jax.vectors.stored import StoredVectors
-
-BM25 = parse_system("bm25")
 
 
 class LazyModels:
@@ -152,13 +146,13 @@ class Ranker:
         path = self._directory / "runs" / f"{system.name}.trec"
         if not path.exists():
             # First what it needs, which has phases of its own.
-            for needed in (system.plain,) if system.method in FEEDBACKS else system.parts:
-                self.rank(needed)
+            for part in system.parts:
+                self.rank(part)
             if not system.parts:
                 self._searched(system.documents)
             if system.strategy:
-                self.texts(system.method)
-            if system.base == "dense":
+                self.texts(system.strategy)
+            if system.retrievers - {BM25}:
                 _ = self._models.retriever
             with self._run.phase(f"{self.collection.name}: {system.name}"):
                 metrics.write_trec(path, self._search(system), system.name)
@@ -176,38 +170,32 @@ class Ranker:
 
     def _search(self, system: System) -> Mapping[str, Mapping[str, float]]:
         config = self._run.config.evaluation
-        if system.parts:
+        if system.stage in FUSIONS:
             runs = [self.rank(part) for part in system.parts]
-            fused = {query: self._fuse(system, query, runs) for query in self.ids}
+            fuse = FUSIONS[system.stage]
+            fused = {query: fuse([run.get(query, {}) for run in runs]) for query in self.ids}
             # A fusion's order is that of its scores, whichever run a document was first met in.
             return {
                 query: dict(metrics.rank_documents(scores)[: config.depth])
                 for query, scores in fused.items()
             }
         depth = config.depth + config.drop_identical_ids
-        if system.base == "bm25":
+        if system.retriever == BM25:
             queries = self._with_texts(system, lambda s, q, texts: s.sparse(q, texts))
             scores, indices = self._searched(system.documents).bm25.search(queries, depth)
             run = metrics.make_run(self.ids, self.documents, scores, indices, above=0.0)
         else:
-            index = self._searched(system.documents).index
+            index = self._searched(system.leaves[0].documents).index
             scores, indices = index.search(self._query_vectors(system), depth)
             run = metrics.make_run(self.ids, self.documents, scores, indices)
         return finish_run(run, config.depth, config.drop_identical_ids)
 
-    def _fuse(self, system: System, query: str, runs: Sequence[Mapping]) -> dict[str, float]:
-        scores = [run.get(query, {}) for run in runs]
-        if system.base in SCORE_FUSIONS:
-            return SCORE_FUSIONS[system.base](scores)
-        rankings = [[document for document, _ in metrics.rank_documents(s)] for s in scores]
-        return RANK_FUSIONS[system.base](rankings)
-
     def _with_texts(self, system: System, build: Callable[..., Any]) -> list[Any]:
         """`build(strategy, query, texts)` of each query, or the queries where there is none."""
-        strategy = system.strategy
-        if strategy is None:
+        if system.strategy is None:
             return self.queries
-        rows = zip(self.queries, self.texts(system.method), strict=True)
+        strategy = STRATEGIES[system.strategy]
+        rows = zip(self.queries, self.texts(system.strategy), strict=True)
         return [build(strategy, query, [t for t in texts if t]) for query, texts in rows]
 
     def _searched(self, documents: str | None) -> Searched:
@@ -232,19 +220,21 @@ class Ranker:
         return model.encoder.encode(model.retriever_params, texts, kind)
 
     def _query_vectors(self, system: System) -> np.ndarray:
-        if system.method in FEEDBACKS:
+        if system.stage in FEEDBACKS:
             return self._after_feedback(system)
         return self._plain if system.strategy is None else self._expanded(system)
 
     def _after_feedback(self, system: System) -> np.ndarray:
-        found = self.rank(system.plain)
+        (part,) = system.parts
+        found = self.rank(part)
         place = {document: row for row, document in enumerate(self.documents)}
         depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
+        queries = self._query_vectors(part)
         if not depth:  # Of a single document, left out for a query with its id.
-            return self._plain
+            return queries
         rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
-        vectors = self._searched(system.documents).vectors[np.array(rows)]
-        return np.asarray(FEEDBACKS[system.method](self._plain, vectors))
+        vectors = self._searched(part.leaves[0].documents).vectors[np.array(rows)]
+        return np.asarray(FEEDBACKS[system.stage](queries, vectors))
 
     def _expanded(self, system: System) -> np.ndarray:
         (weight,) = self._run.config.evaluation.query_weights
@@ -255,7 +245,7 @@ class Ranker:
         tokenizer = self._models.retriever.retriever.tokenizer
         separator = getattr(tokenizer, "sep_token", None) or ""
         flat = [text.replace(SEPARATOR, separator) for query in dense for text in query.texts]
-        encoded = self._encode(flat, system.strategy.kind)
+        encoded = self._encode(flat, STRATEGIES[system.strategy].kind)
         shape = len(dense), max(len(query.texts) for query in dense)
         vectors = np.zeros((*shape, encoded.shape[1]), np.float32)
         present = np.zeros(shape, bool)
@@ -301,7 +291,7 @@ class Ranker:
 
     def _shown(self) -> list[list[str]]:
         """The documents that BM25 finds for each query."""
-        found = self.rank(BM25)
+        found = self.rank(parse_system(BM25))
         corpus = self.collection.corpus
         return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
 

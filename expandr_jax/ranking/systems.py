@@ -1,154 +1,175 @@
-"""The systems that are compared, and how each ranks the corpus."""
+"""The systems that are compared, by name: what retrieves, what is fused, what is ranked again.
+
+    LEAF      bm25, dense, zero-shot, fine-tuned, expandr, ...: a retriever, and whose expansions
+    BASE+S    the retriever BASE with the queries expanded by a strategy or, "expansion", as
+              the config says; by the generator before training
+    BASE@D    over a corpus whose documents are expanded; BASE@D+S likewise
+    LEAF+F    feedback: the query's vector moved towards the documents that LEAF finds first
+    F:A:B     a fusion of all systems that follow
+    R:A       A's documents ranked again
+
+`train.joint` and `eval.beir` read the same names. A new fusion, feedback or re-ranker is an entry
+of expandr_jax/ranking/stages.py, a new strategy one of expandr_jax/expansion/strategies.py.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 
-import jax
-import numpy as np
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.prompts import DOCUMENT_STRATEGIES
+from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, RERANKERS
 
-from expandr_jax import metrics
-from expandr_jax.ranking.fusion import Normalize, expanded_query
-from expandr_jax.search import Index
-
-MEASURES = ("ndcg@10", "mrr@10", "recall@100", "map")
-CHOSEN_BY = "ndcg@10"  # The measure that settings are chosen by, on dev.
-
-# One program for each shape: uncompiled, each of its dozen operations would be a program.
-fuse = jax.jit(expanded_query, static_argnames="normalize")
+BM25 = "bm25"
+UNTRAINED = "zero-shot"  # The retriever as the config names it.
+BASE = "base"  # The generator as the config names it.
+OURS = "expandr"  # The row that others are compared with, and the retriever that is ranked by.
+EXPANSION = "expansion"  # The strategy, template and limits of the config's `expansion` section.
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """One row of the results.
+    """One row of the results: a leaf, which searches the corpus, or a stage over other systems.
 
     Attributes:
-        retriever: Which weights rank: "zero-shot", "fine-tuned", "expandr" or "round-R"; None is
-            BM25.
-        generator: Whose expansions are added: "base", "trained" or "round-R"; None for none.
+        name: As the user wrote it; its run is runs/NAME.trec.
+        retriever: What a leaf searches with: `BM25`, or whose weights encode: `UNTRAINED`,
+            "fine-tuned", "expandr" or "round-R".
+        generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
+        strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
+        documents: How a leaf's corpus is expanded, a key of `DOCUMENT_STRATEGIES`, or None.
+        stage: A key of `FUSIONS`, `FEEDBACKS` or `RERANKERS`; None for a leaf.
+        parts: What the stage works on.
     """
 
-    retriever: str | None
+    name: str
+    retriever: str | None = None
     generator: str | None = None
+    strategy: str | None = None
+    documents: str | None = None
+    stage: str | None = None
+    parts: tuple["System", ...] = ()
+
+    def with_parts(self) -> Iterator["System"]:
+        """What has to be ranked for it, each after its own parts; itself last."""
+        for part in self.parts:
+            yield from part.with_parts()
+        yield self
+
+    @property
+    def leaves(self) -> tuple["System", ...]:
+        """The searches that it rests on."""
+        return tuple(system for system in self.with_parts() if not system.parts)
+
+    @property
+    def retrievers(self) -> frozenset[str]:
+        """Whatever its leaves search with."""
+        return frozenset(leaf.retriever for leaf in self.leaves)
+
+    @property
+    def generators(self) -> frozenset[str]:
+        """Whoever writes for its leaves, of queries or documents."""
+        of_queries = {leaf.generator for leaf in self.leaves if leaf.generator}
+        return frozenset(of_queries | {BASE for leaf in self.leaves if leaf.documents})
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether a training run alone has what it is made of."""
+        return not (self.retrievers <= {BM25, UNTRAINED} and self.generators <= {BASE})
 
 
-SYSTEMS = {
-    "bm25": System(None),
-    "zero-shot": System("zero-shot"),
-    "zero-shot+expansion": System("zero-shot", "base"),
-    "fine-tuned": System("fine-tuned"),
-    "fine-tuned+expansion": System("fine-tuned", "base"),
-    "expandr": System("expandr", "trained"),
-    "expandr-base-generator": System("expandr", "base"),
-    "expandr-plain": System("expandr"),
+RETRIEVERS = {  # What a name may begin with -> what searches.
+    BM25: BM25, "dense": UNTRAINED, "zero-shot": UNTRAINED, "fine-tuned": "fine-tuned",
+    "expandr-plain": "expandr",
+}  # fmt: skip
+ROWS = {  # Rows of train.joint whose names are no more than names.
+    "expandr": System("expandr", "expandr", "trained", EXPANSION),
+    "expandr-base-generator": System("expandr-base-generator", "expandr", BASE, EXPANSION),
+    "bm25+expansion": System("bm25+expansion", BM25, "trained", EXPANSION),
 }
+_ROUND = re.compile(r"expandr-round(\d+)")  # Retriever and generator as they were after a round.
+
+ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.
+TABLE = (
+    BM25, *(f"bm25+{name}" for name in PUBLISHED),
+    "dense", *(f"dense+{name}" for name in (*PUBLISHED, *FEEDBACKS)),
+    "rrf:bm25:dense", "interpolation:bm25:dense", "rrf:bm25:dense+q2d",
+    "exp4fuse:bm25:bm25+q2d", "exp4fuse:dense:dense+q2d",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedQueries:
-    """Vectors of the queries of one split, under one retriever.
+def parse_system(name: str) -> System:
+    """Reads the name of a system, as the module's docstring has them.
 
-    Attributes:
-        ids: Query ids.
-        queries: [queries, dim].
-        expansions: [queries, samples, dim], or None.
-        present: [queries, samples] bool, False for an empty generation, or None.
+    Raises:
+        UserError: There is no such system.
     """
+    system, rest = _parse(name.split(":"), name)
+    if rest:
+        raise UserError(f"system {name!r}: {':'.join(rest)} follows a system that is complete")
+    return system
 
-    ids: Sequence[str]
-    queries: np.ndarray
-    expansions: np.ndarray | None = None
-    present: np.ndarray | None = None
 
+def parse_systems(names: Sequence[str]) -> list[System]:
+    """Reads names of systems, `ALL` among them, each system once.
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """How a system uses its expansions.
-
-    Attributes:
-        query_weight: Weight of the query's own vector.
-        samples: How many sampled expansions are averaged.
+    Raises:
+        UserError: There is no such system, or there are none.
     """
-
-    query_weight: float
-    samples: int
-
-
-def dense_run(
-    index: Index,
-    document_ids: Sequence[str],
-    encoded: EncodedQueries,
-    choice: Choice | None,
-    *,
-    normalize: Normalize,
-    depth: int,
-    drop_identical_ids: bool,
-) -> dict[str, dict[str, float]]:
-    """Searches the index for each query, expanded where there is a choice.
-
-    Args:
-        index: Over the corpus, under the retriever that encoded the queries.
-        document_ids: In the order of the index.
-        encoded: The queries.
-        choice: How expansions are used; None searches plain queries.
-        normalize: Where expanded vectors are brought to unit length.
-        depth: Documents a query.
-        drop_identical_ids: Leave out a document whose id is the query's (ArguAna).
-
-    Returns:
-        Query id -> document id -> score.
-    """
-    vectors = encoded.queries
-    if choice is not None:
-        vectors = np.asarray(
-            fuse(
-                encoded.queries,
-                encoded.expansions[:, : choice.samples],
-                encoded.present[:, : choice.samples],
-                query_weight=choice.query_weight,
-                normalize=normalize,
-            )
-        )
-    scores, indices = index.search(vectors, depth + drop_identical_ids)
-    run = metrics.make_run(encoded.ids, document_ids, scores, indices)
-    return finish_run(run, depth, drop_identical_ids)
+    each = [name for given in names for name in (TABLE if given == ALL else (given,))]
+    if not each:
+        raise UserError("no systems; expected bm25, dense and so on, or all")
+    return [parse_system(name) for name in dict.fromkeys(each)]
 
 
-def finish_run(
-    run: Mapping[str, Mapping[str, float]], depth: int, drop_identical_ids: bool
-) -> dict[str, dict[str, float]]:
-    """Cuts each query's documents to `depth`, after its own id is left out if so asked."""
-    result = {}
-    for query, scores in run.items():
-        kept = [pair for pair in scores.items() if not (drop_identical_ids and pair[0] == query)]
-        result[query] = dict(kept[:depth])
-    return result
+def row_of_round(round_: int) -> System:
+    """The retriever and the generator as they were after a round that was not the last."""
+    weights = f"round-{round_}"
+    return System(f"expandr-round{round_}", weights, weights, EXPANSION)
 
 
-def choose(
-    index: Index,
-    document_ids: Sequence[str],
-    encoded: EncodedQueries,
-    qrels: Mapping[str, Mapping[str, int]],
-    choices: Sequence[Choice],
-    **settings,
-) -> tuple[Choice, list[tuple[Choice, float]]]:
-    """Tries every choice on dev queries; the first of the best is taken.
+def _parse(words: Sequence[str], whole: str) -> tuple[System, Sequence[str]]:
+    """The system that begins with the first of some words, and the words that are left."""
+    stage, rest = words[0], words[1:]
+    if stage in RERANKERS:
+        if not rest:
+            raise UserError(f"system {whole!r}: expected a system to rank again, {stage}:dense")
+        part, left = _parse(rest, whole)
+        return System(f"{stage}:{part.name}", stage=stage, parts=(part,)), left
+    if stage not in FUSIONS:
+        return _parse_leaf(stage), rest
+    parts = []
+    while rest:
+        part, rest = _parse(rest, whole)
+        parts.append(part)
+    if len({part.name for part in parts}) < 2:
+        raise UserError(f"system {whole!r}: expected two systems to fuse, {stage}:bm25:dense")
+    return System(":".join(words), stage=stage, parts=tuple(parts)), rest
 
-    Args:
-        index: As for `dense_run`, as are `document_ids` and `settings`.
-        document_ids: Likewise.
-        encoded: The dev queries with their expansions.
-        qrels: Their judgements.
-        choices: What to try.
-        **settings: Passed to `dense_run`.
 
-    Returns:
-        The choice, and the mean nDCG@10 of each one tried.
-    """
-    tried = []
-    for choice in choices:
-        run = dense_run(index, document_ids, encoded, choice, **settings)
-        values = metrics.evaluate(run, qrels, (CHOSEN_BY,))[CHOSEN_BY]
-        tried.append((choice, metrics.mean(values)))
-    best = max(value for _, value in tried)
-    return next(choice for choice, value in tried if value == best), tried
+def _parse_leaf(name: str) -> System:
+    """A leaf, or feedback on one."""
+    if name in ROWS:
+        return ROWS[name]
+    if found := _ROUND.fullmatch(name):
+        return row_of_round(int(found[1]))
+    inner, _, method = name.rpartition("+")
+    if inner and method in FEEDBACKS:
+        part = _parse_leaf(inner)
+        if part.retriever != BM25:  # Whose queries have no vectors.
+            return System(name, stage=method, parts=(part,))
+    where, plus, method = name.partition("+")
+    base, at, documents = where.partition("@")
+    if base not in RETRIEVERS:
+        known = ", ".join((*RETRIEVERS, *ROWS, *FUSIONS, *RERANKERS))
+        raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
+    strategies = (*STRATEGIES, EXPANSION)
+    if plus and method not in strategies:
+        methods = strategies if base == BM25 else (*strategies, *FEEDBACKS)
+        raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
+    if at and documents not in DOCUMENT_STRATEGIES:
+        known = ", ".join(DOCUMENT_STRATEGIES)
+        raise UserError(f"system {name!r}: expected {base}@ one of {known}")
+    return System(name, RETRIEVERS[base], BASE if method else None, method or None,
+                  documents or None)  # fmt: skip

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from expandr_jax import metrics
 from expandr_jax.data.records import write_text
-from expandr_jax.ranking.systems import CHOSEN_BY
+from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.report import page, plots
 from expandr_jax.report.differences import HEADER, Values, compare, moved, read_expansions
 from expandr_jax.report.run_report import settings_section, time_section

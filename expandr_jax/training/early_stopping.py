@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.ranking.systems import CHOSEN_BY
+from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
