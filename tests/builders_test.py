@@ -2,21 +2,14 @@
 
 import json
 import pathlib
-import shutil
 
 import pytest
 
-from expandr_jax.data.beir import read_beir
-from expandr_jax.data.builders.beir import ALL, prepare_beir
-from expandr_jax.data.builders.pydoc import Pydoc
 from expandr_jax.data.builders.stream import Stream, rows, shuffled
 from expandr_jax.data.builders.triples import Triples, part_of, split_name, to_triple
-from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.triples import read_triples
 from expandr_jax.errors import UserError
-from tests.commands import ROOT
 
-CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
 SHARES = {"retriever": 7.0, "generator": 1.0, "dev": 0.5, "test": 0.0}
 
 
@@ -37,48 +30,6 @@ def echo(tmp_path_factory):
     for source, count in (("nq", 300), ("squad", 200), ("msmarco_passage", 100)):
         write_triples(path, source, count)
     return path, Triples(path, data_dir=path.parent / "prepared", shares=SHARES).prepare()
-
-
-def write_beir(directory: pathlib.Path) -> pathlib.Path:
-    """A collection in which a query and a document have the same id, as in ArguAna."""
-    (directory / "qrels").mkdir(parents=True)
-    corpus = [{"_id": f"a{i}", "title": "ü" * (i % 2), "text": f"text {i}"} for i in range(9)]
-    queries = [{"_id": f"a{i}", "text": f"query {i}"} for i in range(3)]
-    for name, lines in (("corpus", corpus), ("queries", queries)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (directory / f"{name}.jsonl").write_text(text)
-    (directory / "qrels" / "test.tsv").write_text("a0\ta0\t0\na0\ta1\t2\na1\tgone\t1\n")
-    (directory / "qrels" / "all.tsv").write_text("a2\ta8\t1\n")
-    return directory
-
-
-def check_beir(prepared, expected):
-    for part, texts in ((prepared.corpus, expected.corpus), (prepared.queries, expected.queries)):
-        assert [(row["id"], row["text"]) for row in rows(part, ALL)] == list(texts.items())
-    for split, qrels in expected.qrels.items():
-        flat = [(q, d, grade) for q, judged in qrels.items() for d, grade in judged.items()]
-        fields = ("query_id", "document_id", "grade")
-        found = [tuple(row[f] for f in fields) for row in rows(prepared.judgements, split)]
-        assert found == flat
-
-
-def test_a_collection_and_several_in_a_zip(tmp_path):
-    for name in ("android", "english"):
-        write_beir(tmp_path / "cqadupstack" / name)
-    archive = shutil.make_archive(str(tmp_path / "cqa"), "zip", tmp_path, "cqadupstack")
-    expected = read_beir(tmp_path / "cqadupstack" / "android")
-    assert expected.qrels["test"]["a0"] == {"a0": 0, "a1": 2}
-    for path in (tmp_path / "cqadupstack", archive):
-        prepared = prepare_beir(path, tmp_path / "prepared")
-        assert list(prepared) == ["cqadupstack/android", "cqadupstack/english"]
-        for part in prepared.values():
-            check_beir(part, expected)
-
-
-@pytest.mark.skipif(not CRANFIELD.exists(), reason="the collection is not here")
-def test_cranfield_is_what_the_plain_reader_reads(tmp_path):
-    (prepared,) = prepare_beir(CRANFIELD, tmp_path).values()
-    check_beir(prepared, read_beir(CRANFIELD))
 
 
 def test_triples_are_those_of_the_plain_reader(echo):
@@ -110,26 +61,6 @@ def test_seven_to_one():
     parts = [part_of(f"query {i}", {"retriever": 7, "generator": 1}) for i in range(4000)]
     assert parts.count("generator") / len(parts) == pytest.approx(1 / 8, abs=0.02)
     assert part_of("a  b\n", SHARES) == part_of("a b", SHARES)
-
-
-def test_docstrings_are_those_of_the_harvest(tmp_path):
-    packages = ("optax==0.2.8",)
-    prepared = Pydoc(packages, data_dir=tmp_path).prepare()
-    expected = harvest(packages)
-    collection = expected.collection
-    judged = {q: d for qrels in collection.qrels.values() for q, d in qrels.items()}
-    for split, ids in (
-        ("retriever_train", expected.retriever_train),
-        ("generator_train", expected.generator_train),
-        ("dev", list(collection.qrels["dev"])),
-        ("test", list(collection.qrels["test"])),
-    ):
-        found = list(rows(prepared, split))
-        assert [row["query_id"] for row in found] == ids
-        for row in found:
-            assert row["query"] == collection.queries[row["query_id"]]
-            assert row["document"] == collection.corpus[row["document_id"]]
-            assert list(judged[row["query_id"]]) == [row["document_id"]]
 
 
 def test_prepared_once_for_each_state_of_the_source(tmp_path):
@@ -165,10 +96,6 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path):
         Triples(tmp_path / "nothing", data_dir=tmp_path, shares=SHARES)
     with pytest.raises(UserError, match="shares"):
         Triples(path, data_dir=tmp_path, shares={"retriever": -1.0})
-    directory = write_beir(tmp_path / "tiny")
-    (directory / "queries.jsonl").write_text('{"_id": "a", "text": ""}')
-    with pytest.raises(UserError, match=r"queries\.jsonl:1: query 'a' is empty"):
-        prepare_beir(directory, tmp_path / "p")
 
 
 def test_damage_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from configs import echo
 from expandr_jax.data.beir import Collection, read_beir, write_beir
-from expandr_jax.data.builders.triples import ECHO_SOURCES, part_of
+from expandr_jax.data.builders.triples import part_of
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
@@ -22,6 +22,13 @@ NOUNS = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS if len({a, 
 
 def passage(noun: str) -> str:
     return f"The {noun} is what a program computes of the {noun[::-1]} before it goes on to others."
+
+
+# What the README of the paper's code lists.
+ECHO_SOURCES = (
+    "eli5_question_answer", "fever", "hotpot_qa", "msmarco_document", "msmarco_passage", "nq",
+    "squad", "trivia_qa",
+)  # fmt: skip
 
 
 def write_echo(directory: pathlib.Path, count: int = 400) -> pathlib.Path:

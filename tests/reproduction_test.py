@@ -3,7 +3,6 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import bm25s
 import numpy as np
@@ -51,18 +50,6 @@ def test_minilm_on_cranfield(tmp_path):
     assert row["map"] == pytest.approx(0.3394, abs=1e-3)
 
 
-PREPARE = """
-import sys
-from eval.benchmarks.process import peak_memory
-from expandr_jax.data.builders.beir import ALL, prepare_beir
-from expandr_jax.data.builders.stream import rows
-(prepared,) = prepare_beir(sys.argv[1], sys.argv[2]).values()
-documents = rows(prepared.corpus, ALL)
-print(len(documents), documents[len(documents) - 1]["id"])
-print(peak_memory())
-"""
-
-
 def write_large_set(directory: pathlib.Path) -> None:
     """Passages of 40 words; a query is eight words of one of them, which is right for it."""
     random = np.random.default_rng(0)
@@ -87,20 +74,13 @@ def write_large_set(directory: pathlib.Path) -> None:
 def test_half_a_million_passages_in_under_three_gigabytes(tmp_path, capsys):
     data = tmp_path / "large"
     write_large_set(data)
-    output = subprocess.run(
-        [sys.executable, "-c", PREPARE, data, tmp_path / "prepared"],
-        cwd=ROOT, check=True, text=True, capture_output=True,
-    ).stdout  # fmt: skip
-    *rows, prepared = output.split()
-    assert rows == [str(PASSAGES), f"d{PASSAGES - 1}"]
     options = ["--config=configs/smoke.py", "--config.retriever.tokens_per_batch=16384"]
     options += ["--systems=bm25,dense", f"--data={data}", f"--workdir={tmp_path / 'out'}"]
     process = command("eval.beir", *options)
     output, _ = process.communicate(timeout=580)
     assert process.returncode == 0, output
     phases = json.loads((tmp_path / "out" / "timings.json").read_text())["phases"]
-    memory = {"prepared": int(prepared)}
-    memory |= {row["phase"]: row["peak_memory_bytes"] for row in phases}
+    memory = {row["phase"]: row["peak_memory_bytes"] for row in phases}
     rows = {
         row["system"]: row["recall@100"]
         for row in json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
@@ -112,5 +92,5 @@ def test_half_a_million_passages_in_under_three_gigabytes(tmp_path, capsys):
     assert rows["bm25"] == 1.0
     assert rows["dense"] > 0.5  # Of 500,000, by a random model that reads 16 tokens.
     assert peak < MOST_BYTES
-    for path in (data, tmp_path / "prepared", tmp_path / "out" / "work"):
+    for path in (data, tmp_path / "out" / "work"):
         subprocess.run(["rm", "-r", path], check=True)

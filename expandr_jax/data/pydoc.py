@@ -141,21 +141,6 @@ def harvest(
     return _assemble(pairs, shares, source, report)
 
 
-def source_hashes(packages: Sequence[str]) -> dict[str, str]:
-    """The sha256 of what `harvest` reads of each package, in the order of their names.
-
-    Raises:
-        UserError: As `harvest`, for a package.
-    """
-    hashes = {}
-    for package in sorted(map(_find, packages)):
-        digest = hashlib.sha256()
-        for file in package.files:
-            digest.update(_read(package, file))
-        hashes[f"{package.name}=={package.version}"] = digest.hexdigest()
-    return hashes
-
-
 def _find(spec: str) -> _Package:
     name, separator, version = spec.partition("==")
     if not (name and separator and version):

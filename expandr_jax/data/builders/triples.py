@@ -18,11 +18,6 @@ from expandr_jax.data.records import hash_file
 from expandr_jax.data.triples import Triple, find_sources, stream_triples
 from expandr_jax.errors import UserError
 
-# What the README of the paper's code lists.
-ECHO_SOURCES = (
-    "eli5_question_answer", "fever", "hotpot_qa", "msmarco_document", "msmarco_passage", "nq",
-    "squad", "trivia_qa",
-)  # fmt: skip
 _TEXT, _TEXTS = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
 
 
