@@ -29,7 +29,7 @@ from expandr_jax.ranking.samples import (
 from train.launch import launch
 
 SAMPLES = {
-    RANK: "1 / rank of the right document for a single fresh passage searched on its own",
+    RANK: "1 / rank of the relevant document for a single fresh passage searched on its own",
     REWARD: "Reward in the corpus (reward.corpus_measure) of a single fresh passage",
 }
 # Settings that decide how fast a run is, and results up to rounding.

@@ -26,7 +26,7 @@ def mine_negatives(
     Args:
         scores: [queries, found], as `Index.search` returns them.
         indices: [queries, found] documents, best first.
-        positive_scores: [queries] scores of the right documents: of the one to be found, or the
+        positive_scores: [queries] scores of the relevant documents: of the one to be found, or the
             least of them where no known one may be outscored.
         positives: All documents of each query that are known to be relevant.
         documents: Texts of the corpus, in the order of the index.

@@ -89,7 +89,7 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path):
     write_triples(path, "nq", 5)
     with open(path / "nq.jsonl", "a") as file:
         file.write('{"query": "x"}\n')
-    with pytest.raises(UserError, match=r"nq\.jsonl:6: no right passage"):
+    with pytest.raises(UserError, match=r"nq\.jsonl:6: no positive"):
         Triples(path, data_dir=tmp_path / "p", shares={"all": 1.0}).prepare()
     assert not list((tmp_path / "p").rglob("dataset_info.json"))
     with pytest.raises(UserError, match=r"no \.jsonl file"):

@@ -184,7 +184,7 @@ def test_mistakes_in_triples_end_in_status_2(directory, tmp_path):
         process = command("eval.data", str(place))
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 2, output
-        assert "nq.jsonl:4: no right passage" in output
+        assert "nq.jsonl:4: no positive" in output
         assert "nq.jsonl:5: found an array; expected a JSON object" in output
         assert "2 lines are wrong" in output
         assert "Traceback" not in output

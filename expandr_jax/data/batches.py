@@ -28,7 +28,7 @@ def best_lengths(needed: Sequence[int], most: int, multiple: int = 16) -> tuple[
     Args:
         needed: Tokens of each batch's longest row.
         most: Lengths at most; each is a program to compile.
-        multiple: Of which each length is one.
+        multiple: Each length is a multiple of it.
 
     Returns:
         Lengths in rising order; the last holds all.
@@ -36,18 +36,18 @@ def best_lengths(needed: Sequence[int], most: int, multiple: int = 16) -> tuple[
     rounded = [-(-length // multiple) * multiple for length in needed]
     sizes, counts = np.unique(rounded, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])  # Batches shorter than each size.
-    # cost[j]: tokens of the batches below size j, padded to the lengths chosen so far.
-    cost, chosen = np.full(len(sizes) + 1, np.inf), [()] * (len(sizes) + 1)
+    # cost[j]: tokens of the batches below size j, padded to the lengths taken so far.
+    cost, taken = np.full(len(sizes) + 1, np.inf), [()] * (len(sizes) + 1)
     cost[0] = 0
     for _ in range(min(most, len(sizes))):
-        new, picks = cost.copy(), list(chosen)
+        new, picks = cost.copy(), list(taken)
         for last, size in enumerate(sizes):
             tried = cost[: last + 1] + size * (before[last + 1] - before[: last + 1])
             first = int(np.argmin(tried))
             if tried[first] < new[last + 1]:
-                new[last + 1], picks[last + 1] = tried[first], (*chosen[first], int(size))
-        cost, chosen = new, picks
-    return chosen[-1]
+                new[last + 1], picks[last + 1] = tried[first], (*taken[first], int(size))
+        cost, taken = new, picks
+    return taken[-1]
 
 
 def pad(
@@ -87,7 +87,7 @@ def batch_indices(
     Args:
         seed, step: What the order is drawn from.
         count: Examples.
-        batch_size: Of them in a batch.
+        batch_size: Examples in a batch.
         lengths: [count], of each example; with it, batches have examples of like length: those of
             `window` batches are sorted by it, then the batches of the epoch are shuffled.
         window: Batches that are sorted together.
@@ -101,14 +101,14 @@ def batch_indices(
     per_epoch = count // batch_size
     if per_epoch == 0:
         raise ValueError(f"{count} examples do not fill one batch of {batch_size}")
-    epoch, place = divmod(step, per_epoch)
+    epoch, batch = divmod(step, per_epoch)
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = generator.permutation(count)[: per_epoch * batch_size]
     first = 0
     if lengths is not None:
-        place = generator.permutation(per_epoch)[place]
-        first = place // window * window
+        batch = generator.permutation(per_epoch)[batch]
+        first = batch // window * window
         order = order[first * batch_size : (first + window) * batch_size]
         order = order[np.argsort(lengths[order], kind="stable")]
-    start = (place - first) * batch_size
+    start = (batch - first) * batch_size
     return order[start : start + batch_size]

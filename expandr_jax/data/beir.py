@@ -80,8 +80,8 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
     corpus = dict(read_texts(files, "corpus", report))
     queries = dict(read_texts(files, "queries", report))
     qrels = read_splits(files, queries, report)
-    place = files.path("").resolve()
-    name = place.stem if place.suffix.lower() == ".zip" else place.name
+    root = files.path("").resolve()
+    name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
 
 
@@ -313,14 +313,14 @@ def _read_judgements(files: Files, name: str, report: Report) -> Iterator[Judgem
     parquet = name.endswith(".parquet")
     rows = _parquet(files, name) if parquet else files.lines(name)
     separator = "\t" if re.search(r"\.tsv(\.gz)?$", name) else None
-    for place, row in rows:
-        where = place if parquet else f"{files.path(name)}:{place}"
+    for position, row in rows:
+        where = position if parquet else f"{files.path(name)}:{position}"
         try:
             if parquet:
                 columns = [row.get(column) for column in _HEADER]
             else:
                 columns = _columns(where, row, separator)
-                if not columns or (place == 1 and tuple(columns) == _HEADER):
+                if not columns or (position == 1 and tuple(columns) == _HEADER):
                     continue
             judgement = _judgement(where, columns)
         except UserError as error:

@@ -48,9 +48,9 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
 
 def _check_judged(benchmark: Benchmark) -> None:
     """Refuses a collection whose results could be nothing but zeros."""
-    wrong: list[UserError] = []  # Lines, which are told as the caller wants when they are read.
-    grades = (j.grade for j in judgements(benchmark.files, benchmark.split, wrong.append))
-    if not any(grade > 0 for grade in grades) and not wrong:
+    bad: list[UserError] = []  # Lines, which are told as the caller wants when they are read.
+    grades = (j.grade for j in judgements(benchmark.files, benchmark.split, bad.append))
+    if not any(grade > 0 for grade in grades) and not bad:
         where = benchmark.files.path("qrels")
         raise UserError(f"{where}: no grade above 0 in split {benchmark.split!r}; expected some")
 

@@ -30,7 +30,7 @@ def download(
 
     Args:
         url: http:// or https://.
-        sha256: Of the file, in hex; another file is refused.
+        sha256: The file's sha256, in hex; another file is refused.
         cache: A directory, made if absent. The file lies in a folder named by its hash.
         progress: Called with the bytes since its last call and the bytes in all (0: not known).
         timeout: Seconds without a byte.

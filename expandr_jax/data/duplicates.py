@@ -108,7 +108,7 @@ def _gram_sets(texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
     for width in range(2, GRAM + 1):  # number the distinct n-grams, one word longer each time
         longer = grams[:-1] * len(vocabulary) + tokens[width - 1 :]
         grams = np.unique(longer, return_inverse=True)[1]
-    # Of the windows over the concatenated texts, keep those inside one text.
+    # Keep those windows over the concatenated texts that lie inside one text.
     windows = np.asarray(lengths) - GRAM + 1
     starts = np.cumsum(lengths) - lengths
     owner = np.repeat(np.arange(len(texts)), windows)

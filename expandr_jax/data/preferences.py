@@ -15,7 +15,7 @@ SIDES = ("chosen", "rejected")
 
 
 class _BadPair(Exception):
-    """A pair that cannot be trained on: a reason to count it under, and what is wrong with it."""
+    """A pair that cannot be trained on: a reason to count it under, and the mistake in it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -123,14 +123,14 @@ def _check_candidates(row: Mapping[str, Any]) -> None:
         raise _BadPair("missing field", 'no field "prompt" and no text "query"; expected one')
     if not isinstance(row.get("candidates"), list) or not row["candidates"]:
         raise _BadPair("missing field", 'no list "candidates"; expected {"text", "reward"} in it')
-    for place, candidate in enumerate(row["candidates"]):
+    for number, candidate in enumerate(row["candidates"]):
         reward = candidate.get("reward") if isinstance(candidate, dict) else None
-        right = isinstance(reward, int | float) and not isinstance(reward, bool)
+        is_number = isinstance(reward, int | float) and not isinstance(reward, bool)
         # Not math.isfinite: JSON's whole numbers may be larger than any float.
-        if not right or not abs(reward) < 1e30 or not isinstance(candidate.get("text"), str):
+        if not is_number or not abs(reward) < 1e30 or not isinstance(candidate.get("text"), str):
             raise _BadPair(
                 "wrong type",
-                f'candidate {place} is not {{"text", "reward"}}, a string and a finite number',
+                f'candidate {number} is not {{"text", "reward"}}, a string and a finite number',
             )
 
 
@@ -185,10 +185,10 @@ def _check_messages(messages: Any, name: str) -> None:
             "wrong type", f"{name} must be a string or a list of messages, as the others"
         )
     for message in messages:
-        right = isinstance(message, dict) and all(
+        is_message = isinstance(message, dict) and all(
             isinstance(message.get(key), str) for key in ("role", "content")
         )
-        if not right:
+        if not is_message:
             raise _BadPair(
                 "wrong type",
                 f'{name} has a message that is not {{"role", "content"}}, both strings',

@@ -289,7 +289,7 @@ def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Pr
     members = {name: [f"q:{pair.id}" for pair in split] for name, split in splits.items()}
     train = sorted(splits["retriever_train"] + splits["generator_train"])
     judged = {"train": train, "dev": splits["dev"], "test": splits["test"]}
-    # Of equal documents none could be found before the other but by chance.
+    # Equal documents are one: neither could be found before the other but by chance.
     first: dict[str, str] = {}
     for pair in pairs:
         first.setdefault(pair.document, pair.id)

@@ -16,8 +16,8 @@ from expandr_jax.errors import UserError
 Row = dict[str, Any]
 
 logger = logging.getLogger(__name__)
-_CHECK = "check"  # Field of a journal's lines.
-_END = "."  # At the end of the last one's.
+_CHECK = "check"  # Field of a journal's lines: a checksum.
+_END = "."  # Ends the last line's checksum.
 
 # str.splitlines breaks a line at these, so a reader that uses it would see half a record.
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -94,7 +94,7 @@ class Journal:
     Attributes:
         rows: the work that is done.
         finished: whether it is all there is to do.
-        damage: what was wrong with the file, if more than a kill can do; None.
+        damage: how the file was damaged, if by more than a kill; else None.
 
     Raises:
         UserError: a file cannot be read or written.
@@ -127,7 +127,7 @@ class Journal:
         if self.finished:
             raise ValueError(f"{self.path} is finished: nothing can be appended")
         rows = [dict(row) for row in rows]
-        data, check = _seal(rows, self._check)
+        data, check = _checked_lines(rows, self._check)
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             with open(self.part, "ab") as file:
@@ -145,7 +145,7 @@ class Journal:
         self.rows.extend(rows)
 
     def keep(self, count: int) -> None:
-        """Drops all but the first rows, of which something else turned out to be damaged."""
+        """Drops all but the first rows: something that the others belong to was damaged."""
         self.rows = self.rows[:count]
         try:
             self._rewrite()
@@ -158,14 +158,14 @@ class Journal:
         """Makes `path` of the rows given, or of those appended, and removes the part file."""
         self.rows = [dict(row) for row in (self.rows if rows is None else rows)]
         with _replacing(self.path) as file:
-            file.write(_seal(self.rows, 0, closed=True)[0])
+            file.write(_checked_lines(self.rows, 0, closed=True)[0])
         self.part.unlink(missing_ok=True)
         self.finished = True
 
     def _recover(self, path: Path, closed: bool) -> bool:
         """Reads the rows of a file up to the first that is damaged; whether none is."""
         lines = path.read_bytes().splitlines(keepends=True)
-        # Of an unfinished file, a kill may have cut the last line.
+        # A kill may have cut the last line of an unfinished file.
         cut = not closed and bool(lines) and not lines[-1].endswith(b"\n")
         end = ""
         for number, line in enumerate(lines, start=1):
@@ -184,12 +184,14 @@ class Journal:
 
     def _rewrite(self) -> None:
         """Makes the part file of the rows."""
-        data, self._check = _seal(self.rows, 0)
+        data, self._check = _checked_lines(self.rows, 0)
         with _replacing(self.part) as file:
             file.write(data)
 
 
-def _seal(rows: Sequence[Mapping[str, Any]], check: int, closed: bool = False) -> tuple[bytes, int]:
+def _checked_lines(
+    rows: Sequence[Mapping[str, Any]], check: int, closed: bool = False
+) -> tuple[bytes, int]:
     """Lines of rows, each with a checksum of itself and, through `check`, of those before."""
     lines = []
     for number, row in enumerate(rows, start=1):
@@ -200,7 +202,7 @@ def _seal(rows: Sequence[Mapping[str, Any]], check: int, closed: bool = False) -
 
 
 def _open(line: bytes, check: int) -> tuple[Row | None, int, str]:
-    """A sealed line's row, checksum and end mark, if it has one; no row if it is damaged."""
+    """A line's row, checksum and end mark, if it has one; no row if it is damaged."""
     try:
         row = json.loads(line.decode())
         found = row.pop(_CHECK)
@@ -269,7 +271,7 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of `path` when the block ends well."""
+    """Opens a temporary file that replaces `path` when the block ends well."""
     path = Path(path)
     # A fixed name, so that kills leave at most one behind and the next write reuses it.
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,4 +1,4 @@
-"""Training queries with right and wrong passages, a JSON object a line.
+"""Training queries with positive and negative passages, a JSON object a line.
 
 {"query": "...", "pos": "..." or ["...", ...]} and, where there are any, "neg" (likewise),
 "expansion" (likewise; "" is an empty generation) and "teacher_scores" (numbers, one a passage:
@@ -16,7 +16,7 @@ from expandr_jax.data.records import parse_row, read_lines
 from expandr_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-MAX_CHARACTERS = 1_000_000  # Of one text; a longer one is taken for files run together.
+MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
 
 
@@ -26,8 +26,8 @@ class Triple:
 
     Attributes:
         query: its text.
-        positives: texts of right passages, at least one.
-        negatives: texts of wrong passages.
+        positives: texts of relevant passages, at least one.
+        negatives: texts of passages that are not.
         expansions: texts that a language model wrote for the query; empty ones are left out.
         teacher_scores: of the positives, then of the negatives; or None.
         line: where it stands in its file, from 1; 0: in none.
@@ -46,10 +46,10 @@ def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[T
 
     Args:
         path: the file.
-        on_bad: "error" stops at the first line that is wrong; "skip" leaves such lines out.
+        on_bad: "error" stops at the first bad line; "skip" leaves such lines out.
 
     Returns:
-        The triples in the order of the file, and what is wrong with each line left out.
+        The triples in the order of the file, and the mistake in each line left out.
 
     Raises:
         UserError: the file cannot be read or has no triple, or, under "error", a line is not
@@ -128,7 +128,7 @@ def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
     )
     count = len(triple.positives) + len(triple.negatives)
     if not triple.positives:
-        raise UserError(f'{where}: no right passage; expected "pos", a string or an array of some')
+        raise UserError(f'{where}: no positive; expected "pos", a string or an array of some')
     if triple.teacher_scores is not None and len(triple.teacher_scores) != count:
         raise UserError(
             f"{where}: {len(triple.teacher_scores)} teacher_scores for {count} passages; expected "
