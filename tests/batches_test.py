@@ -81,6 +81,6 @@ def test_batches_by_length():
         again = batch_indices(3, 7, 103, 8, lengths, window)
         np.testing.assert_array_equal(epoch[7], again)
     spread = [np.ptp(lengths[batch_indices(3, s, 103, 8, lengths, 100)]) for s in range(12)]
-    assert max(spread) < 150  # Of 500, where a shuffle's are near all of it.
+    assert max(spread) < 150  # Lengths go to 500, and a shuffle's batches have nearly all of them.
     longest = [lengths[batch].max() for batch in epoch]
     assert longest != sorted(longest)  # The batches do not come by length themselves.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from expandr_jax.runtime.metrics_log import COST_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Of two processes: parameters spread over both.
+# Parameters are spread over two processes.
 SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
 
 

@@ -1,4 +1,4 @@
-"""`eval.compare` on three small runs whose figures are known."""
+"""`eval.compare` on three small runs whose metrics are known."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from expandr_jax.report.tables import FORMATS, render
 from tests.commands import command, finish
 
 QRELS = {f"q{i}": {"d1": 1} for i in range(8)}
-RANKS = {  # of the one right document, query by query; 0: not found
+RANKS = {  # The one relevant document's, query by query; 0: not found.
     "base": [1, 2, 3, 4, 5, 6, 0, 2],
     "better": [1, 1, 1, 2, 2, 1, 4, 1],
     "other": [2, 2, 1, 4, 0, 6, 0, 2],

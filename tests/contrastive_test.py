@@ -34,8 +34,8 @@ QUERIES = ["compute the gradient", "return an array", "scale the norm", "count t
 DOCUMENTS = ["the gradient of a loss", "array of a shape", "a norm and a clip factor", "step count"]
 PASSAGES = [["gradient of parameters"], ["an array, returned"], [], ["count by one"]]
 TAU = 0.02
-# Of query 0: two; of query 1: one, and query 2's document is right for it, too; of query 2: none;
-# of query 3: query 0's document, which counts against all but query 0.
+# Query 0 has two; query 1 has one, and query 2's document is relevant to it, too; query 2 has
+# none; query 3 has query 0's document, which counts against all but query 0.
 NEGATIVES = [["a clip factor", "return an array"], ["a shape"], [], [DOCUMENTS[0], "the step"]]
 KNOWN = [(), (DOCUMENTS[2],), (), ()]
 PLAIN = ContrastiveConfig(temperature=0.1, query_weight=1.0, normalize="both")

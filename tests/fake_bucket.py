@@ -32,7 +32,7 @@ class FakeBucket:
     """The bucket that `serve` serves.
 
     Attributes:
-        objects: By name.
+        objects: Name -> content.
         environment: What has clients talk to it instead of Google.
         fail: (method, object's name) -> an HTTP status to answer with; None: as it should be.
         requests: (method, object's name) of every request, in order.
@@ -45,7 +45,7 @@ class FakeBucket:
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.Lock()
         self.uploads: dict[str, tuple[str, bytearray]] = {}
-        self.numbers = itertools.count()  # Of uploads.
+        self.numbers = itertools.count()  # Numbers of uploads.
         self._generations = itertools.count(1)
 
     def __getitem__(self, name: str) -> bytes:

@@ -283,15 +283,15 @@ class TestOnEightDevices:
         np.testing.assert_allclose(loss, np.full(8, expected), rtol=1e-5)
 
     def test_dpo(self):
-        figures = [np.random.default_rng(s).normal(size=16).astype(np.float32) for s in range(4)]
+        arrays = [np.random.default_rng(s).normal(size=16).astype(np.float32) for s in range(4)]
 
         def mean_loss(*a):
             return jnp.mean(dpo(*a, beta=0.1)[0])
 
-        expected, grad = jax.value_and_grad(mean_loss)(*figures)
+        expected, grad = jax.value_and_grad(mean_loss)(*arrays)
         mesh = make_mesh(data=8)
         rows = NamedSharding(mesh, PartitionSpec("data"))
-        sharded = [jax.device_put(a, rows) for a in figures]
+        sharded = [jax.device_put(a, rows) for a in arrays]
         loss, on_mesh = jax.jit(jax.value_and_grad(mean_loss))(*sharded)
         np.testing.assert_allclose(loss, expected, rtol=1e-6)
         np.testing.assert_allclose(on_mesh, grad, rtol=1e-5)
@@ -305,6 +305,6 @@ class TestOnEightDevices:
         np.testing.assert_allclose(on_shards, grad, rtol=1e-5)
         parallel = functools.partial(jax.lax.pmean, axis_name="i")
         loss = jax.pmap(lambda *a: parallel(mean_loss(*a)), axis_name="i")(
-            *[a.reshape(8, 2) for a in figures]
+            *[a.reshape(8, 2) for a in arrays]
         )
         np.testing.assert_allclose(loss, np.full(8, expected), rtol=1e-6)

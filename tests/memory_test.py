@@ -29,7 +29,7 @@ def test_what_was_freed_below_something_that_stays_is_returned():
     assert stays.sum() == 12_000
 
 
-@pytest.mark.parametrize("texts", [1, 3])  # Of three, only the first is asked for.
+@pytest.mark.parametrize("texts", [1, 3])  # Only the first of three is asked for.
 def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, texts):
     generator, params = load_generator(
         str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama")

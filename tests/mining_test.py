@@ -11,7 +11,7 @@ DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
 
 
 def mine(scores, indices, positives, positive_score=1.0, **settings):
-    """Of a single query."""
+    """The negatives of a single query."""
     found = np.array([scores], np.float32), np.array([indices])
     return mine_negatives(*found, [positive_score], [positives], DOCUMENTS, **settings)[0]
 

@@ -279,7 +279,7 @@ def test_mutations_of_a_directory_are_refused_in_one_line_or_load(model, name):
     for number in range(80):
         file = files[number % len(files)]
         data = file.read_bytes()
-        # Of the weights the header, which says where everything is.
+        # A weights file's header says where everything is.
         head = min(len(data), 3000 if file.name == WEIGHTS else len(data))
         file.write_bytes(mutate(data[:head], rng) + data[head:])
         try:

@@ -1,4 +1,4 @@
-"""train.plan: its rows against figures counted by hand, its verdicts and its exit codes."""
+"""train.plan: its rows against numbers counted by hand, its verdicts and its exit codes."""
 
 import importlib.util
 import json

@@ -31,7 +31,7 @@ def test_what_fits_is_run_where_it_was_asked_for(config):
     only = ["corpus encoding", "decode", "exact search"]
     rows = plan.plan(config, machine(), QUIET, only, repeats=2)["rows"]
     for row in rows:
-        # The chip is made up: a bound of its figures may well be above what was measured.
+        # The chip is made up: a bound by its peaks may well be above what was measured.
         assert row["seconds"] > 0
         assert row["share_of_bound"] == pytest.approx(row["roofline_seconds"] / row["seconds"])
         devices = 1 if row["mesh"] is None else 8

@@ -39,7 +39,7 @@ def test_a_dpo_step_gathers_weights_for_two_passes_and_sums_the_adapter_alone(tm
     # Forward and backward; of the stack of two layers one at a time.
     assert sum(base) < needs.collectives["all-gather"].bytes <= 2 * sum(base)
     assert needs.collectives["all-gather"].largest <= max(base) / 2
-    # Gradients, and a few figures.
+    # Gradients, and a few metrics.
     assert 0 <= needs.collectives["all-reduce"].bytes - sum(adapter) < 1000
 
 

@@ -224,7 +224,7 @@ def test_an_obvious_preference_is_learned_and_sampled_and_the_base_does_not_move
         batch["reference_chosen"], batch["reference_rejected"] = reference(batch)
         state, metrics = step(state, params, batch, jax.random.key(0))
         accuracies.append(metrics["accuracy"])
-    assert accuracies[-5:] == [1.0] * 5  # Of all hundred.
+    assert accuracies[-5:] == [1.0] * 5  # All hundred pairs.
     assert metrics["margin"] > 1.0
     jax.tree.map(np.testing.assert_array_equal, params, before)
     end = first_tokens(module, params, state.params, unseen)

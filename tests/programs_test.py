@@ -87,7 +87,7 @@ def test_programs_are_few_and_compiled_once(tiny):
     jax.monitoring.register_event_duration_secs_listener(listen)
     # What jax compiles once in a process, whatever the engine, is there before.
     assert list(Engine(*tiny, slots=2, **SETTINGS).generate(make_requests(2, 1)))
-    engine = Engine(*tiny, slots=8, **{**SETTINGS, "seed": 12})  # Of a shape that no test has.
+    engine = Engine(*tiny, slots=8, **{**SETTINGS, "seed": 12})  # No test has this shape.
     compiled.clear()
     assert list(engine.generate(make_requests(2, 1, seed=3) + make_requests(9)))
     # The empty slots, the decoder, and two programs for each bucket.

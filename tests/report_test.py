@@ -14,7 +14,7 @@ from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.report import run_report as report
 
-SYSTEMS = {  # typical log2 of the right document's rank
+SYSTEMS = {  # Typical log2 of the relevant document's rank.
     "bm25": 3.1,
     "zero-shot": 2.6,
     "zero-shot+expansion": 2.5,

@@ -1,4 +1,4 @@
-"""Published and measured figures, reproduced on a real collection where it is there."""
+"""Published and measured results, reproduced on a real collection where it is there."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from tests.commands import ROOT, command
 CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
 needs_cranfield = pytest.mark.skipif(not CRANFIELD.exists(), reason=f"{CRANFIELD} is not there")
 
-WORDS = 20_000  # Of the synthetic set's vocabulary.
+WORDS = 20_000  # Size of the synthetic set's vocabulary.
 PASSAGES = 500_000
 QUERIES = 200
 MOST_BYTES = 3 * 10**9
@@ -90,7 +90,7 @@ def test_half_a_million_passages_in_under_three_gigabytes(tmp_path, capsys):
         print(f"\n{PASSAGES:,} passages, peak memory in GB, recall@100:")
         print({name: round(value / 1e9, 2) for name, value in memory.items()}, rows)
     assert rows["bm25"] == 1.0
-    assert rows["dense"] > 0.5  # Of 500,000, by a random model that reads 16 tokens.
+    assert rows["dense"] > 0.5  # A random model that reads 16 tokens, among 500,000 passages.
     assert peak < MOST_BYTES
     for path in (data, tmp_path / "out" / "work"):
         subprocess.run(["rm", "-r", path], check=True)

@@ -126,8 +126,8 @@ optimizer = make_optimizer(OptimizerConfig(1e-5, 10))
 config = ContrastiveConfig(0.02, 1.0, "both", micro_batch=64)
 step = jax.jit(functools.partial(contrastive_step, retriever=retriever, config=config,
     optimizer=optimizer), donate_argnums=0)
-state, figures = step(TrainState.create(params, optimizer), batch)
-assert np.isfinite(float(figures["grad_norm"])) and float(figures["loss"]) > 1
+state, metrics = step(TrainState.create(params, optimizer), batch)
+assert np.isfinite(float(metrics["grad_norm"])) and float(metrics["loss"]) > 1
 print(peak_memory())
 """
 

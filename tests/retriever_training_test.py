@@ -189,7 +189,7 @@ def test_a_damaged_export_is_made_again(data, finished, tmp_path, way):
 
 
 def test_without_a_gain_it_stops_and_keeps_the_first_weights(data, tmp_path):
-    # Of equal values the first counts: a rate of next to nothing never gains.
+    # The first of equal values counts: a rate of next to nothing never gains.
     train(config_of(data, learning_rate=1e-30, patience=2), tmp_path / "run")
     assert [row["step"] for row in dev_rows(tmp_path / "run")] == [0, 4, 8]
     ours = SentenceTransformer(str(tmp_path / "run" / "export" / "retriever"), device="cpu")

@@ -76,7 +76,7 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
 
 @pytest.fixture
 def workdirs(tmp_path):
-    """Two runs of two systems on twelve queries, each with one right document."""
+    """Two runs of two systems on twelve queries, each with one relevant document."""
     random = np.random.default_rng(0)
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(12)}
     for run in ("one", "two"):

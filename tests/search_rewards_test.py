@@ -10,7 +10,7 @@ from expandr_jax.rewards.search import MEASURES, corpus_reward, group_reward, ju
 from expandr_jax.search import build_index
 
 IDS = [f"d{i}" for i in range(50)]
-# d49 is no document of the corpus, d7 not relevant; q1 has one right document.
+# d49 is no document of the corpus, d7 not relevant; q1 has one relevant document.
 QRELS = {"q0": {"d3": 1, "d40": 2, "d8": 1, "d49": 3, "d7": 0}, "q1": {"d11": 1}}
 PLACE = {document: i for i, document in enumerate(IDS[:49])}
 

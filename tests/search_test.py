@@ -278,9 +278,9 @@ def test_each_file_of_a_saved_index_is_checked(tmp_path, backend, options):
     assert len(files) > (5 if backend == "scann" else 1)
     for path in files:
         content = path.read_bytes()
-        # Of the manifest every byte: a digit that changes is still JSON.
-        places = range(len(content)) if path.name == "index.json" else (0, len(content) // 2)
-        spoilt = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in places]
+        # Every byte of the manifest: a digit that changes is still JSON.
+        where = range(len(content)) if path.name == "index.json" else (0, len(content) // 2)
+        spoilt = [content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :] for i in where]
         for bad in (b"", content[: len(content) // 2], content + b"x", None, *spoilt):
             if bad is None:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""eval.speed: what it makes of two sides' figures, and what it does not measure."""
+"""eval.speed: what it makes of two sides' rates, and what it does not measure."""
 
 import io
 import json

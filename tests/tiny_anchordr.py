@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 WIDTH, HEADS, INNER, LAYERS, DECODER_LAYERS, BUCKETS, PAD = 32, 4, 48, 3, 2, 32, 1
 PIECES = 36
-SCALE = 0.3  # Of the random weights.
+SCALE = 0.3  # The random weights' standard deviation.
 
 
 def twin_bucket(r):

@@ -12,10 +12,10 @@ def prepare(directory: pathlib.Path) -> None:
     (directory / "input.txt").write_text("3")
 
 
-def side(figures, difference=0.0):
+def side(rates, difference=0.0):
     def start(directory: pathlib.Path) -> Running:
         value = float((directory / "input.txt").read_text())
-        numbers = iter(figures)
+        numbers = iter(rates)
         print("what a library prints")
         return Running(lambda: next(numbers), {"value": np.array([value + difference])}, "as set")
 

@@ -31,7 +31,7 @@ def test_the_rate_rises_and_falls_as_transformers_has_it(warmup):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_warm_up_counts_updates_not_batches(accumulation):
-    """Of a constant gradient Adam's update is the rate itself."""
+    """Where the gradient is constant, Adam's update is the rate itself."""
     settings = OptimizerConfig(1e-2, total_steps=UPDATES, warmup_steps=4, accumulation=accumulation)
     rate = make_schedule(dataclasses.replace(settings, accumulation=1))
     optimizer = make_optimizer(settings)
