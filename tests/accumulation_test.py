@@ -21,11 +21,10 @@ from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
-    ContrastiveExample,
     contrastive_gradients,
     contrastive_step,
-    make_batch,
 )
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, make_batch
 from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer

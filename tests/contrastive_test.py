@@ -16,11 +16,13 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
-    ContrastiveExample,
-    Passage,
     contrastive_gradients,
     contrastive_loss,
     contrastive_step,
+)
+from expandr_jax.objectives.contrastive_batches import (
+    ContrastiveExample,
+    Passage,
     draw_passages,
     make_batch,
     stays_plain,

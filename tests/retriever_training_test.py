@@ -16,7 +16,7 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.objectives.contrastive import make_batch
+from expandr_jax.objectives.contrastive_batches import make_batch
 from expandr_jax.training.checkpoint import Checkpoints
 from tests.commands import command, step_figures
 from train.retriever import train_on_triples
@@ -88,7 +88,7 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
         widths[window].append(batch["expansion_ids"].shape[1])
         return first.setdefault("batch", batch)  # One program: all that counts is what was made.
 
-    monkeypatch.setattr("train.retriever.make_batch", recorded)
+    monkeypatch.setattr("expandr_jax.objectives.contrastive_batches.make_batch", recorded)
     for window in (0, 100):
         widths[window] = []
         config = config_of(data, length_window=window, epochs=1.0, batch_size=8, plain_share=0.0)

@@ -1,6 +1,7 @@
 """Every training step on meshes of eight devices against the same step on one."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -14,20 +15,16 @@ from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.contrastive import (
-    ContrastiveConfig,
-    ContrastiveExample,
-    Passage,
-    make_batch,
-)
+from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.objectives.preference import DPOConfig, PreferencePair, dpo_values, pack
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
 from expandr_jax.training.steps import (
     adapter_program,
-    contrastive_program,
     embedder,
     model_shardings,
     reference_program,
+    training_program,
     values_program,
 )
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
@@ -118,9 +115,10 @@ def train_retriever(mesh, retriever, params, config, steps=3):
     optimizer = make_optimizer(SETTINGS)
     placed = model_shardings(mesh, retriever.module, params)
     places = TrainState.shardings(mesh, placed, params, optimizer)
-    step = contrastive_program(
-        mesh, places, retriever=retriever, config=config, optimizer=optimizer
+    step = functools.partial(
+        contrastive_step, retriever=retriever, config=config, optimizer=optimizer
     )
+    step = training_program(mesh, places, step)
     state, metrics = TrainState.create(params, optimizer, places), []
     for _ in range(steps):
         state, values = step(state, batch_of_queries(), None)

@@ -14,7 +14,6 @@ import ml_collections
 from absl import flags
 from rich.console import Console
 
-from expandr_jax.data.examples import triple_examples
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
@@ -22,11 +21,12 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import expansion_requests, sample_texts
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
+from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
 from expandr_jax.pair import Models, check_meshes, load_models, make_sampler
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
-from expandr_jax.training.batch_checks import check_contrastive_batch, check_dpo_batch
+from expandr_jax.training.batch_checks import check_dpo_batch
 from expandr_jax.vectors.corpus import Corpus, encode_corpus
 from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
 from train.export import export_run
@@ -73,7 +73,13 @@ def train_joint(
     with run.phase("models"), run.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
-    check_contrastive_batch(config.contrastive, models, len(data.retriever_train))
+    check_contrastive_batch(
+        config.contrastive,
+        models.retriever,
+        models.retriever_params,
+        models.contrastive_mesh,
+        len(data.retriever_train),
+    )
     check_dpo_batch(config.dpo, models)
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}

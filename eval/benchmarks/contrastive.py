@@ -43,13 +43,15 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     from configs import base
     from expandr_jax.objectives.contrastive import (
         ContrastiveConfig,
+        contrastive_step,
+        training_retriever,
+    )
+    from expandr_jax.objectives.contrastive_batches import (
         ContrastiveExample,
         Passage,
-        contrastive_step,
         make_batch,
     )
     from expandr_jax.sharding import batch_sharding, make_mesh, replicated
-    from expandr_jax.training.setup import training_retriever
     from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
     loaded, params = minilm.load(LENGTH)

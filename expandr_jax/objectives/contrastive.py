@@ -8,15 +8,15 @@ parameters.
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from expandr_jax.data.batches import pad
 from expandr_jax.losses.contrastive import (
     distillation_kl,
     info_nce,
@@ -27,8 +27,11 @@ from expandr_jax.losses.contrastive import (
 )
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.ranking.fusion import Normalize, expanded_query
+from expandr_jax.sharding import replicated
 from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
-from expandr_jax.training.train_state import TrainState
+from expandr_jax.training.setup import TrainingSetup, set_up
+from expandr_jax.training.steps import model_shardings
+from expandr_jax.training.train_state import OptimizerConfig, TrainState
 
 TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
 LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.
@@ -67,141 +70,69 @@ class ContrastiveConfig:
     micro_batch: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Passage:
-    """A document of a training query.
-
-    Attributes:
-        ids: Token ids.
-        text: Hash or id of its text, to find equal ones in a batch.
-        score: A teacher's, where there is one.
-    """
-
-    ids: Sequence[int]
-    text: str
-    score: float | None = None
+def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
+    """The retriever as the config's section `contrastive` trains it; its weights stay float32."""
+    module = retriever.module.clone(dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat)
+    return dataclasses.replace(retriever, module=module)
 
 
-@dataclasses.dataclass(frozen=True)
-class ContrastiveExample:
-    """Token ids of one training query, its expansions (may be none) and its documents.
-
-    Attributes:
-        query: Ids of the query.
-        expansions: Ids of each sampled passage; an empty generation is left out.
-        positive: Ids of the right document.
-        positive_text: Hash or id of the right document's text, to find equal ones in a batch.
-        negatives: Documents that were given as wrong.
-        other_positives: Further right documents, of which `draw_passages` may take one instead.
-        known: Texts of documents that are right as well and must not count as wrong.
-        positive_score: A teacher's score of the right document, where there is one.
-    """
-
-    query: Sequence[int]
-    expansions: Sequence[Sequence[int]]
-    positive: Sequence[int]
-    positive_text: str
-    negatives: Sequence[Passage] = ()
-    other_positives: Sequence[Passage] = ()
-    known: Collection[str] = ()
-    positive_score: float | None = None
-
-
-def draw_passages(
-    example: ContrastiveExample, negatives: int, *, seed: int, epoch: int, query: int
-) -> ContrastiveExample:
-    """The example as one epoch sees it: one of its positives, at most `negatives` negatives.
-
-    The draw is a function of (seed, epoch, query) alone; `query` numbers the examples.
-    """
-    if not example.other_positives and len(example.negatives) <= negatives:
-        return example
-    generator = np.random.default_rng([seed, epoch, query])
-    own = Passage(example.positive, example.positive_text, example.positive_score)
-    positives = [own, *example.other_positives]
-    right = positives.pop(int(generator.integers(len(positives))))
-    kept = np.sort(generator.permutation(len(example.negatives))[:negatives])
-    return dataclasses.replace(
-        example,
-        positive=right.ids,
-        positive_text=right.text,
-        positive_score=right.score,
-        other_positives=positives,
-        negatives=[example.negatives[i] for i in kept],
+def contrastive_config(settings: Any, samples: int) -> ContrastiveConfig:
+    """What the config's section `contrastive` compares; `samples`: expansions a query."""
+    return ContrastiveConfig(
+        temperature=settings.temperature,
+        query_weight=settings.query_weight if samples else 1.0,
+        normalize=settings.normalize,
+        learn_temperature=settings.learn_temperature,
+        symmetric=settings.symmetric,
+        info_nce_weight=settings.info_nce_weight,
+        margin_mse_weight=settings.margin_mse_weight,
+        kl_weight=settings.kl_weight,
+        teacher_temperature=settings.teacher_temperature,
+        invariance_weight=settings.invariance_weight,
+        dimensions=tuple(settings.dimensions),
+        micro_batch=settings.micro_batch,
     )
 
 
-def stays_plain(share: float, *, seed: int, step: int, query: int) -> bool:
-    """Whether a query is left unexpanded in a step: drawn with `share` by (seed, step, query)."""
-    # The fourth number keeps this apart from the draws of passages.
-    return share > 0 and np.random.default_rng([seed, step, query, 1]).random() < share
+def with_temperature(params: Any, settings: Any) -> Any:
+    """What is trained: the retriever's parameters, and the temperature where it is learned."""
+    if not settings.learn_temperature:
+        return params
+    return {"retriever": params, "log_temperature": jnp.log(jnp.float32(settings.temperature))}
 
 
-def make_batch(
-    examples: Sequence[ContrastiveExample],
-    pad_id: int,
+def without_temperature(params: Any, settings: Any) -> Any:
+    """The retriever's parameters among what is trained."""
+    return params["retriever"] if settings.learn_temperature else params
+
+
+def contrastive_setup(
+    mesh: Mesh,
+    retriever: Retriever,
+    params: Any,
+    settings: Any,
+    optimizer: OptimizerConfig,
+    *,
     samples: int,
-    negatives: int = 0,
-    longest: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Arrays of one batch.
+) -> TrainingSetup:
+    """Sets step A up; its step is (state, batch, key) -> (state, metrics).
 
     Args:
-        examples: Of each, the first `samples` expansions and `negatives` negatives are used.
-        pad_id: Fills up rows.
-        samples: Expansions a query; 0 for plain queries.
-        negatives: Negatives a query. A query with fewer has its positive in their place, which is
-            left out of every softmax.
-        longest: No text has more tokens; rows are not padded beyond it.
-
-    Returns:
-        "query_ids", "query_mask" [batch, length]; "positive_ids", "positive_mask"; "excluded"
-        [batch, batch * (1 + negatives)], True for passages with the text of one that is right for
-        the query. With samples also "expansion_ids", "expansion_mask" [batch * samples, length]
-        and "present" [batch, samples]; with negatives "negative_ids", "negative_mask" [batch *
-        negatives, length], a query's own side by side, and "given", "teacher_scores" [batch, 1 +
-        negatives], the positive first.
+        mesh: The devices.
+        retriever: The retriever as it encodes.
+        params: Its parameters, or their shapes.
+        settings: The config's section `contrastive`.
+        optimizer: Settings of the optimizer.
+        samples: Expansions a query.
     """
-    batch: dict[str, np.ndarray] = {}
-    fill = functools.partial(pad, pad_id=pad_id, longest=longest)
-    batch["query_ids"], batch["query_mask"] = fill([e.query for e in examples])
-    batch["positive_ids"], batch["positive_mask"] = fill([e.positive for e in examples])
-    texts: list[str | None] = [e.positive_text for e in examples]
-    if negatives:
-        missing = Passage((), "")
-        rows = [[*e.negatives[:negatives]] for e in examples]
-        rows = [row + [missing] * (negatives - len(row)) for row in rows]
-        batch["negative_ids"], batch["negative_mask"] = fill(
-            [e.positive if p is missing else p.ids
-             for e, row in zip(examples, rows, strict=True) for p in row])  # fmt: skip
-        texts += [None if p is missing else p.text for row in rows for p in row]
-        batch["given"] = np.array([[True, *(p is not missing for p in row)] for row in rows])
-        batch["teacher_scores"] = np.array(
-            [[e.positive_score or 0.0, *(p.score or 0.0 for p in row)]
-             for e, row in zip(examples, rows, strict=True)], np.float32,
-        )  # fmt: skip
-    batch["excluded"] = _excluded(examples, texts)
-    if samples:
-        present = [[i < len(e.expansions) for i in range(samples)] for e in examples]
-        rows = [e.expansions[i] if i < len(e.expansions) else e.query
-                for e in examples for i in range(samples)]  # fmt: skip
-        batch["expansion_ids"], batch["expansion_mask"] = fill(rows)
-        batch["present"] = np.array(present)
-    return batch
-
-
-def _excluded(examples: Sequence[ContrastiveExample], texts: Sequence[str | None]) -> np.ndarray:
-    """[examples, texts] bool: the text is right for the query, or None, which nobody compares."""
-    places: dict[str | None, list[int]] = {}
-    for place, text in enumerate(texts):
-        places.setdefault(text, []).append(place)
-    excluded = np.zeros((len(examples), len(texts)), bool)
-    excluded[:, places.get(None, [])] = True
-    for row, example in enumerate(examples):
-        others = (passage.text for passage in example.other_positives)
-        for text in (example.positive_text, *others, *example.known):
-            excluded[row, places.get(text, [])] = True
-    return excluded
+    retriever = training_retriever(retriever, settings)
+    shardings = model_shardings(mesh, retriever.module, params)
+    if settings.learn_temperature:
+        shardings = {"retriever": shardings, "log_temperature": replicated(mesh)}
+    trained = jax.eval_shape(lambda params: with_temperature(params, settings), params)
+    config = contrastive_config(settings, samples)
+    step = functools.partial(contrastive_step, retriever=retriever, config=config)
+    return set_up(mesh, step, trained, shardings, optimizer)
 
 
 def contrastive_loss(
@@ -212,7 +143,7 @@ def contrastive_loss(
     config: ContrastiveConfig,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss of a batch and its figures.
+    """Mean loss of a batch and its metrics.
 
     Args:
         params: The retriever's parameters; see `ContrastiveConfig.learn_temperature`.
@@ -238,7 +169,7 @@ def contrastive_gradients(
     config: ContrastiveConfig,
     dropout_key: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
-    """((loss, figures), gradients) of `contrastive_loss`, by micro-batches where the config asks.
+    """((loss, metrics), gradients) of `contrastive_loss`, by micro-batches where the config asks.
 
     Args:
         params, batch, retriever, config: As for `contrastive_loss`.

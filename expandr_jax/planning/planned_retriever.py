@@ -12,7 +12,12 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.contrastive import ContrastiveExample, Passage, make_batch
+from expandr_jax.objectives.contrastive import (
+    contrastive_setup,
+    training_retriever,
+    with_temperature,
+)
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.planning.planned import (
     DEPTH,
@@ -33,10 +38,9 @@ from expandr_jax.planning.planned import (
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.search.exact import ExactOptions, merge_block
-from expandr_jax.sharding import batch_divisor, batch_sharding, replicated
-from expandr_jax.training.setup import contrastive_config, training_retriever
-from expandr_jax.training.steps import contrastive_program, embedder, model_shardings
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.sharding import batch_divisor, batch_sharding
+from expandr_jax.training.setup import optimizer_config
+from expandr_jax.training.steps import embedder, model_shardings
 
 TEXTS = 2 + PASSAGES  # Of a query: itself, its expansion and its passages.
 
@@ -77,16 +81,10 @@ class RetrieverShapes:
                 f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
             )
         retriever = training_retriever(self.retriever, config)
-        optimizer = make_optimizer(OptimizerConfig(1.0, 2, accumulation=config.accumulation))
-        start, places = self.params, model_shardings(mesh, retriever.module, self.params)
-        if config.learn_temperature:
-            start = {"retriever": start, "log_temperature": jax.ShapeDtypeStruct((), jnp.float32)}
-            places = {"retriever": places, "log_temperature": replicated(mesh)}
-        state_places = TrainState.shardings(mesh, places, start, optimizer)
-        state = placed(
-            jax.eval_shape(lambda params: TrainState.create(params, optimizer), start),
-            state_places,
-        )
+        optimizer = optimizer_config(config, 2)
+        setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer, samples=1)
+        trained = jax.eval_shape(lambda params: with_temperature(params, config), self.params)
+        state = placed(jax.eval_shape(setup.create, trained), setup.shardings)
         texts = QUERIES * TEXTS
         forward = forward_flops(retriever.module, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
@@ -95,13 +93,7 @@ class RetrieverShapes:
         weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
         return Planned(
             name="contrastive step",
-            program=contrastive_program(
-                mesh,
-                state_places,
-                retriever=retriever,
-                config=contrastive_config(config, samples=1),
-                optimizer=optimizer,
-            ),
+            program=setup.step,
             arguments=(
                 state,
                 placed(self._batch_shapes(), batch_sharding(mesh)),
@@ -132,8 +124,8 @@ class RetrieverShapes:
                 next(texts),
                 [next(texts)],
                 next(texts),
-                f"right {i}",
-                [Passage(next(texts), f"wrong {i} {j}") for j in range(PASSAGES - 1)],
+                f"positive {i}",
+                [Passage(next(texts), f"negative {i} {j}") for j in range(PASSAGES - 1)],
             )
             for i in range(queries)
         ]

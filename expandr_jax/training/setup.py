@@ -1,33 +1,87 @@
-"""What a trainer is made of, for training and for planning."""
+"""A trainer set up in one place, for training with arrays and for planning with shapes."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
-import jax.numpy as jnp
-import ml_collections
+import jax
+from jax.sharding import Mesh
 
-from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.contrastive import ContrastiveConfig
-
-
-def training_retriever(retriever: Retriever, config: ml_collections.ConfigDict) -> Retriever:
-    """The retriever as the config's `contrastive` section trains it; its weights stay float32."""
-    module = retriever.module.clone(dtype=jnp.dtype(config.compute_dtype), remat=config.remat)
-    return dataclasses.replace(retriever, module=module)
+from expandr_jax.sharding import put
+from expandr_jax.training.steps import Program, training_program
+from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
 
-def contrastive_config(config: ml_collections.ConfigDict, samples: int) -> ContrastiveConfig:
-    """What the config's `contrastive` section compares; `samples`: expansions a query."""
-    return ContrastiveConfig(
-        temperature=config.temperature,
-        query_weight=config.query_weight if samples else 1.0,
-        normalize=config.normalize,
-        learn_temperature=config.learn_temperature,
-        symmetric=config.symmetric,
-        info_nce_weight=config.info_nce_weight,
-        margin_mse_weight=config.margin_mse_weight,
-        kl_weight=config.kl_weight,
-        teacher_temperature=config.teacher_temperature,
-        invariance_weight=config.invariance_weight,
-        dimensions=tuple(config.dimensions),
-        micro_batch=config.micro_batch,
+@dataclasses.dataclass(frozen=True)
+class TrainingSetup:
+    """A compiled step and the state that it takes.
+
+    Attributes:
+        shardings: Where each part of the state lies.
+        step: (state, ..., batch, key) -> (state, metrics); the state is donated.
+        create: What is trained, anywhere -> the state before any training, where that lies.
+    """
+
+    shardings: TrainState
+    step: Program
+    create: Callable[[Any], TrainState]
+
+    def put(self, params: Any) -> Any:
+        """What is trained, where each step leaves it; a restored state lies there, too."""
+        return put(params, self.shardings.params)
+
+
+def set_up(
+    mesh: Mesh,
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    trained: Any,
+    shardings: Any,
+    optimizer: OptimizerConfig,
+    *frozen: Any,
+) -> TrainingSetup:
+    """Compiles a step for a mesh; the program is made at its first call.
+
+    Args:
+        mesh: The devices.
+        step: (state, ..., batch, key, *, optimizer) -> (state, metrics).
+        trained: Shapes of the parameters that are trained.
+        shardings: Where they lie.
+        optimizer: Settings of the optimizer.
+        *frozen: Shardings of what the step takes between the state and the batch.
+    """
+    made = make_optimizer(optimizer)
+    state = TrainState.shardings(mesh, shardings, trained, made)
+    return TrainingSetup(
+        state,
+        training_program(mesh, state, functools.partial(step, optimizer=made), *frozen),
+        lambda params: TrainState.create(params, made, state),
+    )
+
+
+def count_updates(settings: Any, batches: int) -> int:
+    """Updates of a round: at least one.
+
+    Args:
+        settings: A config's section with epochs and accumulation.
+        batches: Batches of an epoch.
+    """
+    return max(1, round(settings.epochs * batches / settings.accumulation))
+
+
+def optimizer_config(settings: Any, updates: int, *, weight_decay: float = 0.0) -> OptimizerConfig:
+    """The optimizer of a round of so many updates, at most half of which are the warm-up.
+
+    Args:
+        settings: A config's section with learning_rate, warmup_steps, clip_norm and accumulation.
+        updates: Those of the round.
+        weight_decay: Decoupled, on matrices.
+    """
+    return OptimizerConfig(
+        learning_rate=settings.learning_rate,
+        total_steps=updates,
+        warmup_steps=min(settings.warmup_steps, updates // 2),
+        clip_norm=settings.clip_norm,
+        weight_decay=weight_decay,
+        accumulation=settings.accumulation,
     )

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
 from expandr_jax.objectives.preference import adapter_step, response_log_probs
 from expandr_jax.sharding import batch_sharding, on_mesh, param_shardings, replicated
 from expandr_jax.training.train_state import TrainState
@@ -35,29 +34,23 @@ def embedder(mesh: Mesh, retriever: Retriever, params: Mapping[str, Any] | None 
     return jax.jit(on_mesh(mesh, retriever.embed), in_shardings=(params, rows, rows))
 
 
-def contrastive_program(
+def training_program(
     mesh: Mesh,
     state: TrainState,
-    *,
-    retriever: Retriever,
-    config: ContrastiveConfig,
-    optimizer: optax.GradientTransformation,
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    *frozen: Any,
 ) -> Program:
-    """(state, batch, key) -> (state, metrics): `contrastive_step`, the state donated.
+    """(state, ..., batch, key) -> (state, metrics), the state donated.
 
     Args:
         mesh: The devices.
         state: Shardings of the state, from `TrainState.shardings`.
-        retriever: As for the step.
-        config: Likewise.
-        optimizer: Likewise.
+        step: The same as a plain function.
+        *frozen: Shardings of what it takes between the state and the batch.
     """
-    step = functools.partial(
-        contrastive_step, retriever=retriever, config=config, optimizer=optimizer
-    )
     return jax.jit(
         on_mesh(mesh, step),
-        in_shardings=(state, batch_sharding(mesh), None),
+        in_shardings=(state, *frozen, batch_sharding(mesh), None),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
@@ -87,12 +80,7 @@ def adapter_program(
     step = functools.partial(
         adapter_step, values=values, module=module, config=config, optimizer=optimizer
     )
-    return jax.jit(
-        on_mesh(mesh, step),
-        in_shardings=(state, params, batch_sharding(mesh), None),
-        out_shardings=(state, replicated(mesh)),
-        donate_argnums=0,
-    )
+    return training_program(mesh, state, step, params)
 
 
 def reference_program(
