@@ -30,7 +30,6 @@ UPWARDS = {
     ("objectives", "ranking"),
     ("runtime", "planning"),
     ("training", "objectives"),
-    ("training", "pair"),
     ("vectors", "pair"),
 }
 BETWEEN_PROGRAMS = {
@@ -50,7 +49,6 @@ OF_FLAGS = {
     "expandr_jax/ranking/ranker.py",
     "expandr_jax/rewards/search.py",
     "expandr_jax/runtime/run.py",
-    "expandr_jax/training/batch_checks.py",
     "expandr_jax/vectors/corpus.py",
 }
 WITH_RUN = {

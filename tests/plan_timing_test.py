@@ -129,7 +129,7 @@ def test_a_state_that_a_step_takes_is_replaced_by_the_one_it_gives():
         return compiled_(*arguments)
 
     timed = Planned(
-        "step", program, (state, state), None, (), None, 1, 1, 1, 1, 1, 1, 1, False, 1.0, "",
+        "step", program, (state, state), None, (), None, 1, 1, 1, 1, 1, 1.0, "",
         values=lambda state, add: (state, jnp.ones(4)), units=2,
     )  # fmt: skip
     assert time_program(timed, called, repeats=3) > 0
@@ -141,5 +141,5 @@ def test_memory_that_does_not_suffice_after_all_is_a_row_without_a_time():
     def fails(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    planned = Planned("x", None, (), None, (), None, 1, 1, 1, 1, 1, 1, 1, False, 1.0, "")
+    planned = Planned("x", None, (), None, (), None, 1, 1, 1, 1, 1, 1.0, "")
     assert time_program(planned, fails, repeats=1) is None

@@ -41,9 +41,9 @@ from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
-from expandr_jax.training.batch_checks import check_dpo_batch
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
+from expandr_jax.training.setup import check_batch_size
 from expandr_jax.training.steps import adapter_program
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import base_name, export_adapter
@@ -118,7 +118,7 @@ def train_generator(
             f"made for {made_for}"
         )
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
-    check_dpo_batch(config, models)
+    check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
     batch_size = min(config.batch_size, len(pairs) // devices * devices)
     kind = CandidateBatches if rewarded else PairBatches
     if not batch_size:

@@ -26,7 +26,7 @@ from expandr_jax.pair import Models, check_meshes, load_models, make_sampler
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
-from expandr_jax.training.batch_checks import check_dpo_batch
+from expandr_jax.training.setup import check_batch_size
 from expandr_jax.vectors.corpus import Corpus, encode_corpus
 from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
 from train.export import export_run
@@ -80,7 +80,7 @@ def train_joint(
         models.contrastive_mesh,
         len(data.retriever_train),
     )
-    check_dpo_batch(config.dpo, models)
+    check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
 
     retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
     retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)

@@ -50,11 +50,11 @@ class Planned:
         tokens_at_once: Of the texts whose activations are in memory at once.
         model_flops: Operations of one call that the model needs.
         run_flops: These and what is computed again to save memory.
+        moved: Bytes that one call moves between each device and its memory, at least.
+        change: What to change where it does not fit.
         passes: Times that the weights are gone through, backward passes included.
         turns: Micro-batches, each of which makes those passes.
         learns: Whether gradients of all parameters are summed over the mesh.
-        moved: Bytes that one call moves between each device and its memory, at least.
-        change: What to change where it does not fit.
         shares: Processes that each run it at the same time, on meshes of their own.
         resident: Bytes on each device that the run holds for other phases meanwhile.
         values: Arguments with made-up numbers -> the same with those that a call's time depends on:
@@ -73,11 +73,11 @@ class Planned:
     tokens_at_once: int
     model_flops: int
     run_flops: int
-    passes: int
-    turns: int
-    learns: bool
     moved: float
     change: str
+    passes: int = 1
+    turns: int = 1
+    learns: bool = False
     shares: int = 1
     resident: int = 0
     values: Callable[..., Sequence[Any]] | None = None

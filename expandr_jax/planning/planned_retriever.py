@@ -166,9 +166,6 @@ class RetrieverShapes:
             tokens_at_once=rows * self._length,
             model_flops=forward,
             run_flops=forward,
-            passes=1,
-            turns=1,
-            learns=False,
             moved=bytes_on_device(params) * mesh.shape["fsdp"],
             change="a smaller retriever.tokens_per_batch",
             shares=hosts,
@@ -204,9 +201,6 @@ class RetrieverShapes:
             model_flops=operations,
             # A product in float32 is six in bfloat16 on a TPU.
             run_flops=operations * (6 if self._topology.chip.is_tpu else 1),
-            passes=1,
-            turns=1,
-            learns=False,
             moved=4 * (rows * width + block * width + 2 * rows * block),
             change="fewer rows in a block (expandr_jax.search.ExactOptions)",
         )

@@ -60,7 +60,7 @@ def fit(
         log.saved(f"step {start} in {checkpoints.directory}")
         if start == last:
             return state
-    log.rewind(start - first_step)
+    log.metrics.rewind(log.phase, log.round_, start - first_step)
     costs = Costs(log.peak_flops)
     where = f"{log.phase}, round {log.round_}, step"
 
@@ -76,7 +76,7 @@ def fit(
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
             raise diverged(step, contents, f"{bad[0]} is not finite")
-        log.write(step, values, costs.of_step(contents))
+        log.metrics.write(log.phase, log.round_, step, values, costs.of_step(contents))
         median = log.spikes.median_if_spike(values["loss"]) if "loss" in values else None
         if median is not None:
             log.reporter.say(

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from expandr_jax.sharding import put
+from expandr_jax.errors import UserError
+from expandr_jax.sharding import batch_divisor, put
 from expandr_jax.training.steps import Program, training_program
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
@@ -85,3 +86,11 @@ def optimizer_config(settings: Any, updates: int, *, weight_decay: float = 0.0) 
         weight_decay=weight_decay,
         accumulation=settings.accumulation,
     )
+
+
+def check_batch_size(name: str, size: int, mesh: Mesh) -> None:
+    """Raises UserError where a mesh cannot divide a batch; `name`: the setting, for the message."""
+    if size % batch_divisor(mesh):
+        raise UserError(
+            f"{name} {size} must be a multiple of {batch_divisor(mesh)} (the mesh's data and fsdp)"
+        )
