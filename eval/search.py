@@ -5,6 +5,7 @@ how long each step took.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import time
@@ -20,8 +21,9 @@ from rich.table import Table
 
 from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import drawing, expansion_text
+from expandr_jax.expansion.expand import Expander, Sample, make_expander, numbered
 from expandr_jax.expansion.prompts import strip_lead_in
+from expandr_jax.expansion.strategies import Ask
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.pair import phase_mesh
@@ -80,20 +82,16 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
         index = configured_index(vectors, config.search)
     with step("write passages"):
-        requests = [
-            Request(
-                query,
-                sample,
-                expansion_text(config, query),
-                config.expansion.temperature,
-                **drawing(config.expansion),
-            )
-            for sample in range(chosen["samples"])
-        ]
-        made = {c.sample: text for c, text in sampler.generate(None, requests, requests)}
-        passages = [strip_lead_in(made[request.sample]).strip() for request in requests]
-    with step("encode"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
+
+        def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+            return index.search(encoder.encode(retriever_params, queries, "query"), k)
+
+        expander = make_expander(config, sampler, corpus, dense)
+        samples = chosen["samples"] // len(expander.strategy.asks)
+        texts = numbered(expander.texts({query: query}, samples, _unkept(expander)))
+        passages = [texts[query, number] for number in range(len(texts))]
+    with step("encode"):
         plain = encoder.encode(retriever_params, [query], "query")
         expansions = encoder.encode(retriever_params, passages, "document")
         expanded = expanded_query(
@@ -115,6 +113,21 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         console.print(_table(title, scores[0], found[0], names, texts))
     parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     console.print(f"{len(corpus)} documents; {parts} (first use compiles)")
+
+
+def _unkept(expander: Expander) -> Sample:
+    """Samples a strategy's texts with the trained generator; none is kept."""
+
+    def sample(step: Ask, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+        # The query's name sets its last texts apart, as it always has.
+        apart = "" if step is expander.strategy.asks[-1] else f"{step.name}/"
+        requests = [dataclasses.replace(r, id=f"{apart}{r.id}") for r in requests]
+        return {
+            (done.id.removeprefix(apart), done.sample): strip_lead_in(text).strip()
+            for done, text in expander.sampler.generate(None, requests, requests)
+        }
+
+    return sample
 
 
 def _read_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.prompts import render
+from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
 from expandr_jax.generation.sampling import SamplingSettings, sample
@@ -214,7 +214,9 @@ def test_smollm2_greedy_equals_transformers(smollm2):
         directory, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype=torch.float32
     )
     requests = [
-        Request(text, 0, tuple(generator.chat_ids(render("q2d", text), 64)[0]), 0.0, 1.0, 12)
+        Request(
+            text, 0, tuple(generator.chat_ids(PROMPTS["q2d"].message(text), 64)[0]), 0.0, 1.0, 12
+        )
         for text in ("why is the sky blue", "how long do cats live")
     ]
     found = run((generator.module, params), requests, slots=2, prompt_buckets=(64,))

@@ -12,7 +12,7 @@ from configs import smoke
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.expansion.expand import expansion_requests
+from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
@@ -36,7 +36,7 @@ def make(tmp_path, monkeypatch):
     count = len(config.candidates.temperatures) * config.candidates.per_temperature
     texts = {(query, i): f"{query} text {i}" for query in QUERIES for i in range(count)}
     answers = {query: f"answer of {query}" for query in QUERIES}
-    monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: texts)
+    monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: (QUERIES, texts))
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
@@ -48,8 +48,10 @@ def make(tmp_path, monkeypatch):
     )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
 
+    expander = make_expander(config, None, texts_of_documents, None)
+
     def make_preferences():
-        return preferences.make_preferences(run, models, None, None, corpus, data, 0)
+        return preferences.make_preferences(run, models, expander, None, None, corpus, data, 0)
 
     yield make_preferences, run
     run.close()
@@ -78,7 +80,7 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         asked.append(requests)
         return {(request.id, request.sample): "text" for request in requests}
 
-    monkeypatch.setattr(preferences, "make_sampler", lambda *_: None)
+    sampler = types.SimpleNamespace(fits=lambda _: True)
     monkeypatch.setattr(preferences, "sample_texts", sample_texts)
     sections = {
         "expansion": (0.5, 0.7, 9, 4, 0.1, 1.1),
@@ -93,9 +95,10 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
             )
     collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
     data = TrainingData(collection, [], ["q0"])
-    preferences._sample_candidates(run, None, None, data, 0)
+    expander = make_expander(run.config, sampler, collection.corpus, None)
+    preferences._sample_candidates(run, expander, None, data, 0)
     preferences._self_answers(run, None, None, data, 0)
-    asked.append(expansion_requests(run.config, QUERIES, 1))
+    asked.append(expansion_requests(run.config.expansion, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:
             found = tuple(getattr(prompt, name) for name in names)

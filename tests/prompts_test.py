@@ -4,21 +4,19 @@ import pytest
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import (
-    DOCUMENT_STRATEGIES,
-    STRATEGIES,
+    DOCUMENT_PROMPTS,
+    PROMPTS,
+    custom_prompt,
     is_repetitive,
-    render,
-    render_document,
-    strategy,
     strip_lead_in,
 )
 
 
 def test_the_paper_s_prompts_to_the_letter():
-    assert render("q2d", "why is the sky blue") == (
+    assert PROMPTS["q2d"].message("why is the sky blue") == (
         "Please write a passage to answer the question.\nQuestion: why is the sky blue\nPassage:"
     )
-    assert render("q2a", "Q", document="D") == (
+    assert PROMPTS["q2a"].message("Q", document="D") == (
         "You are given a query and a related document. Based on the query, generate a direct and "
         "relevant answer using the information in the document. If the query is a statement, "
         "expand on it. If it is a question, provide a direct answer. Avoid any extra description "
@@ -26,30 +24,33 @@ def test_the_paper_s_prompts_to_the_letter():
     )
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_every_strategy_shows_the_query(name):
-    text = render(name, "the query {x}", document="{d}", passages=["one", "two"])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_prompt_shows_the_query(name):
+    text = PROMPTS[name].message("the query {x}", document="{d}", passages=["one", "two"])
     assert "the query {x}" in text
 
 
 def test_documents_are_shown_as_they_are():
-    for name in DOCUMENT_STRATEGIES:
-        assert "Document: a {b} c\n" in render_document(name, "a {b} c")
+    for prompt in DOCUMENT_PROMPTS.values():
+        assert "Document: a {b} c\n" in prompt.message(document="a {b} c")
 
 
 def test_lamer_numbers_its_passages():
-    assert "1. one\n2. two\n" in render("lamer", "Q", passages=["one", "two"])
+    assert "1. one\n2. two\n" in PROMPTS["lamer"].message("Q", passages=["one", "two"])
     with pytest.raises(ValueError, match="passages"):
-        render("lamer", "Q")
+        PROMPTS["lamer"].message("Q")
 
 
 def test_templates_of_the_user():
-    assert render("q2d", "Q", template="Explain {query} in {{braces}}") == "Explain Q in {braces}"
-    for template in ("no placeholder", "{query} {other}", "{query", "{query} {}", "{query:d}"):
+    assert custom_prompt("Explain {query} in {{braces}}").message("Q") == "Explain Q in {braces}"
+    shown = custom_prompt("{query}:\n{passages}").message("Q", passages=["one", "two"])
+    assert shown == "Q:\n1. one\n2. two"
+    for template in (
+        "no placeholder", "{passages}", "{query} {other}", "{query} {document}", "{query",
+        "{query} {}", "{query:d}",
+    ):  # fmt: skip
         with pytest.raises(UserError, match="template"):
-            strategy("q2d", template)
-    with pytest.raises(UserError, match="q2x"):
-        strategy("q2x")
+            custom_prompt(template)
 
 
 @pytest.mark.parametrize(

@@ -97,8 +97,7 @@ WRONG = [
     ("lora.targets", ("",), "a regular expression"),
     ("lora.targets", (1,), "a regular expression"),
     ("expansion.strategy", "q2x", "one of q2d, "),
-    ("expansion.strategy", "csqe", "shows {query} alone, not {passages}, {query}"),
-    ("expansion.template", "{query} {document}", "shows {query} alone, not {document}, {query}"),
+    ("expansion.template", "{query} {document}", "a template that shows {query} and, at most, "),
     ("candidates.temperatures", (), f"a tuple of values that each are {NOT_NEGATIVE}"),
     ("candidates.temperatures", (1.0, math.nan), NOT_NEGATIVE),
     ("candidates.temperatures", ("1",), NOT_NEGATIVE),
@@ -172,7 +171,9 @@ def test_weights_that_are_all_0_are_refused(settings):
         {"contrastive.dimensions": (32, 8), "generator.stop": ("\n",)},
         {"evaluation.query_weights": (0, 1), "dpo.response_length": 2, "seed": 2**31 - 1},
         {"expansion.train_samples": 0, "contrastive.eval_every": 0},
-        {"expansion.strategy": "q2a", "expansion.template": "Say what {query} means."},
+        {"expansion.strategy": "q2q", "expansion.template": "Say what {query} means."},
+        {"expansion.strategy": "lamer"},
+        {"expansion.template": "{query} {passages}"},
     ],
 )
 def test_what_has_a_meaning_passes(settings):

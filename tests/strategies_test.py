@@ -1,12 +1,22 @@
 """What strategies make of a query and its texts, by the methods' own formulas."""
 
+import dataclasses
+import types
+
 import pytest
 
-from expandr_jax.expansion.prompts import render
+from configs import smoke
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.expand import Expander, numbered, passage_search
+from expandr_jax.expansion.prompts import Prompt
 from expandr_jax.expansion.strategies import (
     STRATEGIES,
+    Ask,
+    Search,
     document_message,
+    strategy,
 )
+from expandr_jax.search import Bm25Index
 
 QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
 
@@ -17,6 +27,7 @@ QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
         ("q2d", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("query2doc", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("q2e", "Who flew One passage. Another one."),
+        ("q2q", "One passage. Another one."),
         ("q2c", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("lamer", "Who flew One passage. Who flew Another one."),
         ("csqe", "who flew one passage. another one."),  # one passage, one extract: N = 1
@@ -39,9 +50,9 @@ def test_csqe_repeats_the_query_once_a_pair():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_without_texts_the_query_is_alone(name):
-    strategy = STRATEGIES[name]
-    assert strategy.sparse(QUERY, []) in (QUERY, QUERY.lower())
-    assert strategy.dense(QUERY, [], 0.5).texts == []
+    found = STRATEGIES[name]
+    assert found.sparse(QUERY, []) in (QUERY, QUERY.lower())
+    assert found.dense(QUERY, [], 0.5).texts == []
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,7 @@ def test_without_texts_the_query_is_alone(name):
         ("hyde", TEXTS, 1 / 3, "document"),
         ("lamer", TEXTS, 1 / 3, "document"),
         ("csqe", TEXTS, 1 / 3, "document"),
+        ("q2q", TEXTS, 0.0, "query"),
         ("query2doc", [f"Who flew [SEP] {text}" for text in TEXTS], 0.0, "query"),
         ("q2e", [f"Who flew {text}" for text in TEXTS], 0.0, "query"),
         ("q2c", [f"Who flew {text}" for text in TEXTS], 0.0, "query"),
@@ -58,9 +70,8 @@ def test_without_texts_the_query_is_alone(name):
     ],
 )
 def test_what_is_encoded(name, texts, weight, kind):
-    strategy = STRATEGIES[name]
-    found = strategy.dense(QUERY, TEXTS, 0.7)
-    assert (found.texts, strategy.kind) == (texts, kind)
+    found = STRATEGIES[name].dense(QUERY, TEXTS, 0.7)
+    assert (found.texts, STRATEGIES[name].kind) == (texts, kind)
     assert found.query_weight == pytest.approx(weight)
 
 
@@ -68,24 +79,23 @@ def test_requests_and_samples():
     assert {name: STRATEGIES[name].samples for name in ("q2d", "mugi", "lamer", "csqe")} == {
         "q2d": 1, "mugi": 5, "lamer": 5, "csqe": 5,
     }  # fmt: skip
-    for strategy in STRATEGIES.values():
-        for request in strategy.requests:
-            shown = ["found first", "found second"] if request.needs_passages else ()
-            text = render(request.prompt, QUERY, passages=shown)
+    for several in STRATEGIES.values():
+        for ask in several.asks:
+            passages = ["found first", "found second"] if "passages" in ask.prompt.fields else ()
+            text = ask.message(QUERY, passages, 100, lambda _: True)
             assert QUERY in text
-            assert ("2. found second" in text) is request.needs_passages
-    needs = {name for name, s in STRATEGIES.items() if any(r.needs_passages for r in s.requests)}
-    assert needs == {"lamer", "csqe"}
+            assert ("2. found second" in text) is bool(passages)
+    shows = {name for name, s in STRATEGIES.items() if "passages" in s.asks[-1].prompt.fields}
+    assert shows == {name for name, s in STRATEGIES.items() if len(s.asks) < len(s.steps)}
+    assert shows == {"lamer", "csqe"}
 
 
 def test_documents_are_cut_until_the_message_fits():
-    (request,) = STRATEGIES["lamer"].requests
+    (ask,) = STRATEGIES["lamer"].asks
     documents = ["a  b " * 100, "short", "c" * 500]
 
     def message(limit, shown=documents):
-        return request.message(
-            QUERY, shown, most_characters=300, fits=lambda text: len(text) <= limit
-        )
+        return ask.message(QUERY, shown, most_characters=300, fits=lambda text: len(text) <= limit)
 
     whole = message(10_000)
     assert "2. short\n3. " + "c" * 300 + "\n" in whole
@@ -107,3 +117,85 @@ def test_a_document_is_cut_until_its_message_fits():
     assert "Document: " + "a b " * 75 + "\n" in message(10_000)
     assert 100 < len(message(200)) <= 200
     assert "a b " * 10 in message(0)
+
+
+class Asked:
+    """An expander of a strategy, with what it samples and searches for, step by step."""
+
+    def __init__(self, tested, found):
+        self.log = []
+        sampler = types.SimpleNamespace(fits=lambda _: True)
+        settings = smoke.get_config().expansion
+
+        def search(step, asked, count):
+            self.log.append((step.by, asked, count))
+            return {query: found[query][:count] for query in asked}
+
+        self.expander = Expander(tested, sampler, settings, 100, search)
+
+    def sample(self, step, requests):
+        self.log.append((step.name, {request.id: request.prompt for request in requests}))
+        return {(r.id, r.sample): f"{r.id} {step.name} {r.sample}" for r in requests}
+
+
+FIRST, SHOWS = Ask("first", Prompt("say {query}", "")), Prompt("{query}:\n{passages}", "")
+BOTH = {"a": "Who flew", "b": "Who fell"}
+
+
+def test_steps_are_taken_in_turn_for_all_queries():
+    tested = dataclasses.replace(STRATEGIES["csqe"], steps=(FIRST, Search(2), Ask("second", SHOWS)))
+    asked = Asked(tested, {"a": ["u", "v", "w"], "b": []})
+    texts = asked.expander.texts(BOTH, 2, asked.sample)
+    assert asked.log == [
+        ("first", {"a": "say Who flew", "b": "say Who fell"}),
+        ("bm25", BOTH, 2),
+        ("second", {"a": "Who flew:\n1. u\n2. v", "b": "Who fell:\n1. -"}),
+    ]
+    assert texts["b"] == [["b first 0", "b first 1"], ["b second 0", "b second 1"]]
+    assert [text for (query, _), text in sorted(numbered(texts).items()) if query == "b"] == [
+        "b first 0", "b second 0", "b first 1", "b second 1",
+    ]  # fmt: skip
+    once, asked.log = asked.log, []
+    assert asked.expander.messages(BOTH, asked.sample) == once[-1][1]
+    assert asked.log == once[:-1]  # The last is for others to sample.
+
+
+def test_a_search_sees_the_texts_so_far_and_may_pass_over_what_was_shown():
+    again = Search(2, "dense", query=lambda query, texts: "|".join([query, *texts]), unseen=True)
+    steps = (Search(2, unseen=True), Ask("one", SHOWS), again, Ask("two", SHOWS))
+    asked = Asked(dataclasses.replace(STRATEGIES["q2d"], steps=steps), {"a": list("vwxyz")})
+    asked.expander.texts({"a": "Q"}, 2, asked.sample)
+    assert asked.log == [
+        ("bm25", {"a": "Q"}, 2),
+        ("one", {"a": "Q:\n1. v\n2. w"}),
+        ("dense", {"a": "Q|a one 0|a one 1"}, 4),
+        ("two", {"a": "Q:\n1. x\n2. y"}),
+    ]
+
+
+def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
+    corpus = {"q": "the cat sat", "d1": "a dog ran", "d2": "the cat ran", "d3": "cat cat"}
+    index = Bm25Index(list(corpus.values()))
+    for drop, expected in ((False, {"q", "d2", "d3"}), (True, {"d2", "d3"})):
+        search = passage_search(corpus, {"bm25": index.search}, drop_identical_ids=drop)
+        found = search(Search(), {"q": "cat", "p": "bird"}, 10)
+        assert {*found["q"]} == {corpus[document] for document in expected}
+        assert found["p"] == []  # No word in common.
+        _, rows = index.search(["cat"], 4)
+        best = [list(corpus.values())[row] for row in rows[0]]
+        assert found["q"] == [t for t in best if t in found["q"]]
+        assert search(Search(), {"q": "cat"}, 1)["q"] == found["q"][:1]
+
+
+def test_a_template_of_the_config_takes_the_last_prompt_s_place():
+    assert strategy("q2d") is STRATEGIES["q2d"]
+    assert strategy("q2d", "Say {query}").asks[-1].message("Q", (), 9, bool) == "Say Q"
+    shows = strategy("q2d", "{query} {passages}")
+    assert [type(step) for step in shows.steps] == [Search, Ask]  # It has something to show.
+    of_csqe = strategy("csqe", "{query} {passages}")
+    assert [type(step) for step in of_csqe.steps] == [Ask, Search, Ask]
+    assert of_csqe.asks[0] == STRATEGIES["csqe"].asks[0]
+    with pytest.raises(UserError, match="strategy 'q2x' is unknown; there are q2d, "):
+        strategy("q2x")
+    with pytest.raises(UserError, match="template is 'nothing'"):
+        strategy("q2d", "nothing")

@@ -15,9 +15,10 @@ from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import expansion_requests, sample_texts
+from expandr_jax.expansion.expand import journaled, numbered
+from expandr_jax.expansion.strategies import strategy
 from expandr_jax.metrics import CHOSEN_BY, METRICS
-from expandr_jax.pair import Models, make_sampler
+from expandr_jax.pair import Models
 from expandr_jax.ranking.dense import Choice, EncodedQueries, choose, dense_run, finish_run
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import BM25, EXPANSION, System, parse_systems, row_of_round
@@ -27,6 +28,7 @@ from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
 from expandr_jax.vectors.corpus import Corpus, encode_corpus, encode_texts
+from train.expansions import run_expander
 from train.samples import sample_rows
 
 SPLITS = ("dev", "test")
@@ -200,8 +202,7 @@ def _sample_expansions(
     queries = [(split, query) for split in SPLITS for query in data.collection.qrels[split]]
     count = max(run.config.evaluation.samples)
     by_id = {query: data.collection.queries[query] for _, query in queries}
-    requests = expansion_requests(run.config, by_id, count)
-    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
+    expander = run_expander(run, models, data, trained.retrievers["expandr"])
     texts = {}
     for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
         what = f"{set_name}, {name}" if set_name else name
@@ -209,9 +210,8 @@ def _sample_expansions(
             journal = run.path("work", "tests", set_name) if set_name else run.path("work")
             journal /= f"evaluation-{name}.jsonl"
             adapter = trained.adapters[name]
-            texts[name] = sample_texts(
-                sampler, adapter, requests, path=journal, purpose="evaluation"
-            )
+            sample = journaled(expander, adapter, journal, "evaluation")
+            texts[name] = numbered(expander.texts(by_id, count, sample))
     rows = (
         {
             "query_id": query,
@@ -224,7 +224,7 @@ def _sample_expansions(
         for name, system in systems.items()
         if system.generator is not None
         for split, query in queries
-        for sample in range(count)
+        for sample in range(count * len(expander.strategy.asks))
     )
     directory = run.path("tests", set_name) if set_name else run.path()
     run.processes.once(lambda: write_jsonl(directory / "evaluation" / "expansions.jsonl", rows))
@@ -285,7 +285,8 @@ def _dense(
         "depth": config.depth,
         "drop_identical_ids": config.drop_identical_ids,
     }
-    grid = [Choice(w, n) for n in config.samples for w in config.query_weights]
+    each = len(strategy(run.config.expansion.strategy).asks)  # Texts of a sample.
+    grid = [Choice(w, n * each) for n in config.samples for w in config.query_weights]
     qrels = data.collection.qrels
     for name, system in systems.items():
         encoded = encodings[name]

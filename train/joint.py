@@ -18,17 +18,18 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import expansion_requests, sample_texts
+from expandr_jax.expansion.expand import Expander, journaled, numbered
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
-from expandr_jax.pair import Models, check_meshes, load_models, make_sampler
+from expandr_jax.pair import Models, check_meshes, load_models
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
 from expandr_jax.vectors.corpus import Corpus, encode_corpus
 from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
+from train.expansions import run_expander
 from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
@@ -93,10 +94,12 @@ def train_joint(
     params, adapter = models.retriever_params, None
     adapters: dict[str, Any] = {"base": None}
     for round_ in range(config.rounds):
+        before = f"round-{round_ - 1}" if round_ > 0 else "zero-shot"
         if round_ > 0:
-            negatives = _negatives(run, models, retrievers[f"round-{round_ - 1}"], data, round_)
+            negatives = _negatives(run, models, retrievers[before], data, round_)
         with run.phase(f"expansions, round {round_}"):
-            expansions = _expand(run, models, adapter, data, round_)
+            expander = run_expander(run, models, data, retrievers[before])
+            expansions = _expand(run, expander, adapter, data, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params
             params = _train(
@@ -112,7 +115,7 @@ def train_joint(
         name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
         retrievers[name] = _retriever(run, models, data, name, params)
         corpus = retrievers[name]()[1]
-        rows = make_preferences(run, models, adapter, params, corpus, data, round_)
+        rows = make_preferences(run, models, expander, adapter, params, corpus, data, round_)
         with run.phase(f"{'reward-sft' if rewarded else 'DPO'}, round {round_}"):
             if rewarded:
                 rows = rewarded_candidates(run, models, round_)
@@ -186,20 +189,15 @@ def _negatives(
 
 
 def _expand(
-    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
+    run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
 ) -> dict[tuple[str, int], str]:
     """Expansions of the retriever's training queries; writes round-R/expansions.jsonl."""
     config = run.config.expansion
     queries = {query: data.collection.queries[query] for query in data.retriever_train}
-    requests = expansion_requests(run.config, queries, config.train_samples)
-    texts = sample_texts(
-        make_sampler(models, run.config, run.processes, run.reporter, run.path("work")),
-        adapter,
-        requests,
-        path=run.path("work", f"round-{round_}", "expansions.jsonl"),
-        purpose=f"expansions, round {round_}",
-        strip=config.strip_train_lead_ins,
-    )
+    journal = run.path("work", f"round-{round_}", "expansions.jsonl")
+    strip = config.strip_train_lead_ins
+    sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
+    texts = numbered(expander.texts(queries, config.train_samples, sample))
     rows = (
         {
             "query_id": query,
@@ -229,7 +227,8 @@ def _train(
 ) -> Any:
     """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
     config = run.config
-    samples = config.expansion.train_samples if expansions is not None else 0
+    # A sample has a text of each of the strategy's requests.
+    samples = 1 + max((number for _, number in expansions or ()), default=-1)
     triples = [
         Triple(
             data.collection.queries[query],

@@ -9,11 +9,12 @@ import numpy as np
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.expansion.expand import drawing, expansion_text, sample_texts
-from expandr_jax.expansion.prompts import render
+from expandr_jax.expansion.expand import Expander, drawing, journaled, sample_texts
+from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.pooling import l2_normalize
-from expandr_jax.pair import Models, make_sampler
+from expandr_jax.pair import Models
 from expandr_jax.ranking.dense import fuse
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.search import corpus_reward, group_reward, judged_documents
@@ -24,6 +25,7 @@ from expandr_jax.vectors.corpus import Corpus, encode_texts
 def make_preferences(
     run: Run,
     models: Models,
+    expander: Expander,
     adapter: Any | None,
     retriever_params: Any,
     corpus: Corpus,
@@ -35,9 +37,9 @@ def make_preferences(
     candidates_path, path = (run.path(name) for name in files)
     if not run.seals.intact(*files):
         with run.phase(f"candidates, round {round_}"):
-            candidates = _sample_candidates(run, models, adapter, data, round_)
+            prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
         with run.phase(f"self-answers, round {round_}"):
-            answers = _self_answers(run, models, adapter, data, round_)
+            answers = _self_answers(run, expander.sampler, adapter, data, round_)
         if not answers:
             raise UserError(
                 f"round {round_}: the generator left every self-answer empty, twice; no query is "
@@ -48,8 +50,9 @@ def make_preferences(
 
             def write() -> None:
                 rows = _score(run, corpus, data, candidates, answers, encoded, round_)
-                write_jsonl(candidates_path, rows)
-                write_jsonl(path, _select(run, models, rows))
+                prompted = {query: models.generator.chat_text(prompts[query]) for query in answers}
+                write_jsonl(candidates_path, _with_prompts(expander, rows, prompted))
+                write_jsonl(path, _select(run, prompted, rows))
 
             run.processes.once(write)
             run.seals.seal(*files)
@@ -57,24 +60,29 @@ def make_preferences(
 
 
 def _sample_candidates(
-    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
-) -> dict[tuple[str, int], str]:
-    config = run.config.candidates
+    run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
+) -> tuple[dict[str, str], dict[tuple[str, int], str]]:
+    """Query id -> the message that it asks, and (query id, candidate) -> text."""
+    queries = {query: data.collection.queries[query] for query in data.generator_train}
+    path = run.path("work", f"round-{round_}", "candidates.jsonl")
+    purpose = f"candidates, round {round_}"
+    messages = expander.messages(queries, journaled(expander, adapter, path, purpose))
     requests = [
-        Request(
-            query,
-            sample,
-            expansion_text(run.config, data.collection.queries[query]),
-            temperature,
-            **drawing(config),
-        )
-        for query in data.generator_train
+        Request(query, sample, message, temperature, **drawing(run.config.candidates))
+        for query, message in messages.items()
         for sample, temperature in enumerate(_temperatures(run))
     ]
-    path = run.path("work", f"round-{round_}", "candidates.jsonl")
-    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
-    purpose = f"candidates, round {round_}"
-    return sample_texts(sampler, adapter, requests, path=path, purpose=purpose)
+    texts = sample_texts(expander.sampler, adapter, requests, path=path, purpose=purpose)
+    return messages, texts
+
+
+def _with_prompts(
+    expander: Expander, rows: list[dict[str, Any]], prompts: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of candidates.jsonl, with the prompts where a query alone does not give them."""
+    if "passages" not in expander.strategy.asks[-1].prompt.fields:
+        return rows
+    return [{**row, "prompt": prompts[row["query_id"]]} for row in rows]
 
 
 def _temperatures(run: Run) -> list[float]:
@@ -84,11 +92,10 @@ def _temperatures(run: Run) -> list[float]:
 
 
 def _self_answers(
-    run: Run, models: Models, adapter: Any, data: TrainingData, round_: int
+    run: Run, sampler: Sampler, adapter: Any, data: TrainingData, round_: int
 ) -> dict[str, str]:
     """Query id -> answer; an empty one is tried once more, then its query is left out."""
     config = run.config.answer
-    sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     answers: dict[str, str] = {}
     for attempt in range(2):
         missing = [query for query in data.generator_train if query not in answers]
@@ -98,8 +105,7 @@ def _self_answers(
             Request(
                 query,
                 attempt,
-                render(
-                    "q2a",
+                PROMPTS["q2a"].message(
                     data.collection.queries[query],
                     document=data.collection.corpus[data.positive(query)][: config.max_characters],
                 ),
@@ -230,8 +236,10 @@ def _score(
     ]
 
 
-def _select(run: Run, models: Models, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of preferences.jsonl: the pairs that pass the filter."""
+def _select(
+    run: Run, prompts: Mapping[str, str], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of preferences.jsonl: the pairs that pass the filter; `prompts` by query id."""
     config = run.config
     pairs, unlike, same, unclear = [], 0, 0, 0
     for row in rows:
@@ -253,10 +261,9 @@ def _select(run: Run, models: Models, rows: list[dict[str, Any]]) -> list[dict[s
         if not chosen["text"] or not rejected["text"]:
             unclear += 1
             continue
-        prompt = expansion_text(config, row["query"])
         pairs.append(
             {
-                "prompt": models.generator.chat_text(prompt),
+                "prompt": prompts[row["query_id"]],
                 "chosen": chosen["text"],
                 "rejected": rejected["text"],
                 "query_id": row["query_id"],

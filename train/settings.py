@@ -11,7 +11,7 @@ from typing import Any, get_args
 import ml_collections
 
 from expandr_jax.errors import UserError
-from expandr_jax.expansion import prompts
+from expandr_jax.expansion.strategies import STRATEGIES, strategy
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.candidates import LOSSES_OF_PAIRS, REWARD_SFT
@@ -165,7 +165,7 @@ CHECKS = {
     "lora.alpha": _POSITIVE,
     "lora.dropout": _number(least=0, below=1),
     "lora.targets": _several(Check("a regular expression", _is_pattern)),
-    "expansion.strategy": _choice(tuple(prompts.STRATEGIES)),
+    "expansion.strategy": _choice(tuple(STRATEGIES)),
     "expansion.temperature": _NOT_NEGATIVE,
     "expansion.top_p": _TOP_P,
     "expansion.top_k": _count(0),
@@ -330,22 +330,12 @@ def check_settings(config: ml_collections.ConfigDict) -> None:
         parse_systems(config.evaluation.systems)
     except UserError as error:
         raise UserError(f"evaluation.systems: {error}") from None
-    _check_prompt(config)
+    strategy(config.expansion.strategy, config.expansion.template)  # Refuses a wrong template.
 
 
 def value_of(config: ml_collections.ConfigDict, name: str) -> Any:
     """A setting by its name, as "dpo.beta"."""
     return functools.reduce(getattr, name.split("."), config)
-
-
-def _check_prompt(config: ml_collections.ConfigDict) -> None:
-    """Training queries come without the documents or passages that some strategies show."""
-    section = config.expansion
-    chosen = prompts.strategy(section.strategy, section.template)
-    if chosen.fields != {"query"}:
-        name = "template" if section.template else "strategy"
-        shows = ", ".join(f"{{{field}}}" for field in sorted(chosen.fields))
-        raise _refuse(config, f"expansion.{name}", f"one that shows {{query}} alone, not {shows}")
 
 
 def _refuse(config: ml_collections.ConfigDict, name: str, expected: str) -> UserError:

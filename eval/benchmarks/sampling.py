@@ -28,11 +28,12 @@ NO_EOS = -1  # No token ends a text.
 
 def prepare(directory: pathlib.Path) -> None:
     """Writes the model, the prompts' ids and, where it is installed, transformers' best batch."""
-    from expandr_jax.expansion.prompts import render
+    from expandr_jax.expansion.prompts import PROMPTS
     from expandr_jax.weights.hf import load_generator
 
     generator, _ = load_generator(str(smollm2.export(directory)))
-    prompts = [generator.chat_ids(render("q2d", text), 256)[0] for text in smollm2.QUESTIONS]
+    messages = [PROMPTS["q2d"].message(text) for text in smollm2.QUESTIONS]
+    prompts = [generator.chat_ids(message, 256)[0] for message in messages]
     (directory / "prompts.json").write_text(json.dumps(prompts))
     if importlib.util.find_spec("torch"):
         (directory / "batch.json").write_text(json.dumps(_best_batch(directory)))

@@ -2,44 +2,203 @@
 
 import collections
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from expandr_jax.expansion.prompts import is_repetitive, render, strip_lead_in
+import numpy as np
+
+from expandr_jax import metrics
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
+from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.stopping import held
+from expandr_jax.search import build_index
 
 COMPLETIONS_PER_WRITE = 32
+LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
 
 
 def drawing(section: Any) -> dict[str, Any]:
     """Arguments of a `Request`, all but the temperature, from a config's section that samples."""
     names = ("top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
     # A finished run may be older than some of these.
-    return {name: section[name] for name in names if name in section}
+    return {name: getattr(section, name) for name in names if hasattr(section, name)}
 
 
 def expansion_text(config: Any, query: str) -> str:
-    """The user's message that asks for a query's expansion; `config` is the whole config."""
-    settings = config.expansion
-    return render(settings.strategy, query, template=settings.template)
+    """The user's message that asks for a query's expansion; `config` is the whole config.
 
-
-def expansion_requests(config: Any, queries: Mapping[str, str], samples: int) -> list[Request]:
-    """Requests for `samples` expansions of each query (id -> text)."""
+    Raises:
+        UserError: The strategy's prompt shows passages, which a query alone does not have.
+    """
     settings = config.expansion
-    return [
-        Request(
-            query_id,
-            sample,
-            expansion_text(config, query),
-            settings.temperature,
-            **drawing(settings),
+    prompt = strategy(settings.strategy, settings.template).asks[-1].prompt
+    if "passages" in prompt.fields:
+        raise UserError(
+            f"expansion.strategy {settings.strategy!r} shows passages in its prompt; expected a "
+            "prompt beside each query"
         )
-        for query_id, query in queries.items()
+    return prompt.message(query)
+
+
+Sample = Callable[[Ask, Sequence[Request]], Mapping[tuple[str, int], str]]
+Index = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expander:
+    """Expands queries by one strategy.
+
+    Attributes:
+        strategy: What is asked and searched for.
+        sampler: The generator.
+        settings: How texts are drawn: the config's section `expansion`.
+        most_characters: Characters of a passage that a prompt shows, at most.
+        search: (step, query id -> what is searched for, n) to query id -> its n best passages.
+    """
+
+    strategy: Strategy
+    sampler: Sampler
+    settings: Any
+    most_characters: int
+    search: Callable[[Search, Mapping[str, str], int], Mapping[str, Sequence[str]]]
+
+    def texts(
+        self, queries: Mapping[str, str], samples: int, sample: Sample
+    ) -> dict[str, list[list[str]]]:
+        """Takes all steps for several queries.
+
+        Args:
+            queries: Query id -> query.
+            samples: How often each `Ask` is answered.
+            sample: (step, requests) to (query id, sample) -> text; as `journaled` returns it.
+
+        Returns:
+            Query id -> the texts of each `Ask`; "" where the model said nothing.
+        """
+        texts: dict[str, list[list[str]]] = {query: [] for query in queries}
+        for step, messages in self._asked(queries, texts):
+            self._answer(step, messages, samples, sample, texts)
+        return texts
+
+    def messages(self, queries: Mapping[str, str], sample: Sample) -> dict[str, str]:
+        """The message of each query's last `Ask`, after one sample of those before; as `texts`."""
+        texts, messages = {query: [] for query in queries}, {}
+        for step, messages in self._asked(queries, texts):
+            if step is not self.strategy.asks[-1]:
+                self._answer(step, messages, 1, sample, texts)
+        return messages
+
+    def _asked(
+        self, queries: Mapping[str, str], texts: Mapping[str, list[list[str]]]
+    ) -> Iterator[tuple[Ask, dict[str, str]]]:
+        """Each `Ask` in turn, with query id -> message, once `texts` has those of the last one."""
+        shown: dict[str, Sequence[str]] = dict.fromkeys(queries, ())
+        seen: dict[str, set[str]] = {query: set() for query in queries}
+        for step in self.strategy.steps:
+            if isinstance(step, Ask):
+                limits = self.most_characters, self.sampler.fits
+                yield step, {q: step.message(t, shown[q], *limits) for q, t in queries.items()}
+                continue
+            asked = dict(queries)
+            if step.query is not None:
+                made = {q: [t for several in texts[q] for t in several if t] for q in queries}
+                asked = {q: step.query(text, made[q]) for q, text in queries.items()}
+            passed_over = max(map(len, seen.values()), default=0) if step.unseen else 0
+            for query, found in self.search(step, asked, step.depth + passed_over).items():
+                new = [p for p in found if not (step.unseen and p in seen[query])]
+                shown[query] = new[: step.depth]
+                seen[query] |= {*shown[query]}
+
+    def _answer(self, step: Ask, messages, samples: int, sample: Sample, texts) -> None:
+        made = sample(step, expansion_requests(self.settings, messages, samples))
+        for query in messages:
+            texts[query].append([made[query, i] for i in range(samples)])
+
+
+def numbered(texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[tuple[str, int], str]:
+    """(query id, number) -> text of `Expander.texts`: those of sample 0, then of sample 1, ..."""
+    return {
+        (query, number * len(asks) + place): text
+        for query, asks in texts.items()
+        for place, several in enumerate(asks)
+        for number, text in enumerate(several)
+    }
+
+
+def journaled(
+    expander: Expander, adapter: Any | None, path: pathlib.Path, purpose: str, strip: bool = True
+) -> Sample:
+    """Samples a strategy's texts, going on from journals where they are there.
+
+    Args:
+        expander: Whose texts they are.
+        adapter: LoRA tree, or None for the base model.
+        path: The journal of the last `Ask`; the others have their names behind it.
+        purpose: Sets the draws of the last `Ask` apart from other uses; the others likewise.
+        strip: Strip lead-ins from the texts.
+    """
+
+    def sample(step: Ask, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+        where, named = path, purpose
+        if step is not expander.strategy.asks[-1]:
+            where, named = path.with_stem(f"{path.stem}-{step.name}"), f"{purpose}, {step.name}"
+        return sample_texts(
+            expander.sampler, adapter, requests, path=where, purpose=named, strip=strip
+        )
+
+    return sample
+
+
+def make_expander(
+    config: Any, sampler: Sampler, corpus: Mapping[str, str], dense: Index
+) -> Expander:
+    """Expands queries as the whole config says, with passages of a corpus, document id -> text.
+
+    `dense` searches it by vectors: queries and k to scores and rows, [queries, k] each. BM25's
+    index is built when a step first needs it. Raises UserError of a wrong strategy or template.
+    """
+    bm25 = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+    indexes = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
+    drop = config.evaluation.drop_identical_ids
+    search = passage_search(corpus, indexes, drop_identical_ids=drop)
+    asked = strategy(config.expansion.strategy, config.expansion.template)
+    return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
+
+
+def passage_search(
+    corpus: Mapping[str, str], indexes: Mapping[str, Index], *, drop_identical_ids: bool
+) -> Callable[[Search, Mapping[str, str], int], dict[str, list[str]]]:
+    """The search of an `Expander` in one corpus, document id -> text.
+
+    `indexes` are by "bm25" and "dense"; with `drop_identical_ids` no query finds its own id.
+    """
+    ids = list(corpus)
+
+    def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
+        k = max(count, LEAST_RANKED) + drop_identical_ids
+        scores, rows = indexes[step.by](list(asked.values()), k)
+        above = 0.0 if step.by == "bm25" else -np.inf  # BM25: no word in common.
+        found = {}
+        for query, results in metrics.make_run(list(asked), ids, scores, rows, above).items():
+            ranked = [document for document, _ in metrics.rank_documents(results)]
+            kept = [d for d in ranked if not (drop_identical_ids and d == query)]
+            found[query] = [corpus[document] for document in kept[:count]]
+        return found
+
+    return search
+
+
+def expansion_requests(settings: Any, messages: Mapping[str, str], samples: int) -> list[Request]:
+    """Requests for several texts of each message, drawn as the config's `expansion` says."""
+    return [
+        Request(query, sample, message, settings.temperature, **drawing(settings))
+        for query, message in messages.items()
         for sample in range(samples)
     ]
 

@@ -1,7 +1,7 @@
 """What the generator is asked, and what is taken off its answers.
 
-A strategy is a template: data, chosen by name, replaced from a config where wanted. `{query}` is
-the query, `{document}` a related document, `{passages}` retrieved passages, numbered.
+A prompt is a template: data, chosen by name. `{query}` is the query, `{document}` a related
+document, `{passages}` retrieved passages, numbered.
 """
 
 import dataclasses
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 
 from expandr_jax.errors import UserError
 
-FIELDS = ("query", "document", "passages")
-
 
 @dataclasses.dataclass(frozen=True)
-class Strategy:
-    """One way to ask for an expansion.
+class Prompt:
+    """One thing to say to the generator.
 
     Attributes:
         template: The user's message, with placeholders.
@@ -33,35 +31,56 @@ class Strategy:
             name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None
         }
 
+    def message(
+        self, query: str = "", document: str | None = None, passages: Sequence[str] = ()
+    ) -> str:
+        """The user's message.
 
-def _hyde(request: str, label: str) -> Strategy:
-    return Strategy(f"{request}\n{label}: {{query}}\nPassage:", "HyDE, arXiv 2212.10496")
+        Args:
+            query: The query.
+            document: A related document, where the template shows one.
+            passages: Retrieved passages, where the template shows some.
+
+        Raises:
+            ValueError: The template wants a document or passages that are not given.
+        """
+        numbered = "\n".join(f"{i}. {passage}" for i, passage in enumerate(passages, start=1))
+        values = {"query": query, "document": document, "passages": numbered or None}
+        missing = [field for field in sorted(self.fields) if values[field] is None]
+        if missing:
+            raise ValueError(f"the prompt {self.template!r} needs {missing}")
+        # One pass, so that braces inside a query or document stay what they are.
+        return self.template.format(**values)
 
 
-STRATEGIES = {
-    "q2d": Strategy(
+def _hyde(request: str, label: str) -> Prompt:
+    return Prompt(f"{request}\n{label}: {{query}}\nPassage:", "HyDE, arXiv 2212.10496")
+
+
+PROMPTS = {
+    "q2d": Prompt(
         "Please write a passage to answer the question.\nQuestion: {query}\nPassage:",
         "ExpandR, arXiv 2502.17057",
     ),
-    "q2a": Strategy(
+    "q2a": Prompt(
         "You are given a query and a related document. Based on the query, generate a direct and "
         "relevant answer using the information in the document. If the query is a statement, "
         "expand on it. If it is a question, provide a direct answer. Avoid any extra description "
         "or irrelevant content.\nQuery: {query}\nRelated Document: {document}\nAnswer:",
         "ExpandR's self-answer, arXiv 2502.17057",
     ),
-    "pydoc": Strategy(
+    "pydoc": Prompt(
         "Write the documentation of the Python function described as: {query}\nDocumentation:",
         "for docstrings: asks for the kind of document that is searched",
     ),
-    "q2q": Strategy(
+    "q2q": Prompt(
         "Output the rewrite of input query.\nQuery: {query}\nOutput:", "query rewriting"
     ),
-    "q2e": Strategy(
+    "q2e": Prompt(
         "Write a list of keywords for the given query:\nQuery: {query}\nKeywords:",
         "Jagerman et al., arXiv 2305.03653",
     ),
-    "q2c": Strategy(
+    "q2c": Prompt(
         "Answer the following query:\n{query}\nGive the rationale before answering.",
         "Jagerman et al., arXiv 2305.03653",
     ),
@@ -74,7 +93,7 @@ STRATEGIES = {
     "hyde-finance": _hyde("Please write a financial article passage to answer the question.",
                           "Question"),
     "hyde-news": _hyde("Please write a news passage about the topic.", "Topic"),
-    "query2doc": Strategy(
+    "query2doc": Prompt(
         "Write a passage that answers the given query:\n\n"
         "Query: what state is this zip code 85282\n"
         "Passage: 85282 is a zip code of Tempe, a city in Maricopa County in the state of Arizona. "
@@ -91,17 +110,17 @@ STRATEGIES = {
         "Query: {query}\nPassage:",
         "query2doc, arXiv 2303.07678, with examples of our own",
     ),
-    "mugi": Strategy(
+    "mugi": Prompt(
         "Generate one passage that is relevant to the following query: '{query}'. The passage "
         "should be concise, informative, and clear",
         "MuGI, arXiv 2401.06311",
     ),
-    "lamer": Strategy(
+    "lamer": Prompt(
         "Give a question \"{query}\" and its possible answering passages (most of these passages "
         "are wrong) enumerated as:\n{passages}\nplease write a correct answering passage.",
         "LameR, arXiv 2304.14233",
     ),
-    "csqe": Strategy(  # One worked example, then documents that were found.
+    "csqe": Prompt(  # One worked example, then documents that were found.
         "Quote, word for word, the sentences of the passages that help to answer the query.\n\n"
         "Query: how do bees make honey\n"
         "Passages:\n"
@@ -113,12 +132,12 @@ STRATEGIES = {
         "CSQE, with an example of our own",
     ),
 }  # fmt: skip
-DOCUMENT_STRATEGIES = {  # What is asked of a document when it is indexed.
-    "d2q": Strategy(
+DOCUMENT_PROMPTS = {  # What is asked of a document when it is indexed.
+    "d2q": Prompt(
         "Write questions that the following document answers.\nDocument: {document}\nQuestions:",
         "document expansion by the questions it answers, in words of our own",
     ),
-    "d2d": Strategy(
+    "d2d": Prompt(
         "Write a passage that says in other words what the following document is about.\n"
         "Document: {document}\nPassage:",
         "q2d's counterpart, for queries and documents expanded by one model; words of our own",
@@ -146,66 +165,27 @@ LEAD_INS = tuple(
 REPEATED_SHARE = 0.5  # Of a text's word 4-grams; more than this that stand twice is repetition.
 
 
-def strategy(name: str, template: str | None = None) -> Strategy:
-    """A strategy by name, with another template if one is given.
-
-    Raises:
-        UserError: The name is unknown, or the template has no {query} or an unknown placeholder.
-    """
-    if name not in STRATEGIES:
-        raise UserError(f"prompt strategy {name!r} is unknown; there are {', '.join(STRATEGIES)}")
-    if not template:
-        return STRATEGIES[name]
-    try:
-        custom = Strategy(template, "a config")
-        unknown = custom.fields - set(FIELDS)
-    except ValueError as error:
-        raise UserError(f"prompt template {template!r}: {error}; write {{{{ for a brace") from None
-    if unknown or "query" not in custom.fields:
-        raise UserError(
-            f"prompt template {template!r}: it needs {{query}} and may have {{document}} and "
-            f"{{passages}}; found {sorted(custom.fields)}"
-        )
-    try:
-        custom.template.format(**dict.fromkeys(FIELDS, ""))
-    except (ValueError, LookupError) as error:
-        raise UserError(f"prompt template {template!r}: {error}; write {{query}} alone") from None
-    return custom
-
-
-def render(
-    name: str,
-    query: str,
-    document: str | None = None,
-    passages: Sequence[str] = (),
-    template: str | None = None,
-) -> str:
-    """The user's message of a strategy.
+def custom_prompt(template: str) -> Prompt:
+    """The prompt that a config gives.
 
     Args:
-        name: Key of `STRATEGIES`.
-        query: The query.
-        document: For strategies that show a related document.
-        passages: For strategies that show retrieved passages.
-        template: Replaces the strategy's own.
+        template: It shows {query} and, where it is to, {passages}.
 
     Raises:
-        UserError: The name or template is wrong.
-        ValueError: The template wants a document or passages that are not given.
+        UserError: It has no {query}, or another placeholder than these.
     """
-    chosen = strategy(name, template)
-    numbered = "\n".join(f"{i}. {passage}" for i, passage in enumerate(passages, start=1))
-    values = {"query": query, "document": document, "passages": numbered or None}
-    missing = [field for field in sorted(chosen.fields) if values[field] is None]
-    if missing:
-        raise ValueError(f"strategy {name!r} needs {missing}")
-    # One pass, so that braces inside a query or document stay what they are.
-    return chosen.template.format(**values)
-
-
-def render_document(name: str, document: str) -> str:
-    """The user's message that expands a document; `name` is a key of `DOCUMENT_STRATEGIES`."""
-    return DOCUMENT_STRATEGIES[name].template.format(document=document)
+    prompt = Prompt(template, "a config")
+    try:
+        shows = prompt.fields
+        template.format(**dict.fromkeys(shows, ""))
+    except (ValueError, LookupError):
+        shows = set()
+    if "query" not in shows or shows - {"query", "passages"}:
+        raise UserError(
+            f"expansion.template is {template!r}; expected a template that shows {{query}} and, at "
+            "most, {passages}, with {{ for a brace"
+        )
+    return prompt
 
 
 def strip_lead_in(text: str) -> str:

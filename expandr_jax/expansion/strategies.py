@@ -1,78 +1,100 @@
 """Query expansion by strategy: what the generator is asked, and what becomes of its texts.
 
-A strategy is two small functions of a query and its texts: `sparse` makes BM25's query, `dense` the
-texts whose vectors are averaged. An empty generation is left out; without any, the query is alone.
+A strategy is a list of steps and two small functions of a query and its texts: `sparse` makes
+BM25's query, `dense` the texts whose vectors are averaged. An empty generation is left out; without
+any, the query is alone.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-from expandr_jax.expansion import prompts
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS, PROMPTS, Prompt, custom_prompt
 from expandr_jax.vectors.encoder import Kind
 
-FEEDBACK = 10  # Documents that BM25 finds for a prompt that shows some.
-LEAST_CHARACTERS = 40  # Of each document in a message that would be too long with more.
+FEEDBACK = 10  # Passages that a search finds for a prompt that shows some.
+LEAST_CHARACTERS = 40  # Of each passage in a message that would be too long with more.
 SEPARATOR = "[SEP]"  # Replaced by the retriever's own.
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """One thing that the generator is asked.
+    """A step: the generator writes a text, or as many as there are samples.
 
     Attributes:
-        name: Of its own; sets its draws apart from others'.
-        prompt: A name in expandr_jax/expansion/prompts.py.
+        name: Sets the draws of its texts apart from others'.
+        prompt: What it is asked.
     """
 
     name: str
-    prompt: str
-
-    @property
-    def needs_passages(self) -> bool:
-        """Whether it shows documents that were found for the query."""
-        return "passages" in prompts.strategy(self.prompt).fields
+    prompt: Prompt
 
     def message(
-        self,
-        query: str,
-        passages: Sequence[str],
-        *,
-        most_characters: int,
-        fits: Callable[[str], bool],
+        self, query: str, passages: Sequence[str], most_characters: int, fits: Callable[[str], bool]
     ) -> str:
-        """What the generator is told.
+        """The user's message.
 
         Args:
             query: The query.
-            passages: Documents to show, if it shows any.
-            most_characters: Of each document.
-            fits: Whether a message is short enough; documents are cut until it is, because a
-                prompt that is too long loses its beginning.
+            passages: What was found for it, if the prompt shows any.
+            most_characters: Characters of each passage that are shown, at most.
+            fits: Whether a message is short enough; passages are cut until it is, because a prompt
+                that is too long loses its beginning.
         """
-        while True:
-            shown = [" ".join(passage.split())[:most_characters] for passage in passages] or ["-"]
-            text = prompts.render(self.prompt, query, passages=shown)
-            if most_characters <= LEAST_CHARACTERS or fits(text):
-                return text
-            most_characters = max(LEAST_CHARACTERS, most_characters * 3 // 4)
+        return _fitting(
+            lambda most: self.prompt.message(query, passages=_cut(passages, most) or ["-"]),
+            most_characters,
+            fits,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A step: passages of the corpus are found, for the next prompt to show.
+
+    Attributes:
+        depth: How many.
+        by: How they are found.
+        query: (query, texts so far) to what is searched for; None: the query as it is.
+        unseen: Whether passages that an earlier step showed are passed over.
+    """
+
+    depth: int = FEEDBACK
+    by: Literal["bm25", "dense"] = "bm25"
+    query: Callable[[str, Sequence[str]], str] | None = None
+    unseen: bool = False
 
 
 def document_message(
-    name: str, document: str, *, most_characters: int, fits: Callable[[str], bool]
+    name: str, document: str, most_characters: int, fits: Callable[[str], bool]
 ) -> str:
-    """What the generator is told to expand a document.
+    """The user's message that has a document expanded.
 
     Args:
-        name: A key of `prompts.DOCUMENT_STRATEGIES`.
+        name: A key of `DOCUMENT_PROMPTS`.
         document: Its text.
-        most_characters: Of it.
+        most_characters: Characters of it that are shown, at most.
         fits: Whether a message is short enough; the document is cut until it is.
     """
+    prompt = DOCUMENT_PROMPTS[name]
+    return _fitting(
+        lambda most: prompt.message(document=_cut([document], most)[0]), most_characters, fits
+    )
+
+
+def _cut(passages: Sequence[str], most_characters: int) -> list[str]:
+    """Passages on one line each, cut to a length."""
+    return [" ".join(passage.split())[:most_characters] for passage in passages]
+
+
+def _fitting(build: Callable[[int], str], most: int, fits: Callable[[str], bool]) -> str:
+    """`build(characters)` with as many as fit, of a falling series."""
     while True:
-        text = prompts.render_document(name, " ".join(document.split())[:most_characters])
-        if most_characters <= LEAST_CHARACTERS or fits(text):
+        text = build(most)
+        if most <= LEAST_CHARACTERS or fits(text):
             return text
-        most_characters = max(LEAST_CHARACTERS, most_characters * 3 // 4)
+        most = max(LEAST_CHARACTERS, most * 3 // 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +115,33 @@ class Strategy:
     """One way to expand a query.
 
     Attributes:
-        requests: What is asked, `samples` times each.
-        samples: As the method's authors have it.
-        sparse: (query, texts) to BM25's query.
+        steps: What is done in turn; each `Ask` shows what the last `Search` before it found.
+        samples: Texts that each `Ask` is answered with, as the method's authors have it.
+        sparse: (query, texts) to BM25's query; texts of the first `Ask` come first.
         dense: (query, texts, the weight that is asked for) to what is encoded.
         kind: How `dense`'s texts are encoded: "query" where the query stands in them.
     """
 
-    requests: tuple[Ask, ...]
+    steps: tuple[Ask | Search, ...]
     samples: int
     sparse: Callable[[str, Sequence[str]], str]
     dense: Callable[[str, Sequence[str], float], DenseQuery]
     kind: Kind = "document"
+
+    @property
+    def asks(self) -> tuple[Ask, ...]:
+        """The steps in which the generator writes."""
+        return tuple(step for step in self.steps if isinstance(step, Ask))
+
+    def with_prompt(self, prompt: Prompt) -> "Strategy":
+        """The strategy with another prompt at its last `Ask`.
+
+        If it shows passages and no step finds any, BM25 finds them for the query.
+        """
+        *steps, last = self.steps
+        if "passages" in prompt.fields and not any(isinstance(step, Search) for step in steps):
+            steps.append(Search())
+        return dataclasses.replace(self, steps=(*steps, dataclasses.replace(last, prompt=prompt)))
 
 
 def repeated(times: int) -> Callable[[str, Sequence[str]], str]:
@@ -137,6 +174,16 @@ def one_of_them(query: str, texts: Sequence[str], query_weight: float) -> DenseQ
     return DenseQuery(list(texts), 1 / (1 + len(texts)))
 
 
+def replaced(query: str, texts: Sequence[str]) -> str:
+    """The texts in the query's place."""
+    return " ".join(texts) or query
+
+
+def rewritten(query: str, texts: Sequence[str], query_weight: float) -> DenseQuery:
+    """The mean of the texts, in the query's place."""
+    return DenseQuery(list(texts), 0.0)
+
+
 def joined(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
     """The query and each text read as one."""
     return lambda query, texts, query_weight: DenseQuery(
@@ -145,7 +192,7 @@ def joined(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
 
 
 def _asked(name: str, samples: int, *rest, **options) -> Strategy:
-    return Strategy((Ask(name, name),), samples, *rest, **options)
+    return Strategy((Ask(name, PROMPTS[name]),), samples, *rest, **options)
 
 
 STRATEGIES = {
@@ -153,14 +200,32 @@ STRATEGIES = {
     "pydoc": _asked("pydoc", 1, repeated(5), weighted),
     **{
         name: _asked(name, 8, repeated(5), one_of_them)
-        for name in prompts.STRATEGIES
+        for name in PROMPTS
         if name == "hyde" or name.startswith("hyde-")
     },
     "query2doc": _asked("query2doc", 1, repeated(5), joined(f" {SEPARATOR} "), kind="query"),
+    "q2q": _asked("q2q", 1, replaced, rewritten, kind="query"),
     "q2e": _asked("q2e", 1, repeated(1), joined(" "), kind="query"),
     "q2c": _asked("q2c", 1, repeated(5), joined(" "), kind="query"),
     "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),
-    "lamer": _asked("lamer", 5, alternated, one_of_them),
-    "csqe": Strategy((Ask("q2d", "q2d"), Ask("csqe", "csqe")), 5, lower_cased, one_of_them),
-}
+    "lamer": Strategy((Search(), Ask("lamer", PROMPTS["lamer"])), 5, alternated, one_of_them),
+    "csqe": Strategy(
+        (Ask("q2d", PROMPTS["q2d"]), Search(), Ask("csqe", PROMPTS["csqe"])),
+        5, lower_cased, one_of_them,
+    ),
+}  # fmt: skip
+
+
+def strategy(name: str, template: str = "") -> Strategy:
+    """A strategy by name, with another prompt at its last `Ask` if a template is given.
+
+    Raises:
+        UserError: The name is unknown, or the template is none of `custom_prompt`.
+    """
+    if name not in STRATEGIES:
+        raise UserError(f"strategy {name!r} is unknown; there are {', '.join(STRATEGIES)}")
+    found = STRATEGIES[name]
+    return found.with_prompt(custom_prompt(template)) if template else found
+
+
 PUBLISHED = ("q2d", "hyde", "query2doc", "q2e", "q2c", "mugi", "lamer", "csqe")

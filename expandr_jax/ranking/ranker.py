@@ -12,12 +12,11 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.expansion.cache import TextCache
-from expandr_jax.expansion.expand import drawing
+from expandr_jax.expansion.expand import Expander, expansion_requests, passage_search
 from expandr_jax.expansion.strategies import (
-    FEEDBACK,
     SEPARATOR,
     STRATEGIES,
-    Ask,
+    Search,
     Strategy,
     document_message,
 )
@@ -33,7 +32,7 @@ from expandr_jax.pair import (
 from expandr_jax.ranking.dense import finish_run
 from expandr_jax.ranking.fusion import expanded_query
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
-from expandr_jax.ranking.systems import BM25, System, parse_system
+from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
 from expandr_jax.vectors.corpus import configured_index
@@ -159,13 +158,15 @@ class Ranker:
         return metrics.read_trec(path)
 
     def texts(self, method: str) -> list[list[str]]:
-        """The texts of a strategy for each query, request by request; "" where nothing was said."""
+        """The texts of a strategy for each query, step by step; "" where nothing was said."""
         if method not in self._texts:
-            parts = [self._sample(ask, method) for ask in STRATEGIES[method].requests]
-            self._texts[method] = [
-                [text for texts in several for text in texts]
-                for several in zip(*parts, strict=True)
-            ]
+            config, strategy = self._run.config, STRATEGIES[method]
+            limits = config.expansion, config.answer.max_characters
+            expander = Expander(strategy, self._models.sampler, *limits, self._passages)
+            queries = dict(zip(self.ids, self.queries, strict=True))
+            samples = samples_of(config, strategy)
+            made = expander.texts(queries, samples, lambda step, r: self._ask(step.name, r))
+            self._texts[method] = [[t for several in made[q] for t in several] for q in self.ids]
         return self._texts[method]
 
     def _search(self, system: System) -> Mapping[str, Mapping[str, float]]:
@@ -257,31 +258,14 @@ class Ranker:
             expanded_query(self._plain, vectors, present, query_weight=weights, normalize=normalize)
         )
 
-    def _sample(self, ask: Ask, method: str) -> list[list[str]]:
-        """The texts that answer one request, for each query, kept for whoever asks it again."""
-        config = self._run.config
-        samples = samples_of(config, STRATEGIES[method])
-        shown = self._shown() if ask.needs_passages else [[]] * len(self.ids)
-        settings = config.expansion
-        requests = [
-            Request(query_id, sample, text, settings.temperature, **drawing(settings))
-            for query_id, query, passages in zip(self.ids, self.queries, shown, strict=True)
-            for text in [self._prompt(ask, query, passages)]
-            for sample in range(samples)
-        ]  # fmt: skip
-        texts = self._ask(ask.name, requests)
-        return [[texts[query, sample] for sample in range(samples)] for query in self.ids]
-
     def _sample_documents(self, name: str) -> list[str]:
         """What the generator writes for each document."""
-        settings = self._run.config.expansion
-        requests = [
-            Request(
-                document, 0, self._document_prompt(name, text), settings.temperature,
-                **drawing(settings),
-            )
+        most = self._run.config.answer.max_characters
+        messages = {
+            document: document_message(name, text, most, self._models.sampler.fits)
             for document, text in self.collection.corpus.items()
-        ]  # fmt: skip
+        }
+        requests = expansion_requests(self._run.config.expansion, messages, 1)
         texts = self._ask(name, requests)
         return [texts[document, 0] for document in self.documents]
 
@@ -289,19 +273,16 @@ class Ranker:
         timed = self._run.phase(f"{self.collection.name}: texts of {name}")
         return self._cache.texts(self._models.sampler, name, requests, timed)
 
-    def _shown(self) -> list[list[str]]:
-        """The documents that BM25 finds for each query."""
-        found = self.rank(parse_system(BM25))
-        corpus = self.collection.corpus
-        return [[corpus[d] for d in list(found.get(query, ()))[:FEEDBACK]] for query in self.ids]
+    @functools.cached_property
+    def _passages(self) -> Callable[[Search, Mapping[str, str], int], dict[str, list[str]]]:
+        """Finds what prompts show."""
+        searched, drop = self._searched(None), self._run.config.evaluation.drop_identical_ids
 
-    def _prompt(self, ask: Ask, query: str, passages: Sequence[str]) -> str:
-        most = self._run.config.answer.max_characters
-        return ask.message(query, passages, most_characters=most, fits=self._models.sampler.fits)
+        def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+            return searched.index.search(self._encode(queries, "query"), k)
 
-    def _document_prompt(self, name: str, text: str) -> str:
-        most = self._run.config.answer.max_characters
-        return document_message(name, text, most_characters=most, fits=self._models.sampler.fits)
+        indexes = {"bm25": lambda queries, k: searched.bm25.search(queries, k), "dense": dense}
+        return passage_search(self.collection.corpus, indexes, drop_identical_ids=drop)
 
 
 def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.prompts import DOCUMENT_STRATEGIES
+from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, RERANKERS
 
@@ -38,7 +38,7 @@ class System:
             "fine-tuned", "expandr" or "round-R".
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
-        documents: How a leaf's corpus is expanded, a key of `DOCUMENT_STRATEGIES`, or None.
+        documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
         stage: A key of `FUSIONS`, `FEEDBACKS` or `RERANKERS`; None for a leaf.
         parts: What the stage works on.
     """
@@ -168,8 +168,8 @@ def _parse_leaf(name: str) -> System:
     if plus and method not in strategies:
         methods = strategies if base == BM25 else (*strategies, *FEEDBACKS)
         raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
-    if at and documents not in DOCUMENT_STRATEGIES:
-        known = ", ".join(DOCUMENT_STRATEGIES)
+    if at and documents not in DOCUMENT_PROMPTS:
+        known = ", ".join(DOCUMENT_PROMPTS)
         raise UserError(f"system {name!r}: expected {base}@ one of {known}")
     return System(name, RETRIEVERS[base], BASE if method else None, method or None,
                   documents or None)  # fmt: skip
