@@ -18,6 +18,7 @@ from rich.console import Console
 from configs import base
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.pooling import l2_normalize, pool
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
@@ -170,7 +171,9 @@ class Adapted:
     base: Any
 
     def embed(self, adapter, ids, mask, *, dropout_key=None):
-        return self.retriever.embed(self.base, ids, mask, lora=adapter, dropout_key=dropout_key)
+        variables = {"params": self.base, "lora": adapter}
+        hidden = self.retriever.module.apply(variables, ids, mask)
+        return l2_normalize(pool(hidden, mask, self.retriever.pooling))
 
 
 def with_module(retriever, **settings):

@@ -21,8 +21,8 @@ from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
-from expandr_jax.weights.configs import model_config
 from expandr_jax.weights.export import export_generator, export_retriever
+from expandr_jax.weights.families import model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate

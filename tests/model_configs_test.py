@@ -2,7 +2,7 @@
 
 import pytest
 
-from expandr_jax.weights.configs import model_config
+from expandr_jax.weights.families import model_config
 from expandr_jax.weights.fields import Fields
 from tests.mutations_test import complaint_of
 

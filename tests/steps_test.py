@@ -28,7 +28,7 @@ from expandr_jax.training.steps import (
     values_program,
 )
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
-from expandr_jax.weights.load import example_inputs
+from expandr_jax.weights.families import example_inputs
 
 MESHES = [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)]
 SETTINGS = OptimizerConfig(1e-3, total_steps=4, clip_norm=1.0, weight_decay=0.01)

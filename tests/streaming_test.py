@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from expandr_jax.sharding import make_mesh, param_shardings
 from expandr_jax.weights import load, store
 from expandr_jax.weights.export import export_generator, export_retriever
+from expandr_jax.weights.families import example_inputs
 from expandr_jax.weights.files import HfDirectory
 from expandr_jax.weights.hf import load_generator, load_model, load_retriever
 from tests import tiny_models
@@ -43,7 +44,7 @@ def test_parameters_arrive_on_their_devices(llama, shape, piece_bytes, monkeypat
     mesh = make_mesh(*shape)
     module, params, _ = load_model(llama, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, params)
-    shardings = param_shardings(mesh, module, *load.example_inputs(module))
+    shardings = param_shardings(mesh, module, *example_inputs(module))
     jax.tree.map(lambda leaf, sharding: leaf.sharding.shard_shape(leaf.shape), params, shardings)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         expected = shardings
@@ -102,7 +103,7 @@ import jax
 from eval.benchmarks.process import peak_memory
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
-from expandr_jax.weights.names import weights_of
+from expandr_jax.weights.families import family_of
 from expandr_jax.weights.store import named_tensors, write_model_files
 from pathlib import Path
 
@@ -111,7 +112,8 @@ module, params, _ = load_model(sys.argv[1], mesh=mesh)
 assert all(len(leaf.devices()) == jax.device_count() for leaf in jax.tree.leaves(params))
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 loaded = peak_memory()
-tensors = named_tensors(params, weights_of(module.config, True), "model.", lambda _, dtype: dtype)
+weights = family_of(module).weights(module.config, True)
+tensors = named_tensors(params, weights, "model.", lambda _, dtype: dtype)
 largest = max(tensor.num_bytes for tensor in tensors.values())
 write_model_files(Path(sys.argv[2]), tensors, 10**9)
 print(json.dumps({"parameters": size, "largest": largest,

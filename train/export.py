@@ -21,13 +21,17 @@ from absl import flags
 from rich.console import Console
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.lora import LoraConfig, merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
-from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
+from expandr_jax.weights.export import (
+    export_encoder,
+    export_generator,
+    export_retriever,
+    export_trained,
+)
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from train.launch import define_workdir, launch
 
@@ -57,8 +61,7 @@ def export_run(
     directory = workdir / "export"
     dtype = jnp.dtype(config.export.dtype)
     if not (directory / "retriever").exists():
-        write = export_encoder if isinstance(retriever.module, AnchorDr) else export_retriever
-        write(directory / "retriever", retriever, retriever_params, dtype)
+        export_trained(directory / "retriever", retriever, retriever_params, dtype)
     progress(1)
     lora = LoraConfig(**config.lora)
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)

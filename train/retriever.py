@@ -23,7 +23,6 @@ from expandr_jax.data.records import hash_json
 from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.model_hashes import model_hashes
-from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
     with_temperature,
@@ -50,7 +49,7 @@ from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.vectors.corpus import encode_texts
-from expandr_jax.weights.export import export_encoder, export_retriever
+from expandr_jax.weights.export import export_trained
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
 from train.settings import check_settings
 
@@ -222,9 +221,7 @@ def train_on_triples(
 
     def export() -> None:
         if not run.seals.intact("export/retriever"):
-            anchordr = isinstance(models.retriever.module, AnchorDr)
-            write = export_encoder if anchordr else export_retriever
-            write(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+            export_trained(directory, models.retriever, params, jnp.dtype(config.export.dtype))
             run.seals.seal("export/retriever")
 
     directory = run.path("export", "retriever")

@@ -4,16 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 from transformers import PreTrainedTokenizerFast
 
-from expandr_jax.models.anchordr import AnchorDr
-from expandr_jax.models.bert import Bert
-from expandr_jax.models.decoder import Decoder, token_positions
-from expandr_jax.models.mask import causal_mask
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
-from expandr_jax.models.t5 import T5Encoder
 from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.families import family_of
 from expandr_jax.weights.source import Source
 
 
@@ -34,7 +31,7 @@ class Retriever:
             parameters are `params["dense"]`.
     """
 
-    module: Bert | T5Encoder | AnchorDr | Decoder
+    module: nn.Module
     pooling: Pooling
     normalize: bool
     max_length: int
@@ -71,7 +68,6 @@ class Retriever:
         input_ids: jax.Array,
         attention_mask: jax.Array,
         *,
-        lora: Mapping[str, Any] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Computes the vectors of a batch.
@@ -80,18 +76,16 @@ class Retriever:
             params: The module's parameters, and those of the dense layer where there is one.
             input_ids: [batch, length] int32.
             attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
-            lora: An adapter's tree.
             dropout_key: Turns dropout on, as in training.
 
         Returns:
             [batch, width] float32, of length one where `normalize` is set.
         """
-        variables = {"params": params} if lora is None else {"params": params, "lora": lora}
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        inputs = [input_ids, attention_mask]
-        if isinstance(self.module, Decoder):
-            inputs = [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
-        hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
+        inputs = family_of(self.module).inputs(input_ids, attention_mask)
+        hidden = self.module.apply(
+            {"params": params}, *inputs, deterministic=dropout_key is None, rngs=rngs
+        )
         vectors = pool(hidden, attention_mask, self.pooling)
         if self.dense is not None:
             vectors = dense(vectors, params["dense"], self.dense)

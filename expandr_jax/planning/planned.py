@@ -20,10 +20,9 @@ from expandr_jax.pair import OF_ONE_PROCESS, phase_mesh
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.training.train_state import TrainState
-from expandr_jax.weights.configs import model_config
+from expandr_jax.weights.families import example_inputs, find_family, model_config
 from expandr_jax.weights.fields import Fields
-from expandr_jax.weights.hf import MODULES, open_model
-from expandr_jax.weights.load import example_inputs
+from expandr_jax.weights.hf import open_model
 from expandr_jax.weights.source import locate
 
 # The workload: counts of texts and their tokens, of all processes together.
@@ -184,7 +183,7 @@ def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> n
     else:
         found, kind = _shape_of_source(section.source, name)
     config = model_config(found, kind)
-    return MODULES[type(config)](config, dtype=jnp.dtype(dtype))
+    return find_family(found.where, kind).module(config, dtype=jnp.dtype(dtype))
 
 
 def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:

@@ -21,7 +21,7 @@ from expandr_jax.generation.programs import (
     variable_shardings,
 )
 from expandr_jax.generation.slots import Slots, empty_settings
-from expandr_jax.models.decoder import Decoder, unstack_layers
+from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.candidates import objective
 from expandr_jax.objectives.pairs import PairBatches
@@ -48,6 +48,7 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.training.steps import adapter_program, model_shardings, reference_program
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
 
@@ -64,7 +65,7 @@ class GeneratorShapes:
         self._config, self._topology = config, topology
         section = config.generator
         module = shape_module(section, "generator", section.compute_dtype)
-        if not isinstance(module, Decoder):
+        if not family_of(module).generates:
             raise UserError("generator: its shape is that of an encoder, which generates no text")
         weights = base_type(section)
         if weights == "int8":

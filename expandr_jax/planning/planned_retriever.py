@@ -9,8 +9,6 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.anchordr import AnchorDr
-from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
@@ -41,6 +39,7 @@ from expandr_jax.search.exact import ExactOptions, merge_block
 from expandr_jax.sharding import batch_divisor, batch_sharding
 from expandr_jax.training.setup import optimizer_config
 from expandr_jax.training.steps import embedder, model_shardings
+from expandr_jax.weights.families import family_of
 
 TEXTS = 2 + PASSAGES  # Of a query: itself, its expansion and its passages.
 
@@ -57,11 +56,9 @@ class RetrieverShapes:
         self._config, self._topology = config, topology
         section = config.retriever
         module = shape_module(section, "retriever", section.compute_dtype)
-        pooling = {AnchorDr: "decoder", Decoder: "last"}.get(type(module), "mean")
         self._length = min(LENGTH, module.config.max_positions or LENGTH)
-        self.retriever = Retriever(
-            module, section.pooling or pooling, True, self._length, "", "", None, None
-        )
+        pooling = section.pooling or family_of(module).pooling
+        self.retriever = Retriever(module, pooling, True, self._length, "", "", None, None)
         self.params = param_shapes(module, jnp.float32)
         self.params.pop("lm_head", None)  # A decoder's, which only generating needs.
 

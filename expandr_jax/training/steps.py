@@ -17,7 +17,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.preference import adapter_step, response_log_probs
 from expandr_jax.sharding import batch_sharding, on_mesh, param_shardings, replicated
 from expandr_jax.training.train_state import TrainState
-from expandr_jax.weights.load import example_inputs
+from expandr_jax.weights.families import example_inputs
 
 Program = Callable[..., Any]
 

@@ -16,9 +16,10 @@ from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.weights.export import new_directory
+from expandr_jax.weights.families.decoder import decoder_weights
 from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.load import leaf_shapes
-from expandr_jax.weights.names import Weight, decoder_weights
+from expandr_jax.weights.names import Weight
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
 

@@ -16,28 +16,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.anchordr import AnchorDr
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.fairseq import FairseqTokenizer
-from expandr_jax.weights.names import weights_of
+from expandr_jax.weights.families import family_of
 from expandr_jax.weights.safetensors_file import Tensor
 from expandr_jax.weights.sentence_transformers import Settings, write_dense, write_settings
 from expandr_jax.weights.store import named_tensors, source_dtype, write_model_files
-
-# Classes of transformers by model_type: (without a head, with the language model's).
-_CLASSES = {
-    "bert": ("BertModel", "BertForMaskedLM"),
-    "camembert": ("CamembertModel", "CamembertForMaskedLM"),
-    "gemma3_text": ("Gemma3TextModel", "Gemma3ForCausalLM"),
-    "llama": ("LlamaModel", "LlamaForCausalLM"),
-    "mistral": ("MistralModel", "MistralForCausalLM"),
-    "qwen2": ("Qwen2Model", "Qwen2ForCausalLM"),
-    "qwen3": ("Qwen3Model", "Qwen3ForCausalLM"),
-    "roberta": ("RobertaModel", "RobertaForMaskedLM"),
-    "t5": ("T5EncoderModel", "T5ForConditionalGeneration"),
-    "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForMaskedLM"),
-}
 
 # A directory with one of these is a model, and may be replaced by another.
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
@@ -66,11 +51,10 @@ def export_retriever(
     Raises:
         UserError: If the directory cannot be written, or sentence-transformers has no such model.
     """
-    if isinstance(retriever.module, AnchorDr):
+    if not family_of(retriever.module).is_stock:
         raise UserError(
-            f"{directory}: AnchorDR is no stock T5 and has a fairseq tokenizer, so "
-            "sentence-transformers and transformers cannot load it; export it in its own layout "
-            "(export_encoder, or train.export --format=encoder)"
+            f"{directory}: transformers, and so sentence-transformers, has no such model and "
+            "cannot load it; export it in its own layout (train.export --format=encoder)"
         )
     settings = Settings(
         pooling=retriever.pooling,
@@ -112,6 +96,21 @@ def export_encoder(
     """
     with new_directory(directory) as new:
         _write_encoder(new, retriever, params, dtype, max_shard_bytes)
+
+
+def export_trained(
+    directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any
+) -> None:
+    """Writes a retriever for sentence-transformers, or the encoder alone where that has no such.
+
+    Args:
+        directory: As in `export_retriever`, as are all arguments.
+        retriever: The encoder and its settings.
+        params: Its parameters.
+        dtype: Type of the tensors.
+    """
+    write = export_retriever if family_of(retriever.module).is_stock else export_encoder
+    write(directory, retriever, params, dtype)
 
 
 def export_generator(
@@ -210,9 +209,9 @@ def _tensors(
     config = model.module.config
     if getattr(config, "int8", False):
         raise UserError("weights in int8 are not exported: load the model in float32 for that")
-    is_anchordr = isinstance(model.module, AnchorDr)
-    weights = weights_of(config, with_head)
-    return named_tensors(params, weights, prefix, dtype_of, with_copies=is_anchordr)
+    family = family_of(model.module)
+    weights = family.weights(config, with_head)
+    return named_tensors(params, weights, prefix, dtype_of, with_copies=not family.is_stock)
 
 
 def _write_model(
@@ -225,8 +224,9 @@ def _write_model(
     """Writes the weights and config.json."""
     write_model_files(directory, tensors, max_shard_bytes)
     config = {key: value for key, value in model.source.config.items() if key != "dtype"}
-    if not isinstance(model.module, AnchorDr):
-        config["architectures"] = [_CLASSES[config["model_type"]][with_head]]
+    family = family_of(model.module)
+    if family.is_stock:
+        config["architectures"] = [family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
 

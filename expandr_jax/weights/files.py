@@ -9,13 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.families import find_family, type_by_tensors
 from expandr_jax.weights.fields import Fields, path_inside, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile
 from expandr_jax.weights.tokenizer import read_tokenizer
-
-# AnchorDR's config.json says T5; only this tensor tells them apart.
-_OF_ANCHORDR = "encoder.pos_embed.weight"
-_ANCHORDR_LENGTH = 1024
 
 
 class ModelFiles(Protocol):
@@ -81,8 +78,8 @@ class HfDirectory:
 
     @property
     def model_type(self) -> str | None:
-        """config.json's, or "anchordr" for the model that only its tensors tell from T5."""
-        return "anchordr" if _OF_ANCHORDR in self._stored else self.config.values.get("model_type")
+        """config.json's, or that of a family which only its tensors tell from another."""
+        return type_by_tensors(self._stored) or self.config.values.get("model_type")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors by name."""
@@ -99,9 +96,8 @@ class HfDirectory:
 
     def tokenizer(self) -> PreTrainedTokenizerFast | FairseqTokenizer:
         """The tokenizer, chat template included."""
-        if self.model_type == "anchordr":
-            return FairseqTokenizer(self._path, _ANCHORDR_LENGTH)
-        return read_tokenizer(self._path, self.model_type)
+        own = find_family(self.config.where, self.model_type).tokenizer
+        return read_tokenizer(self._path, self.model_type) if own is None else own(self._path)
 
 
 def _read_index(index: Path) -> dict[str, Path]:

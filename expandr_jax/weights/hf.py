@@ -12,34 +12,22 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
-from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.models.t5 import T5Config, T5Encoder
 from expandr_jax.sharding import param_shardings, put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
-from expandr_jax.weights.configs import ENCODERS, model_config
 from expandr_jax.weights.fairseq import FairseqTokenizer
+from expandr_jax.weights.families import example_inputs, find_family, model_config
 from expandr_jax.weights.fields import is_count, one_line, shown
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
-from expandr_jax.weights.load import example_inputs, load_params
-from expandr_jax.weights.names import ModelConfig, weights_of
+from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import Settings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
-
-MODULES = {
-    BertConfig: Bert,
-    T5Config: T5Encoder,
-    AnchorDrConfig: AnchorDr,
-    DecoderConfig: Decoder,
-}
 
 
 def load_model(
@@ -112,16 +100,16 @@ def load_retriever(
     path = locate(source)
     files, adapter = open_model(source, sha256)
     settings = read_settings(path) if path.is_dir() else None
-    is_anchordr = files.model_type == "anchordr"
+    family = find_family(files.config.where, files.model_type)
     if settings is None:
-        if is_anchordr:
-            settings = Settings("decoder", False)
+        if not family.is_stock:  # No library writes a modules.json for it.
+            settings = Settings(family.pooling, False)
         elif pooling is None or normalize is None:
             raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
         else:
             settings = Settings(pooling, normalize)
     pooling = pooling or settings.pooling
-    if (pooling == "decoder") != is_anchordr:
+    if (pooling == "decoder") != (family.pooling == "decoder"):
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
     tokenizer = _tokenizer(files, config)
@@ -184,9 +172,10 @@ def load_generator(
         UserError: As `load_model`; also if the model is an encoder, or has no chat template or end.
     """
     files, adapter = open_model(source, sha256)
-    if files.model_type in ENCODERS:
-        raise UserError(f"{source}: a {files.model_type} model cannot generate text")
     config = model_config(files.config, files.model_type)
+    family = find_family(files.config.where, files.model_type)
+    if not family.generates:
+        raise UserError(f"{source}: a {files.model_type} model cannot generate text")
     tokenizer = _tokenizer(files, config)
     if tokenizer.chat_template is None:
         raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
@@ -194,15 +183,13 @@ def load_generator(
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = Generator(Decoder(config), tokenizer, eos_ids, pad, _origin(source, files))
+    generator = Generator(family.module(config), tokenizer, eos_ids, pad, _origin(source, files))
     _check_template(generator, source)
     module, params = _load(files, config, adapter, True, dtype, compute_dtype, mesh)
     return dataclasses.replace(generator, module=module), params
 
 
-def _tokenizer(
-    files: ModelFiles, config: ModelConfig
-) -> PreTrainedTokenizerFast | FairseqTokenizer:
+def _tokenizer(files: ModelFiles, config: Any) -> PreTrainedTokenizerFast | FairseqTokenizer:
     tokenizer = files.tokenizer()
     # Added tokens may lie beyond the table: Gemma's for images, which no text has.
     if tokenizer.vocab_size > config.vocab_size:
@@ -278,22 +265,23 @@ def _open_files(path: Path) -> ModelFiles:
 
 def _load(
     files: ModelFiles,
-    config: ModelConfig,
+    config: Any,
     adapter: Path | None,
     with_head: bool,
     dtype: Any,
     compute_dtype: Any,
     mesh: Mesh | None,
 ) -> tuple[nn.Module, Params]:
+    family = find_family(files.config.where, files.model_type)
     if np.dtype(dtype) == np.int8:
-        if not isinstance(config, DecoderConfig):
+        if not family.generates:
             raise UserError(f"{files.where}: weights in int8 are for decoders only")
         config, dtype = dataclasses.replace(config, int8=True), compute_dtype
-    module = MODULES[type(config)](config, dtype=compute_dtype)
+    module = family.module(config, dtype=compute_dtype)
     shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
-    params = load_params(files, module, weights_of(config, with_head), dtype, shardings)
+    params = load_params(files, module, family.weights(config, with_head), dtype, shardings)
     if adapter is not None:
-        if not isinstance(config, DecoderConfig):
+        if not family.generates:
             raise UserError(f"{adapter}: adapters of a {files.model_type} model are not supported")
         lora, update = load_adapter(str(adapter), config)
         update = update if mesh is None else put(update, replicated(mesh))

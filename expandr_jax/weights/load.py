@@ -16,9 +16,8 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import Decoder
-from expandr_jax.models.mask import Mask
 from expandr_jax.sharding import put
+from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
@@ -72,14 +71,6 @@ def load_params(
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def example_inputs(module: nn.Module) -> list[jax.ShapeDtypeStruct]:
-    """Shapes of the smallest inputs of a model's `__call__`."""
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    if isinstance(module, Decoder):
-        return [tokens, tokens, Mask(tokens, causal=True)]
-    return [tokens, tokens]
-
-
 def leaf_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a module's parameters by path, keys joined by "/"."""
     variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
@@ -107,7 +98,8 @@ def _find(
         known |= {*names, *copies}
     missing = {name for names in stored.values() for name in names} - shapes.keys()
     _complain(files.where, "are missing", missing)
-    unknown = {n for n in shapes.keys() - known if not is_ignored(n, module.config)}
+    unused = family_of(module).ignored
+    unknown = {n for n in shapes.keys() - known if not is_ignored(n, unused)}
     _complain(files.where, "are unknown", unknown)
     wrong = []
     for weight in weights:

@@ -1,0 +1,73 @@
+"""The families of models: one file for each, found by a model's type, tensors or module."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from expandr_jax.errors import UserError
+from expandr_jax.weights.families import anchordr, bert, decoder, t5
+from expandr_jax.weights.families.family import Family
+from expandr_jax.weights.fields import Fields, shown
+
+FAMILIES = (bert.FAMILY, t5.FAMILY, anchordr.FAMILY, decoder.FAMILY)
+BY_TYPE = {kind: family for family in FAMILIES for kind in family.classes}
+
+
+def family_of(module: nn.Module) -> Family:
+    """The family that computes by this module."""
+    return next(family for family in FAMILIES if isinstance(module.config, family.config))
+
+
+def type_by_tensors(names: Iterable[str]) -> str | None:
+    """The model_type of a family that is told by its tensors alone; None for all others.
+
+    Args:
+        names: The tensors of a model's files.
+    """
+    names = set(names)
+    return next(
+        (kind for kind, family in BY_TYPE.items() if family.marker and family.marker in names), None
+    )
+
+
+def find_family(where: str, kind: str | None) -> Family:
+    """The family of a model_type; UserError, naming the file, where there is none."""
+    if kind not in tuple(BY_TYPE):  # It may be anything that JSON can say.
+        raise UserError(
+            f"{where}: model_type {shown(kind)} is not supported; supported: {', '.join(BY_TYPE)}"
+        )
+    return BY_TYPE[kind]
+
+
+def model_config(hf: Fields, kind: str | None) -> Any:
+    """Reads a Hugging Face configuration.
+
+    Args:
+        hf: config.json.
+        kind: Its model_type, or what `type_by_tensors` says.
+
+    Returns:
+        The configuration of the module that computes the same function.
+
+    Raises:
+        UserError: If the type or an option of the model is not supported, or a field is missing or
+            cannot be.
+    """
+    family = find_family(hf.where, kind)
+    if hf.values.get("quantization_config"):
+        raise UserError(
+            f"{hf.where}: quantization_config says that the weights are quantized; take the model "
+            "before that, or a GGUF file"
+        )
+    # A null means the default, but for the window, where it means none.
+    given = {name: hf.values[name] for name in hf.values if name in hf or name == "sliding_window"}
+    return family.read_config(Fields({**family.defaults[kind], **given}, hf.where), kind)
+
+
+def example_inputs(module: nn.Module) -> list[Any]:
+    """Shapes of the smallest inputs of a model's `__call__`."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(family_of(module).inputs, tokens, tokens)

@@ -1,0 +1,66 @@
+"""BERT and its kin: RoBERTa, XLM-RoBERTa, CamemBERT."""
+
+from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.weights.families.family import ACTIVATIONS, MOST_LAYERS, Family
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.names import Weight, layer_norm, linear
+
+
+def _read(hf: Fields, kind: str) -> BertConfig:
+    hf.only(is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
+    hf.quotient("hidden_size", "num_attention_heads")
+    offset = 0 if kind == "bert" else hf.count("pad_token_id", least=0) + 1
+    return BertConfig(
+        vocab_size=hf.count("vocab_size"),
+        hidden_size=hf.count("hidden_size"),
+        num_layers=hf.count("num_hidden_layers", most=MOST_LAYERS),
+        num_heads=hf.count("num_attention_heads"),
+        mlp_dim=hf.count("intermediate_size"),
+        max_positions=hf.count("max_position_embeddings", least=offset + 1) - offset,
+        position_offset=offset,
+        num_token_types=hf.count("type_vocab_size"),
+        activation=ACTIVATIONS[hf.choice("hidden_act", tuple(ACTIVATIONS), "gelu")],
+        norm_eps=hf.number("layer_norm_eps", above=0),
+        hidden_dropout=hf.rate("hidden_dropout_prob", 0.1),
+        attention_dropout=hf.rate("attention_probs_dropout_prob", 0.1),
+    )
+
+
+def _weights(config: BertConfig, with_head: bool) -> list[Weight]:
+    """The tensors of BERT and RoBERTa encoders."""
+    layer = "encoder.layer.{}."
+    return [
+        Weight("embedding", "embeddings.word_embeddings.weight"),
+        Weight("position_embedding", "embeddings.position_embeddings.weight"),
+        Weight("type_embedding", "embeddings.token_type_embeddings.weight"),
+        *layer_norm("embedding_norm", "embeddings.LayerNorm"),
+        *linear("layers/q_proj", layer + "attention.self.query", True),
+        *linear("layers/k_proj", layer + "attention.self.key", True),
+        *linear("layers/v_proj", layer + "attention.self.value", True),
+        *linear("layers/o_proj", layer + "attention.output.dense", True),
+        *layer_norm("layers/attention_norm", layer + "attention.output.LayerNorm"),
+        *linear("layers/up_proj", layer + "intermediate.dense", True),
+        *linear("layers/down_proj", layer + "output.dense", True),
+        *layer_norm("layers/mlp_norm", layer + "output.LayerNorm"),
+    ]
+
+
+def _attention_flops(config: BertConfig, length: int, keys: int) -> int:
+    return 4 * config.hidden_size * config.num_layers * length * keys
+
+
+_ROBERTA = {"layer_norm_eps": 1e-12, "type_vocab_size": 2}
+FAMILY = Family(
+    classes={
+        "bert": ("BertModel", "BertForMaskedLM"),
+        "camembert": ("CamembertModel", "CamembertForMaskedLM"),
+        "roberta": ("RobertaModel", "RobertaForMaskedLM"),
+        "xlm-roberta": ("XLMRobertaModel", "XLMRobertaForMaskedLM"),
+    },
+    defaults=dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), _ROBERTA),
+    read_config=_read,
+    config=BertConfig,
+    module=Bert,
+    weights=_weights,
+    attention_flops=_attention_flops,
+)

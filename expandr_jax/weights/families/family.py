@@ -1,0 +1,78 @@
+"""What a family of models is: the meaning of its files, and how its module is run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from expandr_jax.models.pooling import Pooling
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.names import Weight
+
+# The activations of transformers by the names that our modules know them by.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+MOST_LAYERS = 10_000  # The tensors of a layer are listed one by one.
+
+
+def masked_tokens(input_ids: jax.Array, attention_mask: jax.Array) -> list[Any]:
+    """The inputs of an encoder's module: token ids and which of them are real."""
+    return [input_ids, attention_mask]
+
+
+def every_token(path: tuple[str, ...], length: int) -> int:
+    """A kernel that is applied to each token of a text."""
+    return length
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Models that one module computes.
+
+    Attributes:
+        classes: model_type in config.json -> the classes of transformers without a head and with
+            the language model's; both empty where transformers has none.
+        defaults: model_type -> values that transformers assumes where config.json leaves them out.
+        read_config: (config.json, its model_type) -> the module's configuration.
+        config: The class of that configuration.
+        module: Builds the module from a configuration.
+        weights: (configuration, whether the output head is wanted) -> where each tensor belongs.
+        inputs: (input ids, attention mask), [batch, length] each -> arguments of the module.
+        attention_flops: (configuration, length, keys) -> floating-point operations of attention in
+            one text of `length` tokens that each attend to `keys`.
+        kernel_tokens: (path of a kernel, length of a text) -> tokens that the kernel is applied to.
+        pooling: What makes a text's vector where no file says so.
+        generates: Whether it writes texts, takes adapters, and may be kept in int8.
+        ignored: Prefixes of tensors that its files may hold and the module does not use.
+        marker: A tensor by which the family is told where config.json has another's model_type.
+        tokenizer: Reads a directory's tokenizer; None where it is one of transformers.
+    """
+
+    classes: Mapping[str, tuple[str, str]]
+    read_config: Callable[[Fields, str], Any]
+    config: type
+    module: Callable[..., nn.Module]
+    weights: Callable[[Any, bool], Sequence[Weight]]
+    attention_flops: Callable[[Any, int, int], int]
+    defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    inputs: Callable[[jax.Array, jax.Array], list[Any]] = masked_tokens
+    kernel_tokens: Callable[[tuple[str, ...], int], int] = every_token
+    pooling: Pooling = "mean"
+    generates: bool = False
+    ignored: tuple[str, ...] = ()
+    marker: str = ""
+    tokenizer: Callable[[Path], Any] | None = None
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether transformers, and so sentence-transformers, can load what is exported."""
+        return all(any(names) for names in self.classes.values())
