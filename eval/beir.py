@@ -21,18 +21,20 @@ import ml_collections
 from absl import flags
 from rich.console import Console
 
+from eval.set_ranker import LazyModels, SetRanker
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
+from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.cache import TextCache
 from expandr_jax.metrics import METRICS
-from expandr_jax.ranking.ranker import LazyModels, Ranker
+from expandr_jax.ranking.results import summary
 from expandr_jax.ranking.systems import System, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
-from expandr_jax.report.sets import harvested_set, mean_over_sets
+from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
@@ -45,11 +47,11 @@ class Task:
 
     Attributes:
         systems: What is compared; the first is what tests compare with.
-        measures: Names of them.
+        metrics: Names of them.
     """
 
     systems: Sequence[System]
-    measures: Sequence[str]
+    metrics: Sequence[str]
 
 
 def evaluate_set(
@@ -66,22 +68,23 @@ def evaluate_set(
     names = [system.name for system in task.systems]
     if path.exists():
         results = run.read_json(path)
-        columns = ["system", *task.measures]
+        columns = ["system", *task.metrics]
         rows = results.get("rows", [])
         if [row.get("system") for row in rows] == names and all([*r] == columns for r in rows):
             return results
     collection = dataclasses.replace(read_beir(tested.files), name=name.rpartition("/")[2])
-    ranker = Ranker(run, models, collection, tested.split, directory, cache)
-    metrics.write_qrels(directory / "qrels.trec", ranker.qrels)
+    made = SetRanker(run, models, collection, tested.split, directory, cache)
+    qrels = collection.qrels[tested.split]
+    metrics.write_qrels(directory / "qrels.trec", qrels)
     values = {
-        s.name: metrics.evaluate(ranker.rank(s), ranker.qrels, task.measures) for s in task.systems
+        s.name: metrics.evaluate(made.ranker.rank(s), qrels, task.metrics) for s in task.systems
     }
     write_jsonl(
         directory / "values.jsonl",
         (
-            {"query_id": query, "system": system, **{m: values[system][m][query] for m in by_name}}
-            for system, by_name in values.items()
-            for query in ranker.ids
+            {"query_id": query, "system": system, **{m: of[m][query] for m in of}}
+            for system, of in values.items()
+            for query in made.queries
         ),
     )
     write_jsonl(
@@ -90,28 +93,13 @@ def evaluate_set(
             {"query_id": query_id, "split": tested.split, "system": system.name, "sample": sample,
              "query": query, "expansion": text}
             for system in task.systems if system.strategy
-            for query_id, query, texts in zip(
-                ranker.ids, ranker.queries, ranker.texts(system.strategy), strict=True)
-            for sample, text in enumerate(texts)
+            for (query_id, query), asks in zip(
+                made.queries.items(), made.expansions(system).texts, strict=True)
+            for sample, text in enumerate(text for texts in asks for text in texts)
         ),
     )  # fmt: skip
-    results = {
-        "dataset": collection.name,
-        "queries": len(ranker.qrels),
-        "chosen": {},
-        "rows": [
-            {"system": n, **{m: round(metrics.mean(values[n][m]), 6) for m in task.measures}}
-            for n in names
-        ],
-        "significance": [
-            {"system": n, "baseline": names[0], "metric": measure,
-             **metrics.paired_test(values[n][measure], values[names[0]][measure])}
-            for n in names[1:]
-            for measure in task.measures
-        ],
-    }  # fmt: skip
-    texts = dict(zip(ranker.ids, ranker.queries, strict=True))
-    write_set(directory, results, values, texts)
+    results = summary(collection.name, values, [(name, names[0]) for name in names[1:]])
+    write_set(directory, results, values, made.queries)
     write_json(path, results)
     return results
 
@@ -171,7 +159,7 @@ def evaluate_beir(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     task = Task(_untrained(names), tuple(dict.fromkeys((*METRICS, *measures))))
-    metrics.evaluate({}, {"": {"": 1}}, task.measures)  # An unknown one is refused before the work.
+    metrics.evaluate({}, {"": {"": 1}}, task.metrics)  # An unknown one is refused before the work.
     own = config.data
     harvest = not data and own.kind == "pydoc"
     if not data and not harvest:
@@ -181,7 +169,10 @@ def evaluate_beir(
     sets = find_benchmarks(data, split)
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
-            sets = harvested_set(run, split)
+            with run.phase("data"):  # The docstrings, as train.joint has them, in data/.
+                name = prepare_data(run).collection.name
+            (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
+            sets = {name: harvested}
         models = LazyModels(run, any(system.generators for system in task.systems))
         texts = TextCache(cache or run.path("work", "texts"))
         results = {}

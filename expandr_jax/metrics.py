@@ -145,6 +145,15 @@ def write_trec(path: str | os.PathLike, run: RunScores, tag: str) -> None:
     write_text(path, "".join(lines))
 
 
+def as_written(run: RunScores) -> dict[str, dict[str, float]]:
+    """A run as `read_trec` has it after `write_trec`."""
+    return {
+        query: {document: float(f"{score:.9g}") for document, score in _ranking(query, scores)}
+        for query, scores in run.items()
+        if scores
+    }
+
+
 def read_trec(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     """Reads a run; the rank column is ignored, as trec_eval ignores it.
 

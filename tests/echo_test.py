@@ -216,7 +216,8 @@ def test_a_run_on_triples_is_tested_on_its_own_share_and_on_benchmarks(tmp_path)
     overrides = [
         "--config.data.kind=triples", f"--config.data.path={source}", "--config.mining.per_query=0",
         f"--config.data.tests={tuple(tests)!r}",
-        "--config.evaluation.systems=('bm25','zero-shot+expansion','expandr','expandr-plain')",
+        "--config.evaluation.systems=('bm25','zero-shot+expansion','expandr','expandr-plain',"
+        "'rrf:bm25:expandr','expandr-plain+prf-average','expandr-plain+hyde','bm25+expansion')",
     ]  # fmt: skip
     output = finish(start(workdir, *overrides))
     own = json.loads((workdir / "results.json").read_text())

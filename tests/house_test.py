@@ -47,7 +47,6 @@ OF_FLAGS = {
     "expandr_jax/planning/planned_retriever.py",
     "expandr_jax/planning/programs.py",
     "expandr_jax/planning/proposals.py",
-    "expandr_jax/ranking/ranker.py",
     "expandr_jax/rewards/search.py",
     "expandr_jax/runtime/run.py",
     "expandr_jax/vectors/corpus.py",
@@ -59,8 +58,6 @@ WITH_RUN = {
     "expandr_jax/data/training_triples.py",
     "expandr_jax/objectives/candidates.py",
     "expandr_jax/objectives/pairs.py",
-    "expandr_jax/ranking/ranker.py",
-    "expandr_jax/report/sets.py",
     "expandr_jax/vectors/corpus.py",
 }
 LONG = {

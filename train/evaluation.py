@@ -1,37 +1,44 @@
 """The end of a run: fresh expansions, settings chosen on dev, every system scored on test."""
 
 import dataclasses
+import functools
 import json
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from expandr_jax import metrics
-from expandr_jax.data.beir import read_beir
-from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import journaled, numbered
-from expandr_jax.expansion.strategies import strategy
-from expandr_jax.metrics import CHOSEN_BY, METRICS
+from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
-from expandr_jax.ranking.dense import Choice, EncodedQueries, choose, dense_run, finish_run
+from expandr_jax.ranking.ranker import (
+    Choice,
+    DenseSearch,
+    Expansions,
+    Ranker,
+    Searches,
+    choose,
+)
+from expandr_jax.ranking.results import Values, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
-from expandr_jax.ranking.systems import BM25, EXPANSION, System, parse_systems, row_of_round
-from expandr_jax.report.pages import write_mean
-from expandr_jax.report.run_report import results_table
-from expandr_jax.report.sets import mean_over_sets
+from expandr_jax.ranking.systems import (
+    BM25,
+    EXPANSION,
+    OURS,
+    System,
+    parse_systems,
+    row_of_round,
+)
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
-from expandr_jax.vectors.corpus import Corpus, encode_corpus, encode_texts
-from train.expansions import run_expander
+from expandr_jax.vectors.corpus import Corpus, encode_texts
+from expandr_jax.vectors.encoder import Kind
+from train.expansions import SPLITS, evaluation_expansions, run_expander
 from train.samples import sample_rows
-
-SPLITS = ("dev", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +70,7 @@ def evaluate(
         models: Its models.
         data: Dev and test queries, and the corpus.
         trained: What is scored.
-        set_name: Of a further collection, whose files go to tests/NAME; "": the run's own data.
+        set_name: A further collection's name, whose files go to tests/NAME; "": the run's own.
         chosen: System -> how it uses its expansions; None: what is best on the dev queries.
     """
     directory = run.path("tests", set_name) if set_name else run.path()
@@ -71,35 +78,40 @@ def evaluate(
     files = result_files(set_name)
     if run.seals.intact(*files):
         return json.loads(path.read_text(encoding="utf-8"))
-    systems = {system.name: system for system in systems_of_run(run.config)}
-    texts = _sample_expansions(run, models, data, trained, systems, set_name)
+    systems = systems_of_run(run.config)
+    expander = run_expander(run, models, data, trained.retrievers[OURS])
+    expansions = evaluation_expansions(run, data, expander, trained.adapters, systems, set_name)
     with run.phase("evaluation"):
-        runs: dict[str, dict[str, dict[str, float]]] = {}
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
-        samples: list[dict[str, Any]] = []
         tried: list[dict[str, Any]] = []
-        with run.progress("evaluation: systems", len(systems)) as advance:
-            for name, system in systems.items():
-                if system.retriever == BM25 and run.processes.is_main:
-                    runs[name] = _bm25(run, data)
-                    advance(1)
-            for retriever, build in trained.retrievers.items():
-                mine = {n: s for n, s in systems.items() if s.retriever == retriever}
-                if mine:
-                    params, corpus = build()
-                    encoded = _encode(run, models, data, params, mine, texts)
-                    if run.processes.is_main:  # The others only encode.
-                        _dense(run, data, corpus, mine, encoded, runs, choices, tried, samples)
-                    advance(len(mine))
+        rankers = _rankers(run, models, data, trained, expansions, choices, tried)
+        runs: dict[str, RunScores] = {}
+        samples: list[dict[str, Any]] = []
+        # Those of one retriever after the other, each when all that it rests on is there.
+        order = [BM25, *trained.retrievers]
+        parts = {part.name: part for system in systems for part in system.with_parts()}
+        ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
+        with run.progress("evaluation: systems", len(ranked)) as advance:
+            for system in ranked:
+                runs[system.name] = rankers["test"].rank(system)
+                if system.retriever == OURS and system.strategy == EXPANSION:
+                    encoded = {split: r.encoded(system) for split, r in rankers.items() if r.ids}
+                    if run.processes.is_main:
+                        corpus = trained.retrievers[OURS]()[1]
+                        samples += sample_rows(run.config, system.name, corpus, data, encoded)
+                advance(1)
 
         def write() -> None:
-            metrics.write_qrels(directory / "qrels.trec", data.collection.qrels["test"])
-            for name in systems:
+            qrels = data.collection.qrels["test"]
+            metrics.write_qrels(directory / "qrels.trec", qrels)
+            for system in systems:
+                name = system.name
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
             if tried:
                 write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
-            write_json(path, _results(directory, data, systems, choices, samples))
+            values = {s.name: metrics.evaluate(runs[s.name], qrels, METRICS) for s in systems}
+            write_json(path, _results(data.collection.name, values, choices, samples))
 
         run.processes.once(write)
         run.seals.seal(*files)
@@ -110,62 +122,6 @@ def result_files(set_name: str) -> list[str]:
     """What `evaluate` writes, from the workdir."""
     names = "results.json", "qrels.trec", "runs", "evaluation"
     return [f"tests/{set_name}/{name}" if set_name else name for name in names]
-
-
-def evaluate_benchmarks(
-    run: Run, models: Models, trained: Trained, chosen: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Scores every system on the collections of `data.tests`, which are not trained on.
-
-    Writes tests/NAME/ for each, with the files of the run's own results, and tests/mean.json.
-
-    Args:
-        run: The workdir.
-        models: Its models.
-        trained: What is scored.
-        chosen: From the results on the run's own data: how each system uses its expansions.
-    """
-    results = {}
-    for name, benchmark in find_benchmarks(run.config.data.tests).items():
-        path = run.path("tests", name, "results.json")
-        if run.seals.intact(*result_files(name)):  # Its corpus may take minutes to read.
-            results[name] = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            collection = read_beir(benchmark.files)
-            qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
-            data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
-            retrievers = {
-                retriever: _on_benchmark(run, models, data, f"{name}/{retriever}", build)
-                for retriever, build in trained.retrievers.items()
-            }
-            here = Trained(retrievers, trained.adapters)
-            results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
-        run.console.print(results_table(results[name]))
-    if len(results) > 1:
-        mean = mean_over_sets(results)
-
-        def write() -> None:
-            write_json(run.path("tests", "mean.json"), mean)
-            run.console.print(write_mean(run.path("tests"), mean))
-
-        run.processes.once(write)
-
-
-def _on_benchmark(
-    run: Run,
-    models: Models,
-    data: TrainingData,
-    name: str,
-    build: Callable[[], tuple[Any, Corpus]],
-) -> Callable[[], tuple[Any, Corpus]]:
-    """A retriever of the run with the collection's corpus instead of the run's own."""
-
-    def built() -> tuple[Any, Corpus]:
-        params, _ = build()
-        with run.phase(f"encode the corpus, {name}"):
-            return params, encode_corpus(run, models, data.collection.corpus, name, params)
-
-    return built
 
 
 def systems_of_run(config: ml_collections.ConfigDict) -> list[System]:
@@ -181,194 +137,85 @@ def systems_of_run(config: ml_collections.ConfigDict) -> list[System]:
         if not system.retrievers <= known:
             raise UserError(f"evaluation.systems: {system.name} is of a round that is none before "
                             f"the last; rounds is {config.rounds}")  # fmt: skip
-        if any(leaf.strategy not in (None, EXPANSION) or leaf.documents for leaf in system.leaves):
-            raise UserError(f"evaluation.systems: {system.name} has another strategy than the "
-                            "config's; eval.beir compares them")  # fmt: skip
+        if any(leaf.documents for leaf in system.leaves):
+            raise UserError(f"evaluation.systems: {system.name} has documents expanded, which "
+                            "eval.beir alone does")  # fmt: skip
     return list({system.name: system for system in (*systems, *rounds)}.values())
 
 
-def _sample_expansions(
+def _rankers(
     run: Run,
     models: Models,
     data: TrainingData,
     trained: Trained,
-    systems: Mapping[str, System],
-    set_name: str,
-) -> dict[str, dict[tuple[str, int], str]]:
-    """Generator name -> (query id, sample) -> text; writes evaluation/expansions.jsonl.
-
-    Every generator draws with the same numbers, so that a difference between two is theirs.
-    """
-    queries = [(split, query) for split in SPLITS for query in data.collection.qrels[split]]
-    count = max(run.config.evaluation.samples)
-    by_id = {query: data.collection.queries[query] for _, query in queries}
-    expander = run_expander(run, models, data, trained.retrievers["expandr"])
-    texts = {}
-    for name in dict.fromkeys(s.generator for s in systems.values() if s.generator is not None):
-        what = f"{set_name}, {name}" if set_name else name
-        with run.phase(f"expansions for evaluation, {what} generator"):
-            journal = run.path("work", "tests", set_name) if set_name else run.path("work")
-            journal /= f"evaluation-{name}.jsonl"
-            adapter = trained.adapters[name]
-            sample = journaled(expander, adapter, journal, "evaluation")
-            texts[name] = numbered(expander.texts(by_id, count, sample))
-    rows = (
-        {
-            "query_id": query,
-            "split": split,
-            "system": name,
-            "sample": sample,
-            "query": data.collection.queries[query],
-            "expansion": texts[system.generator][query, sample],
-        }
-        for name, system in systems.items()
-        if system.generator is not None
-        for split, query in queries
-        for sample in range(count * len(expander.strategy.asks))
-    )
-    directory = run.path("tests", set_name) if set_name else run.path()
-    run.processes.once(lambda: write_jsonl(directory / "evaluation" / "expansions.jsonl", rows))
-    return texts
-
-
-def _bm25(run: Run, data: TrainingData) -> dict[str, dict[str, float]]:
-    config, corpus = run.config.evaluation, data.collection.corpus
-    queries = list(data.collection.qrels["test"])
-    index = build_index(list(corpus.values()), "bm25")
-    depth = config.depth + config.drop_identical_ids
-    scores, indices = index.search(data.queries(queries), depth)
-    found = metrics.make_run(queries, list(corpus), scores, indices, above=0.0)
-    return finish_run(found, config.depth, config.drop_identical_ids)
-
-
-def _encode(
-    run: Run,
-    models: Models,
-    data: TrainingData,
-    params: Any,
-    systems: Mapping[str, System],
-    texts: Mapping[str, Mapping[tuple[str, int], str]],
-) -> dict[str, dict[str, EncodedQueries]]:
-    """System -> split -> queries under one retriever, with the system's expansions if it has any.
-
-    Without dev queries, choices are made already.
-    """
-    encoded: dict[str, dict[str, EncodedQueries]] = {name: {} for name in systems}
-    for split in SPLITS:
-        ids = list(data.collection.qrels[split])
-        if not ids:
-            continue
-        plain = encode_texts(run, models, params, data.queries(ids), "query", ids=ids)
-        for name, system in systems.items():
-            encoded[name][split] = EncodedQueries(ids, plain)
-            if system.generator is not None:
-                expansions = _encode_expansions(run, models, params, ids, texts[system.generator])
-                encoded[name][split] = EncodedQueries(ids, plain, *expansions)
-    return encoded
-
-
-def _dense(
-    run: Run,
-    data: TrainingData,
-    corpus: Corpus,
-    systems: Mapping[str, System],
-    encodings: Mapping[str, Mapping[str, EncodedQueries]],
-    runs: dict[str, dict[str, dict[str, float]]],
+    expansions: Mapping[tuple[str, str, str], Expansions],
     choices: dict[str, Choice],
     tried: list[dict[str, Any]],
-    samples: list[dict[str, Any]],
-) -> None:
-    """Adds of one retriever the test runs, choices not made yet with all tried, and samples."""
-    config = run.config.evaluation
-    settings = {
-        "normalize": run.config.contrastive.normalize,
-        "depth": config.depth,
-        "drop_identical_ids": config.drop_identical_ids,
-    }
-    each = len(strategy(run.config.expansion.strategy).asks)  # Texts of a sample.
-    grid = [Choice(w, n * each) for n in config.samples for w in config.query_weights]
-    qrels = data.collection.qrels
-    for name, system in systems.items():
-        encoded = encodings[name]
-        if system.generator is not None:
-            if name not in choices:
-                choices[name], values = choose(
-                    corpus.index, corpus.ids, encoded["dev"], qrels["dev"], grid, **settings
-                )
-                tried += [
-                    {"system": name, **dataclasses.asdict(choice), CHOSEN_BY: round(value, 6)}
-                    for choice, value in values
-                ]
-                best = max(value for _, value in values)
-                run.console.print(
-                    f"  {name}: query weight {choices[name].query_weight}, samples "
-                    f"{choices[name].samples} (dev nDCG@10 {best:.4f})"
-                )
-            if system.retriever == "expandr":
-                samples += sample_rows(run.config, name, corpus, data, encoded)
-        runs[name] = dense_run(
-            corpus.index, corpus.ids, encoded["test"], choices.get(name), **settings
+) -> dict[str, Ranker]:
+    """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
+    config, corpus = run.config, data.collection.corpus
+    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+    separator = getattr(models.retriever.tokenizer, "sep_token", None) or ""
+
+    def dense(retriever: str, _: str | None) -> DenseSearch:
+        params, encoded = trained.retrievers[retriever]()
+
+        def encode(texts: Sequence[str], kind: Kind, ids: Sequence[str]) -> np.ndarray:
+            return encode_texts(run, models, params, texts, kind, ids=ids)
+
+        return DenseSearch(encode, encoded, separator)
+
+    def choice(leaf: System) -> Choice | None:
+        dev = rankers["dev"]
+        if leaf.retriever != BM25 and dev.ids:
+            dev.encoded(leaf)  # All processes together.
+        if leaf.name not in choices and run.processes.is_main:
+            asks = len(expansions["dev", leaf.generator, leaf.strategy].strategy.asks)
+            settings = config.evaluation
+            grid = [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
+            found = choose(dev, leaf, data.collection.qrels["dev"], grid)
+            choices[leaf.name], best = max(found, key=lambda pair: pair[1])
+            tried.extend(
+                {"system": leaf.name, **dataclasses.asdict(one), CHOSEN_BY: round(value, 6)}
+                for one, value in found
+            )
+            run.console.print(
+                f"  {leaf.name}: query weight {choices[leaf.name].query_weight}, samples "
+                f"{choices[leaf.name].samples} (dev nDCG@10 {best:.4f})"
+            )
+        return choices.get(leaf.name)
+
+    def ranker(split: str) -> Ranker:
+        return Ranker(
+            {query: data.collection.queries[query] for query in data.collection.qrels[split]},
+            Searches(lambda _: words(), dense, corpus),
+            lambda leaf: expansions[split, leaf.generator, leaf.strategy],
+            choice,
+            config.evaluation,
+            config.contrastive.normalize,
+            is_main=run.processes.is_main,
         )
 
-
-def _encode_expansions(
-    run: Run, models: Models, params: Any, ids: list[str], texts: Mapping[tuple[str, int], str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors [queries, samples, dim] of expansions and which are not empty."""
-    count = 1 + max(sample for _, sample in texts)
-    flat = [texts[query, sample] for query in ids for sample in range(count)]
-    named = [f"expansions of {query}" for query in ids for _ in range(count)]
-    vectors = encode_texts(run, models, params, flat, "document", ids=named)
-    present = np.array([bool(text) for text in flat])
-    return vectors.reshape(len(ids), count, -1), present.reshape(len(ids), count)
+    rankers = {split: ranker(split) for split in SPLITS}
+    return rankers
 
 
 def _results(
-    directory: pathlib.Path,
-    data: TrainingData,
-    systems: Mapping[str, System],
+    name: str,
+    values: Values,
     choices: Mapping[str, Choice],
-    samples: list[dict[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    qrels = data.collection.qrels["test"]
-    # Scored from what is on disk, so that anyone who reads the files finds the same figures.
-    scored = {
-        name: metrics.evaluate(
-            metrics.read_trec(directory / "runs" / f"{name}.trec"), qrels, METRICS
-        )
-        for name in systems
-    }
-    rows = [
-        {"system": name, **{m: round(metrics.mean(scored[name][m]), 6) for m in METRICS}}
-        for name in systems
-    ]
-    significance = []
-    if "expandr" in systems:
-        for baseline in systems:
-            if baseline == "expandr":
-                continue
-            for measure in METRICS:
-                test = metrics.paired_test(scored["expandr"][measure], scored[baseline][measure])
-                significance.append(
-                    {"system": "expandr", "baseline": baseline, "metric": measure, **test}
-                )
-        if "expandr-base-generator" in systems:
-            pair = "expandr", "expandr-base-generator"
-            for field, measure in SAMPLE_METRICS.items():
-                ours, base = (mean_by_query(samples, name, "test", field) for name in pair)
-                if ours:
-                    significance.append(
-                        {
-                            "system": pair[0],
-                            "baseline": pair[1],
-                            "metric": measure,
-                            **metrics.paired_test(ours, base),
-                        }
-                    )
-    return {
-        "dataset": data.collection.name,
-        "queries": len(qrels),
-        "chosen": {name: dataclasses.asdict(choice) for name, choice in choices.items()},
-        "rows": rows,
-        "significance": significance,
-    }
+    """The contents of results.json."""
+    against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
+    results = summary(name, values, against)
+    pair = OURS, f"{OURS}-base-generator"
+    if pair in against:
+        for field, metric in SAMPLE_METRICS.items():
+            ours, base = (mean_by_query(samples, system, "test", field) for system in pair)
+            if ours:
+                results["significance"].append(
+                    {"system": pair[0], "baseline": pair[1], "metric": metric,
+                     **metrics.paired_test(ours, base)}
+                )  # fmt: skip
+    return results | {"chosen": {name: dataclasses.asdict(c) for name, c in choices.items()}}

@@ -1,15 +1,22 @@
 """Expansions of a run's queries, by the config's strategy, with passages of its own corpus."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.expansion.expand import Expander, make_expander
+from expandr_jax.expansion.expand import Expander, journaled, make_expander
+from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
 from expandr_jax.pair import Models, make_sampler
+from expandr_jax.ranking.ranker import Expansions, by_sample
+from expandr_jax.ranking.systems import EXPANSION, System
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus, encode_texts
+
+SPLITS = ("dev", "test")
 
 
 def run_expander(
@@ -23,3 +30,67 @@ def run_expander(
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     return make_expander(run.config, sampler, data.collection.corpus, dense)
+
+
+def evaluation_expansions(
+    run: Run,
+    data: TrainingData,
+    own: Expander,
+    adapters: Mapping[str, Any],
+    systems: Sequence[System],
+    set_name: str,
+) -> dict[tuple[str, str, str], Expansions]:
+    """Expands dev and test queries for systems, and writes evaluation/expansions.jsonl.
+
+    Every generator draws with the same numbers, so that a difference between two is theirs.
+
+    Args:
+        run: The workdir.
+        data: The queries.
+        own: Expands by the config's strategy.
+        adapters: Name of a generator -> its adapter.
+        systems: Whose leaves are expanded.
+        set_name: Name of a further collection; "": the run's own data.
+
+    Returns:
+        (split, generator, strategy) -> what was written for the split's queries.
+    """
+    qrels, known = data.collection.qrels, data.collection.queries
+    queries = {query: known[query] for split in SPLITS for query in qrels[split]}
+    leaves = {leaf.name: leaf for system in systems for leaf in system.leaves if leaf.strategy}
+    made: dict[tuple[str, str], tuple[Strategy, dict[str, list[list[str]]]]] = {}
+    for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values()):
+        # The config's own is averaged as in training, whatever its authors do.
+        expander, become = own, {"dense": weighted, "kind": "document"}
+        where, what = generator, f"{generator} generator"
+        if name != EXPANSION:
+            expander, become = dataclasses.replace(own, strategy=STRATEGIES[name]), {}
+            where, what = f"{generator}-{name}", f"{what}, {name}"
+        with run.phase(f"expansions for evaluation, {set_name and f'{set_name}, '}{what}"):
+            journal = run.path("work", "tests", set_name) if set_name else run.path("work")
+            journal /= f"evaluation-{where}.jsonl"
+            purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
+            sample = journaled(expander, adapters[generator], journal, purpose)
+            texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
+        made[generator, name] = dataclasses.replace(expander.strategy, **become), texts
+    rows = (
+        {
+            "query_id": query,
+            "split": split,
+            "system": leaf.name,
+            "sample": number,
+            "query": queries[query],
+            "expansion": text,
+        }
+        for leaf in leaves.values()
+        for split in SPLITS
+        for query in qrels[split]
+        for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
+    )
+    directory = run.path("tests", set_name) if set_name else run.path()
+    run.processes.once(lambda: write_jsonl(directory / "evaluation" / "expansions.jsonl", rows))
+    return {
+        (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
+        for key, (strategy, texts) in made.items()
+        for split in SPLITS
+    }

@@ -28,7 +28,8 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
 from expandr_jax.vectors.corpus import Corpus, encode_corpus
-from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
+from train.benchmarks import evaluate_benchmarks
+from train.evaluation import Trained, evaluate, systems_of_run
 from train.expansions import run_expander
 from train.export import export_run
 from train.generator import train_generator

@@ -38,7 +38,7 @@ from expandr_jax.objectives.contrastive_batches import (
 )
 from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
 from expandr_jax.planning.flops import TRAINING, forward_flops
-from expandr_jax.ranking.dense import EncodedQueries, dense_run
+from expandr_jax.ranking.dense import search_vectors
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
@@ -188,17 +188,16 @@ def train_on_triples(
             documents = list(dev.corpus.values())
             vectors = encode_texts(run, models, params, documents, "document", advance)
         queries = [dev.queries[query] for query in ids]
-        encoded = EncodedQueries(ids, encode_texts(run, models, params, queries, "query"))
+        encoded = encode_texts(run, models, params, queries, "query")
 
         def measure() -> float:
-            found = dense_run(
+            found = search_vectors(
                 build_index(vectors, "exact"),
                 list(dev.corpus),
+                ids,
                 encoded,
-                None,
-                normalize=config.contrastive.normalize,
-                depth=config.evaluation.depth,
-                drop_identical_ids=config.evaluation.drop_identical_ids,
+                config.evaluation.depth,
+                config.evaluation.drop_identical_ids,
             )
             return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
 

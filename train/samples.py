@@ -28,7 +28,7 @@ def sample_rows(
 
     Args:
         config: The whole config.
-        name: Of the system whose passages they are.
+        name: The system whose passages they are.
         corpus: As the system's retriever encodes it.
         data: Has the judgements.
         encoded: Split -> its queries with their passages.

@@ -1,4 +1,4 @@
-"""Queries as vectors, searched in a corpus's index, with their expansions averaged as is chosen."""
+"""Queries as vectors, and their search in the index of a corpus."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from expandr_jax import metrics
-from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.ranking.fusion import Normalize, expanded_query
+from expandr_jax.ranking.fusion import expanded_query
 from expandr_jax.search import Index
 
 # One program for each shape: uncompiled, each of its dozen operations would be a program.
@@ -32,56 +31,29 @@ class EncodedQueries:
     present: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """How a system uses its expansions.
-
-    Attributes:
-        query_weight: Weight of the query's own vector.
-        samples: How many sampled expansions are averaged.
-    """
-
-    query_weight: float
-    samples: int
-
-
-def dense_run(
+def search_vectors(
     index: Index,
     document_ids: Sequence[str],
-    encoded: EncodedQueries,
-    choice: Choice | None,
-    *,
-    normalize: Normalize,
+    query_ids: Sequence[str],
+    vectors: np.ndarray,
     depth: int,
     drop_identical_ids: bool,
 ) -> dict[str, dict[str, float]]:
-    """Searches the index for each query, expanded where there is a choice.
+    """Searches an index for queries.
 
     Args:
         index: Over the corpus, under the retriever that encoded the queries.
         document_ids: In the order of the index.
-        encoded: The queries.
-        choice: How expansions are used; None searches plain queries.
-        normalize: Where expanded vectors are brought to unit length.
+        query_ids: In the order of the vectors.
+        vectors: [queries, dim].
         depth: Documents a query.
         drop_identical_ids: Leave out a document whose id is the query's (ArguAna).
 
     Returns:
         Query id -> document id -> score.
     """
-    vectors = encoded.queries
-    if choice is not None:
-        vectors = np.asarray(
-            fuse(
-                encoded.queries,
-                encoded.expansions[:, : choice.samples],
-                encoded.present[:, : choice.samples],
-                query_weight=choice.query_weight,
-                normalize=normalize,
-            )
-        )
-    scores, indices = index.search(vectors, depth + drop_identical_ids)
-    run = metrics.make_run(encoded.ids, document_ids, scores, indices)
+    scores, rows = index.search(vectors, depth + drop_identical_ids)
+    run = metrics.make_run(query_ids, document_ids, scores, rows)
     return finish_run(run, depth, drop_identical_ids)
 
 
@@ -94,33 +66,3 @@ def finish_run(
         kept = [pair for pair in scores.items() if not (drop_identical_ids and pair[0] == query)]
         result[query] = dict(kept[:depth])
     return result
-
-
-def choose(
-    index: Index,
-    document_ids: Sequence[str],
-    encoded: EncodedQueries,
-    qrels: Mapping[str, Mapping[str, int]],
-    choices: Sequence[Choice],
-    **settings,
-) -> tuple[Choice, list[tuple[Choice, float]]]:
-    """Tries every choice on dev queries; the first of the best is taken.
-
-    Args:
-        index: As for `dense_run`, as are `document_ids` and `settings`.
-        document_ids: Likewise.
-        encoded: The dev queries with their expansions.
-        qrels: Their judgements.
-        choices: What to try.
-        **settings: Passed to `dense_run`.
-
-    Returns:
-        The choice, and the mean nDCG@10 of each one tried.
-    """
-    tried = []
-    for choice in choices:
-        run = dense_run(index, document_ids, encoded, choice, **settings)
-        values = metrics.evaluate(run, qrels, (CHOSEN_BY,))[CHOSEN_BY]
-        tried.append((choice, metrics.mean(values)))
-    best = max(value for _, value in tried)
-    return next(choice for choice, value in tried if value == best), tried

@@ -1,290 +1,288 @@
-"""Ranks the corpus of one data set by any system that needs no training."""
+"""Ranks a corpus by any system: retrieve, then feedback, fuse or rank again."""
 
+import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from expandr_jax import metrics
-from expandr_jax.data.beir import Collection
-from expandr_jax.data.records import hash_json
-from expandr_jax.expansion.cache import TextCache
-from expandr_jax.expansion.expand import Expander, expansion_requests, passage_search
-from expandr_jax.expansion.strategies import (
-    SEPARATOR,
-    STRATEGIES,
-    Search,
-    Strategy,
-    document_message,
-)
-from expandr_jax.generation.requests import Request
-from expandr_jax.generation.sampler import Sampler
-from expandr_jax.pair import (
-    Models,
-    RetrieverModel,
-    load_models,
-    load_retriever_model,
-    make_sampler,
-)
-from expandr_jax.ranking.dense import finish_run
-from expandr_jax.ranking.fusion import expanded_query
+from expandr_jax.expansion.strategies import SEPARATOR, Strategy
+from expandr_jax.metrics import CHOSEN_BY, RunScores
+from expandr_jax.ranking.dense import EncodedQueries, finish_run, fuse, search_vectors
+from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
-from expandr_jax.runtime.run import Run
-from expandr_jax.search import Index, build_index
-from expandr_jax.vectors.corpus import configured_index
+from expandr_jax.search import Index
+from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
-from expandr_jax.vectors.file import encode_to_file
-from expandr_jax.vectors.stored import StoredVectors
 
 
-class LazyModels:
-    """The config's models, each loaded when something first needs it."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a system uses its expansions.
 
-    def __init__(self, run: Run, generates: bool):
-        self._run, self._generates = run, generates
-
-    @functools.cached_property
-    def both(self) -> Models:
-        """Retriever and generator."""
-        with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
-            return load_models(self._run.config, advance)
-
-    @functools.cached_property
-    def sampler(self) -> Sampler:
-        """The generator as it samples."""
-        run = self._run
-        return make_sampler(self.both, run.config, run.processes, run.reporter, run.path("work"))
-
-    @functools.cached_property
-    def retriever(self) -> RetrieverModel:
-        """The retriever; no generator is loaded where none is used."""
-        if self._generates:
-            return self.both
-        with self._run.phase("models"):
-            return load_retriever_model(self._run.config)
-
-
-class Searched:
-    """A corpus as it is searched; each index is built when something first needs it.
-
-    Args:
-        run: The config and progress.
-        models: The models.
-        texts: Of the documents.
-        path: Where its vectors go.
+    Attributes:
+        query_weight: Weight of the query's own vector, if the strategy weighs it; None for BM25.
+        samples: How many of a query's texts are used, the first ones.
     """
 
-    def __init__(self, run: Run, models: LazyModels, texts: Sequence[str], path: pathlib.Path):
-        self._run, self._models, self._texts, self._path = run, models, texts, path
+    query_weight: float | None
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansions:
+    """What was written for the queries of a split.
+
+    Attributes:
+        strategy: What becomes of it.
+        texts: [queries][asks][samples], "" where nothing was said.
+    """
+
+    strategy: Strategy
+    texts: Sequence[Sequence[Sequence[str]]]
 
     @functools.cached_property
-    def bm25(self) -> Index:
-        """Of the words."""
-        return build_index(self._texts, "bm25")
+    def by_sample(self) -> list[list[str]]:
+        """[queries][texts], in the order of `by_sample`."""
+        return [by_sample(asks) for asks in self.texts]
 
-    @functools.cached_property
-    def vectors(self) -> np.ndarray | StoredVectors:
-        """[documents, dim], memory-mapped."""
-        dtype = self._run.config.retriever.vectors
-        model = self._models.retriever
-        encoder, params = model.encoder, model.retriever_params
-        with self._run.progress("documents encoded", len(self._texts)) as advance:
-            return encode_to_file(
-                self._path,
-                encoder,
-                params,
-                self._texts,
-                "document",
-                dtype=dtype,
-                progress=advance,
-            )
+    def columns(self, count: int) -> list[int]:
+        """Which of `by_sample` the first so many are, those of the first `Ask` first."""
+        asks = len(self.strategy.asks)
+        return [column for ask in range(asks) for column in range(ask, count, asks)]
 
-    @functools.cached_property
-    def index(self) -> Index:
-        """Of the vectors."""
-        return configured_index(self.vectors, self._run.config.search)
+
+def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
+    """A sample's text of each `Ask`, then those of the next sample, of texts [asks][samples]."""
+    return [text for sample in zip(*asks, strict=True) for text in sample]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSearch:
+    """A retriever, and a corpus as it encodes it.
+
+    Attributes:
+        encode: (texts, their kind, what errors call them) to vectors [texts, dim]; processes
+            encode together.
+        corpus: Process 0 searches it.
+        separator: What the retriever reads between two texts.
+    """
+
+    encode: Callable[[Sequence[str], Kind, Sequence[str]], np.ndarray]
+    corpus: Corpus
+    separator: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Searches:
+    """What the leaves of systems search, each for the corpus as it is or as it is expanded.
+
+    Attributes:
+        bm25: How documents are expanded, or None, to their index.
+        dense: Name of a retriever, and the same, to its search; called whenever it is needed.
+        corpus: Document id -> text.
+    """
+
+    bm25: Callable[[str | None], Index]
+    dense: Callable[[str, str | None], DenseSearch]
+    corpus: Mapping[str, str]
 
 
 class Ranker:
-    """Ranks one set's corpus by any system; whatever it makes is made once.
+    """Ranks one corpus for the queries of one split.
+
+    All processes call the same methods in the same order: they encode together, and process 0 alone
+    searches.
 
     Args:
-        run: The config and progress.
-        models: The models.
-        collection: The set.
-        split: Whose judged queries are searched for.
-        directory: Where runs and what a restart needs go.
-        cache: Where generated texts are kept.
+        queries: Query id -> text.
+        searches: The corpus.
+        expansions: A leaf with a strategy to what was written for its queries, in their order.
+        choice: A leaf with a strategy to how it uses that; None in other processes than 0.
+        settings: The config's section `evaluation`.
+        normalize: Where expanded vectors are brought to unit length.
+        directory: Where runs are kept, a file each, and found again; None: in memory.
+        timed: What a system is searched within.
+        is_main: Whether this is process 0.
     """
 
     def __init__(
         self,
-        run: Run,
-        models: LazyModels,
-        collection: Collection,
-        split: str,
-        directory: pathlib.Path,
-        cache: TextCache,
+        queries: Mapping[str, str],
+        searches: Searches,
+        expansions: Callable[[System], Expansions],
+        choice: Callable[[System], Choice | None],
+        settings: Any,
+        normalize: Normalize,
+        *,
+        directory: pathlib.Path | None = None,
+        timed: Callable[[System], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        is_main: bool = True,
     ):
-        self.collection = collection
-        self.qrels = self.collection.qrels[split]
-        self.ids = list(self.qrels)
-        self.queries = [self.collection.queries[query] for query in self.ids]
-        self.documents = list(self.collection.corpus)
-        self._run, self._models, self._directory = run, models, directory
-        self._cache = cache
-        self._texts: dict[str, list[list[str]]] = {}
-        self._corpora: dict[str | None, Searched] = {}
+        self.ids = list(queries)
+        self._queries, self._searches = list(queries.values()), searches
+        self._expansions, self._choice = expansions, choice
+        self._settings, self._normalize = settings, normalize
+        self._directory, self._runs = directory, {}
+        self._timed, self._is_main = timed, is_main
+        self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
-    def rank(self, system: System) -> dict[str, dict[str, float]]:
-        """The system's run, as its file holds it."""
-        path = self._directory / "runs" / f"{system.name}.trec"
-        if not path.exists():
-            # First what it needs, which has phases of its own.
+    def rank(self, system: System) -> RunScores:
+        """The system's run, as a file of it has it; empty in other processes than 0."""
+        path = self._directory / f"{system.name}.trec" if self._directory else None
+        if system.name not in self._runs and not (path and path.exists()):
             for part in system.parts:
                 self.rank(part)
-            if not system.parts:
-                self._searched(system.documents)
-            if system.strategy:
-                self.texts(system.strategy)
-            if system.retrievers - {BM25}:
-                _ = self._models.retriever
-            with self._run.phase(f"{self.collection.name}: {system.name}"):
-                metrics.write_trec(path, self._search(system), system.name)
-        return metrics.read_trec(path)
+            choice, leaf = self._choice(system) if system.strategy else None, system.leaves[0]
+            if leaf.retriever != BM25 and system.stage not in FUSIONS:
+                self._searches.dense(leaf.retriever, leaf.documents)
+            with self._timed(system):
+                run = self.search(system, choice)
+                if path:
+                    metrics.write_trec(path, run, system.name)
+                else:
+                    self._runs[system.name] = metrics.as_written(run)
+        return metrics.read_trec(path) if path else self._runs[system.name]
 
-    def texts(self, method: str) -> list[list[str]]:
-        """The texts of a strategy for each query, step by step; "" where nothing was said."""
-        if method not in self._texts:
-            config, strategy = self._run.config, STRATEGIES[method]
-            limits = config.expansion, config.answer.max_characters
-            expander = Expander(strategy, self._models.sampler, *limits, self._passages)
-            queries = dict(zip(self.ids, self.queries, strict=True))
-            samples = samples_of(config, strategy)
-            made = expander.texts(queries, samples, lambda step, r: self._ask(step.name, r))
-            self._texts[method] = [[t for several in made[q] for t in several] for q in self.ids]
-        return self._texts[method]
-
-    def _search(self, system: System) -> Mapping[str, Mapping[str, float]]:
-        config = self._run.config.evaluation
+    def search(self, system: System, choice: Choice | None) -> RunScores:
+        """What `rank` ranks, its parts being ranked, with the leaf's expansions used so."""
         if system.stage in FUSIONS:
-            runs = [self.rank(part) for part in system.parts]
-            fuse = FUSIONS[system.stage]
-            fused = {query: fuse([run.get(query, {}) for run in runs]) for query in self.ids}
-            # A fusion's order is that of its scores, whichever run a document was first met in.
-            return {
-                query: dict(metrics.rank_documents(scores)[: config.depth])
-                for query, scores in fused.items()
-            }
-        depth = config.depth + config.drop_identical_ids
+            return self._fused(system)
         if system.retriever == BM25:
-            queries = self._with_texts(system, lambda s, q, texts: s.sparse(q, texts))
-            scores, indices = self._searched(system.documents).bm25.search(queries, depth)
-            run = metrics.make_run(self.ids, self.documents, scores, indices, above=0.0)
-        else:
-            index = self._searched(system.leaves[0].documents).index
-            scores, indices = index.search(self._query_vectors(system), depth)
-            run = metrics.make_run(self.ids, self.documents, scores, indices)
-        return finish_run(run, config.depth, config.drop_identical_ids)
+            return self._found_by_words(system, choice)
+        vectors = self._query_vectors(system, choice)
+        if not self._is_main:
+            return {}
+        leaf = system.leaves[0]
+        corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
+        depth, drop = self._settings.depth, self._settings.drop_identical_ids
+        return search_vectors(corpus.index, corpus.ids, self.ids, vectors, depth, drop)
 
-    def _with_texts(self, system: System, build: Callable[..., Any]) -> list[Any]:
-        """`build(strategy, query, texts)` of each query, or the queries where there is none."""
-        if system.strategy is None:
-            return self.queries
-        strategy = STRATEGIES[system.strategy]
-        rows = zip(self.queries, self.texts(system.strategy), strict=True)
-        return [build(strategy, query, [t for t in texts if t]) for query, texts in rows]
+    def encoded(self, leaf: System) -> EncodedQueries:
+        """Vectors of the queries and of all that was written for them, by a leaf's retriever."""
+        key = leaf.retriever, leaf.generator, leaf.strategy
+        if any(retriever != leaf.retriever for retriever, *_ in self._encoded):
+            self._encoded.clear()  # Vectors of one retriever are in memory, not those of all.
+        if key not in self._encoded:
+            search = self._searches.dense(leaf.retriever, leaf.documents)
+            plain = self._encoded.get((leaf.retriever, None, None))
+            if plain is None:
+                plain = EncodedQueries(self.ids, search.encode(self._queries, "query", self.ids))
+                self._encoded[leaf.retriever, None, None] = plain
+            if leaf.strategy:
+                self._encoded[key] = self._with_texts(plain, self._expansions(leaf), search)
+        return self._encoded[key]
 
-    def _searched(self, documents: str | None) -> Searched:
-        """The corpus, its documents expanded where there is a strategy for that."""
-        if documents not in self._corpora:
-            texts, name = list(self.collection.corpus.values()), "vectors"
-            if documents:
-                added = self._sample_documents(documents)
-                # An empty one adds nothing. A retriever reads max_length tokens of the two.
-                texts = [f"{t} {new}".strip() for t, new in zip(texts, added, strict=True)]
-                name = f"vectors-{documents}-{hash_json(texts)[:16]}"
-            path = self._directory / "work" / f"{name}.npy"
-            self._corpora[documents] = Searched(self._run, self._models, texts, path)
-        return self._corpora[documents]
+    def _with_texts(
+        self, plain: EncodedQueries, expansions: Expansions, search: DenseSearch
+    ) -> EncodedQueries:
+        """The same with vectors of what was written, [queries, texts, dim]."""
+        strategy, texts = expansions.strategy, expansions.by_sample
+        present = np.array([[bool(text) for text in several] for several in texts])
+        flat, names = [], []
+        for query_id, query, several in zip(self.ids, self._queries, texts, strict=True):
+            read = strategy.dense(query, [text for text in several if text], 0.0).texts
+            flat += [text.replace(SEPARATOR, search.separator) for text in read]
+            names += [f"expansions of {query_id}"] * len(read)
+        vectors = np.zeros((*present.shape, plain.queries.shape[1]), np.float32)
+        if flat:
+            vectors[present] = search.encode(flat, strategy.kind, names)
+        return EncodedQueries(self.ids, plain.queries, vectors, present)
 
-    @functools.cached_property
-    def _plain(self) -> np.ndarray:
-        return self._encode(self.queries, "query")
-
-    def _encode(self, texts: Sequence[str], kind: Kind) -> np.ndarray:
-        model = self._models.retriever
-        return model.encoder.encode(model.retriever_params, texts, kind)
-
-    def _query_vectors(self, system: System) -> np.ndarray:
+    def _query_vectors(self, system: System, choice: Choice | None) -> np.ndarray | None:
+        """[queries, dim] of a leaf or of feedback; None in other processes than 0."""
         if system.stage in FEEDBACKS:
             return self._after_feedback(system)
-        return self._plain if system.strategy is None else self._expanded(system)
-
-    def _after_feedback(self, system: System) -> np.ndarray:
-        (part,) = system.parts
-        found = self.rank(part)
-        place = {document: row for row, document in enumerate(self.documents)}
-        depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
-        queries = self._query_vectors(part)
-        if not depth:  # Of a single document, left out for a query with its id.
-            return queries
-        rows = [[place[d] for d in list(found[query])[:depth]] for query in self.ids]
-        vectors = self._searched(part.leaves[0].documents).vectors[np.array(rows)]
-        return np.asarray(FEEDBACKS[system.stage](queries, vectors))
-
-    def _expanded(self, system: System) -> np.ndarray:
-        (weight,) = self._run.config.evaluation.query_weights
-        dense = self._with_texts(system, lambda s, q, texts: s.dense(q, texts, weight))
-        places = [(row, i) for row, query in enumerate(dense) for i in range(len(query.texts))]
-        if not places:
-            return self._plain
-        tokenizer = self._models.retriever.retriever.tokenizer
-        separator = getattr(tokenizer, "sep_token", None) or ""
-        flat = [text.replace(SEPARATOR, separator) for query in dense for text in query.texts]
-        encoded = self._encode(flat, STRATEGIES[system.strategy].kind)
-        shape = len(dense), max(len(query.texts) for query in dense)
-        vectors = np.zeros((*shape, encoded.shape[1]), np.float32)
-        present = np.zeros(shape, bool)
-        rows, columns = np.array(places).T
-        vectors[rows, columns], present[rows, columns] = encoded, True
-        weights = np.array([[query.query_weight] for query in dense], np.float32)
-        normalize = self._run.config.contrastive.normalize
+        encoded = self.encoded(system)
+        if not self._is_main:
+            return None
+        if not system.strategy:
+            return encoded.queries
+        expansions = self._expansions(system)
+        columns = expansions.columns(choice.samples)
+        weights = [
+            [expansions.strategy.dense(query, texts, choice.query_weight).query_weight]
+            for query, texts in self._used(expansions, choice)
+        ]
         return np.asarray(
-            expanded_query(self._plain, vectors, present, query_weight=weights, normalize=normalize)
+            fuse(
+                encoded.queries,
+                encoded.expansions[:, columns],
+                encoded.present[:, columns],
+                query_weight=np.array(weights, np.float32),
+                normalize=self._normalize,
+            )
         )
 
-    def _sample_documents(self, name: str) -> list[str]:
-        """What the generator writes for each document."""
-        most = self._run.config.answer.max_characters
-        messages = {
-            document: document_message(name, text, most, self._models.sampler.fits)
-            for document, text in self.collection.corpus.items()
+    def _used(self, expansions: Expansions, choice: Choice) -> list[tuple[str, list[str]]]:
+        """Each query with those of its texts that are used."""
+        columns = expansions.columns(choice.samples)
+        return [
+            (query, [several[column] for column in columns if several[column]])
+            for query, several in zip(self._queries, expansions.by_sample, strict=True)
+        ]
+
+    def _found_by_words(self, system: System, choice: Choice | None) -> RunScores:
+        if not self._is_main:
+            return {}
+        queries = self._queries
+        if system.strategy:
+            expansions = self._expansions(system)
+            sparse = expansions.strategy.sparse
+            queries = [sparse(query, texts) for query, texts in self._used(expansions, choice)]
+        depth, drop = self._settings.depth, self._settings.drop_identical_ids
+        scores, rows = self._searches.bm25(system.documents).search(queries, depth + drop)
+        run = metrics.make_run(self.ids, list(self._searches.corpus), scores, rows, above=0.0)
+        return finish_run(run, depth, drop)
+
+    def _after_feedback(self, system: System) -> np.ndarray | None:
+        (part,) = system.parts
+        choice = self._choice(part) if part.strategy else None
+        queries, found = self._query_vectors(part, choice), self.rank(part)
+        if not self._is_main:
+            return None
+        leaf = part.leaves[0]
+        corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
+        row = {document: row for row, document in enumerate(corpus.ids)}
+        depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
+        if not depth:  # A single document is left out for a query with its id.
+            return queries
+        rows = [[row[d] for d in list(found[query])[:depth]] for query in self.ids]
+        return np.asarray(FEEDBACKS[system.stage](queries, corpus.vectors[np.array(rows)]))
+
+    def _fused(self, system: System) -> RunScores:
+        if not self._is_main:
+            return {}
+        combine, runs = FUSIONS[system.stage], [self.rank(part) for part in system.parts]
+        fused = {query: combine([run.get(query, {}) for run in runs]) for query in self.ids}
+        # A fusion's order is that of its scores, whichever run a document was first met in.
+        return {
+            query: dict(metrics.rank_documents(scores)[: self._settings.depth])
+            for query, scores in fused.items()
         }
-        requests = expansion_requests(self._run.config.expansion, messages, 1)
-        texts = self._ask(name, requests)
-        return [texts[document, 0] for document in self.documents]
-
-    def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
-        timed = self._run.phase(f"{self.collection.name}: texts of {name}")
-        return self._cache.texts(self._models.sampler, name, requests, timed)
-
-    @functools.cached_property
-    def _passages(self) -> Callable[[Search, Mapping[str, str], int], dict[str, list[str]]]:
-        """Finds what prompts show."""
-        searched, drop = self._searched(None), self._run.config.evaluation.drop_identical_ids
-
-        def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-            return searched.index.search(self._encode(queries, "query"), k)
-
-        indexes = {"bm25": lambda queries, k: searched.bm25.search(queries, k), "dense": dense}
-        return passage_search(self.collection.corpus, indexes, drop_identical_ids=drop)
 
 
-def samples_of(config: ml_collections.ConfigDict, strategy: Strategy) -> int:
-    """How often each of a strategy's requests is made: as the config says, or else its authors."""
-    return config.evaluation.samples[0] or strategy.samples
+def choose(
+    ranker: Ranker, leaf: System, qrels: metrics.Qrels, choices: Sequence[Choice]
+) -> list[tuple[Choice, float]]:
+    """Mean nDCG@10 of each way to use a leaf's expansions; of equal ones the first is to be taken.
+
+    Args:
+        ranker: Ranks for the dev queries.
+        leaf: It has a strategy.
+        qrels: Their judgements.
+        choices: What is tried; for BM25, which weighs no query, each number of samples once.
+    """
+    if leaf.retriever == BM25:
+        choices = [Choice(None, n) for n in dict.fromkeys(choice.samples for choice in choices)]
+    tried = []
+    for choice in choices:
+        run = ranker.search(leaf, choice)
+        values = metrics.evaluate(run, qrels, (CHOSEN_BY,))[CHOSEN_BY]
+        tried.append((choice, metrics.mean(values)))
+    return tried

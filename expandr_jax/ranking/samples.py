@@ -25,7 +25,7 @@ def mean_by_query(
     """Query -> mean of a field over a system's samples; nothing where the run has no such field.
 
     Args:
-        rows: Of samples.jsonl.
+        rows: Rows of samples.jsonl.
         system: Whose samples.
         split: "dev" or "test".
         field: RANK or REWARD.

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from expandr_jax import metrics
 from expandr_jax.data.records import read_jsonl
-
-Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # run -> measure -> query -> value
+from expandr_jax.ranking.results import Values
 
 TESTS = (metrics.paired_test, metrics.randomisation_test)
 HEADER = (
@@ -29,7 +28,7 @@ class Comparison:
         win: Queries on which the run is better.
         tie: Queries on which both are the same.
         loss: Queries on which it is worse.
-        p_values: Of the paired t-test and of the randomisation test.
+        p_values: Those of the paired t-test and of the randomisation test.
         adjusted: The same for all comparisons made, by Holm's method.
     """
 

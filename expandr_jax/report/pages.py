@@ -19,7 +19,7 @@ from expandr_jax.report.tables import FORMATS, render
 SUFFIXES = {"markdown": ".md", "latex": ".tex", "csv": ".csv"}
 CURVES = 6  # Systems whose gains by query are drawn: those that differ most from the baseline.
 MOVED = 12  # Queries that are shown.
-EXPANSION_CHARACTERS = 500  # Of the texts of a query.
+EXPANSION_CHARACTERS = 500  # A query's texts are cut to these.
 
 
 def write_tables(
@@ -40,10 +40,10 @@ def write_set(
     """Writes results.md, .tex and .csv and report.html of one set.
 
     Args:
-        directory: Of the set; holds evaluation/expansions.jsonl.
+        directory: The set's own; holds evaluation/expansions.jsonl.
         results: The contents of results.json.
         values: System -> measure -> query -> value.
-        texts: Of the queries, by id.
+        texts: Query id -> its text.
     """
     title = f"{results['dataset']}, {results['queries']:,} queries"
     header = list(results["rows"][0])
@@ -68,7 +68,7 @@ def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
     """Writes mean.md, .tex and .csv and report.html of several sets; returns the table.
 
     Args:
-        workdir: Of the run.
+        workdir: The run's.
         mean: As from `mean_over_sets`.
     """
     columns = [*mean["sets"].values(), mean["rows"]]

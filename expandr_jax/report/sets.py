@@ -1,25 +1,9 @@
-"""The docstrings that `eval.beir` tests on, and means over several collections."""
+"""Means over several collections."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
-from expandr_jax.data.training_data import prepare_data
-from expandr_jax.runtime.run import Run
-
-
-def harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
-    """The docstrings that the config names, as `train.joint` has them, in the workdir's data/.
-
-    Raises:
-        UserError: A package is missing or has another version, or there are too few docstrings.
-    """
-    with run.phase("data"):
-        name = prepare_data(run).collection.name
-    (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
-    return {name: harvested}
 
 
 def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -36,11 +20,11 @@ def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _mean_rows(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    measures = [name for name in tables[0][0] if name != "system"]
+    names = [name for name in tables[0][0] if name != "system"]
     return [
         {
             "system": rows[0]["system"],
-            **{m: round(float(np.mean([row[m] for row in rows])), 6) for m in measures},
+            **{m: round(float(np.mean([row[m] for row in rows])), 6) for m in names},
         }
         for rows in zip(*tables, strict=True)
     ]

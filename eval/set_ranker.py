@@ -1,0 +1,171 @@
+"""One set of `eval.beir`: its corpus as it is searched, and what is written for its queries."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.records import hash_json
+from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.expand import Expander, expansion_requests, passage_search
+from expandr_jax.expansion.strategies import STRATEGIES, document_message, strategy
+from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.pair import (
+    Models,
+    RetrieverModel,
+    load_models,
+    load_retriever_model,
+    make_sampler,
+)
+from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches
+from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
+from expandr_jax.runtime.run import Run
+from expandr_jax.search import Index, build_index
+from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.file import encode_to_file
+
+
+class LazyModels:
+    """The config's models, each loaded when something first needs it."""
+
+    def __init__(self, run: Run, generates: bool):
+        self._run, self._generates = run, generates
+
+    @functools.cached_property
+    def both(self) -> Models:
+        """Retriever and generator."""
+        with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
+            return load_models(self._run.config, advance)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The generator as it samples."""
+        run = self._run
+        return make_sampler(self.both, run.config, run.processes, run.reporter, run.path("work"))
+
+    @functools.cached_property
+    def retriever(self) -> RetrieverModel:
+        """The retriever; no generator is loaded where none is used."""
+        if self._generates:
+            return self.both
+        with self._run.phase("models"):
+            return load_retriever_model(self._run.config)
+
+
+class SetRanker:
+    """Ranks one set's corpus by any system; whatever it makes is made once.
+
+    Args:
+        run: The config and progress.
+        models: The models.
+        collection: The set.
+        split: Whose judged queries are searched for.
+        directory: Where runs and what a restart needs go.
+        cache: Where generated texts are kept.
+
+    Attributes:
+        ranker: Ranks it.
+        queries: Query id -> text, of the split.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        models: LazyModels,
+        collection: Collection,
+        split: str,
+        directory: pathlib.Path,
+        cache: TextCache,
+    ):
+        self.queries = {query: collection.queries[query] for query in collection.qrels[split]}
+        self._run, self._models, self._cache = run, models, cache
+        self._collection, self._directory = collection, directory
+        self._document_texts = functools.cache(self._expanded_documents)
+        self._bm25 = functools.cache(self._index_of_words)
+        self._dense = functools.cache(self._search_by_vectors)
+        self._made: dict[str, Expansions] = {}
+        self.ranker = Ranker(
+            self.queries,
+            Searches(self._bm25, self._dense, collection.corpus),
+            self.expansions,
+            self._choice,
+            run.config.evaluation,
+            run.config.contrastive.normalize,
+            directory=directory / "runs",
+            timed=lambda system: run.phase(f"{collection.name}: {system.name}"),
+        )
+
+    def expansions(self, leaf: System) -> Expansions:
+        """What is written for each query by a leaf's strategy."""
+        if leaf.strategy not in self._made:
+            config = self._run.config
+            own = config.expansion.strategy, config.expansion.template
+            chosen = strategy(*own) if leaf.strategy == EXPANSION else STRATEGIES[leaf.strategy]
+            bm25, dense = self._bm25(None), self._search_queries
+            search = passage_search(
+                self._collection.corpus,
+                {"bm25": lambda queries, k: bm25.search(queries, k), "dense": dense},
+                drop_identical_ids=config.evaluation.drop_identical_ids,
+            )
+            limits = config.expansion, config.answer.max_characters
+            expander = Expander(chosen, self._models.sampler, *limits, search)
+            samples = config.evaluation.samples[0] or chosen.samples
+            made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))
+            self._made[leaf.strategy] = Expansions(chosen, [made[query] for query in self.queries])
+        return self._made[leaf.strategy]
+
+    def _choice(self, leaf: System) -> Choice:
+        """All texts, with the weight that the config has."""
+        (weight,) = self._run.config.evaluation.query_weights
+        return Choice(weight, len(self.expansions(leaf).by_sample[0]))
+
+    def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+        timed = self._run.phase(f"{self._collection.name}: texts of {name}")
+        return self._cache.texts(self._models.sampler, name, requests, timed)
+
+    def _expanded_documents(self, documents: str | None) -> list[str]:
+        """Each document followed by what is written for it; an empty text adds nothing."""
+        corpus = self._collection.corpus
+        if not documents:
+            return list(corpus.values())
+        most, fits = self._run.config.answer.max_characters, self._models.sampler.fits
+        messages = {i: document_message(documents, t, most, fits) for i, t in corpus.items()}
+        added = self._ask(documents, expansion_requests(self._run.config.expansion, messages, 1))
+        # A retriever reads max_length tokens of the two.
+        return [f"{text} {added[i, 0]}".strip() for i, text in corpus.items()]
+
+    def _index_of_words(self, documents: str | None) -> Index:
+        return build_index(self._document_texts(documents), "bm25")
+
+    def _search_by_vectors(self, _: str, documents: str | None) -> DenseSearch:
+        """The config's retriever, the only one that there is."""
+        texts, name = self._document_texts(documents), "vectors"
+        if documents:
+            name = f"vectors-{documents}-{hash_json(texts)[:16]}"
+        model, config = self._models.retriever, self._run.config
+        timed = self._run.phase(f"{self._collection.name}: encode {name}")
+        with timed, self._run.progress("documents encoded", len(texts)) as advance:
+            vectors = encode_to_file(
+                self._directory / "work" / f"{name}.npy",
+                model.encoder,
+                model.retriever_params,
+                texts,
+                "document",
+                dtype=config.retriever.vectors,
+                progress=advance,
+            )
+
+        def encode(texts: Sequence[str], kind: Kind, _: Sequence[str]) -> np.ndarray:
+            return model.encoder.encode(model.retriever_params, texts, kind)
+
+        separator = getattr(model.retriever.tokenizer, "sep_token", None) or ""
+        corpus = Corpus(list(self._collection.corpus), vectors, config.search)
+        return DenseSearch(encode, corpus, separator)
+
+    def _search_queries(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        search = self._dense(UNTRAINED, None)
+        return search.corpus.index.search(search.encode(queries, "query", ()), k)

@@ -1,0 +1,161 @@
+"""Systems ranked on a toy corpus, against their formulas in numpy."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from expandr_jax import metrics
+from expandr_jax.expansion.strategies import STRATEGIES
+from expandr_jax.ranking.ranker import (
+    Choice,
+    DenseSearch,
+    Expansions,
+    Ranker,
+    Searches,
+    choose,
+)
+from expandr_jax.ranking.systems import parse_system
+from expandr_jax.search import Bm25Index
+from expandr_jax.vectors.corpus import Corpus
+
+CORPUS = {f"d{i}": text for i, text in enumerate(
+    ["pad an array", "sort a list", "scale a matrix", "array of zeros", "list a shape", "sort"]
+)}  # fmt: skip
+QUERIES = {"a": "pad array", "b": "sort list"}
+TEXTS = {"a": ["pad it", "", "with zeros"], "b": ["", "", ""]}
+SETTINGS = ConfigDict({"depth": 5, "drop_identical_ids": False})
+SEARCH = ConfigDict({"backend": "exact"})
+
+
+def vector(text):
+    """A fixed direction for a text."""
+    seed = np.frombuffer(text.encode(), np.uint8)
+    x = np.random.default_rng(seed).normal(size=8).astype(np.float32)
+    return x / np.linalg.norm(x)
+
+
+def encode(texts, kind, ids):
+    assert len(texts) == len(ids)
+    return np.stack([vector(f"{kind} {text}") for text in texts])
+
+
+DOCUMENTS = encode(list(CORPUS.values()), "document", list(CORPUS))
+
+
+ALL = Choice(0.7, 3)
+
+
+def ranker(choice=ALL, strategy="q2d", **options):
+    index = Bm25Index(list(CORPUS.values()))
+    dense = DenseSearch(encode, Corpus(list(CORPUS), DOCUMENTS, SEARCH))
+    return Ranker(
+        QUERIES,
+        Searches(lambda _: index, lambda *_: dense, CORPUS),
+        lambda _: Expansions(STRATEGIES[strategy], [[TEXTS[query]] for query in QUERIES]),
+        lambda _: choice,
+        SETTINGS,
+        "both",
+        **options,
+    )
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def expanded(query, texts, weight):
+    plain, texts = vector(f"query {QUERIES[query]}"), [t for t in texts if t]
+    if not texts:
+        return plain
+    return unit(
+        weight * plain + (1 - weight) * np.mean([vector(f"document {t}") for t in texts], 0)
+    )
+
+
+def scores(x):
+    """The best five documents of a query's vector."""
+    found = dict(zip(CORPUS, DOCUMENTS @ x, strict=True))
+    return dict(sorted(found.items(), key=lambda pair: -pair[1])[:5])
+
+
+def assert_run(run, expected):
+    assert run.keys() == expected.keys()
+    for query, found in run.items():
+        assert found == pytest.approx(expected[query], abs=1e-5)
+        assert list(found) == list(expected[query])
+
+
+def test_a_leaf_searches_by_the_mean_of_its_query_and_the_texts_that_it_uses():
+    system = parse_system("zero-shot+expansion")
+    for samples in (1, 2, 3):
+        run = ranker(Choice(0.7, samples)).rank(system)
+        expected = {q: scores(expanded(q, TEXTS[q][:samples], 0.7)) for q in QUERIES}
+        assert_run(run, expected)
+    # One of the texts is empty: (q + d1 + d3) / 3.
+    run = ranker(strategy="hyde").rank(parse_system("dense+hyde"))
+    assert_run(run, {q: scores(expanded(q, TEXTS[q], 1 / 3)) for q in QUERIES})
+
+
+def test_bm25_searches_for_the_words_of_the_strategy():
+    run = ranker(strategy="q2e").rank(parse_system("bm25+q2e"))
+    found = Bm25Index(list(CORPUS.values())).search(["pad array pad it with zeros", "sort list"], 5)
+    assert_run(run, metrics.as_written(metrics.make_run("ab", list(CORPUS), *found, above=0.0)))
+
+
+def test_feedback_moves_the_vector_that_its_system_searches_by():
+    run = ranker().rank(parse_system("zero-shot+expansion+prf-average"))
+    expected = {}
+    for query in QUERIES:
+        x = expanded(query, TEXTS[query], 0.7)
+        top = [DOCUMENTS[int(document[1:])] for document in list(scores(x))[:3]]
+        expected[query] = scores((x + sum(top)) / 4)
+    assert_run(run, expected)
+
+
+def test_a_fusion_of_a_fusion():
+    mine = ranker()
+    run = mine.rank(parse_system("rrf:bm25:interpolation:dense:zero-shot+expansion"))
+    parts = [mine.rank(parse_system(name)) for name in ("dense", "zero-shot+expansion")]
+    for query in QUERIES:
+        scaled = {}
+        for found in (part[query] for part in parts):
+            low, high = min(found.values()), max(found.values())
+            for document, score in found.items():
+                scaled[document] = scaled.get(document, 0) + (score - low) / (high - low) / 2
+        inner = sorted(scaled, key=scaled.get, reverse=True)[:5]
+        rankings = [list(mine.rank(parse_system("bm25")).get(query, {})), inner]
+        for document, score in run[query].items():
+            ranks = [r.index(document) + 1 for r in rankings if document in r]
+            assert score == pytest.approx(sum(1 / (60 + rank) for rank in ranks), abs=1e-6)
+
+
+def test_a_run_is_kept_in_its_file_and_read_from_there(tmp_path):
+    system = parse_system("rrf:bm25:dense")
+    run = ranker(directory=tmp_path).rank(system)
+    assert run == ranker().rank(system)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rrf:bm25:dense.trec", "bm25.trec", "dense.trec",
+    }  # fmt: skip
+    metrics.write_trec(tmp_path / "dense.trec", {"a": {"d1": 1.0}}, "dense")
+    assert ranker(directory=tmp_path).rank(parse_system("dense")) == {"a": {"d1": 1.0}}
+
+
+def test_other_processes_encode_and_search_nothing():
+    other = ranker(choice=None, is_main=False)
+    for name in ("bm25+expansion", "zero-shot+expansion", "rrf:bm25:dense+prf-average"):
+        assert other.rank(parse_system(name)) == {}
+    assert other.encoded(parse_system("zero-shot+expansion")).expansions.shape == (2, 3, 8)
+
+
+def test_of_equal_choices_the_first_is_the_best():
+    qrels = {"a": {"d0": 1}, "b": {"d1": 1}}
+    choices = [Choice(weight, samples) for samples in (1, 3) for weight in (0.5, 1.0)]
+    leaf = parse_system("zero-shot+expansion")
+    tried = choose(ranker(), leaf, qrels, choices)
+    assert [choice for choice, _ in tried] == choices
+    for choice, value in tried:
+        found = metrics.evaluate(ranker(choice).rank(leaf), qrels, ("ndcg@10",))["ndcg@10"]
+        assert value == pytest.approx(metrics.mean(found))
+    assert tried[1][1] == tried[3][1]  # The query alone, whatever else there is.
+    tried = choose(ranker(), parse_system("bm25+expansion"), qrels, choices)
+    assert [choice for choice, _ in tried] == [Choice(None, 1), Choice(None, 3)]
