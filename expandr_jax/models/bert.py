@@ -38,7 +38,7 @@ class BertConfig:
         mlp_dim: Inner width of the feed-forward.
         max_positions: Longest input, in tokens.
         position_offset: Row of the position table that the first token takes (RoBERTa: pad id + 1).
-        num_token_types: Rows of the token type table; inputs are all of type 0.
+        num_token_types: Rows of the token type table.
         activation: A key of `ACTIVATIONS`.
         norm_eps: Epsilon of the layer norms.
         hidden_dropout: Rate of dropout after the embeddings and before each residual sum.
@@ -132,13 +132,19 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(
-        self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_types: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
     ) -> jax.Array:
         """Encodes a batch.
 
         Args:
             input_ids: [batch, length] int32.
             attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
+            token_types: [batch, length] int32 rows of the type table; None: all are of type 0.
             deterministic: False applies dropout (rng "dropout").
 
         Returns:
@@ -154,7 +160,7 @@ class Bert(nn.Module):
         places = table("position_embedding", cfg.max_positions + cfg.position_offset, "positions")
         types = table("type_embedding", cfg.num_token_types, "token_types")
         positions = token_positions(attention_mask) + cfg.position_offset
-        x = tokens[input_ids] + types[0] + places[positions]
+        x = tokens[input_ids] + types[0 if token_types is None else token_types] + places[positions]
         x = constrain(x, ("batch", "length", "act_embed"))
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)

@@ -60,7 +60,7 @@ def load_model(
     files, adapter = open_model(source, sha256)
     config = model_config(files.config, files.model_type)
     module, params = _load(files, config, adapter, with_head, dtype, compute_dtype, mesh)
-    return module, params, _origin(source, files)
+    return module, params, origin(source, files)
 
 
 def load_retriever(
@@ -112,7 +112,7 @@ def load_retriever(
     if (pooling == "decoder") != (family.pooling == "decoder"):
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
-    tokenizer = _tokenizer(files, config)
+    tokenizer = open_tokenizer(files, config)
     added = len(tokenizer([""])["input_ids"][0])
     if max_length and max_length <= added:
         # The tokenizer would cut nothing.
@@ -141,7 +141,7 @@ def load_retriever(
         query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
         document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
         tokenizer=tokenizer,
-        source=_origin(source, files),
+        source=origin(source, files),
         dense=settings.dense,
     )
     return retriever, params
@@ -176,20 +176,21 @@ def load_generator(
     family = find_family(files.config.where, files.model_type)
     if not family.generates:
         raise UserError(f"{source}: a {files.model_type} model cannot generate text")
-    tokenizer = _tokenizer(files, config)
+    tokenizer = open_tokenizer(files, config)
     if tokenizer.chat_template is None:
         raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
     eos_ids = _eos_ids(files, tokenizer, config.vocab_size)
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = Generator(family.module(config), tokenizer, eos_ids, pad, _origin(source, files))
+    generator = Generator(family.module(config), tokenizer, eos_ids, pad, origin(source, files))
     _check_template(generator, source)
     module, params = _load(files, config, adapter, True, dtype, compute_dtype, mesh)
     return dataclasses.replace(generator, module=module), params
 
 
-def _tokenizer(files: ModelFiles, config: Any) -> PreTrainedTokenizerFast | FairseqTokenizer:
+def open_tokenizer(files: ModelFiles, config: Any) -> PreTrainedTokenizerFast | FairseqTokenizer:
+    """A model's tokenizer; UserError where it has more tokens than the model."""
     tokenizer = files.tokenizer()
     # Added tokens may lie beyond the table: Gemma's for images, which no text has.
     if tokenizer.vocab_size > config.vocab_size:
@@ -289,7 +290,8 @@ def _load(
     return module, params
 
 
-def _origin(source: str, files: ModelFiles) -> Source:
+def origin(source: str, files: ModelFiles) -> Source:
+    """Where a model came from, as its exports need it."""
     dtypes = {name: str(dtype) for name, dtype in files.dtypes().items()}
     generation = files.generation_config.values or None
     return Source(source, files.config.values, generation, dtypes)

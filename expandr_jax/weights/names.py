@@ -18,23 +18,25 @@ class Weight:
         name: The tensor's name without the model's prefix; `{}` is the layer's number.
         transpose: The tensor is [out, in] and the leaf [in, out].
         copies: Names under which files may hold the same tensor again, or instead.
+        bare: No prefix stands before its name, as before a head's.
     """
 
     path: str
     name: str
     transpose: bool = False
     copies: tuple[str, ...] = ()
+    bare: bool = False
 
     @property
     def stacked(self) -> bool:
         return "{}" in self.name
 
 
-def linear(path: str, name: str, bias: bool) -> Iterator[Weight]:
+def linear(path: str, name: str, bias: bool, *, bare: bool = False) -> Iterator[Weight]:
     """The kernel of a linear layer and, if it has one, its bias."""
-    yield Weight(f"{path}/kernel", f"{name}.weight", transpose=True)
+    yield Weight(f"{path}/kernel", f"{name}.weight", transpose=True, bare=bare)
     if bias:
-        yield Weight(f"{path}/bias", f"{name}.bias")
+        yield Weight(f"{path}/bias", f"{name}.bias", bare=bare)
 
 
 def layer_norm(path: str, name: str) -> Iterator[Weight]:
@@ -71,4 +73,4 @@ def find_prefix(names: Iterable[str], weights: list[Weight]) -> str:
 
 def hf_name(weight: Weight, layer: int | str, prefix: str) -> str:
     """The full name of a tensor in a file."""
-    return ("" if weight.path == "lm_head" else prefix) + weight.name.format(layer)
+    return ("" if weight.bare else prefix) + weight.name.format(layer)

@@ -160,7 +160,7 @@ def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:
     for name in ("gate_proj", "up_proj", "down_proj"):
         weights += linear(f"layers/mlp/{name}", mlp + name, False)
     if with_head and not config.tie_embeddings:
-        weights.append(Weight("lm_head", "lm_head.weight", transpose=True))
+        weights.append(Weight("lm_head", "lm_head.weight", transpose=True, bare=True))
     return weights
 
 

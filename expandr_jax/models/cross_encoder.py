@@ -1,0 +1,147 @@
+"""A cross-encoder: BERT reads a query and a document together, and a head gives their score.
+
+The head is that of transformers' sequence classification with one label: a dense layer with tanh on
+the first token, which BERT calls its pooler and RoBERTa a part of its classifier, and a linear one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
+from expandr_jax.errors import NotFiniteError
+from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.models.pooling import pool
+from expandr_jax.weights.source import Source
+
+ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
+
+
+class PairClassifier(nn.Module):
+    """Token ids of pairs to one logit each.
+
+    Attributes:
+        config: The encoder's shape.
+        dtype: Compute type of the encoder; the head computes in float32.
+    """
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_types: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Scores a batch.
+
+        Args:
+            input_ids: [batch, length] int32.
+            attention_mask: [batch, length], 1 for real tokens.
+            token_types: [batch, length] int32, 1 in the document of BERT's pairs; None: all 0.
+            deterministic: False applies dropout (rng "dropout").
+
+        Returns:
+            [batch] float32.
+        """
+        hidden = Bert(self.config, self.dtype, name="encoder")(
+            input_ids, attention_mask, token_types, deterministic=deterministic
+        )
+        first = pool(hidden, attention_mask, "cls")
+        first = jnp.tanh(nn.Dense(self.config.hidden_size, name="pooler")(first))
+        first = nn.Dropout(self.config.hidden_dropout)(first, deterministic=deterministic)
+        return nn.Dense(1, name="classifier")(first)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEncoder:
+    """Maps pairs of a query and a document to scores; parameters are passed in, never kept.
+
+    Attributes:
+        module: The encoder with its head.
+        tokenizer: Text to ids.
+        max_length: Most tokens of a pair, special ones included.
+        activation: A key of `ACTIVATIONS`, applied to the logits.
+        source: Where it came from.
+    """
+
+    module: PairClassifier
+    tokenizer: PreTrainedTokenizerFast
+    max_length: int
+    activation: str
+    source: Source
+
+    def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Token ids and types of a query with each of its documents, which lose their end if long.
+
+        A query that leaves no room for a document is cut as well, as sentence-transformers does.
+        """
+        pairs = [[query] * len(documents), list(documents)]
+        limits = {"truncation": True, "max_length": self.max_length}
+        added = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = self.max_length - added
+        if len(self.tokenizer(query, add_special_tokens=False)["input_ids"]) < room:
+            limits["truncation"] = "only_second"
+        encoded = self.tokenizer(*pairs, return_token_type_ids=True, **limits)
+        types = encoded["token_type_ids"]
+        if "token_type_ids" not in self.tokenizer.model_input_names:
+            types = [[0] * len(ids) for ids in encoded["input_ids"]]
+        return list(zip(encoded["input_ids"], types, strict=True))
+
+    def scores(
+        self,
+        params: Mapping[str, Any],
+        query: str,
+        documents: Sequence[str],
+        *,
+        rows: int = 32,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> np.ndarray:
+        """Scores of a query with each of some documents: [documents] float32.
+
+        Args:
+            params: The module's parameters.
+            query: The query.
+            documents: Any number of texts.
+            rows: Pairs that are computed at once.
+            progress: Called with the number of pairs done since its last call.
+
+        Raises:
+            NotFiniteError: If a score is not finite, which means damaged weights.
+        """
+        tokens = self.token_ids(query, documents)
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
+        result = np.zeros(len(tokens), np.float32)
+        lengths = [n for n in ENCODING_LENGTHS if n < self.max_length] + [self.max_length]
+        for start in range(0, len(order), rows):
+            part = order[start : start + rows]
+            length = bucket_length(len(tokens[part[-1]][0]), lengths)
+            # Rows that only fill the shape repeat the first one.
+            filled = part + part[:1] * (rows - len(part))
+            ids, mask = pad([tokens[i][0] for i in filled], self.tokenizer.pad_token_id, length)
+            types, _ = pad([tokens[i][1] for i in filled], 0, length)
+            logits = _logits(self.module, params, ids, mask, types)
+            result[part] = np.asarray(ACTIVATIONS[self.activation](logits))[: len(part)]
+            progress(len(part))
+        if not np.isfinite(result).all():
+            raise NotFiniteError(
+                f"the score of {query[:60]!r} and a document is not finite; the weights of the "
+                "re-ranker are damaged"
+            )
+        return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(module, params, ids, mask, types):
+    return module.apply({"params": params}, ids, mask, types)

@@ -1,0 +1,101 @@
+"""Loads cross-encoders: BERT and its kin with the head of a sequence classification."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from expandr_jax.errors import UserError
+from expandr_jax.models.bert import BertConfig
+from expandr_jax.models.cross_encoder import CrossEncoder, PairClassifier
+from expandr_jax.weights.families import bert, model_config
+from expandr_jax.weights.fields import Fields, shown
+from expandr_jax.weights.hf import open_model, open_tokenizer, origin
+from expandr_jax.weights.load import load_params
+from expandr_jax.weights.names import Weight, linear
+from expandr_jax.weights.source import locate
+
+# The names of PyTorch's classes in the files of sentence-transformers.
+_ACTIVATIONS = {
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.linear.Identity": "identity",
+}
+
+
+def load_cross_encoder(
+    source: str,
+    *,
+    max_length: int | None = None,
+    compute_dtype: Any = jnp.float32,
+    sha256: str | None = None,
+) -> tuple[CrossEncoder, dict[str, Any]]:
+    """Loads a re-ranker as sentence-transformers' CrossEncoder has it.
+
+    Args:
+        source: A directory, "package:NAME/PATH", or a hub id.
+        max_length: Most tokens of a pair; None: what the model and its tokenizer allow.
+        compute_dtype: Type of the encoder's computations.
+        sha256: Pinned hash of the weights file.
+
+    Returns:
+        The cross-encoder and its parameters, float32.
+
+    Raises:
+        UserError: If the source is not there, is of another family, or has another head than one
+            label's.
+    """
+    files, adapter = open_model(source, sha256)
+    where = files.config.where
+    if adapter is not None or files.model_type not in bert.FAMILY.classes:
+        known = ", ".join(bert.FAMILY.classes)
+        raise UserError(f"{source}: a cross-encoder is a whole model of type {known}")
+    labels = files.config.section("id2label").values or {}
+    if "id2label" in files.config and len(labels) != 1:
+        raise UserError(f"{where}: id2label has {len(labels)} labels; expected the one of a score")
+    config = model_config(files.config, files.model_type)
+    has_pooler = any("pooler" in name.split(".") for name in files.shapes())
+    module = PairClassifier(config, compute_dtype)
+    params = load_params(files, module, _weights(config, has_pooler), jnp.float32)
+    tokenizer = open_tokenizer(files, config)
+    limits = (max_length, config.max_positions, tokenizer.model_max_length)
+    length = min(limit for limit in limits if limit)
+    if length <= tokenizer.num_special_tokens_to_add(pair=True) + 1:
+        raise UserError(f"{source}: max_length is {length}; no pair of texts fits into it")
+    return CrossEncoder(
+        module, tokenizer, length, _activation(files.config, locate(source)), origin(source, files)
+    ), params
+
+
+def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
+    """BERT's tensors and those of its head, or RoBERTa's, whose head has the pooler's layer."""
+    encoder = [
+        dataclasses.replace(weight, path=f"encoder/{weight.path}")
+        for weight in bert.FAMILY.weights(config, False)
+    ]
+    if has_pooler:
+        first, last = list(linear("pooler", "pooler.dense", True)), "classifier"
+    else:
+        first = list(linear("pooler", "classifier.dense", True, bare=True))
+        last = "classifier.out_proj"
+    return [*encoder, *first, *linear("classifier", last, True, bare=True)]
+
+
+def _activation(config: Fields, directory: Any) -> str:
+    """What is applied to a logit, by whichever file of sentence-transformers says so."""
+    own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
+    given: Mapping[str, Any] = {
+        f"{own.where}: activation_fn": own.values.get("activation_fn"),
+        f"{config.where}: sentence_transformers.activation_fn": config.section(
+            "sentence_transformers"
+        ).values.get("activation_fn"),
+        f"{config.where}: sbert_ce_default_activation_function": config.values.get(
+            "sbert_ce_default_activation_function"
+        ),
+    }
+    for name, value in given.items():
+        if value is not None:
+            if value not in _ACTIVATIONS:
+                raise UserError(f"{name} is {shown(value)}; supported: {', '.join(_ACTIVATIONS)}")
+            return _ACTIVATIONS[value]
+    return "sigmoid"  # What sentence-transformers does with one label.

@@ -1,0 +1,103 @@
+"""Cross-encoders against transformers and sentence-transformers, on random models."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from sentence_transformers import CrossEncoder as Peer
+from tokenizers import Tokenizer, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
+
+from expandr_jax.errors import UserError
+from expandr_jax.weights.cross_encoder import load_cross_encoder
+
+TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert"
+QUERY = "clip the norm of the gradient"
+DOCUMENTS = [
+    "Clips updates by their global norm.",
+    "Returns an array.",
+    "",
+    "The learning rate schedule, momentum and weight decay of an optimizer state. " * 12,
+]
+
+
+def save(directory: pathlib.Path, kind: str, **fields) -> pathlib.Path:
+    """A random classifier of the tiny model's shape, with its tokenizer for pairs."""
+    torch.manual_seed(0)
+    backend = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    ends = [(token, backend.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    second = ":1" if kind == "bert" else ""
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair=f"[CLS] $A [SEP] $B{second} [SEP]{second}",
+        special_tokens=ends,
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        unk_token="[UNK]", model_max_length=48,
+        model_input_names=["input_ids", "attention_mask"]
+        + (["token_type_ids"] if kind == "bert" else []),
+    )  # fmt: skip
+    shape = {
+        "vocab_size": backend.get_vocab_size(), "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64,
+        "num_labels": 1, "initializer_range": 0.5, "pad_token_id": backend.token_to_id("[PAD]"),
+    } | fields  # fmt: skip
+    config = {"bert": BertConfig, "roberta": RobertaConfig}[kind](**shape)
+    AutoModelForSequenceClassification.from_config(config).eval().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_scores_are_those_of_sentence_transformers(tmp_path, kind):
+    directory = save(tmp_path / "model", kind)
+    peer = Peer(str(directory), device="cpu")
+    expected = peer.predict([(QUERY, document) for document in DOCUMENTS])
+    encoder, params = load_cross_encoder(str(directory))
+    found = encoder.scores(params, QUERY, DOCUMENTS, rows=3)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.ptp(found) > 1e-2
+    assert max(len(ids) for ids, _ in encoder.token_ids(QUERY, DOCUMENTS)) == 48
+    # What it writes itself loads, too, and says which activation it has.
+    other = Peer(str(directory), device="cpu", activation_fn=torch.nn.Identity())
+    other.save_pretrained(str(tmp_path / "own"))
+    encoder, params = load_cross_encoder(str(tmp_path / "own"))
+    logits = other.predict([(QUERY, document) for document in DOCUMENTS])
+    np.testing.assert_allclose(encoder.scores(params, QUERY, DOCUMENTS), logits, atol=1e-4)
+
+
+def test_a_score_does_not_depend_on_what_is_scored_with_it(tmp_path):
+    encoder, params = load_cross_encoder(str(save(tmp_path, "bert")))
+    together = encoder.scores(params, QUERY, DOCUMENTS)
+    order = [2, 0, 3, 1]
+    alone = encoder.scores(params, QUERY, [DOCUMENTS[i] for i in order], rows=2)
+    np.testing.assert_allclose(alone, together[order], atol=1e-6)
+
+
+def test_other_heads_and_activations_are_refused(tmp_path):
+    with pytest.raises(UserError, match="id2label has 3 labels; expected the one of a score"):
+        load_cross_encoder(str(save(tmp_path / "three", "bert", num_labels=3)))
+    directory = save(tmp_path / "odd", "bert")
+    own = directory / "config_sentence_transformers.json"
+    own.write_text(json.dumps({"activation_fn": "my.Function"}))
+    with pytest.raises(UserError, match=r"activation_fn is 'my.Function'; supported: torch"):
+        load_cross_encoder(str(directory))
+    own.unlink()
+    with pytest.raises(UserError, match="max_length is 4; no pair of texts fits into it"):
+        load_cross_encoder(str(directory), max_length=4)
+    tensors = load_file(directory / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != "classifier.bias"},
+              directory / "model.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match=r"1 tensors are missing: classifier.bias"):
+        load_cross_encoder(str(directory))
+    with pytest.raises(UserError, match="a cross-encoder is a whole model of type bert"):
+        load_cross_encoder(str(TINY.parent / "tiny-llama"))
