@@ -14,15 +14,15 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
 from rich.console import Console
 
 from eval.set_ranker import LazyModels, SetRanker
 from expandr_jax import metrics
+from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
@@ -38,7 +38,6 @@ from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
-from train.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _untrained(names: Sequence[str]) -> list[System]:
 
 
 def evaluate_beir(
-    config: ml_collections.ConfigDict,
+    config: Mapping[str, Any] | Config,
     workdir: str | os.PathLike,
     data: Sequence[str],
     names: Sequence[str],
@@ -158,6 +157,7 @@ def evaluate_beir(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
+    config = read_config(config)
     task = Task(_untrained(names), tuple(dict.fromkeys((*METRICS, *measures))))
     metrics.evaluate({}, {"": {"": 1}}, task.metrics)  # An unknown one is refused before the work.
     own = config.data
@@ -192,10 +192,11 @@ def main(_: Any) -> None:
     settings = flags.FLAGS
     if not settings.systems:
         raise UserError("--systems is missing: --systems=bm25,dense, for example, or --systems=all")
-    config = settings.config
-    config.evaluation.query_weights = (settings.query_weight,)
-    check_settings(config)  # Before 0 samples, which only mean something here.
-    config.evaluation.samples = (settings.samples,)
+    settings.config.evaluation.query_weights = (settings.query_weight,)
+    # 0 samples mean something here alone.
+    config = with_settings(
+        read_config(settings.config), {"evaluation.samples": (settings.samples,)}
+    )
     evaluate_beir(
         config,
         settings.workdir,

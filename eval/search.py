@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, Sample, make_expander, numbered
@@ -130,7 +130,7 @@ def _unkept(expander: Expander) -> Sample:
     return sample
 
 
-def _read_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+def _read_run(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """A finished run's config and the choices that its system "expandr" made on dev."""
     try:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]
@@ -141,7 +141,7 @@ def _read_run(workdir: pathlib.Path) -> tuple[ml_collections.ConfigDict, dict[st
         raise UserError(
             f"{workdir}: has no expandr system or no exports; let train.joint finish it"
         )
-    return ml_collections.ConfigDict(config), chosen["expandr"]
+    return read_config(config), chosen["expandr"]
 
 
 def _table(

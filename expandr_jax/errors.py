@@ -1,4 +1,8 @@
-"""The one exception that users see."""
+"""The one exception that users see, and values as its message repeats them."""
+
+from typing import Any
+
+_SHOWN = 80  # Characters of a wrong value that a message repeats.
 
 
 class UserError(Exception):
@@ -18,3 +22,9 @@ class NotFiniteError(UserError):
     def __init__(self, message: str, row: int | None = None):
         super().__init__(message)
         self.row = row
+
+
+def shown(value: Any) -> str:
+    """A value as messages repeat it: on one line, and not at any length."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -15,7 +15,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.models.generator import Generator
-from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.lora import init_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -27,7 +27,6 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
 PHASES = ("contrastive", "encoding", "sampling", "dpo")  # Each may have a mesh of its own.
 OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
-WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ def phase_mesh(config: ml_collections.ConfigDict, phase: str, devices: Any = Non
     Raises:
         UserError: It does not fit the devices.
     """
-    own = tuple(config[phase])
+    own = getattr(config, phase)
     if own and (len(own) != 3 or not all(isinstance(size, int) for size in own)):
         raise UserError(f"mesh.{phase} is {own}; expected (data, fsdp, tensor), or () for mesh's")
     sizes = own or (config.data, config.fsdp, config.tensor)
@@ -195,9 +194,8 @@ def load_generator_model(config: ml_collections.ConfigDict) -> GeneratorModel:
         sha256=source.sha256,
         mesh=mesh,
     )
-    lora = LoraConfig(**config.lora)
     generator = dataclasses.replace(
-        generator, module=generator.module.clone(lora=lora, remat=source.remat)
+        generator, module=generator.module.clone(lora=config.lora, remat=source.remat)
     )
     adapter_shapes(generator, params)  # Settings that do not fit the model are said now.
     # Devices of a processor have one copy between them, where each holds the whole.

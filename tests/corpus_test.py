@@ -4,15 +4,15 @@ import io
 import pathlib
 import types
 
-import ml_collections
 import numpy as np
 import pytest
 from rich.console import Console
 
 from configs import base, smoke
+from expandr_jax.config import read_config
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import ExactIndex, ExactOptions, ScannIndex, scann
+from expandr_jax.search import ExactIndex, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.corpus import configured_index, encode_corpus, encode_texts
 from expandr_jax.vectors.encoder import TextEncoder
@@ -39,7 +39,7 @@ def model():
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO()))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(file=io.StringIO()))
     run.last_good = "step 7 somewhere"
     yield run
     run.close()
@@ -69,7 +69,7 @@ def test_a_query_without_a_finite_vector_is_named(model, run):
 def section(**settings):
     config = base.get_config()
     config.update_from_flattened_dict(settings)
-    return config.search
+    return read_config(config).search
 
 
 @needs_scann
@@ -90,8 +90,3 @@ def test_exact_search_has_its_own():
     index = configured_index(VECTORS, section(**settings))
     assert isinstance(index, ExactIndex)
     assert index._options.block_rows == 7
-
-
-def test_a_run_from_before_there_were_options():
-    index = configured_index(VECTORS, ml_collections.ConfigDict({"backend": "exact"}))
-    assert index._options == ExactOptions()

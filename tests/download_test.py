@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs import beir
+from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.download import download
 from expandr_jax.data.training_data import prepare_data
@@ -115,7 +116,7 @@ def test_a_run_on_a_url_is_the_run_on_its_file(server, tmp_path):
     def prepare(name, path="", url="", sha256=""):
         config = beir.get_config(path)
         config.data.update(url=url, sha256=sha256, cache=str(tmp_path / "cache"))
-        run = Run(tmp_path / name, config, Console(quiet=True))
+        run = Run(tmp_path / name, read_config(config), Console(quiet=True))
         try:
             return prepare_data(run)
         finally:

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.pair import load_models
@@ -46,7 +47,7 @@ def config_of(directory):
 
 def prepare(config, workdir):
     console = Console(file=io.StringIO(), width=200)
-    with contextlib.closing(Run(workdir, config, console)) as run:
+    with contextlib.closing(Run(workdir, read_config(config), console)) as run:
         return prepare_data(run), console.file.getvalue()
 
 
@@ -124,4 +125,4 @@ def test_settings_that_do_not_fit_the_generator(setting, value, message):
     section, name = setting.split(".")
     config[section][name] = value
     with pytest.raises(UserError, match=message):
-        load_models(config, lambda _: None)
+        load_models(read_config(config), lambda _: None)

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs import echo
+from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.builders.triples import part_of
 from expandr_jax.data.records import write_jsonl
@@ -60,7 +61,7 @@ def config_of(source, **changes):
 
 
 def prepare(source, workdir, **changes):
-    run = Run(workdir, config_of(source, **changes), Console(quiet=True))
+    run = Run(workdir, read_config(config_of(source, **changes)), Console(quiet=True))
     try:
         return prepare_data(run)
     finally:
@@ -76,7 +77,7 @@ def test_a_part_without_a_query_is_a_line(source, tmp_path):
     config = config_of(source)
     config.data.shares.generator_train = 0.0
     message = "no queries to train the generator on; expected a larger data.shares.generator_train"
-    run = Run(tmp_path / "run", config, Console(quiet=True))
+    run = Run(tmp_path / "run", read_config(config), Console(quiet=True))
     with contextlib.closing(run), pytest.raises(UserError, match=message):
         prepare_data(run)
 

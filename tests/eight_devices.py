@@ -1,10 +1,10 @@
 """What tests of train.plan plan for: the smoke config on eight virtual devices."""
 
 import jax
-import ml_collections
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import Config, read_config
 from expandr_jax.planning import chips
 from expandr_jax.planning.topology import Topology
 
@@ -27,11 +27,11 @@ def machine(chip=CHIP):
     return Topology("cpu:8", devices, chip, devices)
 
 
-def smoke_on_meshes() -> ml_collections.ConfigDict:
+def smoke_on_meshes() -> Config:
     """The smoke config with a mesh for each phase."""
     config = smoke.get_config()
     config.contrastive.micro_batch = 128
     config.mesh.contrastive = (2, 4, 1)
     config.mesh.sampling = (-1, 1, 2)
     config.mesh.dpo = (1, 8, 1)
-    return config
+    return read_config(config)

@@ -14,14 +14,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRODUCT = ("expandr_jax", "train", "eval", "configs")
 MOST_LINES = 400  # A file.
 # The aim is 27,900, with the new features; what is doubled on the way there is still to go.
-MOST_SOURCE_LINES = 28_700
+MOST_SOURCE_LINES = 28_750
 
 # Every room of the library, the lowest first: a room imports from those before it alone. A module
 # that lies in no package is a room of its own.
 ROOMS = (
-    "errors", "sharding", "mining", "data", "metrics", "runtime", "models", "weights", "losses",
-    "training", "search", "generation", "vectors", "pair", "model_hashes", "expansion", "rewards",
-    "objectives", "ranking", "report", "planning",
+    "errors", "settings", "sharding", "mining", "data", "metrics", "runtime", "models", "weights",
+    "losses", "training", "search", "generation", "vectors", "pair", "model_hashes", "expansion",
+    "rewards", "objectives", "ranking", "config", "report", "planning",
 )  # fmt: skip
 
 # What is not yet as it should be. Nothing may be added; what is mended is taken out.
@@ -33,22 +33,14 @@ UPWARDS = {
     ("training", "objectives"),
     ("vectors", "pair"),
 }
-BETWEEN_PROGRAMS = {
-    ("eval/beir.py", "train.settings"),
-}
+BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
 OF_TESTS = {
     "eval/models.py",
 }
 OF_FLAGS = {
     "expandr_jax/objectives/candidates.py",
     "expandr_jax/pair.py",
-    "expandr_jax/planning/planned.py",
-    "expandr_jax/planning/planned_generator.py",
-    "expandr_jax/planning/planned_retriever.py",
-    "expandr_jax/planning/programs.py",
-    "expandr_jax/planning/proposals.py",
     "expandr_jax/rewards/search.py",
-    "expandr_jax/runtime/run.py",
     "expandr_jax/vectors/corpus.py",
 }
 WITH_RUN = {

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.pair import load_models
@@ -22,6 +23,7 @@ def begin(workdir: pathlib.Path, models: pathlib.Path) -> None:
     config = smoke.get_config()
     config.retriever.source = str(models / "tiny-bert")
     config.generator.source = str(models / "tiny-llama")
+    config = read_config(config)
     run = Run(workdir, config, Console(file=io.StringIO()))
     run.check_models(model_hashes(load_models(config, lambda _: None)))
     run.close()

@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
@@ -119,7 +120,7 @@ def test_the_config_says_what_a_run_keeps(weights, kept):
     config = smoke.get_config()
     config.generator.compute_dtype = "float32"
     config.generator.weights = weights
-    params = load_models(config, lambda _: None).generator_params
+    params = load_models(read_config(config), lambda _: None).generator_params
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == kept
     assert params["embedding"].dtype == jnp.float32
 
@@ -127,8 +128,8 @@ def test_the_config_says_what_a_run_keeps(weights, kept):
 def test_a_plan_counts_what_a_run_keeps():
     config = smoke.get_config()
     config.generator.weights = "int8"
-    planned = GeneratorShapes(config, None).params
-    kept = load_models(config, lambda _: None).generator_params
+    planned = GeneratorShapes(read_config(config), None).params
+    kept = load_models(read_config(config), lambda _: None).generator_params
 
     def check(shape, leaf):
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)

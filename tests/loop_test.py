@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from configs import base, smoke
+from expandr_jax.config import read_config
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.runtime.run import Run
@@ -66,7 +67,7 @@ def with_contents(make_batch):
 def opened(workdir, **log):
     config = smoke.get_config()
     config.log.update(log)
-    return Run(workdir, config, Console(file=io.StringIO(), width=1000))
+    return Run(workdir, read_config(config), Console(file=io.StringIO(), width=1000))
 
 
 def train(workdir, make_batch=batch, parts=(STEPS,), **log):

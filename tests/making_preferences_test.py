@@ -3,17 +3,19 @@
 import io
 import types
 
-import ml_collections
 import numpy as np
 import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.runtime.run import Run
+from expandr_jax.search import ExactOptions, ScannOptions
+from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
 
@@ -32,7 +34,7 @@ class Encoder:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    config = smoke.get_config()
+    config = read_config(smoke.get_config())
     count = len(config.candidates.temperatures) * config.candidates.per_temperature
     texts = {(query, i): f"{query} text {i}" for query in QUERIES for i in range(count)}
     answers = {query: f"answer of {query}" for query in QUERIES}
@@ -40,7 +42,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
-    corpus = Corpus(IDS, vectors, ml_collections.ConfigDict({"backend": "exact"}))
+    corpus = Corpus(IDS, vectors, SearchSettings("exact", ExactOptions(), ScannOptions()))
     qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
     data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
     models = types.SimpleNamespace(
@@ -88,11 +90,9 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         "answer": (0.6, 0.9, 7, 6, 0.3, 1.3),
     }
     names = ("temperature", "top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
-    with run.config.unlocked():
-        for section, values in sections.items():
-            run.config[section].update(
-                {name: value for name, value in zip(names, values, strict=True) if value}
-            )
+    for section, values in sections.items():
+        given = {f"{section}.{n}": value for n, value in zip(names, values, strict=True) if value}
+        run.config = with_settings(run.config, given)
     collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
     data = TrainingData(collection, [], ["q0"])
     expander = make_expander(run.config, sampler, collection.corpus, None)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import slots_of_a_process
@@ -64,6 +65,6 @@ def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
     )
     for penalty in (1.0, 1.2):
         config[stage].repetition_penalty = penalty
-        models = load_models(config, lambda _: None)
+        models = load_models(read_config(config), lambda _: None)
     rows = slots_of_a_process(config.generator, models.sampling_mesh) // 8
     assert plans[1] - plans[0] == rows * models.generator.module.config.vocab_size

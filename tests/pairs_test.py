@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.pairs import PairBatches, tokenize_pairs
 from expandr_jax.objectives.preference import DPOConfig, dpo_values, pack, response_log_probs
@@ -23,12 +24,14 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def models():
-    return load_generator_model(smoke.get_config())
+    return load_generator_model(read_config(smoke.get_config()))
 
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO(), width=300))
+    run = Run(
+        tmp_path / "run", read_config(smoke.get_config()), Console(file=io.StringIO(), width=300)
+    )
     yield run
     run.close()
 

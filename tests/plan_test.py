@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import llama3_8b_anchordr, smoke
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.planning import chips, compiled
 from expandr_jax.planning import programs as plan_programs
@@ -72,7 +73,7 @@ def test_a_step_on_a_mesh_communicates_and_a_program_of_one_device_does_not(plan
 
 def test_flops_are_those_of_the_shapes():
     """A decoder's, written out."""
-    config = llama3_8b_anchordr.get_config()
+    config = read_config(llama3_8b_anchordr.get_config())
     generator = GeneratorShapes(config, None)
     cfg = generator.module.config
     layer = 2 * cfg.hidden_size * cfg.head_dim * (2 * cfg.num_heads + 2 * cfg.num_kv_heads)
@@ -87,7 +88,7 @@ def test_flops_are_those_of_the_shapes():
 
 
 def test_flops_are_those_that_xla_counts_without_a_scan():
-    config = smoke.get_config()
+    config = read_config(smoke.get_config())
     retriever = RetrieverShapes(config, None)
     module = retriever.retriever.module
     texts = jax.ShapeDtypeStruct((4, 16), jnp.int32)
@@ -237,16 +238,15 @@ def test_a_shape_that_cannot_be_had_is_refused(changes, message):
     config = smoke.get_config()
     config.generator.update(changes)
     with pytest.raises(UserError, match=message):
-        GeneratorShapes(config, None)
+        GeneratorShapes(read_config(config), None)
 
 
 def test_a_mesh_that_does_not_fit_the_workload_is_refused(config):
     topology = machine()
-    wrong = smoke.get_config()
-    wrong.mesh.dpo = (3, 1, 1)
+    wrong = with_settings(config, {"mesh.dpo": (3, 1, 1)})
     with pytest.raises(UserError, match="does not fit 8 devices"):
         plan_programs.planned_programs(wrong, topology)["DPO step"]()
-    wrong.contrastive.micro_batch = 100
+    wrong = with_settings(config, {"contrastive.micro_batch": 100})
     with pytest.raises(UserError, match="expected a divisor of 1024"):
         plan_programs.planned_programs(wrong, topology)["contrastive step"]()
 
@@ -271,8 +271,7 @@ def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, plann
     # The same texts on as many chips at the same peaks: the hours change by less than half.
     hours = [result["paper_chip_hours"]["candidates"] for result in (planned, two)]
     assert 1 / 2 < hours[1] / hours[0] < 2
-    wrong = config.copy_and_resolve_references()
-    wrong.mesh.sampling = (1, 1, 8)
+    wrong = with_settings(config, {"mesh.sampling": (1, 1, 8)})
     with pytest.raises(UserError, match="two hosts has 2 hosts, and this phase has the devices"):
         plan_programs.planned_programs(wrong, topology)["decode"]()
 

@@ -6,6 +6,7 @@ import math
 import jax
 
 from configs import smoke
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.planning import compiled
 from expandr_jax.planning import programs as plan_programs
 from expandr_jax.planning.planned_generator import GeneratorShapes
@@ -23,7 +24,7 @@ def wide_model(tmp_path, layers):
     wide = smoke.get_config()
     wide.mesh.update(sampling=(-1, 1, 2), dpo=(1, 8, 1))
     wide.generator.shape = str(tmp_path / "wide.json")
-    return wide
+    return read_config(wide)
 
 
 def test_a_dpo_step_gathers_weights_for_two_passes_and_sums_the_adapter_alone(tmp_path):
@@ -46,8 +47,7 @@ def test_a_dpo_step_gathers_weights_for_two_passes_and_sums_the_adapter_alone(tm
 def test_a_repetition_penalty_s_tokens_are_planned(tmp_path):
     wide = wide_model(tmp_path, layers=1)
     for penalty, stage in ((1.0, "answer"), (1.2, "answer"), (1.2, "candidates")):
-        config = wide.copy_and_resolve_references()
-        config[stage].repetition_penalty = penalty
+        config = with_settings(wide, {f"{stage}.repetition_penalty": penalty})
         slots = GeneratorShapes(config, machine()).decode().arguments[1]
         assert (slots.seen is not None) == (penalty != 1)
 

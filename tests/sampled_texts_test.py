@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.expansion import expand as expansion
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.sampler import Sampler
@@ -45,7 +46,7 @@ class Engine:
 
 
 def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
-    config = smoke.get_config()
+    config = read_config(smoke.get_config())
     models = load_generator_model(config)
     run = Run(tmp_path / "run", config, Console(quiet=True))
     sampler = sampler_of(run, models)
@@ -65,7 +66,7 @@ def test_filters_and_penalty_of_a_prompt_reach_the_engine(tmp_path):
 
 @pytest.mark.parametrize(("new", "said"), [(246, False), (247, True)])
 def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
-    config = smoke.get_config()
+    config = read_config(smoke.get_config())
     models = load_generator_model(config)
     assert models.generator.module.config.max_positions == 256
     output = io.StringIO()
@@ -89,7 +90,7 @@ def sample(tmp_path, monkeypatch):
         sampling_mesh=None,
     )
     output = io.StringIO()
-    run = Run(tmp_path / "run", smoke.get_config(), Console(file=output, width=200))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(file=output, width=200))
 
     def sample():
         requests = [Request(*key, "text", 1.0, 1.0, 50) for key in TEXTS]

@@ -9,6 +9,7 @@ from scipy import stats
 from configs import base
 from eval import seeds
 from expandr_jax import metrics
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
@@ -35,6 +36,7 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
     config.evaluation.sample_depth = 20
     vectors = unit(40)
     config.search.backend = "exact"
+    config = read_config(config)
     corpus = Corpus(IDS, vectors, config.search)
     texts = {document: f"text {document}" for document in IDS}
     queries = {query: f"text {query}" for split in QRELS.values() for query in split}
@@ -68,7 +70,7 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
         assert row[REWARD] == pytest.approx(share / np.exp(np.array(found) / 0.1).sum(), rel=1e-4)
     means = mean_by_query(rows, "expandr", "test", RANK)
     assert means == {"b": pytest.approx(np.mean([r[RANK] for r in rows[3:6]])), "c": 0.0}
-    config.reward.corpus = 0.0
+    config = with_settings(config, {"reward.corpus": 0.0})
     rows = sample_rows(config, "expandr", corpus, data, encoded)
     assert REWARD not in rows[0]
     assert mean_by_query(rows, "expandr", "test", REWARD) == {}

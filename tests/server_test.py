@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config
 from expandr_jax.data.records import hash_json, read_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import sample_texts
@@ -281,6 +282,7 @@ def test_delays_double_with_a_fixed_jitter():
 def test_a_run_samples_the_base_on_the_server(server, tmp_path):
     config = smoke.get_config()
     config.generator.server.url = server.url
+    config = read_config(config)
     models = load_generator_model(config)
     generator = models.generator
     server.script = lambda body, _: (

@@ -1,16 +1,18 @@
 """Wrong settings are refused by name, at once; those of every config pass."""
 
 import importlib
+import json
 import math
 import pathlib
 
 import pytest
 
 from configs import base, paper, published, reference_code, strategies
+from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.errors import UserError
+from expandr_jax.settings import fields_of
 from tests.commands import command
 from tests.configs_test import CONFIGS, NAMES, flatten
-from train.settings import CHECKS, check_settings, value_of
 
 # Where each of these is read, it is checked against the files, the models or the devices.
 ELSEWHERE = (
@@ -131,7 +133,7 @@ def changed(**settings):
 @pytest.mark.parametrize(("name", "value", "expected"), WRONG)
 def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
     with pytest.raises(UserError) as error:
-        check_settings(changed(**{name: value}))
+        read_config(changed(**{name: value}))
     message = str(error.value)
     assert message.startswith(f"{name} is {value!r}; expected ")
     assert expected in message.partition("; expected ")[2]
@@ -140,14 +142,14 @@ def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
 
 def test_a_system_that_is_none_is_told_in_a_line():
     with pytest.raises(UserError, match=r"^evaluation\.systems: system 'dens' is unknown; .* bm25"):
-        check_settings(changed(**{"evaluation.systems": ("bm25", "dens")}))
+        read_config(changed(**{"evaluation.systems": ("bm25", "dens")}))
 
 
 def test_a_temperature_below_the_floor_cannot_be_learned():
-    check_settings(changed(**{"contrastive.temperature": 0.005}))
+    read_config(changed(**{"contrastive.temperature": 0.005}))
     learned = {"contrastive.temperature": 0.005, "contrastive.learn_temperature": True}
     with pytest.raises(UserError, match=r"^contrastive\.temperature is 0\.005; expected at least"):
-        check_settings(changed(**learned))
+        read_config(changed(**learned))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_a_temperature_below_the_floor_cannot_be_learned():
 )
 def test_weights_that_are_all_0_are_refused(settings):
     with pytest.raises(UserError, match=f"^{min(settings)} is 0.0|^{max(settings)} is 0.0"):
-        check_settings(changed(**settings))
+        read_config(changed(**settings))
 
 
 @pytest.mark.parametrize(
@@ -177,12 +179,12 @@ def test_weights_that_are_all_0_are_refused(settings):
     ],
 )
 def test_what_has_a_meaning_passes(settings):
-    check_settings(changed(**settings))
+    read_config(changed(**settings))
 
 
 @pytest.mark.parametrize("name", ["base", *NAMES])
 def test_the_settings_of_a_config_pass(name):
-    check_settings(importlib.import_module(f"configs.{name}").get_config())
+    read_config(importlib.import_module(f"configs.{name}").get_config())
 
 
 def test_the_settings_of_a_config_s_variants_pass():
@@ -190,16 +192,45 @@ def test_the_settings_of_a_config_s_variants_pass():
     variants += [reference_code.get_config(name) for name in reference_code.RETRIEVERS]
     variants += [published.get_config(name) for name in published.CHECKPOINTS]
     for config in (*variants, strategies.get_config("pydoc")):
-        check_settings(config)
+        read_config(config)
 
 
 def test_every_setting_is_checked_here_or_where_it_is_read():
-    config = base.get_config()
-    for name, value in flatten(config):
-        known = name in CHECKS or name in ELSEWHERE or name.startswith(MESH)
-        assert known or isinstance(value, bool), name
-    for name in CHECKS:
-        value_of(config, name)
+    checks = dict(checks_of(Config))
+    assert sorted(checks) == sorted(name for name, _ in flatten(base.get_config()))
+    for name, check in checks.items():
+        ranged = check.expected not in ("a string", "a whole number", "a tuple")
+        assert ranged or name in ELSEWHERE or name.startswith(MESH), name
+
+
+def checks_of(section, prefix=""):
+    """(name, check) of every setting."""
+    for name, check in fields_of(section).items():
+        if isinstance(check, type):
+            yield from checks_of(check, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", check
+
+
+def test_a_setting_that_base_lacks_or_that_is_missing_is_named():
+    values = base.get_config().to_dict()
+    values["dpo"]["betta"] = 0.1
+    with pytest.raises(UserError, match=r"^dpo\.betta: there is no such setting"):
+        read_config(values)
+    del values["dpo"]["betta"], values["generator"]["server"]["url"]
+    with pytest.raises(UserError, match=r"^generator\.server\.url is missing"):
+        read_config(values)
+    with pytest.raises(UserError, match=r"^dpo is 3; expected a section"):
+        read_config({**base.get_config().to_dict(), "dpo": 3})
+
+
+def test_a_config_is_read_from_json_as_from_its_file():
+    config = read_config(base.get_config())
+    assert config == read_config(json.loads(base.get_config().to_json()))
+    assert read_config(config) is config
+    changed = with_settings(config, {"generator.server.url": "x", "seed": 3})
+    assert (changed.generator.server.url, changed.seed) == ("x", 3)
+    assert changed.generator.slots == config.generator.slots
 
 
 @pytest.mark.parametrize(
@@ -227,14 +258,14 @@ def test_a_program_says_so_before_it_begins(tmp_path, program, config, override,
 def test_candidates_that_are_all_one_text_are_refused():
     config = base.get_config()
     config.candidates.update(temperatures=(0.0, 1.0), per_temperature=1)
-    check_settings(config)
+    read_config(config)
     for temperatures, each in (((0.0,), 8), ((0.0, 0.0), 8), ((1.0,), 1)):
         config.candidates.update(temperatures=temperatures, per_temperature=each)
         with pytest.raises(UserError, match=r"^candidates\.temperatures is .*two different texts"):
-            check_settings(config)
+            read_config(config)
     config.candidates.update(temperatures=(0.0, 1.0), per_temperature=8, top_k=1)
     with pytest.raises(UserError, match=r"^candidates\.top_k is 1; .*two different texts"):
-        check_settings(config)
+        read_config(config)
 
 
 def test_shares_of_a_softmax_want_vectors_of_unit_length():
@@ -242,18 +273,18 @@ def test_shares_of_a_softmax_want_vectors_of_unit_length():
     config.reward.corpus_measure = "softmax_share"
     config.contrastive.normalize = "before"
     config.reward.corpus = 0.0
-    check_settings(config)
+    read_config(config)
     config.reward.corpus = 1.0
     with pytest.raises(UserError, match=r"^contrastive\.normalize is 'before'; expected"):
-        check_settings(config)
+        read_config(config)
 
 
 def test_shares_of_a_harvest_add_up():
     config = base.get_config()
     config.data.shares.generator_train = 0.9
-    check_settings(config)  # Those of triples are parts of what they add up to.
+    read_config(config)  # Those of triples are parts of what they add up to.
     config.data.kind = "pydoc"
     with pytest.raises(
         UserError, match=r"^data\.shares: its four parts add up to 1\.795; expected 1"
     ):
-        check_settings(config)
+        read_config(config)

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import cache as texts
@@ -22,7 +23,7 @@ REQUESTS = [
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path / "run", smoke.get_config(), Console(quiet=True))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(quiet=True))
     yield run
     run.close()
 
@@ -89,7 +90,7 @@ def test_another_model_strategy_or_seed_has_its_own(run, asked, tmp_path):
     get(run, cache, REQUESTS)
     assert get(run, cache, REQUESTS, model="n")["q1", 0] == "n q2d about 1?"
     get(run, cache, REQUESTS, name="q2e")
-    run.config.seed = 5
+    run.config = with_settings(run.config, {"seed": 5})
     get(run, cache, REQUESTS)
     assert len(asked) == 4
     assert len([*cache.glob("*.jsonl")]) == 4

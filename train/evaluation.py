@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from expandr_jax import metrics
+from expandr_jax.config import Config
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -124,7 +124,7 @@ def result_files(set_name: str) -> list[str]:
     return [f"tests/{set_name}/{name}" if set_name else name for name in names]
 
 
-def systems_of_run(config: ml_collections.ConfigDict) -> list[System]:
+def systems_of_run(config: Config) -> list[System]:
     """The config's systems, and one for each round but the last.
 
     Raises:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from absl import flags
 from rich.console import Console
 
+from expandr_jax.config import Config, read_config
 from expandr_jax.errors import UserError
-from expandr_jax.models.lora import LoraConfig, merge_lora
+from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
@@ -46,7 +46,7 @@ _PROGRAMS = {
 
 def export_run(
     workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
+    config: Config,
     retriever: Retriever,
     retriever_params: Any,
     adapter: Any,
@@ -63,17 +63,20 @@ def export_run(
     if not (directory / "retriever").exists():
         export_trained(directory / "retriever", retriever, retriever_params, dtype)
     progress(1)
-    lora = LoraConfig(**config.lora)
     generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
     if not (directory / "adapter").exists():
         shape = generator.module.config
         export_adapter(
-            directory / "adapter", adapter, lora, shape, base_name(address, config.generator.source)
+            directory / "adapter",
+            adapter,
+            config.lora,
+            shape,
+            base_name(address, config.generator.source),
         )
     progress(1)
     if not (directory / "generator").exists():
         # Merged in float32, whatever type the run computed in.
-        merged = merge_lora(base, adapter, lora)
+        merged = merge_lora(base, adapter, config.lora)
         export_generator(directory / "generator", generator, merged, dtype)
     progress(1)
 
@@ -97,7 +100,7 @@ def export_one(
     config = _read_config(workdir / "config.json")
     model = "retriever" if kind in ("retriever", "encoder") else "generator"
     pairs_alone = config.data.kind == "preferences"
-    if not config[model].source or (model == "retriever" and pairs_alone):
+    if not getattr(config, model).source or (model == "retriever" and pairs_alone):
         raise UserError(f"{workdir}: this run has no {model}, so no {kind} can be written")
     merged = kind == "generator" and pairs_alone
     made = workdir / made_as("adapter" if merged else kind)
@@ -134,18 +137,14 @@ def made_as(kind: str) -> str:
     return "export/" + {"encoder": "retriever"}.get(kind, kind)
 
 
-def _read_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+def _read_config(path: pathlib.Path) -> Config:
     """The config that a run keeps; UserError if there is none, or it is no run's."""
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8"))["config"])
-        needed = (config.data.kind, config.generator.source, config.retriever.source)
-        hashes = (config.generator.sha256, config.retriever.sha256)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        needed, hashes = (None,), ()
-    texts = [*needed, *(sha256 for sha256 in hashes if sha256 is not None)]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: not a run's config; --workdir must be that of a training run")
-    return config
+        return read_config(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+        raise UserError(
+            f"{path}: not a run's config; --workdir must be that of a training run"
+        ) from None
 
 
 def _with_types_of(model: Any, source: str) -> Any:

@@ -11,15 +11,15 @@ trains it alone, on any file in TRL's formats; `train.joint` calls the same func
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from rich.console import Console
 
+from expandr_jax.config import Config, read_config
 from expandr_jax.data.batches import batch_indices
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.data.records import hash_file, hash_json, write_json
@@ -38,6 +38,7 @@ from expandr_jax.objectives.candidates import (
 from expandr_jax.objectives.pairs import DevPairs, PairBatches, tokenize_pairs
 from expandr_jax.pair import GeneratorModel, check_meshes, load_generator_model
 from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
@@ -48,7 +49,6 @@ from expandr_jax.training.steps import adapter_program
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import base_name, export_adapter
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.settings import check_settings
 
 
 def hold_out(
@@ -151,7 +151,7 @@ def train_generator(
         adapter = init_lora(jax.random.key(run.config.seed), params, lora)
     identity = {
         "model": models.generator_hash,
-        "settings": hash_json(config.to_dict()),
+        "settings": hash_json(identity_of("dpo", config)),
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
     }
@@ -215,7 +215,7 @@ def train_generator(
 
 
 def train_adapter(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
+    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> pathlib.Path:
     """Trains, or goes on training, an adapter on the config's file of preference pairs.
 
@@ -230,7 +230,7 @@ def train_adapter(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    check_settings(config)
+    config = read_config(config)
     check_meshes(config.mesh, ("sampling", "dpo"))
     if config.data.kind != "preferences":
         raise UserError(

@@ -7,13 +7,13 @@ The same command again continues where it stopped.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 from absl import flags
 from rich.console import Console
 
+from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
@@ -37,11 +37,10 @@ from train.launch import define_config, define_processes, define_workdir, launch
 from train.negatives import mine_training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
-from train.settings import check_settings
 
 
 def train_joint(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
+    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> dict[str, Any]:
     """Runs or continues the whole of ExpandR in a workdir.
 
@@ -57,7 +56,7 @@ def train_joint(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    check_settings(config)
+    config = read_config(config)
     check_meshes(config.mesh)
     systems = systems_of_run(config)
     _check_server(config, systems)
@@ -147,7 +146,7 @@ def train_joint(
     return results
 
 
-def _check_server(config: ml_collections.ConfigDict, systems: Sequence[System]) -> None:
+def _check_server(config: Config, systems: Sequence[System]) -> None:
     """Refuses, before hours of work, a server that would have to sample with the adapter."""
     if not config.generator.server.url:
         return
@@ -159,7 +158,7 @@ def _check_server(config: ml_collections.ConfigDict, systems: Sequence[System]) 
         )
 
 
-def _check_negatives(config: ml_collections.ConfigDict, data: TrainingData) -> None:
+def _check_negatives(config: Config, data: TrainingData) -> None:
     """Refuses, before the models are loaded, to train on negatives that are nowhere."""
     count = config.contrastive.negatives
     if not count or config.mining.per_query or any(map(data.negatives, data.retriever_train)):

@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.planning.chips import GIB
@@ -37,7 +37,6 @@ from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from expandr_jax.runtime.progress import progress
 from train.launch import define_config, launch
-from train.settings import check_settings
 
 EXIT_DOES_NOT_FIT = 1
 # The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
@@ -46,7 +45,7 @@ PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
 
 
 def plan(
-    config: ml_collections.ConfigDict,
+    config: Mapping[str, Any] | Config,
     topology: Topology,
     console: Console,
     only: Sequence[str] = (),
@@ -73,7 +72,7 @@ def plan(
             f"--repeats={repeats}: {topology.name} is compiled for, not here; to run the programs, "
             "give --topology=cpu, gpu or tpu"
         )
-    programs = planned_programs(config, topology)
+    programs = planned_programs(read_config(config), topology)
     unknown = [name for name in only if name not in programs]
     if unknown:
         raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
@@ -296,7 +295,7 @@ def lost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(_: Any) -> None:
     console = Console(highlight=False)
     values = flags.FLAGS
-    check_settings(values.config)
+    config = read_config(values.config)
     if not values.topology.startswith(("gpu", "tpu")):
         # Slices are compiled for, not used: jax must not look for TPUs.
         jax.config.update("jax_platforms", "cpu")
@@ -307,8 +306,8 @@ def main(_: Any) -> None:
     if out is not None and out.is_dir():
         raise UserError(f"--out={out}: is a directory; expected the name of a file")
     log = Console(stderr=True, highlight=False)
-    result = plan(values.config, topology, log, values.only, values.repeats)
-    proposals = propose(values.config, topology, log) if values.search else []
+    result = plan(config, topology, log, values.only, values.repeats)
+    proposals = propose(config, topology, log) if values.search else []
     if out is not None:
         write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
     # Never cut a table to the width of a pipe.

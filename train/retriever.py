@@ -9,16 +9,16 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from absl import flags
 from rich.console import Console
 
 from expandr_jax import metrics
+from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
 from expandr_jax.metrics import CHOSEN_BY
@@ -36,9 +36,11 @@ from expandr_jax.objectives.contrastive_batches import (
     hash_examples,
     triple_examples,
 )
+from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.ranking.dense import search_vectors
+from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
@@ -51,7 +53,6 @@ from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.vectors.corpus import encode_texts
 from expandr_jax.weights.export import export_trained
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.settings import check_settings
 
 
 def train_retriever(
@@ -59,7 +60,7 @@ def train_retriever(
     models: RetrieverModel,
     params: Any,
     examples: Sequence[ContrastiveExample],
-    config: ml_collections.ConfigDict,
+    config: ContrastiveSettings,
     *,
     phase: str,
     round_: int,
@@ -114,7 +115,7 @@ def train_retriever(
 
     identity = {
         "model": models.retriever_hash,
-        "settings": hash_json(config.to_dict()),
+        "settings": hash_json(identity_of("contrastive", config)),
         "examples": hash_examples(examples),
         "steps": steps,
     }
@@ -158,7 +159,7 @@ def train_retriever(
 
 
 def train_on_triples(
-    config: ml_collections.ConfigDict, workdir: str | os.PathLike, console: Console
+    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> None:
     """Trains a retriever alone, or continues; writes it to export/retriever of the workdir.
 
@@ -170,7 +171,7 @@ def train_on_triples(
     Raises:
         UserError: Something the user gave is wrong; what was done so far stays.
     """
-    check_settings(config)
+    config = read_config(config)
     check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):

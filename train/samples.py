@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
 import numpy as np
 
+from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.dense import EncodedQueries, fuse
 from expandr_jax.ranking.samples import RANK, REWARD
@@ -15,7 +15,7 @@ from expandr_jax.vectors.corpus import Corpus
 
 
 def sample_rows(
-    config: ml_collections.ConfigDict,
+    config: Config,
     name: str,
     corpus: Corpus,
     data: TrainingData,
@@ -58,9 +58,7 @@ def sample_rows(
     return rows
 
 
-def _fused(
-    config: ml_collections.ConfigDict, part: EncodedQueries, *, query_weight: float
-) -> np.ndarray:
+def _fused(config: Config, part: EncodedQueries, *, query_weight: float) -> np.ndarray:
     """[queries, samples, dim] vectors of the queries with each of their passages."""
     queries, samples, width = part.expansions.shape
     vectors = fuse(

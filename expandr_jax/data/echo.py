@@ -1,5 +1,6 @@
 """A collection made of triples, such as the eight files of echo-embeddings that the paper uses."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -38,7 +39,9 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
     config = run.config.data
     path = data_path(run)
     root = config.prepared or run.path("work", "prepared")
-    builder = Triples(path, data_dir=root, shares=config.shares.to_dict())
+    # Which part a query falls to depends on their order.
+    shares = dict(sorted(dataclasses.asdict(config.shares).items()))
+    builder = Triples(path, data_dir=root, shares=shares)
     with run.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
     limits = {

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.duplicates import near_duplicate_clusters, words
 from expandr_jax.errors import UserError
+from expandr_jax.settings import NotNegative
 
 MIN_QUERY_WORDS = 3
 MIN_DOCUMENT_WORDS = 20
@@ -46,10 +47,10 @@ Progress = Callable[[str, int, int], None]
 class Shares:
     """The part of the clusters that each split gets; the paper's trainings share 7 : 1."""
 
-    retriever_train: float = 0.735
-    generator_train: float = 0.105
-    dev: float = 0.05
-    test: float = 0.11
+    retriever_train: NotNegative = 0.735
+    generator_train: NotNegative = 0.105
+    dev: NotNegative = 0.05
+    test: NotNegative = 0.11
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from expandr_jax.data.beir import (
     write_beir,
 )
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
-from expandr_jax.data.pydoc import Shares, harvest
+from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.records import write_json
 from expandr_jax.data.source import data_path
 from expandr_jax.errors import UserError
@@ -174,9 +174,8 @@ def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
             stages[stage] = 100 * done // max(total, 1) // STAGES_OF_HARVEST
             advance(sum(stages.values()) - before)
 
-        shares = Shares(**config.shares)
         result = harvest(
-            config.packages, min_pairs=config.min_pairs, shares=shares, progress=report
+            config.packages, min_pairs=config.min_pairs, shares=config.shares, progress=report
         )
     source = {"name": "pydoc", **result.source}
     return result.collection, result.retriever_train, result.generator_train, source

@@ -26,8 +26,7 @@ LEAST_RANKED = 100  # Results among which those of equal scores are put in order
 def drawing(section: Any) -> dict[str, Any]:
     """Arguments of a `Request`, all but the temperature, from a config's section that samples."""
     names = ("top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
-    # A finished run may be older than some of these.
-    return {name: getattr(section, name) for name in names if hasattr(section, name)}
+    return {name: getattr(section, name) for name in names}
 
 
 def expansion_text(config: Any, query: str) -> str:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.product import product
+from expandr_jax.settings import PATTERN, Positive, count, number, several
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +32,10 @@ class LoraConfig:
         targets: Regular expressions searched in a projection's path, e.g. "q_proj$".
     """
 
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.1
-    targets: tuple[str, ...] = ("q_proj$", "v_proj$")
+    rank: Annotated[int, count(1)] = 8
+    alpha: Positive = 32.0
+    dropout: Annotated[float, number(least=0, below=1)] = 0.1
+    targets: Annotated[tuple[str, ...], several(PATTERN)] = ("q_proj$", "v_proj$")
 
     @property
     def scale(self) -> float:

@@ -10,16 +10,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from expandr_jax.config import Config
 from expandr_jax.errors import UserError
+from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.models.decoder import cast_weights
 from expandr_jax.pair import OF_ONE_PROCESS, phase_mesh
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.training.train_state import TrainState
+from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.families import example_inputs, find_family, model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model
@@ -112,7 +114,7 @@ def key_shape() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
-def planned_mesh(config: ml_collections.ConfigDict, phase: str, topology: Topology) -> Mesh:
+def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
     """A phase's mesh: of all devices, or of a process's own where a run shares texts out.
 
     Args:
@@ -166,7 +168,9 @@ def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
     return jax.eval_shape(lambda params: cast_weights(params, dtype), nn.unbox(variables["params"]))
 
 
-def shape_module(section: ml_collections.ConfigDict, name: str, dtype: str) -> nn.Module:
+def shape_module(
+    section: RetrieverSettings | GeneratorSettings, name: str, dtype: str
+) -> nn.Module:
     """The config's model without its weights.
 
     Args:

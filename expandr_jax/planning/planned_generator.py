@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.generation.programs import (
     Programs,
@@ -22,7 +22,7 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.slots import Slots, empty_settings
 from expandr_jax.models.decoder import unstack_layers
-from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.candidates import objective
 from expandr_jax.objectives.pairs import PairBatches
 from expandr_jax.objectives.preference import PreferencePair, batch_shapes, pack
@@ -61,7 +61,7 @@ class GeneratorShapes:
         topology: What to compile for.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, topology: Topology):
+    def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
         section = config.generator
         module = shape_module(section, "generator", section.compute_dtype)
@@ -71,7 +71,7 @@ class GeneratorShapes:
         if weights == "int8":
             module = module.clone(config=dataclasses.replace(module.config, int8=True))
             weights = section.compute_dtype  # Of what is not in int8.
-        self.module = module.clone(lora=LoraConfig(**config.lora), remat=section.remat)
+        self.module = module.clone(lora=config.lora, remat=section.remat)
         self.params = param_shapes(self.module, jnp.dtype(weights))
         self.adapter = jax.eval_shape(
             lambda params: init_lora(jax.random.key(0), params, self.module.lora), self.params

@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (
@@ -52,7 +52,7 @@ class RetrieverShapes:
         topology: What to compile for.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, topology: Topology):
+    def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
         section = config.retriever
         module = shape_module(section, "retriever", section.compute_dtype)

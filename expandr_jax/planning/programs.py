@@ -8,17 +8,14 @@ a time mean the same; model, meshes, types, micro-batch and recomputation are th
 import dataclasses
 from collections.abc import Callable
 
-import ml_collections
-
+from expandr_jax.config import Config
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology
 
 
-def planned_programs(
-    config: ml_collections.ConfigDict, topology: Topology
-) -> dict[str, Callable[[], Planned]]:
+def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[], Planned]]:
     """Every program of a run, by name; each is made when it is asked for.
 
     Args:

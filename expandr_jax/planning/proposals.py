@@ -9,9 +9,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
 from rich.console import Console
 
+from expandr_jax.config import Config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.models.stack import REMATS
 from expandr_jax.pair import OF_ONE_PROCESS
@@ -67,9 +67,7 @@ class Proposal:
         )
 
 
-def propose(
-    config: ml_collections.ConfigDict, topology: Topology, console: Console
-) -> list[Proposal]:
+def propose(config: Config, topology: Topology, console: Console) -> list[Proposal]:
     """The quickest settings of each phase, by estimate, that the compiler says fit.
 
     Args:
@@ -101,7 +99,7 @@ def propose(
 
 
 def _estimates(
-    config: ml_collections.ConfigDict, topology: Topology, phase: str
+    config: Config, topology: Topology, phase: str
 ) -> Iterator[tuple[tuple[Any, ...], Proposal]]:
     """(what to sort by, settings) of all that may fit."""
     program, remat_name = PHASES[phase]
@@ -119,7 +117,7 @@ def _estimates(
         if micro % (mesh[0] * mesh[1]):
             continue
         try:
-            planned = planned_programs(_with(config, settings), topology)[program]()
+            planned = planned_programs(with_settings(config, settings), topology)[program]()
         except UserError:
             continue  # Rows that cannot be split so.
         held = bytes_on_device(planned.arguments) + planned.resident
@@ -138,12 +136,6 @@ def _meshes(devices: int) -> Iterator[tuple[int, int, int]]:
         yield 1, devices // tensor, tensor
         if devices > tensor:
             yield devices // tensor, 1, tensor
-
-
-def _with(config: ml_collections.ConfigDict, settings: dict[str, Any]) -> ml_collections.ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(settings)
-    return config
 
 
 def _kept(planned: Planned, mesh: tuple[int, int, int], remat: str | None) -> int:

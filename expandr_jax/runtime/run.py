@@ -1,6 +1,7 @@
 """A run's directory: its config, metrics, timings and progress; where the file contract is kept."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import ml_collections
 import psutil
 from etils import epath
 from rich.console import Console
@@ -62,10 +62,12 @@ class Run:
             files that are no run's, or is not the same one for all processes.
     """
 
-    def __init__(
-        self, workdir: str | os.PathLike, config: ml_collections.ConfigDict, console: Console
-    ):
+    def __init__(self, workdir: str | os.PathLike, config: Any, console: Console):
         self.config = config
+        values = (
+            dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config.to_dict()
+        )
+        self._values = json.loads(json.dumps(values))
         self.console = console
         self.reporter = Reporter(console)
         self.processes = processes.current()
@@ -164,9 +166,9 @@ class Run:
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
-        config = json.loads(self.config.to_json())
+        config = {name: self._values[name] for name in self._values if name not in FREE}
         for section in FREE:
-            before.pop(section, None), config.pop(section)
+            before.pop(section, None)
         changes = [
             f"{name} was {old!r}, now {new!r}" for name, old, new in differences(before, config)
         ]
@@ -197,7 +199,7 @@ class Run:
 
     def _check_inputs(self) -> None:
         """Refuses what is to be read from a place where the run's own files go."""
-        for name, value in _texts(json.loads(self.config.to_json())):
+        for name, value in _texts(self._values):
             path = pathlib.Path(os.path.abspath(value))
             if path.is_relative_to(self.workdir) and path != self.workdir:
                 place = path.relative_to(self.workdir).parts[0]
@@ -212,11 +214,10 @@ class Run:
         for name in LIBRARIES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        config = json.loads(self.config.to_json())
         device = jax.devices()[0]
         record = {
-            "config": config,
-            "seed": config["seed"],
+            "config": self._values,
+            "seed": self._values["seed"],
             "versions": {"python": platform.python_version(), **versions},
             "device": {"kind": device.device_kind, "platform": device.platform,
                        "count": jax.device_count()},

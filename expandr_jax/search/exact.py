@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 
 from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
 from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
+from expandr_jax.settings import count
 
 _FILE = "vectors.npy"
 
@@ -29,8 +31,8 @@ class ExactOptions:
         query_rows: queries in one matrix product.
     """
 
-    block_rows: int = 8192
-    query_rows: int = 1024
+    block_rows: Annotated[int, count(1)] = 8192
+    query_rows: Annotated[int, count(1)] = 1024
 
 
 class ExactIndex:

@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import math
 import os
+from typing import Annotated
 
 import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
 from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
+from expandr_jax.settings import MANY, NotNegative, choice, count, number
 
 METHODS = ("auto", "brute", "ah", "tree")
 STORAGES = ("float32", "bfloat16", "int8")
@@ -59,20 +61,20 @@ class ScannOptions:
         storage: "float32", "bfloat16" or "int8", of the vectors used for exact scores.
     """
 
-    method: str = "auto"
-    ah_from: int = 20_000
-    tree_from: int = 100_000
-    leaves: int | None = None
-    leaves_to_search: int | None = None
-    tree_sample: int = 100_000
-    tree_iterations: int = 12
-    soar: float | None = None
-    dimensions_per_block: int = 2
-    anisotropic_threshold: float = 0.2
-    ah_sample: int = 100_000
-    ah_iterations: int = 10
-    reorder: int = 400
-    storage: str = "float32"
+    method: Annotated[str, choice(METHODS)] = "auto"
+    ah_from: Annotated[int, count(0)] = 20_000
+    tree_from: Annotated[int, count(0)] = 100_000
+    leaves: Annotated[int, count(1)] | None = None
+    leaves_to_search: Annotated[int, count(1)] | None = None
+    tree_sample: Annotated[int, count(1)] = 100_000
+    tree_iterations: Annotated[int, count(1, MANY)] = 12
+    soar: NotNegative | None = None
+    dimensions_per_block: Annotated[int, count(1)] = 2
+    anisotropic_threshold: Annotated[float, number(least=0, below=1)] = 0.2
+    ah_sample: Annotated[int, count(1)] = 100_000
+    ah_iterations: Annotated[int, count(1, MANY)] = 10
+    reorder: Annotated[int, count(1)] = 400
+    storage: Annotated[str, choice(STORAGES)] = "float32"
 
 
 def installed() -> bool:

@@ -45,12 +45,11 @@ class Corpus:
 def configured_index(
     vectors: np.ndarray | StoredVectors, search: ml_collections.ConfigDict
 ) -> Index:
-    """`build_index` as the config's `search` section has it.
-
-    A run that was made before the section had the backends' options is searched with the defaults.
-    """
-    sections = [name for name in ("exact", "scann") if search.backend in (name, "auto")]
-    options = {key: value for name in sections for key, value in search.get(name, {}).items()}
+    """`build_index` as the config's `search` section has it."""
+    options = {
+        **(dataclasses.asdict(search.exact) if search.backend != "scann" else {}),
+        **(dataclasses.asdict(search.scann) if search.backend != "exact" else {}),
+    }
     return build_index(vectors, search.backend, **options)
 
 

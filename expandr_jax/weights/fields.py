@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from expandr_jax.errors import UserError
+from expandr_jax.errors import UserError, shown
 
 _LARGEST = 2**31 - 1
-_SHOWN = 80  # Characters of a wrong value that a message repeats.
 _LONGEST = 400  # Those of another library's message, or of names.
 _LONGEST_PATH = 255
 
@@ -151,12 +150,6 @@ def is_text(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e38  # What float32 can hold.
-
-
-def shown(value: Any) -> str:
-    """A value as messages repeat it: on one line, and not at any length."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def one_line(message: Any) -> str:

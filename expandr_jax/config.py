@@ -1,0 +1,138 @@
+"""A whole config, as configs/ makes them, read and checked: a tree of the sections' dataclasses."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from expandr_jax.data.settings import DataSettings
+from expandr_jax.errors import UserError, shown
+from expandr_jax.expansion.settings import ExpansionSettings
+from expandr_jax.expansion.strategies import strategy
+from expandr_jax.generation.settings import GeneratorSettings
+from expandr_jax.models.lora import LoraConfig
+from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
+from expandr_jax.objectives.settings import ContrastiveSettings, DpoSettings, MiningSettings
+from expandr_jax.ranking.settings import EvaluationSettings
+from expandr_jax.ranking.systems import parse_systems
+from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings, RewardSettings
+from expandr_jax.runtime.settings import LogSettings
+from expandr_jax.search.settings import SearchSettings
+from expandr_jax.settings import MANY, count, read_section
+from expandr_jax.training.settings import MeshSettings
+from expandr_jax.vectors.settings import RetrieverSettings
+from expandr_jax.weights.settings import ExportSettings
+
+# Of these at least one is above 0, or nothing would be learned.
+WEIGHED = (
+    tuple(f"contrastive.{n}_weight" for n in ("info_nce", "margin_mse", "kl", "invariance")),
+    tuple(f"reward.{name}" for name in ("positive", "answer", "corpus", "group")),
+    tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run, by the names that configs/base.py gives and explains."""
+
+    seed: Annotated[int, count(0)]
+    rounds: Annotated[int, count(1, MANY)]
+    keep: Annotated[int, count(1)]
+    data: DataSettings
+    retriever: RetrieverSettings
+    generator: GeneratorSettings
+    lora: LoraConfig
+    expansion: ExpansionSettings
+    contrastive: ContrastiveSettings
+    mining: MiningSettings
+    candidates: CandidatesSettings
+    answer: AnswerSettings
+    reward: RewardSettings
+    dpo: DpoSettings
+    search: SearchSettings
+    evaluation: EvaluationSettings
+    export: ExportSettings
+    log: LogSettings
+    mesh: MeshSettings
+
+
+def read_config(values: Mapping[str, Any] | Config) -> Config:
+    """Reads a config, and refuses what would train nonsense, never end or fail after hours of work.
+
+    Whether settings fit the data, the models and the devices is seen where these are known.
+
+    Args:
+        values: As from configs/, or from JSON; one that has been read comes back as it is.
+
+    Raises:
+        UserError: Naming the first setting that is wrong, its value and what was expected.
+    """
+    if isinstance(values, Config):
+        return values
+    config = read_section(Config, values)
+    _check(config)
+    return config
+
+
+def value_of(config: Config, name: str) -> Any:
+    """A setting by its name, as "dpo.beta"."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values of some settings (name, as "dpo.beta" -> value), unchecked."""
+    for name, value in settings.items():
+        config = _with(config, name, value)
+    return config
+
+
+def _with(section: Any, name: str, value: Any) -> Any:
+    first, _, rest = name.partition(".")
+    value = _with(getattr(section, first), rest, value) if rest else value
+    return dataclasses.replace(section, **{first: value})
+
+
+def _check(config: Config) -> None:
+    """Refuses settings that do not go together."""
+    for names in WEIGHED:
+        if not any(value_of(config, name) for name in names):
+            raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
+    total = math.fsum(dataclasses.astuple(config.data.shares))
+    if config.data.kind == "pydoc" and abs(total - 1) > 1e-9:
+        raise UserError(f"data.shares: its four parts add up to {total:.6g}; expected 1")
+    if config.mining.first >= config.mining.depth:
+        raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+    texts = config.candidates
+    # Greedy decoding gives the same text each time, as does choosing among one token.
+    drawn = (
+        0 if texts.top_k == 1 else texts.per_temperature * sum(t > 0 for t in texts.temperatures)
+    )
+    if drawn + (0 in texts.temperatures) < 2:
+        raise _refuse(
+            config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
+            "with candidates.per_temperature at least two different texts, to prefer one",
+        )  # fmt: skip
+    step_a = config.contrastive
+    # Below its floor a learned temperature has no gradient: it would stay there.
+    if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
+        raise _refuse(
+            config, "contrastive.temperature",
+            f"at least {LEAST_TEMPERATURE}, below which none is learned",
+        )  # fmt: skip
+    # Longer vectors would have sharper shares, whatever they say.
+    graded = config.reward.corpus > 0 and config.reward.corpus_measure == "softmax_share"
+    if graded and step_a.normalize not in ("after", "both"):
+        raise _refuse(
+            config, "contrastive.normalize",
+            '"after" or "both", as reward.corpus_measure is "softmax_share"',
+        )  # fmt: skip
+    try:
+        parse_systems(config.evaluation.systems)
+    except UserError as error:
+        raise UserError(f"evaluation.systems: {error}") from None
+    strategy(config.expansion.strategy, config.expansion.template)  # Refuses a wrong template.
+
+
+def _refuse(config: Config, name: str, expected: str) -> UserError:
+    return UserError(f"{name} is {shown(value_of(config, name))}; expected {expected}")

@@ -1,0 +1,19 @@
+"""The settings of expansions; configs/base.py says what each means."""
+
+import dataclasses
+from typing import Annotated
+
+from expandr_jax.expansion.strategies import STRATEGIES
+from expandr_jax.generation.settings import SamplingSettings
+from expandr_jax.settings import MANY, NotNegative, choice, count
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpansionSettings(SamplingSettings):
+    """The section `expansion`."""
+
+    strategy: Annotated[str, choice(STRATEGIES)]
+    template: str
+    temperature: NotNegative
+    train_samples: Annotated[int, count(0, MANY)]
+    strip_train_lead_ins: bool

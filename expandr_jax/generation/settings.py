@@ -1,0 +1,69 @@
+"""The settings of the generator and of sampling; configs/base.py says what each means."""
+
+import dataclasses
+import itertools
+from typing import Annotated, Any
+
+from expandr_jax.models.stack import REMATS
+from expandr_jax.settings import (
+    TEXT,
+    Check,
+    ComputeType,
+    NotNegative,
+    Positive,
+    Sha256,
+    Share,
+    choice,
+    count,
+    number,
+    several,
+)
+
+WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
+
+
+def _ascends(value: Any) -> bool:
+    return several(count(1)).holds(value) and all(a < b for a, b in itertools.pairwise(value))
+
+
+ASCENDING = Check("a tuple of whole numbers above 0 that ascend", _ascends)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerSettings:
+    """The section `generator.server`."""
+
+    url: str
+    model: str
+    concurrency: Annotated[int, count(1)]
+    retries: Annotated[int, count(0)]
+    timeout: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorSettings:
+    """The section `generator`."""
+
+    source: str
+    shape: str
+    sha256: Sha256 | None
+    compute_dtype: ComputeType
+    weights: Annotated[str, choice(WEIGHTS, empty=True)]
+    remat: Annotated[str, choice(REMATS)]
+    stop: Annotated[tuple[str, ...], several(TEXT, least=0)]
+    slots: Annotated[int, count(1)]
+    memory_limit: NotNegative
+    prompt_buckets: Annotated[tuple[int, ...], ASCENDING]
+    server: ServerSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How the tokens of a text are drawn: what all sections that sample texts have."""
+
+    top_p: Annotated[float, number(above=0, most=1)]
+    top_k: Annotated[int, count(0)]
+    min_p: Share
+    # Beyond these bounds, logits are all or nothing.
+    repetition_penalty: Annotated[float, number(least=0.1, most=10)]
+    max_new_tokens: Annotated[int, count(1)]

@@ -1,0 +1,18 @@
+"""The settings of the evaluation; configs/base.py says what each means."""
+
+import dataclasses
+from typing import Annotated
+
+from expandr_jax.settings import MANY, SHARE, TEXT, count, several
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The section `evaluation`."""
+
+    systems: Annotated[tuple[str, ...], several(TEXT)]
+    query_weights: Annotated[tuple[float, ...], several(SHARE)]
+    samples: Annotated[tuple[int, ...], several(count(1, MANY))]
+    depth: Annotated[int, count(1)]
+    sample_depth: Annotated[int, count(1)]
+    drop_identical_ids: bool

@@ -1,0 +1,23 @@
+"""The settings of the retriever; configs/base.py says what each means."""
+
+import dataclasses
+from typing import Annotated, get_args
+
+from expandr_jax.models.pooling import Pooling
+from expandr_jax.settings import ComputeType, Sha256, choice, count
+from expandr_jax.vectors.stored import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrieverSettings:
+    """The section `retriever`."""
+
+    source: str
+    shape: str
+    sha256: Sha256 | None
+    pooling: Annotated[str, choice(get_args(Pooling), empty=True)]
+    normalize: bool | None
+    max_length: Annotated[int, count(1)]
+    compute_dtype: ComputeType
+    vectors: Annotated[str, choice(DTYPES)]
+    tokens_per_batch: Annotated[int, count(1)]
