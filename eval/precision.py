@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from expandr_jax.losses.contrastive import token_log_probs
+from expandr_jax.losses.language import token_log_probs
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.hf import load_generator

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from configs import dpo, smoke
 from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.objectives.pairs import PairBatches
-from expandr_jax.objectives.preference import DPOConfig
+from expandr_jax.objectives.adapter import AdapterBatches, hold_out
+from expandr_jax.objectives.objective import ObjectiveSettings, objective_settings
+from expandr_jax.training import setup
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import OptimizerConfig
 from expandr_jax.weights.adapter import load_adapter
@@ -180,7 +181,7 @@ def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp
         seen.append(jax.tree.map(np.array, tree))
         return {"loss": abs(len(seen) - 3.0), "accuracy": 0.0, "margin": 0.0}  # Least at the third.
 
-    monkeypatch.setattr(PairBatches, "evaluate", evaluate)
+    monkeypatch.setattr(AdapterBatches, "evaluate", evaluate)
     train(make_config(preferences, keep_best=True), tmp_path / "run")
     shape = load_generator(str(TINY_LLAMA))[0].module.config
     assert len(seen) == UPDATES // 2
@@ -203,7 +204,7 @@ def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
     def make_optimizer(settings):
         raise Seen(settings)
 
-    monkeypatch.setattr(generator, "make_optimizer", make_optimizer)
+    monkeypatch.setattr(setup, "make_optimizer", make_optimizer)
     config = make_config(preferences, warmup_steps=3, clip_norm=0.7)
     with pytest.raises(Seen) as caught:
         train(config, tmp_path / "run")
@@ -218,7 +219,9 @@ def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
         sft_weight=0.4,
         chunk=5,
     )
-    assert generator.objective(config.dpo) == DPOConfig(0.2, "robust", 0.3, True, 0.4, 5)
+    assert objective_settings(config.dpo) == ObjectiveSettings(
+        beta=0.2, label_smoothing=0.3, length_normalized=True, sft_weight=0.4, chunk=5
+    )
 
 
 def test_the_config_of_this_program_holds_pairs_out():
@@ -259,7 +262,7 @@ def test_pairs_longer_than_the_model_was_made_for_are_said(preferences, tmp_path
     path = tmp_path / "pairs.jsonl"
     row = {"prompt": "a" * 200, "chosen": "b" * 60, "rejected": "c"}
     path.write_text(preferences.read_text() + json.dumps(row) + "\n")
-    monkeypatch.setattr(generator, "make_optimizer", lambda _: 1 / 0)
+    monkeypatch.setattr(setup, "make_optimizer", lambda _: 1 / 0)
     for length, said in ((56, False), (57, True)):
         config = make_config(path)
         config.dpo.update(prompt_length=200, response_length=length)
@@ -317,7 +320,7 @@ def test_pairs_are_held_out_by_their_prompts():
     """Sorted rows are of one kind after the other; dev must not be of the first kind alone."""
     rows = [{"prompt": f"{kind} {i}", "chosen": "a", "rejected": "b"}
             for kind in ("first", "second") for i in range(100) for _ in range(2)]  # fmt: skip
-    dev, others = generator.hold_out(rows, 0.2)
+    dev, others = hold_out(rows, 0.2)
     assert len(dev) == 80
     assert len(others) == 320
     assert sorted(map(str, dev + others)) == sorted(map(str, rows))
@@ -325,4 +328,4 @@ def test_pairs_are_held_out_by_their_prompts():
     assert min(kinds["first"], kinds["second"]) > 25
     assert {row["prompt"] for row in dev}.isdisjoint(row["prompt"] for row in others)
     assert [row for row in rows if row in others] == others
-    assert generator.hold_out(rows, 0.0) == ([], rows)
+    assert hold_out(rows, 0.0) == ([], rows)

@@ -30,7 +30,6 @@ UPWARDS = {
     ("models", "weights"),
     ("objectives", "ranking"),
     ("runtime", "planning"),
-    ("training", "objectives"),
     ("vectors", "pair"),
 }
 BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
@@ -38,7 +37,6 @@ OF_TESTS = {
     "eval/models.py",
 }
 OF_FLAGS = {
-    "expandr_jax/objectives/candidates.py",
     "expandr_jax/pair.py",
     "expandr_jax/rewards/search.py",
     "expandr_jax/vectors/corpus.py",
@@ -48,8 +46,6 @@ WITH_RUN = {
     "expandr_jax/data/source.py",
     "expandr_jax/data/training_data.py",
     "expandr_jax/data/training_triples.py",
-    "expandr_jax/objectives/candidates.py",
-    "expandr_jax/objectives/pairs.py",
     "expandr_jax/vectors/corpus.py",
 }
 LONG = {

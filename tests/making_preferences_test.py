@@ -10,6 +10,7 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
+from expandr_jax.data.records import read_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
@@ -61,8 +62,10 @@ def make(tmp_path, monkeypatch):
 
 def test_pairs_are_made(make):
     make_preferences, run = make
-    assert {row["query_id"] for row in make_preferences()} == set(QUERIES)
-    assert run.path("round-0", "candidates.jsonl").exists()
+    make_preferences()
+    for name in ("candidates", "preferences"):
+        rows = [row for _, row in read_jsonl(run.path("round-0", f"{name}.jsonl"), {})]
+        assert {row["query_id"] for row in rows} == set(QUERIES)
 
 
 def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from expandr_jax.errors import UserError
-from expandr_jax.objectives.preference import CHOSEN, PADDING, REJECTED
+from expandr_jax.objectives.packing import PADDING
 from expandr_jax.planning import chips
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import TIMED, GeneratorShapes
@@ -101,7 +101,7 @@ def test_what_is_timed_is_the_work_that_was_planned(config):
     batch = shapes.dpo().values(*jax.tree.map(made_up, tuple(shapes.dpo().arguments)))[2]
     assert (batch["segments"] != PADDING).sum() == 16 * (100 + 2 * 512)
     assert len(np.unique(batch["tokens"])) > 50
-    chosen, rejected = (batch["tokens"][batch["segments"] == i] for i in (CHOSEN, REJECTED))
+    chosen, rejected = (batch["tokens"][batch["segments"] == i] for i in (1, 2))
     assert (chosen != rejected).any()
 
     step = RetrieverShapes(config, machine()).contrastive()

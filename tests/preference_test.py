@@ -11,27 +11,26 @@ import pytest
 
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.losses.contrastive import dpo
+from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceSettings
 from expandr_jax.models.decoder import Decoder, DecoderConfig, cast_weights, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.objectives.preference import (
-    DPOConfig,
-    PreferencePair,
-    batch_shapes,
-    dpo_loss,
-    dpo_step,
-    pack,
-    response_log_probs,
-)
+from expandr_jax.objectives.log_probs import response_log_probs
+from expandr_jax.objectives.objective import ObjectiveSettings, adapter_loss, adapter_step
+from expandr_jax.objectives.packing import PADDING, Example, pack, row_sizes
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
 PAIRS = [
-    PreferencePair([5, 6, 7], [8, 9, 2], [10, 2]),
-    PreferencePair([5, 6, 7, 11, 12], [13, 2], [14, 15, 16, 17, 2]),
-    PreferencePair([3], [2], [4, 5, 2]),
-    PreferencePair([9, 9, 3], [4, 2], [5, 2]),
+    Example([5, 6, 7], ([8, 9, 2], [10, 2])),
+    Example([5, 6, 7, 11, 12], ([13, 2], [14, 15, 16, 17, 2])),
+    Example([3], ([2], [4, 5, 2])),
+    Example([9, 9, 3], ([4, 2], [5, 2])),
 ]
+DPO = OBJECTIVES["sigmoid"]
+dpo_loss = functools.partial(adapter_loss, objective=DPO)
+dpo_step = functools.partial(adapter_step, objective=DPO)
+pair_log_probs = functools.partial(response_log_probs, responses=2)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +72,29 @@ def plain_log_prob(module, variables, prompt, response):
 def test_packed_rows_give_the_plain_log_probabilities(model, chunk):
     module, params, adapter = model
     for variables in ({"params": params}, {"params": params, "lora": adapter}):
-        packed = response_log_probs(module, variables, pack(PAIRS, pad_id=0), chunk=chunk)
+        sums, tokens = pair_log_probs(module, variables, pack(PAIRS, pad_id=0), chunk=chunk)
         for row, pair in enumerate(PAIRS):
-            for column, response in enumerate((pair.chosen, pair.rejected)):
+            for column, response in enumerate(pair.responses):
                 plain = plain_log_prob(module, variables, pair.prompt, response)
-                np.testing.assert_allclose(packed[column][row], plain, atol=1e-5)
-                assert packed[2 + column][row] == len(response)
+                np.testing.assert_allclose(sums[row, column], plain, atol=1e-5)
+                assert tokens[row, column] == len(response)
+
+
+def test_rows_hold_any_number_of_responses(model):
+    """Packed together or each alone, a prompt's responses have the same log-probabilities."""
+    module, params, adapter = model
+    variables = {"params": params, "lora": adapter}
+    responses = [[8, 9, 2], [10, 2], [2], [11, 12, 13, 2], [10, 2]]
+    examples = [Example([5, 6, 7], responses[:count]) for count in (5, 1, 3)]
+    sums, tokens = response_log_probs(
+        module, variables, pack(examples, pad_id=0), responses=5, chunk=8
+    )
+    for row, example in enumerate(examples):
+        for column, response in enumerate(responses):
+            plain = plain_log_prob(module, variables, example.prompt, response)
+            there = column < len(example.responses)
+            np.testing.assert_allclose(sums[row, column], plain if there else 0, atol=1e-5)
+            assert tokens[row, column] == (len(response) if there else 0)
 
 
 def test_packed_gradients_are_the_plain_ones(model):
@@ -87,16 +103,18 @@ def test_packed_gradients_are_the_plain_ones(model):
 
     def plain(adapter):
         variables = {"params": params, "lora": adapter}
-        sums = [
-            jnp.stack([plain_log_prob(module, variables, p.prompt, p.chosen) for p in PAIRS]),
-            jnp.stack([plain_log_prob(module, variables, p.prompt, p.rejected) for p in PAIRS]),
-        ]
-        return jnp.mean(dpo(*sums, *reference.T, beta=0.1)[0])
+        sums = jnp.stack(
+            [
+                jnp.stack([plain_log_prob(module, variables, p.prompt, r) for r in p.responses])
+                for p in PAIRS
+            ]
+        )
+        return jnp.mean(PREFERENCE_LOSSES["sigmoid"].losses(sums, reference, PreferenceSettings()))
 
     batch = pack(PAIRS, pad_id=0)
-    batch["reference_chosen"], batch["reference_rejected"] = reference.T
+    batch["reference"] = reference
     (loss, _), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
-        adapter, params, batch, module=module, config=DPOConfig(chunk=8)
+        adapter, params, batch, module=module, settings=ObjectiveSettings(chunk=8)
     )
     expected, expected_grads = jax.value_and_grad(plain)(adapter)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
@@ -116,17 +134,17 @@ def arrays_in(jaxpr):
 
 
 @pytest.mark.parametrize("chunk", [4, 8])
-def test_logits_are_of_a_chunk_alone_forth_and_back(model, chunk):
+def test_logits_are_of_a_chunk_alone_forward_and_backward(model, chunk):
     module, params, adapter = model
-    batch = {**pack(PAIRS, pad_id=0), "reference_chosen": np.zeros(4)}
-    batch["reference_rejected"] = np.zeros(4)
+    batch = {**pack(PAIRS, pad_id=0), "reference": np.zeros((4, 2))}
     gradient = jax.value_and_grad(
-        functools.partial(dpo_loss, module=module, config=DPOConfig(chunk=chunk)), has_aux=True
+        functools.partial(dpo_loss, module=module, settings=ObjectiveSettings(chunk=chunk)),
+        has_aux=True,
     )
     shapes = list(arrays_in(jax.make_jaxpr(gradient)(adapter, params, batch).jaxpr))
     head = module.config.hidden_size, module.config.vocab_size
     tokens = [np.prod(x[:-1]) for x in shapes if x[-1:] == head[1:] and x != head]
-    assert max(tokens) == chunk < np.sum(batch["responses"] < 3)
+    assert max(tokens) == chunk < np.sum(batch["responses"] != PADDING)
 
 
 def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(model):
@@ -134,15 +152,16 @@ def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(m
     half = module.clone(dtype=jnp.bfloat16)
     weights = cast_weights(params, jnp.bfloat16)
     batch = pack(PAIRS, pad_id=0)
-    log_probs = jax.jit(functools.partial(response_log_probs, module, chunk=8))
-    reference = log_probs({"params": params}, batch)
-    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    log_probs = jax.jit(functools.partial(pair_log_probs, module, chunk=8))
+    batch["reference"] = log_probs({"params": params}, batch)[0]
     optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=4, accumulation=2))
     state = TrainState.create(adapter, optimizer)
 
     def gradients(module, base):
         gradients_of = jax.grad(dpo_loss, has_aux=True)
-        program = jax.jit(functools.partial(gradients_of, module=module, config=DPOConfig()))
+        program = jax.jit(
+            functools.partial(gradients_of, module=module, settings=ObjectiveSettings())
+        )
         return program(adapter, base, batch)
 
     (_, expected), (grads, metrics) = gradients(module, params), gradients(half, weights)
@@ -151,7 +170,9 @@ def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(m
         name = f"log_prob_{side}"
         assert metrics[name].dtype == jnp.float32
         np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-2)
-    step = functools.partial(dpo_step, module=half, config=DPOConfig(), optimizer=optimizer)
+    step = functools.partial(
+        dpo_step, module=half, settings=ObjectiveSettings(), optimizer=optimizer
+    )
     state, metrics = jax.jit(step)(state, weights, batch, jax.random.key(0))
     assert metrics["loss"].dtype == jnp.float32
     kinds = {leaf.dtype for leaf in jax.tree.leaves((grads, state.params, state.opt_state))}
@@ -162,29 +183,29 @@ def test_a_new_adapter_starts_at_log_two(model):
     module, params, _ = model
     adapter = init_lora(jax.random.key(1), params, module.lora)
     batch = pack(PAIRS, pad_id=0)
-    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
-    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
-    loss, metrics = dpo_loss(adapter, params, batch, module=module, config=DPOConfig())
+    batch["reference"] = pair_log_probs(module, {"params": params}, batch, chunk=8)[0]
+    loss, metrics = dpo_loss(adapter, params, batch, module=module, settings=ObjectiveSettings())
     np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-6)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", [DPOConfig(), DPOConfig(length_normalized=True)])
-def test_the_kl_estimate_is_that_of_plain_log_probabilities(model, config):
+@pytest.mark.parametrize(
+    "settings", [ObjectiveSettings(), ObjectiveSettings(length_normalized=True)]
+)
+def test_the_kl_estimate_is_that_of_plain_log_probabilities(model, settings):
     module, params, adapter = model
     batch = pack(PAIRS, pad_id=0)
-    reference = response_log_probs(module, {"params": params}, batch, chunk=8)
-    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
-    _, metrics = dpo_loss(adapter, params, batch, module=module, config=config)
+    batch["reference"] = pair_log_probs(module, {"params": params}, batch, chunk=8)[0]
+    _, metrics = dpo_loss(adapter, params, batch, module=module, settings=settings)
     ratios = []
     for pair in PAIRS:
-        for response in (pair.chosen, pair.rejected):
+        for response in pair.responses:
             policy, base = (
                 np.float64(plain_log_prob(module, variables, pair.prompt, response))
                 for variables in ({"params": params, "lora": adapter}, {"params": params})
             )
-            length = len(response) if config.length_normalized else 1
+            length = len(response) if settings.length_normalized else 1
             ratios.append((policy - base) / length)
     assert np.abs(ratios).max() > 1e-2
     np.testing.assert_allclose(metrics["kl"], np.mean(ratios), atol=1e-5)
@@ -207,21 +228,23 @@ def test_an_obvious_preference_is_learned_and_sampled_and_the_base_does_not_move
     rng = np.random.default_rng(0)
     prompts = [(3, *rng.integers(9, 23, 2).tolist()) for _ in range(300)]
     trained, unseen = prompts[:100], prompts[100:]
-    pairs = [PreferencePair(prompt, [7, 7, 2], [8, 8, 2]) for prompt in trained]
+    pairs = [Example(prompt, ([7, 7, 2], [8, 8, 2])) for prompt in trained]
     optimizer = optax.adam(3e-2)
     state = TrainState.create(init_lora(jax.random.key(1), params, module.lora), optimizer)
     start = first_tokens(module, params, state.params, unseen)
     reference = jax.jit(
-        lambda batch: response_log_probs(module, {"params": params}, batch, chunk=64)[:2]
+        lambda batch: pair_log_probs(module, {"params": params}, batch, chunk=64)[0]
     )
     step = jax.jit(
-        functools.partial(dpo_step, module=module, config=DPOConfig(), optimizer=optimizer)
+        functools.partial(
+            dpo_step, module=module, settings=ObjectiveSettings(), optimizer=optimizer
+        )
     )
     accuracies = []
     for number in range(20):
         part = pairs[number % 5 :: 5]
         batch = pack(part, pad_id=0)
-        batch["reference_chosen"], batch["reference_rejected"] = reference(batch)
+        batch["reference"] = reference(batch)
         state, metrics = step(state, params, batch, jax.random.key(0))
         accuracies.append(metrics["accuracy"])
     assert accuracies[-5:] == [1.0] * 5  # All hundred pairs.
@@ -236,26 +259,26 @@ def test_pack_lays_out_a_pair():
     batch = pack(PAIRS[:1], pad_id=0)
     np.testing.assert_array_equal(batch["tokens"][0, :9], [5, 6, 7, 8, 9, 2, 10, 2, 0])
     np.testing.assert_array_equal(batch["positions"][0, :8], [0, 1, 2, 3, 4, 5, 3, 4])
-    np.testing.assert_array_equal(batch["segments"][0, :9], [0, 0, 0, 1, 1, 1, 2, 2, 3])
+    np.testing.assert_array_equal(batch["segments"][0, :9], [0, 0, 0, 1, 1, 1, 2, 2, -1])
     np.testing.assert_array_equal(batch["sources"][0, :5], [2, 3, 4, 2, 6])
     np.testing.assert_array_equal(batch["targets"][0, :5], [8, 9, 2, 10, 2])
-    np.testing.assert_array_equal(batch["responses"][0, :6], [1, 1, 1, 2, 2, 3])
+    np.testing.assert_array_equal(batch["responses"][0, :6], [1, 1, 1, 2, 2, -1])
 
 
-def test_shapes_hold_their_batches_and_change_no_loss(model):
+def test_sizes_hold_their_batches_and_change_no_loss(model):
     module, params, adapter = model
     needed = [pair.size for pair in PAIRS]
     assert needed == [(8, 5), (12, 7), (5, 4), (7, 4)]
-    assert batch_shapes([(40, 17), (33, 30), (90, 20), (100, 60)], 2) == [(48, 32), (112, 64)]
-    shapes = [(9, 4), (12, 8), (16, 8)]  # The first has too few places for responses.
-    packed = pack(PAIRS, 0, shapes)
+    assert row_sizes([(40, 17), (33, 30), (90, 20), (100, 60)], 2) == [(48, 32), (112, 64)]
+    sizes = [(9, 4), (12, 8), (16, 8)]  # The first has too few places for responses.
+    packed = pack(PAIRS, 0, sizes)
     assert packed["tokens"].shape == (4, 12)
     assert packed["targets"].shape == (4, 8)
-    assert pack(PAIRS, 0, shapes[:1])["tokens"].shape == (4, 16)
+    assert pack(PAIRS, 0, sizes[:1])["tokens"].shape == (4, 16)
     variables = {"params": params, "lora": adapter}
     for chunk in (5, 64):
-        found = response_log_probs(module, variables, packed, chunk=chunk)
-        expected = response_log_probs(module, variables, pack(PAIRS, 0), chunk=8)
+        found = pair_log_probs(module, variables, packed, chunk=chunk)
+        expected = pair_log_probs(module, variables, pack(PAIRS, 0), chunk=8)
         for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
@@ -265,9 +288,9 @@ def test_accumulated_batches_update_as_one_large_batch_does(model):
     rng = np.random.default_rng(0)
     reference = rng.normal(size=(2, 4)).astype(np.float32) - 10
 
-    def batch(*places):
-        batch = pack([PAIRS[i] for i in places], pad_id=0)
-        batch["reference_chosen"], batch["reference_rejected"] = reference[:, list(places)]
+    def batch(*indices):
+        batch = pack([PAIRS[i] for i in indices], pad_id=0)
+        batch["reference"] = reference[:, list(indices)].T
         return batch
 
     def train(accumulation, batches):
@@ -278,7 +301,7 @@ def test_accumulated_batches_update_as_one_large_batch_does(model):
         )
         step = jax.jit(
             functools.partial(
-                dpo_step, module=module, config=DPOConfig(chunk=8), optimizer=optimizer
+                dpo_step, module=module, settings=ObjectiveSettings(chunk=8), optimizer=optimizer
             )
         )
         state, adapters = TrainState.create(adapter, optimizer), []

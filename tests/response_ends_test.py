@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from expandr_jax.data.preferences import read_preferences
-from expandr_jax.objectives.candidates import tokenize_candidates
-from expandr_jax.objectives.pairs import tokenize_pairs
+from expandr_jax.objectives.objective import ObjectiveSettings
+from expandr_jax.objectives.preference import tokenize_pairs
+from expandr_jax.objectives.reward_sft import tokenize_candidates
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
 
@@ -18,6 +19,7 @@ REFUSES = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" 
 PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 SPACED = "{% for m in messages %}{{ m['content'] }} <|im_end|>\n{% endfor %}"
 LIMITS = {"prompt_length": 8, "response_length": 5}
+SETTINGS = ObjectiveSettings(reward_temperature=1.0)
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_long_texts_are_cut_without_a_warning_of_indexing_errors(load, tmp_path)
         "candidates": [{"text": long, "reward": 1.0}],
     }
     assert tokenize_pairs(generator, [row], **LIMITS)[1] == 2
-    assert tokenize_candidates(generator, [row], temperature=1.0, **LIMITS)[1] == 2
+    assert tokenize_candidates(generator, [row], SETTINGS, **LIMITS)[1] == 2
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert read_preferences(path, generator.tokenizer, prompt_length=8, on_bad_pair="drop")[1]
@@ -103,8 +105,8 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
         cut = text.startswith(sentence)
         row = {"prompt": "a?", "chosen": text, "rejected": "no"}
         (pair,), was_cut = tokenize_pairs(generator, [row], **LIMITS)
-        assert (pair.chosen, was_cut) == (ids, cut), text
-        assert pair.rejected[-1] == TURN_END
+        assert (pair.responses[0], was_cut) == (ids, cut), text
+        assert pair.responses[1][-1] == TURN_END
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
-        (one,), was_cut = tokenize_candidates(generator, [row], temperature=1.0, **LIMITS)
-        assert (one.response, was_cut) == (ids, cut), text
+        (one,), was_cut = tokenize_candidates(generator, [row], SETTINGS, **LIMITS)
+        assert (one.responses[0], was_cut) == (ids, cut), text

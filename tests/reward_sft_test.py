@@ -1,5 +1,6 @@
 """Reward-weighted learning of candidates: its loss in numpy, what it learns, and its files."""
 
+import functools
 import gc
 import io
 import json
@@ -16,25 +17,22 @@ from configs import smoke
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.objectives.candidates import rewarded_rows, tokenize_candidates
-from expandr_jax.objectives.reward_sft import (
-    RewardSftConfig,
-    WeightedResponse,
-    pack_weighted,
-    sft_values,
-)
+from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
+from expandr_jax.objectives.packing import Example, pack
+from expandr_jax.objectives.reward_sft import REWARD_SFT, read_rewarded, tokenize_candidates
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
 from train import generator as training
 
 TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
-RESPONSES = [
-    WeightedResponse([5, 6, 7], [80, 90, 2], 0.5),
-    WeightedResponse([5, 6, 7], [100, 2], 1.5),
-    WeightedResponse([30], [2], 0.0),
-    WeightedResponse([9, 9, 3, 40, 41], [4, 44, 45, 46, 2], 2.0),
+EXAMPLES = [
+    Example([5, 6, 7], ([80, 90, 2],), {"weight": 0.5}),
+    Example([5, 6, 7], ([100, 2],), {"weight": 1.5}),
+    Example([30], ([2],), {"weight": 0.0}),
+    Example([9, 9, 3, 40, 41], ([4, 44, 45, 46, 2],), {"weight": 2.0}),
 ]
+losses_of = functools.partial(adapter_losses, objective=REWARD_SFT)
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +51,20 @@ def tiny():
 @pytest.mark.parametrize("chunk", [1, 256])
 def test_the_loss_equals_numpy_s_of_transformers_logits(tiny, length_normalized, chunk):
     _, module, params, adapter = tiny
-    config = RewardSftConfig(length_normalized, chunk)
-    batch = pack_weighted(RESPONSES, pad_id=0)
-    losses, figures = sft_values(adapter, params, batch, module=module, config=config)
+    settings = ObjectiveSettings(length_normalized=length_normalized, chunk=chunk)
+    batch = pack(EXAMPLES, pad_id=0)
+    losses, metrics = losses_of(adapter, params, batch, module=module, settings=settings)
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA).eval()
-    for row, r in enumerate(RESPONSES):
+    for row, example in enumerate(EXAMPLES):
+        prompt, response = example.ids
         with torch.no_grad():
-            logits = model(torch.tensor([[*r.prompt, *r.response]])).logits[0].double().numpy()
-        logits = logits[len(r.prompt) - 1 : -1]
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0].double().numpy()
+        logits = logits[len(prompt) - 1 : -1]
         log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        picked = log_probs[np.arange(len(r.response)), r.response]
+        picked = log_probs[np.arange(len(response)), response]
         expected = picked.mean() if length_normalized else picked.sum()
-        np.testing.assert_allclose(losses[row], -r.weight * expected, rtol=1e-5)
-        np.testing.assert_allclose(figures["log_prob"][row], picked.sum(), rtol=1e-5)
+        np.testing.assert_allclose(losses[row], -example.extras["weight"] * expected, rtol=1e-5)
+        np.testing.assert_allclose(metrics["log_prob"][row], picked.sum(), rtol=1e-5)
 
 
 def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
@@ -76,16 +75,17 @@ def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
         {"prompt": "b?", "candidates": [candidate(t, 0.1 * i) for i, t in enumerate("xyzuv")]},
         {"prompt": "c?", "candidates": [candidate("", 9.0), candidate("loss", 0.0)]},
     ]
-    responses, cut = tokenize_candidates(
-        generator, rows, prompt_length=8, response_length=8, temperature=0.5
+    settings = ObjectiveSettings(reward_temperature=0.5)
+    examples, cut = tokenize_candidates(
+        generator, rows, settings, prompt_length=8, response_length=8
     )
     assert cut == 0
-    assert len(responses) == 8
-    assert all(r.response[-1] == 2 for r in responses)
-    losses, figures = sft_values(
-        adapter, params, pack_weighted(responses, 0), module=module, config=RewardSftConfig()
+    assert len(examples) == 8
+    assert all(example.responses[0][-1] == 2 for example in examples)
+    losses, metrics = losses_of(
+        adapter, params, pack(examples, 0), module=module, settings=settings
     )
-    log_probs = np.asarray(figures["log_prob"], np.float64)
+    log_probs = np.asarray(metrics["log_prob"], np.float64)
     queries = []
     for values, part in zip(
         ([1.0, 0.5], [0.0, 0.1, 0.2, 0.3, 0.4], [0.0]), np.split(log_probs, [2, 7]), strict=True
@@ -218,7 +218,7 @@ def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_pa
     write_jsonl(file, rows)
     config = make_config(file)
     config.reward.threshold = 0.6
-    kept, dropped = rewarded_rows(config, tiny[0], file)
+    kept, dropped = read_rewarded(file, tiny[0], config, own=True)
     assert [row["query"] for row in kept] == ["kept"]
     assert kept[0]["prompt"] == tiny[0].chat_text("kept?")
     assert dropped == {"below the similarity threshold": 1, "nothing preferred": 2, "empty": 1}

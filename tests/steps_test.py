@@ -15,17 +15,17 @@ from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.adapter import losses_program, reference_program
 from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
-from expandr_jax.objectives.preference import DPOConfig, PreferencePair, dpo_values, pack
+from expandr_jax.objectives.objective import ObjectiveSettings, adapter_step
+from expandr_jax.objectives.packing import Example, pack
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
 from expandr_jax.training.steps import (
-    adapter_program,
     embedder,
     model_shardings,
-    reference_program,
     training_program,
-    values_program,
 )
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.families import example_inputs
@@ -90,12 +90,12 @@ def batch_of_queries():
 
 def batch_of_pairs():
     rng = np.random.default_rng(0)
-    pairs = [
-        PreferencePair(*(rng.integers(3, 64, rng.integers(2, 5)).tolist() for _ in range(3)))
-        for _ in range(8)
-    ]
+    pairs = []
+    for _ in range(8):
+        prompt, *responses = (rng.integers(3, 64, rng.integers(2, 5)).tolist() for _ in range(3))
+        pairs.append(Example(prompt, responses))
     batch = pack(pairs, pad_id=0)
-    batch["reference_chosen"], batch["reference_rejected"] = rng.normal(-10, 1, (2, 8)).astype("f")
+    batch["reference"] = rng.normal(-10, 1, (2, 8)).astype("f").T
     return batch
 
 
@@ -126,6 +126,7 @@ def train_retriever(mesh, retriever, params, config, steps=3):
     return state, metrics
 
 
+DPO = {"objective": OBJECTIVES["sigmoid"], "settings": ObjectiveSettings(chunk=16)}
 CONFIG = ContrastiveConfig(0.1, 0.5, "both")
 
 
@@ -160,10 +161,8 @@ def train_adapter(mesh, module, params, adapter, steps=3):
     optimizer = make_optimizer(SETTINGS)
     base = model_shardings(mesh, module, params)
     places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
-    step = adapter_program(
-        mesh, places, base, values=dpo_values, module=module, config=DPOConfig(chunk=16),
-        optimizer=optimizer,
-    )  # fmt: skip
+    step = functools.partial(adapter_step, optimizer=optimizer, module=module, **DPO)
+    step = training_program(mesh, places, step, base)
     params = jax.device_put(params, base)
     state, metrics = TrainState.create(adapter, optimizer, places), []
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
@@ -190,30 +189,28 @@ def test_dpo_steps_are_those_of_one_device(generator, adapter_on_one_device, siz
     assert moved(adapter, state.params) > 1e-3
 
 
-def figures(mesh, module, params, adapter):
-    """The reference's log-probabilities of a batch, and DPO's figures of it."""
+def outputs(mesh, module, params, adapter):
+    """The reference's log-probabilities of a batch, and DPO's losses and metrics of it."""
     base = model_shardings(mesh, module, params)
     variables = {"params": jax.device_put(params, base)}
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
-    reference = reference_program(mesh, base, module=module, chunk=16)(variables, batch)
+    reference = reference_program(mesh, base, module=module, responses=2, chunk=16)
     own = adapter_shardings(mesh, base, adapter)
-    values = values_program(
-        mesh, own, base, values=dpo_values, module=module, config=DPOConfig(chunk=16)
-    )
+    losses = losses_program(mesh, own, base, module=module, **DPO)
     placed = jax.device_put(adapter, own)
-    return jax.device_get((reference, values(placed, variables["params"], batch)))
+    return jax.device_get((reference(variables, batch), losses(placed, variables["params"], batch)))
 
 
 @pytest.fixture(scope="module")
-def figures_on_one_device(generator):
-    return figures(one_device(), *generator)
+def outputs_on_one_device(generator):
+    return outputs(one_device(), *generator)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_log_probabilities_and_figures_are_those_of_one_device(
-    generator, figures_on_one_device, sizes
+def test_log_probabilities_and_losses_are_those_of_one_device(
+    generator, outputs_on_one_device, sizes
 ):
-    close(figures(make_mesh(*sizes), *generator), figures_on_one_device)
+    close(outputs(make_mesh(*sizes), *generator), outputs_on_one_device)
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -278,10 +275,8 @@ def test_a_step_donates_the_adapter_s_state_and_keeps_the_base(generator):
     mesh, optimizer = make_mesh(2, 4, 1), make_optimizer(SETTINGS)
     base = model_shardings(mesh, module, params)
     places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
-    step = adapter_program(
-        mesh, places, base, values=dpo_values, module=module, config=DPOConfig(chunk=16),
-        optimizer=optimizer,
-    )  # fmt: skip
+    step = functools.partial(adapter_step, optimizer=optimizer, module=module, **DPO)
+    step = training_program(mesh, places, step, base)
     placed, state = jax.device_put(params, base), TrainState.create(adapter, optimizer, places)
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
     step(state, placed, batch, jax.random.key(0))

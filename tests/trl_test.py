@@ -15,14 +15,11 @@ from safetensors.numpy import load_file
 
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.objectives.pairs import tokenize_pairs
-from expandr_jax.objectives.preference import (
-    DPOConfig,
-    dpo_loss,
-    dpo_step,
-    pack,
-    response_log_probs,
-)
+from expandr_jax.objectives.log_probs import response_log_probs
+from expandr_jax.objectives.objective import ObjectiveSettings, adapter_loss, adapter_step
+from expandr_jax.objectives.packing import pack
+from expandr_jax.objectives.preference import tokenize_pairs
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
 from expandr_jax.weights.hf import load_generator
@@ -39,6 +36,7 @@ PAIRS = [
 ]
 BETA, SMOOTHING = 0.3, 0.1
 PREFIX = "base_model.model.model."
+DPO = OBJECTIVES["sigmoid"]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +159,7 @@ def test_the_loss_is_fed_the_tokens_that_trl_feeds_it(ours, strings, make_traine
     theirs = fed(collated(make_trainer(strings)))
     pairs, cut = our_pairs(ours[0], strings)
     assert cut == 0
-    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == theirs
+    assert [tuple(p.ids) for p in pairs] == theirs
     bos, eos = 1, 2
     batch = pack(pairs, pad_id=0)
     for row, (prompt, *responses) in enumerate(theirs):
@@ -178,7 +176,7 @@ def test_a_response_that_ends_already_gets_no_second_end(ours, strings, make_tra
     ended = [{**row, "chosen": f"{row['chosen']}<|im_end|>"} for row in strings]
     pairs, cut = our_pairs(ours[0], ended)
     assert cut == 0
-    assert [(p.prompt, p.chosen, p.rejected) for p in pairs] == fed(collated(make_trainer(ended)))
+    assert [tuple(p.ids) for p in pairs] == fed(collated(make_trainer(ended)))
     assert pairs == our_pairs(ours[0], strings)[0]
 
 
@@ -196,8 +194,7 @@ def test_of_messages_trl_also_learns_what_the_template_puts_behind_the_end(
         our_pairs(generator, rows)[0], fed(collated(make_trainer(messages))), strict=True
     ):
         assert pair.prompt == prompt
-        assert [*pair.chosen, *behind] == chosen
-        assert [*pair.rejected, *behind] == rejected
+        assert [[*response, *behind] for response in pair.responses] == [chosen, rejected]
 
 
 def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_trainer):
@@ -215,7 +212,7 @@ def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_
     theirs = fed(collated(make_trainer([row] * len(PAIRS))))[0]
     (pair,), _ = our_pairs(generator, [row])
     assert pair.prompt == ids("retur")
-    assert pair.chosen == [*ids("ns"), 2]
+    assert pair.responses[0] == [*ids("ns"), 2]
     assert len(theirs[0]) < len(pair.prompt)
     assert theirs[0] + theirs[1] == [*ids("returns"), 2]
 
@@ -223,35 +220,38 @@ def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_
 def our_batch(ours, pairs):
     generator, params, _ = ours
     batch = pack(pairs, pad_id=0)
-    reference = response_log_probs(generator.module, {"params": params}, batch, chunk=64)
-    batch["reference_chosen"], batch["reference_rejected"] = reference[:2]
+    batch["reference"] = response_log_probs(
+        generator.module, {"params": params}, batch, responses=2, chunk=64
+    )[0]
     return batch
 
 
 LOSSES = {
-    "sigmoid": (DPOConfig(BETA), {"loss_type": ["sigmoid"]}),
-    "hinge": (DPOConfig(BETA, "hinge"), {"loss_type": ["hinge"]}),
-    "ipo": (DPOConfig(BETA, "ipo"), {"loss_type": ["ipo"]}),
+    "sigmoid": (ObjectiveSettings(BETA), {"loss_type": ["sigmoid"]}),
+    "hinge": (ObjectiveSettings(BETA), {"loss_type": ["hinge"]}),
+    "ipo": (ObjectiveSettings(BETA), {"loss_type": ["ipo"]}),
     "robust": (
-        DPOConfig(BETA, "robust", SMOOTHING),
+        ObjectiveSettings(BETA, SMOOTHING),
         {"loss_type": ["robust"], "label_smoothing": SMOOTHING},
     ),
     "sigmoid, length-normalized": (
-        DPOConfig(BETA, length_normalized=True), {"loss_type": ["sigmoid_norm"]},
+        ObjectiveSettings(BETA, length_normalized=True), {"loss_type": ["sigmoid_norm"]},
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp_path, name):
-    config, settings = LOSSES[name]
+    settings, theirs = LOSSES[name]
+    kind = name.split(",")[0]
     generator, params, adapter = ours
     batch = our_batch(ours, our_pairs(generator, strings)[0])
-    (loss, figures), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
-        adapter, params, batch, module=generator.module, config=config
-    )
+    (loss, metrics), grads = jax.value_and_grad(adapter_loss, has_aux=True)(
+        adapter, params, batch, objective=OBJECTIVES[kind], module=generator.module,
+        settings=settings,
+    )  # fmt: skip
 
-    trainer = make_trainer(strings, **settings)
+    trainer = make_trainer(strings, **theirs)
     trainer.model.train()
     expected = trainer.compute_loss(trainer.model, collated(trainer))
     expected.backward()
@@ -269,31 +269,33 @@ def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp
 
     seen = {name: value[0] for name, value in trainer._metrics["train"].items()}
     sides = ("chosen", "rejected")
-    for side in sides:
-        log_prob = figures[f"log_prob_{side}"]
+    for column, side in enumerate(sides):
+        log_prob = metrics[f"log_prob_{side}"]
         np.testing.assert_allclose(log_prob, seen[f"logps/{side}"], rtol=1e-4)
         # TRL's reward is of summed log-probabilities whatever the loss compares.
-        reward = BETA * (log_prob - np.mean(batch[f"reference_{side}"]))
+        reward = BETA * (log_prob - np.mean(batch["reference"][:, column]))
         np.testing.assert_allclose(reward, seen[f"rewards/{side}"], atol=1e-4)
-    if config.kind != "ipo" and not config.length_normalized:
+    if kind != "ipo" and not settings.length_normalized:
         for side in sides:
             np.testing.assert_allclose(
-                figures[f"reward_{side}"], seen[f"rewards/{side}"], atol=1e-4
+                metrics[f"reward_{side}"], seen[f"rewards/{side}"], atol=1e-4
             )
-        np.testing.assert_allclose(figures["margin"], seen["rewards/margins"], atol=1e-4)
-        np.testing.assert_allclose(figures["accuracy"], seen["rewards/accuracies"])
+        np.testing.assert_allclose(metrics["margin"], seen["rewards/margins"], atol=1e-4)
+        np.testing.assert_allclose(metrics["accuracy"], seen["rewards/accuracies"])
         both = seen["rewards/chosen"] + seen["rewards/rejected"]
-        np.testing.assert_allclose(BETA * figures["kl"], both / 2, atol=1e-4)
+        np.testing.assert_allclose(BETA * metrics["kl"], both / 2, atol=1e-4)
 
 
 def test_an_added_sft_term_equals_trl_s_of_each_pair_alone(ours, strings, make_trainer):
     """TRL's is a mean over a batch's tokens, ours over each response's; alone they are one."""
     generator, params, adapter = ours
-    config = DPOConfig(BETA, sft_weight=0.7)
+    settings = ObjectiveSettings(BETA, sft_weight=0.7)
     trainer = make_trainer(strings, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
     for row, pair in enumerate(our_pairs(generator, strings)[0]):
         batch = our_batch(ours, [pair])
-        loss, _ = dpo_loss(adapter, params, batch, module=generator.module, config=config)
+        loss, _ = adapter_loss(
+            adapter, params, batch, objective=DPO, module=generator.module, settings=settings
+        )
         alone = trainer.data_collator([trainer.train_dataset[row]])
         expected = trainer.compute_loss(trainer.model, alone).item()
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -311,7 +313,11 @@ def test_updates_equal_those_of_trl_s_own_training(ours, strings, make_trainer, 
     optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=steps, clip_norm=0.5))
     step = jax.jit(
         functools.partial(
-            dpo_step, module=generator.module, config=DPOConfig(BETA), optimizer=optimizer
+            adapter_step,
+            objective=DPO,
+            module=generator.module,
+            settings=ObjectiveSettings(BETA),
+            optimizer=optimizer,
         )
     )
     state = TrainState.create(adapter, optimizer)

@@ -21,54 +21,27 @@ from rich.console import Console
 
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.preferences import read_preferences
 from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.candidates import (
-    CandidateBatches,
-    counted,
-    is_rewarded,
-    objective,
-    rewarded_rows,
-    tokenize_candidates,
-)
-from expandr_jax.objectives.pairs import DevPairs, PairBatches, tokenize_pairs
+from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, hold_out
+from expandr_jax.objectives.objective import objective_settings
+from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import GeneratorModel, check_meshes, load_generator_model
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
-from expandr_jax.training.setup import check_batch_size
-from expandr_jax.training.steps import adapter_program
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
-from expandr_jax.weights.adapter import base_name, export_adapter
+from expandr_jax.training.setup import check_batch_size, count_updates, optimizer_config
+from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-
-
-def hold_out(
-    rows: Sequence[dict[str, Any]], share: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Divides rows into dev and training ones, each in their order.
-
-    They come sorted by query, so the first ones are of one kind: of one package, one source. The
-    sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
-
-    Args:
-        rows: With "prompt", a string or chat messages.
-        share: Of the rows, to hold out.
-    """
-    drawn = sorted(range(len(rows)), key=lambda row: hash_json(rows[row]["prompt"]))
-    dev = set(drawn[: int(len(rows) * share)])
-    return (
-        [row for number, row in enumerate(rows) if number in dev],
-        [row for number, row in enumerate(rows) if number not in dev],
-    )
 
 
 def train_generator(
@@ -86,7 +59,7 @@ def train_generator(
             checkpoints/generator-R, and the best adapter to round-R/best-adapter.
         models: The generator and mesh.
         adapter: The adapter to start from; None starts a new one.
-        rows: Preference rows, as in preferences.jsonl; of reward-sft, those of `rewarded_rows`.
+        rows: What the objective reads.
         round_: Counts from 0.
 
     Returns:
@@ -98,54 +71,49 @@ def train_generator(
             finite.
     """
     config = run.config.dpo
-    rewarded = is_rewarded(config)
-    tokenize = functools.partial(
-        tokenize_candidates if rewarded else tokenize_pairs,
-        models.generator,
-        prompt_length=config.prompt_length,
-        response_length=config.response_length,
-        **({"temperature": config.reward_temperature} if rewarded else {}),
-    )
+    objective, settings = OBJECTIVES[config.loss], objective_settings(config)
     held_out, others = hold_out(rows, config.dev_share)
-    (dev_pairs, dev_cut), (pairs, cut) = tokenize(held_out), tokenize(others)
+    (dev, dev_cut), (examples, cut) = (
+        objective.tokenize(
+            models.generator,
+            part,
+            settings,
+            prompt_length=config.prompt_length,
+            response_length=config.response_length,
+        )
+        for part in (held_out, others)
+    )
     if dev_cut + cut:
-        run.console.print(f"  {dev_cut + cut} prompts or responses were cut to their limits")
-    longest = max((example.positions for example in (*dev_pairs, *pairs)), default=0)
+        run.reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")
+    longest = max((example.positions for example in (*dev, *examples)), default=0)
     made_for = models.generator.module.config.max_positions
     if longest > made_for:
-        run.console.print(
-            f"  a prompt and a response have up to {longest} tokens together; the generator was "
+        run.reporter.say(
+            f"a prompt and a response have up to {longest} tokens together; the generator was "
             f"made for {made_for}"
         )
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
-    batch_size = min(config.batch_size, len(pairs) // devices * devices)
-    kind = CandidateBatches if rewarded else PairBatches
+    batch_size = min(config.batch_size, len(examples) // devices * devices)
     if not batch_size:
         raise UserError(
-            f"{len(pairs)} {kind.examples} to train the generator on; expected {devices} or more"
+            f"{len(examples)} {objective.examples} to train the generator on; expected {devices} "
+            "or more"
         )
-    updates = max(1, round(config.epochs * (len(pairs) // batch_size) / accumulation))
+    updates = count_updates(config, len(examples) // batch_size)
     steps = updates * accumulation
     module, params = models.generator.module, models.generator_params
-    optimizer = make_optimizer(
-        OptimizerConfig(
-            learning_rate=config.learning_rate,
-            total_steps=updates,
-            warmup_steps=min(config.warmup_steps, updates // 2),
-            clip_norm=config.clip_norm,
-            accumulation=accumulation,
-        )
-    )
-    batches = kind(run, models, batch_size, objective(config))
+    batches = AdapterBatches(models, objective, settings, batch_size)
 
-    def chosen(number: int) -> np.ndarray:
+    def indices_of(step: int) -> np.ndarray:
         """The examples of a step."""
-        return batch_indices(run.config.seed, round_ * steps + number, len(pairs), batch_size)
+        return batch_indices(run.config.seed, round_ * steps + step, len(examples), batch_size)
 
-    batches.choose_shapes(pairs, [chosen(number) for number in range(steps)])
-    reference = batches.reference(pairs, "reference log-probabilities")
-    dev = DevPairs(run, models, batches, dev_pairs, round_)
+    batches.choose_sizes(examples, [indices_of(step) for step in range(steps)])
+    reference = dev_reference = None
+    if objective.reference:
+        reference = kept_reference(run, batches, examples, "reference log-probabilities")
+        dev_reference = kept_reference(run, batches, dev, "reference on dev pairs") if dev else None
     lora = module.lora
     if adapter is None:
         adapter = init_lora(jax.random.key(run.config.seed), params, lora)
@@ -155,24 +123,22 @@ def train_generator(
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
     }
-    # Rounds differ in their number of pairs, so their steps cannot be numbered through.
-    name = f"generator-{round_}" if round_ else "generator"
     checkpoints = Checkpoints(
-        run.checkpoints(name),
+        run.checkpoints(_checkpoints(round_)),
         identity,
         keep=run.config.keep,
         keep_period=steps,
         agree=run.processes.all,
     )
-    places = TrainState.shardings(models.dpo_mesh, models.adapter_shardings, adapter, optimizer)
-    step = adapter_program(
+    setup = adapter_setup(
         models.dpo_mesh,
-        places,
+        adapter,
+        models.adapter_shardings,
         models.base_shardings,
-        values=batches.values,
+        optimizer_config(config, updates),
+        objective=objective,
         module=module,
-        config=batches.settings,
-        optimizer=optimizer,
+        settings=settings,
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 
@@ -180,23 +146,23 @@ def train_generator(
     def flops(tokens: int, logits: int) -> int:
         return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
 
-    def batch(number: int) -> tuple[dict[str, Any], Contents]:
-        indices = chosen(number)
-        drawn = [pairs[i] for i in indices]
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        indices = indices_of(step)
+        drawn = [examples[i] for i in indices]
         contents = Contents(
-            [pair.name for pair in drawn],
-            sum(pair.tokens for pair in drawn),
-            sum(flops(pair.tokens, pair.tokens - len(pair.prompt)) for pair in drawn),
+            [example.name for example in drawn],
+            sum(example.tokens for example in drawn),
+            sum(flops(*example.size) for example in drawn),
         )
-        return batches.pack(pairs, indices, reference), contents
+        return batches.pack(examples, indices, reference), contents
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
         """The adapter after step `last`."""
         return fit(
             run.training_log("generator", round_),
-            TrainState.create(adapter, optimizer, places),
-            lambda state, batch: step(state, params, batch, key),
+            setup.create(adapter),
+            lambda state, batch: setup.step(state, params, batch, key),
             batch,
             first_step=0,
             steps=last,
@@ -204,14 +170,71 @@ def train_generator(
             save_every=config.save_every * accumulation,
         ).params
 
-    for last in dev.steps_left(steps, config.eval_every * accumulation):
-        dev.evaluate(last, train(last))
-    trained, best = whole(train(steps)), dev.best()
-    if best is None:
+    if not dev:
         if config.dev_share:
-            run.console.print("  too few pairs for dpo.dev_share: the last adapter is used")
-        return trained
-    return best if config.keep_best else trained
+            run.reporter.say("too few pairs for dpo.dev_share: the last adapter is used")
+        return whole(train(steps))
+    name = f"round-{round_}/best-adapter"
+
+    def keep(adapter: Any) -> None:
+        best, base = whole(adapter), base_name(run.address, run.config.generator.source)
+        run.processes.once(lambda: export_adapter(run.path(name), best, lora, module.config, base))
+        run.seals.seal(name)
+
+    watched = HeldOut(
+        run.training_log("generator", round_),
+        CommonJournal(run.path("work", f"round-{round_}", "generator-dev.jsonl"), run.processes),
+        lambda adapter: batches.evaluate(adapter, dev, dev_reference),
+        keep,
+    )
+    for last in watched.steps_left(steps, config.eval_every * accumulation):
+        watched.evaluate(last, train(last))
+    trained = whole(train(steps))
+    if not run.seals.intact(name):
+        watched.forget()
+        raise UserError(
+            f"{run.path(name)}: was damaged; remove "
+            f"{run.path('checkpoints', _checkpoints(round_))}, and the same command trains it again"
+        )
+    best = watched.best()
+    run.reporter.say(
+        f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(name)}"
+    )
+    return load_adapter(str(run.path(name)), module.config)[1] if config.keep_best else trained
+
+
+def _checkpoints(round_: int) -> str:
+    """Rounds differ in their number of examples: their steps cannot be numbered through."""
+    return f"generator-{round_}" if round_ else "generator"
+
+
+def kept_reference(
+    run: Run, batches: AdapterBatches, examples: Sequence[Example], task: str
+) -> np.ndarray:
+    """`AdapterBatches.reference`, made once for the same examples and weights.
+
+    Args:
+        run: work/reference-HASH.npy is there.
+        batches: Have the base.
+        examples: What the log-probabilities are of.
+        task: What making them is called.
+    """
+    name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
+    path = run.path(name)
+    if run.seals.intact(name):
+        return np.load(path, allow_pickle=False)
+    with run.progress(task, len(examples)) as advance:
+        result = batches.reference(examples, advance)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, result)
+        temporary.replace(path)
+
+    run.processes.once(write)
+    run.seals.seal(name)
+    return result
 
 
 def train_adapter(
@@ -244,8 +267,8 @@ def train_adapter(
         model = load_generator_model(config)
         run.check_models(model_hashes(model))
     with run.phase("data"):
-        rows = _read_pairs(run, model.generator)
-    with run.phase("reward-sft" if is_rewarded(config.dpo) else "DPO"):
+        rows = _read(run, model.generator)
+    with run.phase(OBJECTIVES[config.dpo.loss].phase):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
@@ -258,24 +281,12 @@ def train_adapter(
     return directory
 
 
-def _read_pairs(run: Run, generator: Generator) -> list[dict[str, Any]]:
+def _read(run: Run, generator: Generator) -> list[dict[str, Any]]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
-    path = pathlib.Path(config.data.path)
-    limits = {
-        "prompt_length": config.dpo.prompt_length,
-        "on_bad_pair": config.dpo.on_bad_pair,
-    }
-    if is_rewarded(config.dpo):
-        rows, dropped = rewarded_rows(config, generator, path, **limits)
-    else:
-
-        def learned(text: str) -> list[int]:
-            ids = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return generator.response_ids(ids, config.dpo.response_length)[0]
-
-        rows, dropped = read_preferences(path, generator.tokenizer, learned=learned, **limits)
-    run.console.print(f"  {counted(len(rows), dropped, config.dpo)}")
+    path, objective = pathlib.Path(config.data.path), OBJECTIVES[config.dpo.loss]
+    rows, dropped = objective.read(path, generator, config, own=False)
+    run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:
         raise UserError(f"{path}: has nothing to train on")
     source_path = run.path("data", "SOURCE.json")

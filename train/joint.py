@@ -20,8 +20,8 @@ from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled, numbered
 from expandr_jax.model_hashes import model_hashes
-from expandr_jax.objectives.candidates import is_rewarded, rewarded_candidates
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import Models, check_meshes, load_models
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
@@ -60,7 +60,7 @@ def train_joint(
     check_meshes(config.mesh)
     systems = systems_of_run(config)
     _check_server(config, systems)
-    rewarded = is_rewarded(config.dpo)
+    objective = OBJECTIVES[config.dpo.loss]
     run = Run(workdir, config, console)
     with run.phase("data"):
         data = prepare_data(run)
@@ -115,10 +115,11 @@ def train_joint(
         name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
         retrievers[name] = _retriever(run, models, data, name, params)
         corpus = retrievers[name]()[1]
-        rows = make_preferences(run, models, expander, adapter, params, corpus, data, round_)
-        with run.phase(f"{'reward-sft' if rewarded else 'DPO'}, round {round_}"):
-            if rewarded:
-                rows = rewarded_candidates(run, models, round_)
+        make_preferences(run, models, expander, adapter, params, corpus, data, round_)
+        with run.phase(f"{objective.phase}, round {round_}"):
+            path = run.path(f"round-{round_}", objective.file)
+            rows, dropped = objective.read(path, models.generator, config, own=True)
+            run.reporter.say(objective.counted(len(rows), dropped))
             adapter = train_generator(run, models, adapter, rows, round_=round_)
         adapters["trained" if name == "expandr" else name] = adapter
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from expandr_jax.data.records import read_jsonl, write_jsonl
+from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import Expander, drawing, journaled, sample_texts
@@ -31,8 +31,8 @@ def make_preferences(
     corpus: Corpus,
     data: TrainingData,
     round_: int,
-) -> list[dict[str, Any]]:
-    """Writes candidates.jsonl and preferences.jsonl of a round; returns the latter's rows."""
+) -> None:
+    """Writes candidates.jsonl and preferences.jsonl of a round."""
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
     if not run.seals.intact(*files):
@@ -56,7 +56,6 @@ def make_preferences(
 
             run.processes.once(write)
             run.seals.seal(*files)
-    return [row for _, row in read_jsonl(path, {"prompt": str, "chosen": str, "rejected": str})]
 
 
 def _sample_candidates(

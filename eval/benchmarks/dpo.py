@@ -64,21 +64,18 @@ def start_ours(directory: pathlib.Path) -> Running:
     import optax
     from safetensors.numpy import load_file
 
-    from expandr_jax.objectives.preference import (
-        DPOConfig,
-        PreferencePair,
-        batch_shapes,
-        dpo_values,
-        pack,
-    )
+    from expandr_jax.objectives.adapter import adapter_setup, reference_program
+    from expandr_jax.objectives.objective import ObjectiveSettings
+    from expandr_jax.objectives.packing import Example, pack, row_sizes
+    from expandr_jax.objectives.registry import OBJECTIVES
     from expandr_jax.sharding import (
         adapter_shardings,
         batch_sharding,
         make_mesh,
         place,
     )
-    from expandr_jax.training.steps import adapter_program, model_shardings, reference_program
-    from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+    from expandr_jax.training.steps import model_shardings
+    from expandr_jax.training.train_state import OptimizerConfig, TrainState
     from expandr_jax.weights.adapter import export_adapter, load_adapter
     from expandr_jax.weights.hf import load_generator
 
@@ -87,33 +84,36 @@ def start_ours(directory: pathlib.Path) -> Running:
     params = place(params, model_shardings(mesh, generator.module, params))
     lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
     module = generator.module.clone(lora=lora)
-    pairs = [PreferencePair(*pair) for pair in _pairs(directory)]
-    config = DPOConfig(BETA)
+    pairs = [Example(prompt, responses) for prompt, *responses in _pairs(directory)]
+    settings, responses = ObjectiveSettings(beta=BETA), 2
     base = jax.tree.map(lambda leaf: leaf.sharding, params)
-    log_probs = reference_program(mesh, base, module=module, chunk=config.chunk)
-    shapes = batch_shapes([pair.size for pair in pairs], 1)
+    log_probs = reference_program(
+        mesh, base, module=module, responses=responses, chunk=settings.chunk
+    )
+    sizes = row_sizes([pair.size for pair in pairs], 1)
     batches = []
     for first in range(0, PAIRS, MICRO_BATCH):
-        batch = pack(pairs[first : first + MICRO_BATCH], generator.pad_id, shapes)
-        both = jax.device_get(log_probs({"params": params}, batch)[:2])
-        batch["reference_chosen"], batch["reference_rejected"] = both
+        batch = pack(pairs[first : first + MICRO_BATCH], generator.pad_id, sizes)
+        batch["reference"] = jax.device_get(log_probs({"params": params}, batch)[0])
         batches.append(jax.device_put(batch, batch_sharding(mesh)))
-    optimizer = make_optimizer(
+    setup = adapter_setup(
+        mesh,
+        adapter,
+        adapter_shardings(mesh, base, adapter),
+        base,
         OptimizerConfig(
             LEARNING_RATE, STEPS, clip_norm=CLIP_NORM, accumulation=PAIRS // MICRO_BATCH
-        )
+        ),
+        objective=OBJECTIVES["sigmoid"],
+        module=module,
+        settings=settings,
     )
-    sharded = adapter_shardings(mesh, base, adapter)
-    shardings = TrainState.shardings(mesh, sharded, adapter, optimizer)
-    step = adapter_program(
-        mesh, shardings, base, values=dpo_values, module=module, config=config, optimizer=optimizer
-    )
-    state = TrainState.create(adapter, optimizer, shardings)
+    state = setup.create(adapter)
 
     def update(state: TrainState) -> tuple[TrainState, float]:
         losses = []
         for batch in batches:
-            state, metrics = step(state, params, batch, jax.random.key(0))
+            state, metrics = setup.step(state, params, batch, jax.random.key(0))
             losses.append(metrics["loss"])
         return state, float(np.mean(jax.device_get(losses)))
 

@@ -1,4 +1,4 @@
-"""Training objectives: pure functions of vectors or log-probabilities, one value per example."""
+"""Losses of the retriever: pure functions of vectors or scores, one loss a query."""
 
 from collections.abc import Callable, Sequence
 
@@ -59,78 +59,6 @@ def info_nce(
     return jax.nn.logsumexp(scores, axis=-1) - positive
 
 
-def dpo(
-    chosen: jax.Array,
-    rejected: jax.Array,
-    reference_chosen: jax.Array,
-    reference_rejected: jax.Array,
-    *,
-    beta: float,
-    kind: str = "sigmoid",
-    label_smoothing: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Direct preference optimisation of each pair, and the usual figures.
-
-    With h = (log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected)):
-    sigmoid: -(1 - e) log s(beta h) - e log s(-beta h); hinge: max(0, 1 - beta h);
-    ipo: (h - 1 / (2 beta))^2, where log-probabilities are means over tokens;
-    robust: (-(1 - e) log s(beta h) + e log s(-beta h)) / (1 - 2 e). e is `label_smoothing`.
-
-    Args:
-        chosen: [batch] log-probabilities of the chosen responses under the policy.
-        rejected: [batch], of the rejected ones.
-        reference_chosen: [batch], under the reference.
-        reference_rejected: [batch], under the reference.
-        beta: Strength of the tie to the reference.
-        kind: "sigmoid", "hinge", "ipo" or "robust".
-        label_smoothing: Share of pairs taken to be the wrong way round; below one half.
-
-    Returns:
-        [batch] losses, and {"reward_chosen", "reward_rejected", "margin", "accuracy", "kl"},
-        [batch] each. A reward is beta times a response's log-ratio to the reference; "kl" is the
-        mean of both log-ratios, log pi - log ref, without beta. Over responses that the policy
-        samples its mean is KL(pi || ref); over given ones, as here, it only estimates that, and
-        may be below 0. Where log-probabilities are means over tokens, so is it.
-
-    Raises:
-        ValueError: If the kind is unknown.
-
-    References:
-        Rafailov et al., arXiv 2305.18290, equation 7; IPO: arXiv 2310.12036, equation 17;
-        robust: arXiv 2403.00409; hinge: SLiC, arXiv 2305.10425.
-    """
-    ratio_chosen = (chosen - reference_chosen).astype(jnp.float32)
-    ratio_rejected = (rejected - reference_rejected).astype(jnp.float32)
-    h = ratio_chosen - ratio_rejected
-    right, wrong = jax.nn.log_sigmoid(beta * h), jax.nn.log_sigmoid(-beta * h)
-    e = label_smoothing
-    if kind == "sigmoid":
-        loss = -(1 - e) * right - e * wrong
-    elif kind == "robust":
-        loss = (-(1 - e) * right + e * wrong) / (1 - 2 * e)
-    elif kind == "hinge":
-        loss = jax.nn.relu(1 - beta * h)
-    elif kind == "ipo":
-        loss = jnp.square(h - 1 / (2 * beta))
-    else:
-        raise ValueError(f"unknown DPO loss {kind!r}: sigmoid, hinge, ipo or robust")
-    metrics = {
-        "reward_chosen": beta * ratio_chosen,
-        "reward_rejected": beta * ratio_rejected,
-        "margin": beta * h,
-        "accuracy": (h > 0).astype(jnp.float32),
-        "kl": (ratio_chosen + ratio_rejected) / 2,
-    }
-    return loss, metrics
-
-
-def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """log softmax(logits)[target] in float32: logits [..., vocab], targets [...] -> [...]."""
-    logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
-
-
 def symmetric_info_nce(
     queries: jax.Array,
     positives: jax.Array,
@@ -155,8 +83,9 @@ def symmetric_info_nce(
         Radford et al., arXiv 2103.00020, figure 3.
     """
     forward = info_nce(queries, positives, negatives, temperature=temperature, excluded=excluded)
-    back = None if excluded is None else excluded[:, : queries.shape[0]].T
-    return (forward + info_nce(positives, queries, temperature=temperature, excluded=back)) / 2
+    transposed = None if excluded is None else excluded[:, : queries.shape[0]].T
+    backward = info_nce(positives, queries, temperature=temperature, excluded=transposed)
+    return (forward + backward) / 2
 
 
 def margin_mse(student: jax.Array, teacher: jax.Array, given: jax.Array) -> jax.Array:

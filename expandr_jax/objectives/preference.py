@@ -1,364 +1,126 @@
-"""Step B: the generator learns by DPO which passages rank the right document high.
+"""Objectives of preference pairs: DPO and its kin, one for each of `PREFERENCE_LOSSES`."""
 
-A pair is one packed row, prompt | chosen | rejected: the prompt is computed once, and neither
-response sees the other. Logits exist only for response tokens, a chunk at a time.
-"""
-
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from expandr_jax.data.batches import best_lengths, bucket_length
-from expandr_jax.losses.contrastive import dpo, token_log_probs
-from expandr_jax.models.decoder import Decoder
-from expandr_jax.models.mask import Mask
-from expandr_jax.sharding import constrain
-from expandr_jax.training.train_state import TrainState
-
-PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
-Shape = tuple[int, int]  # Of a batch: tokens of a row, and of its responses.
+from expandr_jax.data.preferences import read_preferences
+from expandr_jax.data.records import read_jsonl
+from expandr_jax.losses.language import response_sums
+from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, preference_metrics
+from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
+from expandr_jax.objectives.packing import Example
 
 
-@dataclasses.dataclass(frozen=True)
-class DPOConfig:
-    """Settings of the preference loss.
-
-    Attributes:
-        beta: Strength of the tie to the reference; the paper's is 0.1.
-        kind: One of the losses of `losses.dpo`.
-        label_smoothing: Share of pairs taken to be the wrong way round.
-        length_normalized: Use mean instead of summed token log-probabilities; "ipo" always does.
-        sft_weight: Weight of the chosen response's negative log-likelihood per token, added.
-        chunk: Response tokens whose logits are in memory at once.
-    """
-
-    beta: float = 0.1
-    kind: str = "sigmoid"
-    label_smoothing: float = 0.0
-    length_normalized: bool = False
-    sft_weight: float = 0.0
-    chunk: int = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class PreferencePair:
-    """Token ids of a prompt and its two responses, each response with its one EOS; its name."""
-
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
-    name: str = dataclasses.field(default="", compare=False)
-
-    @property
-    def tokens(self) -> int:
-        """How many it has."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
-
-    @property
-    def positions(self) -> int:
-        """Tokens of the prompt with the longer response: both continue its positions."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-    @property
-    def size(self) -> Shape:
-        """Tokens of its row, and those of them that are its responses'."""
-        responses = len(self.chosen) + len(self.rejected)
-        return len(self.prompt) + responses, responses
-
-
-def pack(
-    pairs: Sequence[PreferencePair], pad_id: int, shapes: Sequence[Shape] = ()
-) -> dict[str, np.ndarray]:
-    """Arrays of a batch of pairs, each in one row: `pack_rows` of CHOSEN and REJECTED."""
-    rows = [(p.prompt, {CHOSEN: p.chosen, REJECTED: p.rejected}) for p in pairs]
-    return pack_rows(rows, pad_id, shapes)
-
-
-def batch_shapes(needed: Sequence[Shape], most: int) -> list[Shape]:
-    """The shapes, `most` of them or fewer, that batches are padded to with the least filling.
+def read_pairs(
+    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl.
 
     Args:
-        needed: (tokens of the longest row, of the most response tokens) of each batch.
-        most: Shapes at most; each is a program to compile.
+        path: The file.
+        generator: For its tokenizer and its end of an answer.
+        config: The whole config.
+        own: The file is a run's.
 
     Returns:
-        Shapes for `pack_rows`.
+        {"prompt", "chosen", "rejected"} of each, and how many were dropped for what reason.
     """
-    shapes = []
-    for length in best_lengths([length for length, _ in needed], most):
-        width = max(own for longest, own in needed if longest <= length)
-        shapes.append((length, -(-width // 16) * 16))
-    return shapes
+    settings = config.dpo
+    if own:
+        fields = {"prompt": str, "chosen": str, "rejected": str}
+        return [row for _, row in read_jsonl(path, fields)], {}
 
+    def learned(text: str) -> list[int]:
+        ids = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return generator.response_ids(ids, settings.response_length)[0]
 
-def pack_rows(
-    rows: Sequence[tuple[Sequence[int], Mapping[int, Sequence[int]]]],
-    pad_id: int,
-    shapes: Sequence[Shape] = (),
-) -> dict[str, np.ndarray]:
-    """Arrays of a batch of prompts, each in one row with its responses by segment.
-
-    Args:
-        rows: (prompt, its responses).
-        pad_id: Fills rows up.
-        shapes: (length, response tokens) that a batch may have, in rising order; a batch that fits
-            none is padded to powers of two.
-
-    Returns:
-        "tokens", "positions", "segments" [batch, length]: all responses continue the prompt's
-        positions. "sources", "targets", "responses" [batch, response tokens]: the place whose
-        hidden state predicts each response token, the token, and its segment. int32.
-    """
-    widths = [sum(map(len, responses.values())) for _, responses in rows]
-    longest = max(len(prompt) + own for (prompt, _), own in zip(rows, widths, strict=True))
-    length, width = next(
-        (shape for shape in shapes if longest <= shape[0] and max(widths) <= shape[1]),
-        (bucket_length(longest), bucket_length(max(widths))),
+    return read_preferences(
+        path,
+        generator.tokenizer,
+        learned=learned,
+        prompt_length=settings.prompt_length,
+        on_bad_pair=settings.on_bad_pair,
     )
-    shape = len(rows), length
-    batch = {name: np.zeros(shape, np.int32) for name in ("positions", "segments")}
-    batch["tokens"] = np.full(shape, pad_id, np.int32)
-    batch["segments"][:] = PADDING
-    batch |= {name: np.zeros((len(rows), width), np.int32) for name in ("sources", "targets")}
-    batch["responses"] = np.full((len(rows), width), PADDING, np.int32)
-    for row, (tokens, responses) in enumerate(rows):
-        end = prompt = len(tokens)
-        batch["tokens"][row, :prompt] = tokens
-        batch["positions"][row, :prompt] = np.arange(prompt)
-        batch["segments"][row, :prompt] = PROMPT
-        for segment, response in responses.items():
-            place = slice(end, end + len(response))
-            batch["tokens"][row, place] = response
-            batch["positions"][row, place] = prompt + np.arange(len(response))
-            batch["segments"][row, place] = segment
-            out = slice(end - prompt, end - prompt + len(response))
-            batch["targets"][row, out] = response
-            batch["responses"][row, out] = segment
-            # The prompt's last token predicts the first token of either response.
-            batch["sources"][row, out] = [prompt - 1, *range(end, end + len(response) - 1)]
-            end += len(response)
-    return batch
 
 
-def packed_mask(segments: jax.Array) -> Mask:
-    """The mask of packed rows [batch, length]: causal, the prompt and the own response only."""
-    return Mask(jnp.where(segments == PADDING, 0, segments + 1), causal=True, responses=2)
-
-
-def response_log_probs(
-    module: Decoder,
-    variables: Mapping[str, Any],
-    batch: Mapping[str, jax.Array],
+def tokenize_pairs(
+    generator: Generator,
+    rows: Sequence[Mapping[str, Any]],
+    settings: ObjectiveSettings | None = None,
     *,
-    chunk: int,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Summed log-probabilities and token counts of both responses.
+    prompt_length: int,
+    response_length: int,
+) -> tuple[list[Example], int]:
+    """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
 
     Args:
-        module: The decoder.
-        variables: {"params": base} for the reference, with "lora" for the policy.
-        batch: From `pack`.
-        chunk: Response tokens whose logits are in memory at once.
-        dropout_key: Turns the adapter's dropout on.
+        generator: For its tokenizer and its end of an answer.
+        rows: {"prompt", "chosen", "rejected"}, the prompt with the chat template applied.
+        settings: Not needed.
+        prompt_length: Most tokens of a prompt.
+        response_length: Most tokens of a response, EOS included.
 
     Returns:
-        (chosen, rejected, chosen tokens, rejected tokens), [batch] float32 each.
+        The pairs, the chosen response first, and how many texts had to be cut.
     """
-    log_probs = packed_log_probs(module, variables, batch, chunk=chunk, dropout_key=dropout_key)
-    responses = batch["responses"]
-    sums = [jnp.sum(jnp.where(responses == s, log_probs, 0.0), axis=1) for s in (CHOSEN, REJECTED)]
-    counts = [jnp.sum(responses == s, axis=1).astype(jnp.float32) for s in (CHOSEN, REJECTED)]
-    return sums[0], sums[1], counts[0], counts[1]
+    pairs, cut = [], 0
+    for number, row in enumerate(rows):
+        texts = [row[name] for name in ("prompt", "chosen", "rejected")]
+        ids = generator.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        prompt = ids[0][-prompt_length:]
+        made = [generator.response_ids(part, response_length) for part in ids[1:]]
+        responses, were_cut = zip(*made, strict=True)
+        cut += (len(ids[0]) > prompt_length) + sum(were_cut)
+        pairs.append(Example(prompt, responses, name=str(row.get("query_id", number))))
+    return pairs, cut
 
 
-def packed_log_probs(
-    module: Decoder,
-    variables: Mapping[str, Any],
+def preference_losses(
+    log_probs: jax.Array,
     batch: Mapping[str, jax.Array],
+    settings: ObjectiveSettings,
     *,
-    chunk: int,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """log p of each of the batch's "targets", [batch, response tokens]; see `response_log_probs`.
-
-    At padding the values mean nothing.
-    """
-    hidden = module.apply(
-        variables,
-        batch["tokens"],
-        batch["positions"],
-        packed_mask(batch["segments"]),
-        deterministic=dropout_key is None,
-        rngs=None if dropout_key is None else {"dropout": dropout_key},
-    )
-    hidden = jnp.take_along_axis(hidden, batch["sources"][..., None], axis=1)
-    return _chunked_log_probs(module, variables, hidden, batch["targets"], chunk)
-
-
-def _chunked_log_probs(module, variables, hidden, targets, chunk):
-    """log p(target) [batch, tokens] without the [batch, tokens, vocabulary] tensor."""
-    batch, tokens, width = hidden.shape
-    columns = -(-tokens // min(tokens, -(-batch * tokens // chunk)))
-    padded = -(-tokens // columns) * columns
-    hidden = jnp.pad(hidden, ((0, 0), (0, padded - tokens), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padded - tokens)))
-    head = {"params": _whole_head(module, variables["params"])}
-    split = (
-        jnp.moveaxis(hidden.reshape(batch, -1, columns, width), 1, 0),
-        jnp.moveaxis(targets.reshape(batch, -1, columns), 1, 0),
-    )
-    log_probs = _head_log_probs(module, head, *split)
-    return jnp.moveaxis(log_probs, 0, 1).reshape(batch, padded)[:, :tokens]
-
-
-def _whole_head(module: Decoder, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The output head's parameter, gathered over fsdp: once, and not for every chunk."""
-    name, axes = "lm_head", ("act_embed", "vocab")
-    if module.config.tie_embeddings:
-        name, axes = "embedding", ("vocab", "act_embed")
-    return {name: constrain(params[name], axes)}
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_log_probs(module, head, hidden, targets):
-    """log p(target) of chunks [chunks, batch, columns], one after the other.
-
-    A token's log-probability has one slope in its hidden state, whatever the loss does with it, so
-    the way forth computes that while a chunk's logits are there: the way back neither keeps them
-    nor makes them again. The head is frozen and gets no gradient.
-    """
-
-    def one(part):
-        states, wanted = part
-        return token_log_probs(module.apply(head, states, method="logits"), wanted)
-
-    return jax.lax.map(one, (hidden, targets))
-
-
-def _head_log_probs_forth(module, head, hidden, targets):
-    def one(part):
-        states, wanted = part
-        logits, back = jax.vjp(lambda x: module.apply(head, x, method="logits"), states)
-        mine = wanted[..., None] == jnp.arange(logits.shape[-1])
-        slope = back(mine.astype(logits.dtype) - jax.nn.softmax(logits, axis=-1))[0]
-        return token_log_probs(logits, wanted), slope
-
-    log_probs, slopes = jax.lax.map(one, (hidden, targets))
-    return log_probs, (head, slopes)
-
-
-def _head_log_probs_back(_, saved, cotangent):
-    head, slopes = saved
-    none = jax.tree.map(jnp.zeros_like, head)
-    return none, (cotangent[..., None] * slopes).astype(slopes.dtype), None
-
-
-_head_log_probs.defvjp(_head_log_probs_forth, _head_log_probs_back)
-
-
-def dpo_values(
-    adapter: Any,
-    params: Any,
-    batch: Mapping[str, jax.Array],
-    *,
-    module: Decoder,
-    config: DPOConfig,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Preference loss and figures of each pair of a packed batch.
+    loss: PreferenceLoss,
+) -> Losses:
+    """A preference loss and its metrics of each pair of a packed batch.
 
     Args:
-        adapter: The trainable LoRA tree.
-        params: The frozen base.
-        batch: From `pack`, with "reference_chosen" and "reference_rejected" [batch] summed
-            log-probabilities of the base.
-        module: The decoder, with its LoRA settings.
-        config: Loss settings.
-        dropout_key: Turns the adapter's dropout on.
+        log_probs: [batch, response tokens] under the policy.
+        batch: From `pack`, with "reference" [batch, 2], the base's summed log-probabilities, where
+            the loss compares with it.
+        settings: Of the loss.
+        loss: One of `PREFERENCE_LOSSES`.
 
     Returns:
-        [batch] losses, and the figures of `losses.dpo` and both log-probabilities, [batch] each.
+        [batch] losses, and the metrics of `preference_metrics` and both summed log-probabilities.
     """
-    chosen, rejected, chosen_tokens, rejected_tokens = response_log_probs(
-        module,
-        {"params": params, "lora": adapter},
-        batch,
-        chunk=config.chunk,
-        dropout_key=dropout_key,
+    sums, tokens = response_sums(log_probs, batch["responses"], 2)
+    scale = 1 / tokens if settings.length_normalized or loss.per_token else 1.0
+    policy = sums * scale
+    reference = batch["reference"] * scale if loss.reference else None
+    losses = loss.losses(policy, reference, settings)
+    if settings.sft_weight:
+        losses = losses - settings.sft_weight * sums[:, 0] / tokens[:, 0]
+    metrics = preference_metrics(policy, reference, settings.beta)
+    return losses, {**metrics, "log_prob_chosen": sums[:, 0], "log_prob_rejected": sums[:, 1]}
+
+
+PREFERENCE_OBJECTIVES = {
+    name: Objective(
+        phase="DPO",
+        rows="pairs",
+        examples="preference pairs",
+        file="preferences.jsonl",
+        read=read_pairs,
+        tokenize=tokenize_pairs,
+        responses=2,
+        reference=loss.reference,
+        losses=functools.partial(preference_losses, loss=loss),
     )
-    scale_chosen = scale_rejected = 1.0
-    if config.length_normalized or config.kind == "ipo":
-        scale_chosen, scale_rejected = 1 / chosen_tokens, 1 / rejected_tokens
-    loss, metrics = dpo(
-        chosen * scale_chosen,
-        rejected * scale_rejected,
-        batch["reference_chosen"] * scale_chosen,
-        batch["reference_rejected"] * scale_rejected,
-        beta=config.beta,
-        kind=config.kind,
-        label_smoothing=config.label_smoothing,
-    )
-    if config.sft_weight:
-        loss = loss - config.sft_weight * chosen / chosen_tokens
-    return loss, {**metrics, "log_prob_chosen": chosen, "log_prob_rejected": rejected}
-
-
-def dpo_loss(*args: Any, **kwargs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Means of `dpo_values`, with its arguments."""
-    return _means(dpo_values, *args, **kwargs)
-
-
-def _means(
-    values: Callable[..., tuple[jax.Array, dict[str, jax.Array]]], *args: Any, **kwargs: Any
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    losses, metrics = values(*args, **kwargs)
-    return jnp.mean(losses), {name: jnp.mean(value) for name, value in metrics.items()}
-
-
-def adapter_step(
-    state: TrainState,
-    params: Any,
-    batch: Mapping[str, jax.Array],
-    key: jax.Array,
-    *,
-    values: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
-    module: Decoder,
-    config: Any,
-    optimizer: optax.GradientTransformation,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One batch's part in an update of the adapter; dropout is drawn from (key, step).
-
-    Args:
-        state: The adapter and its optimizer's state.
-        params: The frozen base.
-        batch: What `values` takes.
-        key: Of the dropout.
-        values: The objective: `dpo_values` or `reward_sft.sft_values`.
-        module: The decoder, with its LoRA settings.
-        config: The objective's settings.
-        optimizer: Of the state.
-
-    Returns:
-        The state after it, and the batch's mean figures.
-    """
-    (loss, metrics), grads = jax.value_and_grad(functools.partial(_means, values), has_aux=True)(
-        state.params,
-        params,
-        batch,
-        module=module,
-        config=config,
-        dropout_key=jax.random.fold_in(key, state.step),
-    )
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return state.apply(grads, optimizer), metrics
-
-
-# (state, params, batch, key, *, module, config, optimizer) -> (state, figures), of `DPOConfig`.
-dpo_step = functools.partial(adapter_step, values=dpo_values)
+    for name, loss in PREFERENCE_LOSSES.items()
+}

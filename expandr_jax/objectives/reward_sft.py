@@ -1,96 +1,153 @@
-"""Step B's other objective: the generator learns its candidates, each by its reward's share.
+"""The objective that learns all of a query's candidates, each by its reward's share.
 
 loss of a query = - sum_i w_i log pi(d_i | q), with w of `rewards.candidate_shares`: the M step of
 expectation maximisation over expansions. It needs neither a reference model nor a rejected text.
 """
 
+import collections
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.models.decoder import Decoder
-from expandr_jax.objectives.preference import CHOSEN, Shape, pack_rows, packed_log_probs
+from expandr_jax.data.preferences import read_candidates
+from expandr_jax.expansion.expand import expansion_text
+from expandr_jax.losses.language import response_sums
+from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
+from expandr_jax.objectives.packing import Example
+from expandr_jax.rewards import ranks as rewards
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardSftConfig:
-    """Settings of reward-weighted supervised fine-tuning.
+def read_rewarded(
+    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The lines of a file that `read_candidates` takes and from which something can be learned.
 
-    Attributes:
-        length_normalized: Use mean instead of summed token log-probabilities.
-        chunk: Response tokens whose logits are in memory at once.
+    Left out are those whose candidates are all empty, have one reward or one text, or, where the
+    file has their similarities, are all below `reward.threshold`.
+
+    Args:
+        path: The file.
+        generator: For its tokenizer.
+        config: The whole config.
+        own: The file is a run's candidates.jsonl.
+
+    Returns:
+        The lines, and how many were left out for what reason.
     """
-
-    length_normalized: bool = False
-    chunk: int = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightedResponse:
-    """Token ids of a prompt and one response, with its one EOS; the response's weight and name."""
-
-    prompt: Sequence[int]
-    response: Sequence[int]
-    weight: float
-    name: str = dataclasses.field(default="", compare=False)
-
-    @property
-    def tokens(self) -> int:
-        """How many it has."""
-        return len(self.prompt) + len(self.response)
-
-    @property
-    def positions(self) -> int:
-        """The same: one response continues the prompt."""
-        return self.tokens
-
-    @property
-    def size(self) -> Shape:
-        """Tokens of its row, and those of them that are the response's."""
-        return len(self.prompt) + len(self.response), len(self.response)
+    limits = {"prompt_length": config.dpo.prompt_length, "on_bad_pair": config.dpo.on_bad_pair}
+    rows, dropped = read_candidates(
+        path,
+        generator.tokenizer,
+        lambda query: expansion_text(config, query),
+        **({} if own else limits),
+    )
+    kept, dropped = [], collections.Counter(dropped)
+    for row in rows:
+        reason = _nothing_to_learn(row["candidates"], config.reward.threshold)
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += 1
+    return kept, dict(dropped)
 
 
-def pack_weighted(
-    responses: Sequence[WeightedResponse], pad_id: int, shapes: Sequence[Shape] = ()
-) -> dict[str, np.ndarray]:
-    """Arrays of a batch: those of `preference.pack_rows`, and "weights" [batch] float32."""
-    batch = pack_rows([(r.prompt, {CHOSEN: r.response}) for r in responses], pad_id, shapes)
-    return {**batch, "weights": np.array([r.weight for r in responses], np.float32)}
+def _nothing_to_learn(candidates: Sequence[Mapping[str, Any]], threshold: float) -> str | None:
+    """Why a query is left out, or None."""
+    sides = ("similarity_positive", "similarity_answer")
+    if all(side in candidate for candidate in candidates for side in sides):
+        columns = [np.array([candidate[side] for candidate in candidates]) for side in sides]
+        if not rewards.passes_similarity_filter(*columns, threshold):
+            return "below the similarity threshold"
+    usable = [candidate for candidate in candidates if candidate["text"].strip()]
+    if not usable:
+        return "empty"
+    if len({c["text"].strip() for c in usable}) == 1 or len({c["reward"] for c in usable}) == 1:
+        return "nothing preferred"
+    return None
 
 
-def sft_values(
-    adapter: Any,
-    params: Any,
-    batch: Mapping[str, jax.Array],
+def tokenize_candidates(
+    generator: Generator,
+    rows: Sequence[Mapping[str, Any]],
+    settings: ObjectiveSettings,
     *,
-    module: Decoder,
-    config: RewardSftConfig,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    prompt_length: int,
+    response_length: int,
+) -> tuple[list[Example], int]:
+    """Rewarded rows to ids: the end of the prompt, the start of each candidate, one EOS on each.
+
+    Args:
+        generator: For its tokenizer and its end of an answer.
+        rows: {"prompt", "candidates": [{"text", "reward"}]}, the chat template applied.
+        settings: Have the temperature of the candidates' shares.
+        prompt_length: Most tokens of a prompt.
+        response_length: Most tokens of a candidate, EOS included.
+
+    Returns:
+        An example for each candidate that has a share, and how many texts had to be cut. "weight"
+        is a candidate's share times candidates per query, so that the mean loss of candidates is
+        that of queries.
+    """
+    examples, cut = [], 0
+    for number, row in enumerate(rows):
+        name = str(row.get("query_id", number))
+        texts = [candidate["text"] for candidate in row["candidates"]]
+        shares = rewards.candidate_shares(
+            np.array([candidate["reward"] for candidate in row["candidates"]]),
+            np.array([bool(text.strip()) for text in texts]),
+            settings.reward_temperature,
+        )
+        used = np.flatnonzero(shares)
+        ids = generator.tokenizer(
+            [row["prompt"], *(texts[i] for i in used)], add_special_tokens=False, verbose=False
+        )["input_ids"]
+        cut += len(ids[0]) > prompt_length
+        prompt = ids[0][-prompt_length:]
+        for candidate, part in zip(used, ids[1:], strict=True):
+            response, was_cut = generator.response_ids(part, response_length)
+            cut += was_cut
+            share = float(shares[candidate])
+            examples.append(Example(prompt, (response,), {"weight": share}, name))
+    scale = len(examples) / max(1, len(rows))
+    return [
+        dataclasses.replace(e, extras={"weight": e.extras["weight"] * scale}) for e in examples
+    ], cut
+
+
+def weighted_losses(
+    log_probs: jax.Array, batch: Mapping[str, jax.Array], settings: ObjectiveSettings
+) -> Losses:
     """Weighted negative log-likelihood of each response of a batch.
 
     Args:
-        adapter: The trainable LoRA tree.
-        params: The frozen base.
-        batch: From `pack_weighted`.
-        module: The decoder, with its LoRA settings.
-        config: Settings of the loss.
-        dropout_key: Turns the adapter's dropout on.
+        log_probs: [batch, response tokens] under the policy.
+        batch: From `pack` of examples with one response and a "weight" each.
+        settings: Of the loss.
 
     Returns:
         [batch] losses, and {"log_prob", "token_log_prob"}, [batch] each: the response's summed and
         mean log-probability, without its weight.
     """
-    variables = {"params": params, "lora": adapter}
-    log_probs = packed_log_probs(
-        module, variables, batch, chunk=config.chunk, dropout_key=dropout_key
-    )
-    own = batch["responses"] == CHOSEN
-    log_prob = jnp.sum(jnp.where(own, log_probs, 0.0), axis=1)
-    mean = log_prob / jnp.sum(own, axis=1)
-    loss = -batch["weights"] * (mean if config.length_normalized else log_prob)
-    return loss, {"log_prob": log_prob, "token_log_prob": mean}
+    sums, tokens = response_sums(log_probs, batch["responses"], 1)
+    log_prob, mean = sums[:, 0], sums[:, 0] / tokens[:, 0]
+    losses = -batch["weight"] * (mean if settings.length_normalized else log_prob)
+    return losses, {"log_prob": log_prob, "token_log_prob": mean}
+
+
+REWARD_SFT = Objective(
+    phase="reward-sft",
+    rows="queries with candidates",
+    examples="candidates",
+    file="candidates.jsonl",
+    read=read_rewarded,
+    tokenize=tokenize_candidates,
+    responses=1,
+    reference=False,
+    losses=weighted_losses,
+    extras=("weight",),
+)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, get_args
 
 from expandr_jax.models.stack import REMATS
-from expandr_jax.objectives.candidates import LOSSES_OF_PAIRS, REWARD_SFT
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.settings import (
     ComputeType,
@@ -61,7 +61,7 @@ class MiningSettings:
 class DpoSettings(TrainingSettings):
     """The section `dpo`, of step B."""
 
-    loss: Annotated[str, choice((*LOSSES_OF_PAIRS, REWARD_SFT))]
+    loss: Annotated[str, choice(OBJECTIVES)]
     reward_temperature: Positive
     beta: Positive
     label_smoothing: Annotated[float, number(least=0, below=0.5)]

@@ -23,9 +23,10 @@ from expandr_jax.generation.programs import (
 from expandr_jax.generation.slots import Slots, empty_settings
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.candidates import objective
-from expandr_jax.objectives.pairs import PairBatches
-from expandr_jax.objectives.preference import PreferencePair, batch_shapes, pack
+from expandr_jax.objectives.adapter import adapter_setup, reference_program
+from expandr_jax.objectives.objective import objective_settings
+from expandr_jax.objectives.packing import Example, pack, row_sizes
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import base_type, penalizes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.planned import (
@@ -46,8 +47,8 @@ from expandr_jax.planning.planned import (
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
-from expandr_jax.training.steps import adapter_program, model_shardings, reference_program
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.steps import model_shardings
+from expandr_jax.training.train_state import OptimizerConfig
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
@@ -63,6 +64,7 @@ class GeneratorShapes:
 
     def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
+        self._objective = OBJECTIVES[config.dpo.loss]
         section = config.generator
         module = shape_module(section, "generator", section.compute_dtype)
         if not family_of(module).generates:
@@ -193,10 +195,14 @@ class GeneratorShapes:
         )
 
     def _batch(self) -> dict[str, np.ndarray]:
-        """PAIRS of random tokens."""
-        rows = random_tokens(self.module, PAIRS, PROMPT + 2 * NEW)
-        pairs = [PreferencePair(*np.split(row, (PROMPT, PROMPT + NEW))) for row in rows]
-        return pack(pairs, 0, batch_shapes([pairs[0].size], 1))
+        """PAIRS examples of random tokens."""
+        responses = self._objective.responses
+        extras = dict.fromkeys(self._objective.extras, 1.0)
+        examples = []
+        for row in random_tokens(self.module, PAIRS, PROMPT + responses * NEW):
+            prompt, *parts = np.split(row, range(PROMPT, len(row), NEW))
+            examples.append(Example(prompt, parts, extras))
+        return pack(examples, 0, row_sizes([examples[0].size], 1))
 
     def _pairs(self) -> tuple[Mesh, Any, dict[str, Any], int]:
         """The mesh, the placed base, a batch and the operations of one forward pass over it."""
@@ -222,7 +228,8 @@ class GeneratorShapes:
                 mesh,
                 jax.tree.map(lambda leaf: leaf.sharding, base),
                 module=self.module,
-                chunk=objective(self._config.dpo).chunk,
+                responses=self._objective.responses,
+                chunk=self._config.dpo.chunk,
             ),
             arguments=({"params": base}, batch),
             mesh=mesh,
@@ -239,32 +246,30 @@ class GeneratorShapes:
         )
 
     def dpo(self) -> Planned:
-        """A step of B: PAIRS, each a prompt of PROMPT tokens and two responses of NEW."""
+        """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
         mesh, base, batch, forward = self._pairs()
         config = self._config.dpo
-        places = jax.tree.map(lambda leaf: leaf.sharding, base)
-        optimizer = make_optimizer(OptimizerConfig(1.0, 2, accumulation=config.accumulation))
-        adapter_places = adapter_shardings(mesh, places, self.adapter)
-        state_places = TrainState.shardings(mesh, adapter_places, self.adapter, optimizer)
-        state = placed(
-            jax.eval_shape(lambda adapter: TrainState.create(adapter, optimizer), self.adapter),
-            state_places,
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+        setup = adapter_setup(
+            mesh,
+            self.adapter,
+            adapter_shardings(mesh, shardings, self.adapter),
+            shardings,
+            OptimizerConfig(1.0, 2, accumulation=config.accumulation),
+            objective=self._objective,
+            module=self.module,
+            settings=objective_settings(config),
         )
-        reference = jax.ShapeDtypeStruct((PAIRS,), jnp.float32, sharding=batch_sharding(mesh))
-        batch |= {"reference_chosen": reference, "reference_rejected": reference}
+        state = placed(jax.eval_shape(setup.create, self.adapter), setup.shardings)
+        if self._objective.reference:
+            batch["reference"] = jax.ShapeDtypeStruct(
+                (PAIRS, self._objective.responses), jnp.float32, sharding=batch_sharding(mesh)
+            )
         passes = FROZEN + (self.module.remat == "full")
         tokens = batch["tokens"].size
         return Planned(
             name="DPO step",
-            program=adapter_program(
-                mesh,
-                state_places,
-                places,
-                values=PairBatches.values,
-                module=self.module,
-                config=objective(config),
-                optimizer=optimizer,
-            ),
+            program=setup.step,
             arguments=(state, base, batch, key_shape()),
             mesh=mesh,
             parameters=(base, state.params),

@@ -9,12 +9,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import optax
 from jax.sharding import Mesh
 
-from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.preference import adapter_step, response_log_probs
 from expandr_jax.sharding import batch_sharding, on_mesh, param_shardings, replicated
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.weights.families import example_inputs
@@ -53,62 +50,6 @@ def training_program(
         in_shardings=(state, *frozen, batch_sharding(mesh), None),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
-    )
-
-
-def adapter_program(
-    mesh: Mesh,
-    state: TrainState,
-    params: Mapping[str, Any],
-    *,
-    values: Callable[..., Any],
-    module: Decoder,
-    config: Any,
-    optimizer: optax.GradientTransformation,
-) -> Program:
-    """(state, params, batch, key) -> (state, metrics): `adapter_step`, the state donated.
-
-    Args:
-        mesh: The devices.
-        state: Shardings of the adapter's state, from `TrainState.shardings`.
-        params: Shardings of the base.
-        values: As for the step.
-        module: Likewise.
-        config: Likewise.
-        optimizer: Likewise.
-    """
-    step = functools.partial(
-        adapter_step, values=values, module=module, config=config, optimizer=optimizer
-    )
-    return training_program(mesh, state, step, params)
-
-
-def reference_program(
-    mesh: Mesh, params: Mapping[str, Any], *, module: Decoder, chunk: int
-) -> Program:
-    """({"params": base}, batch) -> what `response_log_probs` gives, on every device."""
-    log_probs = functools.partial(response_log_probs, module, chunk=chunk)
-    return jax.jit(
-        on_mesh(mesh, log_probs),
-        in_shardings=({"params": params}, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-
-
-def values_program(
-    mesh: Mesh,
-    adapter: Any,
-    params: Mapping[str, Any],
-    *,
-    values: Callable[..., Any],
-    module: Decoder,
-    config: Any,
-) -> Program:
-    """(adapter, params, batch) -> losses and figures of each row, without dropout."""
-    return jax.jit(
-        on_mesh(mesh, functools.partial(values, module=module, config=config)),
-        in_shardings=(adapter, params, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
     )
 
 

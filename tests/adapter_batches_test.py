@@ -11,11 +11,17 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.pairs import PairBatches, tokenize_pairs
-from expandr_jax.objectives.preference import DPOConfig, dpo_values, pack, response_log_probs
+from expandr_jax.objectives.adapter import AdapterBatches
+from expandr_jax.objectives.log_probs import response_log_probs
+from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
+from expandr_jax.objectives.packing import pack
+from expandr_jax.objectives.preference import tokenize_pairs
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import load_generator_model
 from expandr_jax.runtime.run import Run
+from train.generator import kept_reference
 
+DPO, SETTINGS = OBJECTIVES["sigmoid"], ObjectiveSettings(chunk=16)
 LENGTHS = {"prompt_length": 32, "response_length": 9}
 ROWS = [
     {"prompt": f"shape {i}?", "chosen": "axis " * (i + 1), "rejected": f"no {i}"} for i in range(11)
@@ -41,7 +47,7 @@ def made(run):
     """Log-probabilities as a new process has them, and how many batches the base has run."""
 
     def made(models, pairs):
-        batches = PairBatches(run, models, 8, DPOConfig(chunk=16))
+        batches = AdapterBatches(models, DPO, SETTINGS, 8)
         program, calls = batches._log_probs, []
 
         def counted(variables, batch):
@@ -50,7 +56,7 @@ def made(run):
             return program(variables, batch)
 
         batches._log_probs = counted
-        return batches.reference(pairs, "reference"), len(calls)
+        return kept_reference(run, batches, pairs, "reference"), len(calls)
 
     return made
 
@@ -82,28 +88,27 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
     module = models.generator.module
     for pair, found in zip(pairs, made(models, pairs)[0], strict=True):
         expected = response_log_probs(
-            module, {"params": models.generator_params}, pack([pair], 0), chunk=16
+            module, {"params": models.generator_params}, pack([pair], 0), responses=2, chunk=16
         )
-        np.testing.assert_allclose(found, np.ravel(expected[:2]), rtol=1e-5)
+        np.testing.assert_allclose(found, expected[0][0], rtol=1e-5)
 
 
-def test_figures_are_means_over_pairs_whatever_fills_the_last_batch(models, run):
+def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
     """Eleven pairs in batches of eight: the last is filled with five that do not count."""
     pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
-    module, config = models.generator.module, DPOConfig(chunk=16)
-    batches = PairBatches(run, models, 8, config)
-    reference = batches.reference(pairs, "reference")
-    adapter = init_lora(jax.random.key(0), models.generator_params, module.lora)
+    batches = AdapterBatches(models, DPO, SETTINGS, 8)
+    reference = batches.reference(pairs)
+    adapter = init_lora(jax.random.key(0), models.generator_params, models.generator.module.lora)
     adapter = jax.tree.map(lambda leaf: leaf + 0.2, adapter)
     found = batches.evaluate(adapter, pairs, reference)
     alone = []
-    for pair, (chosen, rejected) in zip(pairs, reference, strict=True):
-        batch = pack([pair], 0)
-        batch |= {"reference_chosen": chosen[None], "reference_rejected": rejected[None]}
-        loss, figures = dpo_values(
-            adapter, models.generator_params, batch, module=module, config=config
-        )
-        alone.append({"loss": loss[0], **{name: value[0] for name, value in figures.items()}})
+    for pair, own in zip(pairs, reference, strict=True):
+        batch = {**pack([pair], 0), "reference": own[None]}
+        loss, metrics = adapter_losses(
+            adapter, models.generator_params, batch, objective=DPO, settings=SETTINGS,
+            module=models.generator.module,
+        )  # fmt: skip
+        alone.append({"loss": loss[0], **{name: value[0] for name, value in metrics.items()}})
     assert np.std([row["loss"] for row in alone]) > 1e-2
     assert found.keys() == alone[0].keys()
     for name, value in found.items():

@@ -1,0 +1,31 @@
+"""Log-probabilities of tokens under a language model, and what they come to for whole responses."""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log softmax(logits)[target] in float32: logits [..., vocab], targets [...] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def response_sums(
+    log_probs: jax.Array, responses: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probabilities and number of tokens of each response that a row holds.
+
+    Args:
+        log_probs: [batch, tokens] of the response tokens.
+        responses: [batch, tokens] which response a token belongs to, from 1 on; others count for
+            none.
+        count: Responses a row.
+
+    Returns:
+        Two of [batch, count] float32; 0 and 0 for a response that a row does not have.
+    """
+    own = [responses == number for number in range(1, count + 1)]
+    sums = [jnp.sum(jnp.where(mine, log_probs, 0.0), axis=1) for mine in own]
+    tokens = [jnp.sum(mine, axis=1).astype(jnp.float32) for mine in own]
+    return jnp.stack(sums, axis=1), jnp.stack(tokens, axis=1)

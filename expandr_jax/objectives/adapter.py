@@ -1,0 +1,257 @@
+"""The adapter's batches on the mesh, and what becomes of the examples that are held out."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from expandr_jax.data.records import hash_json
+from expandr_jax.errors import NotFiniteError
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.objectives.log_probs import response_log_probs
+from expandr_jax.objectives.objective import (
+    Objective,
+    ObjectiveSettings,
+    adapter_losses,
+    adapter_step,
+)
+from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
+from expandr_jax.pair import GeneratorModel
+from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.telemetry import TrainingLog
+from expandr_jax.sharding import batch_sharding, on_mesh, put, replicated, whole
+from expandr_jax.training.setup import TrainingSetup, set_up
+from expandr_jax.training.steps import Program
+from expandr_jax.training.train_state import OptimizerConfig
+
+MOST_SIZES = 6  # Of the rows of a training's batches.
+STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few steps take.
+
+
+def hold_out(
+    rows: Sequence[dict[str, Any]], share: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Divides rows into dev and training ones, each in their order.
+
+    They come sorted by query, so the first ones are of one kind: of one package, one source. The
+    sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
+
+    Args:
+        rows: With "prompt", a string or chat messages.
+        share: How much of the rows is held out.
+    """
+    drawn = sorted(range(len(rows)), key=lambda row: hash_json(rows[row]["prompt"]))
+    dev = set(drawn[: int(len(rows) * share)])
+    return (
+        [row for number, row in enumerate(rows) if number in dev],
+        [row for number, row in enumerate(rows) if number not in dev],
+    )
+
+
+def adapter_setup(
+    mesh: Mesh,
+    adapter: Any,
+    shardings: Any,
+    params: Mapping[str, Any],
+    optimizer: OptimizerConfig,
+    **settings: Any,
+) -> TrainingSetup:
+    """`adapter_step` on a mesh, (state, params, batch, key) -> (state, metrics).
+
+    Args:
+        mesh: The devices.
+        adapter: The adapter, or its shapes.
+        shardings: Where it lies.
+        params: Shardings of the base.
+        optimizer: Settings of the optimizer.
+        **settings: The objective, the module and the settings of `adapter_losses`.
+    """
+    step = functools.partial(adapter_step, **settings)
+    return set_up(mesh, step, adapter, shardings, optimizer, params)
+
+
+def reference_program(
+    mesh: Mesh, params: Mapping[str, Any], *, module: Decoder, responses: int, chunk: int
+) -> Program:
+    """({"params": base}, batch) -> what `response_log_probs` gives, on every device."""
+    log_probs = functools.partial(response_log_probs, module, responses=responses, chunk=chunk)
+    return jax.jit(
+        on_mesh(mesh, log_probs),
+        in_shardings=({"params": params}, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def losses_program(mesh: Mesh, adapter: Any, params: Mapping[str, Any], **settings: Any) -> Program:
+    """(adapter, params, batch) -> losses and metrics of each row, without dropout.
+
+    Args:
+        mesh: The devices.
+        adapter: Shardings of the adapter.
+        params: Shardings of the base.
+        **settings: Those of `adapter_losses`.
+    """
+    return jax.jit(
+        on_mesh(mesh, functools.partial(adapter_losses, **settings)),
+        in_shardings=(adapter, params, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+class AdapterBatches:
+    """Packed batches of an objective's examples, on the mesh, and what the models make of them.
+
+    Args:
+        model: The generator and its mesh.
+        objective: What is learned.
+        settings: The objective's.
+        batch_size: Examples of every batch.
+
+    Attributes:
+        sizes: What rows are padded to; see `choose_sizes`.
+    """
+
+    def __init__(
+        self,
+        model: GeneratorModel,
+        objective: Objective,
+        settings: ObjectiveSettings,
+        batch_size: int,
+    ):
+        self._model, self._objective, self._batch_size = model, objective, batch_size
+        self.sizes: list[RowSize] = []
+        mesh, module, base = model.dpo_mesh, model.generator.module, model.base_shardings
+        self._sharding = batch_sharding(mesh)
+        self._log_probs = reference_program(
+            mesh, base, module=module, responses=objective.responses, chunk=settings.chunk
+        )
+        self._losses = losses_program(
+            mesh,
+            model.adapter_shardings,
+            base,
+            objective=objective,
+            module=module,
+            settings=settings,
+        )
+
+    def choose_sizes(self, examples: Sequence[Example], steps: Sequence[Sequence[int]]) -> None:
+        """Sets `sizes` to what suits the batches of a training, given the examples of each step."""
+        needed = []
+        for indices in steps:
+            lengths, responses = zip(*(examples[i].size for i in indices), strict=True)
+            needed.append((max(lengths), max(responses)))
+        self.sizes = row_sizes(needed, min(MOST_SIZES, 1 + len(steps) // STEPS_PER_SIZE))
+
+    def pack(
+        self, examples: Sequence[Example], indices: Sequence[int], reference: np.ndarray | None
+    ) -> dict[str, Any]:
+        """The batch of the examples at `indices`, with what the reference thinks of them."""
+        batch = pack([examples[i] for i in indices], self._model.generator.pad_id, self.sizes)
+        if reference is not None:
+            batch["reference"] = reference[indices]
+        return put(batch, self._sharding)
+
+    def reference_identity(self, examples: Sequence[Example]) -> str:
+        """A hash of all that `reference` depends on: the examples' ids and the base's weights."""
+        return hash_json([self._model.generator_hash, [example.ids for example in examples]])
+
+    def reference(
+        self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None
+    ) -> np.ndarray:
+        """Summed log-probabilities under the base, adapter off: [examples, responses] float32.
+
+        Args:
+            examples: What they are of.
+            advance: Called with the number of examples done.
+        """
+        result = np.zeros((len(examples), self._objective.responses), np.float32)
+        variables = {"params": self._model.generator_params}
+        # Examples of like length share a batch.
+        order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
+        for indices, filled in self._filled(order):
+            sums, _ = self._log_probs(variables, self.pack(examples, filled, None))
+            result[indices] = whole(sums)[: len(indices)]
+            advance(len(indices))
+        return result
+
+    def evaluate(
+        self, adapter: Any, examples: Sequence[Example], reference: np.ndarray | None
+    ) -> dict[str, float]:
+        """Mean loss, accuracy, margin and so on of held-out examples, without dropout."""
+        totals: dict[str, float] = {}
+        for indices, filled in self._filled(range(len(examples))):
+            batch = self.pack(examples, filled, reference)
+            losses, metrics = self._losses(adapter, self._model.generator_params, batch)
+            for name, values in {"loss": losses, **metrics}.items():
+                total = float(np.sum(np.asarray(values)[: len(indices)]))
+                totals[name] = totals.get(name, 0.0) + total
+        return {name: total / len(examples) for name, total in totals.items()}
+
+    def _filled(self, order: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+        """Batches; the last is filled with its first example, to be left out of results."""
+        parts = [
+            list(order[start : start + self._batch_size])
+            for start in range(0, len(order), self._batch_size)
+        ]
+        return [(part, part + part[:1] * (self._batch_size - len(part))) for part in parts]
+
+
+class HeldOut:
+    """Metrics on held-out examples, and which adapter had the lowest loss on them.
+
+    A restart evaluates no step twice, and comes to the same best adapter.
+
+    Args:
+        log: Where the training is recorded; evaluations have "-dev" behind the phase's name.
+        journal: Gets a row for each evaluation.
+        evaluate: An adapter to its metrics, "loss" among them.
+        keep: Keeps the best adapter, in place of the one before.
+    """
+
+    def __init__(
+        self,
+        log: TrainingLog,
+        journal: CommonJournal,
+        evaluate: Callable[[Any], dict[str, float]],
+        keep: Callable[[Any], None],
+    ):
+        self._log, self._journal = log, journal
+        self._evaluate, self._keep = evaluate, keep
+
+    def steps_left(self, steps: int, every: int) -> list[int]:
+        """Every so many steps and the last, but for those that were evaluated before a restart."""
+        return [*range(every or steps, steps, every or steps), steps][len(self._journal.rows) :]
+
+    def evaluate(self, step: int, adapter: Any) -> None:
+        """Takes the adapter's metrics after a step, and keeps it if none had a lower loss."""
+        metrics, log = self._evaluate(adapter), self._log
+        if not all(map(math.isfinite, metrics.values())):
+            raise NotFiniteError(
+                f"{log.phase}, round {log.round_}, step {step}: the loss on dev pairs is not "
+                "finite; lower the learning rate"
+            )
+        if all(metrics["loss"] < row["loss"] for row in self._journal.rows):
+            self._keep(adapter)
+        log.metrics.rewind(f"{log.phase}-dev", log.round_, step)
+        log.metrics.write(f"{log.phase}-dev", log.round_, step, metrics)
+        # Last, so that a kill before it has all of this done again.
+        self._journal.append([{"step": step, **metrics}])
+        shown = [
+            f"{name} {metrics[name]:.4f}" for name in ("accuracy", "margin") if name in metrics
+        ]
+        loss = f"dev loss {metrics['loss']:.4f}"
+        log.reporter.say(f"step {step}: {', '.join([loss, *shown])}")
+
+    def best(self) -> dict[str, float]:
+        """The metrics of the step with the lowest loss, which ends the evaluations."""
+        if not self._journal.finished:
+            self._journal.finish()
+        return min(self._journal.rows, key=lambda row: row["loss"])
+
+    def forget(self) -> None:
+        """Has all steps evaluated again, as where the best adapter is lost."""
+        self._journal.keep(0)

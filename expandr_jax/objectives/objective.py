@@ -1,0 +1,145 @@
+"""What an objective of step B is, and the step that trains the generator's adapter by one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from expandr_jax.losses.preference import PreferenceSettings
+from expandr_jax.models.decoder import Decoder
+from expandr_jax.objectives.log_probs import packed_log_probs
+from expandr_jax.training.train_state import TrainState
+
+Losses = tuple[jax.Array, dict[str, jax.Array]]  # [batch] losses, and metrics, [batch] each.
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveSettings(PreferenceSettings):
+    """What objectives can be set to; each reads what it needs.
+
+    Attributes:
+        length_normalized: Use mean instead of summed token log-probabilities.
+        sft_weight: Weight of the chosen response's negative log-likelihood per token, added.
+        reward_temperature: Divides rewards in the softmax that makes shares of them.
+        chunk: Response tokens whose logits are in memory at once.
+    """
+
+    length_normalized: bool = False
+    sft_weight: float = 0.0
+    reward_temperature: float = 0.5
+    chunk: int = 256
+
+
+def objective_settings(section: Any) -> ObjectiveSettings:
+    """Those of the config's section `dpo`."""
+    fields = dataclasses.fields(ObjectiveSettings)
+    return ObjectiveSettings(**{field.name: getattr(section, field.name) for field in fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """How the generator learns from what was sampled and rewarded.
+
+    Attributes:
+        phase: What its training is called in messages and timings.
+        rows: What the rows of its files are called.
+        examples: What it makes of them is called.
+        file: Name of the file of a round that it learns from.
+        read: (path, generator, config, own) -> rows of such a file, and how many were left out for
+            what reason. `own`: the file is one that a run has written, which has no bad lines and
+            whose prompts may be cut.
+        tokenize: (generator, rows, settings, prompt_length=, response_length=) -> examples, and how
+            many texts had to be cut.
+        responses: Responses of an example at most.
+        reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
+            the batch.
+        losses: (log-probabilities [batch, response tokens], batch, settings) -> losses and metrics.
+        extras: Names of the numbers that the losses need of each example.
+    """
+
+    phase: str
+    rows: str
+    examples: str
+    file: str
+    read: Callable[..., tuple[list[dict[str, Any]], dict[str, int]]]
+    tokenize: Callable[..., tuple[list[Any], int]]
+    responses: int
+    reference: bool
+    losses: Callable[[jax.Array, Mapping[str, jax.Array], ObjectiveSettings], Losses]
+    extras: tuple[str, ...] = ()
+
+    def counted(self, rows: int, dropped: Mapping[str, int]) -> str:
+        """What there is to learn from, and what was left out, for people."""
+        reasons = "".join(f"; {count} dropped: {why}" for why, count in sorted(dropped.items()))
+        return f"{rows} {self.rows}{reasons}"
+
+
+def adapter_losses(
+    adapter: Any,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    objective: Objective,
+    module: Decoder,
+    settings: ObjectiveSettings,
+    dropout_key: jax.Array | None = None,
+) -> Losses:
+    """An objective's losses and metrics of each row of a packed batch.
+
+    Args:
+        adapter: The trainable LoRA tree.
+        params: The frozen base.
+        batch: From `packing.pack`, with "reference" where the objective needs it.
+        objective: What is learned.
+        module: The decoder, with its LoRA settings.
+        settings: The objective's.
+        dropout_key: Turns the adapter's dropout on.
+    """
+    log_probs = packed_log_probs(
+        module,
+        {"params": params, "lora": adapter},
+        batch,
+        responses=objective.responses,
+        chunk=settings.chunk,
+        dropout_key=dropout_key,
+    )
+    return objective.losses(log_probs, batch, settings)
+
+
+def adapter_loss(*args: Any, **kwargs: Any) -> Losses:
+    """Means over the batch of `adapter_losses`, with its arguments."""
+    losses, metrics = adapter_losses(*args, **kwargs)
+    return jnp.mean(losses), {name: jnp.mean(value) for name, value in metrics.items()}
+
+
+def adapter_step(
+    state: TrainState,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    **settings: Any,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One batch's part in an update of the adapter; dropout is drawn from (key, step).
+
+    Args:
+        state: The adapter and its optimizer's state.
+        params: The frozen base.
+        batch: As for `adapter_losses`.
+        key: Of the dropout.
+        optimizer: The one that made the state.
+        **settings: The objective, the module and the settings of `adapter_losses`.
+
+    Returns:
+        The state after it, and the batch's mean metrics.
+    """
+    loss_of = jax.value_and_grad(functools.partial(adapter_loss, **settings), has_aux=True)
+    key = jax.random.fold_in(key, state.step)
+    (loss, metrics), grads = loss_of(state.params, params, batch, dropout_key=key)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+    return state.apply(grads, optimizer), metrics
