@@ -16,7 +16,8 @@ from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.objectives.settings import ContrastiveSettings, DpoSettings, MiningSettings
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
-from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings, RewardSettings
+from expandr_jax.rewards.registry import REWARDS, RewardSettings
+from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.settings import LogSettings
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.settings import MANY, count, read_section
@@ -27,7 +28,7 @@ from expandr_jax.weights.settings import ExportSettings
 # Of these at least one is above 0, or nothing would be learned.
 WEIGHED = (
     tuple(f"contrastive.{n}_weight" for n in ("info_nce", "margin_mse", "kl", "invariance")),
-    tuple(f"reward.{name}" for name in ("positive", "answer", "corpus", "group")),
+    tuple(f"reward.{name}" for name in REWARDS),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
 )
 
@@ -121,12 +122,11 @@ def _check(config: Config) -> None:
             f"at least {LEAST_TEMPERATURE}, below which none is learned",
         )  # fmt: skip
     # Longer vectors would have sharper shares, whatever they say.
-    graded = config.reward.corpus > 0 and config.reward.corpus_measure == "softmax_share"
-    if graded and step_a.normalize not in ("after", "both"):
-        raise _refuse(
-            config, "contrastive.normalize",
-            '"after" or "both", as reward.corpus_measure is "softmax_share"',
-        )  # fmt: skip
+    for name in REWARDS:
+        graded = getattr(config.reward, f"{name}_measure", None) == "softmax_share"
+        if graded and getattr(config.reward, name) and step_a.normalize not in ("after", "both"):
+            expected = f'"after" or "both", as reward.{name}_measure is "softmax_share"'
+            raise _refuse(config, "contrastive.normalize", expected)
     try:
         parse_systems(config.evaluation.systems)
     except UserError as error:

@@ -14,6 +14,7 @@ from expandr_jax.data.records import read_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
+from expandr_jax.rewards import registry
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactOptions, ScannOptions
 from expandr_jax.search.settings import SearchSettings
@@ -114,14 +115,14 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_query(make, monkeypatch, value):
     make_preferences, run = make
-    real = preferences.corpus_reward
+    real = registry.corpus_reward
 
     def broken(*args):
         rewards = np.array(real(*args))
         rewards[1, 2] = value
         return rewards
 
-    monkeypatch.setattr(preferences, "corpus_reward", broken)
+    monkeypatch.setattr(registry, "corpus_reward", broken)
     with pytest.raises(NotFiniteError, match="rewards, round 0: not finite for queries q1;"):
         make_preferences()
     assert not run.path("round-0", "preferences.jsonl").exists()

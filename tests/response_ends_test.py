@@ -9,6 +9,7 @@ from expandr_jax.data.preferences import read_preferences
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.reward_sft import tokenize_candidates
+from expandr_jax.rewards.group import Group
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
 
@@ -77,7 +78,7 @@ def test_long_texts_are_cut_without_a_warning_of_indexing_errors(load, tmp_path)
         "candidates": [{"text": long, "reward": 1.0}],
     }
     assert tokenize_pairs(generator, [row], **LIMITS)[1] == 2
-    assert tokenize_candidates(generator, [row], SETTINGS, **LIMITS)[1] == 2
+    assert tokenize_candidates(generator, [Group.from_row(row)], SETTINGS, **LIMITS)[1] == 2
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert read_preferences(path, generator.tokenizer, prompt_length=8, on_bad_pair="drop")[1]
@@ -108,5 +109,5 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
         assert (pair.responses[0], was_cut) == (ids, cut), text
         assert pair.responses[1][-1] == TURN_END
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
-        (one,), was_cut = tokenize_candidates(generator, [row], SETTINGS, **LIMITS)
+        (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS, **LIMITS)
         assert (one.responses[0], was_cut) == (ids, cut), text

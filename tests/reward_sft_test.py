@@ -20,6 +20,7 @@ from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.reward_sft import REWARD_SFT, read_rewarded, tokenize_candidates
+from expandr_jax.rewards.group import Group
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
@@ -77,7 +78,11 @@ def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
     ]
     settings = ObjectiveSettings(reward_temperature=0.5)
     examples, cut = tokenize_candidates(
-        generator, rows, settings, prompt_length=8, response_length=8
+        generator,
+        [Group.from_row(row) for row in rows],
+        settings,
+        prompt_length=8,
+        response_length=8,
     )
     assert cut == 0
     assert len(examples) == 8
@@ -219,8 +224,8 @@ def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_pa
     config = make_config(file)
     config.reward.threshold = 0.6
     kept, dropped = read_rewarded(file, tiny[0], config, own=True)
-    assert [row["query"] for row in kept] == ["kept"]
-    assert kept[0]["prompt"] == tiny[0].chat_text("kept?")
+    assert [group.query for group in kept] == ["kept"]
+    assert kept[0].prompt == tiny[0].chat_text("kept?")
     assert dropped == {"below the similarity threshold": 1, "nothing preferred": 2, "empty": 1}
 
 

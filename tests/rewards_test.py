@@ -1,10 +1,18 @@
 """Rank rewards against worked examples, a plain loop, and properties they must have."""
 
+import types
+
 import numpy as np
 import pytest
 
 from expandr_jax import metrics
 from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.registry import total_reward
+from expandr_jax.rewards.selection import (
+    candidate_shares,
+    passes_similarity_filter,
+    select_pair,
+)
 
 
 def test_ranks_of_a_worked_example():
@@ -142,29 +150,29 @@ def test_group_ndcg_equals_a_plain_loop_and_moves_with_its_candidates():
 
 def test_total_reward_weighs_its_terms():
     terms = {"positive": np.array([1.0, 0.5]), "answer": np.array([0.5, 1.0])}
-    weights = rewards.RewardWeights(positive=1.0, answer=2.0)
-    np.testing.assert_allclose(rewards.total_reward(terms, weights), [2.0, 2.5])
+    weights = types.SimpleNamespace(positive=1.0, answer=2.0)
+    np.testing.assert_allclose(total_reward(terms, weights), [2.0, 2.5])
 
 
 def test_the_filter_looks_at_the_best_sum():
     positive = np.array([[0.1, 0.5], [0.3, 0.3]])
     answer = np.array([[0.4, 0.1], [0.2, 0.29]])
-    kept = rewards.passes_similarity_filter(positive, answer, 0.6)
+    kept = passes_similarity_filter(positive, answer, 0.6)
     np.testing.assert_array_equal(kept, [True, False])
 
 
 def test_pairs_take_the_extremes_and_the_lower_index():
-    assert rewards.select_pair(np.array([0.5, 2.0, 2.0, 0.5]), list("abcd")) == (1, 0)
-    assert rewards.select_pair(np.array([0.5, 2.0]), ["same", " same "]) is None
-    assert rewards.select_pair(np.zeros(3), list("abc")) is None
+    assert select_pair(np.array([0.5, 2.0, 2.0, 0.5]), list("abcd")) == (1, 0)
+    assert select_pair(np.array([0.5, 2.0]), ["same", " same "]) is None
+    assert select_pair(np.zeros(3), list("abc")) is None
 
 
 def test_shares_of_a_worked_example():
     # Rewards log 1, log 2, log 3 at T = 1, and one candidate that may not be learned.
-    found = rewards.candidate_shares(np.log([1, 2, 3, 100]), np.array([1, 1, 1, 0], bool), 1.0)
+    found = candidate_shares(np.log([1, 2, 3, 100]), np.array([1, 1, 1, 0], bool), 1.0)
     np.testing.assert_allclose(found, [1 / 6, 2 / 6, 3 / 6, 0])
     # At half the temperature odds are squared: 1 to 4 to 9.
-    found = rewards.candidate_shares(np.log([1, 2, 3]), np.ones(3, bool), 0.5)
+    found = candidate_shares(np.log([1, 2, 3]), np.ones(3, bool), 0.5)
     np.testing.assert_allclose(found, np.array([1, 4, 9]) / 14)
 
 
@@ -172,19 +180,19 @@ def test_shares_equal_a_plain_softmax_and_move_with_their_candidates():
     rng = np.random.default_rng(0)
     values, usable = rng.uniform(0, 2, (6, 8)), rng.random((6, 8)) < 0.7
     usable[:, 0] = True
-    found = rewards.candidate_shares(values, usable, 0.5)
+    found = candidate_shares(values, usable, 0.5)
     for row, (value, use) in enumerate(zip(values, usable, strict=True)):
         exponentials = [np.exp(v / 0.5) if u else 0.0 for v, u in zip(value, use, strict=True)]
         np.testing.assert_allclose(found[row], np.array(exponentials) / sum(exponentials))
     order = rng.permutation(8)
-    moved = rewards.candidate_shares(values[:, order], usable[:, order], 0.5)
+    moved = candidate_shares(values[:, order], usable[:, order], 0.5)
     np.testing.assert_allclose(moved, found[:, order])
 
 
 def test_near_zero_the_best_alone_is_learned_and_nothing_overflows():
-    found = rewards.candidate_shares([[0.0, 2.0, 2.0, 1.0]], np.ones((1, 4), bool), 1e-3)
+    found = candidate_shares([[0.0, 2.0, 2.0, 1.0]], np.ones((1, 4), bool), 1e-3)
     np.testing.assert_array_equal(found, [[0, 0.5, 0.5, 0]])
-    found = rewards.candidate_shares([[1e6, 0.0]], np.array([[False, True]]), 1e-3)
+    found = candidate_shares([[1e6, 0.0]], np.array([[False, True]]), 1e-3)
     np.testing.assert_array_equal(found, [[0, 1]])
-    none = rewards.candidate_shares([[1.0, 2.0]], np.zeros((1, 2), bool), 1.0)
+    none = candidate_shares([[1.0, 2.0]], np.zeros((1, 2), bool), 1.0)
     np.testing.assert_array_equal(none, [[0, 0]])

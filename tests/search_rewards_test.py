@@ -6,7 +6,12 @@ import pytest
 from configs import base
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.rewards.search import MEASURES, corpus_reward, group_reward, judged_documents
+from expandr_jax.rewards.search import (
+    SEARCH_MEASURES,
+    corpus_reward,
+    group_reward,
+    judged_documents,
+)
 from expandr_jax.search import build_index
 
 IDS = [f"d{i}" for i in range(50)]
@@ -70,7 +75,7 @@ def plain(measure, order, grades, scores):
 RIGHT = [{40: 2, 3: 1, 8: 1}, {11: 1}]
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", SEARCH_MEASURES)
 @pytest.mark.parametrize("depth", [10, 49])
 def test_the_corpus_reward_is_the_measure_of_a_plain_ranking(vectors, judged, measure, depth):
     corpus, x = vectors[:49], fused(vectors)
@@ -88,7 +93,7 @@ def test_the_corpus_reward_is_the_measure_of_a_plain_ranking(vectors, judged, me
     assert found[0, 0] == found[0].max()
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", SEARCH_MEASURES)
 def test_the_corpus_reward_is_the_same_whatever_is_in_memory_at_once(
     vectors, judged, measure, monkeypatch
 ):

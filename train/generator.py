@@ -48,7 +48,7 @@ def train_generator(
     run: Run,
     models: GeneratorModel,
     adapter: Any | None,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Any],
     *,
     round_: int,
 ) -> Any:
@@ -72,7 +72,7 @@ def train_generator(
     """
     config = run.config.dpo
     objective, settings = OBJECTIVES[config.loss], objective_settings(config)
-    held_out, others = hold_out(rows, config.dev_share)
+    held_out, others = hold_out(rows, config.dev_share, objective.prompt)
     (dev, dev_cut), (examples, cut) = (
         objective.tokenize(
             models.generator,
@@ -281,7 +281,7 @@ def train_adapter(
     return directory
 
 
-def _read(run: Run, generator: Generator) -> list[dict[str, Any]]:
+def _read(run: Run, generator: Generator) -> list[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
     path, objective = pathlib.Path(config.data.path), OBJECTIVES[config.dpo.loss]

@@ -52,6 +52,7 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
     from expandr_jax.mining import mine_negatives
     from expandr_jax.ranking.fusion import expanded_query
     from expandr_jax.rewards import ranks as rewards
+    from expandr_jax.rewards.selection import passes_similarity_filter, select_pair
     from expandr_jax.search import build_index
     from expandr_jax.sharding import make_mesh
     from expandr_jax.vectors.encoder import TextEncoder
@@ -86,9 +87,9 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
         rank = rewards.rank_in_results(found, np.repeat(relevant, CANDIDATES)).reshape(count, -1)
         terms = [rewards.reciprocal_rank(rewards.ranks(side)) for side in similarities]
         reward = sum(terms) + rewards.reciprocal_rank(rank)
-        kept = rewards.passes_similarity_filter(*similarities, 0.6)
+        kept = passes_similarity_filter(*similarities, 0.6)
         for row in np.flatnonzero(kept):
-            rewards.select_pair(reward[row], texts[row][:CANDIDATES])
+            select_pair(reward[row], texts[row][:CANDIDATES])
         scores, nearest = index.search(query, DEPTH)
         mine_negatives(
             scores,

@@ -33,18 +33,19 @@ STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few step
 
 
 def hold_out(
-    rows: Sequence[dict[str, Any]], share: float
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    rows: Sequence[Any], share: float, prompt: Callable[[Any], Any]
+) -> tuple[list[Any], list[Any]]:
     """Divides rows into dev and training ones, each in their order.
 
     They come sorted by query, so the first ones are of one kind: of one package, one source. The
     sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
 
     Args:
-        rows: With "prompt", a string or chat messages.
+        rows: What an objective reads.
         share: How much of the rows is held out.
+        prompt: A row to its prompt, a string or chat messages.
     """
-    drawn = sorted(range(len(rows)), key=lambda row: hash_json(rows[row]["prompt"]))
+    drawn = sorted(range(len(rows)), key=lambda row: hash_json(prompt(rows[row])))
     dev = set(drawn[: int(len(rows) * share)])
     return (
         [row for number, row in enumerate(rows) if number in dev],

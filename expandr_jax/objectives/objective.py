@@ -54,6 +54,7 @@ class Objective:
             whose prompts may be cut.
         tokenize: (generator, rows, settings, prompt_length=, response_length=) -> examples, and how
             many texts had to be cut.
+        prompt: A row to its prompt.
         responses: Responses of an example at most.
         reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
             the batch.
@@ -65,8 +66,9 @@ class Objective:
     rows: str
     examples: str
     file: str
-    read: Callable[..., tuple[list[dict[str, Any]], dict[str, int]]]
+    read: Callable[..., tuple[list[Any], dict[str, int]]]
     tokenize: Callable[..., tuple[list[Any], int]]
+    prompt: Callable[[Any], Any]
     responses: int
     reference: bool
     losses: Callable[[jax.Array, Mapping[str, jax.Array], ObjectiveSettings], Losses]

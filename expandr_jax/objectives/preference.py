@@ -1,6 +1,7 @@
 """Objectives of preference pairs: DPO and its kin, one for each of `PREFERENCE_LOSSES`."""
 
 import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,6 +121,7 @@ PREFERENCE_OBJECTIVES = {
         tokenize=tokenize_pairs,
         responses=2,
         reference=loss.reference,
+        prompt=operator.itemgetter("prompt"),
         losses=functools.partial(preference_losses, loss=loss),
     )
     for name, loss in PREFERENCE_LOSSES.items()

@@ -1,11 +1,12 @@
 """The objective that learns all of a query's candidates, each by its reward's share.
 
-loss of a query = - sum_i w_i log pi(d_i | q), with w of `rewards.candidate_shares`: the M step of
+loss of a query = - sum_i w_i log pi(d_i | q), with w of `candidate_shares`: the M step of
 expectation maximisation over expansions. It needs neither a reference model nor a rejected text.
 """
 
 import collections
 import dataclasses
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,13 +20,14 @@ from expandr_jax.losses.language import response_sums
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example
-from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.group import Group
+from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
 
 def read_rewarded(
     path: str | os.PathLike, generator: Generator, config: Any, own: bool
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The lines of a file that `read_candidates` takes and from which something can be learned.
+) -> tuple[list[Group], dict[str, int]]:
+    """The groups of a file that `read_candidates` takes, from which something can be learned.
 
     Left out are those whose candidates are all empty, have one reward or one text, or, where the
     file has their similarities, are all below `reward.threshold`.
@@ -37,7 +39,7 @@ def read_rewarded(
         own: The file is a run's candidates.jsonl.
 
     Returns:
-        The lines, and how many were left out for what reason.
+        The groups, and how many were left out for what reason.
     """
     limits = {"prompt_length": config.dpo.prompt_length, "on_bad_pair": config.dpo.on_bad_pair}
     rows, dropped = read_candidates(
@@ -47,43 +49,28 @@ def read_rewarded(
         **({} if own else limits),
     )
     kept, dropped = [], collections.Counter(dropped)
-    for row in rows:
-        reason = _nothing_to_learn(row["candidates"], config.reward.threshold)
+    for group in map(Group.from_row, rows):
+        reason = nothing_to_learn(group, config.reward.threshold)
         if reason is None:
-            kept.append(row)
+            kept.append(group)
         else:
             dropped[reason] += 1
     return kept, dict(dropped)
 
 
-def _nothing_to_learn(candidates: Sequence[Mapping[str, Any]], threshold: float) -> str | None:
-    """Why a query is left out, or None."""
-    sides = ("similarity_positive", "similarity_answer")
-    if all(side in candidate for candidate in candidates for side in sides):
-        columns = [np.array([candidate[side] for candidate in candidates]) for side in sides]
-        if not rewards.passes_similarity_filter(*columns, threshold):
-            return "below the similarity threshold"
-    usable = [candidate for candidate in candidates if candidate["text"].strip()]
-    if not usable:
-        return "empty"
-    if len({c["text"].strip() for c in usable}) == 1 or len({c["reward"] for c in usable}) == 1:
-        return "nothing preferred"
-    return None
-
-
 def tokenize_candidates(
     generator: Generator,
-    rows: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
     settings: ObjectiveSettings,
     *,
     prompt_length: int,
     response_length: int,
 ) -> tuple[list[Example], int]:
-    """Rewarded rows to ids: the end of the prompt, the start of each candidate, one EOS on each.
+    """Rewarded groups to ids: the end of the prompt, the start of each candidate, one EOS on each.
 
     Args:
         generator: For its tokenizer and its end of an answer.
-        rows: {"prompt", "candidates": [{"text", "reward"}]}, the chat template applied.
+        groups: With their prompts.
         settings: Have the temperature of the candidates' shares.
         prompt_length: Most tokens of a prompt.
         response_length: Most tokens of a candidate, EOS included.
@@ -94,17 +81,16 @@ def tokenize_candidates(
         that of queries.
     """
     examples, cut = [], 0
-    for number, row in enumerate(rows):
-        name = str(row.get("query_id", number))
-        texts = [candidate["text"] for candidate in row["candidates"]]
-        shares = rewards.candidate_shares(
-            np.array([candidate["reward"] for candidate in row["candidates"]]),
+    for number, group in enumerate(groups):
+        name, texts = group.query_id or str(number), group.texts
+        shares = candidate_shares(
+            np.array([candidate.total for candidate in group.candidates]),
             np.array([bool(text.strip()) for text in texts]),
             settings.reward_temperature,
         )
         used = np.flatnonzero(shares)
         ids = generator.tokenizer(
-            [row["prompt"], *(texts[i] for i in used)], add_special_tokens=False, verbose=False
+            [group.prompt, *(texts[i] for i in used)], add_special_tokens=False, verbose=False
         )["input_ids"]
         cut += len(ids[0]) > prompt_length
         prompt = ids[0][-prompt_length:]
@@ -113,7 +99,7 @@ def tokenize_candidates(
             cut += was_cut
             share = float(shares[candidate])
             examples.append(Example(prompt, (response,), {"weight": share}, name))
-    scale = len(examples) / max(1, len(rows))
+    scale = len(examples) / max(1, len(groups))
     return [
         dataclasses.replace(e, extras={"weight": e.extras["weight"] * scale}) for e in examples
     ], cut
@@ -148,6 +134,7 @@ REWARD_SFT = Objective(
     tokenize=tokenize_candidates,
     responses=1,
     reference=False,
+    prompt=operator.attrgetter("prompt"),
     losses=weighted_losses,
     extras=("weight",),
 )

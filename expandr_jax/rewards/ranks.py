@@ -1,9 +1,7 @@
-"""Rewards of candidate passages and the preference pairs made from them (ExpandR, section on DPO).
+"""Ranks, and measures of rankings.
 
 All functions are pure and work on whole batches of numpy arrays. Ranks start at 1.
 """
-
-import dataclasses
 
 import numpy as np
 
@@ -166,88 +164,3 @@ def group_ndcg(
     """
     scores = np.einsum("...cd,...sgd->...csg", queries, documents)
     return ndcg(ranks(scores), np.asarray(grades)[..., None, :, :], cutoff).mean(axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardWeights:
-    """Weights of the reward's terms; the paper has 1, 1 and no others.
-
-    Attributes:
-        positive: On 1 / rank among the candidates by similarity to the right document.
-        answer: On the same by similarity to the self-answer.
-        corpus: On 1 / rank of the right document in the corpus for the expanded query, or another
-            measure of that search.
-        group: On nDCG of the expanded query's ranking of a sampled set of documents.
-    """
-
-    positive: float = 1.0
-    answer: float = 1.0
-    corpus: float = 0.0
-    group: float = 0.0
-
-
-def total_reward(terms: dict[str, np.ndarray], weights: RewardWeights) -> np.ndarray:
-    """Weighted sum of reward terms named like the weights; terms of one shape."""
-    return sum(getattr(weights, name) * np.asarray(value) for name, value in terms.items())
-
-
-def passes_similarity_filter(
-    similarity_positive: np.ndarray, similarity_answer: np.ndarray, threshold: float
-) -> np.ndarray:
-    """Keeps a query whose best candidate is near enough to the right document and the answer.
-
-    Args:
-        similarity_positive: [queries, candidates] cosine to the right document.
-        similarity_answer: [queries, candidates] cosine to the self-answer.
-        threshold: Least value of the highest sum; the paper's is 0.6.
-
-    Returns:
-        [queries] bool.
-    """
-    total = np.asarray(similarity_positive, np.float64) + np.asarray(similarity_answer, np.float64)
-    return total.max(axis=-1) >= threshold
-
-
-def candidate_shares(
-    rewards: np.ndarray, usable: np.ndarray, temperature: float, least: float = 1e-3
-) -> np.ndarray:
-    """Share of each candidate in what is learned of its query: softmax(reward / temperature).
-
-    w_i = exp(r_i / T) / sum_j exp(r_j / T) over the query's usable candidates. As T falls to 0 the
-    best candidate alone is learned, with equal shares of those that tie; as it rises, all alike.
-
-    Args:
-        rewards: [..., candidates].
-        usable: [..., candidates] bool, False for a candidate that must not be learned.
-        temperature: T, above 0, in units of the reward.
-        least: A share below so much of the best one's is not worth its computation: it becomes 0.
-
-    Returns:
-        [..., candidates] float64, each query's summing to 1; all 0 where none is usable.
-
-    References:
-        Reward-weighted regression: Peters and Schaal, ICML 2007; with exponential weights Peng et
-        al., arXiv 1910.00177. EXSEARCH's M step, too, weighs what it learns by its reward.
-    """
-    rewards = np.where(usable, np.asarray(rewards, np.float64), -np.inf)
-    best = rewards.max(axis=-1, keepdims=True)
-    weights = np.exp((rewards - np.where(np.isfinite(best), best, 0.0)) / temperature)
-    weights[weights < least] = 0.0
-    total = weights.sum(axis=-1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
-
-
-def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None:
-    """Indices of the chosen (highest reward) and rejected (lowest) candidate; lower index on ties.
-
-    Args:
-        rewards: [candidates].
-        texts: The candidates' texts.
-
-    Returns:
-        (chosen, rejected), or None where both have the same text, so that nothing is preferred.
-    """
-    chosen, rejected = int(np.argmax(rewards)), int(np.argmin(rewards))
-    if texts[chosen].strip() == texts[rejected].strip():
-        return None
-    return chosen, rejected

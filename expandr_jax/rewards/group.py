@@ -1,0 +1,104 @@
+"""A query's candidates and what they are worth: sampled, rewarded, learned from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SIDES = ("positive", "answer")  # What candidates are compared with: a line has its cosines of both.
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A text that was sampled for a query.
+
+    Attributes:
+        text: What it says; "" where the model said nothing.
+        temperature: What it was sampled at; None where a file does not say.
+        tokens: Its token ids as they were sampled; none where a file has kept the text alone.
+        log_probs: The log-probability of each of them then, or None where nobody kept them.
+        similarities: Its cosine to the positive document and to the self-answer.
+        ranks: Its rank among the candidates by each of these.
+        rewards: Rewards by their names.
+        total: Their weighted sum.
+    """
+
+    text: str
+    temperature: float | None = None
+    tokens: Sequence[int] = ()
+    log_probs: Sequence[float] | None = None
+    similarities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    total: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A query and its candidates. `to_row` and `from_row` are its form in candidates.jsonl.
+
+    Attributes:
+        query_id: The query's id.
+        query: Its text.
+        positive_id: Id of the relevant document that candidates are compared with.
+        answer: The self-answer.
+        candidates: The texts, as they were asked for.
+        prompt: What the generator was given, the chat template applied.
+    """
+
+    query_id: str
+    query: str
+    positive_id: str
+    answer: str
+    candidates: Sequence[Candidate]
+    prompt: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """The candidates' texts."""
+        return [candidate.text for candidate in self.candidates]
+
+    def to_row(self, with_prompt: bool = False) -> dict[str, Any]:
+        """A line of candidates.jsonl, of candidates that have been rewarded.
+
+        Args:
+            with_prompt: The query alone does not give the prompt, which stands in the line, too.
+        """
+        return {
+            "query_id": self.query_id,
+            "query": self.query,
+            "positive_id": self.positive_id,
+            "answer": self.answer,
+            "candidates": [
+                {
+                    "text": c.text,
+                    "temperature": c.temperature,
+                    **{f"similarity_{side}": c.similarities[side] for side in SIDES},
+                    **{f"rank_{side}": c.ranks[side] for side in SIDES},
+                    "reward": c.total,
+                    "reward_terms": dict(c.rewards),
+                }
+                for c in self.candidates
+            ],
+            **({"prompt": self.prompt} if with_prompt else {}),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Group":
+        """The group of a line; of a file that is no run's, candidates may have "reward" alone."""
+        names = ("query_id", "query", "positive_id", "answer")
+        candidates = [
+            Candidate(
+                c["text"],
+                c.get("temperature"),
+                similarities=_by_side(c, "similarity"),
+                ranks=_by_side(c, "rank"),
+                rewards=c.get("reward_terms", {}),
+                total=c["reward"],
+            )
+            for c in row["candidates"]
+        ]
+        return cls(*(row.get(name, "") for name in names), candidates, row.get("prompt", ""))
+
+
+def _by_side(row: Mapping[str, Any], field: str) -> dict[str, Any]:
+    return {side: row[f"{field}_{side}"] for side in SIDES if f"{field}_{side}" in row}
