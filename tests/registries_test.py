@@ -1,0 +1,205 @@
+"""Every registry of methods: what each entry takes and gives, and a worked value of each."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from expandr_jax.config import read_config
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.expansion.strategies import STRATEGIES, DenseQuery
+from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceSettings
+from expandr_jax.objectives.objective import ObjectiveSettings
+from expandr_jax.objectives.packing import Example, pack
+from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
+from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.group import Candidate, Group
+from expandr_jax.rewards.registry import REWARDS
+from expandr_jax.vectors.corpus import Corpus
+
+POLICY = np.array([[-10.0, -9.0], [-3.0, -5.0], [-2.0, -2.0]], np.float32)
+REFERENCE = np.array([[-12.0, -8.0], [-4.0, -3.0], [-2.0, -2.0]], np.float32)
+LOSSES = {  # Of the first pair: beta h is 0.3.
+    "sigmoid": math.log(1 + math.exp(-0.3)),
+    "hinge": 0.7,
+    "ipo": 4.0,
+    "robust": math.log(1 + math.exp(-0.3)),
+}
+
+
+def jitted_too(function, *arrays):
+    """What a function gives, which is the same compiled."""
+    plain = function(*arrays)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, jax.jit(function)(*arrays)
+    )
+    return plain
+
+
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
+def test_preference_losses(name):
+    loss = PREFERENCE_LOSSES[name]
+    given = (POLICY, REFERENCE) if loss.reference else (POLICY, None)
+    of_pairs = functools.partial(loss.losses, settings=PreferenceSettings())
+    found = jitted_too(of_pairs, *given)
+    assert found.shape == (3,)
+    assert np.isfinite(found).all()
+    order = [2, 0, 1]
+    moved = of_pairs(*(None if x is None else x[order] for x in given))
+    np.testing.assert_array_equal(moved, found[jnp.array(order)])
+    np.testing.assert_allclose(found[0], LOSSES[name], rtol=1e-5)
+    # A pair that gains is pulled less than the same pair the wrong way round.
+    turned = of_pairs(*(None if x is None else x[:, ::-1] for x in given))
+    assert found[1] < turned[1]
+
+
+OBJECTIVE_LOSSES = {  # Of an example whose responses have log-probabilities -3 and -1 - 1.
+    **dict.fromkeys(("sigmoid", "robust"), math.log(1 + math.exp(0.1))),  # h is -3 + 2.
+    "hinge": 1.1,
+    "ipo": (-2 - 5) ** 2,  # Means, -3 and -1.
+    "reward-sft": 0.5 * 3,
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(name):
+    """Examples to rows, and a token's log-probabilities to a loss a row, as it is packed."""
+    objective = OBJECTIVES[name]
+    examples = [
+        Example(prompt, responses[: objective.responses], dict.fromkeys(objective.extras, 0.5))
+        for prompt, responses in (([5, 6], ([7], [8, 9])), ([5], ([6, 7, 8], [9])))
+    ]
+    losses = functools.partial(objective.losses, settings=ObjectiveSettings())
+
+    def of(examples):
+        batch = pack(examples, pad_id=0)
+        log_probs = np.where(np.isin(batch["targets"], [7]), -3.0, -1.0).astype(np.float32)
+        if objective.reference:
+            batch["reference"] = np.zeros((len(examples), objective.responses), np.float32)
+        return jitted_too(losses, log_probs, batch)
+
+    found, metrics = of(examples)
+    assert found.shape == (2,)
+    for column in (found, *metrics.values()):
+        assert column.shape == (2,)
+        assert np.isfinite(column).all()
+    np.testing.assert_allclose(found[0], OBJECTIVE_LOSSES[name], rtol=1e-5)
+    turned, turned_metrics = of(examples[::-1])
+    np.testing.assert_array_equal(turned, found[::-1])
+    assert turned_metrics.keys() == metrics.keys()
+
+
+DOCUMENTS = {
+    "d0": ("axis axis", [1.0, 0.0]), "d1": ("norm", [0.6, 0.8]), "d2": ("loss norm", [0.0, 1.0]),
+}  # fmt: skip
+# The candidates of one query, (1, 0); d2 is relevant to it, the answer lies at (0.6, 0.8).
+TEXTS, VECTORS = ["loss", "axis", "norm", ""], [[0.0, 1.0], [1.0, 0.0], [0.28, 0.96], [0.0, 0.0]]
+WORTH = {
+    "positive": [1, 1 / 3, 1 / 2, 1 / 4],  # Cosines 1, 0, 0.96 and 0; ties in order.
+    "answer": [1 / 2, 1 / 3, 1, 1 / 4],  # 0.8, 0.6, 0.936 and 0.
+    # With four fifths of the first candidate d2 is first, of the third second; else it is last.
+    "corpus": [1, 1 / 3, 1 / 2, 1 / 3],
+    "group": [1, 1 / 2, 1 / math.log2(3), 1 / 2],  # nDCG: 1 / log2(1 + rank).
+}
+
+
+def evidence(texts, vectors):
+    config = base.get_config()
+    config.reward.update({"query_weight": 0.2, "group_size": 9, "depth": 3})
+    config = read_config(config)
+    collection = Collection(
+        "c",
+        {d: text for d, (text, _) in DOCUMENTS.items()},
+        {"q": "axis"},
+        {"train": {"q": {"d2": 1}}},
+    )
+    corpus = Corpus(
+        list(DOCUMENTS),
+        np.array([vector for _, vector in DOCUMENTS.values()], np.float32),
+        dataclasses.replace(config.search, backend="exact"),
+    )
+    group = Group("q", "axis", "d2", "an answer", [Candidate(text) for text in texts])
+    return Evidence(
+        config, [group], TrainingData(collection, [], ["q"]), corpus,
+        queries=np.array([[1.0, 0.0]], np.float32),
+        candidates=np.array([vectors], np.float32),
+        answers=np.array([[0.6, 0.8]], np.float32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_rewards(name):
+    found = REWARDS[name](evidence(TEXTS, VECTORS))
+    assert found.shape == (1, 4)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[0], WORTH[name], atol=1e-6)
+    order = [2, 0, 3, 1]  # Keeps candidates of equal cosines in their order.
+    moved = REWARDS[name](evidence([TEXTS[i] for i in order], [VECTORS[i] for i in order]))
+    if name in ("positive", "answer"):  # Ties go to the lower index: those two swap ranks.
+        order_free = [0, 2] if name == "positive" else [0, 1, 2, 3]
+        kept = [order.index(i) for i in order_free]
+        np.testing.assert_allclose(moved[0, kept], found[0, order_free])
+    else:
+        np.testing.assert_allclose(moved, found[:, order])
+
+
+TWO_TEXTS = DenseQuery(["a", "b"], 1 / 3)
+EXPANDED = {  # What "q" with the texts "a" and "b" becomes: for BM25, and as vectors.
+    **dict.fromkeys(("q2d", "pydoc"), ("q q q q q a b", DenseQuery(["a", "b"], 0.25))),
+    **dict.fromkeys((n for n in STRATEGIES if n.startswith("hyde")), ("q q q q q a b", TWO_TEXTS)),
+    "query2doc": ("q q q q q a b", DenseQuery(["q [SEP] a", "q [SEP] b"], 0.0)),
+    "q2q": ("a b", DenseQuery(["a", "b"], 0.0)),
+    "q2e": ("q a b", DenseQuery(["q a", "q b"], 0.0)),
+    "q2c": ("q q q q q a b", DenseQuery(["q a", "q b"], 0.0)),
+    "mugi": ("q a b", DenseQuery(["q a", "q b"], 0.0)),
+    "lamer": ("q a q b", TWO_TEXTS),
+    "csqe": ("q a b", TWO_TEXTS),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies(name):
+    strategy = STRATEGIES[name]
+    assert strategy.asks
+    assert strategy.samples >= 1
+    found = strategy.sparse("q", ["a", "b"]), strategy.dense("q", ["a", "b"], 0.25)
+    assert found == EXPANDED[name]
+    assert strategy.sparse("q", []) == "q"  # Where the model said nothing.
+
+
+FUSED = {  # Of {"a": 2, "b": 1} and {"b": 3, "c": 1}.
+    "rrf": {"a": 1 / 61, "b": 1 / 62 + 1 / 61, "c": 1 / 62},
+    "exp4fuse": {"a": 1.1 / 61, "b": 1.2 * (1 / 62 + 1 / 61), "c": 1.1 / 62},
+    "interpolation": {"a": 1 / 2, "b": 1 / 2, "c": 0},
+}
+
+
+@pytest.mark.parametrize("name", FUSIONS)
+def test_fusions(name):
+    runs = [{"a": 2.0, "b": 1.0}, {"b": 3.0, "c": 1.0}]
+    for order in (runs, runs[::-1]):
+        found = FUSIONS[name](order)
+        assert found.keys() == FUSED[name].keys()
+        for document, score in FUSED[name].items():
+            assert found[document] == pytest.approx(score)
+
+
+FED_BACK = {"prf-average": [2 / 3, 1], "prf-rocchio": [0.9 + 0.05, 0.15]}
+
+
+@pytest.mark.parametrize("name", FEEDBACKS)
+def test_feedbacks(name):
+    queries = np.array([[1.0, 0.0], [0.0, 0.0]], np.float32)
+    documents = np.array([[[1.0, 1.0], [0.0, 2.0]]] * 2, np.float32)
+    found = jitted_too(FEEDBACKS[name], queries, documents)
+    assert found.shape == (2, 2)
+    np.testing.assert_allclose(found[0], FED_BACK[name], rtol=1e-6)
+    np.testing.assert_allclose(FEEDBACKS[name](queries, documents[:, ::-1]), found, rtol=1e-6)
+    np.testing.assert_array_equal(FEEDBACKS[name](queries[::-1], documents), found[::-1])
