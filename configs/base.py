@@ -160,13 +160,14 @@ def get_config() -> ml_collections.ConfigDict:
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
-    # "sigmoid", "hinge", "ipo" or "robust", for pairs; "reward-sft": each candidate's negative
-    # log-likelihood, by its share softmax(reward / reward_temperature) among its query's.
+    # "sigmoid", "hinge", "ipo", "robust" or "simpo", for pairs; "reward-sft": each candidate's
+    # negative log-likelihood, by its share softmax(reward / reward_temperature) in its query's.
     dpo.loss = "sigmoid"  # Which of these is learned.
     dpo.reward_temperature = (
         0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
     )
     dpo.beta = 0.1  # Strength of the tie to the base model.
+    dpo.gamma = 0.5  # simpo: margin between the rewards of both, for which beta should be near 2.
     dpo.label_smoothing = 0.0  # Share of pairs whose chosen text is taken to be the worse one.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.

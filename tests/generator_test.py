@@ -225,6 +225,18 @@ def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
     )
 
 
+def test_simpo_learns_the_preference_and_runs_no_reference(preferences, tmp_path, monkeypatch):
+    monkeypatch.setattr(AdapterBatches, "reference", lambda *_: 1 / 0)
+    config = make_config(preferences, loss="simpo")
+    config.dpo.beta = 2.0
+    train(config, tmp_path / "run")
+    dev = metrics(tmp_path / "run", "generator-dev")
+    assert dev[-1]["loss"] < dev[0]["loss"]
+    assert dev[-1]["accuracy"] == 1.0
+    assert "kl" not in dev[-1]
+    assert not list((tmp_path / "run" / "work").glob("reference-*"))
+
+
 def test_the_config_of_this_program_holds_pairs_out():
     """Else dpo.eval_every would have nothing to evaluate, and there would be no best adapter."""
     config = dpo.get_config().dpo

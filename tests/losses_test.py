@@ -222,6 +222,24 @@ def test_dpo_literal_constants():
     np.testing.assert_allclose(loss, [expected], rtol=1e-5)
 
 
+def test_simpo_literal_constants():
+    """Mean log-probabilities -1 and -1.4, beta 2, gamma 0.5: a margin of 0.8 - 0.5."""
+    loss, simpo = PREFERENCE_LOSSES["simpo"].losses, PREFERENCE_LOSSES["simpo"]
+    policy = jnp.array([[-1.0, -1.4], [-1.4, -1.0]])
+    found = loss(policy, None, PreferenceSettings(beta=2.0, gamma=0.5))
+    expected = [math.log(1 + math.exp(-0.3)), math.log(1 + math.exp(1.3))]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    smoothed = loss(policy, None, PreferenceSettings(beta=2.0, gamma=0.5, label_smoothing=0.1))
+    np.testing.assert_allclose(
+        smoothed[0], 0.9 * expected[0] + 0.1 * (expected[0] + 0.3), rtol=1e-6
+    )
+    assert not simpo.reference
+    assert simpo.per_token
+    metrics = preference_metrics(policy, None, 2.0)
+    np.testing.assert_allclose(metrics["reward_chosen"], [-2.0, -2.8])
+    assert "kl" not in metrics
+
+
 def test_token_log_probs_equal_numpy():
     logits = np.random.default_rng(0).normal(size=(2, 3, 11)).astype(np.float32) * 5
     targets = np.array([[1, 2, 3], [10, 0, 5]])

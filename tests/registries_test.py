@@ -31,6 +31,7 @@ LOSSES = {  # Of the first pair: beta h is 0.3.
     "hinge": 0.7,
     "ipo": 4.0,
     "robust": math.log(1 + math.exp(-0.3)),
+    "simpo": math.log(1 + math.exp(0.1 * 1 + 0.5)),  # It looks at the policy alone: h is -1.
 }
 
 
@@ -64,6 +65,7 @@ OBJECTIVE_LOSSES = {  # Of an example whose responses have log-probabilities -3 
     **dict.fromkeys(("sigmoid", "robust"), math.log(1 + math.exp(0.1))),  # h is -3 + 2.
     "hinge": 1.1,
     "ipo": (-2 - 5) ** 2,  # Means, -3 and -1.
+    "simpo": math.log(1 + math.exp(0.1 * 2 + 0.5)),
     "reward-sft": 0.5 * 3,
 }
 

@@ -7,6 +7,7 @@ longer than `max_length`. Where the two differ on purpose, a test says how.
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -284,6 +285,46 @@ def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp
         np.testing.assert_allclose(metrics["accuracy"], seen["rewards/accuracies"])
         both = seen["rewards/chosen"] + seen["rewards/rejected"]
         np.testing.assert_allclose(BETA * metrics["kl"], both / 2, atol=1e-4)
+
+
+def test_simpo_equals_trl_s_and_needs_no_reference(
+    ours, strings, make_trainer, tmp_path, monkeypatch
+):
+    """TRL's own functions on the logits that transformers gives of the same tokens."""
+    import torch
+
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.cpo import CPOTrainer
+
+    generator, params, adapter = ours
+    pairs, _ = our_pairs(generator, strings)
+    (loss, metrics), grads = jax.value_and_grad(adapter_loss, has_aux=True)(
+        adapter, params, pack(pairs, pad_id=0), objective=OBJECTIVES["simpo"],
+        module=generator.module, settings=ObjectiveSettings(beta=2.0, gamma=0.5),
+    )  # fmt: skip
+    model = make_trainer(strings).model.train()
+    sides = []
+    for side in range(2):
+        log_probs = []
+        for pair in pairs:
+            prompt, response = torch.tensor(pair.ids[0]), torch.tensor(pair.ids[1 + side])
+            labels = torch.cat([torch.full_like(prompt, -100), response])[None]
+            logits = model(torch.cat([prompt, response])[None]).logits
+            log_probs.append(CPOTrainer.get_batch_logps(logits, labels, average_log_prob=True))
+        sides.append(torch.cat(log_probs))
+    settings = types.SimpleNamespace(
+        loss_type="simpo", beta=2.0, simpo_gamma=0.5, alpha=0.0, label_smoothing=0.0,
+        accelerator=types.SimpleNamespace(device="cpu"),
+    )  # fmt: skip
+    losses, chosen, rejected = CPOTrainer.cpo_loss(settings, *sides)
+    losses.mean().backward()
+    np.testing.assert_allclose(loss, losses.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_chosen"], chosen.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_rejected"], rejected.mean().item(), rtol=1e-5)
+    theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.requires_grad}
+    assert max(np.abs(value).max() for value in theirs.values()) > 1e-2
+    for tensor, value in peft_tensors(grads, generator, tmp_path / "grads").items():
+        np.testing.assert_allclose(value, theirs[tensor], atol=1e-5, err_msg=tensor)
 
 
 def test_an_added_sft_term_equals_trl_s_of_each_pair_alone(ours, strings, make_trainer):

@@ -17,10 +17,12 @@ class PreferenceSettings:
     Attributes:
         beta: Strength of the tie to the reference; the paper's is 0.1.
         label_smoothing: Share of pairs taken to be the wrong way round; below one half.
+        gamma: What SimPO wants the chosen response's reward to be above the rejected one's.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    gamma: float = 0.5
 
 
 Loss = Callable[[jax.Array, jax.Array | None, PreferenceSettings], jax.Array]
@@ -84,11 +86,22 @@ def ipo(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings) -
     return jnp.square(log_ratio_margins(policy, reference) - 1 / (2 * settings.beta))
 
 
+def simpo(policy: jax.Array, reference: None, settings: PreferenceSettings) -> jax.Array:
+    """`sigmoid` of beta h - gamma in place of beta h, of the policy's mean log-probabilities alone.
+
+    SimPO: Meng et al., arXiv 2405.14734, equation 6; label smoothing as TRL has it.
+    """
+    margin = settings.beta * log_ratio_margins(policy, reference) - settings.gamma
+    e = settings.label_smoothing
+    return -(1 - e) * jax.nn.log_sigmoid(margin) - e * jax.nn.log_sigmoid(-margin)
+
+
 PREFERENCE_LOSSES = {
     "sigmoid": PreferenceLoss(sigmoid),
     "hinge": PreferenceLoss(hinge),
     "ipo": PreferenceLoss(ipo, per_token=True),
     "robust": PreferenceLoss(robust),
+    "simpo": PreferenceLoss(simpo, reference=False, per_token=True),
 }
 
 

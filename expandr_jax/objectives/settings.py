@@ -64,6 +64,7 @@ class DpoSettings(TrainingSettings):
     loss: Annotated[str, choice(OBJECTIVES)]
     reward_temperature: Positive
     beta: Positive
+    gamma: NotNegative
     label_smoothing: Annotated[float, number(least=0, below=0.5)]
     length_normalized: bool
     sft_weight: NotNegative
