@@ -155,6 +155,9 @@ def get_config() -> ml_collections.ConfigDict:
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
     reward.group_size = 64  # Documents drawn from the corpus beside a query's relevant ones.
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.
+    reward.gain = 0.0  # Weight of what a candidate adds to its query's search; it may be below 0.
+    reward.gain_measure = "ndcg"  # What a search is worth there, as for reward.corpus_measure.
+    reward.gain_search = "dense"  # "dense", "bm25", or "fused", both by reciprocal ranks.
     reward.query_weight = 0.5  # The query vector's weight in these rankings.
     reward.depth = 100  # Results of the search in the corpus; a document below them counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.

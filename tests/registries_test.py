@@ -108,6 +108,7 @@ WORTH = {
     "answer": [1 / 2, 1 / 3, 1, 1 / 4],  # 0.8, 0.6, 0.936 and 0.
     # With four fifths of the first candidate d2 is first, of the third second; else it is last.
     "corpus": [1, 1 / 3, 1 / 2, 1 / 3],
+    "gain": [1 / 2, 0, 1 / math.log2(3) - 1 / 2, 0],  # Less the plain query's, 1 / log2(1 + 3).
     "group": [1, 1 / 2, 1 / math.log2(3), 1 / 2],  # nDCG: 1 / log2(1 + rank).
 }
 

@@ -42,7 +42,7 @@ WRONG = [
       "contrastive.info_nce_weight", "contrastive.margin_mse_weight", "contrastive.kl_weight",
       "contrastive.invariance_weight", "expansion.temperature", "answer.temperature", "dpo.gamma",
       "generator.memory_limit", "reward.positive", "reward.answer", "reward.corpus", "reward.group",
-      "data.shares.dev") for value in (-0.1, math.nan, math.inf)),
+      "reward.gain", "data.shares.dev") for value in (-0.1, math.nan, math.inf)),
     *((name, value, SHARE) for name in ("contrastive.query_weight", "contrastive.plain_share",
       "reward.query_weight") for value in (-0.1, 1.1, math.nan)),
     *((f"{section}.top_p", value, "a finite number above 0 and at most 1")
@@ -276,6 +276,9 @@ def test_shares_of_a_softmax_want_vectors_of_unit_length():
     read_config(config)
     config.reward.corpus = 1.0
     with pytest.raises(UserError, match=r"^contrastive\.normalize is 'before'; expected"):
+        read_config(config)
+    config.reward.update(corpus=0.0, gain=1.0, gain_measure="softmax_share")
+    with pytest.raises(UserError, match=r"as reward\.gain_measure is"):
         read_config(config)
 
 

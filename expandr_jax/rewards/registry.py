@@ -8,6 +8,7 @@ import numpy as np
 
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.gain import GAIN_SEARCHES, gain_reward
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import reciprocal_rank
 from expandr_jax.rewards.search import SEARCH_MEASURES, corpus_reward, group_reward
@@ -20,6 +21,7 @@ REWARDS: dict[str, Reward] = {
     "answer": lambda evidence: reciprocal_rank(evidence.ranks["answer"]),
     "corpus": lambda e: corpus_reward(e.config, e.corpus.index, e.fused, e.judged),
     "group": lambda e: group_reward(e.config, e.corpus.vectors, e.fused, e.judged),
+    "gain": gain_reward,
 }
 
 
@@ -35,6 +37,9 @@ class RewardSettings:
     group: NotNegative
     group_size: Annotated[int, count(1)]
     group_sets: Annotated[int, count(1, MANY)]
+    gain: NotNegative
+    gain_measure: Annotated[str, choice(SEARCH_MEASURES)]
+    gain_search: Annotated[str, choice(GAIN_SEARCHES)]
     query_weight: Share
     depth: Annotated[int, count(1)]
     threshold: float

@@ -1,0 +1,90 @@
+"""What a candidate adds to its query's search: below 0 where the plain query does better."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from expandr_jax.expansion.strategies import STRATEGIES
+from expandr_jax.ranking.dense import fuse
+from expandr_jax.ranking.fusion import reciprocal_rank_fusion
+from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.search import SEARCH_MEASURES, Results, blocks
+from expandr_jax.search import build_index
+
+# Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
+# rows: each query is searched for alone, then with each of its candidates.
+Search = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+
+
+def dense_search(evidence: Evidence) -> Search:
+    """Searches for vectors, those of expanded queries with `reward.query_weight`."""
+    alone = fuse(
+        evidence.queries,
+        np.zeros_like(evidence.queries)[:, None],
+        np.zeros((len(evidence.queries), 1), bool),
+        query_weight=1.0,
+        normalize=evidence.config.contrastive.normalize,
+    )
+    vectors = np.concatenate([np.asarray(alone)[:, None], evidence.fused], axis=1)
+    index, depth, width = evidence.corpus.index, evidence.config.reward.depth, vectors.shape[-1]
+    return lambda part: index.search(vectors[part].reshape(-1, width), depth)
+
+
+def bm25_search(evidence: Evidence) -> Search:
+    """Searches for words, those of expanded queries as the strategy writes them for BM25."""
+    documents, config = evidence.data.collection.corpus, evidence.config
+    index = build_index([documents[document] for document in evidence.corpus.ids], "bm25")
+    sparse = STRATEGIES[config.expansion.strategy].sparse
+
+    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        queries = []
+        for group in evidence.groups[part]:
+            expanded = (sparse(group.query, [text] if text else []) for text in group.texts)
+            queries += [group.query, *expanded]
+        scores, found = index.search(queries, config.reward.depth)
+        return scores, np.where(scores > 0, found, -1)  # The others share no word with the query.
+
+    return search
+
+
+def fused_search(evidence: Evidence) -> Search:
+    """Reciprocal rank fusion of both."""
+    searches = dense_search(evidence), bm25_search(evidence)
+
+    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        columns = [search(part)[1] for search in searches]
+        found = np.full(columns[0].shape, -1)
+        scores = np.zeros(found.shape)
+        for row, rankings in enumerate(zip(*columns, strict=True)):
+            fused = reciprocal_rank_fusion([ranking[ranking >= 0].tolist() for ranking in rankings])
+            best = sorted(fused.items(), key=lambda item: -item[1])[: found.shape[1]]
+            found[row, : len(best)], scores[row, : len(best)] = zip(*best, strict=True)
+        return scores, found
+
+    return search
+
+
+GAIN_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_search}
+
+
+def gain_reward(evidence: Evidence) -> np.ndarray:
+    """`reward.gain_measure` of each expanded query's search, less that of the query's own search.
+
+    Args:
+        evidence: What the candidates are judged by.
+
+    Returns:
+        [queries, candidates] float64, between -1 and 1.
+    """
+    settings, judged = evidence.config.reward, evidence.judged
+    search = GAIN_SEARCHES[settings.gain_search](evidence)
+    measure = SEARCH_MEASURES[settings.gain_measure]
+    result = np.zeros(evidence.candidates.shape[:2])
+    for part, own in blocks(judged, 1 + result.shape[1]):
+        shape = len(own.queries), 1 + result.shape[1], -1
+        scores, found = (x.reshape(shape) for x in search(part))
+        worth = measure(
+            Results(scores, found, own.documents, own.grades), settings.corpus_temperature
+        )
+        result[part] = worth[:, 1:] - worth[:, :1]
+    return result
