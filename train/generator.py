@@ -26,7 +26,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.model_hashes import model_hashes
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, hold_out
+from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, make_examples
 from expandr_jax.objectives.objective import objective_settings
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.registry import OBJECTIVES
@@ -72,26 +72,7 @@ def train_generator(
     """
     config = run.config.dpo
     objective, settings = OBJECTIVES[config.loss], objective_settings(config)
-    held_out, others = hold_out(rows, config.dev_share, objective.prompt)
-    (dev, dev_cut), (examples, cut) = (
-        objective.tokenize(
-            models.generator,
-            part,
-            settings,
-            prompt_length=config.prompt_length,
-            response_length=config.response_length,
-        )
-        for part in (held_out, others)
-    )
-    if dev_cut + cut:
-        run.reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")
-    longest = max((example.positions for example in (*dev, *examples)), default=0)
-    made_for = models.generator.module.config.max_positions
-    if longest > made_for:
-        run.reporter.say(
-            f"a prompt and a response have up to {longest} tokens together; the generator was "
-            f"made for {made_for}"
-        )
+    dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
     batch_size = min(config.batch_size, len(examples) // devices * devices)

@@ -12,16 +12,19 @@ from jax.sharding import Mesh
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import (
     Objective,
     ObjectiveSettings,
     adapter_losses,
     adapter_step,
+    objective_settings,
 )
 from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.sharding import batch_sharding, on_mesh, put, replicated, whole
 from expandr_jax.training.setup import TrainingSetup, set_up
@@ -51,6 +54,39 @@ def hold_out(
         [row for number, row in enumerate(rows) if number in dev],
         [row for number, row in enumerate(rows) if number not in dev],
     )
+
+
+def make_examples(
+    objective: Objective,
+    generator: Generator,
+    rows: Sequence[Any],
+    section: Any,
+    reporter: Reporter,
+) -> tuple[list[Example], list[Example]]:
+    """Examples of the rows that are held out, and of the others.
+
+    Args:
+        objective: Tokenizes them.
+        generator: For its tokenizer, its end of an answer and its limits.
+        rows: What the objective reads.
+        section: The config's section `dpo`.
+        reporter: Where it is said how many texts were cut, and what is longer than the model.
+    """
+    settings = objective_settings(section)
+    lengths = {name: getattr(section, name) for name in ("prompt_length", "response_length")}
+    (dev, dev_cut), (others, cut) = (
+        objective.tokenize(generator, part, settings, **lengths)
+        for part in hold_out(rows, section.dev_share, objective.prompt)
+    )
+    if dev_cut + cut:
+        reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")
+    longest = max((example.positions for example in (*dev, *others)), default=0)
+    if longest > generator.module.config.max_positions:
+        reporter.say(
+            f"a prompt and a response have up to {longest} tokens together; the generator was "
+            f"made for {generator.module.config.max_positions}"
+        )
+    return dev, others
 
 
 def adapter_setup(
