@@ -60,9 +60,9 @@ def sigmoid(policy: jax.Array, reference: jax.Array, settings: PreferenceSetting
     Rafailov et al., arXiv 2305.18290, equation 7.
     """
     h = log_ratio_margins(policy, reference)
-    right, wrong = jax.nn.log_sigmoid(settings.beta * h), jax.nn.log_sigmoid(-settings.beta * h)
+    kept, turned = jax.nn.log_sigmoid(settings.beta * h), jax.nn.log_sigmoid(-settings.beta * h)
     e = settings.label_smoothing
-    return -(1 - e) * right - e * wrong
+    return -(1 - e) * kept - e * turned
 
 
 def robust(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings) -> jax.Array:
@@ -71,9 +71,9 @@ def robust(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings
     Chowdhury et al., arXiv 2403.00409.
     """
     h = log_ratio_margins(policy, reference)
-    right, wrong = jax.nn.log_sigmoid(settings.beta * h), jax.nn.log_sigmoid(-settings.beta * h)
+    kept, turned = jax.nn.log_sigmoid(settings.beta * h), jax.nn.log_sigmoid(-settings.beta * h)
     e = settings.label_smoothing
-    return (-(1 - e) * right + e * wrong) / (1 - 2 * e)
+    return (-(1 - e) * kept + e * turned) / (1 - 2 * e)
 
 
 def hinge(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings) -> jax.Array:

@@ -223,8 +223,8 @@ class AdapterBatches:
         for indices, filled in self._filled(range(len(examples))):
             batch = self.pack(examples, filled, reference)
             losses, metrics = self._losses(adapter, self._model.generator_params, batch)
-            for name, values in {"loss": losses, **metrics}.items():
-                total = float(np.sum(np.asarray(values)[: len(indices)]))
+            for name, column in {"loss": losses, **metrics}.items():
+                total = float(np.sum(np.asarray(column)[: len(indices)]))
                 totals[name] = totals.get(name, 0.0) + total
         return {name: total / len(examples) for name, total in totals.items()}
 

@@ -107,8 +107,8 @@ def _head_log_probs(module, head, hidden, targets):
     """log p(target) of chunks [chunks, batch, columns], one after the other.
 
     A token's log-probability has one slope in its hidden state, whatever the loss does with it, so
-    the way forth computes that while a chunk's logits are there: the way back neither keeps them
-    nor makes them again. The head is frozen and gets no gradient.
+    the forward pass computes that while a chunk's logits are there: the backward pass neither
+    keeps them nor makes them again. The head is frozen and gets no gradient.
     """
 
     def one(part):

@@ -133,7 +133,7 @@ def adapter_step(
         state: The adapter and its optimizer's state.
         params: The frozen base.
         batch: As for `adapter_losses`.
-        key: Of the dropout.
+        key: Decides the dropout.
         optimizer: The one that made the state.
         **settings: The objective, the module and the settings of `adapter_losses`.
 

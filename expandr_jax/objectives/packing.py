@@ -79,7 +79,7 @@ def pack(
 
     Returns:
         "tokens", "positions", "segments" [batch, length]: all responses continue the prompt's
-        positions. "sources", "targets", "responses" [batch, response tokens]: the place whose
+        positions. "sources", "targets", "responses" [batch, response tokens]: the position whose
         hidden state predicts each response token, the token, and its segment. int32. Each of the
         `extras`, [batch] float32.
     """
@@ -101,10 +101,10 @@ def pack(
         batch["positions"][row, :prompt] = np.arange(prompt)
         batch["segments"][row, :prompt] = PROMPT
         for segment, response in enumerate(example.responses, start=PROMPT + 1):
-            place = slice(end, end + len(response))
-            batch["tokens"][row, place] = response
-            batch["positions"][row, place] = prompt + np.arange(len(response))
-            batch["segments"][row, place] = segment
+            span = slice(end, end + len(response))
+            batch["tokens"][row, span] = response
+            batch["positions"][row, span] = prompt + np.arange(len(response))
+            batch["segments"][row, span] = segment
             out = slice(end - prompt, end - prompt + len(response))
             batch["targets"][row, out] = response
             batch["responses"][row, out] = segment

@@ -94,7 +94,7 @@ def preference_losses(
         log_probs: [batch, response tokens] under the policy.
         batch: From `pack`, with "reference" [batch, 2], the base's summed log-probabilities, where
             the loss compares with it.
-        settings: Of the loss.
+        settings: What the loss is set to.
         loss: One of `PREFERENCE_LOSSES`.
 
     Returns:

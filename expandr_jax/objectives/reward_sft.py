@@ -113,7 +113,7 @@ def weighted_losses(
     Args:
         log_probs: [batch, response tokens] under the policy.
         batch: From `pack` of examples with one response and a "weight" each.
-        settings: Of the loss.
+        settings: What the loss is set to.
 
     Returns:
         [batch] losses, and {"log_prob", "token_log_prob"}, [batch] each: the response's summed and

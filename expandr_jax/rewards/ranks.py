@@ -34,11 +34,11 @@ def reciprocal_rank(rank: np.ndarray) -> np.ndarray:
 
 
 def rank_in_results(results: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Where a search found the right document.
+    """Where a search found the relevant document.
 
     Args:
         results: [queries, depth] document indices, best first.
-        positive: [queries] index of the right document.
+        positive: [queries] index of the relevant document.
 
     Returns:
         [queries] int64 ranks, 0 where it is not among the results.
@@ -115,20 +115,20 @@ def average_precision(rank: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 def softmax_share(
     scores: np.ndarray, results: np.ndarray, documents: np.ndarray, temperature: float
 ) -> np.ndarray:
-    """Share of the right documents in softmax(score / temperature) over the results of a search.
+    """Share of the relevant documents in softmax(score / temperature) over the results of a search.
 
-    With one right document its logarithm is minus a contrastive loss over the results. It changes
-    with every score, where a rank stays the same until two documents change places; so scores must
-    be on one scale, as those of vectors of unit length are.
+    With one relevant document its logarithm is minus a contrastive loss over the results. It
+    changes with every score, where a rank stays the same until two documents change places; so
+    scores must be on one scale, as those of vectors of unit length are.
 
     Args:
         scores: [queries, results] of the documents found.
         results: [queries, results] their ids; -1 for filling.
-        documents: [queries, count] ids of the right ones, each once; -1 for filling.
+        documents: [queries, count] ids of the relevant ones, each once; -1 for filling.
         temperature: Divides the scores; above 0.
 
     Returns:
-        [queries] float64 between 0 and 1; 0 where no right document was found.
+        [queries] float64 between 0 and 1; 0 where no relevant document was found.
 
     References:
         The retrieval likelihood of REPLUG, arXiv 2301.12652, over what was found.
@@ -136,11 +136,11 @@ def softmax_share(
     logits = np.where(results >= 0, np.asarray(scores, np.float64) / temperature, -np.inf)
     best = logits.max(axis=-1, keepdims=True)
     weights = np.exp(logits - np.where(best == -np.inf, 0.0, best))
-    right = np.zeros(results.shape, bool)
+    relevant = np.zeros(results.shape, bool)
     for column in np.asarray(documents).T:  # All at once would take count times the memory.
-        right |= (results == column[:, None]) & (column >= 0)[:, None]
+        relevant |= (results == column[:, None]) & (column >= 0)[:, None]
     total = np.sum(weights, axis=-1)
-    share = np.sum(np.where(right, weights, 0.0), axis=-1)
+    share = np.sum(np.where(relevant, weights, 0.0), axis=-1)
     return np.divide(share, total, out=np.zeros_like(total), where=total != 0)
 
 

@@ -30,14 +30,14 @@ class Judged:
 
 
 def judged_documents(
-    data: TrainingData, queries: Sequence[str], place: Mapping[str, int], *, split: str = "train"
+    data: TrainingData, queries: Sequence[str], rows: Mapping[str, int], *, split: str = "train"
 ) -> Judged:
     """The relevant documents of a split's queries.
 
     Args:
         data: Has the judgements.
         queries: Ids.
-        place: Document id to its row in the index.
+        rows: Document id to its row in the index.
         split: Whose judgements.
     """
     positives = [data.positives(query, split) for query in queries]
@@ -45,7 +45,7 @@ def judged_documents(
     documents, grades = np.full(shape, -1), np.zeros(shape)
     for row, (query, ids) in enumerate(zip(queries, positives, strict=True)):
         judged = data.collection.qrels[split][query]
-        documents[row, : len(ids)] = [place[document] for document in ids]
+        documents[row, : len(ids)] = [rows[document] for document in ids]
         grades[row, : len(ids)] = [judged[document] for document in ids]
     return Judged(queries, documents, grades)
 
@@ -138,7 +138,7 @@ def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Ju
         config: The whole config.
         vectors: [documents, dim] of the corpus.
         fused: [queries, candidates, dim] a query's vector with each of its candidates.
-        judged: Of the same queries.
+        judged: The same queries' relevant documents.
     """
     result = np.zeros(fused.shape[:2])
     for row, query in enumerate(judged.queries):
