@@ -31,7 +31,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.cache import TextCache
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.results import summary
-from expandr_jax.ranking.systems import System, parse_systems
+from expandr_jax.ranking.systems import System, check_stages, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.sets import mean_over_sets
@@ -116,9 +116,10 @@ def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Pat
                         "another split; use a new --workdir")  # fmt: skip
 
 
-def _untrained(names: Sequence[str]) -> list[System]:
-    """The systems of these names; UserError where one needs what only a run trains."""
+def _untrained(config: Config, names: Sequence[str]) -> list[System]:
+    """The systems of these names; UserError where the config or this program cannot make one."""
     systems = parse_systems(names)
+    check_stages(systems, config.evaluation)
     for system in systems:
         if system.needs_training:
             raise UserError(
@@ -158,7 +159,7 @@ def evaluate_beir(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     config = read_config(config)
-    task = Task(_untrained(names), tuple(dict.fromkeys((*METRICS, *measures))))
+    task = Task(_untrained(config, names), tuple(dict.fromkeys((*METRICS, *measures))))
     metrics.evaluate({}, {"": {"": 1}}, task.metrics)  # An unknown one is refused before the work.
     own = config.data
     harvest = not data and own.kind == "pydoc"

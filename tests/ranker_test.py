@@ -1,10 +1,15 @@
 """Systems ranked on a toy corpus, against their formulas in numpy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import base
 from expandr_jax import metrics
+from expandr_jax.config import read_config
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.ranker import (
     Choice,
@@ -14,6 +19,7 @@ from expandr_jax.ranking.ranker import (
     Searches,
     choose,
 )
+from expandr_jax.ranking.rerank import RERANKERS, Reranker
 from expandr_jax.ranking.systems import parse_system
 from expandr_jax.search import Bm25Index
 from expandr_jax.vectors.corpus import Corpus
@@ -23,8 +29,8 @@ CORPUS = {f"d{i}": text for i, text in enumerate(
 )}  # fmt: skip
 QUERIES = {"a": "pad array", "b": "sort list"}
 TEXTS = {"a": ["pad it", "", "with zeros"], "b": ["", "", ""]}
-SETTINGS = ConfigDict({"depth": 5, "drop_identical_ids": False})
-SEARCH = ConfigDict({"backend": "exact"})
+SETTINGS = ConfigDict({"depth": 5, "drop_identical_ids": False, "rerank": {"depth": 2}})
+SEARCH = dataclasses.replace(read_config(base.get_config()).search, backend="exact")
 
 
 def vector(text):
@@ -127,6 +133,34 @@ def test_a_fusion_of_a_fusion():
         for document, score in run[query].items():
             ranks = [r.index(document) + 1 for r in rankings if document in r]
             assert score == pytest.approx(sum(1 / (60 + rank) for rank in ranks), abs=1e-6)
+
+
+def test_a_re_ranker_orders_the_first_documents_and_the_others_follow(monkeypatch):
+    read = []
+
+    def score(query, documents):
+        read.extend((query, document) for document in documents)
+        return np.array([len(query) - len(document) for document in documents], np.float32)
+
+    monkeypatch.setitem(RERANKERS, "rerank", Reranker(lambda _: None, lambda _: score))
+    system = parse_system("rerank:rrf:bm25:dense")
+    assert [part.name for part in system.parts] == ["rrf:bm25:dense"]
+    before = ranker().rank(system.parts[0])
+    run = ranker().rank(system)
+    for query, text in QUERIES.items():
+        first, rest = list(before[query])[:2], list(before[query])[2:]
+        expected = {d: float(len(text) - len(CORPUS[d])) for d in first}
+        assert {(text, CORPUS[d]) for d in first} <= {*read}
+        low = min(expected.values())
+        assert run[query] == pytest.approx(
+            expected | {d: low - n for n, d in enumerate(rest, start=1)}, abs=1e-5
+        )
+        assert list(run[query])[2:] == rest
+    assert len(read) == 4
+    nested = parse_system("interpolation:rerank:dense:bm25")
+    assert [part.name for part in nested.parts] == ["rerank:dense", "bm25"]
+    with pytest.raises(UserError, match="expected a system to rank again, rerank:dense"):
+        parse_system("rrf:dense:rerank")
 
 
 def test_a_run_is_kept_in_its_file_and_read_from_there(tmp_path):

@@ -30,6 +30,7 @@ from expandr_jax.ranking.systems import (
     EXPANSION,
     OURS,
     System,
+    check_stages,
     parse_systems,
     row_of_round,
 )
@@ -140,6 +141,7 @@ def systems_of_run(config: Config) -> list[System]:
         if any(leaf.documents for leaf in system.leaves):
             raise UserError(f"evaluation.systems: {system.name} has documents expanded, which "
                             "eval.beir alone does")  # fmt: skip
+    check_stages(systems, config.evaluation)
     return list({system.name: system for system in (*systems, *rounds)}.values())
 
 

@@ -14,6 +14,7 @@ from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
 from expandr_jax.ranking.dense import EncodedQueries, finish_run, fuse, search_vectors
 from expandr_jax.ranking.fusion import Normalize
+from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import Index
@@ -139,7 +140,7 @@ class Ranker:
             for part in system.parts:
                 self.rank(part)
             choice, leaf = self._choice(system) if system.strategy else None, system.leaves[0]
-            if leaf.retriever != BM25 and system.stage not in FUSIONS:
+            if leaf.retriever != BM25 and system.stage in (None, *FEEDBACKS):
                 self._searches.dense(leaf.retriever, leaf.documents)
             with self._timed(system):
                 run = self.search(system, choice)
@@ -153,6 +154,8 @@ class Ranker:
         """What `rank` ranks, its parts being ranked, with the leaf's expansions used so."""
         if system.stage in FUSIONS:
             return self._fused(system)
+        if system.stage in RERANKERS:
+            return self._ranked_again(system)
         if system.retriever == BM25:
             return self._found_by_words(system, choice)
         vectors = self._query_vectors(system, choice)
@@ -265,6 +268,13 @@ class Ranker:
             query: dict(metrics.rank_documents(scores)[: self._settings.depth])
             for query, scores in fused.items()
         }
+
+    def _ranked_again(self, system: System) -> RunScores:
+        if not self._is_main:
+            return {}
+        settings, queries = self._settings.rerank, dict(zip(self.ids, self._queries, strict=True))
+        run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings)
+        return rank_again(run, queries, self._searches.corpus, score, settings.depth)
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""What may follow a search: feedback, fusions and re-rankers by the names that systems have."""
+"""What may follow a search, by the names that systems have: feedback and fusions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,4 +26,3 @@ FUSIONS: dict[str, Callable[[Sequence[Mapping[str, float]]], dict[str, float]]] 
     "exp4fuse": _by_rank(fusion.exp4fuse),
     "interpolation": lambda runs: fusion.interpolate(runs, [1 / len(runs)] * len(runs)),
 }
-RERANKERS: dict[str, Any] = {}

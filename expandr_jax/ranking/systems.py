@@ -8,18 +8,21 @@
     F:A:B     a fusion of all systems that follow
     R:A       A's documents ranked again
 
-`train.joint` and `eval.beir` read the same names. A new fusion, feedback or re-ranker is an entry
-of expandr_jax/ranking/stages.py, a new strategy one of expandr_jax/expansion/strategies.py.
+`train.joint` and `eval.beir` read the same names. A new fusion or feedback is an entry of
+expandr_jax/ranking/stages.py, a re-ranker one of ranking/rerank.py, a strategy one of
+expandr_jax/expansion/strategies.py.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, RERANKERS
+from expandr_jax.ranking.rerank import RERANKERS
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
 
 BM25 = "bm25"
 UNTRAINED = "zero-shot"  # The retriever as the config names it.
@@ -121,6 +124,12 @@ def parse_systems(names: Sequence[str]) -> list[System]:
     if not each:
         raise UserError("no systems; expected bm25, dense and so on, or all")
     return [parse_system(name) for name in dict.fromkeys(each)]
+
+
+def check_stages(systems: Sequence[System], settings: Any) -> None:
+    """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
+    for stage in {part.stage for system in systems for part in system.with_parts()} & {*RERANKERS}:
+        RERANKERS[stage].check(settings.rerank)
 
 
 def row_of_round(round_: int) -> System:
