@@ -220,6 +220,11 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.depth = 100  # Documents a query in runs/.
     evaluation.sample_depth = 1000  # Results of the searches that rank single samples.
     evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).
+    evaluation.rerank = rerank = ml_collections.ConfigDict()  # Where systems have rerank:SYSTEM.
+    rerank.source = ""  # A BERT cross-encoder: a directory, hub id or "package:NAME/PATH".
+    rerank.depth = 100  # Documents of a query that it reads; the others follow as they were.
+    rerank.max_length = 512  # Tokens of a pair, its model's at most; documents lose their end.
+    rerank.rows = 32  # Pairs that are computed at once; TPUs want more.
 
     config.export = export = ml_collections.ConfigDict()
     export.dtype = "float32"  # Type of the exported models' weights.

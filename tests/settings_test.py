@@ -20,7 +20,7 @@ ELSEWHERE = (
     "data.prepared", "data.dev", "data.on_bad", "data.packages", "retriever.source",
     "retriever.shape", "retriever.normalize", "generator.source",
     "generator.shape", "generator.server.url", "generator.server.model",
-    "expansion.template", "log.wandb",
+    "expansion.template", "log.wandb", "evaluation.rerank.source",
 )  # fmt: skip
 MESH = "mesh."
 
@@ -56,7 +56,8 @@ WRONG = [
       "dpo.save_every", "contrastive.batch_size", "contrastive.save_every", "retriever.max_length",
       "retriever.tokens_per_batch", "generator.slots", "lora.rank", "expansion.max_new_tokens",
       "candidates.max_new_tokens", "answer.max_new_tokens", "answer.max_characters",
-      "evaluation.depth", "evaluation.sample_depth", "mining.depth", "reward.depth",
+      "evaluation.depth", "evaluation.sample_depth", "evaluation.rerank.depth",
+      "evaluation.rerank.max_length", "mining.depth", "reward.depth",
       "reward.group_size", "keep", "generator.server.concurrency") for value in (0, -1)),
     *((name, value, MANY) for name in ("rounds", "dpo.accumulation", "contrastive.accumulation",
       "candidates.per_temperature", "reward.group_sets")

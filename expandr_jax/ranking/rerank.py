@@ -1,14 +1,29 @@
 """Re-rankers: they read a query and each of the first documents of its ranking together."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from expandr_jax.errors import UserError
 from expandr_jax.metrics import RunScores, rank_documents
+from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.settings import count
+from expandr_jax.weights.cross_encoder import load_cross_encoder
 
 Scorer = Callable[[str, Sequence[str]], np.ndarray]  # (query, documents) to scores [documents].
+
+
+@dataclasses.dataclass(frozen=True)
+class RerankSettings:
+    """The section `evaluation.rerank`; configs/base.py says what each setting means."""
+
+    source: str
+    depth: Annotated[int, count(1)]
+    max_length: Annotated[int, count(1)]
+    rows: Annotated[int, count(1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +35,31 @@ class Reranker:
         load: Loads it.
     """
 
-    check: Callable[[Any], None]
-    load: Callable[[Any], Scorer]
+    check: Callable[[RerankSettings], None]
+    load: Callable[[RerankSettings], Scorer]
 
 
-RERANKERS: dict[str, Reranker] = {}
+def check_cross_encoder(settings: RerankSettings) -> None:
+    """Refuses a source that is none, or no cross-encoder."""
+    if not settings.source:
+        raise UserError(
+            "evaluation.rerank.source is ''; expected a cross-encoder, as a system has rerank:"
+        )
+    load_cross_encoder(settings.source, max_length=settings.max_length)
+
+
+def load_scorer(settings: RerankSettings) -> Scorer:
+    """A BERT that was trained to say how well a query and a document match (arXiv 1901.04085)."""
+    model, params = _loaded(settings.source, settings.max_length)
+    return functools.partial(model.scores, params, rows=settings.rows)
+
+
+@functools.lru_cache(maxsize=1)  # However many systems are ranked again, one is in memory.
+def _loaded(source: str, max_length: int) -> tuple[CrossEncoder, Any]:
+    return load_cross_encoder(source, max_length=max_length)
+
+
+RERANKERS = {"rerank": Reranker(check_cross_encoder, load_scorer)}
 
 
 def rank_again(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from expandr_jax.ranking.rerank import RerankSettings
 from expandr_jax.settings import MANY, SHARE, TEXT, count, several
 
 
@@ -16,3 +17,4 @@ class EvaluationSettings:
     depth: Annotated[int, count(1)]
     sample_depth: Annotated[int, count(1)]
     drop_identical_ids: bool
+    rerank: RerankSettings
