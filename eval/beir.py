@@ -3,7 +3,8 @@
 Systems are `bm25`, `dense` (the config's retriever), either with a strategy of
 expandr_jax/expansion/strategies.py (`dense+q2d`, `bm25+query2doc`), `dense+prf-average`,
 `dense+prf-rocchio`, the same over a corpus whose documents are expanded (`bm25@d2q`,
-`dense@d2d+q2d`), and fusions of any of these (`rrf:bm25:dense`); `all` is the table of
+`dense@d2d+q2d`), fusions of any of these (`rrf:bm25:dense`), and any of them ranked again by a
+cross-encoder (`rerank:dense`); see expandr_jax/ranking/systems.py. `all` is the table of
 docs/strategies.md, without expanded documents. Each set
 gets results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in
 OUT or, where there are several, in OUT/NAME. The same command goes on where it stopped; with other
