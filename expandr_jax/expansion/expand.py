@@ -13,7 +13,7 @@ from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
-from expandr_jax.generation.requests import Request
+from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.stopping import held
@@ -211,6 +211,27 @@ def sample_texts(
     purpose: str,
     strip: bool = True,
 ) -> dict[tuple[str, int], str]:
+    """The texts of `sample_journal`, by (id, sample); "" where the model said nothing.
+
+    With `strip`, lead-ins such as "Here is a passage:" are taken off them.
+    """
+    texts = {}
+    rows = sample_journal(sampler, adapter, requests, path=path, purpose=purpose)
+    for row in rows:
+        text = strip_lead_in(row["text"]) if strip else row["text"]
+        texts[row["query_id"], row["sample"]] = text.strip()
+    sampler.reporter.say(_summary(rows, texts))
+    return texts
+
+
+def sample_journal(
+    sampler: Sampler,
+    adapter: Any | None,
+    requests: Sequence[Request],
+    *,
+    path: pathlib.Path,
+    purpose: str,
+) -> list[dict[str, Any]]:
     """Generates a text for each request, going on from a journal where one is there.
 
     Args:
@@ -219,20 +240,15 @@ def sample_texts(
         requests: What to sample; each (id, sample) once.
         path: The journal, where finished texts are kept.
         purpose: Sets the draws of one use apart from another's.
-        strip: Strip lead-ins such as "Here is a passage:".
 
     Returns:
-        (id, sample) -> text; "" where the model said nothing.
+        {"query_id", "sample", "text", "tokens", "finished", "near_ties"} of each request; with the
+        sampler's `log_probs` also "token_ids" and "log_probs", as `Completion` has them.
     """
     journal = DividedJournal(path, sampler.processes, lambda row: (row["query_id"], row["sample"]))
     if not journal.finished:
         _sample(sampler, adapter, requests, journal, purpose)
-    texts = {}
-    for row in journal.rows:
-        text = strip_lead_in(row["text"]) if strip else row["text"]
-        texts[row["query_id"], row["sample"]] = text.strip()
-    sampler.reporter.say(_summary(journal.rows, texts))
-    return texts
+    return journal.rows
 
 
 def _sample(
@@ -267,6 +283,7 @@ def _sample(
                         "tokens": len(completion.tokens),
                         "finished": completion.finished,
                         "near_ties": completion.near_ties,
+                        **_learned_from(completion),
                     }
                 )
                 advance(1)
@@ -275,6 +292,13 @@ def _sample(
     finally:  # What is finished is kept when SIGTERM ends this, too.
         write()
     journal.finish()
+
+
+def _learned_from(completion: Completion) -> dict[str, list]:
+    """What on-policy training needs beside the text, where the engine has it."""
+    if completion.log_probs is None:
+        return {}
+    return {"token_ids": [*completion.tokens], "log_probs": [*completion.log_probs]}
 
 
 def _summary(rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> str:

@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Engine:
         cache_dtype: Any = None,
         mesh: Mesh | None = None,
         repetition_penalty: bool = False,
+        log_probs: bool = False,
         stop: Sequence[str] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
         memory_limit_bytes: int | None = None,
@@ -78,6 +80,7 @@ class Engine:
                 is quicker.
             mesh: Slots are split over its data and fsdp axes, heads over its tensor axis.
             repetition_penalty: Requests may have one; costs a byte per slot and vocabulary entry.
+            log_probs: Completions have the log-probabilities of their tokens.
             stop: Strings that end a text; needs `decode`.
             decode: Token ids to text.
             memory_limit_bytes: Most memory of a device for weights and cache; None: no limit.
@@ -126,6 +129,7 @@ class Engine:
                 max_new_tokens=max_new_tokens,
                 cache_dtype=self._cache_dtype,
                 penalize=repetition_penalty,
+                log_probs=log_probs,
                 seed=seed,
                 eos_ids=self._eos_ids,
                 mesh=mesh,
@@ -178,11 +182,15 @@ class Engine:
             active, count = jax.device_get((slots.active, slots.count))
             looked_at = [slot for slot in running if self.stop or not active[slot]]
             if looked_at:
-                output, near_tie = jax.device_get((slots.output, slots.near_tie))
+                fetched = slots.output, slots.near_tie, slots.log_probs
+                output, near_tie, log_probs = jax.device_get(fetched)
             for slot in looked_at:
                 tokens = output[slot, : count[slot]].tolist()
                 completion = self._completion(running[slot], tokens, near_tie[slot], active[slot])
                 if completion is not None:
+                    if log_probs is not None:
+                        kept = tuple(log_probs[slot, : len(completion.tokens)].tolist())
+                        completion = dataclasses.replace(completion, log_probs=kept)
                     cancelled[slot] = active[slot]
                     del running[slot]
                     yield completion

@@ -69,6 +69,7 @@ class Shape:
         max_new_tokens: Longest text.
         cache_dtype: Of keys and values.
         penalize: Whether requests may have a repetition penalty.
+        log_probs: Whether log-probabilities of sampled tokens are kept.
         seed: Of all draws.
         eos_ids: Tokens that end a text.
         mesh: Slots are split over its data and fsdp axes; None: one device.
@@ -81,6 +82,7 @@ class Shape:
     max_new_tokens: int
     cache_dtype: Any
     penalize: bool
+    log_probs: bool
     seed: int
     eos_ids: tuple[int, ...]
     mesh: Mesh | None
@@ -127,6 +129,7 @@ def make_programs(shape: Shape) -> Programs:
         shape.max_new_tokens,
         shape.cache_dtype,
         shape.penalize,
+        shape.log_probs,
     )
     insert, sampler, placed, gathered = device.insert, sample, None, None
     on = functools.partial(on_mesh, shape.mesh) if shape.mesh is not None else lambda f: f

@@ -34,6 +34,8 @@ class Sampler:
         reporter: Where people are told what was cut or is too long.
         server_cache: Where the texts of a server are kept; None: texts are sampled here even where
             `settings` name a server.
+        log_probs: Whether completions have the log-probabilities of their tokens; a server's never
+            do.
     """
 
     generator: Generator
@@ -45,6 +47,7 @@ class Sampler:
     processes: Processes
     reporter: Reporter
     server_cache: pathlib.Path | None = None
+    log_probs: bool = False
 
     def generate(
         self, adapter: Any | None, requests: Sequence[Request], left: Sequence[Request]
@@ -111,6 +114,7 @@ class Sampler:
             prefix=prefix,
             mesh=self.mesh,
             repetition_penalty=any(request.repetition_penalty != 1 for request in requests),
+            log_probs=self.log_probs,
             stop=settings.stop,
             decode=self._decode,
             memory_limit_bytes=sampling_memory(settings),

@@ -75,9 +75,27 @@ def penalize_repetition(logits: jax.Array, seen: jax.Array, penalty: jax.Array) 
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def log_probability(logits: jax.Array, temperature: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log softmax(logits / temperature)[token], [batch] float32, nothing filtered out.
+
+    Args:
+        logits: [batch, vocabulary].
+        temperature: [batch]; where it is 0, logits are taken as they are.
+        tokens: [batch] int32.
+    """
+    below = logits.astype(jnp.float32) - jnp.max(logits, axis=1, keepdims=True)
+    scaled = below / _divisor(temperature)[:, None]
+    picked = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
+    return picked - jnp.log(jnp.sum(jnp.exp(scaled), axis=1))
+
+
+def _divisor(temperature):
+    return jnp.where(temperature == 0, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))
+
+
 def _sample(logits, settings, bits):
     greedy = settings.temperature == 0
-    temperature = jnp.where(greedy, 1.0, jnp.maximum(settings.temperature, LEAST_TEMPERATURE))
+    temperature = _divisor(settings.temperature)
     units = _probability_units(logits, temperature)
     cut, doubtful = _cut(units, settings)
     tokens, near = _draw(jnp.where(units >= cut[:, None], units, 0), bits, cut, doubtful)

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from expandr_jax.generation.sampling import SamplingSettings, penalize_repetition
+from expandr_jax.generation.sampling import SamplingSettings, log_probability, penalize_repetition
 from expandr_jax.models.decoder import Decoder, KVCache, token_positions
 from expandr_jax.models.mask import causal_mask
 
@@ -51,6 +51,7 @@ class Slots:
         count: [slots] int32, tokens sampled.
         output: [slots, max_new_tokens] int32, these tokens.
         near_tie: [slots, max_new_tokens] bool, from `sample`.
+        log_probs: [slots, max_new_tokens] float32, as `Completion` has them; None without.
         seen: [slots, vocabulary] bool, for the repetition penalty; None without.
     """
 
@@ -61,6 +62,7 @@ class Slots:
     count: jax.Array
     output: jax.Array
     near_tie: jax.Array
+    log_probs: jax.Array | None
     seen: jax.Array | None
 
 
@@ -93,6 +95,7 @@ def empty_slots(
     max_new_tokens: int,
     dtype: Any,
     penalize: bool,
+    log_probs: bool,
     prefix: Prefilled | None,
 ) -> Slots:
     """Slots with room for `length` tokens, none of them active; each begins with the prefix."""
@@ -114,6 +117,7 @@ def empty_slots(
         count=jnp.zeros(slots, jnp.int32),
         output=jnp.zeros((slots, max_new_tokens), jnp.int32),
         near_tie=jnp.zeros((slots, max_new_tokens), bool),
+        log_probs=jnp.zeros((slots, max_new_tokens), jnp.float32) if log_probs else None,
         seen=jnp.zeros((slots, vocabulary), bool) if penalize else None,
     )
 
@@ -232,7 +236,7 @@ def decode(
     def step(state):
         done, slots = state
         hidden, cache = decoder.apply(variables, slots.token, slots.cache, method="decode")
-        logits = decoder.apply(variables, hidden, method="logits")
+        raw = logits = decoder.apply(variables, hidden, method="logits")
         if slots.seen is not None:
             logits = penalize_repetition(logits, slots.seen, slots.settings.penalty)
         bits = jax.vmap(lambda key, i: jax.random.bits(jax.random.fold_in(key, i)))(
@@ -242,7 +246,10 @@ def decode(
         active, count = slots.active, slots.count + slots.active
         here = active[:, None] & (jnp.arange(slots.output.shape[1]) == slots.count[:, None])
         ended = jnp.isin(token, jnp.asarray(eos_ids)) | (count >= slots.settings.limit)
-        seen = slots.seen
+        log_probs, seen = slots.log_probs, slots.seen
+        if log_probs is not None:
+            new = log_probability(raw, slots.settings.sampling.temperature, token)
+            log_probs = jnp.where(here, new[:, None], log_probs)
         if seen is not None:
             ids = jnp.arange(seen.shape[1])
             seen = seen | (active[:, None] & (ids == token[:, None]))
@@ -253,6 +260,7 @@ def decode(
             count=count,
             output=jnp.where(here, token[:, None], slots.output),
             near_tie=jnp.where(here, near[:, None], slots.near_tie),
+            log_probs=log_probs,
             seen=seen,
         )
 
