@@ -76,8 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
     lora.targets = ("q_proj$", "v_proj$")  # Regular expressions on the projections' paths.
 
     config.expansion = expansion = ml_collections.ConfigDict()
-    expansion.strategy = "q2d"  # A name in expandr_jax/expansion/prompts.py.
-    expansion.template = ""  # Replaces the strategy's own; has {query}.
+    expansion.strategy = "q2d"  # A name in expandr_jax/expansion/strategies.py.
+    expansion.template = ""  # Replaces its last prompt; has {query} and may have {passages}.
     expansion.temperature = 1.0  # 0: greedy.
     expansion.top_p = 0.9  # Probability mass that is sampled from.
     expansion.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
