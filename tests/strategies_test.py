@@ -87,7 +87,7 @@ def test_requests_and_samples():
             assert ("2. found second" in text) is bool(passages)
     shows = {name for name, s in STRATEGIES.items() if "passages" in s.asks[-1].prompt.fields}
     assert shows == {name for name, s in STRATEGIES.items() if len(s.asks) < len(s.steps)}
-    assert shows == {"lamer", "csqe"}
+    assert shows == {"lamer", "csqe", "thinkqe"}
 
 
 def test_documents_are_cut_until_the_message_fits():

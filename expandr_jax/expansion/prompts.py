@@ -120,6 +120,12 @@ PROMPTS = {
         "are wrong) enumerated as:\n{passages}\nplease write a correct answering passage.",
         "LameR, arXiv 2304.14233",
     ),
+    "thinkqe": Prompt(
+        "Given a question \"{query}\" and its possible answering passages (most of these passages "
+        "are wrong) enumerated as:\n{passages}\n\nplease write a correct answering passage. Use "
+        "your own knowledge, not just the example passages!",
+        "ThinkQE, arXiv 2506.09260",
+    ),
     "csqe": Prompt(  # One worked example, then documents that were found.
         "Quote, word for word, the sentences of the passages that help to answer the query.\n\n"
         "Query: how do bees make honey\n"
@@ -153,6 +159,7 @@ _KINDS = (
 LEAD_INS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
+        r"(?s:.*)</think>\s*",  # A reasoning model's thoughts.
         r"(?:sure(?: thing)?|certainly|of course|absolutely)"
         r"(?:!|[.,:](?=\s+(?:here|i'd|i would|below|the following)\b))\s*",
         rf"i(?:'d| would) be (?:happy|glad) to [^\n.!:]*[.!:]\s+(?=here\b|\**{_KINDS}\b)",

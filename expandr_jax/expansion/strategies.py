@@ -164,6 +164,12 @@ def lower_cased(query: str, texts: Sequence[str]) -> str:
     return repeated(max(1, len(texts) // 2))(query, texts).lower()
 
 
+def accumulated(query: str, texts: Sequence[str]) -> str:
+    """The query once for every three times that its words fit into the texts', lower-cased."""
+    words = sum(len(text.split()) for text in texts)
+    return repeated(max(1, words // (3 * max(1, len(query.split())))))(query, texts).lower()
+
+
 def weighted(query: str, texts: Sequence[str], query_weight: float) -> DenseQuery:
     """The texts, and the query with the weight that is asked for."""
     return DenseQuery(list(texts), query_weight)
@@ -191,6 +197,26 @@ def joined(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
     )
 
 
+def rounds(count: int, prompt: Prompt, name: str) -> tuple[Ask | Search, ...]:
+    """The steps of ThinkQE: search with what is accumulated, show what is new, write again.
+
+    Args:
+        count: How many rounds; theirs are three.
+        prompt: It shows passages.
+        name: Of the texts; each round's draws are set apart by its number.
+
+    References:
+        Lei et al., arXiv 2506.09260: the prompt, BM25's ten first, first for the query alone and
+        then for the query and all texts so far, and five texts a round are those of its code. Ours
+        are that no passage is ever shown twice, where theirs may come back after a round, and the
+        use by vectors: the mean of the query and all texts, or, of a trained retriever, the
+        weighted mean that it is trained with. Thoughts are cut off as any lead-in is.
+    """
+    searches = (Search(), *[Search(query=accumulated, unseen=True)] * (count - 1))
+    asks = (Ask(f"{name}-{number}", prompt) for number in range(1, count + 1))
+    return tuple(step for pair in zip(searches, asks, strict=True) for step in pair)
+
+
 def _asked(name: str, samples: int, *rest, **options) -> Strategy:
     return Strategy((Ask(name, PROMPTS[name]),), samples, *rest, **options)
 
@@ -212,6 +238,9 @@ STRATEGIES = {
     "csqe": Strategy(
         (Ask("q2d", PROMPTS["q2d"]), Search(), Ask("csqe", PROMPTS["csqe"])),
         5, lower_cased, one_of_them,
+    ),
+    "thinkqe": Strategy(
+        rounds(3, PROMPTS["thinkqe"], "thinkqe"), 5, accumulated, one_of_them
     ),
 }  # fmt: skip
 
