@@ -71,12 +71,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     with step("load models"):
         mesh = phase_mesh(config.mesh, "encoding")
         retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
-        generator, generator_params = load_generator(
-            str(workdir / "export" / "generator"),
-            compute_dtype=jnp.dtype(config.generator.compute_dtype),
-        )
-        own = phase_mesh(config.mesh, "sampling"), config.generator, config.seed
-        sampler = Sampler(generator, generator_params, "", *own, Processes(), Reporter(console))
+        sampler = trained_sampler(workdir, config, console)
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
@@ -113,6 +108,18 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         console.print(_table(title, scores[0], found[0], names, texts))
     parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     console.print(f"{len(corpus)} documents; {parts} (first use compiles)")
+
+
+def trained_sampler(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, console: Console
+) -> Sampler:
+    """Samples with a finished run's exported generator, as the run did for its evaluation."""
+    generator, params = load_generator(
+        str(workdir / "export" / "generator"),
+        compute_dtype=jnp.dtype(config.generator.compute_dtype),
+    )
+    own = phase_mesh(config.mesh, "sampling"), config.generator, config.seed
+    return Sampler(generator, params, "", *own, Processes(), Reporter(console))
 
 
 def _unkept(expander: Expander) -> Sample:

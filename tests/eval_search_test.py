@@ -1,9 +1,18 @@
 """`eval.search` and the README's example, on a finished run."""
 
+import json
 import re
 import subprocess
 import sys
 
+import ml_collections
+from rich.console import Console
+
+from eval.search import trained_sampler
+from expandr_jax.data.records import read_jsonl
+from expandr_jax.expansion.expand import drawing, expansion_text
+from expandr_jax.expansion.prompts import strip_lead_in
+from expandr_jax.generation.requests import Request
 from tests.commands import ROOT, command, finish
 
 
@@ -14,6 +23,34 @@ def test_it_shows_the_expansion_and_both_rankings(smoke):
     )
     for part in ("expansion:", "query alone", "query + expansion", "search", "write passages"):
         assert part in output
+
+
+def test_it_samples_as_the_run_s_evaluation_did(smoke):
+    workdir, _ = smoke
+    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text())["config"])
+    rows = [
+        row
+        for _, row in read_jsonl(workdir / "evaluation" / "expansions.jsonl", {})
+        if row["system"] == "expandr"
+    ]
+    settings = config.expansion
+    requests = [
+        Request(
+            f"evaluation/{row['query_id']}", row["sample"], expansion_text(config, row["query"]),
+            settings.temperature, **drawing(settings),
+        )
+        for row in rows
+    ]  # fmt: skip
+    sampler = trained_sampler(workdir, config, Console(quiet=True))
+    made = {(c.id, c.sample): (c, t) for c, t in sampler.generate(None, requests, requests)}
+    same = 0
+    for request, row in zip(requests, rows, strict=True):
+        completion, text = made[request.id, request.sample]
+        equal = strip_lead_in(text).strip() == row["expansion"]
+        # The adapter is merged into the weights here, which rounds otherwise.
+        assert equal or completion.near_ties
+        same += equal
+    assert same > len(rows) * 0.9
 
 
 def refused(*arguments: str) -> str:
