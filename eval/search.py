@@ -110,9 +110,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     console.print(f"{len(corpus)} documents; {parts} (first use compiles)")
 
 
-def trained_sampler(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict, console: Console
-) -> Sampler:
+def trained_sampler(workdir: pathlib.Path, config: Config, console: Console) -> Sampler:
     """Samples with a finished run's exported generator, as the run did for its evaluation."""
     generator, params = load_generator(
         str(workdir / "export" / "generator"),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 from jax.sharding import Mesh
 
+from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
@@ -27,6 +28,8 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
 PHASES = ("contrastive", "encoding", "sampling", "dpo")  # Each may have a mesh of its own.
 OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
+# Words, cases, accents, digits, spaces, lines, another script: what tokenizers treat differently.
+PROBES = ("Naïve CAFÉ  state-of-the-art", "x = 3.14159 # 1,000\n\treturn", "検索 поиск 🔍", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,3 +254,27 @@ def _check_sampling(config: ml_collections.ConfigDict, model: GeneratorModel) ->
         penalize=penalizes(config),
     )
     check_memory(plan, sampling_memory(settings))
+
+
+def model_hashes(models: RetrieverModel | GeneratorModel) -> dict[str, str]:
+    """Hashes of the weights, with their type, and of the tokenizers, by what a message calls them.
+
+    Args:
+        models: One of the two, or both.
+    """
+    hashes = {}
+    if isinstance(models, RetrieverModel):
+        hashes["retriever.source, its weights"] = models.retriever_hash
+        hashes["retriever.source, its tokenizer"] = _hash_tokenizer(models.retriever.tokenizer)
+    if isinstance(models, GeneratorModel):
+        hashes["generator.source, its weights"] = models.generator_hash
+        hashes["generator.source, its tokenizer"] = _hash_tokenizer(models.generator.tokenizer)
+    return hashes
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    """sha256 over its vocabulary, what it makes of some texts, and its chat template."""
+    ids = [[int(i) for i in tokenizer([text])["input_ids"][0]] for text in PROBES]
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    template = getattr(tokenizer, "chat_template", None)
+    return hash_json([sorted(vocabulary.items()), ids, template])

@@ -14,9 +14,10 @@ from expandr_jax.errors import NotFiniteError
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactIndex, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
-from expandr_jax.vectors.corpus import configured_index, encode_corpus, encode_texts
+from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
+from train.encoding import encode_corpus, encode_texts
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)

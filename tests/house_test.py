@@ -14,13 +14,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRODUCT = ("expandr_jax", "train", "eval", "configs")
 MOST_LINES = 400  # A file.
 # The aim is 27,900, with the new features; what is doubled on the way there is still to go.
-MOST_SOURCE_LINES = 29_450
+MOST_SOURCE_LINES = 29_900
 
 # Every room of the library, the lowest first: a room imports from those before it alone. A module
 # that lies in no package is a room of its own.
 ROOMS = (
     "errors", "settings", "sharding", "mining", "data", "metrics", "runtime", "models", "weights",
-    "losses", "training", "search", "generation", "vectors", "pair", "model_hashes", "expansion",
+    "losses", "training", "search", "generation", "vectors", "pair", "expansion",
     "ranking", "rewards", "objectives", "config", "report", "planning",
 )  # fmt: skip
 
@@ -29,7 +29,6 @@ UPWARDS = {
     ("data", "runtime"),
     ("models", "weights"),
     ("runtime", "planning"),
-    ("vectors", "pair"),
 }
 BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
 OF_TESTS = {
@@ -37,14 +36,12 @@ OF_TESTS = {
 }
 OF_FLAGS = {
     "expandr_jax/pair.py",
-    "expandr_jax/vectors/corpus.py",
 }
 WITH_RUN = {
     "expandr_jax/data/echo.py",
     "expandr_jax/data/source.py",
     "expandr_jax/data/training_data.py",
     "expandr_jax/data/training_triples.py",
-    "expandr_jax/vectors/corpus.py",
 }
 LONG = {
     "tests/bucket_test.py",

@@ -15,7 +15,8 @@ from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus, encode_corpus
+from expandr_jax.vectors.corpus import Corpus
+from train.encoding import encode_corpus
 from train.evaluation import Trained, evaluate, result_files
 
 
@@ -61,8 +62,7 @@ def _on_benchmark(run: Run, models: Models, data: TrainingData, trained: Trained
     def build(retriever: str) -> tuple[Any, Corpus]:
         params, _ = trained.retrievers[retriever]()
         name = f"{data.collection.name}/{retriever}"
-        with run.phase(f"encode the corpus, {name}"):
-            return params, encode_corpus(run, models, data.collection.corpus, name, params)
+        return params, encode_corpus(run, models, data.collection.corpus, name, params)
 
     names = trained.retrievers
     return Trained({name: functools.partial(build, name) for name in names}, trained.adapters)

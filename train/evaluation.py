@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ from expandr_jax.ranking.systems import (
 )
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
-from expandr_jax.vectors.corpus import Corpus, encode_texts
 from expandr_jax.vectors.encoder import Kind
+from train.encoding import RunRetriever, encode_texts
 from train.expansions import SPLITS, evaluation_expansions, run_expander
 from train.samples import sample_rows
 
@@ -51,7 +51,7 @@ class Trained:
         adapters: Name -> adapter; "base" -> None.
     """
 
-    retrievers: Mapping[str, Callable[[], tuple[Any, Corpus]]]
+    retrievers: Mapping[str, RunRetriever]
     adapters: Mapping[str, Any]
 
 

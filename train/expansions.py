@@ -1,7 +1,7 @@
 """Expansions of a run's queries, by the config's strategy, with passages of its own corpus."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,12 @@ from expandr_jax.pair import Models, make_sampler
 from expandr_jax.ranking.ranker import Expansions, by_sample
 from expandr_jax.ranking.systems import EXPANSION, System
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus, encode_texts
+from train.encoding import RunRetriever, encode_texts
 
 SPLITS = ("dev", "test")
 
 
-def run_expander(
-    run: Run, models: Models, data: TrainingData, retriever: Callable[[], tuple[Any, Corpus]]
-) -> Expander:
+def run_expander(run: Run, models: Models, data: TrainingData, retriever: RunRetriever) -> Expander:
     """Expands queries of a run; a strategy that searches by vectors does so under `retriever`."""
 
     def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:

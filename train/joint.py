@@ -6,8 +6,9 @@ generator by DPO (step B). Then choose settings on dev, score every system on te
 The same command again continues where it stopped.
 """
 
+import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -19,22 +20,21 @@ from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled, numbered
-from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import Models, check_meshes, load_models
+from expandr_jax.pair import Models, check_meshes, load_models, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
-from expandr_jax.vectors.corpus import Corpus, encode_corpus
 from train.benchmarks import evaluate_benchmarks
+from train.encoding import run_retriever
 from train.evaluation import Trained, evaluate, systems_of_run
 from train.expansions import run_expander
 from train.export import export_run
 from train.generator import train_generator
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.negatives import mine_training_negatives
+from train.negatives import check_negatives, training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
 
@@ -70,7 +70,7 @@ def train_joint(
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
-    _check_negatives(config, data)
+    check_negatives(config.mining, config.contrastive.negatives, data)
     with run.phase("models"), run.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
@@ -83,45 +83,35 @@ def train_joint(
     )
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
 
-    retrievers: dict[str, Callable[[], tuple[Any, Corpus]]] = {}
-    retrievers["zero-shot"] = _retriever(run, models, data, "zero-shot", models.retriever_params)
-    negatives = _negatives(run, models, retrievers["zero-shot"], data, 0)
+    retriever = functools.partial(run_retriever, run, models, data.collection.corpus)
+    params, adapter = models.retriever_params, None
+    current = retriever("zero-shot", params)
+    retrievers, adapters = {"zero-shot": current}, {"base": adapter}
+    negatives = training_negatives(run, models, current, data, 0)
     if any("fine-tuned" in system.retrievers for system in systems):
         with run.phase("fine-tuned baseline"):
-            params = _train(run, models, data, None, negatives, phase="fine-tuned", round_=0)
-        retrievers["fine-tuned"] = _retriever(run, models, data, "fine-tuned", params)
-
-    params, adapter = models.retriever_params, None
-    adapters: dict[str, Any] = {"base": None}
+            tuned = _train(run, models, data, None, negatives, params, phase="fine-tuned")
+        retrievers["fine-tuned"] = retriever("fine-tuned", tuned)
     for round_ in range(config.rounds):
-        before = f"round-{round_ - 1}" if round_ > 0 else "zero-shot"
         if round_ > 0:
-            negatives = _negatives(run, models, retrievers[before], data, round_)
+            negatives = training_negatives(run, models, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
-            expander = run_expander(run, models, data, retrievers[before])
+            expander = run_expander(run, models, data, current)
             expansions = _expand(run, expander, adapter, data, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params
-            params = _train(
-                run,
-                models,
-                data,
-                expansions,
-                negatives,
-                phase="retriever",
-                round_=round_,
-                start=start,
-            )
-        name = "expandr" if round_ == config.rounds - 1 else f"round-{round_}"
-        retrievers[name] = _retriever(run, models, data, name, params)
-        corpus = retrievers[name]()[1]
+            params = _train(run, models, data, expansions, negatives, start, round_=round_)
+        last = round_ == config.rounds - 1
+        name = "expandr" if last else f"round-{round_}"
+        retrievers[name] = current = retriever(name, params)
+        corpus = current()[1]
         make_preferences(run, models, expander, adapter, params, corpus, data, round_)
         with run.phase(f"{objective.phase}, round {round_}"):
             path = run.path(f"round-{round_}", objective.file)
             rows, dropped = objective.read(path, models.generator, config, own=True)
             run.reporter.say(objective.counted(len(rows), dropped))
             adapter = train_generator(run, models, adapter, rows, round_=round_)
-        adapters["trained" if name == "expandr" else name] = adapter
+        adapters["trained" if last else name] = adapter
 
     trained = Trained(retrievers, adapters)
     results = evaluate(run, models, data, trained)
@@ -159,36 +149,6 @@ def _check_server(config: Config, systems: Sequence[System]) -> None:
         )
 
 
-def _check_negatives(config: Config, data: TrainingData) -> None:
-    """Refuses, before the models are loaded, to train on negatives that are nowhere."""
-    count = config.contrastive.negatives
-    if not count or config.mining.per_query or any(map(data.negatives, data.retriever_train)):
-        return
-    raise UserError(
-        f"contrastive.negatives is {count}, but no training query has a document that is judged "
-        "wrong; set it to 0, or mine some with mining.per_query"
-    )
-
-
-def _negatives(
-    run: Run,
-    models: Models,
-    retriever: Callable[[], tuple[Any, Corpus]],
-    data: TrainingData,
-    round_: int,
-) -> dict[str, list[str]]:
-    """Hard negatives of a round under the retriever that it begins with; none if not asked for.
-
-    Where none are to be mined, they are those that the data name.
-    """
-    if not run.config.contrastive.negatives:
-        return {}
-    if not run.config.mining.per_query:
-        return {query: data.negatives(query) for query in data.retriever_train}
-    params, corpus = retriever()
-    return mine_training_negatives(run, models, params, corpus, data, round_)
-
-
 def _expand(
     run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
 ) -> dict[tuple[str, int], str]:
@@ -221,10 +181,10 @@ def _train(
     data: TrainingData,
     expansions: dict[tuple[str, int], str] | None,
     negatives: dict[str, list[str]],
+    start: Any,
     *,
-    phase: str,
-    round_: int,
-    start: Any | None = None,
+    phase: str = "retriever",
+    round_: int = 0,
 ) -> Any:
     """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
     config = run.config
@@ -239,7 +199,6 @@ def _train(
         )
         for query in data.retriever_train
     ]
-    start = models.retriever_params if start is None else start
     return train_retriever(
         run,
         models,
@@ -251,21 +210,6 @@ def _train(
         samples=samples,
         ids=data.retriever_train,
     )
-
-
-def _retriever(
-    run: Run, models: Models, data: TrainingData, name: str, params: Any
-) -> Callable[[], tuple[Any, Corpus]]:
-    """A function that encodes the corpus and builds its index the first time it is called."""
-    made: list[Corpus] = []
-
-    def build() -> tuple[Any, Corpus]:
-        if not made:
-            with run.phase(f"encode the corpus, {name}"):
-                made.append(encode_corpus(run, models, data.collection.corpus, name, params))
-        return params, made[0]
-
-    return build
 
 
 def main(_: Any) -> None:

@@ -6,36 +6,60 @@ import numpy as np
 
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.pair import Models
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus, encode_texts
+from expandr_jax.vectors.corpus import Corpus
+from train.encoding import RunRetriever, encode_texts
 
 
-def mine_training_negatives(
-    run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
-) -> dict[str, list[str]]:
-    """Searches the corpus for each training query; writes round-R/triples.jsonl.
+def check_negatives(settings: Any, count: int, data: TrainingData) -> None:
+    """Refuses, before the models are loaded, to train on negatives that are nowhere.
 
     Args:
-        run: Its config's `mining` section says which results are taken.
+        settings: The config's section `mining`.
+        count: Negatives of a query in a step.
+        data: The training queries and their judgements.
+    """
+    if not count or settings.per_query or any(map(data.negatives, data.retriever_train)):
+        return
+    raise UserError(
+        f"contrastive.negatives is {count}, but no training query has a document that is judged "
+        "wrong; set it to 0, or mine some with mining.per_query"
+    )
+
+
+def training_negatives(
+    run: Run, models: Models, retriever: RunRetriever, data: TrainingData, round_: int
+) -> dict[str, list[str]]:
+    """Hard negatives of a round; none if the config asks for none.
+
+    Where they are to be mined, the corpus is searched for each training query, and
+    round-R/triples.jsonl written; where not, they are those that the data name.
+
+    Args:
+        run: Its config's section `mining` says which results are taken.
         models: Encodes the queries, unexpanded.
-        params: The retriever's parameters, those that encoded the corpus.
-        corpus: What is searched.
-        data: Training queries and what is known to be right for them.
+        retriever: The one that the round begins with.
+        data: Training queries and their relevant documents.
         round_: Counts from 0.
 
     Returns:
         Query id -> texts of its negatives, hardest first.
     """
+    if not run.config.contrastive.negatives:
+        return {}
+    if not run.config.mining.per_query:
+        return {query: data.negatives(query) for query in data.retriever_train}
     name = f"round-{round_}/triples.jsonl"
-    path = run.path(name)
     if not run.seals.intact(name):
+        params, corpus = retriever()
         with run.phase(f"hard negatives, round {round_}"):
             _mine(run, models, params, corpus, data, round_)
         run.seals.seal(name)
     fields = {"query_id": str, "neg": list}
-    return {row["query_id"]: row["neg"] for _, row in read_jsonl(path, fields)}
+    return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 
 
 def _mine(

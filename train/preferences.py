@@ -18,7 +18,8 @@ from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus, encode_texts
+from expandr_jax.vectors.corpus import Corpus
+from train.encoding import encode_texts
 
 
 def make_preferences(

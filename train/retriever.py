@@ -22,7 +22,6 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.model_hashes import model_hashes
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
     with_temperature,
@@ -37,7 +36,7 @@ from expandr_jax.objectives.contrastive_batches import (
     triple_examples,
 )
 from expandr_jax.objectives.settings import ContrastiveSettings
-from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model
+from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model, model_hashes
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.ranking.dense import search_vectors
 from expandr_jax.runtime.formats import identity_of
@@ -50,8 +49,8 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, optimizer_config
-from expandr_jax.vectors.corpus import encode_texts
 from expandr_jax.weights.export import export_trained
+from train.encoding import encode_texts
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
 
 

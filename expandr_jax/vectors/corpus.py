@@ -8,14 +8,14 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import ml_collections
 import numpy as np
 
 from expandr_jax.errors import NotFiniteError
-from expandr_jax.pair import RetrieverModel
-from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Index, build_index
-from expandr_jax.vectors.encoder import Kind
+from expandr_jax.search.settings import SearchSettings
+from expandr_jax.vectors.encoder import Kind, TextEncoder
 from expandr_jax.vectors.file import encode_to_file
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
@@ -29,12 +29,12 @@ class Corpus:
     Attributes:
         ids: Document ids, in the order of the index.
         vectors: [documents, dim], float32 when indexed or stored in less; process 0 has them.
-        search: The config's section.
+        search: The config's section `search`.
     """
 
     ids: list[str]
     vectors: np.ndarray | StoredVectors | None
-    search: ml_collections.ConfigDict
+    search: SearchSettings
 
     @functools.cached_property
     def index(self) -> Index:
@@ -42,9 +42,7 @@ class Corpus:
         return configured_index(self.vectors, self.search)
 
 
-def configured_index(
-    vectors: np.ndarray | StoredVectors, search: ml_collections.ConfigDict
-) -> Index:
+def configured_index(vectors: np.ndarray | StoredVectors, search: SearchSettings) -> Index:
     """`build_index` as the config's `search` section has it."""
     options = {
         **(dataclasses.asdict(search.exact) if search.backend != "scann" else {}),
@@ -54,22 +52,33 @@ def configured_index(
 
 
 def encode_corpus(
-    run: Run, models: RetrieverModel, texts: Mapping[str, str], name: str, params: Any
+    encoder: TextEncoder,
+    params: Any,
+    texts: Mapping[str, str],
+    path: pathlib.Path,
+    *,
+    dtype: str,
+    search: SearchSettings,
+    processes: Processes,
+    reporter: Reporter,
 ) -> Corpus:
-    """Encodes documents (id -> text) to work/vectors/NAME.npy and opens them for searching.
+    """Encodes documents to a file, each process a share of them, and opens it for searching.
+
+    Args:
+        encoder: Turns texts into vectors.
+        params: The retriever's parameters.
+        texts: Document id -> text.
+        path: The file, as of `encode_to_file`.
+        dtype: The type in which the vectors are kept, one of `stored.DTYPES`.
+        search: The config's section `search`.
+        processes: Those that encode.
+        reporter: Shows progress.
 
     Raises:
         NotFiniteError: A vector is not finite, naming its document.
     """
-    path = run.path("work", "vectors", f"{name}.npy")
-    encode = functools.partial(
-        encode_to_file,
-        encoder=models.encoder,
-        params=params,
-        kind="document",
-    )
-    dtype, processes = run.config.retriever.vectors, run.processes
-    with run.progress(f"{name}: documents encoded", len(texts)) as shown:
+    encode = functools.partial(encode_to_file, encoder=encoder, params=params, kind="document")
+    with reporter.progress(f"{path.stem}: documents encoded", len(texts)) as shown:
 
         def advance(count: int) -> None:
             shown(count)
@@ -80,16 +89,16 @@ def encode_corpus(
                 vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
             processes.files.push()
         else:
-            _encode_shares(run, path, texts, encode, dtype, advance)
+            _encode_shares(processes, path, texts, encode, dtype, advance)
             vectors = open_vectors(path) if processes.is_main else None
-    corpus = Corpus(list(texts), vectors, run.config.search)
+    corpus = Corpus(list(texts), vectors, search)
     if processes.is_main:
         _ = corpus.index
     return corpus
 
 
 def _encode_shares(
-    run: Run,
+    processes: Processes,
     path: pathlib.Path,
     texts: Mapping[str, str],
     encode: Callable[..., Any],
@@ -97,7 +106,6 @@ def _encode_shares(
     advance: Progress,
 ) -> None:
     """Makes a file of vectors of what each process has encoded, unless it is there already."""
-    processes = run.processes
     ids, values = list(texts), list(texts.values())
     starts = _starts(len(values), processes.count)
     names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
@@ -133,11 +141,12 @@ def _encode_shares(
 
 
 def encode_texts(
-    run: Run,
-    models: RetrieverModel,
+    encoder: TextEncoder,
     params: Any,
     texts: Sequence[str],
     kind: Kind,
+    processes: Processes,
+    directory: pathlib.Path,
     progress: Progress | None = None,
     *,
     ids: Sequence[str] = (),
@@ -145,11 +154,12 @@ def encode_texts(
     """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
 
     Args:
-        run: Its processes.
-        models: The encoder.
+        encoder: Turns texts into vectors.
         params: The retriever's parameters.
         texts: Any number of them.
         kind: Decides the prompt that is put before each text.
+        processes: Those that encode.
+        directory: Where they hand each other their vectors.
         progress: Called with the number of texts done since its last call.
         ids: What an error calls each text; (): its number alone.
 
@@ -159,23 +169,22 @@ def encode_texts(
     Raises:
         NotFiniteError: A vector is not finite, naming its text.
     """
-    processes = run.processes
     starts = _starts(len(texts), processes.count)
     share = slice(starts[processes.index], starts[processes.index + 1])
     own = texts[share]
     with _naming(ids[share]):
-        vectors = models.encoder.encode(params, own, kind, progress)
+        vectors = encoder.encode(params, own, kind, progress)
     if processes.count == 1:
         return vectors
-    paths = [run.path("work", "shares", f"vectors.process-{i}.npy") for i in range(processes.count)]
-    mine = paths[processes.index]
-    mine.parent.mkdir(parents=True, exist_ok=True)
-    np.save(mine, vectors)
+    paths = [directory / f"vectors.process-{i}.npy" for i in range(processes.count)]
+    own_path = paths[processes.index]
+    directory.mkdir(parents=True, exist_ok=True)
+    np.save(own_path, vectors)
     processes.barrier()
     parts = [np.load(path, allow_pickle=False) for path in paths]
     processes.barrier()  # Nobody writes the next ones before all have read these.
     with contextlib.suppress(OSError):
-        mine.unlink()
+        own_path.unlink()
     if progress is not None:
         progress(len(texts) - len(own))
     return np.concatenate([part for part in parts if len(part)] or [vectors])
