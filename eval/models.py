@@ -22,6 +22,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
+from eval import tiny_anchordr, tiny_models
+from eval.benchmarks import minilm, smollm2
 from eval.precision import measure_precision, precision_table
 from expandr_jax.data.records import write_text
 from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
@@ -29,7 +31,6 @@ from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.export import export_encoder, export_generator
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
-from tests import conftest, tiny_anchordr, tiny_models
 from train.launch import launch
 
 NAMES = {
@@ -195,9 +196,9 @@ def _cached(module: nn.Module, params) -> float:
 
 
 def _minilm() -> Row:
-    retriever, params = load_retriever(conftest.MINILM, sha256=conftest.MINILM_SHA256)
+    retriever, params = load_retriever(minilm.SOURCE, sha256=minilm.SHA256)
     texts = [f"{'how do I pad an array with zeros in numpy'[i % 9 : i + 9]} {i}" for i in range(50)]
-    theirs = SentenceTransformer(str(locate(conftest.MINILM)), device="cpu").encode(texts)
+    theirs = SentenceTransformer(str(locate(minilm.SOURCE)), device="cpu").encode(texts)
     ids, mask = _padded(retriever.token_ids(texts))
     ours = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
     pair = [(ours, theirs)]
@@ -205,8 +206,8 @@ def _minilm() -> Row:
 
 
 def _smollm2() -> Row:
-    generator, params = load_generator(conftest.SMOLLM2, sha256=conftest.SMOLLM2_SHA256)
-    path = locate(conftest.SMOLLM2)
+    generator, params = load_generator(smollm2.SOURCE, sha256=smollm2.SHA256)
+    path = locate(smollm2.SOURCE)
     load = transformers.AutoModelForCausalLM.from_pretrained
     reference = load(path.parent, gguf_file=path.name).eval()
     texts = ("Hi", "Write about Paris and Rome, please.", "Define numpy.pad in one line.")
@@ -260,7 +261,7 @@ def main(_: Sequence[str]) -> None:
             console.print(f"{row.family}: {row.difference:.0e}", soft_wrap=True)
             rows.append(row)
     precision = []
-    for line in measure_precision(conftest.SMOLLM2, conftest.SMOLLM2_SHA256):
+    for line in measure_precision(smollm2.SOURCE, smollm2.SHA256):
         console.print(f"{line.weights}, {line.compute}: perplexity {line.perplexity:.3f}")
         precision.append(line)
     out = pathlib.Path(flags.FLAGS.out)

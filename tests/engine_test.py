@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 import transformers
 
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.generation.engine import Engine
@@ -23,7 +24,6 @@ from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
-from tests import tiny_models
 
 EOS, SEED = 2, 11
 jitted_sample = jax.jit(sample)

@@ -15,6 +15,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
@@ -26,7 +27,7 @@ from expandr_jax.weights.families import model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
-from tests import conftest, tiny_models
+from tests import conftest
 from train.export import export_one
 
 

@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 import transformers
 
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
@@ -19,7 +20,7 @@ from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 from expandr_jax.weights.hf import load_generator, load_model
 from expandr_jax.weights.source import locate
-from tests import conftest, tiny_models
+from tests import conftest
 
 NAMES = {
     "model.embed_tokens": "token_embd",

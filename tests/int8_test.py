@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from configs import smoke
 from expandr_jax.config import read_config
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
@@ -20,7 +21,6 @@ from expandr_jax.sharding import make_mesh
 from expandr_jax.weights import load
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator, load_model
-from tests import tiny_models
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])

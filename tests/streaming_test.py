@@ -12,13 +12,13 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from eval import tiny_models
 from expandr_jax.sharding import make_mesh, param_shardings
 from expandr_jax.weights import load, store
 from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.families import example_inputs
 from expandr_jax.weights.files import HfDirectory
 from expandr_jax.weights.hf import load_generator, load_model, load_retriever
-from tests import tiny_models
 
 
 @pytest.fixture(scope="module")

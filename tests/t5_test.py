@@ -20,11 +20,11 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.t5 import relative_buckets
 from expandr_jax.weights.export import export_retriever
 from expandr_jax.weights.hf import load_generator, load_model, load_retriever
-from tests import tiny_models
 from tests.export_test import embed
 
 
