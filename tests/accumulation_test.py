@@ -17,8 +17,7 @@ from rich.console import Console
 
 from configs import base
 from expandr_jax.data.records import write_jsonl
-from expandr_jax.models.lora import LoraConfig, init_lora
-from expandr_jax.models.pooling import l2_normalize, pool
+from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
@@ -169,11 +168,11 @@ class Adapted:
 
     retriever: Retriever
     base: Any
+    lora: LoraConfig
 
     def embed(self, adapter, ids, mask, *, dropout_key=None):
-        variables = {"params": self.base, "lora": adapter}
-        hidden = self.retriever.module.apply(variables, ids, mask)
-        return l2_normalize(pool(hidden, mask, self.retriever.pooling))
+        params = merge_lora(self.base, adapter, self.lora)
+        return self.retriever.embed(params, ids, mask, dropout_key=dropout_key)
 
 
 def with_module(retriever, **settings):
@@ -189,8 +188,7 @@ def test_micro_batches_on_eight_devices_with_remat_or_an_adapter(tiny, case):
         lora = LoraConfig(rank=2, dropout=0.0)
         adapter = init_lora(jax.random.key(0), params, lora)
         trainable = jax.tree.map(lambda leaf: leaf + 0.02, adapter)
-        retriever = Adapted(with_module(retriever, lora=lora), params)
-        pieces = Adapted(with_module(pieces, lora=lora), params)
+        retriever, pieces = (Adapted(r, params, lora) for r in (retriever, pieces))
     batch = batch_of(tiny[0], 0, 32)
     whole = jax.jit(functools.partial(contrastive_gradients, retriever=retriever, config=CONFIG))
     (loss, _), expected = whole(trainable, batch)

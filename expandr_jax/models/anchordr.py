@@ -15,7 +15,7 @@ import numpy as np
 from expandr_jax.models.attention import attend
 from expandr_jax.models.bert import LayerNorm
 from expandr_jax.models.decoder import token_positions
-from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.lora import Projection
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
@@ -62,7 +62,6 @@ class Attention(nn.Module):
 
     config: AnchorDrConfig
     dtype: Any
-    lora: LoraConfig | None
     deterministic: bool
 
     @nn.compact
@@ -71,8 +70,8 @@ class Attention(nn.Module):
         width = cfg.hidden_size // cfg.num_heads
 
         def project(name, axes, y):
-            layer = Projection(cfg.hidden_size, axes, True, self.dtype, self.lora, name=name)
-            return layer(y, self.deterministic)
+            layer = Projection(cfg.hidden_size, axes, True, self.dtype, name=name)
+            return layer(y)
 
         q, k, v = (
             project(name, ("embed", "heads"), y).reshape(*y.shape[:2], cfg.num_heads, width)
@@ -90,14 +89,13 @@ class Block(nn.Module):
 
     config: AnchorDrConfig
     dtype: Any
-    lora: LoraConfig | None
     deterministic: bool
     is_decoder: bool
 
     @nn.compact
     def __call__(self, x, shared):
         cfg = self.config
-        options = cfg, self.dtype, self.lora, self.deterministic
+        options = cfg, self.dtype, self.deterministic
         mask, buckets, memory, memory_mask = shared
         bias = None
         if not self.is_decoder:
@@ -116,8 +114,8 @@ class Block(nn.Module):
         cfg = self.config
 
         def project(name, features, axes, y):
-            layer = Projection(features, axes, not cfg.gated, self.dtype, self.lora, name=name)
-            return layer(y, self.deterministic)
+            layer = Projection(features, axes, not cfg.gated, self.dtype, name=name)
+            return layer(y)
 
         up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
         if cfg.gated:
@@ -139,7 +137,6 @@ class Stack(nn.Module):
 
     config: AnchorDrConfig
     dtype: Any
-    lora: LoraConfig | None
     remat: str
     deterministic: bool
     is_decoder: bool
@@ -156,7 +153,7 @@ class Stack(nn.Module):
 
         length = cfg.num_decoder_layers if self.is_decoder else cfg.num_layers
         layers = stack(Block, length, self.remat)(
-            cfg, self.dtype, self.lora, self.deterministic, self.is_decoder, name="layers"
+            cfg, self.dtype, self.deterministic, self.is_decoder, name="layers"
         )
         return layers(x, shared)[0]
 
@@ -168,13 +165,11 @@ class AnchorDr(nn.Module):
         config: The model's shape.
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
-        lora: Settings for the "lora" collection, if one is passed.
     """
 
     config: AnchorDrConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -193,7 +188,7 @@ class AnchorDr(nn.Module):
         cfg = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
         tokens = self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
-        options = cfg, self.dtype, self.lora, self.remat, deterministic
+        options = cfg, self.dtype, self.remat, deterministic
         mask = padding_mask(attention_mask).prepared(1)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets)
         encoder = Stack(*options, is_decoder=False, name="encoder")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.gelu import gelu
-from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.lora import Projection
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
@@ -81,7 +81,6 @@ class Block(nn.Module):
 
     config: BertConfig
     dtype: Any
-    lora: LoraConfig | None
     deterministic: bool
 
     @nn.compact
@@ -107,8 +106,8 @@ class Block(nn.Module):
         return self._project("o_proj", cfg.hidden_size, ("heads", "embed"), out)
 
     def _project(self, name, features, axes, x):
-        layer = Projection(features, axes, True, self.dtype, self.lora, name=name)
-        return layer(x, self.deterministic)
+        layer = Projection(features, axes, True, self.dtype, name=name)
+        return layer(x)
 
     def _norm(self, name, x, y):
         y = nn.Dropout(self.config.hidden_dropout)(y, deterministic=self.deterministic)
@@ -122,13 +121,11 @@ class Bert(nn.Module):
         config: The model's shape.
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
-        lora: Settings for the "lora" collection, if one is passed.
     """
 
     config: BertConfig
     dtype: Any = jnp.float32
     remat: str = "none"
-    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -166,6 +163,6 @@ class Bert(nn.Module):
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)
 
         layers = stack(Block, cfg.num_layers, self.remat)(
-            cfg, self.dtype, self.lora, deterministic, name="layers"
+            cfg, self.dtype, deterministic, name="layers"
         )
         return layers(x, padding_mask(attention_mask).prepared(x.shape[1]))[0]

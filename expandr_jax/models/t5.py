@@ -15,7 +15,7 @@ import numpy as np
 
 from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import RMSNorm
-from expandr_jax.models.lora import LoraConfig, Projection
+from expandr_jax.models.lora import Projection
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
@@ -59,7 +59,6 @@ class Block(nn.Module):
 
     config: T5Config
     dtype: Any
-    lora: LoraConfig | None
     deterministic: bool
 
     @nn.compact
@@ -99,8 +98,8 @@ class Block(nn.Module):
         return self._project("down_proj", cfg.hidden_size, ("mlp", "embed"), self._drop(y))
 
     def _project(self, name, features, axes, x):
-        layer = Projection(features, axes, False, self.dtype, self.lora, name=name)
-        return layer(x, self.deterministic)
+        layer = Projection(features, axes, False, self.dtype, name=name)
+        return layer(x)
 
     def _drop(self, x):
         return nn.Dropout(self.config.dropout)(x, deterministic=self.deterministic)
@@ -113,13 +112,11 @@ class T5Encoder(nn.Module):
         config: The model's shape.
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
-        lora: Settings for the "lora" collection, if one is passed.
     """
 
     config: T5Config
     dtype: Any = jnp.float32
     remat: str = "none"
-    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -150,7 +147,7 @@ class T5Encoder(nn.Module):
         x = nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
 
         layers = stack(Block, cfg.num_layers, self.remat)(
-            cfg, self.dtype, self.lora, deterministic, name="layers"
+            cfg, self.dtype, deterministic, name="layers"
         )
         x = RMSNorm(cfg.norm_eps, False, name="final_norm")(layers(x, shared)[0])
         return nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
