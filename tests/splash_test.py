@@ -28,9 +28,9 @@ def responses():
     return Mask(jnp.asarray(np.stack([row, other])), causal=True, responses=2)
 
 
-def windowed(flag, window=20):
+def windowed(flag, window=20, mask=causal_mask):
     place = jnp.arange(LENGTH)[None]
-    return causal_mask(ragged()).within(window, place, place).replace(windowed=flag)
+    return mask(ragged()).within(window, place, place).replace(windowed=flag)
 
 
 MASKS = {
@@ -40,6 +40,8 @@ MASKS = {
     "sliding": lambda: windowed(None),
     "sliding, in this layer": lambda: windowed(jnp.asarray(True)),
     "sliding, in another layer": lambda: windowed(jnp.asarray(False)),
+    "sliding both ways": lambda: windowed(None, mask=padding_mask),
+    "sliding both ways, in this layer": lambda: windowed(jnp.asarray(True), mask=padding_mask),
     "sliding wider than the row": lambda: windowed(jnp.asarray(True), 200),
     "responses": responses,
 }

@@ -60,20 +60,24 @@ class BertConfig:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with scale and bias, in float32."""
+    """Layer normalisation with a scale and, where `use_bias`, a bias, in float32."""
 
     eps: float
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         width = (x.shape[-1],)
         scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), width)
-        bias = self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), width)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+        y = y * scale.astype(jnp.float32)
+        if self.use_bias:
+            bias = self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), width)
+            y = y + bias.astype(jnp.float32)
+        return y.astype(x.dtype)
 
 
 class Block(nn.Module):

@@ -39,14 +39,14 @@ class Mask:
         return self.replace(array=self._allowed(queries))
 
     def within(self, window: int, positions: jax.Array, key_positions: jax.Array) -> "Mask":
-        """Adds a window: keys `window` positions or more before a query are not seen.
+        """Adds a window: keys `window` positions or more before or after a query are not seen.
 
         Args:
             window: In tokens, the query included.
             positions: [batch, queries] int32.
             key_positions: [batch or 1, keys] int32.
         """
-        near = positions[:, :, None] - key_positions[:, None, :] < window
+        near = jnp.abs(positions[:, :, None] - key_positions[:, None, :]) < window
         return self.replace(window=window, near=near & self._whole(positions.shape[1]))
 
     def after(self, tokens: int) -> "Mask":

@@ -96,7 +96,7 @@ def splash_attend(
     if mask.window is None or mask.window >= keys or windowed is False:
         windowed, nearby = False, everywhere
     else:
-        after = 0 if mask.causal else None
+        after = 0 if mask.causal else mask.window - 1
         nearby = masks.LocalMask(shape, (mask.window - 1, after), offset)
         windowed = True if windowed is None else windowed
 

@@ -89,7 +89,7 @@ def _find(
     prefix = find_prefix(shapes, weights)
     stored, known = {}, set()
     for weight in weights:
-        layers = range(expected[weight.path][0]) if weight.stacked else [""]
+        layers = range(expected[weight.path][0]) if weight.stacked else [0]
         names = [hf_name(weight, layer, prefix) for layer in layers]
         copies = [name for name in weight.copies if name in shapes]
         if copies and names[0] not in shapes:

@@ -19,6 +19,7 @@ class Weight:
         transpose: The tensor is [out, in] and the leaf [in, out].
         copies: Names under which files may hold the same tensor again, or instead.
         bare: No prefix stands before its name, as before a head's.
+        first: Number of the layer that a stack begins with.
     """
 
     path: str
@@ -26,23 +27,27 @@ class Weight:
     transpose: bool = False
     copies: tuple[str, ...] = ()
     bare: bool = False
+    first: int = 0
 
     @property
     def stacked(self) -> bool:
         return "{}" in self.name
 
 
-def linear(path: str, name: str, bias: bool, *, bare: bool = False) -> Iterator[Weight]:
+def linear(
+    path: str, name: str, bias: bool, *, bare: bool = False, first: int = 0
+) -> Iterator[Weight]:
     """The kernel of a linear layer and, if it has one, its bias."""
-    yield Weight(f"{path}/kernel", f"{name}.weight", transpose=True, bare=bare)
+    yield Weight(f"{path}/kernel", f"{name}.weight", True, bare=bare, first=first)
     if bias:
-        yield Weight(f"{path}/bias", f"{name}.bias", bare=bare)
+        yield Weight(f"{path}/bias", f"{name}.bias", bare=bare, first=first)
 
 
-def layer_norm(path: str, name: str) -> Iterator[Weight]:
-    """The scale and the bias of a layer norm."""
-    yield Weight(f"{path}/scale", f"{name}.weight")
-    yield Weight(f"{path}/bias", f"{name}.bias")
+def layer_norm(path: str, name: str, bias: bool = True, *, first: int = 0) -> Iterator[Weight]:
+    """The scale of a layer norm and, if it has one, its bias."""
+    yield Weight(f"{path}/scale", f"{name}.weight", first=first)
+    if bias:
+        yield Weight(f"{path}/bias", f"{name}.bias", first=first)
 
 
 # Prefixes under which published files keep the names above. The head never has one.
@@ -71,6 +76,6 @@ def find_prefix(names: Iterable[str], weights: list[Weight]) -> str:
     return next((p for p in PREFIXES if p + weights[0].name in names), PREFIXES[0])
 
 
-def hf_name(weight: Weight, layer: int | str, prefix: str) -> str:
-    """The full name of a tensor in a file."""
-    return ("" if weight.bare else prefix) + weight.name.format(layer)
+def hf_name(weight: Weight, index: int, prefix: str) -> str:
+    """The full name of a tensor in a file: the one at `index` of a stack."""
+    return ("" if weight.bare else prefix) + weight.name.format(weight.first + index)

@@ -62,9 +62,9 @@ def named_tensors(
         leaf = flat[weight.path]
         shape = leaf.shape[1:] if weight.stacked else leaf.shape
         shape = shape[::-1] if weight.transpose else shape
-        for layer in range(leaf.shape[0]) if weight.stacked else [None]:
+        for layer in range(leaf.shape[0]) if weight.stacked else [0]:
             bare = hf_name(weight, layer, "")
-            rows = _Rows(leaf, layer, weight.transpose)
+            rows = _Rows(leaf, layer if weight.stacked else None, weight.transpose)
             tensor = Tensor(np.dtype(dtype_of(bare, leaf.dtype)), shape, rows)
             tensors[hf_name(weight, layer, prefix)] = tensor
             if with_copies:

@@ -7,15 +7,18 @@ import jax
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.models.rope import RopeScaling
-from expandr_jax.weights.families.family import ACTIVATIONS, MOST_LAYERS, Family
-from expandr_jax.weights.fields import Fields, shown
+from expandr_jax.weights.families.family import (
+    ACTIVATIONS,
+    MOST_LAYERS,
+    Family,
+    layer_types,
+    rope_scaling,
+)
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, linear
 
 # The activations of a gated feed-forward.
 _GATES = tuple(name for name in ACTIVATIONS if name not in ("gelu", "relu"))
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-_ROPE_TYPES = ("default", "linear", "llama3")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 256,
@@ -84,15 +87,7 @@ def _read(hf: Fields, kind: str) -> DecoderConfig:
 def _sliding(hf: Fields, kind: str) -> tuple[int | None, tuple[bool, ...]]:
     """Width of the local attention and which layers use it."""
     layers = hf.count("num_hidden_layers", most=MOST_LAYERS)
-    types = hf.items("layer_types", str, None)
-    if types is not None and len(types) != layers:
-        raise UserError(f"{hf.where}: layer_types has {len(types)} entries for {layers} layers")
-    unknown = sorted({*(types or ())} - {*_LAYER_TYPES})
-    if unknown:
-        raise UserError(
-            f"{hf.where}: layer_types {shown(', '.join(unknown))} not supported; supported: "
-            + ", ".join(_LAYER_TYPES)
-        )
+    types = layer_types(hf, layers)
     window = hf.count("sliding_window", None)
     if kind.startswith("qwen") and not hf.flag("use_sliding_window", False):
         window = None
@@ -116,24 +111,12 @@ def _rope(hf: Fields, gemma: bool) -> dict[str, Any]:
     if "full_attention" in given:
         full, local = given.section("full_attention"), given.section("sliding_attention")
     theta = (full if "rope_theta" in full else hf).number("rope_theta", 10000.0, above=0)
-    rope = {"rope_theta": float(theta), "rope_scaling": _rope_scaling(full)}
+    rope = {"rope_theta": float(theta), "rope_scaling": rope_scaling(full)}
     if gemma:
         local.only(rope_type="default")
         theta = hf.number("rope_local_base_freq", above=0)
         rope["rope_local_theta"] = local.number("rope_theta", theta, above=0)
     return rope
-
-
-def _rope_scaling(rope: Fields) -> RopeScaling | None:
-    kind = rope.choice("rope_type" if "rope_type" in rope else "type", _ROPE_TYPES, "default")
-    if kind == "default":
-        return None
-    factor = rope.number("factor", above=0)
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    low = rope.number("low_freq_factor", above=0)
-    high = rope.number("high_freq_factor", above=low)
-    return RopeScaling("llama3", factor, low, high, rope.count("original_max_position_embeddings"))
 
 
 def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:

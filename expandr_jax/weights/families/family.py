@@ -8,8 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
-from expandr_jax.weights.fields import Fields
+from expandr_jax.models.rope import RopeScaling
+from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.names import Weight
 
 # The activations of transformers by the names that our modules know them by.
@@ -21,6 +23,8 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "llama3")
 MOST_LAYERS = 10_000  # The tensors of a layer are listed one by one.
 
 
@@ -76,3 +80,30 @@ class Family:
     def is_stock(self) -> bool:
         """Whether transformers, and so sentence-transformers, can load what is exported."""
         return all(any(names) for names in self.classes.values())
+
+
+def layer_types(hf: Fields, layers: int) -> list[str] | None:
+    """What each layer attends to, by config.json: LAYER_TYPES; None where it does not say."""
+    types = hf.items("layer_types", str, None)
+    if types is not None and len(types) != layers:
+        raise UserError(f"{hf.where}: layer_types has {len(types)} entries for {layers} layers")
+    unknown = sorted({*(types or ())} - {*LAYER_TYPES})
+    if unknown:
+        raise UserError(
+            f"{hf.where}: layer_types {shown(', '.join(unknown))} not supported; supported: "
+            + ", ".join(LAYER_TYPES)
+        )
+    return types
+
+
+def rope_scaling(rope: Fields) -> RopeScaling | None:
+    """How rotary frequencies are stretched, by an object of config.json; None: they are not."""
+    kind = rope.choice("rope_type" if "rope_type" in rope else "type", ROPE_TYPES, "default")
+    if kind == "default":
+        return None
+    factor = rope.number("factor", above=0)
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    low = rope.number("low_freq_factor", above=0)
+    high = rope.number("high_freq_factor", above=low)
+    return RopeScaling("llama3", factor, low, high, rope.count("original_max_position_embeddings"))
