@@ -38,6 +38,8 @@ NAMES = {
     "camembert": "CamemBERT",
     "roberta": "RoBERTa",
     "xlm-roberta": "XLM-RoBERTa",
+    "modernbert": "ModernBERT",
+    "modernbert-biases": "ModernBERT with biases, linear rope",
     "t5": "T5 encoder, ReLU (GTR, sentence-T5)",
     "t5-gated": "T5 1.1 encoder, gated GELU",
     "llama": "Llama 3, untied",
@@ -84,9 +86,15 @@ values and gradients, and lower cuDNN's for CUDA. cuDNN's was also compared on a
 Loading puts each tensor where it belongs on the mesh as it is read: `pytest -m slow -s
 tests/streaming_test.py` prints the memory that this takes beyond 4.3 GB of parameters.
 
-The tests behind it: `bert_test`, `t5_test`, `anchordr_test`, `decoder_test`, `gguf_test`,
-`weights_test`, `model_configs_test`, `model_files_test`, `export_test`, `streaming_test`,
-`splash_test`, `int8_test` and, marked slow, `greedy_test`.
+To add a family, write its module in `expandr_jax/models/` and a `Family` record in
+`expandr_jax/weights/families/`: what its config.json means, where each tensor belongs, and, where
+they differ from an encoder's, the module's inputs, pooling and operations; then name the record in
+`families/__init__.py`. Loading, sharding, training, plans and exports ask nothing else. ModernBERT
+is one such commit; `eval/tiny_models.py` gives it its row here and the tests that all share.
+
+The tests behind it: `bert_test`, `modernbert_test`, `t5_test`, `anchordr_test`, `decoder_test`,
+`gguf_test`, `weights_test`, `model_configs_test`, `model_files_test`, `export_test`,
+`streaming_test`, `splash_test`, `int8_test` and, marked slow, `greedy_test`.
 """
 
 

@@ -30,6 +30,15 @@ _T5 = {
     "relative_attention_max_distance": 12,
     "pad_token_id": 0,
 }
+_MODERN = {
+    **_SHAPE,
+    "num_hidden_layers": 4,
+    "global_attn_every_n_layers": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
 _LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
 # Deep enough for a layer of each kind after a global one; scores scaled by the head's width.
 _DEEP = {
@@ -57,6 +66,23 @@ _FAMILIES = {
     "camembert": ("Camembert", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
     "roberta": ("Roberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
     "xlm-roberta": ("XLMRoberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    # Layers of both kinds, and windows that lie within the rows.
+    "modernbert": ("ModernBert", {**_MODERN, "local_attention": 9}),
+    "modernbert-biases": (
+        "ModernBert",
+        {
+            **_MODERN,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "local_attention": 4,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
     "t5": ("T5", _T5),
     "t5-gated": ("T5", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "llama": ("Llama", {**_GROUPED, "tie_word_embeddings": False, "rope_theta": 5e5}),
@@ -94,7 +120,10 @@ _FAMILIES = {
     "gemma3-deep": ("Gemma3Text", _DEEP),
     "gemma3-deep-linear": ("Gemma3Text", {**_DEEP, "rope_parameters": _LINEAR}),
 }
-ENCODERS = ("bert", "camembert", "roberta", "xlm-roberta", "t5", "t5-gated")
+ENCODERS = (
+    *("bert", "camembert", "roberta", "xlm-roberta"),
+    *("modernbert", "modernbert-biases", "t5", "t5-gated"),
+)
 DECODERS = tuple(n for n in _FAMILIES if n not in ENCODERS and "deep" not in n)
 
 TEMPLATE = (

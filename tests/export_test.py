@@ -75,7 +75,7 @@ def test_generator_settings_and_tokenizer_return(tmp_path):
     assert (again.module, again.eos_ids, again.pad_id) == (generator.module, (2,), 0)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "t5", "qwen2"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "roberta", "t5", "qwen2"])
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False), ("last", True)])
 def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tmp_path):
     tiny_models.save(tmp_path / "in", family)

@@ -9,8 +9,8 @@ import pytest
 from flax import traverse_util
 
 from configs import smoke
-from expandr_jax.config import read_config
 from eval import tiny_models
+from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora

@@ -22,6 +22,16 @@ DECODER = {
 CONFIGS = {
     "bert": BERT,
     "roberta": {**BERT, "pad_token_id": 1},
+    "modernbert": {
+        "vocab_size": 90,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+    },
     "t5": T5,
     "anchordr": {**T5, "num_decoder_layers": 1, "pad_token_id": 1},
     "gemma3_text": {**DECODER, "sliding_window": 5, "sliding_window_pattern": 6},
@@ -35,6 +45,7 @@ NO_COUNTS = ["12", 1.5, True, -1, [1], {}, float("nan"), float("inf"), 10**30, "
 NO_NUMBERS = ["1e-6", True, -1.0, 0, [1], float("nan"), float("inf"), 10**60]
 NUMBERS = {
     "bert": ("layer_norm_eps",),
+    "modernbert": ("norm_eps", "global_rope_theta", "local_rope_theta"),
     "t5": ("layer_norm_epsilon",),
     "llama": ("rms_norm_eps", "rope_theta"),
     "gemma3_text": ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"),
@@ -98,6 +109,25 @@ LLAMA3 = {
         ("anchordr", {"num_heads": 3}, "d_model is 32; expected a multiple of num_heads, 3"),
         ("anchordr", {"d_kv": 16}, "d_kv=16 is not supported; only 8 is"),
         ("anchordr", {"relative_attention_num_buckets": 508}, "from 4 to 507"),
+        ("modernbert", {"hidden_size": 20}, "num_attention_heads is 5; expected an even number"),
+        ("modernbert", {"hidden_activation": "quick_gelu"}, "hidden_activation 'quick_gelu' is"),
+        ("modernbert", {"norm_bias": 1}, "norm_bias is 1; expected true or false"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 lay"),
+        ("modernbert", {"layer_types": ["local", "full_attention"]}, "layer_types 'local' not s"),
+        ("modernbert", {"sliding_window": 8}, "sliding_window=8 is not supported; only 4 is"),
+        ("modernbert", {"head_dim": 4}, "head_dim=4 is not supported; only 8 is"),
+        ("modernbert", {"rope_scaling": LLAMA3}, "is not supported; only None is"),
+        ("modernbert", {"rope_parameters": {"rope_theta": 1.0}}, "full_attention and sliding_at"),
+        (
+            "modernbert",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            "rope_parameters.sliding_attention.rope_type 'yarn' is not supported",
+        ),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"partial_rotary_factor": 0.5}}},
+            "rope_parameters.full_attention.partial_rotary_factor=0.5 is not supported",
+        ),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads is 4; expected a multiple of"),
         ("llama", {"head_dim": 7}, "head_dim is 7; expected an even number"),
         ("llama", {"head_dim": None, "hidden_size": 20}, "head_dim is 5; expected an even"),
@@ -147,3 +177,25 @@ def test_options_of_a_configuration_are_checked(kind, fields, message):
 def test_a_model_type_that_is_none(kind):
     complaint = complaint_of(lambda: model_config(Fields({}, "config.json"), kind), "config.json")
     assert "is not supported; supported: bert, " in complaint
+
+
+def test_fields_that_change_nothing_are_left_alone():
+    """What a published ModernBERT's file says besides, of heads, of training and of kernels."""
+    plain = read_config("modernbert")
+    assert plain == read_config(
+        "modernbert", classifier_pooling="mean", classifier_bias=True, decoder_bias=False,
+        deterministic_flash_attn=True, initializer_range=0.1, initializer_cutoff_factor=3.0,
+        layer_norm_eps=1e-3, pad_token_id=5, position_embedding_type="absolute",
+        reference_compile=True, repad_logits_with_grad=True, rope_theta=5.0,
+        sparse_prediction=True, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def test_both_forms_of_two_rotary_bases_are_read():
+    older = read_config("modernbert", global_rope_theta=5e5, local_rope_theta=2e4)
+    bases = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+    assert older == read_config("modernbert", rope_parameters=bases)
+    assert (older.rope_theta, older.rope_local_theta) == (5e5, 2e4)
+    assert older.layer_is_local == (False, True)
+    mixed = {"full_attention": {"rope_type": "default"}, "sliding_attention": None}
+    assert read_config("modernbert", rope_parameters=mixed) == read_config("modernbert")

@@ -55,7 +55,7 @@ def test_parameters_arrive_on_their_devices(llama, shape, piece_bytes, monkeypat
     assert kernel.addressable_shards[0].data.shape == (3, 32 // shape[1], 48 // shape[2])
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "t5-gated"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "t5", "t5-gated"])
 def test_encoders_arrive_on_their_devices(family, tmp_path):
     tiny_models.save(tmp_path, family)
     _, whole = load_retriever(str(tmp_path), pooling="mean", normalize=True)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.families import anchordr, bert, decoder, t5
+from expandr_jax.weights.families import anchordr, bert, decoder, modernbert, t5
 from expandr_jax.weights.families.family import Family
 from expandr_jax.weights.fields import Fields, shown
 
-FAMILIES = (bert.FAMILY, t5.FAMILY, anchordr.FAMILY, decoder.FAMILY)
+FAMILIES = (bert.FAMILY, modernbert.FAMILY, t5.FAMILY, anchordr.FAMILY, decoder.FAMILY)
 BY_TYPE = {kind: family for family in FAMILIES for kind in family.classes}
 
 
