@@ -1,6 +1,7 @@
 """Training the adapter alone: formats in, PEFT out, dev pairs, accumulation, exact restarts."""
 
 import collections
+import dataclasses
 import gc
 import io
 import json
@@ -18,10 +19,11 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import dpo, smoke
+from expandr_jax.config import read_config
 from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.objectives.adapter import AdapterBatches, hold_out
-from expandr_jax.objectives.objective import ObjectiveSettings, objective_settings
+from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.training import setup
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import OptimizerConfig
@@ -220,9 +222,12 @@ def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
         sft_weight=0.4,
         chunk=5,
     )
-    assert objective_settings(config.dpo) == ObjectiveSettings(
+    expected = ObjectiveSettings(
         beta=0.2, label_smoothing=0.3, length_normalized=True, sft_weight=0.4, chunk=5
     )
+    found = read_config(config).dpo
+    for field in dataclasses.fields(ObjectiveSettings):
+        assert getattr(found, field.name) == getattr(expected, field.name)
 
 
 def test_simpo_learns_the_preference_and_runs_no_reference(preferences, tmp_path, monkeypatch):

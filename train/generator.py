@@ -26,7 +26,6 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, make_examples
-from expandr_jax.objectives.objective import objective_settings
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import GeneratorModel, check_meshes, load_generator_model, model_hashes
@@ -70,7 +69,7 @@ def train_generator(
             finite.
     """
     config = run.config.dpo
-    objective, settings = OBJECTIVES[config.loss], objective_settings(config)
+    objective = OBJECTIVES[config.loss]
     dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
@@ -83,7 +82,7 @@ def train_generator(
     updates = count_updates(config, len(examples) // batch_size)
     steps = updates * accumulation
     module, params = models.generator.module, models.generator_params
-    batches = AdapterBatches(models, objective, settings, batch_size)
+    batches = AdapterBatches(models, objective, config, batch_size)
 
     def indices_of(step: int) -> np.ndarray:
         """The examples of a step."""
@@ -118,7 +117,7 @@ def train_generator(
         optimizer_config(config, updates),
         objective=objective,
         module=module,
-        settings=settings,
+        settings=config,
     )
     key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
 

@@ -5,9 +5,12 @@ Log-probabilities are [batch, 2] throughout: of the chosen response, then of the
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+
+from expandr_jax.settings import NotNegative, Positive, number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +23,9 @@ class PreferenceSettings:
         gamma: What SimPO wants the chosen response's reward to be above the rejected one's.
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    gamma: float = 0.5
+    beta: Positive = 0.1
+    label_smoothing: Annotated[float, number(least=0, below=0.5)] = 0.0
+    gamma: NotNegative = 0.5
 
 
 Loss = Callable[[jax.Array, jax.Array | None, PreferenceSettings], jax.Array]

@@ -19,9 +19,9 @@ from expandr_jax.objectives.objective import (
     ObjectiveSettings,
     adapter_losses,
     adapter_step,
-    objective_settings,
 )
 from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
+from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.progress import Reporter
@@ -60,7 +60,7 @@ def make_examples(
     objective: Objective,
     generator: Generator,
     rows: Sequence[Any],
-    section: Any,
+    settings: DpoSettings,
     reporter: Reporter,
 ) -> tuple[list[Example], list[Example]]:
     """Examples of the rows that are held out, and of the others.
@@ -69,14 +69,13 @@ def make_examples(
         objective: Tokenizes them.
         generator: For its tokenizer, its end of an answer and its limits.
         rows: What the objective reads.
-        section: The config's section `dpo`.
+        settings: The config's section `dpo`.
         reporter: Where it is said how many texts were cut, and what is longer than the model.
     """
-    settings = objective_settings(section)
-    lengths = {name: getattr(section, name) for name in ("prompt_length", "response_length")}
+    lengths = {name: getattr(settings, name) for name in ("prompt_length", "response_length")}
     (dev, dev_cut), (others, cut) = (
         objective.tokenize(generator, part, settings, **lengths)
-        for part in hold_out(rows, section.dev_share, objective.prompt)
+        for part in hold_out(rows, settings.dev_share, objective.prompt)
     )
     if dev_cut + cut:
         reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")

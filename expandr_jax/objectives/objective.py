@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from expandr_jax.losses.preference import PreferenceSettings
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.objectives.log_probs import packed_log_probs
+from expandr_jax.settings import NotNegative, Positive, count
 from expandr_jax.training.train_state import TrainState
 
 Losses = tuple[jax.Array, dict[str, jax.Array]]  # [batch] losses, and metrics, [batch] each.
@@ -19,7 +20,7 @@ Losses = tuple[jax.Array, dict[str, jax.Array]]  # [batch] losses, and metrics, 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSettings(PreferenceSettings):
-    """What objectives can be set to; each reads what it needs.
+    """What objectives can be set to; each reads what it needs. A config's section `dpo` is one.
 
     Attributes:
         length_normalized: Use mean instead of summed token log-probabilities.
@@ -29,15 +30,9 @@ class ObjectiveSettings(PreferenceSettings):
     """
 
     length_normalized: bool = False
-    sft_weight: float = 0.0
-    reward_temperature: float = 0.5
-    chunk: int = 256
-
-
-def objective_settings(section: Any) -> ObjectiveSettings:
-    """Those of the config's section `dpo`."""
-    fields = dataclasses.fields(ObjectiveSettings)
-    return ObjectiveSettings(**{field.name: getattr(section, field.name) for field in fields})
+    sft_weight: NotNegative = 0.0
+    reward_temperature: Positive = 0.5
+    chunk: Annotated[int, count(1)] = 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, get_args
 
 from expandr_jax.models.stack import REMATS
+from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.settings import (
@@ -57,20 +58,13 @@ class MiningSettings:
     relative_margin: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class DpoSettings(TrainingSettings):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoSettings(ObjectiveSettings, TrainingSettings):
     """The section `dpo`, of step B."""
 
     loss: Annotated[str, choice(OBJECTIVES)]
-    reward_temperature: Positive
-    beta: Positive
-    gamma: NotNegative
-    label_smoothing: Annotated[float, number(least=0, below=0.5)]
-    length_normalized: bool
-    sft_weight: NotNegative
     prompt_length: Annotated[int, count(1)]
     response_length: Annotated[int, count(2)]  # A token and the end.
     on_bad_pair: Annotated[str, choice(("error", "drop"))]
     dev_share: Annotated[float, number(least=0, below=1)]
     keep_best: bool
-    chunk: Annotated[int, count(1)]

@@ -24,7 +24,6 @@ from expandr_jax.generation.slots import Slots, empty_settings
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import adapter_setup, reference_program
-from expandr_jax.objectives.objective import objective_settings
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import base_type, penalizes
@@ -258,7 +257,7 @@ class GeneratorShapes:
             OptimizerConfig(1.0, 2, accumulation=config.accumulation),
             objective=self._objective,
             module=self.module,
-            settings=objective_settings(config),
+            settings=config,
         )
         state = placed(jax.eval_shape(setup.create, self.adapter), setup.shardings)
         if self._objective.reference:
