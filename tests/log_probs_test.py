@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from configs import smoke
+from eval import tiny_models
 from expandr_jax.expansion.expand import sample_journal
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
@@ -18,7 +19,6 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.hf import load_model
-from tests import tiny_models
 from tests.engine_test import SETTINGS, make_requests, next_logits, random_decoder, run
 
 TOLERANCE = 1e-4
