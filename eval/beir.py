@@ -171,10 +171,7 @@ def evaluate_beir(
     sets = find_benchmarks(data, split)
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
-            with run.phase("data"):  # The docstrings, as train.joint has them, in data/.
-                name = prepare_data(run).collection.name
-            (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
-            sets = {name: harvested}
+            sets = _harvested_set(run, split)
         models = LazyModels(run, any(system.generators for system in task.systems))
         texts = TextCache(cache or run.path("work", "texts"))
         results = {}
@@ -188,6 +185,17 @@ def evaluate_beir(
             console.print(write_mean(run.workdir, mean))
         console.print(run.where(run.path("report.html")), soft_wrap=True)
     return results
+
+
+def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
+    """The docstrings that the config names, as `train.joint` has them, in the workdir's data/."""
+    with run.phase("data"):
+        data = prepare_data(
+            run.config.data, run.path("data"), run.path("work", "prepared"),
+            processes=run.processes, reporter=run.reporter, seals=run.seals,
+        )  # fmt: skip
+    (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
+    return {data.collection.name: harvested}
 
 
 def main(_: Any) -> None:

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 
+from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.runtime.metrics_log import COST_FIELDS
+from expandr_jax.runtime.run import Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Parameters are spread over two processes.
@@ -97,3 +99,11 @@ def error_of(output: str) -> str:
     assert "Traceback" not in output, output
     (message,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return message
+
+
+def data_of(run: Run) -> TrainingData:
+    """The data of a run, as train.joint prepares them."""
+    return prepare_data(
+        run.config.data, run.path("data"), run.path("work", "prepared"),
+        processes=run.processes, reporter=run.reporter, seals=run.seals,
+    )  # fmt: skip

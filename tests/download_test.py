@@ -11,10 +11,10 @@ from configs import beir
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.download import download
-from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.run import Run
 from tests.beir_test import pack
+from tests.commands import data_of
 
 DATA = bytes(range(256)) * 20_000
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -118,7 +118,7 @@ def test_a_run_on_a_url_is_the_run_on_its_file(server, tmp_path):
         config.data.update(url=url, sha256=sha256, cache=str(tmp_path / "cache"))
         run = Run(tmp_path / name, read_config(config), Console(quiet=True))
         try:
-            return prepare_data(run)
+            return data_of(run)
         finally:
             run.close()
 

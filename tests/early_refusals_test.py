@@ -9,10 +9,10 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
-from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.pair import load_models
 from expandr_jax.runtime.run import Run
+from tests.commands import data_of
 from train import joint
 
 COUNT = 40
@@ -48,14 +48,17 @@ def config_of(directory):
 def prepare(config, workdir):
     console = Console(file=io.StringIO(), width=200)
     with contextlib.closing(Run(workdir, read_config(config), console)) as run:
-        return prepare_data(run), console.file.getvalue()
+        return data_of(run), console.file.getvalue()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grade": 0}, "no test query has a right document in the corpus; expected grades above 0"),
-        ({"document": "other{i}"}, "no test query has a right document in the corpus"),
+        (
+            {"grade": 0},
+            "no test query has a relevant document in the corpus; expected grades above 0",
+        ),
+        ({"document": "other{i}"}, "no test query has a relevant document in the corpus"),
         ({"text": "  "}, "no document has a text"),
         ({"same": "one query"}, r"no train queries; expected some in qrels/train.tsv"),
     ],
@@ -78,7 +81,7 @@ def test_dev_judgements_that_are_all_wrong(tmp_path):
     source = write(tmp_path / "set")
     lines = (source / "qrels" / "test.tsv").read_text().replace("\t1\n", "\t0\n")
     (source / "qrels" / "dev.tsv").write_text(lines)
-    message = "no dev query has a right document in the corpus; .* in qrels/dev.tsv"
+    message = "no dev query has a relevant document in the corpus; .* in qrels/dev.tsv"
     with pytest.raises(UserError, match=message):
         prepare(config_of(source), tmp_path / "run")
 
@@ -87,7 +90,7 @@ def test_train_judgements_that_are_all_wrong(tmp_path):
     source = write(tmp_path / "set")
     train = source / "qrels" / "train.tsv"
     train.write_text(train.read_text().replace("\t1\n", "\t0\n"))
-    message = "no train queries; expected some in qrels/train.tsv that have a right document and"
+    message = "no train queries; expected some in qrels/train.tsv that have a relevant document and"
     with pytest.raises(UserError, match=message):
         prepare(config_of(source), tmp_path / "run")
 

@@ -12,10 +12,9 @@ from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.builders.triples import part_of
 from expandr_jax.data.records import write_jsonl
-from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.run import Run
-from tests.commands import command, finish, start
+from tests.commands import command, data_of, finish, start
 
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count", "mean", "sum"]
 NOUNS = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS if len({a, b, c}) == 3]
@@ -63,7 +62,7 @@ def config_of(source, **changes):
 def prepare(source, workdir, **changes):
     run = Run(workdir, read_config(config_of(source, **changes)), Console(quiet=True))
     try:
-        return prepare_data(run)
+        return data_of(run)
     finally:
         run.close()
 
@@ -79,7 +78,7 @@ def test_a_part_without_a_query_is_a_line(source, tmp_path):
     message = "no queries to train the generator on; expected a larger data.shares.generator_train"
     run = Run(tmp_path / "run", read_config(config), Console(quiet=True))
     with contextlib.closing(run), pytest.raises(UserError, match=message):
-        prepare_data(run)
+        data_of(run)
 
 
 def test_every_query_falls_to_its_part(source, tmp_path):

@@ -243,7 +243,7 @@ def test_dev_data_that_tell_nothing_or_change_are_refused(data, tmp_path):
     config.data.max_dev = 2
     for qrels in ({"q1": {"d1": 0}}, {"q1": {"d1": -1, "elsewhere": 1}}):
         write_dev(tmp_path / "dev", qrels)
-        with pytest.raises(UserError, match="dev: no dev query has a right document"):
+        with pytest.raises(UserError, match="dev: no dev query has a relevant document"):
             train(config, tmp_path / "run")
         gc.collect()
     # The mistake mended, the same command goes on: nothing was noted of what was refused.

@@ -63,7 +63,10 @@ def train_joint(
     objective = OBJECTIVES[config.dpo.loss]
     run = Run(workdir, config, console)
     with run.phase("data"):
-        data = prepare_data(run)
+        data = prepare_data(
+            config.data, run.path("data"), run.path("work", "prepared"),
+            processes=run.processes, reporter=run.reporter, seals=run.seals,
+        )  # fmt: skip
     qrels = data.collection.qrels
     console.print(
         f"  {len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "

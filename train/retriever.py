@@ -20,7 +20,6 @@ from rich.console import Console
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import hash_json
-from expandr_jax.data.training_triples import read_dev, read_training_triples, say_leaks
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
@@ -52,6 +51,7 @@ from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.weights.export import export_trained
 from train.encoding import encode_texts
 from train.launch import define_config, define_processes, define_workdir, launch, make_console
+from train.triples import read_dev, read_training_triples, say_leaks
 
 
 def train_retriever(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,38 +12,45 @@ from expandr_jax.data.builders.prepare import tfds_name
 from expandr_jax.data.builders.stream import rows, shuffled
 from expandr_jax.data.builders.triples import Triples, split_name, to_triple
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.source import data_path
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.progress import Reporter
 
 HELD_OUT = ("dev", "test")
 TRAINING = ("retriever_train", "generator_train")
 ID_LENGTH = 24  # Hex digits of a text's hash: 96 bits, so that no two texts share them.
-JACCARD = 0.5  # Of word 5-grams; above it a document is a near-duplicate.
+JACCARD = 0.5  # Similarity of word 5-grams above which a document is a near-duplicate.
 
 
-def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any]]:
+def read_echo(
+    config: DataSettings, prepared_in: str | os.PathLike, reporter: Reporter
+) -> tuple[Collection, list[str], list[str], dict[str, Any]]:
     """Makes a collection of the config's triples; their passages are the corpus.
 
     Given negatives are judged 0. Which rows are taken where the config limits their number depends
     on the files alone. Training queries are left out where the held-out share has the same query,
     or where their document is nearly that of a held-out query.
 
+    Args:
+        config: The config's section `data`.
+        prepared_in: Where the triples are prepared, unless the config says where.
+        reporter: Where progress is shown.
+
     Returns:
         The collection with judgements of train, dev and test; ids of the queries that train the
         retriever; of those that train the generator; what data/SOURCE.json records.
 
     Raises:
-        UserError: The files or the config's weights are wrong.
+        UserError: The files or the config's weights cannot be used.
     """
-    config = run.config.data
-    path = data_path(run)
-    root = config.prepared or run.path("work", "prepared")
+    path = data_path(config, reporter)
+    root = config.prepared or prepared_in
     # Which part a query falls to depends on their order.
     shares = dict(sorted(dataclasses.asdict(config.shares).items()))
     builder = Triples(path, data_dir=root, shares=shares)
-    with run.progress("triples prepared", _lines(builder)) as advance:
+    with reporter.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
     limits = {
         "retriever_train": config.max_retriever_train,
@@ -50,7 +58,10 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
         "dev": config.max_dev,
         "test": config.max_test,
     }
-    taken = {part: list(_take(run, builder, prepared, part, limits[part])) for part in limits}
+    taken = {
+        part: list(_take(config, reporter, builder, prepared, part, limits[part]))
+        for part in limits
+    }
     held_out = [triple for part in HELD_OUT for triple in taken[part]]
     known = {query_key(triple.query) for triple in held_out}
     documents = list({text for triple in held_out for text in triple.positives})
@@ -72,11 +83,11 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
             grades = judged.setdefault(query, {})
             for text in triple.negatives:
                 grades.setdefault(_id(text), 0)
-            for text in triple.positives:  # Right in one line is right in all.
+            for text in triple.positives:  # Relevant in one line is relevant in all.
                 grades[_id(text)] = 1
             for text in (*triple.positives, *triple.negatives):
                 corpus[_id(text)] = text.strip()
-    run.console.print(f"  {left_out} training queries left out: a held-out query is like them")
+    reporter.say(f"{left_out} training queries left out: a held-out query is like them")
     name = path.resolve().name
     source = {
         "name": name,
@@ -89,11 +100,13 @@ def read_echo(run: Run) -> tuple[Collection, list[str], list[str], dict[str, Any
     return Collection(name, corpus, queries, qrels), retriever, generator, source
 
 
-def _take(run: Run, builder: Triples, prepared: Any, part: str, most: int) -> Iterator[Triple]:
+def _take(
+    config: DataSettings, reporter: Reporter, builder: Triples, prepared: Any, part: str, most: int
+) -> Iterator[Triple]:
     """The first rows of a part in a fixed shuffle, at most `most` unless that is 0."""
     splits = {source: split_name(source, part) for source in builder.files}
     present = {s: name for s, name in splits.items() if tfds_name(name) in prepared.info.splits}
-    weights = dict(run.config.data.weights)
+    weights = dict(config.weights)
     if unknown := set(weights) - set(builder.files):
         raise UserError(
             f"data.weights: no file of {', '.join(sorted(unknown))}; there are "
@@ -108,7 +121,7 @@ def _take(run: Run, builder: Triples, prepared: Any, part: str, most: int) -> It
         weights=[weights[source] for source in present] if weights else None,
     )
     count = min(most or len(data), len(data))
-    with run.progress(f"{part}: rows read", count) as advance:
+    with reporter.progress(f"{part}: rows read", count) as advance:
         for i in range(count):
             yield to_triple(data[i])
             advance(1)

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from expandr_jax.data.beir import (
     Collection,
@@ -16,9 +18,12 @@ from expandr_jax.data.beir import (
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.records import write_json
+from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.source import data_path
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 
 STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
 
@@ -42,89 +47,109 @@ class TrainingData:
         return [self.collection.queries[i] for i in ids]
 
     def positives(self, query_id: str, split: str = "train") -> list[str]:
-        """Ids of a query's right documents, by falling grade, then by id."""
+        """Ids of a query's relevant documents, by falling grade, then by id."""
         grades = self.collection.qrels[split][query_id]
         known = {d: g for d, g in grades.items() if g > 0 and d in self.collection.corpus}
         return sorted(known, key=lambda d: (-known[d], d))
 
     def negatives(self, query_id: str) -> list[str]:
-        """Texts of the documents that are judged wrong for a training query, by id."""
+        """Texts of the documents that are judged irrelevant to a training query, by id."""
         grades, corpus = self.collection.qrels["train"][query_id], self.collection.corpus
-        wrong = sorted(d for d, grade in grades.items() if grade <= 0 and d in corpus)
-        return [corpus[document] for document in wrong]
+        irrelevant = sorted(d for d, grade in grades.items() if grade <= 0 and d in corpus)
+        return [corpus[document] for document in irrelevant]
 
     def positive(self, query_id: str) -> str:
         """The first of `positives`."""
         return self.positives(query_id)[0]
 
 
-def prepare_data(run: Run) -> TrainingData:
-    """Reads data/ of the workdir, or makes it where it is not whole.
+def prepare_data(
+    config: DataSettings,
+    directory: pathlib.Path,
+    prepared_in: pathlib.Path,
+    *,
+    processes: Processes,
+    reporter: Reporter,
+    seals: Seals,
+) -> TrainingData:
+    """Reads data/ of a workdir, or makes it where it is not whole.
+
+    Args:
+        config: The config's section `data`.
+        directory: The workdir's data/.
+        prepared_in: Where triples are prepared, unless the config says where.
+        processes: All that share the workdir; the first one writes.
+        reporter: Where progress is shown.
+        seals: The workdir's checksums.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
-    run.processes.once(lambda: _make_data(run))
-    directory = run.path("data")
+
+    def make() -> None:
+        if not seals.intact("data"):
+            data, source = collect_data(config, prepared_in, reporter)
+            write_beir(directory, data.collection)
+            trained = {"retriever_train": data.retriever_train,
+                       "generator_train": data.generator_train}  # fmt: skip
+            write_json(directory / "SOURCE.json", source | trained)
+            seals.seal("data")
+
+    processes.once(make)
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
-    if source["left_out_for_tests"]:
-        run.console.print(
-            f"  {source['left_out_for_tests']} training queries are left out: "
-            "they are dev or test queries, too"
-        )
+    if left_out := source["left_out_for_tests"]:
+        reporter.say(f"{left_out} training queries are left out: they are dev or test queries, too")
     collection = dataclasses.replace(read_beir(directory), name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])
 
 
-def _make_data(run: Run) -> None:
-    """Writes data/ where it is not whole."""
-    directory = run.path("data")
-    if not run.seals.intact("data"):
-        config = run.config.data
-        tested = benchmark_queries(config.tests)  # First: a wrong path is told at once.
-        if config.kind == "pydoc":
-            collection, retriever, generator, source = _harvest(run)
-        elif config.kind == "beir":
-            collection, retriever, generator, source = _copy_beir(run)
-        elif config.kind == "triples":
-            # Imported where it is used: tensorflow-datasets takes a quarter of a second.
-            from expandr_jax.data.echo import read_echo
+def collect_data(
+    config: DataSettings, prepared_in: pathlib.Path, reporter: Reporter
+) -> tuple[TrainingData, dict[str, Any]]:
+    """Reads what `data.kind` names, and divides its queries.
 
-            collection, retriever, generator, source = read_echo(run)
-        else:
-            raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
-        held_out = (query for split in ("dev", "test") for query in collection.qrels[split])
-        tested |= {query_key(collection.queries[query]) for query in held_out}
-        before = len(retriever) + len(generator)
-        retriever, generator = (
-            [i for i in ids if query_key(collection.queries[i]) not in tested]
-            for ids in (retriever, generator)
-        )
-        left_out = before - len(retriever) - len(generator)
-        retriever = limit_queries(retriever, config.max_retriever_train)
-        generator = limit_queries(generator, config.max_generator_train)
-        keep = {
-            "train": sorted([*retriever, *generator]),
-            "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
-            "test": limit_queries(list(collection.qrels["test"]), config.max_test),
-        }
-        qrels = {
-            split: {query: collection.qrels[split][query] for query in ids}
-            for split, ids in keep.items()
-        }
-        _check_parts(config.kind, collection.corpus, qrels, retriever, generator)
-        used = {query: collection.queries[query] for ids in keep.values() for query in ids}
-        write_beir(directory, Collection(collection.name, collection.corpus, used, qrels))
-        write_json(
-            directory / "SOURCE.json",
-            {
-                **source,
-                "left_out_for_tests": left_out,
-                "retriever_train": retriever,
-                "generator_train": generator,
-            },
-        )
-        run.seals.seal("data")
+    Returns:
+        The data, without training queries that a further collection tests on, and a description of
+        the source.
+
+    Raises:
+        UserError: The source is missing, empty or malformed.
+    """
+    tested = benchmark_queries(config.tests)  # First: a path that leads nowhere is told at once.
+    if config.kind == "pydoc":
+        collection, retriever, generator, source = _harvest(config, reporter)
+    elif config.kind == "beir":
+        collection, retriever, generator, source = _read_collection(config, reporter)
+    elif config.kind == "triples":
+        # Imported where it is used: tensorflow-datasets takes a quarter of a second.
+        from expandr_jax.data.echo import read_echo
+
+        collection, retriever, generator, source = read_echo(config, prepared_in, reporter)
+    else:
+        raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
+    held_out = (query for split in ("dev", "test") for query in collection.qrels[split])
+    tested |= {query_key(collection.queries[query]) for query in held_out}
+    before = len(retriever) + len(generator)
+    retriever, generator = (
+        [i for i in ids if query_key(collection.queries[i]) not in tested]
+        for ids in (retriever, generator)
+    )
+    left_out = before - len(retriever) - len(generator)
+    retriever = limit_queries(retriever, config.max_retriever_train)
+    generator = limit_queries(generator, config.max_generator_train)
+    keep = {
+        "train": sorted([*retriever, *generator]),
+        "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
+        "test": limit_queries(list(collection.qrels["test"]), config.max_test),
+    }
+    qrels = {
+        split: {query: collection.qrels[split][query] for query in ids}
+        for split, ids in keep.items()
+    }
+    _check_parts(config.kind, collection.corpus, qrels, retriever, generator)
+    used = {query: collection.queries[query] for ids in keep.values() for query in ids}
+    kept = Collection(collection.name, collection.corpus, used, qrels)
+    return TrainingData(kept, retriever, generator), {**source, "left_out_for_tests": left_out}
 
 
 def _check_parts(
@@ -142,11 +167,11 @@ def _check_parts(
         if not judged:
             way = f", or a larger data.shares.{split}"
             if split == "train":
-                way = " that have a right document and are no dev or test queries"
+                way = " that have a relevant document and are no dev or test queries"
             raise UserError(f"{kind} data: no {split} queries; expected some in {source}{way}")
         if not any(g > 0 and d in corpus for grades in judged.values() for d, g in grades.items()):
             raise UserError(
-                f"{kind} data: no {split} query has a right document in the corpus; expected "
+                f"{kind} data: no {split} query has a relevant document in the corpus; expected "
                 f"grades above 0 of its documents in {source}"
             )
     for name, queries in (("retriever", retriever), ("generator", generator)):
@@ -164,10 +189,11 @@ def limit_queries(ids: list[str], most: int) -> list[str]:
     return sorted(ids)
 
 
-def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
-    config = run.config.data
+def _harvest(
+    config: DataSettings, reporter: Reporter
+) -> tuple[Collection, list[str], list[str], dict]:
     stages: dict[str, int] = {}
-    with run.progress("harvest, per cent", 100) as advance:
+    with reporter.progress("harvest, per cent", 100) as advance:
 
         def report(stage: str, done: int, total: int) -> None:
             before = sum(stages.values())
@@ -181,9 +207,10 @@ def _harvest(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     return result.collection, result.retriever_train, result.generator_train, source
 
 
-def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
-    config = run.config.data
-    path = data_path(run)
+def _read_collection(
+    config: DataSettings, reporter: Reporter
+) -> tuple[Collection, list[str], list[str], dict]:
+    path = data_path(config, reporter)
     sets = find_collections(path)
     if len(sets) > 1:
         raise UserError(f"{path}: holds {len(sets)} collections; choose one of {list(sets)}")
@@ -205,8 +232,8 @@ def _copy_beir(run: Run) -> tuple[Collection, list[str], list[str], dict]:
     part = config.shares.generator_train
     part = part / (part + config.shares.retriever_train)
     generator = [query for query in train if _fraction(query, "generator") < part]
-    chosen = set(generator)
-    retriever = [query for query in train if query not in chosen]
+    taken = set(generator)
+    retriever = [query for query in train if query not in taken]
     qrels["train"] = {query: qrels["train"][query] for query in train}
     source = {"name": collection.name, "files": source_hashes(files)}
     return dataclasses.replace(collection, qrels=qrels), retriever, generator, source

@@ -20,12 +20,14 @@ def read_training_triples(run: Run) -> list[Triple]:
         UserError: They cannot be read, or the files are others than those that the run began with.
     """
     config = run.config.data
-    given = run.processes.main_first(lambda: data_path(run))  # It may have to be downloaded.
+    given = run.processes.main_first(
+        lambda: data_path(config, run.reporter)
+    )  # It may have to be downloaded.
     triples, skipped = read_triples(given, config.on_bad)
-    queries = f"  {len(triples)} training queries"
+    queries = f"{len(triples)} training queries"
     if skipped:
         queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
-    run.console.print(queries, markup=False)
+    run.reporter.say(queries)
     source = {"name": given.name, "sha256": hash_file(given),
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     run.processes.main_first(lambda: _check_source(run, given, source))
@@ -64,10 +66,10 @@ def read_dev(run: Run) -> Collection | None:
         raise UserError(f"{config.dev}/qrels/dev.tsv: missing; it decides what is kept")
     judged = {query: dev.qrels["dev"][query]
               for query in limit_queries(list(dev.qrels["dev"]), config.max_dev)}  # fmt: skip
-    right = (d for grades in judged.values() for d, grade in grades.items() if grade > 0)
-    if not any(document in dev.corpus for document in right):
+    relevant = (d for grades in judged.values() for d, grade in grades.items() if grade > 0)
+    if not any(document in dev.corpus for document in relevant):
         raise UserError(
-            f"{config.dev}: no dev query has a right document, so that all weights rank alike; "
+            f"{config.dev}: no dev query has a relevant document, so that all weights rank alike; "
             "expected a grade above 0 of a document in the corpus"
         )
     return dataclasses.replace(dev, qrels={"dev": judged})
