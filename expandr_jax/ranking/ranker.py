@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from expandr_jax.metrics import CHOSEN_BY, RunScores
 from expandr_jax.ranking.dense import EncodedQueries, finish_run, fuse, search_vectors
 from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import Index
@@ -118,7 +118,7 @@ class Ranker:
         searches: Searches,
         expansions: Callable[[System], Expansions],
         choice: Callable[[System], Choice | None],
-        settings: Any,
+        settings: EvaluationSettings,
         normalize: Normalize,
         *,
         directory: pathlib.Path | None = None,

@@ -16,12 +16,12 @@ expandr_jax/expansion/strategies.py.
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.rerank import RERANKERS
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
 
 BM25 = "bm25"
@@ -126,7 +126,7 @@ def parse_systems(names: Sequence[str]) -> list[System]:
     return [parse_system(name) for name in dict.fromkeys(each)]
 
 
-def check_stages(systems: Sequence[System], settings: Any) -> None:
+def check_stages(systems: Sequence[System], settings: EvaluationSettings) -> None:
     """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
     for stage in {part.stage for system in systems for part in system.with_parts()} & {*RERANKERS}:
         RERANKERS[stage].check(settings.rerank)
