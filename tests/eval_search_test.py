@@ -1,14 +1,12 @@
 """`eval.search` and the README's example, on a finished run."""
 
-import json
 import re
 import subprocess
 import sys
 
-import ml_collections
 from rich.console import Console
 
-from eval.search import trained_sampler
+from eval.search import _read_run, trained_sampler
 from expandr_jax.data.records import read_jsonl
 from expandr_jax.expansion.expand import drawing, expansion_text
 from expandr_jax.expansion.prompts import strip_lead_in
@@ -27,7 +25,7 @@ def test_it_shows_the_expansion_and_both_rankings(smoke):
 
 def test_it_samples_as_the_run_s_evaluation_did(smoke):
     workdir, _ = smoke
-    config = ml_collections.ConfigDict(json.loads((workdir / "config.json").read_text())["config"])
+    config, _ = _read_run(workdir)
     rows = [
         row
         for _, row in read_jsonl(workdir / "evaluation" / "expansions.jsonl", {})

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from configs import smoke
 from eval import tiny_models
+from expandr_jax.config import read_config
 from expandr_jax.expansion.expand import sample_journal
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
@@ -87,7 +88,7 @@ def test_they_are_transformers_own(tmp_path):
 
 
 def test_a_journal_keeps_ids_and_log_probabilities_where_they_are_asked_for(tmp_path):
-    config = smoke.get_config()
+    config = read_config(smoke.get_config())
     models = load_generator_model(config)
     plain = make_sampler(models, config, Processes(), Reporter(Console(quiet=True)), tmp_path)
     requests = [Request(f"q{i}", 0, f"shape {i}?", 1.0, 0.9, 8) for i in range(3)]

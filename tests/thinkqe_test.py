@@ -1,21 +1,19 @@
 """ThinkQE: its rounds, BM25's query, and a run that trains it and is asked with it."""
 
-import io
 import json
 import types
 
 import pytest
-from rich.console import Console
 
 from configs import smoke
-from eval.search import ask
 from expandr_jax.data.records import read_jsonl
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.expansion.strategies import STRATEGIES, Ask, Search, accumulated
-from train.joint import train_joint
+from tests.commands import command, finish, start
 
 THINKQE = STRATEGIES["thinkqe"]
+SIZES = {"retriever_train": 8, "generator_train": 4, "dev": 4, "test": 4}
 ROUNDS = ("thinkqe-1", "thinkqe-2", "thinkqe-3")
 
 
@@ -62,12 +60,10 @@ def test_thoughts_are_no_part_of_a_text():
 
 @pytest.mark.slow
 def test_a_run_trains_it_and_is_asked_with_it(tmp_path):
-    config = smoke.get_config()
-    config.data.update(max_retriever_train=8, max_generator_train=4, max_dev=4, max_test=4)
-    config.expansion.strategy = "thinkqe"
-    config.evaluation.systems = ("expandr", "expandr-plain")
-    console = Console(file=io.StringIO(), width=200)
-    results = train_joint(config, tmp_path, console)
+    settings = [f"data.max_{name}={count}" for name, count in SIZES.items()]
+    settings += ["expansion.strategy=thinkqe", "evaluation.systems=('expandr','expandr-plain')"]
+    finish(start(tmp_path, *(f"--config.{setting}" for setting in settings)))
+    results = json.loads((tmp_path / "results.json").read_text())
     assert [row["system"] for row in results["rows"]] == ["expandr", "expandr-plain"]
     # A sample is three texts, one a round; one sample for training, one or two for evaluation.
     expansions = [row for _, row in read_jsonl(tmp_path / "round-0" / "expansions.jsonl", {})]
@@ -85,8 +81,5 @@ def test_a_run_trains_it_and_is_asked_with_it(tmp_path):
     for pair in pairs:
         assert pair["prompt"] == prompts[pair["query_id"]]
         assert "\n1. " in pair["prompt"]
-    before = json.dumps(results)
-    assert json.dumps(train_joint(config, tmp_path, console)) == before  # Nothing is done twice.
-    output = io.StringIO()
-    ask(tmp_path, "scale the gradient", 2, Console(file=output, width=100))
-    assert output.getvalue().count("expansion:") == results["chosen"]["expandr"]["samples"]
+    output = finish(command("eval.search", f"--workdir={tmp_path}", "scale the gradient"))
+    assert output.count("expansion:") == results["chosen"]["expandr"]["samples"]
