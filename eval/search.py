@@ -28,6 +28,7 @@ from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.pair import phase_mesh
 from expandr_jax.ranking.fusion import expanded_query
+from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -138,7 +139,7 @@ def _unkept(expander: Expander) -> Sample:
 def _read_run(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """A finished run's config and the choices that its system "expandr" made on dev."""
     try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]
+        config = read_record(workdir / "config.json")
         chosen = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["chosen"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{workdir}: not a finished run; train.joint makes one") from None

@@ -26,6 +26,7 @@ from expandr_jax.ranking.samples import (
     mean_by_query,
     read_samples,
 )
+from expandr_jax.runtime.formats import read_record
 from train.launch import launch
 
 SAMPLES = {
@@ -89,7 +90,7 @@ def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir}: not a finished run; it has no results.json")
         try:
-            config = dict(json.loads((workdir / "config.json").read_text())["config"])
+            config = read_record(workdir / "config.json")
             seed = config.pop("seed")
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{workdir / 'config.json'}: not the record of a run") from None

@@ -9,7 +9,6 @@ only form that AnchorDR has). `train.joint` writes generator, adapter and retrie
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
+from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import (
@@ -140,7 +140,7 @@ def made_as(kind: str) -> str:
 def _read_config(path: pathlib.Path) -> Config:
     """The config that a run keeps; UserError if there is none, or it is no run's."""
     try:
-        return read_config(json.loads(path.read_text(encoding="utf-8"))["config"])
+        return read_config(read_record(path))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
         raise UserError(
             f"{path}: not a run's config; --workdir must be that of a training run"

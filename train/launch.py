@@ -23,6 +23,7 @@ from rich.text import Text
 
 from expandr_jax.errors import UserError
 from expandr_jax.runtime import processes
+from expandr_jax.runtime.formats import RENAMED
 from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
 EXIT_USER_ERROR = 2
@@ -274,6 +275,8 @@ def _unknown_setting(text: str, arguments: Sequence[str]) -> str | None:
     for argument in arguments:
         path = argument.partition("=")[0].removeprefix("-").removeprefix("-")
         if part and part in path.split(".")[1:] and path.startswith("config."):
+            if new := RENAMED.get(path.removeprefix("config.")):
+                return f"--{path}: is --config.{new} now"
             hint = f"did you mean {nearest[1]!r}?" if nearest else "configs/base.py has them all"
             return f"--{path}: there is no setting {part!r}; {hint}"
     return None

@@ -1,14 +1,91 @@
-"""What older runs wrote, as the present code has it."""
+"""What older runs wrote, as the present code has it.
+
+config.json has a format number: those without one were written before there were any. A run goes on
+where its config, translated, is the present one; its checkpoints where the identities of old hold.
+"""
 
 import dataclasses
+import json
+import os
+from collections.abc import Mapping
 from typing import Any
+
+from expandr_jax.errors import UserError
+
+FORMAT = 1
+
+# Setting that older runs did not have -> the value that means what they did.
+ABSENT: dict[str, Any] = {
+    **{
+        f"{section}.{name}": value
+        for section in ("expansion", "candidates", "answer")
+        for name, value in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0))
+    },
+    "search.exact": {"block_rows": 8192, "query_rows": 1024},
+    "search.scann": {
+        "method": "auto", "ah_from": 20_000, "tree_from": 100_000, "leaves": None,
+        "leaves_to_search": None, "tree_sample": 100_000, "tree_iterations": 12, "soar": None,
+        "dimensions_per_block": 2, "anisotropic_threshold": 0.2, "ah_sample": 100_000,
+        "ah_iterations": 10, "reorder": 400, "storage": "float32",
+    },
+}  # fmt: skip
+# Setting -> its present name.
+RENAMED: dict[str, str] = {}
+
+
+def translated(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a config.json, with the settings that there are today.
+
+    Raises:
+        KeyError, TypeError, AttributeError: It is no run's record.
+        UserError: Newer code wrote it.
+    """
+    if record.get("format", 0) > FORMAT:
+        raise UserError(
+            f"config.json has format {record['format']}, and this version reads up to {FORMAT}; "
+            "use the version that wrote it"
+        )
+    config = json.loads(json.dumps(record["config"]))
+    for old, new in RENAMED.items():
+        section, name = _find(config, old)
+        if name in section:
+            value = section.pop(name)
+            section, name = _find(config, new)
+            section[name] = value
+    for setting, value in ABSENT.items():
+        section, name = _find(config, setting)
+        section.setdefault(name, value)
+    return config
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """`translated` of the file; OSError, ValueError and others where it cannot be read."""
+    with open(path, encoding="utf-8") as file:
+        return translated(json.load(file))
 
 
 def identity_of(section: str, settings: Any) -> dict[str, Any]:
-    """The settings of a section as checkpoints are told apart by: the same for older runs.
+    """The settings that checkpoints are told apart by, as those of older runs were.
 
     Args:
         section: Its name in the config.
-        settings: What it was read into.
+        settings: What it was read into, a dataclass.
     """
-    return dataclasses.asdict(settings)
+    values = dataclasses.asdict(settings)
+    for setting, value in ABSENT.items():
+        inside, _, name = setting.rpartition(".")
+        if inside == section and values[name] == value:
+            del values[name]
+    for old, new in RENAMED.items():
+        inside, _, name = new.rpartition(".")
+        if inside == section and name in values:
+            values[old.rpartition(".")[2]] = values.pop(name)
+    return values
+
+
+def _find(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
+    """The section that a setting lies in, an empty one if there is none, and its name there."""
+    *sections, name = setting.split(".")
+    for section in sections:
+        config = config.get(section, {})
+    return config, name

@@ -23,6 +23,7 @@ from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.formats import FORMAT, read_record
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
 from expandr_jax.runtime.mirror import Mirror, scratch
@@ -161,8 +162,8 @@ class Run:
             # The start before this one wrote nothing else: it may have had a mistyped path.
             self._write_config(path)
         try:
-            before = dict(json.loads(path.read_text())["config"])
-        except (ValueError, KeyError, TypeError, OSError):
+            before = read_record(path)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
@@ -216,6 +217,7 @@ class Run:
                 versions[name] = importlib.metadata.version(name)
         device = jax.devices()[0]
         record = {
+            "format": FORMAT,
             "config": self._values,
             "seed": self._values["seed"],
             "versions": {"python": platform.python_version(), **versions},

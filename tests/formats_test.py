@@ -1,0 +1,76 @@
+"""What older versions wrote is read as the present one has it."""
+
+import json
+import tarfile
+
+import pytest
+
+from configs import base, smoke
+from expandr_jax.config import read_config
+from expandr_jax.data.records import hash_json
+from expandr_jax.errors import UserError
+from expandr_jax.runtime import formats
+from tests.configs_test import flatten
+from tests.recorded_test import STOPPED
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """config.json of a run that was made before there were formats."""
+    with tarfile.open(STOPPED) as archive:
+        return json.load(archive.extractfile("smoke-stopped/config.json"))
+
+
+def test_every_setting_is_recorded_or_has_what_its_absence_meant(recorded):
+    assert "format" not in recorded
+    config = formats.translated(recorded)
+    assert {name for name, _ in flatten(config)} == {n for n, _ in flatten(base.get_config())}
+    now = read_config(smoke.get_config())
+    before = read_config(config)
+    assert before.contrastive == now.contrastive
+    assert before.dpo == now.dpo
+
+
+def test_checkpoints_are_told_apart_by_what_was_recorded(recorded):
+    """The hashes are of the settings as they stand in the old config.json."""
+    config = read_config(formats.translated(recorded))
+    for section in ("contrastive", "dpo"):
+        now = hash_json(formats.identity_of(section, getattr(config, section)))
+        assert now == hash_json(recorded["config"][section])
+
+
+def test_a_setting_that_is_new_or_renamed(recorded, monkeypatch):
+    before = json.loads(json.dumps(recorded))
+    before["config"]["dpo"]["strength"] = before["config"]["dpo"].pop("beta")
+    del before["config"]["dpo"]["chunk"]
+    identity = hash_json(before["config"]["dpo"])
+    monkeypatch.setattr(formats, "RENAMED", {"dpo.strength": "dpo.beta"})
+    monkeypatch.setattr(formats, "ABSENT", {"dpo.chunk": 256})
+    config = read_config(formats.translated(before))
+    assert (config.dpo.beta, config.dpo.chunk) == (0.1, 256)
+    assert hash_json(formats.identity_of("dpo", config.dpo)) == identity
+    before["config"]["dpo"]["chunk"] = 64
+    other = read_config(formats.translated(before))
+    assert hash_json(formats.identity_of("dpo", other.dpo)) != identity
+
+
+def test_a_run_from_before_searches_had_options(recorded):
+    before = json.loads(json.dumps(recorded))
+    del before["config"]["search"]["exact"], before["config"]["search"]["scann"]
+    del before["config"]["answer"]["top_k"]
+    assert formats.translated(before) == formats.translated(recorded)
+    found = read_config(formats.translated(before))
+    assert found.search == read_config(base.get_config()).search
+
+
+def test_what_newer_versions_wrote_is_refused(recorded):
+    with pytest.raises(UserError, match=r"format 2, and this version reads up to 1"):
+        formats.translated({**recorded, "format": 2})
+
+
+def test_a_renamed_setting_is_told_its_new_name(monkeypatch, capsys):
+    from train import launch
+
+    monkeypatch.setattr(launch, "RENAMED", {"dpo.strength": "dpo.beta"})
+    told = launch._unknown_setting("'strength'", ["--config.dpo.strength=2"])
+    assert told == "--config.dpo.strength: is --config.dpo.beta now"
