@@ -21,6 +21,11 @@ ABSENT: dict[str, Any] = {
         for section in ("expansion", "candidates", "answer")
         for name, value in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0))
     },
+    "dpo.gamma": 0.5,
+    "reward.gain": 0.0,
+    "reward.gain_measure": "ndcg",
+    "reward.gain_search": "dense",
+    "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     "search.exact": {"block_rows": 8192, "query_rows": 1024},
     "search.scann": {
         "method": "auto", "ah_from": 20_000, "tree_from": 100_000, "leaves": None,
