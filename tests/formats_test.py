@@ -45,7 +45,7 @@ def test_a_setting_that_is_new_or_renamed(recorded, monkeypatch):
     del before["config"]["dpo"]["chunk"]
     identity = hash_json(before["config"]["dpo"])
     monkeypatch.setattr(formats, "RENAMED", {"dpo.strength": "dpo.beta"})
-    monkeypatch.setattr(formats, "ABSENT", {"dpo.chunk": 256})
+    monkeypatch.setattr(formats, "ABSENT", {**formats.ABSENT, "dpo.chunk": 256})
     config = read_config(formats.translated(before))
     assert (config.dpo.beta, config.dpo.chunk) == (0.1, 256)
     assert hash_json(formats.identity_of("dpo", config.dpo)) == identity
