@@ -13,13 +13,8 @@ from expandr_jax.expansion.expand import Expander, expansion_requests, passage_s
 from expandr_jax.expansion.strategies import STRATEGIES, document_message, strategy
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.pair import (
-    Models,
-    RetrieverModel,
-    load_models,
-    load_retriever_model,
-    make_sampler,
-)
+from expandr_jax.loading import load_models, load_retriever_model, make_sampler
+from expandr_jax.pair import Models, RetrieverModel
 from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run

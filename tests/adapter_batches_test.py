@@ -10,6 +10,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
+from expandr_jax.loading import load_generator_model
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches
 from expandr_jax.objectives.log_probs import response_log_probs
@@ -17,7 +18,6 @@ from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import pack
 from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import load_generator_model
 from expandr_jax.runtime.run import Run
 from train.generator import kept_reference
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
-from expandr_jax.pair import load_models
+from expandr_jax.loading import load_models
 from expandr_jax.runtime.run import Run
 from tests.commands import data_of
 from train import joint

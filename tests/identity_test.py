@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
-from expandr_jax.pair import load_models, model_hashes
+from expandr_jax.loading import load_models
+from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
 
 

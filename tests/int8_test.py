@@ -12,10 +12,10 @@ from configs import smoke
 from eval import tiny_models
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
+from expandr_jax.loading import load_models
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.pair import load_models
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights import load

@@ -15,7 +15,7 @@ from expandr_jax.config import read_config
 from expandr_jax.expansion.expand import sample_journal
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.pair import load_generator_model, make_sampler
+from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import make_mesh

@@ -14,7 +14,7 @@ from expandr_jax.config import read_config
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import slots_of_a_process
-from expandr_jax.pair import load_models
+from expandr_jax.loading import load_models
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.weights.hf import load_generator
 
@@ -61,7 +61,7 @@ def test_an_engines_cache_is_gone_when_its_memory_is_given_back(monkeypatch, tex
 def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
     config, plans = smoke.get_config(), []
     monkeypatch.setattr(
-        "expandr_jax.pair.check_memory", lambda plan, _: plans.append(plan["slots"])
+        "expandr_jax.loading.check_memory", lambda plan, _: plans.append(plan["slots"])
     )
     for penalty in (1.0, 1.2):
         config[stage].repetition_penalty = penalty

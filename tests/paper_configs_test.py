@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from configs import paper, published, reference_code
 from expandr_jax.errors import UserError
-from expandr_jax.pair import load_retriever_model
+from expandr_jax.loading import load_retriever_model
 from expandr_jax.weights import source
 from tests.commands import command
 from tests.configs_test import flatten

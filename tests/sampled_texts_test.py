@@ -11,7 +11,7 @@ from expandr_jax.config import read_config
 from expandr_jax.expansion import expand as expansion
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.pair import load_generator_model, make_sampler
+from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).

@@ -18,7 +18,7 @@ from expandr_jax.expansion.expand import sample_texts
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
-from expandr_jax.pair import load_generator_model, make_sampler
+from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
 KEY = "sk-do-not-show"

@@ -23,12 +23,13 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.batches import batch_indices
 from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
+from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, make_examples
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import GeneratorModel, check_meshes, load_generator_model, model_hashes
+from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal

@@ -20,9 +20,10 @@ from expandr_jax.data.training_data import TrainingData, prepare_data
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled, numbered
+from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import Models, check_meshes, load_models, model_hashes
+from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run

@@ -20,6 +20,7 @@ from rich.console import Console
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import hash_json
+from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
@@ -35,7 +36,7 @@ from expandr_jax.objectives.contrastive_batches import (
     triple_examples,
 )
 from expandr_jax.objectives.settings import ContrastiveSettings
-from expandr_jax.pair import RetrieverModel, check_meshes, load_retriever_model, model_hashes
+from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.ranking.dense import search_vectors
 from expandr_jax.runtime.formats import identity_of

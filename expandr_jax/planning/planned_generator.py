@@ -21,12 +21,12 @@ from expandr_jax.generation.programs import (
     variable_shardings,
 )
 from expandr_jax.generation.slots import Slots, empty_settings
+from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import adapter_setup, reference_program
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import base_type, penalizes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.planned import (
     NEW,

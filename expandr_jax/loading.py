@@ -1,0 +1,138 @@
+"""Loads the models of a config onto its meshes."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from expandr_jax.config import Config
+from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
+from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
+from expandr_jax.generation.settings import GeneratorSettings
+from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
+from expandr_jax.sharding import place, whole
+from expandr_jax.training.checkpoint import hash_tree
+from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.weights.hf import load_generator, load_retriever
+
+SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
+
+
+def load_models(config: Config, progress: Callable[[int], None]) -> Models:
+    """Loads the config's models onto its mesh.
+
+    Args:
+        config: The whole config.
+        progress: Called with 1 after each of the two models.
+
+    Raises:
+        UserError: A model cannot be found, read or verified, the mesh does not fit, or sampling
+            would need more memory than there is.
+    """
+    retriever = load_retriever_model(config)
+    progress(1)
+    generator = load_generator_model(config)
+    if not config.generator.server.url:
+        _check_sampling(config, generator)
+    progress(1)
+    return Models(**{**vars(retriever), **vars(generator)})
+
+
+def load_retriever_model(config: Config) -> RetrieverModel:
+    """The config's retriever; errors as of `load_models`."""
+    source = config.retriever
+    mesh = phase_mesh(config.mesh, "contrastive")
+    retriever, params = load_retriever(
+        source.source,
+        pooling=source.pooling or None,
+        normalize=source.normalize,
+        max_length=source.max_length,
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+        mesh=mesh,
+    )
+    params = whole(params)
+    encoder = TextEncoder(
+        retriever,
+        phase_mesh(config.mesh, "encoding"),
+        tokens_per_batch=source.tokens_per_batch // jax.process_count(),
+    )
+    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
+
+
+def load_generator_model(config: Config) -> GeneratorModel:
+    """The config's generator with its LoRA settings; errors as of `load_models`.
+
+    The base never changes, so one copy in a small type serves sampling and DPO alike.
+    """
+    source = config.generator
+    mesh = phase_mesh(config.mesh, "dpo")
+    sampling_mesh = phase_mesh(config.mesh, "sampling")
+    generator, params = load_generator(
+        source.source,
+        dtype=jnp.dtype(base_type(source)),
+        compute_dtype=jnp.dtype(source.compute_dtype),
+        sha256=source.sha256,
+        mesh=mesh,
+    )
+    generator = dataclasses.replace(
+        generator, module=generator.module.clone(lora=config.lora, remat=source.remat)
+    )
+    adapter_shapes(generator, params)  # Settings that do not fit the model are said now.
+    # Devices of a processor have one copy between them, where each holds the whole.
+    params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    readable = whole(params)
+    return GeneratorModel(mesh, sampling_mesh, generator, params, readable, hash_tree(readable))
+
+
+def make_sampler(
+    models: GeneratorModel,
+    config: Config,
+    processes: Processes,
+    reporter: Reporter,
+    directory: pathlib.Path,
+) -> Sampler:
+    """The sampler of a generator; what a server writes is kept in the directory."""
+    return Sampler(
+        models.generator,
+        models.sampling_params,
+        models.generator_hash,
+        models.sampling_mesh,
+        config.generator,
+        config.seed,
+        processes,
+        reporter,
+        directory / f"server{processes.suffix}.jsonl",
+    )
+
+
+def base_type(section: GeneratorSettings) -> str:
+    """The type that a config's `generator` section keeps the base in."""
+    return section.weights or section.compute_dtype
+
+
+def penalizes(config: Config) -> bool:
+    """Whether a stage of the whole config samples with a repetition penalty."""
+    return any(getattr(config, stage).repetition_penalty != 1 for stage in SAMPLING_STAGES)
+
+
+def _check_sampling(config: Config, model: GeneratorModel) -> None:
+    """Refuses, before hours of work, texts that are too many or too long for the memory."""
+    settings = config.generator
+    longest = max(getattr(config, stage).max_new_tokens for stage in SAMPLING_STAGES)
+    module = model.generator.module
+    plan = plan_memory(
+        module,
+        model.generator_params,
+        slots=slots_of_a_process(settings, model.sampling_mesh),
+        buckets=tuple(settings.prompt_buckets),
+        length=max(settings.prompt_buckets) + longest,
+        cache_dtype=cache_type(module),
+        mesh=model.sampling_mesh,
+        penalize=penalizes(config),
+    )
+    check_memory(plan, sampling_memory(settings))
