@@ -67,7 +67,7 @@ def measure_precision(source: str, sha256: str) -> Iterator[Precision]:
 
     Args:
         source: Where it is.
-        sha256: Of its file.
+        sha256: Checksum of its file.
     """
     plain = None
     for weights, compute in FORMS:

@@ -14,7 +14,7 @@ from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
-from expandr_jax.sharding import place, whole
+from expandr_jax.sharding import device_put_shared, whole
 from expandr_jax.training.checkpoint import hash_tree
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_generator, load_retriever
@@ -84,7 +84,7 @@ def load_generator_model(config: Config) -> GeneratorModel:
     )
     adapter_shapes(generator, params)  # Settings that do not fit the model are said now.
     # Devices of a processor have one copy between them, where each holds the whole.
-    params = place(params, jax.tree.map(lambda leaf: leaf.sharding, params))
+    params = device_put_shared(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     readable = whole(params)
     return GeneratorModel(mesh, sampling_mesh, generator, params, readable, hash_tree(readable))
 

@@ -1,4 +1,4 @@
-"""Device meshes and the rules that place every array on them.
+"""Device meshes and the rules that shard every array over them.
 
 One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes are data
 (batches), fsdp (batches and parameters) and tensor (heads and feed-forward).
@@ -89,7 +89,7 @@ def batch_divisor(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def put(tree: Any, shardings: Any) -> Any:
+def device_put(tree: Any, shardings: Any) -> Any:
     """`jax.device_put` that reaches devices of several processes, too.
 
     Args:
@@ -102,7 +102,7 @@ def put(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
+    def put_one(leaf: Any, sharding: Sharding) -> jax.Array:
         spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         if spread or sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
@@ -110,7 +110,7 @@ def put(tree: Any, shardings: Any) -> Any:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
-    return jax.tree.map(put_leaf, tree, shardings)
+    return jax.tree.map(put_one, tree, shardings)
 
 
 def whole(tree: Any) -> Any:
@@ -136,8 +136,8 @@ def _whole_leaf(leaf: Any) -> Any:
     return np.asarray(everywhere(leaf).addressable_data(0))
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Puts a tree of arrays on devices.
+def device_put_shared(tree: Any, shardings: Any) -> Any:
+    """`device_put` without needless copies in the host's memory.
 
     Devices that share the host's memory share one copy of what each of them holds whole, and that
     is the given array itself where it lies there: two of a processor need no more than one.
@@ -149,16 +149,16 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def place_leaf(leaf: Any, sharding: Sharding) -> jax.Array:
+    def put_one(leaf: Any, sharding: Sharding) -> jax.Array:
         on_host = all(device.platform == "cpu" for device in sharding.device_set)
         if not (on_host and sharding.is_fully_replicated):
-            return put(leaf, sharding)
+            return device_put(leaf, sharding)
         leaf = np.asarray(leaf)
         devices = sharding.addressable_devices_indices_map(leaf.shape)
         copies = [jax.device_put(leaf, device) for device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
-    return jax.tree.map(place_leaf, tree, shardings)
+    return jax.tree.map(put_one, tree, shardings)
 
 
 def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -178,7 +178,7 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
     boxed = jax.eval_shape(init, jax.random.key(0), *args)["params"]
     rules, whole_axes = dict(RULES), set()
 
-    def place(leaf: Any) -> NamedSharding:
+    def sharding_of(leaf: Any) -> NamedSharding:
         axes = []
         for name, size in zip(leaf.names, leaf.value.shape, strict=True):
             if name not in rules:
@@ -190,10 +190,10 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
                 whole_axes.add(f"{name} {size} over {axis} {mesh.shape[axis]}")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    placed = jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    found = jax.tree.map(sharding_of, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     if whole_axes:
         _warn_of_whole_axes(", ".join(sorted(whole_axes)))
-    return placed
+    return found
 
 
 @functools.cache
@@ -213,13 +213,13 @@ def adapter_shardings(
     """
     kernels = traverse_util.flatten_dict(params)
 
-    def place(path: tuple[str, ...]) -> NamedSharding:
+    def sharding_of(path: tuple[str, ...]) -> NamedSharding:
         *stack, width_in, width_out = kernels[(*path[:-1], "kernel")].spec
         sides = (width_in, None) if path[-1] == "a" else (None, width_out)
         return NamedSharding(mesh, PartitionSpec(*stack, *sides))
 
     flat = traverse_util.flatten_dict(adapter)
-    return traverse_util.unflatten_dict({path: place(path) for path in flat})
+    return traverse_util.unflatten_dict({path: sharding_of(path) for path in flat})
 
 
 def platform() -> str:
@@ -242,17 +242,17 @@ def tracing_on(mesh: Mesh) -> Iterator[None]:
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, to be jitted, with what it computes placed on a mesh by `RULES`."""
+    """The function, to be jitted, with what it computes sharded over a mesh by `RULES`."""
 
-    def placed(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         with tracing_on(mesh):
             return function(*args, **kwargs)
 
-    return placed
+    return traced
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Places an activation by the logical names of its axes; outside `on_mesh` it stays as it is.
+    """Shards an activation by the logical names of its axes; outside `on_mesh` it stays as it is.
 
     Without this a program is right, but where weights and rows share a mesh axis the compiler may
     spread an activation's width over the devices that should hold its rows.

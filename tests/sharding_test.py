@@ -11,7 +11,13 @@ from jax.sharding import PartitionSpec
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.sharding import batch_divisor, make_mesh, param_shardings, place, replicated
+from expandr_jax.sharding import (
+    batch_divisor,
+    device_put_shared,
+    make_mesh,
+    param_shardings,
+    replicated,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -70,7 +76,7 @@ def test_devices_in_the_hosts_memory_share_what_all_of_them_hold():
         "whole": replicated(mesh),
         "halved": jax.sharding.NamedSharding(mesh, PartitionSpec("tensor")),
     }
-    placed = place({"whole": whole, "halved": halved}, shardings)
+    placed = device_put_shared({"whole": whole, "halved": halved}, shardings)
     for name, value in (("whole", whole), ("halved", halved)):
         assert placed[name].sharding == shardings[name]
         np.testing.assert_array_equal(placed[name], value)
@@ -79,9 +85,8 @@ def test_devices_in_the_hosts_memory_share_what_all_of_them_hold():
     assert len({s.data.unsafe_buffer_pointer() for s in placed["halved"].addressable_shards}) == 8
     # So do layers cut out of a stack by numpy.
     layer = np.asarray(whole)[32]
-    (copy,) = {
-        s.data.unsafe_buffer_pointer() for s in place(layer, replicated(mesh)).addressable_shards
-    }
+    shared = device_put_shared(layer, replicated(mesh))
+    (copy,) = {shard.data.unsafe_buffer_pointer() for shard in shared.addressable_shards}
     assert copy == whole.unsafe_buffer_pointer() + 32 * 64 * 4
 
 

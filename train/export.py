@@ -92,7 +92,7 @@ def export_one(
         kind: One of FORMATS.
         dtype: Type of the tensors, or "source" for each tensor's own in the model that the run
             started from; an adapter is always float32.
-        address: Of the run, where it is a copy of one in a bucket.
+        address: What the user calls the run, where it is a copy of one in a bucket.
 
     Raises:
         UserError: The run is not there or not finished, or the model has no such format.
@@ -161,7 +161,7 @@ def main(_: Any) -> None:
     if is_bucket(values.to):
         raise UserError(f"--to={values.to}: expected a directory of this machine")
     to = pathlib.Path(values.to).absolute()
-    # Of a run of train.generator the adapter is merged when it is asked for.
+    # train.generator writes an adapter, which is merged when the whole model is asked for.
     parts = {made_as(kind) for kind in (values.format, "adapter")}
     workdir = local_copy(values.workdir, "config.json", *sorted(parts))
     address = values.workdir if is_bucket(values.workdir) else None

@@ -44,7 +44,7 @@ from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index
-from expandr_jax.sharding import batch_sharding, put, whole
+from expandr_jax.sharding import batch_sharding, device_put, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
@@ -111,7 +111,8 @@ def train_retriever(
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         arrays, contents = batches.batch(round_ * steps + step, flops)
-        return put(arrays, batch_sharding(mesh)) if run.processes.count > 1 else arrays, contents
+        several = run.processes.count > 1
+        return device_put(arrays, batch_sharding(mesh)) if several else arrays, contents
 
     identity = {
         "model": models.retriever_hash,

@@ -71,8 +71,8 @@ def start_ours(directory: pathlib.Path) -> Running:
     from expandr_jax.sharding import (
         adapter_shardings,
         batch_sharding,
+        device_put_shared,
         make_mesh,
-        place,
     )
     from expandr_jax.training.steps import model_shardings
     from expandr_jax.training.train_state import OptimizerConfig, TrainState
@@ -81,7 +81,7 @@ def start_ours(directory: pathlib.Path) -> Running:
 
     generator, params = load_generator(str(directory / "smollm2"))
     mesh = make_mesh()
-    params = place(params, model_shardings(mesh, generator.module, params))
+    params = device_put_shared(params, model_shardings(mesh, generator.module, params))
     lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
     module = generator.module.clone(lora=lora)
     pairs = [Example(prompt, responses) for prompt, *responses in _pairs(directory)]

@@ -26,7 +26,7 @@ from expandr_jax.generation.queue import PromptGroup, PromptQueue
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
 from expandr_jax.runtime.host_memory import trim_memory
-from expandr_jax.sharding import batch_divisor, batch_sharding, place
+from expandr_jax.sharding import batch_divisor, batch_sharding, device_put_shared
 
 
 class Engine:
@@ -321,7 +321,7 @@ class Engine:
             where = SingleDeviceSharding(jax.local_devices()[0])
             if places is not None:
                 where = unstack_shardings(places[name], self._module.config.num_layers)
-            placed[name] = place(unstack_layers(tree), where)
+            placed[name] = device_put_shared(unstack_layers(tree), where)
         return placed
 
     def _run_prefix(self) -> device.Prefilled | None:

@@ -26,7 +26,7 @@ from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.telemetry import TrainingLog
-from expandr_jax.sharding import batch_sharding, on_mesh, put, replicated, whole
+from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.steps import Program
 from expandr_jax.training.train_state import OptimizerConfig
@@ -189,7 +189,7 @@ class AdapterBatches:
         batch = pack([examples[i] for i in indices], self._model.generator.pad_id, self.sizes)
         if reference is not None:
             batch["reference"] = reference[indices]
-        return put(batch, self._sharding)
+        return device_put(batch, self._sharding)
 
     def reference_identity(self, examples: Sequence[Example]) -> str:
         """A hash of all that `reference` depends on: the examples' ids and the base's weights."""

@@ -26,7 +26,7 @@ def forward_flops(
     keys: int | None = None,
     logits: int = 0,
 ) -> int:
-    """Of one forward pass.
+    """Floating-point operations of one forward pass.
 
     Args:
         module: The model.

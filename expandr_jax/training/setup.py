@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
-from expandr_jax.sharding import batch_divisor, put
+from expandr_jax.sharding import batch_divisor, device_put
 from expandr_jax.training.steps import Program, training_program
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
 
@@ -30,7 +30,7 @@ class TrainingSetup:
 
     def put(self, params: Any) -> Any:
         """What is trained, where each step leaves it; a restored state lies there, too."""
-        return put(params, self.shardings.params)
+        return device_put(params, self.shardings.params)
 
 
 def set_up(

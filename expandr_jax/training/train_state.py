@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from expandr_jax.sharding import put, replicated
+from expandr_jax.sharding import device_put, replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainState:
 
         if shardings is None:
             return new(params)
-        params = put(params, shardings.params)
+        params = device_put(params, shardings.params)
         return jax.jit(new, out_shardings=shardings)(params)
 
     @classmethod
@@ -106,14 +106,14 @@ class TrainState:
         """
         everywhere = replicated(mesh)
         opt_state = jax.eval_shape(optimizer.init, shapes)
-        placed = optax.tree.map_params(
+        sharded = optax.tree.map_params(
             optimizer,
-            lambda _, place: place,
+            lambda _, sharding: sharding,
             opt_state,
             params,
             transform_non_params=lambda _: everywhere,
         )
-        return cls(everywhere, params, placed)
+        return cls(everywhere, params, sharded)
 
     def apply(self, grads: Any, optimizer: optax.GradientTransformation) -> "TrainState":
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)

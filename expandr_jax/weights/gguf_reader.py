@@ -27,7 +27,7 @@ class GgufTensor:
     Attributes:
         shape: Axes from the slowest, as numpy has them.
         kind: How it is quantized.
-        offset: Of its first byte in the file.
+        offset: Where its first byte lies in the file.
     """
 
     shape: tuple[int, ...]

@@ -38,7 +38,7 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     """Builds a tokenizer, chat template included.
 
     Args:
-        metadata: Of the file.
+        metadata: The file's metadata.
 
     Returns:
         The tokenizer.

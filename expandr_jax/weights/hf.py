@@ -16,7 +16,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import param_shardings, put, replicated
+from expandr_jax.sharding import device_put, param_shardings, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import example_inputs, find_family, model_config
@@ -127,7 +127,8 @@ def load_retriever(
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
         dense = {name: value.astype(dtype) for name, value in dense.items()}
-        params["dense"] = jax.device_put(dense) if mesh is None else put(dense, replicated(mesh))
+        dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
+        params["dense"] = dense
     limits = (
         module.config.max_positions,
         max_length or settings.max_length,
@@ -285,7 +286,7 @@ def _load(
         if not family.generates:
             raise UserError(f"{adapter}: adapters of a {files.model_type} model are not supported")
         lora, update = load_adapter(str(adapter), config)
-        update = update if mesh is None else put(update, replicated(mesh))
+        update = update if mesh is None else device_put(update, replicated(mesh))
         params = merge_lora(params, update, lora)
     return module, params
 

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
-from expandr_jax.sharding import put
+from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
@@ -54,7 +54,7 @@ def load_params(
     dtype = np.dtype(dtype)
     expected = leaf_shapes(module)
     stored = _find(files, module, weights, expected)
-    places = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    by_path = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
     flat = {}
     for weight in weights:
         shape, names = expected[weight.path], stored[weight.path]
@@ -65,9 +65,9 @@ def load_params(
         if scale_path in expected:
             own, scales = np.dtype(np.int8), np.empty(expected[scale_path], np.float32)
             pieces = _to_int8(pieces, scales)
-        flat[weight.path] = _place(pieces, shape, own, places.get(weight.path))
+        flat[weight.path] = _assemble(pieces, shape, own, by_path.get(weight.path))
         if scale_path in expected:
-            flat[scale_path] = _put(scales, places.get(scale_path))
+            flat[scale_path] = _device_put(scales, by_path.get(scale_path))
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -167,8 +167,8 @@ def _to_int8(pieces: Iterable[Piece], scales: np.ndarray) -> Iterator[Piece]:
     """Kernels [..., in, out] in int8; writes the scale of each output, by its largest weight."""
     for start, part in pieces:
         scale = np.maximum(np.abs(part).max(axis=-2) / 127, np.finfo(np.float32).tiny)
-        place = (*start[:-2], start[-1])
-        scales[tuple(slice(b, b + n) for b, n in zip(place, scale.shape, strict=True))] = scale
+        corner = (*start[:-2], start[-1])
+        scales[tuple(slice(b, b + n) for b, n in zip(corner, scale.shape, strict=True))] = scale
         yield start, np.rint(part / scale[..., None, :]).astype(np.int8)
 
 
@@ -192,8 +192,8 @@ def _read(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
     return tensor
 
 
-def _put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    return jax.device_put(leaf) if sharding is None else put(leaf, sharding)
+def _device_put(leaf: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    return jax.device_put(leaf) if sharding is None else device_put(leaf, sharding)
 
 
 @jax.jit(donate_argnums=0)
@@ -201,13 +201,13 @@ def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.A
     return jax.lax.dynamic_update_slice(buffer, piece, start)
 
 
-def _place(
+def _assemble(
     pieces: Iterator[Piece], shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """Puts a leaf's pieces where they belong on each device."""
+    """Writes a leaf's pieces into each device's shard of it."""
     first = next(pieces)
     if first[1].shape == shape:
-        return _put(first[1], sharding)
+        return _device_put(first[1], sharding)
     bounds = {None: [(0, size) for size in shape]}
     if sharding is not None:
         bounds = {
@@ -231,8 +231,8 @@ def _place(
             cut = piece[
                 tuple(slice(b - at, e - at) for b, e, at in zip(begins, ends, start, strict=True))
             ]
-            place = tuple(b - low for b, (low, _) in zip(begins, limits, strict=True))
-            shards[device] = _write(shards[device], jax.device_put(cut, device), place)
+            begin = tuple(b - low for b, (low, _) in zip(begins, limits, strict=True))
+            shards[device] = _write(shards[device], jax.device_put(cut, device), begin)
         # Waiting here is what bounds the number of pieces that are alive.
         jax.block_until_ready(list(shards.values()))
     if sharding is None:

@@ -47,7 +47,7 @@ class Entry:
     Attributes:
         dtype: Its type.
         shape: Its shape.
-        offset: Of its first byte in the file.
+        offset: Where its first byte lies in the file.
     """
 
     dtype: np.dtype

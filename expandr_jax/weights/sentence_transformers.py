@@ -127,7 +127,7 @@ def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
 
     Args:
         folder: Holds model.safetensors.
-        width: Of the vectors before it.
+        width: Length of the vectors before it.
 
     Raises:
         UserError: If the file or a tensor is missing, or does not fit.
