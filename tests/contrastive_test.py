@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from expandr_jax.models.bert import BertConfig
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     contrastive_gradients,
@@ -287,7 +288,9 @@ def test_a_share_of_queries_stays_plain():
 
 
 class Bag(nn.Module):
-    """A module with dropout that compiles in no time."""
+    """A module with dropout that compiles in no time, and takes the inputs of BERT's family."""
+
+    config: BertConfig = BertConfig(300, 32, 1, 1, 32, 64)
 
     @nn.compact
     def __call__(self, ids, mask, *, deterministic=True):

@@ -15,6 +15,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from configs import smoke
 from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
@@ -257,8 +258,9 @@ def run(tmp_path):
         str(tmp_path / "retriever"), pooling="mean", normalize=True, max_length=20
     )
     export_retriever(work / "export" / "retriever", retriever, params)
-    config = {name: {"source": str(tmp_path / name), "sha256": None} for name in sources}
-    config["data"] = {"kind": "pydoc"}
+    config = json.loads(smoke.get_config().to_json())
+    for name in sources:
+        config[name] |= {"source": str(tmp_path / name), "sha256": None}
     (work / "config.json").write_text(json.dumps({"config": config}))
     return work
 

@@ -164,6 +164,7 @@ EXPANDED = {  # What "q" with the texts "a" and "b" becomes: for BM25, and as ve
     "mugi": ("q a b", DenseQuery(["q a", "q b"], 0.0)),
     "lamer": ("q a q b", TWO_TEXTS),
     "csqe": ("q a b", TWO_TEXTS),
+    "thinkqe": ("q a b", TWO_TEXTS),
 }
 
 

@@ -102,6 +102,7 @@ class GeneratorShapes:
                 max_new_tokens=NEW,
                 cache_dtype=jnp.dtype(jnp.float32 if on_cpu else module.dtype),
                 penalize=penalizes(self._config),
+                log_probs=False,
                 seed=self._config.seed,
                 eos_ids=(0,),
                 mesh=mesh,
