@@ -81,6 +81,7 @@ def test_a_score_does_not_depend_on_what_is_scored_with_it(tmp_path):
     order = [2, 0, 3, 1]
     alone = encoder.scores(params, QUERY, [DOCUMENTS[i] for i in order], rows=2)
     np.testing.assert_allclose(alone, together[order], atol=1e-6)
+    assert encoder.scores(params, QUERY, []).shape == (0,)  # No document was found.
 
 
 def test_other_heads_and_activations_are_refused(tmp_path):

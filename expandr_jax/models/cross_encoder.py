@@ -120,7 +120,7 @@ class CrossEncoder:
         Raises:
             NotFiniteError: If a score is not finite, which means damaged weights.
         """
-        tokens = self.token_ids(query, documents)
+        tokens = self.token_ids(query, documents) if documents else []  # BM25 may find none.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
         result = np.zeros(len(tokens), np.float32)
         lengths = [n for n in ENCODING_LENGTHS if n < self.max_length] + [self.max_length]
