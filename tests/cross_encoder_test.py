@@ -92,7 +92,15 @@ def test_other_heads_and_activations_are_refused(tmp_path):
     own.write_text(json.dumps({"activation_fn": "my.Function"}))
     with pytest.raises(UserError, match=r"activation_fn is 'my.Function'; supported: torch"):
         load_cross_encoder(str(directory))
+    own.write_text(json.dumps({"activation_fn": {"name": "Sigmoid"}}))
+    with pytest.raises(UserError, match=r"activation_fn is {'name': 'Sigmoid'}; supported: torch"):
+        load_cross_encoder(str(directory))
     own.unlink()
+    shape = (directory / "config.json").read_text()
+    (directory / "config.json").write_text(json.dumps(json.loads(shape) | {"model_type": ["bert"]}))
+    with pytest.raises(UserError, match="a cross-encoder is a whole model of type bert"):
+        load_cross_encoder(str(directory))
+    (directory / "config.json").write_text(shape)
     with pytest.raises(UserError, match="max_length is 4; no pair of texts fits into it"):
         load_cross_encoder(str(directory), max_length=4)
     tensors = load_file(directory / "model.safetensors")

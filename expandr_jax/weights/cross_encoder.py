@@ -47,7 +47,8 @@ def load_cross_encoder(
     """
     files, adapter = open_model(source, sha256)
     where = files.config.where
-    if adapter is not None or files.model_type not in bert.FAMILY.classes:
+    # A type may be anything that JSON can say.
+    if adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
         known = ", ".join(bert.FAMILY.classes)
         raise UserError(f"{source}: a cross-encoder is a whole model of type {known}")
     labels = files.config.section("id2label").values or {}
@@ -95,7 +96,7 @@ def _activation(config: Fields, directory: Any) -> str:
     }
     for name, value in given.items():
         if value is not None:
-            if value not in _ACTIVATIONS:
+            if value not in tuple(_ACTIVATIONS):
                 raise UserError(f"{name} is {shown(value)}; supported: {', '.join(_ACTIVATIONS)}")
             return _ACTIVATIONS[value]
     return "sigmoid"  # What sentence-transformers does with one label.
