@@ -329,6 +329,16 @@ def test_a_config_s_field_of_another_type_is_refused(run, tmp_path, change):
         export_one(run, tmp_path / "out", "base", "float32")
 
 
+def test_why_another_version_s_config_is_refused_is_told(run, tmp_path):
+    change_config(run, "expansion", strategy="unheard")
+    with pytest.raises(UserError, match=r"config.json: .*: expansion.strategy is 'unheard'; expec"):
+        export_one(run, tmp_path / "out", "base", "float32")
+    record = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**record, "format": 1_000}))
+    with pytest.raises(UserError, match=r"format 1000, .* use the version that wrote it"):
+        export_one(run, tmp_path / "out", "base", "float32")
+
+
 def test_a_name_that_is_too_long_is_refused(run, tmp_path):
     for length in (250, 300):  # The shorter one fits, but not that of the directory made first.
         with pytest.raises(UserError, match=r"n: cannot write it: File name too long"):

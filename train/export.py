@@ -141,7 +141,9 @@ def _read_config(path: pathlib.Path) -> Config:
     """The config that a run keeps; UserError if there is none, or it is no run's."""
     try:
         return read_config(read_record(path))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError):
+    except UserError as error:  # Such as one of a version that has more settings, or fewer.
+        raise UserError(f"{path}: not a run's config as this version has it: {error}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not a run's config; --workdir must be that of a training run"
         ) from None
