@@ -141,13 +141,16 @@ def _read_run(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     try:
         config = read_record(workdir / "config.json")
         chosen = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["chosen"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{workdir}: not a finished run; train.joint makes one") from None
     if "expandr" not in chosen or not (workdir / "export" / "generator").exists():
         raise UserError(
             f"{workdir}: has no expandr system or no exports; let train.joint finish it"
         )
-    return read_config(config), chosen["expandr"]
+    try:
+        return read_config(config), chosen["expandr"]
+    except UserError as error:  # A setting of the run's, not of this command.
+        raise UserError(f"{workdir / 'config.json'}: {error}") from None
 
 
 def _table(

@@ -92,7 +92,7 @@ def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
         try:
             config = read_record(workdir / "config.json")
             seed = config.pop("seed")
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{workdir / 'config.json'}: not the record of a run") from None
         if (other := seeds.setdefault(seed, workdir)) != workdir:
             raise UserError(f"{workdir}: has the seed of {other}; it would count twice")

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 
+import pytest
 from rich.console import Console
 
 from eval.search import _read_run, trained_sampler
 from expandr_jax.data.records import read_jsonl
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import drawing, expansion_text
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.generation.requests import Request
@@ -64,6 +66,22 @@ def test_mistakes_get_one_line(smoke, tmp_path):
     assert "missing" in refused(f"--workdir={smoke[0]}")
     assert "empty" in refused(f"--workdir={smoke[0]}", "  ")
     assert "--workdir" in refused("query")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"config": []}', "not a finished run"),
+        ("[]", "not a finished run"),
+        ('{"config": {"seed": 0}}', r"config\.json: rounds is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_read_gets_one_line(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "results.json").write_text('{"chosen": {"expandr": {}}}')
+    (tmp_path / "export" / "generator").mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        _read_run(tmp_path)
 
 
 def test_the_readme_s_example_runs(smoke):

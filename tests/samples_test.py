@@ -173,9 +173,10 @@ def test_runs_differ_by_their_seed_alone(workdirs, changes, message):
     else:
         with pytest.raises(UserError, match=message):
             seeds.table(workdirs, "expandr")
-    path.write_text("{}")
-    with pytest.raises(UserError, match=r"two/config\.json: not the record of a run"):
-        seeds.table(workdirs, "expandr")
+    for text in ("{}", "[]", '{"config": []}', '{"config": {"reward": 3}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"two/config\.json: not the record of a run"):
+            seeds.table(workdirs, "expandr")
 
 
 def test_samples_that_lack_a_query_are_named(workdirs):
