@@ -153,7 +153,7 @@ def read_section(section: type[Section], values: Mapping[str, Any], prefix: str 
         UserError: Naming the first setting that is wrong, its value and what was expected.
     """
     fields = fields_of(section)
-    for name in set(values.keys()) - fields.keys():
+    for name in sorted(set(values.keys()) - fields.keys()):  # The same one in every process.
         raise UserError(f"{prefix}{name}: there is no such setting; configs/base.py has them all")
     read = {}
     for name, check in fields.items():

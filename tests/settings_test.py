@@ -215,10 +215,11 @@ def checks_of(section, prefix=""):
 
 def test_a_setting_that_base_lacks_or_that_is_missing_is_named():
     values = base.get_config().to_dict()
-    values["dpo"]["betta"] = 0.1
+    values["dpo"] |= {f"betta{n}": 0.1 for n in range(20)} | {"betta": 0.1}
     with pytest.raises(UserError, match=r"^dpo\.betta: there is no such setting"):
         read_config(values)
-    del values["dpo"]["betta"], values["generator"]["server"]["url"]
+    values["dpo"] = base.get_config().dpo.to_dict()
+    del values["generator"]["server"]["url"]
     with pytest.raises(UserError, match=r"^generator\.server\.url is missing"):
         read_config(values)
     with pytest.raises(UserError, match=r"^dpo is 3; expected a section"):
