@@ -9,6 +9,7 @@ from configs import base, smoke
 from expandr_jax.config import read_config
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.expansion import strategies
 from expandr_jax.runtime import formats
 from tests.configs_test import flatten
 from tests.recorded_test import STOPPED
@@ -61,6 +62,18 @@ def test_a_run_from_before_searches_had_options(recorded):
     assert formats.translated(before) == formats.translated(recorded)
     found = read_config(formats.translated(before))
     assert found.search == read_config(base.get_config()).search
+
+
+@pytest.mark.parametrize("strategy", ["q2a", "csqe"])
+def test_a_template_in_an_older_run_was_all_that_was_asked(recorded, strategy):
+    before = json.loads(json.dumps(recorded))
+    before["config"]["expansion"] |= {"strategy": strategy, "template": "Explain {query}."}
+    found = read_config(formats.translated(before)).expansion
+    (ask,) = strategies.strategy(found.strategy, found.template).steps
+    assert ask.prompt.message("a norm") == "Explain a norm."
+    # Since there are formats, a strategy keeps its other steps.
+    now = formats.translated({**before, "format": formats.FORMAT})["expansion"]
+    assert now["strategy"] == strategy
 
 
 def test_what_newer_versions_wrote_is_refused(recorded):

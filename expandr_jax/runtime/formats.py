@@ -34,6 +34,9 @@ ABSENT: dict[str, Any] = {
         "ah_iterations": 10, "reorder": 400, "storage": "float32",
     },
 }  # fmt: skip
+# Strategies of runs without a format of which a template left nothing: q2d asks it alone, as they
+# did. The one is no strategy any more, the other asks for a text before it.
+REPLACED = ("q2a", "csqe")
 # Setting -> its present name.
 RENAMED: dict[str, str] = {}
 
@@ -51,6 +54,9 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
             "use the version that wrote it"
         )
     config = json.loads(json.dumps(record["config"]))
+    section, name = _find(config, "expansion.strategy")
+    if "format" not in record and section.get("template") and section.get(name) in REPLACED:
+        section[name] = "q2d"
     for old, new in RENAMED.items():
         section, name = _find(config, old)
         if name in section:
