@@ -20,9 +20,8 @@ def read_training_triples(run: Run) -> list[Triple]:
         UserError: They cannot be read, or the files are others than those that the run began with.
     """
     config = run.config.data
-    given = run.processes.main_first(
-        lambda: data_path(config, run.reporter)
-    )  # It may have to be downloaded.
+    # It may have to be downloaded.
+    given = run.processes.main_first(lambda: data_path(config, run.reporter))
     triples, skipped = read_triples(given, config.on_bad)
     queries = f"{len(triples)} training queries"
     if skipped:

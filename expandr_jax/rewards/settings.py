@@ -4,13 +4,7 @@ import dataclasses
 from typing import Annotated
 
 from expandr_jax.generation.settings import SamplingSettings
-from expandr_jax.settings import (
-    MANY,
-    NOT_NEGATIVE,
-    NotNegative,
-    count,
-    several,
-)
+from expandr_jax.settings import MANY, NOT_NEGATIVE, NotNegative, count, several
 
 
 @dataclasses.dataclass(frozen=True)
