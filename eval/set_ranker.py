@@ -100,10 +100,12 @@ class SetRanker:
             config = self._run.config
             own = config.expansion.strategy, config.expansion.template
             chosen = strategy(*own) if leaf.strategy == EXPANSION else STRATEGIES[leaf.strategy]
-            bm25, dense = self._bm25(None), self._search_queries
             search = passage_search(
                 self._collection.corpus,
-                {"bm25": lambda queries, k: bm25.search(queries, k), "dense": dense},
+                {
+                    "bm25": lambda queries, k: self._bm25(None).search(queries, k),
+                    "dense": self._search_queries,
+                },
                 drop_identical_ids=config.evaluation.drop_identical_ids,
             )
             limits = config.expansion, config.answer.max_characters

@@ -1,0 +1,36 @@
+"""What eval.beir builds for a system, and what it does without."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from eval import set_ranker
+from expandr_jax.data.beir import Collection
+from expandr_jax.expansion.expand import Expander
+from expandr_jax.ranking.systems import parse_system
+
+
+@pytest.mark.parametrize(("name", "built"), [("dense+q2d", 0), ("dense+lamer", 1)])
+def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_path, name, built):
+    indexes = []
+    monkeypatch.setattr(set_ranker, "build_index", lambda *a: indexes.append(a))
+
+    def texts(self, queries, samples, sample):
+        for step in self.strategy.steps:
+            if not hasattr(step, "prompt"):
+                with pytest.raises(AttributeError):  # There is no index behind the name here.
+                    self.search(step, queries, 1)
+        return {query: [["text"]] for query in queries}
+
+    monkeypatch.setattr(Expander, "texts", texts)
+    config = SimpleNamespace(
+        expansion=SimpleNamespace(strategy="q2d", template=""),
+        answer=SimpleNamespace(max_characters=100),
+        evaluation=SimpleNamespace(samples=(1,), drop_identical_ids=False),
+        contrastive=SimpleNamespace(normalize="before"),
+    )
+    run, models = SimpleNamespace(config=config), SimpleNamespace(sampler=None)
+    collection = Collection("set", {"d": "text"}, {"q": "query"}, {"test": {"q": {"d": 1}}})
+    made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
+    made.expansions(parse_system(name))
+    assert len(indexes) == built
