@@ -100,6 +100,22 @@ def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
     np.testing.assert_allclose(np.mean(losses), np.mean(queries), rtol=1e-5)
 
 
+def test_examples_are_named_by_whatever_id_a_line_has(tiny):
+    """Messages join the names of a batch's examples."""
+    rows = [
+        {**id_, "prompt": "a?", "candidates": [candidate("array", 1.0)]}
+        for id_ in ({"query_id": "q"}, {"query_id": 7}, {"query_id": 0}, {"query_id": None}, {})
+    ]
+    examples, _ = tokenize_candidates(
+        tiny[0],
+        [Group.from_row(row) for row in rows],
+        ObjectiveSettings(),
+        prompt_length=8,
+        response_length=8,
+    )
+    assert [example.name for example in examples] == ["q", "7", "0", "None", "4"]
+
+
 def candidate(text, reward):
     return {"text": text, "reward": reward}
 

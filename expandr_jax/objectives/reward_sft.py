@@ -82,7 +82,7 @@ def tokenize_candidates(
     """
     examples, cut = [], 0
     for number, group in enumerate(groups):
-        name, texts = group.query_id or str(number), group.texts
+        name, texts = str(number if group.query_id == "" else group.query_id), group.texts
         shares = candidate_shares(
             np.array([candidate.total for candidate in group.candidates]),
             np.array([bool(text.strip()) for text in texts]),
