@@ -161,7 +161,10 @@ def test_it_may_be_below_zero_and_counts_with_its_weight(arguments):
 
 
 def test_it_is_the_same_whatever_is_in_memory_at_once(arguments, monkeypatch):
-    config = make_config(gain_search="fused")
-    whole = gain_reward(make_evidence(config, *arguments))
-    monkeypatch.setattr("expandr_jax.rewards.search.BLOCK_ROWS", 5)
-    np.testing.assert_array_equal(gain_reward(make_evidence(config, *arguments)), whole)
+    for search in GAIN_SEARCHES:
+        config = make_config(gain_search=search)
+        whole = gain_reward(make_evidence(config, *arguments))
+        with monkeypatch.context() as patch:
+            patch.setattr("expandr_jax.rewards.search.BLOCK_ROWS", 5)
+            parts = gain_reward(make_evidence(config, *arguments))
+        np.testing.assert_array_equal(parts, whole)

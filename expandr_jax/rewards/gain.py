@@ -25,9 +25,13 @@ def dense_search(evidence: Evidence) -> Search:
         query_weight=1.0,
         normalize=evidence.config.contrastive.normalize,
     )
-    vectors = np.concatenate([np.asarray(alone)[:, None], evidence.fused], axis=1)
-    index, depth, width = evidence.corpus.index, evidence.config.reward.depth, vectors.shape[-1]
-    return lambda part: index.search(vectors[part].reshape(-1, width), depth)
+    alone, index, depth = np.asarray(alone), evidence.corpus.index, evidence.config.reward.depth
+
+    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        vectors = np.concatenate([alone[part, None], evidence.fused[part]], axis=1)
+        return index.search(vectors.reshape(-1, vectors.shape[-1]), depth)
+
+    return search
 
 
 def bm25_search(evidence: Evidence) -> Search:
