@@ -8,7 +8,7 @@ import pytest
 from configs import smoke
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, numbered, passage_search
-from expandr_jax.expansion.prompts import Prompt
+from expandr_jax.expansion.prompts import PROMPTS, Prompt
 from expandr_jax.expansion.strategies import (
     STRATEGIES,
     Ask,
@@ -106,6 +106,16 @@ def test_documents_are_cut_until_the_message_fits():
     assert "3. " + "c" * 40 + "\n" in message(0)  # too long whatever is done
     assert "\n-\n" not in whole
     assert "1. -\n" in message(10_000, [])
+
+
+def test_a_message_without_passages_is_not_measured():
+    """There is nothing to cut, and to count the tokens of all queries takes its time."""
+
+    def fits(text):
+        raise AssertionError(text)
+
+    (ask,) = STRATEGIES["q2d"].asks
+    assert ask.message("Q", (), 300, fits) == PROMPTS["q2d"].message("Q")
 
 
 def test_a_document_is_cut_until_its_message_fits():

@@ -42,6 +42,8 @@ class Ask:
             fits: Whether a message is short enough; passages are cut until it is, because a prompt
                 that is too long loses its beginning.
         """
+        if "passages" not in self.prompt.fields:
+            return self.prompt.message(query)
         return _fitting(
             lambda most: self.prompt.message(query, passages=_cut(passages, most) or ["-"]),
             most_characters,
