@@ -192,7 +192,7 @@ def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
     with run.phase("data"):
         data = prepare_data(
             run.config.data, run.path("data"), run.path("work", "prepared"),
-            processes=run.processes, reporter=run.reporter, seals=run.seals,
+            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
         )  # fmt: skip
     (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
     return {data.collection.name: harvested}

@@ -38,7 +38,7 @@ def test_a_run_without_its_config_is_refused(tmp_path):
     run.path("config.json").unlink()
     run.close()
     run = Run(tmp_path / "run", config, console)  # Nothing is there yet that depends on it.
-    run.seals.seal()
+    run.checksums.record()
     run.path("config.json").unlink()
     run.close()
     with pytest.raises(UserError, match=r"config.json: is gone.*use a new --workdir"):

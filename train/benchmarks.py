@@ -36,7 +36,7 @@ def evaluate_benchmarks(
     results = {}
     for name, benchmark in find_benchmarks(run.config.data.tests).items():
         path = run.path("tests", name, "results.json")
-        if run.seals.intact(*result_files(name)):  # Its corpus may take minutes to read.
+        if run.checksums.intact(*result_files(name)):  # Its corpus may take minutes to read.
             results[name] = json.loads(path.read_text(encoding="utf-8"))
         else:
             collection = read_beir(benchmark.files)

@@ -77,7 +77,7 @@ def evaluate(
     directory = run.path("tests", set_name) if set_name else run.path()
     path = directory / "results.json"
     files = result_files(set_name)
-    if run.seals.intact(*files):
+    if run.checksums.intact(*files):
         return json.loads(path.read_text(encoding="utf-8"))
     systems = systems_of_run(run.config)
     expander = run_expander(run, models, data, trained.retrievers[OURS])
@@ -115,7 +115,7 @@ def evaluate(
             write_json(path, _results(data.collection.name, values, choices, samples))
 
         run.processes.once(write)
-        run.seals.seal(*files)
+        run.checksums.record(*files)
     return json.loads(path.read_text(encoding="utf-8"))
 
 

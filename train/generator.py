@@ -159,7 +159,7 @@ def train_generator(
     def keep(adapter: Any) -> None:
         best, base = whole(adapter), base_name(run.address, run.config.generator.source)
         run.processes.once(lambda: export_adapter(run.path(name), best, lora, module.config, base))
-        run.seals.seal(name)
+        run.checksums.record(name)
 
     watched = HeldOut(
         run.training_log("generator", round_),
@@ -170,7 +170,7 @@ def train_generator(
     for last in watched.steps_left(steps, config.eval_every * accumulation):
         watched.evaluate(last, train(last))
     trained = whole(train(steps))
-    if not run.seals.intact(name):
+    if not run.checksums.intact(name):
         watched.forget()
         raise UserError(
             f"{run.path(name)}: was damaged; remove "
@@ -201,7 +201,7 @@ def kept_reference(
     """
     name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
     path = run.path(name)
-    if run.seals.intact(name):
+    if run.checksums.intact(name):
         return np.load(path, allow_pickle=False)
     with run.progress(task, len(examples)) as advance:
         result = batches.reference(examples, advance)
@@ -213,7 +213,7 @@ def kept_reference(
         temporary.replace(path)
 
     run.processes.once(write)
-    run.seals.seal(name)
+    run.checksums.record(name)
     return result
 
 

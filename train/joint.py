@@ -66,7 +66,7 @@ def train_joint(
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
-            processes=run.processes, reporter=run.reporter, seals=run.seals,
+            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
         )  # fmt: skip
     qrels = data.collection.qrels
     console.print(
@@ -123,12 +123,12 @@ def train_joint(
 
     def export() -> None:
         exports = [f"export/{name}" for name in ("retriever", "adapter", "generator")]
-        whole = [run.seals.intact(name) for name in exports]
+        whole = [run.checksums.intact(name) for name in exports]
         export_run(
             run.workdir, config, models.retriever, params, adapter, advance, address=run.address
         )
         if not all(whole):
-            run.seals.seal(*exports)
+            run.checksums.record(*exports)
 
     with run.phase("export"), run.progress("models exported", 3) as advance:
         run.processes.once(export)

@@ -53,11 +53,11 @@ def training_negatives(
     if not run.config.mining.per_query:
         return {query: data.negatives(query) for query in data.retriever_train}
     name = f"round-{round_}/triples.jsonl"
-    if not run.seals.intact(name):
+    if not run.checksums.intact(name):
         params, corpus = retriever()
         with run.phase(f"hard negatives, round {round_}"):
             _mine(run, models, params, corpus, data, round_)
-        run.seals.seal(name)
+        run.checksums.record(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 

@@ -35,7 +35,7 @@ def make_preferences(
     """Writes candidates.jsonl and preferences.jsonl of a round."""
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
-    if not run.seals.intact(*files):
+    if not run.checksums.intact(*files):
         with run.phase(f"candidates, round {round_}"):
             prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
         with run.phase(f"self-answers, round {round_}"):
@@ -61,7 +61,7 @@ def make_preferences(
                 run.reporter.say(f"{len(pairs)} pairs of {len(groups)} queries; dropped: {counts}")
 
             run.processes.once(write)
-            run.seals.seal(*files)
+            run.checksums.record(*files)
 
 
 def _sample_candidates(

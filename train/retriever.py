@@ -221,9 +221,9 @@ def train_on_triples(
         )
 
     def export() -> None:
-        if not run.seals.intact("export/retriever"):
+        if not run.checksums.intact("export/retriever"):
             export_trained(directory, models.retriever, params, jnp.dtype(config.export.dtype))
-            run.seals.seal("export/retriever")
+            run.checksums.record("export/retriever")
 
     directory = run.path("export", "retriever")
     with run.phase("export"):

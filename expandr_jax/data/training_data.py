@@ -21,7 +21,7 @@ from expandr_jax.data.records import write_json
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.source import data_path
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
@@ -70,7 +70,7 @@ def prepare_data(
     *,
     processes: Processes,
     reporter: Reporter,
-    seals: Seals,
+    checksums: Checksums,
 ) -> TrainingData:
     """Reads data/ of a workdir, or makes it where it is not whole.
 
@@ -80,20 +80,20 @@ def prepare_data(
         prepared_in: Where triples are prepared, unless the config says where.
         processes: All that share the workdir; the first one writes.
         reporter: Where progress is shown.
-        seals: The workdir's checksums.
+        checksums: The workdir's checksums.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
 
     def make() -> None:
-        if not seals.intact("data"):
+        if not checksums.intact("data"):
             data, source = collect_data(config, prepared_in, reporter)
             write_beir(directory, data.collection)
             trained = {"retriever_train": data.retriever_train,
                        "generator_train": data.generator_train}  # fmt: skip
             write_json(directory / "SOURCE.json", source | trained)
-            seals.seal("data")
+            checksums.record("data")
 
     processes.once(make)
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))

@@ -10,10 +10,10 @@ from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.runtime import processes
 
 
-class Seals:
+class Checksums:
     """The sha256 of each file that a stage of a run has finished, in work/seals.json.
 
-    Of several processes, the first one alone reads, writes and removes; all learn what it found.
+    The first of several processes alone reads, writes and removes; all learn what it found.
 
     Args:
         workdir: The run; paths are relative to it.
@@ -34,15 +34,15 @@ class Seals:
             except (ValueError, KeyError, TypeError):
                 say(f"{self._path}: is damaged; finished files are made again")
 
-    def seal(self, *names: str) -> None:
+    def record(self, *names: str) -> None:
         """Records the files, or all files of the directories, as finished.
 
         Args:
             *names: Paths from the workdir.
         """
-        self._processes.once(lambda: self._seal(names))
+        self._processes.once(lambda: self._record(names))
 
-    def _seal(self, names: Sequence[str]) -> None:
+    def _record(self, names: Sequence[str]) -> None:
         for name in names:
             self._forget(name)
             self._files |= {file: hash_file(self._workdir / file) for file in self._inside(name)}
@@ -53,7 +53,7 @@ class Seals:
         """Whether all of these were finished and are as they were; if not, all are removed.
 
         Args:
-            *names: As for `seal`.
+            *names: As for `record`.
         """
         return self._processes.once(lambda: self._intact(names))
 
@@ -75,8 +75,8 @@ class Seals:
 
     def _is_intact(self, name: str) -> bool:
         known = {
-            file: seal
-            for file, seal in self._files.items()
+            file: checksum
+            for file, checksum in self._files.items()
             if file == name or file.startswith(f"{name}/")
         }
         there = self._inside(name)
@@ -94,7 +94,7 @@ class Seals:
 
     def _forget(self, name: str) -> None:
         self._files = {
-            file: seal
-            for file, seal in self._files.items()
+            file: checksum
+            for file, checksum in self._files.items()
             if file != name and not file.startswith(f"{name}/")
         }

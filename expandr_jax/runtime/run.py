@@ -22,7 +22,7 @@ from expandr_jax.data.records import differences, hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.bucket import is_bucket
-from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.formats import FORMAT, read_record
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
@@ -87,7 +87,9 @@ class Run:
         self.processes.main_first(self._check_config)
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
-        self.seals = Seals(self.workdir, lambda text: console.print(f"  {text}", markup=False))
+        self.checksums = Checksums(
+            self.workdir, lambda text: console.print(f"  {text}", markup=False)
+        )
         writes = self.processes.is_main
         self.metrics = (
             MetricsLog(self.workdir, config.log.wandb, self.address) if writes else NoMetrics()

@@ -1,8 +1,8 @@
-"""Seals of finished files."""
+"""Checksums of finished files."""
 
 import pytest
 
-from expandr_jax.runtime.checksums import Seals
+from expandr_jax.runtime.checksums import Checksums
 
 
 @pytest.fixture
@@ -10,21 +10,21 @@ def workdir(tmp_path):
     (tmp_path / "round-0").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "round-0" / name).write_text(f"what {name} holds\n")
-    seals = Seals(tmp_path, print)
+    checksums = Checksums(tmp_path, print)
     assert not (tmp_path / "work").exists()
-    seals.seal("round-0")
+    checksums.record("round-0")
     return tmp_path
 
 
 def opened(workdir):
     said = []
-    return Seals(workdir, said.append), said
+    return Checksums(workdir, said.append), said
 
 
 def test_what_is_sealed_is_intact(workdir):
-    seals, said = opened(workdir)
-    assert seals.intact("round-0")
-    assert seals.intact("round-0/a.jsonl", "round-0/b.jsonl")
+    checksums, said = opened(workdir)
+    assert checksums.intact("round-0")
+    assert checksums.intact("round-0/a.jsonl", "round-0/b.jsonl")
     assert not said
 
 
@@ -39,8 +39,8 @@ def test_what_is_damaged_is_named_and_removed(workdir, how):
     else:
         changed = {"flip": b"v" + content[1:], "truncate": content[:4], "empty": b""}[how]
         file.write_bytes(changed)
-    seals, said = opened(workdir)
-    assert not seals.intact("round-0")
+    checksums, said = opened(workdir)
+    assert not checksums.intact("round-0")
     assert len(said) == 1
     assert "round-0: is damaged or was removed; it is made again" in said[0]
     assert not (workdir / "round-0").exists()
@@ -48,31 +48,31 @@ def test_what_is_damaged_is_named_and_removed(workdir, how):
 
 def test_files_of_one_stage_go_together(workdir):
     (workdir / "round-0" / "a.jsonl").unlink()
-    seals, said = opened(workdir)
-    assert not seals.intact("round-0/a.jsonl", "round-0/b.jsonl")
+    checksums, said = opened(workdir)
+    assert not checksums.intact("round-0/a.jsonl", "round-0/b.jsonl")
     assert "a.jsonl" in said[0]
     assert not list((workdir / "round-0").iterdir())
 
 
 def test_what_was_never_finished_is_removed_without_a_word(workdir):
     (workdir / "half").write_text("a kill came in between")
-    seals, said = opened(workdir)
-    assert not seals.intact("half")
-    assert not seals.intact("absent")
+    checksums, said = opened(workdir)
+    assert not checksums.intact("half")
+    assert not checksums.intact("absent")
     assert not said
     assert not (workdir / "half").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"files": {}, "sha256": "0"}'])
-def test_damaged_seals_mean_that_nothing_is_known(workdir, content):
+def test_damaged_checksums_mean_that_nothing_is_known(workdir, content):
     (workdir / "work" / "seals.json").write_bytes(content)
-    seals, said = opened(workdir)
+    checksums, said = opened(workdir)
     assert "damaged" in said[0]
-    assert not seals.intact("round-0")
+    assert not checksums.intact("round-0")
 
 
 def test_a_file_sealed_again_is_known_by_its_new_content(workdir):
     (workdir / "round-0" / "a.jsonl").write_text("new")
-    seals, _ = opened(workdir)
-    seals.seal("round-0/a.jsonl")
+    checksums, _ = opened(workdir)
+    checksums.record("round-0/a.jsonl")
     assert opened(workdir)[0].intact("round-0")
