@@ -22,7 +22,7 @@ import jax
 
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Link, connect_all
-from expandr_jax.runtime.rendezvous import meet
+from expandr_jax.runtime.rendezvous import await_all
 
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
@@ -281,7 +281,7 @@ def start(settings: Settings) -> Processes:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if settings.count is not None:
         host, _, port = settings.coordinator.rpartition(":")
-        meet(host, int(port), settings.count, settings.index)
+        await_all(host, int(port), settings.count, settings.index)
     try:
         jax.distributed.initialize(
             settings.coordinator,

@@ -20,7 +20,7 @@ SAY_AFTER = 5.0  # Seconds of waiting before it is said.
 LONGEST = 4096  # Bytes of a message.
 
 
-def meet(host: str, port: int, count: int, index: int, seconds: float = SECONDS) -> None:
+def await_all(host: str, port: int, count: int, index: int, seconds: float = SECONDS) -> None:
     """Returns when all processes are at the address, which is free again then.
 
     Args:

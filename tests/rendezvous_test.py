@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from expandr_jax.errors import UserError
-from expandr_jax.runtime import rendezvous as meeting
+from expandr_jax.runtime import rendezvous
 from tests.commands import start
 
 
@@ -17,12 +17,12 @@ def port():
 
 
 def together(port, *settings, seconds=20.0):
-    """What `meet` tells processes of these (count, index): None, or the error's message."""
+    """What `await_all` tells processes of these (count, index): None, or the error's message."""
     results: list[str | None] = ["did not end"] * len(settings)
 
     def call(place, count, index):
         try:
-            meeting.meet("127.0.0.1", port, count, index, seconds)
+            rendezvous.await_all("127.0.0.1", port, count, index, seconds)
             results[place] = None
         except UserError as error:
             results[place] = str(error)
