@@ -9,7 +9,7 @@ import pytest
 
 from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.connections import Link
+from expandr_jax.runtime.connections import Connection
 from expandr_jax.runtime.journals import CommonJournal, DividedJournal
 from expandr_jax.runtime.processes import Processes, Settings
 
@@ -19,11 +19,11 @@ COUNT = 3
 @pytest.fixture
 def group():
     """Three processes, connected as those of a run are, but all of them in this one."""
-    ends: dict[int, dict[int, Link]] = {i: {} for i in range(COUNT)}
+    ends: dict[int, dict[int, Connection]] = {i: {} for i in range(COUNT)}
     with socket.create_server(("127.0.0.1", 0)) as server:
         for i in range(1, COUNT):
-            ends[i][0] = Link(socket.create_connection(server.getsockname()))
-            ends[0][i] = Link(server.accept()[0])
+            ends[i][0] = Connection(socket.create_connection(server.getsockname()))
+            ends[0][i] = Connection(server.accept()[0])
     members = [Processes(i, COUNT) for i in range(COUNT)]
     for member in members:
         member.connect(ends[member.index])
@@ -95,7 +95,7 @@ def test_a_stranger_who_connects_is_none_of_them(monkeypatch, said):
         server.accept()[0] as connection,
     ):
         stranger.sendall(said)
-        assert Link(connection).first() == {}
+        assert Connection(connection).first() == {}
 
 
 def test_gather_any_and_all(group):

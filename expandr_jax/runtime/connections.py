@@ -20,25 +20,25 @@ LONGEST_HELLO = 4096  # Bytes.
 ADDRESS_BYTES = 256
 
 
-class Link:
+class Connection:
     """Messages to and from another process, an object of JSON a line.
 
     Attributes:
         open: Whether the other end may still say something.
     """
 
-    def __init__(self, connection: socket.socket):
+    def __init__(self, tcp: socket.socket):
         # Of a machine that is gone nothing comes back, not even an end.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             ("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
             ("TCP_USER_TIMEOUT", 20_000),
         ):  # fmt: skip
             if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        connection.settimeout(None)
-        self._connection = connection
-        self._lines = connection.makefile("rb")
+                tcp.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        tcp.settimeout(None)
+        self._tcp = tcp
+        self._lines = tcp.makefile("rb")
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.open = True
@@ -47,7 +47,7 @@ class Link:
         """Sends a message; what becomes of a lost connection, `listen` finds out."""
         data = json.dumps(message).encode() + b"\n"
         with self._sending, contextlib.suppress(ConnectionError):
-            self._connection.sendall(data)
+            self._tcp.sendall(data)
 
     def receive(self, kind: str) -> Any:
         """The content of the next message, which must be of this kind."""
@@ -58,12 +58,12 @@ class Link:
 
     def first(self) -> dict[str, Any]:
         """The first message, before `listen`; {} where none comes that is one."""
-        self._connection.settimeout(SECONDS_FOR_HELLO)
+        self._tcp.settimeout(SECONDS_FOR_HELLO)
         try:
             message = json.loads(self._lines.readline(LONGEST_HELLO))
         except (OSError, ValueError):
             message = None
-        self._connection.settimeout(None)
+        self._tcp.settimeout(None)
         return message if isinstance(message, dict) else {}
 
     def listen(self) -> dict[str, Any] | None:
@@ -81,7 +81,7 @@ class Link:
         return None
 
 
-def connect_all(index: int, count: int, host: str | None) -> dict[int, Link]:
+def connect_all(index: int, count: int, host: str | None) -> dict[int, Connection]:
     """Connects process 0, which says to all where it listens, with the others.
 
     Args:
@@ -90,8 +90,8 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Link]:
         host: Where process 0 listens; None: at its own address.
 
     Returns:
-        The links by the index of the process at the other end: all others in process 0, which is
-        the only one in them.
+        The connections by the index of the process at the other end: all others in process 0,
+        which is the only one in theirs.
 
     Raises:
         OSError: No connection came about.
@@ -106,18 +106,18 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Link]:
     address = np.asarray(multihost_utils.broadcast_one_to_all(address))
     host, port, token = json.loads(bytes(address).rstrip(b"\0"))
     if server is None:
-        link = Link(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
-        link.send({"process": index, "token": token})
-        return {0: link}
-    links: dict[int, Link] = {}
+        connection = Connection(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
+        connection.send({"process": index, "token": token})
+        return {0: connection}
+    connections: dict[int, Connection] = {}
     with server:
         server.settimeout(SECONDS_TO_CONNECT)
-        while len(links) < count - 1:
-            link = Link(server.accept()[0])
-            hello = link.first()
+        while len(connections) < count - 1:
+            connection = Connection(server.accept()[0])
+            hello = connection.first()
             if hello.get("token") == token:
-                links[hello["process"]] = link
-    return dict(sorted(links.items()))
+                connections[hello["process"]] = connection
+    return dict(sorted(connections.items()))
 
 
 def _listen_on(host: str) -> socket.socket:

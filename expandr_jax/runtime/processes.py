@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import jax
 
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.connections import Link, connect_all
+from expandr_jax.runtime.connections import Connection, connect_all
 from expandr_jax.runtime.rendezvous import await_all
 
 EXIT_LOST = 3  # Another process ended without a word.
@@ -89,7 +89,7 @@ class Processes:
         self.index, self.count = index, count
         self.files = Files()
         self.stopped: str | None = None
-        self._links: dict[int, Link] = {}
+        self._connections: dict[int, Connection] = {}
         self._alone = count == 1  # As is the first one within `once`.
         self._leaving = threading.Event()
 
@@ -124,7 +124,7 @@ class Processes:
             self.files.push()
             return value
         if not self.is_main:
-            value, version = self._links[0].receive("once")
+            value, version = self._connections[0].receive("once")
             self.files.pull({0: version})
             return value
         self._alone = True
@@ -133,8 +133,8 @@ class Processes:
             version = self.files.push()
         finally:
             self._alone = False
-        for link in self._links.values():
-            link.send({"once": [value, version]})
+        for connection in self._connections.values():
+            connection.send({"once": [value, version]})
         return value
 
     def main_first(self, function: Callable[[], T]) -> T:
@@ -157,11 +157,11 @@ class Processes:
         if self._alone:
             return [value]
         if not self.is_main:
-            self._links[0].send({"gather": value})
-            return self._links[0].receive("gathered")
-        values = [value, *(self._links[i].receive("gather") for i in range(1, self.count))]
-        for link in self._links.values():
-            link.send({"gathered": values})
+            self._connections[0].send({"gather": value})
+            return self._connections[0].receive("gathered")
+        values = [value, *(self._connections[i].receive("gather") for i in range(1, self.count))]
+        for connection in self._connections.values():
+            connection.send({"gathered": values})
         return values
 
     def barrier(self) -> None:
@@ -203,7 +203,7 @@ class Processes:
         # JAX in the others must not miss its service, which process 0 has, before they are done.
         end = time.monotonic() + SECONDS_TO_STOP
         while self.is_main and time.monotonic() < end:
-            if not any(link.open for link in self._links.values()):
+            if not any(connection.open for connection in self._connections.values()):
                 break
             time.sleep(0.02)
         os._exit(status)  # Not sys.exit: JAX would wait for the others for minutes.
@@ -216,14 +216,14 @@ class Processes:
         if self.count > 1:
             time.sleep(seconds)
 
-    def connect(self, links: dict[int, Link]) -> None:
+    def connect(self, connections: dict[int, Connection]) -> None:
         """Listens to the processes at the other ends: to process 0, or in it to all others."""
-        self._links = links
-        for index, link in links.items():
-            threading.Thread(target=self._listen, args=(index, link), daemon=True).start()
+        self._connections = connections
+        for index, connection in connections.items():
+            threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
 
-    def _listen(self, index: int, link: Link) -> None:
-        last = link.listen()
+    def _listen(self, index: int, connection: Connection) -> None:
+        last = connection.listen()
         if last is None:
             reason = "it was killed, or its machine is gone"
             last = {"process": index, "status": EXIT_LOST, "reason": reason}
@@ -247,10 +247,10 @@ class Processes:
 
     def _tell(self, source: int | None, end: dict[str, Any]) -> None:
         """Passes on the end of a process, to all but the one it was heard from."""
-        for index, link in self._links.items():
+        for index, connection in self._connections.items():
             if index != source:
                 with contextlib.suppress(OSError):
-                    link.send({"end": end})
+                    connection.send({"end": end})
 
 
 _current = Processes()
