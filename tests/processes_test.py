@@ -11,7 +11,7 @@ from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Connection
 from expandr_jax.runtime.journals import CommonJournal, DividedJournal
-from expandr_jax.runtime.processes import Processes, Settings
+from expandr_jax.runtime.processes import Cluster, Processes
 
 COUNT = 3
 
@@ -181,13 +181,13 @@ def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(coordinator="host:1"), "go together"),
-        (Settings(count=2, index=0), "go together"),
-        (Settings("host", 2, 0), "HOST:PORT"),
-        (Settings("host:0", 2, 0), "HOST:PORT"),
-        (Settings("host:65536", 2, 0), "HOST:PORT"),
-        (Settings("host:²", 2, 0), "HOST:PORT"),
-        (Settings("host:1", 2, 2), "expected 0 to 1"),
+        (Cluster(coordinator="host:1"), "go together"),
+        (Cluster(count=2, index=0), "go together"),
+        (Cluster("host", 2, 0), "HOST:PORT"),
+        (Cluster("host:0", 2, 0), "HOST:PORT"),
+        (Cluster("host:65536", 2, 0), "HOST:PORT"),
+        (Cluster("host:²", 2, 0), "HOST:PORT"),
+        (Cluster("host:1", 2, 2), "expected 0 to 1"),
     ],
 )
 def test_settings_that_do_not_fit_together(settings, message):
@@ -196,5 +196,5 @@ def test_settings_that_do_not_fit_together(settings, message):
 
 
 def test_settings_of_one_process_need_no_others():
-    Settings(count=1).check()
-    Settings().check()
+    Cluster(count=1).check()
+    Cluster().check()

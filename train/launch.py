@@ -89,7 +89,7 @@ def define_workdir() -> None:
 
 
 def define_processes() -> None:
-    """Defines where the processes of a run find each other; see `processes.Settings`."""
+    """Defines where the processes of a run find each other; see `processes.Cluster`."""
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where a run has several; not on TPU pods."
     )
@@ -232,10 +232,10 @@ def _start_processes() -> None:
         split_processor()
         return
     values = flags.FLAGS
-    settings = processes.Settings(values.coordinator, values.processes, values.process)
-    settings.check()
-    split_processor(settings.count or 1)
-    processes.start(settings)
+    cluster = processes.Cluster(values.coordinator, values.processes, values.process)
+    cluster.check()
+    split_processor(cluster.count or 1)
+    processes.start(cluster)
 
 
 def unpin(flag: flags.Flag) -> None:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Cluster:
     """Where the processes of a run find each other; all None on a pod, which knows.
 
     Attributes:
@@ -261,37 +261,37 @@ def current() -> Processes:
     return _current
 
 
-def start(settings: Settings) -> Processes:
+def start(cluster: Cluster) -> Processes:
     """Connects the processes of a run, before JAX is used for anything else.
 
     Args:
-        settings: As the user gave them; none on a pod, and where there is one process.
+        cluster: As the user gave them; none on a pod, and where there is one process.
 
     Raises:
-        UserError: The settings do not fit together, or the others cannot be reached or do not come.
+        UserError: They do not fit together, or the others cannot be reached or do not come.
     """
     global _current
-    settings.check()
-    if settings.count == 1 or (settings.count is None and not _is_tpu_host()):
+    cluster.check()
+    if cluster.count == 1 or (cluster.count is None and not _is_tpu_host()):
         return _current
     # Its own handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Two programs at once could take each other's messages on a processor.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if settings.count is not None:
-        host, _, port = settings.coordinator.rpartition(":")
-        await_all(host, int(port), settings.count, settings.index)
+    if cluster.count is not None:
+        host, _, port = cluster.coordinator.rpartition(":")
+        await_all(host, int(port), cluster.count, cluster.index)
     try:
         jax.distributed.initialize(
-            settings.coordinator,
-            settings.count,
-            settings.index,
+            cluster.coordinator,
+            cluster.count,
+            cluster.index,
             # The connections here find a lost process sooner, and end the others in a line.
             heartbeat_timeout_seconds=600,
         )
     except ValueError:
-        if settings.count is not None:
+        if cluster.count is not None:
             raise
         return _current  # Chips, but not of a machine that JAX knows.
     except RuntimeError as error:
@@ -300,7 +300,7 @@ def start(settings: Settings) -> Processes:
     index, count = jax.process_index(), jax.process_count()
     if count > 1:
         _current = Processes(index, count)
-        host = (settings.coordinator or "").rpartition(":")[0]
+        host = (cluster.coordinator or "").rpartition(":")[0]
         try:
             _current.connect(connect_all(index, count, host or None))
         except OSError as error:
