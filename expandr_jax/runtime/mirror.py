@@ -26,7 +26,7 @@ from typing import Any
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.bucket import Bucket, is_bucket
-from expandr_jax.runtime.processes import Files
+from expandr_jax.runtime.processes import SharedFiles
 from expandr_jax.runtime.stopping import held
 
 SCRATCH = "EXPANDR_SCRATCH"  # Names the directory for those of all runs.
@@ -55,7 +55,7 @@ def scratch(address: str, suffix: str) -> pathlib.Path:
     return root / (urllib.parse.quote(address.rstrip("/"), safe="") + suffix)
 
 
-class Mirror(Files):
+class Mirror(SharedFiles):
     """The directory of one process, and what it and the others have in the bucket.
 
     Args:

@@ -62,7 +62,7 @@ class Cluster:
             raise UserError(f"--process={self.index}: expected 0 to {self.count - 1}")
 
 
-class Files:
+class SharedFiles:
     """How files of one process come to the others: here, they have a directory in common."""
 
     def push(self, *, later: bool = False) -> int:
@@ -87,7 +87,7 @@ class Processes:
 
     def __init__(self, index: int = 0, count: int = 1):
         self.index, self.count = index, count
-        self.files = Files()
+        self.files = SharedFiles()
         self.stopped: str | None = None
         self._connections: dict[int, Connection] = {}
         self._alone = count == 1  # As is the first one within `once`.

@@ -72,7 +72,7 @@ class Run:
         self.console = console
         self.reporter = Reporter(console)
         self.processes = processes.current()
-        self.processes.files = processes.Files()
+        self.processes.files = processes.SharedFiles()
         self._lock: Any = None
         if is_bucket(workdir):
             self.address = str(workdir).rstrip("/")
