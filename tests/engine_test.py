@@ -18,7 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request, common_prefix
-from expandr_jax.generation.sampling import SamplingSettings, sample
+from expandr_jax.generation.sampling import RowSampling, sample
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
@@ -104,7 +104,7 @@ def assert_documented_draws(model, request, completion):
     key = jax.random.fold_in(jax.random.key(SEED), np.uint32(request.stream))
     key = jax.random.fold_in(key, request.sample)
     settings = (request.temperature, request.top_p, request.top_k, request.min_p)
-    options = SamplingSettings(*(np.asarray([x]) for x in settings))
+    options = RowSampling(*(np.asarray([x]) for x in settings))
     for i, token in enumerate(completion.tokens[: completion.first_near_tie]):
         logits = next_logits(model, request.prompt + completion.tokens[:i])
         bits = jax.random.bits(jax.random.fold_in(key, i))[None]

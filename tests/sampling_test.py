@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process
 
-from expandr_jax.generation.sampling import SamplingSettings, penalize_repetition, sample
+from expandr_jax.generation.sampling import RowSampling, penalize_repetition, sample
 
 DRAWS = 20_000
 jitted = jax.jit(sample)
@@ -17,7 +17,7 @@ jitted = jax.jit(sample)
 def settings(rows, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
     """Settings of each row from numbers or sequences of them."""
     values = (temperature, np.float32), (top_p, np.float32), (top_k, np.int32), (min_p, np.float32)
-    return SamplingSettings(*(jnp.asarray(np.broadcast_to(v, rows), t) for v, t in values))
+    return RowSampling(*(jnp.asarray(np.broadcast_to(v, rows), t) for v, t in values))
 
 
 def probabilities(logits, temperature, top_p, top_k, min_p):

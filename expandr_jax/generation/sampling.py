@@ -21,7 +21,7 @@ CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the 
 
 
 @flax.struct.dataclass
-class SamplingSettings:
+class RowSampling:
     """Settings of each row, [batch] each.
 
     Attributes:
@@ -38,7 +38,7 @@ class SamplingSettings:
 
 
 def sample(
-    logits: jax.Array, settings: SamplingSettings, bits: jax.Array
+    logits: jax.Array, settings: RowSampling, bits: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row by inverting the CDF of the filtered distribution.
 

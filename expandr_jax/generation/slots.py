@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from expandr_jax.generation.sampling import SamplingSettings, log_probability, penalize_repetition
+from expandr_jax.generation.sampling import RowSampling, log_probability, penalize_repetition
 from expandr_jax.models.decoder import Decoder, KVCache, token_positions
 from expandr_jax.models.mask import causal_mask
 
@@ -35,7 +35,7 @@ class SlotSettings:
     limit: jax.Array
     stream: jax.Array
     sample: jax.Array
-    sampling: SamplingSettings
+    sampling: RowSampling
     penalty: jax.Array
 
 
@@ -84,7 +84,7 @@ class Prefilled:
 def empty_settings(slots: int) -> SlotSettings:
     """Settings of slots that nothing was asked of."""
     whole, real = jnp.zeros(slots, jnp.int32), jnp.ones(slots, jnp.float32)
-    sampling = SamplingSettings(real, real, whole, real * 0)
+    sampling = RowSampling(real, real, whole, real * 0)
     return SlotSettings(whole, whole, whole, whole.astype(jnp.uint32), whole, sampling, real)
 
 
