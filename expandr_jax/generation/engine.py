@@ -15,7 +15,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation import slots as device
 from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
 from expandr_jax.generation.programs import (
-    Shape,
+    EngineShape,
     heads_axis,
     make_programs,
     prefill_rows,
@@ -122,7 +122,7 @@ class Engine:
         self._eos_ids = tuple(eos_ids)
         self._idle = jax.device_get(device.empty_settings(slots))
         self._programs = make_programs(
-            Shape(
+            EngineShape(
                 module=self._module,
                 slots=slots,
                 length=self._length,

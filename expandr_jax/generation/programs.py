@@ -59,7 +59,7 @@ def unstack_shardings(tree: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class EngineShape:
     """All that an engine's programs are compiled for, beside the shapes of their arguments.
 
     Attributes:
@@ -119,7 +119,7 @@ def _together(sampler: Callable[..., Any], rows: NamedSharding) -> Callable[...,
 
 
 @functools.lru_cache(maxsize=8)  # Each stage of a run makes an engine; most are of one shape.
-def make_programs(shape: Shape) -> Programs:
+def make_programs(shape: EngineShape) -> Programs:
     """The programs of all engines of one shape."""
     empty = functools.partial(
         device.empty_slots,

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.generation.programs import (
+    EngineShape,
     Programs,
-    Shape,
     heads_axis,
     make_programs,
     prefill_rows,
@@ -95,7 +95,7 @@ class GeneratorShapes:
         module = self.module.clone(unroll=True, remat="none")
         on_cpu = self._topology.devices[0].platform == "cpu"
         programs = make_programs(
-            Shape(
+            EngineShape(
                 module=module,
                 slots=self._rows,
                 length=PROMPT + NEW,
