@@ -21,7 +21,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.safetensors_file import Tensor
-from expandr_jax.weights.sentence_transformers import Settings, write_dense, write_settings
+from expandr_jax.weights.sentence_transformers import ModuleSettings, write_dense, write_settings
 from expandr_jax.weights.store import named_tensors, source_dtype, write_model_files
 
 # A directory with one of these is a model, and may be replaced by another.
@@ -56,7 +56,7 @@ def export_retriever(
             f"{directory}: transformers, and so sentence-transformers, has no such model and "
             "cannot load it; export it in its own layout (train.export --format=encoder)"
         )
-    settings = Settings(
+    settings = ModuleSettings(
         pooling=retriever.pooling,
         normalize=retriever.normalize,
         max_length=retriever.max_length,

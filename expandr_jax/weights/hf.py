@@ -24,7 +24,7 @@ from expandr_jax.weights.fields import is_count, one_line, shown
 from expandr_jax.weights.files import HfDirectory, ModelFiles
 from expandr_jax.weights.gguf import GgufFile
 from expandr_jax.weights.load import load_params
-from expandr_jax.weights.sentence_transformers import Settings, read_dense, read_settings
+from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
@@ -103,11 +103,11 @@ def load_retriever(
     family = find_family(files.config.where, files.model_type)
     if settings is None:
         if not family.is_stock:  # No library writes a modules.json for it.
-            settings = Settings(family.pooling, False)
+            settings = ModuleSettings(family.pooling, False)
         elif pooling is None or normalize is None:
             raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
         else:
-            settings = Settings(pooling, normalize)
+            settings = ModuleSettings(pooling, normalize)
     pooling = pooling or settings.pooling
     if (pooling == "decoder") != (family.pooling == "decoder"):
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")

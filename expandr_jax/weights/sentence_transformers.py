@@ -31,7 +31,7 @@ _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ModuleSettings:
     """What a directory says about turning token vectors into a text's vector.
 
     Attributes:
@@ -53,7 +53,7 @@ class Settings:
     dense_folder: str = "2_Dense"
 
 
-def read_settings(directory: Path) -> Settings | None:
+def read_settings(directory: Path) -> ModuleSettings | None:
     """Reads modules.json and the files it points to.
 
     Args:
@@ -80,7 +80,7 @@ def read_settings(directory: Path) -> Settings | None:
     bert = Fields.read(modules["Transformer"] / "sentence_bert_config.json", optional=True)
     if bert.flag("do_lower_case", False):
         raise UserError(f"{directory}: do_lower_case in sentence_bert_config.json is not supported")
-    return Settings(
+    return ModuleSettings(
         pooling=_pooling(modules["Pooling"] / "config.json"),
         normalize="Normalize" in modules,
         max_length=bert.count("max_seq_length", None),
@@ -203,7 +203,7 @@ def _prompt(config: Fields, names: tuple[str, ...]) -> str:
     return next((prompt for prompt in found if prompt), "")
 
 
-def write_settings(directory: Path, settings: Settings, width: int) -> None:
+def write_settings(directory: Path, settings: ModuleSettings, width: int) -> None:
     """Writes modules.json and its kin, in the form that versions 2 to 6 read.
 
     Args:
