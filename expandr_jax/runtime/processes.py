@@ -1,9 +1,12 @@
 """Several processes of one run, as on the hosts of a pod: who does what, and what ends them all.
 
-Arrays move between the devices of all processes by JAX's own collectives. Whatever else processes
-have to tell each other goes through process 0 over TCP, which has no time limit. A connection
-ends with its process, so that one that dies is noticed at once, whatever the others wait for: a
-collective without it would never come back.
+Arrays move by JAX's own collectives. Whatever else processes tell each other goes through process 0
+over TCP, without a time limit, and a connection ends with its process. In JAX's own service
+each wait (for a key, at a barrier) has a time limit, and a lost process is found by heartbeats, in
+100 seconds by default; `multihost_utils` moves arrays by collectives, which a lost process leaves
+hanging, and its preemption sync point must be asked at the same steps everywhere. What would be
+lost, tests/processes_runs_test.py shows: a killed process ends the others within seconds and in a
+line, and SIGTERM to one saves and ends all. (tests/kills_test.py kills runs of one process.)
 """
 
 import contextlib
