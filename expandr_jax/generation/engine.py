@@ -72,12 +72,12 @@ class Engine:
             max_new_tokens: Longest text of any request.
             eos_ids: Tokens that end a text.
             pad_id: Fills prompts up; never attended to.
-            seed: Of all draws.
+            seed: Seed of all draws.
             prefix: Tokens that every prompt begins with, as of a chat template; they are run once.
             adapter: LoRA tree, or None for the base model.
             steps_per_call: Most tokens a slot between two looks of the host at finished texts.
-            cache_dtype: Of keys and values; None: the compute type, but float32 on CPU, where it
-                is quicker.
+            cache_dtype: Type of keys and values; None: the compute type, but float32 on CPU,
+                where it is quicker.
             mesh: Slots are split over its data and fsdp axes, heads over its tensor axis.
             repetition_penalty: Requests may have one; costs a byte per slot and vocabulary entry.
             log_probs: Completions have the log-probabilities of their tokens.

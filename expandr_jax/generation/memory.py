@@ -16,7 +16,7 @@ LOGITS_COPIES = 2  # The logits of a step, and what the sampler makes of them.
 
 
 def cache_type(module: Decoder) -> Any:
-    """Of keys and values where nothing else is asked for: the compute type.
+    """Type of keys and values where nothing else is asked for: the compute type.
 
     On CPU it is float32 all the same, which is quicker there.
     """
@@ -42,7 +42,7 @@ def plan_memory(
         slots: Texts sampled at once.
         buckets: Lengths in tokens that prompts are padded to.
         length: Tokens that a slot has room for.
-        cache_dtype: Of keys and values.
+        cache_dtype: Type of keys and values.
         mesh: Slots are split over its data and fsdp axes, heads over its tensor axis.
         penalize: Requests may have a repetition penalty.
 

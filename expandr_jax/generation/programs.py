@@ -67,10 +67,10 @@ class EngineShape:
         slots: Texts sampled at once.
         length: Tokens that a slot has room for.
         max_new_tokens: Longest text.
-        cache_dtype: Of keys and values.
+        cache_dtype: Type of keys and values.
         penalize: Whether requests may have a repetition penalty.
         log_probs: Whether log-probabilities of sampled tokens are kept.
-        seed: Of all draws.
+        seed: Seed of all draws.
         eos_ids: Tokens that end a text.
         mesh: Slots are split over its data and fsdp axes; None: one device.
         heads_axis: Mesh axis of keys' and values' heads; None: on every device.

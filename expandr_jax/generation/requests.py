@@ -72,7 +72,7 @@ class Completion:
         first_near_tie: Index of the first of them: tokens before it are the same on any platform
             whose logits agree to rounding. None if there is none.
         text: What comes before the stop string, where the engine has any.
-        log_probs: Of each of `tokens`, where the engine keeps them: its log-probability in the
+        log_probs: For each of `tokens`, where the engine keeps them: its log-probability in the
             softmax of the model's logits over the request's temperature (of the logits as they are
             where that is 0), before top-k, top-p, min-p and penalties. It is what a training pass
             at that temperature computes for the policy that sampled.

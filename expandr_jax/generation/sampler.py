@@ -29,7 +29,7 @@ class Sampler:
         weights_hash: sha256 of the base weights, by which kept texts are told apart.
         mesh: The devices of this process that sample.
         settings: The config's section `generator`.
-        seed: Of all draws.
+        seed: Seed of all draws.
         processes: Those of the run, which have the slots of `settings` together.
         reporter: Where people are told what was cut or is too long.
         server_cache: Where the texts of a server are kept; None: texts are sampled here even where

@@ -90,7 +90,7 @@ class ServerEngine:
             url: Up to and with the version, e.g. "http://127.0.0.1:8000/v1".
             model: The model's name on the server.
             encode: Text to token ids, without special tokens.
-            seed: Of all draws; a request's own follows from it, its id and its sample.
+            seed: Seed of all draws; a request's own follows from it, its id and its sample.
             cache: File of finished texts; it stays at its name with ".part".
             concurrency: Requests on their way at once.
             retries: Further tries of a request that fails for a reason that may pass.

@@ -138,7 +138,7 @@ def prefill(
         tokens: [prompts, length] int32, padded on the right.
         length: [prompts] int32, tokens to run.
         prefix: What every prompt begins with, run before; its tokens are not in `tokens`.
-        dtype: Of the cache.
+        dtype: Type of the cache.
     """
     mask = jnp.arange(tokens.shape[1]) < length[:, None]
     positions, attention, past = token_positions(mask), causal_mask(mask), None
@@ -219,7 +219,7 @@ def decode(
     Args:
         decoder: With unrolled layers.
         sampler: `sampling.sample`, or its form for a mesh.
-        seed: Of all draws.
+        seed: Seed of all draws.
         eos_ids: Tokens that end a text.
         variables: "params", and "lora" where there is an adapter.
         slots: What to continue; donated.

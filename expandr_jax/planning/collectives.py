@@ -31,7 +31,7 @@ _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """Of one kind.
+    """Collectives of one kind in a program.
 
     Attributes:
         count: How many are run.

@@ -25,7 +25,7 @@ class Needs:
         resident: Bytes of what else is held meanwhile.
         total: Bytes of all three and of the program itself.
         capacity: Bytes that there are.
-        collectives: By kind; empty where the compiler gave up.
+        collectives: Collectives by kind; empty where the compiler gave up.
         seconds: That compiling took.
         compiled: To be called; None where the compiler gave up.
     """
@@ -127,7 +127,7 @@ def roofline(
         devices: How many there are.
         flops: Operations of all devices, what is recomputed included.
         moved: Bytes between a device and its memory.
-        collectives: Of the program. An all-reduce passes a device's links twice.
+        collectives: Those of the program. An all-reduce passes a device's links twice.
     """
     sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in collectives.items())
     times = {

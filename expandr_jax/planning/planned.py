@@ -47,8 +47,8 @@ class Planned:
         parameters: The tree among the arguments whose memory is that of parameters.
         module: The model.
         rows: Queries, texts, pairs or slots of the whole batch, or of one share of it.
-        tokens: Of all texts of the batch.
-        tokens_at_once: Of the texts whose activations are in memory at once.
+        tokens: Number of tokens of all texts of the batch.
+        tokens_at_once: Number of tokens of the texts whose activations are in memory at once.
         model_flops: Operations of one call that the model needs.
         run_flops: These and what is computed again to save memory.
         moved: Bytes that one call moves between each device and its memory, at least.
@@ -110,7 +110,7 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def key_shape() -> jax.ShapeDtypeStruct:
-    """Of a key of random numbers."""
+    """Shape and type of a key of random numbers."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 

@@ -37,7 +37,7 @@ class Proposal:
 
     Attributes:
         phase: A key of `PHASES`.
-        settings: By their names in the config.
+        settings: Values by their names in the config.
         planned: The program with them.
         seconds: An estimate of its time, at least.
         needs: As compiled; None until then.

@@ -101,7 +101,7 @@ def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
 
 
 def _host_shape(devices: Sequence[Any], axes: int) -> str:
-    """Of the chips of the first process, as a slice's shape is written."""
+    """Shape of the first process's chips, as a slice's shape is written."""
     coordinates = [device.coords[:axes] for device in devices if device.process_index == 0]
     return "x".join(str(1 + max(axis) - min(axis)) for axis in zip(*coordinates, strict=True))
 

@@ -16,7 +16,7 @@ class CommonJournal:
 
     Args:
         path: As of `Journal`.
-        processes: Of the run.
+        processes: Processes of the run.
 
     Attributes:
         rows: The work that is done.
@@ -62,7 +62,7 @@ class DividedJournal:
 
     Args:
         path: As of `Journal`; PATH.process-I has what process I has done.
-        processes: Of the run.
+        processes: Processes of the run.
         key: What tells one row from another; also their order when finished.
 
     Attributes:

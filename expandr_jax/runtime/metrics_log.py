@@ -21,7 +21,7 @@ class MetricsLog:
 
     Args:
         workdir: Gets metrics.jsonl and tensorboard/.
-        project: Of Weights & Biases; "": it is not used.
+        project: Project of Weights & Biases; "": it is not used.
         address: What the run is told from others by there; "": its workdir.
 
     Attributes:

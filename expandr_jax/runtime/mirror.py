@@ -62,7 +62,7 @@ class Mirror(SharedFiles):
         address: The workdir, gs://BUCKET/DIRECTORY.
         directory: This process's own.
         index: Number of this process.
-        count: Of how many.
+        count: Number of processes.
         say: Tells the user what is damaged.
     """
 
@@ -268,7 +268,7 @@ def fetch(
 
     Args:
         bucket: Has the object.
-        name: Of the object.
+        name: Name of the object.
         versions: Those that the marker vouches for.
         path: The file; it appears whole.
 
@@ -339,7 +339,7 @@ def _state(path: pathlib.Path) -> tuple[int, int, int]:
 
 
 def _versions(path: pathlib.Path, size: int, before: Sequence[Version] = ()) -> list[Version]:
-    """Of a file's first bytes: as many as `before` has, if that is one, and all `size` of them."""
+    """Versions of a file: of as many bytes as `before` has, if that is one, and of all `size`."""
     sizes = [*(v[0] for v in before if len(before) == 1 and v[0] < size), size]
     found, digest, done = [], hashlib.sha256(), 0
     with open(path, "rb") as file:

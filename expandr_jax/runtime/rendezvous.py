@@ -24,7 +24,7 @@ def await_all(host: str, port: int, count: int, index: int, seconds: float = SEC
     """Returns when all processes are at the address, which is free again then.
 
     Args:
-        host: Of process 0.
+        host: Address of process 0.
         port: Free there.
         count: How many processes there are.
         index: Which of them this is, from 0.

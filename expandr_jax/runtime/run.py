@@ -232,7 +232,7 @@ class Run:
         """Refuses models and tokenizers other than those that the run began with.
 
         Args:
-            hashes: Of their contents, by the setting that names them.
+            hashes: Hashes of their contents, by the setting that names them.
         """
         self.processes.main_first(lambda: self._check_models(hashes))
 
@@ -263,7 +263,7 @@ class Run:
 
         Args:
             phase: As in metrics.jsonl.
-            round_: Likewise.
+            round_: Number of the round, as in metrics.jsonl.
         """
         if (phase, round_) not in self._training_logs:
             traces = self.path("profile", f"{phase}-round-{round_}")
