@@ -26,8 +26,8 @@ from expandr_jax import metrics
 from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
+from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.records import write_json, write_jsonl
-from expandr_jax.data.training_data import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.cache import TextCache
 from expandr_jax.metrics import METRICS

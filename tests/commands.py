@@ -9,7 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from expandr_jax.data.training_data import TrainingData, prepare_data
+from expandr_jax.data.collect import prepare_data
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.runtime.metrics_log import COST_FIELDS
 from expandr_jax.runtime.run import Run
 

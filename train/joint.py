@@ -15,8 +15,9 @@ from absl import flags
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
+from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.records import write_jsonl
-from expandr_jax.data.training_data import TrainingData, prepare_data
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled, numbered

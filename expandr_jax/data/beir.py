@@ -75,7 +75,7 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
             appears twice; an empty query; a judgement of an unknown query or one that
             contradicts another; a grade that is no integer); it names file and line.
     """
-    files = source if isinstance(source, Files) else _only_collection(source)
+    files = source if isinstance(source, Files) else only_collection(source)
     report = report or _refuse
     corpus = dict(read_texts(files, "corpus", report))
     queries = dict(read_texts(files, "queries", report))
@@ -112,6 +112,18 @@ def find_collections(path: str | os.PathLike) -> dict[str, Files]:
             raise UserError(f"{path}: two of its collections are called {label!r}; rename one")
         found[label] = files.below(folder)
     return found
+
+
+def only_collection(path: str | os.PathLike) -> Files:
+    """The files of the one collection at a path.
+
+    Raises:
+        UserError: There are several, or as `find_collections`.
+    """
+    found = find_collections(path)
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {len(found)} collections; name one: {', '.join(found)}")
+    return next(iter(found.values()))
 
 
 def source_hashes(files: Files) -> dict[str, str]:
@@ -235,13 +247,6 @@ class _First:
     def __call__(self, error: UserError) -> None:
         self.error = self.error or error
         self._report(error)
-
-
-def _only_collection(path: str | os.PathLike) -> Files:
-    found = find_collections(path)
-    if len(found) > 1:
-        raise UserError(f"{path}: holds {len(found)} collections; name one: {', '.join(found)}")
-    return next(iter(found.values()))
 
 
 def _parts(files: Files, kind: str) -> list[str]:

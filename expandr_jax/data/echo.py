@@ -8,12 +8,11 @@ from typing import Any
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.benchmarks import query_key
-from expandr_jax.data.builders.prepare import tfds_name
-from expandr_jax.data.builders.stream import rows, shuffled
-from expandr_jax.data.builders.triples import Triples, split_name, to_triple
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.prepared import Triples, read_split, shuffled, split_name
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.source import data_path
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.progress import Reporter
@@ -26,7 +25,7 @@ JACCARD = 0.5  # Similarity of word 5-grams above which a document is a near-dup
 
 def read_echo(
     config: DataSettings, prepared_in: str | os.PathLike, reporter: Reporter
-) -> tuple[Collection, list[str], list[str], dict[str, Any]]:
+) -> TrainingData:
     """Makes a collection of the config's triples; their passages are the corpus.
 
     Given negatives are judged 0. Which rows are taken where the config limits their number depends
@@ -37,10 +36,6 @@ def read_echo(
         config: The config's section `data`.
         prepared_in: Where the triples are prepared, unless the config says where.
         reporter: Where progress is shown.
-
-    Returns:
-        The collection with judgements of train, dev and test; ids of the queries that train the
-        retriever; of those that train the generator; what data/SOURCE.json records.
 
     Raises:
         UserError: The files or the config's weights cannot be used.
@@ -96,34 +91,33 @@ def read_echo(
         "rows": {part: len(triples) for part, triples in taken.items()},
         "left_out": left_out,
     }
-    retriever, generator = (list(ids[part]) for part in TRAINING)
-    return Collection(name, corpus, queries, qrels), retriever, generator, source
+    trained = (list(ids[part]) for part in TRAINING)
+    return TrainingData(Collection(name, corpus, queries, qrels), *trained, source)
 
 
 def _take(
     config: DataSettings, reporter: Reporter, builder: Triples, prepared: Any, part: str, most: int
 ) -> Iterator[Triple]:
     """The first rows of a part in a fixed shuffle, at most `most` unless that is 0."""
-    splits = {source: split_name(source, part) for source in builder.files}
-    present = {s: name for s, name in splits.items() if tfds_name(name) in prepared.info.splits}
     weights = dict(config.weights)
     if unknown := set(weights) - set(builder.files):
         raise UserError(
             f"data.weights: no file of {', '.join(sorted(unknown))}; there are "
             f"{', '.join(builder.files)}"
         )
-    present = {s: name for s, name in present.items() if not weights or s in weights}
+    splits = {s: split_name(s, part) for s in builder.files if not weights or s in weights}
+    present = {s: name for s, name in splits.items() if name in prepared.info.splits}
     if not present:
         return
     data = shuffled(
-        [rows(prepared, name) for name in present.values()],
+        [read_split(prepared, name) for name in present.values()],
         seed=0,  # Not the config's: seeds are compared on the same data.
         weights=[weights[source] for source in present] if weights else None,
     )
     count = min(most or len(data), len(data))
     with reporter.progress(f"{part}: rows read", count) as advance:
         for i in range(count):
-            yield to_triple(data[i])
+            yield data[i]
             advance(1)
 
 

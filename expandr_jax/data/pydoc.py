@@ -16,10 +16,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.duplicates import near_duplicate_clusters, words
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.settings import NotNegative
 
@@ -53,24 +54,6 @@ class Shares:
     test: NotNegative = 0.11
 
 
-@dataclass(frozen=True)
-class Pydoc:
-    """The harvested collection.
-
-    Attributes:
-        collection: qrels splits "train", "dev" and "test"; query id = "q:" + document id.
-        retriever_train: query ids for the retriever's training, in order.
-        generator_train: query ids for the generator's; with the former they make up "train".
-        source: what data/SOURCE.json records: packages with version, number of files and pairs
-            and the sha256 of their files' contents, sizes of the splits, and the rule.
-    """
-
-    collection: Collection
-    retriever_train: list[str]
-    generator_train: list[str]
-    source: dict[str, Any]
-
-
 class _Pair(NamedTuple):
     id: str
     query: str
@@ -90,7 +73,7 @@ def harvest(
     min_pairs: int = 1,
     shares: Shares = Shares(),
     progress: Progress | None = None,
-) -> Pydoc:
+) -> TrainingData:
     """Harvests query-document pairs from the docstrings of installed packages.
 
     Args:
@@ -98,6 +81,11 @@ def harvest(
         min_pairs: how many pairs there must be.
         shares: of the four splits; they add up to 1.
         progress: called with (stage, done, total).
+
+    Returns:
+        The collection, whose query ids are "q:" + document id. Its source lists the packages with
+        version, number of files and pairs and the sha256 of their files' contents, sizes of the
+        splits, and the rule.
 
     Raises:
         UserError: a package is missing or has another version, a file cannot be read, the shares
@@ -278,7 +266,9 @@ def _distinct(candidates: list[_Pair]) -> list[_Pair]:
     return list(first.values())
 
 
-def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Progress) -> Pydoc:
+def _assemble(
+    pairs: list[_Pair], shares: Shares, packages: list[dict], report: Progress
+) -> TrainingData:
     clusters = near_duplicate_clusters(
         [pair.document for pair in pairs],
         JACCARD,
@@ -303,15 +293,16 @@ def _assemble(pairs: list[_Pair], shares: Shares, source: list[dict], report: Pr
             for name, split in judged.items()
         },
     )
-    summary = {
-        "packages": source,
+    source = {
+        "name": "pydoc",
+        "packages": packages,
         "pairs": len(pairs),
         "documents": len(first),
         "clusters": len(set(clusters)),
         "splits": {name: len(ids) for name, ids in members.items()},
         "rule": RULE,
     }
-    return Pydoc(collection, members["retriever_train"], members["generator_train"], summary)
+    return TrainingData(collection, members["retriever_train"], members["generator_train"], source)
 
 
 def _split_of(cluster: str, shares: Shares) -> str:

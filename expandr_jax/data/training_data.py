@@ -1,46 +1,28 @@
-"""The text a run trains and tests on, copied into its workdir so that the run explains itself."""
+"""A collection and who trains on which of its queries."""
 
 import dataclasses
 import hashlib
-import json
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from expandr_jax.data.beir import (
-    Collection,
-    Qrels,
-    find_collections,
-    read_beir,
-    source_hashes,
-    write_beir,
-)
-from expandr_jax.data.benchmarks import benchmark_queries, query_key
-from expandr_jax.data.pydoc import harvest
-from expandr_jax.data.records import write_json
-from expandr_jax.data.settings import DataSettings
-from expandr_jax.data.source import data_path
-from expandr_jax.errors import UserError
-from expandr_jax.runtime.checksums import Checksums
-from expandr_jax.runtime.processes import Processes
-from expandr_jax.runtime.progress import Reporter
-
-STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
+from expandr_jax.data.beir import Collection
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """A collection and who trains on which of its queries.
+    """The text that a run trains and tests on.
 
     Attributes:
         collection: Corpus, queries, and judgements of "train", "dev" and "test".
         retriever_train: Ids of the queries of step A.
         generator_train: Ids of the queries of step B; apart from the former.
+        source: What data/SOURCE.json records of where all of it comes from.
     """
 
     collection: Collection
     retriever_train: list[str]
     generator_train: list[str]
+    source: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def queries(self, ids: Sequence[str]) -> list[str]:
         """Texts of queries."""
@@ -63,183 +45,8 @@ class TrainingData:
         return self.positives(query_id)[0]
 
 
-def prepare_data(
-    config: DataSettings,
-    directory: pathlib.Path,
-    prepared_in: pathlib.Path,
-    *,
-    processes: Processes,
-    reporter: Reporter,
-    checksums: Checksums,
-) -> TrainingData:
-    """Reads data/ of a workdir, or makes it where it is not whole.
-
-    Args:
-        config: The config's section `data`.
-        directory: The workdir's data/.
-        prepared_in: Where triples are prepared, unless the config says where.
-        processes: All that share the workdir; the first one writes.
-        reporter: Where progress is shown.
-        checksums: The workdir's checksums.
-
-    Raises:
-        UserError: The source is missing, empty or malformed.
-    """
-
-    def make() -> None:
-        if not checksums.intact("data"):
-            data, source = collect_data(config, prepared_in, reporter)
-            write_beir(directory, data.collection)
-            trained = {"retriever_train": data.retriever_train,
-                       "generator_train": data.generator_train}  # fmt: skip
-            write_json(directory / "SOURCE.json", source | trained)
-            checksums.record("data")
-
-    processes.once(make)
-    source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
-    if left_out := source["left_out_for_tests"]:
-        reporter.say(f"{left_out} training queries are left out: they are dev or test queries, too")
-    collection = dataclasses.replace(read_beir(directory), name=source["name"])
-    return TrainingData(collection, source["retriever_train"], source["generator_train"])
-
-
-def collect_data(
-    config: DataSettings, prepared_in: pathlib.Path, reporter: Reporter
-) -> tuple[TrainingData, dict[str, Any]]:
-    """Reads what `data.kind` names, and divides its queries.
-
-    Returns:
-        The data, without training queries that a further collection tests on, and a description of
-        the source.
-
-    Raises:
-        UserError: The source is missing, empty or malformed.
-    """
-    tested = benchmark_queries(config.tests)  # First: a path that leads nowhere is told at once.
-    if config.kind == "pydoc":
-        collection, retriever, generator, source = _harvest(config, reporter)
-    elif config.kind == "beir":
-        collection, retriever, generator, source = _read_collection(config, reporter)
-    elif config.kind == "triples":
-        # Imported where it is used: tensorflow-datasets takes a quarter of a second.
-        from expandr_jax.data.echo import read_echo
-
-        collection, retriever, generator, source = read_echo(config, prepared_in, reporter)
-    else:
-        raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
-    held_out = (query for split in ("dev", "test") for query in collection.qrels[split])
-    tested |= {query_key(collection.queries[query]) for query in held_out}
-    before = len(retriever) + len(generator)
-    retriever, generator = (
-        [i for i in ids if query_key(collection.queries[i]) not in tested]
-        for ids in (retriever, generator)
-    )
-    left_out = before - len(retriever) - len(generator)
-    retriever = limit_queries(retriever, config.max_retriever_train)
-    generator = limit_queries(generator, config.max_generator_train)
-    keep = {
-        "train": sorted([*retriever, *generator]),
-        "dev": limit_queries(list(collection.qrels["dev"]), config.max_dev),
-        "test": limit_queries(list(collection.qrels["test"]), config.max_test),
-    }
-    qrels = {
-        split: {query: collection.qrels[split][query] for query in ids}
-        for split, ids in keep.items()
-    }
-    _check_parts(config.kind, collection.corpus, qrels, retriever, generator)
-    used = {query: collection.queries[query] for ids in keep.values() for query in ids}
-    kept = Collection(collection.name, collection.corpus, used, qrels)
-    return TrainingData(kept, retriever, generator), {**source, "left_out_for_tests": left_out}
-
-
-def _check_parts(
-    kind: str,
-    corpus: Mapping[str, str],
-    qrels: Qrels,
-    retriever: Sequence[str],
-    generator: Sequence[str],
-) -> None:
-    """Refuses what the run would end on, or end with a table of zeros."""
-    if not any(text.strip() for text in corpus.values()):
-        raise UserError(f"{kind} data: no document has a text")
-    for split, judged in qrels.items():
-        source = f"qrels/{split}.tsv" if kind == "beir" else "the data"
-        if not judged:
-            way = f", or a larger data.shares.{split}"
-            if split == "train":
-                way = " that have a relevant document and are no dev or test queries"
-            raise UserError(f"{kind} data: no {split} queries; expected some in {source}{way}")
-        if not any(g > 0 and d in corpus for grades in judged.values() for d, g in grades.items()):
-            raise UserError(
-                f"{kind} data: no {split} query has a relevant document in the corpus; expected "
-                f"grades above 0 of its documents in {source}"
-            )
-    for name, queries in (("retriever", retriever), ("generator", generator)):
-        if not queries:
-            raise UserError(
-                f"{kind} data: no queries to train the {name} on; expected a larger "
-                f"data.shares.{name}_train, or more queries"
-            )
-
-
 def limit_queries(ids: list[str], most: int) -> list[str]:
     """At most `most` ids (0: all), picked by hash so that the choice depends on the ids alone."""
     if most and len(ids) > most:
         ids = sorted(ids, key=lambda i: hashlib.sha256(i.encode()).digest())[:most]
     return sorted(ids)
-
-
-def _harvest(
-    config: DataSettings, reporter: Reporter
-) -> tuple[Collection, list[str], list[str], dict]:
-    stages: dict[str, int] = {}
-    with reporter.progress("harvest, per cent", 100) as advance:
-
-        def report(stage: str, done: int, total: int) -> None:
-            before = sum(stages.values())
-            stages[stage] = 100 * done // max(total, 1) // STAGES_OF_HARVEST
-            advance(sum(stages.values()) - before)
-
-        result = harvest(
-            config.packages, min_pairs=config.min_pairs, shares=config.shares, progress=report
-        )
-    source = {"name": "pydoc", **result.source}
-    return result.collection, result.retriever_train, result.generator_train, source
-
-
-def _read_collection(
-    config: DataSettings, reporter: Reporter
-) -> tuple[Collection, list[str], list[str], dict]:
-    path = data_path(config, reporter)
-    sets = find_collections(path)
-    if len(sets) > 1:
-        raise UserError(f"{path}: holds {len(sets)} collections; choose one of {list(sets)}")
-    (files,) = sets.values()
-    collection = read_beir(files)
-    for split in ("train", "test"):
-        if split not in collection.qrels:
-            raise UserError(f"{path}/qrels/{split}.tsv: missing; training needs judgements")
-    qrels = dict(collection.qrels)
-    train = [
-        query
-        for query, grades in qrels["train"].items()
-        if any(grade > 0 and document in collection.corpus for document, grade in grades.items())
-    ]
-    if "dev" not in qrels:
-        dev = {query for query in train if _fraction(query, "dev") < config.shares.dev}
-        qrels["dev"] = {query: qrels["train"][query] for query in sorted(dev)}
-        train = [query for query in train if query not in dev]
-    part = config.shares.generator_train
-    part = part / (part + config.shares.retriever_train)
-    generator = [query for query in train if _fraction(query, "generator") < part]
-    taken = set(generator)
-    retriever = [query for query in train if query not in taken]
-    qrels["train"] = {query: qrels["train"][query] for query in train}
-    source = {"name": collection.name, "files": source_hashes(files)}
-    return dataclasses.replace(collection, qrels=qrels), retriever, generator, source
-
-
-def _fraction(text: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    digest = hashlib.sha256(f"{salt}:{text}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,12 +1,11 @@
-"""Prepared sets hold the rows that the plain readers give; their streams share and resume."""
+"""Prepared sets hold the triples that the plain reader gives, shuffled and mixed by weight."""
 
 import json
 import pathlib
 
 import pytest
 
-from expandr_jax.data.builders.stream import Stream, rows, shuffled
-from expandr_jax.data.builders.triples import Triples, part_of, split_name, to_triple
+from expandr_jax.data.prepared import Triples, part_of, read_split, shuffled, split_name
 from expandr_jax.data.triples import read_triples
 from expandr_jax.errors import UserError
 
@@ -39,12 +38,11 @@ def test_triples_are_those_of_the_plain_reader(echo):
         for part in SHARES:
             mine = [triple for triple in expected if part_of(triple.query, SHARES) == part]
             if mine:
-                found = map(to_triple, rows(prepared, split_name(file.stem, part)))
-                assert list(found) == mine
+                assert list(read_split(prepared, split_name(file.stem, part))) == mine
             else:
                 assert part == "test"
                 with pytest.raises(UserError, match="no rows of split"):
-                    rows(prepared, split_name(file.stem, part))
+                    read_split(prepared, split_name(file.stem, part))
 
 
 def test_every_field_of_a_triple(tmp_path):
@@ -52,9 +50,7 @@ def test_every_field_of_a_triple(tmp_path):
             "teacher_scores": [0.1, 1e-9, 123456789.123]}  # fmt: skip
     (tmp_path / "one.jsonl").write_text(json.dumps(line))
     prepared = Triples(tmp_path, data_dir=tmp_path / "p", shares={"all": 1.0}).prepare()
-    assert [to_triple(row) for row in rows(prepared, "one_all")] == read_triples(
-        tmp_path / "one.jsonl"
-    )[0]
+    assert list(read_split(prepared, "one_all")) == read_triples(tmp_path / "one.jsonl")[0]
 
 
 def test_seven_to_one():
@@ -106,73 +102,31 @@ def test_damage_is_refused(tmp_path):
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match="is damaged"):
-        list(rows(prepared, "nq_all"))
+        list(read_split(prepared, "nq_all"))
 
 
 def part(echo, name="retriever"):
     _, prepared = echo
-    return [rows(prepared, split_name(source, name)) for source in ("nq", "squad")]
-
-
-def queries(batches):
-    return [row["query"] for batch in batches for row in batch]
+    return [read_split(prepared, split_name(source, name)) for source in ("nq", "squad")]
 
 
 def test_the_shuffle_is_over_all_rows_and_another_in_each_epoch(echo):
     parts = part(echo)
-    everything = sorted(row["query"] for source in parts for row in source)
+    everything = sorted(triple.query for source in parts for triple in source)
     data = shuffled(parts, seed=1)
     count = len(everything)
-    order = [data[i]["query"] for i in range(2 * count)]
+    order = [data[i].query for i in range(2 * count)]
     assert sorted(order[:count]) == sorted(order[count:]) == everything
     assert order[:count] != order[count:]
-    assert order[:count] != [shuffled(parts, seed=2)[i]["query"] for i in range(count)]
+    assert order[:count] != [shuffled(parts, seed=2)[i].query for i in range(count)]
     first = order[: count // 4]
     assert {query.split()[0] for query in first} == {"nq", "squad"}
 
 
 def test_sources_are_mixed_by_weight(echo):
     data = shuffled(part(echo), seed=1, weights=(1, 3))
-    names = [data[i]["query"].split()[0] for i in range(len(data))]
+    names = [data[i].query.split()[0] for i in range(len(data))]
     assert names.count("nq") / len(names) == pytest.approx(1 / 4, abs=0.01)
-    assert len({data[i]["query"] for i in range(len(data))}) == len(data)
+    assert len({data[i].query for i in range(len(data))}) == len(data)
     with pytest.raises(UserError, match="weights"):
         shuffled(part(echo), seed=1, weights=(1,))
-
-
-@pytest.mark.parametrize("weights", [None, (1, 3)])
-def test_hosts_share_the_rows(echo, weights):
-    data = shuffled(part(echo), seed=1, weights=weights)
-    whole = queries(Stream(data, batch_size=4, epochs=1))
-    assert len(whole) > len(data) - 8
-    for hosts in (2, 3):
-        own = [queries(Stream(data, batch_size=4 // 2, host=h, hosts=hosts, epochs=1))
-               for h in range(hosts)]  # fmt: skip
-        assert len({len(mine) for mine in own}) == 1
-        together = [query for mine in own for query in mine]
-        assert len(set(together)) == len(together) > len(data) - 2 * hosts
-        assert set(together) <= {data[i]["query"] for i in range(len(data))}
-    exact = shuffled([part(echo)[0][:24]], seed=1)
-    halves = [queries(Stream(exact, batch_size=3, host=h, hosts=2, epochs=1)) for h in (0, 1)]
-    assert sorted(halves[0] + halves[1]) == sorted(exact[i]["query"] for i in range(24))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_in_the_middle_it_ends_as_if_it_had_not_been(echo, workers):
-    data = shuffled(part(echo), seed=1)
-
-    def start(workers=workers):
-        return Stream(data, batch_size=16, epochs=2, workers=workers)
-
-    expected = queries(start(0))
-    stream = start()
-    before = [next(stream) for _ in range(len(expected) // 16 // 2 + 3)]
-    state = json.loads(json.dumps(stream.get_state()))
-    assert queries(before) + queries(stream) == expected
-    resumed = start()
-    resumed.set_state(state)
-    assert queries(before) + queries(resumed) == expected
-    with pytest.raises(UserError, match="the state is of a stream"):
-        start(1).set_state(state)
-    with pytest.raises(UserError, match="do not fill a batch of 9999"):
-        Stream(data, batch_size=9999)

@@ -1,1 +1,0 @@
-"""Text data sets as TensorFlow Datasets builders, without TensorFlow: array_record files alone."""
