@@ -4,16 +4,16 @@ import dataclasses
 import functools
 import hashlib
 import logging
-import numbers
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
+from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.vectors import check_options
+from expandr_jax.settings import NotNegative, Share
 
 # As bm25s names them.
 _FILES = (
@@ -32,8 +32,8 @@ class Bm25Options:
         b: how much a document's length counts, 0 to 1.
     """
 
-    k1: float = 0.9
-    b: float = 0.4
+    k1: NotNegative = 0.9
+    b: Share = 0.4
 
 
 class Bm25Index:
@@ -49,8 +49,10 @@ class Bm25Index:
         Raises:
             UserError: there is no text, or no word in any of them, or an option is out of range.
         """
-        _check(options)
-        options = Bm25Options(float(options.k1), float(options.b))
+        # NumPy's numbers would not go into the manifest.
+        plain = (v.item() if isinstance(v, np.generic) else v for v in dataclasses.astuple(options))
+        options = Bm25Options(*plain)
+        check_options("BM25", options)
         texts = _checked(texts, "BM25 indexes")
         bm25s = _bm25s()
         # Numbers of words, not the words: bm25s would number them in a second list as long.
@@ -102,17 +104,8 @@ class Bm25Index:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the index into `directory`, to be read by `load_index`; not the texts."""
-        directory = empty_directory(directory, _FILES)
-        self._bm25.save(directory, show_progress=False)
-        write_manifest(
-            directory,
-            _FILES,
-            backend="bm25",
-            size=self.size,
-            dimension=self.dimension,
-            fingerprint=self.fingerprint,
-            options=dataclasses.asdict(self._options),
-        )
+        write = functools.partial(self._bm25.save, show_progress=False)
+        save_index(directory, self, "bm25", self._options, _FILES, write)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "Bm25Index":
@@ -142,16 +135,6 @@ def _checked(texts: Sequence[str], verb: str) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise UserError(f"{verb} texts; number {row} is of type {type(text).__name__}")
     return texts
-
-
-def _check(options: Bm25Options) -> None:
-    def number(value: Any) -> bool:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-    if not number(options.k1) or not 0 <= options.k1 < float("inf"):
-        raise UserError(f"BM25 option k1 is {options.k1!r}; expected a number, at least 0")
-    if not number(options.b) or not 0 <= options.b <= 1:
-        raise UserError(f"BM25 option b is {options.b!r}; expected a number from 0 to 1")
 
 
 def _bm25s() -> ModuleType:

@@ -8,6 +8,7 @@ does not depend on how many there are, to the last bit.
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
-from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
+from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
 from expandr_jax.settings import count
 
 _FILE = "vectors.npy"
@@ -54,7 +55,7 @@ class ExactIndex:
         Raises:
             UserError: vectors or options cannot be used.
         """
-        check_counts("exact search", options, ("block_rows", "query_rows"))
+        check_options("exact search", options)
         check_vectors(vectors)
         self._vectors = vectors
         self._options = options
@@ -96,17 +97,11 @@ class ExactIndex:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the vectors into `directory`, to be memory-mapped by `load_index`."""
-        directory = empty_directory(directory, [_FILE])
-        np.save(directory / _FILE, np.asarray(self._vectors, dtype=np.float32))
-        write_manifest(
-            directory,
-            [_FILE],
-            backend="exact",
-            size=self.size,
-            dimension=self.dimension,
-            fingerprint=self.fingerprint,
-            options=dataclasses.asdict(self._options),
-        )
+
+        def write(where: pathlib.Path) -> None:
+            np.save(where / _FILE, np.asarray(self._vectors, dtype=np.float32))
+
+        save_index(directory, self, "exact", self._options, [_FILE], write)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ExactIndex":

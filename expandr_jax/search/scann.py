@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import math
 import os
+import pathlib
 from typing import Annotated
 
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.storage import Manifest, empty_directory, write_manifest
-from expandr_jax.search.vectors import check_counts, check_queries, check_vectors, fingerprint
+from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
 from expandr_jax.settings import MANY, NotNegative, choice, count, number
 
 METHODS = ("auto", "brute", "ah", "tree")
@@ -91,7 +92,8 @@ class ScannIndex:
         Raises:
             UserError: ScaNN is not installed, or vectors or options cannot be used.
         """
-        _check_options(options)
+        # ScaNN takes what is no number for its default, and says so among its own messages alone.
+        check_options("ScaNN", options)
         library = _library()
         check_vectors(vectors)  # ScaNN ends the process on NaN
         self.size, self.dimension = vectors.shape
@@ -168,17 +170,11 @@ class ScannIndex:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the index into `directory`, which may be moved, to be read by `load_index`."""
-        directory = empty_directory(directory, _ASSETS)
-        self._searcher.serialize(str(directory), relative_path=True)
-        write_manifest(
-            directory,
-            [name for name in _ASSETS if (directory / name).exists()],
-            backend="scann",
-            size=self.size,
-            dimension=self.dimension,
-            fingerprint=self.fingerprint,
-            options=dataclasses.asdict(self.options),
-        )
+
+        def write(where: pathlib.Path) -> None:
+            self._searcher.serialize(str(where), relative_path=True)
+
+        save_index(directory, self, "scann", self.options, _ASSETS, write)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ScannIndex":
@@ -212,27 +208,3 @@ def _method(options: ScannOptions, size: int) -> str:
     if options.method != "auto":
         return options.method
     return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
-
-
-def _check_options(options: ScannOptions) -> None:
-    for name, expected in (("method", METHODS), ("storage", STORAGES)):
-        if getattr(options, name) not in expected:
-            raise UserError(
-                f"ScaNN option {name} is {getattr(options, name)!r}; "
-                f"expected one of {', '.join(expected)}"
-            )
-    counts = ("tree_sample", "tree_iterations", "dimensions_per_block", "ah_sample",
-              "ah_iterations", "reorder")  # fmt: skip
-    optional = ("leaves", "leaves_to_search")
-    given = [name for name in optional if getattr(options, name) is not None]
-    check_counts("ScaNN", options, (*counts, *given))
-    check_counts("ScaNN", options, ("ah_from", "tree_from"), least=0)
-    # ScaNN takes what is no number for its default, and says so among its own messages alone.
-    soar, threshold = options.soar, options.anisotropic_threshold
-    if soar is not None and not (type(soar) in (int, float) and 0 <= soar < math.inf):
-        raise UserError(f"ScaNN option soar is {soar!r}; expected a number, at least 0, or None")
-    if not (type(threshold) in (int, float) and 0 <= threshold < 1):
-        raise UserError(
-            f"ScaNN option anisotropic_threshold is {threshold!r}; expected a number, at least 0 "
-            "and below 1"
-        )

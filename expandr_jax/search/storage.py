@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from expandr_jax.data.records import hash_file, hash_json, write_json
@@ -40,8 +40,27 @@ class Manifest:
         return "texts" if self.backend == "bm25" else "vectors"
 
 
-def empty_directory(directory: str | os.PathLike, names: Iterable[str]) -> pathlib.Path:
-    """Makes `directory` ready for an index: its manifest and the files `names` are gone."""
+def save_index(
+    directory: str | os.PathLike,
+    index: Any,
+    backend: str,
+    options: Any,
+    names: Iterable[str],
+    write: Callable[[pathlib.Path], None],
+) -> None:
+    """Saves an index: its files, then the manifest, so that half an index is never taken for whole.
+
+    Args:
+        directory: where to; made if absent, and emptied of an index that it holds.
+        index: has `size`, `dimension` and `fingerprint`.
+        backend: its name.
+        options: its options, a dataclass.
+        names: files that it may have.
+        write: writes those that it has into the directory.
+
+    Raises:
+        UserError: the directory cannot be written.
+    """
     directory = pathlib.Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -49,22 +68,10 @@ def empty_directory(directory: str | os.PathLike, names: Iterable[str]) -> pathl
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
-    return directory
-
-
-def write_manifest(
-    directory: pathlib.Path,
-    files: Iterable[str],
-    *,
-    backend: str,
-    size: int,
-    dimension: int,
-    fingerprint: str,
-    options: Mapping[str, Any],
-) -> None:
-    """Writes the manifest, last of all, so that half an index is never taken for a whole one."""
-    hashes = {name: hash_file(directory / name) for name in sorted(files)}
-    manifest = Manifest(backend, size, dimension, fingerprint, dict(options), hashes)
+    write(directory)
+    hashes = {n: hash_file(directory / n) for n in sorted(names) if (directory / n).exists()}
+    shape = index.size, index.dimension, index.fingerprint
+    manifest = Manifest(backend, *shape, dataclasses.asdict(options), hashes)
     fields = dataclasses.asdict(manifest)
     write_json(directory / _NAME, {**fields, _CHECK: hash_json(fields)})
 

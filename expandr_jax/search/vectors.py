@@ -1,25 +1,24 @@
 """Checks on the options of an index, and on the vectors that go into and against it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from expandr_jax.errors import UserError
+from expandr_jax.errors import UserError, shown
+from expandr_jax.settings import fields_of
 
 _LONGEST = 1e15  # Length of a vector; sums of squares of longer ones overflow, which ends ScaNN.
 _BLOCK_BYTES = 1 << 24  # What a scan over memory-mapped vectors holds at a time.
 
 
-def check_counts(backend: str, options: Any, names: Sequence[str], least: int = 1) -> None:
-    """Raises UserError unless each option named is a whole number, `least` or more."""
-    for name in names:
+def check_options(backend: str, options: Any) -> None:
+    """Raises UserError unless each option of an index is what its type says."""
+    for name, check in fields_of(type(options)).items():
         value = getattr(options, name)
-        if type(value) is not int or value < least:
-            raise UserError(
-                f"{backend} option {name} is {value!r}; expected a whole number, at least {least}"
-            )
+        if not check.holds(value):
+            raise UserError(f"{backend} option {name} is {shown(value)}; expected {check.expected}")
 
 
 def check_vectors(vectors: np.ndarray) -> None:
