@@ -16,6 +16,7 @@ from absl import flags
 from rich.console import Console
 
 from expandr_jax import metrics
+from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import differences, write_text
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
@@ -52,7 +53,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
     values: dict[str, dict[str, list[list[float]]]] = {}
     first: tuple[set[str], set[str]] | None = None
     for workdir in workdirs:
-        qrels = metrics.read_qrels(workdir / "qrels.trec")
+        qrels = read_qrels(workdir / "qrels.trec")
         queries = sorted(qrels)
         systems = {path.stem for path in (workdir / "runs").glob("*.trec")}
         if first is None:

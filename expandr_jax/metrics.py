@@ -9,13 +9,12 @@ the tie rule of MRR@10, which trec_eval lacks and which ir-measures takes from M
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import ir_measures
 import numpy as np
 
-from expandr_jax.data.records import write_text
+from expandr_jax.data.records import decode, read_lines, write_text
 from expandr_jax.errors import UserError
 
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
@@ -162,7 +161,16 @@ def read_trec(path: str | os.PathLike) -> dict[str, dict[str, float]]:
             or a document that stands twice for a query.
     """
     run: dict[str, dict[str, float]] = {}
-    for where, (query, _, document, _, score, _) in _columns(path, "qid Q0 docid rank score tag"):
+    for number, line in read_lines(path):
+        where = f"{path}:{number}"
+        columns = decode(where, line).split()
+        if not columns:
+            continue
+        if len(columns) != 6:
+            raise UserError(
+                f"{where}: {len(columns)} columns; expected 6: qid Q0 docid rank score tag"
+            )
+        query, _, document, _, score, _ = columns
         try:
             value = float(score)
         except ValueError:
@@ -188,23 +196,6 @@ def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
             _check_id(path, "document id", document)
             lines.append(f"{query} 0 {document} {int(relevance)}\n")
     write_text(path, "".join(lines))
-
-
-def read_qrels(path: str | os.PathLike) -> dict[str, dict[str, int]]:
-    """Reads judgements.
-
-    Raises:
-        UserError: naming file and line, for a line that is not four columns with a whole number,
-            or a document judged twice for a query.
-    """
-    qrels: dict[str, dict[str, int]] = {}
-    for where, (query, _, document, relevance) in _columns(path, "qid 0 docid relevance"):
-        if not re.fullmatch(r"[+-]?[0-9]{1,9}", relevance):
-            raise UserError(f"{where}: relevance {relevance!r}; expected a whole number")
-        if document in qrels.setdefault(query, {}):
-            raise UserError(f"{where}: document {document} is judged twice for query {query}")
-        qrels[query][document] = int(relevance)
-    return qrels
 
 
 def paired_test(
@@ -340,25 +331,6 @@ def _ranking(query: str, scores: Mapping[str, float]) -> list[tuple[str, float]]
 def _check_id(path: str | os.PathLike, kind: str, value: str) -> None:
     if not value or any(character.isspace() for character in value):
         raise UserError(f"{path}: {kind} {value!r} is empty or holds white space; TREC has no room")
-
-
-def _columns(path: str | os.PathLike, layout: str) -> Iterator[tuple[str, list[str]]]:
-    width = len(layout.split())
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                try:
-                    columns = line.decode().split()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not UTF-8 text ({error.reason})") from error
-                if not columns:
-                    continue
-                if len(columns) != width:
-                    raise UserError(f"{where}: {len(columns)} columns; expected {width}: {layout}")
-                yield where, columns
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
 
 def _differences(

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from configs import smoke as smoke_config
 from eval.beir import evaluate_beir
 from expandr_jax import metrics
-from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.beir import Collection, read_beir, read_qrels, write_beir
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
@@ -70,7 +70,7 @@ def test_each_set_has_its_files_and_the_table_is_printed(finished):
         compared = [row for row in results["significance"] if row["metric"] == "map"]
         assert [row["system"] for row in compared] == SYSTEMS[1:]
         assert {row["baseline"] for row in compared} == {"bm25"}
-        qrels = metrics.read_qrels(out / directory.name / "qrels.trec")
+        qrels = read_qrels(out / directory.name / "qrels.trec")
         assert qrels == read_beir(directory).qrels["test"]
         for row in results["rows"]:
             run = metrics.read_trec(out / directory.name / "runs" / f"{row['system']}.trec")

@@ -17,7 +17,6 @@ from rich.console import Console
 from eval.compare import score
 from eval.data import check
 from eval.description import word_lengths
-from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
@@ -273,15 +272,11 @@ def read_run(path):
     return compare(values, "whole")
 
 
-def read_judgements(path):
-    return read_qrels(path), metrics.read_qrels(path)
-
-
 @pytest.mark.parametrize(
     ("read", "text", "spoil"),
     [
         (read_run, RUN, spoil_columns),
-        (read_judgements, JUDGED, spoil_columns),
+        (read_qrels, JUDGED, spoil_columns),
         (read_topics, AD_HOC, None),
         (read_topics, XML, None),
         (read_topics, LINES, spoil_columns),

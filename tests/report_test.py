@@ -11,6 +11,7 @@ import pytest
 import rich.console
 
 from expandr_jax import metrics
+from expandr_jax.data.beir import read_qrels
 from expandr_jax.errors import UserError
 from expandr_jax.report import run_report as report
 
@@ -216,7 +217,7 @@ def test_figures_and_intervals_are_those_of_the_files(workdir, page_text):
         assert row["system"] in text
         assert f"{row['ndcg@10']:.4f}" in text
         run = metrics.read_trec(workdir / f"runs/{row['system']}.trec")
-        values = metrics.evaluate(run, metrics.read_qrels(workdir / "qrels.trec"))["ndcg@10"]
+        values = metrics.evaluate(run, read_qrels(workdir / "qrels.trec"))["ndcg@10"]
         low, high = metrics.bootstrap_interval(list(values.values()))
         assert f"{low:.3f} – {high:.3f}" in text
     assert "16 min 30 s" in text

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from expandr_jax.data.archive import Files, list_files
-from expandr_jax.data.records import check_field, hash_file, parse_row, write_jsonl, write_text
+from expandr_jax.data.records import (
+    check_field,
+    decode,
+    hash_file,
+    parse_row,
+    write_jsonl,
+    write_text,
+)
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
 
@@ -336,12 +343,8 @@ def _read_judgements(files: Files, name: str, report: Report) -> Iterator[Judgem
 
 def _columns(where: str, line: bytes, separator: str | None) -> list[str]:
     """Query, document and grade; nothing for an empty line."""
-    try:
-        text = line.decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text ({error.reason})") from None
     # Not the csv module: ids may hold quotes, which this format does not treat specially.
-    columns = text.split(separator)
+    columns = decode(where, line).rstrip("\r\n").split(separator)
     if columns in ([], [""]):
         return []
     if separator is None:

@@ -220,6 +220,14 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     yield from Files(path.parent, "", (path.name,)).lines(path.name)
 
 
+def decode(where: str, line: bytes) -> str:
+    """The text of a line; an error names `where`, its file and number."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 text ({error.reason})") from None
+
+
 def parse_row(where: str, line: bytes) -> Row:
     """The JSON object of a line; an error names `where`, its file and number."""
     try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from expandr_jax import metrics
+from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import read_jsonl
 from expandr_jax.report.page import paragraph
 
@@ -28,7 +29,7 @@ def expansion_cards(workdir: pathlib.Path) -> str | None:
     if not all(path.exists() for path in needed):
         return None
     before, after = (metrics.read_trec(path) for path in paths)
-    qrels = metrics.read_qrels(workdir / "qrels.trec")
+    qrels = read_qrels(workdir / "qrels.trec")
     fields = {"query_id": str, "split": str, "system": str, "query": str, "expansion": str}
     shown: dict[str, Mapping[str, Any]] = {}
     for _, row in read_jsonl(needed[-1], fields):

@@ -12,6 +12,7 @@ import rich.markup
 import rich.table
 
 from expandr_jax import metrics
+from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import read_jsonl, write_text
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
@@ -120,7 +121,7 @@ def _results(workdir: pathlib.Path, results: Mapping[str, Any]) -> str:
 def _intervals(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     if not (workdir / "qrels.trec").exists():
         return {}
-    qrels = metrics.read_qrels(workdir / "qrels.trec")
+    qrels = read_qrels(workdir / "qrels.trec")
     intervals = {}
     for row in results["rows"]:
         path = workdir / "runs" / f"{row['system']}.trec"

@@ -5,7 +5,6 @@ index = build_index(texts)                       # BM25
 scores, indices = index.search(queries, k=100)   # [Q, k] each, best first
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,6 +18,7 @@ from expandr_jax.search.exact import ExactIndex, ExactOptions
 from expandr_jax.search.scann import ScannIndex, ScannOptions
 from expandr_jax.search.storage import read_manifest
 from expandr_jax.search.vectors import fingerprint
+from expandr_jax.settings import fields_of
 
 __all__ = [
     "Bm25Index",
@@ -96,19 +96,16 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
         if not vectors:
             wanted, given = "an array of vectors", f"a {type(corpus).__name__}"
         raise UserError(f"the {chosen} backend indexes {wanted}; {given} was given")
-    kind, settings = BACKENDS[chosen]
-    own = {field.name for field in dataclasses.fields(settings)}
-    accepted = own
-    if backend == "auto":
-        fields = (dataclasses.fields(settings) for _, settings in BACKENDS.values())
-        accepted = {field.name for several in fields for field in several}
+    known = {name: fields_of(settings).keys() for name, (_, settings) in BACKENDS.items()}
+    accepted = set().union(*known.values()) if backend == "auto" else known[backend]
     for name in options:
         if name not in accepted:
             raise UserError(
                 f"search option {name!r} is unknown to the {backend} backend; "
                 f"expected one of {', '.join(sorted(accepted))}"
             )
-    return kind(corpus, settings(**{k: v for k, v in options.items() if k in own}))
+    kind, settings = BACKENDS[chosen]
+    return kind(corpus, settings(**{k: v for k, v in options.items() if k in known[chosen]}))
 
 
 def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) -> Index:
