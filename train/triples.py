@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Sequence
 
 from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
+from expandr_jax.data.download import data_path
 from expandr_jax.data.records import hash_file, write_json
-from expandr_jax.data.source import data_path
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError

@@ -32,7 +32,6 @@ Report = Callable[[UserError], None]
 
 FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _HEADER = ("query-id", "corpus-id", "score")
-_TEXTS = {"_id": str, "text": str}
 _CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
 _TABLE_TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
@@ -86,7 +85,14 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
     report = report or _refuse
     corpus = dict(read_texts(files, "corpus", report))
     queries = dict(read_texts(files, "queries", report))
-    qrels = read_splits(files, queries, report)
+    qrels = {}
+    for split, names in _splits(files).items():
+        first = _First(report)
+        qrels[split] = _collect(judgements(files, split, first), queries, first)
+        if not qrels[split]:
+            raise first.error or UserError(
+                f"{files.path(names[0])}: no judgements; expected lines of query, document, grade"
+            )
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
@@ -167,32 +173,6 @@ def read_texts(
     if not seen:
         where = files.path(names[0])
         raise report.error or UserError(f"{where}: empty; expected one JSON object a line")
-
-
-def read_splits(
-    files: Files, queries: Container[str], report: Report | None = None
-) -> dict[str, Qrels]:
-    """Reads the judgements of every split, as `read_beir` checks them.
-
-    Args:
-        files: The collection.
-        queries: Ids of its queries.
-        report: As for `read_beir`.
-
-    Raises:
-        UserError: As `read_beir`.
-    """
-    splits = _splits(files)
-    qrels = {}
-    for split in splits:
-        first = _First(report or _refuse)
-        qrels[split] = _collect(judgements(files, split, first), queries, first)
-        if not qrels[split]:
-            where = files.path(splits[split][0])
-            raise first.error or UserError(
-                f"{where}: no judgements; expected lines of query, document, grade"
-            )
-    return qrels
 
 
 def judgements(files: Files, split: str, report: Report | None = None) -> Iterator[Judgement]:
@@ -291,8 +271,8 @@ def _splits(files: Files) -> dict[str, list[str]]:
 
 
 def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    for field, kind in _TEXTS.items():
-        check_field(where, row, field, kind)
+    for field in ("_id", "text"):
+        check_field(where, row, field, str)
     key, title = row["_id"], row.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f'{where}: field "title" is not a string')

@@ -1,4 +1,4 @@
-"""One file from the network, taken only if it is the one that was asked for."""
+"""Where a run's data come from: a path, or a file of the network that is the one asked for."""
 
 import contextlib
 import hashlib
@@ -12,11 +12,38 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from expandr_jax.data.records import hash_file
+from expandr_jax.data.settings import DataSettings
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.progress import Reporter
 
+CACHE = "~/.cache/expandr-jax"
 _BLOCK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 Progress = Callable[[int, int], None]
+
+
+def data_path(config: DataSettings, reporter: Reporter) -> Path:
+    """The path of the config's section `data`, or the file of its url, downloaded if need be.
+
+    Raises:
+        UserError: Neither or both are given, or the file cannot be had.
+    """
+    if config.path and config.url:
+        raise UserError("data.path and data.url: expected one of them")
+    if config.path:
+        return Path(config.path)
+    if not config.url:
+        raise UserError("data.path is missing: --config.data.path=...")
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[int], None]] = []
+
+        def advance(count: int, total: int) -> None:
+            if not bars:  # The server says how many there are, if it does.
+                task = f"bytes of {config.url.rsplit('/', 1)[-1]}"
+                bars.append(stack.enter_context(reporter.progress(task, total or count)))
+            bars[0](count)
+
+        return download(config.url, config.sha256, config.cache or CACHE, advance)
 
 
 def download(

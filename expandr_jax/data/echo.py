@@ -8,10 +8,10 @@ from typing import Any
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.prepared import Triples, read_split, shuffled, split_name
 from expandr_jax.data.settings import DataSettings
-from expandr_jax.data.source import data_path
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.data.records import Row, read_jsonl
 from expandr_jax.errors import UserError
 
 SIDES = ("chosen", "rejected")
@@ -51,23 +51,15 @@ def read_preferences(
         for what reason.
 
     Raises:
-        UserError: A line is not a JSON object; or the first bad pair, by file and line; or
-            `on_bad_pair` is neither "error" nor "drop".
+        UserError: A line is not a JSON object; or the first bad pair, by file and line.
     """
-    if on_bad_pair not in ("error", "drop"):
-        raise UserError(f"on_bad_pair is {on_bad_pair!r}; expected 'error' or 'drop'")
-    pairs, dropped = [], collections.Counter()
-    for number, row in read_jsonl(path, {}):
-        try:
-            pair = _texts(row, tokenizer)
-            _check(pair, tokenizer, prompt_length, learned)
-        except _BadPair as error:
-            if on_bad_pair == "error":
-                raise UserError(f"{path}:{number}: {error}") from None
-            dropped[error.reason] += 1
-        else:
-            pairs.append(pair)
-    return pairs, dict(dropped)
+
+    def read(row: Row) -> dict[str, str]:
+        pair = _texts(row, tokenizer)
+        _check(pair, tokenizer, prompt_length, learned)
+        return pair
+
+    return _read(path, read, on_bad_pair)
 
 
 def read_candidates(
@@ -77,7 +69,7 @@ def read_candidates(
     *,
     prompt_length: int | None = None,
     on_bad_pair: str = "error",
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+) -> tuple[list[Row], dict[str, int]]:
     """The lines of a JSON-lines file of prompts, each with candidate responses and their rewards.
 
     A line has "candidates", a list of {"text", "reward"}, and a "prompt", a string or messages as
@@ -95,29 +87,37 @@ def read_candidates(
         The lines, each with its "prompt" as text, and how many were dropped for what reason.
 
     Raises:
-        UserError: As of `read_preferences`.
+        UserError: As `read_preferences`.
     """
-    if on_bad_pair not in ("error", "drop"):
-        raise UserError(f"on_bad_pair is {on_bad_pair!r}; expected 'error' or 'drop'")
+
+    def read(row: Row) -> Row:
+        _check_candidates(row)
+        prompt = row.get("prompt")
+        if "prompt" not in row:
+            prompt = [{"role": "user", "content": prompt_of(row["query"])}]
+        text = prompt if isinstance(prompt, str) else _chat_prompt(prompt, tokenizer)
+        _check_prompt(text, tokenizer, prompt_length)
+        return {**row, "prompt": text}
+
+    return _read(path, read, on_bad_pair)
+
+
+def _read(
+    path: str | os.PathLike, read: Callable[[Row], Row], on_bad_pair: str
+) -> tuple[list[Row], dict[str, int]]:
+    """What `read` makes of each line, and how many lines were dropped for what reason."""
     rows, dropped = [], collections.Counter()
     for number, row in read_jsonl(path, {}):
         try:
-            _check_candidates(row)
-            prompt = row.get("prompt")
-            if "prompt" not in row:
-                prompt = [{"role": "user", "content": prompt_of(row["query"])}]
-            text = prompt if isinstance(prompt, str) else _chat_prompt(prompt, tokenizer)
-            _check_prompt(text, tokenizer, prompt_length)
+            rows.append(read(row))
         except _BadPair as error:
             if on_bad_pair == "error":
                 raise UserError(f"{path}:{number}: {error}") from None
             dropped[error.reason] += 1
-        else:
-            rows.append({**row, "prompt": text})
     return rows, dict(dropped)
 
 
-def _check_candidates(row: Mapping[str, Any]) -> None:
+def _check_candidates(row: Row) -> None:
     """Raises unless a line has a prompt or query, and candidates with rewards."""
     if "prompt" not in row and not isinstance(row.get("query"), str):
         raise _BadPair("missing field", 'no field "prompt" and no text "query"; expected one')
@@ -134,7 +134,7 @@ def _check_candidates(row: Mapping[str, Any]) -> None:
             )
 
 
-def _texts(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """A line's prompt and responses as text."""
     for name in SIDES:
         if name not in row:
