@@ -47,15 +47,9 @@ def read_echo(
     builder = Triples(path, data_dir=root, shares=shares)
     with reporter.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
-    limits = {
-        "retriever_train": config.max_retriever_train,
-        "generator_train": config.max_generator_train,
-        "dev": config.max_dev,
-        "test": config.max_test,
-    }
     taken = {
-        part: list(_take(config, reporter, builder, prepared, part, limits[part]))
-        for part in limits
+        part: list(_take(config, reporter, builder, prepared, part, getattr(config, f"max_{part}")))
+        for part in (*TRAINING, *HELD_OUT)
     }
     held_out = [triple for part in HELD_OUT for triple in taken[part]]
     known = {query_key(triple.query) for triple in held_out}
@@ -63,7 +57,7 @@ def read_echo(
     corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
-    ids: dict[str, dict[str, None]] = {part: {} for part in limits}
+    ids: dict[str, dict[str, None]] = {part: {} for part in taken}
     left_out = 0
     for part, triples in taken.items():
         dropped = _leaks(triples, known, documents) if part in TRAINING else [False] * len(triples)

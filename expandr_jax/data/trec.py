@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from expandr_jax.data.records import decode, read_lines
 from expandr_jax.errors import UserError
 
 _START = re.compile(r"<top(?:ic)?\b", re.IGNORECASE)
@@ -32,13 +33,7 @@ def read_topics(path: str | os.PathLike, field: str | None = None) -> dict[str, 
             number or the field, or has an id that stands twice.
     """
     path = Path(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text ({error.reason})") from None
+    text = "".join(decode(f"{path}:{number}", line) for number, line in read_lines(path))
     parse = _tagged(path, text, field) if _START.search(text) else _lines(path, text)
     topics: dict[str, str] = {}
     for where, key, query in parse:

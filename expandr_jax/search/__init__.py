@@ -7,7 +7,6 @@ scores, indices = index.search(queries, k=100)   # [Q, k] each, best first
 
 import os
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from expandr_jax.errors import UserError
 from expandr_jax.search import scann
 from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint
 from expandr_jax.search.exact import ExactIndex, ExactOptions
+from expandr_jax.search.index import Index, read_manifest
 from expandr_jax.search.scann import ScannIndex, ScannOptions
-from expandr_jax.search.storage import read_manifest
 from expandr_jax.search.vectors import fingerprint
 from expandr_jax.settings import fields_of
 
@@ -39,33 +38,6 @@ BACKENDS = {
     "scann": (ScannIndex, ScannOptions),
     "bm25": (Bm25Index, Bm25Options),
 }
-
-
-class Index(Protocol):
-    """What every index offers; the score is the inner product of vectors, or BM25's of texts.
-
-    Attributes:
-        size: number of vectors or texts.
-        dimension: width of the vectors; for texts, how many different words they have.
-        fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
-    """
-
-    size: int
-    dimension: int
-    fingerprint: str
-
-    def search(self, queries: np.ndarray | Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns scores [Q, min(k, N)] float32 and indices int32, best first.
-
-        Equal scores come in the order of their indices. Queries are what was indexed: vectors
-        [Q, D], of which those that are not finite or not of the index's width raise UserError, or
-        Q texts.
-        """
-        ...
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the index into `directory`, to be read by `load_index`."""
-        ...
 
 
 def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **options) -> Index:

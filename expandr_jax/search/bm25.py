@@ -5,13 +5,14 @@ import functools
 import hashlib
 import logging
 import os
+import pathlib
 from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.index import Index, Manifest
 from expandr_jax.search.vectors import check_options
 from expandr_jax.settings import NotNegative, Share
 
@@ -36,12 +37,14 @@ class Bm25Options:
     b: Share = 0.4
 
 
-class Bm25Index:
+class Bm25Index(Index):
     """Lucene's BM25: an index of texts, searched for texts.
 
     Text is lower-cased and split into words of two or more word characters; Lucene's 33 English
     stop words are dropped; nothing is stemmed (Anserini stems, so its scores differ a little).
     """
+
+    backend, file_names = "bm25", _FILES
 
     def __init__(self, texts: Sequence[str], options: Bm25Options = Bm25Options()):
         """Indexes `texts`, one a document, in order.
@@ -60,7 +63,7 @@ class Bm25Index:
         if not any(tokens.ids):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
-        self._texts, self._options = texts, options
+        self._texts, self.options = texts, options
         self._bm25 = bm25s.BM25(method="lucene", **dataclasses.asdict(options))
         self._bm25.index(tokens, show_progress=False)
 
@@ -91,8 +94,9 @@ class Bm25Index:
         k = min(k, self.size)
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
-        for row, words in enumerate(_tokenize(queries)):
-            known = self._bm25.get_tokens_ids(words)
+        words = _bm25s().tokenize(list(queries), return_ids=False, **_WORDS) if queries else []
+        for row, asked in enumerate(words):
+            known = self._bm25.get_tokens_ids(asked)
             scored = self._bm25.get_scores_from_ids(known)
             # bm25s's own top-k leaves the order of ties open.
             cut = np.partition(scored, self.size - k)[self.size - k]
@@ -102,16 +106,14 @@ class Bm25Index:
             scores[row] = scored[indices[row]]
         return scores, indices
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the index into `directory`, to be read by `load_index`; not the texts."""
-        write = functools.partial(self._bm25.save, show_progress=False)
-        save_index(directory, self, "bm25", self._options, _FILES, write)
+    def _write(self, directory: pathlib.Path) -> None:
+        self._bm25.save(directory, show_progress=False)  # Not the texts.
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "Bm25Index":
-        """Memory-maps a saved index; `load_index` reads the manifest."""
+        """Memory-maps a saved index."""
         index = cls.__new__(cls)
-        index.size, index._options = manifest.size, Bm25Options(**manifest.options)
+        index.size, index.options = manifest.size, Bm25Options(**manifest.options)
         index.fingerprint = manifest.fingerprint
         index._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
         return index
@@ -144,7 +146,3 @@ def _bm25s() -> ModuleType:
     # It sets itself to report every index that it builds.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
-
-
-def _tokenize(texts: Sequence[str]) -> list[list[str]]:
-    return _bm25s().tokenize(list(texts), return_ids=False, **_WORDS) if texts else []

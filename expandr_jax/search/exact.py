@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.index import Index, Manifest
 from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
 from expandr_jax.settings import count
 
@@ -36,8 +36,10 @@ class ExactOptions:
     query_rows: Annotated[int, count(1)] = 1024
 
 
-class ExactIndex:
+class ExactIndex(Index):
     """Every inner product, in float32; two blocks on each device whatever the corpus's size."""
+
+    backend, file_names = "exact", (_FILE,)
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class ExactIndex:
         check_options("exact search", options)
         check_vectors(vectors)
         self._vectors = vectors
-        self._options = options
+        self.options = options
         self._devices = devices
         self.size, self.dimension = vectors.shape
 
@@ -72,10 +74,10 @@ class ExactIndex:
         queries = check_queries(queries, self.dimension, k)
         k = min(k, self.size)
         # Few shapes to compile: batches of queries have a power of two of rows.
-        rows = min(self._options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
+        rows = min(self.options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
         starts = range(0, len(queries), rows)
         batches = [_pad_rows(queries[start : start + rows], rows) for start in starts]
-        block_rows = min(self._options.block_rows, self.size)
+        block_rows = min(self.options.block_rows, self.size)
         offsets = range(0, self.size, block_rows)
         devices = (self._devices or jax.local_devices())[: len(offsets)]
         empty = np.full((rows, k), -np.inf, np.float32), np.zeros((rows, k), np.int32)
@@ -95,17 +97,12 @@ class ExactIndex:
         indices = [found[1] for found in merged] or [np.empty((0, k), np.int32)]
         return np.concatenate(scores)[: len(queries)], np.concatenate(indices)[: len(queries)]
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the vectors into `directory`, to be memory-mapped by `load_index`."""
-
-        def write(where: pathlib.Path) -> None:
-            np.save(where / _FILE, np.asarray(self._vectors, dtype=np.float32))
-
-        save_index(directory, self, "exact", self._options, [_FILE], write)
+    def _write(self, directory: pathlib.Path) -> None:
+        np.save(directory / _FILE, np.asarray(self._vectors, dtype=np.float32))
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ExactIndex":
-        """Memory-maps a saved index; `load_index` reads the manifest."""
+        """Memory-maps a saved index."""
         vectors = np.load(os.path.join(directory, _FILE), mmap_mode="r", allow_pickle=False)
         index = cls(vectors, ExactOptions(**manifest.options))
         index.fingerprint = manifest.fingerprint  # That of the vectors given, if not in float32.

@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.storage import Manifest, save_index
+from expandr_jax.search.index import Index, Manifest
 from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
 from expandr_jax.settings import MANY, NotNegative, choice, count, number
 
@@ -83,8 +83,10 @@ def installed() -> bool:
     return importlib.util.find_spec("scann") is not None
 
 
-class ScannIndex:
+class ScannIndex(Index):
     """An index by ScaNN; its scores are exact, its neighbours may miss some."""
+
+    backend, file_names = "scann", _ASSETS
 
     def __init__(self, vectors: np.ndarray, options: ScannOptions = ScannOptions()):
         """Builds the index over `vectors` [N, D]; the array is not needed afterwards.
@@ -168,17 +170,12 @@ class ScannIndex:
         order = np.lexsort((indices, -scores), axis=1)
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the index into `directory`, which may be moved, to be read by `load_index`."""
-
-        def write(where: pathlib.Path) -> None:
-            self._searcher.serialize(str(where), relative_path=True)
-
-        save_index(directory, self, "scann", self.options, _ASSETS, write)
+    def _write(self, directory: pathlib.Path) -> None:
+        self._searcher.serialize(str(directory), relative_path=True)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ScannIndex":
-        """Loads a saved index; `load_index` reads the manifest and checks the files."""
+        """Loads a saved index."""
         library = _library()
         # load_searcher would unpickle this file, which we never write.
         if os.path.exists(os.path.join(directory, "scann_docids.pkl")):

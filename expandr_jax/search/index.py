@@ -1,0 +1,120 @@
+"""What every index offers, how it is saved, and the manifest that a saved one is checked by."""
+
+import abc
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.errors import UserError
+
+_NAME = "index.json"
+_CHECK = "sha256"  # Field of the manifest: the hash of all others.
+
+
+class Index(abc.ABC):
+    """Search for the best of a corpus; scores are inner products of vectors, or BM25's of texts.
+
+    Attributes:
+        backend: "exact", "scann" or "bm25".
+        file_names: what the files of a saved index may be called.
+        size: number of vectors or texts.
+        dimension: width of the vectors; for texts, how many different words they have.
+        fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
+        options: the backend's options, a dataclass.
+    """
+
+    backend: ClassVar[str]
+    file_names: ClassVar[Sequence[str]]
+    size: int
+    dimension: int
+    fingerprint: str
+    options: Any
+
+    @abc.abstractmethod
+    def search(self, queries: np.ndarray | Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns scores [Q, min(k, N)] float32 and indices int32, best first.
+
+        Equal scores come in the order of their indices. Queries are what was indexed: vectors
+        [Q, D], of which those that are not finite or not of the index's width raise UserError, or
+        Q texts.
+        """
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the index into `directory`, which may be moved, to be read by `load_index`.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        directory = pathlib.Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name in (_NAME, *self.file_names):
+                (directory / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+        self._write(directory)
+        written = sorted(name for name in self.file_names if (directory / name).exists())
+        # Last of all, so that half an index is never taken for a whole one.
+        manifest = Manifest(
+            self.backend,
+            self.size,
+            self.dimension,
+            self.fingerprint,
+            dataclasses.asdict(self.options),
+            {name: hash_file(directory / name) for name in written},
+        )
+        fields = dataclasses.asdict(manifest)
+        write_json(directory / _NAME, {**fields, _CHECK: hash_json(fields)})
+
+    @abc.abstractmethod
+    def _write(self, directory: pathlib.Path) -> None:
+        """Writes the files of the index."""
+
+    @classmethod
+    @abc.abstractmethod
+    def load(cls, directory: str | os.PathLike, manifest: "Manifest") -> "Index":
+        """Opens a saved index; `load_index` reads the manifest and checks the files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Describes a saved index: attributes of `Index`, and the sha256 of each file by name."""
+
+    backend: str
+    size: int
+    dimension: int
+    fingerprint: str
+    options: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
+def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Manifest:
+    """Reads a manifest and checks every file against it, as `load_index` says."""
+    path = pathlib.Path(directory) / _NAME
+    try:
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        # A changed digit of the size or of an option would give other answers, and no error.
+        if fields.pop(_CHECK) != hash_json(fields):
+            raise ValueError
+        manifest = Manifest(**fields)
+    except OSError as error:
+        raise UserError(f"{path}: no saved index: {error.strerror}; build it again") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: not an index's manifest; build the index again") from error
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        contents = "texts" if manifest.backend == "bm25" else "vectors"
+        raise UserError(
+            f"{path}: the index was built from other {contents} (sha256 "
+            f"{manifest.fingerprint[:12]}, expected {fingerprint[:12]}); build it again"
+        )
+    for name, expected in manifest.files.items():
+        file = path.parent / name
+        if not file.is_file() or hash_file(file) != expected:
+            raise UserError(f"{file}: missing or damaged; build the index again")
+    return manifest
