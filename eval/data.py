@@ -19,7 +19,7 @@ from eval.description import Lengths, token_lengths, warning_lines, word_lengths
 from eval.triples import holds_triples, report_triples
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
-from expandr_jax.data.duplicates import GRAM, near_duplicate_clusters, words
+from expandr_jax.data.duplicates import near_duplicate_clusters, word_grams, words
 from expandr_jax.errors import UserError
 from expandr_jax.report.tables import wide_console
 from train.launch import launch
@@ -145,18 +145,13 @@ def _near_duplicates(
     pairs = {}
     # A cluster may be a chain: its ends need have nothing in common.
     for key, label in zip(test, labels[len(train) :], strict=True):
-        mine = _grams(test[key])
+        mine = word_grams(test[key])
         for other in clusters.get(label, ()):
-            theirs = _grams(train[other])
+            theirs = word_grams(train[other])
             if len(mine & theirs) > near * len(mine | theirs):
                 pairs[key] = other
                 break
     return pairs
-
-
-def _grams(text: str) -> set[tuple[str, ...]]:
-    tokens = words(text)
-    return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
 
 
 def check(

@@ -20,7 +20,7 @@ from expandr_jax.errors import UserError
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance, 0 is not relevant
 
-METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")  # Of every table.
+METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")  # Every table has them.
 CHOSEN_BY = "ndcg@10"  # The metric that settings are chosen by, on dev.
 
 # Our names and those of ir-measures.

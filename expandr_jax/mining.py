@@ -87,7 +87,7 @@ def triple_rows(
 
     Args:
         queries: Texts.
-        positives: Right documents of each query; empty ones are left out. `read_triples` refuses a
+        positives: Relevant documents of each query; empty ones are left out. `read_triples` refuses a
             query without any.
         negatives: From `mine_negatives`.
         documents: Texts of the corpus.

@@ -75,12 +75,12 @@ def near_duplicates(
     sizes = []
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, text in enumerate(of):
-        grams = _grams(text)
+        grams = word_grams(text)
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(number)
     for text in texts:
-        grams = _grams(text)
+        grams = word_grams(text)
         shared = Counter(number for gram in grams for number in holders.get(gram, ()))
         yield any(
             count > threshold * (len(grams) + sizes[number] - count)
@@ -88,7 +88,8 @@ def near_duplicates(
         )
 
 
-def _grams(text: str) -> set[tuple[str, ...]]:
+def word_grams(text: str) -> set[tuple[str, ...]]:
+    """The word 5-grams of a text; of fewer words, all of them as one gram."""
     tokens = words(text)
     return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
 
