@@ -87,8 +87,8 @@ def triple_rows(
 
     Args:
         queries: Texts.
-        positives: Relevant documents of each query; empty ones are left out. `read_triples` refuses a
-            query without any.
+        positives: Relevant documents of each query; empty ones are left out. `read_triples`
+            refuses a query without any.
         negatives: From `mine_negatives`.
         documents: Texts of the corpus.
     """
