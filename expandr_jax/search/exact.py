@@ -25,12 +25,7 @@ _FILE = "vectors.npy"
 
 @dataclasses.dataclass(frozen=True)
 class ExactOptions:
-    """Settings of the exact index.
-
-    Attributes:
-        block_rows: corpus vectors in one matrix product.
-        query_rows: queries in one matrix product.
-    """
+    """Settings of the exact index; configs/base.py says what each means."""
 
     block_rows: Annotated[int, count(1)] = 8192
     query_rows: Annotated[int, count(1)] = 1024

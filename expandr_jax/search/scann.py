@@ -39,27 +39,15 @@ _ASSETS = (
 
 @dataclasses.dataclass(frozen=True)
 class ScannOptions:
-    """Settings of the ScaNN index; the defaults follow the corpus's size N.
+    """Settings of the ScaNN index; configs/base.py says what each means.
 
     Brute force and hashing give the same answers every time. A tree starts from random leaves that
     ScaNN does not let us seed: where two runs must agree, build it once and save it.
 
-    Attributes:
-        method: "auto", "brute" (every vector), "ah" (asymmetric hashing, then exact re-ranking)
-            or "tree" (the same inside the nearest leaves). Fewer than 16 vectors are always brute.
-        ah_from: with "auto", the N from which hashing is used.
-        tree_from: with "auto", the N from which the tree is used.
-        leaves: leaves of the tree; None is sqrt(N).
-        leaves_to_search: leaves visited for a query; None is a quarter of them.
-        tree_sample: vectors that the tree is trained on; about two a leaf and 100 at least.
-        tree_iterations: iterations of k-means for the tree.
-        soar: weight of SOAR's second leaf for each vector (arXiv 2404.00774); None is one leaf.
-        dimensions_per_block: dimensions hashed together; no more than there are.
-        anisotropic_threshold: threshold of the score-aware quantization loss.
-        ah_sample: vectors that hashing is trained on, about; 100 at least.
-        ah_iterations: iterations of k-means for the hash.
-        reorder: candidates scored exactly for a query; at least k of them always are.
-        storage: "float32", "bfloat16" or "int8", of the vectors used for exact scores.
+    What hashing finds, in the nearest leaves or everywhere, is ranked again by exact scores: that
+    of `reorder` candidates, and of k at least. Fewer than 16 vectors are searched by brute force
+    whatever the method. Samples are of about the size asked for, of 100 vectors at least and, for
+    a tree, of two a leaf. `soar` is lambda of arXiv 2404.00774; None is one leaf a vector.
     """
 
     method: Annotated[str, choice(METHODS)] = "auto"
