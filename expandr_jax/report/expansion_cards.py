@@ -1,28 +1,29 @@
-"""A dozen expansions beside their queries, with the rank of the right document."""
+"""A dozen expansions beside their queries, with the rank of the relevant document."""
 
 import hashlib
-import html
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import read_jsonl
-from expandr_jax.report.page import paragraph
+from expandr_jax.report import page
 
-_BEFORE, _AFTER = "expandr-plain", "expandr"  # of the expansions shown: without, with
-_SHOWN_EACH = 4  # improvements, losses and others shown
+_BEFORE, _AFTER = "expandr-plain", "expandr"  # Systems without and with the expansions shown.
+_SHOWN_EACH = 4  # Improvements, losses and others that are shown.
 _EXPANSION_CHARACTERS = 700
 _DOCUMENT_CHARACTERS = 320
 
 
-def expansion_cards(workdir: pathlib.Path) -> str | None:
-    """Returns the HTML of the cards, or None where the run lacks a file that they need.
+def expansion_cards(workdir: pathlib.Path) -> Markup | None:
+    """The HTML of the cards, or None where the run lacks a file that they need.
 
     Args:
-        workdir: holds runs/, qrels.trec, evaluation/expansions.jsonl and, for the text of the
-            right document, data/corpus.jsonl.
+        workdir: Holds runs/, qrels.trec, evaluation/expansions.jsonl and, for the text of the
+            relevant document, data/corpus.jsonl.
     """
     paths = [workdir / "runs" / f"{system}.trec" for system in (_BEFORE, _AFTER)]
     needed = [*paths, workdir / "qrels.trec", workdir / "evaluation" / "expansions.jsonl"]
@@ -40,21 +41,20 @@ def expansion_cards(workdir: pathlib.Path) -> str | None:
         for query in shown
     }
     depth = max((len(scores) for run in (before, after) for scores in run.values()), default=0)
-    picked = _pick(ranks)
-    documents = _documents(workdir, {_right(qrels[query]) for query in picked})
-    cards = "".join(
-        _card(shown[query], ranks[query], depth, documents.get(_right(qrels[query])))
-        for query in picked
+    relevant = {query: max(qrels[query], key=qrels[query].get) for query in _pick(ranks)}
+    documents = _documents(workdir, set(relevant.values()))
+    return page.cards(
+        f"Rank of the relevant document without the expansion ({_BEFORE}) and with it ({_AFTER}): "
+        "the biggest improvements, the biggest losses, and others drawn by hash.",
+        [
+            _card(shown[query], ranks[query], depth, documents.get(document))
+            for query, document in relevant.items()
+        ],
     )
-    note = paragraph(
-        f"Rank of the right document without the expansion ({_BEFORE}) and with it ({_AFTER}): the "
-        "biggest improvements, the biggest losses, and others drawn by hash."
-    )
-    return f'{note}<div class="cards">{cards}</div>' if cards else None
 
 
 def _pick(ranks: Mapping[str, tuple[int | None, int | None]]) -> list[str]:
-    """Picks queries by the change of the right document's 1/rank: best, worst, then by hash."""
+    """Queries by the change of the relevant document's 1/rank: best, worst, then by hash."""
 
     def change(query: str) -> float:
         before, after = ranks[query]
@@ -72,31 +72,22 @@ def _pick(ranks: Mapping[str, tuple[int | None, int | None]]) -> list[str]:
 
 def _card(
     row: Mapping[str, Any], ranks: tuple[int | None, int | None], depth: int, document: str | None
-) -> str:
+) -> page.Card:
     before, after = (rank or depth + 1 for rank in ranks)
     trend = "better" if after < before else "worse" if after > before else "same"
     labels = [str(rank) if rank else f"beyond {depth}" for rank in ranks]
-    expansion = _clip(row["expansion"], _EXPANSION_CHARACTERS) or "(empty)"
-    right = ""
+    expansion = page.clip(row["expansion"], _EXPANSION_CHARACTERS) or "(empty)"
     if document is not None:
-        text = html.escape(_clip(document, _DOCUMENT_CHARACTERS))
-        right = f"<details><summary>Right document</summary><p>{text}</p></details>"
-    return (
-        f"<article><h3>{html.escape(row['query'])}</h3>"
-        f'<p class="rank {trend}">rank {labels[0]} → {labels[1]} <span>{trend}</span></p>'
-        f"<blockquote>{html.escape(expansion)}</blockquote>{right}</article>"
-    )
+        document = page.clip(document, _DOCUMENT_CHARACTERS)
+    return page.Card(row["query"], trend, f"rank {' → '.join(labels)}", trend, expansion, document)
 
 
 def _rank(scores: Mapping[str, float], judged: Mapping[str, int]) -> int | None:
+    """Rank of the first relevant document, from 1."""
     for rank, (document, _) in enumerate(metrics.rank_documents(scores), start=1):
         if judged.get(document, 0) > 0:
             return rank
     return None
-
-
-def _right(judged: Mapping[str, int]) -> str:
-    return max(judged, key=lambda document: judged[document])
 
 
 def _documents(workdir: pathlib.Path, wanted: set[str]) -> dict[str, str]:
@@ -105,8 +96,3 @@ def _documents(workdir: pathlib.Path, wanted: set[str]) -> dict[str, str]:
         return {}
     rows = (row for _, row in read_jsonl(path, {"_id": str, "text": str}) if row["_id"] in wanted)
     return {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in rows}
-
-
-def _clip(text: str, length: int) -> str:
-    text = text.strip()
-    return text if len(text) <= length else text[:length].rsplit(maxsplit=1)[0] + " …"

@@ -1,11 +1,10 @@
 """Tables of `eval.beir` as Markdown, LaTeX, CSV and rich text, and its results as an HTML page."""
 
-import html
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from markupsafe import Markup
 from rich.table import Table
 
 from expandr_jax import metrics
@@ -13,8 +12,8 @@ from expandr_jax.data.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.report import page, plots
 from expandr_jax.report.differences import HEADER, Values, compare, moved, read_expansions
-from expandr_jax.report.run_report import settings_section, time_section
-from expandr_jax.report.tables import FORMATS, render
+from expandr_jax.report.run_report import results_section, settings_section, time_section
+from expandr_jax.report.tables import mark_best, render, results_cells
 
 SUFFIXES = {"markdown": ".md", "latex": ".tex", "csv": ".csv"}
 CURVES = 6  # Systems whose gains by query are drawn: those that differ most from the baseline.
@@ -28,7 +27,7 @@ def write_tables(
     """Writes a table to path.md, .tex and .csv, and returns it as rich text."""
     for form, suffix in SUFFIXES.items():
         write_text(path.with_suffix(suffix), render(title, header, rows, form))
-    return render(title, header, rows, FORMATS[0])
+    return render(title, header, rows)
 
 
 def write_set(
@@ -46,12 +45,10 @@ def write_set(
         texts: Query id -> its text.
     """
     title = f"{results['dataset']}, {results['queries']:,} queries"
-    header = list(results["rows"][0])
-    rows = [[row["system"], *(f"{row[m]:.4f}" for m in header[1:])] for row in results["rows"]]
-    write_tables(directory / "results", title, header, rows)
+    write_tables(directory / "results", title, *results_cells(results["rows"]))
     _, expansions = read_expansions(directory / "evaluation" / "expansions.jsonl")
     sections = {
-        "Results": _results(results, values),
+        "Results": results_section(results, _intervals(values)),
         **comparison_sections(values, results["rows"][0]["system"], texts, expansions),
         "Where the time went": time_section(directory),
         "Settings": settings_section(directory, results),
@@ -59,7 +56,7 @@ def write_set(
     _write_page(
         directory / "report.html",
         f"Systems on {results['dataset']}",
-        f"{results['queries']:,} queries, {len(rows)} systems.",
+        f"{results['queries']:,} queries, {len(results['rows'])} systems.",
         sections,
     )
 
@@ -71,28 +68,17 @@ def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
         workdir: The run's.
         mean: As from `mean_over_sets`.
     """
-    columns = [*mean["sets"].values(), mean["rows"]]
-    title = f"{CHOSEN_BY} over {len(mean['sets'])} sets"
-    header = ["system", *mean["sets"], "mean"]
-    numbers = [[cell[CHOSEN_BY] for cell in cells] for cells in zip(*columns, strict=True)]
+    columns = [[row[CHOSEN_BY] for row in of] for of in (*mean["sets"].values(), mean["rows"])]
     names = [row["system"] for row in mean["rows"]]
-    rows = [
-        [name, *(f"{value:.4f}" for value in line)]
-        for name, line in zip(names, numbers, strict=True)
-    ]
-    best = np.max(numbers, axis=0)
-    marked = [
-        [name, *((f"{v:.4f}", v == b) for v, b in zip(line, best, strict=True))]
-        for name, line in zip(names, numbers, strict=True)
-    ]
-    means = {row["system"]: row[CHOSEN_BY] for row in mean["rows"]}
-    chart = plots.bars(f"Mean {CHOSEN_BY} of each system", means)
-    measures = [name for name in mean["rows"][0] if name != "system"]
-    others = [[row["system"], *(f"{row[m]:.4f}" for m in measures)] for row in mean["rows"]]
+    title = f"{CHOSEN_BY} over {len(mean['sets'])} sets"
+    header, rows = ["system", *mean["sets"], "mean"], mark_best(names, *columns)
+    chart = plots.bars(
+        f"Mean {CHOSEN_BY} of each system", dict(zip(names, columns[-1], strict=True))
+    )
     caption = "Sets of one family, as CQADupStack's twelve, count as one; the best is bold."
     sections = {
-        "By set": page.table(caption, header, marked) + page.figures({f"Mean {CHOSEN_BY}": chart}),
-        "All measures": page.table("Means over the sets.", ["system", *measures], others),
+        "By set": page.table(caption, header, rows) + page.figures({f"Mean {CHOSEN_BY}": chart}),
+        "All measures": page.table("Means over the sets.", *results_cells(mean["rows"])),
         "Where the time went": time_section(workdir),
         "Settings": settings_section(workdir, {}),
     }
@@ -116,7 +102,7 @@ def write_comparison(
     ]
     queries = len(values[baseline][measures[0]])
     sections = {
-        "Results": _results({"rows": rows}, values),
+        "Results": results_section({"rows": rows}, _intervals(values)),
         **comparison_sections(values, baseline, texts, expansions),
     }
     lead = f"{queries:,} queries, {len(rows)} runs, compared with {baseline}."
@@ -128,7 +114,7 @@ def comparison_sections(
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
-) -> dict[str, str | None]:
+) -> dict[str, Markup | None]:
     """Sections on differences from a baseline, under the first measure.
 
     Args:
@@ -153,26 +139,10 @@ def comparison_sections(
     }
 
 
-def _results(results: Mapping[str, Any], values: Values) -> str:
-    header = list(results["rows"][0])
-    measure = header[1]
-    best = {name: max(row[name] for row in results["rows"]) for name in header[1:]}
-    rows = [
-        [row["system"], *((f"{row[m]:.4f}", row[m] == best[m]) for m in header[1:])]
-        for row in results["rows"]
-    ]
-    chart = plots.bars(
-        f"{measure} of each system",
-        {row["system"]: row[measure] for row in results["rows"]},
-        intervals={
-            name: metrics.bootstrap_interval(list(of[measure].values()))
-            for name, of in values.items()
-        },
-    )
-    note = f"{measure}, with 95 % bootstrap intervals of the mean over queries"
-    return page.table("Mean over the queries; the best is bold.", header, rows) + page.figures(
-        {note: chart}
-    )
+def _intervals(values: Values) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals of the means of the first metric."""
+    firsts = {name: next(iter(of.values())) for name, of in values.items()}
+    return {name: metrics.bootstrap_interval(list(of.values())) for name, of in firsts.items()}
 
 
 def _gains(values: Values, baseline: str, measure: str) -> str:
@@ -196,35 +166,26 @@ def _moved(
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
-) -> str | None:
+) -> Markup | None:
     rows = moved(values, baseline, MOVED, texts, expansions)
     largest: dict[str, Sequence[str]] = {}  # A query stands once, with its largest change.
     for row in sorted(rows, key=lambda row: -abs(float(row[4]))):
         largest.setdefault(row[1], row)
     shown = list(largest.values())[:MOVED]
-    cards = "".join(_card(*row) for row in shown)
-    note = page.paragraph(f"The {len(shown)} queries with the largest change against {baseline}.")
-    return f'{note}<div class="cards">{cards}</div>' if cards else None
+    note = f"The {len(shown)} queries with the largest change against {baseline}."
+    return page.cards(note, [_card(*row) for row in shown])
 
 
 def _card(
     run: str, query: str, before: str, after: str, difference: str, text: str, expansion: str
-) -> str:
+) -> page.Card:
     trend = "better" if float(difference) > 0 else "worse"
-    quoted = ""
-    if expansion:
-        clipped = expansion[:EXPANSION_CHARACTERS]
-        clipped += " …" if len(expansion) > len(clipped) else ""
-        quoted = f"<blockquote>{html.escape(clipped)}</blockquote>"
-    return (
-        f"<article><h3>{html.escape(text or query)}</h3>"
-        f'<p class="rank {trend}">{before} → {after} <span>{html.escape(run)}, query '
-        f"{html.escape(query)}</span></p>{quoted}</article>"
-    )
+    quote = page.clip(expansion, EXPANSION_CHARACTERS)
+    return page.Card(text or query, trend, f"{before} → {after}", f"{run}, query {query}", quote)
 
 
 def _write_page(
-    path: pathlib.Path, title: str, lead: str, sections: Mapping[str, str | None]
+    path: pathlib.Path, title: str, lead: str, sections: Mapping[str, Markup | None]
 ) -> None:
     present = {name: content for name, content in sections.items() if content}
     write_text(path, page.render(title, lead, present))

@@ -1,32 +1,20 @@
 """Plots as SVG for one HTML page: the page's own colours and font, the same bytes every time."""
 
+import contextlib
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    # Imported where it is used, else: it takes half a second, and a program draws at its end.
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 # Matplotlib knows no CSS variables: each stand-in below is replaced by var(--name) in the SVG, so
 # that a plot follows the page into dark mode.
+_SERIES = ("series-1", "series-2", "series-3", "series-4")
 _STAND_INS = {
-    "ink": "#010a01",
-    "soft": "#010a02",
-    "line": "#010a03",
-    "series-1": "#010a04",
-    "series-2": "#010a05",
-    "series-3": "#010a06",
-    "series-4": "#010a07",
-    "quiet": "#010a08",
+    name: f"#010a{i:02}" for i, name in enumerate(("ink", "soft", "line", "quiet", *_SERIES), 1)
 }
-_SERIES = [_STAND_INS[f"series-{i}"] for i in range(1, 5)]
 _DASHES = ["-", "--", ":", "-."]
 _STYLE = {
     "svg.fonttype": "none",
@@ -62,14 +50,13 @@ def bars(
     """Draws one horizontal bar a label, with whiskers where there is an interval.
 
     Args:
-        title: name of the plot, for those who cannot see it.
-        values: length of each bar by its label, drawn from top to bottom.
-        intervals: low and high end by label.
-        highlight: the label whose bar stands out; None colours all alike.
-        label: format of the value written beside a bar.
+        title: Name of the plot, for those who cannot see it.
+        values: Length of each bar by its label, drawn from top to bottom.
+        intervals: Low and high end by label.
+        highlight: The label whose bar stands out; None colours all alike.
+        label: Format of the value written beside a bar.
     """
-    with _style(_STYLE):
-        figure, axes = _figure(0.5 + 0.32 * len(values))
+    with _axes(title, 0.5 + 0.32 * len(values)) as axes:
         positions = np.arange(len(values))
         colours = [
             _STAND_INS["series-1" if highlight in (None, name) else "quiet"] for name in values
@@ -94,23 +81,22 @@ def bars(
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.16)
         axes.set_xlim(left=0)
-        return _svg(figure, title)
+        return _svg(axes, title)
 
 
 def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool = True) -> str:
     """Draws one line a series.
 
     Args:
-        title: name of the plot, for those who cannot see it.
-        series: points by label.
-        xlabel: text under the horizontal axis.
-        ylabel: text beside the vertical axis.
-        smooth: a long line is drawn faintly, with its moving mean on top.
+        title: Name of the plot, for those who cannot see it.
+        series: Points by label.
+        xlabel: Text under the horizontal axis.
+        ylabel: Text beside the vertical axis.
+        smooth: A long line is drawn faintly, with its moving mean on top.
     """
-    with _style(_STYLE):
-        figure, axes = _figure(2.9)
+    with _axes(title, 2.9) as axes:
         for i, (name, (x, y)) in enumerate(series.items()):
-            colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
+            colour, dash = _STAND_INS[_SERIES[i % 4]], _DASHES[i // 4 % 4]
             x, y = np.asarray(x, float), np.asarray(y, float)
             window = len(y) // 20
             if smooth and window > 1:
@@ -120,46 +106,45 @@ def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool 
             marker = "o" if len(y) < 12 else None
             axes.plot(x, y, dash, color=colour, linewidth=1.7, marker=marker, ms=3.5, label=name)
         _finish(axes, xlabel, ylabel, legend=len(series) > 1)
-        return _svg(figure, title)
+        return _svg(axes, title)
 
 
 def histogram(
     title: str, samples: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str = "share"
 ) -> str:
     """Draws the distribution of each sample as the share in 20 equal bins, its mean as a tick."""
-    with _style(_STYLE):
-        figure, axes = _figure(2.9)
+    with _axes(title, 2.9) as axes:
         together = np.concatenate([np.asarray(values, float) for values in samples.values()])
         low, high = min(0.0, together.min()), together.max()
         edges = np.linspace(low, high if high > low else low + 1, 21)
         for i, (name, values) in enumerate(samples.items()):
             shares, _ = np.histogram(values, edges)
             shares = shares / max(1, len(values))
-            colour, dash = _SERIES[i % 4], _DASHES[i // 4 % 4]
+            colour, dash = _STAND_INS[_SERIES[i % 4]], _DASHES[i // 4 % 4]
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16)
             axes.stairs(shares, edges, color=colour, linewidth=1.5, linestyle=dash, label=name)
             axes.plot(np.mean(values), 0, marker="^", ms=8, color=colour, clip_on=False, zorder=5)
         _finish(axes, xlabel, ylabel, legend=len(samples) > 1)
         axes.set_ylim(bottom=0)
-        return _svg(figure, title)
+        return _svg(axes, title)
 
 
-def _style(settings: Mapping[str, Any]) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def _axes(title: str, height: float) -> Iterator[Any]:
+    """Matplotlib's axes to draw on, in the page's style."""
+    # Matplotlib takes half a second to import, and a program draws at its end.
     import matplotlib
-
-    return matplotlib.rc_context(settings)
-
-
-def _figure(height: float) -> "tuple[Figure, Axes]":
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.add_subplot()
+    # The salt makes the ids repeat from run to run and differ between plots of one page.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure.add_subplot()
 
 
-def _finish(axes: "Axes", xlabel: str, ylabel: str, legend: bool) -> None:
+def _finish(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y")
@@ -175,11 +160,9 @@ def _finish(axes: "Axes", xlabel: str, ylabel: str, legend: bool) -> None:
         )
 
 
-def _svg(figure: "Figure", title: str) -> str:
+def _svg(axes: Any, title: str) -> str:
     buffer = io.StringIO()
-    # The salt makes the ids repeat from run to run and differ between plots of one page.
-    with _style({"svg.hashsalt": title}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    axes.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg ") :]
     for noise in (

@@ -1,24 +1,24 @@
 """The report of a run: one self-contained HTML page, and the table for the terminal."""
 
 import collections
-import html
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import rich.markup
 import rich.table
+from markupsafe import Markup
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import read_jsonl, write_text
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
-from expandr_jax.report import plots
+from expandr_jax.report import page, plots
 from expandr_jax.report.expansion_cards import expansion_cards
-from expandr_jax.report.page import figures, paragraph, render, table
+from expandr_jax.report.page import details, figures, paragraph, table
+from expandr_jax.report.tables import Bold, render, results_cells
 
 _OURS = "expandr"
 
@@ -27,7 +27,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` from the files of a finished run.
 
     Args:
-        workdir: holds results.json; a section whose other files are absent says so.
+        workdir: Holds results.json; a section whose other files are absent says so.
 
     Returns:
         The path of the page, which needs no other file and no network.
@@ -39,8 +39,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     results = _read_json(workdir / "results.json")
     if results is None:
         raise UserError(f"{workdir / 'results.json'}: not there; the run has not been evaluated")
-    sections: dict[str, Callable[[], str | None]] = {
-        "Results": lambda: _results(workdir, results),
+    sections: dict[str, Callable[[], Markup | None]] = {
+        "Results": lambda: results_section(results, _intervals(workdir, results), _OURS),
         "Significance": lambda: _significance(results),
         "Training": lambda: _training(workdir),
         "Rewards of the candidates": lambda: _candidates(workdir),
@@ -55,25 +55,14 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     }
     title = f"ExpandR on {results['dataset']}"
     path = workdir / "report.html"
-    write_text(path, render(title, _headline(results), contents))
+    write_text(path, page.render(title, _headline(results), contents))
     return path
 
 
 def results_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """Returns the rows of results.json as a table for the terminal, best values in bold."""
-    names = _metric_names(results)
-    view = rich.table.Table(title=f"{results['dataset']}, {results['queries']:,} test queries")
-    view.add_column("system")
-    for name in names:
-        view.add_column(name, justify="right")
-    best = _best(results)
-    for row in results["rows"]:
-        cells = [
-            f"[bold]{row[name]:.4f}[/bold]" if row[name] == best[name] else f"{row[name]:.4f}"
-            for name in names
-        ]
-        view.add_row(rich.markup.escape(row["system"]), *cells)
-    return view
+    """The rows of results.json as a table for the terminal, best values in bold."""
+    title = f"{results['dataset']}, {results['queries']:,} test queries"
+    return render(title, *results_cells(results["rows"]))
 
 
 def _headline(results: Mapping[str, Any]) -> str:
@@ -92,30 +81,35 @@ def _headline(results: Mapping[str, Any]) -> str:
     return text
 
 
-def _results(workdir: pathlib.Path, results: Mapping[str, Any]) -> str:
-    names, best = _metric_names(results), _best(results)
-    intervals = _intervals(workdir, results)
-    rows = []
-    for row in results["rows"]:
-        cells = [row["system"]]
-        cells += [(f"{row[name]:.4f}", row[name] == best[name]) for name in names]
-        if intervals:
-            low, high = intervals.get(row["system"], (None, None))
-            cells.append("–" if low is None else f"{low:.3f} – {high:.3f}")
-        rows.append(cells)
-    header = ["system", *names] + (["nDCG@10, 95 % interval"] if intervals else [])
-    chart = plots.bars(
-        "nDCG@10 of each system",
-        {row["system"]: row["ndcg@10"] for row in results["rows"]},
-        intervals=intervals,
-        highlight=_OURS,
-    )
-    note = "nDCG@10"
+def results_section(
+    results: Mapping[str, Any],
+    intervals: Mapping[str, tuple[float, float]],
+    highlight: str | None = None,
+) -> Markup:
+    """The HTML of the rows of results.json, and of a plot of their first metric.
+
+    Args:
+        results: The contents of results.json, or its "rows" alone.
+        intervals: System -> the 95 % bootstrap interval of its mean; {}: none are known.
+        highlight: The system whose bar stands out; None: all are alike.
+    """
+    header, rows = results_cells(results["rows"])
+    metric = header[1] if rows else metrics.CHOSEN_BY
+    note = metric
     if intervals:
         note += ", with 95 % bootstrap intervals of the mean over queries"
-    return table("Mean over the test queries; the best is bold.", header, rows) + figures(
-        {note: chart}
+        header = [*header, f"{metric}, 95 % interval"]
+        for row in rows:
+            low, high = intervals.get(row[0], (None, None))
+            row.append("–" if low is None else f"{low:.3f} – {high:.3f}")
+    chart = plots.bars(
+        f"{metric} of each system",
+        {row["system"]: row[metric] for row in results["rows"]},
+        intervals=intervals,
+        highlight=highlight,
     )
+    caption = "Mean over the queries; the best is bold."
+    return table(caption, header, rows) + figures({note: chart})
 
 
 def _intervals(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -131,13 +125,13 @@ def _intervals(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, t
     return intervals
 
 
-def _significance(results: Mapping[str, Any]) -> str | None:
+def _significance(results: Mapping[str, Any]) -> Markup | None:
     rows = [
         [
             f"{entry['system']} against {entry['baseline']}",
             entry["metric"],
             f"{entry['difference']:+.4f}",
-            (_p_value(entry["p_value"]), entry["p_value"] < 0.05),
+            (Bold if entry["p_value"] < 0.05 else str)(_p_value(entry["p_value"])),
             entry["test"],
         ]
         for entry in results.get("significance", [])
@@ -147,7 +141,7 @@ def _significance(results: Mapping[str, Any]) -> str | None:
     return table(caption, header, rows) if rows else None
 
 
-def _training(workdir: pathlib.Path) -> str | None:
+def _training(workdir: pathlib.Path) -> Markup | None:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
@@ -181,7 +175,7 @@ def _training(workdir: pathlib.Path) -> str | None:
     return figures(charts) if charts else None
 
 
-def _candidates(workdir: pathlib.Path) -> str | None:
+def _candidates(workdir: pathlib.Path) -> Markup | None:
     charts, rows = {}, []
     for directory in _rounds(workdir):
         rewards: dict[float, list[float]] = collections.defaultdict(list)
@@ -207,10 +201,10 @@ def _candidates(workdir: pathlib.Path) -> str | None:
     if not charts:
         return None
     header = ["round", "temperature", "candidates", "mean reward"]
-    return figures(charts) + (table("By temperature.", header, rows) if rows else "")
+    return figures(charts) + (table("By temperature.", header, rows) if rows else Markup())
 
 
-def _samples(workdir: pathlib.Path) -> str | None:
+def _samples(workdir: pathlib.Path) -> Markup | None:
     path = workdir / "evaluation" / "samples.jsonl"
     if not path.exists():
         return None
@@ -218,14 +212,14 @@ def _samples(workdir: pathlib.Path) -> str | None:
     splits = {row["split"] for row in rows}
     split = "test" if "test" in splits else min(splits, default="")
     parts = [_before_and_after(rows, split, field) for field in _FRESH]
-    return "".join(filter(None, parts)) or None
+    return Markup().join(filter(None, parts)) or None
 
 
 # What is shown of fresh samples: a sentence's beginning, a chart's title and its axis.
 _FRESH = {
     RANK: (
-        "Mean 1/rank of the right document for fresh samples, each searched on its own",
-        "1/rank of the right document, mean over a query's samples",
+        "Mean 1/rank of the relevant document for fresh samples, each searched on its own",
+        "1/rank of the relevant document, mean over a query's samples",
         "1/rank",
     ),
     REWARD: (
@@ -236,7 +230,7 @@ _FRESH = {
 }
 
 
-def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> str | None:
+def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> Markup | None:
     start, title, axis = _FRESH[field]
     before, after = (
         mean_by_query(rows, system, split, field)
@@ -257,8 +251,8 @@ def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> str
     return paragraph(sentence) + figures({f"{title}; a triangle is the mean": chart})
 
 
-def time_section(workdir: pathlib.Path) -> str | None:
-    """Returns the HTML of where a run's time went, or None where it has no timings.json."""
+def time_section(workdir: pathlib.Path) -> Markup | None:
+    """The HTML of where a run's time went, or None where it has no timings.json."""
     timings = _read_json(workdir / "timings.json")
     if not timings or not timings.get("phases"):
         return None
@@ -287,23 +281,14 @@ def time_section(workdir: pathlib.Path) -> str | None:
     return figures({"Seconds by phase": chart}) + table(caption, header, rows)
 
 
-def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> str | None:
-    """Returns the HTML of what was chosen on dev and of config.json, or None without either."""
+def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> Markup | None:
+    """The HTML of what was chosen on dev and of config.json, or None without either."""
     chosen = [[name, json.dumps(value)] for name, value in results.get("chosen", {}).items()]
-    text = table("Chosen on dev.", ["setting", "value"], chosen) if chosen else ""
+    text = table("Chosen on dev.", ["setting", "value"], chosen) if chosen else Markup()
     config = _read_json(workdir / "config.json")
     if config is not None:
-        body = html.escape(json.dumps(config, indent=2, ensure_ascii=False))
-        text += f"<details><summary>config.json</summary><pre>{body}</pre></details>"
+        text += details("config.json", json.dumps(config, indent=2, ensure_ascii=False))
     return text or None
-
-
-def _metric_names(results: Mapping[str, Any]) -> list[str]:
-    return [name for name in results["rows"][0] if name != "system"] if results["rows"] else []
-
-
-def _best(results: Mapping[str, Any]) -> dict[str, float]:
-    return {name: max(row[name] for row in results["rows"]) for name in _metric_names(results)}
 
 
 def _rounds(workdir: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -2,31 +2,58 @@
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import rich.markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDE = 200  # Characters of a line where there is no terminal to fit into.
+# A number, a share in per cent, or either with its spread after it.
+_NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ?%)?( \([\d.]+\))?")
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{character: "\\" + character for character in "&%$#_{}"},
 }  # fmt: skip
 
 
+class Bold(str):
+    """A cell that stands out where a table has bold text: rich text and HTML."""
+
+    bold = True
+
+
+def results_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the rows of a results.json; the best of each metric is bold."""
+    header = list(rows[0]) if rows else ["system"]
+    return header, mark_best(*([row[name] for row in rows] for name in header))
+
+
+def mark_best(names: Sequence[str], *columns: Sequence[float]) -> list[list[str]]:
+    """Rows of a name and a value of each column, the best of which is bold."""
+    cells = []
+    for column in columns:
+        texts, best = [f"{value:.4f}" for value in column], max(column, default=None)
+        cells.append([Bold(t) if v == best else t for t, v in zip(texts, column, strict=True)])
+    return [list(row) for row in zip(names, *cells, strict=True)]
+
+
 def render(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: str
+    title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: str = "text"
 ) -> str | Table:
-    """A table in one of `FORMATS`; "text" is rich's."""
-    numbers = [all(_is_number(row[i]) for row in rows) for i in range(len(header))]
+    """A table in one of `FORMATS`; "text" is rich's. Columns of numbers are set to the right."""
+    numbers = [
+        all(not row[i] or _NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))
+    ]
     if form == "text":
         view = Table(title=title, title_justify="left")
         for name, number in zip(header, numbers, strict=True):
             view.add_column(name, justify="right" if number else "left", overflow="fold")
         for row in rows:
-            view.add_row(*map(rich.markup.escape, row))
+            view.add_row(*(Text(cell, "bold" * isinstance(cell, Bold)) for cell in row))
         return view
     if form == "csv":
         text = io.StringIO()
@@ -48,14 +75,6 @@ def wide_console() -> Console:
     """A console that squeezes tables into the terminal's width only where there is one."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=WIDE)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell or 0)
-    except ValueError:
-        return False
-    return True
 
 
 def _latex(cell: str) -> str:
