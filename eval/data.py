@@ -7,7 +7,6 @@ leaks from test into training; for triples, from the collections of --tests=DIR,
 tokens where --retriever names a model, in words otherwise.
 """
 
-import collections
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -19,35 +18,33 @@ from eval.description import Lengths, token_lengths, warning_lines, word_lengths
 from eval.triples import holds_triples, report_triples
 from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
-from expandr_jax.data.duplicates import near_duplicate_clusters, word_grams, words
+from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.errors import UserError
-from expandr_jax.report.tables import wide_console
+from expandr_jax.report.tables import render, wide_console
 from train.launch import launch
 
-MOST_ERRORS = 20  # That are printed; all are counted.
+MOST_ERRORS = 20  # Lines that are printed; all mistakes are counted.
 PARTS = ("corpus", "queries")
 
 
 def describe(collection: Collection, lengths: Lengths) -> list[Table]:
     """Tables of what a collection holds: its texts, and the judgements of each split."""
-    texts = Table(title=collection.name, title_justify="left")
-    texts.add_column("part")
-    for name in ("texts", "empty", *lengths.header):
-        texts.add_column(name, justify="right")
+    texts, splits = [], []
     for part in PARTS:
         values = list(getattr(collection, part).values())
         cells = [f"{len(values):,}", f"{sum(not value for value in values):,}"]
-        texts.add_row(part, *cells, *lengths.cells(lengths.count(values)))
-    splits = Table()
-    splits.add_column("split")
-    for name in ("queries", "judgements", "relevant a query", "highest grade"):
-        splits.add_column(name, justify="right")
+        texts.append([part, *cells, *lengths.cells(lengths.count(values))])
     for split, qrels in collection.qrels.items():
         grades = [grade for judged in qrels.values() for grade in judged.values()]
         relevant = sum(grade > 0 for grade in grades) / len(qrels)
         cells = [f"{len(qrels):,}", f"{len(grades):,}", f"{relevant:.2f}", f"{max(grades)}"]
-        splits.add_row(split, *cells)
-    return [texts, splits]
+        splits.append([split, *cells])
+    header = ("split", "queries", "judgements", "relevant a query", "highest grade")
+    return [
+        render(collection.name, ("part", "texts", "empty", *lengths.header), texts),
+        render("", header, splits),
+    ]
 
 
 def find_warnings(collection: Collection, files: Files, near: float) -> list[str]:
@@ -93,7 +90,7 @@ def _repeated(texts: Mapping[str, str]) -> list[str]:
     seen: set[str] = set()
     repeated = []
     for key, text in texts.items():
-        plain = " ".join(words(text))
+        plain = query_key(text)
         if plain and plain in seen:
             repeated.append(key)
         seen.add(plain)
@@ -102,56 +99,35 @@ def _repeated(texts: Mapping[str, str]) -> list[str]:
 
 def _leaks(collection: Collection, near: float) -> dict[str, list[str]]:
     """What stands in both train and test."""
-    queries, documents = (
-        {split: part(collection, split) for split in ("train", "test")}
-        for part in (_judged_queries, _relevant_documents)
-    )
-    trained = {" ".join(words(text)) for text in queries["train"].values()}
+    qrels, corpus = collection.qrels, collection.corpus
+    queries = {s: {q: collection.queries[q] for q in qrels[s]} for s in ("train", "test")}
+    documents = {
+        split: {
+            document: corpus[document]
+            for judged in qrels[split].values()
+            for document, grade in judged.items()
+            if grade > 0 and document in corpus
+        }
+        for split in queries
+    }
+    trained = set(map(query_key, queries["train"].values()))
     same = documents["train"].keys() & documents["test"].keys()
-    pairs = _near_duplicates(
-        {key: text for key, text in documents["test"].items() if key not in same},
-        documents["train"],
-        near,
-    )
+    test = {key: text for key, text in documents["test"].items() if key not in same}
+    names, first = list(test), {}
+    # Documents of the test split are few, and those of train are read one by one.
+    found = near_duplicates(documents["train"].values(), list(test.values()), near)
+    for document, numbers in zip(documents["train"], found, strict=True):
+        for number in numbers:
+            first.setdefault(names[number], document)
     return {
         "test queries are train queries word for word": [
-            key for key, text in queries["test"].items() if " ".join(words(text)) in trained
+            key for key, text in queries["test"].items() if query_key(text) in trained
         ],
         "relevant test documents are relevant train documents": sorted(same),
         f"relevant test documents share over {near:g} of their 5-grams with a train document": [
-            f"{test} with {train}" for test, train in pairs.items()
+            f"{key} with {first[key]}" for key in test if key in first
         ],
     }
-
-
-def _judged_queries(collection: Collection, split: str) -> dict[str, str]:
-    return {query: collection.queries[query] for query in collection.qrels[split]}
-
-
-def _relevant_documents(collection: Collection, split: str) -> dict[str, str]:
-    judged = collection.qrels[split].values()
-    ids = (d for grades in judged for d, g in grades.items() if g > 0)
-    return {d: collection.corpus[d] for d in ids if d in collection.corpus}
-
-
-def _near_duplicates(
-    test: Mapping[str, str], train: Mapping[str, str], near: float
-) -> dict[str, str]:
-    """Test document -> the first train document that has more than `near` in common with it."""
-    labels = near_duplicate_clusters([*train.values(), *test.values()], near)
-    clusters = collections.defaultdict(list)
-    for key, label in zip(train, labels, strict=False):
-        clusters[label].append(key)
-    pairs = {}
-    # A cluster may be a chain: its ends need have nothing in common.
-    for key, label in zip(test, labels[len(train) :], strict=True):
-        mine = word_grams(test[key])
-        for other in clusters.get(label, ()):
-            theirs = word_grams(train[other])
-            if len(mine & theirs) > near * len(mine | theirs):
-                pairs[key] = other
-                break
-    return pairs
 
 
 def check(

@@ -12,7 +12,7 @@ from expandr_jax.weights.source import locate
 
 Length = Callable[[Sequence[str]], list[int]]
 
-EXAMPLES = 3  # Of each kind of warning.
+EXAMPLES = 3  # Places that a warning names.
 TEXTS_AT_ONCE = 1024
 UNLIMITED = 10**9  # Tokens; a tokenizer without a limit says this or more.
 
@@ -35,7 +35,7 @@ class Lengths:
     def header(self) -> list[str]:
         """Names of the columns that `cells` fills."""
         names = [f"mean {self.unit}", "median", "95 %", "longest"]
-        return names + (["over the limit"] if self.limit else [])
+        return names + ([f"over the limit of {self.limit}"] if self.limit else [])
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """The length of each text."""
@@ -49,7 +49,7 @@ class Lengths:
         cells = [f"{np.mean(counts):.1f}"]
         cells += [f"{np.percentile(counts, share):.0f}" for share in (50, 95, 100)]
         if self.limit:
-            cells.append(f"{np.mean(np.array(counts) > self.limit):.1%} (of {self.limit})")
+            cells.append(f"{np.mean(np.array(counts) > self.limit):.1%}")
         return cells
 
 

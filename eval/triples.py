@@ -14,6 +14,7 @@ from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
+from expandr_jax.report.tables import render
 
 PARTS = ("queries", "positives", "negatives")
 SHOWN = 60  # Characters of a query in an example.
@@ -54,7 +55,7 @@ def report_triples(
     counts: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
     found: dict[str, list[str]] = {}
     seen: set[str] = set()
-    rows, hits = _rows(files, errors), itertools.repeat(False)
+    rows, hits = _rows(files, errors), itertools.repeat([])
     if documents:
         rows, again = itertools.tee(rows)
         texts = (text for _, triple in again for text in triple.positives)
@@ -68,7 +69,7 @@ def report_triples(
                 counts[source, part] += lengths.count(flat)
         for source, triple in batch:
             key = query_key(triple.query)
-            is_near = [next(hits) for _ in triple.positives]
+            near_to = [next(hits) for _ in triple.positives]
             for what, holds in (
                 ("lines repeat the query of another", hash_json(key) in seen),
                 ("lines have no negative", not triple.negatives),
@@ -76,14 +77,20 @@ def report_triples(
                  not set(triple.positives).isdisjoint(triple.negatives)),
                 ("lines have a test query, word for word", key in tested),
                 (f"lines have a positive that shares over {near:g} of its 5-grams with a relevant "
-                 "test document", any(is_near)),
+                 "test document", any(near_to)),
             ):  # fmt: skip
                 if holds:
                     found.setdefault(what, []).append(f"{source}: {triple.query[:SHOWN]}")
             seen.add(hash_json(key))
     if not seen and not errors:
         raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line')
-    return _table(path, files, counts, lengths), warning_lines(found), errors
+    header, lines = ("file", "part", "texts", *lengths.header), []
+    for source in files:
+        for part in PARTS:
+            mine = counts.get((source, part), ())
+            name = source if part == PARTS[0] else ""
+            lines.append([name, part, f"{len(mine):,}", *lengths.cells(mine)])
+    return render(path.resolve().name, header, lines), warning_lines(found), errors
 
 
 def _rows(files: Mapping[str, pathlib.Path], errors: list[UserError]) -> Iterator:
@@ -101,22 +108,3 @@ def _relevant_documents(tests: Sequence[str]) -> list[str]:
         corpus = read_texts(benchmark.files, "corpus")
         texts += [text for document, text in corpus if document in relevant]
     return texts
-
-
-def _table(
-    path: pathlib.Path,
-    files: Mapping[str, pathlib.Path],
-    counts: Mapping[tuple[str, str], Sequence[int]],
-    lengths: Lengths,
-) -> Table:
-    table = Table(title=path.resolve().name, title_justify="left")
-    for name in ("file", "part"):
-        table.add_column(name)
-    for name in ("texts", *lengths.header):
-        table.add_column(name, justify="right")
-    for source in files:
-        for part in PARTS:
-            mine = counts.get((source, part), ())
-            name = source if part == PARTS[0] else ""
-            table.add_row(name, part, f"{len(mine):,}", *lengths.cells(mine))
-    return table

@@ -64,8 +64,8 @@ def near_duplicate_clusters(
 
 def near_duplicates(
     texts: Iterable[str], of: Sequence[str], threshold: float = 0.5
-) -> Iterator[bool]:
-    """Yields, for each text, whether it is nearly one of a few others.
+) -> Iterator[list[int]]:
+    """Yields, for each text, which of a few others it is nearly the same as.
 
     Args:
         texts: As many as there are; one is in memory at a time.
@@ -82,10 +82,11 @@ def near_duplicates(
     for text in texts:
         grams = word_grams(text)
         shared = Counter(number for gram in grams for number in holders.get(gram, ()))
-        yield any(
-            count > threshold * (len(grams) + sizes[number] - count)
-            for number, count in shared.items()
-        )
+        yield [
+            number
+            for number, count in sorted(shared.items())
+            if count > threshold * (len(grams) + sizes[number] - count)
+        ]
 
 
 def word_grams(text: str) -> set[tuple[str, ...]]:
