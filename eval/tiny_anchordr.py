@@ -38,21 +38,21 @@ class Twin:
         weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
         return torch.nn.functional.layer_norm(x, (WIDTH,), weight, bias, 1e-5)
 
-    def attention(self, x, memory, name, bias=0.0):
+    def attention(self, x, memory, name, bias=None):
         def heads(y):
             return y.view(len(y), HEADS, WIDTH // HEADS).transpose(0, 1)
 
-        q = heads(self.linear(x, f"{name}.q") * (WIDTH // HEADS) ** -0.5)
+        q = heads(self.linear(x, f"{name}.q"))
         k, v = (heads(self.linear(memory, f"{name}.{letter}")) for letter in "kv")
-        weights = torch.softmax(q @ k.transpose(1, 2) + bias, -1)
-        return self.linear((weights @ v).transpose(0, 1).reshape(x.shape), f"{name}.o")
+        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+        return self.linear(found.transpose(0, 1).reshape(x.shape), f"{name}.o")
 
     def stack(self, ids, name, layers, memory=None):
         positions = torch.arange(1, len(ids) + 1) + PAD
         x = self.w["shared.weight"][ids] + self.w[f"{name}.pos_embed.weight"][positions]
         x = self.norm(x, f"{name}.first_layer_norm")
         for i in range(layers):
-            layer, bias = f"{name}.block.{i}.layer.", 0.0
+            layer, bias = f"{name}.block.{i}.layer.", None
             if memory is None:
                 table = self.w[layer + "0.SelfAttention.relative_attention_bias.weight"]
                 least = min(twin_bucket(-n) for n in range(1024))

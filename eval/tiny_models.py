@@ -1,6 +1,7 @@
 """Tiny random PyTorch models of every stock family, written by transformers, to compare with."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ _SHAPE = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
 }
-_GROUPED = {**_SHAPE, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_ROBERTA = {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 32,
@@ -30,29 +31,22 @@ _T5 = {
     "relative_attention_max_distance": 12,
     "pad_token_id": 0,
 }
+_ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MODERN = {
     **_SHAPE,
-    "num_hidden_layers": 4,
-    "global_attn_every_n_layers": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **_ENDS,
     "cls_token_id": 1,
     "sep_token_id": 2,
+    "num_hidden_layers": 4,
+    "global_attn_every_n_layers": 2,
 }
-_LOCAL = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
-# Deep enough for a layer of each kind after a global one; scores scaled by the head's width.
-_DEEP = {
+_GROUPED = {**_SHAPE, **_ENDS, "num_key_value_heads": 2}
+_GEMMA = {
     **_GROUPED,
-    "num_hidden_layers": 7,
-    "sliding_window": 5,
     "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-}
-_LINEAR = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
 }
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -61,70 +55,54 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def linear_rope(full: float, sliding: float) -> dict[str, dict[str, Any]]:
+    """Rope parameters of two bases; positions are an eighth of what they are in full attention."""
+    return {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": full},
+        "sliding_attention": {"rope_type": "default", "rope_theta": sliding},
+    }
+
+
+_BIASED = {
+    **_MODERN,
+    **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias"), True),
+    "local_attention": 4,
+    "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+    "rope_parameters": linear_rope(1e5, 5e3),
+}
+_SCALED = {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3}
+_STRETCHED = {**_GROUPED, "head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+# transformers' name of the family, and what its config has.
 _FAMILIES = {
     "bert": ("Bert", _SHAPE),
-    "camembert": ("Camembert", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
-    "roberta": ("Roberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
-    "xlm-roberta": ("XLMRoberta", {**_SHAPE, "pad_token_id": 1, "type_vocab_size": 1}),
+    "camembert": ("Camembert", _ROBERTA),
+    "roberta": ("Roberta", _ROBERTA),
+    "xlm-roberta": ("XLMRoberta", _ROBERTA),
     # Layers of both kinds, and windows that lie within the rows.
     "modernbert": ("ModernBert", {**_MODERN, "local_attention": 9}),
-    "modernbert-biases": (
-        "ModernBert",
-        {
-            **_MODERN,
-            "norm_bias": True,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "local_attention": 4,
-            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
-            },
-        },
-    ),
+    "modernbert-biases": ("ModernBert", _BIASED),
     "t5": ("T5", _T5),
     "t5-gated": ("T5", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "llama": ("Llama", {**_GROUPED, "tie_word_embeddings": False, "rope_theta": 5e5}),
-    "llama-3.1": ("Llama", {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3}),
-    "llama-3.2": (
-        "Llama",
-        {**_GROUPED, "rope_theta": 5e5, "rope_scaling": _LLAMA3, "tie_word_embeddings": True},
-    ),
-    "llama-linear": (
-        "Llama",
-        {**_GROUPED, "head_dim": 16, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    ),
+    "llama-3.1": ("Llama", _SCALED),
+    "llama-3.2": ("Llama", {**_SCALED, "tie_word_embeddings": True}),
+    "llama-linear": ("Llama", _STRETCHED),
     "mistral": ("Mistral", {**_GROUPED, "sliding_window": None, "head_dim": 16}),
     "mistral-window": ("Mistral", {**_GROUPED, "sliding_window": 5}),
     "qwen2": ("Qwen2", {**_GROUPED, "tie_word_embeddings": True}),
-    "qwen2-window": (
-        "Qwen2",
-        {**_GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    ),
+    "qwen2-window": ("Qwen2", {**_GROUPED, **_WINDOW}),
     "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 16}),
-    "gemma3": (
-        "Gemma3Text",
-        {**_GROUPED, **_LOCAL, "head_dim": 16, "query_pre_attn_scalar": 24},
-    ),
-    "gemma3-linear": (
-        "Gemma3Text",
-        {
-            **_GROUPED,
-            **_LOCAL,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 24,
-            "rope_parameters": _LINEAR,
-        },
-    ),
-    "gemma3-deep": ("Gemma3Text", _DEEP),
-    "gemma3-deep-linear": ("Gemma3Text", {**_DEEP, "rope_parameters": _LINEAR}),
+    "gemma3": ("Gemma3Text", _GEMMA),
+    "gemma3-linear": ("Gemma3Text", {**_GEMMA, "rope_parameters": linear_rope(1e6, 1e4)}),
 }
 ENCODERS = (
     *("bert", "camembert", "roberta", "xlm-roberta"),
     *("modernbert", "modernbert-biases", "t5", "t5-gated"),
 )
-DECODERS = tuple(n for n in _FAMILIES if n not in ENCODERS and "deep" not in n)
+DECODERS = tuple(name for name in _FAMILIES if name not in ENCODERS)
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}"
@@ -132,10 +110,16 @@ TEMPLATE = (
 )
 
 
-def torch_model(family: str, *, head: bool = False) -> torch.nn.Module:
-    """A random model in evaluation mode; its biases and norms are random too."""
+def torch_model(family: str, *, head: bool = False, **changes: Any) -> torch.nn.Module:
+    """A random model in evaluation mode; its biases and norms are random too.
+
+    Args:
+        family: One of ENCODERS or DECODERS.
+        head: Whether it has logits, and not hidden states.
+        changes: What its config has otherwise than the family's.
+    """
     kind, options = _FAMILIES[family]
-    config = getattr(transformers, f"{kind}Config")(**options)
+    config = getattr(transformers, f"{kind}Config")(**{**options, **changes})
     if kind == "Gemma3Text" and head:
         cls = transformers.Gemma3ForCausalLM
     elif kind == "T5":
