@@ -13,12 +13,14 @@ nothing heavy at the top: jax, torch and the like go inside the functions.
 
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 NAMES = ("sampling", "dpo", "encode", "contrastive", "search", "rewards")
-THREADS = 2  # Each side has so many.
+THREADS = 2  # Each side has so many: OMP_NUM_THREADS of its process, and its cores.
 
 
 class Different(Exception):
@@ -30,8 +32,7 @@ class Running:
     """A side that is ready to be measured.
 
     Attributes:
-        run: Does all the work once and returns how much of it a second, in the row's unit; leaves
-            out what need not be timed.
+        run: Does all the work once and returns how much of it a second, in the row's unit.
         outputs: This side's results by name, for `Comparison.check`.
         setting: What it set for itself, such as its best batch size; for people.
     """
@@ -66,6 +67,17 @@ class Comparison:
     check: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], str]
     flops: Callable[[pathlib.Path], float] | None = None
     bytes: Callable[[pathlib.Path], float] | None = None
+
+
+def per_second(count: float, work: Callable[[], Any]) -> Callable[[], float]:
+    """A `Running.run` that does the work, which is so many units of it."""
+
+    def run() -> float:
+        begin = time.perf_counter()
+        work()
+        return count / (time.perf_counter() - begin)
+
+    return run
 
 
 def check_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float, what: str) -> str:

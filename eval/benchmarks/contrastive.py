@@ -8,12 +8,11 @@ with the other.
 
 import functools
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import THREADS, Comparison, Running, check_close, minilm
+from eval.benchmarks import Comparison, Running, check_close, minilm, per_second
 
 QUERIES, LENGTH = 32, 128
 TEMPERATURE, WEIGHT, CLIP_NORM, LEARNING_RATE = 0.02, 0.5, 1.0, 1e-5
@@ -37,25 +36,22 @@ def _texts(directory: pathlib.Path, expanded: bool) -> dict[str, np.ndarray]:
 
 
 def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
-    """`contrastive_step`, as the trainer jits it."""
+    """Step A's program, as the trainer sets it up."""
     import jax
 
     from configs import base
-    from expandr_jax.objectives.contrastive import (
-        ContrastiveConfig,
-        contrastive_step,
-        training_retriever,
-    )
+    from expandr_jax.objectives.contrastive import contrastive_setup
     from expandr_jax.objectives.contrastive_batches import (
         ContrastiveExample,
         Passage,
         make_batch,
     )
-    from expandr_jax.sharding import batch_sharding, make_mesh, replicated
-    from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+    from expandr_jax.sharding import make_mesh
+    from expandr_jax.training.train_state import OptimizerConfig
 
-    loaded, params = minilm.load(LENGTH)
-    retriever = training_retriever(loaded, base.get_config().contrastive)
+    retriever, params = minilm.load(LENGTH)
+    settings = base.get_config().contrastive
+    settings.temperature, settings.query_weight, settings.normalize = TEMPERATURE, WEIGHT, "both"
     texts = _texts(directory, expanded)
     examples = [
         ContrastiveExample(
@@ -70,30 +66,18 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     pad_id = retriever.tokenizer.pad_token_id
     batch = make_batch(examples, pad_id, int(expanded), 1, longest=LENGTH)
     mesh = make_mesh()
-    optimizer = make_optimizer(OptimizerConfig(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM))
-    step = jax.jit(
-        functools.partial(
-            contrastive_step,
-            retriever=retriever,
-            config=ContrastiveConfig(TEMPERATURE, WEIGHT if expanded else 1.0, "both"),
-            optimizer=optimizer,
-        ),
-        in_shardings=(None, batch_sharding(mesh)),
-        donate_argnums=0,
-    )
-    state = jax.device_put(TrainState.create(params, optimizer), replicated(mesh))
-    state, metrics = step(state, batch)
-    outputs = {name: np.array(metrics[name]) for name in ("loss", "grad_norm")}
+    optimizer = OptimizerConfig(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM)
+    setup = contrastive_setup(mesh, retriever, params, settings, optimizer, samples=int(expanded))
+    state = setup.create(params)
 
-    def run() -> float:
+    def update() -> dict[str, np.ndarray]:
         nonlocal state
-        begin = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        return 1 / (time.perf_counter() - begin)
+        state, metrics = jax.block_until_ready(setup.step(state, batch, None))
+        return {name: np.array(metrics[name]) for name in ("loss", "grad_norm")}
 
-    run()
-    return Running(run, outputs, f"{mesh.size} devices")
+    outputs = update()
+    update()
+    return Running(per_second(1, update), outputs, f"{mesh.size} devices")
 
 
 def _torch_step(model, loss_of) -> Running:
@@ -104,23 +88,18 @@ def _torch_step(model, loss_of) -> Running:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
 
-    def update() -> tuple[float, float]:
+    def update() -> dict[str, np.ndarray]:
         optimizer.zero_grad()
         loss = loss_of()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
         schedule.step()
-        return float(loss.detach()), float(norm)
+        return {"loss": loss.detach().numpy(), "grad_norm": norm.numpy()}
 
-    def run() -> float:
-        begin = time.perf_counter()
-        update()
-        return 1 / (time.perf_counter() - begin)
-
-    loss, norm = update()
-    run()
-    return Running(run, {"loss": np.array(loss), "grad_norm": np.array(norm)})
+    outputs = update()
+    update()
+    return Running(per_second(1, update), outputs)
 
 
 def start_torch(directory: pathlib.Path) -> Running:
@@ -128,7 +107,6 @@ def start_torch(directory: pathlib.Path) -> Running:
     import torch
     from transformers import AutoModel
 
-    torch.set_num_threads(THREADS)
     texts = _texts(directory, True)
     ids = torch.from_numpy(np.concatenate([texts[name] for name in TOWERS]))
     mask = torch.ones_like(ids)
@@ -151,7 +129,6 @@ def start_sentence_transformers(directory: pathlib.Path) -> Running:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
-    torch.set_num_threads(THREADS)
     model = SentenceTransformer(minilm.path(), device="cpu").eval()
     columns = [torch.from_numpy(ids) for ids in _texts(directory, False).values()]
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)

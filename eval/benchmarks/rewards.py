@@ -6,13 +6,14 @@ time. The corpus is encoded and indexed before: its vectors are those of pydoc's
 noise, which are searched like any others.
 """
 
+import functools
+import json
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import Comparison, Different, Running, check_close, minilm
+from eval.benchmarks import Comparison, Different, Running, check_close, minilm, per_second
 
 QUERIES, CANDIDATES, PASSAGES, LENGTH, DEPTH = 1000, 32, 100_000, 32, 100
 NOISE = 0.5  # Length of what is added to a document's vector of length 1.
@@ -20,15 +21,10 @@ NOISE = 0.5  # Length of what is added to a document's vector of length 1.
 
 def prepare(directory: pathlib.Path) -> None:
     """Writes queries, candidates and the vectors of the corpus."""
-    import json
-
-    from expandr_jax.sharding import make_mesh
-    from expandr_jax.vectors.encoder import TextEncoder
-
     minilm.write_pydoc(directory)
     queries, documents = minilm.read_pydoc(directory)
-    retriever, params = minilm.load(LENGTH)
-    base = TextEncoder(retriever, make_mesh()).encode(params, documents, "document")
+    encoder, params = minilm.encoder(LENGTH)
+    base = encoder.encode(params, documents, "document")
     generator = np.random.default_rng(0)
     rows = np.arange(PASSAGES) % len(documents)
     vectors = np.empty((PASSAGES, base.shape[1]), np.float32)
@@ -46,23 +42,19 @@ def prepare(directory: pathlib.Path) -> None:
     )
 
 
-def _start(directory: pathlib.Path, everything: bool) -> Running:
-    import json
-
+def start(directory: pathlib.Path, everything: bool) -> Running:
+    """Encoding alone, or also rewards by all ranks, pairs and hard negatives."""
     from expandr_jax.mining import mine_negatives
     from expandr_jax.ranking.fusion import expanded_query
     from expandr_jax.rewards import ranks as rewards
     from expandr_jax.rewards.selection import passes_similarity_filter, select_pair
     from expandr_jax.search import build_index
-    from expandr_jax.sharding import make_mesh
-    from expandr_jax.vectors.encoder import TextEncoder
 
     queries, texts, documents = json.loads((directory / "candidates.json").read_text())
     vectors = np.load(directory / "corpus.npy", allow_pickle=False)
     positives = np.arange(QUERIES) * PASSAGES // QUERIES
     index = build_index(vectors) if everything else None
-    retriever, params = minilm.load(LENGTH)
-    encoder = TextEncoder(retriever, make_mesh())
+    encoder, params = minilm.encoder(LENGTH)
 
     def work(count: int) -> np.ndarray:
         flat = [text for row in texts[:count] for text in row]
@@ -103,23 +95,7 @@ def _start(directory: pathlib.Path, everything: bool) -> Running:
         return query
 
     outputs = {"queries": work(8)}
-
-    def run() -> float:
-        begin = time.perf_counter()
-        work(QUERIES)
-        return QUERIES / (time.perf_counter() - begin)
-
-    return Running(run, outputs)
-
-
-def start_ours(directory: pathlib.Path) -> Running:
-    """Encoding, rewards by candidates' and the corpus's ranks, pairs, and hard negatives."""
-    return _start(directory, True)
-
-
-def start_encoding(directory: pathlib.Path) -> Running:
-    """Encoding alone."""
-    return _start(directory, False)
+    return Running(per_second(QUERIES, lambda: work(QUERIES)), outputs)
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
@@ -135,8 +111,8 @@ ROWS = (
         unit="queries/s",
         peer_name="its encoding alone, with jax",
         packages=("jax",),
-        ours=start_ours,
-        peer=start_encoding,
+        ours=functools.partial(start, everything=True),
+        peer=functools.partial(start, everything=False),
         check=check,
     ),
 )

