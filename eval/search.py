@@ -7,6 +7,7 @@ how long each step took.
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -32,13 +34,14 @@ from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
+from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.stored import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.launch import define_workdir, launch
 
-READ = (  # Of a run.
+READ = (  # What is read of a run.
     "config.json", "results.json", "data", "export/retriever", "export/generator",
     "work/vectors/expandr.npy",
 )  # fmt: skip
@@ -70,7 +73,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         seconds[name] = time.perf_counter() - start
 
     with step("load models"):
-        mesh = phase_mesh(config.mesh, "encoding")
+        mesh = fitting_mesh(config, "encoding")
         retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
         sampler = trained_sampler(workdir, config, console)
     with step("load index"):
@@ -113,12 +116,23 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
 
 def trained_sampler(workdir: pathlib.Path, config: Config, console: Console) -> Sampler:
     """Samples with a finished run's exported generator, as the run did for its evaluation."""
+    settings, mesh = config.generator, fitting_mesh(config, "sampling")
     generator, params = load_generator(
-        str(workdir / "export" / "generator"),
-        compute_dtype=jnp.dtype(config.generator.compute_dtype),
+        str(workdir / "export" / "generator"), compute_dtype=jnp.dtype(settings.compute_dtype)
     )
-    own = phase_mesh(config.mesh, "sampling"), config.generator, config.seed
-    return Sampler(generator, params, "", *own, Processes(), Reporter(console))
+    divisor = batch_divisor(mesh)  # This machine's devices may not divide the run's slots.
+    settings = dataclasses.replace(settings, slots=math.ceil(settings.slots / divisor) * divisor)
+    return Sampler(
+        generator, params, "", mesh, settings, config.seed, Processes(), Reporter(console)
+    )
+
+
+def fitting_mesh(config: Config, phase: str) -> Mesh:
+    """The run's mesh of a phase, or one of all devices where it does not fit this machine."""
+    try:
+        return phase_mesh(config.mesh, phase)
+    except UserError:
+        return make_mesh()
 
 
 def _unkept(expander: Expander) -> Sample:

@@ -1,13 +1,15 @@
 """`eval.search` and the README's example, on a finished run."""
 
+import dataclasses
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from rich.console import Console
 
-from eval.search import _read_run, trained_sampler
+from eval.search import _read_run, fitting_mesh, trained_sampler
 from expandr_jax.data.records import read_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import drawing, expansion_text
@@ -51,6 +53,23 @@ def test_it_samples_as_the_run_s_evaluation_did(smoke):
         assert equal or completion.near_ties
         same += equal
     assert same > len(rows) * 0.9
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_run_of_a_larger_machine_is_asked_on_the_devices_there_are(smoke, monkeypatch, devices):
+    workdir, _ = smoke
+    config, _ = _read_run(workdir)
+    mesh = dataclasses.replace(config.mesh, data=64, encoding=(8, 4, 2), sampling=(16, 2, 2))
+    generator = dataclasses.replace(config.generator, slots=64)
+    config = dataclasses.replace(config, mesh=mesh, generator=generator)
+    here = jax.devices()[:devices]
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    assert fitting_mesh(config, "encoding").devices.size == devices
+    sampler = trained_sampler(workdir, config, Console(quiet=True))
+    assert (sampler.mesh.devices.size, sampler.settings.slots) == (devices, {1: 64, 3: 66}[devices])
+    drawn = drawing(config.expansion)
+    requests = [Request("q", i, "Sorts a list in place.", 1.0, **drawn) for i in range(2)]
+    assert len(list(sampler.generate(None, requests, requests))) == 2
 
 
 def refused(*arguments: str) -> str:
