@@ -41,34 +41,23 @@ from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is done with each set.
-
-    Attributes:
-        systems: What is compared; the first is what tests compare with.
-        metrics: Names of them.
-    """
-
-    systems: Sequence[System]
-    metrics: Sequence[str]
-
-
 def evaluate_set(
-    run: Run, models: LazyModels, name: str, tested: Benchmark, task: Task,
-    directory: pathlib.Path, cache: TextCache,
+    run: Run, models: LazyModels, name: str, tested: Benchmark, systems: Sequence[System],
+    measures: Sequence[str], directory: pathlib.Path, cache: TextCache,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes everything about one set; returns the contents of its results.json.
+
+    Tests compare the systems with the first.
 
     Raises:
         UserError: The set is malformed, or is not the one that the directory was made with.
     """
     path = directory / "results.json"
     _check_source(run, name, tested, directory)
-    names = [system.name for system in task.systems]
+    names = [system.name for system in systems]
     if path.exists():
         results = run.read_json(path)
-        columns = ["system", *task.metrics]
+        columns = ["system", *measures]
         rows = results.get("rows", [])
         if [row.get("system") for row in rows] == names and all([*r] == columns for r in rows):
             return results
@@ -76,9 +65,7 @@ def evaluate_set(
     made = SetRanker(run, models, collection, tested.split, directory, cache)
     qrels = collection.qrels[tested.split]
     metrics.write_qrels(directory / "qrels.trec", qrels)
-    values = {
-        s.name: metrics.evaluate(made.ranker.rank(s), qrels, task.metrics) for s in task.systems
-    }
+    values = {s.name: metrics.evaluate(made.ranker.rank(s), qrels, measures) for s in systems}
     write_jsonl(
         directory / "values.jsonl",
         (
@@ -92,7 +79,7 @@ def evaluate_set(
         (
             {"query_id": query_id, "split": tested.split, "system": system.name, "sample": sample,
              "query": query, "expansion": text}
-            for system in task.systems if system.strategy
+            for system in systems if system.strategy
             for (query_id, query), asks in zip(
                 made.queries.items(), made.expansions(system).texts, strict=True)
             for sample, text in enumerate(text for texts in asks for text in texts)
@@ -160,8 +147,8 @@ def evaluate_beir(
         UserError: Something the user gave is wrong; what was done so far stays.
     """
     config = read_config(config)
-    task = Task(_untrained(config, names), tuple(dict.fromkeys((*METRICS, *measures))))
-    metrics.evaluate({}, {"": {"": 1}}, task.metrics)  # An unknown one is refused before the work.
+    systems, measures = _untrained(config, names), list(dict.fromkeys((*METRICS, *measures)))
+    metrics.evaluate({}, {"": {"": 1}}, measures)  # An unknown one is refused before the work.
     own = config.data
     harvest = not data and own.kind == "pydoc"
     if not data and not harvest:
@@ -172,12 +159,14 @@ def evaluate_beir(
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
             sets = _harvested_set(run, split)
-        models = LazyModels(run, any(system.generators for system in task.systems))
+        models = LazyModels(run, any(system.generators for system in systems))
         texts = TextCache(cache or run.path("work", "texts"))
         results = {}
         for name, tested in sets.items():
             directory = run.path(name) if len(sets) > 1 else run.path()
-            results[name] = evaluate_set(run, models, name, tested, task, directory, texts)
+            results[name] = evaluate_set(
+                run, models, name, tested, systems, measures, directory, texts
+            )
             console.print(results_table(results[name]))
         if len(sets) > 1:
             mean = mean_over_sets(results)

@@ -6,6 +6,7 @@ these trainings differ on other queries; seeds are not counted as new queries. T
 each with its mean over the queries, asks whether other trainings would differ on these queries.
 """
 
+import collections
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from expandr_jax.ranking.samples import (
     mean_by_query,
     read_samples,
 )
+from expandr_jax.report.tables import render
 from expandr_jax.runtime.formats import read_record
 from train.launch import launch
 
@@ -50,7 +52,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
             queries or systems.
     """
     _check_configs(workdirs)
-    values: dict[str, dict[str, list[list[float]]]] = {}
+    values = collections.defaultdict(lambda: collections.defaultdict(list))
     first: tuple[set[str], set[str]] | None = None
     for workdir in workdirs:
         qrels = read_qrels(workdir / "qrels.trec")
@@ -63,8 +65,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
         for system in systems:
             run = metrics.read_trec(workdir / "runs" / f"{system}.trec")
             for measure, scores in metrics.evaluate(run, qrels, METRICS).items():
-                column = values.setdefault(system, {}).setdefault(measure, [])
-                column.append([scores[query] for query in queries])
+                values[system][measure].append([scores[query] for query in queries])
         samples = read_samples(workdir / "evaluation" / "samples.jsonl")
         for system in sorted({row["system"] for row in samples}):
             for field, measure in SAMPLE_METRICS.items():
@@ -74,8 +75,7 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
                             f"{workdir / 'evaluation' / 'samples.jsonl'}: nothing of {system} for "
                             f"query {min(missing)}; run train.joint again, which makes it anew"
                         )
-                    column = values[system].setdefault(measure, [])
-                    column.append([scores[query] for query in queries])
+                    values[system][measure].append([scores[query] for query in queries])
     arrays = {
         system: {measure: np.array(rows) for measure, rows in columns.items()}
         for system, columns in values.items()
@@ -111,16 +111,9 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
     values, queries = read_runs(workdirs)
     if reference not in values:
         raise UserError(f"no system {reference!r}; there are {', '.join(sorted(values))}")
-    dataset = json.loads((workdirs[0] / "results.json").read_text(encoding="utf-8"))["dataset"]
-    order = [row["system"] for row in _rows(workdirs[0])]
-    lines = [
-        f"{dataset}, {queries} test queries, {len(workdirs)} runs: mean (standard deviation over "
-        f"runs); p: {reference} against the row, paired t-tests over queries and over runs",
-        "",
-        f"| system | {' | '.join(METRICS)} | difference in {METRICS[0]} | p, queries | p, runs |",
-        "|---|" + "---:|" * (len(METRICS) + 3),
-    ]
-    for system in order:
+    results = json.loads((workdirs[0] / "results.json").read_text(encoding="utf-8"))
+    rows = []
+    for system in (row["system"] for row in results["rows"]):
         cells = []
         for measure in METRICS:
             means = values[system][measure].mean(axis=1)
@@ -134,22 +127,24 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
             if len(workdirs) > 1:
                 test = metrics.paired_test(ours.mean(axis=1), theirs.mean(axis=1))
                 last[2] = f"{test['p_value']:.2g}"
-        lines.append(f"| {system} | {' | '.join([*cells, *last])} |")
+        rows.append([system, *cells, *last])
+    title = (
+        f"{results['dataset']}, {queries} test queries, {len(workdirs)} runs: mean (standard "
+        f"deviation over runs); p: {reference} against the row, paired t-tests over queries and "
+        "over runs"
+    )
+    header = ["system", *METRICS, f"difference in {METRICS[0]}", "p, queries", "p, runs"]
+    text = render(title, header, rows, "markdown")
     pair = reference, f"{reference}-base-generator"
     for field, measure in SAMPLE_METRICS.items():
         if all(measure in values.get(system, {}) for system in pair):
             ours, theirs = (values[system][measure].mean(axis=0) for system in pair)
             test = metrics.paired_test(ours, theirs)
-            lines += [
-                "",
-                f"{SAMPLES[field]}: {ours.mean():.4f} trained generator, {theirs.mean():.4f} "
-                f"untrained; difference {test['difference']:+.4f}, p {test['p_value']:.2g}",
-            ]
-    return "\n".join(lines) + "\n"
-
-
-def _rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    return json.loads((workdir / "results.json").read_text(encoding="utf-8"))["rows"]
+            text += (
+                f"\n{SAMPLES[field]}: {ours.mean():.4f} trained generator, {theirs.mean():.4f} "
+                f"untrained; difference {test['difference']:+.4f}, p {test['p_value']:.2g}\n"
+            )
+    return text
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from expandr_jax.pair import Models, RetrieverModel
 from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import Index, build_index
+from expandr_jax.search import build_index
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.file import encode_to_file
@@ -80,9 +80,11 @@ class SetRanker:
         self._run, self._models, self._cache = run, models, cache
         self._collection, self._directory = collection, directory
         self._document_texts = functools.cache(self._expanded_documents)
-        self._bm25 = functools.cache(self._index_of_words)
+        self._bm25 = functools.cache(
+            lambda documents: build_index(self._document_texts(documents), "bm25")
+        )
         self._dense = functools.cache(self._search_by_vectors)
-        self._made: dict[str, Expansions] = {}
+        self._written = functools.cache(self._write)
         self.ranker = Ranker(
             self.queries,
             Searches(self._bm25, self._dense, collection.corpus),
@@ -96,24 +98,25 @@ class SetRanker:
 
     def expansions(self, leaf: System) -> Expansions:
         """What is written for each query by a leaf's strategy."""
-        if leaf.strategy not in self._made:
-            config = self._run.config
-            own = config.expansion.strategy, config.expansion.template
-            chosen = strategy(*own) if leaf.strategy == EXPANSION else STRATEGIES[leaf.strategy]
-            search = passage_search(
-                self._collection.corpus,
-                {
-                    "bm25": lambda queries, k: self._bm25(None).search(queries, k),
-                    "dense": self._search_queries,
-                },
-                drop_identical_ids=config.evaluation.drop_identical_ids,
-            )
-            limits = config.expansion, config.answer.max_characters
-            expander = Expander(chosen, self._models.sampler, *limits, search)
-            samples = config.evaluation.samples[0] or chosen.samples
-            made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))
-            self._made[leaf.strategy] = Expansions(chosen, [made[query] for query in self.queries])
-        return self._made[leaf.strategy]
+        return self._written(leaf.strategy)
+
+    def _write(self, name: str) -> Expansions:
+        config = self._run.config
+        own = config.expansion.strategy, config.expansion.template
+        chosen = strategy(*own) if name == EXPANSION else STRATEGIES[name]
+        search = passage_search(
+            self._collection.corpus,
+            {
+                "bm25": lambda queries, k: self._bm25(None).search(queries, k),
+                "dense": self._search_queries,
+            },
+            drop_identical_ids=config.evaluation.drop_identical_ids,
+        )
+        limits = config.expansion, config.answer.max_characters
+        expander = Expander(chosen, self._models.sampler, *limits, search)
+        samples = config.evaluation.samples[0] or chosen.samples
+        made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))
+        return Expansions(chosen, [made[query] for query in self.queries])
 
     def _choice(self, leaf: System) -> Choice:
         """All texts, with the weight that the config has."""
@@ -134,9 +137,6 @@ class SetRanker:
         added = self._ask(documents, expansion_requests(self._run.config.expansion, messages, 1))
         # A retriever reads max_length tokens of the two.
         return [f"{text} {added[i, 0]}".strip() for i, text in corpus.items()]
-
-    def _index_of_words(self, documents: str | None) -> Index:
-        return build_index(self._document_texts(documents), "bm25")
 
     def _search_by_vectors(self, _: str, documents: str | None) -> DenseSearch:
         """The config's retriever, the only one that there is."""

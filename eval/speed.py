@@ -27,6 +27,7 @@ from eval.benchmarks import NAMES, THREADS, Comparison, Different
 from eval.benchmarks.process import MACHINE, PREPARE, SideProcess, benchmark, outputs_path
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from expandr_jax.report.tables import render
 from train.launch import launch
 
 
@@ -73,7 +74,7 @@ def measure_row(
     console: Console,
 ) -> dict[str, Any]:
     """Measures one row; its peer is null, with the reason, where it is not installed."""
-    row = {"name": comparison.name, "unit": comparison.unit, "peer_name": comparison.peer_name}
+    row = _empty_row(comparison)
     missing = [package for package in comparison.packages if _version(package) is None]
     if not missing:
         row["peer_name"] += f" {_version(comparison.packages[0])}"
@@ -174,30 +175,32 @@ def _description() -> dict[str, Any]:
 def speed_table(result: dict[str, Any]) -> Table:
     """The rows, for people."""
     machine = result["machine"]
-    table = Table(
-        title=f"{machine['threads']} threads of {machine['cores']} cores; matrix products "
+    title = (
+        f"{machine['threads']} threads of {machine['cores']} cores; matrix products "
         f"{machine['matmul_flops'] / 1e9:.0f} GFLOP/s, reading "
         f"{machine['read_bytes'] / 1e9:.1f} GB/s"
     )
-    for title in ("row", "unit", "ours", "peer", "", "ratio", "GB ours", "GB peer", "share, floor"):
-        table.add_column(title)
+    rows = []
     for row in result["rows"]:
         number = lambda name, form, of=1.0, row=row: (  # noqa: E731
             "-" if row.get(name) is None else format(row[name] / of, form)
         )
         reason = row.get("reason") or ("failed" if "failed" in row else "")
-        table.add_row(
-            row["name"],
-            row["unit"],
-            number("ours", ".4g"),
-            number("peer", ".4g"),
-            row["peer_name"] + (f" ({reason})" if reason else ""),
-            number("ratio", ".2f"),
-            number("peak_memory_ours", ".2f", 1e9),
-            number("peak_memory_peer", ".2f", 1e9),
-            f"{number('share_ours', '.0%')}, {number('floor', '.4g')}",
+        rows.append(
+            [
+                row["name"],
+                row["unit"],
+                number("ours", ".4g"),
+                number("peer", ".4g"),
+                row["peer_name"] + (f" ({reason})" if reason else ""),
+                number("ratio", ".2f"),
+                number("peak_memory_ours", ".2f", 1e9),
+                number("peak_memory_peer", ".2f", 1e9),
+                f"{number('share_ours', '.0%')}, {number('floor', '.4g')}",
+            ]
         )
-    return table
+    header = ("row", "unit", "ours", "peer", "", "ratio", "GB ours", "GB peer", "share, floor")
+    return render(title, header, rows)
 
 
 def main(_: Sequence[str]) -> None:
