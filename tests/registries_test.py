@@ -3,11 +3,16 @@
 import dataclasses
 import functools
 import math
+import pathlib
+import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
 from configs import base
 from expandr_jax.config import read_config
@@ -15,14 +20,19 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.strategies import STRATEGIES, DenseQuery
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceSettings
+from expandr_jax.models.pooling import pool
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.ranking.rerank import RERANKERS, RerankSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.weights.families import BY_TYPE, model_config
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.load import leaf_shapes
 
 POLICY = np.array([[-10.0, -9.0], [-3.0, -5.0], [-2.0, -2.0]], np.float32)
 REFERENCE = np.array([[-12.0, -8.0], [-4.0, -3.0], [-2.0, -2.0]], np.float32)
@@ -207,3 +217,88 @@ def test_feedbacks(name):
     np.testing.assert_allclose(found[0], FED_BACK[name], rtol=1e-6)
     np.testing.assert_allclose(FEEDBACKS[name](queries, documents[:, ::-1]), found, rtol=1e-6)
     np.testing.assert_array_equal(FEEDBACKS[name](queries[::-1], documents), found[::-1])
+
+
+def cross_encoder(directory, pooler_scale):
+    """The tiny BERT with a head; without its pooler's kernel all pairs have the same score."""
+    shutil.copytree(pathlib.Path(base.__file__).parent / "tiny" / "tiny-bert", directory)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["pooler.dense.weight"] *= pooler_scale
+    tensors["pooler.dense.bias"] = np.full(32, math.atanh(0.5), np.float32)
+    tensors["classifier.weight"] = np.full((1, 32), 0.1, np.float32)
+    tensors["classifier.bias"] = np.zeros(1, np.float32)
+    save_file(tensors, directory / "model.safetensors")
+
+
+# How a model is written, and the score where it does not look at the texts.
+SCORED = {"rerank": (cross_encoder, 1 / (1 + math.exp(-32 * 0.1 * 0.5)))}
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_rerankers(name, tmp_path):
+    write, constant = SCORED[name]
+    documents = ["clip the norm", "", "an array of zeros " * 30, "momentum"]
+
+    def scores(scale, documents):
+        directory = tmp_path / str(scale)
+        if not directory.exists():
+            write(directory, scale)
+        settings = RerankSettings(str(directory), depth=4, max_length=32, rows=3)
+        RERANKERS[name].check(settings)
+        return RERANKERS[name].load(settings)("norm of an array", documents)
+
+    found = scores(200, documents)
+    assert found.shape == (4,)
+    assert np.isfinite(found).all()
+    assert np.ptp(found) > 1e-3
+    order = [2, 0, 3, 1]
+    np.testing.assert_allclose(scores(200, [documents[i] for i in order]), found[order], atol=1e-6)
+    np.testing.assert_allclose(scores(0, documents), constant, rtol=1e-5)
+
+
+SHAPE = {  # Of every family at once: each reads the fields that it knows.
+    "vocab_size": 20, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 8, "pad_token_id": 1,
+    "max_position_embeddings": 16, "layer_norm_eps": 1e-6, "norm_eps": 1e-6,
+    "d_model": 4, "d_kv": 2, "d_ff": 8, "num_layers": 2, "num_heads": 2,
+}  # fmt: skip
+LAYER_NORM = np.array([0, 0, -2, 2]) / math.sqrt(2)  # Of (1, 1, -1, 3), whose mean is 1.
+RMS_NORM = np.array([1, 1, -1, 3]) / math.sqrt(3)
+# What a text's vector is where only the token table is not zero, and floating-point operations of
+# attention: 4 for each layer, width of all heads, query and key; AnchorDR's decoder has one query.
+COMPUTED = {
+    **dict.fromkeys(("bert", "camembert", "roberta", "xlm-roberta"), (LAYER_NORM, 288)),
+    **dict.fromkeys(("t5", "llama", "mistral", "qwen2", "qwen3", "gemma3_text"), (RMS_NORM, 288)),
+    "modernbert": (LAYER_NORM, 288),
+    "anchordr": (LAYER_NORM, 4 * 4 * 2 * (3 * 3 + 1 + 3)),
+}
+
+
+@pytest.mark.parametrize("kind", BY_TYPE)
+def test_families(kind):
+    family = BY_TYPE[kind]
+    config = model_config(Fields(SHAPE, "config.json"), kind)
+    module = family.module(config)
+    assert {weight.path for weight in family.weights(config, True)} == leaf_shapes(module).keys()
+    vector, flops = COMPUTED[kind]
+    assert family.attention_flops(config, 3, 3) == flops
+    ids, mask = np.array([[5, 6, 7], [8, 9, 1]]), np.array([[1, 1, 1], [1, 1, 0]])
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *family.inputs(ids, mask)))["params"]
+
+    def encode(params, ids, mask):
+        hidden = module.apply({"params": params}, *family.inputs(ids, mask))
+        return pool(hidden, mask, family.pooling)
+
+    found = jitted_too(encode, params, ids, mask)
+    encode = jax.jit(encode)
+    assert found.shape == (2, 4)
+    assert np.isfinite(found).all()
+    # The rows change places, and the padding of the shorter goes to its left.
+    turned = encode(params, np.array([[1, 8, 9], [5, 6, 7]]), np.array([[0, 1, 1], [1, 1, 1]]))
+    np.testing.assert_allclose(turned, found[::-1], atol=1e-5)
+    empty = {
+        path: leaf if path[-1] == "scale" else jnp.zeros_like(leaf)
+        for path, leaf in traverse_util.flatten_dict(params).items()
+    } | {("embedding",): jnp.broadcast_to(jnp.array([1.0, 1, -1, 3]), (20, 4))}
+    constant = encode(traverse_util.unflatten_dict(empty), ids, mask)
+    np.testing.assert_allclose(constant, [vector] * 2, atol=1e-5)
