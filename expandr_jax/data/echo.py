@@ -47,10 +47,8 @@ def read_echo(
     builder = Triples(path, data_dir=root, shares=shares)
     with reporter.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
-    taken = {
-        part: list(_take(config, reporter, builder, prepared, part, getattr(config, f"max_{part}")))
-        for part in (*TRAINING, *HELD_OUT)
-    }
+    parts = (*TRAINING, *HELD_OUT)
+    taken = {part: list(_take(config, reporter, builder, prepared, part)) for part in parts}
     held_out = [triple for part in HELD_OUT for triple in taken[part]]
     known = {query_key(triple.query) for triple in held_out}
     documents = list({text for triple in held_out for text in triple.positives})
@@ -90,9 +88,9 @@ def read_echo(
 
 
 def _take(
-    config: DataSettings, reporter: Reporter, builder: Triples, prepared: Any, part: str, most: int
+    config: DataSettings, reporter: Reporter, builder: Triples, prepared: Any, part: str
 ) -> Iterator[Triple]:
-    """The first rows of a part in a fixed shuffle, at most `most` unless that is 0."""
+    """The first triples of a part in a fixed shuffle, as many as the config allows."""
     weights = dict(config.weights)
     if unknown := set(weights) - set(builder.files):
         raise UserError(
@@ -108,7 +106,7 @@ def _take(
         seed=0,  # Not the config's: seeds are compared on the same data.
         weights=[weights[source] for source in present] if weights else None,
     )
-    count = min(most or len(data), len(data))
+    count = min(getattr(config, f"max_{part}") or len(data), len(data))
     with reporter.progress(f"{part}: rows read", count) as advance:
         for i in range(count):
             yield data[i]
