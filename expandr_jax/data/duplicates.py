@@ -75,12 +75,12 @@ def near_duplicates(
     sizes = []
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for number, text in enumerate(of):
-        grams = word_grams(text)
+        grams = _grams(text)
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(number)
     for text in texts:
-        grams = word_grams(text)
+        grams = _grams(text)
         shared = Counter(number for gram in grams for number in holders.get(gram, ()))
         yield [
             number
@@ -89,7 +89,7 @@ def near_duplicates(
         ]
 
 
-def word_grams(text: str) -> set[tuple[str, ...]]:
+def _grams(text: str) -> set[tuple[str, ...]]:
     """The word 5-grams of a text; of fewer words, all of them as one gram."""
     tokens = words(text)
     return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
