@@ -29,7 +29,6 @@ from expandr_jax.expansion.strategies import Ask
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.pair import phase_mesh
-from expandr_jax.ranking.fusion import expanded_query
 from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
@@ -37,6 +36,7 @@ from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.query import expanded_query
 from expandr_jax.vectors.stored import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from train.launch import define_workdir, launch

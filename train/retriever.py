@@ -38,12 +38,12 @@ from expandr_jax.objectives.contrastive_batches import (
 from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import TRAINING, forward_flops
-from expandr_jax.ranking.dense import search_vectors
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index
+from expandr_jax.search.named import search_named
 from expandr_jax.sharding import batch_sharding, device_put, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
@@ -193,13 +193,13 @@ def train_on_triples(
         encoded = encode_texts(run, models, params, queries, "query")
 
         def measure() -> float:
-            found = search_vectors(
-                build_index(vectors, "exact"),
-                list(dev.corpus),
+            found = search_named(
+                build_index(vectors, "exact").search,
                 ids,
                 encoded,
+                list(dev.corpus),
                 config.evaluation.depth,
-                config.evaluation.drop_identical_ids,
+                drop_identical_ids=config.evaluation.drop_identical_ids,
             )
             return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
 

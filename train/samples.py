@@ -7,11 +7,11 @@ import numpy as np
 
 from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.ranking.dense import EncodedQueries, fuse
 from expandr_jax.ranking.samples import RANK, REWARD
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.search import corpus_reward, judged_documents
 from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.vectors.query import EncodedQueries, fuse_each
 
 
 def sample_rows(
@@ -21,7 +21,7 @@ def sample_rows(
     data: TrainingData,
     encoded: Mapping[str, EncodedQueries],
 ) -> list[dict[str, Any]]:
-    """Rows of samples.jsonl: a passage's rank of a right document, and its reward in the corpus.
+    """Rows of samples.jsonl: a passage's rank of a relevant document, and its reward in the corpus.
 
     The former is of a search for the passage alone; the latter, where the config has it, is what
     the generator is trained for: `reward.corpus_measure` of a search for query and passage.
@@ -33,12 +33,13 @@ def sample_rows(
         data: Has the judgements.
         encoded: Split -> its queries with their passages.
     """
-    rows = []
+    rows, normalize = [], config.contrastive.normalize
     depth = min(config.evaluation.sample_depth, len(corpus.ids))
     place = {document: i for i, document in enumerate(corpus.ids)}
     for split, part in encoded.items():
         samples = part.expansions.shape[1]
-        alone = _fused(config, part, query_weight=0.0)
+        vectors = part.queries, part.expansions, part.present
+        alone = fuse_each(*vectors, query_weight=0.0, normalize=normalize)
         _, found = corpus.index.search(alone.reshape(-1, alone.shape[-1]), depth)
         judged = judged_documents(data, part.ids, place, split=split)
         documents = np.repeat(judged.documents, samples, axis=0)
@@ -47,7 +48,8 @@ def sample_rows(
         first = np.where(part.present & np.isfinite(first), first, 0).astype(int)
         values = {RANK: rewards.reciprocal_rank(first)}
         if config.reward.corpus > 0:
-            fused = _fused(config, part, query_weight=config.reward.query_weight)
+            weight = config.reward.query_weight
+            fused = fuse_each(*vectors, query_weight=weight, normalize=normalize)
             values[REWARD] = corpus_reward(config, corpus.index, fused, judged)
         rows += [
             {"query_id": query, "split": split, "system": name, "sample": sample}
@@ -56,16 +58,3 @@ def sample_rows(
             for sample in range(samples)
         ]
     return rows
-
-
-def _fused(config: Config, part: EncodedQueries, *, query_weight: float) -> np.ndarray:
-    """[queries, samples, dim] vectors of the queries with each of their passages."""
-    queries, samples, width = part.expansions.shape
-    vectors = fuse(
-        np.repeat(part.queries, samples, axis=0),
-        part.expansions.reshape(-1, 1, width),
-        part.present.reshape(-1, 1),
-        query_weight=query_weight,
-        normalize=config.contrastive.normalize,
-    )
-    return np.asarray(vectors).reshape(queries, samples, width)

@@ -45,10 +45,10 @@ def prepare(directory: pathlib.Path) -> None:
 def start(directory: pathlib.Path, everything: bool) -> Running:
     """Encoding alone, or also rewards by all ranks, pairs and hard negatives."""
     from expandr_jax.mining import mine_negatives
-    from expandr_jax.ranking.fusion import expanded_query
     from expandr_jax.rewards import ranks as rewards
     from expandr_jax.rewards.selection import passes_similarity_filter, select_pair
     from expandr_jax.search import build_index
+    from expandr_jax.vectors.query import expanded_query
 
     queries, texts, documents = json.loads((directory / "candidates.json").read_text())
     vectors = np.load(directory / "corpus.npy", allow_pickle=False)

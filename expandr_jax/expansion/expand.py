@@ -18,6 +18,7 @@ from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.stopping import held
 from expandr_jax.search import build_index
+from expandr_jax.search.named import search_named
 
 COMPLETIONS_PER_WRITE = 32
 LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
@@ -180,15 +181,19 @@ def passage_search(
     ids = list(corpus)
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
-        k = max(count, LEAST_RANKED) + drop_identical_ids
-        scores, rows = indexes[step.by](list(asked.values()), k)
-        above = 0.0 if step.by == "bm25" else -np.inf  # BM25: no word in common.
-        found = {}
-        for query, results in metrics.make_run(list(asked), ids, scores, rows, above).items():
-            ranked = [document for document, _ in metrics.rank_documents(results)]
-            kept = [d for d in ranked if not (drop_identical_ids and d == query)]
-            found[query] = [corpus[document] for document in kept[:count]]
-        return found
+        run = search_named(
+            indexes[step.by],
+            list(asked),
+            list(asked.values()),
+            ids,
+            max(count, LEAST_RANKED),
+            drop_identical_ids=drop_identical_ids,
+            above=0.0 if step.by == "bm25" else -np.inf,
+        )
+        return {
+            query: [corpus[document] for document, _ in metrics.rank_documents(found)[:count]]
+            for query, found in run.items()
+        }
 
     return search
 

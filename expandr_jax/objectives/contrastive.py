@@ -26,12 +26,12 @@ from expandr_jax.losses.contrastive import (
     symmetric_info_nce,
 )
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.ranking.fusion import Normalize, expanded_query
 from expandr_jax.sharding import replicated
 from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.steps import model_shardings
 from expandr_jax.training.train_state import OptimizerConfig, TrainState
+from expandr_jax.vectors.query import Normalize, expanded_query
 
 TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
 LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.

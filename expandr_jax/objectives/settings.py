@@ -6,7 +6,6 @@ from typing import Annotated, get_args
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.settings import (
     ComputeType,
     NotNegative,
@@ -18,6 +17,7 @@ from expandr_jax.settings import (
     several,
 )
 from expandr_jax.training.settings import TrainingSettings
+from expandr_jax.vectors.query import Normalize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,47 +1,10 @@
-"""How vectors become one query vector (expansions, feedback), and rankings one ranking."""
+"""How a query is moved towards what it finds, and how rankings become one ranking."""
 
 import collections
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-
-from expandr_jax.models.pooling import l2_normalize
-
-Normalize = Literal["none", "before", "after", "both"]
-
-
-def expanded_query(
-    query: jax.Array,
-    expansions: jax.Array,
-    present: jax.Array,
-    *,
-    query_weight: float,
-    normalize: Normalize,
-) -> jax.Array:
-    """w E(q) + (1 - w) mean_i E(d_i), with every choice explicit; ExpandR's equation has w = 1/2.
-
-    Args:
-        query: [batch, dim] vectors of the queries.
-        expansions: [batch, samples, dim] vectors of their generated passages.
-        present: [batch, samples] bool, False for an empty generation, which counts for nothing;
-            a query without any passage keeps its own vector.
-        query_weight: w, between 0 and 1.
-        normalize: Where vectors are brought to unit length: "before" the mean, "after" it, "both"
-            or "none".
-
-    Returns:
-        [batch, dim] float32.
-    """
-    query, expansions = query.astype(jnp.float32), expansions.astype(jnp.float32)
-    if normalize in ("before", "both"):
-        query, expansions = l2_normalize(query), l2_normalize(expansions)
-    count = jnp.sum(present, axis=1, keepdims=True)
-    total = jnp.sum(jnp.where(present[..., None], expansions, 0.0), axis=1)
-    mixed = query_weight * query + (1 - query_weight) * total / jnp.maximum(count, 1)
-    mixed = jnp.where(count > 0, mixed, query)
-    return l2_normalize(mixed) if normalize in ("after", "both") else mixed
 
 
 def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
@@ -61,41 +24,23 @@ def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
     return jnp.mean(jnp.concatenate([query[:, None], documents], axis=1), axis=1)
 
 
-def rocchio(
-    query: jax.Array,
-    relevant: jax.Array,
-    irrelevant: jax.Array | None = None,
-    *,
-    alpha: float,
-    beta: float,
-    gamma: float = 0.0,
-) -> jax.Array:
-    """alpha E(q) + beta mean(relevant) - gamma mean(irrelevant).
+def rocchio(query: jax.Array, relevant: jax.Array, *, alpha: float, beta: float) -> jax.Array:
+    """alpha E(q) + beta mean(relevant): Rocchio's formula without irrelevant documents.
 
     Args:
         query: [batch, dim].
         relevant: [batch, k, dim], documents taken to be relevant: the top k.
-        irrelevant: [batch, m, dim], documents taken to be irrelevant: the bottom of the ranking.
         alpha: Weight of the query.
         beta: Weight of the relevant documents.
-        gamma: Weight of the irrelevant ones; needs them.
 
     Returns:
         [batch, dim] float32.
-
-    Raises:
-        ValueError: There is a gamma without irrelevant documents.
 
     References:
         Rocchio (1971); on dense vectors Li et al., arXiv 2108.11044.
     """
     moved = alpha * query.astype(jnp.float32)
-    moved = moved + beta * jnp.mean(relevant.astype(jnp.float32), axis=1)
-    if not gamma:
-        return moved
-    if irrelevant is None:
-        raise ValueError(f"gamma is {gamma}, but there are no irrelevant documents")
-    return moved - gamma * jnp.mean(irrelevant.astype(jnp.float32), axis=1)
+    return moved + beta * jnp.mean(relevant.astype(jnp.float32), axis=1)
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, float]:

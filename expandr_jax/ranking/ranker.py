@@ -5,21 +5,22 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from expandr_jax import metrics
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
-from expandr_jax.ranking.dense import EncodedQueries, finish_run, fuse, search_vectors
-from expandr_jax.ranking.fusion import Normalize
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import Index
+from expandr_jax.search.named import search_named
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,8 +164,7 @@ class Ranker:
             return {}
         leaf = system.leaves[0]
         corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
-        depth, drop = self._settings.depth, self._settings.drop_identical_ids
-        return search_vectors(corpus.index, corpus.ids, self.ids, vectors, depth, drop)
+        return self._found(corpus.index, vectors, corpus.ids)
 
     def encoded(self, leaf: System) -> EncodedQueries:
         """Vectors of the queries and of all that was written for them, by a leaf's retriever."""
@@ -238,10 +238,16 @@ class Ranker:
             expansions = self._expansions(system)
             sparse = expansions.strategy.sparse
             queries = [sparse(query, texts) for query, texts in self._used(expansions, choice)]
+        index = self._searches.bm25(system.documents)
+        return self._found(index, queries, list(self._searches.corpus), above=0.0)
+
+    def _found(
+        self, index: Index, queries: Any, documents: Sequence[str], **options: Any
+    ) -> RunScores:
         depth, drop = self._settings.depth, self._settings.drop_identical_ids
-        scores, rows = self._searches.bm25(system.documents).search(queries, depth + drop)
-        run = metrics.make_run(self.ids, list(self._searches.corpus), scores, rows, above=0.0)
-        return finish_run(run, depth, drop)
+        return search_named(
+            index.search, self.ids, queries, documents, depth, drop_identical_ids=drop, **options
+        )
 
     def _after_feedback(self, system: System) -> np.ndarray | None:
         (part,) = system.parts

@@ -8,7 +8,7 @@ import numpy as np
 
 from expandr_jax.data.records import read_jsonl
 
-RANK = "reciprocal_rank"  # 1 / rank of the right document, where the passage is searched alone.
+RANK = "reciprocal_rank"  # 1 / rank of the relevant document, where the passage is searched alone.
 REWARD = "corpus_reward"  # What the passage does for its query's search, as in training.
 SAMPLE_METRICS = {RANK: "reciprocal rank of samples", REWARD: "corpus reward of samples"}
 _FIELDS = {"query_id": str, "split": str, "system": str, RANK: float}

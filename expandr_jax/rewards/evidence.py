@@ -10,11 +10,11 @@ import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.pooling import l2_normalize
-from expandr_jax.ranking.dense import fuse
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import ranks
 from expandr_jax.rewards.search import Judged, judged_documents
 from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.vectors.query import fuse_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +71,10 @@ class Evidence:
     @functools.cached_property
     def fused(self) -> np.ndarray:
         """[queries, candidates, dim] a query's vector with each of its candidates."""
-        queries, count, width = self.candidates.shape
-        present = [[bool(text)] for group in self.groups for text in group.texts]
-        vectors = fuse(
-            np.repeat(self.queries, count, axis=0),
-            self.candidates.reshape(-1, 1, width),
-            np.array(present),
+        return fuse_each(
+            self.queries,
+            self.candidates,
+            np.array([[bool(text) for text in group.texts] for group in self.groups]),
             query_weight=self.config.reward.query_weight,
             normalize=self.config.contrastive.normalize,
         )
-        return np.asarray(vectors).reshape(queries, count, width)

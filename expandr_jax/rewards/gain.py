@@ -1,34 +1,31 @@
-"""What a candidate adds to its query's search: below 0 where the plain query does better."""
+"""What a candidate adds to its query's search: below 0 where the plain query does better.
 
-from collections.abc import Callable
+Each query is searched for alone, then with each of its candidates.
+"""
 
 import numpy as np
 
 from expandr_jax.expansion.strategies import STRATEGIES
-from expandr_jax.ranking.dense import fuse
 from expandr_jax.ranking.fusion import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
-from expandr_jax.rewards.search import SEARCH_MEASURES, Results, blocks
+from expandr_jax.rewards.search import Search, measure_searches
 from expandr_jax.search import build_index
-
-# Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
-# rows: each query is searched for alone, then with each of its candidates.
-Search = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+from expandr_jax.vectors.query import fuse_each
 
 
 def dense_search(evidence: Evidence) -> Search:
     """Searches for vectors, those of expanded queries with `reward.query_weight`."""
-    alone = fuse(
+    alone = fuse_each(
         evidence.queries,
         np.zeros_like(evidence.queries)[:, None],
         np.zeros((len(evidence.queries), 1), bool),
         query_weight=1.0,
         normalize=evidence.config.contrastive.normalize,
     )
-    alone, index, depth = np.asarray(alone), evidence.corpus.index, evidence.config.reward.depth
+    index, depth = evidence.corpus.index, evidence.config.reward.depth
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        vectors = np.concatenate([alone[part, None], evidence.fused[part]], axis=1)
+        vectors = np.concatenate([alone[part], evidence.fused[part]], axis=1)
         return index.search(vectors.reshape(-1, vectors.shape[-1]), depth)
 
     return search
@@ -80,15 +77,12 @@ def gain_reward(evidence: Evidence) -> np.ndarray:
     Returns:
         [queries, candidates] float64, between -1 and 1.
     """
-    settings, judged = evidence.config.reward, evidence.judged
-    search = GAIN_SEARCHES[settings.gain_search](evidence)
-    measure = SEARCH_MEASURES[settings.gain_measure]
-    result = np.zeros(evidence.candidates.shape[:2])
-    for part, own in blocks(judged, 1 + result.shape[1]):
-        shape = len(own.queries), 1 + result.shape[1], -1
-        scores, found = (x.reshape(shape) for x in search(part))
-        worth = measure(
-            Results(scores, found, own.documents, own.grades), settings.corpus_temperature
-        )
-        result[part] = worth[:, 1:] - worth[:, :1]
-    return result
+    settings = evidence.config.reward
+    worth = measure_searches(
+        GAIN_SEARCHES[settings.gain_search](evidence),
+        evidence.judged,
+        1 + evidence.candidates.shape[1],
+        settings.gain_measure,
+        settings.corpus_temperature,
+    )
+    return worth[:, 1:] - worth[:, :1]

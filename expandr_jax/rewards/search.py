@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,13 +52,13 @@ def judged_documents(
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What was found for some expanded queries.
+    """What some searches found, and what they should have.
 
     Attributes:
-        scores: [queries, candidates, depth] of the documents found, best first.
-        found: [queries, candidates, depth] their rows in the index; -1 fills.
-        documents: [queries, count] the relevant ones, as in `Judged`.
-        grades: [queries, count] their relevance.
+        scores: [searches, depth] of the documents found, best first.
+        found: [searches, depth] their rows in the index; -1 fills.
+        documents: [searches, count] the relevant ones, as in `Judged`.
+        grades: [searches, count] their relevance.
     """
 
     scores: np.ndarray
@@ -66,52 +66,51 @@ class Results:
     documents: np.ndarray
     grades: np.ndarray
 
-    def ranked(self, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks and grades [queries, candidates, count] of the first relevant documents, or all."""
-        queries, candidates, depth = self.found.shape
-        documents = np.repeat(self.documents[:, :count], candidates, axis=0)
-        rank = rewards.ranks_in_results(self.found.reshape(-1, depth), documents)
-        rank = rank.reshape(queries, candidates, -1)
-        return rank, np.broadcast_to(self.grades[:, None, : rank.shape[-1]], rank.shape)
-
-    def average_precision(self) -> np.ndarray:
-        """Their average precision: [queries, candidates]."""
-        rank, grades = self.ranked()
-        return rewards.average_precision(rank, grades > 0)
-
-    def softmax_share(self, temperature: float) -> np.ndarray:
-        """The relevant documents' share of the softmax: [queries, candidates]."""
-        queries, candidates, depth = self.found.shape
-        scores, found = (x.reshape(-1, depth) for x in (self.scores, self.found))
-        documents = np.repeat(self.documents, candidates, axis=0)
-        share = rewards.softmax_share(scores, found, documents, temperature)
-        return share.reshape(queries, candidates)
+    @property
+    def ranks(self) -> np.ndarray:
+        """Ranks [searches, count] of the relevant documents, 0 for one that was not found."""
+        return rewards.ranks_in_results(self.found, self.documents)
 
 
-# What a search is worth: (results, temperature) -> [queries, candidates].
+# What a search is worth: (results, temperature) -> [searches].
 SEARCH_MEASURES: dict[str, Callable[[Results, float], np.ndarray]] = {
-    "reciprocal_rank": lambda results, _: rewards.reciprocal_rank(results.ranked(1)[0][..., 0]),
-    "ndcg": lambda results, _: rewards.ndcg(*results.ranked()),
-    "average_precision": lambda results, _: results.average_precision(),
-    "softmax_share": Results.softmax_share,
+    "reciprocal_rank": lambda results, _: rewards.reciprocal_rank(
+        rewards.rank_in_results(results.found, results.documents[:, 0])
+    ),
+    "ndcg": lambda results, _: rewards.ndcg(results.ranks, results.grades),
+    "average_precision": lambda results, _: rewards.average_precision(
+        results.ranks, results.grades > 0
+    ),
+    "softmax_share": lambda results, temperature: rewards.softmax_share(
+        results.scores, results.found, results.documents, temperature
+    ),
 }
 
+# Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
+# rows; the searches of a query follow one another.
+Search = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 
-def blocks(judged: Judged, candidates: int) -> Iterator[tuple[slice, Judged]]:
-    """Parts of the queries whose results may be in memory at once."""
-    rows = max(1, BLOCK_ROWS // max(1, candidates))
-    for start in range(0, len(judged.queries), rows):
+
+def measure_searches(
+    search: Search, judged: Judged, each: int, measure: str, temperature: float
+) -> np.ndarray:
+    """What each of several searches for each query is worth: [queries, each] float64.
+
+    Args:
+        search: Searches for all of some queries at once.
+        judged: The queries' relevant documents.
+        each: Searches of a query.
+        measure: One of `SEARCH_MEASURES`.
+        temperature: Divides the scores, for a measure that looks at them.
+    """
+    result = np.zeros((len(judged.queries), each))
+    rows = max(1, BLOCK_ROWS // max(1, each))
+    for start in range(0, len(result), rows):
         part = slice(start, start + rows)
-        documents, grades = judged.documents[part], judged.grades[part]
-        yield part, Judged(judged.queries[part], documents, grades)
-
-
-def search_dense(index: Index, vectors: np.ndarray, depth: int, judged: Judged) -> Results:
-    """Searches an index of vectors with [queries, candidates, dim] of them."""
-    queries, candidates, width = vectors.shape
-    scores, found = index.search(vectors.reshape(-1, width), depth)
-    shape = queries, candidates, -1
-    return Results(scores.reshape(shape), found.reshape(shape), judged.documents, judged.grades)
+        relevant = (np.repeat(x[part], each, axis=0) for x in (judged.documents, judged.grades))
+        worth = SEARCH_MEASURES[measure](Results(*search(part), *relevant), temperature)
+        result[part] = worth.reshape(-1, each)
+    return result
 
 
 def corpus_reward(config: Any, index: Index, fused: np.ndarray, judged: Judged) -> np.ndarray:
@@ -123,12 +122,13 @@ def corpus_reward(config: Any, index: Index, fused: np.ndarray, judged: Judged) 
         fused: [queries, candidates, dim] a query's vector with each of its candidates.
         judged: The same queries' relevant documents.
     """
-    settings, result = config.reward, np.zeros(fused.shape[:2])
-    measure = SEARCH_MEASURES[settings.corpus_measure]
-    for part, own in blocks(judged, fused.shape[1]):
-        results = search_dense(index, fused[part], settings.depth, own)
-        result[part] = measure(results, settings.corpus_temperature)
-    return result
+    settings = config.reward
+
+    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        return index.search(fused[part].reshape(-1, fused.shape[-1]), settings.depth)
+
+    how = settings.corpus_measure, settings.corpus_temperature
+    return measure_searches(search, judged, fused.shape[1], *how)
 
 
 def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Judged) -> np.ndarray:
