@@ -11,6 +11,7 @@ from expandr_jax.errors import UserError, shown
 from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import strategy
 from expandr_jax.generation.settings import GeneratorSettings
+from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.objectives.settings import ContrastiveSettings, DpoSettings, MiningSettings
@@ -27,7 +28,7 @@ from expandr_jax.weights.settings import ExportSettings
 
 # Of these at least one is above 0, or nothing would be learned.
 WEIGHED = (
-    tuple(f"contrastive.{n}_weight" for n in ("info_nce", "margin_mse", "kl", "invariance")),
+    tuple(f"contrastive.{n}_weight" for n in CONTRASTIVE_LOSSES),
     tuple(f"reward.{name}" for name in REWARDS),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
 )

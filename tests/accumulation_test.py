@@ -24,7 +24,7 @@ from expandr_jax.objectives.contrastive import (
     contrastive_gradients,
     contrastive_step,
 )
-from expandr_jax.objectives.contrastive_batches import ContrastiveExample, make_batch
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
@@ -49,7 +49,7 @@ def batch_of(retriever, first, size):
     ids = [retriever.token_ids(list(column)) for column in zip(*texts, strict=True)]
     expansions = retriever.token_ids([f"{q} {d}" for q, d in texts])
     examples = [
-        ContrastiveExample(query, [expansion], document, text)
+        ContrastiveExample(query, [expansion], Passage(document, text))
         for query, document, expansion, (_, text) in zip(*ids, expansions, texts, strict=True)
     ]
     return make_batch(examples, retriever.tokenizer.pad_token_id, 1)

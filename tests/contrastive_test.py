@@ -71,7 +71,7 @@ def batch_of(retriever, samples):
     tokens = [retriever.token_ids(texts) for texts in (QUERIES, DOCUMENTS)]
     passages = [retriever.token_ids(texts) for texts in PASSAGES]
     examples = [
-        ContrastiveExample(q, p, d, text)
+        ContrastiveExample(q, p, Passage(d, text))
         for q, p, d, text in zip(tokens[0], passages, tokens[1], DOCUMENTS, strict=True)
     ]
     return make_batch(examples, retriever.tokenizer.pad_token_id, samples)
@@ -195,14 +195,12 @@ def examples_with_negatives(retriever, repeats=1):
                 ContrastiveExample(
                     query=ids(query + mark),
                     expansions=[ids(text + mark) for text in PASSAGES[i]],
-                    positive=ids(DOCUMENTS[i] + mark),
-                    positive_text=DOCUMENTS[i] + mark,
+                    positive=Passage(ids(DOCUMENTS[i] + mark), DOCUMENTS[i] + mark, scores[0]),
                     negatives=[
                         Passage(ids(text + mark), text + mark, score)
                         for text, score in zip(NEGATIVES[i], scores[1:], strict=False)
                     ],
                     known=[text + mark for text in KNOWN[i]],
-                    positive_score=scores[0],
                 )
             )
     return examples
@@ -249,20 +247,18 @@ def test_positives_and_negatives_are_drawn_by_seed_epoch_and_query():
     example = ContrastiveExample(
         query=[1],
         expansions=[],
-        positive=[0],
-        positive_text="0",
+        positive=Passage([0], "0", 0.0),
         negatives=[Passage([i], f"n{i}", float(i)) for i in range(5)],
         other_positives=[Passage([1], "1", 1.0), Passage([2], "2", 2.0)],
-        positive_score=0.0,
     )
     assert draw(example, 3) == draw(example, 3)
     drawn = [draw(example, epoch) for epoch in range(40)]
-    assert {d.positive_text for d in drawn} == {"0", "1", "2"}
+    assert {d.positive.text for d in drawn} == {"0", "1", "2"}
     assert {n.text for d in drawn for n in d.negatives} == {f"n{i}" for i in range(5)}
     for d in drawn:
-        assert str(d.positive[0]) == d.positive_text
-        assert d.positive_score == d.positive[0]
-        assert {d.positive_text, *(p.text for p in d.other_positives)} == {"0", "1", "2"}
+        assert str(d.positive.ids[0]) == d.positive.text
+        assert d.positive.score == d.positive.ids[0]
+        assert {d.positive.text, *(p.text for p in d.other_positives)} == {"0", "1", "2"}
         assert len(d.negatives) == 2
         assert d.negatives[0].score < d.negatives[1].score
     assert drawn != [draw(example, epoch, seed=1) for epoch in range(40)]

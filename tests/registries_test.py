@@ -19,6 +19,7 @@ from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.strategies import STRATEGIES, DenseQuery
+from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES, ContrastiveLossSettings, Vectors
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceSettings
 from expandr_jax.models.pooling import pool
 from expandr_jax.objectives.objective import ObjectiveSettings
@@ -69,6 +70,37 @@ def test_preference_losses(name):
     # A pair that gains is pulled less than the same pair the wrong way round.
     turned = of_pairs(*(None if x is None else x[:, ::-1] for x in given))
     assert found[1] < turned[1]
+
+
+HIGH, LOW = math.exp(2) / (2 * math.exp(2) + 2), 1 / (2 * math.exp(2) + 2)
+CONTRASTIVE = {  # Of the first query: its scores, over tau, are 2, 0, 0 and 2.
+    "info_nce": -math.log(HIGH),
+    "margin_mse": (1 - 1.5) ** 2,
+    "kl": math.log((1 + math.exp(-2)) / (1 + math.exp(-1.5))) + 0.5 / (1 + math.exp(1.5)),
+    "invariance": 4 * (HIGH - LOW),  # The plain query's are 0, 2, 2 and 0.
+}
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE_LOSSES)
+def test_contrastive_losses(name):
+    x = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    settings = ContrastiveLossSettings(temperature=0.5)
+
+    def of(order):
+        vectors = Vectors(x[order], x[order], x[::-1][order], x[::-1][order])
+        batch = {
+            "excluded": np.zeros((2, 4), bool),
+            "given": np.ones((2, 2), bool),
+            "teacher_scores": np.array([[2.0, 0.5], [1.0, 3.0]], np.float32)[order],
+        }
+        loss = functools.partial(CONTRASTIVE_LOSSES[name], tau=0.5, settings=settings)
+        return jitted_too(lambda vectors, batch: loss(vectors, batch), vectors, batch)
+
+    found = of([0, 1])
+    assert found.shape == (2,)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(of([1, 0]), found[::-1], rtol=1e-6)
+    np.testing.assert_allclose(found[0], CONTRASTIVE[name], rtol=1e-5)
 
 
 OBJECTIVE_LOSSES = {  # Of an example whose responses have log-probabilities -3 and -1 - 1.

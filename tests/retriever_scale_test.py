@@ -123,7 +123,7 @@ for tower in ("query", "positive"):
     batch[tower + "_ids"] = generator.integers(1000, 20000, (rows, 16)).astype(np.int32)
     batch[tower + "_mask"] = np.ones((rows, 16), np.int32)
 optimizer = make_optimizer(OptimizerConfig(1e-5, 10))
-config = ContrastiveConfig(0.02, 1.0, "both", micro_batch=64)
+config = ContrastiveConfig(temperature=0.02, query_weight=1.0, normalize="both", micro_batch=64)
 step = jax.jit(functools.partial(contrastive_step, retriever=retriever, config=config,
     optimizer=optimizer), donate_argnums=0)
 state, metrics = step(TrainState.create(params, optimizer), batch)

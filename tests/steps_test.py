@@ -82,7 +82,9 @@ def batch_of_queries():
         return rng.integers(3, 64, rng.integers(3, 12)).tolist()
 
     examples = [
-        ContrastiveExample(text(), [text()], text(), f"p{i}", [Passage(text(), f"n{i}")])
+        ContrastiveExample(
+            text(), [text()], Passage(text(), f"p{i}"), [Passage(text(), f"n{i}")]
+        )
         for i in range(16)
     ]
     return make_batch(examples, 1, 1, 1)
@@ -127,7 +129,7 @@ def train_retriever(mesh, retriever, params, config, steps=3):
 
 
 DPO = {"objective": OBJECTIVES["sigmoid"], "settings": ObjectiveSettings(chunk=16)}
-CONFIG = ContrastiveConfig(0.1, 0.5, "both")
+CONFIG = ContrastiveConfig(temperature=0.1, query_weight=0.5, normalize="both")
 
 
 def config_of(retriever):

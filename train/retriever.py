@@ -24,8 +24,8 @@ from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import (
     contrastive_setup,
+    split_temperature,
     with_temperature,
-    without_temperature,
 )
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveBatches,
@@ -101,7 +101,7 @@ def train_retriever(
     updates = count_updates(config, batches.per_epoch)
     steps = updates * config.accumulation
     optimizer = optimizer_config(config, updates, weight_decay=config.weight_decay)
-    setup = contrastive_setup(mesh, retriever, params, config, optimizer, samples=samples)
+    setup = contrastive_setup(mesh, retriever, params, config, optimizer)
     start = setup.put(with_temperature(params, config))
     key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
 
@@ -140,7 +140,7 @@ def train_retriever(
             checkpoints=every,
             save_every=config.save_every * config.accumulation,
         )
-        return without_temperature(state.params, config)
+        return split_temperature(state.params, config)[0]
 
     if evaluate is None:
         return whole(train(steps))
@@ -148,7 +148,7 @@ def train_retriever(
     best = train_with_dev(
         log,
         CommonJournal(journal, run.processes),
-        without_temperature(start, config),
+        split_temperature(start, config)[0],
         train,
         evaluate,
         best=checkpoints(f"{phase}-best", keep=1),

@@ -57,8 +57,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
         ContrastiveExample(
             query=texts["query"][i],
             expansions=[texts["expansion"][i]] if expanded else [],
-            positive=texts["positive"][i],
-            positive_text=f"positive {i}",
+            positive=Passage(texts["positive"][i], f"positive {i}"),
             negatives=[Passage(texts["negative"][i], f"negative {i}")],
         )
         for i in range(QUERIES)
@@ -67,7 +66,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     batch = make_batch(examples, pad_id, int(expanded), 1, longest=LENGTH)
     mesh = make_mesh()
     optimizer = OptimizerConfig(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM)
-    setup = contrastive_setup(mesh, retriever, params, settings, optimizer, samples=int(expanded))
+    setup = contrastive_setup(mesh, retriever, params, settings, optimizer)
     state = setup.create(params)
 
     def update() -> dict[str, np.ndarray]:

@@ -1,13 +1,70 @@
 """Losses of the retriever: pure functions of vectors or scores, one loss a query."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from expandr_jax.models.pooling import l2_normalize
+from expandr_jax.settings import NotNegative, Positive
 
 EXCLUDED = -1e30  # Score of a passage that is left out of a softmax; finite, so gradients stay so.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveLossSettings:
+    """What the losses can be set to; each of `CONTRASTIVE_LOSSES` has a weight.
+
+    Attributes:
+        temperature: tau; where it is learned, the value it starts from.
+        symmetric: Passages are compared with all queries, too.
+        info_nce_weight: Weight of the contrastive loss.
+        margin_mse_weight: Weight of margin-MSE against the teacher's scores.
+        kl_weight: Weight of the divergence from the teacher's distribution.
+        teacher_temperature: Divides the teacher's scores in that divergence.
+        invariance_weight: Weight of the divergence of plain from expanded queries' rankings.
+    """
+
+    temperature: Positive
+    symmetric: bool = False
+    info_nce_weight: NotNegative = 1.0
+    margin_mse_weight: NotNegative = 0.0
+    kl_weight: NotNegative = 0.0
+    teacher_temperature: Positive = 1.0
+    invariance_weight: NotNegative = 0.0
+
+
+@flax.struct.dataclass
+class Vectors:
+    """What the losses of a batch compare.
+
+    Attributes:
+        query: [batch, dim], expanded or not.
+        positive: [batch, dim] of each query's relevant document.
+        negative: [batch * negatives, dim], a query's own side by side, or None.
+        plain: [batch, dim] of expanded queries without their expansions, or None.
+    """
+
+    query: jax.Array
+    positive: jax.Array
+    negative: jax.Array | None = None
+    plain: jax.Array | None = None
+
+    @property
+    def passages(self) -> jax.Array:
+        """[batch * (1 + negatives), dim]."""
+        both = (self.positive, self.negative)
+        return self.positive if self.negative is None else jnp.concatenate(both)
+
+    @property
+    def own_scores(self) -> jax.Array:
+        """[batch, 1 + negatives] scores of each query's own passages, the positive's first."""
+        negative = self.negative.reshape(len(self.positive), -1, self.positive.shape[1])
+        own = jnp.concatenate([self.positive[:, None], negative], axis=1)
+        return jnp.einsum("qd,qpd->qp", self.query, own, precision=jax.lax.Precision.HIGHEST)
 
 
 def info_nce(
@@ -54,9 +111,13 @@ def info_nce(
     # A row-wise product, not the diagonal of `scores`: on a mesh it needs no extra collective.
     positive = jnp.sum(queries * positives, axis=-1) / temperature
     if excluded is not None:
-        own = jnp.arange(scores.shape[1])[None, :] == jnp.arange(scores.shape[0])[:, None]
-        scores = jnp.where(excluded & ~own, EXCLUDED, scores)
+        scores = jnp.where(_others(excluded), EXCLUDED, scores)
     return jax.nn.logsumexp(scores, axis=-1) - positive
+
+
+def _others(excluded: jax.Array) -> jax.Array:
+    """`excluded` without each query's own positive, which always counts."""
+    return excluded & ~jnp.eye(*excluded.shape, dtype=bool)
 
 
 def symmetric_info_nce(
@@ -162,10 +223,7 @@ def invariance_kl(
         / temperature
         for q in (plain, expanded)
     )
-    given = jnp.ones(by_plain.shape, bool)
-    if excluded is not None:
-        own = jnp.arange(given.shape[1])[None, :] == jnp.arange(given.shape[0])[:, None]
-        given = ~excluded | own
+    given = jnp.ones(by_plain.shape, bool) if excluded is None else ~_others(excluded)
     return distillation_kl(by_plain, by_expanded, given)
 
 
@@ -196,3 +254,39 @@ def matryoshka(
         loss(*jax.tree.map(lambda v, d=d: l2_normalize(v[..., :d]), vectors)) for d in dimensions
     ]
     return sum(losses) / len(losses)
+
+
+def _info_nce(
+    v: Vectors, batch: Mapping[str, jax.Array], tau: Any, settings: ContrastiveLossSettings
+) -> jax.Array:
+    loss = symmetric_info_nce if settings.symmetric else info_nce
+    return loss(v.query, v.positive, v.negative, temperature=tau, excluded=batch["excluded"])
+
+
+def _invariance(
+    v: Vectors, batch: Mapping[str, jax.Array], tau: Any, settings: ContrastiveLossSettings
+) -> jax.Array:
+    if v.plain is None:  # No query is expanded: none changes.
+        return jnp.zeros(len(v.query))
+    return invariance_kl(v.query, v.plain, v.passages, temperature=tau, excluded=batch["excluded"])
+
+
+# (vectors, the batch's arrays, tau, settings) -> [batch] losses, summed by the weights that have
+# their names. The teacher's losses need "given" and "teacher_scores" of the batch.
+CONTRASTIVE_LOSSES: dict[str, Callable[..., jax.Array]] = {
+    "info_nce": _info_nce,
+    "margin_mse": lambda v, batch, tau, settings: margin_mse(
+        v.own_scores, batch["teacher_scores"], batch["given"]
+    ),
+    "kl": lambda v, batch, tau, settings: distillation_kl(
+        v.own_scores / tau, batch["teacher_scores"] / settings.teacher_temperature, batch["given"]
+    ),
+    "invariance": _invariance,
+}
+LEARNED_FROM_A_TEACHER = ("margin_mse", "kl")
+
+
+def loss_weights(settings: ContrastiveLossSettings) -> dict[str, float]:
+    """The weights above 0, by their losses' names."""
+    weights = {name: getattr(settings, f"{name}_weight") for name in CONTRASTIVE_LOSSES}
+    return {name: weight for name, weight in weights.items() if weight}

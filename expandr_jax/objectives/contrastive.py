@@ -9,7 +9,7 @@ parameters.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,15 @@ import optax
 from jax.sharding import Mesh
 
 from expandr_jax.losses.contrastive import (
-    distillation_kl,
+    CONTRASTIVE_LOSSES,
+    ContrastiveLossSettings,
+    Vectors,
     info_nce,
-    invariance_kl,
-    margin_mse,
+    loss_weights,
     matryoshka,
-    symmetric_info_nce,
 )
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import replicated
 from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
 from expandr_jax.training.setup import TrainingSetup, set_up
@@ -37,61 +38,29 @@ TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a 
 LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.
 
 
-@dataclasses.dataclass(frozen=True)
-class ContrastiveConfig:
-    """What the contrastive loss compares.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(ContrastiveLossSettings):
+    """What a step compares, and how. A config's section `contrastive` is one.
 
     Attributes:
-        temperature: tau; where it is learned, the value it starts from.
-        query_weight: Weight of the query's own vector; 1 trains on plain queries.
+        query_weight: Weight of the query's own vector among those of its expansions.
         normalize: Where expanded query vectors are brought to unit length.
         learn_temperature: The parameters are {"retriever": ..., "log_temperature": scalar}.
-        symmetric: Passages are compared with all queries, too.
-        info_nce_weight: Weight of the contrastive loss.
-        margin_mse_weight: Weight of margin-MSE against the teacher's scores.
-        kl_weight: Weight of the divergence from the teacher's distribution.
-        teacher_temperature: Divides the teacher's scores in that divergence.
-        invariance_weight: Weight of the divergence of plain from expanded queries' rankings.
         dimensions: Matryoshka dimensions; none: whole vectors.
         micro_batch: Texts whose graph is in memory at once; divides the rows of the batch. 0: all.
     """
 
-    temperature: float
-    query_weight: float
-    normalize: Normalize
+    query_weight: Share = 0.5
+    normalize: Annotated[str, choice(get_args(Normalize))]
     learn_temperature: bool = False
-    symmetric: bool = False
-    info_nce_weight: float = 1.0
-    margin_mse_weight: float = 0.0
-    kl_weight: float = 0.0
-    teacher_temperature: float = 1.0
-    invariance_weight: float = 0.0
-    dimensions: tuple[int, ...] = ()
-    micro_batch: int = 0
+    dimensions: Annotated[tuple[int, ...], several(count(1), least=0)] = ()
+    micro_batch: Annotated[int, count(0)] = 0
 
 
 def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
     """The retriever as the config's section `contrastive` trains it; its weights stay float32."""
     module = retriever.module.clone(dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat)
     return dataclasses.replace(retriever, module=module)
-
-
-def contrastive_config(settings: Any, samples: int) -> ContrastiveConfig:
-    """What the config's section `contrastive` compares; `samples`: expansions a query."""
-    return ContrastiveConfig(
-        temperature=settings.temperature,
-        query_weight=settings.query_weight if samples else 1.0,
-        normalize=settings.normalize,
-        learn_temperature=settings.learn_temperature,
-        symmetric=settings.symmetric,
-        info_nce_weight=settings.info_nce_weight,
-        margin_mse_weight=settings.margin_mse_weight,
-        kl_weight=settings.kl_weight,
-        teacher_temperature=settings.teacher_temperature,
-        invariance_weight=settings.invariance_weight,
-        dimensions=tuple(settings.dimensions),
-        micro_batch=settings.micro_batch,
-    )
 
 
 def with_temperature(params: Any, settings: Any) -> Any:
@@ -101,9 +70,11 @@ def with_temperature(params: Any, settings: Any) -> Any:
     return {"retriever": params, "log_temperature": jnp.log(jnp.float32(settings.temperature))}
 
 
-def without_temperature(params: Any, settings: Any) -> Any:
-    """The retriever's parameters among what is trained."""
-    return params["retriever"] if settings.learn_temperature else params
+def split_temperature(params: Any, settings: Any) -> tuple[Any, jax.Array | None]:
+    """The retriever's parameters and the logarithm of the temperature, None where it is fixed."""
+    if not settings.learn_temperature:
+        return params, None
+    return params["retriever"], params["log_temperature"]
 
 
 def contrastive_setup(
@@ -112,8 +83,6 @@ def contrastive_setup(
     params: Any,
     settings: Any,
     optimizer: OptimizerConfig,
-    *,
-    samples: int,
 ) -> TrainingSetup:
     """Sets step A up; its step is (state, batch, key) -> (state, metrics).
 
@@ -123,15 +92,13 @@ def contrastive_setup(
         params: Its parameters, or their shapes.
         settings: The config's section `contrastive`.
         optimizer: Settings of the optimizer.
-        samples: Expansions a query.
     """
     retriever = training_retriever(retriever, settings)
     shardings = model_shardings(mesh, retriever.module, params)
     if settings.learn_temperature:
         shardings = {"retriever": shardings, "log_temperature": replicated(mesh)}
     trained = jax.eval_shape(lambda params: with_temperature(params, settings), params)
-    config = contrastive_config(settings, samples)
-    step = functools.partial(contrastive_step, retriever=retriever, config=config)
+    step = functools.partial(contrastive_step, retriever=retriever, config=settings)
     return set_up(mesh, step, trained, shardings, optimizer)
 
 
@@ -156,7 +123,7 @@ def contrastive_loss(
         The loss; "in_batch_accuracy", the share of queries whose own document beats all others
         together; "temperature" where it is learned.
     """
-    model, log_temperature = _split(params, config)
+    model, log_temperature = split_temperature(params, config)
     vectors = _embed_batch(model, batch, retriever, config, dropout_key)
     return _loss_of_vectors(vectors, log_temperature, batch, config)
 
@@ -179,7 +146,7 @@ def contrastive_gradients(
         return jax.value_and_grad(contrastive_loss, has_aux=True)(
             params, batch, retriever=retriever, config=config, dropout_key=dropout_key
         )
-    model, log_temperature = _split(params, config)
+    model, log_temperature = split_temperature(params, config)
     vectors = _embed_batch(model, batch, retriever, config, dropout_key)
     result, (cotangents, log_temperature_grad) = jax.value_and_grad(
         _loss_of_vectors, argnums=(0, 1), has_aux=True
@@ -224,69 +191,42 @@ def contrastive_step(
     return state.apply(grads, optimizer), metrics
 
 
-def _split(params: Any, config: ContrastiveConfig) -> tuple[Any, jax.Array | None]:
-    """The retriever's parameters and the logarithm of the temperature, None where it is fixed."""
-    if not config.learn_temperature:
-        return params, None
-    return params["retriever"], params["log_temperature"]
-
-
 def _loss_of_vectors(
     vectors: Mapping[str, jax.Array],
     log_temperature: jax.Array | None,
     batch: Mapping[str, jax.Array],
     config: ContrastiveConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    query, positive, negative = (vectors.get(tower) for tower in TOWERS[:3])
-    plain = None
+    compared = Vectors(vectors["query"], vectors["positive"], vectors.get("negative"))
     if "present" in batch:
-        rows, samples = batch["present"].shape
         expand = functools.partial(
             expanded_query,
-            query,
-            vectors["expansion"].reshape(rows, samples, -1),
+            compared.query,
+            vectors["expansion"].reshape(*batch["present"].shape, -1),
             query_weight=config.query_weight,
             normalize=config.normalize,
         )
-        query = expand(batch["present"])
-        if config.invariance_weight:
-            plain = expand(jnp.zeros_like(batch["present"]))
+        plain = expand(jnp.zeros_like(batch["present"])) if config.invariance_weight else None
+        compared = compared.replace(query=expand(batch["present"]), plain=plain)
     temperature, metrics = config.temperature, {}
     if log_temperature is not None:
         temperature = jnp.maximum(jnp.exp(log_temperature), LEAST_TEMPERATURE)
         metrics["temperature"] = temperature
 
-    def losses(query, positive, negative, plain):
-        contrast = symmetric_info_nce if config.symmetric else info_nce
-        total = config.info_nce_weight * contrast(
-            query, positive, negative, temperature=temperature, excluded=batch["excluded"]
+    def losses(compared: Vectors) -> jax.Array:
+        return sum(
+            weight * CONTRASTIVE_LOSSES[name](compared, batch, temperature, config)
+            for name, weight in loss_weights(config).items()
         )
-        if config.margin_mse_weight or config.kl_weight:
-            given, teacher = batch["given"], batch["teacher_scores"]
-            own = jnp.concatenate(
-                [positive[:, None], negative.reshape(len(positive), -1, positive.shape[1])], axis=1
-            )
-            student = jnp.einsum("qd,qpd->qp", query, own, precision=jax.lax.Precision.HIGHEST)
-            total += config.margin_mse_weight * margin_mse(student, teacher, given)
-            total += config.kl_weight * distillation_kl(
-                student / temperature, teacher / config.teacher_temperature, given
-            )
-        if plain is not None:
-            passages = positive if negative is None else jnp.concatenate([positive, negative])
-            total += config.invariance_weight * invariance_kl(
-                query, plain, passages, temperature=temperature, excluded=batch["excluded"]
-            )
-        return total
 
     if config.dimensions:
-        loss = matryoshka(losses, config.dimensions, query, positive, negative, plain)
+        loss = matryoshka(losses, config.dimensions, compared)
     else:
-        loss = losses(query, positive, negative, plain)
-    own = jax.lax.stop_gradient(
-        info_nce(query, positive, negative, temperature=temperature, excluded=batch["excluded"])
-    )
+        loss = losses(compared)
+    whole = compared.query, compared.positive, compared.negative
+    own = info_nce(*whole, temperature=temperature, excluded=batch["excluded"])
     # A loss below log 2 means that the document beats all others together.
-    metrics["in_batch_accuracy"] = jnp.mean(own < jnp.log(2.0))
+    metrics["in_batch_accuracy"] = jnp.mean(jax.lax.stop_gradient(own) < jnp.log(2.0))
     return jnp.mean(loss), metrics
 
 

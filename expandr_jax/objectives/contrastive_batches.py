@@ -14,6 +14,7 @@ from expandr_jax.data.batches import batch_indices, pad
 from expandr_jax.data.records import hash_json
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
+from expandr_jax.losses.contrastive import LEARNED_FROM_A_TEACHER, loss_weights
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor
@@ -44,22 +45,18 @@ class ContrastiveExample:
     Attributes:
         query: Ids of the query.
         expansions: Ids of each sampled passage; an empty generation is left out.
-        positive: Ids of the relevant document.
-        positive_text: Hash or id of that document's text, to find equal ones in a batch.
+        positive: The relevant document.
         negatives: Documents that were given as irrelevant.
         other_positives: Further relevant documents, of which `draw_passages` may take one instead.
         known: Texts of documents that are relevant as well and must not count as negatives.
-        positive_score: A teacher's score of the relevant document, where there is one.
     """
 
     query: Sequence[int]
     expansions: Sequence[Sequence[int]]
-    positive: Sequence[int]
-    positive_text: str
+    positive: Passage
     negatives: Sequence[Passage] = ()
     other_positives: Sequence[Passage] = ()
     known: Collection[str] = ()
-    positive_score: float | None = None
 
 
 def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[ContrastiveExample]:
@@ -77,17 +74,15 @@ def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[Con
         texts = (*triple.positives, *triple.negatives)
         scores = triple.teacher_scores or [None] * len(texts)
         passages = [Passage(documents[x], x, score) for x, score in zip(texts, scores, strict=True)]
-        first, *others = passages[: len(triple.positives)]
+        count = len(triple.positives)
         examples.append(
             ContrastiveExample(
                 query=queries[triple.query],
                 expansions=[documents[x] for x in triple.expansions],
-                positive=first.ids,
-                positive_text=first.text,
-                negatives=passages[len(triple.positives) :],
-                other_positives=others,
+                positive=passages[0],
+                negatives=passages[count:],
+                other_positives=passages[1:count],
                 known=known[triple.query],
-                positive_score=first.score,
             )
         )
     return examples
@@ -109,7 +104,7 @@ def hash_examples(examples: Sequence[ContrastiveExample]) -> str:
 
     def hash_of(example: ContrastiveExample) -> str:
         query = [int(token) for token in example.query]
-        return hash_json([example.positive_text, query, [n.text for n in example.negatives]])
+        return hash_json([example.positive.text, query, [n.text for n in example.negatives]])
 
     return hash_json([hash_of(example) for example in examples])
 
@@ -124,15 +119,12 @@ def draw_passages(
     if not example.other_positives and len(example.negatives) <= negatives:
         return example
     generator = np.random.default_rng([seed, epoch, query])
-    own = Passage(example.positive, example.positive_text, example.positive_score)
-    positives = [own, *example.other_positives]
+    positives = [example.positive, *example.other_positives]
     positive = positives.pop(int(generator.integers(len(positives))))
     kept = np.sort(generator.permutation(len(example.negatives))[:negatives])
     return dataclasses.replace(
         example,
-        positive=positive.ids,
-        positive_text=positive.text,
-        positive_score=positive.score,
+        positive=positive,
         other_positives=positives,
         negatives=[example.negatives[i] for i in kept],
     )
@@ -172,21 +164,20 @@ def make_batch(
     batch: dict[str, np.ndarray] = {}
     fill = functools.partial(pad, pad_id=pad_id, longest=longest)
     batch["query_ids"], batch["query_mask"] = fill([e.query for e in examples])
-    batch["positive_ids"], batch["positive_mask"] = fill([e.positive for e in examples])
-    texts: list[str | None] = [e.positive_text for e in examples]
+    batch["positive_ids"], batch["positive_mask"] = fill([e.positive.ids for e in examples])
+    texts: list[str | None] = [e.positive.text for e in examples]
     if negatives:
         missing = Passage((), "")
-        rows = [[*e.negatives[:negatives]] for e in examples]
-        rows = [row + [missing] * (negatives - len(row)) for row in rows]
+        rows = [[e.positive, *e.negatives[:negatives]] for e in examples]
+        rows = [row + [missing] * (1 + negatives - len(row)) for row in rows]
         batch["negative_ids"], batch["negative_mask"] = fill(
-            [e.positive if p is missing else p.ids
-             for e, row in zip(examples, rows, strict=True) for p in row])  # fmt: skip
-        texts += [None if p is missing else p.text for row in rows for p in row]
-        batch["given"] = np.array([[True, *(p is not missing for p in row)] for row in rows])
+            [(own if p is missing else p).ids for own, *row in rows for p in row]
+        )
+        texts += [None if p is missing else p.text for _, *row in rows for p in row]
+        batch["given"] = np.array([[p is not missing for p in row] for row in rows])
         batch["teacher_scores"] = np.array(
-            [[e.positive_score or 0.0, *(p.score or 0.0 for p in row)]
-             for e, row in zip(examples, rows, strict=True)], np.float32,
-        )  # fmt: skip
+            [[p.score or 0.0 for p in row] for row in rows], np.float32
+        )
     batch["excluded"] = _excluded(examples, texts)
     if samples:
         present = [[i < len(e.expansions) for i in range(samples)] for e in examples]
@@ -205,8 +196,8 @@ def _excluded(examples: Sequence[ContrastiveExample], texts: Sequence[str | None
     excluded = np.zeros((len(examples), len(texts)), bool)
     excluded[:, columns.get(None, [])] = True
     for row, example in enumerate(examples):
-        others = (passage.text for passage in example.other_positives)
-        for text in (example.positive_text, *others, *example.known):
+        positives = (passage.text for passage in (example.positive, *example.other_positives))
+        for text in (*positives, *example.known):
             excluded[row, columns.get(text, [])] = True
     return excluded
 
@@ -285,7 +276,8 @@ class ContrastiveBatches:
     def _texts(self, example: ContrastiveExample) -> list[Sequence[int]]:
         """The texts of a drawn example."""
         negatives = (passage.ids for passage in example.negatives)
-        return [example.query, example.positive, *example.expansions[: self.samples], *negatives]
+        documents = example.positive.ids, *negatives
+        return [example.query, *example.expansions[: self.samples], *documents]
 
 
 def check_contrastive_batch(
@@ -343,9 +335,9 @@ def check_contrastive_examples(
     Raises:
         UserError: Naming the setting, and the query where there is one.
     """
-    learned = (settings.info_nce_weight, settings.margin_mse_weight, settings.kl_weight)
+    weights = loss_weights(settings)
     expanded = samples and settings.plain_share < 1 and any(e.expansions for e in examples)
-    if not any(learned) and not expanded:
+    if [*weights] == ["invariance"] and not expanded:
         raise UserError(
             "contrastive.invariance_weight alone is above 0, but no training query is expanded: "
             "there is nothing to learn"
@@ -354,12 +346,12 @@ def check_contrastive_examples(
         raise UserError(
             f"contrastive.negatives is {settings.negatives}, but no training query has a negative"
         )
-    if settings.margin_mse_weight or settings.kl_weight:
+    if any(name in weights for name in LEARNED_FROM_A_TEACHER):
         if not settings.negatives:
             raise UserError("a teacher's scores need contrastive.negatives above 0")
         for name, example in zip(names, examples, strict=True):
-            passages = [*example.other_positives, *example.negatives]
-            if None in (example.positive_score, *(p.score for p in passages)):
+            passages = example.positive, *example.negatives, *example.other_positives
+            if any(passage.score is None for passage in passages):
                 raise UserError(
                     f"training query {name} has no teacher's scores; without them set "
                     "contrastive.margin_mse_weight and kl_weight to 0"

@@ -79,7 +79,7 @@ class RetrieverShapes:
             )
         retriever = training_retriever(self.retriever, config)
         optimizer = optimizer_config(config, 2)
-        setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer, samples=1)
+        setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
         trained = jax.eval_shape(lambda params: with_temperature(params, config), self.params)
         state = placed(jax.eval_shape(setup.create, trained), setup.shardings)
         texts = QUERIES * TEXTS
@@ -120,8 +120,7 @@ class RetrieverShapes:
             ContrastiveExample(
                 next(texts),
                 [next(texts)],
-                next(texts),
-                f"positive {i}",
+                Passage(next(texts), f"positive {i}"),
                 [Passage(next(texts), f"negative {i} {j}") for j in range(PASSAGES - 1)],
             )
             for i in range(queries)
