@@ -82,9 +82,7 @@ def batch_of_queries():
         return rng.integers(3, 64, rng.integers(3, 12)).tolist()
 
     examples = [
-        ContrastiveExample(
-            text(), [text()], Passage(text(), f"p{i}"), [Passage(text(), f"n{i}")]
-        )
+        ContrastiveExample(text(), [text()], Passage(text(), f"p{i}"), [Passage(text(), f"n{i}")])
         for i in range(16)
     ]
     return make_batch(examples, 1, 1, 1)
