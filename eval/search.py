@@ -23,7 +23,7 @@ from rich.table import Table
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, Sample, make_expander, numbered
+from expandr_jax.expansion.expand import Expander, Sample, by_sample, make_expander
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.expansion.strategies import Ask
 from expandr_jax.generation.requests import Request
@@ -88,8 +88,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
 
         expander = make_expander(config, sampler, corpus, dense)
         samples = chosen["samples"] // len(expander.strategy.asks)
-        texts = numbered(expander.texts({query: query}, samples, _unkept(expander)))
-        passages = [texts[query, number] for number in range(len(texts))]
+        texts = expander.texts({query: query}, samples, _unkept(expander))
+        passages = by_sample(texts[query])
     with step("encode"):
         plain = encoder.encode(retriever_params, [query], "query")
         expansions = encoder.encode(retriever_params, passages, "document")

@@ -15,9 +15,9 @@ from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_sha
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import device_put_shared, whole
-from expandr_jax.training.checkpoint import hash_tree
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.trees import hash_tree
 
 SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
 

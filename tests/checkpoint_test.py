@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.sharding import make_mesh
-from expandr_jax.training.checkpoint import Checkpoints, checksum_tree, hash_tree
+from expandr_jax.training.checkpoint import Checkpoints, checksum_tree
+from expandr_jax.weights.trees import hash_tree
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.array([1, 2], jnp.int32)}}
 OTHER = {"a": TREE["a"] + 1, "b": {"c": TREE["b"]["c"]}}

@@ -15,20 +15,18 @@ from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.adapter import losses_program, reference_program
+from expandr_jax.objectives.adapter import adapter_setup, losses_program, reference_program
 from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
-from expandr_jax.objectives.objective import ObjectiveSettings, adapter_step
+from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
-from expandr_jax.training.steps import (
-    embedder,
-    model_shardings,
-    training_program,
-)
+from expandr_jax.training.setup import set_up
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import example_inputs
+from expandr_jax.weights.trees import model_shardings
 
 MESHES = [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)]
 SETTINGS = OptimizerConfig(1e-3, total_steps=4, clip_norm=1.0, weight_decay=0.01)
@@ -112,16 +110,12 @@ def moved(before, after):
 
 
 def train_retriever(mesh, retriever, params, config, steps=3):
-    optimizer = make_optimizer(SETTINGS)
-    placed = model_shardings(mesh, retriever.module, params)
-    places = TrainState.shardings(mesh, placed, params, optimizer)
-    step = functools.partial(
-        contrastive_step, retriever=retriever, config=config, optimizer=optimizer
-    )
-    step = training_program(mesh, places, step)
-    state, metrics = TrainState.create(params, optimizer, places), []
+    shardings = model_shardings(mesh, retriever.module, params)
+    step = functools.partial(contrastive_step, retriever=retriever, config=config)
+    setup = set_up(mesh, step, params, shardings, SETTINGS)
+    state, metrics = setup.create(params), []
     for _ in range(steps):
-        state, values = step(state, batch_of_queries(), None)
+        state, values = setup.step(state, batch_of_queries(), None)
         metrics.append(values)
     return state, metrics
 
@@ -157,17 +151,19 @@ def test_contrastive_steps_are_those_of_one_device(retriever, on_one_device, siz
             np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
+def adapter_setup_of(mesh, module, adapter, base):
+    shardings = adapter_shardings(mesh, base, adapter)
+    return adapter_setup(mesh, adapter, shardings, base, SETTINGS, module=module, **DPO)
+
+
 def train_adapter(mesh, module, params, adapter, steps=3):
-    optimizer = make_optimizer(SETTINGS)
     base = model_shardings(mesh, module, params)
-    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
-    step = functools.partial(adapter_step, optimizer=optimizer, module=module, **DPO)
-    step = training_program(mesh, places, step, base)
+    setup = adapter_setup_of(mesh, module, adapter, base)
     params = jax.device_put(params, base)
-    state, metrics = TrainState.create(adapter, optimizer, places), []
+    state, metrics = setup.create(adapter), []
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
     for _ in range(steps):
-        state, values = step(state, params, batch, jax.random.key(0))
+        state, values = setup.step(state, params, batch, jax.random.key(0))
         metrics.append(values)
     return state, metrics
 
@@ -272,13 +268,11 @@ def test_a_step_leaves_its_state_where_it_was(retriever):
 def test_a_step_donates_the_adapter_s_state_and_keeps_the_base(generator):
     """The base serves the next step, the reference and sampling: there is one of it."""
     module, params, adapter = generator
-    mesh, optimizer = make_mesh(2, 4, 1), make_optimizer(SETTINGS)
+    mesh = make_mesh(2, 4, 1)
     base = model_shardings(mesh, module, params)
-    places = TrainState.shardings(mesh, adapter_shardings(mesh, base, adapter), adapter, optimizer)
-    step = functools.partial(adapter_step, optimizer=optimizer, module=module, **DPO)
-    step = training_program(mesh, places, step, base)
-    placed, state = jax.device_put(params, base), TrainState.create(adapter, optimizer, places)
+    setup = adapter_setup_of(mesh, module, adapter, base)
+    placed, state = jax.device_put(params, base), setup.create(adapter)
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
-    step(state, placed, batch, jax.random.key(0))
+    setup.step(state, placed, batch, jax.random.key(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((placed, adapter, batch)))

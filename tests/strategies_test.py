@@ -7,7 +7,7 @@ import pytest
 
 from configs import smoke
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, numbered, passage_search
+from expandr_jax.expansion.expand import Expander, by_sample, passage_search
 from expandr_jax.expansion.prompts import PROMPTS, Prompt
 from expandr_jax.expansion.strategies import (
     STRATEGIES,
@@ -162,7 +162,7 @@ def test_steps_are_taken_in_turn_for_all_queries():
         ("second", {"a": "Who flew:\n1. u\n2. v", "b": "Who fell:\n1. -"}),
     ]
     assert texts["b"] == [["b first 0", "b first 1"], ["b second 0", "b second 1"]]
-    assert [text for (query, _), text in sorted(numbered(texts).items()) if query == "b"] == [
+    assert by_sample(texts["b"]) == [
         "b first 0", "b second 0", "b first 1", "b second 1",
     ]  # fmt: skip
     once, asked.log = asked.log, []

@@ -8,11 +8,11 @@ import numpy as np
 
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.expansion.expand import Expander, journaled, make_expander
+from expandr_jax.expansion.expand import Expander, by_sample, journaled, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
-from expandr_jax.ranking.ranker import Expansions, by_sample
+from expandr_jax.ranking.ranker import Expansions
 from expandr_jax.ranking.systems import EXPANSION, System
 from expandr_jax.runtime.run import Run
 from train.encoding import RunRetriever, encode_texts

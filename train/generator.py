@@ -26,7 +26,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import AdapterBatches, HeldOut, adapter_setup, make_examples
+from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
@@ -37,6 +37,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.early_stopping import watch_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import check_batch_size, count_updates, optimizer_config
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
@@ -156,27 +157,29 @@ def train_generator(
         return whole(train(steps))
     name = f"round-{round_}/best-adapter"
 
-    def keep(adapter: Any) -> None:
+    def keep(_: int, adapter: Any) -> None:
         best, base = whole(adapter), base_name(run.address, run.config.generator.source)
         run.processes.once(lambda: export_adapter(run.path(name), best, lora, module.config, base))
         run.checksums.record(name)
 
-    watched = HeldOut(
+    path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
+    journal, every = CommonJournal(path, run.processes), config.eval_every * accumulation or steps
+    best = watch_dev(
         run.training_log("generator", round_),
-        CommonJournal(run.path("work", f"round-{round_}", "generator-dev.jsonl"), run.processes),
+        journal,
+        train,
         lambda adapter: batches.evaluate(adapter, dev, dev_reference),
         keep,
+        stops=[*range(every, steps, every), steps],
+        score=lambda metrics: -metrics["loss"],
     )
-    for last in watched.steps_left(steps, config.eval_every * accumulation):
-        watched.evaluate(last, train(last))
     trained = whole(train(steps))
     if not run.checksums.intact(name):
-        watched.forget()
+        journal.keep(0)
         raise UserError(
             f"{run.path(name)}: was damaged; remove "
             f"{run.path('checkpoints', _checkpoints(round_))}, and the same command trains it again"
         )
-    best = watched.best()
     run.reporter.say(
         f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(name)}"
     )

@@ -20,7 +20,7 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, journaled, numbered
+from expandr_jax.expansion.expand import Expander, by_sample, journaled
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
 from expandr_jax.objectives.registry import OBJECTIVES
@@ -95,7 +95,7 @@ def train_joint(
     negatives = training_negatives(run, models, current, data, 0)
     if any("fine-tuned" in system.retrievers for system in systems):
         with run.phase("fine-tuned baseline"):
-            tuned = _train(run, models, data, None, negatives, params, phase="fine-tuned")
+            tuned = _train(run, models, data, {}, negatives, params, phase="fine-tuned")
         retrievers["fine-tuned"] = retriever("fine-tuned", tuned)
     for round_ in range(config.rounds):
         if round_ > 0:
@@ -156,14 +156,15 @@ def _check_server(config: Config, systems: Sequence[System]) -> None:
 
 def _expand(
     run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
-) -> dict[tuple[str, int], str]:
-    """Expansions of the retriever's training queries; writes round-R/expansions.jsonl."""
+) -> dict[str, list[str]]:
+    """Query id -> expansions of the retriever's training queries; writes expansions.jsonl."""
     config = run.config.expansion
     queries = {query: data.collection.queries[query] for query in data.retriever_train}
     journal = run.path("work", f"round-{round_}", "expansions.jsonl")
     strip = config.strip_train_lead_ins
     sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
-    texts = numbered(expander.texts(queries, config.train_samples, sample))
+    made = expander.texts(queries, config.train_samples, sample)
+    texts = {query: by_sample(asks) for query, asks in made.items()}
     rows = (
         {
             "query_id": query,
@@ -173,7 +174,8 @@ def _expand(
             "query": data.collection.queries[query],
             "expansion": text,
         }
-        for (query, sample), text in sorted(texts.items())
+        for query in sorted(texts)
+        for sample, text in enumerate(texts[query])
     )
     path = run.path(f"round-{round_}", "expansions.jsonl")
     run.processes.once(lambda: write_jsonl(path, rows))
@@ -184,7 +186,7 @@ def _train(
     run: Run,
     models: Models,
     data: TrainingData,
-    expansions: dict[tuple[str, int], str] | None,
+    expansions: dict[str, list[str]],
     negatives: dict[str, list[str]],
     start: Any,
     *,
@@ -193,14 +195,12 @@ def _train(
 ) -> Any:
     """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
     config = run.config
-    # A sample has a text of each of the strategy's requests.
-    samples = 1 + max((number for _, number in expansions or ()), default=-1)
     triples = [
         Triple(
             data.collection.queries[query],
             tuple(data.collection.corpus[document] for document in data.positives(query)),
             tuple(negatives.get(query, ())),
-            tuple(filter(None, (expansions[query, sample] for sample in range(samples)))),
+            tuple(filter(None, expansions.get(query, ()))),
         )
         for query in data.retriever_train
     ]
@@ -212,7 +212,7 @@ def _train(
         config.contrastive,
         phase=phase,
         round_=round_,
-        samples=samples,
+        samples=max(map(len, expansions.values()), default=0),
         ids=data.retriever_train,
     )
 

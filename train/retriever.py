@@ -102,7 +102,7 @@ def train_retriever(
     steps = updates * config.accumulation
     optimizer = optimizer_config(config, updates, weight_decay=config.weight_decay)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
-    start = setup.put(with_temperature(params, config))
+    start = device_put(with_temperature(params, config), setup.shardings.params)
     key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
 
     @functools.cache

@@ -73,9 +73,9 @@ def start_ours(directory: pathlib.Path) -> Running:
         device_put_shared,
         make_mesh,
     )
-    from expandr_jax.training.steps import model_shardings
     from expandr_jax.training.train_state import OptimizerConfig
     from expandr_jax.weights.adapter import export_adapter, load_adapter
+    from expandr_jax.weights.trees import model_shardings
 
     generator, params = smollm2.load(directory)
     mesh = make_mesh()

@@ -121,14 +121,9 @@ class Expander:
             texts[query].append([made[query, i] for i in range(samples)])
 
 
-def numbered(texts: Mapping[str, Sequence[Sequence[str]]]) -> dict[tuple[str, int], str]:
-    """(query id, number) -> text of `Expander.texts`: those of sample 0, then of sample 1, ..."""
-    return {
-        (query, number * len(asks) + place): text
-        for query, asks in texts.items()
-        for place, several in enumerate(asks)
-        for number, text in enumerate(several)
-    }
+def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
+    """A sample's text of each `Ask`, then those of the next sample, of texts [asks][samples]."""
+    return [text for sample in zip(*asks, strict=True) for text in sample]
 
 
 def journaled(

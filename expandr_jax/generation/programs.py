@@ -12,7 +12,7 @@ from expandr_jax.generation import slots as device
 from expandr_jax.generation.sampling import sample
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.sharding import adapter_shardings, batch_divisor, on_mesh
-from expandr_jax.training.steps import model_shardings
+from expandr_jax.weights.trees import model_shardings
 
 ROWS = PartitionSpec(("data", "fsdp"))
 EVERYONE = PartitionSpec(("data", "fsdp", "tensor"))

@@ -1,7 +1,6 @@
 """The adapter's batches on the mesh, and what becomes of the examples that are held out."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.data.records import hash_json
-from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
@@ -23,12 +21,9 @@ from expandr_jax.objectives.objective import (
 from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel
-from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.progress import Reporter
-from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
-from expandr_jax.training.setup import TrainingSetup, set_up
-from expandr_jax.training.steps import Program
+from expandr_jax.training.setup import Program, TrainingSetup, set_up
 from expandr_jax.training.train_state import OptimizerConfig
 
 MOST_SIZES = 6  # Of the rows of a training's batches.
@@ -234,60 +229,3 @@ class AdapterBatches:
             for start in range(0, len(order), self._batch_size)
         ]
         return [(part, part + part[:1] * (self._batch_size - len(part))) for part in parts]
-
-
-class HeldOut:
-    """Metrics on held-out examples, and which adapter had the lowest loss on them.
-
-    A restart evaluates no step twice, and comes to the same best adapter.
-
-    Args:
-        log: Where the training is recorded; evaluations have "-dev" behind the phase's name.
-        journal: Gets a row for each evaluation.
-        evaluate: An adapter to its metrics, "loss" among them.
-        keep: Keeps the best adapter, in place of the one before.
-    """
-
-    def __init__(
-        self,
-        log: TrainingLog,
-        journal: CommonJournal,
-        evaluate: Callable[[Any], dict[str, float]],
-        keep: Callable[[Any], None],
-    ):
-        self._log, self._journal = log, journal
-        self._evaluate, self._keep = evaluate, keep
-
-    def steps_left(self, steps: int, every: int) -> list[int]:
-        """Every so many steps and the last, but for those that were evaluated before a restart."""
-        return [*range(every or steps, steps, every or steps), steps][len(self._journal.rows) :]
-
-    def evaluate(self, step: int, adapter: Any) -> None:
-        """Takes the adapter's metrics after a step, and keeps it if none had a lower loss."""
-        metrics, log = self._evaluate(adapter), self._log
-        if not all(map(math.isfinite, metrics.values())):
-            raise NotFiniteError(
-                f"{log.phase}, round {log.round_}, step {step}: the loss on dev pairs is not "
-                "finite; lower the learning rate"
-            )
-        if all(metrics["loss"] < row["loss"] for row in self._journal.rows):
-            self._keep(adapter)
-        log.metrics.rewind(f"{log.phase}-dev", log.round_, step)
-        log.metrics.write(f"{log.phase}-dev", log.round_, step, metrics)
-        # Last, so that a kill before it has all of this done again.
-        self._journal.append([{"step": step, **metrics}])
-        shown = [
-            f"{name} {metrics[name]:.4f}" for name in ("accuracy", "margin") if name in metrics
-        ]
-        loss = f"dev loss {metrics['loss']:.4f}"
-        log.reporter.say(f"step {step}: {', '.join([loss, *shown])}")
-
-    def best(self) -> dict[str, float]:
-        """The metrics of the step with the lowest loss, which ends the evaluations."""
-        if not self._journal.finished:
-            self._journal.finish()
-        return min(self._journal.rows, key=lambda row: row["loss"])
-
-    def forget(self) -> None:
-        """Has all steps evaluated again, as where the best adapter is lost."""
-        self._journal.keep(0)

@@ -30,9 +30,9 @@ from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import replicated
 from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
 from expandr_jax.training.setup import TrainingSetup, set_up
-from expandr_jax.training.steps import model_shardings
 from expandr_jax.training.train_state import OptimizerConfig, TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
+from expandr_jax.weights.trees import model_shardings
 
 TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
 LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.

@@ -46,9 +46,9 @@ from expandr_jax.planning.planned import (
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
-from expandr_jax.training.steps import model_shardings
 from expandr_jax.training.train_state import OptimizerConfig
 from expandr_jax.weights.families import family_of
+from expandr_jax.weights.trees import model_shardings
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
 

@@ -38,8 +38,9 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.search.exact import ExactOptions, merge_block
 from expandr_jax.sharding import batch_divisor, batch_sharding
 from expandr_jax.training.setup import optimizer_config
-from expandr_jax.training.steps import embedder, model_shardings
+from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of
+from expandr_jax.weights.trees import model_shardings
 
 TEXTS = 2 + PASSAGES  # Of a query: itself, its expansion and its passages.
 

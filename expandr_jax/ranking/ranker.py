@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax import metrics
+from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
@@ -57,11 +58,6 @@ class Expansions:
         """Which of `by_sample` the first so many are, those of the first `Ask` first."""
         asks = len(self.strategy.asks)
         return [column for ask in range(asks) for column in range(ask, count, asks)]
-
-
-def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
-    """A sample's text of each `Ask`, then those of the next sample, of texts [asks][samples]."""
-    return [text for sample in zip(*asks, strict=True) for text in sample]
 
 
 @dataclasses.dataclass(frozen=True)

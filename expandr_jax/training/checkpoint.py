@@ -28,16 +28,6 @@ from expandr_jax.sharding import replicated
 logger = logging.getLogger(__name__)
 
 
-def hash_tree(tree: Any) -> str:
-    """sha256 over every leaf's path, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Two sums [2] uint32 over mixed words and places of an array, and whether all is finite.
 

@@ -1,15 +1,76 @@
 """Training watched on dev: the best weights are kept, and it stops when nothing is gained."""
 
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
+
+SHOWN = (CHOSEN_BY, "loss", "accuracy", "margin")  # Metrics on dev that people are told.
+
+
+def watch_dev(
+    log: TrainingLog,
+    journal: CommonJournal,
+    train: Callable[[int], Any],
+    evaluate: Callable[[Any], dict[str, float]],
+    keep: Callable[[int, Any], None],
+    *,
+    stops: Sequence[int],
+    score: Callable[[Mapping[str, float]], float],
+    patience: int = 0,
+) -> dict[str, float]:
+    """Trains until the score on dev stops rising, or to the last stop.
+
+    A restart evaluates no step twice, and comes to the same best weights.
+
+    Args:
+        log: Where metrics and progress go; evaluations have "-dev" behind the phase's name.
+        journal: Gets a row for each evaluation.
+        train: Step of this round -> weights there; goes on from where it was.
+        evaluate: Weights -> metrics on dev.
+        keep: Takes a step and its weights, where they have the highest score so far.
+        stops: The steps that are evaluated.
+        score: Metrics -> what is to be high.
+        patience: Evaluations without a gain after which training stops; 0: never.
+
+    Returns:
+        Step and metrics of the highest score, the earliest where several are equal.
+
+    Raises:
+        NotFiniteError: A metric is not finite.
+    """
+    phase, round_ = f"{log.phase}-dev", log.round_
+    for step in stops[len(journal.rows) :]:
+        before = [score(row) for row in journal.rows]
+        waited = len(before) - 1 - int(np.argmax(before)) if before else 0
+        if journal.finished or (patience and waited >= patience):
+            break
+        weights = train(step)
+        metrics = evaluate(weights)
+        if not all(map(math.isfinite, metrics.values())):
+            raise NotFiniteError(
+                f"{log.phase}, round {round_}, step {step}: a metric on dev is not finite; lower "
+                "the learning rate"
+            )
+        if score(metrics) > max(before, default=-math.inf):
+            keep(step, weights)
+        log.metrics.rewind(phase, round_, step)
+        log.metrics.write(phase, round_, step, metrics)
+        # Last, so that a kill before it has all of this done again.
+        journal.append([{"step": step, **metrics}])
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
+        log.reporter.say(f"step {step} of {stops[-1]}: dev {shown}")
+    if not journal.finished:
+        journal.finish()
+    return max(journal.rows, key=score)
 
 
 def train_with_dev(
@@ -24,54 +85,43 @@ def train_with_dev(
     every: int,
     patience: int,
 ) -> Any:
-    """Trains until the dev measure stops rising, or to the end.
+    """The weights that `watch_dev` finds best for ranking the dev queries.
 
     Args:
-        log: Where metrics and progress go; evaluations have "-dev" behind the phase's name.
-        journal: Gets a row for each evaluation.
+        log, journal, train, patience: As for `watch_dev`.
         params: Weights at the start, which are evaluated, too.
-        train: Step of this round -> weights there; goes on from where it was.
-        evaluate: Weights -> dev measure.
+        evaluate: Weights -> `CHOSEN_BY` on dev.
         best: Where the best weights are saved.
         steps: The last step.
         every: Steps between evaluations; the last step is always evaluated. 0: only that one.
-        patience: Evaluations without a gain after which training stops; 0: never.
-
-    Returns:
-        The weights of the highest measure, the earliest where several are equal.
 
     Raises:
         UserError: If they cannot be read back.
     """
-    phase, round_ = f"{log.phase}-dev", log.round_
-    stops = [*range(0, steps, every or steps), steps]
-    for step in stops[len(journal.rows) :]:
-        before = [row[CHOSEN_BY] for row in journal.rows]
-        waited = len(before) - 1 - int(np.argmax(before)) if before else 0
-        if journal.finished or (patience and waited >= patience):
-            break
-        weights = train(step) if step else params
-        value = evaluate(weights)
-        number = round_ * steps + step
-        # After a kill before the row was written, the weights may be there already.
-        if value > max(before, default=-1.0) and _read(best, params, number) is None:
-            best.save(number, weights)
-            best.wait()  # The row below says that they are there.
-        journal.append([{"step": step, CHOSEN_BY: value}])
-        log.metrics.rewind(phase, round_, step)
-        log.metrics.write(phase, round_, step, {CHOSEN_BY: value})
-        log.reporter.say(f"step {step} of {steps}: dev nDCG@10 {value:.4f}")
-    if not journal.finished:
-        journal.finish()
-    values = [row[CHOSEN_BY] for row in journal.rows]
-    step = journal.rows[int(np.argmax(values))]["step"]
-    weights = _read(best, params, round_ * steps + step)
+
+    def read(step: int) -> Any | None:
+        number = log.round_ * steps + step
+        restored = best.restore(params, after=number - 1, at_most=number)
+        return None if restored is None else restored[1]
+
+    def keep(step: int, weights: Any) -> None:
+        # After a kill before the journal had their row, the weights may be there already.
+        if read(step) is None:
+            best.save(log.round_ * steps + step, weights)
+            best.wait()
+
+    row = watch_dev(
+        log,
+        journal,
+        lambda step: train(step) if step else params,
+        lambda weights: {CHOSEN_BY: evaluate(weights)},
+        keep,
+        stops=[*range(0, steps, every or steps), steps],
+        score=operator.itemgetter(CHOSEN_BY),
+        patience=patience,
+    )
+    weights = read(row["step"])
     if weights is None:
         raise UserError(f"{best.directory}: the best weights are not there; use a new --workdir")
-    log.reporter.say(f"best on dev: step {step}, nDCG@10 {max(values):.4f}")
+    log.reporter.say(f"best on dev: step {row['step']}, nDCG@10 {row[CHOSEN_BY]:.4f}")
     return weights
-
-
-def _read(checkpoints: Checkpoints, template: Any, step: int) -> Any | None:
-    restored = checkpoints.restore(template, after=step - 1, at_most=step)
-    return None if restored is None else restored[1]

@@ -1,4 +1,8 @@
-"""A trainer set up in one place, for training with arrays and for planning with shapes."""
+"""A trainer set up in one place.
+
+A run calls its step with arrays; `train.plan` compiles the same for other machines, from shapes
+alone.
+"""
 
 import dataclasses
 import functools
@@ -9,9 +13,10 @@ import jax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
-from expandr_jax.sharding import batch_divisor, device_put
-from expandr_jax.training.steps import Program, training_program
+from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh, replicated
 from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+
+Program = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +32,6 @@ class TrainingSetup:
     shardings: TrainState
     step: Program
     create: Callable[[Any], TrainState]
-
-    def put(self, params: Any) -> Any:
-        """What is trained, where each step leaves it; a restored state lies there, too."""
-        return device_put(params, self.shardings.params)
 
 
 def set_up(
@@ -53,11 +54,13 @@ def set_up(
     """
     made = make_optimizer(optimizer)
     state = TrainState.shardings(mesh, shardings, trained, made)
-    return TrainingSetup(
-        state,
-        training_program(mesh, state, functools.partial(step, optimizer=made), *frozen),
-        lambda params: TrainState.create(params, made, state),
+    program = jax.jit(
+        on_mesh(mesh, functools.partial(step, optimizer=made)),
+        in_shardings=(state, *frozen, batch_sharding(mesh), None),
+        out_shardings=(state, replicated(mesh)),
+        donate_argnums=0,
     )
+    return TrainingSetup(state, program, lambda params: TrainState.create(params, made, state))
 
 
 def count_updates(settings: Any, batches: int) -> int:

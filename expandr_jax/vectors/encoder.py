@@ -10,11 +10,17 @@ from jax.sharding import Mesh
 from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.sharding import batch_divisor
-from expandr_jax.training.steps import embedder, model_shardings
+from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
+from expandr_jax.weights.trees import model_shardings
 
 Kind = Literal["query", "document"]
 Progress = Callable[[int], None]
+
+
+def embedder(mesh: Mesh, retriever: Retriever) -> Callable[..., jax.Array]:
+    """(params, ids, mask) -> vectors [rows, width], rows spread over the mesh."""
+    rows = batch_sharding(mesh)
+    return jax.jit(on_mesh(mesh, retriever.embed), in_shardings=(None, rows, rows))
 
 
 class TextEncoder:
@@ -42,10 +48,6 @@ class TextEncoder:
         prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
         return retriever.token_ids(texts, prompts[kind])
 
-    def place(self, params: Any) -> Any:
-        """The parameters as encoding has them on its mesh; a training step may spread them more."""
-        return jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
-
     def encode(
         self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
     ) -> np.ndarray:
@@ -64,7 +66,8 @@ class TextEncoder:
             NotFiniteError: If a vector is not finite, which means damaged or diverged weights; its
                 `row` is the text's.
         """
-        params = self.place(params)
+        # A training step may have spread them over more devices.
+        params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
         tokens = self.tokenize(texts, kind)
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         pending: list[tuple[list[int], jax.Array]] = []

@@ -14,7 +14,6 @@ import numpy as np
 
 from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.training.checkpoint import hash_tree
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 from expandr_jax.vectors.stored import (
     DTYPES,
@@ -24,6 +23,7 @@ from expandr_jax.vectors.stored import (
     storage_type,
     to_storage,
 )
+from expandr_jax.weights.trees import hash_tree
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,46 @@
+"""A model's parameters as a tree: where they belong on a mesh, and their hash."""
+
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from expandr_jax.sharding import param_shardings, replicated
+from expandr_jax.weights.families import example_inputs
+
+
+def hash_tree(tree: Any) -> str:
+    """sha256 over every leaf's path, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)  # Encoding asks for it at each call.
+def _module_shardings(mesh: Mesh, module: nn.Module) -> Mapping[str, Any]:
+    return param_shardings(mesh, module, *example_inputs(module))
+
+
+def model_shardings(mesh: Mesh, module: nn.Module, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a model's parameters belong on a mesh.
+
+    Args:
+        mesh: The devices.
+        module: Names the axes of its parameters.
+        params: The parameters, or their shapes. Those that are not the module's, as of a layer
+            after pooling, are on every device.
+    """
+    own = _module_shardings(mesh, module.clone(remat="none"))
+    everywhere = replicated(mesh)
+    return {
+        name: own[name] if name in own else jax.tree.map(lambda _: everywhere, tree)
+        for name, tree in params.items()
+    }
