@@ -33,22 +33,14 @@ STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few step
 def hold_out(
     rows: Sequence[Any], share: float, prompt: Callable[[Any], Any]
 ) -> tuple[list[Any], list[Any]]:
-    """Divides rows into dev and training ones, each in their order.
+    """Divides what an objective reads into dev and training rows, each in their order.
 
     They come sorted by query, so the first ones are of one kind: of one package, one source. The
     sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
-
-    Args:
-        rows: What an objective reads.
-        share: How much of the rows is held out.
-        prompt: A row to its prompt, a string or chat messages.
     """
     drawn = sorted(range(len(rows)), key=lambda row: hash_json(prompt(rows[row])))
-    dev = set(drawn[: int(len(rows) * share)])
-    return (
-        [row for number, row in enumerate(rows) if number in dev],
-        [row for number, row in enumerate(rows) if number not in dev],
-    )
+    count = int(len(rows) * share)
+    return [rows[i] for i in sorted(drawn[:count])], [rows[i] for i in sorted(drawn[count:])]
 
 
 def make_examples(
@@ -58,14 +50,9 @@ def make_examples(
     settings: DpoSettings,
     reporter: Reporter,
 ) -> tuple[list[Example], list[Example]]:
-    """Examples of the rows that are held out, and of the others.
+    """Examples of the rows that are held out, and of the others, of what an objective reads.
 
-    Args:
-        objective: Tokenizes them.
-        generator: For its tokenizer, its end of an answer and its limits.
-        rows: What the objective reads.
-        settings: The config's section `dpo`.
-        reporter: Where it is said how many texts were cut, and what is longer than the model.
+    The reporter says how many texts were cut, and what is longer than the model was made for.
     """
     lengths = {name: getattr(settings, name) for name in ("prompt_length", "response_length")}
     (dev, dev_cut), (others, cut) = (
@@ -96,10 +83,9 @@ def adapter_setup(
     Args:
         mesh: The devices.
         adapter: The adapter, or its shapes.
-        shardings: Where it lies.
-        params: Shardings of the base.
+        shardings, params: Where it and the base lie.
         optimizer: Settings of the optimizer.
-        **settings: The objective, the module and the settings of `adapter_losses`.
+        **settings: Those of `adapter_losses`.
     """
     step = functools.partial(adapter_step, **settings)
     return set_up(mesh, step, adapter, shardings, optimizer, params)
@@ -120,11 +106,7 @@ def reference_program(
 def losses_program(mesh: Mesh, adapter: Any, params: Mapping[str, Any], **settings: Any) -> Program:
     """(adapter, params, batch) -> losses and metrics of each row, without dropout.
 
-    Args:
-        mesh: The devices.
-        adapter: Shardings of the adapter.
-        params: Shardings of the base.
-        **settings: Those of `adapter_losses`.
+    `adapter` and `params` are shardings, `settings` those of `adapter_losses`.
     """
     return jax.jit(
         on_mesh(mesh, functools.partial(adapter_losses, **settings)),
@@ -193,12 +175,7 @@ class AdapterBatches:
     def reference(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
-        """Summed log-probabilities under the base, adapter off: [examples, responses] float32.
-
-        Args:
-            examples: What they are of.
-            advance: Called with the number of examples done.
-        """
+        """Summed log-probabilities under the base, adapter off: [examples, responses] float32."""
         result = np.zeros((len(examples), self._objective.responses), np.float32)
         variables = {"params": self._model.generator_params}
         # Examples of like length share a batch.

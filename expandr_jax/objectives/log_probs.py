@@ -18,16 +18,6 @@ from expandr_jax.objectives.packing import PADDING
 from expandr_jax.sharding import constrain
 
 
-def packed_mask(segments: jax.Array, responses: int) -> Mask:
-    """The mask of packed rows [batch, length]: causal, the prompt and the own response only.
-
-    Args:
-        segments: As `pack` gives them.
-        responses: How many a row has at most.
-    """
-    return Mask(segments - PADDING, causal=True, responses=responses)
-
-
 def response_log_probs(
     module: Decoder,
     variables: Mapping[str, Any],
@@ -70,7 +60,7 @@ def packed_log_probs(
         variables,
         batch["tokens"],
         batch["positions"],
-        packed_mask(batch["segments"], responses),
+        Mask(batch["segments"] - PADDING, causal=True, responses=responses),
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )

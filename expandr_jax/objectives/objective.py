@@ -53,7 +53,8 @@ class Objective:
         responses: Responses of an example at most.
         reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
             the batch.
-        losses: (log-probabilities [batch, response tokens], batch, settings) -> losses and metrics.
+        losses: (the policy's log-probabilities [batch, response tokens], a batch from `pack`,
+            settings) -> losses and metrics.
         extras: Names of the numbers that the losses need of each example.
     """
 
@@ -126,11 +127,9 @@ def adapter_step(
 
     Args:
         state: The adapter and its optimizer's state.
-        params: The frozen base.
-        batch: As for `adapter_losses`.
+        params, batch, **settings: As for `adapter_losses`.
         key: Decides the dropout.
         optimizer: The one that made the state.
-        **settings: The objective, the module and the settings of `adapter_losses`.
 
     Returns:
         The state after it, and the batch's mean metrics.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from expandr_jax.data.batches import best_lengths, bucket_length
+from expandr_jax.models.generator import Generator
 
 PADDING, PROMPT = -1, 0  # Segments of a row; its responses are 1, 2 and so on.
 RowSize = tuple[int, int]  # Tokens of a row, and those of them that are its responses'.
@@ -49,15 +50,27 @@ class Example:
         return len(self.prompt) + max(map(len, self.responses))
 
 
+def tokenized(
+    generator: Generator,
+    prompt: str,
+    responses: Sequence[str],
+    prompt_length: int,
+    response_length: int,
+) -> tuple[list[int], list[list[int]], int]:
+    """Ids of a prompt's end and of each response's start, one EOS on each; how many were cut."""
+    texts = [prompt, *responses]
+    ids = generator.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    made = [generator.response_ids(part, response_length) for part in ids[1:]]
+    cut = (len(ids[0]) > prompt_length) + sum(was_cut for _, was_cut in made)
+    return ids[0][-prompt_length:], [response for response, _ in made], cut
+
+
 def row_sizes(needed: Sequence[RowSize], most: int) -> list[RowSize]:
-    """The sizes, `most` of them or fewer, that rows are padded to with the least filling.
+    """Sizes for `pack`, `most` of them or fewer, that rows are padded to with the least filling.
 
     Args:
         needed: (tokens of the longest row, of the most response tokens) of each batch.
         most: Sizes at most; each is a program to compile.
-
-    Returns:
-        Sizes for `pack`.
     """
     sizes = []
     for length in best_lengths([length for length, _ in needed], most):

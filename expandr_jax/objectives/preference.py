@@ -14,22 +14,15 @@ from expandr_jax.losses.language import response_sums
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, preference_metrics
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
-from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.packing import Example, tokenized
 
 
 def read_pairs(
     path: str | os.PathLike, generator: Generator, config: Any, own: bool
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl.
+    """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl: `Objective.read`.
 
-    Args:
-        path: The file.
-        generator: For its tokenizer and its end of an answer.
-        config: The whole config.
-        own: The file is a run's.
-
-    Returns:
-        {"prompt", "chosen", "rejected"} of each, and how many were dropped for what reason.
+    Rows are {"prompt", "chosen", "rejected"}.
     """
     settings = config.dpo
     if own:
@@ -57,7 +50,7 @@ def tokenize_pairs(
     prompt_length: int,
     response_length: int,
 ) -> tuple[list[Example], int]:
-    """Preference rows to ids: the end of the prompt, the start of each response, one EOS on each.
+    """Preference rows to ids, as of `packing.tokenized`.
 
     Args:
         generator: For its tokenizer and its end of an answer.
@@ -71,12 +64,9 @@ def tokenize_pairs(
     """
     pairs, cut = [], 0
     for number, row in enumerate(rows):
-        texts = [row[name] for name in ("prompt", "chosen", "rejected")]
-        ids = generator.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        prompt = ids[0][-prompt_length:]
-        made = [generator.response_ids(part, response_length) for part in ids[1:]]
-        responses, were_cut = zip(*made, strict=True)
-        cut += (len(ids[0]) > prompt_length) + sum(were_cut)
+        texts = row["prompt"], (row["chosen"], row["rejected"])
+        prompt, responses, were_cut = tokenized(generator, *texts, prompt_length, response_length)
+        cut += were_cut
         pairs.append(Example(prompt, responses, name=str(row.get("query_id", number))))
     return pairs, cut
 
@@ -88,17 +78,9 @@ def preference_losses(
     *,
     loss: PreferenceLoss,
 ) -> Losses:
-    """A preference loss and its metrics of each pair of a packed batch.
+    """A preference loss of each pair of a packed batch: `Objective.losses`.
 
-    Args:
-        log_probs: [batch, response tokens] under the policy.
-        batch: From `pack`, with "reference" [batch, 2], the base's summed log-probabilities, where
-            the loss compares with it.
-        settings: What the loss is set to.
-        loss: One of `PREFERENCE_LOSSES`.
-
-    Returns:
-        [batch] losses, and the metrics of `preference_metrics` and both summed log-probabilities.
+    The metrics are those of `preference_metrics` and both summed log-probabilities.
     """
     sums, tokens = response_sums(log_probs, batch["responses"], 2)
     scale = 1 / tokens if settings.length_normalized or loss.per_token else 1.0

@@ -19,7 +19,7 @@ from expandr_jax.expansion.expand import expansion_text
 from expandr_jax.losses.language import response_sums
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
-from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.packing import Example, tokenized
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
@@ -27,19 +27,10 @@ from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 def read_rewarded(
     path: str | os.PathLike, generator: Generator, config: Any, own: bool
 ) -> tuple[list[Group], dict[str, int]]:
-    """The groups of a file that `read_candidates` takes, from which something can be learned.
+    """The groups of a file that `read_candidates` takes: `Objective.read`.
 
     Left out are those whose candidates are all empty, have one reward or one text, or, where the
     file has their similarities, are all below `reward.threshold`.
-
-    Args:
-        path: The file.
-        generator: For its tokenizer.
-        config: The whole config.
-        own: The file is a run's candidates.jsonl.
-
-    Returns:
-        The groups, and how many were left out for what reason.
     """
     limits = {"prompt_length": config.dpo.prompt_length, "on_bad_pair": config.dpo.on_bad_pair}
     rows, dropped = read_candidates(
@@ -66,7 +57,7 @@ def tokenize_candidates(
     prompt_length: int,
     response_length: int,
 ) -> tuple[list[Example], int]:
-    """Rewarded groups to ids: the end of the prompt, the start of each candidate, one EOS on each.
+    """Rewarded groups to ids, as of `packing.tokenized`.
 
     Args:
         generator: For its tokenizer and its end of an answer.
@@ -89,16 +80,14 @@ def tokenize_candidates(
             settings.reward_temperature,
         )
         used = np.flatnonzero(shares)
-        ids = generator.tokenizer(
-            [group.prompt, *(texts[i] for i in used)], add_special_tokens=False, verbose=False
-        )["input_ids"]
-        cut += len(ids[0]) > prompt_length
-        prompt = ids[0][-prompt_length:]
-        for candidate, part in zip(used, ids[1:], strict=True):
-            response, was_cut = generator.response_ids(part, response_length)
-            cut += was_cut
-            share = float(shares[candidate])
-            examples.append(Example(prompt, (response,), {"weight": share}, name))
+        prompt, responses, were_cut = tokenized(
+            generator, group.prompt, [texts[i] for i in used], prompt_length, response_length
+        )
+        cut += were_cut
+        examples += [
+            Example(prompt, (response,), {"weight": float(shares[i])}, name)
+            for i, response in zip(used, responses, strict=True)
+        ]
     scale = len(examples) / max(1, len(groups))
     return [
         dataclasses.replace(e, extras={"weight": e.extras["weight"] * scale}) for e in examples
@@ -108,16 +97,10 @@ def tokenize_candidates(
 def weighted_losses(
     log_probs: jax.Array, batch: Mapping[str, jax.Array], settings: ObjectiveSettings
 ) -> Losses:
-    """Weighted negative log-likelihood of each response of a batch.
+    """Weighted negative log-likelihood of each response of a batch: `Objective.losses`.
 
-    Args:
-        log_probs: [batch, response tokens] under the policy.
-        batch: From `pack` of examples with one response and a "weight" each.
-        settings: What the loss is set to.
-
-    Returns:
-        [batch] losses, and {"log_prob", "token_log_prob"}, [batch] each: the response's summed and
-        mean log-probability, without its weight.
+    The metrics "log_prob" and "token_log_prob" are the response's summed and mean log-probability,
+    without its weight.
     """
     sums, tokens = response_sums(log_probs, batch["responses"], 1)
     log_prob, mean = sums[:, 0], sums[:, 0] / tokens[:, 0]
