@@ -128,17 +128,10 @@ def symmetric_info_nce(
     temperature: float | jax.Array = 1.0,
     excluded: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean of `info_nce` and of the same loss of each positive over all queries.
+    """Mean of `info_nce` and of the same loss of each positive over all queries: [batch] losses.
 
-    Args:
-        queries: As for `info_nce`, as are all arguments; an excluded pair is left out both ways.
-        positives: [batch, dim].
-        negatives: [count, dim] or None; only queries are compared with them.
-        temperature: tau.
-        excluded: [batch, batch + count] bool or None.
-
-    Returns:
-        [batch] losses.
+    All arguments are as for `info_nce`. An excluded pair is left out both ways; only queries are
+    compared with the negatives.
 
     References:
         Radford et al., arXiv 2103.00020, figure 3.

@@ -102,11 +102,10 @@ def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str,
 def hash_examples(examples: Sequence[ContrastiveExample]) -> str:
     """sha256 over what tells a training's examples from others."""
 
-    def hash_of(example: ContrastiveExample) -> str:
-        query = [int(token) for token in example.query]
-        return hash_json([example.positive.text, query, [n.text for n in example.negatives]])
-
-    return hash_json([hash_of(example) for example in examples])
+    parts = (
+        [e.positive.text, [*map(int, e.query)], [n.text for n in e.negatives]] for e in examples
+    )
+    return hash_json([*map(hash_json, parts)])
 
 
 def draw_passages(
@@ -251,9 +250,8 @@ class ContrastiveBatches:
     ) -> tuple[dict[str, np.ndarray], Contents]:
         """The arrays of a step, as of `make_batch`, and what they are made of.
 
-        Args:
-            number: The step's, from the first round's first.
-            flops: Tokens of a text to the operations that training on it takes.
+        Steps count from the first round's first; `flops` says how many operations training on a
+        text of so many tokens takes.
         """
         drawn = self.draw(number)
         arrays = make_batch(
@@ -283,7 +281,7 @@ class ContrastiveBatches:
 def check_contrastive_batch(
     settings: Any, retriever: Retriever, params: Any, mesh: Mesh, queries: int
 ) -> None:
-    """Refuses sizes of step A that the model, its mesh or the queries do not allow.
+    """Refuses, by a UserError, sizes of step A that the model, its mesh or the queries do not allow.
 
     Args:
         settings: The config's section `contrastive`.
@@ -291,9 +289,6 @@ def check_contrastive_batch(
         params: Its parameters, or their shapes.
         mesh: The devices of step A.
         queries: How many it is trained on.
-
-    Raises:
-        UserError: Naming the settings.
     """
     size, micro = settings.batch_size, settings.micro_batch
     devices = batch_divisor(mesh)
@@ -324,16 +319,13 @@ def check_contrastive_batch(
 def check_contrastive_examples(
     settings: Any, examples: Sequence[ContrastiveExample], samples: int, names: Sequence[str]
 ) -> None:
-    """Refuses examples from which step A could not learn what its settings ask for.
+    """Refuses, by a UserError, examples from which step A could not learn what it is set to.
 
     Args:
         settings: The config's section `contrastive`.
         examples: The training queries.
         samples: Expansions a query.
         names: What messages call the queries.
-
-    Raises:
-        UserError: Naming the setting, and the query where there is one.
     """
     weights = loss_weights(settings)
     expanded = samples and settings.plain_share < 1 and any(e.expansions for e in examples)
