@@ -101,7 +101,6 @@ def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str,
 
 def hash_examples(examples: Sequence[ContrastiveExample]) -> str:
     """sha256 over what tells a training's examples from others."""
-
     parts = (
         [e.positive.text, [*map(int, e.query)], [n.text for n in e.negatives]] for e in examples
     )
@@ -281,7 +280,7 @@ class ContrastiveBatches:
 def check_contrastive_batch(
     settings: Any, retriever: Retriever, params: Any, mesh: Mesh, queries: int
 ) -> None:
-    """Refuses, by a UserError, sizes of step A that the model, its mesh or the queries do not allow.
+    """Refuses, by a UserError, sizes that the model, its mesh or the queries do not allow.
 
     Args:
         settings: The config's section `contrastive`.

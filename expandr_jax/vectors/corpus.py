@@ -62,14 +62,11 @@ def encode_corpus(
     processes: Processes,
     reporter: Reporter,
 ) -> Corpus:
-    """Encodes documents to a file, each process a share of them, and opens it for searching.
+    """Encodes documents, id -> text, each process a share of them, and opens them for searching.
 
     Args:
-        encoder: Turns texts into vectors.
-        params: The retriever's parameters.
+        encoder, params, path, dtype: As for `encode_to_file`.
         texts: Document id -> text.
-        path: The file, as of `encode_to_file`.
-        dtype: The type in which the vectors are kept, one of `stored.DTYPES`.
         search: The config's section `search`.
         processes: Those that encode.
         reporter: Shows progress.
@@ -154,13 +151,9 @@ def encode_texts(
     """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
 
     Args:
-        encoder: Turns texts into vectors.
-        params: The retriever's parameters.
-        texts: Any number of them.
-        kind: Decides the prompt that is put before each text.
+        encoder, params, texts, kind, progress: As for `TextEncoder.encode`.
         processes: Those that encode.
         directory: Where they hand each other their vectors.
-        progress: Called with the number of texts done since its last call.
         ids: What an error calls each text; (): its number alone.
 
     Returns:
