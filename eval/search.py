@@ -6,6 +6,7 @@ how long each step took.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -33,6 +34,7 @@ from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
+from expandr_jax.search import Index, build_index
 from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.corpus import configured_index
 from expandr_jax.vectors.encoder import TextEncoder
@@ -86,7 +88,10 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
             return index.search(encoder.encode(retriever_params, queries, "query"), k)
 
-        expander = make_expander(config, sampler, corpus, dense)
+        def words() -> Index:
+            return build_index(list(corpus.values()), "bm25")
+
+        expander = make_expander(config, sampler, corpus, functools.cache(words), dense)
         samples = chosen["samples"] // len(expander.strategy.asks)
         texts = expander.texts({query: query}, samples, _unkept(expander))
         passages = by_sample(texts[query])

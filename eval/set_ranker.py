@@ -1,5 +1,6 @@
 """One set of `eval.beir`: its corpus as it is searched, and what is written for its queries."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -9,8 +10,8 @@ import numpy as np
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.expansion.cache import TextCache
-from expandr_jax.expansion.expand import Expander, expansion_requests, passage_search
-from expandr_jax.expansion.strategies import STRATEGIES, document_message, strategy
+from expandr_jax.expansion.expand import expansion_requests, make_expander
+from expandr_jax.expansion.strategies import STRATEGIES, document_message
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_models, load_retriever_model, make_sampler
@@ -102,18 +103,16 @@ class SetRanker:
 
     def _write(self, name: str) -> Expansions:
         config = self._run.config
-        own = config.expansion.strategy, config.expansion.template
-        chosen = strategy(*own) if name == EXPANSION else STRATEGIES[name]
-        search = passage_search(
+        expander = make_expander(
+            config,
+            self._models.sampler,
             self._collection.corpus,
-            {
-                "bm25": lambda queries, k: self._bm25(None).search(queries, k),
-                "dense": self._search_queries,
-            },
-            drop_identical_ids=config.evaluation.drop_identical_ids,
+            lambda: self._bm25(None),
+            self._search_queries,
         )
-        limits = config.expansion, config.answer.max_characters
-        expander = Expander(chosen, self._models.sampler, *limits, search)
+        chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
+        chosen = chosen.searching(config.evaluation.depth)
+        expander = dataclasses.replace(expander, strategy=chosen)
         samples = config.evaluation.samples[0] or chosen.samples
         made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))
         return Expansions(chosen, [made[query] for query in self.queries])

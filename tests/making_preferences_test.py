@@ -52,7 +52,7 @@ def make(tmp_path, monkeypatch):
     )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
 
-    expander = make_expander(config, None, texts_of_documents, None)
+    expander = make_expander(config, None, texts_of_documents, None, None)
 
     def make_preferences():
         return preferences.make_preferences(run, models, expander, None, None, corpus, data, 0)
@@ -99,7 +99,7 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         run.config = with_settings(run.config, given)
     collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
     data = TrainingData(collection, [], ["q0"])
-    expander = make_expander(run.config, sampler, collection.corpus, None)
+    expander = make_expander(run.config, sampler, collection.corpus, None, None)
     preferences._sample_candidates(run, expander, None, data, 0)
     preferences._self_answers(run, None, None, data, 0)
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))

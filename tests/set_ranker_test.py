@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from configs import base
 from eval import set_ranker
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.ranking.systems import parse_system
@@ -26,7 +28,7 @@ def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_
     config = SimpleNamespace(
         expansion=SimpleNamespace(strategy="q2d", template=""),
         answer=SimpleNamespace(max_characters=100),
-        evaluation=SimpleNamespace(samples=(1,), drop_identical_ids=False),
+        evaluation=SimpleNamespace(samples=(1,), drop_identical_ids=False, depth=10),
         contrastive=SimpleNamespace(normalize="before"),
     )
     run, models = SimpleNamespace(config=config), SimpleNamespace(sampler=None)
@@ -34,3 +36,26 @@ def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_
     made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
     made.expansions(parse_system(name))
     assert len(indexes) == built
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "shown"), [("bm25+lamer", 3, 3), ("dense+csqe", 3, 3), ("bm25+lamer", 20, 10)]
+)
+def test_a_prompt_shows_no_passages_below_the_depth_of_a_search(
+    monkeypatch, tmp_path, name, depth, shown
+):
+    prompts = []
+
+    def ask(self, _, requests):
+        prompts.extend(request.prompt for request in requests)
+        return {(request.id, request.sample): "text" for request in requests}
+
+    monkeypatch.setattr(set_ranker.SetRanker, "_ask", ask)
+    settings = {"evaluation.depth": depth, "evaluation.samples": (1,)}
+    run = SimpleNamespace(config=with_settings(read_config(base.get_config()), settings))
+    models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True))
+    corpus = {f"d{i}": f"of a query {i}" for i in range(12)}
+    collection = Collection("set", corpus, {"q": "query"}, {"test": {"q": {"d1": 1}}})
+    made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
+    made.expansions(parse_system(name))
+    assert prompts[-1].count("of a query") == shown

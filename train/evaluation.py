@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from expandr_jax.ranking.systems import (
     row_of_round,
 )
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import build_index
+from expandr_jax.search import Index, build_index
 from expandr_jax.vectors.encoder import Kind
 from train.encoding import RunRetriever, encode_texts
 from train.expansions import SPLITS, evaluation_expansions, run_expander
@@ -80,12 +80,14 @@ def evaluate(
     if run.checksums.intact(*files):
         return json.loads(path.read_text(encoding="utf-8"))
     systems = systems_of_run(run.config)
-    expander = run_expander(run, models, data, trained.retrievers[OURS])
+    documents = list(data.collection.corpus.values())
+    words = functools.cache(lambda: build_index(documents, "bm25"))
+    expander = run_expander(run, models, data, words, trained.retrievers[OURS])
     expansions = evaluation_expansions(run, data, expander, trained.adapters, systems, set_name)
     with run.phase("evaluation"):
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
         tried: list[dict[str, Any]] = []
-        rankers = _rankers(run, models, data, trained, expansions, choices, tried)
+        rankers = _rankers(run, models, data, trained, words, expansions, choices, tried)
         runs: dict[str, RunScores] = {}
         samples: list[dict[str, Any]] = []
         # Those of one retriever after the other, each when all that it rests on is there.
@@ -150,13 +152,13 @@ def _rankers(
     models: Models,
     data: TrainingData,
     trained: Trained,
+    words: Callable[[], Index],
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: dict[str, Choice],
     tried: list[dict[str, Any]],
 ) -> dict[str, Ranker]:
     """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
     config, corpus = run.config, data.collection.corpus
-    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
     separator = getattr(models.retriever.tokenizer, "sep_token", None) or ""
 
     def dense(retriever: str, _: str | None) -> DenseSearch:

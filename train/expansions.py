@@ -1,7 +1,7 @@
 """Expansions of a run's queries, by the config's strategy, with passages of its own corpus."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,19 @@ from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Expansions
 from expandr_jax.ranking.systems import EXPANSION, System
 from expandr_jax.runtime.run import Run
+from expandr_jax.search import Index
 from train.encoding import RunRetriever, encode_texts
 
 SPLITS = ("dev", "test")
 
 
-def run_expander(run: Run, models: Models, data: TrainingData, retriever: RunRetriever) -> Expander:
+def run_expander(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    bm25: Callable[[], Index],
+    retriever: RunRetriever,
+) -> Expander:
     """Expands queries of a run; a strategy that searches by vectors does so under `retriever`."""
 
     def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,7 +35,7 @@ def run_expander(run: Run, models: Models, data: TrainingData, retriever: RunRet
         return corpus.index.search(encode_texts(run, models, params, queries, "query"), k)
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
-    return make_expander(run.config, sampler, data.collection.corpus, dense)
+    return make_expander(run.config, sampler, data.collection.corpus, bm25, dense)
 
 
 def evaluation_expansions(

@@ -28,6 +28,7 @@ from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
+from expandr_jax.search import build_index
 from expandr_jax.training.setup import check_batch_size
 from train.benchmarks import evaluate_benchmarks
 from train.encoding import run_retriever
@@ -88,6 +89,8 @@ def train_joint(
     )
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
 
+    documents = list(data.collection.corpus.values())
+    words = functools.cache(lambda: build_index(documents, "bm25"))
     retriever = functools.partial(run_retriever, run, models, data.collection.corpus)
     params, adapter = models.retriever_params, None
     current = retriever("zero-shot", params)
@@ -101,7 +104,7 @@ def train_joint(
         if round_ > 0:
             negatives = training_negatives(run, models, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
-            expander = run_expander(run, models, data, current)
+            expander = run_expander(run, models, data, words, current)
             expansions = _expand(run, expander, adapter, data, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params

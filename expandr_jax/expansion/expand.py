@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,11 +12,11 @@ from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
-from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.stopping import held
-from expandr_jax.search import build_index
+from expandr_jax.search import Index
 from expandr_jax.search.named import search_named
 
 COMPLETIONS_PER_WRITE = 32
@@ -47,7 +46,8 @@ def expansion_text(config: Any, query: str) -> str:
 
 
 Sample = Callable[[Ask, Sequence[Request]], Mapping[tuple[str, int], str]]
-Index = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
+# Queries and k to scores and rows of the corpus, [queries, k] each.
+SearchTexts = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,33 +151,36 @@ def journaled(
 
 
 def make_expander(
-    config: Any, sampler: Sampler, corpus: Mapping[str, str], dense: Index
+    config: Any,
+    sampler: Sampler,
+    corpus: Mapping[str, str],
+    bm25: Callable[[], Index],
+    dense: SearchTexts,
 ) -> Expander:
     """Expands queries as the whole config says, with passages of a corpus, document id -> text.
 
-    `dense` searches it by vectors: queries and k to scores and rows, [queries, k] each. BM25's
-    index is built when a step first needs it. Raises UserError of a wrong strategy or template.
+    BM25's index of it is asked for when a step first needs it; `dense` searches it by vectors.
+    Raises UserError of a wrong strategy or template.
     """
-    bm25 = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
-    indexes = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
+    searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
     drop = config.evaluation.drop_identical_ids
-    search = passage_search(corpus, indexes, drop_identical_ids=drop)
+    search = passage_search(corpus, searches, drop_identical_ids=drop)
     asked = strategy(config.expansion.strategy, config.expansion.template)
     return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
 
 
 def passage_search(
-    corpus: Mapping[str, str], indexes: Mapping[str, Index], *, drop_identical_ids: bool
+    corpus: Mapping[str, str], searches: Mapping[str, SearchTexts], *, drop_identical_ids: bool
 ) -> Callable[[Search, Mapping[str, str], int], dict[str, list[str]]]:
     """The search of an `Expander` in one corpus, document id -> text.
 
-    `indexes` are by "bm25" and "dense"; with `drop_identical_ids` no query finds its own id.
+    `searches` are by "bm25" and "dense"; with `drop_identical_ids` no query finds its own id.
     """
     ids = list(corpus)
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
         run = search_named(
-            indexes[step.by],
+            searches[step.by],
             list(asked),
             list(asked.values()),
             ids,
@@ -246,18 +249,8 @@ def sample_journal(
         sampler's `log_probs` also "token_ids" and "log_probs", as `Completion` has them.
     """
     journal = DividedJournal(path, sampler.processes, lambda row: (row["query_id"], row["sample"]))
-    if not journal.finished:
-        _sample(sampler, adapter, requests, journal, purpose)
-    return journal.rows
-
-
-def _sample(
-    sampler: Sampler,
-    adapter: Any | None,
-    requests: Sequence[Request],
-    journal: DividedJournal,
-    purpose: str,
-) -> None:
+    if journal.finished:
+        return journal.rows
     done = {(row["query_id"], row["sample"]) for row in journal.rows}
     name = f"{purpose}/"
     requests = [dataclasses.replace(r, id=f"{name}{r.id}") for r in requests]
@@ -275,30 +268,25 @@ def _sample(
         progress = sampler.reporter.progress
         with progress(f"{purpose}: texts", len(own), len(own) - len(left)) as advance:
             for completion, text in sampler.generate(adapter, requests, left):
-                waiting.append(
-                    {
-                        "query_id": completion.id.removeprefix(name),
-                        "sample": completion.sample,
-                        "text": text,
-                        "tokens": len(completion.tokens),
-                        "finished": completion.finished,
-                        "near_ties": completion.near_ties,
-                        **_learned_from(completion),
-                    }
-                )
+                row = {
+                    "query_id": completion.id.removeprefix(name),
+                    "sample": completion.sample,
+                    "text": text,
+                    "tokens": len(completion.tokens),
+                    "finished": completion.finished,
+                    "near_ties": completion.near_ties,
+                }
+                if completion.log_probs is not None:  # What on-policy training needs, too.
+                    row["token_ids"] = [*completion.tokens]
+                    row["log_probs"] = [*completion.log_probs]
+                waiting.append(row)
                 advance(1)
                 if len(waiting) >= COMPLETIONS_PER_WRITE:
                     write()
     finally:  # What is finished is kept when SIGTERM ends this, too.
         write()
     journal.finish()
-
-
-def _learned_from(completion: Completion) -> dict[str, list]:
-    """What on-policy training needs beside the text, where the engine has it."""
-    if completion.log_probs is None:
-        return {}
-    return {"token_ids": [*completion.tokens], "log_probs": [*completion.log_probs]}
+    return journal.rows
 
 
 def _summary(rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> str:
