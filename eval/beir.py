@@ -29,7 +29,6 @@ from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.cache import TextCache
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.results import summary
 from expandr_jax.ranking.systems import System, check_stages, parse_systems
@@ -43,7 +42,7 @@ from train.launch import define_config, define_workdir, launch
 
 def evaluate_set(
     run: Run, models: LazyModels, name: str, tested: Benchmark, systems: Sequence[System],
-    measures: Sequence[str], directory: pathlib.Path, cache: TextCache,
+    measures: Sequence[str], directory: pathlib.Path, cache: pathlib.Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes everything about one set; returns the contents of its results.json.
 
@@ -160,7 +159,7 @@ def evaluate_beir(
         if harvest:
             sets = _harvested_set(run, split)
         models = LazyModels(run, any(system.generators for system in systems))
-        texts = TextCache(cache or run.path("work", "texts"))
+        texts = cache or run.path("work", "texts")
         results = {}
         for name, tested in sets.items():
             directory = run.path(name) if len(sets) > 1 else run.path()

@@ -9,7 +9,7 @@ import numpy as np
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
-from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
 from expandr_jax.generation.requests import Request
@@ -75,7 +75,7 @@ class SetRanker:
         collection: Collection,
         split: str,
         directory: pathlib.Path,
-        cache: TextCache,
+        cache: pathlib.Path,
     ):
         self.queries = {query: collection.queries[query] for query in collection.qrels[split]}
         self._run, self._models, self._cache = run, models, cache
@@ -124,7 +124,7 @@ class SetRanker:
 
     def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
         timed = self._run.phase(f"{self._collection.name}: texts of {name}")
-        return self._cache.texts(self._models.sampler, name, requests, timed)
+        return kept_texts(self._cache, self._models.sampler, name, requests, timed)
 
     def _expanded_documents(self, documents: str | None) -> list[str]:
         """Each document followed by what is written for it; an empty text adds nothing."""

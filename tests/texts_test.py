@@ -12,7 +12,7 @@ from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import cache as texts
-from expandr_jax.expansion.cache import TextCache
+from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.generation.requests import Request
 from expandr_jax.runtime.run import Run
 
@@ -53,7 +53,7 @@ def get(run, cache, requests, model="m", name="q2d"):
         settings=run.config.generator,
         reporter=run.reporter,
     )
-    return TextCache(cache).texts(sampler, name, requests, run.phase("texts"))
+    return kept_texts(cache, sampler, name, requests, run.phase("texts"))
 
 
 def test_a_request_is_answered_once(run, asked, tmp_path):

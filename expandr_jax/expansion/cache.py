@@ -19,92 +19,74 @@ _HASH_LENGTH = 16  # Hex digits.
 Key = tuple[str, int, str]  # Query id, sample, hash of the prompt and of how it is answered.
 
 
-class TextCache:
-    """Texts on disk, a file for each strategy, model and seed, a line for each request.
+def kept_texts(
+    directory: pathlib.Path,
+    sampler: Sampler,
+    name: str,
+    requests: Sequence[Request],
+    timed: contextlib.AbstractContextManager,
+) -> dict[tuple[str, int], str]:
+    """The texts of some requests; those that are not kept yet are generated and kept.
 
     A text depends on the model's weights, the seed, the strategy, stop strings, the prompt with its
     temperature and lengths, the query's id and the number of the sample; all of them are looked up.
 
     Args:
-        directory: Where the files are; several workdirs may share it.
+        directory: A file for each strategy, model and seed, a line for each request; several
+            workdirs may share it.
+        sampler: The generator, the base model of which is asked.
+        name: Sets the draws of these requests apart from others'.
+        requests: Users' messages, each (id, sample) once.
+        timed: Entered while texts are generated, if any are.
+
+    Returns:
+        (id, sample) -> text without its lead-in; "" where the model said nothing.
+
+    Raises:
+        UserError: The directory cannot be written, or a file in it is damaged.
     """
+    named = [sampler.weights_hash, sampler.seed, name, *sampler.settings.stop]
+    path = directory / f"{name}-{hash_json(named)[:_HASH_LENGTH]}.jsonl"
+    keys = list(map(_key, requests))
+    with _locked(path, sampler.reporter):
+        kept = _read(path)
+        missing = [r for r, key in zip(requests, keys, strict=True) if key not in kept]
+        if missing:
+            # The same requests go on from there after a kill.
+            which = hash_json([dataclasses.astuple(request) for request in missing])[:_HASH_LENGTH]
+            journal = path.with_suffix(f".{which}.new")
+            with timed:
+                made = sample_texts(sampler, None, missing, path=journal, purpose=name, strip=False)
+            kept |= {_key(request): made[request.id, request.sample] for request in missing}
+            write_jsonl(
+                path,
+                (
+                    {**dict(zip(FIELDS, key, strict=False)), "text": text}
+                    for key, text in sorted(kept.items())
+                ),
+            )
+            journal.unlink(missing_ok=True)
+    if len(missing) < len(requests):
+        there = len(requests) - len(missing)
+        sampler.reporter.say(f"{there} texts of {name} were there already")
+    return {key[:2]: strip_lead_in(kept[key]).strip() for key in keys}
 
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
 
-    def texts(
-        self,
-        sampler: Sampler,
-        name: str,
-        requests: Sequence[Request],
-        timed: contextlib.AbstractContextManager,
-    ) -> dict[tuple[str, int], str]:
-        """The texts of some requests; those that are not kept yet are generated and kept.
-
-        Args:
-            sampler: The generator, the base model of which is asked.
-            name: Sets the draws of these requests apart from others'.
-            requests: Users' messages, each (id, sample) once.
-            timed: Entered while texts are generated, if any are.
-
-        Returns:
-            (id, sample) -> text without its lead-in; "" where the model said nothing.
-
-        Raises:
-            UserError: The directory cannot be written, or a file in it is damaged.
-        """
-        named = [sampler.weights_hash, sampler.seed, name, *sampler.settings.stop]
-        owner = hash_json(named)[:_HASH_LENGTH]
-        path = self._directory / f"{name}-{owner}.jsonl"
-        keys = list(map(_key, requests))
-        with self._locked(path, sampler.reporter):
-            kept = _read(path)
-            missing = [r for r, key in zip(requests, keys, strict=True) if key not in kept]
-            if missing:
-                with timed:
-                    kept |= self._generate(sampler, name, path, missing)
-                write_jsonl(
-                    path,
-                    (
-                        {**dict(zip(FIELDS, key, strict=False)), "text": text}
-                        for key, text in sorted(kept.items())
-                    ),
-                )
-                self._journal(path, missing).unlink(missing_ok=True)
-        if len(missing) < len(requests):
-            there = len(requests) - len(missing)
-            sampler.reporter.say(f"{there} texts of {name} were there already")
-        return {key[:2]: strip_lead_in(kept[key]).strip() for key in keys}
-
-    def _generate(
-        self, sampler: Sampler, name: str, path: pathlib.Path, missing: Sequence[Request]
-    ) -> dict[Key, str]:
-        journal = self._journal(path, missing)
-        made = sample_texts(sampler, None, missing, path=journal, purpose=name, strip=False)
-        return {_key(request): made[request.id, request.sample] for request in missing}
-
-    def _journal(self, path: pathlib.Path, missing: Sequence[Request]) -> pathlib.Path:
-        """Where the same requests go on from after a kill."""
-        which = hash_json([dataclasses.astuple(request) for request in missing])[:_HASH_LENGTH]
-        return path.with_suffix(f".{which}.new")
-
-    @contextlib.contextmanager
-    def _locked(self, path: pathlib.Path, reporter: Reporter) -> Iterator[None]:
-        """Keeps other processes from generating the same."""
+@contextlib.contextmanager
+def _locked(path: pathlib.Path, reporter: Reporter) -> Iterator[None]:
+    """Keeps other processes from generating the same."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{path.parent}: texts cannot be kept there: {error.strerror}") from error
+    with lock:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise UserError(
-                f"{self._directory}: texts cannot be kept there: {error.strerror}"
-            ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                reporter.say(f"another process writes {path}: waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reporter.say(f"another process writes {path}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _key(request: Request) -> Key:
