@@ -47,9 +47,11 @@ def test_a_better_rank_never_scores_less():
     np.testing.assert_allclose(values, [1, 1 / 2, 1 / 3, 1 / 100, 0])
 
 
-def test_rank_in_results():
+def test_the_rank_of_one_document_in_results():
     results = np.array([[5, 3, 1], [2, 4, 6], [7, 8, 9]])
-    np.testing.assert_array_equal(rewards.rank_in_results(results, np.array([3, 2, 0])), [2, 1, 0])
+    np.testing.assert_array_equal(
+        rewards.ranks_in_results(results, np.array([[3], [2], [0]])), [[2], [1], [0]]
+    )
 
 
 def test_ranks_of_several_documents():

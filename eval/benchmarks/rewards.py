@@ -76,7 +76,9 @@ def start(directory: pathlib.Path, everything: bool) -> Running:
             )
         )
         _, found = index.search(fused, DEPTH)
-        rank = rewards.rank_in_results(found, np.repeat(relevant, CANDIDATES)).reshape(count, -1)
+        rank = rewards.ranks_in_results(found, np.repeat(relevant, CANDIDATES)[:, None]).reshape(
+            count, -1
+        )
         terms = [rewards.reciprocal_rank(rewards.ranks(side)) for side in similarities]
         reward = sum(terms) + rewards.reciprocal_rank(rank)
         kept = passes_similarity_filter(*similarities, 0.6)

@@ -8,17 +8,10 @@ import jax.numpy as jnp
 
 
 def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
-    """The mean of a query's vector and those of the documents it found first.
+    """The mean [batch, dim] of a query's vector and those of the k documents it found first.
 
-    Args:
-        query: [batch, dim].
-        documents: [batch, k, dim], the top k of each query.
-
-    Returns:
-        [batch, dim] float32.
-
-    References:
-        Average PRF of Li et al., arXiv 2108.11044.
+    Takes [batch, dim] and [batch, k, dim], and returns float32. Average PRF of Li et al., arXiv
+    2108.11044.
     """
     query, documents = query.astype(jnp.float32), documents.astype(jnp.float32)
     return jnp.mean(jnp.concatenate([query[:, None], documents], axis=1), axis=1)
@@ -27,17 +20,8 @@ def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
 def rocchio(query: jax.Array, relevant: jax.Array, *, alpha: float, beta: float) -> jax.Array:
     """alpha E(q) + beta mean(relevant): Rocchio's formula without irrelevant documents.
 
-    Args:
-        query: [batch, dim].
-        relevant: [batch, k, dim], documents taken to be relevant: the top k.
-        alpha: Weight of the query.
-        beta: Weight of the relevant documents.
-
-    Returns:
-        [batch, dim] float32.
-
-    References:
-        Rocchio (1971); on dense vectors Li et al., arXiv 2108.11044.
+    Takes [batch, dim] and [batch, k, dim], the documents found first, and returns [batch, dim]
+    float32. Rocchio (1971); on dense vectors Li et al., arXiv 2108.11044.
     """
     moved = alpha * query.astype(jnp.float32)
     return moved + beta * jnp.mean(relevant.astype(jnp.float32), axis=1)
@@ -65,18 +49,10 @@ def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], k: float = 60.0) -
 
 
 def exp4fuse(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, float]:
-    """Reciprocal rank fusion, times 1 + n / 10 for a document that n of the rankings hold.
+    """`reciprocal_rank_fusion`, times 1 + n / 10 for a document that n of the rankings hold.
 
-    Args:
-        rankings: As for `reciprocal_rank_fusion`; in the paper those of the query and of the query
-            five times and a passage.
-        k: As for `reciprocal_rank_fusion`.
-
-    Returns:
-        Document id -> score.
-
-    References:
-        Exp4Fuse, arXiv 2506.04760.
+    In the paper they are those of the query and of the query five times and a passage. Exp4Fuse,
+    arXiv 2506.04760.
     """
     held = collections.Counter(document for ranking in rankings for document in ranking)
     fused = reciprocal_rank_fusion(rankings, k)

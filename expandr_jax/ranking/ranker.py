@@ -284,11 +284,8 @@ def choose(
 ) -> list[tuple[Choice, float]]:
     """Mean nDCG@10 of each way to use a leaf's expansions; of equal ones the first is to be taken.
 
-    Args:
-        ranker: Ranks for the dev queries.
-        leaf: It has a strategy.
-        qrels: Their judgements.
-        choices: What is tried; for BM25, which weighs no query, each number of samples once.
+    The ranker and judgements are of the dev queries. For BM25, which weighs no query, each number
+    of samples is tried once.
     """
     if leaf.retriever == BM25:
         choices = [Choice(None, n) for n in dict.fromkeys(choice.samples for choice in choices)]

@@ -65,18 +65,10 @@ RERANKERS = {"rerank": Reranker(check_cross_encoder, load_scorer)}
 def rank_again(
     run: RunScores, queries: Mapping[str, str], corpus: Mapping[str, str], score: Scorer, depth: int
 ) -> dict[str, dict[str, float]]:
-    """Orders the first documents of each query by a re-ranker; the others follow as they were.
+    """Orders the first `depth` documents of each query by a re-ranker; the others follow as before.
 
-    Args:
-        run: What was found.
-        queries: Query id -> text.
-        corpus: Document id -> text.
-        score: The re-ranker.
-        depth: Documents of a query that it reads.
-
-    Returns:
-        Query id -> document id -> score: the re-ranker's, and below its lowest for those that it
-        did not read, each 1 less than the one before.
+    Scores are the re-ranker's, and below its lowest for documents that it did not read, each 1 less
+    than the one before. Queries and the corpus are texts by their ids.
     """
     again = {}
     for query, found in run.items():

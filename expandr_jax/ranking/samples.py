@@ -22,13 +22,9 @@ def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
 def mean_by_query(
     rows: Iterable[Mapping[str, Any]], system: str, split: str, field: str
 ) -> dict[str, float]:
-    """Query -> mean of a field over a system's samples; nothing where the run has no such field.
+    """Query -> mean of RANK or REWARD over a system's samples; none where the run lacks the field.
 
-    Args:
-        rows: Rows of samples.jsonl.
-        system: Whose samples.
-        split: "dev" or "test".
-        field: RANK or REWARD.
+    Rows are those of samples.jsonl; the split is "dev" or "test".
     """
     values: dict[str, list[float]] = {}
     for row in rows:

@@ -71,11 +71,7 @@ GAIN_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_sear
 def gain_reward(evidence: Evidence) -> np.ndarray:
     """`reward.gain_measure` of each expanded query's search, less that of the query's own search.
 
-    Args:
-        evidence: What the candidates are judged by.
-
-    Returns:
-        [queries, candidates] float64, between -1 and 1.
+    [queries, candidates] float64, between -1 and 1.
     """
     settings = evidence.config.reward
     worth = measure_searches(

@@ -7,16 +7,9 @@ import numpy as np
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:
-    """Rank of each score among its row's: 1 is the highest, ties go to the lower index.
+    """Rank of each score among its row's, [..., candidates] int64.
 
-    Args:
-        scores: [..., candidates].
-
-    Returns:
-        [..., candidates] int64.
-
-    Raises:
-        ValueError: If a score is not finite.
+    1 is the highest, and ties go to the lower index. Raises ValueError if a score is not finite.
     """
     scores = np.asarray(scores)
     if not np.isfinite(scores).all():
@@ -33,20 +26,6 @@ def reciprocal_rank(rank: np.ndarray) -> np.ndarray:
     return np.divide(1.0, rank, out=np.zeros_like(rank), where=rank > 0)
 
 
-def rank_in_results(results: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Where a search found the relevant document.
-
-    Args:
-        results: [queries, depth] document indices, best first.
-        positive: [queries] index of the relevant document.
-
-    Returns:
-        [queries] int64 ranks, 0 where it is not among the results.
-    """
-    hit = np.asarray(results) == np.asarray(positive)[:, None]
-    return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
-
-
 def ranks_in_results(results: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Where a search found each of several documents.
 
@@ -57,8 +36,12 @@ def ranks_in_results(results: np.ndarray, documents: np.ndarray) -> np.ndarray:
     Returns:
         [queries, count] int64 ranks, 0 for a document that is not among the results.
     """
+    found = []
     # A column at a time: all at once would take count times the memory of the results.
-    return np.stack([rank_in_results(results, column) for column in np.asarray(documents).T], 1)
+    for column in np.asarray(documents).T:
+        hit = np.asarray(results) == column[:, None]
+        found.append(np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0))
+    return np.stack(found, axis=1)
 
 
 def ndcg(rank: np.ndarray, grades: np.ndarray, cutoff: int | None = None) -> np.ndarray:

@@ -53,14 +53,10 @@ def total_reward(terms: dict[str, np.ndarray], weights: Any) -> np.ndarray:
 def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     """The groups, with all that candidates.jsonl says of their candidates.
 
-    Those by both ranks, the paper's, are always there; others where they have a weight.
-
-    Args:
-        evidence: The groups, and what they are judged by.
-        what: What this is called in messages.
+    Rewards by both ranks, the paper's, are always there; others where they have a weight.
 
     Raises:
-        NotFiniteError: A reward is not finite, naming its query.
+        NotFiniteError: A reward is not finite, naming its query after `what`.
     """
     weights = evidence.config.reward
     terms = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards import ranks
 from expandr_jax.search import Index
 
 BLOCK_ROWS = 8192  # Expanded queries whose results are in memory at once.
@@ -32,14 +32,7 @@ class Judged:
 def judged_documents(
     data: TrainingData, queries: Sequence[str], rows: Mapping[str, int], *, split: str = "train"
 ) -> Judged:
-    """The relevant documents of a split's queries.
-
-    Args:
-        data: Has the judgements.
-        queries: Ids.
-        rows: Document id to its row in the index.
-        split: Whose judgements.
-    """
+    """The relevant documents of some of a split's queries; `rows`: document id -> its row."""
     positives = [data.positives(query, split) for query in queries]
     shape = len(queries), max(map(len, positives), default=1)
     documents, grades = np.full(shape, -1), np.zeros(shape)
@@ -67,21 +60,21 @@ class Results:
     grades: np.ndarray
 
     @property
-    def ranks(self) -> np.ndarray:
+    def relevant_ranks(self) -> np.ndarray:
         """Ranks [searches, count] of the relevant documents, 0 for one that was not found."""
-        return rewards.ranks_in_results(self.found, self.documents)
+        return ranks.ranks_in_results(self.found, self.documents)
 
 
 # What a search is worth: (results, temperature) -> [searches].
 SEARCH_MEASURES: dict[str, Callable[[Results, float], np.ndarray]] = {
-    "reciprocal_rank": lambda results, _: rewards.reciprocal_rank(
-        rewards.rank_in_results(results.found, results.documents[:, 0])
+    "reciprocal_rank": lambda results, _: ranks.reciprocal_rank(
+        ranks.ranks_in_results(results.found, results.documents[:, :1])[:, 0]
     ),
-    "ndcg": lambda results, _: rewards.ndcg(results.ranks, results.grades),
-    "average_precision": lambda results, _: rewards.average_precision(
-        results.ranks, results.grades > 0
+    "ndcg": lambda results, _: ranks.ndcg(results.relevant_ranks, results.grades),
+    "average_precision": lambda results, _: ranks.average_precision(
+        results.relevant_ranks, results.grades > 0
     ),
-    "softmax_share": lambda results, temperature: rewards.softmax_share(
+    "softmax_share": lambda results, temperature: ranks.softmax_share(
         results.scores, results.found, results.documents, temperature
     ),
 }
@@ -132,13 +125,9 @@ def corpus_reward(config: Any, index: Index, fused: np.ndarray, judged: Judged) 
 
 
 def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Judged) -> np.ndarray:
-    """`rewards.group_ndcg` over sets drawn by (seed, query id): [queries, candidates].
+    """`ranks.group_ndcg` over sets drawn by (seed, query id): [queries, candidates].
 
-    Args:
-        config: The whole config.
-        vectors: [documents, dim] of the corpus.
-        fused: [queries, candidates, dim] a query's vector with each of its candidates.
-        judged: The same queries' relevant documents.
+    Vectors are [documents, dim] of the corpus, other arguments as for `corpus_reward`.
     """
     result = np.zeros(fused.shape[:2])
     for row, query in enumerate(judged.queries):
@@ -148,7 +137,7 @@ def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Ju
         # The relevant documents stand last, so that a tie counts against them.
         grades[:, sets.shape[1] - len(relevant) :] = judged.grades[row, : len(relevant)]
         documents = np.asarray(vectors[sets.ravel()], np.float32).reshape(*sets.shape, -1)
-        result[row] = rewards.group_ndcg(fused[row], documents, grades)
+        result[row] = ranks.group_ndcg(fused[row], documents, grades)
     return result
 
 

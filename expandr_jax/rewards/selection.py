@@ -61,12 +61,7 @@ def candidate_shares(
 def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None:
     """Indices of the chosen (highest reward) and rejected (lowest) candidate; lower index on ties.
 
-    Args:
-        rewards: [candidates].
-        texts: The candidates' texts.
-
-    Returns:
-        (chosen, rejected), or None where both have the same text, so that nothing is preferred.
+    None where both have the same text, so that nothing is preferred.
     """
     chosen, rejected = int(np.argmax(rewards)), int(np.argmin(rewards))
     if texts[chosen].strip() == texts[rejected].strip():
@@ -75,18 +70,14 @@ def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None
 
 
 def nothing_to_learn(group: Group, threshold: float) -> str | None:
-    """Why nothing is to be learned of a group, or None.
+    """Why nothing is to be learned of a rewarded group, or None.
 
-    Args:
-        group: Rewarded. Where its similarities are not known, they are not asked for.
-        threshold: As for `passes_similarity_filter`.
+    Where its similarities are not known, they are not asked for.
     """
-    candidates = group.candidates
-    if all(side in candidate.similarities for candidate in candidates for side in SIDES):
-        columns = (np.array([c.similarities[side] for c in candidates]) for side in SIDES)
-        if not passes_similarity_filter(*columns, threshold):
-            return "below the similarity threshold"
-    usable = [candidate for candidate in candidates if candidate.text.strip()]
+    known = all(side in candidate.similarities for candidate in group.candidates for side in SIDES)
+    if known and not _is_similar(group, threshold):
+        return "below the similarity threshold"
+    usable = [candidate for candidate in group.candidates if candidate.text.strip()]
     if not usable:
         return "empty"
     if len({c.text.strip() for c in usable}) == 1 or len({c.total for c in usable}) == 1:
@@ -94,25 +85,24 @@ def nothing_to_learn(group: Group, threshold: float) -> str | None:
     return None
 
 
+def _is_similar(group: Group, threshold: float) -> bool:
+    columns = (np.array([c.similarities[side] for c in group.candidates]) for side in SIDES)
+    return bool(passes_similarity_filter(*columns, threshold))
+
+
 def select_pairs(
     groups: Sequence[Group], threshold: float
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Lines of preferences.jsonl: the pairs of the groups that pass the filter.
+    """Lines of preferences.jsonl, and how many groups were left out for what reason.
 
-    Args:
-        groups: Rewarded.
-        threshold: As for `passes_similarity_filter`.
-
-    Returns:
-        The lines, and how many groups were left out for what reason.
+    Pairs are made of the rewarded groups that pass the filter.
     """
     pairs, dropped = [], collections.Counter()
     for group in groups:
-        columns = (np.array([c.similarities[side] for c in group.candidates]) for side in SIDES)
         pair = select_pair(np.array([c.total for c in group.candidates]), group.texts)
         chosen, rejected = (group.candidates[i] for i in pair or (0, 0))
         failed = (
-            not passes_similarity_filter(*columns, threshold),
+            not _is_similar(group, threshold),
             pair is None,
             not chosen.text or not rejected.text,
         )
