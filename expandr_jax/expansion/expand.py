@@ -129,14 +129,9 @@ def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
 def journaled(
     expander: Expander, adapter: Any | None, path: pathlib.Path, purpose: str, strip: bool = True
 ) -> Sample:
-    """Samples a strategy's texts, going on from journals where they are there.
+    """Samples a strategy's texts by `sample_texts`.
 
-    Args:
-        expander: Whose texts they are.
-        adapter: LoRA tree, or None for the base model.
-        path: The journal of the last `Ask`; the others have their names behind it.
-        purpose: Sets the draws of the last `Ask` apart from other uses; the others likewise.
-        strip: Strip lead-ins from the texts.
+    Path and purpose are those of the last `Ask`; those of the others have their names behind them.
     """
 
     def sample(step: Ask, requests: Sequence[Request]) -> dict[tuple[str, int], str]:

@@ -34,16 +34,7 @@ class Prompt:
     def message(
         self, query: str = "", document: str | None = None, passages: Sequence[str] = ()
     ) -> str:
-        """The user's message.
-
-        Args:
-            query: The query.
-            document: A related document, where the template shows one.
-            passages: Retrieved passages, where the template shows some.
-
-        Raises:
-            ValueError: The template wants a document or passages that are not given.
-        """
+        """The user's message; ValueError where the template wants what is not given."""
         numbered = "\n".join(f"{i}. {passage}" for i, passage in enumerate(passages, start=1))
         values = {"query": query, "document": document, "passages": numbered or None}
         missing = [field for field in sorted(self.fields) if values[field] is None]
@@ -173,10 +164,7 @@ REPEATED_SHARE = 0.5  # Of a text's word 4-grams; more than this that stand twic
 
 
 def custom_prompt(template: str) -> Prompt:
-    """The prompt that a config gives.
-
-    Args:
-        template: It shows {query} and, where it is to, {passages}.
+    """The prompt of a config's template, which shows {query} and, where it is to, {passages}.
 
     Raises:
         UserError: It has no {query}, or another placeholder than these.

@@ -71,13 +71,9 @@ class Search:
 def document_message(
     name: str, document: str, most_characters: int, fits: Callable[[str], bool]
 ) -> str:
-    """The user's message that has a document expanded.
+    """The user's message that has a document expanded by one of `DOCUMENT_PROMPTS`.
 
-    Args:
-        name: A key of `DOCUMENT_PROMPTS`.
-        document: Its text.
-        most_characters: Characters of it that are shown, at most.
-        fits: Whether a message is short enough; the document is cut until it is.
+    The document is cut as the passages of `Ask.message` are.
     """
     prompt = DOCUMENT_PROMPTS[name]
     return _fitting(

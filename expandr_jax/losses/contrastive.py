@@ -146,8 +146,7 @@ def margin_mse(student: jax.Array, teacher: jax.Array, given: jax.Array) -> jax.
     """Squared error of each query's score margins against a teacher's, mean over its negatives.
 
     Args:
-        student: [batch, 1 + count] scores, the positive's first.
-        teacher: [batch, 1 + count], likewise.
+        student, teacher: [batch, 1 + count] scores, the positive's first.
         given: [batch, 1 + count] bool, False where a query has no such negative.
 
     Returns:
@@ -166,8 +165,7 @@ def distillation_kl(student: jax.Array, teacher: jax.Array, given: jax.Array) ->
     """KL(softmax(teacher) || softmax(student)) over each query's passages, in float32.
 
     Args:
-        student: [batch, passages] scores, divided by their temperature.
-        teacher: [batch, passages], likewise.
+        student, teacher: [batch, passages] scores, divided by their temperatures.
         given: [batch, passages] bool, False where a query has no such passage.
 
     Returns:

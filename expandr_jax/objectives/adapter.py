@@ -80,12 +80,8 @@ def adapter_setup(
 ) -> TrainingSetup:
     """`adapter_step` on a mesh, (state, params, batch, key) -> (state, metrics).
 
-    Args:
-        mesh: The devices.
-        adapter: The adapter, or its shapes.
-        shardings, params: Where it and the base lie.
-        optimizer: Settings of the optimizer.
-        **settings: Those of `adapter_losses`.
+    `adapter` may be its shapes; it and the base lie as `shardings` and `params` say. `settings` are
+    those of `adapter_losses`.
     """
     step = functools.partial(adapter_step, **settings)
     return set_up(mesh, step, adapter, shardings, optimizer, params)

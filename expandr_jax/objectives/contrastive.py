@@ -84,14 +84,10 @@ def contrastive_setup(
     settings: Any,
     optimizer: OptimizerConfig,
 ) -> TrainingSetup:
-    """Sets step A up; its step is (state, batch, key) -> (state, metrics).
+    """Sets step A up, as the config's section `contrastive` has it.
 
-    Args:
-        mesh: The devices.
-        retriever: The retriever as it encodes.
-        params: Its parameters, or their shapes.
-        settings: The config's section `contrastive`.
-        optimizer: Settings of the optimizer.
+    Its step is (state, batch, key) -> (state, metrics). The retriever is given as it encodes, with
+    its parameters or their shapes.
     """
     retriever = training_retriever(retriever, settings)
     shardings = model_shardings(mesh, retriever.module, params)

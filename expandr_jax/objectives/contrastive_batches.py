@@ -280,14 +280,9 @@ class ContrastiveBatches:
 def check_contrastive_batch(
     settings: Any, retriever: Retriever, params: Any, mesh: Mesh, queries: int
 ) -> None:
-    """Refuses, by a UserError, sizes that the model, its mesh or the queries do not allow.
+    """Refuses sizes that the model, its mesh or the number of training queries do not allow.
 
-    Args:
-        settings: The config's section `contrastive`.
-        retriever: The model.
-        params: Its parameters, or their shapes.
-        mesh: The devices of step A.
-        queries: How many it is trained on.
+    Raises UserError, which names the settings; `params` may be shapes.
     """
     size, micro = settings.batch_size, settings.micro_batch
     devices = batch_divisor(mesh)
@@ -318,13 +313,9 @@ def check_contrastive_batch(
 def check_contrastive_examples(
     settings: Any, examples: Sequence[ContrastiveExample], samples: int, names: Sequence[str]
 ) -> None:
-    """Refuses, by a UserError, examples from which step A could not learn what it is set to.
+    """Refuses examples, with so many expansions a query, that do not have what step A is to learn.
 
-    Args:
-        settings: The config's section `contrastive`.
-        examples: The training queries.
-        samples: Expansions a query.
-        names: What messages call the queries.
+    Raises UserError, which names the setting, and the query where there is one.
     """
     weights = loss_weights(settings)
     expanded = samples and settings.plain_share < 1 and any(e.expansions for e in examples)

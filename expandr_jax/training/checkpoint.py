@@ -193,12 +193,10 @@ class Checkpoints:
     def restore(
         self, template: Any, *, after: int = -1, at_most: int | None = None
     ) -> tuple[int, Any] | None:
-        """The newest intact step, as (step, tree), or None where there is none.
+        """The newest intact step above `after` and up to `at_most`, as (step, tree), or None.
 
         Args:
             template: A tree of arrays (or ShapeDtypeStructs with shardings) to restore into.
-            after: Only steps above this.
-            at_most: Only steps up to this.
 
         Raises:
             UserError: If the newest intact step belongs to another model or other settings, or

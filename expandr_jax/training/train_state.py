@@ -98,11 +98,8 @@ class TrainState:
     ) -> "TrainState":
         """Where `create` belongs: what the optimizer keeps of a parameter lies where that lies.
 
-        Args:
-            mesh: Counters, the step among them, are on all of it.
-            params: Sharding of each trainable parameter.
-            shapes: The parameters, or their shapes.
-            optimizer: Decides what is kept.
+        Counters, the step among them, are on all of the mesh. `params` are the shardings of the
+        trainable parameters, `shapes` themselves or their shapes.
         """
         everywhere = replicated(mesh)
         opt_state = jax.eval_shape(optimizer.init, shapes)
