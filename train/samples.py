@@ -35,13 +35,13 @@ def sample_rows(
     """
     rows, normalize = [], config.contrastive.normalize
     depth = min(config.evaluation.sample_depth, len(corpus.ids))
-    place = {document: i for i, document in enumerate(corpus.ids)}
+    row_of = {document: i for i, document in enumerate(corpus.ids)}
     for split, part in encoded.items():
         samples = part.expansions.shape[1]
         vectors = part.queries, part.expansions, part.present
         alone = fuse_each(*vectors, query_weight=0.0, normalize=normalize)
         _, found = corpus.index.search(alone.reshape(-1, alone.shape[-1]), depth)
-        judged = judged_documents(data, part.ids, place, split=split)
+        judged = judged_documents(data, part.ids, row_of, split=split)
         documents = np.repeat(judged.documents, samples, axis=0)
         ranks = rewards.ranks_in_results(found, documents)
         first = np.min(np.where(ranks > 0, ranks, np.inf), axis=-1).reshape(-1, samples)

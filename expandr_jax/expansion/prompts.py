@@ -160,7 +160,7 @@ LEAD_INS = tuple(
         rf"\**{_KINDS}\s*:\**\s*",
     )
 )
-REPEATED_SHARE = 0.5  # Of a text's word 4-grams; more than this that stand twice is repetition.
+REPEATED_SHARE = 0.5  # A text more of whose word 4-grams stand twice is repetitive.
 
 
 def custom_prompt(template: str) -> Prompt:

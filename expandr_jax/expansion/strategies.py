@@ -14,7 +14,7 @@ from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS, PROMPTS, Prompt, cus
 from expandr_jax.vectors.encoder import Kind
 
 FEEDBACK = 10  # Passages that a search finds for a prompt that shows some.
-LEAST_CHARACTERS = 40  # Of each passage in a message that would be too long with more.
+LEAST_CHARACTERS = 40  # Each passage keeps these in a message that would be too long with more.
 SEPARATOR = "[SEP]"  # Replaced by the retriever's own.
 
 
@@ -211,7 +211,7 @@ def rounds(count: int, prompt: Prompt, name: str) -> tuple[Ask | Search, ...]:
     Args:
         count: How many rounds; theirs are three.
         prompt: It shows passages.
-        name: Of the texts; each round's draws are set apart by its number.
+        name: What the texts are called; each round's draws are set apart by its number.
 
     References:
         Lei et al., arXiv 2506.09260: the prompt, BM25's ten first, first for the query alone and

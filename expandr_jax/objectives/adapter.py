@@ -26,7 +26,7 @@ from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
 from expandr_jax.training.train_state import OptimizerConfig
 
-MOST_SIZES = 6  # Of the rows of a training's batches.
+MOST_SIZES = 6  # Different sizes of rows in a training.
 STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few steps take.
 
 

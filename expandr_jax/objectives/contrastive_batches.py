@@ -144,7 +144,7 @@ def make_batch(
     """Arrays of one batch.
 
     Args:
-        examples: Of each, the first `samples` expansions and `negatives` negatives are used.
+        examples: The first `samples` expansions and `negatives` negatives of each are used.
         pad_id: Fills up rows.
         samples: Expansions a query; 0 for plain queries.
         negatives: Negatives a query. A query with fewer has its positive in their place, which is

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums [2] uint32 over mixed words and places of an array, and whether all is finite.
+    """Two sums [2] uint32 over mixed words and positions of an array, and whether all is finite.
 
     The sums do not depend on how the array is spread over devices, and no other value of a single
     word has the same ones.
@@ -38,32 +38,27 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis in range(x.ndim):
         stride = math.prod(x.shape[axis + 1 :]) & 0xFFFFFFFF
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
     sums = []
     for seed in (0x2545F491, 0x9E3779B9):
-        h = words ^ (place * jnp.uint32(0x85EBCA77) + jnp.uint32(seed))
+        h = words ^ (position * jnp.uint32(0x85EBCA77) + jnp.uint32(seed))
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's finalizer.
             h = (h ^ (h >> shift)) * jnp.uint32(factor)
         sums.append(jnp.sum(h ^ (h >> 16), dtype=jnp.uint32))
     return jnp.stack(sums), finite
 
 
-_checksum_here = jax.jit(_checksum)
-
-
 @functools.lru_cache(maxsize=8)
-def _checksum_on(mesh: Mesh) -> Callable[..., Any]:
-    """`_checksum` of an array that several processes hold, so that each of them knows it."""
-    return jax.jit(_checksum, out_shardings=replicated(mesh))
+def _checksum_program(mesh: Mesh | None) -> Callable[..., Any]:
+    """`_checksum`; with a mesh, of an array that several processes hold: each of them knows it."""
+    return jax.jit(_checksum, out_shardings=replicated(mesh) if mesh else None)
 
 
 def _checksum_leaf(leaf: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    program = _checksum_here
-    if not leaf.is_fully_addressable:
-        program = _checksum_on(leaf.sharding.mesh)
+    program = _checksum_program(None if leaf.is_fully_addressable else leaf.sharding.mesh)
     return jax.device_get(program(leaf))
 
 
@@ -124,7 +119,7 @@ class Checkpoints:
             keep_period=keep_period,
             cleanup_tmp_directories=not self._in_bucket,
         )
-        # Of a disk, of gcsfs, of tensorstore.
+        # A disk's errors; gcsfs and tensorstore raise others.
         expected = Exception if self._in_bucket else OSError
         try:
             if self._in_bucket:
@@ -178,7 +173,7 @@ class Checkpoints:
         """Returns when all that was saved is on disk; errors as of `save`."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # Of tensorstore, of Orbax's threads, of the file system.
+        except Exception as error:  # Tensorstore's, Orbax's threads', the disk's.
             raise self._unwritten(error) from error
 
     def _unwritten(self, error: Exception) -> UserError:

@@ -92,11 +92,11 @@ class TextEncoder:
             if vectors.shape[0] == 0:
                 vectors = np.zeros((len(texts), block.shape[1]), np.float32)
             if not np.isfinite(block).all():
-                place = chosen[int(np.argmin(np.isfinite(block).all(1)))]
+                bad = chosen[int(np.argmin(np.isfinite(block).all(1)))]
                 raise NotFiniteError(
-                    f"text {place} ({texts[place][:60]!r}): its vector is not finite; the "
+                    f"text {bad} ({texts[bad][:60]!r}): its vector is not finite; the "
                     "retriever's weights are damaged or training diverged",
-                    row=place,
+                    row=bad,
                 )
             vectors[chosen] = block
             if progress is not None:

@@ -61,7 +61,7 @@ def encode_to_file(
             known, as from files that several processes made; it is then not run.
 
     Returns:
-        [texts, dim], memory-mapped; see `stored_vectors`.
+        [texts, dim], memory-mapped; see `stored`.
 
     Raises:
         UserError: The file cannot be written, or was begun with other weights, texts or settings;

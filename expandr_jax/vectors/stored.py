@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-_GREATEST = 127  # Of int8, either side of zero.
+_GREATEST = 127  # An int8, either side of zero.
 
 
 class StoredVectors:
@@ -87,5 +87,5 @@ def from_storage(rows: np.ndarray) -> np.ndarray | StoredVectors:
 
 
 def open_vectors(path: str | os.PathLike) -> np.ndarray | StoredVectors:
-    """Opens a file of `vector_file.encode_to_file`: [count, dim], memory-mapped."""
+    """Opens a file of `file.encode_to_file`: [count, dim], memory-mapped."""
     return from_storage(np.load(path, mmap_mode="r", allow_pickle=False))
