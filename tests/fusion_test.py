@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expandr_jax.ranking.fusion import (
+from expandr_jax.ranking.stages import (
     average_feedback,
     exp4fuse,
     interpolate,

@@ -6,7 +6,7 @@ Each query is searched for alone, then with each of its candidates.
 import numpy as np
 
 from expandr_jax.expansion.strategies import STRATEGIES
-from expandr_jax.ranking.fusion import reciprocal_rank_fusion
+from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.search import Search, measure_searches
 from expandr_jax.search import build_index

@@ -76,31 +76,31 @@ class TextEncoder:
         while start < len(order) or pending:
             if start < len(order):
                 length, rows = self._shape(len(tokens[order[start]]))
-                chosen = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
+                indices = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
                 ids, mask = pad(
-                    [tokens[i] for i in chosen], self.retriever.tokenizer.pad_token_id, length
+                    [tokens[i] for i in indices], self.retriever.tokenizer.pad_token_id, length
                 )
-                fill = rows - len(chosen)
+                fill = rows - len(indices)
                 # Rows that only fill the shape repeat the first: no row is ever fully masked.
                 ids, mask = (np.concatenate([a, np.repeat(a[:1], fill, 0)]) for a in (ids, mask))
-                pending.append((chosen, self._embed(params, ids, mask)))
-                start += len(chosen)
+                pending.append((indices, self._embed(params, ids, mask)))
+                start += len(indices)
                 if len(pending) < 2 and start < len(order):
                     continue  # Keep one batch in flight while the next is prepared.
-            chosen, result = pending.pop(0)
-            block = np.asarray(result)[: len(chosen)]
+            indices, result = pending.pop(0)
+            block = np.asarray(result)[: len(indices)]
             if vectors.shape[0] == 0:
                 vectors = np.zeros((len(texts), block.shape[1]), np.float32)
             if not np.isfinite(block).all():
-                bad = chosen[int(np.argmin(np.isfinite(block).all(1)))]
+                bad = indices[int(np.argmin(np.isfinite(block).all(1)))]
                 raise NotFiniteError(
                     f"text {bad} ({texts[bad][:60]!r}): its vector is not finite; the "
                     "retriever's weights are damaged or training diverged",
                     row=bad,
                 )
-            vectors[chosen] = block
+            vectors[indices] = block
             if progress is not None:
-                progress(len(chosen))
+                progress(len(indices))
         return vectors
 
     def _shape(self, length: int) -> tuple[int, int]:
