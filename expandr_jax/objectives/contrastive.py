@@ -8,7 +8,7 @@ parameters.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, get_args
 
 import jax
@@ -28,7 +28,6 @@ from expandr_jax.losses.contrastive import (
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import replicated
-from expandr_jax.training.micro_batches import by_length, join, join_rows, split_rows
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import OptimizerConfig, TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
@@ -154,9 +153,9 @@ def contrastive_gradients(
         _, pull_back = jax.vjp(lambda m: _embed_chunk(m, chunk, retriever), model)
         return jax.tree.map(jnp.add, total, pull_back(vector_grads)[0]), None
 
-    for towers in by_length(batch, TOWERS):
-        chunks = join(_chunks(batch, t, config.micro_batch, dropout_key) for t in towers)
-        vector_grads = join(split_rows(cotangents[t], config.micro_batch) for t in towers)
+    for towers in _by_length(batch):
+        chunks = _join(_chunks(batch, t, config.micro_batch, dropout_key) for t in towers)
+        vector_grads = _join(_split_rows(cotangents[t], config.micro_batch) for t in towers)
         grads, _ = jax.lax.scan(add, grads, (chunks, vector_grads))
     if config.learn_temperature:
         grads = {"retriever": grads, "log_temperature": log_temperature_grad}
@@ -235,17 +234,40 @@ def _embed_batch(
 ) -> dict[str, jax.Array]:
     """Vectors [rows, dim] of each kind of text in a batch, in the batch's order."""
     vectors, size = {}, config.micro_batch
-    for towers in by_length(batch, TOWERS):
+    for towers in _by_length(batch):
         chunks = [_chunks(batch, tower, size, key) for tower in towers]
         if not size:
             own = (_embed_chunk(model, chunk, retriever) for chunk in chunks)
             vectors |= dict(zip(towers, own, strict=True))
             continue
-        mapped = jax.lax.map(lambda chunk: _embed_chunk(model, chunk, retriever), join(chunks))
+        mapped = jax.lax.map(lambda chunk: _embed_chunk(model, chunk, retriever), _join(chunks))
         ends = np.cumsum([len(ids) for ids, _, _ in chunks])[:-1]
         for tower, part in zip(towers, jnp.split(mapped, ends), strict=True):
-            vectors[tower] = join_rows(part)
+            vectors[tower] = _join_rows(part)
     return vectors
+
+
+def _by_length(batch: Mapping[str, jax.Array]) -> list[list[str]]:
+    """The kinds of text that a batch has, those of one length together."""
+    groups: dict[int, list[str]] = {}
+    for tower in (tower for tower in TOWERS if f"{tower}_ids" in batch):
+        groups.setdefault(batch[f"{tower}_ids"].shape[1], []).append(tower)
+    return list(groups.values())
+
+
+def _split_rows(x: jax.Array, micro_batch: int) -> jax.Array:
+    """[rows, n] to [rows / micro_batch, micro_batch, n]; `_join_rows` undoes it."""
+    # Every so many rows, not side by side: on a mesh each micro-batch has rows of every device.
+    return jnp.swapaxes(x.reshape(micro_batch, -1, x.shape[1]), 0, 1)
+
+
+def _join_rows(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, 0, 1).reshape(-1, x.shape[-1])
+
+
+def _join(pieces: Iterable[Any]) -> Any:
+    """Trees of split arrays one after another: one loop over them compiles once."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *pieces)
 
 
 def _embed_chunk(model: Any, chunk: Any, retriever: Retriever) -> jax.Array:
@@ -262,4 +284,4 @@ def _chunks(
     if not micro_batch:
         return ids, mask, key
     keys = None if key is None else jax.random.split(key, ids.shape[0] // micro_batch)
-    return split_rows(ids, micro_batch), split_rows(mask, micro_batch), keys
+    return _split_rows(ids, micro_batch), _split_rows(mask, micro_batch), keys
