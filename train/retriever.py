@@ -94,10 +94,7 @@ def train_retriever(
     mesh, retriever, seed = models.contrastive_mesh, models.retriever, run.config.seed
     check_contrastive_batch(config, retriever, params, mesh, len(examples))
     check_contrastive_examples(config, examples, samples, names)
-    pad_id = retriever.tokenizer.pad_token_id
-    batches = ContrastiveBatches(
-        examples, names, config, samples, seed, pad_id, retriever.max_length
-    )
+    batches = ContrastiveBatches(examples, names, config, samples, seed, retriever)
     updates = count_updates(config, batches.per_epoch)
     steps = updates * config.accumulation
     optimizer = optimizer_config(config, updates, weight_decay=config.weight_decay)

@@ -210,8 +210,7 @@ class ContrastiveBatches:
         settings: The config's section `contrastive`.
         samples: Expansions a query; 0: queries stay plain.
         seed: What order and draws depend on.
-        pad_id: Fills up rows.
-        max_length: No text has more tokens.
+        retriever: Its tokenizer fills up rows, and no text has more tokens than it reads.
     """
 
     examples: Sequence[ContrastiveExample]
@@ -219,8 +218,7 @@ class ContrastiveBatches:
     settings: Any
     samples: int
     seed: int
-    pad_id: int
-    max_length: int
+    retriever: Retriever
 
     @property
     def per_epoch(self) -> int:
@@ -253,8 +251,9 @@ class ContrastiveBatches:
         text of so many tokens takes.
         """
         drawn = self.draw(number)
+        pad_id, longest = self.retriever.tokenizer.pad_token_id, self.retriever.max_length
         arrays = make_batch(
-            [*drawn.values()], self.pad_id, self.samples, self.settings.negatives, self.max_length
+            [*drawn.values()], pad_id, self.samples, self.settings.negatives, longest
         )
         lengths = [len(ids) for example in drawn.values() for ids in self._texts(example)]
         names = [self.names[i] for i in drawn]

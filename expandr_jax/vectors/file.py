@@ -4,7 +4,6 @@ import hashlib
 import io
 import itertools
 import logging
-import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -108,8 +107,7 @@ def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
     with open(path, "rb") as file:
         file.seek(len(_header(dtype, 0, journal.rows[0]["width"])))
         for number, row in enumerate(journal.rows):
-            kind, shape = storage_type(dtype, row["width"])
-            size = row["rows"] * kind.itemsize * math.prod(shape)
+            size = row["rows"] * np.dtype(storage_type(dtype, row["width"])).itemsize
             if hashlib.sha256(file.read(size)).hexdigest() != row["sha256"]:
                 return number
     return len(journal.rows)
@@ -119,8 +117,7 @@ def _is_whole(path: pathlib.Path, journal: Journal, dtype: str) -> bool:
     """Whether the file's header is that of the journal's blocks and nothing follows them."""
     rows, width = sum(row["rows"] for row in journal.rows), journal.rows[0]["width"]
     header = _header(dtype, rows, width)
-    kind, shape = storage_type(dtype, width)
-    size = len(header) + rows * kind.itemsize * math.prod(shape)
+    size = len(header) + rows * np.dtype(storage_type(dtype, width)).itemsize
     with open(path, "rb") as file:
         return file.read(len(header)) == header and path.stat().st_size == size
 
@@ -140,7 +137,11 @@ def _write_missing(part, encode, texts, dtype, block, journal, identity, progres
             sha256 = _append(file, journal, vectors, dtype)
             row = {"rows": len(chunk), "width": vectors.shape[1], "sha256": sha256}
             journal.append([{"identity": identity, "texts": digest, **row}])
-        _write_header(file, journal, dtype)
+        file.seek(0)
+        rows = sum(row["rows"] for row in journal.rows)
+        file.write(_header(dtype, rows, journal.rows[0]["width"]))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _missing_blocks(path, texts, size, journal, progress):
@@ -184,15 +185,6 @@ def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -
     file.flush()
     os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_header(file: BinaryIO, journal: Journal, dtype: str) -> None:
-    rows = sum(row["rows"] for row in journal.rows)
-    header = _header(dtype, rows, journal.rows[0]["width"])
-    file.seek(0)
-    file.write(header)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _header(dtype: str, rows: int, width: int) -> bytes:
