@@ -57,15 +57,17 @@ def log_ratio_margins(policy: jax.Array, reference: jax.Array | None) -> jax.Arr
     return ratios[:, 0] - ratios[:, 1]
 
 
+def _smoothed(margin: jax.Array, settings: PreferenceSettings) -> jax.Array:
+    e = settings.label_smoothing
+    return -(1 - e) * jax.nn.log_sigmoid(margin) - e * jax.nn.log_sigmoid(-margin)
+
+
 def sigmoid(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings) -> jax.Array:
     """-(1 - e) log s(beta h) - e log s(-beta h), with e the label smoothing.
 
     Rafailov et al., arXiv 2305.18290, equation 7.
     """
-    h = log_ratio_margins(policy, reference)
-    kept, turned = jax.nn.log_sigmoid(settings.beta * h), jax.nn.log_sigmoid(-settings.beta * h)
-    e = settings.label_smoothing
-    return -(1 - e) * kept - e * turned
+    return _smoothed(settings.beta * log_ratio_margins(policy, reference), settings)
 
 
 def robust(policy: jax.Array, reference: jax.Array, settings: PreferenceSettings) -> jax.Array:
@@ -95,8 +97,7 @@ def simpo(policy: jax.Array, reference: None, settings: PreferenceSettings) -> j
     SimPO: Meng et al., arXiv 2405.14734, equation 6; label smoothing as TRL has it.
     """
     margin = settings.beta * log_ratio_margins(policy, reference) - settings.gamma
-    e = settings.label_smoothing
-    return -(1 - e) * jax.nn.log_sigmoid(margin) - e * jax.nn.log_sigmoid(-margin)
+    return _smoothed(margin, settings)
 
 
 PREFERENCE_LOSSES = {

@@ -25,21 +25,12 @@ def response_log_probs(
     *,
     responses: int,
     chunk: int,
-    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probabilities and token counts of each response, two of [batch, responses].
 
-    Args:
-        module: The decoder.
-        variables: {"params": base} for the reference, with "lora" for the policy.
-        batch: From `pack`.
-        responses: Responses of a row.
-        chunk: Response tokens whose logits are in memory at once.
-        dropout_key: Turns the adapter's dropout on.
+    Arguments are those of `packed_log_probs`.
     """
-    log_probs = packed_log_probs(
-        module, variables, batch, responses=responses, chunk=chunk, dropout_key=dropout_key
-    )
+    log_probs = packed_log_probs(module, variables, batch, responses=responses, chunk=chunk)
     return response_sums(log_probs, batch["responses"], responses)
 
 
@@ -52,9 +43,15 @@ def packed_log_probs(
     chunk: int,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """log p of each of the batch's "targets", [batch, response tokens]; see `response_log_probs`.
+    """log p of each of the batch's "targets", [batch, response tokens]; padding's mean nothing.
 
-    At padding they mean nothing.
+    Args:
+        module: The decoder.
+        variables: {"params": base} for the reference, with "lora" for the policy.
+        batch: From `pack`.
+        responses: Responses of a row.
+        chunk: Response tokens whose logits are in memory at once.
+        dropout_key: Turns the adapter's dropout on.
     """
     hidden = module.apply(
         variables,
