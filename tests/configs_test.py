@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from configs import base, strategies
 from expandr_jax.errors import UserError
+from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.search import ExactOptions, ScannOptions
 from train.launch import unpin
 
@@ -40,8 +41,9 @@ def test_every_setting_is_read():
     code = "\n".join(path.read_text() for path in SOURCES)
     for key, _ in flatten(base.get_config()):
         *sections, name = key.split(".")
-        # lora, mesh, search and shares are passed on whole.
+        # lora, mesh, search and shares are passed on whole; losses' weights are read by their names.
         whole = {"lora", "mesh", "search", "shares"} & set(sections)
+        whole = whole or name.removesuffix("_weight") in CONTRASTIVE_LOSSES
         assert whole or re.search(rf"\.{name}\b", code), key
 
 
