@@ -41,7 +41,7 @@ def test_every_setting_is_read():
     code = "\n".join(path.read_text() for path in SOURCES)
     for key, _ in flatten(base.get_config()):
         *sections, name = key.split(".")
-        # lora, mesh, search and shares are passed on whole; losses' weights are read by their names.
+        # lora, mesh, search and shares are passed on whole, losses' weights read by their names.
         whole = {"lora", "mesh", "search", "shares"} & set(sections)
         whole = whole or name.removesuffix("_weight") in CONTRASTIVE_LOSSES
         assert whole or re.search(rf"\.{name}\b", code), key
