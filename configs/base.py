@@ -75,15 +75,10 @@ def get_config() -> ml_collections.ConfigDict:
     lora.dropout = 0.1  # On the adapter's input.
     lora.targets = ("q_proj$", "v_proj$")  # Regular expressions on the projections' paths.
 
-    config.expansion = expansion = ml_collections.ConfigDict()
+    config.expansion = expansion = _sampling()  # Passages for queries; _sampling has the rest.
     expansion.strategy = "q2d"  # A name in expandr_jax/expansion/strategies.py.
     expansion.template = ""  # Replaces its last prompt; has {query} and may have {passages}.
     expansion.temperature = 1.0  # 0: greedy.
-    expansion.top_p = 0.9  # Probability mass that is sampled from.
-    expansion.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
-    expansion.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
-    expansion.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
-    expansion.max_new_tokens = 512  # Longest expansion, in tokens.
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
 
@@ -126,22 +121,12 @@ def get_config() -> ml_collections.ConfigDict:
     mining.absolute_margin = placeholder(float)  # At least so far below the positive's score.
     mining.relative_margin = placeholder(float)  # The same as a share of that score.
 
-    config.candidates = candidates = ml_collections.ConfigDict()  # Step B, sampling.
+    config.candidates = candidates = _sampling()  # Step B, sampling; _sampling has the rest.
     candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
     candidates.per_temperature = 8  # Candidates of a query at each temperature.
-    candidates.top_p = 0.9  # Probability mass that is sampled from.
-    candidates.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
-    candidates.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
-    candidates.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
-    candidates.max_new_tokens = 512  # Longest candidate, in tokens.
 
-    config.answer = answer = ml_collections.ConfigDict()  # Step B, the self-answer.
+    config.answer = answer = _sampling()  # Step B, the self-answer; likewise.
     answer.temperature = 1.0  # 0: greedy.
-    answer.top_p = 0.9  # Probability mass that is sampled from.
-    answer.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
-    answer.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
-    answer.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
-    answer.max_new_tokens = 512  # Longest answer, in tokens.
     answer.max_characters = 1500  # Characters of the document that the prompt shows.
 
     config.reward = reward = ml_collections.ConfigDict()
@@ -244,3 +229,14 @@ def get_config() -> ml_collections.ConfigDict:
     mesh.sampling = ()  # Expansions, candidates and answers.
     mesh.dpo = ()  # Step B.
     return config
+
+
+def _sampling() -> ml_collections.ConfigDict:
+    """What expansion, candidates and answer have in common: how their texts are drawn."""
+    section = ml_collections.ConfigDict()
+    section.top_p = 0.9  # Probability mass that is sampled from.
+    section.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.
+    section.min_p = 0.0  # Least probability as a share of the likeliest token's; 0: any.
+    section.repetition_penalty = 1.0  # Above 1, what stands in prompt or text grows less likely.
+    section.max_new_tokens = 512  # Longest text, in tokens.
+    return section
