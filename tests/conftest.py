@@ -21,8 +21,10 @@ from eval.benchmarks.minilm import SHA256 as MINILM_SHA256  # noqa: E402
 from eval.benchmarks.minilm import SOURCE as MINILM  # noqa: E402
 from eval.benchmarks.smollm2 import SHA256 as SMOLLM2_SHA256  # noqa: E402
 from eval.benchmarks.smollm2 import SOURCE as SMOLLM2  # noqa: E402
+from expandr_jax.runtime.bucket import Bucket  # noqa: E402
 from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
 from tests.commands import finish, start  # noqa: E402
+from tests.fake_bucket import NAME, serve  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,3 +61,24 @@ def smoke(tmp_path_factory):
         if not printed.exists():
             printed.write_text(finish(start(workdir)))
     return workdir, printed.read_text()
+
+
+@pytest.fixture(scope="session")
+def served():
+    """One bucket for all tests: gcsfs keeps what it once connected to."""
+    with serve() as bucket:
+        yield bucket
+
+
+@pytest.fixture
+def bucket(served, tmp_path, monkeypatch):
+    """The bucket, which does not fail yet, with a directory for what is in it on this machine."""
+    for name, value in served.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EXPANDR_SCRATCH", str(tmp_path / "scratch"))
+    Bucket(f"gs://{NAME}")  # Sets how gcsfs works, as in a run, before a test does without one.
+    served.fail = lambda method, name: None
+    served.requests.clear()
+    served.objects.clear()
+    yield served
+    served.fail = lambda method, name: None

@@ -35,7 +35,6 @@ BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
 OF_FLAGS: set[str] = set()
 WITH_RUN: set[str] = set()
 LONG = {
-    "tests/bucket_test.py",
     "tests/engine_test.py",
 }
 
