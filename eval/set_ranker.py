@@ -34,7 +34,7 @@ class LazyModels:
     @functools.cached_property
     def both(self) -> Models:
         """Retriever and generator."""
-        with self._run.phase("models"), self._run.progress("models loaded", 2) as advance:
+        with self._run.phase("models"), self._run.reporter.progress("models loaded", 2) as advance:
             return load_models(self._run.config, advance)
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class SetRanker:
             name = f"vectors-{documents}-{hash_json(texts)[:16]}"
         model, config = self._models.retriever, self._run.config
         timed = self._run.phase(f"{self._collection.name}: encode {name}")
-        with timed, self._run.progress("documents encoded", len(texts)) as advance:
+        with timed, self._run.reporter.progress("documents encoded", len(texts)) as advance:
             vectors = encode_to_file(
                 self._directory / "work" / f"{name}.npy",
                 model.encoder,

@@ -26,7 +26,7 @@ from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
 
-# Of these at least one is above 0, or nothing would be learned.
+# At least one of these is above 0, or nothing would be learned.
 WEIGHED = (
     tuple(f"contrastive.{n}_weight" for n in CONTRASTIVE_LOSSES),
     tuple(f"reward.{name}" for name in REWARDS),

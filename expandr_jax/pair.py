@@ -90,39 +90,28 @@ def phase_mesh(config: MeshSettings, phase: str, devices: Any = None) -> Mesh:
             those of this one.
 
     Raises:
-        UserError: It does not fit the devices.
+        UserError: It does not fit the devices, naming the phase.
     """
     own = getattr(config, phase)
     if own and (len(own) != 3 or not all(isinstance(size, int) for size in own)):
         raise UserError(f"mesh.{phase} is {own}; expected (data, fsdp, tensor), or () for mesh's")
-    sizes = own or (config.data, config.fsdp, config.tensor)
-    if devices is not None or jax.process_count() == 1 or phase not in OF_ONE_PROCESS:
-        return make_mesh(*sizes, devices=devices)
+    among = ""
+    if devices is None and jax.process_count() > 1 and phase in OF_ONE_PROCESS:
+        devices = jax.local_devices()
+        among = (
+            f"; there are {jax.process_count()} processes, and this phase has those of one at a "
+            "time"
+        )
     try:
-        return make_mesh(*sizes, devices=jax.local_devices())
+        return make_mesh(*(own or (config.data, config.fsdp, config.tensor)), devices=devices)
     except UserError as error:
-        raise UserError(
-            f"mesh.{phase}: {error}; there are {jax.process_count()} processes, and this phase "
-            "has those of one at a time"
-        ) from None
+        raise UserError(f"mesh.{phase}: {error}{among}") from None
 
 
 def check_meshes(config: MeshSettings, phases: Sequence[str] = PHASES) -> None:
-    """Refuses meshes that do not fit the devices, before anything is loaded.
-
-    Args:
-        config: The config's `mesh` section.
-        phases: Those of the program.
-
-    Raises:
-        UserError: Naming the phase and its mesh.
-    """
+    """Refuses a program's meshes that do not fit the devices, before anything is loaded."""
     for phase in phases:
-        try:
-            phase_mesh(config, phase)
-        except UserError as error:
-            named = str(error).startswith("mesh.")
-            raise UserError(str(error) if named else f"mesh.{phase}: {error}") from None
+        phase_mesh(config, phase)
 
 
 def adapter_shapes(generator: Generator, params: Any) -> Any:

@@ -6,6 +6,7 @@ types such as `Annotated[int, count(1)]`; `X | None` may be None, too.
 
 import dataclasses
 import functools
+import operator
 import re
 import types
 from collections.abc import Callable, Collection, Mapping
@@ -35,29 +36,25 @@ def count(least: int, most: int = _LARGEST_COUNT) -> Check:
     )
 
 
-def number(
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> Check:
-    """A finite number within bounds."""
-    bounds = {"above": above, "at least": least, "below": below, "at most": most}
-    words = " and".join(f" {name} {bound}" for name, bound in bounds.items() if bound is not None)
+_BOUNDS = {
+    "above": ("above", operator.gt),
+    "least": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "most": ("at most", operator.le),
+}
 
-    def holds(value: Any) -> bool:
-        # NaN is not within any bounds.
-        return (
+
+def number(**bounds: float) -> Check:
+    """A finite number within bounds: `above`, `least`, `below`, `most`."""
+    words = " and".join(f" {_BOUNDS[name][0]} {bound}" for name, bound in bounds.items())
+    return Check(
+        f"a finite number{words}",
+        lambda value: (  # NaN is not within any bounds.
             _is_a((int, float), value)
             and abs(value) <= _LARGEST
-            and (above is None or value > above)
-            and (least is None or value >= least)
-            and (below is None or value < below)
-            and (most is None or value <= most)
-        )
-
-    return Check(f"a finite number{words}", holds)
+            and all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items())
+        ),
+    )
 
 
 def choice(known: Collection[str], *, empty: bool = False) -> Check:
@@ -79,11 +76,6 @@ def several(each: Check, *, least: int = 1) -> Check:
     )
 
 
-def optional(check: Check) -> Check:
-    """The same, or None."""
-    return Check(f"{check.expected}, or None", lambda value: value is None or check.holds(value))
-
-
 def _is_a(kind: type | tuple[type, ...], value: Any) -> bool:
     """As `isinstance`, but true and false are no numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
@@ -96,14 +88,13 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
-def _is_sha256(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("([0-9a-fA-F]{64})?", value) is not None
-
-
 POSITIVE, NOT_NEGATIVE, SHARE = number(above=0), number(least=0), number(least=0, most=1)
 TEXT = Check("a string that is not empty", lambda value: isinstance(value, str) and value != "")
 PATTERN = Check("a regular expression", _is_pattern)
-SHA256 = Check("the 64 hexadecimal digits of a sha256, or ''", _is_sha256)
+SHA256 = Check(
+    "the 64 hexadecimal digits of a sha256, or ''",
+    lambda value: isinstance(value, str) and re.fullmatch("([0-9a-fA-F]{64})?", value) is not None,
+)
 
 Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, NOT_NEGATIVE]
@@ -126,7 +117,10 @@ def check_of(kind: Any) -> Check:
         return kind.__metadata__[0]
     if isinstance(kind, types.UnionType) or type(None) in get_args(kind):
         (kind,) = (part for part in get_args(kind) if part is not type(None))
-        return optional(check_of(kind))
+        check = check_of(kind)
+        return Check(
+            f"{check.expected}, or None", lambda value: value is None or check.holds(value)
+        )
     return _PLAIN[get_origin(kind) or kind]
 
 

@@ -87,15 +87,14 @@ def test_once_calls_in_the_first_process_alone_and_tells_all(group):
 
 
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"5" * 5000])
-def test_a_stranger_who_connects_is_none_of_them(monkeypatch, said):
-    monkeypatch.setattr("expandr_jax.runtime.connections.SECONDS_FOR_HELLO", 0.2)
+def test_a_stranger_who_connects_is_none_of_them(said):
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as stranger,
         server.accept()[0] as connection,
     ):
         stranger.sendall(said)
-        assert Connection(connection).first() == {}
+        assert Connection(connection).first(0.2) == {}
 
 
 def test_gather_any_and_all(group):

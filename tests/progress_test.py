@@ -16,7 +16,7 @@ def counted(monkeypatch):
 
     def run(steps, total, done=0):
         out = io.StringIO()
-        with progress.progress(Console(file=out), "texts", total, done) as advance:
+        with progress.Reporter(Console(file=out)).progress("texts", total, done) as advance:
             for count, seconds in steps:
                 clock[0] += seconds
                 advance(count)

@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from configs import smoke
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.run import Run
 
 
 def test_time_within_an_inner_phase_counts_once(tmp_path):
-    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO()))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(file=io.StringIO()))
     start = time.perf_counter()
     with run.phase("outer"):
         with run.phase("inner"):
@@ -33,7 +34,7 @@ def test_time_within_an_inner_phase_counts_once(tmp_path):
 
 
 def test_a_run_without_its_config_is_refused(tmp_path):
-    config, console = smoke.get_config(), Console(file=io.StringIO())
+    config, console = read_config(smoke.get_config()), Console(file=io.StringIO())
     run = Run(tmp_path / "run", config, console)
     run.path("config.json").unlink()
     run.close()
@@ -46,17 +47,18 @@ def test_a_run_without_its_config_is_refused(tmp_path):
 
 
 def test_another_config_may_follow_one_that_wrote_nothing(tmp_path):
-    config, console = smoke.get_config(), Console(file=io.StringIO())
-    config.data.path = "mistyped"
-    Run(tmp_path / "run", config, console).close()
-    config.data.path = "right"
-    run = Run(tmp_path / "run", config, console)
+    console = Console(file=io.StringIO())
+    mistyped, right, other = (
+        with_settings(read_config(smoke.get_config()), {"data.path": path})
+        for path in ("mistyped", "right", "other")
+    )
+    Run(tmp_path / "run", mistyped, console).close()
+    run = Run(tmp_path / "run", right, console)
     assert json.loads(run.path("config.json").read_text())["config"]["data"]["path"] == "right"
     run.path("data").mkdir()
     run.close()
-    config.data.path = "other"
     with pytest.raises(UserError, match=r"another config \(data.path was 'right', now 'other'\)"):
-        Run(tmp_path / "run", config, console)
+        Run(tmp_path / "run", other, console)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_files_that_are_no_runs_are_kept(tmp_path, name, message):
     else:
         file.parent.mkdir(parents=True)
         file.write_text("{}")
-    config, console = smoke.get_config(), Console(file=io.StringIO())
+    config, console = read_config(smoke.get_config()), Console(file=io.StringIO())
     if message is None:
         Run(tmp_path / "run", config, console).close()
     else:
@@ -89,12 +91,11 @@ def test_files_that_are_no_runs_are_kept(tmp_path, name, message):
 @pytest.mark.parametrize("setting", ["data.path", "retriever.source", "data.tests"])
 def test_what_is_read_from_where_the_run_writes_is_refused(tmp_path, monkeypatch, setting):
     monkeypatch.chdir(tmp_path)
-    config, console = smoke.get_config(), Console(file=io.StringIO())
-    inside, section = "run/x/../data/mine", setting.split(".")
+    inside = "run/x/../data/mine"
     value = (inside,) if setting == "data.tests" else inside
-    config[section[0]][section[1]] = value
+    config = with_settings(read_config(smoke.get_config()), {setting: value})
     with pytest.raises(UserError, match=f"{setting} is {inside}, where a run in this workdir"):
-        Run("run", config, console)
+        Run("run", config, Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
 
 
@@ -108,7 +109,7 @@ def test_what_is_read_from_where_the_run_writes_is_refused(tmp_path, monkeypatch
     ],
 )  # fmt: skip
 def test_damaged_timings_are_counted_anew(tmp_path, content):
-    run = Run(tmp_path / "run", smoke.get_config(), Console(file=io.StringIO()))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(file=io.StringIO()))
     run.path("timings.json").write_bytes(content)
     for _ in range(2):
         with run.phase("one"):

@@ -131,7 +131,7 @@ def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
         return phase_mesh(config.mesh, phase, topology.host_devices)
     except UserError as error:
         raise UserError(
-            f"mesh.{phase}: {error}: {topology.name} has {topology.hosts} hosts, and this phase "
+            f"{error}: {topology.name} has {topology.hosts} hosts, and this phase "
             "has the devices of one at a time"
         ) from None
 

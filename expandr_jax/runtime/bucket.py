@@ -12,7 +12,7 @@ from expandr_jax.errors import UserError
 
 SCHEME = "gs://"
 FRESH = {"cache_control": "no-store"}  # What anybody may read is otherwise kept for an hour.
-TRIES = 3  # Of a request that nothing came back from; gcsfs tries those six times that failed.
+TRIES = 3  # A request that had no answer; gcsfs itself tries those six times that failed.
 
 T = TypeVar("T")
 
@@ -68,8 +68,7 @@ class Bucket:
     def upload(self, path: pathlib.Path, name: str) -> None:
         """Makes an object of a file."""
         self._try(
-            name,
-            lambda: self._files.put_file(str(path), self.path(name), fixed_key_metadata=FRESH),
+            name, lambda: self._files.put_file(str(path), self.path(name), fixed_key_metadata=FRESH)
         )
 
     def download(self, name: str, path: pathlib.Path) -> bool:
@@ -112,7 +111,7 @@ class Bucket:
             except TimeoutError as error:
                 if attempt == TRIES - 1:
                     raise self._refused(name, error) from None
-            except Exception as error:  # Of aiohttp, requests, google.auth, gcsfs.
+            except Exception as error:  # Those of aiohttp, requests, google.auth and gcsfs.
                 raise self._refused(name, error) from None
         return None
 

@@ -62,7 +62,7 @@ class Checksums:
         if not bad:
             return True
         for name in bad:
-            if any(file == name or file.startswith(f"{name}/") for file in self._files):
+            if self._known(name):
                 self._say(f"{self._workdir / name}: is damaged or was removed; it is made again")
         for name in names:
             self._forget(name)
@@ -74,27 +74,27 @@ class Checksums:
         return False
 
     def _is_intact(self, name: str) -> bool:
-        known = {
-            file: checksum
-            for file, checksum in self._files.items()
-            if file == name or file.startswith(f"{name}/")
-        }
-        there = self._inside(name)
+        known, there = self._known(name), self._inside(name)
         return (
             bool(known)
             and set(there) == set(known)
             and all(hash_file(self._workdir / file) == known[file] for file in there)
         )
 
+    def _known(self, name: str) -> dict[str, str]:
+        """The checksums of the file of this name, or of those of the directory of this name."""
+        return {
+            file: checksum
+            for file, checksum in self._files.items()
+            if file == name or file.startswith(f"{name}/")
+        }
+
     def _inside(self, name: str) -> list[str]:
-        """The file of this name, or those of the directory of this name, from the workdir."""
+        """The files of `_known` that are there, from the workdir."""
         path = self._workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return [file.relative_to(self._workdir).as_posix() for file in files if file.is_file()]
 
     def _forget(self, name: str) -> None:
-        self._files = {
-            file: checksum
-            for file, checksum in self._files.items()
-            if file != name and not file.startswith(f"{name}/")
-        }
+        for file in self._known(name):
+            del self._files[file]

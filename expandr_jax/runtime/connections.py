@@ -28,7 +28,7 @@ class Connection:
     """
 
     def __init__(self, tcp: socket.socket):
-        # Of a machine that is gone nothing comes back, not even an end.
+        # From a machine that is gone nothing comes, not even an end.
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (
             ("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3),
@@ -46,7 +46,7 @@ class Connection:
     def send(self, message: dict[str, Any]) -> None:
         """Sends a message; what becomes of a lost connection, `listen` finds out."""
         data = json.dumps(message).encode() + b"\n"
-        with self._sending, contextlib.suppress(ConnectionError):
+        with self._sending, contextlib.suppress(OSError):
             self._tcp.sendall(data)
 
     def receive(self, kind: str) -> Any:
@@ -56,9 +56,9 @@ class Connection:
             raise RuntimeError(f"processes are out of step: expected {kind!r}, got {found!r}")
         return value
 
-    def first(self) -> dict[str, Any]:
-        """The first message, before `listen`; {} where none comes that is one."""
-        self._tcp.settimeout(SECONDS_FOR_HELLO)
+    def first(self, seconds: float = SECONDS_FOR_HELLO) -> dict[str, Any]:
+        """The first message, before `listen`; {} where none comes in time that is one."""
+        self._tcp.settimeout(seconds)
         try:
             message = json.loads(self._lines.readline(LONGEST_HELLO))
         except (OSError, ValueError):
@@ -80,6 +80,15 @@ class Connection:
             self.open = False
         return None
 
+    def fileno(self) -> int:
+        """What selectors know it by."""
+        return self._tcp.fileno()
+
+    def close(self) -> None:
+        """Ends it; nothing more is sent or received."""
+        self._lines.close()
+        self._tcp.close()
+
 
 def connect_all(index: int, count: int, host: str | None) -> dict[int, Connection]:
     """Connects process 0, which says to all where it listens, with the others.
@@ -99,7 +108,7 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Connectio
     address = np.zeros(ADDRESS_BYTES, np.uint8)
     server = None
     if index == 0:
-        server = _listen_on(host or _own_address())
+        server = listen_on(host or _own_address())
         where = [host or _own_address(), server.getsockname()[1], secrets.token_hex(8)]
         data = json.dumps(where).encode()
         address[: len(data)] = np.frombuffer(data, np.uint8)
@@ -120,11 +129,18 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Connectio
     return dict(sorted(connections.items()))
 
 
-def _listen_on(host: str) -> socket.socket:
+def listen_on(host: str, port: int = 0) -> socket.socket:
+    """A server at an address, or at all of this machine's where that is none of its own.
+
+    The others may know it by such a one. Raises the first address's OSError if neither can be.
+    """
     try:
-        return socket.create_server((host, 0))
-    except OSError:  # The others may know this machine by an address that it does not have.
-        return socket.create_server(("", 0))
+        return socket.create_server((host, port))
+    except OSError as error:
+        try:
+            return socket.create_server(("", port))
+        except OSError:
+            raise error from None
 
 
 def _own_address() -> str:

@@ -1,17 +1,17 @@
-"""Figures of every step: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+"""Metrics of every step: metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
 
 import importlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expandr_jax.data.records import hash_json, write_text
 from expandr_jax.errors import UserError
 
-SECONDS_BETWEEN_FLUSHES = 30.0  # Of TensorBoard's file; metrics.jsonl has each step at once.
+SECONDS_BETWEEN_FLUSHES = 30.0  # TensorBoard's file; metrics.jsonl has each step at once.
 # What a step cost, which differs from run to run; everything else in a line depends on the config.
 COST_FIELDS = ("step_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes")
 
@@ -37,15 +37,8 @@ class MetricsLog:
         self._events: Any = None
         self._flushed = time.monotonic()
         self._wandb = _start_wandb(workdir, project, address or str(workdir)) if project else None
-        self.dropped = 0
-        if self._path.exists():
-            lines = self._path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _is_whole(line)]
-            # The last line, if a kill cut it, is written again.
-            cut = bool(lines) and not lines[-1].endswith(b"\n")
-            self.dropped = len(lines) - len(kept) - cut
-            if len(kept) != len(lines):
-                write_text(self._path, b"".join(kept).decode())
+        # The last line, if a kill cut it, is written again.
+        self.dropped = sum(line.endswith(b"\n") for line in self._drop_unless(_is_whole))
 
     def write(
         self,
@@ -74,17 +67,23 @@ class MetricsLog:
 
     def rewind(self, phase: str, round_: int, step: int) -> None:
         """Drops a phase's records at and after `step`: a restart from there writes them again."""
-        if not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
+
+        def stays(line: bytes) -> bool:
             record = json.loads(line)
-            same = record["phase"] == phase and record["round"] == round_
-            if not (same and record["step"] >= step):
-                kept.append(line)
-        if len(kept) != len(lines):
-            write_text(self._path, "".join(kept))
+            return (record["phase"], record["round"]) != (phase, round_) or record["step"] < step
+
+        self._drop_unless(stays)
+
+    def _drop_unless(self, stays: Callable[[bytes], bool]) -> list[bytes]:
+        """Takes lines out of metrics.jsonl; returns them."""
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        kept: list[bytes] = []
+        dropped: list[bytes] = []
+        for line in lines:
+            (kept if stays(line) else dropped).append(line)
+        if dropped:
+            write_text(self._path, b"".join(kept).decode())
+        return dropped
 
     def close(self) -> None:
         """Ends the log; what was written stays."""
@@ -116,7 +115,7 @@ class MetricsLog:
 
 
 class NoMetrics:
-    """What processes have that write no figures; as `MetricsLog` otherwise."""
+    """What processes have that write no metrics; as `MetricsLog` otherwise."""
 
     dropped = 0
 

@@ -20,7 +20,7 @@ import pathlib
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from expandr_jax.data.records import hash_json
@@ -32,14 +32,14 @@ from expandr_jax.runtime.stopping import held
 SCRATCH = "EXPANDR_SCRATCH"  # Names the directory for those of all runs.
 DEFAULT_SCRATCH = "~/.cache/expandr-jax/workdirs"
 MARKERS = "work/markers"
-ELSEWHERE = ("work/compiled", "wandb")  # Of this machine alone; of a service of its own.
+ELSEWHERE = ("work/compiled", "wandb")  # This machine's alone; a service of its own has it.
 # What other processes do not read of process 0's; it may be large.
 OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",
     "timings.json", "report.html",
 )  # fmt: skip
 SHARES = "work/shares/"  # What each process reads of every other.
-SECONDS_BETWEEN = 10.0  # Of what is put there piece by piece; longer where it takes long.
+SECONDS_BETWEEN = 10.0  # Between pushes of what grows piece by piece; longer where they take long.
 SHARE_OF_TIME = 0.05
 LOOKS = 20  # For a marker and its objects to agree while their process goes on.
 BLOCK = 1 << 20
@@ -77,7 +77,7 @@ class Mirror(SharedFiles):
         self.directory = directory
         self._bucket = Bucket(address)
         self._index, self._count, self._say = index, count, say
-        self._version = 0  # Of the marker, counted up.
+        self._version = 0  # The marker's, counted up.
         self._own: Content = {}  # What the marker vouches for.
         self._seen: dict[str, tuple[int, int, int]] = {}  # Files as they are in the bucket.
         self._theirs: dict[int, tuple[int, dict[str, Version]]] = {}  # Markers, as fetched.
@@ -92,14 +92,14 @@ class Mirror(SharedFiles):
         self._version = markers.get(self._index, (0, {}))[0]
         whole: Content = {}
         for i, (version, content) in sorted(markers.items()):
-            # Of what process 0 took over, its writer may have written more since.
+            # What process 0 took over, its writer may have continued since.
             mine = {n: v for n, v in content.items() if i in (0, _writer(n))}
             whole |= {n: v for n, v in mine.items() if self._is_needed(n)}
             if i != self._index and i < self._count:
                 got = {n: v[-1] for n, v in mine.items() if self._is_from(n, i)}
                 self._theirs[i] = version, got
-        for path in _files(self.directory):
-            if path.relative_to(self.directory).as_posix() not in whole:
+        for name, path in _files(self.directory).items():
+            if name not in whole:
                 path.unlink()
         for name, versions in sorted(whole.items()):
             found = fetch(self._bucket, name, versions, self.directory / name)
@@ -148,7 +148,8 @@ class Mirror(SharedFiles):
         return self._version
 
     def _push(self) -> None:
-        files = {path.relative_to(self.directory).as_posix(): path for path in self._files()}
+        files = _files(self.directory)
+        files = {name: path for name, path in files.items() if self._writer(name) == self._index}
         states = {name: _state(path) for name, path in files.items()}
         changed = [name for name, state in states.items() if self._seen.get(name) != state]
         gone = [name for name in self._own if name not in files]
@@ -174,11 +175,6 @@ class Mirror(SharedFiles):
         self._seen = states
         for name in gone:
             self._bucket.remove(name)
-
-    def _files(self) -> list[pathlib.Path]:
-        """Those that this process writes."""
-        names = {p: p.relative_to(self.directory).as_posix() for p in _files(self.directory)}
-        return [path for path, name in names.items() if self._writer(name) == self._index]
 
     def pull(self, versions: Mapping[int, Any]) -> None:
         """Fetches what other processes have written.
@@ -321,15 +317,16 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _files(directory: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files that are mirrored: not those that begin with a dot, which are under way."""
-    elsewhere = {directory / name for name in ELSEWHERE}
+def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files that are mirrored, by name: none that begin with a dot, which are under way."""
+    elsewhere, found = {directory / name for name in ELSEWHERE}, {}
     for folder, folders, names in os.walk(directory):
         inside = pathlib.Path(folder)
         folders[:] = [n for n in folders if n[0] != "." and inside / n not in elsewhere]
         for name in names:
             if not name.startswith(".") and not name.endswith(".tmp.npy"):
-                yield inside / name
+                found[(inside / name).relative_to(directory).as_posix()] = inside / name
+    return found
 
 
 def _state(path: pathlib.Path) -> tuple[int, int, int]:

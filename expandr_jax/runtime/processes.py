@@ -29,6 +29,7 @@ from expandr_jax.runtime.rendezvous import await_all
 
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
+SECONDS_FOR_NEWS = 3.0
 SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
 
 T = TypeVar("T")
@@ -211,13 +212,13 @@ class Processes:
             time.sleep(0.02)
         os._exit(status)  # Not sys.exit: JAX would wait for the others for minutes.
 
-    def wait_for_news(self, seconds: float = 3.0) -> None:
+    def wait_for_news(self) -> None:
         """Gives the end of another process time to be heard of, which then ends this one.
 
-        A collective that it was part of may fail first, and say less.
+        A collective in a step or a save that it was part of may fail first, and say less.
         """
         if self.count > 1:
-            time.sleep(seconds)
+            time.sleep(SECONDS_FOR_NEWS)
 
     def connect(self, connections: dict[int, Connection]) -> None:
         """Listens to the processes at the other ends: to process 0, or in it to all others."""
@@ -252,8 +253,7 @@ class Processes:
         """Passes on the end of a process, to all but the one it was heard from."""
         for index, connection in self._connections.items():
             if index != source:
-                with contextlib.suppress(OSError):
-                    connection.send({"end": end})
+                connection.send({"end": end})
 
 
 _current = Processes()

@@ -6,18 +6,16 @@ line for the user.
 """
 
 import contextlib
-import json
 import selectors
 import socket
 import sys
 import time
-from typing import Any
 
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.connections import Connection, listen_on
 
 SECONDS = 300.0  # For all processes to be started.
 SAY_AFTER = 5.0  # Seconds of waiting before it is said.
-LONGEST = 4096  # Bytes of a message.
 
 
 def await_all(host: str, port: int, count: int, index: int, seconds: float = SECONDS) -> None:
@@ -41,13 +39,13 @@ def await_all(host: str, port: int, count: int, index: int, seconds: float = SEC
 
 def _await_others(host: str, port: int, count: int, seconds: float) -> None:
     try:
-        server = _listen(host, port)
+        server = listen_on(host, port)
     except OSError as error:
         raise UserError(
             f"--coordinator={host}:{port}: process 0 cannot listen there: {error.strerror or error}"
             "; it takes an address of process 0's machine and a port that nobody uses"
         ) from None
-    here: dict[int, socket.socket] = {}
+    here: dict[int, Connection] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         stack.enter_context(server)
         selector.register(server, selectors.EVENT_READ)
@@ -63,8 +61,9 @@ def _await_others(host: str, port: int, count: int, seconds: float) -> None:
                 for key, _ in selector.select(timeout=0.5):
                     if key.fileobj is not server:
                         raise UserError(f"process {key.data} ended before all had come")
-                    connection = stack.enter_context(server.accept()[0])
-                    hello = _receive(connection, timeout=5.0)
+                    connection = Connection(server.accept()[0])
+                    stack.enter_context(contextlib.closing(connection))
+                    hello = connection.first()
                     if not all(isinstance(hello.get(key), int) for key in ("process", "count")):
                         connection.close()  # Anyone on the network may knock.
                         continue
@@ -77,16 +76,17 @@ def _await_others(host: str, port: int, count: int, seconds: float) -> None:
                             f"process 0 with --processes={count}"
                         )
                     if known or number == 0:
-                        _send(connection, error=f"two processes have --process={number}")
-                        raise UserError(f"two processes have --process={number}")
+                        wrong = f"two processes have --process={number}"
+                        connection.send({"error": wrong})
+                        raise UserError(wrong)
         except UserError as error:
             for connection in here.values():
-                _send(connection, error=str(error))
+                connection.send({"error": str(error)})
             raise
         for connection in here.values():
-            _send(connection, go=True)
+            connection.send({"go": True})
         for connection in here.values():
-            _receive(connection, timeout=5.0)  # They close first, and so keep no port of ours.
+            connection.first()  # They close first, and so keep no port of ours.
 
 
 def _join(host: str, port: int, count: int, index: int, seconds: float) -> None:
@@ -98,9 +98,10 @@ def _join(host: str, port: int, count: int, index: int, seconds: float) -> None:
                 f"({reason}); start it too, and see that its machine can be reached"
             )
         try:
-            with socket.create_connection((host, port), timeout=5.0) as connection:
-                _send(connection, process=index, count=count)
-                answer = _receive(connection, timeout=seconds + 10.0)
+            tcp = socket.create_connection((host, port), timeout=5.0)
+            with contextlib.closing(Connection(tcp)) as connection:
+                connection.send({"process": index, "count": count})
+                answer = connection.first(seconds + 10.0)
         except OSError as error:
             answer, reason = {}, error.strerror or str(error)
         if "error" in answer:
@@ -123,38 +124,6 @@ class _Waiting:
             self._said = True
             print(f"{what}, {self._seconds:.0f} s at most", file=sys.stderr, flush=True)
         return waited > self._seconds
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port))
-    except OSError as error:
-        # The others may know this machine by an address that it does not have itself.
-        try:
-            return socket.create_server(("", port))
-        except OSError:
-            raise error from None
-
-
-def _send(connection: socket.socket, **message: Any) -> None:
-    with contextlib.suppress(OSError):
-        connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _receive(connection: socket.socket, timeout: float) -> dict[str, Any]:
-    """A message; {} where there is none."""
-    connection.settimeout(timeout)
-    data = b""
-    try:
-        while not data.endswith(b"\n") and len(data) < LONGEST:
-            part = connection.recv(LONGEST)
-            if not part:
-                break
-            data += part
-        message = json.loads(data)
-    except (OSError, ValueError):
-        return {}
-    return message if isinstance(message, dict) else {}
 
 
 def _numbers(numbers: set[int]) -> str:

@@ -27,7 +27,7 @@ from expandr_jax.runtime.formats import FORMAT, read_record
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
 from expandr_jax.runtime.mirror import Mirror, scratch
-from expandr_jax.runtime.progress import Reporter, progress
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.telemetry import Profile, TrainingLog
 
 LIBRARIES = (
@@ -49,7 +49,7 @@ class Run:
     Args:
         workdir: Made if absent; a run that is there already is continued. gs://BUCKET/DIRECTORY:
             in a bucket; see `mirror`.
-        config: The resolved configuration; must be the one the workdir was made with.
+        config: A `Config`; must be the one the workdir was made with.
         console: Where progress goes.
 
     Attributes:
@@ -65,10 +65,7 @@ class Run:
 
     def __init__(self, workdir: str | os.PathLike, config: Any, console: Console):
         self.config = config
-        values = (
-            dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config.to_dict()
-        )
-        self._values = json.loads(json.dumps(values))
+        self._values = json.loads(json.dumps(dataclasses.asdict(config)))
         self.console = console
         self.reporter = Reporter(console)
         self.processes = processes.current()
@@ -78,7 +75,10 @@ class Run:
             self.address = str(workdir).rstrip("/")
             self.workdir = scratch(self.address, self.processes.suffix)
             self._take(self.workdir)
-            self.processes.files = self._mirror()
+            own = self.processes
+            mirror = Mirror(self.address, self.workdir, own.index, own.count, self.reporter.say)
+            own.main_first(mirror.start)
+            own.files = mirror
         else:
             self.workdir = pathlib.Path(os.path.abspath(workdir))
             self.address = str(self.workdir)
@@ -87,19 +87,16 @@ class Run:
         self.processes.main_first(self._check_config)
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
-        self.checksums = Checksums(
-            self.workdir, lambda text: console.print(f"  {text}", markup=False)
-        )
+        self.checksums = Checksums(self.workdir, self.reporter.say)
         writes = self.processes.is_main
         self.metrics = (
             MetricsLog(self.workdir, config.log.wandb, self.address) if writes else NoMetrics()
         )
         if self.metrics.dropped:
-            console.print(f"  metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
+            self.reporter.say(f"metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
         self._training_logs: dict[tuple[str, int], TrainingLog] = {}
-        self._timings_path = self.path("timings.json")
-        self._seconds_inside = 0.0  # Of phases that ran within the present one.
+        self._seconds_inside = 0.0  # Those of phases that ran within the present one.
 
     def path(self, *parts: str) -> pathlib.Path:
         """A path under the workdir."""
@@ -127,17 +124,6 @@ class Run:
         self.processes.files.push()
         if self._lock is not None:
             self._lock.close()
-
-    def _mirror(self) -> Mirror:
-        """What keeps the workdir and the bucket the same."""
-        own = self.processes
-
-        def say(text: str) -> None:
-            self.console.print(f"  {text}", markup=False)
-
-        mirror = Mirror(self.address, self.workdir, own.index, own.count, say)
-        own.main_first(mirror.start)
-        return mirror
 
     def _take(self, workdir: str | os.PathLike) -> None:
         """Makes the workdir, and keeps other runs out of it."""
@@ -169,11 +155,10 @@ class Run:
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
-        config = {name: self._values[name] for name in self._values if name not in FREE}
-        for section in FREE:
-            before.pop(section, None)
         changes = [
-            f"{name} was {old!r}, now {new!r}" for name, old, new in differences(before, config)
+            f"{name} was {old!r}, now {new!r}"
+            for name, old, new in differences(before, self._values)
+            if name.partition(".")[0] not in FREE
         ]
         if changes:
             raise UserError(
@@ -205,10 +190,10 @@ class Run:
         for name, value in _texts(self._values):
             path = pathlib.Path(os.path.abspath(value))
             if path.is_relative_to(self.workdir) and path != self.workdir:
-                place = path.relative_to(self.workdir).parts[0]
-                if place in WRITTEN:
+                top = path.relative_to(self.workdir).parts[0]
+                if top in WRITTEN:
                     raise UserError(
-                        f"{name} is {value}, where a run in this workdir writes over {place}; "
+                        f"{name} is {value}, where a run in this workdir writes over {top}; "
                         "use another --workdir"
                     )
 
@@ -234,29 +219,30 @@ class Run:
         Args:
             hashes: Hashes of their contents, by the setting that names them.
         """
-        self.processes.main_first(lambda: self._check_models(hashes))
+        path, hashes = self.path("work", "models.json"), dict(hashes)
 
-    def _check_models(self, hashes: Mapping[str, str]) -> None:
-        path = self.path("work", "models.json")
-        if not path.exists():
-            write_json(path, {"models": dict(hashes), "sha256": hash_json(dict(hashes))})
-            return
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            before = dict(record["models"])
-            if record["sha256"] != hash_json(before):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}: is damaged, so nobody can tell whether the models are still the same; "
-                "remove it if they are"
-            ) from None
-        for name, value in hashes.items():
-            if before.get(name) != value:
+        def check() -> None:
+            if not path.exists():
+                write_json(path, {"models": hashes, "sha256": hash_json(hashes)})
+                return
+            try:
+                record = json.loads(path.read_text(encoding="utf-8"))
+                before = dict(record["models"])
+                if record["sha256"] != hash_json(before):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{name}: is not what this run began with; put that back, or use a new "
-                    "--workdir"
-                )
+                    f"{path}: is damaged, so nobody can tell whether the models are still the "
+                    "same; remove it if they are"
+                ) from None
+            for name, value in hashes.items():
+                if before.get(name) != value:
+                    raise UserError(
+                        f"{name}: is not what this run began with; put that back, or use a new "
+                        "--workdir"
+                    )
+
+        self.processes.main_first(check)
 
     def training_log(self, phase: str, round_: int) -> TrainingLog:
         """Where a phase of training is recorded: the same log, where it is trained in parts.
@@ -292,7 +278,7 @@ class Run:
         self.console.print(f"[bold]{name}[/]")
         outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()
-        with _PeakMemory() as memory:
+        with _peak_memory() as peak:
             try:
                 yield
             except NotFiniteError as error:
@@ -304,13 +290,14 @@ class Run:
         seconds = whole - self._seconds_inside
         self._seconds_inside = outside + whole
         if self.processes.is_main:
-            self._write_timing(name, seconds, memory.peak)
+            self._write_timing(name, seconds, peak())
 
     def _write_timing(self, name: str, seconds: float, peak: int) -> None:
+        path = self.path("timings.json")
         phases: dict[str, dict[str, Any]] = {}
         # Absent, or damaged: they are counted anew.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            timings = json.loads(self._timings_path.read_bytes().decode())
+            timings = json.loads(path.read_bytes().decode())
             phases = {row["phase"]: _timing(row) for row in timings["phases"]}
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
@@ -319,19 +306,13 @@ class Run:
         row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         rows = list(phases.values())
         write_json(
-            self._timings_path,
+            path,
             {
                 "phases": rows,
                 "total_seconds": round(sum(row["seconds"] for row in rows), 3),
                 "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
             },
         )
-
-    def progress(
-        self, task: str, total: int, done: int = 0
-    ) -> contextlib.AbstractContextManager[Callable[[int], None]]:
-        """As `expandr_jax.runtime.progress.progress`, on this run's console."""
-        return progress(self.console, task, total, done)
 
 
 def _timing(row: Any) -> dict[str, Any]:
@@ -340,26 +321,25 @@ def _timing(row: Any) -> dict[str, Any]:
     return {**row, "phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
 
 
-class _PeakMemory:
-    """Samples this process's resident memory while a phase runs."""
+@contextlib.contextmanager
+def _peak_memory() -> Iterator[Callable[[], int]]:
+    """Samples this process's resident memory while a phase runs; yields what gives the peak."""
+    peak, process, stop = 0, psutil.Process(), threading.Event()
 
-    def __enter__(self) -> "_PeakMemory":
-        self.peak = 0
-        self._process = psutil.Process()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
+    def watch() -> None:
+        nonlocal peak
         while True:
-            self.peak = max(self.peak, self._process.memory_info().rss)
-            if self._stop.wait(0.05):
+            peak = max(peak, process.memory_info().rss)
+            if stop.wait(0.05):
                 return
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _has_files(path: pathlib.Path) -> bool:

@@ -5,6 +5,7 @@ already. `held` marks the parts that end themselves, such as a step of training 
 """
 
 import contextlib
+import dataclasses
 import os
 import shlex
 import signal
@@ -28,6 +29,7 @@ class Stopped(SystemExit):
         return f"stopped by SIGTERM{self.where}; the same command goes on from here: {command}"
 
 
+@dataclasses.dataclass
 class Notice:
     """Whether a SIGTERM has come while it was held back.
 
@@ -35,12 +37,11 @@ class Notice:
         where: Goes into the line that says how to go on, as " at step 3, saved".
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.where = ""
+    requested: bool = False
+    where: str = ""
 
 
-_notices: list[Notice] = []  # Of the blocks that hold one back now.
+_notices: list[Notice] = []  # Those of the blocks that hold one back now.
 
 
 def end_on_sigterm() -> None:

@@ -47,7 +47,9 @@ class Costs:
 
     def __init__(self, peak_flops: float | None):
         """`peak_flops`: operations a second of one device; None: as `planning.chips` has."""
-        self._peak = _peak_flops(peak_flops)
+        if peak_flops is None:
+            peak_flops = known_peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak_flops and peak_flops * jax.device_count()
         self._last = time.perf_counter()
 
     def of_step(self, contents: Contents) -> dict[str, float]:
@@ -61,13 +63,6 @@ class Costs:
             costs["model_flops_utilisation"] = contents.flops / seconds / self._peak
         costs["memory_bytes"] = _memory_bytes()
         return costs
-
-
-def _peak_flops(given: float | None) -> float | None:
-    """The peak of all devices: as given for one, or from the table; None if it lacks this kind."""
-    if given is None:
-        given = known_peak_flops(jax.devices()[0].device_kind)
-    return given and given * jax.device_count()
 
 
 def _memory_bytes() -> int:
