@@ -1,4 +1,6 @@
-"""The end of a run: fresh expansions, settings chosen on dev, every system scored on test."""
+"""The end of a run: fresh expansions, settings chosen on dev, every system scored on test.
+
+The same systems are scored on the collections of `data.tests`, which are not trained on."""
 
 import dataclasses
 import functools
@@ -10,19 +12,14 @@ import numpy as np
 
 from expandr_jax import metrics
 from expandr_jax.config import Config
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
-from expandr_jax.ranking.ranker import (
-    Choice,
-    DenseSearch,
-    Expansions,
-    Ranker,
-    Searches,
-    choose,
-)
+from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches, choose
 from expandr_jax.ranking.results import Values, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
@@ -34,10 +31,14 @@ from expandr_jax.ranking.systems import (
     parse_systems,
     row_of_round,
 )
+from expandr_jax.report.pages import write_mean
+from expandr_jax.report.run_report import results_table
+from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
+from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
-from train.encoding import RunRetriever, encode_texts
+from train.encoding import RunRetriever, encode_corpus, encode_texts
 from train.expansions import SPLITS, evaluation_expansions, run_expander
 from train.samples import sample_rows
 
@@ -94,7 +95,7 @@ def evaluate(
         order = [BM25, *trained.retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
         ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
-        with run.progress("evaluation: systems", len(ranked)) as advance:
+        with run.reporter.progress("evaluation: systems", len(ranked)) as advance:
             for system in ranked:
                 runs[system.name] = rankers["test"].rank(system)
                 if system.retriever == OURS and system.strategy == EXPANSION:
@@ -183,8 +184,8 @@ def _rankers(
                 {"system": leaf.name, **dataclasses.asdict(one), CHOSEN_BY: round(value, 6)}
                 for one, value in found
             )
-            run.console.print(
-                f"  {leaf.name}: query weight {choices[leaf.name].query_weight}, samples "
+            run.reporter.say(
+                f"{leaf.name}: query weight {choices[leaf.name].query_weight}, samples "
                 f"{choices[leaf.name].samples} (dev nDCG@10 {best:.4f})"
             )
         return choices.get(leaf.name)
@@ -205,10 +206,7 @@ def _rankers(
 
 
 def _results(
-    name: str,
-    values: Values,
-    choices: Mapping[str, Choice],
-    samples: Sequence[Mapping[str, Any]],
+    name: str, values: Values, choices: Mapping[str, Choice], samples: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
@@ -223,3 +221,51 @@ def _results(
                      **metrics.paired_test(ours, base)}
                 )  # fmt: skip
     return results | {"chosen": {name: dataclasses.asdict(c) for name, c in choices.items()}}
+
+
+def evaluate_benchmarks(
+    run: Run, models: Models, trained: Trained, chosen: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Scores every system on the collections.
+
+    Writes tests/NAME/ for each, with the files of the run's own results, and tests/mean.json.
+
+    Args:
+        run: The workdir.
+        models: Its models.
+        trained: What is scored.
+        chosen: From the results on the run's own data: how each system uses its expansions.
+    """
+    results = {}
+    for name, benchmark in find_benchmarks(run.config.data.tests).items():
+        path = run.path("tests", name, "results.json")
+        if run.checksums.intact(*result_files(name)):  # Its corpus may take minutes to read.
+            results[name] = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            collection = read_beir(benchmark.files)
+            qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
+            data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
+            here = _on_benchmark(run, models, data, trained)
+            results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
+        run.console.print(results_table(results[name]))
+    if len(results) > 1:
+        mean = mean_over_sets(results)
+
+        def write() -> None:
+            write_json(run.path("tests", "mean.json"), mean)
+            run.console.print(write_mean(run.path("tests"), mean))
+
+        run.processes.once(write)
+
+
+def _on_benchmark(run: Run, models: Models, data: TrainingData, trained: Trained) -> Trained:
+    """The run's retrievers with a collection's corpus instead of the run's own."""
+
+    @functools.lru_cache(maxsize=1)  # One is in memory at a time.
+    def build(retriever: str) -> tuple[Any, Corpus]:
+        params, _ = trained.retrievers[retriever]()
+        name = f"{data.collection.name}/{retriever}"
+        return params, encode_corpus(run, models, data.collection.corpus, name, params)
+
+    names = trained.retrievers
+    return Trained({name: functools.partial(build, name) for name in names}, trained.adapters)

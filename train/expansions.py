@@ -1,7 +1,8 @@
 """Expansions of a run's queries, by the config's strategy, with passages of its own corpus."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,33 @@ def run_expander(
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     return make_expander(run.config, sampler, data.collection.corpus, bm25, dense)
+
+
+def training_expansions(
+    run: Run, data: TrainingData, expander: Expander, adapter: Any, round_: int
+) -> dict[str, list[str]]:
+    """Query id -> expansions of step A's queries; writes round-R/expansions.jsonl."""
+    config, queries = run.config.expansion, data.collection.queries
+    journal = run.path("work", f"round-{round_}", "expansions.jsonl")
+    strip = config.strip_train_lead_ins
+    sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
+    asked = {query: queries[query] for query in data.retriever_train}
+    made = expander.texts(asked, config.train_samples, sample)
+    texts = {query: by_sample(asks) for query, asks in made.items()}
+    rows = (
+        (query, "train", "expandr", number, queries[query], text)
+        for query in sorted(texts)
+        for number, text in enumerate(texts[query])
+    )
+    _write(run, run.path(f"round-{round_}", "expansions.jsonl"), rows)
+    return texts
+
+
+def _write(run: Run, path: pathlib.Path, rows: Iterable[tuple]) -> None:
+    """Writes an expansions.jsonl, whose fields each row has in their order."""
+    fields = "query_id", "split", "system", "sample", "query", "expansion"
+    named = (dict(zip(fields, row, strict=True)) for row in rows)
+    run.processes.once(lambda: write_jsonl(path, named))
 
 
 def evaluation_expansions(
@@ -80,21 +108,14 @@ def evaluation_expansions(
             texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
         made[generator, name] = dataclasses.replace(expander.strategy, **become), texts
     rows = (
-        {
-            "query_id": query,
-            "split": split,
-            "system": leaf.name,
-            "sample": number,
-            "query": queries[query],
-            "expansion": text,
-        }
+        (query, split, leaf.name, number, queries[query], text)
         for leaf in leaves.values()
         for split in SPLITS
         for query in qrels[split]
         for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
     )
     directory = run.path("tests", set_name) if set_name else run.path()
-    run.processes.once(lambda: write_jsonl(directory / "evaluation" / "expansions.jsonl", rows))
+    _write(run, directory / "evaluation" / "expansions.jsonl", rows)
     return {
         (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
         for key, (strategy, texts) in made.items()

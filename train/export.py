@@ -108,28 +108,25 @@ def export_one(
         program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")
         raise UserError(f"{made}: not there; let {program} finish this run first")
     target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
-    if kind == "base" or merged:
-        generator, params = load_generator(config.generator.source, sha256=config.generator.sha256)
-        if merged:
-            lora, adapter = load_adapter(str(made), generator.module.config)
-            params = merge_lora(params, adapter, lora)
-        export_generator(to, generator, params, target)
-    elif kind == "generator":
-        generator, params = load_generator(str(made))
-        if target == "source":
-            generator = _with_types_of(generator, config.generator.source)
-        export_generator(to, generator, params, target)
-    elif kind in ("retriever", "encoder"):
-        retriever, params = load_retriever(str(made))
-        if target == "source":
-            retriever = _with_types_of(retriever, config.retriever.source)
+    write: Callable[..., None] = export_generator
+    if model == "retriever":
         write = export_encoder if kind == "encoder" else export_retriever
-        write(to, retriever, params, target)
+        exported, params = load_retriever(str(made))
+    elif kind == "generator" and not merged:
+        exported, params = load_generator(str(made))
     else:
-        generator, _ = load_generator(config.generator.source, sha256=config.generator.sha256)
-        lora, adapter = load_adapter(str(made), generator.module.config)
-        base = base_name(address or workdir, config.generator.source)
-        export_adapter(to, adapter, lora, generator.module.config, base)
+        exported, params = load_generator(config.generator.source, sha256=config.generator.sha256)
+    if kind == "adapter" or merged:
+        shape = exported.module.config
+        lora, adapter = load_adapter(str(made), shape)
+        if kind == "adapter":
+            base = base_name(address or workdir, config.generator.source)
+            export_adapter(to, adapter, lora, shape, base)
+            return
+        params = merge_lora(params, adapter, lora)
+    elif kind != "base" and target == "source":
+        exported = _with_types_of(exported, getattr(config, model).source)
+    write(to, exported, params, target)
 
 
 def made_as(kind: str) -> str:

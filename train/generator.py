@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
@@ -41,16 +40,11 @@ from expandr_jax.training.early_stopping import watch_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import check_batch_size, count_updates, optimizer_config
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
-from train.launch import define_config, define_processes, define_workdir, launch, make_console
+from train.launch import launch_training
 
 
 def train_generator(
-    run: Run,
-    models: GeneratorModel,
-    adapter: Any | None,
-    rows: Sequence[Any],
-    *,
-    round_: int,
+    run: Run, models: GeneratorModel, adapter: Any | None, rows: Sequence[Any], *, round_: int
 ) -> Any:
     """One round of step B.
 
@@ -95,9 +89,9 @@ def train_generator(
     if objective.reference:
         reference = kept_reference(run, batches, examples, "reference log-probabilities")
         dev_reference = kept_reference(run, batches, dev, "reference on dev pairs") if dev else None
-    lora = module.lora
+    lora, seed = module.lora, run.config.seed
     if adapter is None:
-        adapter = init_lora(jax.random.key(run.config.seed), params, lora)
+        adapter = init_lora(jax.random.key(seed), params, lora)
     identity = {
         "model": models.generator_hash,
         "settings": hash_json(identity_of("dpo", config)),
@@ -121,7 +115,7 @@ def train_generator(
         module=module,
         settings=config,
     )
-    key = jax.random.fold_in(jax.random.key(run.config.seed), round_)
+    key = jax.random.fold_in(jax.random.key(seed), round_)
 
     @functools.cache
     def flops(tokens: int, logits: int) -> int:
@@ -158,8 +152,7 @@ def train_generator(
     name = f"round-{round_}/best-adapter"
 
     def keep(_: int, adapter: Any) -> None:
-        best, base = whole(adapter), base_name(run.address, run.config.generator.source)
-        run.processes.once(lambda: export_adapter(run.path(name), best, lora, module.config, base))
+        _export(run, models.generator, whole(adapter), name)
         run.checksums.record(name)
 
     path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
@@ -191,6 +184,14 @@ def _checkpoints(round_: int) -> str:
     return f"generator-{round_}" if round_ else "generator"
 
 
+def _export(run: Run, generator: Generator, adapter: Any, name: str) -> None:
+    """Writes an adapter in PEFT form to a path under the workdir."""
+    module, base = generator.module, base_name(run.address, run.config.generator.source)
+    run.processes.once(
+        lambda: export_adapter(run.path(name), adapter, module.lora, module.config, base)
+    )
+
+
 def kept_reference(
     run: Run, batches: AdapterBatches, examples: Sequence[Example], task: str
 ) -> np.ndarray:
@@ -206,7 +207,7 @@ def kept_reference(
     path = run.path(name)
     if run.checksums.intact(name):
         return np.load(path, allow_pickle=False)
-    with run.progress(task, len(examples)) as advance:
+    with run.reporter.progress(task, len(examples)) as advance:
         result = batches.reference(examples, advance)
 
     def write() -> None:
@@ -255,10 +256,7 @@ def train_adapter(
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        module, base = model.generator.module, base_name(run.address, config.generator.source)
-        run.processes.once(
-            lambda: export_adapter(directory, adapter, module.lora, module.config, base)
-        )
+        _export(run, model.generator, adapter, "export/adapter")
     console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
     run.close()
     return directory
@@ -286,15 +284,5 @@ def _read(run: Run, generator: Generator) -> list[Any]:
     return rows
 
 
-def main(_: Any) -> None:
-    train_adapter(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
-
-
-def define_flags() -> None:
-    define_config()
-    define_workdir()
-    define_processes()
-
-
 if __name__ == "__main__":
-    launch(main, define_flags, resumes=True)
+    launch_training(train_adapter)

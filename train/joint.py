@@ -11,16 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.collect import prepare_data
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, by_sample, journaled
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
 from expandr_jax.objectives.registry import OBJECTIVES
@@ -30,13 +27,12 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
 from expandr_jax.training.setup import check_batch_size
-from train.benchmarks import evaluate_benchmarks
 from train.encoding import run_retriever
-from train.evaluation import Trained, evaluate, systems_of_run
-from train.expansions import run_expander
+from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
+from train.expansions import run_expander, training_expansions
 from train.export import export_run
 from train.generator import train_generator
-from train.launch import define_config, define_processes, define_workdir, launch, make_console
+from train.launch import launch_training
 from train.negatives import check_negatives, training_negatives
 from train.preferences import make_preferences
 from train.retriever import train_retriever
@@ -71,13 +67,13 @@ def train_joint(
             processes=run.processes, reporter=run.reporter, checksums=run.checksums,
         )  # fmt: skip
     qrels = data.collection.qrels
-    console.print(
-        f"  {len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "
+    run.reporter.say(
+        f"{len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
     check_negatives(config.mining, config.contrastive.negatives, data)
-    with run.phase("models"), run.progress("models loaded", 2) as advance:
+    with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
     check_contrastive_batch(
@@ -105,7 +101,7 @@ def train_joint(
             negatives = training_negatives(run, models, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current)
-            expansions = _expand(run, expander, adapter, data, round_)
+            expansions = training_expansions(run, data, expander, adapter, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else params
             params = _train(run, models, data, expansions, negatives, start, round_=round_)
@@ -134,9 +130,9 @@ def train_joint(
         if not all(whole):
             run.checksums.record(*exports)
 
-    with run.phase("export"), run.progress("models exported", 3) as advance:
+    with run.phase("export"), run.reporter.progress("models exported", 3) as advance:
         run.processes.once(export)
-    with run.phase("report"), run.progress("pages written", 1) as advance:
+    with run.phase("report"), run.reporter.progress("pages written", 1) as advance:
         report = run.processes.once(lambda: run.where(write_report(run.workdir)))
         advance(1)
     console.print(results_table(results))
@@ -157,34 +153,6 @@ def _check_server(config: Config, systems: Sequence[System]) -> None:
         )
 
 
-def _expand(
-    run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
-) -> dict[str, list[str]]:
-    """Query id -> expansions of the retriever's training queries; writes expansions.jsonl."""
-    config = run.config.expansion
-    queries = {query: data.collection.queries[query] for query in data.retriever_train}
-    journal = run.path("work", f"round-{round_}", "expansions.jsonl")
-    strip = config.strip_train_lead_ins
-    sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
-    made = expander.texts(queries, config.train_samples, sample)
-    texts = {query: by_sample(asks) for query, asks in made.items()}
-    rows = (
-        {
-            "query_id": query,
-            "split": "train",
-            "system": "expandr",
-            "sample": sample,
-            "query": data.collection.queries[query],
-            "expansion": text,
-        }
-        for query in sorted(texts)
-        for sample, text in enumerate(texts[query])
-    )
-    path = run.path(f"round-{round_}", "expansions.jsonl")
-    run.processes.once(lambda: write_jsonl(path, rows))
-    return texts
-
-
 def _train(
     run: Run,
     models: Models,
@@ -197,7 +165,6 @@ def _train(
     round_: int = 0,
 ) -> Any:
     """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
-    config = run.config
     triples = [
         Triple(
             data.collection.queries[query],
@@ -212,7 +179,6 @@ def _train(
         models,
         start,
         triple_examples(triples, models.encoder),
-        config.contrastive,
         phase=phase,
         round_=round_,
         samples=max(map(len, expansions.values()), default=0),
@@ -220,15 +186,5 @@ def _train(
     )
 
 
-def main(_: Any) -> None:
-    train_joint(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
-
-
-def define_flags() -> None:
-    define_config()
-    define_workdir()
-    define_processes()
-
-
 if __name__ == "__main__":
-    launch(main, define_flags, resumes=True)
+    launch_training(train_joint)

@@ -38,6 +38,24 @@ _NEAREST = re.compile(r'Did you mean "(\w+)"')
 EXAMPLES = {"config": "--config=configs/quickstart.py", "workdir": "--workdir=runs/quickstart"}
 
 
+def launch_training(train: Callable[[Any, str, Console], Any]) -> None:
+    """Launches a program that trains, by several processes too, and goes on where it stopped.
+
+    Args:
+        train: Takes the config, the workdir and where progress is shown.
+    """
+
+    def define() -> None:
+        define_config()
+        define_workdir()
+        define_processes()
+
+    def main(_: Any) -> None:
+        train(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
+
+    launch(main, define, resumes=True)
+
+
 def quiet_libraries() -> None:
     """Keeps libraries from printing over the progress display or reaching for the network."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -64,7 +82,7 @@ def split_processor(count: int = 1) -> None:
     """Has JAX take the processor for two devices, unless XLA_FLAGS says for how many.
 
     Each then does the whole of its half of a batch on a core of its own, where otherwise all cores
-    would wait for each other after every operation. It is two on any machine, so that figures do
+    would wait for each other after every operation. It is two on any machine, so that results do
     not depend on its cores. Must be called before JAX is used.
 
     Args:
@@ -196,8 +214,6 @@ def _run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> None:
         main(rest)
         current.finish()
     except Exception:
-        # It may come of another's end: a collective in a step or a save may fail before that is
-        # heard of.
         current.wait_for_news()
         if current.stopped is not None:
             raise Stopped from None
@@ -233,7 +249,6 @@ def _start_processes() -> None:
         return
     values = flags.FLAGS
     cluster = processes.Cluster(values.coordinator, values.processes, values.process)
-    cluster.check()
     split_processor(cluster.count or 1)
     processes.start(cluster)
 
@@ -291,7 +306,7 @@ def _one_line(error: BaseException) -> str:
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if _IN_CONFIG in text:  # Of a traceback, which follows, its last line.
+    if _IN_CONFIG in text:  # The last line of a traceback, which follows, says it.
         text = f"--config: {text.strip().splitlines()[-1]}"
         if "get_config() takes 0 positional arguments" in text:
             text = "--config: this config takes nothing after its name and ':'"

@@ -1,4 +1,4 @@
-"""Hard negatives for step A: documents that the current retriever ranks high and that are wrong."""
+"""Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
 from typing import Any
 
@@ -65,34 +65,32 @@ def training_negatives(
 def _mine(
     run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
 ) -> None:
-    ids = data.retriever_train
-    with run.progress("training queries encoded", len(ids)) as advance:
-        queries = encode_texts(run, models, params, data.queries(ids), "query", advance)
-    run.processes.once(lambda: _search(run, corpus, data, queries, round_))
-
-
-def _search(run: Run, corpus: Corpus, data: TrainingData, queries: np.ndarray, round_: int) -> None:
+    """Writes round-R/triples.jsonl."""
     config, ids = run.config.mining, data.retriever_train
-    place = {document: row for row, document in enumerate(corpus.ids)}
-    right = [[place[document] for document in data.positives(query)] for query in ids]
-    scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
-    own = corpus.vectors[[documents[0] for documents in right]]
-    texts = [data.collection.corpus[document] for document in corpus.ids]
-    mined = mine_negatives(
-        scores,
-        found,
-        np.sum(queries * own, axis=1),
-        right,
-        texts,
-        count=config.per_query,
-        first=config.first,
-        absolute_margin=config.absolute_margin,
-        relative_margin=config.relative_margin,
-    )
-    rows = triple_rows(data.queries(ids), right, mined, texts)
-    write_jsonl(
-        run.path(f"round-{round_}", "triples.jsonl"),
-        ({"query_id": query, **row} for query, row in zip(ids, rows, strict=True) if row["pos"]),
-    )
-    count = sum(map(len, mined))
-    run.console.print(f"  {count} negatives; {sum(not m for m in mined)} queries have none")
+    with run.reporter.progress("training queries encoded", len(ids)) as advance:
+        queries = encode_texts(run, models, params, data.queries(ids), "query", advance)
+
+    def search() -> None:
+        row_of = {document: row for row, document in enumerate(corpus.ids)}
+        relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
+        scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
+        own = corpus.vectors[[documents[0] for documents in relevant]]
+        texts = [data.collection.corpus[document] for document in corpus.ids]
+        mined = mine_negatives(
+            scores,
+            found,
+            np.sum(queries * own, axis=1),
+            relevant,
+            texts,
+            count=config.per_query,
+            first=config.first,
+            absolute_margin=config.absolute_margin,
+            relative_margin=config.relative_margin,
+        )
+        rows = zip(ids, triple_rows(data.queries(ids), relevant, mined, texts), strict=True)
+        named = ({"query_id": query, **row} for query, row in rows if row["pos"])
+        write_jsonl(run.path(f"round-{round_}", "triples.jsonl"), named)
+        count = sum(map(len, mined))
+        run.reporter.say(f"{count} negatives; {sum(not m for m in mined)} queries have none")
+
+    run.processes.once(search)

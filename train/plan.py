@@ -35,7 +35,8 @@ from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.proposals import PHASES, Proposal, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
-from expandr_jax.runtime.progress import progress
+from expandr_jax.runtime.progress import Reporter
+from expandr_jax.sharding import batch_divisor
 from train.launch import define_config, launch
 
 EXIT_DOES_NOT_FIT = 1
@@ -77,11 +78,10 @@ def plan(
     if unknown:
         raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
     programs = {name: make for name, make in programs.items() if not only or name in only}
-    rows: dict[str, dict[str, Any]] = {}
     names = f"compiling for {topology.name}: {', '.join(programs)}"
     console.print(names, soft_wrap=True, markup=False, emoji=False)
     with (
-        progress(console, "programs compiled", len(programs)) as advance,
+        Reporter(console).progress("programs compiled", len(programs)) as advance,
         contextlib.ExitStack() as stack,
     ):
         pool = ThreadPoolExecutor(max(1, os.cpu_count() or 1))
@@ -123,9 +123,7 @@ def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> 
     at_best = roofline(
         topology.chip, planned.devices, planned.run_flops, planned.moved, needs.collectives
     )
-    batch = 1
-    if planned.mesh is not None:
-        batch = planned.mesh.shape["data"] * planned.mesh.shape["fsdp"]
+    batch = 1 if planned.mesh is None else batch_divisor(planned.mesh)
     return {
         "program": planned.name,
         "mesh": None if planned.mesh is None else dict(planned.mesh.shape),
@@ -153,7 +151,7 @@ def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> 
 def _measured(
     planned: Planned, needs: Needs, topology: Topology, row: Mapping[str, Any], repeats: int
 ) -> dict[str, float | None]:
-    """Of a row: what running the program a few times gave; nulls where it cannot run."""
+    """What running a row's program a few times gave; nulls where it cannot run."""
     seconds = time_program(planned, needs.compiled, repeats) if needs.fits else None
     if seconds is None:
         return dict.fromkeys(("seconds", "model_flops_utilisation", "share_of_bound"))
@@ -169,7 +167,7 @@ def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dic
     """Chip-hours of the paper's run at the rooflines: no real run is that quick.
 
     Args:
-        rows: Of `plan`, by program.
+        rows: The rows of `plan`, by program.
         devices: Chips.
     """
     texts = PAPER["queries"] * PAPER["candidates"]

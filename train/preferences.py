@@ -1,6 +1,6 @@
 """From sampled candidates to preference pairs: self-answers, rewards, the filter, the pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,33 +35,45 @@ def make_preferences(
     """Writes candidates.jsonl and preferences.jsonl of a round."""
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
-    if not run.checksums.intact(*files):
-        with run.phase(f"candidates, round {round_}"):
-            prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
-        with run.phase(f"self-answers, round {round_}"):
-            answers = _self_answers(run, expander.sampler, adapter, data, round_)
-        if not answers:
-            raise UserError(
-                f"round {round_}: the generator left every self-answer empty, twice; no query is "
-                "left to learn from. Look at the model and at the section answer of the config"
+    if run.checksums.intact(*files):
+        return
+    with run.phase(f"candidates, round {round_}"):
+        prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
+    with run.phase(f"self-answers, round {round_}"):
+        answers = _self_answers(run, expander.sampler, adapter, data, round_)
+    if not answers:
+        raise UserError(
+            f"round {round_}: the generator left every self-answer empty, twice; no query is left "
+            "to learn from. Look at the model and at the section answer of the config"
+        )
+    with run.phase(f"rewards, round {round_}"):
+        groups = [
+            Group(
+                query,
+                data.collection.queries[query],
+                data.positive(query),
+                answers[query],
+                [Candidate(candidates[query, i], t) for i, t in enumerate(_temperatures(run))],
+                models.generator.chat_text(prompts[query]),
             )
-        with run.phase(f"rewards, round {round_}"):
-            groups = _groups(run, models, data, prompts, candidates, answers)
-            vectors = _encode(run, models, retriever_params, groups)
-            # A query alone does not give a prompt that shows passages.
-            shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
+            for query in data.generator_train
+            if query in answers
+        ]
+        vectors = _encode(run, models, retriever_params, groups)
+        # A query alone does not give a prompt that shows passages.
+        shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
 
-            def write() -> None:
-                evidence = Evidence(run.config, groups, data, corpus, **vectors)
-                rewarded = reward_groups(evidence, f"rewards, round {round_}")
-                write_jsonl(candidates_path, (group.to_row(shows_passages) for group in rewarded))
-                pairs, dropped = select_pairs(rewarded, run.config.reward.threshold)
-                write_jsonl(path, pairs)
-                counts = ", ".join(f"{dropped.get(reason, 0)} {reason}" for reason in REASONS)
-                run.reporter.say(f"{len(pairs)} pairs of {len(groups)} queries; dropped: {counts}")
+        def write() -> None:
+            evidence = Evidence(run.config, groups, data, corpus, **vectors)
+            rewarded = reward_groups(evidence, f"rewards, round {round_}")
+            write_jsonl(candidates_path, (group.to_row(shows_passages) for group in rewarded))
+            pairs, dropped = select_pairs(rewarded, run.config.reward.threshold)
+            write_jsonl(path, pairs)
+            counts = ", ".join(f"{dropped.get(reason, 0)} {reason}" for reason in REASONS)
+            run.reporter.say(f"{len(pairs)} pairs of {len(groups)} queries; dropped: {counts}")
 
-            run.processes.once(write)
-            run.checksums.record(*files)
+        run.processes.once(write)
+        run.checksums.record(*files)
 
 
 def _sample_candidates(
@@ -117,36 +129,12 @@ def _self_answers(
     return answers
 
 
-def _groups(
-    run: Run,
-    models: Models,
-    data: TrainingData,
-    prompts: Mapping[str, str],
-    candidates: Mapping[tuple[str, int], str],
-    answers: Mapping[str, str],
-) -> list[Group]:
-    """What was sampled for each query that has an answer."""
-    queries = data.collection.queries
-    return [
-        Group(
-            query,
-            queries[query],
-            data.positive(query),
-            answers[query],
-            [Candidate(candidates[query, i], t) for i, t in enumerate(_temperatures(run))],
-            models.generator.chat_text(prompts[query]),
-        )
-        for query in data.generator_train
-        if query in answers
-    ]
-
-
 def _encode(
     run: Run, models: Models, params: Any, groups: Sequence[Group]
 ) -> dict[str, np.ndarray]:
     """Vectors of candidates [queries, candidates, dim], answers and queries [queries, dim]."""
     texts = [text for group in groups for text in group.texts]
-    with run.progress("rewards: texts encoded", len(texts) + 2 * len(groups)) as advance:
+    with run.reporter.progress("rewards: texts encoded", len(texts) + 2 * len(groups)) as advance:
 
         def encode(items: list[str], kind: str, what: str) -> np.ndarray:
             # An empty candidate has nothing in common with anything: its vector is zero.

@@ -7,19 +7,26 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
+import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags
 from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.records import hash_json
+from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
+from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.download import data_path
+from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.data.training_data import limit_queries
+from expandr_jax.data.triples import Triple, read_triples
+from expandr_jax.errors import UserError
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import (
@@ -35,7 +42,6 @@ from expandr_jax.objectives.contrastive_batches import (
     hash_examples,
     triple_examples,
 )
-from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.runtime.formats import identity_of
@@ -51,8 +57,7 @@ from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.weights.export import export_trained
 from train.encoding import encode_texts
-from train.launch import define_config, define_processes, define_workdir, launch, make_console
-from train.triples import read_dev, read_training_triples, say_leaks
+from train.launch import launch_training
 
 
 def train_retriever(
@@ -60,12 +65,11 @@ def train_retriever(
     models: RetrieverModel,
     params: Any,
     examples: Sequence[ContrastiveExample],
-    config: ContrastiveSettings,
     *,
     phase: str,
     round_: int,
     samples: int,
-    ids: Sequence[str] | None = None,
+    ids: Sequence[str],
     evaluate: Callable[[Any], float] | None = None,
 ) -> Any:
     """One round of step A.
@@ -75,11 +79,10 @@ def train_retriever(
         models: The retriever's module and mesh.
         params: Weights to start from.
         examples: Training queries with their documents and expansions.
-        config: The config's `contrastive` section.
         phase: "retriever", or "fine-tuned" for the baseline on plain queries.
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
-        ids: What messages call the examples; None: their numbers, from 0.
+        ids: What messages call the examples.
         evaluate: Weights to a dev measure, called every `config.eval_every` updates and at the end;
             None trains all steps.
 
@@ -90,11 +93,11 @@ def train_retriever(
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    names = [str(i) for i in range(len(examples))] if ids is None else ids
-    mesh, retriever, seed = models.contrastive_mesh, models.retriever, run.config.seed
+    config, seed = run.config.contrastive, run.config.seed
+    mesh, retriever = models.contrastive_mesh, models.retriever
     check_contrastive_batch(config, retriever, params, mesh, len(examples))
-    check_contrastive_examples(config, examples, samples, names)
-    batches = ContrastiveBatches(examples, names, config, samples, seed, retriever)
+    check_contrastive_examples(config, examples, samples, ids)
+    batches = ContrastiveBatches(examples, ids, config, samples, seed, retriever)
     updates = count_updates(config, batches.per_epoch)
     steps = updates * config.accumulation
     optimizer = optimizer_config(config, updates, weight_decay=config.weight_decay)
@@ -173,9 +176,9 @@ def train_on_triples(
     check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):
-        dev, triples = read_dev(run), read_training_triples(run)
+        dev, triples = _read_dev(run), _read_triples(run)
         if dev is not None:
-            say_leaks(run, triples, dev)
+            _say_leaks(run, triples, dev)
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
@@ -183,7 +186,7 @@ def train_on_triples(
 
     def evaluate(params: Any) -> float:
         params, ids = whole(params), list(dev.qrels["dev"])
-        with run.progress("dev: documents encoded", len(dev.corpus)) as advance:
+        with run.reporter.progress("dev: documents encoded", len(dev.corpus)) as advance:
             documents = list(dev.corpus.values())
             vectors = encode_texts(run, models, params, documents, "document", advance)
         queries = [dev.queries[query] for query in ids]
@@ -209,7 +212,6 @@ def train_on_triples(
             models,
             models.retriever_params,
             examples,
-            config.contrastive,
             phase="retriever",
             round_=0,
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
@@ -229,15 +231,78 @@ def train_on_triples(
     run.close()
 
 
-def main(_: Any) -> None:
-    train_on_triples(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
+def _read_triples(run: Run) -> list[Triple]:
+    """The triples of data.path or data.url; data/SOURCE.json describes them and data.dev.
+
+    Raises:
+        UserError: They cannot be read, or the files are others than those that the run began with.
+    """
+    config = run.config.data
+    # It may have to be downloaded.
+    given = run.processes.main_first(lambda: data_path(config, run.reporter))
+    triples, skipped = read_triples(given, config.on_bad)
+    queries = f"{len(triples)} training queries"
+    if skipped:
+        queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
+    run.reporter.say(queries)
+    source = {"name": given.name, "sha256": hash_file(given),
+              "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
+    run.processes.main_first(lambda: _check_source(run, given, source))
+    return triples
 
 
-def define_flags() -> None:
-    define_config()
-    define_workdir()
-    define_processes()
+def _check_source(run: Run, given: pathlib.Path, source: dict) -> None:
+    path = run.path("data", "SOURCE.json")
+    dev = run.config.data.dev
+    # Evaluations before and after a restart are compared, so they must be of the same data.
+    files = next(iter(find_collections(dev).values())) if dev else None
+    hashes = {} if files is None else {"dev": source_hashes(files)}
+    if not path.exists():
+        write_json(path, {**source, **hashes})
+        return
+    before = run.read_json(path)
+    # A run that was begun before dev was noted has none.
+    other_dev = before.pop("dev", hashes.get("dev")) != hashes.get("dev")
+    if before != source:
+        raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
+    if other_dev:
+        raise UserError(f"{dev}: is not the data this run began with; use a new --workdir")
+
+
+def _read_dev(run: Run) -> Collection | None:
+    """The collection of data.dev with the dev queries that are evaluated; None: there is none.
+
+    Raises:
+        UserError: It cannot be read, or cannot tell good weights from bad ones.
+    """
+    config = run.config.data
+    if not config.dev:
+        return None
+    dev = read_beir(config.dev)
+    if "dev" not in dev.qrels:
+        raise UserError(f"{config.dev}/qrels/dev.tsv: missing; it decides what is kept")
+    judged = {query: dev.qrels["dev"][query]
+              for query in limit_queries(list(dev.qrels["dev"]), config.max_dev)}  # fmt: skip
+    relevant = (d for grades in judged.values() for d, grade in grades.items() if grade > 0)
+    if not any(document in dev.corpus for document in relevant):
+        raise UserError(
+            f"{config.dev}: no dev query has a relevant document, so that all weights rank alike; "
+            "expected a grade above 0 of a document in the corpus"
+        )
+    return dataclasses.replace(dev, qrels={"dev": judged})
+
+
+def _say_leaks(run: Run, triples: Sequence[Triple], dev: Collection) -> None:
+    """Says how many of the dev queries are trained on, if any."""
+    judged = dev.qrels["dev"]
+    trained = {query_key(triple.query) for triple in triples}
+    leaked = sum(query_key(dev.queries[query]) in trained for query in judged)
+    if leaked:
+        run.reporter.say(
+            f"{leaked} of {len(judged)} dev queries are training queries, too: the dev measure "
+            "says nothing of new queries there"
+        )
 
 
 if __name__ == "__main__":
-    launch(main, define_flags, resumes=True)
+    launch_training(train_on_triples)
