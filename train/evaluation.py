@@ -4,7 +4,6 @@ The same systems are scored on the collections of `data.tests`, which are not tr
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def evaluate(
     path = directory / "results.json"
     files = result_files(set_name)
     if run.checksums.intact(*files):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return run.read_json(path)
     systems = systems_of_run(run.config)
     documents = list(data.collection.corpus.values())
     words = functools.cache(lambda: build_index(documents, "bm25"))
@@ -119,7 +118,7 @@ def evaluate(
 
         run.processes.once(write)
         run.checksums.record(*files)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return run.read_json(path)
 
 
 def result_files(set_name: str) -> list[str]:
@@ -240,7 +239,7 @@ def evaluate_benchmarks(
     for name, benchmark in find_benchmarks(run.config.data.tests).items():
         path = run.path("tests", name, "results.json")
         if run.checksums.intact(*result_files(name)):  # Its corpus may take minutes to read.
-            results[name] = json.loads(path.read_text(encoding="utf-8"))
+            results[name] = run.read_json(path)
         else:
             collection = read_beir(benchmark.files)
             qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
