@@ -6,15 +6,13 @@ import logging
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from expandr_jax.errors import UserError
 
 SCHEME = "gs://"
 FRESH = {"cache_control": "no-store"}  # What anybody may read is otherwise kept for an hour.
 TRIES = 3  # A request that had no answer; gcsfs itself tries those six times that failed.
-
-T = TypeVar("T")
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
@@ -58,18 +56,17 @@ class Bucket:
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None: it is not there."""
-        return self._if_there(name, lambda: self._files.cat_file(self.path(name)))
+        return self._try(name, lambda: self._files.cat_file(self.path(name)), needed=False)
 
     def write(self, name: str, content: bytes) -> None:
         """Makes an object, or puts another in its place."""
         path = self.path(name)
         self._try(name, lambda: self._files.pipe_file(path, content, fixed_key_metadata=FRESH))
 
-    def upload(self, path: pathlib.Path, name: str) -> None:
+    def upload(self, file: pathlib.Path, name: str) -> None:
         """Makes an object of a file."""
-        self._try(
-            name, lambda: self._files.put_file(str(path), self.path(name), fixed_key_metadata=FRESH)
-        )
+        path = self.path(name)
+        self._try(name, lambda: self._files.put_file(str(file), path, fixed_key_metadata=FRESH))
 
     def download(self, name: str, path: pathlib.Path) -> bool:
         """Makes a file of an object; False: it is not there."""
@@ -79,34 +76,28 @@ class Bucket:
             return True
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        return bool(self._if_there(name, fetch))
+        return bool(self._try(name, fetch, needed=False))
 
     def remove(self, name: str) -> None:
         """Removes an object, if it is there."""
-        self._if_there(name, lambda: self._files.rm_file(self.path(name)))
+        self._try(name, lambda: self._files.rm_file(self.path(name)), needed=False)
 
     def names(self, pattern: str) -> list[str]:
         """Names of the objects of one directory that match a pattern."""
         directory = pattern.rpartition("/")[0]
-        found = self._if_there(
-            directory, lambda: self._files.ls(self.path(directory), detail=False)
-        )
+        path = self.path(directory)
+        found = self._try(directory, lambda: self._files.ls(path, detail=False), needed=False)
         start = len(self.address.removeprefix(SCHEME)) + 1
         return sorted(n[start:] for n in found or () if fnmatch.fnmatch(n[start:], pattern))
 
-    def _if_there(self, name: str, request: Callable[[], T]) -> T | None:
-        try:
-            return self._try(name, request, missing=True)
-        except FileNotFoundError:
-            return None
-
-    def _try(self, name: str, request: Callable[[], T], missing: bool = False) -> Any:
+    def _try(self, name: str, request: Callable[[], Any], *, needed: bool = True) -> Any:
+        """What a request gives; None where what it is for is not `needed` and not there."""
         for attempt in range(TRIES):
             try:
                 return request()
             except FileNotFoundError:
-                if missing:
-                    raise
+                if not needed:
+                    return None
                 raise UserError(f"{self.path(name)}: there is no such bucket") from None
             except TimeoutError as error:
                 if attempt == TRIES - 1:
