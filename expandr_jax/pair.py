@@ -121,11 +121,7 @@ def adapter_shapes(generator: Generator, params: Any) -> Any:
 
 
 def model_hashes(models: RetrieverModel | GeneratorModel) -> dict[str, str]:
-    """Hashes of the weights, with their type, and of the tokenizers, by what a message calls them.
-
-    Args:
-        models: One of the two, or both.
-    """
+    """Hashes of weights, with their type, and of tokenizers, by what a message calls them."""
     hashes = {}
     if isinstance(models, RetrieverModel):
         hashes["retriever.source, its weights"] = models.retriever_hash

@@ -67,10 +67,7 @@ def evaluate(
     """Writes evaluation/, runs/, qrels.trec and results.json; returns the results.
 
     Args:
-        run: The workdir.
-        models: Its models.
-        data: Dev and test queries, and the corpus.
-        trained: What is scored.
+        run, models, data, trained: What is scored on the dev and test queries.
         set_name: A further collection's name, whose files go to tests/NAME; "": the run's own.
         chosen: System -> how it uses its expansions; None: what is best on the dev queries.
     """
@@ -225,15 +222,9 @@ def _results(
 def evaluate_benchmarks(
     run: Run, models: Models, trained: Trained, chosen: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Scores every system on the collections.
+    """Scores every system on the collections, using expansions as was `chosen` on the run's data.
 
     Writes tests/NAME/ for each, with the files of the run's own results, and tests/mean.json.
-
-    Args:
-        run: The workdir.
-        models: Its models.
-        trained: What is scored.
-        chosen: From the results on the run's own data: how each system uses its expansions.
     """
     results = {}
     for name, benchmark in find_benchmarks(run.config.data.tests).items():

@@ -79,8 +79,7 @@ def evaluation_expansions(
     Every generator draws with the same numbers, so that a difference between two is theirs.
 
     Args:
-        run: The workdir.
-        data: The queries.
+        run, data: Whose queries are expanded.
         own: Expands by the config's strategy.
         adapters: Name of a generator -> its adapter.
         systems: Whose leaves are expanded.

@@ -197,11 +197,7 @@ def kept_reference(
 ) -> np.ndarray:
     """`AdapterBatches.reference`, made once for the same examples and weights.
 
-    Args:
-        run: work/reference-HASH.npy is there.
-        batches: Have the base.
-        examples: What the log-probabilities are of.
-        task: What making them is called.
+    It is kept in work/reference-HASH.npy; `task` is what making it is called.
     """
     name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
     path = run.path(name)
@@ -226,16 +222,10 @@ def train_adapter(
 ) -> pathlib.Path:
     """Trains, or goes on training, an adapter on the config's file of preference pairs.
 
-    Args:
-        config: As from configs/dpo.py.
-        workdir: Where everything goes.
-        console: Where progress is shown.
+    Args and errors are as of `train.joint.train_joint`, the config as from configs/dpo.py.
 
     Returns:
         The adapter, in PEFT form.
-
-    Raises:
-        UserError: Something the user gave is wrong; what was done so far stays.
     """
     config = read_config(config)
     check_meshes(config.mesh, ("sampling", "dpo"))

@@ -72,7 +72,7 @@ def train_joint(
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
-    check_negatives(config.mining, config.contrastive.negatives, data)
+    check_negatives(config, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))

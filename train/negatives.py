@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from expandr_jax.config import Config
 from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -14,15 +15,10 @@ from expandr_jax.vectors.corpus import Corpus
 from train.encoding import RunRetriever, encode_texts
 
 
-def check_negatives(settings: Any, count: int, data: TrainingData) -> None:
-    """Refuses, before the models are loaded, to train on negatives that are nowhere.
-
-    Args:
-        settings: The config's section `mining`.
-        count: Negatives of a query in a step.
-        data: The training queries and their judgements.
-    """
-    if not count or settings.per_query or any(map(data.negatives, data.retriever_train)):
+def check_negatives(config: Config, data: TrainingData) -> None:
+    """Refuses, before the models are loaded, to train on negatives that are nowhere."""
+    count = config.contrastive.negatives
+    if not count or config.mining.per_query or any(map(data.negatives, data.retriever_train)):
         return
     raise UserError(
         f"contrastive.negatives is {count}, but no training query has a document that is judged "
@@ -35,15 +31,9 @@ def training_negatives(
 ) -> dict[str, list[str]]:
     """Hard negatives of a round; none if the config asks for none.
 
-    Where they are to be mined, the corpus is searched for each training query, and
-    round-R/triples.jsonl written; where not, they are those that the data name.
-
-    Args:
-        run: Its config's section `mining` says which results are taken.
-        models: Encodes the queries, unexpanded.
-        retriever: The one that the round begins with.
-        data: Training queries and their relevant documents.
-        round_: Counts from 0.
+    Where they are to be mined, the corpus is searched for each training query, unexpanded, by the
+    retriever that the round begins with, and round-R/triples.jsonl written; where not, they are
+    those that the data name.
 
     Returns:
         Query id -> texts of its negatives, hardest first.

@@ -164,11 +164,9 @@ def _measured(
 
 
 def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dict[str, float]:
-    """Chip-hours of the paper's run at the rooflines: no real run is that quick.
+    """Chip-hours of the paper's run at the rooflines, which no real run reaches.
 
-    Args:
-        rows: The rows of `plan`, by program.
-        devices: Chips.
+    `rows` are those of `plan` by program, `devices` is the number of chips.
     """
     texts = PAPER["queries"] * PAPER["candidates"]
 

@@ -164,13 +164,7 @@ def train_on_triples(
 ) -> None:
     """Trains a retriever alone, or continues; writes it to export/retriever of the workdir.
 
-    Args:
-        config: As from configs/retriever.py.
-        workdir: Where everything goes.
-        console: Where progress is shown.
-
-    Raises:
-        UserError: Something the user gave is wrong; what was done so far stays.
+    Args and errors are as of `train.joint.train_joint`, the config as from configs/retriever.py.
     """
     config = read_config(config)
     check_meshes(config.mesh, ("contrastive", "encoding"))

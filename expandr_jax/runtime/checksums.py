@@ -35,11 +35,7 @@ class Checksums:
                 say(f"{self._path}: is damaged; finished files are made again")
 
     def record(self, *names: str) -> None:
-        """Records the files, or all files of the directories, as finished.
-
-        Args:
-            *names: Paths from the workdir.
-        """
+        """Records files, or all files of directories, as finished; names are from the workdir."""
         self._processes.once(lambda: self._record(names))
 
     def _record(self, names: Sequence[str]) -> None:
@@ -50,11 +46,7 @@ class Checksums:
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
 
     def intact(self, *names: str) -> bool:
-        """Whether all of these were finished and are as they were; if not, all are removed.
-
-        Args:
-            *names: As for `record`.
-        """
+        """Whether all of these were finished and are as they were; if not, all are removed."""
         return self._processes.once(lambda: self._intact(names))
 
     def _intact(self, names: Sequence[str]) -> bool:

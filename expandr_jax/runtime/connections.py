@@ -94,8 +94,7 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Connectio
     """Connects process 0, which says to all where it listens, with the others.
 
     Args:
-        index: Which process this is, from 0.
-        count: How many there are.
+        index, count: As of `processes.Processes`.
         host: Where process 0 listens; None: at its own address.
 
     Returns:

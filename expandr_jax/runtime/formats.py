@@ -76,11 +76,9 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def identity_of(section: str, settings: Any) -> dict[str, Any]:
-    """The settings that checkpoints are told apart by, as those of older runs were.
+    """The settings of a section that checkpoints are told apart by, as those of older runs were.
 
-    Args:
-        section: Its name in the config.
-        settings: What it was read into, a dataclass.
+    `section` is its name in the config, `settings` the dataclass that it was read into.
     """
     values = dataclasses.asdict(settings)
     for setting, value in ABSENT.items():

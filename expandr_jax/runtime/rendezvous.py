@@ -19,13 +19,10 @@ SAY_AFTER = 5.0  # Seconds of waiting before it is said.
 
 
 def await_all(host: str, port: int, count: int, index: int, seconds: float = SECONDS) -> None:
-    """Returns when all processes are at the address, which is free again then.
+    """Returns when all processes are at process 0's address, which is free before and after.
 
     Args:
-        host: Address of process 0.
-        port: Free there.
-        count: How many processes there are.
-        index: Which of them this is, from 0.
+        host, port, count, index: As of `processes.Cluster`.
         seconds: To wait for the others.
 
     Raises:

@@ -216,8 +216,7 @@ class Run:
     def check_models(self, hashes: Mapping[str, str]) -> None:
         """Refuses models and tokenizers other than those that the run began with.
 
-        Args:
-            hashes: Hashes of their contents, by the setting that names them.
+        `hashes` are those of their contents, by the setting that names them.
         """
         path, hashes = self.path("work", "models.json"), dict(hashes)
 
@@ -245,11 +244,9 @@ class Run:
         self.processes.main_first(check)
 
     def training_log(self, phase: str, round_: int) -> TrainingLog:
-        """Where a phase of training is recorded: the same log, where it is trained in parts.
+        """Where a phase of training is recorded, by its name and round in metrics.jsonl.
 
-        Args:
-            phase: As in metrics.jsonl.
-            round_: Number of the round, as in metrics.jsonl.
+        It is the same log where the phase is trained in parts.
         """
         if (phase, round_) not in self._training_logs:
             traces = self.path("profile", f"{phase}-round-{round_}")

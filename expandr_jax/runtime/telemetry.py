@@ -91,15 +91,9 @@ class SpikeWatch:
 
 
 class Profile:
-    """A trace of a few steps for TensorBoard or Perfetto, where the config asks for one."""
+    """A trace of so many steps (0: none) in a directory, for TensorBoard or Perfetto."""
 
     def __init__(self, directory: str | os.PathLike = "", steps: int = 0):
-        """Nothing is traced yet.
-
-        Args:
-            directory: Where the trace goes.
-            steps: How many; 0: none.
-        """
         self._directory, self._steps = directory, steps
         self._seen, self._tracing = 0, False
 
