@@ -11,21 +11,15 @@ from expandr_jax.runtime.processes import Processes
 Row = dict[str, Any]
 
 
-class CommonJournal:
-    """A journal whose rows all processes come to together; the first one writes them.
-
-    Args:
-        path: As of `Journal`.
-        processes: Processes of the run.
+class _SharedJournal:
+    """A journal that all processes of a run know, as it is in a file.
 
     Attributes:
         rows: The work that is done.
         finished: Whether it is all there is to do.
     """
 
-    def __init__(self, path: pathlib.Path, processes: Processes):
-        self._processes = processes
-        self._journal = processes.main_first(lambda: Journal(path))
+    _journal: Journal
 
     @property
     def rows(self) -> list[Row]:
@@ -34,6 +28,17 @@ class CommonJournal:
     @property
     def finished(self) -> bool:
         return self._journal.finished
+
+
+class CommonJournal(_SharedJournal):
+    """A journal whose rows all processes come to together; the first one writes them.
+
+    `path` is as of `Journal`.
+    """
+
+    def __init__(self, path: pathlib.Path, processes: Processes):
+        self._processes = processes
+        self._journal = processes.main_first(lambda: Journal(path))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows, the same in every process, and returns when they are on disk."""
@@ -54,36 +59,25 @@ class CommonJournal:
         self._journal.finished = True
 
 
-class DividedJournal:
+class DividedJournal(_SharedJournal):
     """A journal to which each process adds rows of its own share, in a file of its own.
 
     Where there are several, process 0 puts the files together in the end; after a kill in the
-    beginning, too, whatever number of processes the run goes on with.
+    beginning, too, whatever number of processes the run goes on with. Until the end, `rows` lack
+    what the other processes did since the beginning.
 
     Args:
         path: As of `Journal`; PATH.process-I has what process I has done.
         processes: Processes of the run.
         key: What tells one row from another; also their order when finished.
-
-    Attributes:
-        rows: The work that is done, but for what the other processes did since the beginning.
-        finished: Whether it is all there is to do.
     """
 
     def __init__(self, path: pathlib.Path, processes: Processes, key: Callable[[Row], Any]):
         self._path, self._processes, self._key = path, processes, key
-        self._whole = processes.main_first(self._open)
-        self._own = self._whole
-        if processes.count > 1 and not self._whole.finished:
+        self._journal = processes.main_first(self._open)
+        self._own = self._journal
+        if processes.count > 1 and not self._journal.finished:
             self._own = Journal(self._part(processes.index))
-
-    @property
-    def rows(self) -> list[Row]:
-        return self._whole.rows
-
-    @property
-    def finished(self) -> bool:
-        return self._whole.finished
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows of this process, and returns when they are on disk."""
@@ -93,7 +87,7 @@ class DividedJournal:
     def finish(self) -> None:
         """Waits until all have done their share; then every process has all rows, in order."""
         self._processes.barrier()
-        self._whole = self._processes.main_first(self._close)
+        self._journal = self._processes.main_first(self._close)
         self._remove_parts()  # Each its own, where they have no directory in common.
 
     def _open(self) -> Journal:
@@ -108,9 +102,9 @@ class DividedJournal:
     def _close(self) -> Journal:
         if not self._processes.is_main:
             return Journal(self._path)
-        rows = [*self._whole.rows, *self._new_rows(self._whole)]
-        self._whole.finish(sorted(rows, key=self._key))
-        return self._whole
+        rows = [*self._journal.rows, *self._new_rows(self._journal)]
+        self._journal.finish(sorted(rows, key=self._key))
+        return self._journal
 
     def _new_rows(self, journal: Journal) -> list[Row]:
         """What processes have done by themselves."""

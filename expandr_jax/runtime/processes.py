@@ -264,7 +264,7 @@ def current() -> Processes:
     return _current
 
 
-def start(cluster: Cluster) -> Processes:
+def start(cluster: Cluster) -> None:
     """Connects the processes of a run, before JAX is used for anything else.
 
     Args:
@@ -276,7 +276,7 @@ def start(cluster: Cluster) -> Processes:
     global _current
     cluster.check()
     if cluster.count == 1 or (cluster.count is None and not _is_tpu_host()):
-        return _current
+        return
     # Its own handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -296,7 +296,7 @@ def start(cluster: Cluster) -> Processes:
     except ValueError:
         if cluster.count is not None:
             raise
-        return _current  # Chips, but not of a machine that JAX knows.
+        return  # Chips, but not of a machine that JAX knows.
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the processes cannot reach each other: {reason[:300]}") from None
@@ -308,7 +308,6 @@ def start(cluster: Cluster) -> Processes:
             _current.connect(connect_all(index, count, host or None))
         except OSError as error:
             raise UserError(f"the processes cannot reach each other: {error}") from None
-    return _current
 
 
 def _is_tpu_host() -> bool:
