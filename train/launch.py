@@ -42,7 +42,7 @@ def launch_training(train: Callable[[Any, str, Console], Any]) -> None:
     """Launches a program that trains, by several processes too, and goes on where it stopped.
 
     Args:
-        train: Takes the config, the workdir and where progress is shown.
+        train: Takes the config, the workdir and the console, on which process 0 alone shows.
     """
 
     def define() -> None:
@@ -51,7 +51,9 @@ def launch_training(train: Callable[[Any, str, Console], Any]) -> None:
         define_processes()
 
     def main(_: Any) -> None:
-        train(flags.FLAGS.config, flags.FLAGS.workdir, make_console())
+        quiet = not processes.current().is_main
+        console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        train(flags.FLAGS.config, flags.FLAGS.workdir, console)
 
     launch(main, define, resumes=True)
 
@@ -113,12 +115,6 @@ def define_processes() -> None:
     )
     flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
-
-
-def make_console() -> Console:
-    """Where a program shows its progress: process 0 does, where there are several."""
-    quiet = not processes.current().is_main
-    return Console(highlight=False, soft_wrap=True, quiet=quiet)
 
 
 def launch(
