@@ -15,9 +15,9 @@ from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query
+from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries
-from train.samples import sample_rows
 
 IDS = [f"d{i}" for i in range(40)]
 QRELS = {"dev": {"a": {"d3": 1}}, "test": {"b": {"d7": 1, "d9": 2, "gone": 1}, "c": {"d1": 0}}}

@@ -33,13 +33,13 @@ from expandr_jax.ranking.systems import (
 from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.sets import mean_over_sets
+from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
 from train.encoding import RunRetriever, encode_corpus, encode_texts
 from train.expansions import SPLITS, evaluation_expansions, run_expander
-from train.samples import sample_rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.samples import RANK, REWARD
 from expandr_jax.rewards import ranks as rewards
@@ -15,7 +14,7 @@ from expandr_jax.vectors.query import EncodedQueries, fuse_each
 
 
 def sample_rows(
-    config: Config,
+    config: Any,
     name: str,
     corpus: Corpus,
     data: TrainingData,
