@@ -11,7 +11,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -285,8 +285,16 @@ def _move(source: epath.Path, target: epath.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         return
-    for directory, _, files in source.walk():
-        for name in files:
-            path = directory / name
-            path.copy(target / path.relative_to(source), overwrite=True)
+    for path in _files(source):
+        path.copy(target / path.relative_to(source), overwrite=True)
     source.rmtree()
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    """The files of a directory and of those within; a bucket has no `rglob`, and its `walk` gives
+    paths that are not below the directory's own."""
+    for path in directory.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
