@@ -13,7 +13,7 @@ import torch
 from eval import tiny_models
 from expandr_jax.models.bert import Bert, BertConfig, Block
 from expandr_jax.models.mask import padding_mask
-from expandr_jax.weights.hf import load_model
+from tests.load_model import load_model
 
 TINY = BertConfig(
     vocab_size=50, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24, max_positions=32

@@ -11,7 +11,7 @@ import torch
 from eval import tiny_models
 from expandr_jax.models.decoder import KVCache, token_positions, unstack_layers
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.weights.hf import load_model
+from tests.load_model import load_model
 
 
 @pytest.fixture(scope="module", params=tiny_models.DECODERS)

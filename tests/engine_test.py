@@ -23,7 +23,7 @@ from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import make_mesh
-from expandr_jax.weights.hf import load_model
+from tests.load_model import load_model
 
 EOS, SEED = 2, 11
 jitted_sample = jax.jit(sample)

@@ -15,12 +15,13 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.fields import Fields
-from expandr_jax.weights.gguf import GgufFile
+from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
-from expandr_jax.weights.hf import load_generator, load_model
+from expandr_jax.weights.hf import load_generator
 from expandr_jax.weights.source import locate
 from tests import conftest
+from tests.load_model import load_model
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -199,10 +200,10 @@ def test_rope_scaling_is_recovered_from_its_divisors(tmp_path):
     model.config.head_dim = 128  # all that the divisors depend on
     path = tmp_path / "scaled.gguf"
     write_gguf(path, model, "llama", rope_freqs=(plain / scaled).astype(np.float32))
-    assert GgufFile(path).config.values["rope_scaling"] == options
+    assert open_gguf(path).config.values["rope_scaling"] == options
     write_gguf(path, model, "llama", rope_freqs=np.linspace(1, 9, 64, dtype=np.float32))
     with pytest.raises(UserError, match=r"rope_freqs.weight is not Llama 3's"):
-        GgufFile(path)
+        open_gguf(path)
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -20,7 +20,8 @@ from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights import load
 from expandr_jax.weights.export import export_generator
-from expandr_jax.weights.hf import load_generator, load_model
+from expandr_jax.weights.hf import load_generator
+from tests.load_model import load_model
 
 
 @pytest.fixture(scope="module", params=["qwen2", "gemma3"])

@@ -19,8 +19,8 @@ from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import make_mesh
-from expandr_jax.weights.hf import load_model
 from tests.engine_test import SETTINGS, make_requests, next_logits, random_decoder, run
+from tests.load_model import load_model
 
 TOLERANCE = 1e-4
 

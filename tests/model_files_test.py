@@ -15,10 +15,11 @@ from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.weights.adapter import export_adapter
-from expandr_jax.weights.hf import load_generator, load_model, load_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.safetensors_file import write_arrays
 from tests.beir_test import mutate
 from tests.gguf_test import write_gguf
+from tests.load_model import load_model
 from tests.mutations_test import check_complaint, complaint_of
 
 DATA = Path(__file__).parent.parent / "configs" / "tiny"

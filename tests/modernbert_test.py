@@ -19,9 +19,10 @@ from expandr_jax.planning.flops import forward_flops
 from expandr_jax.sharding import batch_sharding, make_mesh, param_shardings
 from expandr_jax.weights.export import export_encoder
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.hf import load_generator, load_model, load_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.load import leaf_shapes
 from tests.accumulation_test import CONFIG, batch_of, close
+from tests.load_model import load_model
 
 FAMILIES = ("modernbert", "modernbert-biases")
 

@@ -14,11 +14,12 @@ from safetensors.numpy import load_file, save_file
 
 from eval import tiny_models
 from expandr_jax.sharding import make_mesh, param_shardings
-from expandr_jax.weights import load, store
+from expandr_jax.weights import export, load, store
 from expandr_jax.weights.export import export_generator, export_retriever
 from expandr_jax.weights.families import example_inputs
-from expandr_jax.weights.files import HfDirectory
-from expandr_jax.weights.hf import load_generator, load_model, load_retriever
+from expandr_jax.weights.files import open_directory
+from expandr_jax.weights.hf import load_generator, load_retriever
+from tests.load_model import load_model
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,8 @@ def test_encoders_arrive_on_their_devices(family, tmp_path):
 def test_a_large_model_is_written_as_shards(llama, tmp_path, monkeypatch):
     generator, params = load_generator(llama)
     monkeypatch.setattr(store, "_PART_BYTES", 700)
-    export_generator(tmp_path / "out", generator, params, max_shard_bytes=20_000)
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
+    export_generator(tmp_path / "out", generator, params)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -102,7 +104,7 @@ import json, sys
 import jax
 from eval.benchmarks.process import peak_memory
 from expandr_jax.sharding import make_mesh
-from expandr_jax.weights.hf import load_model
+from tests.load_model import load_model
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.store import named_tensors, write_model_files
 from pathlib import Path
@@ -168,9 +170,10 @@ def test_memory_stays_flat_on_four_gigabytes(tmp_path, capsys):
         for what in ("load", "write") if devices == 1 else ("load",):
             assert found[what] < found["largest"] + 1e9, what
     (out / "config.json").write_text(json.dumps(config))
-    ours, theirs = HfDirectory(out), HfDirectory(source)
-    assert ours.shapes() == theirs.shapes()
-    for name in ours.shapes():
-        np.testing.assert_array_equal(ours.read(name), theirs.read(name))
+    ours, theirs = open_directory(out), open_directory(source)
+    assert ours.tensors == theirs.tensors
+    for name in ours.tensors:
+        whole = (name, slice(None))
+        np.testing.assert_array_equal(ours.read(*whole), theirs.read(*whole))
     for path in (*source.iterdir(), *out.iterdir()):
         path.unlink()

@@ -24,8 +24,9 @@ from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.t5 import relative_buckets
 from expandr_jax.weights.export import export_retriever
-from expandr_jax.weights.hf import load_generator, load_model, load_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.export_test import embed
+from tests.load_model import load_model
 
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 12), (64, 100)])

@@ -18,9 +18,10 @@ from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.weights.hf import load_generator, load_model, load_retriever
+from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest
+from tests.load_model import load_model
 
 
 def padded(rows):

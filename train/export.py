@@ -149,7 +149,7 @@ def _read_config(path: pathlib.Path) -> Config:
 def _with_types_of(model: Any, source: str) -> Any:
     """A Retriever or Generator that takes its types for "source" from another source."""
     files, _ = open_model(source)
-    types = {name: str(dtype) for name, dtype in files.dtypes().items()}
+    types = {name: str(tensor.dtype) for name, tensor in files.tensors.items()}
     return dataclasses.replace(model, source=dataclasses.replace(model.source, dtypes=types))
 
 

@@ -32,12 +32,13 @@ def rope_angles(
     """Cosines and sines, [batch, length, head_dim / 2] float32 each, of [batch, length]."""
     frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     if scaling is not None:
-        frequency = _scale(frequency, scaling)
+        frequency = scale_frequencies(frequency, scaling)
     angles = positions[..., None].astype(jnp.float32) * frequency[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def _scale(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+def scale_frequencies(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Stretches rotary frequencies, [head_dim / 2] each."""
     if scaling.kind == "linear":
         return frequency / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

@@ -1,6 +1,5 @@
 """LoRA adapters in the format of the PEFT library, both ways."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
@@ -36,8 +36,8 @@ _PLAIN = {
     "layers_to_transform": None,
     "lora_bias": False,
 }
-# More of the kind, which not every version of peft knows: nothing or false only.
-_UNSET = (
+# More of the kind, which not every version of peft knows.
+_LATER = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -94,8 +94,7 @@ def export_adapter(
     }
     with new_directory(directory) as new:
         write_arrays(new / "adapter_model.safetensors", tensors)
-        text = json.dumps(settings, indent=2) + "\n"
-        (new / "adapter_config.json").write_text(text, encoding="utf-8")
+        write_json(new / "adapter_config.json", settings)
 
 
 def adapter_base(directory: Path) -> str | None:
@@ -138,10 +137,7 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     settings.choice("peft_type", ("LORA",))
     # An empty value of these is none.
     given = {name: value for name, value in settings.values.items() if value}
-    Fields(given, str(where)).only(**_PLAIN)
-    for name in _UNSET:
-        if name in given:
-            raise UserError(f"{where}: {name}={shown(given[name])} is not supported; leave it out")
+    Fields(given, str(where)).only(**_PLAIN, **dict.fromkeys(_LATER))
     init = settings.values.get("init_lora_weights")
     if init not in _INITS:
         raise UserError(

@@ -1,7 +1,7 @@
 """Loads cross-encoders: BERT and its kin with the head of a sequence classification."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.bert import BertConfig
 from expandr_jax.models.cross_encoder import CrossEncoder, PairClassifier
 from expandr_jax.weights.families import bert, model_config
-from expandr_jax.weights.fields import Fields, shown
+from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model, open_tokenizer, origin
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.names import Weight, linear
@@ -55,7 +55,7 @@ def load_cross_encoder(
     if "id2label" in files.config and len(labels) != 1:
         raise UserError(f"{where}: id2label has {len(labels)} labels; expected the one of a score")
     config = model_config(files.config, files.model_type)
-    has_pooler = any("pooler" in name.split(".") for name in files.shapes())
+    has_pooler = any("pooler" in name.split(".") for name in files.tensors)
     module = PairClassifier(config, compute_dtype)
     params = load_params(files, module, _weights(config, has_pooler), jnp.float32)
     tokenizer = open_tokenizer(files, config)
@@ -85,18 +85,11 @@ def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
 def _activation(config: Fields, directory: Any) -> str:
     """What is applied to a logit, by whichever file of sentence-transformers says so."""
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
-    given: Mapping[str, Any] = {
-        f"{own.where}: activation_fn": own.values.get("activation_fn"),
-        f"{config.where}: sentence_transformers.activation_fn": config.section(
-            "sentence_transformers"
-        ).values.get("activation_fn"),
-        f"{config.where}: sbert_ce_default_activation_function": config.values.get(
-            "sbert_ce_default_activation_function"
-        ),
-    }
-    for name, value in given.items():
-        if value is not None:
-            if value not in tuple(_ACTIVATIONS):
-                raise UserError(f"{name} is {shown(value)}; supported: {', '.join(_ACTIVATIONS)}")
-            return _ACTIVATIONS[value]
+    for fields, name in (
+        (own, "activation_fn"),
+        (config.section("sentence_transformers"), "activation_fn"),
+        (config, "sbert_ce_default_activation_function"),
+    ):
+        if name in fields:
+            return _ACTIVATIONS[fields.choice(name, tuple(_ACTIVATIONS))]
     return "sigmoid"  # What sentence-transformers does with one label.

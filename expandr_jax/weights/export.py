@@ -18,9 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.safetensors_file import Tensor
 from expandr_jax.weights.sentence_transformers import ModuleSettings, write_dense, write_settings
 from expandr_jax.weights.store import named_tensors, source_dtype, write_model_files
 
@@ -31,12 +29,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # Above it transformers, too, writes several files.
 
 
 def export_retriever(
-    directory: str | os.PathLike,
-    retriever: Retriever,
-    params: Mapping[str, Any],
-    dtype: Any = None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any = None
 ) -> None:
     """Writes a directory that sentence-transformers loads, and `load_retriever` too.
 
@@ -46,7 +39,6 @@ def export_retriever(
         params: Its parameters, adapters merged.
         dtype: Type of the tensors; None keeps that of `params`, "source" takes each tensor's own
             where the model came from.
-        max_shard_bytes: A larger model is written as several files.
 
     Raises:
         UserError: If the directory cannot be written, or sentence-transformers has no such model.
@@ -65,70 +57,41 @@ def export_retriever(
         dense=retriever.dense,
     )
     with new_directory(directory) as new:
-        _write_encoder(new, retriever, params, dtype, max_shard_bytes)
+        _write_model(new, retriever, params, dtype, retriever.max_length)
         if retriever.dense is not None:
             write_dense(new / settings.dense_folder, params["dense"], retriever.dense)
         write_settings(new, settings, retriever.module.config.hidden_size)
 
 
 def export_encoder(
-    directory: str | os.PathLike,
-    retriever: Retriever,
-    params: Mapping[str, Any],
-    dtype: Any = None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any = None
 ) -> None:
     """Writes the encoder and its tokenizer alone, in the layout that it came in.
 
     Pooling, normalisation and prompts are not part of it. transformers loads it, but for AnchorDR,
-    which its authors' code loads.
-
-    Args:
-        directory: Replaced if it is there.
-        retriever: The encoder.
-        params: Its parameters, adapters merged.
-        dtype: As in `export_retriever`.
-        max_shard_bytes: A larger model is written as several files.
+    which its authors' code loads. Arguments are those of `export_retriever`.
 
     Raises:
         UserError: If the directory cannot be written.
     """
     with new_directory(directory) as new:
-        _write_encoder(new, retriever, params, dtype, max_shard_bytes)
+        _write_model(new, retriever, params, dtype, retriever.max_length)
 
 
 def export_trained(
     directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any
 ) -> None:
-    """Writes a retriever for sentence-transformers, or the encoder alone where that has no such.
-
-    Args:
-        directory: As in `export_retriever`, as are all arguments.
-        retriever: The encoder and its settings.
-        params: Its parameters.
-        dtype: Type of the tensors.
-    """
+    """Writes a retriever for sentence-transformers, or the encoder alone where that has no such."""
     write = export_retriever if family_of(retriever.module).is_stock else export_encoder
     write(directory, retriever, params, dtype)
 
 
 def export_generator(
-    directory: str | os.PathLike,
-    generator: Generator,
-    params: Mapping[str, Any],
-    dtype: Any = None,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    directory: str | os.PathLike, generator: Generator, params: Mapping[str, Any], dtype: Any = None
 ) -> None:
     """Writes a directory that transformers loads as a causal language model that can chat.
 
-    Args:
-        directory: Replaced if it is there.
-        generator: The model.
-        params: Its parameters, adapters merged (`merge_lora`).
-        dtype: As in `export_retriever`.
-        max_shard_bytes: A larger model is written as several files.
+    Arguments are those of `export_retriever`.
 
     Raises:
         UserError: If the directory cannot be written.
@@ -141,10 +104,8 @@ def export_generator(
         **(generator.source.generation_config or {}),
     }
     with new_directory(directory) as new:
-        tensors = _tensors(generator, params, "model.", dtype, with_head=True)
-        _write_model(new, generator, tensors, True, max_shard_bytes)
+        _write_model(new, generator, params, dtype, generator.tokenizer.model_max_length)
         _write_json(new / "generation_config.json", generation)
-        _write_tokenizer(new, generator.tokenizer, generator.tokenizer.model_max_length)
 
 
 @contextlib.contextmanager
@@ -184,60 +145,42 @@ def _is_replaceable(path: Path) -> bool:
     return not names or not names.isdisjoint(_WEIGHTS)
 
 
-def _write_encoder(
-    directory: Path, retriever: Retriever, params: Mapping[str, Any], dtype: Any, max_bytes: int
-) -> None:
-    # transformers keeps a bare model's names without a prefix.
-    tensors = _tensors(retriever, params, "", dtype, with_head=False)
-    _write_model(directory, retriever, tensors, False, max_bytes)
-    _write_tokenizer(directory, retriever.tokenizer, retriever.max_length)
-
-
-def _tensors(
+def _write_model(
+    directory: Path,
     model: Retriever | Generator,
     params: Mapping[str, Any],
-    prefix: str,
     dtype: Any,
-    *,
-    with_head: bool,
-) -> dict[str, Tensor]:
+    max_length: int,
+) -> None:
+    """Writes the weights, config.json, and the tokenizer with the longest input it says."""
+    shape, family = model.module.config, family_of(model.module)
+    if getattr(shape, "int8", False):
+        raise UserError("weights in int8 are not exported: load the model in float32 for that")
+
     def dtype_of(name: str, present: np.dtype) -> np.dtype:
         if dtype == "source":
             return source_dtype(model.source.dtypes, name) or present
         return present if dtype is None else np.dtype(dtype)
 
-    config = model.module.config
-    if getattr(config, "int8", False):
-        raise UserError("weights in int8 are not exported: load the model in float32 for that")
-    family = family_of(model.module)
-    weights = family.weights(config, with_head)
-    return named_tensors(params, weights, prefix, dtype_of, with_copies=not family.is_stock)
-
-
-def _write_model(
-    directory: Path,
-    model: Retriever | Generator,
-    tensors: Mapping[str, Tensor],
-    with_head: bool,
-    max_shard_bytes: int,
-) -> None:
-    """Writes the weights and config.json."""
-    write_model_files(directory, tensors, max_shard_bytes)
+    with_head = isinstance(model, Generator)
+    # transformers keeps a bare model's names without a prefix.
+    tensors = named_tensors(
+        params,
+        family.weights(shape, with_head),
+        "model." if with_head else "",
+        dtype_of,
+        with_copies=not family.is_stock,
+    )
+    write_model_files(directory, tensors, MAX_SHARD_BYTES)
     config = {key: value for key, value in model.source.config.items() if key != "dtype"}
-    family = family_of(model.module)
     if family.is_stock:
         config["architectures"] = [family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
-
-
-def _write_tokenizer(
-    directory: Path, tokenizer: PreTrainedTokenizerFast | FairseqTokenizer, max_length: int
-) -> None:
-    tokenizer.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(tokenizer, PreTrainedTokenizerFast):
+    if isinstance(model.tokenizer, PreTrainedTokenizerFast):
         # The class that versions 4 and 5 both know; the present name is not known to 4.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_max_length"] = max_length

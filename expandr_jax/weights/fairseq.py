@@ -1,13 +1,14 @@
 """AnchorDR's tokenizer: a text cleaner, a SentencePiece model and a fairseq dictionary."""
 
-import json
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.tokenizer import model_max_length as length_in
@@ -80,8 +81,7 @@ class FairseqTokenizer:
         for name, content in self._files.items():
             (directory / name).write_bytes(content)
         settings = {"do_lower_case": self.lower_case, "model_max_length": self.model_max_length}
-        text = json.dumps(settings, indent=2) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", settings)
 
 
 def clean(text: str, lower_case: bool) -> str:
@@ -96,23 +96,11 @@ def clean(text: str, lower_case: bool) -> str:
 
 def _cut(token: str) -> list[str]:
     """Leading punctuation, core and trailing punctuation of a word, those that are there."""
-    core_start = next((i for i, c in enumerate(token) if not _is_punctuation(c)), len(token))
-    core_end = len(token)
-    while core_end > core_start and _is_punctuation(token[core_end - 1]):
-        core_end -= 1
-    parts = token[:core_start], token[core_start:core_end], token[core_end:]
-    return [part for part in parts if part]
-
-
-def _is_punctuation(char: str) -> bool:
-    code = ord(char)
-    return (
-        33 <= code <= 47
-        or 58 <= code <= 64
-        or 91 <= code <= 96
-        or 123 <= code <= 126
-        or unicodedata.category(char).startswith("P")
+    marks = "".join(
+        c for c in token if c in string.punctuation or unicodedata.category(c).startswith("P")
     )
+    core = token.strip(marks)
+    return [part for part in token.partition(core) if part] if core else [token]
 
 
 def _read(path: Path) -> bytes:

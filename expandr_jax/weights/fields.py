@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,38 +41,26 @@ class Fields:
 
     def count(self, name: str, *default: Any, least: int = 1, most: int = _LARGEST) -> Any:
         """A whole number from `least` to `most`, both included."""
-        value = self._take(name, default)
-        if name in self and not is_count(value, least, most):
-            raise self.refuse(name, f"a whole number from {least} to {most}")
-        return value
+        expected = f"a whole number from {least} to {most}"
+        return self._take(name, default, lambda value: is_count(value, least, most), expected)
 
     def number(self, name: str, *default: Any, above: float = -math.inf) -> Any:
         """A finite number above `above`."""
-        value = self._take(name, default)
-        if name in self and not (_is_number(value) and value > above):
-            raise self.refuse(name, "a number" + (f" above {above}" if above > -math.inf else ""))
-        return value
+        expected = "a number" + (f" above {above}" if above > -math.inf else "")
+        return self._take(name, default, lambda v: _is_number(v) and v > above, expected)
 
     def rate(self, name: str, *default: Any) -> Any:
         """A number from 0 to 1, 1 excluded: of dropout, say."""
-        value = self._take(name, default)
-        if name in self and not (_is_number(value) and 0 <= value < 1):
-            raise self.refuse(name, "a number from 0 to 1, 1 excluded")
-        return value
+        expected = "a number from 0 to 1, 1 excluded"
+        return self._take(name, default, lambda v: _is_number(v) and 0 <= v < 1, expected)
 
     def flag(self, name: str, default: bool | None) -> bool | None:
         """True or false."""
-        value = self._take(name, (default,))
-        if name in self and not isinstance(value, bool):
-            raise self.refuse(name, "true or false")
-        return value
+        return self._take(name, (default,), lambda v: isinstance(v, bool), "true or false")
 
     def text(self, name: str, *default: Any) -> Any:
         """A string."""
-        value = self._take(name, default)
-        if name in self and not is_text(value):
-            raise self.refuse(name, "a string")
-        return value
+        return self._take(name, default, is_text, "a string")
 
     def choice(self, name: str, known: Sequence[str], *default: Any) -> Any:
         """One of some strings."""
@@ -86,18 +74,23 @@ class Fields:
 
     def items(self, name: str, kind: type, *default: Any) -> Any:
         """A list of values of one type."""
-        value = self._take(name, default)
-        # type() is exact: true is no whole number.
-        if name in self and not (isinstance(value, list) and all(type(v) is kind for v in value)):
-            raise self.refuse(name, f"a list of {kind.__name__}")
-        return value
+
+        def fits(value: Any) -> bool:
+            # type() is exact: true is no whole number.
+            return isinstance(value, list) and all(type(item) is kind for item in value)
+
+        return self._take(name, default, fits, f"a list of {kind.__name__}")
 
     def section(self, name: str) -> "Fields":
         """An object inside this one; one that is left out has no fields."""
-        value = self._take(name, ({},))
-        if not isinstance(value, dict):
-            raise self.refuse(name, "a JSON object")
+        value = self._take(name, ({},), lambda v: isinstance(v, dict), "a JSON object")
         return Fields(value, self.where, f"{self._prefix}{name}.")
+
+    def under(self, prefix: str) -> "Fields":
+        """The fields whose names begin with a prefix, by the rest of their names."""
+        names = [name for name in self.values if name.startswith(prefix)]
+        values = {name.removeprefix(prefix): self.values[name] for name in names}
+        return Fields(values, self.where, self._prefix + prefix)
 
     def quotient(self, whole: str, part: str) -> int:
         """One count divided by another that it must be a multiple of."""
@@ -126,9 +119,17 @@ class Fields:
         given = shown(self.values.get(name))
         return UserError(f"{self.where}: {self._prefix}{name} is {given}; expected {expected}")
 
-    def _take(self, name: str, default: Sequence[Any]) -> Any:
+    def _take(
+        self,
+        name: str,
+        default: Sequence[Any],
+        fits: Callable[[Any], bool] = lambda _: True,
+        expected: str = "",
+    ) -> Any:
         value = self.values.get(name)
         if value is not None:
+            if not fits(value):
+                raise self.refuse(name, expected)
             return value
         if not default:
             raise UserError(f"{self.where}: field '{self._prefix}{name}' is missing")

@@ -1,9 +1,10 @@
 """A model's files as one object: configuration, tokenizer, and tensors read by rows."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
+import jax
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
@@ -15,8 +16,9 @@ from expandr_jax.weights.safetensors_file import SafetensorsFile
 from expandr_jax.weights.tokenizer import read_tokenizer
 
 
-class ModelFiles(Protocol):
-    """What every format offers, in Hugging Face's names and layout.
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model, whatever their format, in Hugging Face's names and layout.
 
     Attributes:
         where: The weights file, for messages.
@@ -24,80 +26,73 @@ class ModelFiles(Protocol):
         config: As in config.json.
         generation_config: As in generation_config.json; without fields if there is none.
         model_type: Which family it is of.
+        tensors: Shapes and types of all tensors by name, those of a GGUF file once dequantized.
+        read: (name, rows) -> a tensor, or some rows of it.
+        tokenizer: Makes the tokenizer, chat template included.
     """
 
     where: str
-    files: list[Path]
+    files: Sequence[Path]
     config: Fields
     generation_config: Fields
     model_type: str | None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by name."""
-
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Types of all tensors by name."""
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some rows of it."""
-
-    def tokenizer(self) -> PreTrainedTokenizerFast | FairseqTokenizer:
-        """The tokenizer, chat template included."""
+    tensors: Mapping[str, jax.ShapeDtypeStruct]
+    read: Callable[[str, slice], np.ndarray]
+    tokenizer: Callable[[], PreTrainedTokenizerFast | FairseqTokenizer]
 
 
-class HfDirectory:
-    """A directory as transformers writes it; a `ModelFiles`."""
+def open_directory(path: Path) -> ModelFiles:
+    """Opens a directory as transformers writes it.
 
-    def __init__(self, path: Path):
-        """Opens the files; raises UserError if one is missing or cannot be read."""
-        self._path = path
-        self.config = Fields.read(path / "config.json")
-        self.generation_config = Fields.read(path / "generation_config.json", optional=True)
-        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        if single.is_file():
-            self.where, self.files, places = str(single), [single], {}
-        elif index.is_file():
-            self.where, places = str(index), _read_index(index)
-            self.files = sorted({*places.values()})
-        else:
-            raise UserError(
-                f"{path}: no model.safetensors here; pytorch_model.bin, a pickle, can run code "
-                "when read and is refused: load and save such a model with transformers first"
-            )
-        self._stored = {}
-        for file_path in self.files:
-            file = SafetensorsFile(file_path)
-            for name in file.entries:
-                # Files converted from TensorFlow keep its names of a norm's parameters.
-                present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-                present = present.replace("LayerNorm.beta", "LayerNorm.bias")
-                if present in self._stored:
-                    raise UserError(f"{file_path}: tensor {shown(name)} is there twice")
-                self._stored[present] = file, name
-            _check_listed(file, [name for name in places if places[name] == file_path], file_path)
+    Raises:
+        UserError: If a file is missing or cannot be read.
+    """
+    config = Fields.read(path / "config.json")
+    generation_config = Fields.read(path / "generation_config.json", optional=True)
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if single.is_file():
+        where, files, places = single, [single], {}
+    elif index.is_file():
+        where, places = index, _read_index(index)
+        files = sorted({*places.values()})
+    else:
+        raise UserError(
+            f"{path}: no model.safetensors here; pytorch_model.bin, a pickle, can run code "
+            "when read and is refused: load and save such a model with transformers first"
+        )
+    stored = {}
+    for file_path in files:
+        file = SafetensorsFile(file_path)
+        for name in file.entries:
+            # Files converted from TensorFlow keep its names of a norm's parameters.
+            present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+            present = present.replace("LayerNorm.beta", "LayerNorm.bias")
+            if present in stored:
+                raise UserError(f"{file_path}: tensor {shown(name)} is there twice")
+            stored[present] = file, name
+        _check_listed(file, [name for name in places if places[name] == file_path], file_path)
+    entries = {name: file.entries[key] for name, (file, key) in stored.items()}
+    # config.json's type, or that of a family which only its tensors tell from another.
+    model_type = type_by_tensors(stored) or config.values.get("model_type")
 
-    @property
-    def model_type(self) -> str | None:
-        """config.json's, or that of a family which only its tensors tell from another."""
-        return type_by_tensors(self._stored) or self.config.values.get("model_type")
+    def read(name: str, rows: slice) -> np.ndarray:
+        file, key = stored[name]
+        return file.read(key, rows)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by name."""
-        return {name: file.entries[key].shape for name, (file, key) in self._stored.items()}
+    def tokenizer() -> PreTrainedTokenizerFast | FairseqTokenizer:
+        own = find_family(config.where, model_type).tokenizer
+        return read_tokenizer(path, model_type) if own is None else own(path)
 
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Types of all tensors by name."""
-        return {name: file.entries[key].dtype for name, (file, key) in self._stored.items()}
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some rows of it, in the type it has in the file."""
-        file, stored_name = self._stored[name]
-        return file.read(stored_name, rows)
-
-    def tokenizer(self) -> PreTrainedTokenizerFast | FairseqTokenizer:
-        """The tokenizer, chat template included."""
-        own = find_family(self.config.where, self.model_type).tokenizer
-        return read_tokenizer(self._path, self.model_type) if own is None else own(self._path)
+    return ModelFiles(
+        where=str(where),
+        files=files,
+        config=config,
+        generation_config=generation_config,
+        model_type=model_type,
+        tensors={n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in entries.items()},
+        read=read,
+        tokenizer=tokenizer,
+    )
 
 
 def _read_index(index: Path) -> dict[str, Path]:

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.rope import RopeScaling, scale_frequencies
 from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 
@@ -43,131 +45,114 @@ _GEMMA_NORMS = {
 }
 
 
-class GgufFile:
-    """One GGUF file; a `ModelFiles`."""
+def open_gguf(path: Path) -> ModelFiles:
+    """Opens one GGUF file; raises UserError if it or its architecture cannot be read."""
+    reader = GgufReader(path)
+    metadata = Fields(reader.metadata, str(path))
+    architecture = metadata.choice("general.architecture", tuple(_ARCHITECTURES))
+    block = _BLOCK | (_GEMMA_NORMS if architecture == "gemma3" else {})
+    stored = {_hf_name(name, block): name for name in reader.tensors}
+    stored.pop(_ROPE_FACTORS, None)
+    tensors = {
+        name: jax.ShapeDtypeStruct(reader.tensors[key].shape, np.float32)
+        for name, key in stored.items()
+    }
+    config = Fields(_config(metadata, architecture, tensors, reader), str(path))
+    eos = config.values["eos_token_id"]
+    ends = [eos, *(end for end in ends_of_turn(metadata) if end != eos)]
 
-    def __init__(self, path: Path):
-        """Reads the header; raises UserError if the file or its architecture cannot be read."""
-        self.where, self.files = str(path), [path]
-        self._reader = GgufReader(path)
-        self._metadata = Fields(self._reader.metadata, self.where)
-        known = tuple(_ARCHITECTURES)
-        self._architecture = self._metadata.choice("general.architecture", known)
-        block = _BLOCK | (_GEMMA_NORMS if self._architecture == "gemma3" else {})
-        self._names = {_hf_name(name, block): name for name in self._reader.tensors}
-        self._names.pop(_ROPE_FACTORS, None)
-        config = self._config()
-        self.config = Fields(config, self.where)
-        self.model_type = config["model_type"]
-        eos = config["eos_token_id"]
-        ends = [eos, *(end for end in ends_of_turn(self._metadata) if end != eos)]
-        generation = {"eos_token_id": ends} if len(ends) > 1 else {}
-        self.generation_config = Fields(generation, self.where)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by name."""
-        return {ours: self._reader.tensors[name].shape for ours, name in self._names.items()}
-
-    def dtypes(self) -> dict[str, np.dtype]:
-        """Types of all tensors by name: those they have once dequantized."""
-        return {name: np.dtype(np.float32) for name in self._names}
-
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """One tensor, or some rows of it, in float32, as the original model had it."""
-        if self._architecture == "gemma3" and name.endswith("norm.weight"):
-            return self._reader.read(self._names[name], rows) - 1  # llama.cpp keeps 1 + w
-        if self._architecture != "llama" or not _ROTARY.search(name):
-            return self._reader.read(self._names[name], rows)
+    def read(name: str, rows: slice) -> np.ndarray:
+        """In float32, as the original model had it."""
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            return reader.read(stored[name], rows) - 1  # llama.cpp keeps 1 + w
+        if architecture != "llama" or not _ROTARY.search(name):
+            return reader.read(stored[name], rows)
         # llama.cpp interleaves the halves that rotate together.
-        array = self._reader.read(self._names[name])
-        key = "num_attention_heads" if "q_proj" in name else "num_key_value_heads"
-        heads = self.config.count(key)
+        array = reader.read(stored[name])
+        heads = config.count("num_attention_heads" if "q_proj" in name else "num_key_value_heads")
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
         return pairs.swapaxes(1, 2).reshape(array.shape)[rows]
 
-    def _config(self) -> dict[str, Any]:
-        """The metadata as a Hugging Face configuration."""
-        kind, class_name = _ARCHITECTURES[self._architecture]
-        heads, width = self._count("attention.head_count"), self._count("embedding_length")
-        eps = np.float32(self._number("attention.layer_norm_rms_epsilon"))
-        embedding = self.shapes().get("model.embed_tokens.weight")
-        if not embedding:
-            raise UserError(f"{self.where}: tensor token_embd.weight is missing")
-        config = {
-            "architectures": [class_name],
-            "model_type": kind,
-            "vocab_size": embedding[0],
-            "hidden_size": width,
-            "num_hidden_layers": self._count("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._count("attention.head_count_kv"),
-            "head_dim": self._count("attention.key_length", width // heads),
-            "intermediate_size": self._count("feed_forward_length"),
-            "max_position_embeddings": self._count("context_length"),
-            "hidden_act": "silu",
-            # Stored in float32; the shortest decimal that gives the same is what was meant.
-            "rms_norm_eps": float(str(eps)),
-            "rope_theta": float(self._number("rope.freq_base", 10000.0)),
-            "tie_word_embeddings": "lm_head.weight" not in self._names,
-            "bos_token_id": self._token_id("bos", None),
-            "eos_token_id": self._token_id("eos"),
-            "pad_token_id": self._token_id("padding", None),
-            "dtype": "float32",
-        }
-        if kind == "gemma3_text":
-            config |= self._gemma_config(config)
-        scaling = self._rope_scaling(config["rope_theta"], config["head_dim"])
-        return config if scaling is None else {**config, "rope_scaling": scaling}
+    return ModelFiles(
+        where=str(path),
+        files=[path],
+        config=config,
+        generation_config=Fields({"eos_token_id": ends} if len(ends) > 1 else {}, str(path)),
+        model_type=config.values["model_type"],
+        tensors=tensors,
+        read=read,
+        tokenizer=lambda: read_gguf_tokenizer(metadata),
+    )
 
-    def _gemma_config(self, config: dict[str, Any]) -> dict[str, Any]:
+
+def _config(
+    metadata: Fields,
+    architecture: str,
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    reader: GgufReader,
+) -> dict[str, Any]:
+    """The metadata as a Hugging Face configuration."""
+    kind, class_name = _ARCHITECTURES[architecture]
+    own, tokenizer = metadata.under(f"{architecture}."), metadata.under("tokenizer.ggml.")
+    heads, width = own.count("attention.head_count"), own.count("embedding_length")
+    eps = np.float32(own.number("attention.layer_norm_rms_epsilon", above=0))
+    if "model.embed_tokens.weight" not in tensors:
+        raise UserError(f"{metadata.where}: tensor token_embd.weight is missing")
+    config = {
+        "architectures": [class_name],
+        "model_type": kind,
+        "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
+        "hidden_size": width,
+        "num_hidden_layers": own.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": own.count("attention.head_count_kv"),
+        "head_dim": own.count("attention.key_length", width // heads),
+        "intermediate_size": own.count("feed_forward_length"),
+        "max_position_embeddings": own.count("context_length"),
+        "hidden_act": "silu",
+        # Stored in float32; the shortest decimal that gives the same is what was meant.
+        "rms_norm_eps": float(str(eps)),
+        "rope_theta": float(own.number("rope.freq_base", 10000.0, above=0)),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "bos_token_id": tokenizer.count("bos_token_id", None, least=0),
+        "eos_token_id": tokenizer.count("eos_token_id", least=0),
+        "pad_token_id": tokenizer.count("padding_token_id", None, least=0),
+        "dtype": "float32",
+    }
+    if kind == "gemma3_text":
         # The largest model scales its scores by its width, the others by the head's; llama.cpp too
         # knows which is which by the depth alone.
         largest = config["num_hidden_layers"] == 62
-        per_head = config["hidden_size"] // config["num_attention_heads"]
-        return {
+        config |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": per_head if largest else config["head_dim"],
-            "rope_local_base_freq": float(self._number("rope.freq_base_swa", 10000.0)),
-            "sliding_window": self._count("attention.sliding_window"),
+            "query_pre_attn_scalar": width // heads if largest else config["head_dim"],
+            "rope_local_base_freq": float(own.number("rope.freq_base_swa", 10000.0, above=0)),
+            "sliding_window": own.count("attention.sliding_window"),
             "sliding_window_pattern": 6,
         }
+    if own.choice("rope.scaling.type", ("none", "linear"), "none") == "linear":
+        factor = own.number("rope.scaling.factor", above=0)
+        config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    elif _ROPE_FACTORS in reader.tensors:
+        plain = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
+        config["rope_scaling"] = _llama3_scaling(reader.read(_ROPE_FACTORS), plain, metadata.where)
+    return config
 
-    def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-        """Llama 3.1's settings, recovered from the divisors of the frequencies that they gave."""
-        name = f"{self._architecture}.rope.scaling.type"
-        kind = self._metadata.choice(name, ("none", "linear"), "none")
-        if kind == "linear":
-            return {"rope_type": "linear", "factor": self._number("rope.scaling.factor")}
-        if _ROPE_FACTORS not in self._reader.tensors:
-            return None
-        divisors = self._reader.read(_ROPE_FACTORS)
-        factor = round(float(divisors.max()), 3)  # a division in float32 gave it
-        low, high, original = 1.0, 4.0, 8192  # of every Llama 3 so far
-        turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        expected = 1 / (kept + (1 - kept) / factor)
-        if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-            raise UserError(f"{self.where}: {_ROPE_FACTORS} is not Llama 3's rope scaling")
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that the file describes, chat template included."""
-        return read_gguf_tokenizer(self._metadata)
-
-    def _count(self, key: str, *default: int) -> int:
-        return self._metadata.count(f"{self._architecture}.{key}", *default)
-
-    def _number(self, key: str, *default: float) -> float:
-        return self._metadata.number(f"{self._architecture}.{key}", *default, above=0)
-
-    def _token_id(self, key: str, *default: Any) -> int | None:
-        return self._metadata.count(f"tokenizer.ggml.{key}_token_id", *default, least=0)
+def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict[str, Any]:
+    """Llama 3.1's settings, recovered from what they divided the plain frequencies by."""
+    factor = round(float(divisors.max()), 3)  # a division in float32 gave it
+    scaling = RopeScaling("llama3", factor, 1.0, 4.0, 8192)  # as every Llama 3 so far
+    expected = plain / np.asarray(scale_frequencies(plain, scaling))
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise UserError(f"{where}: {_ROPE_FACTORS} is not Llama 3's rope scaling")
+    return {
+        "rope_type": scaling.kind,
+        "factor": factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
 
 
 def _hf_name(name: str, block: Mapping[str, str]) -> str:

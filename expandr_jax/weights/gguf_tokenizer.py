@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, shown
 
-_KEY = "tokenizer.ggml."
-_TOKENS = _KEY + "tokens"
+_PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -46,19 +45,20 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If it is of another kind, or damaged.
     """
-    kind, split = metadata.text(_KEY + "model"), metadata.text(_KEY + "pre", None)
+    own = metadata.under(_PREFIX)
+    kind, split = own.text("model"), own.text("pre", None)
     if kind != "llama" and (kind != "gpt2" or split not in _SPLITS):
         raise UserError(
             f"{metadata.where}: tokenizer {shown(kind)} with pre {shown(split)} is not supported; "
             f"supported: llama, and gpt2 with pre {', '.join(_SPLITS)}"
         )
-    tokens = metadata.items(_TOKENS, str)
-    types = _of_tokens(metadata, "token_type", int, tokens)
+    tokens = own.items("tokens", str)
+    types = _of_tokens(own, "token_type", int, tokens)
     try:
         if kind == "llama":
-            backend = _sentencepiece(metadata, tokens, types)
+            backend = _sentencepiece(own, tokens, types)
         else:
-            backend = _byte_level(metadata.items(_KEY + "merges", str), tokens, split)
+            backend = _byte_level(own.items("merges", str), tokens, split)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
@@ -72,18 +72,13 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     )
     last = len(tokens) - 1
     special = {
-        f"{name}_token": tokens[metadata.count(_KEY + f"{field}_token_id", least=0, most=last)]
-        for name, field in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("unk", "unknown"),
-            ("pad", "padding"),
-        )
-        if _KEY + f"{field}_token_id" in metadata
+        f"{name}_token": tokens[own.count(f"{field}_token_id", least=0, most=last)]
+        for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"{field}_token_id" in own
     }
     begins = kind == "llama" or split == "llama-bpe"
-    if metadata.flag(_KEY + "add_bos_token", begins):
-        bos = tokens[metadata.count(_KEY + "bos_token_id", least=0, most=last)]
+    if own.flag("add_bos_token", begins):
+        bos = tokens[own.count("bos_token_id", least=0, most=last)]
         backend.post_processor = processors.TemplateProcessing(
             f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]
         )
@@ -100,7 +95,7 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
 
 def ends_of_turn(metadata: Fields) -> list[int]:
     """Ids of the tokens that end a chat model's turn, as far as their names tell."""
-    tokens = metadata.items(_TOKENS, str, [])
+    tokens = metadata.under(_PREFIX).items("tokens", str, [])
     return [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
 
 
@@ -121,9 +116,9 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(metadata: Fields, tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(own: Fields, tokens: list[str], types: list[int]) -> Tokenizer:
     """BPE that merges the pair whose union has the highest score, bytes for what has no piece."""
-    scores = _of_tokens(metadata, "scores", float, tokens)
+    scores = _of_tokens(own, "scores", float, tokens)
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, score, token_type in zip(tokens, scores, types, strict=True):
@@ -135,26 +130,25 @@ def _sentencepiece(metadata: Fields, tokens: list[str], types: list[int]) -> Tok
                 merges.append((-score, -len(left), -len(right), vocab[left], left, right))
     pairs = [(left, right) for *_, left, right in sorted(merges)]
     last = len(tokens) - 1
-    unknown = tokens[metadata.count(_KEY + "unknown_token_id", 0, least=0, most=last)]
+    unknown = tokens[own.count("unknown_token_id", 0, least=0, most=last)]
     backend = Tokenizer(
         models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefix = metadata.flag(_KEY + "add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     to_spaces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.normalizer = spaces
-    if prefix:
+    if own.flag("add_space_prefix", True):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
         to_spaces.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(to_spaces)
     return backend
 
 
-def _of_tokens(metadata: Fields, key: str, kind: type, tokens: list[str]) -> list[Any]:
+def _of_tokens(own: Fields, key: str, kind: type, tokens: list[str]) -> list[Any]:
     """A list with a value for each token."""
-    values = metadata.items(_KEY + key, kind)
+    values = own.items(key, kind)
     if len(values) != len(tokens):
         raise UserError(
-            f"{metadata.where}: {_KEY}{key} has {len(values)} values for {len(tokens)} tokens"
+            f"{own.where}: {_PREFIX}{key} has {len(values)} values for {len(tokens)} tokens"
         )
     return values

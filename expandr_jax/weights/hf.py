@@ -21,46 +21,13 @@ from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import example_inputs, find_family, model_config
 from expandr_jax.weights.fields import is_count, one_line, shown
-from expandr_jax.weights.files import HfDirectory, ModelFiles
-from expandr_jax.weights.gguf import GgufFile
+from expandr_jax.weights.files import ModelFiles, open_directory
+from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
 
 Params = dict[str, Any]
-
-
-def load_model(
-    source: str,
-    *,
-    with_head: bool = True,
-    dtype: Any = jnp.float32,
-    compute_dtype: Any = jnp.float32,
-    sha256: str | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[nn.Module, Params, Source]:
-    """Loads a bare model, without a tokenizer.
-
-    Args:
-        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id. A PEFT adapter is
-            merged into the base that it names.
-        with_head: Load a decoder's output head, where it is not the embedding.
-        dtype: Type of the parameters, but for those of norms: float32. jnp.int8: a decoder's
-            projections are rounded to it, and the rest is in `compute_dtype`.
-        compute_dtype: Type of the module's computations.
-        sha256: Pinned hash of the weights file.
-        mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
-
-    Returns:
-        The module, its parameters and where they came from.
-
-    Raises:
-        UserError: If the source is not there or is not a model that is supported and complete.
-    """
-    files, adapter = open_model(source, sha256)
-    config = model_config(files.config, files.model_type)
-    module, params = _load(files, config, adapter, with_head, dtype, compute_dtype, mesh)
-    return module, params, origin(source, files)
 
 
 def load_retriever(
@@ -95,7 +62,8 @@ def load_retriever(
         The retriever and its parameters.
 
     Raises:
-        UserError: As `load_model`; also if nothing says how to pool, or no text fits `max_length`.
+        UserError: If the source is not there or is not a model that is supported and complete; if
+            nothing says how to pool, or no text fits `max_length`.
     """
     path = locate(source)
     files, adapter = open_model(source, sha256)
@@ -123,7 +91,7 @@ def load_retriever(
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = _load(files, config, adapter, False, dtype, compute_dtype, mesh)
+    module, params = load_module(files, config, adapter, False, dtype, compute_dtype, mesh)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
         dense = {name: value.astype(dtype) for name, value in dense.items()}
@@ -159,18 +127,14 @@ def load_generator(
     """Loads a chat model.
 
     Args:
-        source: A directory, a .gguf file, "package:NAME/PATH", or a hub id. A PEFT adapter is
-            merged into the base that it names.
-        dtype: As in `load_model`.
-        compute_dtype: Type of the module's computations.
-        sha256: Pinned hash of the weights file.
-        mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
+        source: As in `load_retriever`, as are the arguments below.
+        dtype: jnp.int8: projections are rounded to it, and the rest is in `compute_dtype`.
 
     Returns:
         The generator and its parameters.
 
     Raises:
-        UserError: As `load_model`; also if the model is an encoder, or has no chat template or end.
+        UserError: As there; if the model is an encoder, or has no chat template or end.
     """
     files, adapter = open_model(source, sha256)
     config = model_config(files.config, files.model_type)
@@ -186,7 +150,7 @@ def load_generator(
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generator = Generator(family.module(config), tokenizer, eos_ids, pad, origin(source, files))
     _check_template(generator, source)
-    module, params = _load(files, config, adapter, True, dtype, compute_dtype, mesh)
+    module, params = load_module(files, config, adapter, True, dtype, compute_dtype, mesh)
     return dataclasses.replace(generator, module=module), params
 
 
@@ -237,7 +201,7 @@ def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path
     """Opens a source's files, and checks its hash if one is given.
 
     Args:
-        source: As in `load_model`.
+        source: As in `load_retriever`.
         sha256: Pinned hash of the weights file; of the adapter's where it is one.
 
     Returns:
@@ -262,10 +226,10 @@ def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path
 def _open_files(path: Path) -> ModelFiles:
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path}: a model is a directory or a .gguf file")
-    return GgufFile(path) if path.is_file() else HfDirectory(path)
+    return open_gguf(path) if path.is_file() else open_directory(path)
 
 
-def _load(
+def load_module(
     files: ModelFiles,
     config: Any,
     adapter: Path | None,
@@ -274,6 +238,7 @@ def _load(
     compute_dtype: Any,
     mesh: Mesh | None,
 ) -> tuple[nn.Module, Params]:
+    """The module of a model and its parameters, the adapter merged; arguments as there."""
     family = find_family(files.config.where, files.model_type)
     if np.dtype(dtype) == np.int8:
         if not family.generates:
@@ -293,6 +258,6 @@ def _load(
 
 def origin(source: str, files: ModelFiles) -> Source:
     """Where a model came from, as its exports need it."""
-    dtypes = {name: str(dtype) for name, dtype in files.dtypes().items()}
+    dtypes = {name: str(tensor.dtype) for name, tensor in files.tensors.items()}
     generation = files.generation_config.values or None
     return Source(source, files.config.values, generation, dtypes)

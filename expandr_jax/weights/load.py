@@ -85,31 +85,31 @@ def _find(
     expected: Mapping[str, tuple[int, ...]],
 ) -> dict[str, list[str]]:
     """Names of the tensors that each leaf holds; refuses a file that is not exactly these."""
-    shapes = files.shapes()
-    prefix = find_prefix(shapes, weights)
+    tensors = files.tensors
+    prefix = find_prefix(tensors, weights)
     stored, known = {}, set()
     for weight in weights:
         layers = range(expected[weight.path][0]) if weight.stacked else [0]
         names = [hf_name(weight, layer, prefix) for layer in layers]
-        copies = [name for name in weight.copies if name in shapes]
-        if copies and names[0] not in shapes:
+        copies = [name for name in weight.copies if name in tensors]
+        if copies and names[0] not in tensors:
             names = [copies.pop(0)]
         stored[weight.path] = names
         known |= {*names, *copies}
-    missing = {name for names in stored.values() for name in names} - shapes.keys()
-    _complain(files.where, "are missing", missing)
+    wanted = {name for names in stored.values() for name in names}
+    _complain(files.where, "are missing", wanted - tensors.keys())
     unused = family_of(module).ignored
-    unknown = {n for n in shapes.keys() - known if not is_ignored(n, unused)}
+    unknown = {n for n in tensors.keys() - known if not is_ignored(n, unused)}
     _complain(files.where, "are unknown", unknown)
     wrong = []
     for weight in weights:
         shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]
         shape = shape[::-1] if weight.transpose else shape
-        names = stored[weight.path]
-        wrong += [f"{n} {shapes[n]} (expected {shape})" for n in names if shapes[n] != shape]
+        shapes = {name: tensors[name].shape for name in stored[weight.path]}
+        wrong += [f"{n} {s} (expected {shape})" for n, s in shapes.items() if s != shape]
     _complain(files.where, "have the wrong shape", wrong)
-    types, names = files.dtypes(), {name for names in stored.values() for name in names}
-    whole = {f"{n} ({types[n]})" for n in names if not jnp.issubdtype(types[n], jnp.floating)}
+    types = {name: tensors[name].dtype for name in wanted}
+    whole = {f"{n} ({t})" for n, t in types.items() if not jnp.issubdtype(t, jnp.floating)}
     _complain(files.where, "are not of a floating type; quantized ones are read from GGUF", whole)
     for weight in weights:
         _check_copies(files, stored[weight.path][0], weight.copies)
@@ -117,16 +117,13 @@ def _find(
 
 
 def _check_copies(files: ModelFiles, name: str, copies: Iterable[str]) -> None:
-    shapes = files.shapes()
-    different = []
-    for copy in copies:
-        if copy not in shapes or copy == name:
-            continue
-        rows = _row_slices(shapes[name])
-        if shapes[copy] != shapes[name] or not all(
-            np.array_equal(files.read(name, part), files.read(copy, part)) for part in rows
-        ):
-            different.append(copy)
+    def equals(copy: str) -> bool:
+        return files.tensors[copy].shape == files.tensors[name].shape and all(
+            np.array_equal(files.read(name, rows), files.read(copy, rows))
+            for rows in _row_slices(files.tensors[name].shape)
+        )
+
+    different = [n for n in copies if n in files.tensors and n != name and not equals(n)]
     what = f"should equal {name}, by config.json and the family, and do not"
     _complain(files.where, what, different)
 
@@ -156,7 +153,7 @@ def _pieces(
         yield (0,) * len(shape), leaf
         return
     for index, name in enumerate(names):
-        for rows in _row_slices(files.shapes()[name]):
+        for rows in _row_slices(files.tensors[name].shape):
             part = np.ascontiguousarray(_ours(weight, _read(files, name, rows)), dtype)
             start = (0,) * (part.ndim - 1)
             start = (*start, rows.start) if weight.transpose else (rows.start, *start)

@@ -4,7 +4,6 @@ What is resident beyond the parameters themselves is one tensor of one layer.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from expandr_jax.data.records import write_json
 from expandr_jax.weights.names import PREFIXES, Weight, hf_name
 from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
 
@@ -104,5 +104,4 @@ def write_model_files(directory: Path, tensors: Mapping[str, Tensor], max_shard_
         places |= dict.fromkeys(shard, file)
     total = sum(tensor.num_bytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    path = directory / "model.safetensors.index.json"
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "model.safetensors.index.json", index)
