@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.models.attention import attend
-from expandr_jax.models.bert import LayerNorm
 from expandr_jax.models.decoder import token_positions
-from expandr_jax.models.lora import Projection
+from expandr_jax.models.encoder import Encoder, EncoderBlock, LayerNorm
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import stack
+from expandr_jax.models.t5 import feed_forward
 from expandr_jax.sharding import constrain
 
 _BOS = 0
@@ -56,40 +55,23 @@ class AnchorDrConfig:
     dropout: float = 0.1
     max_positions: int = 1024
 
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
 
-class Attention(nn.Module):
+
+class Attention(EncoderBlock):
     """Multi-head attention from one sequence to another or to itself, all projections with bias."""
-
-    config: AnchorDrConfig
-    dtype: Any
-    deterministic: bool
 
     @nn.compact
     def __call__(self, x, memory, mask, bias=None):
-        cfg = self.config
-        width = cfg.hidden_size // cfg.num_heads
-
-        def project(name, axes, y):
-            layer = Projection(cfg.hidden_size, axes, True, self.dtype, name=name)
-            return layer(y)
-
-        q, k, v = (
-            project(name, ("embed", "heads"), y).reshape(*y.shape[:2], cfg.num_heads, width)
-            for name, y in (("q_proj", x), ("k_proj", memory), ("v_proj", memory))
-        )
-        dropout = None
-        if not self.deterministic and cfg.dropout > 0:
-            dropout = nn.Dropout(cfg.dropout, deterministic=False)
-        out = attend(q, k, v, mask, scale=width**-0.5, bias=bias, dropout=dropout)
-        return project("o_proj", ("heads", "embed"), out.reshape(x.shape))
+        return self.attention(x, memory, mask, self.config.dropout, bias=bias)
 
 
-class Block(nn.Module):
+class Block(EncoderBlock):
     """One post-norm block; a decoder's (`is_decoder`) attends to the encoder's output too."""
 
     config: AnchorDrConfig
-    dtype: Any
-    deterministic: bool
     is_decoder: bool
 
     @nn.compact
@@ -107,29 +89,12 @@ class Block(nn.Module):
         if self.is_decoder:
             y = Attention(*options, name="cross_attn")(x, memory, memory_mask)
             x = self._norm("cross_norm", x, y)
-        x = self._norm("mlp_norm", x, self._mlp(x))
+        x = self._norm("mlp_norm", x, feed_forward(self, x, bias=not cfg.gated))
         return constrain(x, ("batch", "length", "act_embed")), None
 
-    def _mlp(self, x):
-        cfg = self.config
-
-        def project(name, features, axes, y):
-            layer = Projection(features, axes, not cfg.gated, self.dtype, name=name)
-            return layer(y)
-
-        up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
-        if cfg.gated:
-            gate = project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
-            y = nn.gelu(gate, approximate=True) * up
-        else:
-            y = nn.relu(up)
-        return project("down_proj", cfg.hidden_size, ("mlp", "embed"), self._drop(y))
-
     def _norm(self, name, x, y):
-        return LayerNorm(self.config.norm_eps, name=name)(x + self._drop(y))
-
-    def _drop(self, x):
-        return nn.Dropout(self.config.dropout)(x, deterministic=self.deterministic)
+        cfg = self.config
+        return LayerNorm(cfg.norm_eps, name=name)(x + self.drop(cfg.dropout, y))
 
 
 class Stack(nn.Module):
@@ -158,36 +123,17 @@ class Stack(nn.Module):
         return layers(x, shared)[0]
 
 
-class AnchorDr(nn.Module):
-    """Token ids to the decoder's state at its first position.
-
-    Attributes:
-        config: The model's shape.
-        dtype: Compute type; norms and softmax are float32 whatever it is.
-        remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
-    """
+class AnchorDr(Encoder):
+    """Token ids to the decoder's state at its first position, [batch, 1, hidden_size]."""
 
     config: AnchorDrConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
 
     @nn.compact
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """Encodes a batch.
-
-        Args:
-            input_ids: [batch, length] int32.
-            attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
-            deterministic: False applies dropout (rng "dropout").
-
-        Returns:
-            [batch, 1, hidden_size] in the compute type.
-        """
         cfg = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        tokens = self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
+        tokens = self.table("embedding", ("vocab", "embed"), cfg.vocab_size, cfg.hidden_size)
         options = cfg, self.dtype, self.remat, deterministic
         mask = padding_mask(attention_mask).prepared(1)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets)

@@ -25,11 +25,10 @@ ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
 
 class PairClassifier(nn.Module):
-    """Token ids of pairs to one logit each.
+    """Token ids of pairs to one logit each, [batch] float32.
 
-    Attributes:
-        config: The encoder's shape.
-        dtype: Compute type of the encoder; the head computes in float32.
+    It is called as `Bert` is; `token_types` are 1 in the document of BERT's pairs. The encoder
+    computes in `dtype`, the head in float32.
     """
 
     config: BertConfig
@@ -44,17 +43,6 @@ class PairClassifier(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        """Scores a batch.
-
-        Args:
-            input_ids: [batch, length] int32.
-            attention_mask: [batch, length], 1 for real tokens.
-            token_types: [batch, length] int32, 1 in the document of BERT's pairs; None: all 0.
-            deterministic: False applies dropout (rng "dropout").
-
-        Returns:
-            [batch] float32.
-        """
         hidden = Bert(self.config, self.dtype, name="encoder")(
             input_ids, attention_mask, token_types, deterministic=deterministic
         )

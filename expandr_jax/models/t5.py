@@ -6,16 +6,14 @@ distance, from a table that all layers share.
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.models.attention import attend
 from expandr_jax.models.decoder import RMSNorm
-from expandr_jax.models.lora import Projection
+from expandr_jax.models.encoder import Encoder, EncoderBlock
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import stack
 from expandr_jax.sharding import constrain
@@ -54,92 +52,49 @@ class T5Config:
     max_positions: None = None
 
 
-class Block(nn.Module):
-    """One encoder block, in the form `nn.scan` wants: (carry, shared) -> (carry, None)."""
+class Block(EncoderBlock):
+    """(carry, (mask, bias)) -> (carry, None)."""
 
     config: T5Config
-    dtype: Any
-    deterministic: bool
 
     @nn.compact
     def __call__(self, x, shared):
         cfg = self.config
-        x = x + self._drop(
-            self._attention(RMSNorm(cfg.norm_eps, False, name="input_norm")(x), shared)
-        )
-        x = x + self._drop(self._mlp(RMSNorm(cfg.norm_eps, False, name="mlp_norm")(x)))
-        return constrain(x, ("batch", "length", "act_embed")), None
-
-    def _attention(self, x, shared):
-        cfg = self.config
         mask, bias = shared
-        q, k, v = (
-            self._project(name, cfg.num_heads * cfg.head_dim, ("embed", "heads"), x).reshape(
-                *x.shape[:2], cfg.num_heads, cfg.head_dim
-            )
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        dropout = None
-        if not self.deterministic and cfg.dropout > 0:
-            dropout = nn.Dropout(cfg.dropout, deterministic=False)
+        y = RMSNorm(cfg.norm_eps, False, name="input_norm")(x)
         # T5 does not scale its scores: its initialisation does.
-        out = attend(q, k, v, mask, scale=1.0, bias=bias, dropout=dropout)
-        out = out.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim)
-        return self._project("o_proj", cfg.hidden_size, ("heads", "embed"), out)
-
-    def _mlp(self, x):
-        cfg = self.config
-        up = self._project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
-        if cfg.gated:
-            gate = self._project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
-            y = nn.gelu(gate, approximate=True) * up
-        else:
-            y = nn.relu(up)
-        return self._project("down_proj", cfg.hidden_size, ("mlp", "embed"), self._drop(y))
-
-    def _project(self, name, features, axes, x):
-        layer = Projection(features, axes, False, self.dtype, name=name)
-        return layer(x)
-
-    def _drop(self, x):
-        return nn.Dropout(self.config.dropout)(x, deterministic=self.deterministic)
+        options = {"use_bias": False, "scale": 1.0, "bias": bias}
+        x = x + self.drop(cfg.dropout, self.attention(y, y, mask, cfg.dropout, **options))
+        y = feed_forward(self, RMSNorm(cfg.norm_eps, False, name="mlp_norm")(x), False)
+        return constrain(x + self.drop(cfg.dropout, y), ("batch", "length", "act_embed")), None
 
 
-class T5Encoder(nn.Module):
-    """Token ids to hidden states.
+def feed_forward(block: EncoderBlock, x: jax.Array, bias: bool) -> jax.Array:
+    """The feed-forward of a block, plain or gated by its config, with biases or without."""
+    cfg = block.config
+    up = block.project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x, bias)
+    if cfg.gated:
+        gate = block.project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x, bias)
+        y = nn.gelu(gate, approximate=True) * up
+    else:
+        y = nn.relu(up)
+    y = block.drop(cfg.dropout, y)
+    return block.project("down_proj", cfg.hidden_size, ("mlp", "embed"), y, bias)
 
-    Attributes:
-        config: The model's shape.
-        dtype: Compute type; norms and softmax are float32 whatever it is.
-        remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
-    """
+
+class T5Encoder(Encoder):
+    """Token ids to hidden states."""
 
     config: T5Config
-    dtype: Any = jnp.float32
-    remat: str = "none"
 
     @nn.compact
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
-        """Encodes a batch.
-
-        Args:
-            input_ids: [batch, length] int32.
-            attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
-            deterministic: False applies dropout (rng "dropout").
-
-        Returns:
-            Hidden states [batch, length, hidden_size] in the compute type.
-        """
         cfg = self.config
-
-        def table(name, rows, columns, axes):
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-            return self.param(name, init, (rows, columns))
-
-        tokens = table("embedding", cfg.vocab_size, cfg.hidden_size, ("vocab", "embed"))
-        distances = table("relative_bias", cfg.num_buckets, cfg.num_heads, ("buckets", "heads"))
+        tokens = self.table("embedding", ("vocab", "embed"), cfg.vocab_size, cfg.hidden_size)
+        axes = "buckets", "heads"
+        distances = self.table("relative_bias", axes, cfg.num_buckets, cfg.num_heads)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
         mask = padding_mask(attention_mask).prepared(input_ids.shape[1])
         shared = mask, distances[buckets].transpose(2, 0, 1)

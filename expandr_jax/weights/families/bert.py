@@ -45,10 +45,6 @@ def _weights(config: BertConfig, with_head: bool) -> list[Weight]:
     ]
 
 
-def _attention_flops(config: BertConfig, length: int, keys: int) -> int:
-    return 4 * config.hidden_size * config.num_layers * length * keys
-
-
 _ROBERTA = {"layer_norm_eps": 1e-12, "type_vocab_size": 2}
 FAMILY = Family(
     classes={
@@ -62,5 +58,4 @@ FAMILY = Family(
     config=BertConfig,
     module=Bert,
     weights=_weights,
-    attention_flops=_attention_flops,
 )

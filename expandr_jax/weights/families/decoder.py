@@ -151,10 +151,6 @@ def _inputs(input_ids: jax.Array, attention_mask: jax.Array) -> list[Any]:
     return [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
 
 
-def _attention_flops(config: DecoderConfig, length: int, keys: int) -> int:
-    return 4 * config.num_heads * config.head_dim * config.num_layers * length * keys
-
-
 FAMILY = Family(
     classes={
         "gemma3_text": ("Gemma3TextModel", "Gemma3ForCausalLM"),
@@ -169,7 +165,6 @@ FAMILY = Family(
     module=Decoder,
     weights=decoder_weights,
     inputs=_inputs,
-    attention_flops=_attention_flops,
     pooling="last",
     generates=True,
 )

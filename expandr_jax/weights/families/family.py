@@ -38,6 +38,11 @@ def every_token(path: tuple[str, ...], length: int) -> int:
     return length
 
 
+def attention_flops(config: Any, length: int, keys: int) -> int:
+    """Every layer's scores, and its sums of values."""
+    return 4 * config.num_heads * config.head_dim * config.num_layers * length * keys
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """Models that one module computes.
@@ -66,9 +71,9 @@ class Family:
     config: type
     module: Callable[..., nn.Module]
     weights: Callable[[Any, bool], Sequence[Weight]]
-    attention_flops: Callable[[Any, int, int], int]
     defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     inputs: Callable[[jax.Array, jax.Array], list[Any]] = masked_tokens
+    attention_flops: Callable[[Any, int, int], int] = attention_flops
     kernel_tokens: Callable[[tuple[str, ...], int], int] = every_token
     pooling: Pooling = "mean"
     generates: bool = False

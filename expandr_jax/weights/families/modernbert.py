@@ -107,10 +107,6 @@ def _weights(config: ModernBertConfig, with_head: bool) -> list[Weight]:
     return weights
 
 
-def _attention_flops(config: ModernBertConfig, length: int, keys: int) -> int:
-    return 4 * config.hidden_size * config.num_layers * length * keys
-
-
 FAMILY = Family(
     classes={"modernbert": ("ModernBertModel", "ModernBertForMaskedLM")},
     defaults={"modernbert": _DEFAULTS},
@@ -118,6 +114,5 @@ FAMILY = Family(
     config=ModernBertConfig,
     module=ModernBert,
     weights=_weights,
-    attention_flops=_attention_flops,
     ignored=("head.", "decoder."),
 )

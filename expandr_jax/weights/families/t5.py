@@ -58,10 +58,6 @@ def feed_forward_names(gated: bool) -> list[tuple[str, str]]:
     return [("up_proj", "wi"), ("down_proj", "wo")]
 
 
-def _attention_flops(config: T5Config, length: int, keys: int) -> int:
-    return 4 * config.num_heads * config.head_dim * config.num_layers * length * keys
-
-
 FAMILY = Family(
     classes={"t5": ("T5EncoderModel", "T5ForConditionalGeneration")},
     defaults={"t5": DEFAULTS},
@@ -69,6 +65,5 @@ FAMILY = Family(
     config=T5Config,
     module=T5Encoder,
     weights=_weights,
-    attention_flops=_attention_flops,
     ignored=("decoder.",),
 )
