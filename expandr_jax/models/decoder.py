@@ -317,13 +317,14 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(cfg.hidden_size**0.5, self.dtype)
         if cache is None:
             mask = mask.prepared(tokens.shape[1])
-        shared = {"rope": self._rope(positions, cfg.rope_theta, cfg.rope_scaling)}
+        rope = positions, cfg.head_dim
+        shared = {"rope": rope_angles(*rope, cfg.rope_theta, cfg.rope_scaling)}
         is_local = None
         if cfg.sliding_window is not None and any(cfg.layer_is_local):
             # Llama 3.1's stretching belongs to the global base; local layers (Gemma 3) have none.
             scaling = cfg.rope_scaling if cfg.rope_local_theta is None else None
             theta = cfg.rope_local_theta or cfg.rope_theta
-            shared["local_rope"] = self._rope(positions, theta, scaling)
+            shared["local_rope"] = rope_angles(*rope, theta, scaling)
             keys = positions if cache is None else jnp.arange(mask.array.shape[2])[None]
             if past is not None:
                 before = jnp.arange(past[0][0].shape[2], dtype=jnp.int32)
@@ -332,37 +333,30 @@ class Decoder(nn.Module):
             mask = mask.within(cfg.sliding_window, positions, keys)
             is_local = cfg.layer_is_local
         shared["mask"] = mask
-        run = self._unrolled if self.unroll else self._scanned
-        x, kv = run(x, cache, past, is_local, shared, deterministic, keep_kv)
+        options = cfg, self.dtype, self.lora, deterministic, keep_kv
+        if self.unroll:
+            x, kv = self._unrolled(x, cache, past, is_local, shared, options)
+            kv = tuple(zip(*kv, strict=True)) if keep_kv else None
+        else:
+            assert cache is None, "a cache needs unrolled layers"
+            assert past is None, "what came before needs unrolled layers"
+            layers = stack(Block, cfg.num_layers, self.remat, (0, nn.broadcast))
+            flags = None if is_local is None else jnp.asarray(is_local)
+            x, kv = layers(*options, name="layers")(x, (None, None, flags), shared)
         x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
         if self.is_initializing() and not cfg.tie_embeddings:
             self._head()
         return x, kv
 
-    def _scanned(self, x, cache, past, is_local, shared, deterministic, keep_kv):
-        assert cache is None, "a cache needs unrolled layers"
-        assert past is None, "what came before needs unrolled layers"
-        layers = stack(Block, self.config.num_layers, self.remat, (0, nn.broadcast))(
-            self.config, self.dtype, self.lora, deterministic, keep_kv, name="layers"
-        )
-        flags = None if is_local is None else jnp.asarray(is_local)
-        return layers(x, (None, None, flags), shared)
-
-    def _unrolled(self, x, cache, past, is_local, shared, deterministic, keep_kv):
+    def _unrolled(self, x, cache, past, is_local, shared, options):
         kv = []
         for i in range(self.config.num_layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
             before = None if past is None else (past[0][i], past[1][i])
             local = None if is_local is None else is_local[i]
-            block = Block(
-                self.config, self.dtype, self.lora, deterministic, keep_kv, name=f"layer_{i}"
-            )
-            x, new = block(x, (cached, before, local), shared)
+            x, new = Block(*options, name=f"layer_{i}")(x, (cached, before, local), shared)
             kv.append(new)
-        return x, tuple(zip(*kv, strict=True)) if keep_kv else None
-
-    def _rope(self, positions, theta, scaling):
-        return rope_angles(positions, self.config.head_dim, theta, scaling)
+        return x, kv
 
 
 def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ XLA cannot do for a kernel.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def suits_splash(queries: int, keys: int, batch: int, mask: Mask) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
-    return batch % _size(mesh, _axes(mesh, "batch")) == 0
+    return batch % math.prod(mesh.shape[axis] for axis in _axes(mesh, "batch")) == 0
 
 
 def splash_attend(
@@ -132,7 +133,7 @@ def _spread(local, windowed, arrays):
     if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
         return local(windowed, *arrays)
     rows, heads = _axes(mesh, "batch"), _axes(mesh, "kv_heads")
-    if arrays[1].shape[1] % _size(mesh, heads):
+    if arrays[1].shape[1] % math.prod(mesh.shape[axis] for axis in heads):
         heads = ()
     by_head, by_row = PartitionSpec(rows, heads), PartitionSpec(rows)
     specs = (by_head,) * 3 + (by_row,) * 2
@@ -149,10 +150,3 @@ def _axes(mesh: AbstractMesh, name: str) -> tuple[str, ...]:
     axes = (axes,) if isinstance(axes, str) else axes
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in axes if kinds.get(axis, AxisType.Manual) != AxisType.Manual)
-
-
-def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= mesh.shape[axis]
-    return size

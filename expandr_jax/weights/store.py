@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from expandr_jax.data.records import write_json
 from expandr_jax.weights.names import PREFIXES, Weight, hf_name
@@ -86,22 +87,15 @@ def write_model_files(directory: Path, tensors: Mapping[str, Tensor], max_shard_
         tensors: By name.
         max_shard_bytes: Most bytes of tensors in a file; a tensor is never divided.
     """
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if filled + tensor.num_bytes > max_shard_bytes and shards[-1]:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.num_bytes
-    if len(shards) == 1:
-        write_safetensors(directory / "model.safetensors", shards[0])
-        return
-    places = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(directory / file, shard)
-        places |= dict.fromkeys(shard, file)
-    total = sum(tensor.num_bytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    write_json(directory / "model.safetensors.index.json", index)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(directory / file, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        places = dict(sorted(split.tensor_to_filename.items()))
+        index = {"metadata": split.metadata, "weight_map": places}
+        write_json(directory / "model.safetensors.index.json", index)

@@ -1,6 +1,6 @@
 """AnchorDR, the paper's retriever: its config.json says T5, and its tensors say otherwise."""
 
-from pathlib import Path
+import functools
 
 from expandr_jax.models.anchordr import FARTHEST, AnchorDr, AnchorDrConfig
 from expandr_jax.weights.fairseq import FairseqTokenizer
@@ -8,8 +8,6 @@ from expandr_jax.weights.families.family import MOST_LAYERS, Family
 from expandr_jax.weights.families.t5 import DEFAULTS, FEED_FORWARDS, feed_forward_names
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, layer_norm, linear
-
-_LENGTH = 1024  # Tokens of a text at most.
 
 
 def _read(hf: Fields, kind: str) -> AnchorDrConfig:
@@ -67,10 +65,6 @@ def _kernel_tokens(path: tuple[str, ...], length: int) -> int:
     return length if "cross_attn" in path and path[-2] in ("k_proj", "v_proj") else 1
 
 
-def _tokenizer(directory: Path) -> FairseqTokenizer:
-    return FairseqTokenizer(directory, _LENGTH)
-
-
 FAMILY = Family(
     classes={"anchordr": ("", "")},
     defaults={"anchordr": DEFAULTS},
@@ -82,5 +76,5 @@ FAMILY = Family(
     kernel_tokens=_kernel_tokens,
     pooling="decoder",
     marker="encoder.pos_embed.weight",
-    tokenizer=_tokenizer,
+    tokenizer=functools.partial(FairseqTokenizer, model_max_length=1024),
 )
