@@ -6,7 +6,7 @@ the first token, which BERT calls its pooler and RoBERTa a part of its classifie
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +19,6 @@ from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.pooling import pool
-from expandr_jax.weights.source import Source
 
 ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
@@ -27,12 +26,10 @@ ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 class PairClassifier(nn.Module):
     """Token ids of pairs to one logit each, [batch] float32.
 
-    It is called as `Bert` is; `token_types` are 1 in the document of BERT's pairs. The encoder
-    computes in `dtype`, the head in float32.
+    It is called as `Bert` is; `token_types` are 1 in the document of BERT's pairs.
     """
 
     config: BertConfig
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -43,7 +40,7 @@ class PairClassifier(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        hidden = Bert(self.config, self.dtype, name="encoder")(
+        hidden = Bert(self.config, name="encoder")(
             input_ids, attention_mask, token_types, deterministic=deterministic
         )
         first = pool(hidden, attention_mask, "cls")
@@ -61,14 +58,12 @@ class CrossEncoder:
         tokenizer: Text to ids.
         max_length: Most tokens of a pair, special ones included.
         activation: A key of `ACTIVATIONS`, applied to the logits.
-        source: Where it came from.
     """
 
     module: PairClassifier
     tokenizer: PreTrainedTokenizerFast
     max_length: int
     activation: str
-    source: Source
 
     def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and types of a query with each of its documents, which lose their end if long.
@@ -94,7 +89,6 @@ class CrossEncoder:
         documents: Sequence[str],
         *,
         rows: int = 32,
-        progress: Callable[[int], None] = lambda _: None,
     ) -> np.ndarray:
         """Scores of a query with each of some documents: [documents] float32.
 
@@ -103,7 +97,6 @@ class CrossEncoder:
             query: The query.
             documents: Any number of texts.
             rows: Pairs that are computed at once.
-            progress: Called with the number of pairs done since its last call.
 
         Raises:
             NotFiniteError: If a score is not finite, which means damaged weights.
@@ -121,7 +114,6 @@ class CrossEncoder:
             types, _ = pad([tokens[i][1] for i in filled], 0, length)
             logits = _logits(self.module, params, ids, mask, types)
             result[part] = np.asarray(ACTIVATIONS[self.activation](logits))[: len(part)]
-            progress(len(part))
         if not np.isfinite(result).all():
             raise NotFiniteError(
                 f"the score of {query[:60]!r} and a document is not finite; the weights of the "

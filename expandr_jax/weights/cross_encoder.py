@@ -11,7 +11,7 @@ from expandr_jax.models.bert import BertConfig
 from expandr_jax.models.cross_encoder import CrossEncoder, PairClassifier
 from expandr_jax.weights.families import bert, model_config
 from expandr_jax.weights.fields import Fields
-from expandr_jax.weights.hf import open_model, open_tokenizer, origin
+from expandr_jax.weights.hf import open_model, open_tokenizer
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.names import Weight, linear
 from expandr_jax.weights.source import locate
@@ -24,19 +24,13 @@ _ACTIVATIONS = {
 
 
 def load_cross_encoder(
-    source: str,
-    *,
-    max_length: int | None = None,
-    compute_dtype: Any = jnp.float32,
-    sha256: str | None = None,
+    source: str, *, max_length: int | None = None
 ) -> tuple[CrossEncoder, dict[str, Any]]:
     """Loads a re-ranker as sentence-transformers' CrossEncoder has it.
 
     Args:
         source: A directory, "package:NAME/PATH", or a hub id.
         max_length: Most tokens of a pair; None: what the model and its tokenizer allow.
-        compute_dtype: Type of the encoder's computations.
-        sha256: Pinned hash of the weights file.
 
     Returns:
         The cross-encoder and its parameters, float32.
@@ -45,7 +39,7 @@ def load_cross_encoder(
         UserError: If the source is not there, is of another family, or has another head than one
             label's.
     """
-    files, adapter = open_model(source, sha256)
+    files, adapter = open_model(source)
     where = files.config.where
     # A type may be anything that JSON can say.
     if adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
@@ -56,7 +50,7 @@ def load_cross_encoder(
         raise UserError(f"{where}: id2label has {len(labels)} labels; expected the one of a score")
     config = model_config(files.config, files.model_type)
     has_pooler = any("pooler" in name.split(".") for name in files.tensors)
-    module = PairClassifier(config, compute_dtype)
+    module = PairClassifier(config)
     params = load_params(files, module, _weights(config, has_pooler), jnp.float32)
     tokenizer = open_tokenizer(files, config)
     limits = (max_length, config.max_positions, tokenizer.model_max_length)
@@ -64,7 +58,7 @@ def load_cross_encoder(
     if length <= tokenizer.num_special_tokens_to_add(pair=True) + 1:
         raise UserError(f"{source}: max_length is {length}; no pair of texts fits into it")
     return CrossEncoder(
-        module, tokenizer, length, _activation(files.config, locate(source)), origin(source, files)
+        module, tokenizer, length, _activation(files.config, locate(source))
     ), params
 
 

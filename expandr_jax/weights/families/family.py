@@ -28,16 +28,6 @@ ROPE_TYPES = ("default", "linear", "llama3")
 MOST_LAYERS = 10_000  # The tensors of a layer are listed one by one.
 
 
-def masked_tokens(input_ids: jax.Array, attention_mask: jax.Array) -> list[Any]:
-    """The inputs of an encoder's module: token ids and which of them are real."""
-    return [input_ids, attention_mask]
-
-
-def every_token(path: tuple[str, ...], length: int) -> int:
-    """A kernel that is applied to each token of a text."""
-    return length
-
-
 def attention_flops(config: Any, length: int, keys: int) -> int:
     """Every layer's scores, and its sums of values."""
     return 4 * config.num_heads * config.head_dim * config.num_layers * length * keys
@@ -55,10 +45,12 @@ class Family:
         config: The class of that configuration.
         module: Builds the module from a configuration.
         weights: (configuration, whether the output head is wanted) -> where each tensor belongs.
-        inputs: (input ids, attention mask), [batch, length] each -> arguments of the module.
+        inputs: (input ids, attention mask), [batch, length] each -> arguments of the module, which
+            are the same for encoders.
         attention_flops: (configuration, length, keys) -> floating-point operations of attention in
             one text of `length` tokens that each attend to `keys`.
-        kernel_tokens: (path of a kernel, length of a text) -> tokens that the kernel is applied to.
+        kernel_tokens: (path of a kernel, length of a text) -> tokens that the kernel is applied to:
+            each, if nothing else is said.
         pooling: What makes a text's vector where no file says so.
         generates: Whether it writes texts, takes adapters, and may be kept in int8.
         ignored: Prefixes of tensors that its files may hold and the module does not use.
@@ -72,9 +64,9 @@ class Family:
     module: Callable[..., nn.Module]
     weights: Callable[[Any, bool], Sequence[Weight]]
     defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    inputs: Callable[[jax.Array, jax.Array], list[Any]] = masked_tokens
+    inputs: Callable[[jax.Array, jax.Array], list[Any]] = lambda *given: list(given)
     attention_flops: Callable[[Any, int, int], int] = attention_flops
-    kernel_tokens: Callable[[tuple[str, ...], int], int] = every_token
+    kernel_tokens: Callable[[tuple[str, ...], int], int] = lambda _, length: length
     pooling: Pooling = "mean"
     generates: bool = False
     ignored: tuple[str, ...] = ()
