@@ -92,7 +92,7 @@ def attend_with_cache(
     v: jax.Array,
     cached_keys: jax.Array,
     cached_values: jax.Array,
-    place: jax.Array,
+    slot: jax.Array,
     mask: jax.Array,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -107,7 +107,7 @@ def attend_with_cache(
         v: New values, shaped as `k`.
         cached_keys: [batch, kv_heads, head_dim, slots].
         cached_values: [batch, kv_heads, slots, head_dim].
-        place: [batch] int32, the slot that each row's new token takes.
+        slot: [batch] int32, the one that each row's new token takes.
         mask: [batch, 1, slots] bool, True where attention is allowed, the new token's slot too.
         scale: Factor on the scores, usually head_dim ** -0.5.
 
@@ -118,16 +118,16 @@ def attend_with_cache(
     dtype = cached_keys.dtype
     k, v = k.astype(dtype).transpose(0, 2, 3, 1), v.astype(dtype).swapaxes(1, 2)
     if platform() == "tpu":
-        # A write to another place in each row becomes a loop over the rows there, which by the
+        # A write to another slot in each row becomes a loop over the rows there, which by the
         # compiler's estimate takes many times as long as to write all of it anew.
-        new = jnp.arange(cached_keys.shape[3])[None] == place[:, None]
+        new = jnp.arange(cached_keys.shape[3])[None] == slot[:, None]
         cached_keys = jnp.where(new[:, None, None], k, cached_keys)
         cached_values = jnp.where(new[:, None, :, None], v, cached_values)
     else:
         write = jax.vmap(jax.lax.dynamic_update_slice)
-        zero = jnp.zeros_like(place)
-        cached_keys = write(cached_keys, k, jnp.stack([zero, zero, place], 1))
-        cached_values = write(cached_values, v, jnp.stack([zero, place, zero], 1))
+        zero = jnp.zeros_like(slot)
+        cached_keys = write(cached_keys, k, jnp.stack([zero, zero, slot], 1))
+        cached_values = write(cached_values, v, jnp.stack([zero, slot, zero], 1))
     rows = (q * scale).astype(dtype).reshape(batch, k.shape[1], -1, head_dim)
     scores = jnp.einsum("bkgd,bkds->bkgs", rows, cached_keys, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None], scores, _MASKED)

@@ -1,8 +1,8 @@
-"""The exact GELU (arXiv 1606.08415) in half the time, forward and back, of its usual form.
+"""The exact GELU (arXiv 1606.08415) in half the time of its usual form, forward and backward.
 
 That form asks for the complementary error function, which takes an exponential and a division for
-every number, and keeps several arrays for the way back. Here the normal distribution is one
-polynomial, and the way back computes what it needs from the input.
+every number, and keeps several arrays for the backward pass. Here the normal distribution is one
+polynomial, and the backward pass computes what it needs from the input.
 """
 
 import math

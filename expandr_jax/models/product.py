@@ -1,4 +1,4 @@
-"""Products of activations with weights, with a way back that XLA computes quickly on CPU too.
+"""Products of activations with weights, whose backward pass XLA computes quickly on CPU too.
 
 The gradient of a weight sums over tokens: a product whose left side would be read by columns. XLA's
 quick kernels for CPU take none of that form, and the one that does needs almost three times as

@@ -1,8 +1,8 @@
 """TPU's splash attention: nothing of the size of the scores is stored, forward or backward.
 
-The kernel comes with jax. It takes its mask as a rule of places, fixed when the program is made,
-and as segments; here a `Mask` is put into these terms, and the call is spread over the mesh, which
-XLA cannot do for a kernel.
+The kernel comes with jax. It takes its mask as a rule of positions, fixed when the program is
+made, and as segments; here a `Mask` is put into these terms, and the call is spread over the mesh,
+which XLA cannot do for a kernel.
 """
 
 import functools
@@ -31,13 +31,13 @@ def suits_splash(queries: int, keys: int, batch: int, mask: Mask) -> bool:
         mask: The mask.
 
     Returns:
-        False where the mask is no rule of places and segments, or where there are several devices
-        and `jax.set_mesh` has not said how they are arranged.
+        False where the mask is no rule of positions and segments, or where there are several
+        devices and `jax.set_mesh` has not said how they are arranged.
     """
     if queries < _LANES or mask.segments is None:
         return False
     if mask.window is not None and mask.responses and mask.window < keys:
-        return False  # A later response continues the prompt's positions from a farther place.
+        return False  # A later response continues the prompt's positions from farther away.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
