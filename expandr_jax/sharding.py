@@ -4,11 +4,11 @@ One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes
 (batches), fsdp (batches and parameters) and tensor (heads and feed-forward).
 """
 
-import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -27,22 +27,17 @@ WHOLE_BYTES = 2**28  # What every device holds of a parameter at once, where it 
 
 # Logical axis of a parameter or activation -> mesh axes. Names absent here would replicate in
 # silence, so `param_shardings` refuses them.
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("vocab", "tensor"),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("layers", None),
-    ("norm", None),
-    ("head_dim", None),
-    ("positions", None),
-    ("token_types", None),
-    ("buckets", None),
-    ("length", None),
-    ("act_embed", None),
-)
+RULES = {
+    "batch": ("data", "fsdp"),
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    **dict.fromkeys(  # Not split.
+        ("layers", "norm", "head_dim", "positions", "token_types", "buckets", "length", "act_embed")
+    ),
+}
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -55,13 +50,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = Non
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if sizes.count(-1) == 1 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    total = sizes[0] * sizes[1] * sizes[2]
-    if min(sizes) < 1 or total != len(devices):
+    if sizes.count(-1) == 1:
+        others = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = len(devices) // max(1, others)
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices; "
             "the three must multiply to that number (one may be -1)"
@@ -99,10 +91,8 @@ def device_put(tree: Any, shardings: Any) -> Any:
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put_one(leaf: Any, sharding: Sharding) -> jax.Array:
+    def one(leaf: Any, sharding: Sharding) -> jax.Array:
         spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         if spread or sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
@@ -110,7 +100,7 @@ def device_put(tree: Any, shardings: Any) -> Any:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
-    return jax.tree.map(put_one, tree, shardings)
+    return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
 
 
 def whole(tree: Any) -> Any:
@@ -146,10 +136,8 @@ def device_put_shared(tree: Any, shardings: Any) -> Any:
         tree: Arrays of jax or numpy; those of the latter must not be written to afterwards.
         shardings: A sharding for all, or a tree of them.
     """
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
 
-    def put_one(leaf: Any, sharding: Sharding) -> jax.Array:
+    def one(leaf: Any, sharding: Sharding) -> jax.Array:
         on_host = all(device.platform == "cpu" for device in sharding.device_set)
         if not (on_host and sharding.is_fully_replicated):
             return device_put(leaf, sharding)
@@ -158,7 +146,7 @@ def device_put_shared(tree: Any, shardings: Any) -> Any:
         copies = [jax.device_put(leaf, device) for device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
-    return jax.tree.map(put_one, tree, shardings)
+    return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
 
 
 def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
@@ -176,24 +164,31 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
     """
     init = functools.partial(module.init, **kwargs)
     boxed = jax.eval_shape(init, jax.random.key(0), *args)["params"]
-    rules, whole_axes = dict(RULES), set()
+    whole_axes = set()
 
     def sharding_of(leaf: Any) -> NamedSharding:
-        axes = []
-        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
-            if name not in rules:
-                raise ValueError(f"logical axis {name!r} has no rule in sharding.RULES")
-            axis = rules[name]
-            fits = isinstance(axis, str) and size % mesh.shape[axis] == 0
-            axes.append(axis if fits else None)
-            if isinstance(axis, str) and not fits:
-                whole_axes.add(f"{name} {size} over {axis} {mesh.shape[axis]}")
+        axes = _mesh_axes(mesh, leaf.names, leaf.value.shape)
+        for name, size, axis in zip(leaf.names, leaf.value.shape, axes, strict=True):
+            if axis is None and (wanted := RULES[name]):
+                whole_axes.add(f"{name} {size} over {wanted} {mesh.shape[wanted]}")
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     found = jax.tree.map(sharding_of, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     if whole_axes:
         _warn_of_whole_axes(", ".join(sorted(whole_axes)))
     return found
+
+
+def _mesh_axes(mesh: Any, names: Sequence[str | None], shape: Sequence[int]) -> list[Any]:
+    """What each axis of an array is split over; None where a mesh does not divide its size."""
+    axes = []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} has no rule in sharding.RULES")
+        axis = None if name is None else RULES[name]
+        parts = (axis,) if isinstance(axis, str) else axis or ()
+        axes.append(axis if size % math.prod(mesh.shape[part] for part in parts) == 0 else None)
+    return axes
 
 
 @functools.cache
@@ -230,23 +225,19 @@ def platform() -> str:
     return _platform.get() or jax.default_backend()
 
 
-@contextlib.contextmanager
-def tracing_on(mesh: Mesh) -> Iterator[None]:
-    """While it lasts, `constrain` and `platform` go by this mesh."""
-    token = _platform.set(mesh.devices.flat[0].platform)
-    try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-    finally:
-        _platform.reset(token)
-
-
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, to be jitted, with what it computes sharded over a mesh by `RULES`."""
+    """The function, to be jitted, with what it computes sharded over a mesh by `RULES`.
+
+    While it is traced, `constrain` and `platform` go by this mesh.
+    """
 
     def traced(*args: Any, **kwargs: Any) -> Any:
-        with tracing_on(mesh):
-            return function(*args, **kwargs)
+        token = _platform.set(mesh.devices.flat[0].platform)
+        try:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+        finally:
+            _platform.reset(token)
 
     return traced
 
@@ -260,13 +251,5 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types):
         return x
-    rules = dict(RULES)
-    axes = []
-    for name, size in zip(names, x.shape, strict=True):
-        axis = None if name is None else rules[name]
-        parts = (axis,) if isinstance(axis, str) else axis or ()
-        count = 1
-        for part in parts:
-            count *= mesh.shape[part]
-        axes.append(axis if size % count == 0 else None)
+    axes = _mesh_axes(mesh, names, x.shape)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))

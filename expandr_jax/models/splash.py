@@ -146,7 +146,7 @@ def _spread(local, windowed, arrays):
 
 def _axes(mesh: AbstractMesh, name: str) -> tuple[str, ...]:
     """The mesh's axes that a logical axis is spread over, without those already spread."""
-    axes = dict(RULES)[name]
+    axes = RULES[name]
     axes = (axes,) if isinstance(axes, str) else axes
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in axes if kinds.get(axis, AxisType.Manual) != AxisType.Manual)
