@@ -18,6 +18,7 @@ from expandr_jax.expansion.expand import sample_texts
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
+from expandr_jax.generation.settings import ServerSettings
 from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
@@ -88,8 +89,14 @@ def server(monkeypatch):
 @pytest.fixture
 def engine(server, tmp_path):
     def make(**options):
+        asked = {"concurrency": 32, "retries": 6, "timeout": 600.0}
+        asked = {name: options.pop(name, default) for name, default in asked.items()}
         settings = {"seed": 0, "cache": tmp_path / "cache", "first_delay": 0.01, **options}
-        return ServerEngine(server.url, "m", encode=lambda text: [*text.encode()], **settings)
+        return ServerEngine(
+            ServerSettings(server.url, "m", **asked),
+            encode=lambda text: [*text.encode()],
+            **settings,
+        )
 
     return make
 
@@ -253,15 +260,18 @@ def test_a_redirect_does_not_take_the_key_away(server, engine, monkeypatch):
     "url", ["localhost:8000", "file:///etc/v1", "http://", "http://[", f"http://x:{KEY}@h"]
 )
 def test_a_url_that_cannot_be_used(url, tmp_path):
+    settings = ServerSettings(url, "m", concurrency=1, retries=0, timeout=1.0)
     with pytest.raises(UserError) as caught:
-        ServerEngine(url, "m", encode=list, seed=0, cache=tmp_path / "cache")
+        ServerEngine(settings, encode=list, seed=0, cache=tmp_path / "cache")
     assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", [{"concurrency": 0}, {"retries": -1}, {"timeout": 0.0}])
-def test_numbers_that_cannot_be_used(engine, wrong):
+def test_numbers_that_cannot_be_used(wrong):
+    config = smoke.get_config()
+    config.generator.server.update(wrong)
     with pytest.raises(UserError, match=next(iter(wrong))):
-        engine(**wrong)
+        read_config(config)
 
 
 def test_a_key_that_no_header_can_hold(monkeypatch, engine):

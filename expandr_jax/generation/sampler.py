@@ -1,5 +1,6 @@
 """The one way to sample texts: on this process's devices, or on a server that a config names."""
 
+import bisect
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ class Sampler:
 
     def engine(self, adapter: Any | None, requests: Sequence[Request]) -> Engine | ServerEngine:
         """The engine for requests whose prompts are ids; arguments and errors as of `generate`."""
-        settings = self.settings
+        settings, buckets = self.settings, self.settings.prompt_buckets
         if self.server_cache and settings.server.url:
             return self._server(adapter)
         prompts = [request.prompt for request in requests]
@@ -105,8 +106,7 @@ class Sampler:
             self.params,
             adapter=adapter,
             slots=slots_of_a_process(settings, self.mesh, len(requests)),
-            prompt_buckets=[b for b in settings.prompt_buckets if b < longest]
-            + [min(b for b in settings.prompt_buckets if b >= longest)],
+            prompt_buckets=buckets[: bisect.bisect_left(buckets, longest) + 1],
             max_new_tokens=most,
             eos_ids=self.generator.eos_ids,
             pad_id=self.generator.pad_id,
@@ -133,16 +133,12 @@ class Sampler:
                 "generator.server.url is set, but the server has the base model only and cannot "
                 "sample with the trained adapter; leave the URL empty for this run"
             )
-        settings, tokenizer = self.settings.server, self.generator.tokenizer
+        tokenizer = self.generator.tokenizer
         return ServerEngine(
-            settings.url,
-            settings.model,
+            self.settings.server,
             encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             seed=self.seed,
             cache=self.server_cache,
-            concurrency=settings.concurrency,
-            retries=settings.retries,
-            timeout=settings.timeout,
             stop=self.settings.stop,
         )
 
@@ -168,8 +164,6 @@ def slots_of_a_process(settings: Any, mesh: Mesh, texts: int | None = None) -> i
         UserError: The slots cannot be divided among the processes and their devices.
     """
     slots, count = settings.slots, jax.process_count()
-    if slots % count:
-        raise UserError(f"generator.slots {slots} cannot be divided among {count} processes")
     divisor = count * batch_divisor(mesh)
     if slots % divisor:
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any
 from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.generation.settings import ServerSettings
 
 API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # Of the environment; not that of a paid service.
 RETRIED = (408, 425, 429)  # Besides all of 500 and above.
@@ -72,49 +73,34 @@ class ServerEngine:
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        settings: ServerSettings,
         *,
         encode: Callable[[str], Sequence[int]],
         seed: int,
         cache: str | os.PathLike,
-        concurrency: int = 32,
-        retries: int = 6,
-        timeout: float = 600.0,
         first_delay: float = 1.0,
         stop: Sequence[str] = (),
     ):
         """Opens the cache; nothing is sent yet.
 
         Args:
-            url: Up to and with the version, e.g. "http://127.0.0.1:8000/v1".
-            model: The model's name on the server.
+            settings: The server, and how it is asked.
             encode: Text to token ids, without special tokens.
             seed: Seed of all draws; a request's own follows from it, its id and its sample.
             cache: File of finished texts; it stays at its name with ".part".
-            concurrency: Requests on their way at once.
-            retries: Further tries of a request that fails for a reason that may pass.
-            timeout: Seconds without a byte until a try has failed; a server sends none before the
-                text is complete.
             first_delay: Most seconds before the second try.
             stop: Strings that end a text; they are left out of it.
 
         Raises:
-            UserError: The URL, the key or a number cannot be used, or the cache cannot be read.
+            UserError: The URL or the key cannot be used, or the cache cannot be read.
         """
-        if not _is_usable(url):
+        if not _is_usable(settings.url):
             raise UserError(
                 "the completion server's URL cannot be used; expected http://HOST:PORT/v1, and the "
                 f"key in the environment variable {API_KEY_VARIABLE}"
             )
-        if concurrency < 1 or retries < 0 or timeout <= 0:
-            raise UserError(
-                f"the completion server's concurrency {concurrency}, retries {retries} and timeout "
-                f"{timeout} must be at least 1, at least 0 and above 0"
-            )
-        self._url, self._model, self._encode, self._seed = url.rstrip("/"), model, encode, seed
-        self._concurrency, self._retries = concurrency, retries
-        self._timeout, self._first_delay = timeout, first_delay
+        self._settings, self._url = settings, settings.url.rstrip("/")
+        self._encode, self._seed, self._first_delay = encode, seed, first_delay
         self._stop = list(stop)
         self._headers = {"Content-Type": "application/json"}
         self._key = os.environ.get(API_KEY_VARIABLE, "").strip()
@@ -136,19 +122,20 @@ class ServerEngine:
             Completions in the order in which they come back.
 
         Raises:
-            UserError: The server refuses a request, or fails more often than `retries` allows.
+            UserError: The server refuses a request, or fails more often than the settings allow.
         """
-        stopped = threading.Event()
-        pool = concurrent.futures.ThreadPoolExecutor(self._concurrency)
+        stopped, at_once = threading.Event(), self._settings.concurrency
+        pool = concurrent.futures.ThreadPoolExecutor(at_once)
         running: dict[concurrent.futures.Future, Request] = {}
         try:
             for request in requests:
                 body = self._body(request)
-                if hash_json(body) in self._cache:
-                    yield self._completion(request, self._cache[hash_json(body)])
+                row = self._cache.get(hash_json(body))
+                if row is not None:
+                    yield self._completion(request, row)
                     continue
                 running[pool.submit(self._ask, request, body, stopped)] = request
-                if len(running) >= 2 * self._concurrency:
+                if len(running) >= 2 * at_once:
                     yield from self._finished(running)
             while running:
                 yield from self._finished(running)
@@ -173,7 +160,7 @@ class ServerEngine:
     def _body(self, request: Request) -> dict[str, Any]:
         digest = hashlib.sha256(f"{self._seed}/{request.sample}/{request.id}".encode()).digest()
         body = {
-            "model": self._model,
+            "model": self._settings.model,
             "prompt": list(request.prompt),
             "temperature": request.temperature,
             "max_tokens": request.max_new_tokens,
@@ -195,7 +182,7 @@ class ServerEngine:
         """The cache's row of a request, after as many tries as it takes."""
         key, data = hash_json(body), json.dumps(body).encode()
         reason = "stopped"
-        for attempt in range(self._retries + 1):
+        for attempt in range(self._settings.retries + 1):
             delay = retry_delay(self._seed, key, attempt, self._first_delay) if attempt else 0.0
             if stopped.wait(delay):
                 break
@@ -205,14 +192,14 @@ class ServerEngine:
                 reason = str(failure)
         raise UserError(
             f"{self._url}: no text for request {request.id!r}, sample {request.sample}, after "
-            f"{self._retries + 1} tries; the last: {reason}"
+            f"{self._settings.retries + 1} tries; the last: {reason}"
         )
 
     def _post(self, data: bytes) -> dict[str, str]:
         """One try: the text, and why it ended."""
         request = urllib.request.Request(f"{self._url}/completions", data, self._headers)
         try:
-            with self._opener.open(request, timeout=self._timeout) as response:
+            with self._opener.open(request, timeout=self._settings.timeout) as response:
                 content = response.read()
         except urllib.error.HTTPError as error:
             complaint = f"HTTP status {error.code}: {self._shown(error)}"

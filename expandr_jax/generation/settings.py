@@ -31,7 +31,7 @@ ASCENDING = Check("a tuple of whole numbers above 0 that ascend", _ascends)
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """The section `generator.server`."""
+    """The section `generator.server`; a server sends no byte before a text is complete."""
 
     url: str
     model: str
