@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.config import Config
-from expandr_jax.generation.memory import cache_type, check_memory, plan_memory
+from expandr_jax.generation.memory import check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.generation.settings import GeneratorSettings
+from expandr_jax.generation.slots import EngineShape
 from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -82,7 +83,7 @@ def load_generator_model(config: Config) -> GeneratorModel:
     generator = dataclasses.replace(
         generator, module=generator.module.clone(lora=config.lora, remat=source.remat)
     )
-    adapter_shapes(generator, params)  # Settings that do not fit the model are said now.
+    adapter_shapes(generator.module, params)  # Settings that do not fit the model are said now.
     # Devices of a processor have one copy between them, where each holds the whole.
     params = device_put_shared(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     readable = whole(params)
@@ -124,15 +125,15 @@ def _check_sampling(config: Config, model: GeneratorModel) -> None:
     """Refuses, before hours of work, texts that are too many or too long for the memory."""
     settings = config.generator
     longest = max(getattr(config, stage).max_new_tokens for stage in SAMPLING_STAGES)
-    module = model.generator.module
-    plan = plan_memory(
-        module,
-        model.generator_params,
+    shape = EngineShape(
+        module=model.generator.module,
         slots=slots_of_a_process(settings, model.sampling_mesh),
-        buckets=tuple(settings.prompt_buckets),
         length=max(settings.prompt_buckets) + longest,
-        cache_dtype=cache_type(module),
+        max_new_tokens=longest,
+        seed=config.seed,
+        eos_ids=tuple(model.generator.eos_ids),
         mesh=model.sampling_mesh,
         penalize=penalizes(config),
     )
+    plan = plan_memory(shape, model.generator_params, settings.prompt_buckets)
     check_memory(plan, sampling_memory(settings))

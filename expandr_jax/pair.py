@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.models.retriever import Retriever
@@ -71,7 +72,7 @@ class GeneratorModel:
     @property
     def adapter_shardings(self) -> Any:
         """Where each side of an adapter belongs in training."""
-        shapes = adapter_shapes(self.generator, self.generator_params)
+        shapes = adapter_shapes(self.generator.module, self.generator_params)
         return adapter_shardings(self.dpo_mesh, self.base_shardings, shapes)
 
 
@@ -80,30 +81,30 @@ class Models(RetrieverModel, GeneratorModel):
     """The pair that a run trains."""
 
 
-def phase_mesh(config: MeshSettings, phase: str, devices: Any = None) -> Mesh:
-    """The mesh of a phase.
+def phase_mesh(
+    config: MeshSettings, phase: str, devices: Any = None, of_one_process: Any = None
+) -> Mesh:
+    """The mesh of a phase: of all devices, or of a process's own where a run shares texts out.
 
     Args:
         config: The config's `mesh` section.
         phase: "contrastive", "encoding", "sampling" or "dpo".
-        devices: None: all that there are; of several processes, for a phase of OF_ONE_PROCESS,
-            those of this one.
+        devices: All that there are; None: jax's.
+        of_one_process: Those of one process, for a phase of OF_ONE_PROCESS; None: this one's.
 
     Raises:
         UserError: It does not fit the devices, naming the phase.
     """
-    own = getattr(config, phase)
-    if own and (len(own) != 3 or not all(isinstance(size, int) for size in own)):
-        raise UserError(f"mesh.{phase} is {own}; expected (data, fsdp, tensor), or () for mesh's")
-    among = ""
-    if devices is None and jax.process_count() > 1 and phase in OF_ONE_PROCESS:
-        devices = jax.local_devices()
-        among = (
-            f"; there are {jax.process_count()} processes, and this phase has those of one at a "
-            "time"
-        )
+    sizes = getattr(config, phase) or (config.data, config.fsdp, config.tensor)
+    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
+        raise UserError(f"mesh.{phase} is {sizes}; expected (data, fsdp, tensor), or () for mesh's")
+    devices, own = devices or jax.devices(), of_one_process or jax.local_devices()
+    processes, among = len(devices) // len(own), ""
+    if phase in OF_ONE_PROCESS and processes > 1:
+        devices = own
+        among = f"; there are {processes} processes, and this phase has those of one at a time"
     try:
-        return make_mesh(*(own or (config.data, config.fsdp, config.tensor)), devices=devices)
+        return make_mesh(*sizes, devices=devices)
     except UserError as error:
         raise UserError(f"mesh.{phase}: {error}{among}") from None
 
@@ -114,9 +115,9 @@ def check_meshes(config: MeshSettings, phases: Sequence[str] = PHASES) -> None:
         phase_mesh(config, phase)
 
 
-def adapter_shapes(generator: Generator, params: Any) -> Any:
-    """Shapes of an adapter of the generator's LoRA settings on these parameters, or shapes."""
-    init = functools.partial(init_lora, config=generator.module.lora)
+def adapter_shapes(module: Decoder, params: Any) -> Any:
+    """Shapes of an adapter of the module's LoRA settings on these parameters, or shapes."""
+    init = functools.partial(init_lora, config=module.lora)
     return jax.eval_shape(init, jax.random.key(0), params)
 
 

@@ -5,8 +5,8 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import Config, read_config
-from expandr_jax.planning import chips
 from expandr_jax.planning.topology import Topology
+from expandr_jax.runtime import chips
 
 PROGRAMS = [
     "contrastive step",

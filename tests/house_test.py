@@ -29,14 +29,11 @@ ROOMS = (
 UPWARDS = {
     ("data", "runtime"),
     ("models", "weights"),
-    ("runtime", "planning"),
 }
 BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
 OF_FLAGS: set[str] = set()
 WITH_RUN: set[str] = set()
-LONG = {
-    "tests/engine_test.py",
-}
+LONG: set[str] = set()
 
 FLAGS = ("absl", "ml_collections")
 LAUNCHER = "train.launch"  # It starts every program.

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from expandr_jax.errors import UserError
 from expandr_jax.objectives.packing import PADDING
-from expandr_jax.planning import chips
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import TIMED, GeneratorShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.timing import made_up, time_program
+from expandr_jax.runtime import chips
 from tests.commands import command, finish
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
 from train import plan
@@ -129,7 +129,7 @@ def test_a_state_that_a_step_takes_is_replaced_by_the_one_it_gives():
         return compiled_(*arguments)
 
     timed = Planned(
-        "step", program, (state, state), None, (), None, 1, 1, 1, 1, 1, 1.0, "",
+        program, (state, state), None, (), None, 1, 1, 1, 1.0, "",
         values=lambda state, add: (state, jnp.ones(4)), units=2,
     )  # fmt: skip
     assert time_program(timed, called, repeats=3) > 0
@@ -141,5 +141,5 @@ def test_memory_that_does_not_suffice_after_all_is_a_row_without_a_time():
     def fails(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    planned = Planned("x", None, (), None, (), None, 1, 1, 1, 1, 1, 1.0, "")
+    planned = Planned(None, (), None, (), None, 1, 1, 1, 1.0, "")
     assert time_program(planned, fails, repeats=1) is None

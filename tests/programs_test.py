@@ -40,7 +40,7 @@ def test_slots_move_no_cache_between_devices(tiny):
 
 
 def prompts(engine):
-    rows, bucket = engine._prompts(4), 4
+    rows, bucket = engine.shape.prefill_rows(4), 4
     tokens, length = np.full((rows, bucket), 5, np.int32), np.full(rows, 3, np.int32)
     prefilled = engine._programs.prefill(engine._variables, tokens, length, None)
     assert isinstance(prefilled, Prefilled)
@@ -48,7 +48,7 @@ def prompts(engine):
 
 
 def decoded(engine, slots):
-    return engine._variables, slots, np.zeros(engine.slots, bool), 4, 0
+    return engine._variables, slots, np.zeros(engine.shape.slots, bool), 4, 0
 
 
 def test_decoding_sorts_nothing(engine):
@@ -64,7 +64,7 @@ def test_decoding_sorts_nothing(engine):
 def test_slots_are_donated_and_nothing_else(engine):
     """The old cache's memory is the new one's: else there would be two of it at every call."""
     slots, prefilled = engine._programs.empty(None), prompts(engine)
-    source = np.full(engine.slots, -1, np.int32)
+    source = np.full(engine.shape.slots, -1, np.int32)
     source[:2] = 0
     filled = engine._programs.insert(slots, prefilled, source, engine._idle)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(slots))

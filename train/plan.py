@@ -28,13 +28,13 @@ from rich.table import Table
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
-from expandr_jax.planning.chips import GIB
-from expandr_jax.planning.compiled import Needs, compile_program, lower, roofline
+from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.proposals import PHASES, Proposal, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
+from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_divisor
 from train.launch import define_config, launch
@@ -87,17 +87,19 @@ def plan(
         pool = ThreadPoolExecutor(max(1, os.cpu_count() or 1))
         stack.callback(pool.shutdown, cancel_futures=True)  # After a SIGTERM nothing more begins.
 
-        def compiled(planned: Planned, lowered: Any, seconds: float) -> tuple[Planned, Needs, Any]:
+        def compiled(
+            name: str, planned: Planned, lowered: Any, seconds: float
+        ) -> tuple[Planned, Needs, Any]:
             needs = compile_program(lowered, topology.chip, planned.resident)
-            row = _row(planned, needs, topology, seconds + needs.seconds)
+            row = _row(name, planned, needs, topology, seconds + needs.seconds)
             return planned, needs if repeats else dataclasses.replace(needs, compiled=None), row
 
         waiting = {}
         for name, make in programs.items():
             start = time.monotonic()
             planned = make()
-            lowered = lower(planned.program, planned.arguments)  # In this thread: it is Python.
-            waiting[name] = pool.submit(compiled, planned, lowered, time.monotonic() - start)
+            lowered = planned.program.lower(*planned.arguments)  # In this thread: it is Python.
+            waiting[name] = pool.submit(compiled, name, planned, lowered, time.monotonic() - start)
         for future in as_completed(waiting.values()):
             future.result()  # What cannot be compiled is known at once.
             advance(1)
@@ -119,13 +121,15 @@ def plan(
     }
 
 
-def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> dict[str, Any]:
-    at_best = roofline(
+def _row(
+    name: str, planned: Planned, needs: Needs, topology: Topology, seconds: float
+) -> dict[str, Any]:
+    seconds_at_best, bound = roofline(
         topology.chip, planned.devices, planned.run_flops, planned.moved, needs.collectives
     )
     batch = 1 if planned.mesh is None else batch_divisor(planned.mesh)
     return {
-        "program": planned.name,
+        "program": name,
         "mesh": None if planned.mesh is None else dict(planned.mesh.shape),
         "shares": planned.shares,
         "rows": planned.rows,
@@ -142,8 +146,8 @@ def _row(planned: Planned, needs: Needs, topology: Topology, seconds: float) -> 
             kind: dataclasses.asdict(found) for kind, found in needs.collectives.items()
         },
         "compile_seconds": round(seconds, 2),
-        "roofline_seconds": at_best.seconds,
-        "bound": at_best.bound,
+        "roofline_seconds": seconds_at_best,
+        "bound": bound,
         "change": planned.change,
     }
 

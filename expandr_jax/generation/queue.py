@@ -1,7 +1,5 @@
 """Waiting requests, brought together by prompt and by length."""
 
-import collections
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from expandr_jax.generation.requests import Request
@@ -9,16 +7,14 @@ from expandr_jax.generation.requests import Request
 LOOKAHEAD = 64  # Prompts among which those of one length, and repeated ones, are sought.
 
 
-@dataclasses.dataclass
-class PromptGroup:
-    """Requests that continue the same prompt."""
-
-    prompt: Sequence[int]
-    requests: list[Request]
-
-
 class PromptQueue:
-    """Reads requests a little ahead and hands them out in batches of prompts of one bucket."""
+    """Reads requests a little ahead and hands them out in batches of prompts of one bucket.
+
+    Args:
+        requests: All requests; the first are read at once.
+        bucket: Padded length of a prompt.
+        size: Prompts in a batch of that length.
+    """
 
     def __init__(
         self,
@@ -26,25 +22,20 @@ class PromptQueue:
         bucket: Callable[[Sequence[int]], int],
         size: Callable[[int], int],
     ):
-        """Reads the first requests.
-
-        Args:
-            requests: All requests.
-            bucket: Padded length of a prompt.
-            size: Prompts in a batch of that length.
-        """
         self._requests = requests
         self._bucket, self._size = bucket, size
-        self._groups: collections.OrderedDict[Sequence[int], PromptGroup] = (
-            collections.OrderedDict()
-        )
+        self._groups: dict[Sequence[int], list[Request]] = {}
         self._fill()
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def take(self) -> tuple[int, list[PromptGroup]]:
-        """Removes the prompt that waited longest, and others of its bucket: (bucket, groups)."""
+    def take(self) -> tuple[int, list[list[Request]]]:
+        """Removes the prompt that waited longest, and others of its bucket.
+
+        Returns:
+            The bucket, and for each prompt the requests that continue it.
+        """
         bucket = self._bucket(next(iter(self._groups)))
         same = [prompt for prompt in self._groups if self._bucket(prompt) == bucket]
         groups = [self._groups.pop(prompt) for prompt in same[: self._size(bucket)]]
@@ -57,5 +48,4 @@ class PromptQueue:
             request = next(self._requests, None)
             if request is None:
                 return
-            group = self._groups.setdefault(request.prompt, PromptGroup(request.prompt, []))
-            group.requests.append(request)
+            self._groups.setdefault(request.prompt, []).append(request)

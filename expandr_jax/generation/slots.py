@@ -4,16 +4,66 @@ Every array of `Slots` has one row per slot. A slot's numbers depend on its own 
 shapes are fixed, so a text comes out the same whichever slot it takes and whatever runs beside it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from expandr_jax.generation.sampling import RowSampling, log_probability, penalize_repetition
 from expandr_jax.models.decoder import Decoder, KVCache, token_positions
 from expandr_jax.models.mask import causal_mask
+from expandr_jax.sharding import batch_divisor
+
+PREFILL_TOKENS = 1024  # Of the prompts that are run together.
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineShape:
+    """All that an engine's programs are compiled for, beside the shapes of their arguments.
+
+    Attributes:
+        module: The decoder, its layers unrolled.
+        slots: Texts sampled at once.
+        length: Tokens that a slot has room for.
+        max_new_tokens: Longest text of any request.
+        seed: Seed of all draws.
+        eos_ids: Tokens that end a text.
+        mesh: Slots are split over its data and fsdp axes, heads over its tensor axis.
+        penalize: Requests may have a repetition penalty; it costs a byte per slot and vocabulary
+            entry.
+        log_probs: Log-probabilities of sampled tokens are kept.
+    """
+
+    module: Decoder
+    slots: int
+    length: int
+    max_new_tokens: int
+    seed: int
+    eos_ids: tuple[int, ...]
+    mesh: Mesh
+    penalize: bool = False
+    log_probs: bool = False
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Type of keys and values: the compute type, but float32 on CPU, where it is quicker."""
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return jnp.dtype(jnp.float32 if on_cpu else self.module.dtype)
+
+    @property
+    def heads_axis(self) -> str | None:
+        """The mesh axis that keys' and values' heads are split over; None: every device has all."""
+        divides = self.module.config.num_kv_heads % self.mesh.shape["tensor"] == 0
+        return "tensor" if divides else None
+
+    def prefill_rows(self, bucket: int) -> int:
+        """Prompts of `bucket` tokens that are run together."""
+        divisor = batch_divisor(self.mesh)
+        return divisor * max(1, min(self.slots, PREFILL_TOKENS // bucket) // divisor)
 
 
 @flax.struct.dataclass
@@ -88,19 +138,11 @@ def empty_settings(slots: int) -> SlotSettings:
     return SlotSettings(whole, whole, whole, whole.astype(jnp.uint32), whole, sampling, real)
 
 
-def empty_slots(
-    decoder: Decoder,
-    slots: int,
-    length: int,
-    max_new_tokens: int,
-    dtype: Any,
-    penalize: bool,
-    log_probs: bool,
-    prefix: Prefilled | None,
-) -> Slots:
-    """Slots with room for `length` tokens, none of them active; each begins with the prefix."""
-    vocabulary = decoder.config.vocab_size
-    cache = KVCache.zeros(decoder.config, slots, length, dtype)
+def empty_slots(shape: EngineShape, prefix: Prefilled | None) -> Slots:
+    """Slots of which none is active; each begins with the prefix."""
+    slots, config = shape.slots, shape.module.config
+    texts = slots, shape.max_new_tokens
+    cache = KVCache.zeros(config, slots, shape.length, shape.cache_dtype)
     if prefix is not None:
 
         def begin(empty, rows):
@@ -115,30 +157,28 @@ def empty_slots(
         token=jnp.zeros(slots, jnp.int32),
         active=jnp.zeros(slots, bool),
         count=jnp.zeros(slots, jnp.int32),
-        output=jnp.zeros((slots, max_new_tokens), jnp.int32),
-        near_tie=jnp.zeros((slots, max_new_tokens), bool),
-        log_probs=jnp.zeros((slots, max_new_tokens), jnp.float32) if log_probs else None,
-        seen=jnp.zeros((slots, vocabulary), bool) if penalize else None,
+        output=jnp.zeros(texts, jnp.int32),
+        near_tie=jnp.zeros(texts, bool),
+        log_probs=jnp.zeros(texts, jnp.float32) if shape.log_probs else None,
+        seen=jnp.zeros((slots, config.vocab_size), bool) if shape.penalize else None,
     )
 
 
 def prefill(
-    decoder: Decoder,
+    shape: EngineShape,
     variables: Mapping[str, Any],
     tokens: jax.Array,
     length: jax.Array,
     prefix: Prefilled | None,
-    dtype: Any,
 ) -> Prefilled:
     """Runs prompts through the model, except for the last token of each.
 
     Args:
-        decoder: With unrolled layers.
+        shape: The engine's.
         variables: "params", and "lora" where there is an adapter.
         tokens: [prompts, length] int32, padded on the right.
         length: [prompts] int32, tokens to run.
         prefix: What every prompt begins with, run before; its tokens are not in `tokens`.
-        dtype: Type of the cache.
     """
     mask = jnp.arange(tokens.shape[1]) < length[:, None]
     positions, attention, past = token_positions(mask), causal_mask(mask), None
@@ -148,12 +188,12 @@ def prefill(
         attention = attention.after(before)
         past = tuple(k.swapaxes(2, 3) for k in prefix.keys), prefix.values
         shared = jnp.broadcast_to(prefix.tokens, (len(tokens), before))
-    _, (keys, values) = decoder.apply(
+    _, (keys, values) = shape.module.apply(
         variables, tokens, positions, attention, past=past, keep_kv=True
     )
     return Prefilled(
-        tuple(k.swapaxes(2, 3).astype(dtype) for k in keys),
-        tuple(v.astype(dtype) for v in values),
+        tuple(k.swapaxes(2, 3).astype(shape.cache_dtype) for k in keys),
+        tuple(v.astype(shape.cache_dtype) for v in values),
         tokens if prefix is None else jnp.concatenate([shared, tokens], axis=1),
     )
 
@@ -204,10 +244,8 @@ def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSe
 
 
 def decode(
-    decoder: Decoder,
+    shape: EngineShape,
     sampler: Callable[..., tuple[jax.Array, jax.Array]],
-    seed: int,
-    eos_ids: tuple[int, ...],
     variables: Mapping[str, Any],
     slots: Slots,
     cancelled: jax.Array,
@@ -217,10 +255,8 @@ def decode(
     """Samples tokens for all active slots until something needs the host.
 
     Args:
-        decoder: With unrolled layers.
-        sampler: `sampling.sample`, or its form for a mesh.
-        seed: Seed of all draws.
-        eos_ids: Tokens that end a text.
+        shape: The engine's.
+        sampler: `sampling.sample` on the engine's mesh.
         variables: "params", and "lora" where there is an adapter.
         slots: What to continue; donated.
         cancelled: [slots] bool, active slots to stop.
@@ -229,14 +265,14 @@ def decode(
     """
 
     def slot_key(stream, sample):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), sample)
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(shape.seed), stream), sample)
 
     keys = jax.vmap(slot_key)(slots.settings.stream, slots.settings.sample)
 
     def step(state):
         done, slots = state
-        hidden, cache = decoder.apply(variables, slots.token, slots.cache, method="decode")
-        raw = logits = decoder.apply(variables, hidden, method="logits")
+        hidden, cache = shape.module.apply(variables, slots.token, slots.cache, method="decode")
+        raw = logits = shape.module.apply(variables, hidden, method="logits")
         if slots.seen is not None:
             logits = penalize_repetition(logits, slots.seen, slots.settings.penalty)
         bits = jax.vmap(lambda key, i: jax.random.bits(jax.random.fold_in(key, i)))(
@@ -245,7 +281,7 @@ def decode(
         token, near = sampler(logits, slots.settings.sampling, bits)
         active, count = slots.active, slots.count + slots.active
         here = active[:, None] & (jnp.arange(slots.output.shape[1]) == slots.count[:, None])
-        ended = jnp.isin(token, jnp.asarray(eos_ids)) | (count >= slots.settings.limit)
+        ended = jnp.isin(token, jnp.asarray(shape.eos_ids)) | (count >= slots.settings.limit)
         log_probs, seen = slots.log_probs, slots.seen
         if log_probs is not None:
             new = log_probability(raw, slots.settings.sampling.temperature, token)

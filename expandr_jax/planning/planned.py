@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.models.decoder import cast_weights
-from expandr_jax.pair import OF_ONE_PROCESS, phase_mesh
+from expandr_jax.pair import phase_mesh
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.training.train_state import TrainState
@@ -40,20 +40,19 @@ class Planned:
     """A program with the shapes of its arguments, and what it computes.
 
     Attributes:
-        name: For people and for plan.json.
         program: The jitted function.
-        arguments: ShapeDtypeStructs, placed on the mesh.
+        arguments: ShapeDtypeStructs with shardings on the mesh.
         mesh: The devices; None: one of them.
         parameters: The tree among the arguments whose memory is that of parameters.
         module: The model.
         rows: Queries, texts, pairs or slots of the whole batch, or of one share of it.
         tokens: Number of tokens of all texts of the batch.
-        tokens_at_once: Number of tokens of the texts whose activations are in memory at once.
-        model_flops: Operations of one call that the model needs.
-        run_flops: These and what is computed again to save memory.
+        forward_flops: Operations of one forward pass over the batch.
         moved: Bytes that one call moves between each device and its memory, at least.
         change: What to change where it does not fit.
-        passes: Times that the weights are gone through, backward passes included.
+        passes: Times that the weights are gone through, backward passes and those that compute
+            again, to save memory, included; each counts as a forward pass.
+        needed: Those passes that the model needs.
         turns: Micro-batches, each of which makes those passes.
         learns: Whether gradients of all parameters are summed over the mesh.
         shares: Processes that each run it at the same time, on meshes of their own.
@@ -63,7 +62,6 @@ class Planned:
         units: Times that such a call does what is planned: decode's tokens.
     """
 
-    name: str
     program: Any
     arguments: Sequence[Any]
     mesh: Mesh | None
@@ -71,12 +69,11 @@ class Planned:
     module: nn.Module
     rows: int
     tokens: int
-    tokens_at_once: int
-    model_flops: int
-    run_flops: int
+    forward_flops: int
     moved: float
     change: str
     passes: int = 1
+    needed: int = 1
     turns: int = 1
     learns: bool = False
     shares: int = 1
@@ -87,6 +84,16 @@ class Planned:
     @property
     def devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
+
+    @property
+    def model_flops(self) -> int:
+        """Operations of one call that the model needs."""
+        return self.needed * self.forward_flops
+
+    @property
+    def run_flops(self) -> int:
+        """These and what is computed again to save memory."""
+        return self.passes * self.forward_flops
 
 
 def random_tokens(module: nn.Module, *shape: int) -> np.ndarray:
@@ -101,7 +108,7 @@ def untrained(state: TrainState) -> TrainState:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on one device."""
+    """Bytes of a tree of shapes with shardings on one device."""
 
     def shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -115,25 +122,8 @@ def key_shape() -> jax.ShapeDtypeStruct:
 
 
 def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
-    """A phase's mesh: of all devices, or of a process's own where a run shares texts out.
-
-    Args:
-        config: The whole config.
-        phase: As of `phase_mesh`.
-        topology: What to compile for.
-
-    Raises:
-        UserError: It does not fit the devices.
-    """
-    if phase not in OF_ONE_PROCESS or topology.hosts == 1:
-        return phase_mesh(config.mesh, phase, topology.devices)
-    try:
-        return phase_mesh(config.mesh, phase, topology.host_devices)
-    except UserError as error:
-        raise UserError(
-            f"{error}: {topology.name} has {topology.hosts} hosts, and this phase "
-            "has the devices of one at a time"
-        ) from None
+    """A phase's mesh on a topology, as `phase_mesh` makes it and refuses it."""
+    return phase_mesh(config.mesh, phase, topology.devices, topology.host_devices)
 
 
 def check_rows(rows: int, mesh: Mesh, phase: str, what: str) -> None:
@@ -145,14 +135,12 @@ def check_rows(rows: int, mesh: Mesh, phase: str, what: str) -> None:
         )
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: Any, shardings: Any) -> Any:
     """Shapes with the sharding of each, or with one for all."""
-    if isinstance(shardings, Sharding):
-        shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        shardings,
+        jax.tree.broadcast(shardings, shapes),
     )
 
 

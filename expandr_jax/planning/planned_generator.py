@@ -1,6 +1,7 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,22 +12,14 @@ from jax.sharding import Mesh
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
-from expandr_jax.generation.programs import (
-    EngineShape,
-    Programs,
-    heads_axis,
-    make_programs,
-    prefill_rows,
-    unstack_shardings,
-    variable_shardings,
-)
-from expandr_jax.generation.slots import Slots, empty_settings
+from expandr_jax.generation.programs import make_programs, unstack_shardings, variable_shardings
+from expandr_jax.generation.slots import EngineShape, Slots, empty_settings
 from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
-from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import adapter_setup, reference_program
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.pair import adapter_shapes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.planned import (
     NEW,
@@ -38,11 +31,11 @@ from expandr_jax.planning.planned import (
     check_rows,
     key_shape,
     param_shapes,
-    placed,
     planned_mesh,
     random_tokens,
     shape_module,
     untrained,
+    with_shardings,
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
@@ -74,71 +67,58 @@ class GeneratorShapes:
             weights = section.compute_dtype  # Of what is not in int8.
         self.module = module.clone(lora=config.lora, remat=section.remat)
         self.params = param_shapes(self.module, jnp.dtype(weights))
-        self.adapter = jax.eval_shape(
-            lambda params: init_lora(jax.random.key(0), params, self.module.lora), self.params
-        )
-
-    @property
-    def _rows(self) -> int:
-        """Slots of a process."""
-        return max(1, ROWS // self._topology.hosts)
+        self.adapter = adapter_shapes(self.module, self.params)
 
     def resident(self) -> int:
         """Bytes a device of what a run holds: the base, as DPO has it."""
-        mesh = planned_mesh(self._config, "dpo", self._topology)
-        return bytes_on_device(placed(self.params, model_shardings(mesh, self.module, self.params)))
+        return bytes_on_device(self._base(planned_mesh(self._config, "dpo", self._topology)))
 
-    def _sampling(self) -> tuple[Mesh, Programs, dict[str, Any]]:
-        """The mesh, the engine's programs and its variables, the adapter among them."""
+    def _base(self, mesh: Mesh) -> Any:
+        """Shapes of the base where DPO has it."""
+        return with_shardings(self.params, model_shardings(mesh, self.module, self.params))
+
+    def _sampling(self) -> tuple[EngineShape, dict[str, Any]]:
+        """What the engine of a process is compiled for, and its variables, an adapter's too."""
         mesh = planned_mesh(self._config, "sampling", self._topology)
-        check_rows(self._rows, mesh, "sampling", "slots")
+        slots = max(1, ROWS // self._topology.hosts)
+        check_rows(slots, mesh, "sampling", "slots")
         module = self.module.clone(unroll=True, remat="none")
-        on_cpu = self._topology.devices[0].platform == "cpu"
-        programs = make_programs(
-            EngineShape(
-                module=module,
-                slots=self._rows,
-                length=PROMPT + NEW,
-                max_new_tokens=NEW,
-                cache_dtype=jnp.dtype(jnp.float32 if on_cpu else module.dtype),
-                penalize=penalizes(self._config),
-                log_probs=False,
-                seed=self._config.seed,
-                eos_ids=(0,),
-                mesh=mesh,
-                heads_axis=heads_axis(module, mesh),
-            )
+        shape = EngineShape(
+            module=module,
+            slots=slots,
+            length=PROMPT + NEW,
+            max_new_tokens=NEW,
+            seed=self._config.seed,
+            eos_ids=(0,),
+            mesh=mesh,
+            penalize=penalizes(self._config),
         )
-        places = variable_shardings(mesh, module, self.params, self.adapter)
-        layers = module.config.num_layers
+        shardings = variable_shardings(mesh, module, self.params, self.adapter)
         variables = {
-            name: placed(
-                jax.eval_shape(unstack_layers, tree), unstack_shardings(places[name], layers)
+            name: with_shardings(
+                jax.eval_shape(unstack_layers, tree),
+                unstack_shardings(shardings[name], module.config.num_layers),
             )
             for name, tree in (("params", self.params), ("lora", self.adapter))
         }
-        return mesh, programs, variables
+        return shape, variables
 
     def prefill(self) -> Planned:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
-        mesh, programs, variables = self._sampling()
-        rows = prefill_rows(self._rows, PROMPT, mesh)
-        place = batch_sharding(mesh)
-        tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=place)
-        length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
-        forward = forward_flops(self.module, self.params, rows, PROMPT)
+        shape, variables = self._sampling()
+        rows, mesh = shape.prefill_rows(PROMPT), shape.mesh
+        by_row = batch_sharding(mesh)
+        tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=by_row)
+        length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
         return Planned(
-            name="prefill",
-            program=programs.prefill,
+            program=make_programs(shape).prefill,
             arguments=(variables, tokens, length, None),
             mesh=mesh,
             parameters=variables,
             module=self.module,
             rows=rows,
             tokens=rows * PROMPT,
-            tokens_at_once=rows * PROMPT,
-            model_flops=forward,
-            run_flops=forward,
+            forward_flops=forward_flops(self.module, self.params, rows, PROMPT),
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
             change="a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
@@ -152,13 +132,12 @@ class GeneratorShapes:
 
     def decode(self) -> Planned:
         """One token for each of a process's slots, each with room for PROMPT + NEW."""
-        rows = self._rows
-        mesh, programs, variables = self._sampling()
-        slots = placed(jax.eval_shape(programs.empty, None), programs.placed)
+        shape, variables = self._sampling()
+        rows, mesh, programs = shape.slots, shape.mesh, make_programs(shape)
+        slots = with_shardings(jax.eval_shape(programs.empty, None), programs.shardings)
         everywhere = replicated(mesh)
         cancelled = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-        forward = forward_flops(self.module, self.params, rows, 1, keys=PROMPT + NEW, logits=rows)
         weights = bytes_on_device(variables) * mesh.shape["fsdp"]
 
         def all_active(variables: Any, slots: Slots, *_: Any) -> Sequence[Any]:
@@ -176,7 +155,6 @@ class GeneratorShapes:
             return variables, begun, np.zeros(rows, bool), np.int32(TIMED), np.int32(0)
 
         return Planned(
-            name="decode",
             program=programs.decode,
             arguments=(variables, slots, cancelled, number, number),
             mesh=mesh,
@@ -184,9 +162,9 @@ class GeneratorShapes:
             module=self.module,
             rows=rows,
             tokens=rows,
-            tokens_at_once=rows,
-            model_flops=forward,
-            run_flops=forward,
+            forward_flops=forward_flops(
+                self.module, self.params, rows, 1, keys=PROMPT + NEW, logits=rows
+            ),
             moved=weights + bytes_on_device(slots.cache),
             change="fewer generator.slots, or a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
@@ -194,6 +172,7 @@ class GeneratorShapes:
             units=TIMED,
         )
 
+    @functools.cached_property
     def _batch(self) -> dict[str, np.ndarray]:
         """PAIRS examples of random tokens."""
         responses = self._objective.responses
@@ -204,26 +183,28 @@ class GeneratorShapes:
             examples.append(Example(prompt, parts, extras))
         return pack(examples, 0, row_sizes([examples[0].size], 1))
 
-    def _pairs(self) -> tuple[Mesh, Any, dict[str, Any], int]:
-        """The mesh, the placed base, a batch and the operations of one forward pass over it."""
+    def _pairs(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """The base and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
         check_rows(PAIRS, mesh, "dpo", "pairs")
-        base = placed(self.params, model_shardings(mesh, self.module, self.params))
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
-            for name, x in self._batch().items()
-        }
+        base = self._base(mesh)
+        batch = with_shardings(self._batch, batch_sharding(mesh))
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]
-        forward = forward_flops(self.module, self.params, rows, length, logits=logits)
-        return mesh, base, batch, forward
+        common = {
+            "mesh": mesh,
+            "module": self.module,
+            "rows": PAIRS,
+            "tokens": rows * length,
+            "forward_flops": forward_flops(self.module, self.params, rows, length, logits=logits),
+        }
+        return base, batch, common
 
     def reference(self) -> Planned:
         """Log-probabilities of PAIRS under the base."""
-        mesh, base, batch, forward = self._pairs()
-        tokens = batch["tokens"].size
+        base, batch, common = self._pairs()
+        mesh = common["mesh"]
         return Planned(
-            name="reference log-probabilities",
             program=reference_program(
                 mesh,
                 jax.tree.map(lambda leaf: leaf.sharding, base),
@@ -232,23 +213,17 @@ class GeneratorShapes:
                 chunk=self._config.dpo.chunk,
             ),
             arguments=({"params": base}, batch),
-            mesh=mesh,
             parameters=base,
-            module=self.module,
-            rows=PAIRS,
-            tokens=tokens,
-            tokens_at_once=tokens,
-            model_flops=forward,
-            run_flops=forward,
             moved=bytes_on_device(base) * mesh.shape["fsdp"],
             change="a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo",
-            values=lambda variables, batch: (variables, batch | self._batch()),
+            values=lambda variables, batch: (variables, batch | self._batch),
+            **common,
         )
 
     def dpo(self) -> Planned:
         """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
-        mesh, base, batch, forward = self._pairs()
-        config = self._config.dpo
+        base, batch, common = self._pairs()
+        mesh, config = common["mesh"], self._config.dpo
         shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
         setup = adapter_setup(
             mesh,
@@ -260,33 +235,26 @@ class GeneratorShapes:
             module=self.module,
             settings=config,
         )
-        state = placed(jax.eval_shape(setup.create, self.adapter), setup.shardings)
+        state = with_shardings(jax.eval_shape(setup.create, self.adapter), setup.shardings)
         if self._objective.reference:
             batch["reference"] = jax.ShapeDtypeStruct(
                 (PAIRS, self._objective.responses), jnp.float32, sharding=batch_sharding(mesh)
             )
         passes = FROZEN + (self.module.remat == "full")
-        tokens = batch["tokens"].size
         return Planned(
-            name="DPO step",
             program=setup.step,
             arguments=(state, base, batch, key_shape()),
-            mesh=mesh,
             parameters=(base, state.params),
-            module=self.module,
-            rows=PAIRS,
-            tokens=tokens,
-            tokens_at_once=tokens,
-            model_flops=FROZEN * forward,
-            run_flops=passes * forward,
             passes=passes,
+            needed=FROZEN,
             moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
             change="generator.remat=full, a smaller dpo.batch_size or dpo.chunk, or more fsdp in "
             "mesh.dpo",
             values=lambda state, base, batch, key: (
                 untrained(state),
                 base,
-                batch | self._batch(),
+                batch | self._batch,
                 key,
             ),
+            **common,
         )

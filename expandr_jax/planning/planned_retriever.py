@@ -1,7 +1,9 @@
 """The retriever's programs, as shapes: step A, encoding and search."""
 
+import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,11 +30,11 @@ from expandr_jax.planning.planned import (
     check_rows,
     key_shape,
     param_shapes,
-    placed,
     planned_mesh,
     random_tokens,
     shape_module,
     untrained,
+    with_shardings,
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.search.exact import ExactOptions, merge_block
@@ -66,8 +68,8 @@ class RetrieverShapes:
     def resident(self) -> int:
         """Bytes a device of what a run holds: the weights before training, and those trained."""
         mesh = planned_mesh(self._config, "contrastive", self._topology)
-        places = model_shardings(mesh, self.retriever.module, self.params)
-        return 2 * bytes_on_device(placed(self.params, places))
+        shardings = model_shardings(mesh, self.retriever.module, self.params)
+        return 2 * bytes_on_device(with_shardings(self.params, shardings))
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""
@@ -79,10 +81,11 @@ class RetrieverShapes:
                 f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
             )
         retriever = training_retriever(self.retriever, config)
+        batch = _random_batch(self.retriever.module, self._length)
         optimizer = optimizer_config(config, 2)
         setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
         trained = jax.eval_shape(lambda params: with_temperature(params, config), self.params)
-        state = placed(jax.eval_shape(setup.create, trained), setup.shardings)
+        state = with_shardings(jax.eval_shape(setup.create, trained), setup.shardings)
         texts = QUERIES * TEXTS
         forward = forward_flops(retriever.module, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
@@ -90,11 +93,10 @@ class RetrieverShapes:
         turns = texts // config.micro_batch if config.micro_batch else 1
         weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
         return Planned(
-            name="contrastive step",
             program=setup.step,
             arguments=(
                 state,
-                placed(self._batch_shapes(), batch_sharding(mesh)),
+                with_shardings(batch, batch_sharding(mesh)),
                 key_shape() if config.dropout else None,
             ),
             mesh=mesh,
@@ -102,42 +104,16 @@ class RetrieverShapes:
             module=retriever.module,
             rows=QUERIES,
             tokens=texts * self._length,
-            tokens_at_once=(config.micro_batch or texts) * self._length,
-            model_flops=TRAINING * forward,
-            run_flops=passes * forward,
+            forward_flops=forward,
             passes=passes,
+            needed=TRAINING,
             turns=turns,
             learns=True,
             moved=passes * turns * weights + bytes_on_device(state),
             change="a smaller contrastive.micro_batch, contrastive.remat=full, or more fsdp in "
             "mesh.contrastive",
-            values=lambda state, _, key: (untrained(state), self._batch(QUERIES), key),
+            values=lambda state, _, key: (untrained(state), batch, key),
         )
-
-    def _batch(self, queries: int) -> dict[str, np.ndarray]:
-        """Queries of random tokens, each with an expansion and PASSAGES that nobody shares."""
-        texts = iter(random_tokens(self.retriever.module, queries * TEXTS, self._length))
-        examples = [
-            ContrastiveExample(
-                next(texts),
-                [next(texts)],
-                Passage(next(texts), f"positive {i}"),
-                [Passage(next(texts), f"negative {i} {j}") for j in range(PASSAGES - 1)],
-            )
-            for i in range(queries)
-        ]
-        return make_batch(examples, 0, 1, PASSAGES - 1)
-
-    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        # Of a batch of two: "excluded" is as wide as there are passages.
-        arrays = self._batch(2)
-        return {
-            name: jax.ShapeDtypeStruct(
-                (len(x) // 2 * QUERIES, QUERIES * PASSAGES if name == "excluded" else x.shape[1]),
-                x.dtype,
-            )
-            for name, x in arrays.items()
-        }
 
     def encoding(self) -> Planned:
         """A process's batch of texts: its share of ENCODED, or of what the config takes at once."""
@@ -147,12 +123,11 @@ class RetrieverShapes:
         rows = self._config.retriever.tokens_per_batch // hosts // self._length
         rows = min(max(1, ENCODED // hosts), max(1, rows // divisor) * divisor)
         check_rows(rows, mesh, "encoding", "texts")
-        places = model_shardings(mesh, self.retriever.module, self.params)
-        params = placed(self.params, places)
+        shardings = model_shardings(mesh, self.retriever.module, self.params)
+        params = with_shardings(self.params, shardings)
         texts = jax.ShapeDtypeStruct((rows, self._length), jnp.int32, sharding=batch_sharding(mesh))
         forward = forward_flops(self.retriever.module, self.params, rows, self._length)
         return Planned(
-            name="corpus encoding",
             program=embedder(mesh, self.retriever),
             arguments=(params, texts, texts),
             mesh=mesh,
@@ -160,9 +135,7 @@ class RetrieverShapes:
             module=self.retriever.module,
             rows=rows,
             tokens=rows * self._length,
-            tokens_at_once=rows * self._length,
-            model_flops=forward,
-            run_flops=forward,
+            forward_flops=forward,
             moved=bytes_on_device(params) * mesh.shape["fsdp"],
             change="a smaller retriever.tokens_per_batch",
             shares=hosts,
@@ -177,16 +150,14 @@ class RetrieverShapes:
         """A block of the corpus against QUERIES; it runs on one device."""
         rows, block = QUERIES, ExactOptions().block_rows
         width = self.retriever.module.config.hidden_size
-        place = SingleDeviceSharding(self._topology.devices[0])
+        sharding = SingleDeviceSharding(self._topology.devices[0])
 
         def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         number = array(dtype=jnp.int32)
         best = array(rows, DEPTH), array(rows, DEPTH, dtype=jnp.int32)
-        operations = 2 * rows * block * width
         return Planned(
-            name="exact search",
             program=merge_block,
             arguments=(*best, array(rows, width), array(block, width), number, number),
             mesh=None,
@@ -194,10 +165,25 @@ class RetrieverShapes:
             module=self.retriever.module,
             rows=rows,
             tokens=0,
-            tokens_at_once=0,
-            model_flops=operations,
+            forward_flops=2 * rows * block * width,
             # A product in float32 is six in bfloat16 on a TPU.
-            run_flops=operations * (6 if self._topology.chip.is_tpu else 1),
+            passes=6 if self._topology.chip.is_tpu else 1,
             moved=4 * (rows * width + block * width + 2 * rows * block),
             change="fewer rows in a block (expandr_jax.search.ExactOptions)",
         )
+
+
+@functools.lru_cache(maxsize=1)  # A search asks for it with many settings.
+def _random_batch(module: nn.Module, length: int) -> dict[str, np.ndarray]:
+    """QUERIES of random tokens, each with an expansion and PASSAGES that nobody shares."""
+    texts = iter(random_tokens(module, QUERIES * TEXTS, length))
+    examples = [
+        ContrastiveExample(
+            next(texts),
+            [next(texts)],
+            Passage(next(texts), f"positive {i}"),
+            [Passage(next(texts), f"negative {i} {j}") for j in range(PASSAGES - 1)],
+        )
+        for i in range(QUERIES)
+    ]
+    return make_batch(examples, 0, 1, PASSAGES - 1)

@@ -123,9 +123,9 @@ def _estimates(
         held = bytes_on_device(planned.arguments) + planned.resident
         if held + _kept(planned, mesh, remat) > topology.chip.capacity:
             continue
-        estimate = roofline(
+        estimate, _ = roofline(
             topology.chip, planned.devices, planned.run_flops, planned.moved, _sent(planned, mesh)
-        ).seconds
+        )
         order = (estimate, mesh[2], -mesh[1], REMATS.index(remat) if remat else 0, -micro)
         yield order, Proposal(phase, settings, planned, estimate)
 
@@ -144,7 +144,7 @@ def _kept(planned: Planned, mesh: tuple[int, int, int], remat: str | None) -> in
         return 0
     config, size = planned.module.config, planned.module.dtype.itemsize
     data, fsdp, tensor = mesh
-    tokens = planned.tokens_at_once // (data * fsdp)
+    tokens = planned.tokens // planned.turns // (data * fsdp)
     width = config.hidden_size
     if remat != "full":
         # Queries, keys, values and the feed-forward's sides.

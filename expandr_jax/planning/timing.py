@@ -3,7 +3,6 @@
 import functools
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,27 +25,28 @@ def time_program(planned: Planned, compiled: jax.stages.Compiled, repeats: int) 
     Returns:
         Seconds; None where the devices' memory does not suffice after all.
     """
+    seconds = []
     try:
-        seconds = _time(planned, compiled, repeats)
+        arguments = tuple(jax.tree.map(made_up, planned.arguments))
+        for _ in range(repeats + 1):
+            if planned.values is not None:
+                arguments = tuple(
+                    jax.tree.map(
+                        lambda value, shape: jax.device_put(value, shape.sharding),
+                        planned.values(*arguments),
+                        tuple(planned.arguments),
+                    )
+                )
+            jax.block_until_ready(arguments)
+            start = time.perf_counter()
+            result = jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - start)
+            arguments = _not_donated(arguments, result)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
-    return statistics.median(seconds) / planned.units
-
-
-def _time(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> Sequence[float]:
-    arguments = tuple(jax.tree.map(made_up, planned.arguments))
-    seconds = []
-    for _ in range(repeats + 1):
-        if planned.values is not None:
-            arguments = tuple(jax.tree.map(_put, planned.values(*arguments), planned.arguments))
-        jax.block_until_ready(arguments)
-        start = time.perf_counter()
-        result = jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-        arguments = _not_donated(arguments, result)
-    return seconds[1:]
+    return statistics.median(seconds[1:]) / planned.units
 
 
 def made_up(shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -64,10 +64,6 @@ def _maker(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Any
         return jnp.ones(shape, dtype)
 
     return jax.jit(make, out_shardings=sharding)
-
-
-def _put(value: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return value if shape.sharding is None else jax.device_put(value, shape.sharding)
 
 
 def _not_donated(arguments: tuple[Any, ...], result: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from expandr_jax.errors import UserError
-from expandr_jax.planning import chips
+from expandr_jax.runtime import chips
 
 _NO_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -77,9 +77,9 @@ def find_topology(name: str) -> Topology:
 
 def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
     # Of what has two axes, libtpu takes a third for a reason to abort the process.
-    most = 2 if kind == "v5p" else 1
+    most, example = (2, "2x2x2") if kind == "v5p" else (1, "4x4")
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{1,{most}}}", shape):
-        raise UserError(f"--topology={name}: expected chips by rows, as {kind}:{_example(kind)}")
+        raise UserError(f"--topology={name}: expected chips by rows, as {kind}:{example}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} needs TPU's compiler, which runs anywhere: "
@@ -104,10 +104,6 @@ def _host_shape(devices: Sequence[Any], axes: int) -> str:
     """Shape of the first process's chips, as a slice's shape is written."""
     coordinates = [device.coords[:axes] for device in devices if device.process_index == 0]
     return "x".join(str(1 + max(axis) - min(axis)) for axis in zip(*coordinates, strict=True))
-
-
-def _example(kind: str) -> str:
-    return "2x2x2" if kind == "v5p" else "4x4"
 
 
 def _local(kind: str, count: int | None) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""What each kind of chip can do: the one place for its figures, each with its source.
+"""What each kind of chip can do: the one place for its peaks, each with its source.
 
 Google's pages give peak compute (bf16), HBM bandwidth and the interconnect's bandwidth of a chip in
 both directions together, in bits; what a program may use of the HBM is what libtpu's compiler
@@ -6,7 +6,8 @@ offers, as it says in the message of a program that does not fit.
 """
 
 import dataclasses
-import time
+import timeit
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Chip:
         flops: Peak floating-point operations a second, in bfloat16 (CPU: float32).
         bandwidth: Bytes a second to and from that memory.
         network: Bytes a second to and from the other devices.
-        source: Where the figures are from.
+        source: Where these numbers are from.
     """
 
     name: str
@@ -48,23 +49,29 @@ TPUS = {
     "v5p": Chip("v5p", int(95.74 * GIB), 459e12, 2765e9, 600e9, _TPU + "v5p"),
     "v6e": Chip("v6e", int(31.25 * GIB), 918e12, 1600e9, 400e9, _TPU + "v6e"),
 }
-# Dense bf16, SXM boards, NVLink; https://www.nvidia.com/en-us/data-center/h100/ and a100/, h200/.
-_GPUS = {
-    "H100": (989e12, 3350e9, 450e9),
-    "H200": (989e12, 4800e9, 450e9),
-    "A100": (312e12, 2039e9, 300e9),
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"  # h100/, h200/ and a100/.
+_GPUS = {  # Dense bf16, SXM boards, NVLink; how much memory they have, they say themselves.
+    "H100": (989e12, 3350e9, 450e9, _NVIDIA),
+    "H200": (989e12, 4800e9, 450e9, _NVIDIA),
+    "A100": (312e12, 2039e9, 300e9, _NVIDIA),
 }
 
 # What `device_kind` begins with, of TPUs; the longer names first.
 _TPU_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6": "v6e"}
 
 
-def known_peak_flops(device_kind: str) -> float | None:
-    """Peak operations a second in bfloat16 of a kind of device; None if it is not known."""
+def known_chip(kind: str, gpu_capacity: int = 0) -> Chip | None:
+    """The chip that jax calls so; None if it is not known.
+
+    Args:
+        kind: A device's `device_kind`.
+        gpu_capacity: Bytes of its memory that a program may use, if it is a GPU.
+    """
     for begins, name in _TPU_KINDS.items():
-        if device_kind.startswith(begins):
-            return TPUS[name].flops
-    return next((figures[0] for name, figures in _GPUS.items() if name in device_kind), None)
+        if kind.startswith(begins):
+            return TPUS[name]
+    peaks = next((peaks for name, peaks in _GPUS.items() if name in kind), None)
+    return peaks and Chip(kind, gpu_capacity, *peaks)
 
 
 def accelerator(device: jax.Device) -> Chip:
@@ -74,17 +81,13 @@ def accelerator(device: jax.Device) -> Chip:
         UserError: It is of a kind that is not known.
     """
     kind = device.device_kind
-    for begins, name in _TPU_KINDS.items():
-        if kind.startswith(begins):
-            return TPUS[name]
-    found = [figures for name, figures in _GPUS.items() if name in kind]
-    if not found:
+    chip = known_chip(kind, (device.memory_stats() or {}).get("bytes_limit", 0))
+    if chip is None:
         raise UserError(
-            f"no figures are known for {kind!r}; known are {', '.join((*TPUS, *_GPUS))} "
-            "(expandr_jax/planning/chips.py)"
+            f"no peaks are known for {kind!r}; known are {', '.join((*TPUS, *_GPUS))} "
+            "(expandr_jax/runtime/chips.py)"
         )
-    capacity = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Chip(kind, capacity, *found[0], "https://www.nvidia.com/en-us/data-center/")
+    return chip
 
 
 def cpu(devices: int) -> Chip:
@@ -105,12 +108,11 @@ def cpu(devices: int) -> Chip:
     )  # fmt: skip
 
 
-def _best(function, *arguments) -> float:
-    """Seconds of the quickest of a few calls."""
-    jax.block_until_ready(function(*arguments))
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
+def _best(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    """Seconds of the quickest of a few calls, after one that compiles."""
+
+    def call() -> None:
         jax.block_until_ready(function(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+
+    call()
+    return min(timeit.repeat(call, number=1, repeat=3))

@@ -12,7 +12,7 @@ import jax
 import psutil
 from rich.console import Console
 
-from expandr_jax.planning.chips import known_peak_flops
+from expandr_jax.runtime.chips import known_chip
 from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -46,9 +46,10 @@ class Costs:
     """Time, speed and memory of each step; see `metrics_log.COST_FIELDS`."""
 
     def __init__(self, peak_flops: float | None):
-        """`peak_flops`: operations a second of one device; None: as `planning.chips` has."""
+        """`peak_flops`: operations a second of one device; None: as `runtime.chips` has."""
         if peak_flops is None:
-            peak_flops = known_peak_flops(jax.devices()[0].device_kind)
+            chip = known_chip(jax.devices()[0].device_kind)
+            peak_flops = chip and chip.flops
         self._peak = peak_flops and peak_flops * jax.device_count()
         self._last = time.perf_counter()
 
@@ -134,7 +135,7 @@ class TrainingLog:
         processes: This process among those that train together.
         spikes: Finds such losses.
         profile: Traces some of the steps.
-        peak_flops: Operations a second of one device at most; None: as `planning.chips` has.
+        peak_flops: Operations a second of one device at most; None: as `runtime.chips` has.
         saved: Called with the place of each checkpoint that is on disk, for later messages.
         stopped: Called before a SIGTERM ends the program, when the step is saved.
     """
