@@ -16,7 +16,7 @@ NEAR_TIE = 1e-4  # Probability, or relative difference of two probabilities.
 UNIT_BITS = 30
 CHUNK = 128  # Tokens summed together by the inverse CDF.
 LEAST_TEMPERATURE = 1e-30  # Colder draws are greedy already, and quotients stay finite.
-MOST_TURNS = 64  # Of a bisection; one between integers of 31 bits takes 35 or so at most.
+MOST_TURNS = 64  # A bisection has no more; one between integers of 31 bits takes 35 or so at most.
 CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the cache.
 
 
@@ -226,15 +226,15 @@ def _draw(kept, bits, cut, doubtful):
     inside = jnp.take_along_axis(chunks, chunk[:, None, None], axis=1)[:, 0]
     start = jnp.take_along_axis(ends, chunk[:, None], axis=1)[:, 0] - jnp.sum(inside, axis=1)
     ends = start[:, None] + jnp.cumsum(inside, axis=1)
-    place = jnp.sum(ends <= point[:, None], axis=1)
-    mine = jnp.take_along_axis(inside, place[:, None], axis=1)[:, 0]
-    after = jnp.take_along_axis(ends, place[:, None], axis=1)[:, 0]
+    number = jnp.sum(ends <= point[:, None], axis=1)
+    mine = jnp.take_along_axis(inside, number[:, None], axis=1)[:, 0]
+    after = jnp.take_along_axis(ends, number[:, None], axis=1)[:, 0]
     before = after - mine
 
     reach = (NEAR_TIE * total).astype(jnp.int32) + doubtful
     near = ((point - before < reach) & (before > 0)) | ((after - point <= reach) & (after < total))
     near |= (doubtful > 0) & (jnp.abs(mine - cut) <= _tolerance(cut))
-    return (chunk * CHUNK + place).astype(jnp.int32), near
+    return (chunk * CHUNK + number).astype(jnp.int32), near
 
 
 def _scale_bits(bits, total):

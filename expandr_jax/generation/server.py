@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.settings import ServerSettings
 
-API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # Of the environment; not that of a paid service.
+API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # In the environment; no paid service's name.
 RETRIED = (408, 425, 429)  # Besides all of 500 and above.
 LONGEST_DELAY = 60.0
 SHOWN = 200  # Characters of a server's complaint.

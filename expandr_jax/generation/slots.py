@@ -18,7 +18,7 @@ from expandr_jax.models.decoder import Decoder, KVCache, token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import batch_divisor
 
-PREFILL_TOKENS = 1024  # Of the prompts that are run together.
+PREFILL_TOKENS = 1024  # The prompts that are run together have no more.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +215,9 @@ def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSe
         slot = order[i]
         row = source[slot]
 
-        def write(cache, prompt, place):
+        def write(cache, prompt, start):
             rows = jax.lax.dynamic_slice_in_dim(prompt, row, 1)
-            return jax.lax.dynamic_update_slice(cache, rows, (slot, 0, *place))
+            return jax.lax.dynamic_update_slice(cache, rows, (slot, 0, *start))
 
         keys, values = caches
         keys = [write(*pair, (0, prefix)) for pair in zip(keys, prompts.keys, strict=True)]
@@ -228,9 +228,9 @@ def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSe
     keys, values = jax.lax.fori_loop(0, jnp.sum(new), copy, caches)
     seen = slots.seen
     if seen is not None:
-        place = jnp.arange(prompts.tokens.shape[1])
+        position = jnp.arange(prompts.tokens.shape[1])
         tokens = prompts.tokens[jnp.maximum(source, 0)]
-        tokens = jnp.where(place < settings.length[:, None], tokens, settings.token[:, None])
+        tokens = jnp.where(position < settings.length[:, None], tokens, settings.token[:, None])
         rows = jnp.arange(len(source))[:, None]
         seen = jnp.where(new[:, None], jnp.zeros_like(seen).at[rows, tokens].set(True), seen)
     return slots.replace(

@@ -26,6 +26,7 @@ from expandr_jax.weights.families import example_inputs, find_family, model_conf
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model
 from expandr_jax.weights.source import locate
+from expandr_jax.weights.trees import model_shardings
 
 # The workload: counts of texts and their tokens, of all processes together.
 QUERIES, PASSAGES, LENGTH = 1024, 2, 512  # A step of A: each query with its expansion.
@@ -142,6 +143,11 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
         shapes,
         jax.tree.broadcast(shardings, shapes),
     )
+
+
+def params_on(mesh: Mesh, module: nn.Module, params: Any) -> Any:
+    """Shapes of a model's parameters with the shardings that they have on a mesh."""
+    return with_shardings(params, model_shardings(mesh, module, params))
 
 
 def param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
@@ -31,6 +30,7 @@ from expandr_jax.planning.planned import (
     check_rows,
     key_shape,
     param_shapes,
+    params_on,
     planned_mesh,
     random_tokens,
     shape_module,
@@ -41,7 +41,6 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
 from expandr_jax.training.train_state import OptimizerConfig
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.trees import model_shardings
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
 
@@ -64,18 +63,15 @@ class GeneratorShapes:
         weights = base_type(section)
         if weights == "int8":
             module = module.clone(config=dataclasses.replace(module.config, int8=True))
-            weights = section.compute_dtype  # Of what is not in int8.
+            weights = section.compute_dtype  # What is not in int8 has this type.
         self.module = module.clone(lora=config.lora, remat=section.remat)
         self.params = param_shapes(self.module, jnp.dtype(weights))
         self.adapter = adapter_shapes(self.module, self.params)
 
     def resident(self) -> int:
         """Bytes a device of what a run holds: the base, as DPO has it."""
-        return bytes_on_device(self._base(planned_mesh(self._config, "dpo", self._topology)))
-
-    def _base(self, mesh: Mesh) -> Any:
-        """Shapes of the base where DPO has it."""
-        return with_shardings(self.params, model_shardings(mesh, self.module, self.params))
+        mesh = planned_mesh(self._config, "dpo", self._topology)
+        return bytes_on_device(params_on(mesh, self.module, self.params))
 
     def _sampling(self) -> tuple[EngineShape, dict[str, Any]]:
         """What the engine of a process is compiled for, and its variables, an adapter's too."""
@@ -187,7 +183,7 @@ class GeneratorShapes:
         """The base and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
         check_rows(PAIRS, mesh, "dpo", "pairs")
-        base = self._base(mesh)
+        base = params_on(mesh, self.module, self.params)
         batch = with_shardings(self._batch, batch_sharding(mesh))
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]

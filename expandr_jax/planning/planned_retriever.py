@@ -30,6 +30,7 @@ from expandr_jax.planning.planned import (
     check_rows,
     key_shape,
     param_shapes,
+    params_on,
     planned_mesh,
     random_tokens,
     shape_module,
@@ -42,9 +43,8 @@ from expandr_jax.sharding import batch_divisor, batch_sharding
 from expandr_jax.training.setup import optimizer_config
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.trees import model_shardings
 
-TEXTS = 2 + PASSAGES  # Of a query: itself, its expansion and its passages.
+TEXTS = 2 + PASSAGES  # A query, its expansion and its passages.
 
 
 class RetrieverShapes:
@@ -68,8 +68,7 @@ class RetrieverShapes:
     def resident(self) -> int:
         """Bytes a device of what a run holds: the weights before training, and those trained."""
         mesh = planned_mesh(self._config, "contrastive", self._topology)
-        shardings = model_shardings(mesh, self.retriever.module, self.params)
-        return 2 * bytes_on_device(with_shardings(self.params, shardings))
+        return 2 * bytes_on_device(params_on(mesh, self.retriever.module, self.params))
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""
@@ -123,8 +122,7 @@ class RetrieverShapes:
         rows = self._config.retriever.tokens_per_batch // hosts // self._length
         rows = min(max(1, ENCODED // hosts), max(1, rows // divisor) * divisor)
         check_rows(rows, mesh, "encoding", "texts")
-        shardings = model_shardings(mesh, self.retriever.module, self.params)
-        params = with_shardings(self.params, shardings)
+        params = params_on(mesh, self.retriever.module, self.params)
         texts = jax.ShapeDtypeStruct((rows, self._length), jnp.int32, sharding=batch_sharding(mesh))
         forward = forward_flops(self.retriever.module, self.params, rows, self._length)
         return Planned(

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from expandr_jax.planning.planned import Planned
 
-SCALE = 0.02  # Of made-up parameters, as models are begun with.
+SCALE = 0.02  # Made-up parameters have it, as those that models are begun with.
 
 
 def time_program(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> float | None:

@@ -76,7 +76,7 @@ def find_topology(name: str) -> Topology:
 
 
 def _slice(name: str, kind: str, shape: str) -> Sequence[Any]:
-    # Of what has two axes, libtpu takes a third for a reason to abort the process.
+    # Where chips have two axes, a third makes libtpu abort the process.
     most, example = (2, "2x2x2") if kind == "v5p" else (1, "4x4")
     if not re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{1,{most}}}", shape):
         raise UserError(f"--topology={name}: expected chips by rows, as {kind}:{example}")
