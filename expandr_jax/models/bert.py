@@ -94,7 +94,13 @@ class Bert(Encoder):
         tokens = table("embedding", cfg.vocab_size, "vocab")
         places = table("position_embedding", cfg.max_positions + cfg.position_offset, "positions")
         types = table("type_embedding", cfg.num_token_types, "token_types")
-        positions = token_positions(attention_mask) + cfg.position_offset
+        if cfg.position_offset:
+            # RoBERTa counts the ids that are not its pad id, wherever they stand; that id itself
+            # takes the row before the first.
+            counted = attention_mask * (input_ids != cfg.position_offset - 1)
+            positions = jnp.cumsum(counted, axis=1) * counted + cfg.position_offset - 1
+        else:
+            positions = token_positions(attention_mask)
         x = tokens[input_ids] + types[0 if token_types is None else token_types] + places[positions]
         x = constrain(x, ("batch", "length", "act_embed"))
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)

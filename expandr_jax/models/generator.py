@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.token_ids import check_ids
 from expandr_jax.weights.source import Source
 
 _ANSWER = "the assistant's answer"
@@ -51,9 +52,19 @@ class Generator:
             The ids, and whether the beginning was cut off.
         """
         prompt = self.chat_text(user_text)
-        # Not verbose: whoever asks for long prompts is told what was cut.
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = self.token_ids([prompt])
         return ids[-max_length:], len(ids) > max_length
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, without special tokens of the tokenizer's own.
+
+        Raises:
+            UserError: A text has a token that the model has no row for.
+        """
+        # Not verbose: whoever asks for long texts says what was cut.
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        check_ids(self.tokenizer, rows, self.module.config.vocab_size)
+        return rows
 
     @functools.cached_property
     def end_id(self) -> int:
@@ -72,7 +83,7 @@ class Generator:
         except Exception:  # A template may raise anything; this one takes the user's turn alone.
             text = ""
         behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-        yield from self.tokenizer(behind, add_special_tokens=False)["input_ids"][:1]
+        yield from self.token_ids([behind])[0][:1]
         yield self.tokenizer.eos_token_id
 
     def response_ids(self, text_ids: Sequence[int], max_length: int) -> tuple[list[int], bool]:

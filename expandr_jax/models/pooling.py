@@ -22,7 +22,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
             "decoder" for `hidden` of length one, which the mask does not concern.
 
     Returns:
-        [batch, width] float32; a row without tokens gives zeros under "mean".
+        [batch, width] float32; zeros for a row without tokens, which so is like nothing.
 
     Raises:
         ValueError: If the kind is unknown.
@@ -39,7 +39,8 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     else:
         raise ValueError(f"unknown pooling {kind!r}: mean, cls, last or decoder")
-    return jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    found = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    return jnp.where(jnp.any(mask > 0, axis=1, keepdims=True), found, 0.0)
 
 
 def dense(x: jax.Array, params: Mapping[str, jax.Array], activation: str) -> jax.Array:

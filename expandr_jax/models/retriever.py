@@ -9,6 +9,7 @@ import jax
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
+from expandr_jax.models.token_ids import check_ids
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.source import Source
@@ -45,21 +46,26 @@ class Retriever:
         """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
 
         Args:
-            texts: Any strings; white space around them is dropped.
+            texts: Any strings; white space around them counts, as the tokenizer has it.
             prompt: `query_prompt` or `document_prompt`.
 
         Returns:
-            At most `max_length` ids for each text.
+            At most `max_length` ids for each text; of a longer one the tokenizer's
+            `truncation_side` is cut.
+
+        Raises:
+            UserError: A text has a token that the model has no row for.
         """
         if not texts:
             return []
         encoded = self.tokenizer(
-            [(prompt + text).strip() for text in texts],
+            [prompt + text for text in texts],
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=False,
             return_token_type_ids=False,
         )
+        check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
         return encoded["input_ids"]
 
     def embed(

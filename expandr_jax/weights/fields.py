@@ -114,6 +114,16 @@ class Fields:
                     f"only {value!r} is"
                 )
 
+    def strict(self, *obeyed: str, **values: Any) -> None:
+        """Refuses each field that is neither obeyed nor has the one value that `only` allows."""
+        self.only(**values)
+        unknown = sorted({name for name in self.values if name in self} - {*obeyed, *values})
+        if unknown:
+            raise UserError(
+                f"{self.where}: {self._prefix}{unknown[0]}={shown(self.values[unknown[0]])} is not "
+                "supported; without this field the rest can be loaded"
+            )
+
     def refuse(self, name: str, expected: str) -> UserError:
         """The error that says what a field is and what was expected."""
         given = shown(self.values.get(name))

@@ -16,6 +16,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.models.token_ids import check_ids
 from expandr_jax.sharding import device_put, param_shardings, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
@@ -81,7 +82,8 @@ def load_retriever(
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
-    added = len(tokenizer([""])["input_ids"][0])
+    check_ids(tokenizer, (specials := tokenizer([""])["input_ids"]), config.vocab_size)
+    added = len(specials[0])
     if max_length and max_length <= added:
         # The tokenizer would cut nothing.
         raise UserError(
@@ -97,10 +99,10 @@ def load_retriever(
         dense = {name: value.astype(dtype) for name, value in dense.items()}
         dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
         params["dense"] = dense
+    # What sentence-transformers' own file says is in the place of the tokenizer's.
     limits = (
         module.config.max_positions,
-        max_length or settings.max_length,
-        tokenizer.model_max_length,
+        max_length or settings.max_length or tokenizer.model_max_length,
     )
     retriever = Retriever(
         module=module,
@@ -157,7 +159,8 @@ def load_generator(
 def open_tokenizer(files: ModelFiles, config: Any) -> PreTrainedTokenizerFast | FairseqTokenizer:
     """A model's tokenizer; UserError where it has more tokens than the model."""
     tokenizer = files.tokenizer()
-    # Added tokens may lie beyond the table: Gemma's for images, which no text has.
+    # Added tokens may lie beyond the table, such as Gemma's for images; `check_ids` finds them in
+    # what the tokenizer adds to each text and in texts.
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{files.config.where}: vocab_size is {config.vocab_size}, but the tokenizer here has "
@@ -185,9 +188,11 @@ def _eos_ids(
 
 
 def _check_template(generator: Generator, source: str) -> None:
-    """Refuses a chat template that cannot be applied."""
+    """Refuses a chat template that cannot be applied, or has tokens that the model lacks."""
     try:
         ids, _ = generator.chat_ids("text", 1)
+    except UserError as error:
+        raise UserError(f"{source}: its chat template: {error}") from None
     except Exception as error:  # A template may raise anything.
         raise UserError(
             f"{source}: its chat template cannot be applied: "

@@ -1,6 +1,7 @@
 """The settings that a sentence-transformers directory keeps beside the weights, both ways."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +27,23 @@ _ACTIVATIONS = {
 }
 _VECTOR = "sentence_embedding"
 _ORDER = ["Transformer", "Pooling", "Dense", "Normalize"]
-_QUERY_PROMPTS = ("query",)
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+_SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# The names that the Transformer's file has had; the first that is there counts.
+_TRANSFORMER_FILES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# What those files may say, all names that it has had; and which arguments change no vector.
+_ARGUMENTS = {
+    "model": ("model_kwargs", "model_args"),
+    "processor": ("processor_kwargs", "tokenizer_args"),
+    "config": ("config_kwargs", "config_args"),
+}
+_HARMLESS = (
+    *("attn_implementation", "cache_dir", "device_map", "dtype", "local_files_only"),
+    *("low_cpu_mem_usage", "padding_side", "revision", "token", "torch_dtype"),
+    *("trust_remote_code", "use_cache", "use_fast", "use_safetensors"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +93,16 @@ def read_settings(directory: Path) -> ModuleSettings | None:
             f"{more.where}: truncate_dim={shown(more.values['truncate_dim'])} is not supported; "
             "null has vectors of the whole width"
         )
-    bert = Fields.read(modules["Transformer"] / "sentence_bert_config.json", optional=True)
-    if bert.flag("do_lower_case", False):
-        raise UserError(f"{directory}: do_lower_case in sentence_bert_config.json is not supported")
+    more.strict(
+        *("__version__", "default_prompt_name", "prompts", "similarity_fn_name"),
+        model_type="SentenceTransformer",
+    )
     return ModuleSettings(
         pooling=_pooling(modules["Pooling"] / "config.json"),
-        normalize="Normalize" in modules,
-        max_length=bert.count("max_seq_length", None),
-        query_prompt=_prompt(more, _QUERY_PROMPTS),
-        document_prompt=_prompt(more, _DOCUMENT_PROMPTS),
+        normalize=_normalizes(more, modules.get("Normalize")),
+        max_length=_max_length(modules["Transformer"]),
+        query_prompt=_prompt(more, "query"),
+        document_prompt=_prompt(more, "document"),
         dense=_dense_activation(modules["Dense"]) if "Dense" in modules else None,
         dense_folder=str(modules.get("Dense", directory / "2_Dense").relative_to(directory)),
     )
@@ -113,12 +130,67 @@ def _read_modules(listing: Path) -> dict[str, Path]:
     return dict(zip(kinds, paths, strict=True))
 
 
+def _max_length(folder: Path) -> int | None:
+    """The longest input that the Transformer's own file allows; what else it says is refused."""
+    paths = [folder / name for name in _TRANSFORMER_FILES if (folder / name).is_file()]
+    if not paths:
+        return None
+    config = Fields.read(paths[0])
+    config.section("modality_config").section("text").strict(
+        method="forward", method_output_name="last_hidden_state"
+    )
+    config.strict(
+        *("max_seq_length", "modality_config", "unpad_inputs"),
+        *itertools.chain(*_ARGUMENTS.values()),
+        do_lower_case=False,
+        document_length=None,
+        module_output_name="token_embeddings",
+        processing_kwargs={},
+        query_expansion=None,
+        query_length=None,
+        transformer_task="feature-extraction",
+    )
+    length = config.count("max_seq_length", None)
+    for name in itertools.chain(*_ARGUMENTS.values()):
+        arguments = config.section(name)
+        if name in _ARGUMENTS["processor"]:
+            length = arguments.count("model_max_length", length)
+            arguments.strict("model_max_length", *_HARMLESS)
+        else:
+            arguments.strict(*_HARMLESS)
+    return length
+
+
+def _normalizes(config: Fields, module: Path | None) -> bool:
+    """Whether vectors are to have length one, so that inner products rank as the model's scores.
+
+    Cosines, which are the default, are the inner products of such vectors; so are the rankings by
+    their distances. Where there is no Normalize module, the length of vectors counts for all else.
+    """
+    similarity = config.choice("similarity_fn_name", _SIMILARITIES, "cosine")
+    if module is not None:
+        if (path := module / "config.json").is_file():
+            Fields.read(path).strict(module_input_name=_VECTOR, module_output_name=_VECTOR)
+    elif similarity == "dot":
+        return False
+    if similarity == "manhattan" or (similarity == "euclidean" and module is None):
+        raise UserError(
+            f"{config.where}: similarity_fn_name {similarity!r} is not supported: no inner product "
+            "ranks as it does; supported: cosine, dot and, after a Normalize module, euclidean"
+        )
+    return True
+
+
 def _dense_activation(folder: Path) -> str:
     config = Fields.read(folder / "config.json")
     default = "torch.nn.modules.activation.Tanh"
     name = config.choice("activation_function", tuple(_ACTIVATIONS), default)
-    if config.flag("use_residual", False) or config.text("module_input_name", _VECTOR) != _VECTOR:
-        raise UserError(f"{config.where}: only a plain layer on {_VECTOR} is supported")
+    config.strict(
+        *("activation_function", "bias", "in_features", "out_features"),
+        module_input_name=_VECTOR,
+        module_output_name=_VECTOR,
+        use_residual=False,
+    )
     return _ACTIVATIONS[name]
 
 
@@ -179,14 +251,17 @@ def write_dense(folder: Path, params: Mapping[str, Any], activation: str) -> Non
 
 def _pooling(path: Path) -> Pooling:
     config = Fields.read(path)
-    if not config.flag("include_prompt", True):
-        raise UserError(f"{path}: include_prompt=false is not supported")
-    if "pooling_mode" in config:
+    modes = [key for key in config.values if key.startswith("pooling_mode_")]
+    config.strict(
+        *("embedding_dimension", "pooling_mode", "word_embedding_dimension", *modes),
+        include_prompt=True,
+    )
+    if isinstance(config.values.get("pooling_mode"), list):
+        kinds = config.items("pooling_mode", str)
+    elif "pooling_mode" in config:
         kinds = [config.text("pooling_mode")]
     else:
-        modes = [key for key in config.values if key.startswith("pooling_mode_")]
-        modes = [key for key in modes if config.flag(key, False)]
-        kinds = [_POOLING.get(key, key) for key in modes]
+        kinds = [_POOLING.get(key, key) for key in modes if config.flag(key, False)] or ["mean"]
         kinds = [{"last": "lasttoken"}.get(kind, kind) for kind in kinds]
     if len(kinds) != 1 or kinds[0] not in _NAMES:
         raise UserError(
@@ -196,11 +271,24 @@ def _pooling(path: Path) -> Pooling:
     return _NAMES[kinds[0]]
 
 
-def _prompt(config: Fields, names: tuple[str, ...]) -> str:
-    """The prompt of that name, or the default one, as sentence-transformers picks it."""
+def _prompt(config: Fields, name: str) -> str:
+    """What encode_query and encode_document put before a text.
+
+    They ask for the prompt of that name and never fall back on the default one: a name that is not
+    there means none. So "passage" and "corpus", which the documentation names beside "document",
+    have no effect since version 5; what the file's author wanted by them is not for us to guess.
+    """
     prompts = config.section("prompts")
-    found = [prompts.text(name, "") for name in (*names, config.text("default_prompt_name", ""))]
-    return next((prompt for prompt in found if prompt), "")
+    default = config.text("default_prompt_name", None)
+    if default is not None and default not in {"query", "document", *prompts.values}:
+        raise config.refuse("default_prompt_name", "the name of one of its prompts")
+    others = [other for other in ("passage", "corpus") if prompts.text(other, "")]
+    if name == "document" and name not in prompts and others:
+        raise UserError(
+            f"{config.where}: prompts has {shown(others[0])}, which sentence-transformers puts "
+            'before no document, and no "document": name it so, or remove it'
+        )
+    return prompts.text(name, "")
 
 
 def write_settings(directory: Path, settings: ModuleSettings, width: int) -> None:

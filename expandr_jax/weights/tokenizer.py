@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import Fields, one_line, read_text
+from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 
 _SPECIAL_TOKENS = (
     "bos_token",
@@ -29,7 +30,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         model_type: As in config.json; only BERT takes token types.
 
     Returns:
-        The tokenizer; truncation and padding that the file sets are dropped.
+        The tokenizer; lengths of truncation and padding that the file sets are dropped.
 
     Raises:
         UserError: If a file is missing or cannot be read.
@@ -45,6 +46,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         backend.encode(_ODD_TEXT)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
+    side = (backend.truncation or {}).get("direction", "right").lower()
     backend.no_truncation()
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
@@ -54,6 +56,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "model_max_length": model_max_length(settings),
         "model_input_names": settings.items("model_input_names", str, inputs),
         "padding_side": settings.choice("padding_side", ("left", "right"), None),
+        "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
         "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
     }
     for name in _SPECIAL_TOKENS:
@@ -64,7 +67,38 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     elif settings.values.get("chat_template"):
         options["chat_template"] = _template(settings)
     options = {name: value for name, value in options.items() if value is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    _add_ends(tokenizer, settings)
+    return tokenizer
+
+
+def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
+    """Sets bos before each text and eos behind it, or neither, as the flags in the settings say.
+
+    tokenizer.json says the same by its post-processor; where they differ the flags hold, as in
+    version 4 of transformers. Version 5 does not read them.
+    """
+    ids = tokenizer("")["input_ids"]
+    tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    has = {"bos": ids[:1] == [tokens["bos"]], "eos": ids[-1:] == [tokens["eos"]]}
+    wanted = {
+        end: settings.flag(f"add_{end}_token", has[end]) and tokens[end] is not None
+        for end in tokens
+    }
+    if wanted == has:
+        return
+    if len(ids) != sum(has.values()):
+        end = next(end for end in has if has[end] != wanted[end])
+        raise UserError(
+            f"{settings.where}: add_{end}_token is {shown(wanted[end])}, but tokenizer.json says "
+            "otherwise and adds other tokens, too: make them agree"
+        )
+    bos, eos = ([end] if wanted[end] else [] for end in tokens)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*bos, "$A:0", *eos],
+        pair=[*bos, "$A:0", *eos, *(f"{end}:1" for end in bos), "$B:1", *(f"{e}:1" for e in eos)],
+        special_tokens=[(end, tokens[end]) for end in (*bos, *eos)],
+    )
 
 
 def model_max_length(settings: Fields) -> int | None:

@@ -62,6 +62,13 @@ def model_config(hf: Fields, kind: str | None) -> Any:
             f"{hf.where}: quantization_config says that the weights are quantized; take the model "
             "before that, or a GGUF file"
         )
+    rope = hf.values.get("rope_scaling"), hf.values.get("rope_parameters")
+    if rope[0] != rope[1] and all(rope):
+        # transformers 5 drops rope_parameters for rope_scaling, and the base frequency with them.
+        raise UserError(
+            f"{hf.where}: it has rope_scaling {shown(rope[0])} and rope_parameters "
+            f"{shown(rope[1])}; keep one, with all that is to hold, rope_theta included"
+        )
     # A null means the default, but for the window, where it means none.
     given = {name: hf.values[name] for name in hf.values if name in hf or name == "sliding_window"}
     return family.read_config(Fields({**family.defaults[kind], **given}, hf.where), kind)
