@@ -1,5 +1,7 @@
 """The completion server's client against a small server on loopback."""
 
+import datetime
+import email.utils
 import http.server
 import io
 import json
@@ -62,6 +64,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.running -= 1
         try:
             self.send_response(status)
+            if status == 429:
+                self.send_header("Retry-After", content)
             if status == 307:
                 self.send_header("Location", "/elsewhere")
             self.end_headers()
@@ -155,15 +159,54 @@ def test_as_many_at_once_as_allowed_and_no_more(server, engine):
     "failures",
     [
         [(429, "slow down"), (500, "oops")],
+        [(200, completion("half", end)) for end in ("abort", "error", "content_filter", None, 1)],
         [(200, "{not JSON"), (200, "[]"), (200, '{"choices": []}'), (200, '{"choices": [{}]}')],
     ],
-    ids=["status", "content"],
+    ids=["status", "ends", "content"],
 )
 def test_a_failure_that_may_pass_is_tried_again(server, engine, failures):
     good = (200, completion("fine"))
     server.script = lambda _, tries: failures[tries - 1] if tries <= len(failures) else good
     assert [answer.text for answer in engine().generate([request()])] == ["fine"]
     assert len(server.bodies) == len(failures) + 1
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(server, engine):
+    soon = email.utils.format_datetime(
+        datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=2), usegmt=True
+    )
+    for wish, seconds in ((soon, 0.5), (" 1", 1.0), ("soon", 0.0), ("-1", 0.0)):
+        server.script = lambda _, tries, wish=wish: (
+            (429, wish) if tries == 1 else (200, completion("fine"))
+        )
+        server.bodies.clear()
+        start = time.monotonic()
+        prompt = request(first=len(wish))
+        assert [a.text for a in engine(concurrency=1).generate([prompt])] == ["fine"]
+        assert time.monotonic() - start >= seconds
+
+
+@pytest.mark.parametrize(
+    ("status", "complaint"),
+    [
+        (400, "This model's maximum context length is 16 tokens. However, you requested 20"),
+        (400, "the request exceeds the available context size, try to increase it"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 16: exceeds the maximum of tokens"),
+        (413, "no"),
+    ],
+)
+def test_a_prompt_that_is_too_long_for_the_server_fails_alone(server, engine, status, complaint):
+    def script(body, _):
+        return (status, complaint) if body["prompt"][0] == 1 else (200, completion("fine"))
+
+    server.script = script
+    requests = [request(first=1), request(first=2)]
+    for _ in range(2):
+        found = {
+            answer.id: (answer.text, answer.finished) for answer in engine().generate(requests)
+        }
+        assert found == {"q1": ("", "refused"), "q2": ("fine", "eos")}
+    assert len(server.bodies) == 3  # A restart asks again: it may be another server.
 
 
 def test_a_time_out_is_tried_again(server, engine):

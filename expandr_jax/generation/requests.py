@@ -67,7 +67,8 @@ class Completion:
         id: The request's.
         sample: The request's.
         tokens: Sampled ids, with the EOS that ended them if one did.
-        finished: "eos", "length" or "stop" (a stop string).
+        finished: "eos", "length", "stop" (a stop string) or "refused" (a server's, whose text is
+            empty).
         near_ties: Draws so close to another outcome that a rounding error could change them.
         first_near_tie: Index of the first of them: tokens before it are the same on any platform
             whose logits agree to rounding. None if there is none.

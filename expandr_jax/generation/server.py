@@ -2,12 +2,15 @@
 
 import concurrent.futures
 import contextlib
+import email.utils
 import hashlib
 import http.client
 import json
 import os
 import random
+import re
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -22,11 +25,22 @@ from expandr_jax.generation.settings import ServerSettings
 API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # In the environment; no paid service's name.
 RETRIED = (408, 425, 429)  # Besides all of 500 and above.
 LONGEST_DELAY = 60.0
+LONGEST_WAIT = 600.0  # However much longer a server asks for.
+# What ends a text; TGI has the last two. All else, as abort, error or nothing, is no end.
+ENDS = {"stop": "eos", "length": "length", "eos_token": "eos", "stop_sequence": "eos"}
+# How servers say that a prompt has more tokens than they take.
+_TOO_LONG = re.compile(
+    r"context|too (?:long|large)|(?:exceed|maximum)\D*(?:length|token|size)", re.IGNORECASE
+)
 SHOWN = 200  # Characters of a server's complaint.
 
 
 class _Failure(Exception):
-    """A try that may go better the next time."""
+    """A try that may go better the next time, once the server's wish for a pause is granted."""
+
+    def __init__(self, reason: str, pause: float = 0.0):
+        super().__init__(reason)
+        self.pause = pause
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -50,6 +64,16 @@ def retry_delay(seed: int, key: str, attempt: int, first: float) -> float:
     """
     jitter = random.Random(f"{seed}/{attempt}/{key}").random()
     return min(first * 2.0 ** (attempt - 1), LONGEST_DELAY) * (0.5 + 0.5 * jitter)
+
+
+def _pause(wish: str | None) -> float:
+    """Seconds that a Retry-After header, a number or a date, asks for; 0 without one."""
+    with contextlib.suppress(TypeError, ValueError):
+        if not wish or wish.strip().isdigit():
+            return min(float(wish or 0), LONGEST_WAIT)
+        until = email.utils.parsedate_to_datetime(wish)
+        return min(max(0.0, until.timestamp() - time.time()), LONGEST_WAIT)
+    return 0.0
 
 
 def _is_usable(url: str) -> bool:
@@ -122,7 +146,9 @@ class ServerEngine:
             Completions in the order in which they come back.
 
         Raises:
-            UserError: The server refuses a request, or fails more often than the settings allow.
+            UserError: The server refuses a request for another reason than its prompt's length,
+                or fails more often than the settings allow. A prompt that is too long for it has a
+                completion without a text, finished by "refused".
         """
         stopped, at_once = threading.Event(), self._settings.concurrency
         pool = concurrent.futures.ThreadPoolExecutor(at_once)
@@ -148,6 +174,7 @@ class ServerEngine:
         done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
         # Texts that came back beside a failure are kept before it is raised.
         rows = [future.result() for future in done if future.exception() is None]
+        rows = [row for row in rows if row["finished"] != "refused"]  # The server may change.
         self._journal.append(rows)
         self._cache |= {row["key"]: row for row in rows}
         for future in done:
@@ -181,15 +208,15 @@ class ServerEngine:
     ) -> dict[str, str]:
         """The cache's row of a request, after as many tries as it takes."""
         key, data = hash_json(body), json.dumps(body).encode()
-        reason = "stopped"
+        reason, pause = "stopped", 0.0
         for attempt in range(self._settings.retries + 1):
             delay = retry_delay(self._seed, key, attempt, self._first_delay) if attempt else 0.0
-            if stopped.wait(delay):
+            if stopped.wait(max(delay, pause)):
                 break
             try:
                 return {"key": key, **self._post(data)}
             except _Failure as failure:
-                reason = str(failure)
+                reason, pause = str(failure), failure.pause
         raise UserError(
             f"{self._url}: no text for request {request.id!r}, sample {request.sample}, after "
             f"{self._settings.retries + 1} tries; the last: {reason}"
@@ -204,7 +231,9 @@ class ServerEngine:
         except urllib.error.HTTPError as error:
             complaint = f"HTTP status {error.code}: {self._shown(error)}"
             if error.code in RETRIED or error.code >= 500:
-                raise _Failure(complaint) from None
+                raise _Failure(complaint, _pause(error.headers.get("Retry-After"))) from None
+            if error.code == 413 or (error.code in (400, 422) and _TOO_LONG.search(complaint)):
+                return {"text": "", "finished": "refused"}
             raise UserError(f"{self._url}: refused a request with {complaint}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error
@@ -212,10 +241,12 @@ class ServerEngine:
         try:
             choice = json.loads(content)["choices"][0]
             text = choice["text"].encode(errors="replace").decode()  # No unpaired surrogates.
-            finished = "length" if choice["finish_reason"] == "length" else "eos"
+            end = choice["finish_reason"]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise _Failure("an answer that is not a completion") from None
-        return {"text": text, "finished": finished}
+        if end not in tuple(ENDS):  # It may be anything that JSON can say.
+            raise _Failure(f"a text that is not complete: its finish_reason is {end!r}")
+        return {"text": text, "finished": ENDS[end]}
 
     def _shown(self, error: urllib.error.HTTPError) -> str:
         """The beginning of what the server says, on one line and without the key."""
