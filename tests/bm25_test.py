@@ -36,6 +36,30 @@ def test_bm25_equals_lucenes_formula():
     assert indices.dtype == np.int32
 
 
+@pytest.mark.parametrize(
+    ("texts", "query"),
+    [
+        (["今天天气很好", "我喜欢喝茶", "机器学习是人工智能的分支"], "喝茶"),
+        (["東京タワーの高さ", "寿司を食べる", "犬・猫"], "すしと寿司"),
+        (["มหาวิทยาลัยอยู่ที่ไหน", "ชาร้อนดีมาก", "หนังสือเล่มนี้"], "ชาร้อน"),
+        (["오늘은날씨가좋다", "녹차를마신다", "기계 학습"], "녹차"),
+        (["about 2008年北京奥运会", "茶", "nothing"], "茶"),
+        (["𠮷野家", "𠀀𠀁𠀂", "x y z"], "𠀀𠀁"),
+    ],
+)
+def test_bm25_finds_words_of_scripts_without_spaces(texts, query):
+    wanted = max(range(3), key=lambda row: sum(char in texts[row] for char in query))
+    scores, found = search.build_index(texts).search([query, "zzz"], 3)
+    assert found[0, 0] == wanted
+    assert scores[0, 0] > 0 == scores[0, 1] == scores[1].max()
+
+
+def test_bm25_takes_pairs_of_characters_and_the_words_around_them():
+    index = search.build_index(["Beijing 2008年北京奥运会 games", "年北", "京奥 2008"])
+    pairs = {"年北", "北京", "京奥", "奥运", "运会"}
+    assert index.dimension == len(pairs | {"beijing", "2008", "games"})
+
+
 def test_bm25_ties_clipping_and_queries_without_known_words():
     index = search.Bm25Index(["same words"] * 5 + ["other"])
     scores, indices = index.search(["words", "unknown", "", "the"], 100)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -22,6 +23,13 @@ _FILES = (
     "vocab.index.json",
 )  # fmt: skip
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
+# Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
+# the first plane; Hangul has spaces, but between groups of words.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3130-\u318f"
+    "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]+"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Bm25Index(Index):
 
     Text is lower-cased and split into words of two or more word characters; Lucene's 33 English
     stop words are dropped; nothing is stemmed (Anserini stems, so its scores differ a little).
+    Where a script sets no spaces between words, as in Chinese, Japanese and Thai, and in Korean,
+    the words are all pairs of neighbouring characters, as in Lucene's CJK analyzer.
     """
 
     backend, file_names = "bm25", _FILES
@@ -59,7 +69,7 @@ class Bm25Index(Index):
         texts = _checked(texts, "BM25 indexes")
         bm25s = _bm25s()
         # Numbers of words, not the words: bm25s would number them in a second list as long.
-        tokens = bm25s.tokenize(list(texts), return_ids=True, **_WORDS)
+        tokens = bm25s.tokenize(_spaced(texts), return_ids=True, **_WORDS)
         if not any(tokens.ids):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
@@ -94,7 +104,7 @@ class Bm25Index(Index):
         k = min(k, self.size)
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
-        words = _bm25s().tokenize(list(queries), return_ids=False, **_WORDS) if queries else []
+        words = _bm25s().tokenize(_spaced(queries), return_ids=False, **_WORDS) if queries else []
         for row, asked in enumerate(words):
             known = self._bm25.get_tokens_ids(asked)
             scored = self._bm25.get_scores_from_ids(known)
@@ -146,3 +156,19 @@ def _bm25s() -> ModuleType:
     # It sets itself to report every index that it builds.
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     return bm25s
+
+
+def _spaced(texts: Sequence[str]) -> list[str]:
+    """The texts, with spaces around all pairs of characters of scripts that have none.
+
+    A character that stands alone is doubled: it is a word, and words have two characters or more.
+    """
+    return [text if text.isascii() else _UNSPACED.sub(_pairs, text) for text in texts]
+
+
+def _pairs(run: re.Match[str]) -> str:
+    text = run.group() if len(run.group()) > 1 else 2 * run.group()
+    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+    # Vowel signs, as Thai's, are no word characters: their numbers are.
+    words = [p if p.isalnum() else "".join(f"u{ord(c):x}" for c in p) for p in pairs]
+    return f" {' '.join(words)} "
