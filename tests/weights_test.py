@@ -289,7 +289,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch, llama
 
     asked = []
 
-    def download(repo, *, allow_patterns):
+    def download(repo, *, allow_patterns, ignore_patterns=None):
         asked.append(repo)
         if repo == "owner/gone":
             raise LocalEntryNotFoundError("offline\nmore")

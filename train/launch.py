@@ -132,6 +132,9 @@ def launch(
         resumes: Whether the same command goes on where one that was stopped has ended.
         words: Whether the program takes arguments that are no options.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # Hours of work must not end at a character that a terminal lacks.
+        stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
     console = Console(stderr=True, highlight=False)
     others = set(flags.FLAGS)  # Those of libraries.

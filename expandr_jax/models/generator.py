@@ -1,8 +1,9 @@
 """A chat model with what it takes to prompt it."""
 
 import dataclasses
+import datetime
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,8 @@ class Generator:
         eos_ids: Any of these ends a generation.
         pad_id: Fills rows; always masked.
         source: Where it came from.
+        thinking: Whether a model that can is asked to reason before it answers.
+        today: The date that a chat template is told, so that a run is the same on any day.
     """
 
     module: Decoder
@@ -30,13 +33,22 @@ class Generator:
     eos_ids: tuple[int, ...]
     pad_id: int
     source: Source
+    thinking: bool = False
+    today: datetime.date = dataclasses.field(default_factory=datetime.date.today)
 
     def chat_text(self, user_text: str) -> str:
         """The chat template applied to a user's message, up to where the model's turn begins."""
         message = [{"role": "user", "content": user_text}]
+        # Qwen 3, SmolLM 3 and GLM ask for the one name, DeepSeek and Granite for the other.
+        thinking = {"enable_thinking": self.thinking, "thinking": self.thinking}
         return self.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=False
+            message, add_generation_prompt=True, tokenize=False, **thinking, **self.clock
         )
+
+    @property
+    def clock(self) -> dict[str, Callable[[str], str]]:
+        """What a chat template is to have in the place of transformers' clock."""
+        return {"strftime_now": self.today.strftime}
 
     def chat_ids(self, user_text: str, max_length: int) -> tuple[list[int], bool]:
         """Turns a user's message into the prompt of the assistant's answer.
@@ -79,7 +91,7 @@ class Generator:
         """What may end an answer, the best first."""
         turns = [{"role": "user", "content": "text"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.clock)
         except Exception:  # A template may raise anything; this one takes the user's turn alone.
             text = ""
         behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""

@@ -85,7 +85,7 @@ def read_settings(directory: Path) -> ModuleSettings | None:
     listing = directory / "modules.json"
     if not listing.is_file():
         return None
-    modules = _read_modules(listing)
+    modules = read_modules(listing)
     more = Fields.read(directory / "config_sentence_transformers.json", optional=True)
     if "truncate_dim" in more:
         # Cut after they are brought to unit length, vectors would have no length that fits a score.
@@ -108,7 +108,7 @@ def read_settings(directory: Path) -> ModuleSettings | None:
     )
 
 
-def _read_modules(listing: Path) -> dict[str, Path]:
+def read_modules(listing: Path) -> dict[str, Path]:
     """The folder of each module that modules.json lists, by its kind and in its order."""
     entries = read_json(listing)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

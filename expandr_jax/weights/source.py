@@ -10,6 +10,7 @@ from typing import Any
 from expandr_jax.data.records import hash_file
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import shown
+from expandr_jax.weights.sentence_transformers import read_modules
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -75,8 +76,15 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    # Files of other programs may be as large as the model: original/, onnx/, Mistral's own weights.
+    others = ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        path = Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=others))
+        if (listing := path / "modules.json").is_file():
+            folders = {folder.relative_to(path) for folder in read_modules(listing).values()}
+            wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "safetensors")]
+            snapshot_download(source, allow_patterns=wanted)
+        return path
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
