@@ -3,10 +3,11 @@
 import dataclasses
 import datetime
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from expandr_jax.models.chat import apply_template
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.token_ids import check_ids
 from expandr_jax.weights.source import Source
@@ -41,14 +42,9 @@ class Generator:
         message = [{"role": "user", "content": user_text}]
         # Qwen 3, SmolLM 3 and GLM ask for the one name, DeepSeek and Granite for the other.
         thinking = {"enable_thinking": self.thinking, "thinking": self.thinking}
-        return self.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=False, **thinking, **self.clock
+        return apply_template(
+            self.tokenizer, message, self.today, add_generation_prompt=True, **thinking
         )
-
-    @property
-    def clock(self) -> dict[str, Callable[[str], str]]:
-        """What a chat template is to have in the place of transformers' clock."""
-        return {"strftime_now": self.today.strftime}
 
     def chat_ids(self, user_text: str, max_length: int) -> tuple[list[int], bool]:
         """Turns a user's message into the prompt of the assistant's answer.
@@ -91,7 +87,7 @@ class Generator:
         """What may end an answer, the best first."""
         turns = [{"role": "user", "content": "text"}, {"role": "assistant", "content": _ANSWER}]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.clock)
+            text = apply_template(self.tokenizer, turns, self.today)
         except Exception:  # A template may raise anything; this one takes the user's turn alone.
             text = ""
         behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
