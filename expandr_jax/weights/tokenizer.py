@@ -59,8 +59,11 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
         "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
     }
+    # A name alone is the token as tokenizer.json has it, with the white space that it takes along.
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for name in _SPECIAL_TOKENS:
-        options[name] = _token(settings if name in settings else special, name)
+        token = _token(settings if name in settings else special, name)
+        options[name] = added.get(token, token) if isinstance(token, str) else token
     template = directory / "chat_template.jinja"
     if template.exists():
         options["chat_template"] = read_text(template)

@@ -1,0 +1,267 @@
+"""Models with every option that their files can have, against the libraries that wrote them.
+
+    python -m tests.file_options --combinations=300 --seed=0
+
+Each combination is a tiny random model of some family with one or two options. Its vectors, or its
+logits, and its token ids must be those of sentence-transformers and transformers to 1e-4, or the
+program must refuse the option by name. What was covered is printed; exit 1: something differs.
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import pathlib
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval import tiny_models
+from expandr_jax.errors import UserError
+
+TEXTS = [
+    "plain words", "", " padded ", "a line\n", "CAPS and accents: \u00c9t\u00e9", "tab\tin", "x",
+    "a <pad> and </s> in it", "<s>", "\u65e5\u672c",
+    "how do I invert a matrix quickly, and then store it? " * 3,
+]  # fmt: skip
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """Something that a model's directory may say.
+
+    Attributes:
+        name: What a refusal must name, and what is counted.
+        value: Which value, for people.
+        apply: Changes the directory.
+    """
+
+    name: str
+    value: str
+    apply: Callable[[pathlib.Path], None]
+
+
+def edit(path: pathlib.Path, **fields: Any) -> None:
+    """Sets fields of a JSON file, made if absent."""
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**values, **fields}), encoding="utf-8")
+
+
+def setting(file: str, name: str, *values: Any) -> list[Option]:
+    """A field of a JSON file, with each of these values."""
+    return [Option(name, json.dumps(v), lambda d, v=v: edit(d / file, **{name: v})) for v in values]
+
+
+def backend(name: str, value: str, change: Callable[[Any], None]) -> Option:
+    """A change of tokenizer.json by the tokenizers library."""
+
+    def apply(directory: pathlib.Path) -> None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        change(tokenizer)
+        tokenizer.save(str(directory / "tokenizer.json"))
+
+    return Option(name, value, apply)
+
+
+def tokenizer_options() -> list[Option]:
+    """What tokenizer.json and tokenizer_config.json may say."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+
+    def normalizer(kind: Any) -> Callable[[Any], None]:
+        return lambda t: setattr(t, "normalizer", kind)
+
+    file = "tokenizer_config.json"
+    return [
+        *setting(file, "truncation_side", "left", "right"),
+        *setting(file, "padding_side", "left", "right"),
+        *setting(file, "model_max_length", 8, 1000000000000000019884624838656),
+        *setting(file, "clean_up_tokenization_spaces", True, False),
+        *setting(file, "model_input_names", ["input_ids", "attention_mask"]),
+        *setting(file, "pad_token", "</s>"),
+        backend("normalizer", "lower-case", normalizer(normalizers.Lowercase())),
+        backend("normalizer", "NFD", normalizer(normalizers.NFD())),
+        backend("normalizer", "accents", normalizer(
+            normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]))),
+        backend("normalizer", "strip", normalizer(normalizers.Strip())),
+        backend("pre_tokenizer", "prefix space", lambda t: setattr(
+            t, "pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))),
+        backend("truncation", "left, 9", lambda t: t.enable_truncation(9, direction="left")),
+        backend("truncation", "right, 9", lambda t: t.enable_truncation(9)),
+        backend("padding", "left, to 16", lambda t: t.enable_padding(
+            direction="left", length=16, pad_token="<pad>")),
+        backend("post_processor", "bos alone", lambda t: setattr(
+            t, "post_processor", processors.TemplateProcessing(
+                "<s> $A", "<s> $A $B", [("<s>", t.token_to_id("<s>"))]))),
+        backend("post_processor", "eos alone", lambda t: setattr(
+            t, "post_processor", processors.TemplateProcessing(
+                "$A </s>", "$A $B </s>", [("</s>", t.token_to_id("</s>"))]))),
+        backend("added_tokens", "a word", lambda t: t.add_tokens([AddedToken("pl")])),
+        backend("added_tokens", "stripping", lambda t: t.add_special_tokens(
+            [AddedToken("</s>", lstrip=True, rstrip=True)])),
+    ]  # fmt: skip
+
+
+def sentence_options() -> list[Option]:
+    """What sentence-transformers' files may say."""
+    own, transformer = "config_sentence_transformers.json", "sentence_bert_config.json"
+    pooling = "1_Pooling/config.json"
+    prompts = (
+        {"query": "query: ", "document": ""}, {"query": "", "document": "passage: "}, {"a": "zz"},
+        {"query": "q: ", "passage": "p: "}, {},
+    )  # fmt: skip
+    modes = ("mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens")
+
+    def rename(directory: pathlib.Path) -> None:
+        (directory / transformer).rename(directory / "sentence_roberta_config.json")
+
+    def default_prompt(directory: pathlib.Path) -> None:
+        edit(directory / own, prompts={"a": "zz: "}, default_prompt_name="a")
+
+    return [
+        *setting(own, "similarity_fn_name", "cosine", "dot", "euclidean", "manhattan", None),
+        *setting(own, "prompts", *prompts),
+        *setting(own, "truncate_dim", 8),
+        Option("default_prompt_name", "a", default_prompt),
+        *setting(transformer, "max_seq_length", 7, 30, None),
+        *setting(transformer, "do_lower_case", True, False),
+        *setting(transformer, "model_args", {"attn_implementation": "eager"}),
+        *setting(transformer, "model_kwargs", {"dtype": "float32"}, {"output_attentions": True}),
+        *setting(transformer, "config_args", {"hidden_act": "relu"}),
+        *setting(transformer, "processor_kwargs", {"model_max_length": 9}),
+        *setting(transformer, "tokenizer_args", {"truncation_side": "left"}),
+        *setting(transformer, "processing_kwargs", {"text": {"max_length": 6}}),
+        *setting(transformer, "query_length", 6),
+        *setting(transformer, "document_length", 6),
+        Option("sentence_roberta_config.json", "by that name", rename),
+        *[Option("pooling", mode, lambda d, m=mode: (d / pooling).write_text(
+            json.dumps({"embedding_dimension": 32, "pooling_mode": m}))) for mode in modes],
+        Option("pooling", "two", lambda d: (d / pooling).write_text(
+            json.dumps({"embedding_dimension": 32, "pooling_mode": ["cls", "mean"]}))),
+        Option("pooling", "old names", lambda d: (d / pooling).write_text(json.dumps(
+            {"word_embedding_dimension": 32, "pooling_mode_cls_token": True,
+             "pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False}))),
+        Option("pooling", "none said", lambda d: (d / pooling).write_text(
+            json.dumps({"word_embedding_dimension": 32}))),
+        *setting(pooling, "include_prompt", False, True),
+    ]  # fmt: skip
+
+
+def model_options(family: str) -> list[Option]:
+    """What config.json may say, beside the family's own variants."""
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    common = setting("config.json", "pad_token_id", 0, 1, 2)
+    if family in tiny_models.DECODERS:
+        return [*common, *setting("config.json", "rope_scaling", linear, None),
+                *setting("config.json", "rms_norm_eps", 1e-3)]  # fmt: skip
+    if "bert" in family and "modern" not in family:
+        return [*common, *setting("config.json", "hidden_act", "relu", "gelu_new"),
+                *setting("config.json", "layer_norm_eps", 1e-3)]  # fmt: skip
+    return common
+
+
+def combinations(count: int, seed: int) -> list[tuple[str, bool, tuple[Option, ...]]]:
+    """So many (family, whether there is a Normalize module, options), each option in its turn."""
+    draw = random.Random(seed)
+    families = [f for f in (*tiny_models.ENCODERS, *tiny_models.DECODERS) if f != "modernbert"]
+    chosen, shared = [], [*tokenizer_options(), *sentence_options()]
+    draw.shuffle(shared)
+    turns = itertools.cycle(shared)
+    for number in range(count):
+        family = families[number % len(families)]
+        first = next(turns)
+        others = [
+            o for o in (*shared, *model_options(family))
+            if {first.name, o.name} not in ({first.name}, {"pooling", "include_prompt"})
+        ]  # fmt: skip
+        options = (first, draw.choice(others)) if number % 2 else (first,)
+        chosen.append((family, draw.random() < 0.5, options))
+    return chosen
+
+
+def write(directory: pathlib.Path, family: str, normalize: bool, options: Sequence[Option]) -> None:
+    """A model of the family, its sentence-transformers files, and the options."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    base = directory / "base"
+    tiny_models.save(base, family)
+    transformer = Transformer(str(base), max_seq_length=40)
+    modules = [transformer, Pooling(transformer.get_word_embedding_dimension(), "mean")]
+    SentenceTransformer(
+        modules=[*modules, *([Normalize()] if normalize else [])], device="cpu"
+    ).save(str(directory / "model"), create_model_card=False)
+    for option in options:
+        option.apply(directory / "model")
+
+
+def verdict(directory: pathlib.Path, options: Sequence[Option]) -> tuple[str, str]:
+    """("equal", ""), ("refused", ...), ("peer", ...) where the peer fails, or ("WRONG", ...)."""
+    from sentence_transformers import SentenceTransformer
+
+    from expandr_jax.sharding import make_mesh
+    from expandr_jax.vectors.encoder import TextEncoder
+    from expandr_jax.weights.hf import load_retriever
+
+    try:
+        peer = SentenceTransformer(str(directory), device="cpu")
+        # One by one: in a batch, what stands beside a text may change its own vector.
+        right = {
+            kind: np.stack([encode(["two", text])[1] for text in TEXTS])
+            for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document))
+        }
+        similarity = peer.similarity_fn_name
+    except Exception as error:
+        right, failure = None, f"{type(error).__name__}: {error}"
+    try:
+        retriever, params = load_retriever(str(directory))
+        encoder = TextEncoder(retriever, make_mesh())
+        found = {kind: encoder.encode(params, TEXTS, kind) for kind in ("query", "document")}
+    except UserError as error:
+        # An added token has no row in the model's table, and is named itself.
+        names = [option.name for option in options] + ["embedding table"]
+        named = any(name in str(error) for name in names)
+        return ("refused" if named else "WRONG"), str(error)
+    if right is None:
+        return "peer", failure
+    worst = 0.0
+    for kind, vectors in right.items():
+        if similarity == "cosine":  # Vectors are of length one here, so that products are cosines.
+            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+            vectors = vectors / np.where(lengths > 1e-12, lengths, 1.0)
+        difference = np.abs(found[kind] - vectors).max(1)
+        if difference.max() > worst:
+            worst, where = difference.max(), f"{kind} {TEXTS[int(difference.argmax())]!r}"
+    return ("equal", "") if worst <= TOLERANCE else ("WRONG", f"{worst:.2g} at {where}")
+
+
+def run(count: int, seed: int, say: Callable[[str], None] = print) -> collections.Counter:
+    """Tries combinations and says what came of each; the verdicts, counted."""
+    verdicts, covered = collections.Counter(), collections.Counter()
+    for number, (family, normalize, options) in enumerate(combinations(count, seed)):
+        with tempfile.TemporaryDirectory() as folder:
+            write(pathlib.Path(folder), family, normalize, options)
+            kind, message = verdict(pathlib.Path(folder) / "model", options)
+        verdicts[kind] += 1
+        covered.update(f"{o.name}: {kind}" for o in options)
+        names = " + ".join(f"{o.name}={o.value}" for o in options)
+        say(f"{number} {family}{', Normalize' if normalize else ''}, {names}: {kind} {message}")
+    for name, times in sorted(covered.items()):
+        say(f"{times:4} {name}")
+    say(f"seed {seed}: " + ", ".join(f"{times} {kind}" for kind, times in verdicts.items()))
+    return verdicts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--combinations", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    sys.exit(bool(run(arguments.combinations, arguments.seed)["WRONG"]))
