@@ -159,21 +159,47 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise _BadPair("missing field", "chosen and rejected begin with no common message")
-    text = _chat_prompt(prompt, tokenizer)
     for name, messages in zip(SIDES, (chosen, rejected), strict=True):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             raise _BadPair("wrong type", f"{name} must be one assistant's message after the prompt")
-    return {"prompt": text, "chosen": chosen[0]["content"], "rejected": rejected[0]["content"]}
+        if not messages[0]["content"].strip():
+            raise _BadPair("empty", f"{name} is empty")
+    text = _chat_prompt(prompt, tokenizer, today, row)
+    whole = [_rendered([*prompt, *side], tokenizer, today, row) for side in (chosen, rejected)]
+    # The template writes responses, not we: it may trim them, or put a space or an empty thought
+    # before them. What follows the prompt is the response, from where the texts differ, as in TRL.
+    text = os.path.commonprefix([text, *whole])
+    end = tokenizer.eos_token or ""
+    responses = (full[len(text) :].removesuffix(end) for full in whole)
+    return {"prompt": text, **dict(zip(SIDES, responses, strict=True))}
 
 
-def _chat_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+def _chat_prompt(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, today: datetime.date, row: Mapping[str, Any]
+) -> str:
     """Messages with the chat template applied, up to where the model's turn begins."""
     _check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         raise _BadPair("wrong type", "the prompt ends with an assistant's message")
+    return _rendered(prompt, tokenizer, today, row, add_generation_prompt=True)
+
+
+def _rendered(
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    today: datetime.date,
+    row: Mapping[str, Any],
+    **options: Any,
+) -> str:
+    """Messages with the chat template applied, and a line's tools and options of the template."""
+    tools, given = row.get("tools"), row.get("chat_template_kwargs") or {}
+    with contextlib.suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list | None) or not isinstance(given, dict):
+        raise _BadPair("wrong type", "tools must be a list, and chat_template_kwargs an object")
     try:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
+        return apply_template(tokenizer, messages, today, tools=tools or None, **options, **given)
+    except (jinja2.TemplateError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise _BadPair("wrong type", f"the chat template refuses the prompt: {reason}") from None
 
