@@ -1,14 +1,19 @@
 """Chat templates: on a given day they say what transformers says on that day."""
 
 import datetime
+import json
 import pathlib
 import types
 
 import pytest
 import transformers.utils.chat_template_utils as theirs
+import trl
 from transformers import PreTrainedTokenizerFast
+from trl.data_utils import apply_chat_template
 
-from expandr_jax.models.chat import apply_template
+from expandr_jax.data.chat import apply_template
+from expandr_jax.data.preferences import read_preferences
+from expandr_jax.errors import UserError
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama"
 DAY = datetime.date(2031, 3, 4)
@@ -44,3 +49,60 @@ def test_a_template_is_told_the_run_s_day(tokenizer, monkeypatch, template):
     assert found == expected
     monkeypatch.setattr(theirs, "datetime", types.SimpleNamespace())  # No clock is asked at all.
     assert apply_template(tokenizer, MESSAGES, DAY, add_generation_prompt=True) == expected
+
+
+TEMPLATES = (
+    "llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma", "gemma3",
+    "phi3", "phi3_5", "deepseek_r1_distill", "glm4moe", "lfm2", "cohere",
+)  # fmt: skip
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}[SYSTEM_PROMPT]Today is {{ strftime_now('%Y-%m-%d') }}.[/SYSTEM_PROMPT]"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+ROWS = (
+    {"prompt": [{"role": "user", "content": " Q? "}]},
+    {"prompt": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "<think>\nhm\n"
+                "</think>\n\nA"}, {"role": "user", "content": "R"}]},
+    {"prompt": [{"role": "user", "content": "Q"}],
+     "chat_template_kwargs": {"enable_thinking": False}},
+    {"prompt": [{"role": "user", "content": "Q"}], "tools": [{"type": "function", "function": {
+        "name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {
+            "x": {"type": "number", "description": "A number."}}}}}]},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral"])
+def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
+    own = {"smollm2": SMOLLM2, "mistral": MISTRAL}
+    folder = pathlib.Path(trl.__file__).parent / "chat_templates"
+    template = own[name] if name in own else (folder / f"{name}.jinja").read_text()
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    compared = 0
+    for number, row in enumerate(ROWS):
+        for chosen in ("good ", "<think>\nso\n</think>\n\ngood"):
+            row = {
+                **row,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": "bad"}],
+            }
+            (path := tmp_path / f"{number}.jsonl").write_text(json.dumps(row))
+            try:
+                right = apply_chat_template(row, tokenizer, tools=row.get("tools"))
+            except Exception:  # The template has no tools, or is strict about them.
+                with pytest.raises(UserError, match=r"jsonl:1: the chat template refuses"):
+                    read_preferences(path, tokenizer, prompt_length=10**6)
+                continue
+            ((found,), _) = read_preferences(path, tokenizer, prompt_length=10**6)
+            end = tokenizer.eos_token
+            right = {k: v if k == "prompt" else v.removesuffix(end) for k, v in right.items()}
+            assert found == {k: right[k] for k in found}
+            compared += 1
+    assert compared >= 4

@@ -20,6 +20,7 @@ CHAT = (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nShape?<|im_end|>\n"
     "<|im_start|>assistant\n"
 )
+END = "<|im_end|>\n"  # What that template puts behind each message, behind responses too.
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def read(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": CHAT, "chosen": "(2, 3)", "rejected": "No."},
+        {"prompt": CHAT, "chosen": f"(2, 3){END}", "rejected": f"No.{END}"},
         {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]},
         {"chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
         {"prompt": "Shape?", "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
@@ -51,7 +52,7 @@ def read(tmp_path, tokenizer):
 )
 def test_every_format_gives_the_same_texts(read, row):
     pairs, dropped = read({**row, "score": 0.5})
-    assert pairs == [{"prompt": CHAT, "chosen": "(2, 3)", "rejected": "No."}]
+    assert pairs == [{"prompt": CHAT, "chosen": f"(2, 3){END}", "rejected": f"No.{END}"}]
     assert dropped == {}
 
 
@@ -60,7 +61,7 @@ def test_a_longer_conversation_before_the_responses(read):
     (pair,), _ = read({"chosen": [*before, GOOD], "rejected": [*before, BAD]})
     assert pair["prompt"].count("<|im_start|>") == 4
     assert pair["prompt"].endswith("Shape?<|im_end|>\n<|im_start|>assistant\n")
-    assert (pair["chosen"], pair["rejected"]) == ("(2, 3)", "No.")
+    assert (pair["chosen"], pair["rejected"]) == (f"(2, 3){END}", f"No.{END}")
 
 
 FINE = {"prompt": "a", "chosen": "b", "rejected": "c"}

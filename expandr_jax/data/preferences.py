@@ -1,6 +1,10 @@
 """Reads what step B learns: preference pairs in the formats of TRL, or candidates with rewards."""
 
 import collections
+import contextlib
+import datetime
+import itertools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from expandr_jax.data.chat import apply_template
 from expandr_jax.data.records import Row, read_jsonl
 from expandr_jax.errors import UserError
 
@@ -29,14 +34,17 @@ def read_preferences(
     prompt_length: int,
     on_bad_pair: str = "error",
     learned: Callable[[str], Sequence[Any]] | None = None,
+    today: datetime.date | None = None,
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """The pairs of a JSON-lines file, each as the text before the response and two responses.
 
     A line has "prompt", "chosen" and "rejected". Where they are strings, they are used as they are:
     a chat template must have been applied. Where they are lists of {"role", "content"}, the prompt
-    gets the tokenizer's chat template, once, and each response is one assistant's message. "chosen"
-    and "rejected" may also be whole conversations, without a prompt or with one as a string: the
-    messages that both begin with are the prompt. An end token is not part of a response.
+    gets the tokenizer's chat template, once, and each response is one assistant's message, as the
+    template writes it. "chosen" and "rejected" may also be whole conversations, without a prompt or
+    with one as a string: the messages that both begin with are the prompt. The tokenizer's end
+    token is no part of a response. "tools", a list or its JSON, and "chat_template_kwargs" are for
+    the template, as in TRL.
 
     Args:
         path: The file.
@@ -45,6 +53,7 @@ def read_preferences(
         on_bad_pair: "error" stops at the first pair that cannot be used; "drop" leaves it out.
         learned: A response to those of its tokens that are trained on, where it may be cut: a pair
             of which these are the same cannot be used.
+        today: The date that a chat template is told; None: the present one.
 
     Returns:
         {"prompt", "chosen", "rejected"} of each pair that can be used, and how many were dropped
@@ -55,7 +64,7 @@ def read_preferences(
     """
 
     def read(row: Row) -> dict[str, str]:
-        pair = _texts(row, tokenizer)
+        pair = _texts(row, tokenizer, today or datetime.date.today())
         _check(pair, tokenizer, prompt_length, learned)
         return pair
 
@@ -69,6 +78,7 @@ def read_candidates(
     *,
     prompt_length: int | None = None,
     on_bad_pair: str = "error",
+    today: datetime.date | None = None,
 ) -> tuple[list[Row], dict[str, int]]:
     """The lines of a JSON-lines file of prompts, each with candidate responses and their rewards.
 
@@ -79,9 +89,10 @@ def read_candidates(
     Args:
         path: The file.
         tokenizer: Has the chat template; counts a prompt's tokens.
-        prompt_of: A query to the user's message that asks for its expansion.
+        prompt_of: A query to the prompt that asks for its expansion, chat template included.
         prompt_length: Most tokens of a prompt, chat template included; None for any.
         on_bad_pair: "error" stops at the first line that cannot be used; "drop" leaves it out.
+        today: The date that a chat template is told; None: the present one.
 
     Returns:
         The lines, each with its "prompt" as text, and how many were dropped for what reason.
@@ -92,10 +103,9 @@ def read_candidates(
 
     def read(row: Row) -> Row:
         _check_candidates(row)
-        prompt = row.get("prompt")
-        if "prompt" not in row:
-            prompt = [{"role": "user", "content": prompt_of(row["query"])}]
-        text = prompt if isinstance(prompt, str) else _chat_prompt(prompt, tokenizer)
+        text = row["prompt"] if "prompt" in row else prompt_of(row["query"])
+        if not isinstance(text, str):
+            text = _chat_prompt(text, tokenizer, today or datetime.date.today(), row)
         _check_prompt(text, tokenizer, prompt_length)
         return {**row, "prompt": text}
 
@@ -134,7 +144,7 @@ def _check_candidates(row: Row) -> None:
             )
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, today: datetime.date) -> dict[str, str]:
     """A line's prompt and responses as text."""
     for name in SIDES:
         if name not in row:
@@ -168,7 +178,8 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     whole = [_rendered([*prompt, *side], tokenizer, today, row) for side in (chosen, rejected)]
     # The template writes responses, not we: it may trim them, or put a space or an empty thought
     # before them. What follows the prompt is the response, from where the texts differ, as in TRL.
-    text = os.path.commonprefix([text, *whole])
+    alike = itertools.takewhile(lambda c: len({*c}) == 1, zip(text, *whole, strict=False))
+    text = "".join(characters[0] for characters in alike)
     end = tokenizer.eos_token or ""
     responses = (full[len(text) :].removesuffix(end) for full in whole)
     return {"prompt": text, **dict(zip(SIDES, responses, strict=True))}

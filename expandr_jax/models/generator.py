@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from expandr_jax.models.chat import apply_template
+from expandr_jax.data.chat import apply_template
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.token_ids import check_ids
 from expandr_jax.weights.source import Source
@@ -104,9 +104,11 @@ class Generator:
         Returns:
             The ids with `end_id` at their end, once, and whether the text was cut off.
         """
-        ended = bool(text_ids) and text_ids[-1] == self.end_id
-        text = text_ids[:-1] if ended else text_ids
-        return [*text[: max_length - 1], self.end_id], len(text) >= max_length
+        if self.end_id not in text_ids:
+            text_ids = [*text_ids, self.end_id]
+        if len(text_ids) <= max_length:
+            return list(text_ids), False
+        return [*text_ids[: max_length - 1], self.end_id], True
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids up to the first that ends it, special tokens left out."""

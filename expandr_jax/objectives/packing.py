@@ -58,8 +58,7 @@ def tokenized(
     response_length: int,
 ) -> tuple[list[int], list[list[int]], int]:
     """Ids of a prompt's end and of each response's start, one EOS on each; how many were cut."""
-    texts = [prompt, *responses]
-    ids = generator.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = generator.token_ids([prompt, *responses])
     made = [generator.response_ids(part, response_length) for part in ids[1:]]
     cut = (len(ids[0]) > prompt_length) + sum(was_cut for _, was_cut in made)
     return ids[0][-prompt_length:], [response for response, _ in made], cut

@@ -30,7 +30,7 @@ def read_pairs(
         return [row for _, row in read_jsonl(path, fields)], {}
 
     def learned(text: str) -> list[int]:
-        ids = generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = generator.token_ids([text])
         return generator.response_ids(ids, settings.response_length)[0]
 
     return read_preferences(
@@ -39,6 +39,7 @@ def read_pairs(
         learned=learned,
         prompt_length=settings.prompt_length,
         on_bad_pair=settings.on_bad_pair,
+        today=generator.today,
     )
 
 

@@ -36,7 +36,8 @@ def read_rewarded(
     rows, dropped = read_candidates(
         path,
         generator.tokenizer,
-        lambda query: expansion_text(config, query),
+        lambda query: generator.chat_text(expansion_text(config, query)),
+        today=generator.today,
         **({} if own else limits),
     )
     kept, dropped = [], collections.Counter(dropped)
