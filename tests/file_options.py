@@ -173,6 +173,7 @@ def combinations(count: int, seed: int) -> list[tuple[str, bool, tuple[Option, .
     families = [f for f in (*tiny_models.ENCODERS, *tiny_models.DECODERS) if f != "modernbert"]
     chosen, shared = [], [*tokenizer_options(), *sentence_options()]
     draw.shuffle(shared)
+    draw.shuffle(families)
     turns = itertools.cycle(shared)
     for number in range(count):
         family = families[number % len(families)]
@@ -189,12 +190,13 @@ def combinations(count: int, seed: int) -> list[tuple[str, bool, tuple[Option, .
 def write(directory: pathlib.Path, family: str, normalize: bool, options: Sequence[Option]) -> None:
     """A model of the family, its sentence-transformers files, and the options."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
 
     base = directory / "base"
     tiny_models.save(base, family)
     transformer = Transformer(str(base), max_seq_length=40)
-    modules = [transformer, Pooling(transformer.get_word_embedding_dimension(), "mean")]
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
     SentenceTransformer(
         modules=[*modules, *([Normalize()] if normalize else [])], device="cpu"
     ).save(str(directory / "model"), create_model_card=False)

@@ -1,0 +1,133 @@
+"""What users' files say is obeyed, or refused by name: by `tests.file_options`, and more."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, processors
+from transformers import PreTrainedTokenizerFast
+
+from eval import tiny_models
+from expandr_jax.errors import UserError
+from expandr_jax.ranking.results import identical_ids
+from expandr_jax.weights import source
+from expandr_jax.weights.hf import load_generator, load_retriever
+from tests import file_options
+
+POOLED = {"pooling": "last", "normalize": True}
+
+
+@pytest.mark.parametrize(("count", "seed"), [(6, 2), pytest.param(40, 0, marks=pytest.mark.slow)])
+def test_every_combination_is_the_peer_s_or_refused(count, seed):
+    said = []
+    verdicts = file_options.run(count, seed, said.append)
+    assert not verdicts["WRONG"], "\n".join(said)
+    assert verdicts["equal"] >= count // 3
+
+
+@pytest.fixture
+def llama(tmp_path):
+    tiny_models.save(tmp_path, "llama", head=True)
+    return tmp_path
+
+
+def test_a_token_beyond_the_table_is_refused_in_a_template_and_in_a_text(llama):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tokenizer.save_pretrained(llama)
+    generator, _ = load_generator(str(llama))  # No text has it yet.
+    for text in ("<|new|>", "so <|new|> it is"):
+        with pytest.raises(UserError, match=r"token '<\|new\|>' has id 96, but .* has 96 rows"):
+            generator.chat_ids(text, 99)
+    retriever, _ = load_retriever(str(llama), **POOLED)
+    with pytest.raises(UserError, match=r"token '<\|new\|>' has id 96"):
+        retriever.token_ids(["fine", "a <|new|>"])
+    tokenizer.chat_template = "{% for m in messages %}<|new|>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(llama)
+    with pytest.raises(UserError, match=r"its chat template: token '<\|new\|>' has id 96"):
+        load_generator(str(llama))
+
+
+@pytest.mark.parametrize(
+    ("adds", "flags", "expected"),
+    [
+        ("", {}, "ab"),
+        ("", {"add_bos_token": True}, "<ab"),
+        ("<", {"add_eos_token": True}, "<ab>"),
+        ("<>", {"add_eos_token": False}, "<ab"),
+        ("<", {"add_bos_token": False, "add_eos_token": True}, "ab>"),
+        ("<>", {"add_bos_token": False, "add_eos_token": False}, "ab"),
+    ],
+)
+def test_the_flags_of_bos_and_eos_hold(llama, adds, flags, expected):
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    ends = {"<": "<s>", ">": "</s>"}
+    parts = [ends[end] for end in adds]
+    single = [*parts[: "<" in adds], "$A", *parts["<" in adds :]]
+    special = [(part, tokenizer.token_to_id(part)) for part in ends.values()]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=[*single, "$B"], special_tokens=special
+    )
+    tokenizer.save(str(llama / "tokenizer.json"))
+    file_options.edit(llama / "tokenizer_config.json", **flags)
+    retriever, _ = load_retriever(str(llama), **POOLED)
+    right = [tokenizer.token_to_id(ends.get(part, part)) for part in expected]
+    assert retriever.token_ids(["ab"]) == [right]
+    assert retriever.token_ids([""]) == [[i for i in right if i in dict(special).values()]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "modernbert"])
+def test_rope_that_is_said_twice_is_refused(tmp_path, family):
+    tiny_models.save(tmp_path, family)
+    file_options.edit(tmp_path / "config.json", rope_scaling={"rope_type": "linear", "factor": 4.0})
+    with pytest.raises(UserError, match=r"config.json: it has rope_scaling .* and rope_parameters"):
+        load_retriever(str(tmp_path), **POOLED)
+
+
+def test_a_text_without_tokens_is_like_nothing(tmp_path):
+    tiny_models.torch_model("qwen2").save_pretrained(tmp_path)
+    tiny_models.save_tokenizer(tmp_path, chat=True, pad_id=0)
+    for pooling in ("mean", "cls", "last"):
+        retriever, params = load_retriever(str(tmp_path), pooling=pooling, normalize=True)
+        ids, mask = np.array([[5, 6, 7], [0, 0, 0]]), np.array([[1, 1, 1], [0, 0, 0]])
+        vectors = np.asarray(retriever.embed(params, ids, mask))
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 0], atol=1e-6)
+
+
+def test_the_hub_is_asked_for_what_loaders_read_alone(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    names = (
+        "config.json", "model.safetensors", "modules.json", "1_Pooling/config.json",
+        "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "onnx/model.json",
+        "original/params.json", "consolidated.safetensors", "README.md",
+    )  # fmt: skip
+    kinds = ("Transformer", "Pooling", "Dense")
+    listing = [
+        {"path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(listing))
+    fetched = set()
+
+    def download(repo, **patterns):
+        fetched.update(huggingface_hub.utils.filter_repo_objects(names, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert source.locate("owner/name") == pathlib.Path(tmp_path)
+    assert fetched == {
+        "config.json", "model.safetensors", "modules.json", "1_Pooling/config.json",
+        "2_Dense/model.safetensors",
+    }  # fmt: skip
+
+
+def test_documents_of_their_query_s_id_are_counted():
+    qrels = {"a": {"x": 1}, "b": {"y": 1}}
+    run = {"a": {"a": 2.0, "x": 1.0}, "b": {"y": 1.0}}
+    assert identical_ids("bm25", run, qrels) == (
+        "bm25: 1 of 2 queries find the document of their own id; without these nDCG@10 is 1.0000, "
+        "not 0.8155 (evaluation.drop_identical_ids)"
+    )
+    assert identical_ids("bm25", {"a": {"x": 1.0}}, qrels) is None
