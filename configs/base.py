@@ -55,6 +55,8 @@ def get_config() -> ml_collections.ConfigDict:
     generator.compute_dtype = "bfloat16"  # In sampling and step B; the adapter stays in float32.
     generator.weights = ""  # The frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
+    generator.thinking = False  # Whether a model that can reasons before it answers.
+    generator.today = ""  # What chat templates are told, as "2026-11-28"; "": the first day.
     generator.stop = ()  # Strings that end a text; what comes from there on is dropped.
     generator.slots = 128  # Texts that are sampled at once.
     generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.

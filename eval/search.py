@@ -125,6 +125,7 @@ def trained_sampler(workdir: pathlib.Path, config: Config, console: Console) -> 
     generator, params = load_generator(
         str(workdir / "export" / "generator"), compute_dtype=jnp.dtype(settings.compute_dtype)
     )
+    generator = dataclasses.replace(generator, **settings.chat)
     divisor = batch_divisor(mesh)  # This machine's devices may not divide the run's slots.
     settings = dataclasses.replace(settings, slots=math.ceil(settings.slots / divisor) * divisor)
     return Sampler(

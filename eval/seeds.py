@@ -39,7 +39,7 @@ SAMPLES = {
 # Settings that decide how fast a run is, and results up to rounding.
 HOW = (
     "contrastive.micro_batch", "contrastive.remat", "generator.memory_limit", "generator.remat",
-    "generator.slots", "keep", "log", "mesh", "retriever.tokens_per_batch",
+    "generator.slots", "generator.today", "keep", "log", "mesh", "retriever.tokens_per_batch",
 )  # fmt: skip
 Values = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 

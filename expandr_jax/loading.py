@@ -81,7 +81,9 @@ def load_generator_model(config: Config) -> GeneratorModel:
         mesh=mesh,
     )
     generator = dataclasses.replace(
-        generator, module=generator.module.clone(lora=config.lora, remat=source.remat)
+        generator,
+        module=generator.module.clone(lora=config.lora, remat=source.remat),
+        **source.chat,
     )
     adapter_shapes(generator.module, params)  # Settings that do not fit the model are said now.
     # Devices of a processor have one copy between them, where each holds the whole.

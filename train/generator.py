@@ -237,6 +237,7 @@ def train_adapter(
     if not config.data.path:
         raise UserError("a file of pairs is missing: add --config.data.path=preferences.jsonl")
     run = Run(workdir, config, console)
+    config = run.config
     with run.phase("model"):
         model = load_generator_model(config)
         run.check_models(model_hashes(model))

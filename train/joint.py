@@ -61,6 +61,7 @@ def train_joint(
     _check_server(config, systems)
     objective = OBJECTIVES[config.dpo.loss]
     run = Run(workdir, config, console)
+    config = run.config
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),

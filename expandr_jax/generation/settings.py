@@ -1,6 +1,7 @@
 """The settings of the generator and of sampling; configs/base.py says what each means."""
 
 import dataclasses
+import datetime
 import itertools
 from typing import Annotated, Any
 
@@ -26,6 +27,14 @@ def _ascends(value: Any) -> bool:
     return several(count(1)).holds(value) and all(a < b for a, b in itertools.pairwise(value))
 
 
+def _is_day(value: Any) -> bool:
+    try:
+        return value == "" or datetime.date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        return False
+
+
+DAY = Check('a day as "2026-11-28", or ""', _is_day)
 ASCENDING = Check("a tuple of whole numbers above 0 that ascend", _ascends)
 
 
@@ -50,11 +59,19 @@ class GeneratorSettings:
     compute_dtype: ComputeType
     weights: Annotated[str, choice(WEIGHTS, empty=True)]
     remat: Annotated[str, choice(REMATS)]
+    thinking: bool | None
+    today: Annotated[str, DAY]
     stop: Annotated[tuple[str, ...], several(TEXT, least=0)]
     slots: Annotated[int, count(1)]
     memory_limit: NotNegative
     prompt_buckets: Annotated[tuple[int, ...], ASCENDING]
     server: ServerSettings
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """The fields of a `Generator` that say what chat templates are told."""
+        today = datetime.date.fromisoformat(self.today) if self.today else datetime.date.today()
+        return {"thinking": self.thinking, "today": today}
 
 
 @dataclasses.dataclass(frozen=True)

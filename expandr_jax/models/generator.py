@@ -25,7 +25,8 @@ class Generator:
         eos_ids: Any of these ends a generation.
         pad_id: Fills rows; always masked.
         source: Where it came from.
-        thinking: Whether a model that can is asked to reason before it answers.
+        thinking: Whether a model that can is asked to reason before it answers; None: it is as the
+            template has it.
         today: The date that a chat template is told, so that a run is the same on any day.
     """
 
@@ -34,14 +35,15 @@ class Generator:
     eos_ids: tuple[int, ...]
     pad_id: int
     source: Source
-    thinking: bool = False
+    thinking: bool | None = False
     today: datetime.date = dataclasses.field(default_factory=datetime.date.today)
 
     def chat_text(self, user_text: str) -> str:
         """The chat template applied to a user's message, up to where the model's turn begins."""
         message = [{"role": "user", "content": user_text}]
         # Qwen 3, SmolLM 3 and GLM ask for the one name, DeepSeek and Granite for the other.
-        thinking = {"enable_thinking": self.thinking, "thinking": self.thinking}
+        names = () if self.thinking is None else ("enable_thinking", "thinking")
+        thinking = dict.fromkeys(names, self.thinking)
         return apply_template(
             self.tokenizer, message, self.today, add_generation_prompt=True, **thinking
         )

@@ -22,6 +22,8 @@ ABSENT: dict[str, Any] = {
         for name, value in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0))
     },
     "dpo.gamma": 0.5,
+    "generator.thinking": None,
+    "generator.today": "",
     "reward.gain": 0.0,
     "reward.gain_measure": "ndcg",
     "reward.gain_search": "dense",

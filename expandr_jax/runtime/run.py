@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -155,6 +156,7 @@ class Run:
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
+        self._keep_chats(before["generator"])
         changes = [
             f"{name} was {old!r}, now {new!r}"
             for name, old, new in differences(before, self._values)
@@ -165,6 +167,18 @@ class Run:
                 f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
                 f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
             )
+
+    def _keep_chats(self, before: Mapping[str, Any]) -> None:
+        """Has prompts be as at the first start: that day's, and for older runs without a word on
+        thinking.
+        """
+        own = self._values["generator"]
+        own["today"] = own["today"] or before["today"]
+        if before["thinking"] is None:
+            own["thinking"] = None
+        chats = {name: own[name] for name in ("today", "thinking")}
+        generator = dataclasses.replace(self.config.generator, **chats)
+        self.config = dataclasses.replace(self.config, generator=generator)
 
     def _check_new(self, path: pathlib.Path, there: set[str]) -> None:
         """Refuses to begin where other processes do not look, or among files that it would take."""
@@ -203,6 +217,9 @@ class Run:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
         device = jax.devices()[0]
+        self._values["generator"]["today"] = (
+            self._values["generator"]["today"] or datetime.date.today().isoformat()
+        )
         record = {
             "format": FORMAT,
             "config": self._values,
