@@ -1,5 +1,6 @@
 """A run's own bookkeeping."""
 
+import datetime
 import io
 import json
 import time
@@ -118,3 +119,30 @@ def test_damaged_timings_are_counted_anew(tmp_path, content):
     assert row["phase"] == "one"
     assert row["seconds"] < 1000  # None of what was there.
     run.close()
+
+
+def test_prompts_are_told_what_they_were_told_at_the_first_start(tmp_path):
+    config, console = read_config(smoke.get_config()), Console(file=io.StringIO())
+    run = Run(tmp_path / "run", config, console)
+    path = run.path("config.json")
+    record = json.loads(path.read_text())
+    assert run.config.generator.today == record["config"]["generator"]["today"]
+    assert datetime.date.fromisoformat(run.config.generator.today)
+    assert run.config.generator.thinking is False
+    run.path("data").mkdir()
+    run.close()
+
+    def reopened(**chats):
+        generator = {k: v for k, v in record["config"]["generator"].items() if k not in chats}
+        given = {k: v for k, v in chats.items() if v is not None}
+        changed = {**record["config"], "generator": {**generator, **given}}
+        path.write_text(json.dumps({**record, "config": changed}))
+        run = Run(tmp_path / "run", config, console)
+        run.close()
+        return run.config.generator
+
+    assert reopened(today="2020-01-02").chat["today"] == datetime.date(2020, 1, 2)
+    older = reopened(today=None, thinking=None)  # They said neither.
+    assert (older.today, older.thinking) == ("", None)
+    with pytest.raises(UserError, match=r"\(generator.thinking was True, now False\)"):
+        reopened(thinking=True)
