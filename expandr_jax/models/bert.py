@@ -7,6 +7,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.encoder import ACTIVATIONS, Encoder, EncoderBlock, LayerNorm
