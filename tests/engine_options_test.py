@@ -13,7 +13,6 @@ from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import common_prefix
 from expandr_jax.models.lora import init_lora, merge_lora
 from expandr_jax.sharding import make_mesh
-from expandr_jax.weights.hf import load_model
 from tests.engine_test import (
     EOS,
     SETTINGS,
@@ -22,6 +21,7 @@ from tests.engine_test import (
     random_decoder,
     run,
 )
+from tests.load_model import load_model
 
 
 @pytest.fixture(scope="module")
