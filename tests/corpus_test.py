@@ -90,4 +90,4 @@ def test_exact_search_has_its_own():
                 "search.exact.block_rows": 7}  # fmt: skip
     index = configured_index(VECTORS, section(**settings))
     assert isinstance(index, ExactIndex)
-    assert index._options.block_rows == 7
+    assert index.options.block_rows == 7
