@@ -51,7 +51,8 @@ def gtr(tmp_path):
             Dense(32, 24, bias=bias, activation_function=activation),
             *[Normalize()] * normalize,
         ]
-        model = SentenceTransformer(modules=modules, device="cpu")
+        similarity = "cosine" if normalize else "dot"
+        model = SentenceTransformer(modules=modules, similarity_fn_name=similarity, device="cpu")
         model.save(str(tmp_path / "gtr"))
         return model, tmp_path / "gtr"
 
