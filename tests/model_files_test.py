@@ -213,7 +213,7 @@ SPOILT = [
     ("bert", "modules.json", modules(0, path="0_Transformer"), "Transformer is in '0_Transformer'"),
     ("bert", "1_Pooling/config.json", fields(pooling_mode="max"), "pooling 'max' is not supported"),
     ("bert", "1_Pooling/config.json", fields(pooling_mode=[]), "pooling '' is not supported; supp"),
-    ("bert", "1_Pooling/config.json", fields(include_prompt="no"), "include_prompt='no' is not supp"),
+    ("bert", "1_Pooling/config.json", fields(include_prompt="no"), "include_prompt='no' is not"),
     (
         "bert",
         "1_Pooling/config.json",
