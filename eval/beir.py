@@ -30,7 +30,7 @@ from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
-from expandr_jax.ranking.results import identical_ids, summary
+from expandr_jax.ranking.results import remarks, summary
 from expandr_jax.ranking.systems import System, check_stages, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
@@ -68,8 +68,8 @@ def evaluate_set(
     for system in systems:
         scores = made.ranker.rank(system)
         values[system.name] = metrics.evaluate(scores, qrels, measures)
-        if note := identical_ids(system.name, scores, qrels):
-            run.reporter.say(note)
+        for remark in remarks(system.name, scores, qrels):
+            run.reporter.say(remark)
     write_jsonl(
         directory / "values.jsonl",
         (

@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches, choose
-from expandr_jax.ranking.results import Values, summary
+from expandr_jax.ranking.results import Values, remarks, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     BM25,
@@ -107,6 +107,8 @@ def evaluate(
             for system in systems:
                 name = system.name
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
+                for remark in remarks(name, runs[name], qrels):
+                    run.reporter.say(remark)
             if tried:
                 write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)

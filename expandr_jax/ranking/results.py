@@ -38,28 +38,33 @@ def summary(dataset: str, values: Values, pairs: Sequence[tuple[str, str]]) -> d
     }
 
 
-def identical_ids(
+def remarks(
     system: str, run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]]
-) -> str | None:
-    """Says how much lies in documents that have their query's id; None where no query finds one.
+) -> list[str]:
+    """What a reader of a system's row has to know, a sentence each.
 
-    In ArguAna such a document is the query itself, and BEIR's evaluation leaves it out; elsewhere
-    ids may coincide by chance.
+    That at least half of the queries find nothing: BM25 does where the queries are in a language
+    that the documents are not in. And that queries find the document of their own id: in ArguAna it
+    is the query itself, and BEIR's evaluation leaves it out; elsewhere ids coincide by chance.
 
     Args:
         system: Its name.
         run: Its scores, query -> document -> score.
         qrels: Judgements of all queries.
     """
-    found = sum(query in documents for query, documents in run.items())
-    if not found:
-        return None
-    others = {q: {d: s for d, s in documents.items() if d != q} for q, documents in run.items()}
-    before, after = (
-        metrics.mean(metrics.evaluate(scores, qrels, ["ndcg@10"])["ndcg@10"])
-        for scores in (run, others)
-    )
-    return (
-        f"{system}: {found:,} of {len(qrels):,} queries find the document of their own id; without "
-        f"these nDCG@10 is {after:.4f}, not {before:.4f} (evaluation.drop_identical_ids)"
-    )
+    said = []
+    nothing = sum(not run.get(query) for query in qrels)
+    if 2 * nothing >= len(qrels):
+        said.append(f"{system}: {nothing:,} of {len(qrels):,} queries find no document")
+    if found := sum(query in documents for query, documents in run.items()):
+        others = {q: {d: s for d, s in documents.items() if d != q} for q, documents in run.items()}
+        before, after = (
+            metrics.mean(metrics.evaluate(scores, qrels, ["ndcg@10"])["ndcg@10"])
+            for scores in (run, others)
+        )
+        said.append(
+            f"{system}: {found:,} of {len(qrels):,} queries find the document of their own id; "
+            f"without these nDCG@10 is {after:.4f}, not {before:.4f} "
+            "(evaluation.drop_identical_ids)"
+        )
+    return said
