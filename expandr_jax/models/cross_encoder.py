@@ -19,6 +19,7 @@ from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.pooling import pool
+from expandr_jax.models.token_ids import check_ids
 
 ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
@@ -77,6 +78,7 @@ class CrossEncoder:
         if len(self.tokenizer(query, add_special_tokens=False)["input_ids"]) < room:
             limits["truncation"] = "only_second"
         encoded = self.tokenizer(*pairs, return_token_type_ids=True, **limits)
+        check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
         types = encoded["token_type_ids"]
         if "token_type_ids" not in self.tokenizer.model_input_names:
             types = [[0] * len(ids) for ids in encoded["input_ids"]]
