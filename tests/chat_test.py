@@ -33,6 +33,7 @@ def tokenizer():
         "{% set today = strftime_now('%Y') %}{{ today }}{{ strftime_now('%H:%M:%S') }}",
         "{% if add_generation_prompt %}{{ strftime_now('no code') }}{% endif %}",
         "{{ messages[0]['role'] }} knows no day",
+        "\n  lead {{ strftime_now('%_d|%-m|%') }}",
     ],
 )
 def test_a_template_is_told_the_run_s_day(tokenizer, monkeypatch, template):
@@ -85,7 +86,7 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
     folder = pathlib.Path(trl.__file__).parent / "chat_templates"
     template = own[name] if name in own else (folder / f"{name}.jinja").read_text()
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    compared = 0
+    compared, today = 0, datetime.date.today()
     for number, row in enumerate(ROWS):
         for chosen in ("good ", "<think>\nso\n</think>\n\ngood"):
             row = {
@@ -100,7 +101,7 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
                 with pytest.raises(UserError, match=r"jsonl:1: the chat template refuses"):
                     read_preferences(path, tokenizer, prompt_length=10**6)
                 continue
-            ((found,), _) = read_preferences(path, tokenizer, prompt_length=10**6)
+            ((found,), _) = read_preferences(path, tokenizer, prompt_length=10**6, today=today)
             end = tokenizer.eos_token
             right = {k: v if k == "prompt" else v.removesuffix(end) for k, v in right.items()}
             assert found == {k: right[k] for k in found}

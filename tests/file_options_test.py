@@ -77,6 +77,30 @@ def test_the_flags_of_bos_and_eos_hold(llama, adds, flags, expected):
     assert retriever.token_ids([""]) == [[i for i in right if i in dict(special).values()]]
 
 
+def test_one_token_may_be_bos_and_eos(llama):
+    tokenizer = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    end = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "</s> $A", "</s> $A $B", [("</s>", end)]
+    )
+    tokenizer.save(str(llama / "tokenizer.json"))
+    flags = {"add_bos_token": True, "add_eos_token": False}
+    for given in ({}, flags):
+        file_options.edit(llama / "tokenizer_config.json", bos_token="</s>", **given)
+        retriever, _ = load_retriever(str(llama), **POOLED)
+        assert retriever.token_ids(["a", ""]) == [[end, tokenizer.token_to_id("a")], [end]]
+
+
+def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):
+    (option,) = file_options.setting("sentence_bert_config.json", "modality_config", {
+        "text": {"method": "forward", "method_output_name": "last_hidden_state"},
+        "message": {"method": "forward", "method_output_name": "last_hidden_state"},
+    })  # fmt: skip
+    file_options.write(tmp_path, "qwen2", True, [option])
+    with pytest.raises(UserError, match=r"modality_config.message=.* is not supported"):
+        load_retriever(str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "modernbert"])
 def test_rope_that_is_said_twice_is_refused(tmp_path, family):
     tiny_models.save(tmp_path, family)

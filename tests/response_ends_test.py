@@ -111,3 +111,20 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
         (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS, **LIMITS)
         assert (one.responses[0], was_cut) == (ids, cut), text
+
+
+def test_what_stands_behind_the_end_of_a_response(load):
+    generator = load([TURN_END])
+    (line,) = generator.token_ids(["\n"])
+    assert generator.decode(line) == "\n"
+
+    def ends(ids, most=9):
+        return generator.response_ids(ids, most)
+
+    assert ends([5, 6]) == ([5, 6, TURN_END], False)
+    assert ends([5, TURN_END, *line]) == ([5, TURN_END, *line], False)
+    assert ends([5, TURN_END, 6]) == ([5, TURN_END, 6, TURN_END], False)  # It ends no response.
+    assert ends([5, TURN_END, *line], 2) == ([5, TURN_END], False)  # The template's line alone.
+    assert ends([5, 6, TURN_END, *line], 2) == ([5, TURN_END], True)
+    assert ends([5, TURN_END, 6, 7], 3) == ([5, TURN_END, TURN_END], True)
+    assert ends([]) == ([TURN_END], False)

@@ -191,7 +191,9 @@ def test_a_server_that_asks_for_a_pause_gets_it(server, engine):
     [
         (400, "This model's maximum context length is 16 tokens. However, you requested 20"),
         (400, "the request exceeds the available context size, try to increase it"),
-        (422, "`inputs` tokens + `max_new_tokens` must be <= 16: exceeds the maximum of tokens"),
+        (422, "`inputs` tokens + `max_new_tokens` must be <= 16. Given: 20 `inputs` tokens and 5"),
+        (422, "`inputs` must have less than 16 tokens. Given: 20"),
+        (400, "The input (20 tokens) is longer than the model's context length (16 tokens)."),
         (413, "no"),
     ],
 )
@@ -207,6 +209,15 @@ def test_a_prompt_that_is_too_long_for_the_server_fails_alone(server, engine, st
         }
         assert found == {"q1": ("", "refused"), "q2": ("fine", "eos")}
     assert len(server.bodies) == 3  # A restart asks again: it may be another server.
+
+
+@pytest.mark.parametrize(
+    "complaint", ["max_tokens is too large: 5000", "Invalid value for logprobs: too large"]
+)
+def test_a_setting_that_the_server_refuses_ends_the_stage(server, engine, complaint):
+    server.script = lambda *_: (400, complaint)
+    with pytest.raises(UserError, match=r"refused a request with HTTP status 400"):
+        list(engine().generate([request()]))
 
 
 def test_a_time_out_is_tried_again(server, engine):

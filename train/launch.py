@@ -134,7 +134,8 @@ def launch(
     """
     for stream in (sys.stdout, sys.stderr):
         # Hours of work must not end at a character that a terminal lacks.
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # A closed one is None.
+            stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
     console = Console(stderr=True, highlight=False)
     others = set(flags.FLAGS)  # Those of libraries.

@@ -7,15 +7,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+_FLAGS = ["-", "_", "0", "^", "#"]  # What may stand before a code's letter.
 # In the place of transformers' function, which asks the clock. Templates are given data alone.
 _CLOCK = """\
 {%- macro strftime_now(format) -%}
 {%- for part in format.replace("%%", "%\\0").split("%") -%}
+{%- set code = part[:2] if part[:1] in flags else part[:1] -%}
 {%- if loop.first -%}{{ part }}
-{%- elif part[0] == "-" -%}{{ today_as[part[:2]] + part[2:] }}
-{%- else -%}{{ today_as[part[0]] + part[1:] }}
+{%- else -%}{{ today_as.get(code, "%" + code) + part[code | length:] }}
 {%- endif -%}{%- endfor -%}
-{%- endmacro -%}
+{%- endmacro %}
 """
 
 
@@ -37,11 +38,13 @@ def apply_template(
     Raises:
         jinja2.TemplateError: The template refuses the messages.
     """
-    if "strftime_now" in tokenizer.chat_template:
+    template = options.get("chat_template") or tokenizer.chat_template
+    if "strftime_now" in template:
         start = datetime.datetime.combine(today, datetime.time())
-        codes = [*string.ascii_letters, *("-" + letter for letter in string.ascii_letters)]
+        codes = [flag + letter for flag in ("", *_FLAGS) for letter in string.ascii_letters]
         options |= {
-            "chat_template": _CLOCK + tokenizer.chat_template,
+            "chat_template": _CLOCK + template,
+            "flags": _FLAGS,
             "today_as": {"\0": "%", **{code: start.strftime("%" + code) for code in codes}},
         }
     return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)

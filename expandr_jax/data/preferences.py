@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from expandr_jax.data.chat import apply_template
@@ -43,8 +42,8 @@ def read_preferences(
     gets the tokenizer's chat template, once, and each response is one assistant's message, as the
     template writes it. "chosen" and "rejected" may also be whole conversations, without a prompt or
     with one as a string: the messages that both begin with are the prompt. The tokenizer's end
-    token is no part of a response. "tools", a list or its JSON, and "chat_template_kwargs" are for
-    the template, as in TRL.
+    token is left out at a response's very end. "tools", a list or its JSON, and
+    "chat_template_kwargs" are for the template, as in TRL.
 
     Args:
         path: The file.
@@ -210,7 +209,7 @@ def _rendered(
         raise _BadPair("wrong type", "tools must be a list, and chat_template_kwargs an object")
     try:
         return apply_template(tokenizer, messages, today, tools=tools or None, **options, **given)
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # A template may raise anything, and transformers as well.
         reason = " ".join(str(error).split())
         raise _BadPair("wrong type", f"the chat template refuses the prompt: {reason}") from None
 

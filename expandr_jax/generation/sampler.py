@@ -81,13 +81,16 @@ class Sampler:
             [dataclasses.replace(request, prompt=prompts[request.prompt][0]) for request in several]
             for several in (requests, left)
         )
-        refused = 0
+        refused = set()
         for completion in self.engine(adapter, requests).generate(left):
-            refused += completion.finished == "refused"
+            if completion.finished == "refused":
+                refused.add(completion.id)
             text = completion.text
             yield completion, self._decode(completion.tokens) if text is None else text
         if refused:
-            self.reporter.say(f"{refused} prompts are too long for the server: no text for them")
+            self.reporter.say(
+                f"{len(refused)} prompts are too long for the server; their texts are empty"
+            )
 
     def engine(self, adapter: Any | None, requests: Sequence[Request]) -> Engine | ServerEngine:
         """The engine for requests whose prompts are ids; arguments and errors as of `generate`."""

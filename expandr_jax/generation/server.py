@@ -30,7 +30,9 @@ LONGEST_WAIT = 600.0  # However much longer a server asks for.
 ENDS = {"stop": "eos", "length": "length", "eos_token": "eos", "stop_sequence": "eos"}
 # How servers say that a prompt has more tokens than they take.
 _TOO_LONG = re.compile(
-    r"context|too (?:long|large)|(?:exceed|maximum)\D*(?:length|token|size)", re.IGNORECASE
+    r"context (?:length|size|window)|(?:prompt|input)\W.*too long"
+    r"|inputs`? .*must (?:be <=|have less)",
+    re.IGNORECASE,
 )
 SHOWN = 200  # Characters of a server's complaint.
 

@@ -100,17 +100,22 @@ class Generator:
         """Turns the ids of an answer's text into what the model learns to generate.
 
         Args:
-            text_ids: With `end_id` at their end or without.
+            text_ids: With `end_id` behind them or without.
             max_length: Most ids to return; of a longer text the beginning is kept.
 
         Returns:
-            The ids with `end_id` at their end, once, and whether the text was cut off.
+            The ids with `end_id` at their end, and behind it what a chat template puts there, such
+            as a line's end; and whether the text was cut off.
         """
-        if self.end_id not in text_ids:
-            text_ids = [*text_ids, self.end_id]
-        if len(text_ids) <= max_length:
-            return list(text_ids), False
-        return [*text_ids[: max_length - 1], self.end_id], True
+        ids = list(text_ids)
+        end = len(ids) - 1 - ids[::-1].index(self.end_id) if self.end_id in ids else len(ids)
+        if self.tokenizer.decode(ids[end + 1 :]).strip():
+            end = len(ids)  # It ended something within the text.
+        if end == len(ids):
+            ids.append(self.end_id)
+        if end < max_length:
+            return ids[:max_length], False
+        return [*ids[: max_length - 1], self.end_id], True
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids up to the first that ends it, special tokens left out."""

@@ -22,7 +22,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
             "decoder" for `hidden` of length one, which the mask does not concern.
 
     Returns:
-        [batch, width] float32; zeros for a row without tokens, which so is like nothing.
+        [batch, width] float32; zeros for a row without tokens, so that its score is 0.
 
     Raises:
         ValueError: If the kind is unknown.

@@ -152,11 +152,11 @@ class Run:
             self._write_config(path)
         try:
             before = read_record(path)
+            self._keep_chats(before["generator"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
-        self._keep_chats(before["generator"])
         changes = [
             f"{name} was {old!r}, now {new!r}"
             for name, old, new in differences(before, self._values)
@@ -169,8 +169,9 @@ class Run:
             )
 
     def _keep_chats(self, before: Mapping[str, Any]) -> None:
-        """Has prompts be as at the first start: that day's, and for older runs without a word on
-        thinking.
+        """Lets prompts be what they were at the first start.
+
+        Their day is that one's; older runs, which had no such settings, said nothing of thinking.
         """
         own = self._values["generator"]
         own["today"] = own["today"] or before["today"]

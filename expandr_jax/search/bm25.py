@@ -132,6 +132,8 @@ class Bm25Index(Index):
 def text_fingerprint(texts: Sequence[str]) -> str:
     """Returns the sha256 of texts in their order, each with its length."""
     digest = hashlib.sha256()
+    if any(not text.isascii() and _UNSPACED.search(text) for text in texts):
+        digest.update(b"pairs of characters\n")  # Older indexes had other words of these texts.
     for text in texts:
         data = text.encode(errors="surrogatepass")
         digest.update(f"{len(data)}\n".encode() + data)

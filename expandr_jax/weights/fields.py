@@ -121,7 +121,7 @@ class Fields:
         if unknown:
             raise UserError(
                 f"{self.where}: {self._prefix}{unknown[0]}={shown(self.values[unknown[0]])} is not "
-                "supported; without this field the rest can be loaded"
+                "supported"
             )
 
     def refuse(self, name: str, expected: str) -> UserError:

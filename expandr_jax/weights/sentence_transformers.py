@@ -108,6 +108,13 @@ def read_settings(directory: Path) -> ModuleSettings | None:
     )
 
 
+def module_folders(listing: Path) -> list[str]:
+    """The folders that modules.json names, whatever the modules; none where there is no file."""
+    entries = read_json(listing, [])
+    names = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return [str(name) for name in names if name and path_inside(listing.parent, name, str(listing))]
+
+
 def read_modules(listing: Path) -> dict[str, Path]:
     """The folder of each module that modules.json lists, by its kind and in its order."""
     entries = read_json(listing)
@@ -136,6 +143,8 @@ def _max_length(folder: Path) -> int | None:
     if not paths:
         return None
     config = Fields.read(paths[0])
+    # With "message", texts would be put into the tokenizer's chat template.
+    config.section("modality_config").strict("text")
     config.section("modality_config").section("text").strict(
         method="forward", method_output_name="last_hidden_state"
     )
@@ -151,6 +160,9 @@ def _max_length(folder: Path) -> int | None:
         transformer_task="feature-extraction",
     )
     length = config.count("max_seq_length", None)
+    for new, old in _ARGUMENTS.values():
+        if new in config and old in config:
+            raise UserError(f"{config.where}: it has {new} and {old}, one thing by two names")
     for name in itertools.chain(*_ARGUMENTS.values()):
         arguments = config.section(name)
         if name in _ARGUMENTS["processor"]:
@@ -285,8 +297,8 @@ def _prompt(config: Fields, name: str) -> str:
     others = [other for other in ("passage", "corpus") if prompts.text(other, "")]
     if name == "document" and name not in prompts and others:
         raise UserError(
-            f"{config.where}: prompts has {shown(others[0])}, which sentence-transformers puts "
-            'before no document, and no "document": name it so, or remove it'
+            f"{config.where}: its prompts name {others[0]!r} but no 'document', and so "
+            "sentence-transformers puts none before documents: rename it, or remove it"
         )
     return prompts.text(name, "")
 

@@ -10,7 +10,7 @@ from typing import Any
 from expandr_jax.data.records import hash_file
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import shown
-from expandr_jax.weights.sentence_transformers import read_modules
+from expandr_jax.weights.sentence_transformers import module_folders
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -80,8 +80,7 @@ def _from_hub(source: str) -> Path:
     others = ["*/*", "consolidated*"]
     try:
         path = Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=others))
-        if (listing := path / "modules.json").is_file():
-            folders = {folder.relative_to(path) for folder in read_modules(listing).values()}
+        if folders := module_folders(path / "modules.json"):
             wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "safetensors")]
             snapshot_download(source, allow_patterns=wanted)
         return path

@@ -81,7 +81,7 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
     tokenizer.json says the same by its post-processor; where they differ the flags hold, as in
     version 4 of transformers. Version 5 does not read them.
     """
-    ids = tokenizer("")["input_ids"]
+    ids = tokenizer("a")["input_ids"]
     tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     has = {"bos": ids[:1] == [tokens["bos"]], "eos": ids[-1:] == [tokens["eos"]]}
     wanted = {
@@ -90,7 +90,7 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
     }
     if wanted == has:
         return
-    if len(ids) != sum(has.values()):
+    if tokenizer.num_special_tokens_to_add() != sum(has.values()):
         end = next(end for end in has if has[end] != wanted[end])
         raise UserError(
             f"{settings.where}: add_{end}_token is {shown(wanted[end])}, but tokenizer.json says "

@@ -67,7 +67,7 @@ def model_config(hf: Fields, kind: str | None) -> Any:
         # transformers 5 drops rope_parameters for rope_scaling, and the base frequency with them.
         raise UserError(
             f"{hf.where}: it has rope_scaling {shown(rope[0])} and rope_parameters "
-            f"{shown(rope[1])}; keep one, with all that is to hold, rope_theta included"
+            f"{shown(rope[1])}; keep one of them, with rope_theta in it"
         )
     # A null means the default, but for the window, where it means none.
     given = {name: hf.values[name] for name in hf.values if name in hf or name == "sliding_window"}
