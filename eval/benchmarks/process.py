@@ -47,6 +47,7 @@ class SideProcess:
                 [sys.executable, "-m", __name__, str(directory), name, what, str(row)],
                 env={
                     **os.environ,
+                    "MKL_NUM_THREADS": str(THREADS),
                     "OMP_NUM_THREADS": str(THREADS),
                     "HF_HUB_OFFLINE": "1",
                     "TOKENIZERS_PARALLELISM": "false",  # It warns at every fork otherwise.

@@ -179,7 +179,8 @@ def passage_search(
             list(asked),
             list(asked.values()),
             ids,
-            max(count, LEAST_RANKED),
+            # One more, so that a tie at the end is not cut before it is ranked.
+            max(count, LEAST_RANKED) + drop_identical_ids,
             drop_identical_ids=drop_identical_ids,
             above=0.0 if step.by == "bm25" else -np.inf,
         )

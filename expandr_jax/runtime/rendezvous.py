@@ -15,6 +15,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Connection, listen_on
 
 SECONDS = 300.0  # For all processes to be started.
+SECONDS_TO_ANSWER = 5.0  # For what a connection says first, or closes by.
 SAY_AFTER = 5.0  # Seconds of waiting before it is said.
 
 
@@ -58,9 +59,12 @@ def _await_others(host: str, port: int, count: int, seconds: float) -> None:
                 for key, _ in selector.select(timeout=0.5):
                     if key.fileobj is not server:
                         raise UserError(f"process {key.data} ended before all had come")
-                    connection = Connection(server.accept()[0])
+                    try:
+                        connection = Connection(server.accept()[0])
+                    except OSError:  # It has gone again.
+                        continue
                     stack.enter_context(contextlib.closing(connection))
-                    hello = connection.first()
+                    hello = connection.first(SECONDS_TO_ANSWER)
                     if not all(isinstance(hello.get(key), int) for key in ("process", "count")):
                         connection.close()  # Anyone on the network may knock.
                         continue
@@ -83,7 +87,7 @@ def _await_others(host: str, port: int, count: int, seconds: float) -> None:
         for connection in here.values():
             connection.send({"go": True})
         for connection in here.values():
-            connection.first()  # They close first, and so keep no port of ours.
+            connection.first(SECONDS_TO_ANSWER)  # They close first, and so keep no port of ours.
 
 
 def _join(host: str, port: int, count: int, index: int, seconds: float) -> None:
