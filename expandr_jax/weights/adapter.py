@@ -1,5 +1,6 @@
 """LoRA adapters in the format of the PEFT library, both ways."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
@@ -94,7 +94,9 @@ def export_adapter(
     }
     with new_directory(directory) as new:
         write_arrays(new / "adapter_model.safetensors", tensors)
-        write_json(new / "adapter_config.json", settings)
+        # In ASCII: peft reads it in the locale's encoding.
+        text = json.dumps(settings, indent=2) + "\n"
+        (new / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def adapter_base(directory: Path) -> str | None:
