@@ -17,8 +17,8 @@ def check_ids(tokenizer: Any, rows: Sequence[Sequence[int]], vocab_size: int) ->
     Raises:
         UserError: An id is not below `vocab_size`.
     """
-    beyond = next((i for row in rows for i in row if i >= vocab_size), None)
-    if beyond is not None:
+    beyond = max(map(max, filter(None, rows)), default=-1)
+    if beyond >= vocab_size:
         raise UserError(
             f"token {tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, but the model's "
             f"embedding table has {vocab_size} rows: resize it with transformers' "

@@ -96,11 +96,12 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
             f"{settings.where}: add_{end}_token is {shown(wanted[end])}, but tokenizer.json says "
             "otherwise and adds other tokens, too: make them agree"
         )
-    bos, eos = ([end] if wanted[end] else [] for end in tokens)
+    names = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
+    bos, eos = ([names[end]] if wanted[end] else [] for end in tokens)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*bos, "$A:0", *eos],
         pair=[*bos, "$A:0", *eos, *(f"{end}:1" for end in bos), "$B:1", *(f"{e}:1" for e in eos)],
-        special_tokens=[(end, tokens[end]) for end in (*bos, *eos)],
+        special_tokens=[(names[end], tokens[end]) for end in tokens if wanted[end]],
     )
 
 
