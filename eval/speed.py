@@ -182,9 +182,10 @@ def speed_table(result: dict[str, Any]) -> Table:
     )
     rows = []
     for row in result["rows"]:
-        number = lambda name, form, of=1.0, row=row: (  # noqa: E731
-            "-" if row.get(name) is None else format(row[name] / of, form)
-        )
+
+        def number(name: str, form: str, of: float = 1.0, row: dict[str, Any] = row) -> str:
+            return "-" if row.get(name) is None else format(row[name] / of, form)
+
         reason = row.get("reason") or ("failed" if "failed" in row else "")
         rows.append(
             [
