@@ -178,9 +178,9 @@ def save_tokenizer(directory: Path, *, chat: bool, pad_id: int) -> PreTrainedTok
     return tokenizer
 
 
-def save(directory: Path, family: str, *, head: bool = False) -> torch.nn.Module:
-    """Writes a random model and a tokenizer as transformers does."""
-    model = torch_model(family, head=head)
+def save(directory: Path, family: str, *, head: bool = False, **changes: Any) -> torch.nn.Module:
+    """Writes a random model and a tokenizer as transformers does; arguments as there."""
+    model = torch_model(family, head=head, **changes)
     model.save_pretrained(directory)
     save_tokenizer(directory, chat=head, pad_id=model.config.pad_token_id)
     return model

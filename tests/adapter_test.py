@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -64,6 +65,7 @@ def change_tensors(directory, change):
         ({"layer_replication": [[0, 2], [1, 3]]}, r"layer_replication=.* is not supported"),
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] is not supported"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
+        ({"what_comes_next": 1}, r"adapter_config.json: what_comes_next=1 is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, r"='pissa_niter_4' changes the base too"),
     ],
 )
@@ -124,3 +126,29 @@ def test_its_files_are_named(written, adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin, a pickle, can run code"):
         load_generator(str(adapter))
+
+
+def test_its_own_tokenizer_and_template_hold(written, adapter):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(written / "llama")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.save_pretrained(adapter)
+    right = tokenizer.apply_chat_template([{"role": "user", "content": "b"}], return_dict=False)
+    generator, _ = load_generator(str(adapter))
+    assert generator.chat_ids("b", 99)[0] == right
+    (adapter / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"adapter/tokenizer.json: no such file"):
+        load_generator(str(adapter))
+
+
+def test_its_base_is_of_the_revision_that_it_names(written, adapter, monkeypatch):
+    asked = []
+
+    def download(repo, *, revision=None, **_):
+        asked.append((repo, revision))
+        return str(written / "llama")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for revision in (None, "v1.5"):
+        change_settings(adapter, base_model_name_or_path="owner/name", revision=revision)
+        load_generator(str(adapter))
+    assert asked == [("owner/name", None), ("owner/name", "v1.5")]

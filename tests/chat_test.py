@@ -1,5 +1,6 @@
 """Chat templates: on a given day they say what transformers says on that day."""
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -9,11 +10,13 @@ import pytest
 import transformers.utils.chat_template_utils as theirs
 import trl
 from transformers import PreTrainedTokenizerFast
-from trl.data_utils import apply_chat_template
+from trl.data_utils import apply_chat_template, common_prefix_length
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.errors import UserError
+from expandr_jax.objectives.preference import read_pairs, tokenize_pairs
+from expandr_jax.weights.hf import load_generator
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama"
 DAY = datetime.date(2031, 3, 4)
@@ -23,6 +26,11 @@ MESSAGES = [{"role": "user", "content": "a query"}]
 @pytest.fixture(scope="module")
 def tokenizer():
     return PreTrainedTokenizerFast.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_generator(str(TINY))[0]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +88,15 @@ ROWS = (
 )  # fmt: skip
 
 
+def template_of(name):
+    folder = pathlib.Path(trl.__file__).parent / "chat_templates"
+    own = {"smollm2": SMOLLM2, "mistral": MISTRAL}
+    return own[name] if name in own else (folder / f"{name}.jinja").read_text()
+
+
 @pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral"])
 def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
-    own = {"smollm2": SMOLLM2, "mistral": MISTRAL}
-    folder = pathlib.Path(trl.__file__).parent / "chat_templates"
-    template = own[name] if name in own else (folder / f"{name}.jinja").read_text()
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+    monkeypatch.setattr(tokenizer, "chat_template", template_of(name))
     compared, today = 0, datetime.date.today()
     for number, row in enumerate(ROWS):
         for chosen in ("good ", "<think>\nso\n</think>\n\ngood"):
@@ -107,3 +118,34 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
             assert found == {k: right[k] for k in found}
             compared += 1
     assert compared >= 4
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral"])
+@pytest.mark.parametrize("chosen", ["good", "\n good", "<think>\nso\n</think>\n\ngood"])
+def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chosen):
+    tokenizer = generator.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", template_of(name))
+    messages = [
+        ROWS[0]["prompt"], *([{"role": "assistant", "content": text}] for text in (chosen, "bad"))
+    ]  # fmt: skip
+    row = dict(zip(("prompt", "chosen", "rejected"), messages, strict=True))
+    (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    own = dataclasses.replace(generator, today=datetime.date.today())  # `end_id` is the template's.
+    lengths = {"prompt_length": 10**6, "response_length": 10**6}
+    settings = types.SimpleNamespace(dpo=types.SimpleNamespace(**lengths, on_bad_pair="error"))
+    rows, _ = read_pairs(path, own, settings, own=False)
+    ((found,), cut) = tokenize_pairs(own, rows, **lengths)
+    # As in TRL's DPOTrainer, which has it in a closure.
+    prompt, *whole = (
+        tokenizer.apply_chat_template(conversation, return_dict=False, **options)
+        for conversation, options in (
+            (messages[0], {"add_generation_prompt": True}),
+            (messages[0] + messages[1], {}),
+            (messages[0] + messages[2], {}),
+        )
+    )
+    shared = min(common_prefix_length(prompt, ids) for ids in whole)
+    assert (found.prompt, cut) == (prompt[:shared], 0)
+    for ours, theirs_ids in zip(found.responses, (ids[shared:] for ids in whole), strict=True):
+        # A template that puts no end behind an answer gets one.
+        assert ours in (theirs_ids, [*theirs_ids, own.end_id])

@@ -2,14 +2,16 @@
 
     python -m tests.file_options --combinations=300 --seed=0
 
-Each combination is a tiny random model of some family with one or two options. Its vectors, or its
-logits, and its token ids must be those of sentence-transformers and transformers to 1e-4, or the
-program must refuse the option by name. What was covered is printed; exit 1: something differs.
+Each combination is a tiny random model of some family with one or two options: of the files beside
+it, or any field of its class of configurations. Its vectors, or its chat prompts and their logits,
+must be those of sentence-transformers and transformers to 1e-4, or the program must refuse the
+option by name. What was covered is printed; exit 1: something differs.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -29,6 +31,9 @@ TEXTS = [
     "a <pad> and </s> in it", "<s>", "\u65e5\u672c",
     "how do I invert a matrix quickly, and then store it? " * 3,
 ]  # fmt: skip
+PROMPT = "how do I invert a matrix, and then store it?"
+# What is compared: vectors without and with a Normalize module, or a chat model's logits.
+KINDS = ("vectors", "Normalize", "logits")
 TOLERANCE = 1e-4
 
 
@@ -40,11 +45,13 @@ class Option:
         name: What a refusal must name, and what is counted.
         value: Which value, for people.
         apply: Changes the directory.
+        changes: What the configuration has, with which the model is made.
     """
 
     name: str
     value: str
-    apply: Callable[[pathlib.Path], None]
+    apply: Callable[[pathlib.Path], None] = lambda _: None
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def edit(path: pathlib.Path, **fields: Any) -> None:
@@ -154,6 +161,38 @@ def sentence_options() -> list[Option]:
     ]  # fmt: skip
 
 
+def chat_options() -> list[Option]:
+    """What generation_config.json may say."""
+    file = "generation_config.json"
+    return [
+        *setting(file, "temperature", 0.5), *setting(file, "repetition_penalty", 1.2),
+        *setting(file, "suppress_tokens", [], [5]), *setting(file, "bad_words_ids", [[7]]),
+        *setting(file, "forced_eos_token_id", 2), *setting(file, "eos_token_id", [2, 5]),
+    ]  # fmt: skip
+
+
+@functools.cache
+def class_options(family: str) -> list[Option]:
+    """Every field of the family's class of configurations, with another value than it has."""
+
+    def other(name: str, value: Any) -> Any:
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, int | float):
+            return 2 * value or 1
+        if isinstance(value, str):
+            return "relu" if "act" in name else value
+        return 2 if value is None else value
+
+    fields = tiny_models.torch_model(family).config.to_dict()
+    changed = {name: other(name, value) for name, value in fields.items()}
+    return [
+        Option(name, json.dumps(value), changes={name: value})
+        for name, value in changed.items()
+        if value != fields[name]
+    ]
+
+
 def model_options(family: str) -> list[Option]:
     """What config.json may say, beside the family's own variants."""
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
@@ -167,97 +206,149 @@ def model_options(family: str) -> list[Option]:
     return common
 
 
-def combinations(count: int, seed: int) -> list[tuple[str, bool, tuple[Option, ...]]]:
-    """So many (family, whether there is a Normalize module, options), each option in its turn."""
+def combinations(count: int, seed: int) -> list[tuple[str, str, tuple[Option, ...]]]:
+    """So many (family, one of KINDS, options), each option of the files beside it in its turn."""
     draw = random.Random(seed)
-    families = [f for f in (*tiny_models.ENCODERS, *tiny_models.DECODERS) if f != "modernbert"]
+    families = [*tiny_models.ENCODERS, *tiny_models.DECODERS]
     chosen, shared = [], [*tokenizer_options(), *sentence_options()]
     draw.shuffle(shared)
     draw.shuffle(families)
     turns = itertools.cycle(shared)
     for number in range(count):
         family = families[number % len(families)]
-        first = next(turns)
+        kinds = KINDS if family in tiny_models.DECODERS else KINDS[:2]
+        kind = draw.choice(kinds)
+        fields = [*class_options(family), *model_options(family)]
+        if kind == "logits":
+            fields, first = [*fields, *chat_options()], draw.choice(fields)
+        else:
+            first = next(turns) if draw.random() < 0.6 else draw.choice(fields)
+            fields += shared
         others = [
-            o for o in (*shared, *model_options(family))
+            o
+            for o in fields
             if {first.name, o.name} not in ({first.name}, {"pooling", "include_prompt"})
-        ]  # fmt: skip
+        ]
         options = (first, draw.choice(others)) if number % 2 else (first,)
-        chosen.append((family, draw.random() < 0.5, options))
+        chosen.append((family, kind, options))
     return chosen
 
 
-def write(directory: pathlib.Path, family: str, normalize: bool, options: Sequence[Option]) -> None:
-    """A model of the family, its sentence-transformers files, and the options."""
+def write(directory: pathlib.Path, family: str, kind: str, options: Sequence[Option]) -> None:
+    """A model of the family, the files beside it, and the options."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    base = directory / "base"
-    tiny_models.save(base, family)
-    transformer = Transformer(str(base), max_seq_length=40)
-    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
-    SentenceTransformer(
-        modules=[*modules, *([Normalize()] if normalize else [])], device="cpu"
-    ).save(str(directory / "model"), create_model_card=False)
+    model = directory / "model"
+    changes = {name: value for o in options for name, value in o.changes.items()}
+    if kind == "logits":
+        tiny_models.save(model, family, head=True, **changes)
+    else:
+        tiny_models.save(directory / "base", family, **changes)
+        transformer = Transformer(str(directory / "base"), max_seq_length=40)
+        modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
+        modules += [Normalize()] if kind == "Normalize" else []
+        whole = SentenceTransformer(modules=modules, device="cpu")
+        whole.save(str(model), create_model_card=False)
     for option in options:
-        option.apply(directory / "model")
+        option.apply(model)
 
 
-def verdict(directory: pathlib.Path, options: Sequence[Option]) -> tuple[str, str]:
-    """("equal", ""), ("refused", ...), ("peer", ...) where the peer fails, or ("WRONG", ...)."""
+def their_vectors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Vectors by sentence-transformers, of length one where their similarity is the cosine."""
     from sentence_transformers import SentenceTransformer
 
+    peer = SentenceTransformer(str(directory), device="cpu")
+    found = {}
+    for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
+        # One by one: in a batch, what stands beside a text may change its own vector.
+        found[kind] = np.stack([encode(["two", text])[1] for text in TEXTS])
+        if peer.similarity_fn_name == "cosine":
+            lengths = np.linalg.norm(found[kind], axis=1, keepdims=True)
+            found[kind] = found[kind] / np.where(lengths > 1e-12, lengths, 1.0)
+    return found
+
+
+def our_vectors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     from expandr_jax.sharding import make_mesh
     from expandr_jax.vectors.encoder import TextEncoder
     from expandr_jax.weights.hf import load_retriever
 
+    retriever, params = load_retriever(str(directory))
+    encoder = TextEncoder(retriever, make_mesh())
+    return {kind: encoder.encode(params, TEXTS, kind) for kind in ("query", "document")}
+
+
+def their_logits(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """Logits of a chat's prompt by transformers, and the ids of the prompt."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    message = [{"role": "user", "content": PROMPT}]
+    ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    with torch.no_grad():
+        return {"ids": np.array(ids), "logits": model(torch.tensor([ids])).logits[0].numpy()}
+
+
+def our_logits(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    from expandr_jax.models.decoder import token_positions
+    from expandr_jax.models.mask import causal_mask
+    from expandr_jax.weights.hf import load_generator
+
+    generator, params = load_generator(str(directory))
+    ids = np.array(generator.chat_ids(PROMPT, 999)[0])
+    batch, mask = ids[None], np.ones((1, len(ids)), np.int32)
+    apply = functools.partial(generator.module.apply, {"params": params})
+    hidden = apply(batch, token_positions(mask), causal_mask(mask))
+    return {"ids": ids, "logits": np.asarray(apply(hidden, method="logits"))[0]}
+
+
+def verdict(directory: pathlib.Path, kind: str, options: Sequence[Option]) -> tuple[str, str]:
+    """("equal", ""), ("refused", ...), ("peer", ...) where the peer fails, or ("WRONG", ...)."""
+    theirs, ours = (their_logits, our_logits) if kind == "logits" else (their_vectors, our_vectors)
     try:
-        peer = SentenceTransformer(str(directory), device="cpu")
-        # One by one: in a batch, what stands beside a text may change its own vector.
-        right = {
-            kind: np.stack([encode(["two", text])[1] for text in TEXTS])
-            for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document))
-        }
-        similarity = peer.similarity_fn_name
+        right = theirs(directory)
     except Exception as error:
         right, failure = None, f"{type(error).__name__}: {error}"
     try:
-        retriever, params = load_retriever(str(directory))
-        encoder = TextEncoder(retriever, make_mesh())
-        found = {kind: encoder.encode(params, TEXTS, kind) for kind in ("query", "document")}
+        found = ours(directory)
     except UserError as error:
         # An added token has no row in the model's table, and is named itself.
         names = [option.name for option in options] + ["embedding table"]
         named = any(name in str(error) for name in names)
-        return ("refused" if named else "WRONG"), str(error)
+        return ("refused" if named or right is None else "WRONG"), str(error)
     if right is None:
         return "peer", failure
-    worst = 0.0
-    for kind, vectors in right.items():
-        if similarity == "cosine":  # Vectors are of length one here, so that products are cosines.
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.where(lengths > 1e-12, lengths, 1.0)
-        difference = np.abs(found[kind] - vectors).max(1)
-        if difference.max() > worst:
-            worst, where = difference.max(), f"{kind} {TEXTS[int(difference.argmax())]!r}"
-    return ("equal", "") if worst <= TOLERANCE else ("WRONG", f"{worst:.2g} at {where}")
+    for name, values in right.items():
+        if found[name].shape != values.shape:
+            return "WRONG", f"{name} of shape {found[name].shape}, not {values.shape}"
+        differences = np.abs(found[name] - values).reshape(len(values), -1).max(1)
+        if not differences.max() <= TOLERANCE:
+            return "WRONG", f"{differences.max():.2g} at {name} {int(differences.argmax())}"
+    return "equal", ""
 
 
 def run(count: int, seed: int, say: Callable[[str], None] = print) -> collections.Counter:
     """Tries combinations and says what came of each; the verdicts, counted."""
     verdicts, covered = collections.Counter(), collections.Counter()
-    for number, (family, normalize, options) in enumerate(combinations(count, seed)):
+    for number, (family, kind, options) in enumerate(combinations(count, seed)):
         with tempfile.TemporaryDirectory() as folder:
-            write(pathlib.Path(folder), family, normalize, options)
-            kind, message = verdict(pathlib.Path(folder) / "model", options)
-        verdicts[kind] += 1
-        covered.update(f"{o.name}: {kind}" for o in options)
+            try:
+                write(pathlib.Path(folder), family, kind, options)
+            except Exception as error:  # The library cannot make such a model.
+                result, message = "peer", f"{type(error).__name__}: {error}"
+            else:
+                result, message = verdict(pathlib.Path(folder) / "model", kind, options)
+        verdicts[result] += 1
+        covered.update(f"{o.name}: {result}" for o in options)
         names = " + ".join(f"{o.name}={o.value}" for o in options)
-        say(f"{number} {family}{', Normalize' if normalize else ''}, {names}: {kind} {message}")
+        say(f"{number} {family} {kind}, {names}: {result} {' '.join(message.split())[:300]}")
     for name, times in sorted(covered.items()):
         say(f"{times:4} {name}")
-    say(f"seed {seed}: " + ", ".join(f"{times} {kind}" for kind, times in verdicts.items()))
+    say(f"seed {seed}: " + ", ".join(f"{times} {result}" for result, times in verdicts.items()))
     return verdicts
 
 

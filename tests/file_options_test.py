@@ -96,7 +96,7 @@ def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):
         "text": {"method": "forward", "method_output_name": "last_hidden_state"},
         "message": {"method": "forward", "method_output_name": "last_hidden_state"},
     })  # fmt: skip
-    file_options.write(tmp_path, "qwen2", True, [option])
+    file_options.write(tmp_path, "qwen2", "Normalize", [option])
     with pytest.raises(UserError, match=r"modality_config.message=.* is not supported"):
         load_retriever(str(tmp_path / "model"))
 
@@ -136,6 +136,7 @@ def test_the_hub_is_asked_for_what_loaders_read_alone(tmp_path, monkeypatch):
     fetched = set()
 
     def download(repo, **patterns):
+        assert patterns.pop("revision") is None
         fetched.update(huggingface_hub.utils.filter_repo_objects(names, **patterns))
         return str(tmp_path)
 

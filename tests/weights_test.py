@@ -289,7 +289,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_failure_is_one_line(monkeypatch, llama
 
     asked = []
 
-    def download(repo, *, allow_patterns, ignore_patterns=None):
+    def download(repo, *, revision, allow_patterns, ignore_patterns=None):
         asked.append(repo)
         if repo == "owner/gone":
             raise LocalEntryNotFoundError("offline\nmore")
@@ -340,3 +340,12 @@ def test_eos_ids_come_from_the_generation_config(llama):
     generator, _ = load_generator(str(llama))
     assert generator.eos_ids == (2, 5)
     assert generator.decode([10, 11, 5, 12]) == generator.decode([10, 11])
+
+
+@pytest.mark.parametrize("name", ["suppress_tokens", "bad_words_ids", "stop_strings"])
+def test_what_forbids_tokens_is_refused(llama, name):
+    change_json(llama / "generation_config.json", **{name: [5], "temperature": 0.5, "top_k": 20})
+    with pytest.raises(UserError, match=rf"generation_config.json: {name}=\[5\] is not supported"):
+        load_generator(str(llama))
+    change_json(llama / "generation_config.json", **{name: []})
+    load_generator(str(llama))

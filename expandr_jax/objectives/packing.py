@@ -1,6 +1,7 @@
 """Prompts with their responses as rows of a batch: the prompt stands once, before all of them."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -56,9 +57,22 @@ def tokenized(
     responses: Sequence[str],
     prompt_length: int,
     response_length: int,
+    *,
+    joined: bool = False,
 ) -> tuple[list[int], list[list[int]], int]:
-    """Ids of a prompt's end and of each response's start, one EOS on each; how many were cut."""
-    ids = generator.token_ids([prompt, *responses])
+    """Ids of a prompt's end and of each response's start, one EOS on each; how many were cut.
+
+    `joined`: tokens are those of the prompt with each response behind it, and the prompt ends where
+    their ids or the prompt's own begin to differ, as in TRL; if that is at once, it ends where its
+    text does. Responses that a model wrote are not joined: it had the prompt's own ids before them.
+    """
+    if joined:
+        ids = generator.token_ids([prompt, *(prompt + response for response in responses)])
+        columns = zip(*ids, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
+        ids = [ids[0][:shared], *(row[shared:] for row in ids[1:])]
+    if not joined or not shared:
+        ids = generator.token_ids([prompt, *responses])
     made = [generator.response_ids(part, response_length) for part in ids[1:]]
     cut = (len(ids[0]) > prompt_length) + sum(was_cut for _, was_cut in made)
     return ids[0][-prompt_length:], [response for response, _ in made], cut

@@ -22,7 +22,7 @@ def read_pairs(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl: `Objective.read`.
 
-    Rows are {"prompt", "chosen", "rejected"}.
+    Rows are {"prompt", "chosen", "rejected"}; "joined" as in `packing.tokenized`.
     """
     settings = config.dpo
     if own:
@@ -33,7 +33,7 @@ def read_pairs(
         (ids,) = generator.token_ids([text])
         return generator.response_ids(ids, settings.response_length)[0]
 
-    return read_preferences(
+    pairs, dropped = read_preferences(
         path,
         generator.tokenizer,
         learned=learned,
@@ -41,6 +41,7 @@ def read_pairs(
         on_bad_pair=settings.on_bad_pair,
         today=generator.today,
     )
+    return [{**pair, "joined": True} for pair in pairs], dropped
 
 
 def tokenize_pairs(
@@ -66,7 +67,9 @@ def tokenize_pairs(
     pairs, cut = [], 0
     for number, row in enumerate(rows):
         texts = row["prompt"], (row["chosen"], row["rejected"])
-        prompt, responses, were_cut = tokenized(generator, *texts, prompt_length, response_length)
+        prompt, responses, were_cut = tokenized(
+            generator, *texts, prompt_length, response_length, joined=row.get("joined", False)
+        )
         cut += were_cut
         pairs.append(Example(prompt, responses, name=str(row.get("query_id", number))))
     return pairs, cut

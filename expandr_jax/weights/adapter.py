@@ -24,7 +24,18 @@ from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
 
 _PREFIX = "base_model.model.model."
-# Settings that change what an adapter computes, and the one value of each that is implemented.
+# Settings that are read here; those of how it was trained or begun, or that say again what its
+# tensors say; and those that change what it computes, with the one value that is implemented.
+_READ = (
+    "base_model_name_or_path", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r",
+    "revision",
+)  # fmt: skip
+_UNREAD = (
+    "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
+    "task_type", "velora_config",
+)  # fmt: skip
 _PLAIN = {
     "use_rslora": False,
     "use_dora": False,
@@ -36,18 +47,6 @@ _PLAIN = {
     "layers_to_transform": None,
     "lora_bias": False,
 }
-# More of the kind, which not every version of peft knows.
-_LATER = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-)
 # Beginnings under which the base's own kernels stay what they are.
 _INITS = (None, True, False, "eva", "gaussian", "orthogonal")
 
@@ -99,8 +98,10 @@ def export_adapter(
         (new / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def adapter_base(directory: Path) -> str | None:
-    """What a PEFT adapter's directory names as its base; None where it holds a whole model.
+def adapter_base(directory: Path) -> tuple[str, str | None] | None:
+    """The base that a PEFT adapter's directory names, and its revision on the hub if it says one.
+
+    None where the directory holds a whole model.
 
     Raises:
         UserError: If it is an adapter that names none, or holds a whole model, too.
@@ -117,7 +118,7 @@ def adapter_base(directory: Path) -> str | None:
     settings = Fields.read(where)
     if not settings.values.get("base_model_name_or_path"):
         raise UserError(f"{where}: base_model_name_or_path is missing: it says what to merge into")
-    return settings.text("base_model_name_or_path")
+    return settings.text("base_model_name_or_path"), settings.text("revision", None)
 
 
 def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[str, Any]]:
@@ -139,7 +140,7 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     settings.choice("peft_type", ("LORA",))
     # An empty value of these is none.
     given = {name: value for name, value in settings.values.items() if value}
-    Fields(given, str(where)).only(**_PLAIN, **dict.fromkeys(_LATER))
+    Fields(given, str(where)).strict(*_READ, *_UNREAD, **_PLAIN)
     init = settings.values.get("init_lora_weights")
     if init not in _INITS:
         raise UserError(

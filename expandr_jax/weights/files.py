@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.pooling import Pooling
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import find_family, type_by_tensors
 from expandr_jax.weights.fields import Fields, path_inside, shown
@@ -29,6 +30,7 @@ class ModelFiles:
         tensors: Shapes and types of all tensors by name, those of a GGUF file once dequantized.
         read: (name, rows) -> a tensor, or some rows of it.
         tokenizer: Makes the tokenizer, chat template included.
+        pooling: What makes a text's vector, where the weights file says so.
     """
 
     where: str
@@ -39,6 +41,7 @@ class ModelFiles:
     tensors: Mapping[str, jax.ShapeDtypeStruct]
     read: Callable[[str, slice], np.ndarray]
     tokenizer: Callable[[], PreTrainedTokenizerFast | FairseqTokenizer]
+    pooling: Pooling | None = None
 
 
 def open_directory(path: Path) -> ModelFiles:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.rope import RopeScaling, scale_frequencies
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.files import ModelFiles
@@ -35,6 +36,18 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Keys behind the architecture's name: those that are read here, and those that change nothing.
+_KEYS = (
+    "attention.head_count", "attention.head_count_kv", "attention.key_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "block_count",
+    "context_length", "embedding_length", "feed_forward_length", "pooling_type", "rope.freq_base",
+    "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.type",
+)  # fmt: skip
+_UNREAD = (
+    "attention.layer_norm_epsilon", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size",
+    "rope.scaling.original_context_length",
+)  # fmt: skip
+_POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _ROTARY = re.compile(r"[qk]_proj\.weight$")
 # Norms that only Gemma has, or that have another place in it.
@@ -49,6 +62,11 @@ def open_gguf(path: Path) -> ModelFiles:
     """Opens one GGUF file; raises UserError if it or its architecture cannot be read."""
     reader = GgufReader(path)
     metadata = Fields(reader.metadata, str(path))
+    metadata.only(**{"general.type": "model"})
+    if (parts := metadata.count("split.count", 1, least=0)) > 1:
+        raise UserError(
+            f"{path}: it is one of {parts} parts: join them by llama-gguf-split --merge"
+        )
     architecture = metadata.choice("general.architecture", tuple(_ARCHITECTURES))
     block = _BLOCK | (_GEMMA_NORMS if architecture == "gemma3" else {})
     stored = {_hf_name(name, block): name for name in reader.tensors}
@@ -60,6 +78,9 @@ def open_gguf(path: Path) -> ModelFiles:
     config = Fields(_config(metadata, architecture, tensors, reader), str(path))
     eos = config.values["eos_token_id"]
     ends = [eos, *(end for end in ends_of_turn(metadata) if end != eos)]
+    pooling = metadata.count(f"{architecture}.pooling_type", 0, least=0)
+    if pooling and pooling not in _POOLINGS:
+        raise metadata.refuse(f"{architecture}.pooling_type", "1 (mean), 2 (cls) or 3 (last)")
 
     def read(name: str, rows: slice) -> np.ndarray:
         """In float32, as the original model had it."""
@@ -82,6 +103,7 @@ def open_gguf(path: Path) -> ModelFiles:
         tensors=tensors,
         read=read,
         tokenizer=lambda: read_gguf_tokenizer(metadata),
+        pooling=_POOLINGS.get(pooling),
     )
 
 
@@ -95,6 +117,22 @@ def _config(
     kind, class_name = _ARCHITECTURES[architecture]
     own, tokenizer = metadata.under(f"{architecture}."), metadata.under("tokenizer.ggml.")
     heads, width = own.count("attention.head_count"), own.count("embedding_length")
+    head_dim, context = (
+        own.count("attention.key_length", width // heads),
+        own.count("context_length"),
+    )
+    own.strict(
+        *_KEYS,
+        *_UNREAD,
+        **dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim),
+        **dict.fromkeys(("expert_count", "expert_used_count"), 0),
+        **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), 1.0),
+        **{"attention.causal": True, "use_parallel_residual": False},
+        **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
+        **{"attention.sliding_window_pattern": 6, "rope.dimension_count_swa": head_dim},
+    )
+    if kind != "gemma3_text" and own.count("attention.sliding_window", context) < context:
+        raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     eps = np.float32(own.number("attention.layer_norm_rms_epsilon", above=0))
     if "model.embed_tokens.weight" not in tensors:
         raise UserError(f"{metadata.where}: tensor token_embd.weight is missing")
@@ -106,9 +144,9 @@ def _config(
         "num_hidden_layers": own.count("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": own.count("attention.head_count_kv"),
-        "head_dim": own.count("attention.key_length", width // heads),
+        "head_dim": head_dim,
         "intermediate_size": own.count("feed_forward_length"),
-        "max_position_embeddings": own.count("context_length"),
+        "max_position_embeddings": context,
         "hidden_act": "silu",
         # Stored in float32; the shortest decimal that gives the same is what was meant.
         "rms_norm_eps": float(str(eps)),

@@ -10,12 +10,12 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, shown
+from expandr_jax.weights.tokenizer import between
 
 _PREFIX = "tokenizer.ggml."
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
@@ -29,6 +29,18 @@ _SPLITS = {
     "llama-bpe": _LLAMA3_SPLIT,
     "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
+# Keys that are read here, and those that llama.cpp does not read for these kinds of tokenizer.
+_KEYS = (
+    "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id",
+    "eot_token_id", "eom_token_id", "unknown_token_id", "padding_token_id", "add_bos_token",
+    "add_eos_token", "add_space_prefix",
+)  # fmt: skip
+_UNREAD = (
+    "add_sep_token", "cls_token_id", "fim_mid_token_id", "fim_pad_token_id", "fim_pre_token_id",
+    "fim_rep_token_id", "fim_sep_token_id", "fim_suf_token_id", "mask_token_id", "middle_token_id",
+    "precompiled_charsmap", "prefix_token_id", "remove_extra_whitespaces", "seperator_token_id",
+    "suffix_token_id", "token_type_count",
+)  # fmt: skip
 # Tokens that end a chat model's turn, whatever its file calls its eos.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
@@ -52,6 +64,7 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
             f"{metadata.where}: tokenizer {shown(kind)} with pre {shown(split)} is not supported; "
             f"supported: llama, and gpt2 with pre {', '.join(_SPLITS)}"
         )
+    own.strict(*_KEYS, *_UNREAD)
     tokens = own.items("tokens", str)
     types = _of_tokens(own, "token_type", int, tokens)
     try:
@@ -76,12 +89,12 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
         for name, field in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if f"{field}_token_id" in own
     }
-    begins = kind == "llama" or split == "llama-bpe"
-    if own.flag("add_bos_token", begins):
-        bos = tokens[own.count("bos_token_id", least=0, most=last)]
-        backend.post_processor = processors.TemplateProcessing(
-            f"{bos} $A", f"{bos} $A {bos} $B", [(bos, tokens.index(bos))]
-        )
+    ends: dict[str, dict[str, int]] = {"bos": {}, "eos": {}}
+    for end, default in (("bos", kind == "llama" or split == "llama-bpe"), ("eos", False)):
+        if own.flag(f"add_{end}_token", default):
+            index = own.count(f"{end}_token_id", least=0, most=last)
+            ends[end] = {tokens[index]: index}
+    backend.post_processor = between(**ends)
     architecture = metadata.text("general.architecture")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -94,9 +107,12 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
 
 
 def ends_of_turn(metadata: Fields) -> list[int]:
-    """Ids of the tokens that end a chat model's turn, as far as their names tell."""
-    tokens = metadata.under(_PREFIX).items("tokens", str, [])
-    return [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
+    """Ids of the tokens that end a chat model's turn, by their keys and by their names."""
+    own = metadata.under(_PREFIX)
+    tokens = own.items("tokens", str, [])
+    said = [own.count(f"{end}_token_id", None, least=0) for end in ("eot", "eom")]
+    named = [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
+    return list(dict.fromkeys(end for end in (*said, *named) if end is not None))
 
 
 def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:

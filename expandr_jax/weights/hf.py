@@ -21,14 +21,20 @@ from expandr_jax.sharding import device_put, param_shardings, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import example_inputs, find_family, model_config
-from expandr_jax.weights.fields import is_count, one_line, shown
+from expandr_jax.weights.fields import Fields, is_count, one_line, shown
 from expandr_jax.weights.files import ModelFiles, open_directory
 from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import Source, check_hash, locate
+from expandr_jax.weights.tokenizer import TOKENIZER_FILES, read_tokenizer
 
 Params = dict[str, Any]
+# What generation_config.json can forbid, force or end a text by, beside eos_token_id.
+_CHOOSING = (
+    "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+    "sequence_bias", "stop_strings", "suppress_tokens",
+)  # fmt: skip
 
 
 def load_retriever(
@@ -73,7 +79,7 @@ def load_retriever(
     if settings is None:
         if not family.is_stock:  # No library writes a modules.json for it.
             settings = ModuleSettings(family.pooling, False)
-        elif pooling is None or normalize is None:
+        elif (pooling := pooling or files.pooling) is None or normalize is None:
             raise UserError(f"{path}: no modules.json here: pooling and normalize must be given")
         else:
             settings = ModuleSettings(pooling, normalize)
@@ -146,6 +152,9 @@ def load_generator(
     tokenizer = open_tokenizer(files, config)
     if tokenizer.chat_template is None:
         raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
+    # An empty value of these is none. All other settings of sampling are the config's.
+    given = {name: value for name, value in files.generation_config.values.items() if value}
+    Fields(given, files.generation_config.where).only(**dict.fromkeys(_CHOOSING))
     eos_ids = _eos_ids(files, tokenizer, config.vocab_size)
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
@@ -222,10 +231,13 @@ def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path
         check_hash(files.files, sha256)
         return files, None
     check_hash([path / "adapter_model.safetensors"], sha256)
-    below = locate(base)
+    below = locate(*base)
     if below.is_dir() and adapter_base(below) is not None:
-        raise UserError(f"{path}: its base {base} is an adapter, too: merge that one first")
-    return _open_files(below), path
+        raise UserError(f"{path}: its base {base[0]} is an adapter, too: merge that one first")
+    files = _open_files(below)
+    if any((path / name).is_file() for name in TOKENIZER_FILES):  # As transformers finds it.
+        files = dataclasses.replace(files, tokenizer=lambda: read_tokenizer(path, files.model_type))
+    return files, path
 
 
 def _open_files(path: Path) -> ModelFiles:

@@ -1,6 +1,7 @@
 """Finds a model's files from what the user wrote: a path, a package's file, or a hub id."""
 
 import dataclasses
+import functools
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -32,12 +33,13 @@ class Source:
     dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def locate(source: str) -> Path:
+def locate(source: str, revision: str | None = None) -> Path:
     """Turns a source into a local path; only a hub id reaches for the network.
 
     Args:
         source: An existing path, "package:NAME/PATH" inside an installed package (found without
             importing it), or a hub id "owner/name".
+        revision: The hub's branch, tag or commit; paths have none.
 
     Returns:
         A directory or a file.
@@ -54,7 +56,7 @@ def locate(source: str) -> Path:
     except OSError as error:
         raise UserError(f"{shown(source)}: cannot read it: {error.strerror}") from None
     if _HUB_ID.fullmatch(source):
-        return _from_hub(source)
+        return _from_hub(source, revision)
     raise UserError(f"{source}: no such file or directory, and not a hub id (owner/name) either")
 
 
@@ -71,7 +73,7 @@ def _in_package(source: str) -> Path:
     return path
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -79,10 +81,11 @@ def _from_hub(source: str) -> Path:
     # Files of other programs may be as large as the model: original/, onnx/, Mistral's own weights.
     others = ["*/*", "consolidated*"]
     try:
-        path = Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=others))
+        download = functools.partial(snapshot_download, source, revision=revision)
+        path = Path(download(allow_patterns=wanted, ignore_patterns=others))
         if folders := module_folders(path / "modules.json"):
             wanted = [f"{folder}/*.{end}" for folder in folders for end in ("json", "safetensors")]
-            snapshot_download(source, allow_patterns=wanted)
+            download(allow_patterns=wanted)
         return path
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

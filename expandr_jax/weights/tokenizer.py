@@ -1,5 +1,6 @@
 """Tokenizers from a model directory, without transformers' AutoTokenizer, which imports PyTorch."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -9,6 +10,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -97,11 +99,16 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
             "otherwise and adds other tokens, too: make them agree"
         )
     names = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
-    bos, eos = ([names[end]] if wanted[end] else [] for end in tokens)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    special = ({names[end]: tokens[end]} if wanted[end] else {} for end in tokens)
+    tokenizer.backend_tokenizer.post_processor = between(*special)
+
+
+def between(bos: Mapping[str, int], eos: Mapping[str, int]) -> TemplateProcessing:
+    """Puts special tokens, by their ids, before each text and behind it."""
+    return TemplateProcessing(
         single=[*bos, "$A:0", *eos],
         pair=[*bos, "$A:0", *eos, *(f"{end}:1" for end in bos), "$B:1", *(f"{e}:1" for e in eos)],
-        special_tokens=[(names[end], tokens[end]) for end in tokens if wanted[end]],
+        special_tokens=[*bos.items(), *eos.items()],
     )
 
 

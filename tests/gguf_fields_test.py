@@ -1,0 +1,108 @@
+"""What the metadata of a GGUF file say is obeyed, as in llama.cpp, or refused by name."""
+
+import gguf
+import pytest
+
+from eval import tiny_models
+from expandr_jax.errors import UserError
+from expandr_jax.weights.hf import load_generator, load_retriever
+from tests.gguf_test import write_gguf
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: tiny_models.torch_model(kind, head=True) for kind in ("llama", "qwen3")}
+
+
+@pytest.fixture
+def written(models, tmp_path, monkeypatch):
+    """Writes a file of an architecture with more metadata: (architecture, {key: value}) -> path."""
+
+    def write(architecture, values, **options):
+        write_header = gguf.GGUFWriter.write_header_to_file
+
+        def with_more(writer):
+            for key, value in values.items():
+                kinds = {
+                    bool: "bool",
+                    int: "uint32",
+                    float: "float32",
+                    str: "string",
+                    list: "array",
+                }
+                getattr(writer, f"add_{kinds[type(value)]}")(key, value)
+            write_header(writer)
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", with_more)
+        path = tmp_path / "model.gguf"
+        write_gguf(path, models[architecture], architecture, **options)
+        monkeypatch.undo()
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"general.type": "adapter"}, "general.type='adapter' is not supported; only 'model' is"),
+        ({"split.count": 3}, "it is one of 3 parts: join them"),
+        ({"llama.attention.causal": False}, "llama.attention.causal=False is not supported"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale=0.5 is not supported"),
+        ({"llama.attention.value_length": 4}, "llama.attention.value_length=4 is not supported"),
+        ({"llama.attention.sliding_window": 5}, "llama.attention.sliding_window is 5; expected no"),
+        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported"),
+        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not supported"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
+        ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported; only 0 is"),
+        ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0 is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"llama.pooling_type": 4}, r"llama.pooling_type is 4; expected 1 \(mean\), 2"),
+        ({"llama.what_comes_next": 1}, "llama.what_comes_next=1 is not supported"),
+        ({"tokenizer.ggml.what_comes_next": 1}, "tokenizer.ggml.what_comes_next=1 is not support"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused_by_name(written, values, message):
+    with pytest.raises(UserError, match=rf"model.gguf: {message}"):
+        load_generator(written("llama", values))
+
+
+def test_what_changes_nothing_is_read_past(written):
+    values = {
+        "general.type": "model", "general.sampling.temp": 0.5, "split.count": 0,
+        "llama.vocab_size": tiny_models.VOCAB, "llama.rope.dimension_count": 8,
+        "llama.attention.value_length": 8, "llama.attention.causal": True,
+        "llama.attention.sliding_window": 64, "llama.expert_count": 0,
+        "llama.tensor_data_layout": "reference", "tokenizer.ggml.mask_token_id": 1,
+        "tokenizer.ggml.fim_pre_token_id": 1, "quantize.imatrix.entries_count": 3,
+    }  # fmt: skip
+    load_generator(written("llama", values))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_bos_and_eos_are_added_as_the_file_says(written, tmp_path, bos, eos):
+    ends = {"tokenizer.ggml.add_bos_token": bos, "tokenizer.ggml.add_eos_token": eos}
+    generator, _ = load_generator(written("llama", ends))
+    text = [1] * bos + [tiny_models.VOCAB - 1] + [2] * eos
+    assert generator.tokenizer("ab").input_ids == text
+    # What is obeyed survives the export.
+    generator.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = type(generator.tokenizer).from_pretrained(tmp_path / "saved")
+    assert saved("ab").input_ids == text
+
+
+def test_every_end_that_is_said_ends_a_text(written):
+    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
+    generator, _ = load_generator(written("llama", ends))
+    assert generator.eos_ids == (2, 5, 6)
+
+
+def test_a_retriever_pools_as_its_file_says(written):
+    path = written("qwen3", {"qwen3.pooling_type": 3})
+    retriever, _ = load_retriever(path, normalize=True)
+    assert retriever.pooling == "last"
+    retriever, _ = load_retriever(path, pooling="mean", normalize=True)
+    assert retriever.pooling == "mean"
+    with pytest.raises(UserError, match="pooling and normalize must be given"):
+        load_retriever(written("qwen3", {"qwen3.pooling_type": 0}), normalize=True)
