@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import pathlib
+from unittest import mock
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache" / "xla"
 # Before jax is imported: programs that tests start inherit the cache, but not the devices.
@@ -25,6 +26,12 @@ from expandr_jax.runtime.bucket import Bucket  # noqa: E402
 from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
 from tests.commands import finish, start  # noqa: E402
 from tests.fake_bucket import NAME, serve  # noqa: E402
+
+# Where the run that is compared with recorded files is made: none of it may change a file.
+ELSEWHERE = {
+    "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8", "TZ": "Pacific/Kiritimati",
+    "PYTHONHASHSEED": "7",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,8 +66,10 @@ def smoke(tmp_path_factory):
     with open(directory / "smoke.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
-            printed.write_text(finish(start(workdir)))
-    return workdir, printed.read_text()
+            with mock.patch.dict(os.environ, ELSEWHERE):
+                process = start(workdir)
+            printed.write_text(finish(process), encoding="utf-8")
+    return workdir, printed.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

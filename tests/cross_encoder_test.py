@@ -87,6 +87,8 @@ def test_a_score_does_not_depend_on_what_is_scored_with_it(tmp_path):
 def test_other_heads_and_activations_are_refused(tmp_path):
     with pytest.raises(UserError, match="id2label has 3 labels; expected the one of a score"):
         load_cross_encoder(str(save(tmp_path / "three", "bert", num_labels=3)))
+    with pytest.raises(UserError, match="type_vocab_size is 1, but the tokenizer marks the second"):
+        load_cross_encoder(str(save(tmp_path / "one", "bert", type_vocab_size=1)))
     directory = save(tmp_path / "odd", "bert")
     own = directory / "config_sentence_transformers.json"
     own.write_text(json.dumps({"activation_fn": "my.Function"}))
@@ -96,6 +98,9 @@ def test_other_heads_and_activations_are_refused(tmp_path):
         load_cross_encoder(str(directory))
     own.write_text(json.dumps({"activation_fn": {"name": "Sigmoid"}}))
     with pytest.raises(UserError, match=r"activation_fn {'name': 'Sigmoid'} is not supported"):
+        load_cross_encoder(str(directory))
+    own.write_text(json.dumps({"prompts": {"q": "query: "}, "default_prompt_name": "q"}))
+    with pytest.raises(UserError, match="default_prompt_name='q' is not supported; only None is"):
         load_cross_encoder(str(directory))
     own.unlink()
     shape = (directory / "config.json").read_text()

@@ -30,6 +30,13 @@ EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
+# What decides, in every program of JAX, which numbers are drawn and of which types results are.
+JAX_DEFAULTS = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_enable_x64": False,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_threefry_partitionable": True,
+}
 # What ml_collections says.
 _IN_CONFIG = "Error whilst parsing config file:"
 _NO_SETTING = re.compile(r"(?:'(\w+)'|Attribute <.*>\.(\w+) does not exist)")
@@ -168,6 +175,7 @@ def launch(
         kind = type(error).__name__
         _stop(console, f"{place.filename}:{place.lineno}: {kind}: {_one_line(error)}")
     try:
+        _check_environment()
         _start_processes()
     except UserError as error:
         _stop(console, str(error))
@@ -240,6 +248,16 @@ def is_full(error: Exception) -> bool:
     """Whether there is no space left; libraries written in Rust say so in words alone."""
     numbers = [f"os error {number})" for number in FULL]
     return getattr(error, "errno", None) in FULL or any(n in str(error) for n in numbers)
+
+
+def _check_environment() -> None:
+    """Refuses variables of JAX that change draws or types: figures follow from the config alone."""
+    for name, value in JAX_DEFAULTS.items():
+        if (given := getattr(jax.config, name)) != value:
+            raise UserError(
+                f"{name.upper()} is set to {given}, and a run's figures would follow from more "
+                "than its config: unset it"
+            )
 
 
 def _start_processes() -> None:

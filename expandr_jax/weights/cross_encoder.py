@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model, open_tokenizer
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.names import Weight, linear
+from expandr_jax.weights.sentence_transformers import read_modules, transformer_length
 from expandr_jax.weights.source import locate
 
 # The names of PyTorch's classes in the files of sentence-transformers.
@@ -53,13 +55,20 @@ def load_cross_encoder(
     module = PairClassifier(config)
     params = load_params(files, module, _weights(config, has_pooler), jnp.float32)
     tokenizer = open_tokenizer(files, config)
-    limits = (max_length, config.max_positions, tokenizer.model_max_length)
+    directory = locate(source)
+    activation, own_length = _settings(files.config, directory)
+    limits = (config.max_positions, max_length or own_length or tokenizer.model_max_length)
     length = min(limit for limit in limits if limit)
     if length <= tokenizer.num_special_tokens_to_add(pair=True) + 1:
         raise UserError(f"{source}: max_length is {length}; no pair of texts fits into it")
-    return CrossEncoder(
-        module, tokenizer, length, _activation(files.config, locate(source))
-    ), params
+    encoder = CrossEncoder(module, tokenizer, length, activation)
+    ((_, types),) = encoder.token_ids("a", ["b"])
+    if max(types) >= config.num_token_types:
+        raise UserError(
+            f"{where}: type_vocab_size is {config.num_token_types}, but the tokenizer marks the "
+            f"second text of a pair by {max(types)}: one of the two is another model's"
+        )
+    return encoder, params
 
 
 def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
@@ -76,14 +85,23 @@ def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
     return [*encoder, *first, *linear("classifier", last, True, bare=True)]
 
 
-def _activation(config: Fields, directory: Any) -> str:
-    """What is applied to a logit, by whichever file of sentence-transformers says so."""
+def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
+    """What is applied to a logit, and the longest pair if said, by sentence-transformers' files."""
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
+    # The default prompt would stand before every query.
+    own.strict(
+        *("__version__", "activation_fn", "keep_in_fp32_modules", "prompts"),
+        default_prompt_name=None,
+        model_type="CrossEncoder",
+    )
+    if (listing := directory / "modules.json").is_file():
+        read_modules(listing, ("Transformer",), ("Transformer",))
+    length = transformer_length(directory, "sequence-classification", "logits", "scores")
     for fields, name in (
         (own, "activation_fn"),
         (config.section("sentence_transformers"), "activation_fn"),
         (config, "sbert_ce_default_activation_function"),
     ):
         if name in fields:
-            return _ACTIVATIONS[fields.choice(name, tuple(_ACTIVATIONS))]
-    return "sigmoid"  # What sentence-transformers does with one label.
+            return _ACTIVATIONS[fields.choice(name, tuple(_ACTIVATIONS))], length
+    return "sigmoid", length  # What sentence-transformers does with one label.

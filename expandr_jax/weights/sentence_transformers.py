@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ _ACTIVATIONS = {
     "torch.nn.modules.activation.Tanh": "tanh",
 }
 _VECTOR = "sentence_embedding"
-_ORDER = ["Transformer", "Pooling", "Dense", "Normalize"]
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+_NEEDED = _ORDER[:2]
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # The names that the Transformer's file has had; the first that is there counts.
 _TRANSFORMER_FILES = tuple(
@@ -100,7 +101,9 @@ def read_settings(directory: Path) -> ModuleSettings | None:
     return ModuleSettings(
         pooling=_pooling(modules["Pooling"] / "config.json"),
         normalize=_normalizes(more, modules.get("Normalize")),
-        max_length=_max_length(modules["Transformer"]),
+        max_length=transformer_length(
+            modules["Transformer"], "feature-extraction", "last_hidden_state", "token_embeddings"
+        ),
         query_prompt=_prompt(more, "query"),
         document_prompt=_prompt(more, "document"),
         dense=_dense_activation(modules["Dense"]) if "Dense" in modules else None,
@@ -115,17 +118,20 @@ def module_folders(listing: Path) -> list[str]:
     return [str(name) for name in names if name and path_inside(listing.parent, name, str(listing))]
 
 
-def read_modules(listing: Path) -> dict[str, Path]:
+def read_modules(
+    listing: Path, order: Sequence[str] = _ORDER, needed: Sequence[str] = _NEEDED
+) -> dict[str, Path]:
     """The folder of each module that modules.json lists, by its kind and in its order."""
     entries = read_json(listing)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{listing}: expected a list of JSON objects, one for each module")
     entries = [Fields(entry, str(listing)) for entry in entries]
     kinds = [entry.text("type").rsplit(".", 1)[-1] for entry in entries]
-    if kinds != [kind for kind in _ORDER if kind in {*kinds, "Transformer", "Pooling"}]:
+    if kinds != [kind for kind in order if kind in {*kinds, *needed}]:
+        optional = " and ".join(kind for kind in order if kind not in needed)
         raise UserError(
-            f"{listing}: modules are {shown(', '.join(kinds))}; supported: Transformer, Pooling, "
-            "then, if wanted, Dense and Normalize"
+            f"{listing}: modules are {shown(', '.join(kinds))}; supported: {', '.join(needed)}"
+            + (optional and f", then, if wanted, {optional}")
         )
     names = [entry.text("path") for entry in entries]
     paths = [path_inside(listing.parent, name, str(listing)) for name in names]
@@ -137,8 +143,15 @@ def read_modules(listing: Path) -> dict[str, Path]:
     return dict(zip(kinds, paths, strict=True))
 
 
-def _max_length(folder: Path) -> int | None:
-    """The longest input that the Transformer's own file allows; what else it says is refused."""
+def transformer_length(folder: Path, task: str, method_output: str, output: str) -> int | None:
+    """The longest input that the Transformer's own file allows; what else it says is refused.
+
+    Args:
+        folder: The Transformer's.
+        task: What it is loaded for, `transformer_task` in its file.
+        method_output: What of the model's output it takes.
+        output: What it calls that.
+    """
     paths = [folder / name for name in _TRANSFORMER_FILES if (folder / name).is_file()]
     if not paths:
         return None
@@ -146,18 +159,18 @@ def _max_length(folder: Path) -> int | None:
     # With "message", texts would be put into the tokenizer's chat template.
     config.section("modality_config").strict("text")
     config.section("modality_config").section("text").strict(
-        method="forward", method_output_name="last_hidden_state"
+        method="forward", method_output_name=method_output
     )
     config.strict(
         *("max_seq_length", "modality_config", "unpad_inputs"),
         *itertools.chain(*_ARGUMENTS.values()),
         do_lower_case=False,
         document_length=None,
-        module_output_name="token_embeddings",
+        module_output_name=output,
         processing_kwargs={},
         query_expansion=None,
         query_length=None,
-        transformer_task="feature-extraction",
+        transformer_task=task,
     )
     length = config.count("max_seq_length", None)
     for new, old in _ARGUMENTS.values():
