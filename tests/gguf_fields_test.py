@@ -56,7 +56,7 @@ def written(models, tmp_path, monkeypatch):
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
         ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported; only 0 is"),
         ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0 is not supported"),
-        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping=30.0 is not"),
         ({"llama.pooling_type": 4}, r"llama.pooling_type is 4; expected 1 \(mean\), 2"),
         ({"llama.what_comes_next": 1}, "llama.what_comes_next=1 is not supported"),
         ({"tokenizer.ggml.what_comes_next": 1}, "tokenizer.ggml.what_comes_next=1 is not support"),

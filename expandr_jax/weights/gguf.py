@@ -121,18 +121,6 @@ def _config(
         own.count("attention.key_length", width // heads),
         own.count("context_length"),
     )
-    own.strict(
-        *_KEYS,
-        *_UNREAD,
-        **dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim),
-        **dict.fromkeys(("expert_count", "expert_used_count"), 0),
-        **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), 1.0),
-        **{"attention.causal": True, "use_parallel_residual": False},
-        **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
-        **{"attention.sliding_window_pattern": 6, "rope.dimension_count_swa": head_dim},
-    )
-    if kind != "gemma3_text" and own.count("attention.sliding_window", context) < context:
-        raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     eps = np.float32(own.number("attention.layer_norm_rms_epsilon", above=0))
     if "model.embed_tokens.weight" not in tensors:
         raise UserError(f"{metadata.where}: tensor token_embd.weight is missing")
@@ -157,6 +145,16 @@ def _config(
         "pad_token_id": tokenizer.count("padding_token_id", None, least=0),
         "dtype": "float32",
     }
+    own.strict(
+        *_KEYS,
+        *_UNREAD,
+        **dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim),
+        **dict.fromkeys(("expert_count", "expert_used_count"), 0),
+        **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), 1.0),
+        **{"attention.causal": True, "use_parallel_residual": False},
+        **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
+        **{"attention.sliding_window_pattern": 6, "rope.dimension_count_swa": head_dim},
+    )
     if kind == "gemma3_text":
         # The largest model scales its scores by its width, the others by the head's; llama.cpp too
         # knows which is which by the depth alone.
@@ -168,6 +166,8 @@ def _config(
             "sliding_window": own.count("attention.sliding_window"),
             "sliding_window_pattern": 6,
         }
+    elif own.count("attention.sliding_window", context) < context:
+        raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     if own.choice("rope.scaling.type", ("none", "linear"), "none") == "linear":
         factor = own.number("rope.scaling.factor", above=0)
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
