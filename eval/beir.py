@@ -30,11 +30,10 @@ from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
-from expandr_jax.ranking.results import remarks, summary
+from expandr_jax.ranking.results import mean_over_sets, remarks, summary
 from expandr_jax.ranking.systems import System, check_stages, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
-from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch

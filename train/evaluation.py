@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches, choose
-from expandr_jax.ranking.results import Values, remarks, summary
+from expandr_jax.ranking.results import Values, mean_over_sets, remarks, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     BM25,
@@ -32,7 +32,6 @@ from expandr_jax.ranking.systems import (
 )
 from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
-from expandr_jax.report.sets import mean_over_sets
 from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index

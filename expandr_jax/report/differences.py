@@ -20,16 +20,8 @@ MOVED_HEADER = ("run", "query", "baseline", "value", "difference", "text", "expa
 class Comparison:
     """One run under one measure; what follows `mean` is None for the baseline.
 
-    Attributes:
-        measure: As the user wrote it.
-        run: Its name.
-        mean: Over the judged queries.
-        difference: From the baseline's mean.
-        win: Queries on which the run is better.
-        tie: Queries on which both are the same.
-        loss: Queries on which it is worse.
-        p_values: Those of the paired t-test and of the randomisation test.
-        adjusted: The same for all comparisons made, by Holm's method.
+    On `win`, `tie` and `loss` queries the run is better than the baseline, the same and worse.
+    P-values are those of `TESTS`, and adjusted for all comparisons made by Holm's method.
     """
 
     measure: str
@@ -58,20 +50,18 @@ def compare(values: Values, baseline: str) -> list[Comparison]:
     order = [baseline, *(run for run in values if run != baseline)]
     for measure, reference in values[baseline].items():
         for run in order:
-            mine = values[run][measure]
-            row = Comparison(measure, run, metrics.mean(mine))
+            mine, differing = values[run][measure], {}
             if run != baseline:
                 differences = [mine[query] - value for query, value in reference.items()]
                 tests = [test(mine, reference) for test in TESTS]
-                row = dataclasses.replace(
-                    row,
-                    difference=tests[0]["difference"],
-                    win=sum(d > 0 for d in differences),
-                    tie=sum(d == 0 for d in differences),
-                    loss=sum(d < 0 for d in differences),
-                    p_values=tuple(test["p_value"] for test in tests),
-                )
-            rows.append(row)
+                differing = {
+                    "difference": tests[0]["difference"],
+                    "win": sum(d > 0 for d in differences),
+                    "tie": sum(d == 0 for d in differences),
+                    "loss": sum(d < 0 for d in differences),
+                    "p_values": tuple(test["p_value"] for test in tests),
+                }
+            rows.append(Comparison(measure, run, metrics.mean(mine), **differing))
     compared = [row for row in rows if row.p_values is not None]
     by_test = zip(*(row.p_values for row in compared), strict=True)
     adjusted = iter(list(zip(*map(metrics.holm, by_test), strict=True)))
@@ -86,14 +76,10 @@ def moved(
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
 ) -> list[list[str]]:
-    """Rows of the queries that changed most under the first measure, run by run.
+    """Rows of `MOVED_HEADER`: the queries that changed most under the first measure, run by run.
 
-    Args:
-        values: As from `score`.
-        baseline: Name of the run that the others are compared with.
-        count: Queries a run at most; one that did not change is never listed.
-        texts: Query id -> its text.
-        expansions: (run, query id) -> its expansions.
+    There are `count` of a run at most, and none that did not change. Texts are queries' by their
+    ids, expansions by run and query id.
     """
     measure, reference = next(iter(values[baseline].items()))
     rows = []

@@ -7,11 +7,12 @@ from typing import Any
 from markupsafe import Markup
 from rich.table import Table
 
-from expandr_jax import metrics
 from expandr_jax.data.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
+from expandr_jax.ranking.results import Values, summary
 from expandr_jax.report import page, plots
-from expandr_jax.report.differences import HEADER, Values, compare, moved, read_expansions
+from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
+from expandr_jax.report.page import parts
 from expandr_jax.report.run_report import results_section, settings_section, time_section
 from expandr_jax.report.tables import mark_best, render, results_cells
 
@@ -38,18 +39,13 @@ def write_set(
 ) -> None:
     """Writes results.md, .tex and .csv and report.html of one set.
 
-    Args:
-        directory: The set's own; holds evaluation/expansions.jsonl.
-        results: The contents of results.json.
-        values: System -> measure -> query -> value.
-        texts: Query id -> its text.
+    The directory is the set's own and holds evaluation/expansions.jsonl; `texts` are its queries'.
     """
     title = f"{results['dataset']}, {results['queries']:,} queries"
     write_tables(directory / "results", title, *results_cells(results["rows"]))
     _, expansions = read_expansions(directory / "evaluation" / "expansions.jsonl")
     sections = {
-        "Results": results_section(results, _intervals(values)),
-        **comparison_sections(values, results["rows"][0]["system"], texts, expansions),
+        **_sections(results, values, results["rows"][0]["system"], texts, expansions),
         "Where the time went": time_section(directory),
         "Settings": settings_section(directory, results),
     }
@@ -62,11 +58,9 @@ def write_set(
 
 
 def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
-    """Writes mean.md, .tex and .csv and report.html of several sets; returns the table.
+    """Writes mean.md, .tex and .csv and report.html of a run's several sets; returns the table.
 
-    Args:
-        workdir: The run's.
-        mean: As from `mean_over_sets`.
+    `mean` is as from `mean_over_sets`.
     """
     columns = [[row[CHOSEN_BY] for row in of] for of in (*mean["sets"].values(), mean["rows"])]
     names = [row["system"] for row in mean["rows"]]
@@ -77,8 +71,9 @@ def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
     )
     caption = "Sets of one family, as CQADupStack's twelve, count as one; the best is bold."
     sections = {
-        "By set": page.table(caption, header, rows) + page.figures({f"Mean {CHOSEN_BY}": chart}),
-        "All measures": page.table("Means over the sets.", *results_cells(mean["rows"])),
+        "By set": parts().table(caption, header, rows)
+        + parts().figures({f"Mean {CHOSEN_BY}": chart}),
+        "All measures": parts().table("Means over the sets.", *results_cells(mean["rows"])),
         "Where the time went": time_section(workdir),
         "Settings": settings_section(workdir, {}),
     }
@@ -95,36 +90,27 @@ def write_comparison(
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
 ) -> None:
-    """Writes a page on runs from anywhere; arguments as of `comparison_sections`."""
-    measures = list(values[baseline])
-    rows = [
-        {"system": run, **{m: metrics.mean(of[m]) for m in measures}} for run, of in values.items()
-    ]
-    queries = len(values[baseline][measures[0]])
-    sections = {
-        "Results": results_section({"rows": rows}, _intervals(values)),
-        **comparison_sections(values, baseline, texts, expansions),
-    }
-    lead = f"{queries:,} queries, {len(rows)} runs, compared with {baseline}."
+    """Writes a page on runs from anywhere and their differences from one of them.
+
+    Texts are queries' by their ids, expansions by run and query id.
+    """
+    results = summary("", values, [])
+    sections = _sections(results, values, baseline, texts, expansions)
+    lead = f"{results['queries']:,} queries, {len(values)} runs, compared with {baseline}."
     _write_page(path, "Runs compared", lead, sections)
 
 
-def comparison_sections(
+def _sections(
+    results: Mapping[str, Any],
     values: Values,
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
-) -> dict[str, Markup | None]:
-    """Sections on differences from a baseline, under the first measure.
-
-    Args:
-        values: As from `eval/compare.py`.
-        baseline: Name of the run that the others are compared with.
-        texts: Query id -> its text.
-        expansions: (run, query id) -> its expansions.
-    """
+) -> dict[str, Markup]:
+    """Sections on results, and on differences from a baseline under the first measure."""
+    sections = {"Results": results_section(results, values)}
     if len(values) < 2:
-        return {}
+        return sections
     measure = next(iter(values[baseline]))
     first = {run: {measure: of[measure]} for run, of in values.items()}
     rows = [row.cells()[1:] for row in compare(first, baseline)]
@@ -132,17 +118,12 @@ def comparison_sections(
         f"{measure}; queries that a system wins, ties and loses; two-sided tests, and the same "
         "adjusted by Holm's method for all rows."
     )
+    gains = {f"Gain in {measure} by query, sorted": _gains(first, baseline, measure)}
     return {
-        f"Against {baseline}": page.table(caption, HEADER[1:], rows)
-        + page.figures({f"Gain in {measure} by query, sorted": _gains(first, baseline, measure)}),
+        **sections,
+        f"Against {baseline}": parts().table(caption, HEADER[1:], rows) + parts().figures(gains),
         "Queries that moved most": _moved(first, baseline, texts, expansions),
     }
-
-
-def _intervals(values: Values) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals of the means of the first metric."""
-    firsts = {name: next(iter(of.values())) for name, of in values.items()}
-    return {name: metrics.bootstrap_interval(list(of.values())) for name, of in firsts.items()}
 
 
 def _gains(values: Values, baseline: str, measure: str) -> str:
@@ -166,22 +147,19 @@ def _moved(
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
-) -> Markup | None:
+) -> Markup:
     rows = moved(values, baseline, MOVED, texts, expansions)
     largest: dict[str, Sequence[str]] = {}  # A query stands once, with its largest change.
     for row in sorted(rows, key=lambda row: -abs(float(row[4]))):
         largest.setdefault(row[1], row)
-    shown = list(largest.values())[:MOVED]
-    note = f"The {len(shown)} queries with the largest change against {baseline}."
-    return page.cards(note, [_card(*row) for row in shown])
-
-
-def _card(
-    run: str, query: str, before: str, after: str, difference: str, text: str, expansion: str
-) -> page.Card:
-    trend = "better" if float(difference) > 0 else "worse"
-    quote = page.clip(expansion, EXPANSION_CHARACTERS)
-    return page.Card(text or query, trend, f"{before} → {after}", f"{run}, query {query}", quote)
+    cards = []
+    for run, query, before, after, difference, text, expansion in list(largest.values())[:MOVED]:
+        trend = "better" if float(difference) > 0 else "worse"
+        quote = page.clip(expansion, EXPANSION_CHARACTERS)
+        change, note = f"{before} → {after}", f"{run}, query {query}"
+        cards.append(page.Card(text or query, trend, change, note, quote))
+    note = f"The {len(cards)} queries with the largest change against {baseline}."
+    return parts().cards(note, cards)
 
 
 def _write_page(

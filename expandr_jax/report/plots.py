@@ -47,14 +47,10 @@ def bars(
     highlight: str | None = None,
     label: str = "{:.3f}",
 ) -> str:
-    """Draws one horizontal bar a label, with whiskers where there is an interval.
+    """Draws one horizontal bar a label, from top to bottom, with whiskers where it has an interval.
 
-    Args:
-        title: Name of the plot, for those who cannot see it.
-        values: Length of each bar by its label, drawn from top to bottom.
-        intervals: Low and high end by label.
-        highlight: The label whose bar stands out; None colours all alike.
-        label: Format of the value written beside a bar.
+    The title names the plot for those who cannot see it, here and below. The bar of the label
+    `highlight` stands out; `label` is the format of the value beside each bar.
     """
     with _axes(title, 0.5 + 0.32 * len(values)) as axes:
         positions = np.arange(len(values))
@@ -85,15 +81,7 @@ def bars(
 
 
 def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool = True) -> str:
-    """Draws one line a series.
-
-    Args:
-        title: Name of the plot, for those who cannot see it.
-        series: Points by label.
-        xlabel: Text under the horizontal axis.
-        ylabel: Text beside the vertical axis.
-        smooth: A long line is drawn faintly, with its moving mean on top.
-    """
+    """Draws one line a series; if `smooth`, a long one faintly, with its moving mean on top."""
     with _axes(title, 2.9) as axes:
         for i, (name, (x, y)) in enumerate(series.items()):
             colour, dash = _STAND_INS[_SERIES[i % 4]], _DASHES[i // 4 % 4]
@@ -105,8 +93,7 @@ def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool 
                 x = x[(window - 1) // 2 :][: len(y)]
             marker = "o" if len(y) < 12 else None
             axes.plot(x, y, dash, color=colour, linewidth=1.7, marker=marker, ms=3.5, label=name)
-        _finish(axes, xlabel, ylabel, legend=len(series) > 1)
-        return _svg(axes, title)
+        return _with_labels(axes, title, xlabel, ylabel, legend=len(series) > 1)
 
 
 def histogram(
@@ -124,9 +111,8 @@ def histogram(
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16)
             axes.stairs(shares, edges, color=colour, linewidth=1.5, linestyle=dash, label=name)
             axes.plot(np.mean(values), 0, marker="^", ms=8, color=colour, clip_on=False, zorder=5)
-        _finish(axes, xlabel, ylabel, legend=len(samples) > 1)
         axes.set_ylim(bottom=0)
-        return _svg(axes, title)
+        return _with_labels(axes, title, xlabel, ylabel, legend=len(samples) > 1)
 
 
 @contextlib.contextmanager
@@ -144,7 +130,7 @@ def _axes(title: str, height: float) -> Iterator[Any]:
         yield figure.add_subplot()
 
 
-def _finish(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
+def _with_labels(axes: Any, title: str, xlabel: str, ylabel: str, legend: bool) -> str:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(axis="y")
@@ -158,6 +144,7 @@ def _finish(axes: Any, xlabel: str, ylabel: str, legend: bool) -> None:
             handlelength=1.6,
             columnspacing=1.4,
         )
+    return _svg(axes, title)
 
 
 def _svg(axes: Any, title: str) -> str:

@@ -3,7 +3,7 @@
 import collections
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,45 +14,39 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.data.records import read_jsonl, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.ranking.results import Values
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
 from expandr_jax.report import page, plots
 from expandr_jax.report.expansion_cards import expansion_cards
-from expandr_jax.report.page import details, figures, paragraph, table
+from expandr_jax.report.page import parts
 from expandr_jax.report.tables import Bold, render, results_cells
+from expandr_jax.weights.fields import read_json
 
 _OURS = "expandr"
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `report.html` from the files of a finished run.
+    """Writes `report.html`, which needs no other file and no network, from a finished run's files.
 
-    Args:
-        workdir: Holds results.json; a section whose other files are absent says so.
-
-    Returns:
-        The path of the page, which needs no other file and no network.
-
-    Raises:
-        UserError: results.json is absent, or a file of the run cannot be read.
+    A section whose files are absent says so. Raises UserError where results.json is absent, or a
+    file of the run cannot be read.
     """
     workdir = pathlib.Path(workdir)
-    results = _read_json(workdir / "results.json")
-    if results is None:
+    results = read_json(workdir / "results.json", {})
+    if not results:
         raise UserError(f"{workdir / 'results.json'}: not there; the run has not been evaluated")
-    sections: dict[str, Callable[[], Markup | None]] = {
-        "Results": lambda: results_section(results, _intervals(workdir, results), _OURS),
-        "Significance": lambda: _significance(results),
-        "Training": lambda: _training(workdir),
-        "Rewards of the candidates": lambda: _candidates(workdir),
-        "Fresh samples before and after DPO": lambda: _samples(workdir),
-        "Expansions": lambda: expansion_cards(workdir),
-        "Where the time went": lambda: time_section(workdir),
-        "Settings": lambda: settings_section(workdir, results),
+    sections = {
+        "Results": results_section(results, _values(workdir, results), _OURS),
+        "Significance": _significance(results),
+        "Training": _training(workdir),
+        "Rewards of the candidates": _candidates(workdir),
+        "Fresh samples before and after DPO": _samples(workdir),
+        "Expansions": expansion_cards(workdir),
+        "Where the time went": time_section(workdir),
+        "Settings": settings_section(workdir, results),
     }
-    contents = {
-        title: build() or paragraph("This run holds no data for this section.", "absent")
-        for title, build in sections.items()
-    }
+    absent = parts().paragraph("This run holds no data for this section.", "absent")
+    contents = {title: section or absent for title, section in sections.items()}
     title = f"ExpandR on {results['dataset']}"
     path = workdir / "report.html"
     write_text(path, page.render(title, _headline(results), contents))
@@ -82,17 +76,17 @@ def _headline(results: Mapping[str, Any]) -> str:
 
 
 def results_section(
-    results: Mapping[str, Any],
-    intervals: Mapping[str, tuple[float, float]],
-    highlight: str | None = None,
+    results: Mapping[str, Any], values: Values, highlight: str | None = None
 ) -> Markup:
     """The HTML of the rows of results.json, and of a plot of their first metric.
 
-    Args:
-        results: The contents of results.json, or its "rows" alone.
-        intervals: System -> the 95 % bootstrap interval of its mean; {}: none are known.
-        highlight: The system whose bar stands out; None: all are alike.
+    `values` have that metric first; systems that they lack are shown without an interval. The bar
+    of the system `highlight` stands out.
     """
+    intervals = {
+        system: metrics.bootstrap_interval(list(next(iter(of.values())).values()))
+        for system, of in values.items()
+    }
     header, rows = results_cells(results["rows"])
     metric = header[1] if rows else metrics.CHOSEN_BY
     note = metric
@@ -109,23 +103,22 @@ def results_section(
         highlight=highlight,
     )
     caption = "Mean over the queries; the best is bold."
-    return table(caption, header, rows) + figures({note: chart})
+    return parts().table(caption, header, rows) + parts().figures({note: chart})
 
 
-def _intervals(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def _values(workdir: pathlib.Path, results: Mapping[str, Any]) -> Values:
     if not (workdir / "qrels.trec").exists():
         return {}
     qrels = read_qrels(workdir / "qrels.trec")
-    intervals = {}
-    for row in results["rows"]:
-        path = workdir / "runs" / f"{row['system']}.trec"
-        if path.exists():
-            values = metrics.evaluate(metrics.read_trec(path), qrels, ["ndcg@10"])["ndcg@10"]
-            intervals[row["system"]] = metrics.bootstrap_interval(list(values.values()))
-    return intervals
+    paths = {row["system"]: workdir / "runs" / f"{row['system']}.trec" for row in results["rows"]}
+    return {
+        system: metrics.evaluate(metrics.read_trec(path), qrels, ["ndcg@10"])
+        for system, path in paths.items()
+        if path.exists()
+    }
 
 
-def _significance(results: Mapping[str, Any]) -> Markup | None:
+def _significance(results: Mapping[str, Any]) -> Markup:
     rows = [
         [
             f"{entry['system']} against {entry['baseline']}",
@@ -138,7 +131,7 @@ def _significance(results: Mapping[str, Any]) -> Markup | None:
     ]
     header = ["systems", "metric", "difference", "p", "test"]
     caption = "Paired over the test queries, two-sided, each on its own; p below 0.05 is bold."
-    return table(caption, header, rows) if rows else None
+    return parts().table(caption, header, rows)
 
 
 def _training(workdir: pathlib.Path) -> Markup | None:
@@ -171,11 +164,10 @@ def _training(workdir: pathlib.Path) -> Markup | None:
         "Preference margin over DPO steps": draw("margin", generator, "margin"),
         "Share of pairs that the generator ranks right": draw("accuracy", generator, "accuracy"),
     }
-    charts = {caption: chart for caption, chart in charts.items() if chart}
-    return figures(charts) if charts else None
+    return parts().figures({caption: chart for caption, chart in charts.items() if chart})
 
 
-def _candidates(workdir: pathlib.Path) -> Markup | None:
+def _candidates(workdir: pathlib.Path) -> Markup:
     charts, rows = {}, []
     for directory in _rounds(workdir):
         rewards: dict[float, list[float]] = collections.defaultdict(list)
@@ -198,10 +190,8 @@ def _candidates(workdir: pathlib.Path) -> Markup | None:
             )
         for temperature, values in sorted(rewards.items()):
             rows.append([number, f"{temperature:g}", f"{len(values):,}", f"{np.mean(values):.4f}"])
-    if not charts:
-        return None
     header = ["round", "temperature", "candidates", "mean reward"]
-    return figures(charts) + (table("By temperature.", header, rows) if rows else Markup())
+    return parts().figures(charts) + parts().table("By temperature.", header, rows)
 
 
 def _samples(workdir: pathlib.Path) -> Markup | None:
@@ -211,8 +201,8 @@ def _samples(workdir: pathlib.Path) -> Markup | None:
     rows = read_samples(path)
     splits = {row["split"] for row in rows}
     split = "test" if "test" in splits else min(splits, default="")
-    parts = [_before_and_after(rows, split, field) for field in _FRESH]
-    return Markup().join(filter(None, parts)) or None
+    found = (_before_and_after(rows, split, field) for field in _FRESH)
+    return Markup().join(filter(None, found))
 
 
 # What is shown of fresh samples: a sentence's beginning, a chart's title and its axis.
@@ -248,13 +238,14 @@ def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> Mar
     )
     values = {"before DPO": list(before.values()), "after DPO": list(after.values())}
     chart = plots.histogram(title, values, xlabel=axis, ylabel="share of queries")
-    return paragraph(sentence) + figures({f"{title}; a triangle is the mean": chart})
+    caption = f"{title}; a triangle is the mean"
+    return parts().paragraph(sentence) + parts().figures({caption: chart})
 
 
 def time_section(workdir: pathlib.Path) -> Markup | None:
     """The HTML of where a run's time went, or None where it has no timings.json."""
-    timings = _read_json(workdir / "timings.json")
-    if not timings or not timings.get("phases"):
+    timings = read_json(workdir / "timings.json", {})
+    if not timings.get("phases"):
         return None
     total = timings.get("total_seconds") or sum(p["seconds"] for p in timings["phases"])
     rows = [
@@ -278,31 +269,22 @@ def time_section(workdir: pathlib.Path) -> Markup | None:
         if "device" in phase
     )
     caption = f"By phase, on {' and '.join(places)}." if places else "By phase."
-    return figures({"Seconds by phase": chart}) + table(caption, header, rows)
+    return parts().figures({"Seconds by phase": chart}) + parts().table(caption, header, rows)
 
 
-def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> Markup | None:
-    """The HTML of what was chosen on dev and of config.json, or None without either."""
+def settings_section(workdir: pathlib.Path, results: Mapping[str, Any]) -> Markup:
+    """The HTML of what was chosen on dev and of config.json; empty without either."""
     chosen = [[name, json.dumps(value)] for name, value in results.get("chosen", {}).items()]
-    text = table("Chosen on dev.", ["setting", "value"], chosen) if chosen else Markup()
-    config = _read_json(workdir / "config.json")
-    if config is not None:
-        text += details("config.json", json.dumps(config, indent=2, ensure_ascii=False))
-    return text or None
+    text = parts().table("Chosen on dev.", ["setting", "value"], chosen)
+    config = read_json(workdir / "config.json", {})
+    if config:
+        text += parts().details("config.json", json.dumps(config, indent=2, ensure_ascii=False))
+    return text
 
 
-def _rounds(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+def _rounds(workdir: pathlib.Path) -> list[pathlib.Path]:
     found = [path for path in workdir.glob("round-*") if path.name[6:].isdigit()]
-    yield from sorted(found, key=lambda path: int(path.name[6:]))
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    return sorted(found, key=lambda path: int(path.name[6:]))
 
 
 def _p_value(value: float) -> str:
