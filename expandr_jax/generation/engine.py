@@ -2,7 +2,6 @@
 
 import bisect
 import collections
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from expandr_jax.generation.programs import (
     unstack_shardings,
     variable_shardings,
 )
-from expandr_jax.generation.queue import PromptQueue
+from expandr_jax.generation.queue import prompt_batches
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
 from expandr_jax.runtime.host_memory import trim_memory
@@ -134,21 +133,24 @@ class Engine:
             trim_memory()
 
     def _generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        queue = PromptQueue(map(self._checked, requests), self._bucket, self.shape.prefill_rows)
+        batches = prompt_batches(
+            map(self._checked, requests), self._bucket, self.shape.prefill_rows
+        )
+        batch = next(batches, None)
         ready: collections.deque[tuple[device.Prefilled, int, Request]] = collections.deque()
         running: dict[int, Request] = {}
         slots = self._programs.empty(self._shared)
         cancelled = np.zeros(self.shape.slots, bool)
         while True:
-            while len(running) < self.shape.slots and (ready or queue):
+            while len(running) < self.shape.slots and (ready or batch):
                 if not ready:
-                    ready.extend(self._run_prompts(*queue.take()))
+                    ready.extend(self._run_prompts(*batch))
+                    batch = next(batches, None)
                 slots = self._refill(slots, ready, running)
             if not running:
                 return
             cancelled[list(running)] = False  # Its text was stopped, but a new one moved in.
-            waiting = bool(ready or queue)
-            enough = len(running) - 1 - self.shape.slots // 16 if waiting else 0
+            enough = len(running) - 1 - self.shape.slots // 16 if ready or batch else 0
             slots = self._programs.decode(
                 self._variables, slots, cancelled, self._steps_per_call, max(enough, 0)
             )
@@ -156,15 +158,11 @@ class Engine:
             active, count = jax.device_get((slots.active, slots.count))
             looked_at = [slot for slot in running if self._stop or not active[slot]]
             if looked_at:
-                fetched = slots.output, slots.near_tie, slots.log_probs
-                output, near_tie, log_probs = jax.device_get(fetched)
+                fetched = jax.device_get((slots.output, slots.near_tie, slots.log_probs))
             for slot in looked_at:
-                tokens = output[slot, : count[slot]].tolist()
-                completion = self._completion(running[slot], tokens, near_tie[slot], active[slot])
+                sampled = (None if x is None else x[slot, : count[slot]].tolist() for x in fetched)
+                completion = self._completion(running[slot], active[slot], *sampled)
                 if completion is not None:
-                    if log_probs is not None:
-                        kept = tuple(log_probs[slot, : len(completion.tokens)].tolist())
-                        completion = dataclasses.replace(completion, log_probs=kept)
                     cancelled[slot] = active[slot]
                     del running[slot]
                     yield completion
@@ -190,7 +188,12 @@ class Engine:
         return request
 
     def _completion(
-        self, request: Request, tokens: list[int], near_tie: np.ndarray, active: bool
+        self,
+        request: Request,
+        active: bool,
+        tokens: list[int],
+        near_tie: list[bool],
+        log_probs: list[float] | None,
     ) -> Completion | None:
         """What became of a request, or None if it goes on."""
         reason = "eos" if tokens and tokens[-1] in self.shape.eos_ids else "length"
@@ -207,9 +210,11 @@ class Engine:
                 text = text[: min(text.find(stop) for stop in self._stop if stop in text)]
         if active:
             return None
-        ties = np.flatnonzero(near_tie[: len(tokens)])
-        first = int(ties[0]) if len(ties) else None
-        return Completion(request.id, request.sample, tuple(tokens), reason, len(ties), first, text)
+        ties = [i for i, near in enumerate(near_tie[: len(tokens)]) if near]
+        return Completion(
+            request.id, request.sample, tuple(tokens), reason, len(ties), next(iter(ties), None),
+            text, None if log_probs is None else tuple(log_probs[: len(tokens)]),
+        )  # fmt: skip
 
     def _stops(self, text: str) -> bool:
         return any(stop in text for stop in self._stop)

@@ -16,16 +16,10 @@ LOGITS_COPIES = 2  # The logits of a step, and what the sampler makes of them.
 def plan_memory(
     shape: EngineShape, params: Mapping[str, Any], buckets: Sequence[int]
 ) -> dict[str, int]:
-    """Bytes on each device by what they are for.
+    """Bytes on each device by what they are for; parameters may be shapes.
 
-    Args:
-        shape: The engine's.
-        params: The decoder's parameters, or their shapes.
-        buckets: Lengths in tokens that prompts are padded to.
-
-    Returns:
-        "slots", their keys and values; "prompts", the same of the largest batch of prompts;
-        "logits" of a step; and "weights".
+    They are "slots", their keys and values; "prompts", the same of the largest batch of prompts,
+    whose padded lengths are `buckets`; "logits" of a step; and "weights".
     """
     config, mesh = shape.module.config, shape.mesh
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim

@@ -21,13 +21,9 @@ EVERYONE = PartitionSpec(("data", "fsdp", "tensor"))
 def variable_shardings(
     mesh: Mesh, module: Decoder, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Where an engine's variables lie, before `unstack_layers`: {"params"} and, if any, "lora".
+    """Where an engine's variables lie, before `unstack_layers`: "params" and, if any, "lora".
 
-    Args:
-        mesh: The devices.
-        module: The decoder.
-        params: Base parameters, or their shapes; layers stacked.
-        adapter: LoRA tree, or its shapes, or None.
+    Parameters, whose layers are stacked, and the adapter may be shapes.
     """
     base = model_shardings(mesh, module.clone(unroll=False), params)
     if adapter is None:

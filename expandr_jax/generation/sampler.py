@@ -86,7 +86,7 @@ class Sampler:
             if completion.finished == "refused":
                 refused.add(completion.id)
             text = completion.text
-            yield completion, self._decode(completion.tokens) if text is None else text
+            yield completion, self.generator.decode(completion.tokens) if text is None else text
         if refused:
             self.reporter.say(
                 f"{len(refused)} prompts are too long for the server; their texts are empty"
@@ -96,7 +96,19 @@ class Sampler:
         """The engine for requests whose prompts are ids; arguments and errors as of `generate`."""
         settings, buckets = self.settings, self.settings.prompt_buckets
         if self.server_cache and settings.server.url:
-            return self._server(adapter)
+            if adapter is not None:
+                raise UserError(
+                    "generator.server.url is set, but the server has the base model only and "
+                    "cannot sample with the trained adapter; leave the URL empty for this run"
+                )
+            tokenizer = self.generator.tokenizer
+            return ServerEngine(
+                settings.server,
+                encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+                seed=self.seed,
+                cache=self.server_cache,
+                stop=settings.stop,
+            )
         prompts = [request.prompt for request in requests]
         prefix = common_prefix(prompts)
         longest = max(map(len, prompts), default=1) - len(prefix)
@@ -123,31 +135,13 @@ class Sampler:
             repetition_penalty=any(request.repetition_penalty != 1 for request in requests),
             log_probs=self.log_probs,
             stop=settings.stop,
-            decode=self._decode,
+            decode=self.generator.decode,
             memory_limit_bytes=sampling_memory(settings),
         )
 
     def fits(self, message: str) -> bool:
         """Whether a user's message loses nothing as a prompt."""
         return not self.generator.chat_ids(message, max(self.settings.prompt_buckets))[1]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self.generator.decode(list(tokens))
-
-    def _server(self, adapter: Any | None) -> ServerEngine:
-        if adapter is not None:
-            raise UserError(
-                "generator.server.url is set, but the server has the base model only and cannot "
-                "sample with the trained adapter; leave the URL empty for this run"
-            )
-        tokenizer = self.generator.tokenizer
-        return ServerEngine(
-            self.settings.server,
-            encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            seed=self.seed,
-            cache=self.server_cache,
-            stop=self.settings.stop,
-        )
 
 
 def sampling_memory(settings: Any) -> int:

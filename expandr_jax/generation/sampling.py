@@ -177,12 +177,8 @@ def _count(units, cut):
 def _bisect(weigh, units, wanted, low, high):
     """Units of the last token needed, from the likeliest down, for `weigh` to reach `wanted`.
 
-    Args:
-        weigh: `_mass` or `_count`.
-        units: [batch, vocabulary] int32.
-        wanted: [batch] int32.
-        low: [batch] int32; tokens of at least so many units weigh enough.
-        high: [batch] int32; tokens of at least so many units do not.
+    `weigh` is `_mass` or `_count`. Tokens of `low` units or more weigh enough, those of `high` or
+    more do not; all are int32, [batch] each.
     """
 
     def searching(low, high, weight_low, weight_high):

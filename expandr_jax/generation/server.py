@@ -53,16 +53,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def retry_delay(seed: int, key: str, attempt: int, first: float) -> float:
-    """Seconds to wait before try `attempt` (from 1) of a request: doubled each time, with jitter.
+    """Seconds to wait after `attempt` tries of a request: up to `first`, then doubled each time.
 
-    Args:
-        seed: With `key` and `attempt`, fixes the jitter.
-        key: The request's.
-        attempt: Tries made so far.
-        first: Most seconds before the second try.
-
-    Returns:
-        Between half of and all of min(first * 2^(attempt - 1), 60).
+    It is between half of and all of min(first * 2^(attempt - 1), 60), fixed by seed, key and
+    attempt.
     """
     jitter = random.Random(f"{seed}/{attempt}/{key}").random()
     return min(first * 2.0 ** (attempt - 1), LONGEST_DELAY) * (0.5 + 0.5 * jitter)
@@ -114,7 +108,7 @@ class ServerEngine:
             encode: Text to token ids, without special tokens.
             seed: Seed of all draws; a request's own follows from it, its id and its sample.
             cache: File of finished texts; it stays at its name with ".part".
-            first_delay: Most seconds before the second try.
+            first_delay: As of `retry_delay`.
             stop: Strings that end a text; they are left out of it.
 
         Raises:
@@ -139,18 +133,13 @@ class ServerEngine:
         self._cache = {row["key"]: row for row in self._journal.rows}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Samples a text for each request.
+        """Completions of requests, in the order in which the server gets on with them.
 
-        Args:
-            requests: Read as the server gets on with them.
-
-        Yields:
-            Completions in the order in which they come back.
+        A prompt that is too long for it has a completion without a text, finished by "refused".
 
         Raises:
-            UserError: The server refuses a request for another reason than its prompt's length,
-                or fails more often than the settings allow. A prompt that is too long for it has a
-                completion without a text, finished by "refused".
+            UserError: The server refuses a request for another reason, or fails more often than
+                the settings allow.
         """
         stopped, at_once = threading.Event(), self._settings.concurrency
         pool = concurrent.futures.ThreadPoolExecutor(at_once)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-import itertools
+import operator
 from typing import Annotated, Any
 
 from expandr_jax.models.stack import REMATS
@@ -23,10 +23,6 @@ from expandr_jax.settings import (
 WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
-def _ascends(value: Any) -> bool:
-    return several(count(1)).holds(value) and all(a < b for a, b in itertools.pairwise(value))
-
-
 def _is_day(value: Any) -> bool:
     try:
         return value == "" or datetime.date.fromisoformat(value).isoformat() == value
@@ -35,7 +31,10 @@ def _is_day(value: Any) -> bool:
 
 
 DAY = Check('a day as "2026-11-28", or ""', _is_day)
-ASCENDING = Check("a tuple of whole numbers above 0 that ascend", _ascends)
+ASCENDING = Check(
+    "a tuple of whole numbers above 0 that ascend",
+    lambda value: several(count(1)).holds(value) and all(map(operator.lt, value, value[1:])),
+)
 
 
 @dataclasses.dataclass(frozen=True)

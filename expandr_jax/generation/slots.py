@@ -173,12 +173,9 @@ def prefill(
 ) -> Prefilled:
     """Runs prompts through the model, except for the last token of each.
 
-    Args:
-        shape: The engine's.
-        variables: "params", and "lora" where there is an adapter.
-        tokens: [prompts, length] int32, padded on the right.
-        length: [prompts] int32, tokens to run.
-        prefix: What every prompt begins with, run before; its tokens are not in `tokens`.
+    Variables are "params", and "lora" where there is an adapter. Tokens are [prompts, length]
+    int32, padded on the right, of which `length` [prompts] are run. They go on from the prefix,
+    which was run before.
     """
     mask = jnp.arange(tokens.shape[1]) < length[:, None]
     positions, attention, past = token_positions(mask), causal_mask(mask), None
@@ -199,13 +196,9 @@ def prefill(
 
 
 def insert(slots: Slots, prompts: Prefilled, source: jax.Array, settings: SlotSettings) -> Slots:
-    """Gives slots new requests.
+    """Gives slots new requests: each continues the row of `prompts` that `source` [slots] says.
 
-    Args:
-        slots: Slots of which some are free.
-        prompts: Prompts that the new requests continue.
-        source: [slots] int32, row of `prompts` that a slot is to continue; -1 leaves it alone.
-        settings: [slots] each, read where `source` is not -1.
+    A slot whose source is -1 stays as it is, and its settings are not read.
     """
     new = source >= 0
     order = jnp.argsort(~new, stable=True)
@@ -252,16 +245,10 @@ def decode(
     steps: jax.Array,
     enough: jax.Array,
 ) -> Slots:
-    """Samples tokens for all active slots until something needs the host.
+    """Samples tokens for all active slots: `steps` at most, until `enough` slots or fewer are left.
 
-    Args:
-        shape: The engine's.
-        sampler: `sampling.sample` on the engine's mesh.
-        variables: "params", and "lora" where there is an adapter.
-        slots: What to continue; donated.
-        cancelled: [slots] bool, active slots to stop.
-        steps: Most tokens a slot.
-        enough: Stop when no more than so many slots are active.
+    Variables are as of `prefill`, the sampler is `sampling.sample` on the engine's mesh, and slots
+    that are `cancelled` [slots] are stopped first.
     """
 
     def slot_key(stream, sample):

@@ -117,7 +117,7 @@ class Generator:
             return ids[:max_length], False
         return [*ids[: max_length - 1], self.end_id], True
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids up to the first that ends it, special tokens left out."""
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return self.tokenizer.decode(list(ids[:end]), skip_special_tokens=True)
