@@ -36,7 +36,7 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Index, build_index
 from expandr_jax.sharding import batch_divisor, make_mesh
-from expandr_jax.vectors.corpus import configured_index
+from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.query import expanded_query
 from expandr_jax.vectors.stored import open_vectors
@@ -81,7 +81,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
         vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
-        index = configured_index(vectors, config.search)
+        index = Corpus(list(corpus), vectors, config.search).index
     with step("write passages"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
 

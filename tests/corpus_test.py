@@ -14,7 +14,7 @@ from expandr_jax.errors import NotFiniteError
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactIndex, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
-from expandr_jax.vectors.corpus import configured_index
+from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
 from train.encoding import encode_corpus, encode_texts
@@ -76,11 +76,9 @@ def section(**settings):
 @needs_scann
 @pytest.mark.parametrize("backend", ["auto", "scann"])
 def test_scann_has_its_options(backend):
-    index = configured_index(
-        VECTORS,
-        section(**{"search.backend": backend, "search.scann.method": "tree",
-                   "search.scann.leaves": 3, "search.exact.block_rows": 7}),
-    )  # fmt: skip
+    settings = {"search.backend": backend, "search.scann.method": "tree",
+                "search.scann.leaves": 3, "search.exact.block_rows": 7}  # fmt: skip
+    index = Corpus([], VECTORS, section(**settings)).index
     assert isinstance(index, ScannIndex)
     assert (index.method, index.leaves) == ("tree", 3)
 
@@ -88,6 +86,6 @@ def test_scann_has_its_options(backend):
 def test_exact_search_has_its_own():
     settings = {"search.backend": "exact", "search.scann.method": "tree",
                 "search.exact.block_rows": 7}  # fmt: skip
-    index = configured_index(VECTORS, section(**settings))
+    index = Corpus([], VECTORS, section(**settings)).index
     assert isinstance(index, ExactIndex)
     assert index.options.block_rows == 7

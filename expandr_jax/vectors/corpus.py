@@ -15,11 +15,9 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Index, build_index
 from expandr_jax.search.settings import SearchSettings
-from expandr_jax.vectors.encoder import Kind, TextEncoder
+from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
 from expandr_jax.vectors.file import encode_to_file
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
-
-Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +37,12 @@ class Corpus:
     @functools.cached_property
     def index(self) -> Index:
         """Search over the vectors; made when asked for, as one process alone does."""
-        return configured_index(self.vectors, self.search)
-
-
-def configured_index(vectors: np.ndarray | StoredVectors, search: SearchSettings) -> Index:
-    """`build_index` as the config's `search` section has it."""
-    options = {
-        **(dataclasses.asdict(search.exact) if search.backend != "scann" else {}),
-        **(dataclasses.asdict(search.scann) if search.backend != "exact" else {}),
-    }
-    return build_index(vectors, search.backend, **options)
+        backend = self.search.backend
+        options = {
+            **(vars(self.search.exact) if backend != "scann" else {}),
+            **(vars(self.search.scann) if backend != "exact" else {}),
+        }
+        return build_index(self.vectors, backend, **options)
 
 
 def encode_corpus(
@@ -81,14 +75,8 @@ def encode_corpus(
             shown(count)
             processes.files.push(later=True)
 
-        if processes.count == 1:
-            with _naming(list(texts), "document "):
-                vectors = encode(path, texts=texts.values(), dtype=dtype, progress=advance)
-            processes.files.push()
-        else:
-            _encode_shares(processes, path, texts, encode, dtype, advance)
-            vectors = open_vectors(path) if processes.is_main else None
-    corpus = Corpus(list(texts), vectors, search)
+        _encode_shares(processes, path, texts, encode, dtype, advance)
+    corpus = Corpus(list(texts), open_vectors(path) if processes.is_main else None, search)
     if processes.is_main:
         _ = corpus.index
     return corpus
@@ -102,12 +90,12 @@ def _encode_shares(
     dtype: str,
     advance: Progress,
 ) -> None:
-    """Makes a file of vectors of what each process has encoded, unless it is there already."""
+    """Makes a file of vectors, where there are several processes of what each has encoded."""
     ids, values = list(texts), list(texts.values())
     starts = _starts(len(values), processes.count)
     names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
     parts = [path.with_name(name) for name in names]
-    divided = not processes.once(path.exists)
+    divided = processes.count > 1 and not processes.once(path.exists)
     if divided:
         share = slice(starts[processes.index], starts[processes.index + 1])
         if values[share]:
@@ -125,8 +113,9 @@ def _encode_shares(
 
     def join() -> None:
         # What is damaged of a file that was there, process 0 encodes by itself.
+        made = {"vectors": known} if divided else {"progress": advance}
         with _naming(ids, "document "):
-            encode(path, texts=values, dtype=dtype, vectors=known if divided else None)
+            encode(path, texts=values, dtype=dtype, **made)
         remove()
 
     def remove() -> None:

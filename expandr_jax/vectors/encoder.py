@@ -1,6 +1,6 @@
 """Texts to vectors: tokenised ahead, batched by length, a few compiled shapes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -42,11 +42,9 @@ class TextEncoder:
         self.tokens_per_batch = tokens_per_batch
         self._embed = embedder(mesh, retriever)
 
-    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
-        """Token ids of texts with the retriever's prompt for their kind before them."""
-        retriever = self.retriever
-        prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
-        return retriever.token_ids(texts, prompts[kind])
+    def prompt(self, kind: Kind) -> str:
+        """What the retriever has put before each text of a kind."""
+        return self.retriever.query_prompt if kind == "query" else self.retriever.document_prompt
 
     def encode(
         self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
@@ -68,26 +66,13 @@ class TextEncoder:
         """
         # A training step may have spread them over more devices.
         params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
-        tokens = self.tokenize(texts, kind)
-        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        pending: list[tuple[list[int], jax.Array]] = []
+        batches = self._batches(self.retriever.token_ids(texts, self.prompt(kind)))
+        running = ((indices, self._embed(params, ids, mask)) for indices, ids, mask in batches)
         vectors = np.zeros((0, 0), np.float32)
-        start = 0
-        while start < len(order) or pending:
-            if start < len(order):
-                length, rows = self._shape(len(tokens[order[start]]))
-                indices = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
-                ids, mask = pad(
-                    [tokens[i] for i in indices], self.retriever.tokenizer.pad_token_id, length
-                )
-                fill = rows - len(indices)
-                # Rows that only fill the shape repeat the first: no row is ever fully masked.
-                ids, mask = (np.concatenate([a, np.repeat(a[:1], fill, 0)]) for a in (ids, mask))
-                pending.append((indices, self._embed(params, ids, mask)))
-                start += len(indices)
-                if len(pending) < 2 and start < len(order):
-                    continue  # Keep one batch in flight while the next is prepared.
-            indices, result = pending.pop(0)
+        ahead = next(running, None)
+        while ahead is not None:
+            # One batch is in flight while the next is prepared.
+            (indices, result), ahead = ahead, next(running, None)
             block = np.asarray(result)[: len(indices)]
             if vectors.shape[0] == 0:
                 vectors = np.zeros((len(texts), block.shape[1]), np.float32)
@@ -103,10 +88,19 @@ class TextEncoder:
                 progress(len(indices))
         return vectors
 
-    def _shape(self, length: int) -> tuple[int, int]:
-        """Padded length and rows of the batch that a text of `length` tokens belongs to."""
-        longest = self.retriever.max_length
-        length = bucket_length(length, [n for n in ENCODING_LENGTHS if n < longest] + [longest])
-        divisor = batch_divisor(self.mesh)
-        rows = max(1, self.tokens_per_batch // length // divisor) * divisor
-        return length, rows
+    def _batches(
+        self, tokens: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Which texts each batch has, the shortest first, and their ids and mask [rows, length]."""
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        longest, divisor = self.retriever.max_length, batch_divisor(self.mesh)
+        lengths = [n for n in ENCODING_LENGTHS if n < longest] + [longest]
+        start = 0
+        while start < len(order):
+            length = bucket_length(len(tokens[order[start]]), lengths)
+            rows = max(1, self.tokens_per_batch // length // divisor) * divisor
+            indices = [i for i in order[start : start + rows] if len(tokens[i]) <= length]
+            # Rows that only fill the shape repeat the first: no row is ever fully masked.
+            filled = [tokens[i] for i in indices + indices[:1] * (rows - len(indices))]
+            yield indices, *pad(filled, self.retriever.tokenizer.pad_token_id, length)
+            start += len(indices)

@@ -71,9 +71,8 @@ def encode_to_file(
     path = pathlib.Path(path)
     journal = Journal(f"{path}.jsonl")
     retriever = encoder.retriever
-    prompt = retriever.query_prompt if kind == "query" else retriever.document_prompt
-    settings = [prompt, retriever.pooling, retriever.normalize, retriever.max_length, dtype, block]
-    identity = hash_json([hash_tree(params), *settings])
+    settings = [retriever.pooling, retriever.normalize, retriever.max_length, dtype, block]
+    identity = hash_json([hash_tree(params), encoder.prompt(kind), *settings])
     if any(row["identity"] != identity for row in journal.rows):
         raise UserError(f"{path}: holds vectors of other weights or settings; remove {path}*")
     part = path.with_name(f"{path.name}.part")

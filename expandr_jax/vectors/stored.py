@@ -18,14 +18,7 @@ _GREATEST = 127  # An int8, either side of zero.
 class StoredVectors:
     """Records as vectors: looks like a [count, dim] float32 array, and decodes what is indexed.
 
-    Args:
-        records: [count], from `to_storage`; may be memory-mapped.
-
-    Attributes:
-        shape: (count, dim).
-        ndim: 2.
-        dtype: float32, whatever the file holds.
-        records: As given.
+    The records are from `to_storage`, [count], and may be memory-mapped.
     """
 
     ndim = 2
