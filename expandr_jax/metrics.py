@@ -72,32 +72,6 @@ def mean(values: Mapping[str, float]) -> float:
     return float(np.mean(list(values.values())))
 
 
-def make_run(
-    query_ids: Sequence[str],
-    document_ids: Sequence[str],
-    scores: np.ndarray,
-    indices: np.ndarray,
-    above: float = -np.inf,
-) -> dict[str, dict[str, float]]:
-    """Names the results of `Index.search`.
-
-    Args:
-        query_ids: ids of the Q queries searched.
-        document_ids: ids of the N documents indexed.
-        scores: [Q, k].
-        indices: [Q, k], rows of the index.
-        above: results that score this or less are left out (0 for BM25: no word in common).
-    """
-    return {
-        query: {
-            document_ids[index]: float(score)
-            for score, index in zip(row_scores, row_indices, strict=True)
-            if score > above
-        }
-        for query, row_scores, row_indices in zip(query_ids, scores, indices, strict=True)
-    }
-
-
 def rank_documents(scores: Mapping[str, float]) -> list[tuple[str, float]]:
     """Orders one query's documents as trec_eval does, best first, with strictly falling scores.
 

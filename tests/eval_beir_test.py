@@ -19,8 +19,8 @@ from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
-from expandr_jax.report.sets import mean_over_sets
-from expandr_jax.search import Bm25Index
+from expandr_jax.ranking.results import mean_over_sets
+from expandr_jax.search import Bm25Index, search_named
 from tests.commands import ROOT, command, finish
 
 SYSTEMS = [
@@ -157,11 +157,16 @@ def test_expanded_documents_are_searched_in_the_place_of_their_texts(finished):
             for row, query in enumerate(collection.queries):
                 found = [run[query][document] for document in collection.corpus]
                 np.testing.assert_allclose(found, expected[row], atol=2e-5, err_msg=system)
-        found = Bm25Index(texts).search(list(collection.queries.values()), 10)
-        names = list(collection.queries), list(collection.corpus)
+        found = by_words(Bm25Index(texts), collection, list(collection.queries.values()))
         run = metrics.read_trec(out / directory.name / "runs" / "bm25@d2q.trec")
-        for query, scores in metrics.make_run(*names, *found, above=0.0).items():
+        for query, scores in found.items():
             assert run[query] == pytest.approx(scores, abs=1e-5)
+
+
+def by_words(index, collection, queries):
+    """A run of the best ten of each query."""
+    names = list(collection.queries), queries, list(collection.corpus)
+    return search_named(index.search, *names, 10, drop_identical_ids=False, above=0.0)
 
 
 def open_lines(path):
@@ -190,10 +195,8 @@ def test_bm25_searches_for_what_the_strategy_makes(finished):
     assert all(len(several) == 2 for several in texts.values())
     sparse = STRATEGIES["lamer"].sparse
     queries = [sparse(q, [t for t in texts[i] if t]) for i, q in collection.queries.items()]
-    names = list(collection.queries), list(collection.corpus)
-    found = Bm25Index(list(collection.corpus.values())).search(queries, 10)
     run = metrics.read_trec(out / "one" / "runs" / "bm25+lamer.trec")
-    expected = metrics.make_run(*names, *found, above=0.0)
+    expected = by_words(Bm25Index(list(collection.corpus.values())), collection, queries)
     assert {q: {*scores} for q, scores in run.items()} == {q: {*s} for q, s in expected.items()}
     for query, scores in expected.items():
         assert run[query] == pytest.approx(scores, abs=1e-5)

@@ -11,6 +11,7 @@ import scipy.stats
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.errors import UserError
+from expandr_jax.search import search_named
 from tests.beir_test import mutate
 
 
@@ -113,8 +114,9 @@ def test_a_written_run_is_strictly_decreasing_and_stable(tmp_path):
 
 
 def test_search_results_become_a_run():
-    scores, indices = np.array([[2.0, 0.0], [1.0, 0.5]]), np.array([[1, 0], [0, 1]])
-    run = metrics.make_run(["q1", "q2"], ["a", "b"], scores, indices, above=0)
+    found = np.array([[2.0, 0.0], [1.0, 0.5]]), np.array([[1, 0], [0, 1]])
+    names = {"query_ids": ["q1", "q2"], "queries": None, "document_ids": ["a", "b"], "depth": 2}
+    run = search_named(lambda *_: found, **names, drop_identical_ids=False, above=0)
     assert run == {"q1": {"b": 2.0}, "q2": {"a": 1.0, "b": 0.5}}
 
 

@@ -21,7 +21,7 @@ from expandr_jax.ranking.ranker import (
 )
 from expandr_jax.ranking.rerank import RERANKERS, Reranker
 from expandr_jax.ranking.systems import parse_system
-from expandr_jax.search import Bm25Index
+from expandr_jax.search import Bm25Index, search_named
 from expandr_jax.vectors.corpus import Corpus
 
 CORPUS = {f"d{i}": text for i, text in enumerate(
@@ -104,8 +104,10 @@ def test_a_leaf_searches_by_the_mean_of_its_query_and_the_texts_that_it_uses():
 
 def test_bm25_searches_for_the_words_of_the_strategy():
     run = ranker(strategy="q2e").rank(parse_system("bm25+q2e"))
-    found = Bm25Index(list(CORPUS.values())).search(["pad array pad it with zeros", "sort list"], 5)
-    assert_run(run, metrics.as_written(metrics.make_run("ab", list(CORPUS), *found, above=0.0)))
+    queries, search = ["pad array pad it with zeros", "sort list"], Bm25Index(list(CORPUS.values()))
+    options = {"drop_identical_ids": False, "above": 0.0}
+    expected = search_named(search.search, "ab", queries, list(CORPUS), 5, **options)
+    assert_run(run, metrics.as_written(expected))
 
 
 def test_feedback_moves_the_vector_that_its_system_searches_by():

@@ -7,7 +7,7 @@ import pytest
 
 from configs import smoke
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, by_sample, passage_search
+from expandr_jax.expansion.expand import Expander, by_sample, make_expander
 from expandr_jax.expansion.prompts import PROMPTS, Prompt
 from expandr_jax.expansion.strategies import (
     STRATEGIES,
@@ -187,7 +187,9 @@ def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
     corpus = {"q": "the cat sat", "d1": "a dog ran", "d2": "the cat ran", "d3": "cat cat"}
     index = Bm25Index(list(corpus.values()))
     for drop, expected in ((False, {"q", "d2", "d3"}), (True, {"d2", "d3"})):
-        search = passage_search(corpus, {"bm25": index.search}, drop_identical_ids=drop)
+        config = smoke.get_config()
+        config.evaluation.drop_identical_ids = drop
+        search = make_expander(config, None, corpus, lambda: index, None).search
         found = search(Search(), {"q": "cat", "p": "bird"}, 10)
         assert {*found["q"]} == {corpus[document] for document in expected}
         assert found["p"] == []  # No word in common.

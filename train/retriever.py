@@ -48,8 +48,7 @@ from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.search import build_index
-from expandr_jax.search.named import search_named
+from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import batch_sharding, device_put, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev

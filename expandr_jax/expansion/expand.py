@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.stopping import held
-from expandr_jax.search import Index
-from expandr_jax.search.named import search_named
+from expandr_jax.search import Index, search_named
 
 COMPLETIONS_PER_WRITE = 32
 LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
@@ -82,28 +81,15 @@ class Expander:
             Query id -> the texts of each `Ask`; "" where the model said nothing.
         """
         texts: dict[str, list[list[str]]] = {query: [] for query in queries}
-        for step, messages in self._asked(queries, texts):
-            self._answer(step, messages, samples, sample, texts)
-        return texts
-
-    def messages(self, queries: Mapping[str, str], sample: Sample) -> dict[str, str]:
-        """The message of each query's last `Ask`, after one sample of those before; as `texts`."""
-        texts, messages = {query: [] for query in queries}, {}
-        for step, messages in self._asked(queries, texts):
-            if step is not self.strategy.asks[-1]:
-                self._answer(step, messages, 1, sample, texts)
-        return messages
-
-    def _asked(
-        self, queries: Mapping[str, str], texts: Mapping[str, list[list[str]]]
-    ) -> Iterator[tuple[Ask, dict[str, str]]]:
-        """Each `Ask` in turn, with query id -> message, once `texts` has those of the last one."""
         shown: dict[str, Sequence[str]] = dict.fromkeys(queries, ())
         seen: dict[str, set[str]] = {query: set() for query in queries}
+        limits = self.most_characters, self.sampler.fits
         for step in self.strategy.steps:
             if isinstance(step, Ask):
-                limits = self.most_characters, self.sampler.fits
-                yield step, {q: step.message(t, shown[q], *limits) for q, t in queries.items()}
+                messages = {q: step.message(t, shown[q], *limits) for q, t in queries.items()}
+                made = sample(step, expansion_requests(self.settings, messages, samples))
+                for query in queries:
+                    texts[query].append([made[query, i] for i in range(samples)])
                 continue
             asked = dict(queries)
             if step.query is not None:
@@ -114,11 +100,20 @@ class Expander:
                 new = [p for p in found if not (step.unseen and p in seen[query])]
                 shown[query] = new[: step.depth]
                 seen[query] |= {*shown[query]}
+        return texts
 
-    def _answer(self, step: Ask, messages, samples: int, sample: Sample, texts) -> None:
-        made = sample(step, expansion_requests(self.settings, messages, samples))
-        for query in messages:
-            texts[query].append([made[query, i] for i in range(samples)])
+    def messages(self, queries: Mapping[str, str], sample: Sample) -> dict[str, str]:
+        """The message of each query's last `Ask`, after one sample of those before; as `texts`."""
+        messages: dict[str, str] = {}
+
+        def before(step: Ask, requests: Sequence[Request]) -> Mapping[tuple[str, int], str]:
+            if step is not self.strategy.asks[-1]:
+                return sample(step, requests)
+            messages.update((request.id, request.prompt) for request in requests)
+            return {(request.id, request.sample): "" for request in requests}
+
+        self.texts(queries, 1, before)
+        return messages
 
 
 def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
@@ -158,20 +153,7 @@ def make_expander(
     Raises UserError of a wrong strategy or template.
     """
     searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
-    drop = config.evaluation.drop_identical_ids
-    search = passage_search(corpus, searches, drop_identical_ids=drop)
-    asked = strategy(config.expansion.strategy, config.expansion.template)
-    return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
-
-
-def passage_search(
-    corpus: Mapping[str, str], searches: Mapping[str, SearchTexts], *, drop_identical_ids: bool
-) -> Callable[[Search, Mapping[str, str], int], dict[str, list[str]]]:
-    """The search of an `Expander` in one corpus, document id -> text.
-
-    `searches` are by "bm25" and "dense"; with `drop_identical_ids` no query finds its own id.
-    """
-    ids = list(corpus)
+    ids, drop = list(corpus), config.evaluation.drop_identical_ids
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
         run = search_named(
@@ -180,8 +162,8 @@ def passage_search(
             list(asked.values()),
             ids,
             # One more, so that a tie at the end is not cut before it is ranked.
-            max(count, LEAST_RANKED) + drop_identical_ids,
-            drop_identical_ids=drop_identical_ids,
+            max(count, LEAST_RANKED) + drop,
+            drop_identical_ids=drop,
             above=0.0 if step.by == "bm25" else -np.inf,
         )
         return {
@@ -189,7 +171,8 @@ def passage_search(
             for query, found in run.items()
         }
 
-    return search
+    asked = strategy(config.expansion.strategy, config.expansion.template)
+    return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
 
 
 def expansion_requests(settings: Any, messages: Mapping[str, str], samples: int) -> list[Request]:

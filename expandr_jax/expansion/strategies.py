@@ -33,14 +33,10 @@ class Ask:
     def message(
         self, query: str, passages: Sequence[str], most_characters: int, fits: Callable[[str], bool]
     ) -> str:
-        """The user's message.
+        """The user's message, with the passages that were found, if the prompt shows any.
 
-        Args:
-            query: The query.
-            passages: What was found for it, if the prompt shows any.
-            most_characters: Characters of each passage that are shown, at most.
-            fits: Whether a message is short enough; passages are cut until it is, because a prompt
-                that is too long loses its beginning.
+        Of each passage it has `most_characters` or fewer: they are cut until the message fits,
+        because a prompt that is too long loses its beginning.
         """
         if "passages" not in self.prompt.fields:
             return self.prompt.message(query)
@@ -97,12 +93,7 @@ def _fitting(build: Callable[[int], str], most: int, fits: Callable[[str], bool]
 
 @dataclasses.dataclass(frozen=True)
 class DenseQuery:
-    """What a query's vector is made of: w E(query) + (1 - w) mean of E(texts).
-
-    Attributes:
-        texts: Encoded each on its own.
-        query_weight: w.
-    """
+    """What a query's vector is made of: w E(query) + (1 - w) mean of E(text) over the texts."""
 
     texts: list[str]
     query_weight: float

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
-from expandr_jax.search import Index
-from expandr_jax.search.named import search_named
+from expandr_jax.search import Index, search_named
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
@@ -136,9 +134,8 @@ class Ranker:
         if system.name not in self._runs and not (path and path.exists()):
             for part in system.parts:
                 self.rank(part)
-            choice, leaf = self._choice(system) if system.strategy else None, system.leaves[0]
-            if leaf.retriever != BM25 and system.stage in (None, *FEEDBACKS):
-                self._searches.dense(leaf.retriever, leaf.documents)
+            choice = self._choice(system) if system.strategy else None
+            self._dense(system)  # Made by now, so that only the search is timed.
             with self._timed(system):
                 run = self.search(system, choice)
                 if path:
@@ -149,18 +146,24 @@ class Ranker:
 
     def search(self, system: System, choice: Choice | None) -> RunScores:
         """What `rank` ranks, its parts being ranked, with the leaf's expansions used so."""
+        dense, settings = self._dense(system), self._settings
+        queries = self._query_vectors(system, choice) if dense else None
+        if not self._is_main:
+            return {}
         if system.stage in FUSIONS:
             return self._fused(system)
         if system.stage in RERANKERS:
-            return self._ranked_again(system)
-        if system.retriever == BM25:
-            return self._found_by_words(system, choice)
-        vectors = self._query_vectors(system, choice)
-        if not self._is_main:
-            return {}
-        leaf = system.leaves[0]
-        corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
-        return self._found(corpus.index, vectors, corpus.ids)
+            run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings.rerank)
+            texts = dict(zip(self.ids, self._queries, strict=True))
+            return rank_again(run, texts, self._searches.corpus, score, settings.rerank.depth)
+        if dense:
+            index, documents, above = dense.corpus.index, dense.corpus.ids, -np.inf
+        else:
+            index, queries = self._searches.bm25(system.documents), self._words(system, choice)
+            documents, above = list(self._searches.corpus), 0.0
+        named, drop = (self.ids, queries, documents), settings.drop_identical_ids
+        options = {"drop_identical_ids": drop, "above": above}
+        return search_named(index.search, *named, settings.depth, **options)
 
     def encoded(self, leaf: System) -> EncodedQueries:
         """Vectors of the queries and of all that was written for them, by a leaf's retriever."""
@@ -168,7 +171,7 @@ class Ranker:
         if any(retriever != leaf.retriever for retriever, *_ in self._encoded):
             self._encoded.clear()  # Vectors of one retriever are in memory, not those of all.
         if key not in self._encoded:
-            search = self._searches.dense(leaf.retriever, leaf.documents)
+            search = self._dense(leaf)
             plain = self._encoded.get((leaf.retriever, None, None))
             if plain is None:
                 plain = EncodedQueries(self.ids, search.encode(self._queries, "query", self.ids))
@@ -176,6 +179,13 @@ class Ranker:
             if leaf.strategy:
                 self._encoded[key] = self._with_texts(plain, self._expansions(leaf), search)
         return self._encoded[key]
+
+    def _dense(self, system: System) -> DenseSearch | None:
+        """What a leaf, or feedback on one, searches by vectors; None for other systems."""
+        leaf = system.leaves[0]
+        if leaf.retriever == BM25 or system.stage not in (None, *FEEDBACKS):
+            return None
+        return self._searches.dense(leaf.retriever, leaf.documents)
 
     def _with_texts(
         self, plain: EncodedQueries, expansions: Expansions, search: DenseSearch
@@ -218,6 +228,14 @@ class Ranker:
             )
         )
 
+    def _words(self, leaf: System, choice: Choice | None) -> list[str]:
+        """What BM25 searches for, for each query."""
+        if not leaf.strategy:
+            return self._queries
+        expansions = self._expansions(leaf)
+        used = self._used(expansions, choice)
+        return [expansions.strategy.sparse(query, texts) for query, texts in used]
+
     def _used(self, expansions: Expansions, choice: Choice) -> list[tuple[str, list[str]]]:
         """Each query with those of its texts that are used."""
         columns = expansions.columns(choice.samples)
@@ -226,33 +244,13 @@ class Ranker:
             for query, several in zip(self._queries, expansions.by_sample, strict=True)
         ]
 
-    def _found_by_words(self, system: System, choice: Choice | None) -> RunScores:
-        if not self._is_main:
-            return {}
-        queries = self._queries
-        if system.strategy:
-            expansions = self._expansions(system)
-            sparse = expansions.strategy.sparse
-            queries = [sparse(query, texts) for query, texts in self._used(expansions, choice)]
-        index = self._searches.bm25(system.documents)
-        return self._found(index, queries, list(self._searches.corpus), above=0.0)
-
-    def _found(
-        self, index: Index, queries: Any, documents: Sequence[str], **options: Any
-    ) -> RunScores:
-        depth, drop = self._settings.depth, self._settings.drop_identical_ids
-        return search_named(
-            index.search, self.ids, queries, documents, depth, drop_identical_ids=drop, **options
-        )
-
     def _after_feedback(self, system: System) -> np.ndarray | None:
         (part,) = system.parts
         choice = self._choice(part) if part.strategy else None
         queries, found = self._query_vectors(part, choice), self.rank(part)
         if not self._is_main:
             return None
-        leaf = part.leaves[0]
-        corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
+        corpus = self._dense(part).corpus
         row = {document: row for row, document in enumerate(corpus.ids)}
         depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
         if not depth:  # A single document is left out for a query with its id.
@@ -261,8 +259,6 @@ class Ranker:
         return np.asarray(FEEDBACKS[system.stage](queries, corpus.vectors[np.array(rows)]))
 
     def _fused(self, system: System) -> RunScores:
-        if not self._is_main:
-            return {}
         combine, runs = FUSIONS[system.stage], [self.rank(part) for part in system.parts]
         fused = {query: combine([run.get(query, {}) for run in runs]) for query in self.ids}
         # A fusion's order is that of its scores, whichever run a document was first met in.
@@ -270,13 +266,6 @@ class Ranker:
             query: dict(metrics.rank_documents(scores)[: self._settings.depth])
             for query, scores in fused.items()
         }
-
-    def _ranked_again(self, system: System) -> RunScores:
-        if not self._is_main:
-            return {}
-        settings, queries = self._settings.rerank, dict(zip(self.ids, self._queries, strict=True))
-        run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings)
-        return rank_again(run, queries, self._searches.corpus, score, settings.depth)
 
 
 def choose(

@@ -30,9 +30,7 @@ class RerankSettings:
 class Reranker:
     """How a re-ranker is made of the config's section `evaluation.rerank`.
 
-    Attributes:
-        check: Refuses, by a UserError, settings that cannot work, before anything is ranked.
-        load: Loads it.
+    `check` refuses, by a UserError, settings that cannot work, before anything is ranked.
     """
 
     check: Callable[[RerankSettings], None]

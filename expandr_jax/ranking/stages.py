@@ -31,18 +31,10 @@ def rocchio(query: jax.Array, relevant: jax.Array, *, alpha: float, beta: float)
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, float]:
-    """Fuses one query's rankings: score(d) = sum over rankings of 1 / (k + rank of d).
+    """Fuses one query's rankings, best first: score(d) = sum over rankings of 1 / (k + rank of d).
 
-    Args:
-        rankings: Document ids, best first; ranks count from 1, and a ranking that lacks a document
-            adds nothing to it.
-        k: Evens out the first ranks.
-
-    Returns:
-        Document id -> score, in the order in which documents are met.
-
-    References:
-        Cormack et al., SIGIR 2009.
+    Ranks count from 1, a ranking that lacks a document adds nothing to it, and `k` evens out the
+    first ranks. Documents come in the order in which they are met. Cormack et al., SIGIR 2009.
     """
     fused: dict[str, float] = {}
     for ranking in rankings:
@@ -65,16 +57,9 @@ def exp4fuse(rankings: Sequence[Sequence[str]], k: float = 60.0) -> dict[str, fl
 def interpolate(runs: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:
     """Fuses one query's scores: their weighted sum, each run's scaled from 0 to 1 (min-max).
 
-    Args:
-        runs: Document id -> score; a run that lacks a document adds nothing to it, and where all
-            scores of a run are equal each counts as 1.
-        weights: One a run.
-
-    Returns:
-        Document id -> score, in the order in which documents are met.
-
-    Raises:
-        ValueError: There are more or fewer weights than runs.
+    A run that lacks a document adds nothing to it, and where all scores of a run are equal each
+    counts as 1. Documents come in the order in which they are met. Raises ValueError where there
+    are more or fewer weights than runs.
     """
     fused: dict[str, float] = {}
     for scores, weight in zip(runs, weights, strict=True):

@@ -6,7 +6,8 @@ scores, indices = index.search(queries, k=100)   # [Q, k] each, best first
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,14 +31,11 @@ __all__ = [
     "build_index",
     "fingerprint",
     "load_index",
+    "search_named",
     "text_fingerprint",
 ]
 
-BACKENDS = {
-    "exact": (ExactIndex, ExactOptions),
-    "scann": (ScannIndex, ScannOptions),
-    "bm25": (Bm25Index, Bm25Options),
-}
+BACKENDS = {kind.backend: kind for kind in (ExactIndex, ScannIndex, Bm25Index)}
 
 
 def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **options) -> Index:
@@ -68,7 +66,7 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
         if not vectors:
             wanted, given = "an array of vectors", f"a {type(corpus).__name__}"
         raise UserError(f"the {chosen} backend indexes {wanted}; {given} was given")
-    known = {name: fields_of(settings).keys() for name, (_, settings) in BACKENDS.items()}
+    known = {name: fields_of(kind.options_type).keys() for name, kind in BACKENDS.items()}
     accepted = set().union(*known.values()) if backend == "auto" else known[backend]
     for name in options:
         if name not in accepted:
@@ -76,16 +74,12 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
                 f"search option {name!r} is unknown to the {backend} backend; "
                 f"expected one of {', '.join(sorted(accepted))}"
             )
-    kind, settings = BACKENDS[chosen]
-    return kind(corpus, settings(**{k: v for k, v in options.items() if k in known[chosen]}))
+    own = {name: value for name, value in options.items() if name in known[chosen]}
+    return BACKENDS[chosen](corpus, BACKENDS[chosen].options_type(**own))
 
 
 def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) -> Index:
-    """Loads an index that `Index.save` wrote.
-
-    Args:
-        directory: where it was saved.
-        fingerprint: that of what the index must have been built from; None accepts any.
+    """Loads an index that `Index.save` wrote, of what has the fingerprint; None accepts any.
 
     Raises:
         UserError: no index there, a damaged file, or an index of something else.
@@ -95,5 +89,38 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
         raise UserError(
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
         )
-    kind, _ = BACKENDS[manifest.backend]
-    return kind.load(directory, manifest)
+    return BACKENDS[manifest.backend].load(directory, manifest)
+
+
+def search_named(
+    search: Callable[[Any, int], tuple[np.ndarray, np.ndarray]],
+    query_ids: Sequence[str],
+    queries: Any,
+    document_ids: Sequence[str],
+    depth: int,
+    *,
+    drop_identical_ids: bool,
+    above: float = -np.inf,
+) -> dict[str, dict[str, float]]:
+    """The best documents of queries by an index's `search`: query id -> document id -> score.
+
+    Args:
+        search: Queries (vectors or texts) and k to scores and rows, best first.
+        query_ids: In the order of the queries.
+        queries: What is searched for.
+        document_ids: In the order of the index.
+        depth: Documents a query.
+        drop_identical_ids: Leave out a document whose id is the query's (ArguAna).
+        above: Results that score this or less are left out (0 for BM25: no word in common).
+    """
+    run = {}
+    for query, *found in zip(query_ids, *search(queries, depth + drop_identical_ids), strict=True):
+        scores = {
+            document_ids[row]: float(score)
+            for score, row in zip(*found, strict=True)
+            if score > above
+        }
+        if drop_identical_ids:
+            scores.pop(query, None)
+        run[query] = dict(list(scores.items())[:depth])
+    return run

@@ -13,9 +13,8 @@ from types import ModuleType
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.index import Index, Manifest
-from expandr_jax.search.vectors import check_options
-from expandr_jax.settings import NotNegative, Share
+from expandr_jax.search.index import Index
+from expandr_jax.settings import NotNegative, Share, read_section
 
 # As bm25s names them.
 _FILES = (
@@ -52,9 +51,12 @@ class Bm25Index(Index):
     stop words are dropped; nothing is stemmed (Anserini stems, so its scores differ a little).
     Where a script sets no spaces between words, as in Chinese, Japanese and Thai, and in Korean,
     the words are all pairs of neighbouring characters, as in Lucene's CJK analyzer.
+
+    A word that stands twice in a query counts twice. Documents that share no word with it score 0
+    and come last.
     """
 
-    backend, file_names = "bm25", _FILES
+    backend, options_type, file_names = "bm25", Bm25Options, _FILES
 
     def __init__(self, texts: Sequence[str], options: Bm25Options = Bm25Options()):
         """Indexes `texts`, one a document, in order.
@@ -63,9 +65,8 @@ class Bm25Index(Index):
             UserError: there is no text, or no word in any of them, or an option is out of range.
         """
         # NumPy's numbers would not go into the manifest.
-        plain = (v.item() if isinstance(v, np.generic) else v for v in dataclasses.astuple(options))
-        options = Bm25Options(*plain)
-        check_options("BM25", options)
+        plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in vars(options).items()}
+        self.options = read_section(Bm25Options, plain, "BM25 option ")
         texts = _checked(texts, "BM25 indexes")
         bm25s = _bm25s()
         # Numbers of words, not the words: bm25s would number them in a second list as long.
@@ -73,35 +74,18 @@ class Bm25Index(Index):
         if not any(tokens.ids):
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
-        self._texts, self.options = texts, options
-        self._bm25 = bm25s.BM25(method="lucene", **dataclasses.asdict(options))
+        self._texts = texts
+        self._bm25 = bm25s.BM25(method="lucene", **vars(self.options))
         self._bm25.index(tokens, show_progress=False)
-
-    @property
-    def dimension(self) -> int:
-        """Number of words that it knows."""
-        return len(self._bm25.vocab_dict.keys() - {""})  # bm25s adds "", which no text has.
+        self.dimension = len(self._bm25.vocab_dict.keys() - {""})  # bm25s adds "".
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 of the texts; reads them all when first asked for."""
         return text_fingerprint(self._texts)
 
-    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks the documents for each query.
-
-        Args:
-            queries: texts; a word that stands twice counts twice.
-            k: results a query.
-
-        Returns:
-            Scores [Q, min(k, N)] float32 and indices int32, best first, equal scores in the order
-            of their indices. Documents that share no word with the query score 0 and come last.
-        """
-        if k < 1:
-            raise UserError(f"k is {k}; a search returns at least 1 result a query")
+    def _search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         queries = _checked(queries, "BM25 searches for")
-        k = min(k, self.size)
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
         words = _bm25s().tokenize(_spaced(queries), return_ids=False, **_WORDS) if queries else []
@@ -119,14 +103,8 @@ class Bm25Index(Index):
     def _write(self, directory: pathlib.Path) -> None:
         self._bm25.save(directory, show_progress=False)  # Not the texts.
 
-    @classmethod
-    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "Bm25Index":
-        """Memory-maps a saved index."""
-        index = cls.__new__(cls)
-        index.size, index.options = manifest.size, Bm25Options(**manifest.options)
-        index.fingerprint = manifest.fingerprint
-        index._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
-        return index
+    def _open(self, directory: str | os.PathLike) -> None:
+        self._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
 
 
 def text_fingerprint(texts: Sequence[str]) -> str:

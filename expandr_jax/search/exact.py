@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from expandr_jax.search.index import Index, Manifest
-from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
-from expandr_jax.settings import count
+from expandr_jax.search.index import Index
+from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+from expandr_jax.settings import count, read_section
 
 _FILE = "vectors.npy"
 
@@ -34,7 +34,8 @@ class ExactOptions:
 class ExactIndex(Index):
     """Every inner product, in float32; two blocks on each device whatever the corpus's size."""
 
-    backend, file_names = "exact", (_FILE,)
+    backend, options_type, file_names = "exact", ExactOptions, (_FILE,)
+    _devices: Sequence[jax.Device] | None = None
 
     def __init__(
         self,
@@ -52,10 +53,9 @@ class ExactIndex(Index):
         Raises:
             UserError: vectors or options cannot be used.
         """
-        check_options("exact search", options)
+        self.options = read_section(ExactOptions, vars(options), "exact search option ")
         check_vectors(vectors)
         self._vectors = vectors
-        self.options = options
         self._devices = devices
         self.size, self.dimension = vectors.shape
 
@@ -64,10 +64,8 @@ class ExactIndex(Index):
         """The sha256 of the vectors."""
         return fingerprint(self._vectors)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns scores [Q, min(k, N)] float32 and indices int32, best first; see Index."""
-        queries = check_queries(queries, self.dimension, k)
-        k = min(k, self.size)
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        queries = check_queries(queries, self.dimension)
         # Few shapes to compile: batches of queries have a power of two of rows.
         rows = min(self.options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
         starts = range(0, len(queries), rows)
@@ -95,13 +93,9 @@ class ExactIndex(Index):
     def _write(self, directory: pathlib.Path) -> None:
         np.save(directory / _FILE, np.asarray(self._vectors, dtype=np.float32))
 
-    @classmethod
-    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ExactIndex":
-        """Memory-maps a saved index."""
-        vectors = np.load(os.path.join(directory, _FILE), mmap_mode="r", allow_pickle=False)
-        index = cls(vectors, ExactOptions(**manifest.options))
-        index.fingerprint = manifest.fingerprint  # That of the vectors given, if not in float32.
-        return index
+    def _open(self, directory: str | os.PathLike) -> None:
+        path = os.path.join(directory, _FILE)
+        self._vectors = np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 @jax.jit

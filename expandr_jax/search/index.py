@@ -22,21 +22,22 @@ class Index(abc.ABC):
 
     Attributes:
         backend: "exact", "scann" or "bm25".
+        options_type: the dataclass of the backend's options.
         file_names: what the files of a saved index may be called.
         size: number of vectors or texts.
         dimension: width of the vectors; for texts, how many different words they have.
         fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
-        options: the backend's options, a dataclass.
+        options: what the backend was asked for.
     """
 
     backend: ClassVar[str]
+    options_type: ClassVar[type]
     file_names: ClassVar[Sequence[str]]
     size: int
     dimension: int
     fingerprint: str
     options: Any
 
-    @abc.abstractmethod
     def search(self, queries: np.ndarray | Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns scores [Q, min(k, N)] float32 and indices int32, best first.
 
@@ -44,6 +45,13 @@ class Index(abc.ABC):
         [Q, D], of which those that are not finite or not of the index's width raise UserError, or
         Q texts.
         """
+        if k < 1:
+            raise UserError(f"k is {k}; a search returns at least 1 result a query")
+        return self._search(queries, min(k, self.size))
+
+    @abc.abstractmethod
+    def _search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `search` returns, where k is 1 to the index's size."""
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes the index into `directory`, which may be moved, to be read by `load_index`.
@@ -76,10 +84,19 @@ class Index(abc.ABC):
     def _write(self, directory: pathlib.Path) -> None:
         """Writes the files of the index."""
 
-    @classmethod
     @abc.abstractmethod
+    def _open(self, directory: str | os.PathLike) -> None:
+        """Opens what `_write` wrote; all else is known."""
+
+    @classmethod
     def load(cls, directory: str | os.PathLike, manifest: "Manifest") -> "Index":
         """Opens a saved index; `load_index` reads the manifest and checks the files."""
+        index = cls.__new__(cls)
+        index.size, index.dimension = manifest.size, manifest.dimension
+        index.fingerprint = manifest.fingerprint
+        index.options = cls.options_type(**manifest.options)
+        index._open(directory)
+        return index
 
 
 @dataclasses.dataclass(frozen=True)

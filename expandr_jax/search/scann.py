@@ -1,6 +1,7 @@
 """Approximate search by ScaNN (arXiv 1908.10396): brute force, hashing or a tree, by size."""
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -10,9 +11,9 @@ from typing import Annotated
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.search.index import Index, Manifest
-from expandr_jax.search.vectors import check_options, check_queries, check_vectors, fingerprint
-from expandr_jax.settings import MANY, NotNegative, choice, count, number
+from expandr_jax.search.index import Index
+from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
+from expandr_jax.settings import MANY, NotNegative, choice, count, number, read_section
 
 METHODS = ("auto", "brute", "ah", "tree")
 STORAGES = ("float32", "bfloat16", "int8")
@@ -21,20 +22,12 @@ _SMALLEST = 16  # asymmetric hashing trains 16 centres a block
 # that is smaller than the centres.
 _SAMPLE = 100  # vectors that any training has at least, where there are so many
 _QUERY_ROWS = 64  # brute force rounds smaller batches differently, so none is smaller
+# As ScaNN names them.
 _ASSETS = (
-    "ah_codebook.pb",
-    "bfloat16_dataset.npy",
-    "datapoint_to_token.npy",
-    "dataset.npy",
-    "dp_norms.npy",
-    "hashed_dataset.npy",
-    "hashed_dataset_soar.npy",
-    "int8_dataset.npy",
-    "int8_multipliers.npy",
-    "scann_assets.pbtxt",
-    "scann_config.pb",
-    "serialized_partitioner.pb",
-)
+    "ah_codebook.pb", "bfloat16_dataset.npy", "datapoint_to_token.npy", "dataset.npy",
+    "dp_norms.npy", "hashed_dataset.npy", "hashed_dataset_soar.npy", "int8_dataset.npy",
+    "int8_multipliers.npy", "scann_assets.pbtxt", "scann_config.pb", "serialized_partitioner.pb",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +67,7 @@ def installed() -> bool:
 class ScannIndex(Index):
     """An index by ScaNN; its scores are exact, its neighbours may miss some."""
 
-    backend, file_names = "scann", _ASSETS
+    backend, options_type, file_names = "scann", ScannOptions, _ASSETS
 
     def __init__(self, vectors: np.ndarray, options: ScannOptions = ScannOptions()):
         """Builds the index over `vectors` [N, D]; the array is not needed afterwards.
@@ -83,18 +76,27 @@ class ScannIndex(Index):
             UserError: ScaNN is not installed, or vectors or options cannot be used.
         """
         # ScaNN takes what is no number for its default, and says so among its own messages alone.
-        check_options("ScaNN", options)
+        self.options = read_section(ScannOptions, vars(options), "ScaNN option ")
         library = _library()
         check_vectors(vectors)  # ScaNN ends the process on NaN
         self.size, self.dimension = vectors.shape
         self.fingerprint = fingerprint(vectors)
-        self._set_shape(options)
         self._searcher = self._build(library, np.ascontiguousarray(vectors, dtype=np.float32))
 
-    def _set_shape(self, options: ScannOptions) -> None:
-        self.options = options
-        self.method = _method(options, self.size)
-        self.leaves = min(options.leaves or max(1, math.isqrt(self.size)), self.size)
+    @functools.cached_property
+    def method(self) -> str:
+        """How it searches: "brute", "ah" or "tree"."""
+        options, size = self.options, self.size
+        if size < _SMALLEST:
+            return "brute"
+        if options.method != "auto":
+            return options.method
+        return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
+
+    @functools.cached_property
+    def leaves(self) -> int:
+        """Leaves of its tree, if that is how it searches."""
+        return min(self.options.leaves or max(1, math.isqrt(self.size)), self.size)
 
     def _build(self, library, vectors: np.ndarray):
         options = self.options
@@ -120,10 +122,8 @@ class ScannIndex(Index):
         )
         return builder.reorder(options.reorder, quantize=storage).build()
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns scores [Q, min(k, N)] float32 and indices int32, best first; see Index."""
-        queries = check_queries(queries, self.dimension, k)
-        k = min(k, self.size)
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        queries = check_queries(queries, self.dimension)
         if not len(queries):
             return np.empty((0, k), np.float32), np.empty((0, k), np.int32)
         fetch = min(k + 1, self.size)
@@ -161,19 +161,12 @@ class ScannIndex(Index):
     def _write(self, directory: pathlib.Path) -> None:
         self._searcher.serialize(str(directory), relative_path=True)
 
-    @classmethod
-    def load(cls, directory: str | os.PathLike, manifest: Manifest) -> "ScannIndex":
-        """Loads a saved index."""
+    def _open(self, directory: str | os.PathLike) -> None:
         library = _library()
         # load_searcher would unpickle this file, which we never write.
         if os.path.exists(os.path.join(directory, "scann_docids.pkl")):
             raise UserError(f"{directory}: holds scann_docids.pkl, which is not part of our index")
-        index = cls.__new__(cls)
-        index.size, index.dimension = manifest.size, manifest.dimension
-        index.fingerprint = manifest.fingerprint
-        index._set_shape(ScannOptions(**manifest.options))
-        index._searcher = library.load_searcher(str(directory), assets_backcompat_shim=False)
-        return index
+        self._searcher = library.load_searcher(str(directory), assets_backcompat_shim=False)
 
 
 def _library():
@@ -185,11 +178,3 @@ def _library():
     from scann.scann_ops.py import scann_ops_pybind
 
     return scann_ops_pybind
-
-
-def _method(options: ScannOptions, size: int) -> str:
-    if size < _SMALLEST:
-        return "brute"
-    if options.method != "auto":
-        return options.method
-    return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"

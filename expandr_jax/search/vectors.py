@@ -1,24 +1,14 @@
-"""Checks on the options of an index, and on the vectors that go into and against it."""
+"""Checks on the vectors that go into an index and against it."""
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from expandr_jax.errors import UserError, shown
-from expandr_jax.settings import fields_of
+from expandr_jax.errors import UserError
 
 _LONGEST = 1e15  # Length of a vector; sums of squares of longer ones overflow, which ends ScaNN.
 _BLOCK_BYTES = 1 << 24  # What a scan over memory-mapped vectors holds at a time.
-
-
-def check_options(backend: str, options: Any) -> None:
-    """Raises UserError unless each option of an index is what its type says."""
-    for name, check in fields_of(type(options)).items():
-        value = getattr(options, name)
-        if not check.holds(value):
-            raise UserError(f"{backend} option {name} is {shown(value)}; expected {check.expected}")
 
 
 def check_vectors(vectors: np.ndarray) -> None:
@@ -38,10 +28,8 @@ def check_vectors(vectors: np.ndarray) -> None:
         row += len(block)
 
 
-def check_queries(queries: np.ndarray, dimension: int, k: int) -> np.ndarray:
+def check_queries(queries: np.ndarray, dimension: int) -> np.ndarray:
     """Returns `queries` as float32 [Q, D], or raises UserError if they cannot be searched."""
-    if k < 1:
-        raise UserError(f"k is {k}; a search returns at least 1 result a query")
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     if queries.ndim != 2 or queries.shape[1] != dimension:
         raise UserError(f"query vectors have shape {queries.shape}; expected [Q, {dimension}]")
