@@ -46,6 +46,10 @@ class TextEncoder:
         """What the retriever has put before each text of a kind."""
         return self.retriever.query_prompt if kind == "query" else self.retriever.document_prompt
 
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
+        """Token ids of texts with the prompt for their kind before them."""
+        return self.retriever.token_ids(texts, self.prompt(kind))
+
     def encode(
         self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
     ) -> np.ndarray:
@@ -66,7 +70,7 @@ class TextEncoder:
         """
         # A training step may have spread them over more devices.
         params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
-        batches = self._batches(self.retriever.token_ids(texts, self.prompt(kind)))
+        batches = self._batches(self.tokenize(texts, kind))
         running = ((indices, self._embed(params, ids, mask)) for indices, ids, mask in batches)
         vectors = np.zeros((0, 0), np.float32)
         ahead = next(running, None)
