@@ -83,14 +83,9 @@ def triple_rows(
     negatives: Sequence[Sequence[int]],
     documents: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Rows for `write_jsonl`, as `data.triples.read_triples` reads them.
+    """Rows as `data.triples.read_triples` reads them, which refuses a query without positives.
 
-    Args:
-        queries: Texts.
-        positives: Relevant documents of each query; empty ones are left out. `read_triples`
-            refuses a query without any.
-        negatives: From `mine_negatives`.
-        documents: Texts of the corpus.
+    The arguments are as for `mine_negatives` and from it; empty positives are left out.
     """
     for query, relevant, others in zip(queries, positives, negatives, strict=True):
         yield {

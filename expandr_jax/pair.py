@@ -124,12 +124,10 @@ def adapter_shapes(module: Decoder, params: Any) -> Any:
 def model_hashes(models: RetrieverModel | GeneratorModel) -> dict[str, str]:
     """Hashes of weights, with their type, and of tokenizers, by what a message calls them."""
     hashes = {}
-    if isinstance(models, RetrieverModel):
-        hashes["retriever.source, its weights"] = models.retriever_hash
-        hashes["retriever.source, its tokenizer"] = _hash_tokenizer(models.retriever.tokenizer)
-    if isinstance(models, GeneratorModel):
-        hashes["generator.source, its weights"] = models.generator_hash
-        hashes["generator.source, its tokenizer"] = _hash_tokenizer(models.generator.tokenizer)
+    for name in ("retriever", "generator"):
+        if model := getattr(models, name, None):
+            hashes[f"{name}.source, its weights"] = getattr(models, f"{name}_hash")
+            hashes[f"{name}.source, its tokenizer"] = _hash_tokenizer(model.tokenizer)
     return hashes
 
 

@@ -17,7 +17,7 @@ from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
-from train.encoding import encode_corpus, encode_texts
+from train.encoding import RunRetriever
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -56,15 +56,15 @@ def test_a_document_without_a_finite_vector_is_named_with_the_last_checkpoint(mo
         ),
         run.phase("encode"),
     ):
-        encode_corpus(run, models, TEXTS, "zero-shot", params)
+        _ = RunRetriever(run, models, params, TEXTS, "zero-shot").corpus
 
 
 def test_a_query_without_a_finite_vector_is_named(model, run):
-    models, params = model
+    retriever = RunRetriever(run, *model, TEXTS, "zero-shot")
     with pytest.raises(NotFiniteError, match=r"^d-bad: text 1 .'a gradient'.: .*not finite"):
-        encode_texts(run, models, params, list(TEXTS.values()), "query", ids=list(TEXTS))
+        retriever.encode(list(TEXTS.values()), "query", list(TEXTS))
     with pytest.raises(NotFiniteError, match=r"^text 1 .'a gradient'.: .*not finite"):
-        encode_texts(run, models, params, list(TEXTS.values()), "query")
+        retriever.encode(list(TEXTS.values()), "query")
 
 
 def section(**settings):

@@ -76,10 +76,11 @@ def train(workdir, make_batch=batch, parts=(STEPS,), **log):
     checkpoints = Checkpoints(workdir / "checkpoints" / "toy", {})
     try:
         with run.phase("toy"):
+            log = run.training_log("toy", 0)
             for last in parts:
                 state = TrainState.create({"w": jnp.zeros(4)}, OPTIMIZER)
                 state = fit(
-                    run.training_log("toy", 0), state, step, with_contents(make_batch),
+                    log, state, step, with_contents(make_batch),
                     first_step=0, steps=last, checkpoints=checkpoints, save_every=3,
                 )  # fmt: skip
             return state

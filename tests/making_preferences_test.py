@@ -20,6 +20,7 @@ from expandr_jax.search import ExactOptions, ScannOptions
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
+from train.encoding import RunRetriever
 
 IDS = [f"d{i}" for i in range(20)]
 QUERIES = {"q0": "first", "q1": "second"}
@@ -47,15 +48,16 @@ def make(tmp_path, monkeypatch):
     corpus = Corpus(IDS, vectors, SearchSettings("exact", ExactOptions(), ScannOptions()))
     qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
     data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
-    models = types.SimpleNamespace(
-        encoder=Encoder(), generator=types.SimpleNamespace(chat_text=lambda text: text)
-    )
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
+    models = types.SimpleNamespace(encoder=Encoder())
+    retriever = RunRetriever(run, models, None, texts_of_documents, "expandr")
+    retriever.__dict__["corpus"] = corpus
+    generator = types.SimpleNamespace(chat_text=lambda text: text)
 
     expander = make_expander(config, None, texts_of_documents, None, None)
 
     def make_preferences():
-        return preferences.make_preferences(run, models, expander, None, None, corpus, data, 0)
+        return preferences.make_preferences(run, generator, expander, None, retriever, data, 0)
 
     yield make_preferences, run
     run.close()

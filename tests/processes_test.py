@@ -11,7 +11,7 @@ from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Connection
 from expandr_jax.runtime.journals import CommonJournal, DividedJournal
-from expandr_jax.runtime.processes import Cluster, Processes
+from expandr_jax.runtime.processes import Processes, check_address
 
 COUNT = 3
 
@@ -180,20 +180,20 @@ def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_p
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Cluster(coordinator="host:1"), "go together"),
-        (Cluster(count=2, index=0), "go together"),
-        (Cluster("host", 2, 0), "HOST:PORT"),
-        (Cluster("host:0", 2, 0), "HOST:PORT"),
-        (Cluster("host:65536", 2, 0), "HOST:PORT"),
-        (Cluster("host:²", 2, 0), "HOST:PORT"),
-        (Cluster("host:1", 2, 2), "expected 0 to 1"),
+        (("host:1", None, None), "go together"),
+        ((None, 2, 0), "go together"),
+        (("host", 2, 0), "HOST:PORT"),
+        (("host:0", 2, 0), "HOST:PORT"),
+        (("host:65536", 2, 0), "HOST:PORT"),
+        (("host:²", 2, 0), "HOST:PORT"),
+        (("host:1", 2, 2), "expected 0 to 1"),
     ],
 )
 def test_settings_that_do_not_fit_together(settings, message):
     with pytest.raises(UserError, match=message):
-        settings.check()
+        check_address(*settings)
 
 
 def test_settings_of_one_process_need_no_others():
-    Cluster(count=1).check()
-    Cluster().check()
+    check_address(None, 1, None)
+    check_address(None, None, None)

@@ -7,8 +7,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from expandr_jax import metrics
 from expandr_jax.config import Config
 from expandr_jax.data.beir import read_beir
@@ -35,59 +33,55 @@ from expandr_jax.report.run_report import results_table
 from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
-from expandr_jax.vectors.corpus import Corpus
-from expandr_jax.vectors.encoder import Kind
-from train.encoding import RunRetriever, encode_corpus, encode_texts
+from train.encoding import RunRetriever
 from train.expansions import SPLITS, evaluation_expansions, run_expander
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a run has trained, by the names that `System` uses.
-
-    Attributes:
-        retrievers: Name -> parameters and the corpus as they encode it; made when asked for.
-        adapters: Name -> adapter; "base" -> None.
-    """
-
-    retrievers: Mapping[str, RunRetriever]
-    adapters: Mapping[str, Any]
 
 
 def evaluate(
     run: Run,
     models: Models,
     data: TrainingData,
-    trained: Trained,
+    retrievers: Mapping[str, RunRetriever],
+    adapters: Mapping[str, Any],
     *,
-    set_name: str = "",
+    folder: str = "",
     chosen: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes evaluation/, runs/, qrels.trec and results.json; returns the results.
 
     Args:
-        run, models, data, trained: What is scored on the dev and test queries.
-        set_name: A further collection's name, whose files go to tests/NAME; "": the run's own.
+        run, models, data: Whose dev and test queries are scored.
+        retrievers: Name, as `System` has it -> retriever, with the run's own corpus.
+        adapters: Name -> adapter; "base" -> None.
+        folder: Where in the workdir: "tests/NAME" for a further collection; "": the run's own.
         chosen: System -> how it uses its expansions; None: what is best on the dev queries.
     """
-    directory = run.path("tests", set_name) if set_name else run.path()
+    directory = run.path(folder)
     path = directory / "results.json"
-    files = result_files(set_name)
+    files = result_files(folder)
     if run.checksums.intact(*files):
         return run.read_json(path)
     systems = systems_of_run(run.config)
-    documents = list(data.collection.corpus.values())
-    words = functools.cache(lambda: build_index(documents, "bm25"))
-    expander = run_expander(run, models, data, words, trained.retrievers[OURS])
-    expansions = evaluation_expansions(run, data, expander, trained.adapters, systems, set_name)
+    corpus = data.collection.corpus
+    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+
+    @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
+    def retriever(name: str) -> RunRetriever:
+        own = retrievers[name]
+        if not folder:
+            return own
+        return dataclasses.replace(own, texts=corpus, name=f"{data.collection.name}/{name}")
+
+    expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).search(*asked))
+    expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
         tried: list[dict[str, Any]] = []
-        rankers = _rankers(run, models, data, trained, words, expansions, choices, tried)
+        rankers = _rankers(run, data, retriever, words, expansions, choices, tried)
         runs: dict[str, RunScores] = {}
         samples: list[dict[str, Any]] = []
         # Those of one retriever after the other, each when all that it rests on is there.
-        order = [BM25, *trained.retrievers]
+        order = [BM25, *retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
         ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
         with run.reporter.progress("evaluation: systems", len(ranked)) as advance:
@@ -96,8 +90,8 @@ def evaluate(
                 if system.retriever == OURS and system.strategy == EXPANSION:
                     encoded = {split: r.encoded(system) for split, r in rankers.items() if r.ids}
                     if run.processes.is_main:
-                        corpus = trained.retrievers[OURS]()[1]
-                        samples += sample_rows(run.config, system.name, corpus, data, encoded)
+                        here = retriever(OURS).corpus
+                        samples += sample_rows(run.config, system.name, here, data, encoded)
                 advance(1)
 
         def write() -> None:
@@ -119,10 +113,10 @@ def evaluate(
     return run.read_json(path)
 
 
-def result_files(set_name: str) -> list[str]:
+def result_files(folder: str) -> list[str]:
     """What `evaluate` writes, from the workdir."""
     names = "results.json", "qrels.trec", "runs", "evaluation"
-    return [f"tests/{set_name}/{name}" if set_name else name for name in names]
+    return [f"{folder}/{name}" if folder else name for name in names]
 
 
 def systems_of_run(config: Config) -> list[System]:
@@ -147,25 +141,20 @@ def systems_of_run(config: Config) -> list[System]:
 
 def _rankers(
     run: Run,
-    models: Models,
     data: TrainingData,
-    trained: Trained,
+    retriever: Callable[[str], RunRetriever],
     words: Callable[[], Index],
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: dict[str, Choice],
     tried: list[dict[str, Any]],
 ) -> dict[str, Ranker]:
     """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
-    config, corpus = run.config, data.collection.corpus
-    separator = getattr(models.retriever.tokenizer, "sep_token", None) or ""
+    settings = run.config.evaluation
 
-    def dense(retriever: str, _: str | None) -> DenseSearch:
-        params, encoded = trained.retrievers[retriever]()
-
-        def encode(texts: Sequence[str], kind: Kind, ids: Sequence[str]) -> np.ndarray:
-            return encode_texts(run, models, params, texts, kind, ids=ids)
-
-        return DenseSearch(encode, encoded, separator)
+    def dense(name: str, _: str | None) -> DenseSearch:
+        own = retriever(name)
+        separator = getattr(own.models.retriever.tokenizer, "sep_token", None) or ""
+        return DenseSearch(own.encode, own.corpus, separator)
 
     def choice(leaf: System) -> Choice | None:
         dev = rankers["dev"]
@@ -173,7 +162,6 @@ def _rankers(
             dev.encoded(leaf)  # All processes together.
         if leaf.name not in choices and run.processes.is_main:
             asks = len(expansions["dev", leaf.generator, leaf.strategy].strategy.asks)
-            settings = config.evaluation
             grid = [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
             found = choose(dev, leaf, data.collection.qrels["dev"], grid)
             choices[leaf.name], best = max(found, key=lambda pair: pair[1])
@@ -190,11 +178,11 @@ def _rankers(
     def ranker(split: str) -> Ranker:
         return Ranker(
             {query: data.collection.queries[query] for query in data.collection.qrels[split]},
-            Searches(lambda _: words(), dense, corpus),
+            Searches(lambda _: words(), dense, data.collection.corpus),
             lambda leaf: expansions[split, leaf.generator, leaf.strategy],
             choice,
-            config.evaluation,
-            config.contrastive.normalize,
+            settings,
+            run.config.contrastive.normalize,
             is_main=run.processes.is_main,
         )
 
@@ -221,7 +209,11 @@ def _results(
 
 
 def evaluate_benchmarks(
-    run: Run, models: Models, trained: Trained, chosen: Mapping[str, Mapping[str, Any]]
+    run: Run,
+    models: Models,
+    retrievers: Mapping[str, RunRetriever],
+    adapters: Mapping[str, Any],
+    chosen: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Scores every system on the collections, using expansions as was `chosen` on the run's data.
 
@@ -229,15 +221,16 @@ def evaluate_benchmarks(
     """
     results = {}
     for name, benchmark in find_benchmarks(run.config.data.tests).items():
-        path = run.path("tests", name, "results.json")
-        if run.checksums.intact(*result_files(name)):  # Its corpus may take minutes to read.
-            results[name] = run.read_json(path)
+        folder = f"tests/{name}"
+        if run.checksums.intact(*result_files(folder)):  # Its corpus may take minutes to read.
+            results[name] = run.read_json(run.path(folder, "results.json"))
         else:
             collection = read_beir(benchmark.files)
             qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
             data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
-            here = _on_benchmark(run, models, data, trained)
-            results[name] = evaluate(run, models, data, here, set_name=name, chosen=chosen)
+            results[name] = evaluate(
+                run, models, data, retrievers, adapters, folder=folder, chosen=chosen
+            )
         run.console.print(results_table(results[name]))
     if len(results) > 1:
         mean = mean_over_sets(results)
@@ -247,16 +240,3 @@ def evaluate_benchmarks(
             run.console.print(write_mean(run.path("tests"), mean))
 
         run.processes.once(write)
-
-
-def _on_benchmark(run: Run, models: Models, data: TrainingData, trained: Trained) -> Trained:
-    """The run's retrievers with a collection's corpus instead of the run's own."""
-
-    @functools.lru_cache(maxsize=1)  # One is in memory at a time.
-    def build(retriever: str) -> tuple[Any, Corpus]:
-        params, _ = trained.retrievers[retriever]()
-        name = f"{data.collection.name}/{retriever}"
-        return params, encode_corpus(run, models, data.collection.corpus, name, params)
-
-    names = trained.retrievers
-    return Trained({name: functools.partial(build, name) for name in names}, trained.adapters)

@@ -5,11 +5,15 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.expansion.expand import Expander, by_sample, journaled, make_expander
+from expandr_jax.expansion.expand import (
+    Expander,
+    SearchTexts,
+    by_sample,
+    journaled,
+    make_expander,
+)
 from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
@@ -17,7 +21,6 @@ from expandr_jax.ranking.ranker import Expansions
 from expandr_jax.ranking.systems import EXPANSION, System
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
-from train.encoding import RunRetriever, encode_texts
 
 SPLITS = ("dev", "test")
 
@@ -27,14 +30,9 @@ def run_expander(
     models: Models,
     data: TrainingData,
     bm25: Callable[[], Index],
-    retriever: RunRetriever,
+    dense: SearchTexts,
 ) -> Expander:
-    """Expands queries of a run; a strategy that searches by vectors does so under `retriever`."""
-
-    def dense(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        params, corpus = retriever()
-        return corpus.index.search(encode_texts(run, models, params, queries, "query"), k)
-
+    """Expands queries of a run by the config's strategy; the rest is as of `make_expander`."""
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     return make_expander(run.config, sampler, data.collection.corpus, bm25, dense)
 
@@ -72,7 +70,7 @@ def evaluation_expansions(
     own: Expander,
     adapters: Mapping[str, Any],
     systems: Sequence[System],
-    set_name: str,
+    folder: str,
 ) -> dict[tuple[str, str, str], Expansions]:
     """Expands dev and test queries for systems, and writes evaluation/expansions.jsonl.
 
@@ -83,7 +81,7 @@ def evaluation_expansions(
         own: Expands by the config's strategy.
         adapters: Name of a generator -> its adapter.
         systems: Whose leaves are expanded.
-        set_name: Name of a further collection; "": the run's own data.
+        folder: "tests/NAME" for a further collection; "": the run's own data.
 
     Returns:
         (split, generator, strategy) -> what was written for the split's queries.
@@ -99,9 +97,10 @@ def evaluation_expansions(
         if name != EXPANSION:
             expander, become = dataclasses.replace(own, strategy=STRATEGIES[name]), {}
             where, what = f"{generator}-{name}", f"{what}, {name}"
-        with run.phase(f"expansions for evaluation, {set_name and f'{set_name}, '}{what}"):
-            journal = run.path("work", "tests", set_name) if set_name else run.path("work")
-            journal /= f"evaluation-{where}.jsonl"
+        if folder:
+            what = f"{data.collection.name}, {what}"
+        with run.phase(f"expansions for evaluation, {what}"):
+            journal = run.path("work", folder, f"evaluation-{where}.jsonl")
             purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
             sample = journaled(expander, adapters[generator], journal, purpose)
             texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
@@ -113,8 +112,7 @@ def evaluation_expansions(
         for query in qrels[split]
         for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
     )
-    directory = run.path("tests", set_name) if set_name else run.path()
-    _write(run, directory / "evaluation" / "expansions.jsonl", rows)
+    _write(run, run.path(folder, "evaluation", "expansions.jsonl"), rows)
     return {
         (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
         for key, (strategy, texts) in made.items()

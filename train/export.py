@@ -25,6 +25,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
+from expandr_jax.runtime.run import Run
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import (
     export_encoder,
@@ -45,40 +46,26 @@ _PROGRAMS = {
 
 
 def export_run(
-    workdir: pathlib.Path,
-    config: Config,
-    retriever: Retriever,
-    retriever_params: Any,
-    adapter: Any,
-    progress: Callable[[int], None],
-    *,
-    address: str,
+    run: Run, retriever: Retriever, params: Any, adapter: Any, progress: Callable[[int], None]
 ) -> None:
-    """Writes export/retriever, /generator (merged) and /adapter; keeps what is there.
-
-    `address` is what the run's user calls its workdir, and the adapter its base by.
-    """
-    directory = workdir / "export"
-    dtype = jnp.dtype(config.export.dtype)
-    if not (directory / "retriever").exists():
-        export_trained(directory / "retriever", retriever, retriever_params, dtype)
-    progress(1)
-    generator, base = load_generator(config.generator.source, sha256=config.generator.sha256)
-    if not (directory / "adapter").exists():
-        shape = generator.module.config
-        export_adapter(
-            directory / "adapter",
-            adapter,
-            config.lora,
-            shape,
-            base_name(address, config.generator.source),
-        )
-    progress(1)
-    if not (directory / "generator").exists():
+    """Writes export/retriever, /adapter and /generator (merged), those that are not whole."""
+    source, lora = run.config.generator, run.config.lora
+    dtype = jnp.dtype(run.config.export.dtype)
+    generator, base = load_generator(source.source, sha256=source.sha256)
+    shape, base_is = generator.module.config, base_name(run.address, source.source)
+    writes = {
+        "retriever": lambda to: export_trained(to, retriever, params, dtype),
+        "adapter": lambda to: export_adapter(to, adapter, lora, shape, base_is),
         # Merged in float32, whatever type the run computed in.
-        merged = merge_lora(base, adapter, config.lora)
-        export_generator(directory / "generator", generator, merged, dtype)
-    progress(1)
+        "generator": lambda to: export_generator(
+            to, generator, merge_lora(base, adapter, lora), dtype
+        ),
+    }
+    for name, write in writes.items():
+        if not run.checksums.intact(f"export/{name}"):
+            write(run.path("export", name))
+            run.checksums.record(f"export/{name}")
+        progress(1)
 
 
 def export_one(

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.data.records import hash_file, hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
@@ -79,17 +79,16 @@ def train_generator(
     steps = updates * accumulation
     module, params = models.generator.module, models.generator_params
     batches = AdapterBatches(models, objective, config, batch_size)
-
-    def indices_of(step: int) -> np.ndarray:
-        """The examples of a step."""
-        return batch_indices(run.config.seed, round_ * steps + step, len(examples), batch_size)
-
-    batches.choose_sizes(examples, [indices_of(step) for step in range(steps)])
+    lora, seed = module.lora, run.config.seed
+    drawn = [
+        batch_indices(seed, round_ * steps + step, len(examples), batch_size)
+        for step in range(steps)
+    ]
+    batches.choose_sizes(examples, drawn)
     reference = dev_reference = None
     if objective.reference:
         reference = kept_reference(run, batches, examples, "reference log-probabilities")
         dev_reference = kept_reference(run, batches, dev, "reference on dev pairs") if dev else None
-    lora, seed = module.lora, run.config.seed
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     identity = {
@@ -98,13 +97,12 @@ def train_generator(
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
     }
+    # Rounds differ in their number of examples: their steps cannot be numbered through.
+    directory = run.checkpoints(f"generator-{round_}" if round_ else "generator")
     checkpoints = Checkpoints(
-        run.checkpoints(_checkpoints(round_)),
-        identity,
-        keep=run.config.keep,
-        keep_period=steps,
-        agree=run.processes.all,
+        directory, identity, keep=run.config.keep, keep_period=steps, agree=run.processes.all
     )
+    log = run.training_log("generator", round_)
     setup = adapter_setup(
         models.dpo_mesh,
         adapter,
@@ -122,20 +120,19 @@ def train_generator(
         return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        indices = indices_of(step)
-        drawn = [examples[i] for i in indices]
+        taken = [examples[i] for i in drawn[step]]
         contents = Contents(
-            [example.name for example in drawn],
-            sum(example.tokens for example in drawn),
-            sum(flops(*example.size) for example in drawn),
+            [example.name for example in taken],
+            sum(example.tokens for example in taken),
+            sum(flops(*example.size) for example in taken),
         )
-        return batches.pack(examples, indices, reference), contents
+        return batches.pack(examples, drawn[step], reference), contents
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
         """The adapter after step `last`."""
         return fit(
-            run.training_log("generator", round_),
+            log,
             setup.create(adapter),
             lambda state, batch: setup.step(state, params, batch, key),
             batch,
@@ -158,7 +155,7 @@ def train_generator(
     path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
     journal, every = CommonJournal(path, run.processes), config.eval_every * accumulation or steps
     best = watch_dev(
-        run.training_log("generator", round_),
+        log,
         journal,
         train,
         lambda adapter: batches.evaluate(adapter, dev, dev_reference),
@@ -170,18 +167,13 @@ def train_generator(
     if not run.checksums.intact(name):
         journal.keep(0)
         raise UserError(
-            f"{run.path(name)}: was damaged; remove "
-            f"{run.path('checkpoints', _checkpoints(round_))}, and the same command trains it again"
+            f"{run.path(name)}: was damaged; remove {directory}, and the same command trains it "
+            "again"
         )
     run.reporter.say(
         f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(name)}"
     )
     return load_adapter(str(run.path(name)), module.config)[1] if config.keep_best else trained
-
-
-def _checkpoints(round_: int) -> str:
-    """Rounds differ in their number of examples: their steps cannot be numbered through."""
-    return f"generator-{round_}" if round_ else "generator"
 
 
 def _export(run: Run, generator: Generator, adapter: Any, name: str) -> None:
@@ -195,9 +187,9 @@ def _export(run: Run, generator: Generator, adapter: Any, name: str) -> None:
 def kept_reference(
     run: Run, batches: AdapterBatches, examples: Sequence[Example], task: str
 ) -> np.ndarray:
-    """`AdapterBatches.reference`, made once for the same examples and weights.
+    """`AdapterBatches.reference`, made once for the same examples and weights, as `task`.
 
-    It is kept in work/reference-HASH.npy; `task` is what making it is called.
+    It is kept in work/reference-HASH.npy.
     """
     name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
     path = run.path(name)
@@ -208,9 +200,7 @@ def kept_reference(
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, result)
-        temporary.replace(path)
+        np.save(path, result)  # Until it is recorded, half a file is taken for none.
 
     run.processes.once(write)
     run.checksums.record(name)
@@ -261,17 +251,10 @@ def _read(run: Run, generator: Generator) -> list[Any]:
     run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:
         raise UserError(f"{path}: has nothing to train on")
-    source_path = run.path("data", "SOURCE.json")
     files = {str(path): hash_file(path)}
-
-    def check() -> None:
-        if not source_path.exists():
-            source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
-            write_json(source_path, source)
-        elif run.read_json(source_path).get("files") != files:
-            raise UserError(f"{path}: has changed since this run began; use a new --workdir")
-
-    run.processes.main_first(check)
+    source = {"name": path.stem, "files": files, "pairs": len(rows), "dropped": dropped}
+    if run.noted(run.path("data", "SOURCE.json"), source).get("files") != files:
+        raise UserError(f"{path}: has changed since this run began; use a new --workdir")
     return rows
 
 

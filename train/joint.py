@@ -27,8 +27,8 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
 from expandr_jax.training.setup import check_batch_size
-from train.encoding import run_retriever
-from train.evaluation import Trained, evaluate, evaluate_benchmarks, systems_of_run
+from train.encoding import RunRetriever
+from train.evaluation import evaluate, evaluate_benchmarks, systems_of_run
 from train.expansions import run_expander, training_expansions
 from train.export import export_run
 from train.generator import train_generator
@@ -86,31 +86,29 @@ def train_joint(
     )
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
 
-    documents = list(data.collection.corpus.values())
-    words = functools.cache(lambda: build_index(documents, "bm25"))
-    retriever = functools.partial(run_retriever, run, models, data.collection.corpus)
-    params, adapter = models.retriever_params, None
-    current = retriever("zero-shot", params)
-    retrievers, adapters = {"zero-shot": current}, {"base": adapter}
-    negatives = training_negatives(run, models, current, data, 0)
+    corpus = data.collection.corpus
+    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+    retriever = functools.partial(RunRetriever, run, models, texts=corpus)
+    current, adapter = retriever(models.retriever_params, name="zero-shot"), None
+    retrievers, adapters = {current.name: current}, {"base": adapter}
+    negatives = training_negatives(run, current, data, 0)
     if any("fine-tuned" in system.retrievers for system in systems):
         with run.phase("fine-tuned baseline"):
-            tuned = _train(run, models, data, {}, negatives, params, phase="fine-tuned")
-        retrievers["fine-tuned"] = retriever("fine-tuned", tuned)
+            tuned = _train(run, models, data, {}, negatives, current.params, phase="fine-tuned")
+        retrievers["fine-tuned"] = retriever(tuned, name="fine-tuned")
     for round_ in range(config.rounds):
         if round_ > 0:
-            negatives = training_negatives(run, models, current, data, round_)
+            negatives = training_negatives(run, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
-            expander = run_expander(run, models, data, words, current)
+            expander = run_expander(run, models, data, words, current.search)
             expansions = training_expansions(run, data, expander, adapter, round_)
         with run.phase(f"retriever, round {round_}"):
-            start = models.retriever_params if config.contrastive.restart else params
+            start = models.retriever_params if config.contrastive.restart else current.params
             params = _train(run, models, data, expansions, negatives, start, round_=round_)
         last = round_ == config.rounds - 1
         name = "expandr" if last else f"round-{round_}"
-        retrievers[name] = current = retriever(name, params)
-        corpus = current()[1]
-        make_preferences(run, models, expander, adapter, params, corpus, data, round_)
+        retrievers[name] = current = retriever(params, name=name)
+        make_preferences(run, models.generator, expander, adapter, current, data, round_)
         with run.phase(f"{objective.phase}, round {round_}"):
             path = run.path(f"round-{round_}", objective.file)
             rows, dropped = objective.read(path, models.generator, config, own=True)
@@ -118,21 +116,13 @@ def train_joint(
             adapter = train_generator(run, models, adapter, rows, round_=round_)
         adapters["trained" if last else name] = adapter
 
-    trained = Trained(retrievers, adapters)
-    results = evaluate(run, models, data, trained)
-    evaluate_benchmarks(run, models, trained, results["chosen"])
-
-    def export() -> None:
-        exports = [f"export/{name}" for name in ("retriever", "adapter", "generator")]
-        whole = [run.checksums.intact(name) for name in exports]
-        export_run(
-            run.workdir, config, models.retriever, params, adapter, advance, address=run.address
-        )
-        if not all(whole):
-            run.checksums.record(*exports)
+    results = evaluate(run, models, data, retrievers, adapters)
+    evaluate_benchmarks(run, models, retrievers, adapters, results["chosen"])
 
     with run.phase("export"), run.reporter.progress("models exported", 3) as advance:
-        run.processes.once(export)
+        run.processes.once(
+            lambda: export_run(run, models.retriever, current.params, adapter, advance)
+        )
     with run.phase("report"), run.reporter.progress("pages written", 1) as advance:
         report = run.processes.once(lambda: run.where(write_report(run.workdir)))
         advance(1)

@@ -9,6 +9,7 @@ import logging as standard_logging
 import os
 import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -116,7 +117,7 @@ def define_workdir() -> None:
 
 
 def define_processes() -> None:
-    """Defines where the processes of a run find each other; see `processes.Cluster`."""
+    """Defines the arguments of `processes.start`."""
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, where a run has several; not on TPU pods."
     )
@@ -163,6 +164,12 @@ def launch(
                 raise UserError(_missing(name))
         if len(arguments) > 1 and not words:  # A setting without its dashes would be forgotten.
             raise UserError(f"{arguments[1]!r} is no option; expected --NAME=VALUE")
+        address = None, 1, None
+        if "coordinator" in flags.FLAGS:  # The program may have several processes.
+            address = [flags.FLAGS[n].value for n in ("coordinator", "processes", "process")]
+        _check_environment()
+        split_processor(address[1] or 1)
+        processes.start(*address)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = _one_line(error)
         _stop(console, _unknown_setting(text, sys.argv[1:]) or text)
@@ -174,11 +181,6 @@ def launch(
         place = traceback.extract_tb(error.__traceback__)[-1]
         kind = type(error).__name__
         _stop(console, f"{place.filename}:{place.lineno}: {kind}: {_one_line(error)}")
-    try:
-        _check_environment()
-        _start_processes()
-    except UserError as error:
-        _stop(console, str(error))
 
     end_on_sigterm()
 
@@ -188,7 +190,10 @@ def launch(
         except UserError as error:
             _stop(console, str(error))
         except Stopped as stopped:
-            _save_what_is_here(console)
+            try:  # Into the bucket, where the workdir is in one.
+                processes.current().files.push()
+            except UserError as error:
+                _stop(console, str(error))
             if not resumes:
                 console.print("stopped by SIGTERM")
                 sys.exit(EXIT_TERMINATED)
@@ -202,7 +207,9 @@ def launch(
             sys.exit(130)
         except Exception as error:
             if not is_full(error):
-                _crash(console, error)
+                if processes.current().count > 1:  # It ends them all.
+                    console.print_exception()
+                    processes.current().leave(1, _one_line(error)[:500])
                 raise
             name = f"{error.filename}: " if getattr(error, "filename", None) else ""
             _stop(
@@ -222,7 +229,8 @@ def _run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> None:
         main(rest)
         current.finish()
     except Exception:
-        current.wait_for_news()
+        if current.count > 1:
+            time.sleep(processes.SECONDS_FOR_NEWS)
         if current.stopped is not None:
             raise Stopped from None
         raise
@@ -258,17 +266,6 @@ def _check_environment() -> None:
                 f"{name.upper()} is set to {given}, and a run's figures would follow from more "
                 "than its config: unset it"
             )
-
-
-def _start_processes() -> None:
-    """Connects the processes of a run, where the program may have several."""
-    if "coordinator" not in flags.FLAGS:
-        split_processor()
-        return
-    values = flags.FLAGS
-    cluster = processes.Cluster(values.coordinator, values.processes, values.process)
-    split_processor(cluster.count or 1)
-    processes.start(cluster)
 
 
 def unpin(flag: flags.Flag) -> None:
@@ -332,23 +329,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _save_what_is_here(console: Console) -> None:
-    """Puts into a bucket, where the workdir is in one, what had not been put there yet."""
-    try:
-        processes.current().files.push()
-    except UserError as error:
-        _stop(console, str(error))
-
-
 def _stop(console: Console, message: str) -> None:
     console.print("error: " + message, style="red", markup=False, soft_wrap=True)
     processes.current().leave(EXIT_USER_ERROR, message)
     sys.exit(EXIT_USER_ERROR)
-
-
-def _crash(console: Console, error: Exception) -> None:
-    """Where there are several processes, ends them all by an error that nobody foresaw."""
-    current = processes.current()
-    if current.count > 1:
-        console.print_exception()
-        current.leave(1, _one_line(error)[:500])

@@ -1,6 +1,6 @@
 """Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
-from typing import Any
+import pathlib
 
 import numpy as np
 
@@ -9,10 +9,8 @@ from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.mining import mine_negatives, triple_rows
-from expandr_jax.pair import Models
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus
-from train.encoding import RunRetriever, encode_texts
+from train.encoding import RunRetriever
 
 
 def check_negatives(config: Config, data: TrainingData) -> None:
@@ -27,7 +25,7 @@ def check_negatives(config: Config, data: TrainingData) -> None:
 
 
 def training_negatives(
-    run: Run, models: Models, retriever: RunRetriever, data: TrainingData, round_: int
+    run: Run, retriever: RunRetriever, data: TrainingData, round_: int
 ) -> dict[str, list[str]]:
     """Hard negatives of a round; none if the config asks for none.
 
@@ -44,21 +42,19 @@ def training_negatives(
         return {query: data.negatives(query) for query in data.retriever_train}
     name = f"round-{round_}/triples.jsonl"
     if not run.checksums.intact(name):
-        params, corpus = retriever()
+        _ = retriever.corpus  # A phase of its own.
         with run.phase(f"hard negatives, round {round_}"):
-            _mine(run, models, params, corpus, data, round_)
+            _mine(run, retriever, data, run.path(name))
         run.checksums.record(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 
 
-def _mine(
-    run: Run, models: Models, params: Any, corpus: Corpus, data: TrainingData, round_: int
-) -> None:
+def _mine(run: Run, retriever: RunRetriever, data: TrainingData, path: pathlib.Path) -> None:
     """Writes round-R/triples.jsonl."""
-    config, ids = run.config.mining, data.retriever_train
+    config, ids, corpus = run.config.mining, data.retriever_train, retriever.corpus
     with run.reporter.progress("training queries encoded", len(ids)) as advance:
-        queries = encode_texts(run, models, params, data.queries(ids), "query", advance)
+        queries = retriever.encode(data.queries(ids), "query", progress=advance)
 
     def search() -> None:
         row_of = {document: row for row, document in enumerate(corpus.ids)}
@@ -79,7 +75,7 @@ def _mine(
         )
         rows = zip(ids, triple_rows(data.queries(ids), relevant, mined, texts), strict=True)
         named = ({"query_id": query, **row} for query, row in rows if row["pos"])
-        write_jsonl(run.path(f"round-{round_}", "triples.jsonl"), named)
+        write_jsonl(path, named)
         count = sum(map(len, mined))
         run.reporter.say(f"{count} negatives; {sum(not m for m in mined)} queries have none")
 

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.records import write_json
@@ -34,6 +33,7 @@ from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.proposals import PHASES, Proposal, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
+from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_divisor
@@ -128,6 +128,7 @@ def _row(
         topology.chip, planned.devices, planned.run_flops, planned.moved, needs.collectives
     )
     batch = 1 if planned.mesh is None else batch_divisor(planned.mesh)
+    sizes = ("argument", "temporary", "resident", "total", "capacity")
     return {
         "program": name,
         "mesh": None if planned.mesh is None else dict(planned.mesh.shape),
@@ -135,11 +136,7 @@ def _row(
         "rows": planned.rows,
         "rows_per_device": planned.rows / batch,
         "bytes_parameters": bytes_on_device(planned.parameters),
-        "bytes_argument": needs.argument,
-        "bytes_temporary": needs.temporary,
-        "bytes_resident": needs.resident,
-        "bytes_total": needs.total,
-        "bytes_capacity": needs.capacity,
+        **{f"bytes_{size}": getattr(needs, size) for size in sizes},
         "fits": needs.fits,
         "model_flops": planned.model_flops,
         "collectives": {
@@ -202,31 +199,33 @@ def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dic
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """Prints a plan as a table, and what does not fit."""
-    capacity = result["rows"][0]["bytes_capacity"] / GIB
-    table = Table(title=f"{result['topology']}: GiB a device, of {capacity:.2f}")
-    for name in ("program", "mesh", "rows a device", "parameters", "arguments", "temporary",
-                 "held beside", "total", "fits", "model TFLOP", "collectives: times, GiB",
-                 "compile s", "at least", "bound",
-                 *(("took", "of bound", "MFU") if _ran(result) else ())):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("program", "mesh") else "right")
-    for row in result["rows"]:
-        table.add_row(
+    ran = "seconds" in result["rows"][0]
+    header = [
+        "program", "mesh", "rows a device", "parameters", "arguments", "temporary", "held beside",
+        "total", "fits", "model TFLOP", "collectives: times, GiB", "compile s", "at least", "bound",
+        *(("took", "of bound", "MFU") if ran else ()),
+    ]  # fmt: skip
+    rows = [
+        [
             row["program"],
             _mesh(row),
             f"{row['rows_per_device']:g}",
             *(f"{row[f'bytes_{part}'] / GIB:.2f}"
               for part in ("parameters", "argument", "temporary", "resident", "total")),
-            "yes" if row["fits"] else "NO",
+            "yes" if row["fits"] else Bold("NO"),
             f"{row['model_flops'] / 1e12:.3g}",
             "\n".join(f"{kind} {c['count']}, {c['bytes'] / GIB:.3g}"
                       for kind, c in row["collectives"].items()) or "none",
             f"{row['compile_seconds']:.0f}",
             _duration(row["roofline_seconds"]),
             row["bound"],
-            *(_took(row) if _ran(result) else ()),
-            style=None if row["fits"] else "red",
-        )  # fmt: skip
-    console.print(table)
+            *(_took(row) if ran else ()),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    capacity = result["rows"][0]["bytes_capacity"] / GIB
+    title = f"{result['topology']}: GiB a device, of {capacity:.2f}"
+    console.print(render(title, header, rows))
     hours = result["paper_chip_hours"]
     if hours is None:
         return
@@ -244,10 +243,6 @@ def _mesh(row: Mapping[str, Any]) -> str:
     return sizes if row["shares"] == 1 else f"{sizes}, on each of {row['shares']} hosts"
 
 
-def _ran(result: Mapping[str, Any]) -> bool:
-    return "seconds" in result["rows"][0]
-
-
 def _took(row: Mapping[str, Any]) -> tuple[str, str, str]:
     if row["seconds"] is None:
         return "-", "-", "-"
@@ -261,13 +256,11 @@ def _duration(seconds: float) -> str:
 
 def show_proposals(proposals: Sequence[Proposal], console: Console) -> None:
     """Prints what `propose` found, as a table and as flags."""
-    table = Table(title="Settings by estimate, compiled until one fits")
-    for name in ("phase", "settings", "total GiB", "at least"):
-        table.add_column(name, justify="left" if name in ("phase", "settings") else "right")
-    for proposal in proposals:
-        total = f"{proposal.needs.total / GIB:.2f}"
-        table.add_row(proposal.phase, proposal.flags, total, _duration(proposal.seconds))
-    console.print(table)
+    rows = [
+        [p.phase, p.flags, f"{p.needs.total / GIB:.2f}", _duration(p.seconds)] for p in proposals
+    ]
+    title = "Settings by estimate, compiled until one fits"
+    console.print(render(title, ("phase", "settings", "total GiB", "at least"), rows))
     for phase in PHASES:
         if phase not in {proposal.phase for proposal in proposals}:
             console.print(f"{phase}: nothing that was tried fits")
@@ -293,8 +286,7 @@ def lost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main(_: Any) -> None:
-    console = Console(highlight=False)
-    values = flags.FLAGS
+    console, values = wide_console(), flags.FLAGS
     config = read_config(values.config)
     if not values.topology.startswith(("gpu", "tpu")):
         # Slices are compiled for, not used: jax must not look for TPUs.
@@ -310,11 +302,9 @@ def main(_: Any) -> None:
     proposals = propose(config, topology, log) if values.search else []
     if out is not None:
         write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
-    # Never cut a table to the width of a pipe.
-    wide = console if console.is_terminal else Console(highlight=False, width=200)
-    show(result, wide)
+    show(result, console)
     if values.search:
-        show_proposals(proposals, wide)
+        show_proposals(proposals, console)
     for line in lost(result["rows"]):
         console.print(line, soft_wrap=True)
     problems = misfits(result)

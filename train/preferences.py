@@ -12,27 +12,26 @@ from expandr_jax.expansion.expand import Expander, drawing, journaled, sample_te
 from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.pair import Models
+from expandr_jax.models.generator import Generator
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import Corpus
-from train.encoding import encode_texts
+from train.encoding import RunRetriever
 
 
 def make_preferences(
     run: Run,
-    models: Models,
+    generator: Generator,
     expander: Expander,
     adapter: Any | None,
-    retriever_params: Any,
-    corpus: Corpus,
+    retriever: RunRetriever,
     data: TrainingData,
     round_: int,
 ) -> None:
     """Writes candidates.jsonl and preferences.jsonl of a round."""
+    corpus = retriever.corpus  # A phase of its own.
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
@@ -47,19 +46,20 @@ def make_preferences(
             "to learn from. Look at the model and at the section answer of the config"
         )
     with run.phase(f"rewards, round {round_}"):
+        temperatures = _temperatures(run)
         groups = [
             Group(
                 query,
                 data.collection.queries[query],
                 data.positive(query),
                 answers[query],
-                [Candidate(candidates[query, i], t) for i, t in enumerate(_temperatures(run))],
-                models.generator.chat_text(prompts[query]),
+                [Candidate(candidates[query, i], t) for i, t in enumerate(temperatures)],
+                generator.chat_text(prompts[query]),
             )
             for query in data.generator_train
             if query in answers
         ]
-        vectors = _encode(run, models, retriever_params, groups)
+        vectors = _encode(run, retriever, groups)
         # A query alone does not give a prompt that shows passages.
         shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
 
@@ -129,9 +129,7 @@ def _self_answers(
     return answers
 
 
-def _encode(
-    run: Run, models: Models, params: Any, groups: Sequence[Group]
-) -> dict[str, np.ndarray]:
+def _encode(run: Run, retriever: RunRetriever, groups: Sequence[Group]) -> dict[str, np.ndarray]:
     """Vectors of candidates [queries, candidates, dim], answers and queries [queries, dim]."""
     texts = [text for group in groups for text in group.texts]
     with run.reporter.progress("rewards: texts encoded", len(texts) + 2 * len(groups)) as advance:
@@ -140,7 +138,7 @@ def _encode(
             # An empty candidate has nothing in common with anything: its vector is zero.
             each = len(items) // max(1, len(groups))
             ids = [f"{what} {group.query_id}" for group in groups for _ in range(each)]
-            vectors = encode_texts(run, models, params, items, kind, advance, ids=ids)
+            vectors = retriever.encode(items, kind, ids, advance)
             return np.where([[bool(item)] for item in items], vectors, 0.0)
 
         candidates = encode(texts, "document", "candidates of")

@@ -10,7 +10,6 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
 from expandr_jax.data.benchmarks import query_key
 from expandr_jax.data.download import data_path
-from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.data.records import hash_file, hash_json
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError
@@ -55,7 +54,7 @@ from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.weights.export import export_trained
-from train.encoding import encode_texts
+from train.encoding import RunRetriever
 from train.launch import launch_training
 
 
@@ -178,12 +177,11 @@ def train_on_triples(
         examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:
-        params, ids = whole(params), list(dev.qrels["dev"])
-        with run.reporter.progress("dev: documents encoded", len(dev.corpus)) as advance:
-            documents = list(dev.corpus.values())
-            vectors = encode_texts(run, models, params, documents, "document", advance)
-        queries = [dev.queries[query] for query in ids]
-        encoded = encode_texts(run, models, params, queries, "query")
+        ids, documents = list(dev.qrels["dev"]), list(dev.corpus.values())
+        retriever = RunRetriever(run, models, whole(params), dev.corpus, "dev")
+        with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
+            vectors = retriever.encode(documents, "document", progress=advance)
+        encoded = retriever.encode([dev.queries[query] for query in ids], "query")
 
         def measure() -> float:
             found = search_named(
@@ -240,26 +238,16 @@ def _read_triples(run: Run) -> list[Triple]:
     run.reporter.say(queries)
     source = {"name": given.name, "sha256": hash_file(given),
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
-    run.processes.main_first(lambda: _check_source(run, given, source))
-    return triples
-
-
-def _check_source(run: Run, given: pathlib.Path, source: dict) -> None:
-    path = run.path("data", "SOURCE.json")
-    dev = run.config.data.dev
     # Evaluations before and after a restart are compared, so they must be of the same data.
-    files = next(iter(find_collections(dev).values())) if dev else None
-    hashes = {} if files is None else {"dev": source_hashes(files)}
-    if not path.exists():
-        write_json(path, {**source, **hashes})
-        return
-    before = run.read_json(path)
+    dev = source_hashes(next(iter(find_collections(config.dev).values()))) if config.dev else None
+    noted = run.noted(run.path("data", "SOURCE.json"), source | ({"dev": dev} if dev else {}))
     # A run that was begun before dev was noted has none.
-    other_dev = before.pop("dev", hashes.get("dev")) != hashes.get("dev")
-    if before != source:
+    other_dev = noted.pop("dev", dev) != dev
+    if noted != source:
         raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
     if other_dev:
-        raise UserError(f"{dev}: is not the data this run began with; use a new --workdir")
+        raise UserError(f"{config.dev}: is not the data this run began with; use a new --workdir")
+    return triples
 
 
 def _read_dev(run: Run) -> Collection | None:

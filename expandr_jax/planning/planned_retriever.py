@@ -38,6 +38,7 @@ from expandr_jax.planning.planned import (
     with_shardings,
 )
 from expandr_jax.planning.topology import Topology
+from expandr_jax.runtime.chips import TPUS
 from expandr_jax.search.exact import ExactOptions, merge_block
 from expandr_jax.sharding import batch_divisor, batch_sharding
 from expandr_jax.training.setup import optimizer_config
@@ -165,7 +166,7 @@ class RetrieverShapes:
             tokens=0,
             forward_flops=2 * rows * block * width,
             # A product in float32 is six in bfloat16 on a TPU.
-            passes=6 if self._topology.chip.is_tpu else 1,
+            passes=6 if self._topology.chip.name in TPUS else 1,
             moved=4 * (rows * width + block * width + 2 * rows * block),
             change="fewer rows in a block (expandr_jax.search.ExactOptions)",
         )

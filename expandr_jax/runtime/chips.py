@@ -38,10 +38,6 @@ class Chip:
     network: float
     source: str
 
-    @property
-    def is_tpu(self) -> bool:
-        return self.name in TPUS
-
 
 _TPU = "https://cloud.google.com/tpu/docs/"
 TPUS = {

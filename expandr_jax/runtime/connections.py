@@ -104,15 +104,14 @@ def connect_all(index: int, count: int, host: str | None) -> dict[int, Connectio
     Raises:
         OSError: No connection came about.
     """
-    address = np.zeros(ADDRESS_BYTES, np.uint8)
-    server = None
+    said, server = "", None
     if index == 0:
-        server = listen_on(host or _own_address())
-        where = [host or _own_address(), server.getsockname()[1], secrets.token_hex(8)]
-        data = json.dumps(where).encode()
-        address[: len(data)] = np.frombuffer(data, np.uint8)
-    address = np.asarray(multihost_utils.broadcast_one_to_all(address))
-    host, port, token = json.loads(bytes(address).rstrip(b"\0"))
+        host = host or _own_address()
+        server = listen_on(host)
+        said = json.dumps([host, server.getsockname()[1], secrets.token_hex(8)])
+    padded = np.frombuffer(said.encode().ljust(ADDRESS_BYTES), np.uint8)
+    padded = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+    host, port, token = json.loads(padded.tobytes())
     if server is None:
         connection = Connection(socket.create_connection((host, port), timeout=SECONDS_TO_CONNECT))
         connection.send({"process": index, "token": token})

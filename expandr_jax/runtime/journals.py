@@ -11,55 +11,32 @@ from expandr_jax.runtime.processes import Processes
 Row = dict[str, Any]
 
 
-class _SharedJournal:
-    """A journal that all processes of a run know, as it is in a file.
-
-    Attributes:
-        rows: The work that is done.
-        finished: Whether it is all there is to do.
-    """
-
-    _journal: Journal
-
-    @property
-    def rows(self) -> list[Row]:
-        return self._journal.rows
-
-    @property
-    def finished(self) -> bool:
-        return self._journal.finished
-
-
-class CommonJournal(_SharedJournal):
-    """A journal whose rows all processes come to together; the first one writes them.
-
-    `path` is as of `Journal`.
-    """
+class CommonJournal(Journal):
+    """A journal whose rows all processes come to together; the first one writes them."""
 
     def __init__(self, path: pathlib.Path, processes: Processes):
         self._processes = processes
-        self._journal = processes.main_first(lambda: Journal(path))
+        processes.main_first(lambda: Journal.__init__(self, path))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows, the same in every process, and returns when they are on disk."""
         rows = [dict(row) for row in rows]
-        self._processes.once(lambda: self._journal.append(rows))
+        self._processes.once(lambda: Journal.append(self, rows))
         if not self._processes.is_main:
-            self._journal.rows.extend(rows)
+            self.rows.extend(rows)
 
     def keep(self, count: int) -> None:
         """Drops all but the first rows."""
-        self._processes.once(lambda: self._journal.keep(count))
-        self._journal.rows = self._journal.rows[:count]
-        self._journal.finished = False
+        self._processes.once(lambda: Journal.keep(self, count))
+        self.rows, self.finished = self.rows[:count], False
 
     def finish(self) -> None:
         """Says that this is all."""
-        self._processes.once(self._journal.finish)
-        self._journal.finished = True
+        self._processes.once(lambda: Journal.finish(self))
+        self.finished = True
 
 
-class DividedJournal(_SharedJournal):
+class DividedJournal:
     """A journal to which each process adds rows of its own share, in a file of its own.
 
     Where there are several, process 0 puts the files together in the end; after a kill in the
@@ -78,6 +55,16 @@ class DividedJournal(_SharedJournal):
         self._own = self._journal
         if processes.count > 1 and not self._journal.finished:
             self._own = Journal(self._part(processes.index))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The work that is done."""
+        return self._journal.rows
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is all there is to do."""
+        return self._journal.finished
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows of this process, and returns when they are on disk."""

@@ -20,7 +20,7 @@ class MetricsLog:
     """One record a step.
 
     Args:
-        workdir: Gets metrics.jsonl and tensorboard/.
+        workdir: Gets metrics.jsonl and tensorboard/; None: nothing is kept.
         project: Project of Weights & Biases; "": it is not used.
         address: What the run is told from others by there; "": its workdir.
 
@@ -31,12 +31,16 @@ class MetricsLog:
         UserError: wandb is asked for and not installed.
     """
 
-    def __init__(self, workdir: pathlib.Path, project: str = "", address: str = ""):
-        self._workdir = workdir
+    dropped = 0
+
+    def __init__(self, workdir: pathlib.Path | None = None, project: str = "", address: str = ""):
+        self._workdir, self._events, self._wandb = workdir, None, None
+        if workdir is None:
+            return
         self._path = workdir / "metrics.jsonl"
-        self._events: Any = None
         self._flushed = time.monotonic()
-        self._wandb = _start_wandb(workdir, project, address or str(workdir)) if project else None
+        if project:
+            self._wandb = _start_wandb(workdir, project, address or str(workdir))
         # The last line, if a kill cut it, is written again.
         self.dropped = sum(line.endswith(b"\n") for line in self._drop_unless(_is_whole))
 
@@ -53,6 +57,8 @@ class MetricsLog:
         Raises:
             UserError: The file cannot be written.
         """
+        if self._workdir is None:
+            return
         values = {name: float(value) for name, value in {**values, **(costs or {})}.items()}
         record = {"phase": phase, "round": round_, "step": step, **values}
         tagged = {f"{phase}/round-{round_}/{name}": value for name, value in values.items()}
@@ -72,7 +78,8 @@ class MetricsLog:
             record = json.loads(line)
             return (record["phase"], record["round"]) != (phase, round_) or record["step"] < step
 
-        self._drop_unless(stays)
+        if self._workdir is not None:
+            self._drop_unless(stays)
 
     def _drop_unless(self, stays: Callable[[bytes], bool]) -> list[bytes]:
         """Takes lines out of metrics.jsonl; returns them."""
@@ -112,21 +119,6 @@ class MetricsLog:
         if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
             self._events.flush()
             self._flushed = time.monotonic()
-
-
-class NoMetrics:
-    """What processes have that write no metrics; as `MetricsLog` otherwise."""
-
-    dropped = 0
-
-    def write(self, *_: Any) -> None:
-        """Does nothing."""
-
-    def rewind(self, *_: Any) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def _is_whole(line: bytes) -> bool:

@@ -10,7 +10,6 @@ line, and SIGTERM to one saves and ends all. (tests/kills_test.py kills runs of 
 """
 
 import contextlib
-import dataclasses
 import glob
 import importlib.util
 import os
@@ -29,41 +28,12 @@ from expandr_jax.runtime.rendezvous import await_all
 
 EXIT_LOST = 3  # Another process ended without a word.
 GOES_ON = "the same commands go on from here"
+# For the end of another process to be heard of, which then ends this one: a collective in a step or
+# a save that it was part of may fail first, and say less.
 SECONDS_FOR_NEWS = 3.0
 SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """Where the processes of a run find each other; all None on a pod, which knows.
-
-    Attributes:
-        coordinator: HOST:PORT of process 0, free there and the same for all.
-        count: How many processes there are.
-        index: Which of them this one is, from 0.
-    """
-
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
-
-    def check(self) -> None:
-        """Raises UserError unless all are given, or none, or a count of 1."""
-        given = [self.coordinator is not None, self.count is not None, self.index is not None]
-        if self.count == 1 or not any(given):
-            return
-        if not all(given):
-            raise UserError(
-                "--coordinator=HOST:PORT, --processes=N and --process=I go together; on a TPU pod "
-                "leave all three out"
-            )
-        host, _, port = self.coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise UserError(f"--coordinator={self.coordinator}: expected HOST:PORT")
-        if not 0 <= self.index < self.count:
-            raise UserError(f"--process={self.index}: expected 0 to {self.count - 1}")
 
 
 class SharedFiles:
@@ -212,14 +182,6 @@ class Processes:
             time.sleep(0.02)
         os._exit(status)  # Not sys.exit: JAX would wait for the others for minutes.
 
-    def wait_for_news(self) -> None:
-        """Gives the end of another process time to be heard of, which then ends this one.
-
-        A collective in a step or a save that it was part of may fail first, and say less.
-        """
-        if self.count > 1:
-            time.sleep(SECONDS_FOR_NEWS)
-
     def connect(self, connections: dict[int, Connection]) -> None:
         """Listens to the processes at the other ends: to process 0, or in it to all others."""
         self._connections = connections
@@ -264,37 +226,52 @@ def current() -> Processes:
     return _current
 
 
-def start(cluster: Cluster) -> None:
+def check_address(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Raises UserError unless all of them, as for `start`, are given, or none, or a count of 1."""
+    given = [part is not None for part in (coordinator, count, index)]
+    if count == 1 or not any(given):
+        return
+    if not all(given):
+        raise UserError(
+            "--coordinator=HOST:PORT, --processes=N and --process=I go together; on a TPU pod "
+            "leave all three out"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator}: expected HOST:PORT")
+    if not 0 <= index < count:
+        raise UserError(f"--process={index}: expected 0 to {count - 1}")
+
+
+def start(coordinator: str | None, count: int | None, index: int | None) -> None:
     """Connects the processes of a run, before JAX is used for anything else.
 
     Args:
-        cluster: As the user gave them; none on a pod, and where there is one process.
+        coordinator: HOST:PORT of process 0, free there and the same for all.
+        count: How many there are; 1: nothing is connected. None, as all else, on a pod, which
+            knows.
+        index: Which of them this one is, from 0.
 
     Raises:
         UserError: They do not fit together, or the others cannot be reached or do not come.
     """
     global _current
-    cluster.check()
-    if cluster.count == 1 or (cluster.count is None and not _is_tpu_host()):
+    check_address(coordinator, count, index)
+    if count == 1 or (count is None and not _is_tpu_host()):
         return
     # Its own handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Two programs at once could take each other's messages on a processor.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if cluster.count is not None:
-        host, _, port = cluster.coordinator.rpartition(":")
-        await_all(host, int(port), cluster.count, cluster.index)
+    host, _, port = (coordinator or "").rpartition(":")
+    if count is not None:
+        await_all(host, int(port), count, index)
     try:
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.count,
-            cluster.index,
-            # The connections here find a lost process sooner, and end the others in a line.
-            heartbeat_timeout_seconds=600,
-        )
+        # The connections here find a lost process sooner, and end the others in a line.
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=600)
     except ValueError:
-        if cluster.count is not None:
+        if count is not None:
             raise
         return  # Chips, but not of a machine that JAX knows.
     except RuntimeError as error:
@@ -303,7 +280,6 @@ def start(cluster: Cluster) -> None:
     index, count = jax.process_index(), jax.process_count()
     if count > 1:
         _current = Processes(index, count)
-        host = (cluster.coordinator or "").rpartition(":")[0]
         try:
             _current.connect(connect_all(index, count, host or None))
         except OSError as error:

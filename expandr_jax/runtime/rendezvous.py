@@ -23,7 +23,7 @@ def await_all(host: str, port: int, count: int, index: int, seconds: float = SEC
     """Returns when all processes are at process 0's address, which is free before and after.
 
     Args:
-        host, port, count, index: As of `processes.Cluster`.
+        host, port, count, index: As of `processes.start`.
         seconds: To wait for the others.
 
     Raises:

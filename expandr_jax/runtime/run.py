@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -26,7 +27,7 @@ from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.formats import FORMAT, read_record
 from expandr_jax.runtime.host_memory import release_memory
-from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
+from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.telemetry import Profile, TrainingLog
@@ -89,14 +90,11 @@ class Run:
         if jax.config.jax_compilation_cache_dir is None:  # A restart finds its programs compiled.
             jax.config.update("jax_compilation_cache_dir", str(self.path("work", "compiled")))
         self.checksums = Checksums(self.workdir, self.reporter.say)
-        writes = self.processes.is_main
-        self.metrics = (
-            MetricsLog(self.workdir, config.log.wandb, self.address) if writes else NoMetrics()
-        )
+        written = self.workdir if self.processes.is_main else None
+        self.metrics = MetricsLog(written, config.log.wandb, self.address)
         if self.metrics.dropped:
             self.reporter.say(f"metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
-        self._training_logs: dict[tuple[str, int], TrainingLog] = {}
         self._seconds_inside = 0.0  # Those of phases that ran within the present one.
 
     def path(self, *parts: str) -> pathlib.Path:
@@ -118,6 +116,16 @@ class Run:
             return dict(json.loads(path.read_bytes().decode()))
         except (ValueError, TypeError):
             raise UserError(f"{self.where(path)}: is damaged; use a new --workdir") from None
+
+    def noted(self, path: pathlib.Path, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the run wrote there when it began, which is now where there is nothing."""
+
+        def note() -> dict[str, Any]:
+            if not path.exists():
+                write_json(path, record)
+            return self.read_json(path)
+
+        return self.processes.main_first(note)
 
     def close(self) -> None:
         """Ends logging and lets other runs have the workdir."""
@@ -202,7 +210,10 @@ class Run:
 
     def _check_inputs(self) -> None:
         """Refuses what is to be read from a place where the run's own files go."""
-        for name, value in _texts(self._values):
+        for where, value in jax.tree_util.tree_leaves_with_path(self._values):
+            if not isinstance(value, str):
+                continue
+            name = ".".join(part.key for part in where if hasattr(part, "key"))
             path = pathlib.Path(os.path.abspath(value))
             if path.is_relative_to(self.workdir) and path != self.workdir:
                 top = path.relative_to(self.workdir).parts[0]
@@ -262,27 +273,19 @@ class Run:
         self.processes.main_first(check)
 
     def training_log(self, phase: str, round_: int) -> TrainingLog:
-        """Where a phase of training is recorded, by its name and round in metrics.jsonl.
-
-        It is the same log where the phase is trained in parts.
-        """
-        if (phase, round_) not in self._training_logs:
-            traces = self.path("profile", f"{phase}-round-{round_}")
-            self._training_logs[phase, round_] = TrainingLog(
-                phase,
-                round_,
-                metrics=self.metrics,
-                reporter=self.reporter,
-                processes=self.processes,
-                profile=Profile(traces, self.config.log.profile_steps),
-                peak_flops=self.config.log.peak_flops,
-                saved=self._note_checkpoint,
-                stopped=self.close,
-            )
-        return self._training_logs[phase, round_]
-
-    def _note_checkpoint(self, where: str) -> None:
-        self.last_good = where
+        """Where a phase of training is recorded, by its name and round in metrics.jsonl."""
+        traces = self.path("profile", f"{phase}-round-{round_}")
+        return TrainingLog(
+            phase,
+            round_,
+            metrics=self.metrics,
+            reporter=self.reporter,
+            processes=self.processes,
+            profile=Profile(traces, self.config.log.profile_steps),
+            peak_flops=self.config.log.peak_flops,
+            saved=functools.partial(setattr, self, "last_good"),
+            stopped=self.close,
+        )
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -312,8 +315,11 @@ class Run:
         phases: dict[str, dict[str, Any]] = {}
         # Absent, or damaged: they are counted anew.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            timings = json.loads(path.read_bytes().decode())
-            phases = {row["phase"]: _timing(row) for row in timings["phases"]}
+            phases = {
+                row["phase"]: {**row, "seconds": float(row["seconds"]),
+                               "peak_memory_bytes": int(row["peak_memory_bytes"])}
+                for row in json.loads(path.read_bytes().decode())["phases"]
+            }  # fmt: skip
         row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
         row["seconds"] = round(row["seconds"] + seconds, 3)
         row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
@@ -328,12 +334,6 @@ class Run:
                 "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
             },
         )
-
-
-def _timing(row: Any) -> dict[str, Any]:
-    """A row of timings.json; KeyError, TypeError or ValueError where it is damaged."""
-    seconds, peak = float(row["seconds"]), int(row["peak_memory_bytes"])
-    return {**row, "phase": row["phase"], "seconds": seconds, "peak_memory_bytes": peak}
 
 
 @contextlib.contextmanager
@@ -366,15 +366,3 @@ def _is_record(path: pathlib.Path) -> bool:
     with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
         return set(json.loads(path.read_text())) >= {"config", "versions"}
     return False
-
-
-def _texts(values: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of a nested config's strings."""
-    if isinstance(values, str):
-        yield name, values
-    elif isinstance(values, dict):
-        for key, value in values.items():
-            yield from _texts(value, f"{name}.{key}" if name else key)
-    elif isinstance(values, list):
-        for value in values:
-            yield from _texts(value, name)

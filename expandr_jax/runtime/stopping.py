@@ -40,8 +40,9 @@ class Notice:
     requested: bool = False
     where: str = ""
 
-
-_notices: list[Notice] = []  # Those of the blocks that hold one back now.
+    def note(self, *_: Any) -> None:
+        """The handler of SIGTERM meanwhile."""
+        self.requested = True
 
 
 def end_on_sigterm() -> None:
@@ -87,20 +88,13 @@ def held() -> Iterator[Notice]:
     if threading.current_thread() is not threading.main_thread():
         yield notice
         return
-    outer = _notices[-1] if _notices else None
-
-    def note(*_: Any) -> None:
-        notice.requested = True
-
-    previous = signal.signal(signal.SIGTERM, note)
-    _notices.append(notice)
+    previous = signal.signal(signal.SIGTERM, notice.note)
     try:
         yield notice
     finally:
-        _notices.pop()
         signal.signal(signal.SIGTERM, previous)
-    if notice.requested and outer is not None:
-        outer.requested = True
+    if isinstance(outer := getattr(previous, "__self__", None), Notice):
+        outer.requested |= notice.requested
     elif notice.requested:
         if previous is _stop:
             ignore_sigterm()

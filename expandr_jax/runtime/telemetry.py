@@ -6,14 +6,14 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import psutil
 from rich.console import Console
 
 from expandr_jax.runtime.chips import known_chip
-from expandr_jax.runtime.metrics_log import MetricsLog, NoMetrics
+from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
@@ -62,14 +62,10 @@ class Costs:
             costs["tokens_per_second"] = contents.tokens / seconds
         if contents.flops and self._peak:
             costs["model_flops_utilisation"] = contents.flops / seconds / self._peak
-        costs["memory_bytes"] = _memory_bytes()
-        return costs
-
-
-def _memory_bytes() -> int:
-    """The most that the first device has held, or, where it does not say, this process now."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or psutil.Process().memory_info().rss
+        # The most that the first device has held, or, where it does not say, this process now.
+        stats = jax.local_devices()[0].memory_stats() or {}
+        held = stats.get("peak_bytes_in_use") or psutil.Process().memory_info().rss
+        return costs | {"memory_bytes": held}
 
 
 class SpikeWatch:
@@ -92,33 +88,23 @@ class SpikeWatch:
 
 
 class Profile:
-    """A trace of so many steps (0: none) in a directory, for TensorBoard or Perfetto."""
+    """A trace of so many steps (0: none) in a directory, for TensorBoard or Perfetto.
+
+    Attributes:
+        trace: Ends with the block that it is entered for.
+    """
 
     def __init__(self, directory: str | os.PathLike = "", steps: int = 0):
-        self._directory, self._steps = directory, steps
-        self._seen, self._tracing = 0, False
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Ends a trace that the block leaves running."""
-        try:
-            yield
-        finally:
-            self._stop()
+        self._directory, self._steps, self._seen = directory, steps, 0
+        self.trace = contextlib.ExitStack()
 
     def before_step(self) -> None:
         """Called before each step is dispatched, and waits for none of them."""
         if self._steps and self._seen == STEPS_BEFORE_PROFILE:
-            jax.profiler.start_trace(str(self._directory))
-            self._tracing = True
+            self.trace.enter_context(jax.profiler.trace(str(self._directory)))
         elif self._seen == STEPS_BEFORE_PROFILE + self._steps:
-            self._stop()
+            self.trace.close()
         self._seen += 1
-
-    def _stop(self) -> None:
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +128,7 @@ class TrainingLog:
 
     phase: str
     round_: int = 0
-    metrics: MetricsLog | NoMetrics = dataclasses.field(default_factory=NoMetrics)
+    metrics: MetricsLog = dataclasses.field(default_factory=MetricsLog)
     reporter: Reporter = dataclasses.field(default_factory=lambda: Reporter(Console(quiet=True)))
     processes: Processes = dataclasses.field(default_factory=Processes)
     spikes: SpikeWatch = dataclasses.field(default_factory=SpikeWatch)

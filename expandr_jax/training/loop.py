@@ -87,7 +87,7 @@ def fit(
     with (
         held() as notice,
         ThreadPoolExecutor(1) as ahead,
-        log.profile.watch(),
+        log.profile.trace,
         log.reporter.progress(f"{log.phase} steps", steps, start - first_step) as advance,
     ):
         following = None if on_policy else ahead.submit(make_batch, start - first_step)
