@@ -17,7 +17,7 @@ from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
-from train.encoding import RunRetriever
+from train.encoding import run_retriever
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -56,11 +56,12 @@ def test_a_document_without_a_finite_vector_is_named_with_the_last_checkpoint(mo
         ),
         run.phase("encode"),
     ):
-        _ = RunRetriever(run, models, params, TEXTS, "zero-shot").corpus
+        _ = run_retriever(run, models, TEXTS, params, "zero-shot").corpus
 
 
 def test_a_query_without_a_finite_vector_is_named(model, run):
-    retriever = RunRetriever(run, *model, TEXTS, "zero-shot")
+    models, params = model
+    retriever = run_retriever(run, models, TEXTS, params, "zero-shot")
     with pytest.raises(NotFiniteError, match=r"^d-bad: text 1 .'a gradient'.: .*not finite"):
         retriever.encode(list(TEXTS.values()), "query", list(TEXTS))
     with pytest.raises(NotFiniteError, match=r"^text 1 .'a gradient'.: .*not finite"):

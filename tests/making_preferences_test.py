@@ -20,7 +20,7 @@ from expandr_jax.search import ExactOptions, ScannOptions
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
-from train.encoding import RunRetriever
+from train.encoding import run_retriever
 
 IDS = [f"d{i}" for i in range(20)]
 QUERIES = {"q0": "first", "q1": "second"}
@@ -50,7 +50,7 @@ def make(tmp_path, monkeypatch):
     data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
     models = types.SimpleNamespace(encoder=Encoder())
-    retriever = RunRetriever(run, models, None, texts_of_documents, "expandr")
+    retriever = run_retriever(run, models, texts_of_documents, None, "expandr")
     retriever.__dict__["corpus"] = corpus
     generator = types.SimpleNamespace(chat_text=lambda text: text)
 

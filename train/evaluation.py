@@ -33,7 +33,8 @@ from expandr_jax.report.run_report import results_table
 from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index, build_index
-from train.encoding import RunRetriever
+from expandr_jax.vectors.corpus import CorpusRetriever
+from train.encoding import run_retriever
 from train.expansions import SPLITS, evaluation_expansions, run_expander
 
 
@@ -41,7 +42,7 @@ def evaluate(
     run: Run,
     models: Models,
     data: TrainingData,
-    retrievers: Mapping[str, RunRetriever],
+    retrievers: Mapping[str, CorpusRetriever],
     adapters: Mapping[str, Any],
     *,
     folder: str = "",
@@ -66,13 +67,13 @@ def evaluate(
     words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
 
     @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
-    def retriever(name: str) -> RunRetriever:
+    def retriever(name: str) -> CorpusRetriever:
         own = retrievers[name]
         if not folder:
             return own
-        return dataclasses.replace(own, texts=corpus, name=f"{data.collection.name}/{name}")
+        return run_retriever(run, models, corpus, own.params, f"{data.collection.name}/{name}")
 
-    expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).search(*asked))
+    expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
@@ -142,7 +143,7 @@ def systems_of_run(config: Config) -> list[System]:
 def _rankers(
     run: Run,
     data: TrainingData,
-    retriever: Callable[[str], RunRetriever],
+    retriever: Callable[[str], CorpusRetriever],
     words: Callable[[], Index],
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: dict[str, Choice],
@@ -153,7 +154,7 @@ def _rankers(
 
     def dense(name: str, _: str | None) -> DenseSearch:
         own = retriever(name)
-        separator = getattr(own.models.retriever.tokenizer, "sep_token", None) or ""
+        separator = getattr(own.encoder.retriever.tokenizer, "sep_token", None) or ""
         return DenseSearch(own.encode, own.corpus, separator)
 
     def choice(leaf: System) -> Choice | None:
@@ -211,7 +212,7 @@ def _results(
 def evaluate_benchmarks(
     run: Run,
     models: Models,
-    retrievers: Mapping[str, RunRetriever],
+    retrievers: Mapping[str, CorpusRetriever],
     adapters: Mapping[str, Any],
     chosen: Mapping[str, Mapping[str, Any]],
 ) -> None:

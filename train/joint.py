@@ -27,7 +27,7 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
 from expandr_jax.training.setup import check_batch_size
-from train.encoding import RunRetriever
+from train.encoding import run_retriever
 from train.evaluation import evaluate, evaluate_benchmarks, systems_of_run
 from train.expansions import run_expander, training_expansions
 from train.export import export_run
@@ -88,26 +88,26 @@ def train_joint(
 
     corpus = data.collection.corpus
     words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
-    retriever = functools.partial(RunRetriever, run, models, texts=corpus)
-    current, adapter = retriever(models.retriever_params, name="zero-shot"), None
-    retrievers, adapters = {current.name: current}, {"base": adapter}
+    retriever = functools.partial(run_retriever, run, models, corpus)
+    current, adapter = retriever(models.retriever_params, "zero-shot"), None
+    retrievers, adapters = {"zero-shot": current}, {"base": adapter}
     negatives = training_negatives(run, current, data, 0)
     if any("fine-tuned" in system.retrievers for system in systems):
         with run.phase("fine-tuned baseline"):
             tuned = _train(run, models, data, {}, negatives, current.params, phase="fine-tuned")
-        retrievers["fine-tuned"] = retriever(tuned, name="fine-tuned")
+        retrievers["fine-tuned"] = retriever(tuned, "fine-tuned")
     for round_ in range(config.rounds):
         if round_ > 0:
             negatives = training_negatives(run, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
-            expander = run_expander(run, models, data, words, current.search)
+            expander = run_expander(run, models, data, words, current.find)
             expansions = training_expansions(run, data, expander, adapter, round_)
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else current.params
             params = _train(run, models, data, expansions, negatives, start, round_=round_)
         last = round_ == config.rounds - 1
         name = "expandr" if last else f"round-{round_}"
-        retrievers[name] = current = retriever(params, name=name)
+        retrievers[name] = current = retriever(params, name)
         make_preferences(run, models.generator, expander, adapter, current, data, round_)
         with run.phase(f"{objective.phase}, round {round_}"):
             path = run.path(f"round-{round_}", objective.file)

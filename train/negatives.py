@@ -10,7 +10,7 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.run import Run
-from train.encoding import RunRetriever
+from expandr_jax.vectors.corpus import CorpusRetriever
 
 
 def check_negatives(config: Config, data: TrainingData) -> None:
@@ -25,7 +25,7 @@ def check_negatives(config: Config, data: TrainingData) -> None:
 
 
 def training_negatives(
-    run: Run, retriever: RunRetriever, data: TrainingData, round_: int
+    run: Run, retriever: CorpusRetriever, data: TrainingData, round_: int
 ) -> dict[str, list[str]]:
     """Hard negatives of a round; none if the config asks for none.
 
@@ -50,7 +50,7 @@ def training_negatives(
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 
 
-def _mine(run: Run, retriever: RunRetriever, data: TrainingData, path: pathlib.Path) -> None:
+def _mine(run: Run, retriever: CorpusRetriever, data: TrainingData, path: pathlib.Path) -> None:
     """Writes round-R/triples.jsonl."""
     config, ids, corpus = run.config.mining, data.retriever_train, retriever.corpus
     with run.reporter.progress("training queries encoded", len(ids)) as advance:

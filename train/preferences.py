@@ -18,7 +18,7 @@ from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.run import Run
-from train.encoding import RunRetriever
+from expandr_jax.vectors.corpus import CorpusRetriever
 
 
 def make_preferences(
@@ -26,7 +26,7 @@ def make_preferences(
     generator: Generator,
     expander: Expander,
     adapter: Any | None,
-    retriever: RunRetriever,
+    retriever: CorpusRetriever,
     data: TrainingData,
     round_: int,
 ) -> None:
@@ -129,7 +129,7 @@ def _self_answers(
     return answers
 
 
-def _encode(run: Run, retriever: RunRetriever, groups: Sequence[Group]) -> dict[str, np.ndarray]:
+def _encode(run: Run, retriever: CorpusRetriever, groups: Sequence[Group]) -> dict[str, np.ndarray]:
     """Vectors of candidates [queries, candidates, dim], answers and queries [queries, dim]."""
     texts = [text for group in groups for text in group.texts]
     with run.reporter.progress("rewards: texts encoded", len(texts) + 2 * len(groups)) as advance:

@@ -54,7 +54,7 @@ from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, optimizer_config
 from expandr_jax.weights.export import export_trained
-from train.encoding import RunRetriever
+from train.encoding import run_retriever
 from train.launch import launch_training
 
 
@@ -178,7 +178,7 @@ def train_on_triples(
 
     def evaluate(params: Any) -> float:
         ids, documents = list(dev.qrels["dev"]), list(dev.corpus.values())
-        retriever = RunRetriever(run, models, whole(params), dev.corpus, "dev")
+        retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
         with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
             vectors = retriever.encode(documents, "document", progress=advance)
         encoded = retriever.encode([dev.queries[query] for query in ids], "query")

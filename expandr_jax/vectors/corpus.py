@@ -1,4 +1,4 @@
-"""Texts as vectors, each process encoding its share, and a corpus of them with its index."""
+"""A corpus as a retriever encodes it, with its index, and other texts; processes share the work."""
 
 import contextlib
 import dataclasses
@@ -45,131 +45,135 @@ class Corpus:
         return build_index(self.vectors, backend, **options)
 
 
-def encode_corpus(
-    encoder: TextEncoder,
-    params: Any,
-    texts: Mapping[str, str],
-    path: pathlib.Path,
-    *,
-    dtype: str,
-    search: SearchSettings,
-    processes: Processes,
-    reporter: Reporter,
-) -> Corpus:
-    """Encodes documents, id -> text, each process a share of them, and opens them for searching.
+@dataclasses.dataclass(frozen=True)
+class CorpusRetriever:
+    """A retriever and a corpus; all processes of a run encode together, each a share of the texts.
 
-    Args:
-        encoder, params, path, dtype: As for `encode_to_file`.
-        texts: Document id -> text.
+    Attributes:
+        encoder: Encodes a share.
+        params: The retriever's parameters.
+        texts: The corpus, document id -> text.
+        path: The file of its vectors; see `encode_to_file`.
+        dtype: Their type there.
         search: The config's section `search`.
         processes: Those that encode.
         reporter: Shows progress.
-
-    Raises:
-        NotFiniteError: A vector is not finite, naming its document.
+        shares: Where processes hand each other vectors that are in no file.
+        timed: What the corpus is encoded within.
     """
-    encode = functools.partial(encode_to_file, encoder=encoder, params=params, kind="document")
-    with reporter.progress(f"{path.stem}: documents encoded", len(texts)) as shown:
+
+    encoder: TextEncoder
+    params: Any
+    texts: Mapping[str, str]
+    path: pathlib.Path
+    dtype: str
+    search: SearchSettings
+    processes: Processes
+    reporter: Reporter
+    shares: pathlib.Path
+    timed: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        """The corpus as it is encoded; all processes ask for it together, and wait the first time.
+
+        Raises:
+            NotFiniteError: A vector is not finite, naming its document.
+        """
+        main, task = self.processes.is_main, f"{self.path.stem}: documents encoded"
+        with self.timed():
+            with self.reporter.progress(task, len(self.texts)) as shown:
+                self._encode_corpus(shown)
+            corpus = Corpus(
+                list(self.texts), open_vectors(self.path) if main else None, self.search
+            )
+            if main:
+                _ = corpus.index
+        return corpus
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        kind: Kind,
+        ids: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """`TextEncoder.encode` of texts that all processes have: [len(texts), dim] in each of them.
+
+        Raises:
+            NotFiniteError: A vector is not finite, naming its text by its id, if it has one.
+        """
+        processes = self.processes
+        starts = _starts(len(texts), processes.count)
+        share = slice(starts[processes.index], starts[processes.index + 1])
+        own = texts[share]
+        with _naming(ids[share]):
+            vectors = self.encoder.encode(self.params, own, kind, progress)
+        if processes.count == 1:
+            return vectors
+        paths = [self.shares / f"vectors.process-{i}.npy" for i in range(processes.count)]
+        own_path = paths[processes.index]
+        self.shares.mkdir(parents=True, exist_ok=True)
+        np.save(own_path, vectors)
+        processes.barrier()
+        parts = [np.load(path, allow_pickle=False) for path in paths]
+        processes.barrier()  # Nobody writes the next ones before all have read these.
+        with contextlib.suppress(OSError):
+            own_path.unlink()
+        if progress is not None:
+            progress(len(texts) - len(own))
+        return np.concatenate([part for part in parts if len(part)] or [vectors])
+
+    def find(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the corpus, [queries, k] each."""
+        return self.corpus.index.search(self.encode(queries, "query"), k)
+
+    def _encode_corpus(self, progress: Progress) -> None:
+        """Makes a file of vectors, where there are several processes of what each has encoded."""
+        processes, path = self.processes, self.path
+        ids, values = list(self.texts), list(self.texts.values())
 
         def advance(count: int) -> None:
-            shown(count)
+            progress(count)
             processes.files.push(later=True)
 
-        _encode_shares(processes, path, texts, encode, dtype, advance)
-    corpus = Corpus(list(texts), open_vectors(path) if processes.is_main else None, search)
-    if processes.is_main:
-        _ = corpus.index
-    return corpus
+        encode = functools.partial(
+            encode_to_file, encoder=self.encoder, params=self.params, kind="document"
+        )
+        starts = _starts(len(values), processes.count)
+        names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
+        parts = [path.with_name(name) for name in names]
+        divided = processes.count > 1 and not processes.once(path.exists)
+        if divided:
+            share = slice(starts[processes.index], starts[processes.index + 1])
+            if values[share]:
+                with _naming(ids[share], "document "):
+                    encode(parts[processes.index], texts=values[share], progress=advance)
+            processes.barrier()
 
+        def known(start: int, end: int) -> np.ndarray:
+            """Vectors of documents from the processes' files."""
+            rows = []
+            for part, first, last in zip(parts, starts, starts[1:], strict=False):
+                if max(start, first) < min(end, last):
+                    rows.append(
+                        open_vectors(part)[max(start, first) - first : min(end, last) - first]
+                    )
+            return np.concatenate(rows)
 
-def _encode_shares(
-    processes: Processes,
-    path: pathlib.Path,
-    texts: Mapping[str, str],
-    encode: Callable[..., Any],
-    dtype: str,
-    advance: Progress,
-) -> None:
-    """Makes a file of vectors, where there are several processes of what each has encoded."""
-    ids, values = list(texts), list(texts.values())
-    starts = _starts(len(values), processes.count)
-    names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
-    parts = [path.with_name(name) for name in names]
-    divided = processes.count > 1 and not processes.once(path.exists)
-    if divided:
-        share = slice(starts[processes.index], starts[processes.index + 1])
-        if values[share]:
-            with _naming(ids[share], "document "):
-                encode(parts[processes.index], texts=values[share], progress=advance)
-        processes.barrier()
+        def join() -> None:
+            # What is damaged of a file that was there, process 0 encodes by itself.
+            made = {"vectors": known} if divided else {"progress": advance}
+            with _naming(ids, "document "):
+                encode(path, texts=values, dtype=self.dtype, **made)
+            remove()
 
-    def known(start: int, end: int) -> np.ndarray:
-        """Vectors of documents from the processes' files."""
-        rows = []
-        for part, first, last in zip(parts, starts, starts[1:], strict=False):
-            if max(start, first) < min(end, last):
-                rows.append(open_vectors(part)[max(start, first) - first : min(end, last) - first])
-        return np.concatenate(rows)
+        def remove() -> None:
+            for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
+                file.unlink(missing_ok=True)
 
-    def join() -> None:
-        # What is damaged of a file that was there, process 0 encodes by itself.
-        made = {"vectors": known} if divided else {"progress": advance}
-        with _naming(ids, "document "):
-            encode(path, texts=values, dtype=dtype, **made)
-        remove()
-
-    def remove() -> None:
-        for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
-            file.unlink(missing_ok=True)
-
-    processes.once(join)
-    remove()  # Each its own, where they have no directory in common.
-
-
-def encode_texts(
-    encoder: TextEncoder,
-    params: Any,
-    texts: Sequence[str],
-    kind: Kind,
-    processes: Processes,
-    directory: pathlib.Path,
-    progress: Progress | None = None,
-    *,
-    ids: Sequence[str] = (),
-) -> np.ndarray:
-    """`TextEncoder.encode` of texts that all processes have; each encodes a share of them.
-
-    Args:
-        encoder, params, texts, kind, progress: As for `TextEncoder.encode`.
-        processes: Those that encode.
-        directory: Where they hand each other their vectors.
-        ids: What an error calls each text; (): its number alone.
-
-    Returns:
-        [len(texts), dim] float32, in every process.
-
-    Raises:
-        NotFiniteError: A vector is not finite, naming its text.
-    """
-    starts = _starts(len(texts), processes.count)
-    share = slice(starts[processes.index], starts[processes.index + 1])
-    own = texts[share]
-    with _naming(ids[share]):
-        vectors = encoder.encode(params, own, kind, progress)
-    if processes.count == 1:
-        return vectors
-    paths = [directory / f"vectors.process-{i}.npy" for i in range(processes.count)]
-    own_path = paths[processes.index]
-    directory.mkdir(parents=True, exist_ok=True)
-    np.save(own_path, vectors)
-    processes.barrier()
-    parts = [np.load(path, allow_pickle=False) for path in paths]
-    processes.barrier()  # Nobody writes the next ones before all have read these.
-    with contextlib.suppress(OSError):
-        own_path.unlink()
-    if progress is not None:
-        progress(len(texts) - len(own))
-    return np.concatenate([part for part in parts if len(part)] or [vectors])
+        processes.once(join)
+        remove()  # Each its own, where they have no directory in common.
 
 
 @contextlib.contextmanager
