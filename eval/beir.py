@@ -100,9 +100,7 @@ def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Pat
     if files.root == path.parent:
         return  # The harvest, which the workdir's config pins.
     source = {"name": name.rpartition("/")[2], "split": split, "files": source_hashes(files)}
-    if not path.exists():
-        write_json(path, source)
-    elif run.read_json(path) != source:
+    if run.noted(path, source) != source:
         raise UserError(f"{directory}: was made with other data than {files.path('')}, or for "
                         "another split; use a new --workdir")  # fmt: skip
 

@@ -1,8 +1,8 @@
 """A whole config, as configs/ makes them, read and checked: a tree of the sections' dataclasses."""
 
 import dataclasses
-import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -77,11 +77,6 @@ def read_config(values: Mapping[str, Any] | Config) -> Config:
     return config
 
 
-def value_of(config: Config, name: str) -> Any:
-    """A setting by its name, as "dpo.beta"."""
-    return functools.reduce(getattr, name.split("."), config)
-
-
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """The config with other values of some settings (name, as "dpo.beta" -> value), unchecked."""
     for name, value in settings.items():
@@ -98,7 +93,7 @@ def _with(section: Any, name: str, value: Any) -> Any:
 def _check(config: Config) -> None:
     """Refuses settings that do not go together."""
     for names in WEIGHED:
-        if not any(value_of(config, name) for name in names):
+        if not any(operator.attrgetter(*names)(config)):
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
     total = math.fsum(dataclasses.astuple(config.data.shares))
     if config.data.kind == "pydoc" and abs(total - 1) > 1e-9:
@@ -136,4 +131,4 @@ def _check(config: Config) -> None:
 
 
 def _refuse(config: Config, name: str, expected: str) -> UserError:
-    return UserError(f"{name} is {shown(value_of(config, name))}; expected {expected}")
+    return UserError(f"{name} is {shown(operator.attrgetter(name)(config))}; expected {expected}")

@@ -174,26 +174,16 @@ def paper_chip_hours(rows: Mapping[str, Mapping[str, Any]], devices: int) -> dic
     def calls(program: str, texts: int) -> int:
         return math.ceil(texts / (rows[program]["rows"] * rows[program]["shares"]))
 
-    steps = {
-        "candidates": [
-            ("prefill", calls("prefill", PAPER["queries"])),
-            ("decode", calls("decode", texts) * NEW),
-        ],
-        "DPO": [
-            ("reference log-probabilities", math.ceil(PAPER["pairs"] / PAIRS)),
-            ("DPO step", PAPER["dpo_epochs"] * math.ceil(PAPER["pairs"] / PAIRS)),
-        ],
-        "contrastive": [
-            ("contrastive step",
-             PAPER["contrastive_epochs"] * math.ceil(PAPER["examples"] / QUERIES)),
-        ],
-    }  # fmt: skip
-    hours = {
-        part: sum(rows[name]["roofline_seconds"] * count for name, count in programs)
-        * devices
-        / 3600
-        for part, programs in steps.items()
-    }
+    pairs, examples = math.ceil(PAPER["pairs"] / PAIRS), math.ceil(PAPER["examples"] / QUERIES)
+    hours = dict.fromkeys(("candidates", "DPO", "contrastive"), 0.0)
+    for part, program, count in (
+        ("candidates", "prefill", calls("prefill", PAPER["queries"])),
+        ("candidates", "decode", calls("decode", texts) * NEW),
+        ("DPO", "reference log-probabilities", pairs),
+        ("DPO", "DPO step", PAPER["dpo_epochs"] * pairs),
+        ("contrastive", "contrastive step", PAPER["contrastive_epochs"] * examples),
+    ):
+        hours[part] += rows[program]["roofline_seconds"] * count * devices / 3600
     return {**hours, "all": sum(hours.values())}
 
 

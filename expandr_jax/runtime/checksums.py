@@ -41,7 +41,7 @@ class Checksums:
     def _record(self, names: Sequence[str]) -> None:
         for name in names:
             self._forget(name)
-            self._files |= {file: hash_file(self._workdir / file) for file in self._inside(name)}
+            self._files |= self._found(name)
         files = dict(sorted(self._files.items()))
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
 
@@ -50,7 +50,7 @@ class Checksums:
         return self._processes.once(lambda: self._intact(names))
 
     def _intact(self, names: Sequence[str]) -> bool:
-        bad = [name for name in names if not self._is_intact(name)]
+        bad = [n for n in names if not self._known(n) or self._known(n) != self._found(n)]
         if not bad:
             return True
         for name in bad:
@@ -65,14 +65,6 @@ class Checksums:
                 path.unlink(missing_ok=True)
         return False
 
-    def _is_intact(self, name: str) -> bool:
-        known, there = self._known(name), self._inside(name)
-        return (
-            bool(known)
-            and set(there) == set(known)
-            and all(hash_file(self._workdir / file) == known[file] for file in there)
-        )
-
     def _known(self, name: str) -> dict[str, str]:
         """The checksums of the file of this name, or of those of the directory of this name."""
         return {
@@ -81,11 +73,15 @@ class Checksums:
             if file == name or file.startswith(f"{name}/")
         }
 
-    def _inside(self, name: str) -> list[str]:
-        """The files of `_known` that are there, from the workdir."""
+    def _found(self, name: str) -> dict[str, str]:
+        """The same of what is there."""
         path = self._workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return [file.relative_to(self._workdir).as_posix() for file in files if file.is_file()]
+        return {
+            file.relative_to(self._workdir).as_posix(): hash_file(file)
+            for file in files
+            if file.is_file()
+        }
 
     def _forget(self, name: str) -> None:
         for file in self._known(name):
