@@ -5,8 +5,6 @@ import functools
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.records import hash_json
 from expandr_jax.expansion.cache import kept_texts
@@ -16,13 +14,11 @@ from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_models, load_retriever_model, make_sampler
 from expandr_jax.pair import Models, RetrieverModel
-from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches
+from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import build_index
-from expandr_jax.vectors.corpus import Corpus
-from expandr_jax.vectors.encoder import Kind
-from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.corpus import CorpusRetriever
 
 
 class LazyModels:
@@ -108,7 +104,7 @@ class SetRanker:
             self._models.sampler,
             self._collection.corpus,
             lambda: self._bm25(None),
-            self._search_queries,
+            lambda *asked: self._dense(UNTRAINED, None).find(*asked),
         )
         chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
         chosen = chosen.searching(config.evaluation.depth)
@@ -137,31 +133,23 @@ class SetRanker:
         # A retriever reads max_length tokens of the two.
         return [f"{text} {added[i, 0]}".strip() for i, text in corpus.items()]
 
-    def _search_by_vectors(self, _: str, documents: str | None) -> DenseSearch:
+    def _search_by_vectors(self, _: str, documents: str | None) -> CorpusRetriever:
         """The config's retriever, the only one that there is."""
         texts, name = self._document_texts(documents), "vectors"
         if documents:
             name = f"vectors-{documents}-{hash_json(texts)[:16]}"
-        model, config = self._models.retriever, self._run.config
-        timed = self._run.phase(f"{self._collection.name}: encode {name}")
-        with timed, self._run.reporter.progress("documents encoded", len(texts)) as advance:
-            vectors = encode_to_file(
-                self._directory / "work" / f"{name}.npy",
-                model.encoder,
-                model.retriever_params,
-                texts,
-                "document",
-                dtype=config.retriever.vectors,
-                progress=advance,
-            )
-
-        def encode(texts: Sequence[str], kind: Kind, _: Sequence[str]) -> np.ndarray:
-            return model.encoder.encode(model.retriever_params, texts, kind)
-
-        separator = getattr(model.retriever.tokenizer, "sep_token", None) or ""
-        corpus = Corpus(list(self._collection.corpus), vectors, config.search)
-        return DenseSearch(encode, corpus, separator)
-
-    def _search_queries(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        search = self._dense(UNTRAINED, None)
-        return search.corpus.index.search(search.encode(queries, "query", ()), k)
+        model, run = self._models.retriever, self._run
+        found = CorpusRetriever(
+            model.encoder,
+            model.retriever_params,
+            dict(zip(self._collection.corpus, texts, strict=True)),
+            self._directory / "work" / f"{name}.npy",
+            dtype=run.config.retriever.vectors,
+            search=run.config.search,
+            processes=run.processes,
+            reporter=run.reporter,
+            shares=self._directory / "work" / "shares",
+            timed=functools.partial(run.phase, f"{self._collection.name}: encode {name}"),
+        )
+        _ = found.corpus  # Encoded by now, so that only the search is timed.
+        return found

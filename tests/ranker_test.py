@@ -1,6 +1,7 @@
 """Systems ranked on a toy corpus, against their formulas in numpy."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.ranker import (
     Choice,
-    DenseSearch,
     Expansions,
     Ranker,
     Searches,
@@ -53,7 +53,8 @@ ALL = Choice(0.7, 3)
 
 def ranker(choice=ALL, strategy="q2d", **options):
     index = Bm25Index(list(CORPUS.values()))
-    dense = DenseSearch(encode, Corpus(list(CORPUS), DOCUMENTS, SEARCH))
+    corpus = Corpus(list(CORPUS), DOCUMENTS, SEARCH)
+    dense = types.SimpleNamespace(encode=encode, corpus=corpus, separator="")
     return Ranker(
         QUERIES,
         Searches(lambda _: index, lambda *_: dense, CORPUS),

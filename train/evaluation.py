@@ -16,7 +16,7 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
-from expandr_jax.ranking.ranker import Choice, DenseSearch, Expansions, Ranker, Searches, choose
+from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches, choose
 from expandr_jax.ranking.results import Values, mean_over_sets, remarks, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
@@ -152,10 +152,10 @@ def _rankers(
     """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
     settings = run.config.evaluation
 
-    def dense(name: str, _: str | None) -> DenseSearch:
-        own = retriever(name)
-        separator = getattr(own.encoder.retriever.tokenizer, "sep_token", None) or ""
-        return DenseSearch(own.encode, own.corpus, separator)
+    def dense(name: str, _: str | None) -> CorpusRetriever:
+        found = retriever(name)
+        _ = found.corpus  # All processes encode it together.
+        return found
 
     def choice(leaf: System) -> Choice | None:
         dev = rankers["dev"]

@@ -17,8 +17,7 @@ from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import Index, search_named
-from expandr_jax.vectors.corpus import Corpus
-from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
 
 
@@ -59,33 +58,18 @@ class Expansions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseSearch:
-    """A retriever, and a corpus as it encodes it.
-
-    Attributes:
-        encode: (texts, their kind, what errors call them) to vectors [texts, dim]; processes
-            encode together.
-        corpus: Process 0 searches it.
-        separator: What the retriever reads between two texts.
-    """
-
-    encode: Callable[[Sequence[str], Kind, Sequence[str]], np.ndarray]
-    corpus: Corpus
-    separator: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Searches:
     """What the leaves of systems search, each for the corpus as it is or as it is expanded.
 
     Attributes:
         bm25: How documents are expanded, or None, to their index.
-        dense: Name of a retriever, and the same, to its search; called whenever it is needed.
+        dense: Name of a retriever, and the same, to that with its corpus encoded; called whenever
+            it is needed. Process 0 alone searches it.
         corpus: Document id -> text.
     """
 
     bm25: Callable[[str | None], Index]
-    dense: Callable[[str, str | None], DenseSearch]
+    dense: Callable[[str, str | None], CorpusRetriever]
     corpus: Mapping[str, str]
 
 
@@ -180,7 +164,7 @@ class Ranker:
                 self._encoded[key] = self._with_texts(plain, self._expansions(leaf), search)
         return self._encoded[key]
 
-    def _dense(self, system: System) -> DenseSearch | None:
+    def _dense(self, system: System) -> CorpusRetriever | None:
         """What a leaf, or feedback on one, searches by vectors; None for other systems."""
         leaf = system.leaves[0]
         if leaf.retriever == BM25 or system.stage not in (None, *FEEDBACKS):
@@ -188,7 +172,7 @@ class Ranker:
         return self._searches.dense(leaf.retriever, leaf.documents)
 
     def _with_texts(
-        self, plain: EncodedQueries, expansions: Expansions, search: DenseSearch
+        self, plain: EncodedQueries, expansions: Expansions, search: CorpusRetriever
     ) -> EncodedQueries:
         """The same with vectors of what was written, [queries, texts, dim]."""
         strategy, texts = expansions.strategy, expansions.by_sample

@@ -124,6 +124,11 @@ class CorpusRetriever:
             progress(len(texts) - len(own))
         return np.concatenate([part for part in parts if len(part)] or [vectors])
 
+    @property
+    def separator(self) -> str:
+        """What the retriever reads between two texts."""
+        return getattr(self.encoder.retriever.tokenizer, "sep_token", None) or ""
+
     def find(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the corpus, [queries, k] each."""
         return self.corpus.index.search(self.encode(queries, "query"), k)
