@@ -68,10 +68,12 @@ def evaluate(
 
     @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
     def retriever(name: str) -> CorpusRetriever:
-        own = retrievers[name]
-        if not folder:
-            return own
-        return run_retriever(run, models, corpus, own.params, f"{data.collection.name}/{name}")
+        found = retrievers[name]
+        if folder:
+            name = f"{data.collection.name}/{name}"
+            found = run_retriever(run, models, corpus, found.params, name)
+        _ = found.corpus  # All processes encode it together.
+        return found
 
     expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
@@ -152,11 +154,6 @@ def _rankers(
     """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
     settings = run.config.evaluation
 
-    def dense(name: str, _: str | None) -> CorpusRetriever:
-        found = retriever(name)
-        _ = found.corpus  # All processes encode it together.
-        return found
-
     def choice(leaf: System) -> Choice | None:
         dev = rankers["dev"]
         if leaf.retriever != BM25 and dev.ids:
@@ -179,7 +176,7 @@ def _rankers(
     def ranker(split: str) -> Ranker:
         return Ranker(
             {query: data.collection.queries[query] for query in data.collection.qrels[split]},
-            Searches(lambda _: words(), dense, data.collection.corpus),
+            Searches(lambda _: words(), lambda name, _: retriever(name), data.collection.corpus),
             lambda leaf: expansions[split, leaf.generator, leaf.strategy],
             choice,
             settings,
