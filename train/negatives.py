@@ -42,7 +42,7 @@ def training_negatives(
         return {query: data.negatives(query) for query in data.retriever_train}
     name = f"round-{round_}/triples.jsonl"
     if not run.checksums.intact(name):
-        _ = retriever.corpus  # A phase of its own.
+        _ = retriever.corpus  # All processes encode it, as a phase of its own.
         with run.phase(f"hard negatives, round {round_}"):
             _mine(run, retriever, data, run.path(name))
         run.checksums.record(name)

@@ -31,7 +31,7 @@ def make_preferences(
     round_: int,
 ) -> None:
     """Writes candidates.jsonl and preferences.jsonl of a round."""
-    corpus = retriever.corpus  # A phase of its own.
+    corpus = retriever.corpus  # All processes encode it, as a phase of its own.
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
