@@ -65,7 +65,7 @@ def token_lengths(source: str) -> Lengths:
         UserError: There is no such model, or no tokenizer with it.
     """
     path = locate(source)
-    tokenizer = open_model(source)[0].tokenizer()
+    tokenizer = open_model(source).tokenizer()
     settings = read_settings(path) if path.is_dir() else None
 
     def lengths(texts: Sequence[str]) -> list[int]:

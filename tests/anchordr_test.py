@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused(write):
 
 def test_ids_follow_the_dictionary(write, sentencepiece_model):
     directory, _ = write()
-    tokenizer = FairseqTokenizer(directory, 1024)
+    tokenizer = FairseqTokenizer(directory)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
     # The dictionary lists the pieces backwards, after four special tokens.
     expected = [PIECES - 1 - i + 4 for i in pieces.encode("the web page")]

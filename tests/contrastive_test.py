@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from expandr_jax.models.bert import BertConfig
+from expandr_jax.models.encoder import Encoder
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     contrastive_gradients,
@@ -283,8 +284,8 @@ def test_a_share_of_queries_stays_plain():
     assert not (some & ~plain(0.5)).any()  # A larger share only adds queries.
 
 
-class Bag(nn.Module):
-    """A module with dropout that compiles in no time, and takes the inputs of BERT's family."""
+class Bag(Encoder):
+    """A module with dropout that compiles in no time."""
 
     config: BertConfig = BertConfig(300, 32, 1, 1, 32, 64)
 

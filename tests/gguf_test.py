@@ -128,7 +128,7 @@ def test_models_equal_the_one_that_was_written(family, changes, tmp_path):
     path = tmp_path / "model.gguf"
     reference = tiny_models.torch_model(family, head=True, **changes)
     write_gguf(path, reference, family)
-    module, params, source = load_model(str(path))
+    module, params, files = load_model(str(path))
     ids, mask = tiny_models.ragged_batch("right")
     hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
     found = module.apply({"params": params}, hidden, method="logits")
@@ -137,10 +137,10 @@ def test_models_equal_the_one_that_was_written(family, changes, tmp_path):
     assert np.abs((found - expected) * mask[..., None]).max() < 1e-4
     for key in ("rms_norm_eps", "tie_word_embeddings", "head_dim", "intermediate_size"):
         if hasattr(reference.config, key):
-            assert source.config[key] == getattr(reference.config, key), key
+            assert files.config.values[key] == getattr(reference.config, key), key
     if family == "gemma3":
         # transformers understands the configuration made from the metadata alike.
-        theirs = transformers.Gemma3TextConfig(**source.config)
+        theirs = transformers.Gemma3TextConfig(**files.config.values)
         for key in ("layer_types", "rope_parameters", "sliding_window", "query_pre_attn_scalar"):
             assert getattr(theirs, key) == getattr(reference.config, key), key
 

@@ -28,7 +28,6 @@ ROOMS = (
 # What is not yet as it should be. Nothing may be added; what is mended is taken out.
 UPWARDS = {
     ("data", "runtime"),
-    ("models", "weights"),
 }
 BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
 OF_FLAGS: set[str] = set()

@@ -36,8 +36,8 @@ BERT = BertConfig(
     hidden_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 ANCHORDR = AnchorDrConfig(
-    vocab_size=64, hidden_size=16, num_layers=2, num_decoder_layers=2, num_heads=4, mlp_dim=32,
-    max_positions=14,
+    vocab_size=64, hidden_size=16, num_layers=2, num_decoder_layers=2, num_heads=4, head_dim=4,
+    mlp_dim=32, max_positions=14,
 )  # fmt: skip
 DECODER = DecoderConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,

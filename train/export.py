@@ -33,7 +33,7 @@ from expandr_jax.weights.export import (
     export_retriever,
     export_trained,
 )
-from expandr_jax.weights.hf import load_generator, load_retriever, open_model, origin
+from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from train.launch import define_workdir, launch
 
 DTYPES = ("float32", "bfloat16", "source")
@@ -135,9 +135,8 @@ def _read_config(path: pathlib.Path) -> Config:
 
 def _with_types_of(model: Any, source: str) -> Any:
     """A Retriever or Generator that takes its types for "source" from another source."""
-    files, _ = open_model(source)
-    types = origin(source, files).dtypes
-    return dataclasses.replace(model, source=dataclasses.replace(model.source, dtypes=types))
+    files = dataclasses.replace(model.files, tensors=open_model(source).tensors)
+    return dataclasses.replace(model, files=files)
 
 
 def main(_: Any) -> None:

@@ -15,49 +15,30 @@ import numpy as np
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.encoder import Encoder, EncoderBlock, LayerNorm
 from expandr_jax.models.mask import padding_mask
-from expandr_jax.models.stack import stack
-from expandr_jax.models.t5 import feed_forward
+from expandr_jax.models.stack import parameter, stack
+from expandr_jax.models.t5 import T5Config, feed_forward
 from expandr_jax.sharding import constrain
 
 _BOS = 0
-FARTHEST = 127  # Tokens at this distance or beyond share the last bucket.
 
 
 @dataclasses.dataclass(frozen=True)
-class AnchorDrConfig:
-    """Shape and options of both stacks.
+class AnchorDrConfig(T5Config):
+    """T5's options for both stacks, which share the token table.
+
+    All norms are layer norms, and a feed-forward that is not gated has biases.
 
     Attributes:
-        vocab_size: Rows of the token table, which both stacks share.
-        hidden_size: Width of the residual stream.
-        num_layers: Blocks of the encoder.
-        num_decoder_layers: Blocks of the decoder.
-        num_heads: Attention heads.
-        mlp_dim: Inner width of the feed-forward.
-        gated: The feed-forward is gelu(x W_0) * (x W_1) without biases and not relu(x W + b).
-        num_buckets: Buckets of relative distance, half of them for each direction.
+        num_decoder_layers: Blocks of the decoder; `num_layers` are the encoder's.
+        max_distance: Tokens at this distance or beyond share the last bucket.
         pad_id: Positions count from the row after this one.
-        norm_eps: Epsilon of the layer norms.
-        dropout: Rate of dropout everywhere.
         max_positions: Longest input, in tokens.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_decoder_layers: int
-    num_heads: int
-    mlp_dim: int
-    gated: bool = False
-    num_buckets: int = 32
+    num_decoder_layers: int = dataclasses.field(kw_only=True)
+    max_distance: int = 127
     pad_id: int = 1
-    norm_eps: float = 1e-6
-    dropout: float = 0.1
     max_positions: int = 1024
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 class Attention(EncoderBlock):
@@ -81,20 +62,17 @@ class Block(EncoderBlock):
         mask, buckets, memory, memory_mask = shared
         bias = None
         if not self.is_decoder:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("buckets", "heads"))
-            table = self.param("relative_bias", init, (cfg.num_buckets, cfg.num_heads))
+            shape = cfg.num_buckets, cfg.num_heads
+            table = parameter(self, "relative_bias", ("buckets", "heads"), shape)
             bias = table[buckets].transpose(2, 0, 1)
         y = Attention(*options, name="self_attn")(x, x, mask, bias)
-        x = self._norm("attention_norm", x, y)
+        x = self.add_and_norm("attention_norm", x, y, cfg.dropout)
         if self.is_decoder:
             y = Attention(*options, name="cross_attn")(x, memory, memory_mask)
-            x = self._norm("cross_norm", x, y)
-        x = self._norm("mlp_norm", x, feed_forward(self, x, bias=not cfg.gated))
+            x = self.add_and_norm("cross_norm", x, y, cfg.dropout)
+        y = feed_forward(self, x, bias=not cfg.gated)
+        x = self.add_and_norm("mlp_norm", x, y, cfg.dropout)
         return constrain(x, ("batch", "length", "act_embed")), None
-
-    def _norm(self, name, x, y):
-        cfg = self.config
-        return LayerNorm(cfg.norm_eps, name=name)(x + self.drop(cfg.dropout, y))
 
 
 class Stack(nn.Module):
@@ -109,9 +87,9 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x, positions, shared):
         cfg = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("positions", "embed"))
         shape = cfg.max_positions + cfg.pad_id + 1, cfg.hidden_size
-        x = x + self.param("position_embedding", init, shape)[positions + cfg.pad_id + 1]
+        table = parameter(self, "position_embedding", ("positions", "embed"), shape)
+        x = x + table[positions + cfg.pad_id + 1]
         x = constrain(x, ("batch", "length", "act_embed"))
         x = LayerNorm(cfg.norm_eps, name="embedding_norm")(x).astype(self.dtype)
         x = nn.Dropout(cfg.dropout)(x, deterministic=self.deterministic)
@@ -133,10 +111,11 @@ class AnchorDr(Encoder):
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         cfg = self.config
-        tokens = self.table("embedding", ("vocab", "embed"), cfg.vocab_size, cfg.hidden_size)
+        shape = cfg.vocab_size, cfg.hidden_size
+        tokens = parameter(self, "embedding", ("vocab", "embed"), shape)
         options = cfg, self.dtype, self.remat, deterministic
         mask = padding_mask(attention_mask).prepared(1)
-        buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets)
+        buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
         encoder = Stack(*options, is_decoder=False, name="encoder")
         memory = encoder(
             tokens[input_ids], token_positions(attention_mask), (mask, buckets, None, None)
@@ -147,7 +126,7 @@ class AnchorDr(Encoder):
         return decoder(first, jnp.zeros((1, 1), jnp.int32), (itself, None, memory, mask))
 
 
-def relative_buckets(length: int, num_buckets: int) -> jax.Array:
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> jax.Array:
     """Buckets [length queries, length keys] int32 of the distances between tokens.
 
     The sign of a distance counts from the middle; near ones have a bucket of their own and far ones
@@ -156,7 +135,7 @@ def relative_buckets(length: int, num_buckets: int) -> jax.Array:
     half = num_buckets // 2
     exact = half // 2
     distance = np.arange(length)
-    far = np.log(np.maximum(distance, exact) / exact) / np.log(FARTHEST / exact)
+    far = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
     far = exact + np.ceil(far * (half - 1 - exact))
     bucket = np.where(distance < exact, distance, np.minimum(far, half - 1))
     ahead = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]

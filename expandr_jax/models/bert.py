@@ -1,7 +1,4 @@
-"""BERT (arXiv 1810.04805) and its kin: RoBERTa, XLM-RoBERTa, CamemBERT.
-
-Post-norm blocks under `nn.scan`: a layer's parameters are stacked along a leading "layers" axis.
-"""
+"""BERT (arXiv 1810.04805) and its kin: RoBERTa, XLM-RoBERTa, CamemBERT. Blocks are post-norm."""
 
 import dataclasses
 
@@ -12,20 +9,15 @@ import jax.numpy as jnp
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.encoder import ACTIVATIONS, Encoder, EncoderBlock, LayerNorm
 from expandr_jax.models.mask import padding_mask
-from expandr_jax.models.stack import stack
+from expandr_jax.models.stack import TransformerConfig, parameter, stack
 from expandr_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class BertConfig:
-    """Shape and options of an encoder.
+class BertConfig(TransformerConfig):
+    """Options of an encoder.
 
     Attributes:
-        vocab_size: Rows of the token table.
-        hidden_size: Width of the residual stream.
-        num_layers: Transformer blocks.
-        num_heads: Attention heads.
-        mlp_dim: Inner width of the feed-forward.
         max_positions: Longest input, in tokens.
         position_offset: Row of the position table that the first token takes (RoBERTa: pad id + 1).
         num_token_types: Rows of the token type table.
@@ -35,11 +27,6 @@ class BertConfig:
         attention_dropout: Rate of dropout on the attention weights.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
     max_positions: int
     position_offset: int = 0
     num_token_types: int = 2
@@ -61,16 +48,13 @@ class Block(EncoderBlock):
     @nn.compact
     def __call__(self, x, mask):
         cfg = self.config
-        x = self._norm("attention_norm", x, self.attention(x, x, mask, cfg.attention_dropout))
+        y = self.attention(x, x, mask, cfg.attention_dropout)
+        x = self.add_and_norm("attention_norm", x, y, cfg.hidden_dropout)
         y = self.project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x, True)
         y = ACTIVATIONS[cfg.activation](y)
         y = self.project("down_proj", cfg.hidden_size, ("mlp", "embed"), y, True)
-        x = self._norm("mlp_norm", x, y)
+        x = self.add_and_norm("mlp_norm", x, y, cfg.hidden_dropout)
         return constrain(x, ("batch", "length", "act_embed")), None
-
-    def _norm(self, name, x, y):
-        cfg = self.config
-        return LayerNorm(cfg.norm_eps, name=name)(x + self.drop(cfg.hidden_dropout, y))
 
 
 class Bert(Encoder):
@@ -90,7 +74,7 @@ class Bert(Encoder):
         cfg = self.config
 
         def table(name, rows, axis):
-            return self.table(name, (axis, "embed"), rows, cfg.hidden_size)
+            return parameter(self, name, (axis, "embed"), (rows, cfg.hidden_size))
 
         tokens = table("embedding", cfg.vocab_size, "vocab")
         places = table("position_embedding", cfg.max_positions + cfg.position_offset, "positions")

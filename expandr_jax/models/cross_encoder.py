@@ -18,13 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.bert import Bert, BertConfig
+from expandr_jax.models.encoder import Encoder
 from expandr_jax.models.pooling import pool
 from expandr_jax.models.token_ids import check_ids
 
 ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
 
-class PairClassifier(nn.Module):
+class PairClassifier(Encoder):
     """Token ids of pairs to one logit each, [batch] float32.
 
     It is called as `Bert` is; `token_types` are 1 in the document of BERT's pairs.
@@ -41,9 +42,8 @@ class PairClassifier(nn.Module):
         *,
         deterministic: bool = True,
     ) -> jax.Array:
-        hidden = Bert(self.config, name="encoder")(
-            input_ids, attention_mask, token_types, deterministic=deterministic
-        )
+        encoder = Bert(self.config, self.dtype, self.remat, name="encoder")
+        hidden = encoder(input_ids, attention_mask, token_types, deterministic=deterministic)
         first = pool(hidden, attention_mask, "cls")
         first = jnp.tanh(nn.Dense(self.config.hidden_size, name="pooler")(first))
         first = nn.Dropout(self.config.hidden_dropout)(first, deterministic=deterministic)

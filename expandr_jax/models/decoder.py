@@ -1,8 +1,7 @@
 """One decoder-only transformer for Llama, Mistral, Qwen and Gemma, chosen by explicit options.
 
-Layers run under `nn.scan`, so every parameter of a layer is stacked along a leading "layers" axis
-and a program's size does not grow with depth. Decoding unrolls them instead: a step does so little
-work that slicing each layer's weights and cache out of a stack would cost as much again.
+Decoding unrolls the layers of `stack`: a step does so little work that slicing each layer's weights
+and cache out of a stack would cost as much again.
 """
 
 import dataclasses
@@ -16,24 +15,21 @@ import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend, attend_with_cache
 from expandr_jax.models.lora import LoraConfig, Projection
-from expandr_jax.models.mask import Mask
+from expandr_jax.models.mask import Mask, causal_mask
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
-from expandr_jax.models.stack import stack
+from expandr_jax.models.stack import TransformerConfig, parameter, stack
 from expandr_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and options of a decoder; field meanings follow Hugging Face's configurations.
+class DecoderConfig(TransformerConfig):
+    """Options of a decoder; field meanings follow Hugging Face's configurations.
+
+    Its feed-forward is gated.
 
     Attributes:
-        vocab_size: Rows of the embedding table.
-        hidden_size: Width of the residual stream.
-        num_layers: Transformer blocks.
-        num_heads: Query heads.
         num_kv_heads: Key and value heads; divides num_heads (grouped-query attention).
         head_dim: Width of one head.
-        mlp_dim: Inner width of the gated feed-forward.
         max_positions: Longest sequence the model was made for, in tokens.
         activation: "silu" or "gelu_tanh", on the gate.
         norm_eps: Epsilon of the root-mean-square norms.
@@ -52,13 +48,8 @@ class DecoderConfig:
         int8: Projections keep their weights in int8, as `lora.Projection` says.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
     num_kv_heads: int
     head_dim: int
-    mlp_dim: int
     max_positions: int
     activation: str = "silu"
     norm_eps: float = 1e-5
@@ -111,33 +102,37 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.initializers.zeros if self.plus_one else nn.initializers.ones
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(init, (self.axis,)), (x.shape[-1],)
-        )
+        scale = parameter(self, "scale", (self.axis,), (x.shape[-1],), init)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32) + float(self.plus_one)
         return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+class DecoderPart(nn.Module):
+    """A part of the decoder that has projections."""
 
     config: DecoderConfig
     dtype: Any
     lora: LoraConfig | None
+    deterministic: bool
+
+    def project(self, name, features, axes, x, use_bias=False):
+        options = use_bias, self.dtype, self.lora, self.config.int8
+        return Projection(features, axes, *options, name=name)(x, self.deterministic)
+
+
+class Attention(DecoderPart):
+    """Grouped-query attention with rotary positions."""
 
     @nn.compact
-    def __call__(self, x, rope, mask, cached, past, deterministic):
+    def __call__(self, x, rope, mask, cached, past):
         cfg = self.config
-        batch, length, _ = x.shape
 
         def project(name, heads, axis):
             width = heads * cfg.head_dim
-            layer = Projection(
-                width, ("embed", axis), cfg.qkv_bias, self.dtype, self.lora, cfg.int8, name=name
-            )
-            return layer(x, deterministic).reshape(batch, length, heads, cfg.head_dim)
+            y = self.project(name, width, ("embed", axis), x, cfg.qkv_bias)
+            return y.reshape(*x.shape[:2], heads, cfg.head_dim)
 
         q = project("q_proj", cfg.num_heads, "heads")
         k = project("k_proj", cfg.num_kv_heads, "kv_heads")
@@ -154,12 +149,8 @@ class Attention(nn.Module):
             out = attend(q, k, v, mask, scale=scale)
         else:
             out, *kv = attend_with_cache(q, k, v, *cached, mask=mask.dense(1), scale=scale)
-        out = out.reshape(batch, length, cfg.num_heads * cfg.head_dim)
-        options = False, self.dtype, self.lora, cfg.int8
-        out = Projection(cfg.hidden_size, ("heads", "embed"), *options, name="o_proj")(
-            out, deterministic
-        )
-        return out, kv
+        out = out.reshape(*x.shape[:2], -1)
+        return self.project("o_proj", cfg.hidden_size, ("heads", "embed"), out), kv
 
 
 def _after(past: jax.Array, new: jax.Array) -> jax.Array:
@@ -168,34 +159,21 @@ def _after(past: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(past, (len(new), *past.shape[1:])), new], axis=1)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(DecoderPart):
     """act(x W_gate) * (x W_up), then W_down."""
 
-    config: DecoderConfig
-    dtype: Any
-    lora: LoraConfig | None
-
     @nn.compact
-    def __call__(self, x, deterministic):
+    def __call__(self, x):
         cfg = self.config
-
-        def project(name, features, axes, y):
-            options = False, self.dtype, self.lora, cfg.int8
-            return Projection(features, axes, *options, name=name)(y, deterministic)
-
-        gate = project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
-        up = project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
+        gate = self.project("gate_proj", cfg.mlp_dim, ("embed", "mlp"), x)
+        up = self.project("up_proj", cfg.mlp_dim, ("embed", "mlp"), x)
         gate = nn.silu(gate) if cfg.activation == "silu" else nn.gelu(gate, approximate=True)
-        return project("down_proj", cfg.hidden_size, ("mlp", "embed"), gate * up)
+        return self.project("down_proj", cfg.hidden_size, ("mlp", "embed"), gate * up)
 
 
-class Block(nn.Module):
+class Block(DecoderPart):
     """One transformer block in the form of `nn.scan`: (carry, layer, shared) -> (carry, out)."""
 
-    config: DecoderConfig
-    dtype: Any
-    lora: LoraConfig | None
-    deterministic: bool
     keep_kv: bool
 
     @nn.compact
@@ -212,11 +190,11 @@ class Block(nn.Module):
         def norm(name, y):
             return RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name=name)(y)
 
-        attention = Attention(cfg, self.dtype, self.lora, name="self_attn")
-        y, kv = attention(norm("input_norm", x), rope, mask, cached, past, self.deterministic)
+        options = cfg, self.dtype, self.lora, self.deterministic
+        attention = Attention(*options, name="self_attn")
+        y, kv = attention(norm("input_norm", x), rope, mask, cached, past)
         x = x + (norm("post_attention_norm", y) if cfg.post_norms else y)
-        mlp = GatedMLP(cfg, self.dtype, self.lora, name="mlp")
-        y = mlp(norm("mlp_norm", x), self.deterministic)
+        y = GatedMLP(*options, name="mlp")(norm("mlp_norm", x))
         x = x + (norm("post_mlp_norm", y) if cfg.post_norms else y)
         x = constrain(x, ("batch", "length", "act_embed"))
         return x, kv if self.keep_kv else None
@@ -238,6 +216,11 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora: LoraConfig | None = None
     unroll: bool = False
+
+    @staticmethod
+    def inputs(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
+        """As `Encoder.inputs`."""
+        return input_ids, token_positions(attention_mask), causal_mask(attention_mask)
 
     @nn.compact
     def __call__(
@@ -301,13 +284,12 @@ class Decoder(nn.Module):
 
     def _embedding(self) -> jax.Array:
         cfg = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        return self.param("embedding", init, (cfg.vocab_size, cfg.hidden_size))
+        return parameter(self, "embedding", ("vocab", "embed"), (cfg.vocab_size, cfg.hidden_size))
 
     def _head(self) -> jax.Array:
         cfg = self.config
-        init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab"))
-        return self.param("lm_head", init, (cfg.hidden_size, cfg.vocab_size))
+        shape, init = (cfg.hidden_size, cfg.vocab_size), nn.initializers.lecun_normal()
+        return parameter(self, "lm_head", ("embed", "vocab"), shape, init)
 
     def _forward(self, tokens, positions, mask, cache, past, keep_kv, deterministic):
         cfg = self.config
@@ -335,7 +317,13 @@ class Decoder(nn.Module):
         shared["mask"] = mask
         options = cfg, self.dtype, self.lora, deterministic, keep_kv
         if self.unroll:
-            x, kv = self._unrolled(x, cache, past, is_local, shared, options)
+            kv = []
+            for i in range(cfg.num_layers):
+                cached = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
+                before = None if past is None else (past[0][i], past[1][i])
+                local = None if is_local is None else is_local[i]
+                x, new = Block(*options, name=f"layer_{i}")(x, (cached, before, local), shared)
+                kv.append(new)
             kv = tuple(zip(*kv, strict=True)) if keep_kv else None
         else:
             assert cache is None, "a cache needs unrolled layers"
@@ -346,16 +334,6 @@ class Decoder(nn.Module):
         x = RMSNorm(cfg.norm_eps, cfg.norm_plus_one, name="final_norm")(x)
         if self.is_initializing() and not cfg.tie_embeddings:
             self._head()
-        return x, kv
-
-    def _unrolled(self, x, cache, past, is_local, shared, options):
-        kv = []
-        for i in range(self.config.num_layers):
-            cached = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
-            before = None if past is None else (past[0][i], past[1][i])
-            local = None if is_local is None else is_local[i]
-            x, new = Block(*options, name=f"layer_{i}")(x, (cached, before, local), shared)
-            kv.append(new)
         return x, kv
 
 

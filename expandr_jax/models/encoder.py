@@ -1,5 +1,6 @@
 """What the encoders have in common: how they are called, and what their blocks are made of."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from expandr_jax.models.attention import attend
 from expandr_jax.models.gelu import gelu
 from expandr_jax.models.lora import Projection
 from expandr_jax.models.mask import Mask
+from expandr_jax.models.stack import TransformerConfig, parameter
 
 ACTIVATIONS = {
     "gelu": gelu,
@@ -32,14 +34,14 @@ class Encoder(nn.Module):
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
     """
 
-    config: Any
+    config: TransformerConfig
     dtype: Any = jnp.float32
     remat: str = "none"
 
-    def table(self, name: str, axes: tuple[str, str], rows: int, columns: int) -> jax.Array:
-        """A parameter of embeddings, [rows, columns]."""
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-        return self.param(name, init, (rows, columns))
+    @staticmethod
+    def inputs(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
+        """What a module that makes hidden states of texts is called with."""
+        return input_ids, attention_mask
 
 
 class EncoderBlock(nn.Module):
@@ -51,7 +53,7 @@ class EncoderBlock(nn.Module):
         deterministic: No dropout is applied.
     """
 
-    config: Any
+    config: TransformerConfig
     dtype: Any
     deterministic: bool
 
@@ -61,11 +63,9 @@ class EncoderBlock(nn.Module):
     def drop(self, rate: float, x: jax.Array) -> jax.Array:
         return nn.Dropout(rate)(x, deterministic=self.deterministic)
 
-    def project_heads(self, name: str, x: jax.Array, bias: bool) -> jax.Array:
-        """[batch, length, hidden_size] to [batch, length, heads, head_dim]."""
-        heads = self.config.num_heads, self.config.head_dim
-        y = self.project(name, heads[0] * heads[1], ("embed", "heads"), x, bias)
-        return y.reshape(*x.shape[:2], *heads)
+    def add_and_norm(self, name: str, x: jax.Array, y: jax.Array, rate: float) -> jax.Array:
+        """The residual sum of a post-norm block."""
+        return LayerNorm(self.config.norm_eps, name=name)(x + self.drop(rate, y))
 
     def attention(
         self,
@@ -78,19 +78,17 @@ class EncoderBlock(nn.Module):
         scale: float | None = None,
         bias: jax.Array | None = None,
     ) -> jax.Array:
-        """Multi-head attention, with its projections.
+        """Multi-head attention of x, [batch, length, hidden_size], with its projections.
 
-        Args:
-            x: [batch, length, hidden_size].
-            memory: What is attended to, [batch, keys, hidden_size].
-            mask: Which of it each may attend to.
-            rate: Of dropout on the attention weights.
-            use_bias: The projections have biases.
-            scale: Factor on the scores; None: head_dim ** -0.5.
-            bias: [heads, length, keys], added to the scores.
+        What is attended to is `memory`, [batch, keys, hidden_size], and `rate` is that of dropout
+        on the attention weights. With `use_bias` the projections have biases; `bias` and `scale`
+        are those of `attend`, the latter by default head_dim ** -0.5.
         """
+        heads = self.config.num_heads, self.config.head_dim
         q, k, v = (
-            self.project_heads(name, y, use_bias)
+            self.project(name, math.prod(heads), ("embed", "heads"), y, use_bias).reshape(
+                *y.shape[:2], *heads
+            )
             for name, y in (("q_proj", x), ("k_proj", memory), ("v_proj", memory))
         )
         scale = self.config.head_dim**-0.5 if scale is None else scale
@@ -116,14 +114,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        width = (x.shape[-1],)
-        scale = self.param("scale", nn.with_logical_partitioning(ones, ("norm",)), width)
+        form = ("norm",), (x.shape[-1],)
+        scale = parameter(self, "scale", *form, nn.initializers.ones)
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         y = y * scale.astype(jnp.float32)
         if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(zeros, ("norm",)), width)
-            y = y + bias.astype(jnp.float32)
+            y = y + parameter(self, "bias", *form, nn.initializers.zeros).astype(jnp.float32)
         return y.astype(x.dtype)

@@ -3,14 +3,14 @@
 import dataclasses
 import datetime
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.token_ids import check_ids
-from expandr_jax.weights.source import Source
 
 _ANSWER = "the assistant's answer"
 
@@ -24,7 +24,7 @@ class Generator:
         tokenizer: Text to ids and back; has a chat template.
         eos_ids: Any of these ends a generation.
         pad_id: Fills rows; always masked.
-        source: Where it came from.
+        files: The `ModelFiles` that it is from: an export keeps what its config.json says.
         thinking: Whether a model that can is asked to reason before it answers; None: it is as the
             template has it.
         today: The date that a chat template is told, so that a run is the same on any day.
@@ -34,7 +34,7 @@ class Generator:
     tokenizer: PreTrainedTokenizerFast
     eos_ids: tuple[int, ...]
     pad_id: int
-    source: Source
+    files: Any
     thinking: bool | None = False
     today: datetime.date = dataclasses.field(default_factory=datetime.date.today)
 
@@ -83,18 +83,14 @@ class Generator:
         What the chat template puts right after an assistant's message; if that is none of them,
         the tokenizer's eos token; if that is none of them, the first.
         """
-        return next((i for i in self._usual_ends() if i in self.eos_ids), self.eos_ids[0])
-
-    def _usual_ends(self) -> Iterator[int | None]:
-        """What may end an answer, the best first."""
         turns = [{"role": "user", "content": "text"}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = apply_template(self.tokenizer, turns, self.today)
         except Exception:  # A template may raise anything; this one takes the user's turn alone.
             text = ""
         behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-        yield from self.token_ids([behind])[0][:1]
-        yield self.tokenizer.eos_token_id
+        usual = [*self.token_ids([behind])[0][:1], self.tokenizer.eos_token_id]
+        return next((i for i in usual if i in self.eos_ids), self.eos_ids[0])
 
     def response_ids(self, text_ids: Sequence[int], max_length: int) -> tuple[list[int], bool]:
         """Turns the ids of an answer's text into what the model learns to generate.

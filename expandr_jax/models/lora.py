@@ -18,6 +18,7 @@ from flax import traverse_util
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.product import product
+from expandr_jax.models.stack import parameter
 from expandr_jax.settings import PATTERN, Positive, count, number, several
 
 
@@ -63,29 +64,20 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
-        init = nn.initializers.zeros if self.int8 else nn.initializers.lecun_normal()
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, self.axes),
-            (x.shape[-1], self.features),
-            jnp.int8 if self.int8 else jnp.float32,
-        )
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        kind = (zeros, jnp.int8) if self.int8 else (nn.initializers.lecun_normal(), jnp.float32)
+        kernel = parameter(self, "kernel", self.axes, (x.shape[-1], self.features), *kind)
+        outputs = self.axes[1:], (self.features,)
         operands = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.int8:
             # Whole numbers up to 127 are exact in any of the compute types.
             y = jnp.dot(*operands, preferred_element_type=jnp.float32)
-            init = nn.with_logical_partitioning(nn.initializers.ones, (self.axes[1],))
-            scale = self.param("kernel_scale", init, (self.features,))
+            scale = parameter(self, "kernel_scale", *outputs, ones)
             y = (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
         else:
             y = product(*operands)
         if self.use_bias:
-            bias = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
-                (self.features,),
-            )
-            y = y + bias.astype(self.dtype)
+            y = y + parameter(self, "bias", *outputs, zeros).astype(self.dtype)
         if self.lora is not None and self.has_variable("lora", "a"):
             h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
             a = self.get_variable("lora", "a").astype(self.dtype)

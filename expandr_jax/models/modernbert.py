@@ -1,7 +1,7 @@
 """ModernBERT (arXiv 2412.13663): an encoder with rotary positions, some layers of which look near.
 
-Pre-norm blocks under `nn.scan`. The first stands apart: the embeddings' norm takes the place of its
-own, which no file holds.
+Blocks are pre-norm. The first stands apart: the embeddings' norm takes the place of its own, which
+no file holds.
 """
 
 import dataclasses
@@ -15,20 +15,15 @@ from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.encoder import ACTIVATIONS, Encoder, EncoderBlock, LayerNorm
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
-from expandr_jax.models.stack import stack
+from expandr_jax.models.stack import TransformerConfig, parameter, stack
 from expandr_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class ModernBertConfig:
-    """Shape and options of an encoder.
+class ModernBertConfig(TransformerConfig):
+    """Options of an encoder; its feed-forward is gated.
 
     Attributes:
-        vocab_size: Rows of the token table.
-        hidden_size: Width of the residual stream.
-        num_layers: Transformer blocks.
-        num_heads: Attention heads.
-        mlp_dim: Inner width of the gated feed-forward.
         max_positions: Longest input the model was made for, in tokens.
         window: Local layers see the tokens nearer than so many positions, on either side.
         layer_is_local: For each layer, whether it attends locally.
@@ -46,11 +41,6 @@ class ModernBertConfig:
         mlp_dropout: Rate within the feed-forward.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    mlp_dim: int
     max_positions: int
     window: int
     layer_is_local: tuple[bool, ...]
@@ -126,7 +116,8 @@ class ModernBert(Encoder):
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         cfg = self.config
-        tokens = self.table("embedding", ("vocab", "embed"), cfg.vocab_size, cfg.hidden_size)
+        shape = cfg.vocab_size, cfg.hidden_size
+        tokens = parameter(self, "embedding", ("vocab", "embed"), shape)
         x = constrain(tokens[input_ids], ("batch", "length", "act_embed"))
         x = _norm(cfg, "embedding_norm", x).astype(self.dtype)
         x = nn.Dropout(cfg.embedding_dropout)(x, deterministic=deterministic)

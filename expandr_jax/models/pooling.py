@@ -44,15 +44,10 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
 
 
 def dense(x: jax.Array, params: Mapping[str, jax.Array], activation: str) -> jax.Array:
-    """The layer that sentence-transformers calls Dense, after pooling, in float32.
+    """The layer that sentence-transformers calls Dense, [batch, in] to [batch, out], in float32.
 
-    Args:
-        x: [batch, in].
-        params: "kernel" [in, out] and, optionally, "bias" [out].
-        activation: A key of `DENSE_ACTIVATIONS`.
-
-    Returns:
-        [batch, out].
+    Its parameters are "kernel" [in, out] and, optionally, "bias" [out]; `activation` is a key of
+    `DENSE_ACTIVATIONS`.
     """
     y = jnp.dot(x, params["kernel"].astype(jnp.float32))
     if "bias" in params:

@@ -11,15 +11,7 @@ import jax.numpy as jnp
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product of activations and a weight, both of one type.
-
-    Args:
-        x: [..., in].
-        kernel: [in, out].
-
-    Returns:
-        [..., out].
-    """
+    """The product [..., out] of activations [..., in] and a weight [in, out] of the same type."""
     return jnp.dot(x, kernel)
 
 

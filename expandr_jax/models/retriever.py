@@ -6,13 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
 from expandr_jax.models.token_ids import check_ids
-from expandr_jax.weights.fairseq import FairseqTokenizer
-from expandr_jax.weights.families import family_of
-from expandr_jax.weights.source import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +22,8 @@ class Retriever:
         max_length: Longest input in tokens, special ones included; longer texts lose their end.
         query_prompt: Put before queries.
         document_prompt: Put before documents, and before passages written for a query.
-        tokenizer: Text to ids.
-        source: Where it came from.
+        tokenizer: Text to ids: one of transformers, or one that is called as those are.
+        files: The `ModelFiles` that it is from: an export keeps what its config.json says.
         dense: Activation of the layer between pooling and normalisation, if there is one; its
             parameters are `params["dense"]`.
     """
@@ -38,8 +34,8 @@ class Retriever:
     max_length: int
     query_prompt: str
     document_prompt: str
-    tokenizer: PreTrainedTokenizerFast | FairseqTokenizer
-    source: Source
+    tokenizer: Any
+    files: Any
     dense: str | None = None
 
     def token_ids(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
@@ -88,7 +84,7 @@ class Retriever:
             [batch, width] float32, of length one where `normalize` is set.
         """
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        inputs = family_of(self.module).inputs(input_ids, attention_mask)
+        inputs = self.module.inputs(input_ids, attention_mask)
         hidden = self.module.apply(
             {"params": params}, *inputs, deterministic=dropout_key is None, rngs=rngs
         )

@@ -24,15 +24,9 @@ _BLOCKS = (512, 384, 256, 128)
 def suits_splash(queries: int, keys: int, batch: int, mask: Mask) -> bool:
     """Whether splash attention can stand in, where a program is made for TPUs.
 
-    Args:
-        queries: Length of the queries; short ones gain nothing.
-        keys: Length of the keys.
-        batch: Rows.
-        mask: The mask.
-
-    Returns:
-        False where the mask is no rule of positions and segments, or where there are several
-        devices and `jax.set_mesh` has not said how they are arranged.
+    It gains nothing where there are few queries. It cannot where the mask is no rule of positions
+    and segments, or where there are several devices and `jax.set_mesh` has not said how they are
+    arranged.
     """
     if queries < _LANES or mask.segments is None:
         return False
@@ -52,18 +46,9 @@ def splash_attend(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`, by the kernel.
+    """As `attention.attend`, by the kernel, with a mask that `suits_splash`.
 
-    Args:
-        q: Queries [batch, length, heads, head_dim].
-        k: Keys [batch, keys, kv_heads, head_dim].
-        v: Values, shaped as `k`.
-        mask: One that `suits_splash`.
-        scale: Factor on the scores.
-        interpret: Run the kernel's program by other means, on any platform.
-
-    Returns:
-        [batch, length, heads, head_dim] in q's type.
+    `interpret` runs the kernel's program by other means, on any platform.
     """
     length, keys = q.shape[1], k.shape[1]
     k, v = k.astype(q.dtype), v.astype(q.dtype)

@@ -1,15 +1,49 @@
-"""Layers as one program: a block under `nn.scan`, its inner values stored or computed again."""
+"""What all models are made of: sizes, parameters with named axes, and layers as one program."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+_NORMAL = nn.initializers.normal(0.02)
 REMATS = ("none", "dots", "full")  # What a backward pass may recompute.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes that every model has.
+
+    Attributes:
+        vocab_size: Rows of the token table.
+        hidden_size: Width of the residual stream.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads; of a decoder, those of the queries.
+        mlp_dim: Inner width of the feed-forward.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    init: nn.initializers.Initializer = _NORMAL,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """A parameter of a module; `axes` are names that `sharding.RULES` spreads over a mesh."""
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 def stack(
@@ -18,7 +52,7 @@ def stack(
     remat: str,
     in_axes: Any = nn.broadcast,
 ) -> type[nn.Module]:
-    """A module of `length` blocks, one after the other.
+    """A module of `length` blocks, one after the other, under `nn.scan`.
 
     Every parameter is stacked along a leading "layers" axis, so that a program's size does not grow
     with depth.

@@ -1,7 +1,7 @@
 """The encoder of T5 (arXiv 1910.10683), as GTR and sentence-T5 use it.
 
-Pre-norm blocks under `nn.scan`; positions enter only as a bias on the scores, by bucket of
-distance, from a table that all layers share.
+Blocks are pre-norm; positions enter only as a bias on the scores, by bucket of distance, from a
+table that all layers share.
 """
 
 import dataclasses
@@ -15,21 +15,16 @@ import numpy as np
 from expandr_jax.models.decoder import RMSNorm
 from expandr_jax.models.encoder import Encoder, EncoderBlock
 from expandr_jax.models.mask import padding_mask
-from expandr_jax.models.stack import stack
+from expandr_jax.models.stack import TransformerConfig, parameter, stack
 from expandr_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Shape and options of a T5 encoder.
+class T5Config(TransformerConfig):
+    """Options of a T5 encoder.
 
     Attributes:
-        vocab_size: Rows of the token table.
-        hidden_size: Width of the residual stream.
-        num_layers: Transformer blocks.
-        num_heads: Attention heads.
         head_dim: Width of one head; num_heads * head_dim need not be hidden_size.
-        mlp_dim: Inner width of the feed-forward.
         gated: The feed-forward is gelu(x W_0) * (x W_1) (T5 1.1) and not relu(x W).
         num_buckets: Buckets of relative distance, half of them for each direction.
         max_distance: Farther tokens share the last bucket.
@@ -38,12 +33,7 @@ class T5Config:
         max_positions: None: relative positions set no limit.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
     head_dim: int
-    mlp_dim: int
     gated: bool = False
     num_buckets: int = 32
     max_distance: int = 128
@@ -92,9 +82,10 @@ class T5Encoder(Encoder):
         self, input_ids: jax.Array, attention_mask: jax.Array, *, deterministic: bool = True
     ) -> jax.Array:
         cfg = self.config
-        tokens = self.table("embedding", ("vocab", "embed"), cfg.vocab_size, cfg.hidden_size)
-        axes = "buckets", "heads"
-        distances = self.table("relative_bias", axes, cfg.num_buckets, cfg.num_heads)
+        shape = cfg.vocab_size, cfg.hidden_size
+        tokens = parameter(self, "embedding", ("vocab", "embed"), shape)
+        shape = cfg.num_buckets, cfg.num_heads
+        distances = parameter(self, "relative_bias", ("buckets", "heads"), shape)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
         mask = padding_mask(attention_mask).prepared(input_ids.shape[1])
         shared = mask, distances[buckets].transpose(2, 0, 1)

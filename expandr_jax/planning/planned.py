@@ -196,5 +196,5 @@ def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
     if path.is_dir() and not list(path.glob("model*.safetensors*")):
         found = Fields.read(path / "config.json")
         return found, found.values.get("model_type")
-    files, _ = open_model(source)
+    files = open_model(source)
     return files.config, files.model_type

@@ -41,10 +41,10 @@ def load_cross_encoder(
         UserError: If the source is not there, is of another family, or has another head than one
             label's.
     """
-    files, adapter = open_model(source)
+    files = open_model(source)
     where = files.config.where
     # A type may be anything that JSON can say.
-    if adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
+    if files.adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
         known = ", ".join(bert.FAMILY.classes)
         raise UserError(f"{source}: a cross-encoder is a whole model of type {known}")
     labels = files.config.section("id2label").values or {}

@@ -19,8 +19,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.families import family_of
+from expandr_jax.weights.names import PREFIXES
 from expandr_jax.weights.sentence_transformers import ModuleSettings, write_dense, write_settings
-from expandr_jax.weights.store import named_tensors, source_dtype, write_model_files
+from expandr_jax.weights.store import named_tensors, write_model_files
 
 # A directory with one of these is a model, and may be replaced by another.
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
@@ -48,19 +49,11 @@ def export_retriever(
             f"{directory}: transformers, and so sentence-transformers, has no such model and "
             "cannot load it; export it in its own layout (train.export --format=encoder)"
         )
-    settings = ModuleSettings(
-        pooling=retriever.pooling,
-        normalize=retriever.normalize,
-        max_length=retriever.max_length,
-        query_prompt=retriever.query_prompt,
-        document_prompt=retriever.document_prompt,
-        dense=retriever.dense,
-    )
     with new_directory(directory) as new:
         _write_model(new, retriever, params, dtype, retriever.max_length)
         if retriever.dense is not None:
-            write_dense(new / settings.dense_folder, params["dense"], retriever.dense)
-        write_settings(new, settings, retriever.module.config.hidden_size)
+            write_dense(new / ModuleSettings.dense_folder, params["dense"], retriever.dense)
+        write_settings(new, retriever)
 
 
 def export_encoder(
@@ -101,7 +94,7 @@ def export_generator(
         "bos_token_id": generator.tokenizer.bos_token_id,
         "eos_token_id": eos if len(eos) > 1 else eos[0],
         "pad_token_id": generator.pad_id,
-        **(generator.source.generation_config or {}),
+        **generator.files.generation_config.values,
     }
     with new_directory(directory) as new:
         _write_model(new, generator, params, dtype, generator.tokenizer.model_max_length)
@@ -120,8 +113,10 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
         if path.exists() and not _is_replaceable(path):
             raise UserError(f"{path}: it is there and holds no model, so it is kept: name another")
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{path.name}.", dir=path.parent, ignore_cleanup_errors=True
+        ) as name:
+            new = Path(name)
             new.chmod(0o755)
             yield new
             if path.exists():
@@ -131,8 +126,6 @@ def new_directory(path: str | os.PathLike) -> Iterator[Path]:
                 shutil.rmtree(old)
             else:
                 new.rename(path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path}: cannot write it: {error.strerror or error}") from error
 
@@ -159,7 +152,8 @@ def _write_model(
 
     def dtype_of(name: str, present: np.dtype) -> np.dtype:
         if dtype == "source":
-            return source_dtype(model.source.dtypes, name) or present
+            found = (model.files.tensors.get(prefix + name) for prefix in PREFIXES)
+            return next((tensor.dtype for tensor in found if tensor is not None), present)
         return present if dtype is None else np.dtype(dtype)
 
     with_head = isinstance(model, Generator)
@@ -172,7 +166,7 @@ def _write_model(
         with_copies=not family.is_stock,
     )
     write_model_files(directory, tensors, MAX_SHARD_BYTES)
-    config = {key: value for key, value in model.source.config.items() if key != "dtype"}
+    config = {key: value for key, value in model.files.config.values.items() if key != "dtype"}
     if family.is_stock:
         config["architectures"] = [family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name

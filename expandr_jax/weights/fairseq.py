@@ -8,13 +8,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from expandr_jax.data.records import write_json
+from expandr_jax.data.records import decode, write_json
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields
-from expandr_jax.weights.tokenizer import model_max_length as length_in
+from expandr_jax.weights.tokenizer import model_max_length
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _BOS, _PAD, _EOS, _UNK = range(4)
+_LONGEST = 1024  # What AnchorDR has positions for.
 
 _ASCII_FORMS = str.maketrans(
     {
@@ -43,20 +44,20 @@ class FairseqTokenizer:
 
     pad_token, pad_token_id = _SPECIAL[_PAD], _PAD
 
-    def __init__(self, directory: Path, model_max_length: int):
-        """Reads sp.model, dict.txt and, for its flag, tokenizer_config.json.
-
-        Args:
-            directory: Holds them.
-            model_max_length: Longest input in tokens.
+    def __init__(self, directory: Path):
+        """Reads sp.model, dict.txt and, for its flag and its length, tokenizer_config.json.
 
         Raises:
             UserError: If a file is missing or cannot be read.
         """
         settings = Fields.read(directory / "tokenizer_config.json", optional=True)
         self.lower_case = settings.flag("do_lower_case", False)
-        self.model_max_length = min(model_max_length, length_in(settings) or model_max_length)
-        self._files = {name: _read(directory / name) for name in ("sp.model", "dict.txt")}
+        self.model_max_length = min(_LONGEST, model_max_length(settings) or _LONGEST)
+        try:
+            self._files = {n: (directory / n).read_bytes() for n in ("sp.model", "dict.txt")}
+        except OSError as error:
+            reason = f"AnchorDR's tokenizer needs it: {error.strerror}"
+            raise UserError(f"{error.filename}: {reason}") from None
         self._pieces = sentencepiece.SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(self._files["sp.model"])
@@ -103,22 +104,11 @@ def _cut(token: str) -> list[str]:
     return [part for part in token.partition(core) if part] if core else [token]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: AnchorDR's tokenizer needs it: {error.strerror}") from None
-
-
 def _read_dictionary(path: Path, content: bytes) -> dict[str, int]:
     """Ids by piece: the special tokens, then the dictionary in its order."""
     ids = {piece: index for index, piece in enumerate(_SPECIAL)}
-    try:
-        lines = content.decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        piece, _, count = line.rpartition(" ")
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+        piece, _, count = decode(f"{path}:{number}", line).rpartition(" ")
         if not piece or not count.isdigit():
             raise UserError(f"{path}:{number}: expected a piece, a space and its count")
         if piece in ids:

@@ -1,7 +1,7 @@
 """A model's files as one object: configuration, tokenizer, and tensors read by rows."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.weights.fairseq import FairseqTokenizer
-from expandr_jax.weights.families import find_family, type_by_tensors
+from expandr_jax.weights.families import BY_TYPE, find_family
 from expandr_jax.weights.fields import Fields, path_inside, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile
 from expandr_jax.weights.tokenizer import read_tokenizer
@@ -31,6 +31,7 @@ class ModelFiles:
         read: (name, rows) -> a tensor, or some rows of it.
         tokenizer: Makes the tokenizer, chat template included.
         pooling: What makes a text's vector, where the weights file says so.
+        adapter: The directory of a PEFT adapter that is to be merged into the model.
     """
 
     where: str
@@ -42,6 +43,7 @@ class ModelFiles:
     read: Callable[[str, slice], np.ndarray]
     tokenizer: Callable[[], PreTrainedTokenizerFast | FairseqTokenizer]
     pooling: Pooling | None = None
+    adapter: Path | None = None
 
 
 def open_directory(path: Path) -> ModelFiles:
@@ -63,20 +65,25 @@ def open_directory(path: Path) -> ModelFiles:
             f"{path}: no model.safetensors here; pytorch_model.bin, a pickle, can run code "
             "when read and is refused: load and save such a model with transformers first"
         )
-    stored = {}
+    stored, tensors = {}, {}
     for file_path in files:
         file = SafetensorsFile(file_path)
-        for name in file.entries:
+        for name, tensor in file.entries.items():
             # Files converted from TensorFlow keep its names of a norm's parameters.
             present = name.replace("LayerNorm.gamma", "LayerNorm.weight")
             present = present.replace("LayerNorm.beta", "LayerNorm.bias")
             if present in stored:
                 raise UserError(f"{file_path}: tensor {shown(name)} is there twice")
-            stored[present] = file, name
-        _check_listed(file, [name for name in places if places[name] == file_path], file_path)
-    entries = {name: file.entries[key] for name, (file, key) in stored.items()}
+            stored[present], tensors[present] = (file, name), tensor
+        listed = {name for name, place in places.items() if place == file_path}
+        if missing := sorted(listed - file.entries.keys()):
+            raise UserError(
+                f"{file_path}: {len(missing)} tensors are missing that the index places here: "
+                + shown(", ".join(missing))
+            )
     # config.json's type, or that of a family which only its tensors tell from another.
-    model_type = type_by_tensors(stored) or config.values.get("model_type")
+    told = (kind for kind, family in BY_TYPE.items() if family.marker in stored)
+    model_type = next(told, config.values.get("model_type"))
 
     def read(name: str, rows: slice) -> np.ndarray:
         file, key = stored[name]
@@ -92,7 +99,7 @@ def open_directory(path: Path) -> ModelFiles:
         config=config,
         generation_config=generation_config,
         model_type=model_type,
-        tensors={n: jax.ShapeDtypeStruct(e.shape, e.dtype) for n, e in entries.items()},
+        tensors=tensors,
         read=read,
         tokenizer=tokenizer,
     )
@@ -109,13 +116,3 @@ def _read_index(index: Path) -> dict[str, Path]:
     if not places:
         raise UserError(f"{index}: it lists no weights files")
     return places
-
-
-def _check_listed(file: SafetensorsFile, names: Iterable[str], where: Path) -> None:
-    """Refuses a file that lacks tensors which the index says it has."""
-    missing = sorted({*names} - file.entries.keys())
-    if missing:
-        raise UserError(
-            f"{where}: {len(missing)} tensors are missing that the index places here: "
-            + shown(", ".join(missing))
-        )

@@ -17,17 +17,18 @@ from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.token_ids import check_ids
-from expandr_jax.sharding import device_put, param_shardings, replicated
+from expandr_jax.sharding import device_put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
-from expandr_jax.weights.families import example_inputs, find_family, model_config
+from expandr_jax.weights.families import find_family, model_config
 from expandr_jax.weights.fields import Fields, is_count, one_line, shown
 from expandr_jax.weights.files import ModelFiles, open_directory
 from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
-from expandr_jax.weights.source import Source, check_hash, locate
+from expandr_jax.weights.source import check_hash, locate
 from expandr_jax.weights.tokenizer import TOKENIZER_FILES, read_tokenizer
+from expandr_jax.weights.trees import module_shardings
 
 Params = dict[str, Any]
 # What generation_config.json can forbid, force or end a text by, beside eos_token_id.
@@ -43,9 +44,6 @@ def load_retriever(
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     max_length: int | None = None,
-    query_prompt: str | None = None,
-    document_prompt: str | None = None,
-    dtype: Any = jnp.float32,
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
     mesh: Mesh | None = None,
@@ -58,10 +56,7 @@ def load_retriever(
         pooling: From token vectors to the text's.
         normalize: Whether vectors are scaled to length one.
         max_length: Longest input in tokens.
-        query_prompt: Put before queries.
-        document_prompt: Put before documents.
-        dtype: Type of the parameters, but for those of norms: float32.
-        compute_dtype: Type of the module's computations.
+        compute_dtype: Type of the module's computations; parameters are float32.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
 
@@ -73,7 +68,7 @@ def load_retriever(
             nothing says how to pool, or no text fits `max_length`.
     """
     path = locate(source)
-    files, adapter = open_model(source, sha256)
+    files = open_model(source, sha256)
     settings = read_settings(path) if path.is_dir() else None
     family = find_family(files.config.where, files.model_type)
     if settings is None:
@@ -99,10 +94,9 @@ def load_retriever(
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = load_module(files, config, adapter, False, dtype, compute_dtype, mesh)
+    module, params = load_module(files, config, False, jnp.float32, compute_dtype, mesh)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
-        dense = {name: value.astype(dtype) for name, value in dense.items()}
         dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
         params["dense"] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
@@ -115,10 +109,10 @@ def load_retriever(
         pooling=pooling,
         normalize=settings.normalize if normalize is None else normalize,
         max_length=min(limit for limit in limits if limit),
-        query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
-        document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
+        query_prompt=settings.query_prompt,
+        document_prompt=settings.document_prompt,
         tokenizer=tokenizer,
-        source=origin(source, files),
+        files=files,
         dense=settings.dense,
     )
     return retriever, params
@@ -136,7 +130,8 @@ def load_generator(
 
     Args:
         source: As in `load_retriever`, as are the arguments below.
-        dtype: jnp.int8: projections are rounded to it, and the rest is in `compute_dtype`.
+        dtype: Type of the parameters, but for those of norms: float32. jnp.int8: projections are
+            rounded to it, and the rest is in `compute_dtype`.
 
     Returns:
         The generator and its parameters.
@@ -144,7 +139,7 @@ def load_generator(
     Raises:
         UserError: As there; if the model is an encoder, or has no chat template or end.
     """
-    files, adapter = open_model(source, sha256)
+    files = open_model(source, sha256)
     config = model_config(files.config, files.model_type)
     family = find_family(files.config.where, files.model_type)
     if not family.generates:
@@ -159,9 +154,9 @@ def load_generator(
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    generator = Generator(family.module(config), tokenizer, eos_ids, pad, origin(source, files))
+    generator = Generator(family.module(config), tokenizer, eos_ids, pad, files)
     _check_template(generator, source)
-    module, params = load_module(files, config, adapter, True, dtype, compute_dtype, mesh)
+    module, params = load_module(files, config, True, dtype, compute_dtype, mesh)
     return dataclasses.replace(generator, module=module), params
 
 
@@ -211,15 +206,12 @@ def _check_template(generator: Generator, source: str) -> None:
         raise UserError(f"{source}: its chat template makes nothing of a user's message")
 
 
-def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path | None]:
-    """Opens a source's files, and checks its hash if one is given.
+def open_model(source: str, sha256: str | None = None) -> ModelFiles:
+    """Opens a source's files, those of its base for a PEFT adapter, and checks its hash.
 
     Args:
         source: As in `load_retriever`.
         sha256: Pinned hash of the weights file; of the adapter's where it is one.
-
-    Returns:
-        The files, and None; for a PEFT adapter its base's files, and the adapter's directory.
 
     Raises:
         UserError: If it is not there, or cannot be read.
@@ -229,15 +221,15 @@ def open_model(source: str, sha256: str | None = None) -> tuple[ModelFiles, Path
     if base is None:
         files = _open_files(path)
         check_hash(files.files, sha256)
-        return files, None
+        return files
     check_hash([path / "adapter_model.safetensors"], sha256)
     below = locate(*base)
     if below.is_dir() and adapter_base(below) is not None:
         raise UserError(f"{path}: its base {base[0]} is an adapter, too: merge that one first")
-    files = _open_files(below)
+    files = dataclasses.replace(_open_files(below), adapter=path)
     if any((path / name).is_file() for name in TOKENIZER_FILES):  # As transformers finds it.
         files = dataclasses.replace(files, tokenizer=lambda: read_tokenizer(path, files.model_type))
-    return files, path
+    return files
 
 
 def _open_files(path: Path) -> ModelFiles:
@@ -249,7 +241,6 @@ def _open_files(path: Path) -> ModelFiles:
 def load_module(
     files: ModelFiles,
     config: Any,
-    adapter: Path | None,
     with_head: bool,
     dtype: Any,
     compute_dtype: Any,
@@ -262,19 +253,14 @@ def load_module(
             raise UserError(f"{files.where}: weights in int8 are for decoders only")
         config, dtype = dataclasses.replace(config, int8=True), compute_dtype
     module = family.module(config, dtype=compute_dtype)
-    shardings = None if mesh is None else param_shardings(mesh, module, *example_inputs(module))
+    shardings = None if mesh is None else module_shardings(mesh, module)
     params = load_params(files, module, family.weights(config, with_head), dtype, shardings)
-    if adapter is not None:
+    if files.adapter is not None:
         if not family.generates:
-            raise UserError(f"{adapter}: adapters of a {files.model_type} model are not supported")
-        lora, update = load_adapter(str(adapter), config)
+            raise UserError(
+                f"{files.adapter}: adapters of a {files.model_type} model are not supported"
+            )
+        lora, update = load_adapter(str(files.adapter), config)
         update = update if mesh is None else device_put(update, replicated(mesh))
         params = merge_lora(params, update, lora)
     return module, params
-
-
-def origin(source: str, files: ModelFiles) -> Source:
-    """Where a model came from, as its exports need it."""
-    dtypes = {name: str(tensor.dtype) for name, tensor in files.tensors.items()}
-    generation = files.generation_config.values or None
-    return Source(source, files.config.values, generation, dtypes)

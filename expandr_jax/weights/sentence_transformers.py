@@ -12,6 +12,7 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
+from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.fields import Fields, path_inside, read_json, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 
@@ -316,15 +317,14 @@ def _prompt(config: Fields, name: str) -> str:
     return prompts.text(name, "")
 
 
-def write_settings(directory: Path, settings: ModuleSettings, width: int) -> None:
+def write_settings(directory: Path, retriever: Retriever) -> None:
     """Writes modules.json and its kin, in the form that versions 2 to 6 read.
 
     Args:
         directory: Where the Transformer's own files are.
-        settings: What to write.
-        width: Length of a vector before the Dense layer, whose folder `write_dense` makes.
+        retriever: What to write; `write_dense` makes the folder of its dense layer.
     """
-    wanted = {"Dense": settings.dense is not None, "Normalize": settings.normalize}
+    wanted = {"Dense": retriever.dense is not None, "Normalize": retriever.normalize}
     modules = [kind for kind in _ORDER if wanted.get(kind, True)]
     listing = [
         {
@@ -335,23 +335,23 @@ def write_settings(directory: Path, settings: ModuleSettings, width: int) -> Non
         }
         for index, kind in enumerate(modules)
     ]
-    pooling: dict[str, Any] = {"word_embedding_dimension": width}
-    pooling |= {key: kind == settings.pooling for key, kind in _POOLING.items()}
-    prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
+    pooling: dict[str, Any] = {"word_embedding_dimension": retriever.module.config.hidden_size}
+    pooling |= {key: kind == retriever.pooling for key, kind in _POOLING.items()}
+    prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
     files = {
         "modules.json": listing,
         "1_Pooling/config.json": pooling,
         "sentence_bert_config.json": {
-            "max_seq_length": settings.max_length,
+            "max_seq_length": retriever.max_length,
             "do_lower_case": False,
         },
         "config_sentence_transformers.json": {
             "prompts": prompts,
             "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if settings.normalize else "dot",
+            "similarity_fn_name": "cosine" if retriever.normalize else "dot",
         },
     }
-    if settings.normalize:
+    if retriever.normalize:
         (directory / listing[-1]["path"]).mkdir()
     (directory / "1_Pooling").mkdir()
     for name, content in files.items():

@@ -1,12 +1,10 @@
 """Finds a model's files from what the user wrote: a path, a package's file, or a hub id."""
 
-import dataclasses
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from expandr_jax.data.records import hash_file
 from expandr_jax.errors import UserError
@@ -14,23 +12,6 @@ from expandr_jax.weights.fields import shown
 from expandr_jax.weights.sentence_transformers import module_folders
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a model came from.
-
-    Attributes:
-        name: As the user wrote it.
-        config: As in config.json; made from the metadata of a GGUF file.
-        generation_config: generation_config.json, if there is one.
-        dtypes: Types of its tensors by name, those of a GGUF file once dequantized.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    generation_config: Mapping[str, Any] | None = None
-    dtypes: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def locate(source: str, revision: str | None = None) -> Path:

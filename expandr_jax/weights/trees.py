@@ -25,7 +25,8 @@ def hash_tree(tree: Any) -> str:
 
 
 @functools.lru_cache(maxsize=64)  # Encoding asks for it at each call.
-def _module_shardings(mesh: Mesh, module: nn.Module) -> Mapping[str, Any]:
+def module_shardings(mesh: Mesh, module: nn.Module) -> Mapping[str, Any]:
+    """Where a module's own parameters belong on a mesh."""
     return param_shardings(mesh, module, *example_inputs(module))
 
 
@@ -38,7 +39,7 @@ def model_shardings(mesh: Mesh, module: nn.Module, params: Mapping[str, Any]) ->
         params: The parameters, or their shapes. Those that are not the module's, as of a layer
             after pooling, are on every device.
     """
-    own = _module_shardings(mesh, module.clone(remat="none"))
+    own = module_shardings(mesh, module.clone(remat="none"))
     everywhere = replicated(mesh)
     return {
         name: own[name] if name in own else jax.tree.map(lambda _: everywhere, tree)

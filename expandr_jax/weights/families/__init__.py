@@ -1,6 +1,5 @@
 """The families of models: one file for each, found by a model's type, tensors or module."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -18,19 +17,7 @@ BY_TYPE = {kind: family for family in FAMILIES for kind in family.classes}
 
 def family_of(module: nn.Module) -> Family:
     """The family that computes by this module."""
-    return next(family for family in FAMILIES if isinstance(module.config, family.config))
-
-
-def type_by_tensors(names: Iterable[str]) -> str | None:
-    """The model_type of a family that is told by its tensors alone; None for all others.
-
-    Args:
-        names: The tensors of a model's files.
-    """
-    names = set(names)
-    return next(
-        (kind for kind, family in BY_TYPE.items() if family.marker and family.marker in names), None
-    )
+    return next(family for family in FAMILIES if type(module.config) is family.config)
 
 
 def find_family(where: str, kind: str | None) -> Family:
@@ -47,7 +34,7 @@ def model_config(hf: Fields, kind: str | None) -> Any:
 
     Args:
         hf: config.json.
-        kind: Its model_type, or what `type_by_tensors` says.
+        kind: Its model_type, or that of the family that its tensors tell.
 
     Returns:
         The configuration of the module that computes the same function.
@@ -77,4 +64,4 @@ def model_config(hf: Fields, kind: str | None) -> Any:
 def example_inputs(module: nn.Module) -> list[Any]:
     """Shapes of the smallest inputs of a model's `__call__`."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(family_of(module).inputs, tokens, tokens)
+    return list(jax.eval_shape(module.inputs, tokens, tokens))

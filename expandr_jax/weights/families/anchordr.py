@@ -1,30 +1,20 @@
 """AnchorDR, the paper's retriever: its config.json says T5, and its tensors say otherwise."""
 
-import functools
-
-from expandr_jax.models.anchordr import FARTHEST, AnchorDr, AnchorDrConfig
+from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families.family import MOST_LAYERS, Family
-from expandr_jax.weights.families.t5 import DEFAULTS, FEED_FORWARDS, feed_forward_names
+from expandr_jax.weights.families.t5 import DEFAULTS, feed_forward_names, read_encoder
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, layer_norm, linear
 
 
 def _read(hf: Fields, kind: str) -> AnchorDrConfig:
-    hf.only(d_kv=hf.quotient("d_model", "num_heads"), pad_token_id=1)
-    layers = hf.count("num_layers", most=MOST_LAYERS)
-    return AnchorDrConfig(
-        vocab_size=hf.count("vocab_size"),
-        hidden_size=hf.count("d_model"),
-        num_layers=layers,
-        num_decoder_layers=hf.count("num_decoder_layers", layers, most=MOST_LAYERS),
-        num_heads=hf.count("num_heads"),
-        mlp_dim=hf.count("d_ff"),
-        gated=hf.choice("feed_forward_proj", FEED_FORWARDS) == "gated-gelu",
-        num_buckets=hf.count("relative_attention_num_buckets", least=4, most=4 * FARTHEST - 1),
-        norm_eps=hf.number("layer_norm_epsilon", above=0),
-        dropout=hf.rate("dropout_rate"),
-    )
+    width = hf.quotient("d_model", "num_heads")
+    hf.only(d_kv=width, pad_token_id=1)
+    encoder, farthest = read_encoder(hf), AnchorDrConfig.max_distance
+    layers = hf.count("num_decoder_layers", encoder["num_layers"], most=MOST_LAYERS)
+    buckets = hf.count("relative_attention_num_buckets", least=4, most=4 * farthest - 1)
+    return AnchorDrConfig(head_dim=width, num_buckets=buckets, num_decoder_layers=layers, **encoder)
 
 
 def _weights(config: AnchorDrConfig, with_head: bool) -> list[Weight]:
@@ -76,5 +66,5 @@ FAMILY = Family(
     kernel_tokens=_kernel_tokens,
     pooling="decoder",
     marker="encoder.pos_embed.weight",
-    tokenizer=functools.partial(FairseqTokenizer, model_max_length=1024),
+    tokenizer=FairseqTokenizer,
 )

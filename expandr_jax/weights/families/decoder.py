@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import jax
-
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
-from expandr_jax.models.mask import causal_mask
+from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.weights.families.family import (
     ACTIVATIONS,
     MOST_LAYERS,
     Family,
     layer_types,
     rope_scaling,
+    rope_theta,
 )
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, linear
@@ -110,12 +108,11 @@ def _rope(hf: Fields, gemma: bool) -> dict[str, Any]:
     full, local = given, Fields({}, hf.where)
     if "full_attention" in given:
         full, local = given.section("full_attention"), given.section("sliding_attention")
-    theta = (full if "rope_theta" in full else hf).number("rope_theta", 10000.0, above=0)
-    rope = {"rope_theta": float(theta), "rope_scaling": rope_scaling(full)}
+    theta = rope_theta(full, hf, "rope_theta", 10000.0)
+    rope = {"rope_theta": theta, "rope_scaling": rope_scaling(full)}
     if gemma:
         local.only(rope_type="default")
-        theta = hf.number("rope_local_base_freq", above=0)
-        rope["rope_local_theta"] = local.number("rope_theta", theta, above=0)
+        rope["rope_local_theta"] = rope_theta(local, hf, "rope_local_base_freq")
     return rope
 
 
@@ -147,10 +144,6 @@ def decoder_weights(config: DecoderConfig, with_head: bool) -> list[Weight]:
     return weights
 
 
-def _inputs(input_ids: jax.Array, attention_mask: jax.Array) -> list[Any]:
-    return [input_ids, token_positions(attention_mask), causal_mask(attention_mask)]
-
-
 FAMILY = Family(
     classes={
         "gemma3_text": ("Gemma3TextModel", "Gemma3ForCausalLM"),
@@ -164,7 +157,6 @@ FAMILY = Family(
     config=DecoderConfig,
     module=Decoder,
     weights=decoder_weights,
-    inputs=_inputs,
     pooling="last",
     generates=True,
 )

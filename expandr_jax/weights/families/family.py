@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
@@ -45,8 +44,6 @@ class Family:
         config: The class of that configuration.
         module: Builds the module from a configuration.
         weights: (configuration, whether the output head is wanted) -> where each tensor belongs.
-        inputs: (input ids, attention mask), [batch, length] each -> arguments of the module, which
-            are the same for encoders.
         attention_flops: (configuration, length, keys) -> floating-point operations of attention in
             one text of `length` tokens that each attend to `keys`.
         kernel_tokens: (path of a kernel, length of a text) -> tokens that the kernel is applied to:
@@ -64,13 +61,12 @@ class Family:
     module: Callable[..., nn.Module]
     weights: Callable[[Any, bool], Sequence[Weight]]
     defaults: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    inputs: Callable[[jax.Array, jax.Array], list[Any]] = lambda *given: list(given)
     attention_flops: Callable[[Any, int, int], int] = attention_flops
     kernel_tokens: Callable[[tuple[str, ...], int], int] = lambda _, length: length
     pooling: Pooling = "mean"
     generates: bool = False
     ignored: tuple[str, ...] = ()
-    marker: str = ""
+    marker: str | None = None
     tokenizer: Callable[[Path], Any] | None = None
 
     @property
@@ -104,3 +100,10 @@ def rope_scaling(rope: Fields) -> RopeScaling | None:
     low = rope.number("low_freq_factor", above=0)
     high = rope.number("high_freq_factor", above=low)
     return RopeScaling("llama3", factor, low, high, rope.count("original_max_position_embeddings"))
+
+
+def rope_theta(rope: Fields, hf: Fields, older: str, *default: float) -> float:
+    """The base of rotary frequencies: such an object's, or that of an `older` field of the file."""
+    if "rope_theta" in rope:
+        return float(rope.number("rope_theta", above=0))
+    return float(hf.number(older, *default, above=0))

@@ -10,6 +10,7 @@ from expandr_jax.weights.families.family import (
     Family,
     layer_types,
     rope_scaling,
+    rope_theta,
 )
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, layer_norm, linear
@@ -78,10 +79,7 @@ def _rope(hf: Fields, kind: str, older: str) -> tuple[float, RopeScaling | None]
         raise hf.refuse("rope_parameters", f"an object with {' and '.join(LAYER_TYPES)} alone")
     given = given.section(kind)
     given.only(partial_rotary_factor=1.0)
-    theta = (given if "rope_theta" in given else hf).number(
-        "rope_theta" if "rope_theta" in given else older, above=0
-    )
-    return float(theta), rope_scaling(given)
+    return rope_theta(given, hf, older), rope_scaling(given)
 
 
 def _weights(config: ModernBertConfig, with_head: bool) -> list[Weight]:

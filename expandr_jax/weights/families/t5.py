@@ -1,11 +1,13 @@
 """T5 encoders (GTR, sentence-T5)."""
 
+from typing import Any
+
 from expandr_jax.models.t5 import T5Config, T5Encoder
 from expandr_jax.weights.families.family import MOST_LAYERS, Family
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, linear
 
-FEED_FORWARDS = ("relu", "gated-gelu")
+_FEED_FORWARDS = ("relu", "gated-gelu")
 DEFAULTS = {
     "dropout_rate": 0.1,
     "feed_forward_proj": "relu",
@@ -18,19 +20,26 @@ DEFAULTS = {
 def _read(hf: Fields, kind: str) -> T5Config:
     buckets = hf.count("relative_attention_num_buckets", least=4)
     return T5Config(
-        vocab_size=hf.count("vocab_size"),
-        hidden_size=hf.count("d_model"),
-        num_layers=hf.count("num_layers", most=MOST_LAYERS),
-        num_heads=hf.count("num_heads"),
         head_dim=hf.count("d_kv"),
-        mlp_dim=hf.count("d_ff"),
-        gated=hf.choice("feed_forward_proj", FEED_FORWARDS) == "gated-gelu",
         num_buckets=buckets,
         # The near quarter of the buckets has a distance each; the farthest lies beyond.
         max_distance=hf.count("relative_attention_max_distance", least=buckets // 4 + 1),
-        norm_eps=hf.number("layer_norm_epsilon", above=0),
-        dropout=hf.rate("dropout_rate"),
+        **read_encoder(hf),
     )
+
+
+def read_encoder(hf: Fields) -> dict[str, Any]:
+    """The fields of a configuration that mean the same to all who call themselves T5."""
+    return {
+        "vocab_size": hf.count("vocab_size"),
+        "hidden_size": hf.count("d_model"),
+        "num_layers": hf.count("num_layers", most=MOST_LAYERS),
+        "num_heads": hf.count("num_heads"),
+        "mlp_dim": hf.count("d_ff"),
+        "gated": hf.choice("feed_forward_proj", _FEED_FORWARDS) == "gated-gelu",
+        "norm_eps": hf.number("layer_norm_epsilon", above=0),
+        "dropout": hf.rate("dropout_rate"),
+    }
 
 
 def _weights(config: T5Config, with_head: bool) -> list[Weight]:
