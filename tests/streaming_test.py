@@ -150,14 +150,12 @@ def test_memory_stays_flat_on_four_gigabytes(tmp_path, capsys):
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(2**26, np.float32)
     # Every tensor is another stretch of the same random numbers.
-    tensors = {
-        f"{name}.weight": store.Tensor(
-            pool.dtype, shape, [pool[i : i + int(np.prod(shape))].reshape(shape)]
-        )
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+    tensors = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        part = pool[i : i + int(np.prod(shape))].reshape(shape)
+        tensors[f"{name}.weight"] = store.Tensor(part.dtype, shape, lambda part=part: [part])
     store.write_model_files(source, tensors, 10**9)
-    del pool, tensors
+    del pool, part, tensors
     for devices in (1, 4):
         env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         command = [sys.executable, "-c", MEASURE, str(source), str(out)]

@@ -20,7 +20,7 @@ from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
-from expandr_jax.weights.names import Weight, find_prefix, hf_name, is_ignored
+from expandr_jax.weights.names import IGNORED, PREFIXES, Weight, hf_name
 
 # Leaves up to this size are made whole; larger ones are filled by pieces of about this size.
 PIECE_BYTES = 64 * 2**20
@@ -86,7 +86,8 @@ def _find(
 ) -> dict[str, list[str]]:
     """Names of the tensors that each leaf holds; refuses a file that is not exactly these."""
     tensors = files.tensors
-    prefix = find_prefix(tensors, weights)
+    # The one under which the file keeps the embedding.
+    prefix = next((p for p in PREFIXES if p + weights[0].name in tensors), PREFIXES[0])
     stored, known = {}, set()
     for weight in weights:
         layers = range(expected[weight.path][0]) if weight.stacked else [0]
@@ -98,9 +99,9 @@ def _find(
         known |= {*names, *copies}
     wanted = {name for names in stored.values() for name in names}
     _complain(files.where, "are missing", wanted - tensors.keys())
-    unused = family_of(module).ignored
-    unknown = {n for n in tensors.keys() - known if not is_ignored(n, unused)}
-    _complain(files.where, "are unknown", unknown)
+    ignored = family_of(module).ignored
+    unknown = (name for name in tensors.keys() - known if not name.startswith(ignored))
+    _complain(files.where, "are unknown", (n for n in unknown if not IGNORED.fullmatch(n)))
     wrong = []
     for weight in weights:
         shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]
@@ -205,31 +206,25 @@ def _assemble(
     first = next(pieces)
     if first[1].shape == shape:
         return _device_put(first[1], sharding)
-    bounds = {None: [(0, size) for size in shape]}
+    indices = {None: (slice(None),) * len(shape)}
     if sharding is not None:
-        bounds = {
-            device: [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
+        indices = sharding.addressable_devices_indices_map(shape)
+    limits = {  # Where each device's shard begins and ends, along each axis.
+        device: np.array([part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]).T
+        for device, index in indices.items()
+    }
     shards = {
-        device: jnp.zeros([stop - start for start, stop in limits], dtype, device=device)
-        for device, limits in bounds.items()
+        device: jnp.zeros(tuple(high - low), dtype, device=device)
+        for device, (low, high) in limits.items()
     }
     for start, piece in itertools.chain([first], pieces):
-        for device, limits in bounds.items():
+        for device, (low, high) in limits.items():
             # The part of this piece that lies in the device's shard.
-            begins = [max(at, low) for at, (low, _) in zip(start, limits, strict=True)]
-            ends = [
-                min(at + size, high)
-                for at, size, (_, high) in zip(start, piece.shape, limits, strict=True)
-            ]
-            if any(begin >= end for begin, end in zip(begins, ends, strict=True)):
-                continue
-            cut = piece[
-                tuple(slice(b - at, e - at) for b, e, at in zip(begins, ends, start, strict=True))
-            ]
-            begin = tuple(b - low for b, (low, _) in zip(begins, limits, strict=True))
-            shards[device] = _write(shards[device], jax.device_put(cut, device), begin)
+            begin, end = np.maximum(start, low), np.minimum(np.add(start, piece.shape), high)
+            if (begin < end).all():
+                cut = piece[tuple(map(slice, begin - start, end - start))]
+                cut = jax.device_put(cut, device)
+                shards[device] = _write(shards[device], cut, tuple(begin - low))
         # Waiting here is what bounds the number of pieces that are alive.
         jax.block_until_ready(list(shards.values()))
     if sharding is None:

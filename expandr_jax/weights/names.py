@@ -6,7 +6,8 @@ which is the leading axis of our stacked parameters.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,11 @@ class Weight:
         return "{}" in self.name
 
 
-def linear(
-    path: str, name: str, bias: bool, *, bare: bool = False, first: int = 0
-) -> Iterator[Weight]:
-    """The kernel of a linear layer and, if it has one, its bias."""
-    yield Weight(f"{path}/kernel", f"{name}.weight", True, bare=bare, first=first)
+def linear(path: str, name: str, bias: bool, **options: Any) -> Iterator[Weight]:
+    """The kernel of a linear layer and, if it has one, its bias; the options are `Weight`'s."""
+    yield Weight(f"{path}/kernel", f"{name}.weight", True, **options)
     if bias:
-        yield Weight(f"{path}/bias", f"{name}.bias", bare=bare, first=first)
+        yield Weight(f"{path}/bias", f"{name}.bias", **options)
 
 
 def layer_norm(path: str, name: str, bias: bool = True, *, first: int = 0) -> Iterator[Weight]:
@@ -53,27 +52,13 @@ def layer_norm(path: str, name: str, bias: bool = True, *, first: int = 0) -> It
 # Prefixes under which published files keep the names above. The head never has one.
 PREFIXES = ("", "model.", "bert.", "roberta.")
 
-# Tensors that files may hold and that these models do not use.
-_IGNORED = re.compile(
+# Tensors that files may hold and that these models do not use: position ids, poolers, heads of
+# pre-training, a head that is not wanted.
+IGNORED = re.compile(
     r"(.*\.)?(embeddings\.position_ids|rotary_emb\.inv_freq)"
     r"|(.*\.)?pooler\.dense\.(weight|bias)"
     r"|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
 )
-
-
-def is_ignored(name: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a tensor is a known extra: position ids, pooler, pre-training heads, unused head.
-
-    Args:
-        name: The tensor's name in the file.
-        prefixes: The beginnings of names that the model's family does not use.
-    """
-    return name.startswith(prefixes) or _IGNORED.fullmatch(name) is not None
-
-
-def find_prefix(names: Iterable[str], weights: list[Weight]) -> str:
-    """The prefix under which a file keeps the embedding; the first candidate if there is none."""
-    return next((p for p in PREFIXES if p + weights[0].name in names), PREFIXES[0])
 
 
 def hf_name(weight: Weight, index: int, prefix: str) -> str:

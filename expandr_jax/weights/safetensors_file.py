@@ -8,9 +8,10 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -39,36 +40,16 @@ _TYPES = {name: np.dtype(dtype) for name, dtype in _TYPES.items()}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One tensor of a file.
-
-    Attributes:
-        dtype: Its type.
-        shape: Its shape.
-        offset: Where its first byte lies in the file.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def stop(self) -> int:
-        """The byte after its last."""
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
-
 class SafetensorsFile:
     """The parsed header of a safetensors file.
 
     Attributes:
-        entries: By name.
+        entries: Shapes and types of its tensors by name.
     """
 
     def __init__(self, path: Path):
         """Parses the header; raises UserError if it is not a whole safetensors file."""
-        self._path, self.entries = path, {}
+        self._path, self.entries, self._offsets = path, {}, {}
         try:
             with path.open("rb") as file:
                 offset = 8 + int.from_bytes(file.read(8), "little")
@@ -79,8 +60,9 @@ class SafetensorsFile:
                     kind = tensor.get_dtype()
                     if kind not in _TYPES:
                         raise UserError(f"{path}: {shown(name)} is of unknown type {kind}")
-                    self.entries[name] = Entry(_TYPES[kind], tuple(tensor.get_shape()), offset)
-                    offset = self.entries[name].stop
+                    entry = jax.ShapeDtypeStruct(tuple(tensor.get_shape()), _TYPES[kind])
+                    self.entries[name], self._offsets[name] = entry, offset
+                    offset += entry.size * entry.dtype.itemsize
         except OSError as error:
             raise UserError(f"{path}: cannot read it: {error.strerror}") from None
         except SafetensorError as error:
@@ -91,7 +73,7 @@ class SafetensorsFile:
         entry = self.entries[name]
         start, stop, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
         width = math.prod(entry.shape[1:])
-        offset = entry.offset + start * width * entry.dtype.itemsize
+        offset = self._offsets[name] + start * width * entry.dtype.itemsize
         count = (stop - start) * width
         values = np.fromfile(self._path, entry.dtype, count, offset=offset)
         return values.reshape((stop - start, *entry.shape[1:]) if entry.shape else ())
@@ -109,7 +91,7 @@ class Tensor:
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    parts: Iterable[np.ndarray]
+    parts: Callable[[], Iterable[np.ndarray]]
 
     @property
     def num_bytes(self) -> int:
@@ -117,12 +99,7 @@ class Tensor:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file that PyTorch's loaders accept, holding one part of one tensor at a time.
-
-    Args:
-        path: The file.
-        tensors: By name.
-    """
+    """Writes a file that PyTorch's loaders accept, holding one part of one tensor at a time."""
     # Wide types first, so that every tensor begins at a multiple of its item's size.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -140,12 +117,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            for part in tensors[name].parts:
+            for part in tensors[name].parts():
                 array = np.ascontiguousarray(part, tensors[name].dtype)
                 file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as they are."""
-    tensors = {name: Tensor(array.dtype, array.shape, [array]) for name, array in arrays.items()}
-    write_safetensors(path, tensors)
+    write_safetensors(
+        path, {name: Tensor(x.dtype, x.shape, lambda x=x: [x]) for name, x in arrays.items()}
+    )

@@ -3,7 +3,7 @@
 What is resident beyond the parameters themselves is one tensor of one layer.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,26 +15,19 @@ from flax import traverse_util
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from expandr_jax.data.records import write_json
-from expandr_jax.weights.names import PREFIXES, Weight, hf_name
+from expandr_jax.weights.names import Weight, hf_name
 from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
 
 _PART_BYTES = 64 * 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
+def _rows(leaf: jax.Array, layer: int | None, transpose: bool) -> Iterator[np.ndarray]:
     """The rows of one tensor in the Hugging Face layout, fetched when they are asked for."""
-
-    leaf: jax.Array
-    layer: int | None
-    transpose: bool
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        array = np.asarray(self.leaf if self.layer is None else self.leaf[self.layer])
-        array = array.T if self.transpose else array
-        step = max(1, _PART_BYTES // (array.itemsize * math.prod(array.shape[1:])))
-        for start in range(0, len(array), step):
-            yield array[start : start + step]
+    array = np.asarray(leaf if layer is None else leaf[layer])
+    array = array.T if transpose else array
+    step = max(1, _PART_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
 
 
 def named_tensors(
@@ -45,7 +38,7 @@ def named_tensors(
     *,
     with_copies: bool = False,
 ) -> dict[str, Tensor]:
-    """Undoes the loading: parameters to named tensors, none of which is made yet.
+    """Undoes the loading: parameters to tensors by name, none of which is made yet.
 
     Args:
         params: Parameter tree.
@@ -53,9 +46,6 @@ def named_tensors(
         prefix: Put before every name but the head's.
         dtype_of: From a name without prefix and a leaf's type to the type to write.
         with_copies: Write tensors under the names of their copies too.
-
-    Returns:
-        Tensors by name.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     tensors = {}
@@ -65,7 +55,8 @@ def named_tensors(
         shape = shape[::-1] if weight.transpose else shape
         for layer in range(leaf.shape[0]) if weight.stacked else [0]:
             bare = hf_name(weight, layer, "")
-            rows = _Rows(leaf, layer if weight.stacked else None, weight.transpose)
+            which = layer if weight.stacked else None
+            rows = functools.partial(_rows, leaf, which, weight.transpose)
             tensor = Tensor(np.dtype(dtype_of(bare, leaf.dtype)), shape, rows)
             tensors[hf_name(weight, layer, prefix)] = tensor
             if with_copies:
@@ -73,19 +64,10 @@ def named_tensors(
     return tensors
 
 
-def source_dtype(dtypes: Mapping[str, str], name: str) -> np.dtype | None:
-    """The type that a source's files give a tensor, whatever prefix they use."""
-    found = next((dtypes[p + name] for p in PREFIXES if p + name in dtypes), None)
-    return None if found is None else np.dtype(found)
-
-
 def write_model_files(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     """Writes model.safetensors, or shards with an index where one file would be too large.
 
-    Args:
-        directory: Where to.
-        tensors: By name.
-        max_shard_bytes: Most bytes of tensors in a file; a tensor is never divided.
+    Each has tensors of `max_shard_bytes` at most, or a single one, for none is divided.
     """
     split = split_state_dict_into_shards_factory(
         tensors,
