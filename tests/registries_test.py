@@ -315,10 +315,10 @@ def test_families(kind):
     vector, flops = COMPUTED[kind]
     assert family.attention_flops(config, 3, 3) == flops
     ids, mask = np.array([[5, 6, 7], [8, 9, 1]]), np.array([[1, 1, 1], [1, 1, 0]])
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *family.inputs(ids, mask)))["params"]
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), *module.inputs(ids, mask)))["params"]
 
     def encode(params, ids, mask):
-        hidden = module.apply({"params": params}, *family.inputs(ids, mask))
+        hidden = module.apply({"params": params}, *module.inputs(ids, mask))
         return pool(hidden, mask, family.pooling)
 
     found = jitted_too(encode, params, ids, mask)
