@@ -43,39 +43,20 @@ def judged_documents(
     return Judged(queries, documents, grades)
 
 
-@dataclasses.dataclass(frozen=True)
-class Results:
-    """What some searches found, and what they should have.
-
-    Attributes:
-        scores: [searches, depth] of the documents found, best first.
-        found: [searches, depth] their rows in the index; -1 fills.
-        documents: [searches, count] the relevant ones, as in `Judged`.
-        grades: [searches, count] their relevance.
-    """
-
-    scores: np.ndarray
-    found: np.ndarray
-    documents: np.ndarray
-    grades: np.ndarray
-
-    @property
-    def relevant_ranks(self) -> np.ndarray:
-        """Ranks [searches, count] of the relevant documents, 0 for one that was not found."""
-        return ranks.ranks_in_results(self.found, self.documents)
-
-
-# What a search is worth: (results, temperature) -> [searches].
-SEARCH_MEASURES: dict[str, Callable[[Results, float], np.ndarray]] = {
-    "reciprocal_rank": lambda results, _: ranks.reciprocal_rank(
-        ranks.ranks_in_results(results.found, results.documents[:, :1])[:, 0]
+# What searches are worth: (scores and rows of the documents that they found, [searches, depth]
+# each; documents and grades as in `Judged`, a row for each search; temperature) -> [searches].
+SEARCH_MEASURES: dict[str, Callable[..., np.ndarray]] = {
+    "reciprocal_rank": lambda scores, found, documents, grades, temperature: ranks.reciprocal_rank(
+        ranks.ranks_in_results(found, documents[:, :1])[:, 0]
     ),
-    "ndcg": lambda results, _: ranks.ndcg(results.relevant_ranks, results.grades),
-    "average_precision": lambda results, _: ranks.average_precision(
-        results.relevant_ranks, results.grades > 0
+    "ndcg": lambda scores, found, documents, grades, temperature: ranks.ndcg(
+        ranks.ranks_in_results(found, documents), grades
     ),
-    "softmax_share": lambda results, temperature: ranks.softmax_share(
-        results.scores, results.found, results.documents, temperature
+    "average_precision": lambda scores, found, documents, grades, temperature: (
+        ranks.average_precision(ranks.ranks_in_results(found, documents), grades > 0)
+    ),
+    "softmax_share": lambda scores, found, documents, grades, temperature: ranks.softmax_share(
+        scores, found, documents, temperature
     ),
 }
 
@@ -101,7 +82,7 @@ def measure_searches(
     for start in range(0, len(result), rows):
         part = slice(start, start + rows)
         relevant = (np.repeat(x[part], each, axis=0) for x in (judged.documents, judged.grades))
-        worth = SEARCH_MEASURES[measure](Results(*search(part), *relevant), temperature)
+        worth = SEARCH_MEASURES[measure](*search(part), *relevant, temperature)
         result[part] = worth.reshape(-1, each)
     return result
 
