@@ -30,7 +30,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
 from expandr_jax.planning.programs import planned_programs
-from expandr_jax.planning.proposals import PHASES, Proposal, propose
+from expandr_jax.planning.proposals import PHASES, config_flags, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from expandr_jax.report.tables import Bold, render, wide_console
@@ -244,15 +244,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
-def show_proposals(proposals: Sequence[Proposal], console: Console) -> None:
+def show_proposals(proposals: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Prints what `propose` found, as a table and as flags."""
     rows = [
-        [p.phase, p.flags, f"{p.needs.total / GIB:.2f}", _duration(p.seconds)] for p in proposals
+        [
+            row["phase"],
+            config_flags(row["settings"]),
+            f"{row['bytes_total'] / GIB:.2f}",
+            _duration(row["roofline_seconds"]),
+        ]
+        for row in proposals
     ]
     title = "Settings by estimate, compiled until one fits"
     console.print(render(title, ("phase", "settings", "total GiB", "at least"), rows))
     for phase in PHASES:
-        if phase not in {proposal.phase for proposal in proposals}:
+        if phase not in {row["phase"] for row in proposals}:
             console.print(f"{phase}: nothing that was tried fits")
 
 
@@ -291,7 +297,7 @@ def main(_: Any) -> None:
     result = plan(config, topology, log, values.only, values.repeats)
     proposals = propose(config, topology, log) if values.search else []
     if out is not None:
-        write_json(out, {**result, "proposals": [proposal.row() for proposal in proposals]})
+        write_json(out, {**result, "proposals": proposals})
     show(result, console)
     if values.search:
         show_proposals(proposals, console)

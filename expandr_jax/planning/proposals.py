@@ -6,7 +6,7 @@ whether it fits, and the first that does is proposed.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +16,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.stack import REMATS
 from expandr_jax.pair import OF_ONE_PROCESS
 from expandr_jax.planning.collectives import Collectives
-from expandr_jax.planning.compiled import Needs, compile_program, roofline
+from expandr_jax.planning.compiled import compile_program, roofline
 from expandr_jax.planning.planned import QUERIES, Planned, bytes_on_device
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.topology import Topology
@@ -31,77 +31,47 @@ PHASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Proposal:
-    """Settings of a phase and what they need.
-
-    Attributes:
-        phase: A key of `PHASES`.
-        settings: Values by their names in the config.
-        planned: The program with them.
-        seconds: An estimate of its time, at least.
-        needs: As compiled; None until then.
-    """
-
-    phase: str
-    settings: dict[str, Any]
-    planned: Planned
-    seconds: float
-    needs: Needs | None = None
-
-    def row(self) -> dict[str, Any]:
-        """As --out has it."""
-        return {
-            "phase": self.phase,
-            "settings": self.settings,
-            "bytes_total": self.needs.total,
-            "roofline_seconds": self.seconds,
-        }
-
-    @property
-    def flags(self) -> str:
-        """As they are given on the command line."""
-        return " ".join(
-            f'--config.{name}="{value}"' if isinstance(value, tuple) else f"--config.{name}={value}"
-            for name, value in self.settings.items()
-        )
+def config_flags(settings: Mapping[str, Any]) -> str:
+    """Settings by their names in the config, as they are given on the command line."""
+    return " ".join(
+        f'--config.{name}="{value}"' if isinstance(value, tuple) else f"--config.{name}={value}"
+        for name, value in settings.items()
+    )
 
 
-def propose(config: Config, topology: Topology, console: Console) -> list[Proposal]:
+def propose(config: Config, topology: Topology, console: Console) -> list[dict[str, Any]]:
     """The quickest settings of each phase, by estimate, that the compiler says fit.
 
-    Args:
-        config: The whole config; all that is not searched stays as it says.
-        topology: What for.
-        console: Where progress is shown.
+    All that is not searched stays as the config says.
 
     Returns:
-        A proposal for each phase that has one; of the others nothing tried fits.
+        {"phase", "settings", "bytes_total", "roofline_seconds"}, as --out has it, for each phase
+        that has such settings; of the others nothing tried fits.
     """
     found = []
     for phase in PHASES:
         console.print(f"{phase}: estimating settings")
         ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
-        for number, (_, proposal) in enumerate(ordered[:TRIES], start=1):
+        for number, (order, settings, planned) in enumerate(ordered[:TRIES], start=1):
             console.print(
-                f"{phase}: compiling {proposal.flags} ({number} of at most {TRIES})",
+                f"{phase}: compiling {config_flags(settings)} ({number} of at most {TRIES})",
                 soft_wrap=True,
                 markup=False,
             )
-            planned = proposal.planned
             lowered = planned.program.lower(*planned.arguments)
             needs = compile_program(lowered, topology.chip, planned.resident)
             needs = dataclasses.replace(needs, compiled=None)  # Not kept: it may be large.
             if needs.fits:
-                found.append(dataclasses.replace(proposal, needs=needs))
+                row = {"phase": phase, "settings": settings, "bytes_total": needs.total}
+                found.append(row | {"roofline_seconds": order[0]})
                 break
     return found
 
 
 def _estimates(
     config: Config, topology: Topology, phase: str
-) -> Iterator[tuple[tuple[Any, ...], Proposal]]:
-    """(what to sort by, settings) of all that may fit."""
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Planned]]:
+    """(what to sort by, its time first; settings; the program with them) of all that may fit."""
     program, remat_name = PHASES[phase]
     micro_batches = [0]
     if phase == "contrastive":
@@ -127,7 +97,7 @@ def _estimates(
             topology.chip, planned.devices, planned.run_flops, planned.moved, _sent(planned, mesh)
         )
         order = (estimate, mesh[2], -mesh[1], REMATS.index(remat) if remat else 0, -micro)
-        yield order, Proposal(phase, settings, planned, estimate)
+        yield order, settings, planned
 
 
 def _meshes(devices: int) -> Iterator[tuple[int, int, int]]:
