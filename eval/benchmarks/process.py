@@ -105,27 +105,18 @@ def peak_memory() -> int:
 
 def _machine() -> dict[str, float]:
     """The machine's peaks of matrix products and of reading memory, as far as jax reaches them."""
-    import time
-
     import jax
     import jax.numpy as jnp
 
-    def best(function, *arguments):
-        function(*arguments).block_until_ready()
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            function(*arguments).block_until_ready()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
+    from expandr_jax.runtime.chips import best_seconds
 
     side = 3072
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.float32)
-    seconds = best(jax.jit(jnp.matmul), matrix, matrix)
+    seconds = best_seconds(jax.jit(jnp.matmul), matrix, matrix)
     numbers = jnp.ones(2**27, jnp.float32)
     return {
         "matmul_flops": 2 * side**3 / seconds,
-        "read_bytes": numbers.nbytes / best(jax.jit(jnp.sum), numbers),
+        "read_bytes": numbers.nbytes / best_seconds(jax.jit(jnp.sum), numbers),
     }
 
 

@@ -48,7 +48,7 @@ def start(directory: pathlib.Path, everything: bool) -> Running:
     from expandr_jax.rewards import ranks as rewards
     from expandr_jax.rewards.selection import passes_similarity_filter, select_pair
     from expandr_jax.search import build_index
-    from expandr_jax.vectors.query import expanded_query
+    from expandr_jax.vectors.query import fuse_each
 
     queries, texts, documents = json.loads((directory / "candidates.json").read_text())
     vectors = np.load(directory / "corpus.npy", allow_pickle=False)
@@ -66,21 +66,12 @@ def start(directory: pathlib.Path, everything: bool) -> Running:
         similarities = [
             np.einsum("qcd,qd->qc", candidates, side) for side in (vectors[relevant], answers)
         ]
-        fused = np.asarray(
-            expanded_query(
-                np.repeat(query, CANDIDATES, axis=0),
-                candidates.reshape(count * CANDIDATES, 1, -1),
-                np.ones((count * CANDIDATES, 1), bool),
-                query_weight=0.5,
-                normalize="both",
-            )
-        )
-        _, found = index.search(fused, DEPTH)
-        rank = rewards.ranks_in_results(found, np.repeat(relevant, CANDIDATES)[:, None]).reshape(
-            count, -1
-        )
+        present = np.ones((count, CANDIDATES), bool)
+        fused = fuse_each(query, candidates, present, query_weight=0.5, normalize="both")
+        _, found = index.search(fused.reshape(-1, fused.shape[-1]), DEPTH)
+        rank = rewards.ranks_in_results(found, np.repeat(relevant, CANDIDATES)[:, None])
         terms = [rewards.reciprocal_rank(rewards.ranks(side)) for side in similarities]
-        reward = sum(terms) + rewards.reciprocal_rank(rank)
+        reward = sum(terms) + rewards.reciprocal_rank(rank).reshape(count, -1)
         kept = passes_similarity_filter(*similarities, 0.6)
         for row in np.flatnonzero(kept):
             select_pair(reward[row], texts[row][:CANDIDATES])

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -35,7 +35,9 @@ def prepare(directory: pathlib.Path) -> None:
     prompts = [generator.chat_ids(message, 256)[0] for message in messages]
     (directory / "prompts.json").write_text(json.dumps(prompts))
     if importlib.util.find_spec("torch"):
-        (directory / "batch.json").write_text(json.dumps(_best_batch(directory)))
+        _, rows, rate = _transformers(directory)
+        best = max(BATCHES, key=lambda size: rate(rows[:size]))
+        (directory / "batch.json").write_text(json.dumps(best))
 
 
 def _prompts(directory: pathlib.Path) -> list[list[int]]:
@@ -85,61 +87,48 @@ def start_ours(directory: pathlib.Path) -> Running:
     return Running(run, outputs, f"{SLOTS} slots")
 
 
-class _Transformers:
-    """`generate` of transformers on rows of prompts, left-padded."""
+def _transformers(
+    directory: pathlib.Path,
+) -> tuple[np.ndarray, list[list[int]], Callable[[list[list[int]]], float]]:
+    """Greedy tokens by transformers, a prompt for each candidate, and how quick a batch is.
 
-    def __init__(self, directory: pathlib.Path):
-        import torch
-        import transformers
+    The latter takes prompts, pads them on the left, and gives tokens sampled a second.
+    """
+    import torch
+    import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory / "smollm2", dtype=torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory / "smollm2", dtype=torch.float32
+    )
+    model.eval()
+    pad_id = model.generation_config.pad_token_id
+
+    def generate(rows: list[list[int]], tokens: int, **settings) -> np.ndarray:
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        config = transformers.GenerationConfig(
+            max_new_tokens=tokens, eos_token_id=None, pad_token_id=pad_id, **settings
         )
-        model.eval()
-        pad_id = model.generation_config.pad_token_id
+        with torch.inference_mode():
+            new = model.generate(ids, attention_mask=mask, generation_config=config)
+        return new[:, width:].numpy()
 
-        def generate(rows: list[list[int]], tokens: int, **settings) -> np.ndarray:
-            width = max(map(len, rows))
-            ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows])
-            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            config = transformers.GenerationConfig(
-                max_new_tokens=tokens, eos_token_id=None, pad_token_id=pad_id, **settings
-            )
-            with torch.inference_mode():
-                new = model.generate(ids, attention_mask=mask, generation_config=config)
-            return new[:, width:].numpy()
-
-        self._generate = generate
-        self.prompts = _prompts(directory)
-        self.rows = [prompt for prompt in self.prompts for _ in range(CANDIDATES)]
-
-    def greedy(self, tokens: int) -> np.ndarray:
-        """The likeliest tokens, [prompts, tokens]."""
-        return self._generate(self.prompts, tokens, do_sample=False)
-
-    def rate(self, rows: list[list[int]]) -> float:
-        """Tokens sampled a second, where all tokens of these rows are."""
+    def rate(rows: list[list[int]]) -> float:
         settings = {"do_sample": True, "temperature": 1.0, "top_p": TOP_P, "top_k": 0}
-        return per_second(
-            len(rows) * NEW_TOKENS, lambda: self._generate(rows, NEW_TOKENS, **settings)
-        )()
+        return per_second(len(rows) * NEW_TOKENS, lambda: generate(rows, NEW_TOKENS, **settings))()
 
-
-def _best_batch(directory: pathlib.Path) -> int:
-    transformers, rates = _Transformers(directory), {}
-    transformers.greedy(CHECKED_TOKENS)  # The first call of all is slower.
-    for size in BATCHES:
-        rates[size] = transformers.rate(transformers.rows[:size])
-    return max(rates, key=rates.get)
+    prompts = _prompts(directory)
+    greedy = generate(prompts, CHECKED_TOKENS, do_sample=False)  # The first call is slower.
+    return greedy, [prompt for prompt in prompts for _ in range(CANDIDATES)], rate
 
 
 def start_transformers(directory: pathlib.Path) -> Running:
     """`generate` of transformers, at its best batch size."""
-    transformers = _Transformers(directory)
-    outputs = {"tokens": transformers.greedy(CHECKED_TOKENS)}
-    best, rows = json.loads((directory / "batch.json").read_text()), transformers.rows
+    greedy, rows, rate = _transformers(directory)
+    best = json.loads((directory / "batch.json").read_text())
     parts = itertools.cycle(rows[first : first + best] for first in range(0, len(rows), best))
-    return Running(lambda: transformers.rate(next(parts)), outputs, f"batch {best}")
+    return Running(lambda: rate(next(parts)), {"tokens": greedy}, f"batch {best}")
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:

@@ -95,8 +95,8 @@ def cpu(devices: int) -> Chip:
     size = 1536
     x = jnp.ones((size, size), jnp.float32)
     y = jnp.ones(2**25, jnp.float32)
-    flops = 2 * size**3 / _best(jax.jit(jnp.dot), x, x)
-    bandwidth = 2 * y.nbytes / _best(jax.jit(lambda y: y + 1), y)
+    flops = 2 * size**3 / best_seconds(jax.jit(jnp.dot), x, x)
+    bandwidth = 2 * y.nbytes / best_seconds(jax.jit(lambda y: y + 1), y)
     memory = psutil.virtual_memory().total
     return Chip(
         "cpu", memory // devices, flops / devices, bandwidth / devices, bandwidth / devices,
@@ -104,11 +104,11 @@ def cpu(devices: int) -> Chip:
     )  # fmt: skip
 
 
-def _best(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+def best_seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
     """Seconds of the quickest of a few calls, after one that compiles."""
 
     def call() -> None:
         jax.block_until_ready(function(*arguments))
 
     call()
-    return min(timeit.repeat(call, number=1, repeat=3))
+    return min(timeit.repeat(call, number=1, repeat=5))
