@@ -27,7 +27,7 @@ from expandr_jax.objectives.contrastive import (
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.weights.hf import load_retriever
 from tests.commands import step_figures
 from train import retriever as retriever_training
@@ -67,14 +67,14 @@ def largest(a, b):
 
 def test_an_update_is_that_of_the_mean_gradient_of_its_batches(tiny):
     retriever, params = tiny
-    settings = OptimizerConfig(1e-3, total_steps=4, warmup_steps=1, clip_norm=0.5)
+    make = functools.partial(make_optimizer, 1e-3, 4, warmup=1, clip_norm=0.5)
     batches = [batch_of(retriever, 8 * i, 8) for i in range(6)]
     gradients = jax.jit(
         functools.partial(contrastive_gradients, retriever=retriever, config=CONFIG)
     )
-    plain = make_optimizer(settings)
+    plain = make()
     expected, opt_state = params, plain.init(params)
-    many = make_optimizer(dataclasses.replace(settings, accumulation=3))
+    many = make(accumulation=3)
     step = jax.jit(
         functools.partial(contrastive_step, retriever=retriever, config=CONFIG, optimizer=many)
     )

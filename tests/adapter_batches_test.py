@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import types
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from expandr_jax.runtime.run import Run
 from train.generator import kept_reference
 
 DPO, SETTINGS = OBJECTIVES["sigmoid"], ObjectiveSettings(chunk=16)
-LENGTHS = {"prompt_length": 32, "response_length": 9}
+LENGTHS = types.SimpleNamespace(prompt_length=32, response_length=9)
 ROWS = [
     {"prompt": f"shape {i}?", "chosen": "axis " * (i + 1), "rejected": f"no {i}"} for i in range(11)
 ]
@@ -48,21 +49,21 @@ def made(run):
 
     def made(models, pairs):
         batches = AdapterBatches(models, DPO, SETTINGS, 8)
-        program, calls = batches._log_probs, []
+        program, calls = batches.log_probs, []
 
         def counted(variables, batch):
             assert variables.keys() == {"params"}  # The adapter is off.
             calls.append(batch)
             return program(variables, batch)
 
-        batches._log_probs = counted
+        batches.log_probs = counted
         return kept_reference(run, batches, pairs, "reference"), len(calls)
 
     return made
 
 
 def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
     first, batches = made(models, pairs)
     assert batches == 2
     again, batches = made(models, pairs)
@@ -84,7 +85,7 @@ def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made)
 
 
 def test_it_is_the_base_s_of_each_pair_alone(models, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
     module = models.generator.module
     for pair, found in zip(pairs, made(models, pairs)[0], strict=True):
         expected = response_log_probs(
@@ -95,7 +96,7 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
 
 def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
     """Eleven pairs in batches of eight: the last is filled with five that do not count."""
-    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
     batches = AdapterBatches(models, DPO, SETTINGS, 8)
     reference = batches.reference(pairs)
     adapter = init_lora(jax.random.key(0), models.generator_params, models.generator.module.lora)
@@ -118,7 +119,7 @@ def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
 
 
 def test_a_damaged_file_is_made_again(models, run, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, **LENGTHS)
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
     first, _ = made(models, pairs)
     (path,) = run.path("work").glob("reference-*.npy")
     path.write_bytes(path.read_bytes()[:-1] + b"?")

@@ -19,7 +19,7 @@ from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_loss, adapter_step
 from expandr_jax.objectives.packing import PADDING, Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import TrainState, make_optimizer
 
 PAIRS = [
     Example([5, 6, 7], ([8, 9, 2], [10, 2])),
@@ -154,7 +154,7 @@ def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(m
     batch = pack(PAIRS, pad_id=0)
     log_probs = jax.jit(functools.partial(pair_log_probs, module, chunk=8))
     batch["reference"] = log_probs({"params": params}, batch)[0]
-    optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=4, accumulation=2))
+    optimizer = make_optimizer(1e-2, 4, accumulation=2)
     state = TrainState.create(adapter, optimizer)
 
     def gradients(module, base):
@@ -294,11 +294,7 @@ def test_accumulated_batches_update_as_one_large_batch_does(model):
         return batch
 
     def train(accumulation, batches):
-        optimizer = make_optimizer(
-            OptimizerConfig(
-                1e-2, total_steps=6, warmup_steps=2, clip_norm=0.1, accumulation=accumulation
-            )
-        )
+        optimizer = make_optimizer(1e-2, 6, warmup=2, clip_norm=0.1, accumulation=accumulation)
         step = jax.jit(
             functools.partial(
                 dpo_step, module=module, settings=ObjectiveSettings(chunk=8), optimizer=optimizer

@@ -2,11 +2,11 @@
 
 import json
 import shutil
+import types
 
 import pytest
 
 from expandr_jax.data.preferences import read_preferences
-from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.reward_sft import tokenize_candidates
 from expandr_jax.rewards.group import Group
@@ -19,8 +19,7 @@ USER_ALONE = "{{ messages[0]['content'] }}\n"
 REFUSES = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + USER_ALONE
 PLAIN = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 SPACED = "{% for m in messages %}{{ m['content'] }} <|im_end|>\n{% endfor %}"
-LIMITS = {"prompt_length": 8, "response_length": 5}
-SETTINGS = ObjectiveSettings(reward_temperature=1.0)
+SETTINGS = types.SimpleNamespace(prompt_length=8, response_length=5, reward_temperature=1.0)
 
 
 @pytest.fixture
@@ -77,8 +76,8 @@ def test_long_texts_are_cut_without_a_warning_of_indexing_errors(load, tmp_path)
         "rejected": "no",
         "candidates": [{"text": long, "reward": 1.0}],
     }
-    assert tokenize_pairs(generator, [row], **LIMITS)[1] == 2
-    assert tokenize_candidates(generator, [Group.from_row(row)], SETTINGS, **LIMITS)[1] == 2
+    assert tokenize_pairs(generator, [row], SETTINGS)[1] == 2
+    assert tokenize_candidates(generator, [Group.from_row(row)], SETTINGS)[1] == 2
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert read_preferences(path, generator.tokenizer, prompt_length=8, on_bad_pair="drop")[1]
@@ -91,8 +90,8 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
     generator = load([TEXT_END, TURN_END])
     sentence = "a norm, a loss, a scalar"
     short, long = generator.tokenizer(["axis", sentence], add_special_tokens=False)["input_ids"]
-    assert len(short) < LIMITS["response_length"] < len(long)
-    exact = generator.tokenizer.decode(long[: LIMITS["response_length"] - 1])
+    assert len(short) < SETTINGS.response_length < len(long)
+    exact = generator.tokenizer.decode(long[: SETTINGS.response_length - 1])
     expected = {
         "axis": [*short, TURN_END],
         "axis<|im_end|>": [*short, TURN_END],
@@ -105,11 +104,11 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
     for text, ids in expected.items():
         cut = text.startswith(sentence)
         row = {"prompt": "a?", "chosen": text, "rejected": "no"}
-        (pair,), was_cut = tokenize_pairs(generator, [row], **LIMITS)
+        (pair,), was_cut = tokenize_pairs(generator, [row], SETTINGS)
         assert (pair.responses[0], was_cut) == (ids, cut), text
         assert pair.responses[1][-1] == TURN_END
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
-        (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS, **LIMITS)
+        (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS)
         assert (one.responses[0], was_cut) == (ids, cut), text
 
 

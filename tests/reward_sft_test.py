@@ -4,6 +4,7 @@ import functools
 import gc
 import io
 import json
+import types
 
 import jax
 import numpy as np
@@ -78,11 +79,7 @@ def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
     ]
     settings = ObjectiveSettings(reward_temperature=0.5)
     examples, cut = tokenize_candidates(
-        generator,
-        [Group.from_row(row) for row in rows],
-        settings,
-        prompt_length=8,
-        response_length=8,
+        generator, [Group.from_row(row) for row in rows], limits(settings)
     )
     assert cut == 0
     assert len(examples) == 8
@@ -107,13 +104,14 @@ def test_examples_are_named_by_whatever_id_a_line_has(tiny):
         for id_ in ({"query_id": "q"}, {"query_id": 7}, {"query_id": 0}, {"query_id": None}, {})
     ]
     examples, _ = tokenize_candidates(
-        tiny[0],
-        [Group.from_row(row) for row in rows],
-        ObjectiveSettings(),
-        prompt_length=8,
-        response_length=8,
+        tiny[0], [Group.from_row(row) for row in rows], limits(ObjectiveSettings())
     )
     assert [example.name for example in examples] == ["q", "7", "0", "None", "4"]
+
+
+def limits(settings):
+    """The section `dpo`, as far as it is needed."""
+    return types.SimpleNamespace(**vars(settings), prompt_length=8, response_length=8)
 
 
 def candidate(text, reward):

@@ -13,23 +13,25 @@ from jax.sharding import PartitionSpec
 from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
+from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.adapter import adapter_setup, losses_program, reference_program
+from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
 from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.pair import GeneratorModel
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
 from expandr_jax.training.setup import set_up
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import example_inputs
 from expandr_jax.weights.trees import model_shardings
 
 MESHES = [(8, 1, 1), pytest.param((2, 4, 1), marks=pytest.mark.slow), (2, 2, 2)]
-SETTINGS = OptimizerConfig(1e-3, total_steps=4, clip_norm=1.0, weight_decay=0.01)
+OPTIMIZER = make_optimizer(1e-3, 4, clip_norm=1.0, weight_decay=0.01)
 BERT = BertConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, mlp_dim=32, max_positions=16,
     position_offset=0, num_token_types=2, activation="gelu", norm_eps=1e-12,
@@ -112,7 +114,7 @@ def moved(before, after):
 def train_retriever(mesh, retriever, params, config, steps=3):
     shardings = model_shardings(mesh, retriever.module, params)
     step = functools.partial(contrastive_step, retriever=retriever, config=config)
-    setup = set_up(mesh, step, params, shardings, SETTINGS)
+    setup = set_up(mesh, step, params, shardings, OPTIMIZER)
     state, metrics = setup.create(params), []
     for _ in range(steps):
         state, values = setup.step(state, batch_of_queries(), None)
@@ -151,15 +153,15 @@ def test_contrastive_steps_are_those_of_one_device(retriever, on_one_device, siz
             np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def adapter_setup_of(mesh, module, adapter, base):
-    shardings = adapter_shardings(mesh, base, adapter)
-    return adapter_setup(mesh, adapter, shardings, base, SETTINGS, module=module, **DPO)
+def model_on(mesh, module, params):
+    params = jax.device_put(params, model_shardings(mesh, module, params))
+    return GeneratorModel(mesh, mesh, Generator(module, None, (), 0, None), params, params, "")
 
 
 def train_adapter(mesh, module, params, adapter, steps=3):
-    base = model_shardings(mesh, module, params)
-    setup = adapter_setup_of(mesh, module, adapter, base)
-    params = jax.device_put(params, base)
+    model = model_on(mesh, module, params)
+    setup = adapter_setup(model, **DPO, optimizer=OPTIMIZER)
+    params = model.generator_params
     state, metrics = setup.create(adapter), []
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
     for _ in range(steps):
@@ -187,14 +189,13 @@ def test_dpo_steps_are_those_of_one_device(generator, adapter_on_one_device, siz
 
 def outputs(mesh, module, params, adapter):
     """The reference's log-probabilities of a batch, and DPO's losses and metrics of it."""
-    base = model_shardings(mesh, module, params)
-    variables = {"params": jax.device_put(params, base)}
+    model = model_on(mesh, module, params)
+    batches, base = AdapterBatches(model, **DPO, batch_size=8), model.generator_params
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
-    reference = reference_program(mesh, base, module=module, responses=2, chunk=16)
-    own = adapter_shardings(mesh, base, adapter)
-    losses = losses_program(mesh, own, base, module=module, **DPO)
-    placed = jax.device_put(adapter, own)
-    return jax.device_get((reference(variables, batch), losses(placed, variables["params"], batch)))
+    placed = jax.device_put(adapter, model.adapter_shardings)
+    return jax.device_get(
+        (batches.log_probs({"params": base}, batch), batches.losses(placed, base, batch))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +233,7 @@ EVERYWHERE = {
 
 
 def test_what_is_on_every_device(retriever, generator):
-    mesh, optimizer = make_mesh(2, 2, 2), make_optimizer(SETTINGS)
+    mesh, optimizer = make_mesh(2, 2, 2), OPTIMIZER
     model, params = retriever
     module, base, adapter = generator
     placed = model_shardings(mesh, module, base)
@@ -250,7 +251,7 @@ def test_what_is_on_every_device(retriever, generator):
 
 def test_a_step_leaves_its_state_where_it_was(retriever):
     model, params = retriever
-    mesh, optimizer = make_mesh(2, 2, 2), make_optimizer(SETTINGS)
+    mesh, optimizer = make_mesh(2, 2, 2), OPTIMIZER
     state, _ = train_retriever(mesh, model, params, config_of(model), steps=1)
     placed = model_shardings(mesh, model.module, params)
     wanted = TrainState.shardings(mesh, placed, params, optimizer)
@@ -269,9 +270,9 @@ def test_a_step_donates_the_adapter_s_state_and_keeps_the_base(generator):
     """The base serves the next step, the reference and sampling: there is one of it."""
     module, params, adapter = generator
     mesh = make_mesh(2, 4, 1)
-    base = model_shardings(mesh, module, params)
-    setup = adapter_setup_of(mesh, module, adapter, base)
-    placed, state = jax.device_put(params, base), setup.create(adapter)
+    model = model_on(mesh, module, params)
+    setup = adapter_setup(model, **DPO, optimizer=OPTIMIZER)
+    placed, state = model.generator_params, setup.create(adapter)
     batch = jax.device_put(batch_of_pairs(), batch_sharding(mesh))
     setup.step(state, placed, batch, jax.random.key(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))

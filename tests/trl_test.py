@@ -21,7 +21,7 @@ from expandr_jax.objectives.objective import ObjectiveSettings, adapter_loss, ad
 from expandr_jax.objectives.packing import pack
 from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
@@ -153,7 +153,8 @@ def fed(batch):
 
 
 def our_pairs(generator, rows, **limits):
-    return tokenize_pairs(generator, rows, **{"prompt_length": 64, "response_length": 64, **limits})
+    limits = {"prompt_length": 64, "response_length": 64, **limits}
+    return tokenize_pairs(generator, rows, types.SimpleNamespace(**limits))
 
 
 def test_the_loss_is_fed_the_tokens_that_trl_feeds_it(ours, strings, make_trainer):
@@ -350,7 +351,7 @@ def test_updates_equal_those_of_trl_s_own_training(ours, strings, make_trainer, 
     )  # fmt: skip
     trainer.train()
     batch = our_batch(ours, our_pairs(generator, strings)[0])
-    optimizer = make_optimizer(OptimizerConfig(1e-2, total_steps=steps, clip_norm=0.5))
+    optimizer = make_optimizer(1e-2, steps, clip_norm=0.5)
     step = jax.jit(
         functools.partial(
             adapter_step,

@@ -38,7 +38,7 @@ from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import watch_dev
 from expandr_jax.training.loop import fit
-from expandr_jax.training.setup import check_batch_size, count_updates, optimizer_config
+from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from train.launch import launch_training
 
@@ -103,16 +103,7 @@ def train_generator(
         directory, identity, keep=run.config.keep, keep_period=steps, agree=run.processes.all
     )
     log = run.training_log("generator", round_)
-    setup = adapter_setup(
-        models.dpo_mesh,
-        adapter,
-        models.adapter_shardings,
-        models.base_shardings,
-        optimizer_config(config, updates),
-        objective=objective,
-        module=module,
-        settings=config,
-    )
+    setup = adapter_setup(models, objective, config, section_optimizer(config, updates))
     key = jax.random.fold_in(jax.random.key(seed), round_)
 
     @functools.cache

@@ -52,7 +52,7 @@ from expandr_jax.sharding import batch_sharding, device_put, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
-from expandr_jax.training.setup import count_updates, optimizer_config
+from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.weights.export import export_trained
 from train.encoding import run_retriever
 from train.launch import launch_training
@@ -98,7 +98,7 @@ def train_retriever(
     batches = ContrastiveBatches(examples, ids, config, samples, seed, retriever)
     updates = count_updates(config, batches.per_epoch)
     steps = updates * config.accumulation
-    optimizer = optimizer_config(config, updates, weight_decay=config.weight_decay)
+    optimizer = section_optimizer(config, updates, weight_decay=config.weight_decay)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
     start = device_put(with_temperature(params, config), setup.shardings.params)
     key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None

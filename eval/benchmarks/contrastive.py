@@ -47,7 +47,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
         make_batch,
     )
     from expandr_jax.sharding import make_mesh
-    from expandr_jax.training.train_state import OptimizerConfig
+    from expandr_jax.training.train_state import make_optimizer
 
     retriever, params = minilm.load(LENGTH)
     settings = base.get_config().contrastive
@@ -65,7 +65,7 @@ def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     pad_id = retriever.tokenizer.pad_token_id
     batch = make_batch(examples, pad_id, int(expanded), 1, longest=LENGTH)
     mesh = make_mesh()
-    optimizer = OptimizerConfig(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM)
+    optimizer = make_optimizer(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM)
     setup = contrastive_setup(mesh, retriever, params, settings, optimizer)
     state = setup.create(params)
 

@@ -6,6 +6,7 @@ made before. Here they are always made before, once for all passes over the pair
 them. Dropout is off on both sides, so that one gradient can be compared with the other.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -63,17 +64,13 @@ def start_ours(directory: pathlib.Path) -> Running:
     import optax
     from safetensors.numpy import load_file
 
-    from expandr_jax.objectives.adapter import adapter_setup, reference_program
+    from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
     from expandr_jax.objectives.objective import ObjectiveSettings
-    from expandr_jax.objectives.packing import Example, pack, row_sizes
+    from expandr_jax.objectives.packing import Example
     from expandr_jax.objectives.registry import OBJECTIVES
-    from expandr_jax.sharding import (
-        adapter_shardings,
-        batch_sharding,
-        device_put_shared,
-        make_mesh,
-    )
-    from expandr_jax.training.train_state import OptimizerConfig
+    from expandr_jax.pair import GeneratorModel
+    from expandr_jax.sharding import device_put_shared, make_mesh
+    from expandr_jax.training.train_state import make_optimizer
     from expandr_jax.weights.adapter import export_adapter, load_adapter
     from expandr_jax.weights.trees import model_shardings
 
@@ -81,31 +78,19 @@ def start_ours(directory: pathlib.Path) -> Running:
     mesh = make_mesh()
     params = device_put_shared(params, model_shardings(mesh, generator.module, params))
     lora, adapter = load_adapter(str(directory / "adapter"), generator.module.config)
-    module = generator.module.clone(lora=lora)
+    generator = dataclasses.replace(generator, module=generator.module.clone(lora=lora))
+    model = GeneratorModel(mesh, mesh, generator, params, params, "")
+    objective, settings = OBJECTIVES["sigmoid"], ObjectiveSettings(beta=BETA)
     pairs = [Example(prompt, responses) for prompt, *responses in _pairs(directory)]
-    settings, responses = ObjectiveSettings(beta=BETA), 2
-    base = jax.tree.map(lambda leaf: leaf.sharding, params)
-    log_probs = reference_program(
-        mesh, base, module=module, responses=responses, chunk=settings.chunk
+    micro_batches = np.arange(PAIRS).reshape(-1, MICRO_BATCH)
+    packed = AdapterBatches(model, objective, settings, MICRO_BATCH)
+    packed.choose_sizes(pairs, micro_batches)
+    reference = packed.reference(pairs)
+    batches = [packed.pack(pairs, indices, reference) for indices in micro_batches]
+    optimizer = make_optimizer(
+        LEARNING_RATE, STEPS, clip_norm=CLIP_NORM, accumulation=len(micro_batches)
     )
-    sizes = row_sizes([pair.size for pair in pairs], 1)
-    batches = []
-    for first in range(0, PAIRS, MICRO_BATCH):
-        batch = pack(pairs[first : first + MICRO_BATCH], generator.pad_id, sizes)
-        batch["reference"] = jax.device_get(log_probs({"params": params}, batch)[0])
-        batches.append(jax.device_put(batch, batch_sharding(mesh)))
-    setup = adapter_setup(
-        mesh,
-        adapter,
-        adapter_shardings(mesh, base, adapter),
-        base,
-        OptimizerConfig(
-            LEARNING_RATE, STEPS, clip_norm=CLIP_NORM, accumulation=PAIRS // MICRO_BATCH
-        ),
-        objective=OBJECTIVES["sigmoid"],
-        module=module,
-        settings=settings,
-    )
+    setup = adapter_setup(model, objective, settings, optimizer)
     state = setup.create(adapter)
 
     def update() -> float:
@@ -118,7 +103,7 @@ def start_ours(directory: pathlib.Path) -> Running:
 
     loss = update()
     gradient = optax.tree_utils.tree_get(state.opt_state, "mu")
-    export_adapter(directory / "gradient", gradient, lora, module.config, "base")
+    export_adapter(directory / "gradient", gradient, lora, generator.module.config, "base")
     outputs = load_file(directory / "gradient" / "adapter_model.safetensors")
     outputs["loss"] = np.array(loss)
     return Running(per_second(PAIRS, update), outputs, f"micro-batches of {MICRO_BATCH}")

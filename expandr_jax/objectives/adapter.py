@@ -1,15 +1,14 @@
 """The adapter's batches on the mesh, and what becomes of the examples that are held out."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import optax
 
 from expandr_jax.data.records import hash_json
-from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import (
@@ -20,11 +19,10 @@ from expandr_jax.objectives.objective import (
 )
 from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
 from expandr_jax.objectives.settings import DpoSettings
-from expandr_jax.pair import GeneratorModel
+from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
-from expandr_jax.training.train_state import OptimizerConfig
 
 MOST_SIZES = 6  # Different sizes of rows in a training.
 STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few steps take.
@@ -54,9 +52,8 @@ def make_examples(
 
     The reporter says how many texts were cut, and what is longer than the model was made for.
     """
-    lengths = {name: getattr(settings, name) for name in ("prompt_length", "response_length")}
     (dev, dev_cut), (others, cut) = (
-        objective.tokenize(generator, part, settings, **lengths)
+        objective.tokenize(generator, part, settings)
         for part in hold_out(rows, settings.dev_share, objective.prompt)
     )
     if dev_cut + cut:
@@ -71,57 +68,28 @@ def make_examples(
 
 
 def adapter_setup(
-    mesh: Mesh,
-    adapter: Any,
-    shardings: Any,
-    params: Mapping[str, Any],
-    optimizer: OptimizerConfig,
-    **settings: Any,
+    model: GeneratorModel,
+    objective: Objective,
+    settings: ObjectiveSettings,
+    optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
-    """`adapter_step` on a mesh, (state, params, batch, key) -> (state, metrics).
-
-    `adapter` may be its shapes; it and the base lie as `shardings` and `params` say. `settings` are
-    those of `adapter_losses`.
-    """
-    step = functools.partial(adapter_step, **settings)
-    return set_up(mesh, step, adapter, shardings, optimizer, params)
-
-
-def reference_program(
-    mesh: Mesh, params: Mapping[str, Any], *, module: Decoder, responses: int, chunk: int
-) -> Program:
-    """({"params": base}, batch) -> what `response_log_probs` gives, on every device."""
-    log_probs = functools.partial(response_log_probs, module, responses=responses, chunk=chunk)
-    return jax.jit(
-        on_mesh(mesh, log_probs),
-        in_shardings=({"params": params}, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
-
-
-def losses_program(mesh: Mesh, adapter: Any, params: Mapping[str, Any], **settings: Any) -> Program:
-    """(adapter, params, batch) -> losses and metrics of each row, without dropout.
-
-    `adapter` and `params` are shardings, `settings` those of `adapter_losses`.
-    """
-    return jax.jit(
-        on_mesh(mesh, functools.partial(adapter_losses, **settings)),
-        in_shardings=(adapter, params, batch_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )
+    """`adapter_step` on the model's mesh: (state, params, batch, key) -> (state, metrics)."""
+    module = model.generator.module
+    step = functools.partial(adapter_step, objective=objective, module=module, settings=settings)
+    shapes = adapter_shapes(module, model.generator_params)
+    shardings = model.adapter_shardings
+    return set_up(model.dpo_mesh, step, shapes, shardings, optimizer, model.base_shardings)
 
 
 class AdapterBatches:
     """Packed batches of an objective's examples, on the mesh, and what the models make of them.
 
-    Args:
-        model: The generator and its mesh.
-        objective: What is learned.
-        settings: The objective's.
-        batch_size: Examples of every batch.
+    All batches have `batch_size` examples. The model's parameters may be shapes with shardings.
 
     Attributes:
         sizes: What rows are padded to; see `choose_sizes`.
+        log_probs: ({"params": base}, batch) -> what `response_log_probs` gives, on every device.
+        losses: (adapter, base, batch) -> `adapter_losses`, without dropout, likewise.
     """
 
     def __init__(
@@ -133,19 +101,25 @@ class AdapterBatches:
     ):
         self._model, self._objective, self._batch_size = model, objective, batch_size
         self.sizes: list[RowSize] = []
-        mesh, module, base = model.dpo_mesh, model.generator.module, model.base_shardings
-        self._sharding = batch_sharding(mesh)
-        self._log_probs = reference_program(
-            mesh, base, module=module, responses=objective.responses, chunk=settings.chunk
+        module, base = model.generator.module, model.base_shardings
+        self._sharding = batch_sharding(model.dpo_mesh)
+
+        log_probs = functools.partial(
+            response_log_probs, module, responses=objective.responses, chunk=settings.chunk
         )
-        self._losses = losses_program(
-            mesh,
-            model.adapter_shardings,
-            base,
-            objective=objective,
-            module=module,
-            settings=settings,
+        losses = functools.partial(
+            adapter_losses, objective=objective, module=module, settings=settings
         )
+
+        def program(function: Callable[..., Any], *shardings: Any) -> Program:
+            return jax.jit(
+                on_mesh(model.dpo_mesh, function),
+                in_shardings=(*shardings, self._sharding),
+                out_shardings=replicated(model.dpo_mesh),
+            )
+
+        self.log_probs = program(log_probs, {"params": base})
+        self.losses = program(losses, model.adapter_shardings, base)
 
     def choose_sizes(self, examples: Sequence[Example], steps: Sequence[Sequence[int]]) -> None:
         """Sets `sizes` to what suits the batches of a training, given the examples of each step."""
@@ -177,7 +151,7 @@ class AdapterBatches:
         # Examples of like length share a batch.
         order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
         for indices, filled in self._filled(order):
-            sums, _ = self._log_probs(variables, self.pack(examples, filled, None))
+            sums, _ = self.log_probs(variables, self.pack(examples, filled, None))
             result[indices] = whole(sums)[: len(indices)]
             advance(len(indices))
         return result
@@ -189,7 +163,7 @@ class AdapterBatches:
         totals: dict[str, float] = {}
         for indices, filled in self._filled(range(len(examples))):
             batch = self.pack(examples, filled, reference)
-            losses, metrics = self._losses(adapter, self._model.generator_params, batch)
+            losses, metrics = self.losses(adapter, self._model.generator_params, batch)
             for name, column in {"loss": losses, **metrics}.items():
                 total = float(np.sum(np.asarray(column)[: len(indices)]))
                 totals[name] = totals.get(name, 0.0) + total

@@ -29,7 +29,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import replicated
 from expandr_jax.training.setup import TrainingSetup, set_up
-from expandr_jax.training.train_state import OptimizerConfig, TrainState
+from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
 from expandr_jax.weights.trees import model_shardings
 
@@ -81,7 +81,7 @@ def contrastive_setup(
     retriever: Retriever,
     params: Any,
     settings: Any,
-    optimizer: OptimizerConfig,
+    optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
     """Sets step A up, as the config's section `contrastive` has it.
 

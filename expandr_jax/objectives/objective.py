@@ -47,8 +47,8 @@ class Objective:
         read: (path, generator, config, own) -> rows of such a file, and how many were left out for
             what reason. `own`: the file is one that a run has written, which has no bad lines and
             whose prompts may be cut.
-        tokenize: (generator, rows, settings, prompt_length=, response_length=) -> examples, and how
-            many texts had to be cut.
+        tokenize: (generator, rows, the config's section `dpo`) -> examples, and how many texts had
+            to be cut to its limits.
         prompt: A row to its prompt.
         responses: Responses of an example at most.
         reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
@@ -92,9 +92,7 @@ def adapter_losses(
         adapter: The trainable LoRA tree.
         params: The frozen base.
         batch: From `packing.pack`, with "reference" where the objective needs it.
-        objective: What is learned.
-        module: The decoder, with its LoRA settings.
-        settings: The objective's.
+        objective, module, settings: What is learned, by which decoder, and how.
         dropout_key: Turns the adapter's dropout on.
     """
     log_probs = packed_log_probs(
@@ -123,16 +121,9 @@ def adapter_step(
     optimizer: optax.GradientTransformation,
     **settings: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One batch's part in an update of the adapter; dropout is drawn from (key, step).
+    """One batch's part in an update of the adapter: the state after it, and mean metrics.
 
-    Args:
-        state: The adapter and its optimizer's state.
-        params, batch, **settings: As for `adapter_losses`.
-        key: Decides the dropout.
-        optimizer: The one that made the state.
-
-    Returns:
-        The state after it, and the batch's mean metrics.
+    Dropout is drawn from (key, step); other arguments are those of `adapter_losses`.
     """
     loss_of = jax.value_and_grad(functools.partial(adapter_loss, **settings), has_aux=True)
     key = jax.random.fold_in(key, state.step)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,12 +56,13 @@ def tokenized(
     generator: Generator,
     prompt: str,
     responses: Sequence[str],
-    prompt_length: int,
-    response_length: int,
+    settings: Any,
     *,
     joined: bool = False,
 ) -> tuple[list[int], list[list[int]], int]:
     """Ids of a prompt's end and of each response's start, one EOS on each; how many were cut.
+
+    The limits are those of the config's section `dpo`.
 
     `joined`: tokens are those of the prompt with each response behind it, and the prompt ends where
     their ids or the prompt's own begin to differ, as in TRL; if that is at once, it ends where its
@@ -73,9 +75,9 @@ def tokenized(
         ids = [ids[0][:shared], *(row[shared:] for row in ids[1:])]
     if not joined or not shared:
         ids = generator.token_ids([prompt, *responses])
-    made = [generator.response_ids(part, response_length) for part in ids[1:]]
-    cut = (len(ids[0]) > prompt_length) + sum(was_cut for _, was_cut in made)
-    return ids[0][-prompt_length:], [response for response, _ in made], cut
+    made = [generator.response_ids(part, settings.response_length) for part in ids[1:]]
+    cut = (len(ids[0]) > settings.prompt_length) + sum(was_cut for _, was_cut in made)
+    return ids[0][-settings.prompt_length :], [response for response, _ in made], cut
 
 
 def row_sizes(needed: Sequence[RowSize], most: int) -> list[RowSize]:

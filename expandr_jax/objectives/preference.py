@@ -45,31 +45,14 @@ def read_pairs(
 
 
 def tokenize_pairs(
-    generator: Generator,
-    rows: Sequence[Mapping[str, Any]],
-    settings: ObjectiveSettings | None = None,
-    *,
-    prompt_length: int,
-    response_length: int,
+    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: Any
 ) -> tuple[list[Example], int]:
-    """Preference rows to ids, as of `packing.tokenized`.
-
-    Args:
-        generator: For its tokenizer and its end of an answer.
-        rows: {"prompt", "chosen", "rejected"}, the prompt with the chat template applied.
-        settings: Not needed.
-        prompt_length: Most tokens of a prompt.
-        response_length: Most tokens of a response, EOS included.
-
-    Returns:
-        The pairs, the chosen response first, and how many texts had to be cut.
-    """
+    """Rows {"prompt", "chosen", "rejected"} to pairs, chosen first: `Objective.tokenize`."""
     pairs, cut = [], 0
     for number, row in enumerate(rows):
         texts = row["prompt"], (row["chosen"], row["rejected"])
-        prompt, responses, were_cut = tokenized(
-            generator, *texts, prompt_length, response_length, joined=row.get("joined", False)
-        )
+        joined = row.get("joined", False)
+        prompt, responses, were_cut = tokenized(generator, *texts, settings, joined=joined)
         cut += were_cut
         pairs.append(Example(prompt, responses, name=str(row.get("query_id", number))))
     return pairs, cut

@@ -51,26 +51,12 @@ def read_rewarded(
 
 
 def tokenize_candidates(
-    generator: Generator,
-    groups: Sequence[Group],
-    settings: ObjectiveSettings,
-    *,
-    prompt_length: int,
-    response_length: int,
+    generator: Generator, groups: Sequence[Group], settings: Any
 ) -> tuple[list[Example], int]:
-    """Rewarded groups to ids, as of `packing.tokenized`.
+    """An example for each candidate of a group that has a share: `Objective.tokenize`.
 
-    Args:
-        generator: For its tokenizer and its end of an answer.
-        groups: With their prompts.
-        settings: Have the temperature of the candidates' shares.
-        prompt_length: Most tokens of a prompt.
-        response_length: Most tokens of a candidate, EOS included.
-
-    Returns:
-        An example for each candidate that has a share, and how many texts had to be cut. "weight"
-        is a candidate's share times candidates per query, so that the mean loss of candidates is
-        that of queries.
+    "weight" is a candidate's share times candidates per query, so that the mean loss of candidates
+    is that of queries.
     """
     examples, cut = [], 0
     for number, group in enumerate(groups):
@@ -82,7 +68,7 @@ def tokenize_candidates(
         )
         used = np.flatnonzero(shares)
         prompt, responses, were_cut = tokenized(
-            generator, group.prompt, [texts[i] for i in used], prompt_length, response_length
+            generator, group.prompt, [texts[i] for i in used], settings
         )
         cut += were_cut
         examples += [

@@ -117,11 +117,6 @@ def bytes_on_device(tree: Any) -> int:
     return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def key_shape() -> jax.ShapeDtypeStruct:
-    """Shape and type of a key of random numbers."""
-    return jax.eval_shape(lambda: jax.random.key(0))
-
-
 def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
     """A phase's mesh on a topology, as `phase_mesh` makes it and refuses it."""
     return phase_mesh(config.mesh, phase, topology.devices, topology.host_devices)

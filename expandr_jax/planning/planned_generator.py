@@ -15,10 +15,11 @@ from expandr_jax.generation.programs import make_programs, unstack_shardings, va
 from expandr_jax.generation.slots import EngineShape, Slots, empty_settings
 from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
-from expandr_jax.objectives.adapter import adapter_setup, reference_program
+from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.pair import adapter_shapes
+from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.planned import (
     NEW,
@@ -28,7 +29,6 @@ from expandr_jax.planning.planned import (
     Planned,
     bytes_on_device,
     check_rows,
-    key_shape,
     param_shapes,
     params_on,
     planned_mesh,
@@ -38,20 +38,15 @@ from expandr_jax.planning.planned import (
     with_shardings,
 )
 from expandr_jax.planning.topology import Topology
-from expandr_jax.sharding import adapter_shardings, batch_sharding, replicated
-from expandr_jax.training.train_state import OptimizerConfig
+from expandr_jax.sharding import batch_sharding, replicated
+from expandr_jax.training.train_state import make_optimizer
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
 
 
 class GeneratorShapes:
-    """Makes the programs of the config's generator.
-
-    Args:
-        config: The whole config.
-        topology: What to compile for.
-    """
+    """Makes the programs of the config's generator for a topology."""
 
     def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
@@ -179,10 +174,11 @@ class GeneratorShapes:
             examples.append(Example(prompt, parts, extras))
         return pack(examples, 0, row_sizes([examples[0].size], 1))
 
-    def _pairs(self) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """The base and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
+    def _pairs(self) -> tuple[GeneratorModel, dict[str, Any], dict[str, Any]]:
+        """The model and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
         check_rows(PAIRS, mesh, "dpo", "pairs")
+        generator = Generator(self.module, None, (), 0, None)
         base = params_on(mesh, self.module, self.params)
         batch = with_shardings(self._batch, batch_sharding(mesh))
         rows, length = batch["tokens"].shape
@@ -194,23 +190,17 @@ class GeneratorShapes:
             "tokens": rows * length,
             "forward_flops": forward_flops(self.module, self.params, rows, length, logits=logits),
         }
-        return base, batch, common
+        return GeneratorModel(mesh, mesh, generator, base, base, ""), batch, common
 
     def reference(self) -> Planned:
         """Log-probabilities of PAIRS under the base."""
-        base, batch, common = self._pairs()
-        mesh = common["mesh"]
+        model, batch, common = self._pairs()
+        base = model.generator_params
         return Planned(
-            program=reference_program(
-                mesh,
-                jax.tree.map(lambda leaf: leaf.sharding, base),
-                module=self.module,
-                responses=self._objective.responses,
-                chunk=self._config.dpo.chunk,
-            ),
+            program=AdapterBatches(model, self._objective, self._config.dpo, PAIRS).log_probs,
             arguments=({"params": base}, batch),
             parameters=base,
-            moved=bytes_on_device(base) * mesh.shape["fsdp"],
+            moved=bytes_on_device(base) * model.dpo_mesh.shape["fsdp"],
             change="a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo",
             values=lambda variables, batch: (variables, batch | self._batch),
             **common,
@@ -218,19 +208,10 @@ class GeneratorShapes:
 
     def dpo(self) -> Planned:
         """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
-        base, batch, common = self._pairs()
-        mesh, config = common["mesh"], self._config.dpo
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
-        setup = adapter_setup(
-            mesh,
-            self.adapter,
-            adapter_shardings(mesh, shardings, self.adapter),
-            shardings,
-            OptimizerConfig(1.0, 2, accumulation=config.accumulation),
-            objective=self._objective,
-            module=self.module,
-            settings=config,
-        )
+        model, batch, common = self._pairs()
+        base, mesh, config = model.generator_params, model.dpo_mesh, self._config.dpo
+        optimizer = make_optimizer(1.0, 2, accumulation=config.accumulation)
+        setup = adapter_setup(model, self._objective, config, optimizer)
         state = with_shardings(jax.eval_shape(setup.create, self.adapter), setup.shardings)
         if self._objective.reference:
             batch["reference"] = jax.ShapeDtypeStruct(
@@ -239,7 +220,7 @@ class GeneratorShapes:
         passes = FROZEN + (self.module.remat == "full")
         return Planned(
             program=setup.step,
-            arguments=(state, base, batch, key_shape()),
+            arguments=(state, base, batch, jax.eval_shape(jax.random.key, 0)),
             parameters=(base, state.params),
             passes=passes,
             needed=FROZEN,

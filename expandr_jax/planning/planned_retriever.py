@@ -28,7 +28,6 @@ from expandr_jax.planning.planned import (
     Planned,
     bytes_on_device,
     check_rows,
-    key_shape,
     param_shapes,
     params_on,
     planned_mesh,
@@ -41,7 +40,7 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import TPUS
 from expandr_jax.search.exact import ExactOptions, merge_block
 from expandr_jax.sharding import batch_divisor, batch_sharding
-from expandr_jax.training.setup import optimizer_config
+from expandr_jax.training.setup import section_optimizer
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of
 
@@ -49,12 +48,7 @@ TEXTS = 2 + PASSAGES  # A query, its expansion and its passages.
 
 
 class RetrieverShapes:
-    """Makes the programs of the config's retriever.
-
-    Args:
-        config: The whole config.
-        topology: What to compile for.
-    """
+    """Makes the programs of the config's retriever for a topology."""
 
     def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
@@ -82,7 +76,7 @@ class RetrieverShapes:
             )
         retriever = training_retriever(self.retriever, config)
         batch = _random_batch(self.retriever.module, self._length)
-        optimizer = optimizer_config(config, 2)
+        optimizer = section_optimizer(config, 2)
         setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
         trained = jax.eval_shape(lambda params: with_temperature(params, config), self.params)
         state = with_shardings(jax.eval_shape(setup.create, trained), setup.shardings)
@@ -97,7 +91,7 @@ class RetrieverShapes:
             arguments=(
                 state,
                 with_shardings(batch, batch_sharding(mesh)),
-                key_shape() if config.dropout else None,
+                jax.eval_shape(jax.random.key, 0) if config.dropout else None,
             ),
             mesh=mesh,
             parameters=state.params,

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
@@ -57,11 +56,6 @@ def _checksum_program(mesh: Mesh | None) -> Callable[..., Any]:
     return jax.jit(_checksum, out_shardings=replicated(mesh) if mesh else None)
 
 
-def _checksum_leaf(leaf: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    program = _checksum_program(None if leaf.is_fully_addressable else leaf.sharding.mesh)
-    return jax.device_get(program(leaf))
-
-
 def checksum_tree(tree: Any) -> tuple[str, list[str]]:
     """A hash over every leaf's path, type, shape and content, and the paths of leaves that are not
     finite.
@@ -69,17 +63,16 @@ def checksum_tree(tree: Any) -> tuple[str, list[str]]:
     It is computed where the leaves are, and is the same on every mesh. It finds damage; against a
     forger take `hash_tree`.
     """
-    leaves = [
-        (jax.tree_util.keystr(path), jnp.asarray(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    # One after another: many small programs at once that sum over the same devices can wait for
-    # each other without end where the devices are a processor's.
-    parts = [_checksum_leaf(leaf) for _, leaf in leaves]
-    digest = hashlib.sha256()
-    for (path, leaf), (sums, _) in zip(leaves, parts, strict=True):
-        digest.update(f"{path} {leaf.dtype} {leaf.shape} {sums[0]} {sums[1]}\n".encode())
-    bad = [path for (path, _), (_, finite) in zip(leaves, parts, strict=True) if not finite]
+    digest, bad = hashlib.sha256(), []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, leaf = jax.tree_util.keystr(path), jnp.asarray(leaf)
+        program = _checksum_program(None if leaf.is_fully_addressable else leaf.sharding.mesh)
+        # One after another: many small programs at once that sum over the same devices can wait
+        # for each other without end where the devices are a processor's.
+        sums, finite = jax.device_get(program(leaf))
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {sums[0]} {sums[1]}\n".encode())
+        if not finite:
+            bad.append(name)
     return digest.hexdigest(), bad
 
 
@@ -202,7 +195,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if step <= after or (at_most is not None and step > at_most):
                 continue
-            record, problem = self._attempt(lambda step=step: self._record(step))
+            record, problem = self._attempt(self._record, step)
             if problem is None and (
                 record["identity"] != self.identity or record["spec"] != _spec(template)
             ):
@@ -211,7 +204,7 @@ class Checkpoints:
                     "other settings; use a new --workdir, or the config that made this one"
                 )
             if problem is None:
-                tree, problem = self._attempt(lambda step=step: self._state(step, abstract))
+                tree, problem = self._attempt(self._state, step, abstract)
             if problem is None and checksum_tree(tree)[0] != record["hash"]:
                 problem = "its content does not match its hash"
             if problem is None:
@@ -233,11 +226,11 @@ class Checkpoints:
             self.directory / str(step) / "state", args=ocp.args.StandardRestore(abstract)
         )
 
-    def _attempt(self, read: Callable[[], Any]) -> tuple[Any, str | None]:
+    def _attempt(self, read: Callable[..., Any], *of: Any) -> tuple[Any, str | None]:
         """What was read, and what is wrong with it, if anything is in any process."""
         value = problem = None
         try:
-            value = read()
+            value = read(*of)
         except Exception as error:  # Orbax raises bare Exception, KeyError, ... on damage.
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
             if _is_refused(error):

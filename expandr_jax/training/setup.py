@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
 from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh, replicated
-from expandr_jax.training.train_state import OptimizerConfig, TrainState, make_optimizer
+from expandr_jax.training.settings import TrainingSettings
+from expandr_jax.training.train_state import TrainState, make_optimizer
 
 Program = Callable[..., Any]
 
@@ -39,7 +41,7 @@ def set_up(
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
     trained: Any,
     shardings: Any,
-    optimizer: OptimizerConfig,
+    optimizer: optax.GradientTransformation,
     *frozen: Any,
 ) -> TrainingSetup:
     """Compiles a step for a mesh; the program is made at its first call.
@@ -49,42 +51,33 @@ def set_up(
         step: (state, ..., batch, key, *, optimizer) -> (state, metrics).
         trained: Shapes of the parameters that are trained.
         shardings: Where they lie.
-        optimizer: Settings of the optimizer.
+        optimizer: From `make_optimizer`.
         *frozen: Shardings of what the step takes between the state and the batch.
     """
-    made = make_optimizer(optimizer)
-    state = TrainState.shardings(mesh, shardings, trained, made)
+    state = TrainState.shardings(mesh, shardings, trained, optimizer)
     program = jax.jit(
-        on_mesh(mesh, functools.partial(step, optimizer=made)),
+        on_mesh(mesh, functools.partial(step, optimizer=optimizer)),
         in_shardings=(state, *frozen, batch_sharding(mesh), None),
         out_shardings=(state, replicated(mesh)),
         donate_argnums=0,
     )
-    return TrainingSetup(state, program, lambda params: TrainState.create(params, made, state))
+    create = functools.partial(TrainState.create, optimizer=optimizer, shardings=state)
+    return TrainingSetup(state, program, create)
 
 
-def count_updates(settings: Any, batches: int) -> int:
-    """Updates of a round: at least one.
-
-    Args:
-        settings: A config's section with epochs and accumulation.
-        batches: Batches of an epoch.
-    """
+def count_updates(settings: TrainingSettings, batches: int) -> int:
+    """Updates of a round, at least one, whose epochs have so many batches."""
     return max(1, round(settings.epochs * batches / settings.accumulation))
 
 
-def optimizer_config(settings: Any, updates: int, *, weight_decay: float = 0.0) -> OptimizerConfig:
-    """The optimizer of a round of so many updates, at most half of which are the warm-up.
-
-    Args:
-        settings: A config's section with learning_rate, warmup_steps, clip_norm and accumulation.
-        updates: Those of the round.
-        weight_decay: Decoupled, on matrices.
-    """
-    return OptimizerConfig(
-        learning_rate=settings.learning_rate,
-        total_steps=updates,
-        warmup_steps=min(settings.warmup_steps, updates // 2),
+def section_optimizer(
+    settings: TrainingSettings, updates: int, *, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """The optimizer of a round of so many updates, at most half of which are the warm-up."""
+    return make_optimizer(
+        settings.learning_rate,
+        updates,
+        warmup=min(settings.warmup_steps, updates // 2),
         clip_norm=settings.clip_norm,
         weight_decay=weight_decay,
         accumulation=settings.accumulation,

@@ -1,6 +1,5 @@
 """What training changes, and how: parameters, optimizer state and step."""
 
-import dataclasses
 from typing import Any
 
 import flax.struct
@@ -12,50 +11,44 @@ from jax.sharding import Mesh
 from expandr_jax.sharding import device_put, replicated
 
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with a linear schedule, as both of the paper's trainers have it.
+def make_schedule(learning_rate: float, updates: int, warmup: int = 0) -> optax.Schedule:
+    """Linear rise over the warm-up, then linear decay to zero; counted in updates."""
+    decay = optax.linear_schedule(learning_rate, 0.0, max(1, updates - warmup))
+    if warmup == 0:
+        return decay
+    rise = optax.linear_schedule(0.0, learning_rate, warmup)
+    return optax.join_schedules([rise, decay], [warmup])
 
-    Attributes:
+
+def make_optimizer(
+    learning_rate: float,
+    updates: int,
+    *,
+    warmup: int = 0,
+    clip_norm: float = 1.0,
+    weight_decay: float = 0.0,
+    accumulation: int = 1,
+) -> optax.GradientTransformation:
+    """Clipping, then AdamW with a linear schedule, as both of the paper's trainers have it.
+
+    Args:
         learning_rate: Peak rate.
-        warmup_steps: Steps from 0 to the peak; the paper has none for DPO.
-        total_steps: The rate falls linearly to 0 at this step.
+        updates: The rate falls linearly to 0 at the last of them.
+        warmup: Updates from 0 to the peak; the paper has none for DPO.
         clip_norm: Greatest global norm of the gradient.
         weight_decay: Decoupled, on matrices only.
         accumulation: Micro-batches per update.
     """
-
-    learning_rate: float
-    total_steps: int
-    warmup_steps: int = 0
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    accumulation: int = 1
-
-
-def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Linear rise over the warm-up, then linear decay to zero; counted in updates."""
-    decay = optax.linear_schedule(
-        config.learning_rate, 0.0, max(1, config.total_steps - config.warmup_steps)
-    )
-    if config.warmup_steps == 0:
-        return decay
-    rise = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([rise, decay], [config.warmup_steps])
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then AdamW; `accumulation` micro-batches make one update."""
     optimizer = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(clip_norm),
         optax.adamw(
-            make_schedule(config),
-            weight_decay=config.weight_decay,
+            make_schedule(learning_rate, updates, warmup),
+            weight_decay=weight_decay,
             mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
         ),
     )
-    if config.accumulation > 1:
-        return optax.MultiSteps(optimizer, config.accumulation).gradient_transformation()
+    if accumulation > 1:
+        return optax.MultiSteps(optimizer, accumulation).gradient_transformation()
     return optimizer
 
 
