@@ -160,7 +160,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.gamma = 0.5  # simpo: margin between the rewards of both, for which beta should be near 2.
     dpo.label_smoothing = 0.0  # Share of pairs whose chosen text is taken to be the worse one.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
-    dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood.
+    dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood per token, added.
     dpo.epochs = 2.0  # Passes over the pairs or candidates.
     dpo.batch_size = 16  # Pairs or candidates a batch.
     dpo.accumulation = 1  # Batches an update, by their mean gradient.

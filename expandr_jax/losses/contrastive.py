@@ -16,16 +16,9 @@ EXCLUDED = -1e30  # Score of a passage that is left out of a softmax; finite, so
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveLossSettings:
-    """What the losses can be set to; each of `CONTRASTIVE_LOSSES` has a weight.
+    """What the losses can be set to, a weight for each of `CONTRASTIVE_LOSSES` among it.
 
-    Attributes:
-        temperature: tau; where it is learned, the value it starts from.
-        symmetric: Passages are compared with all queries, too.
-        info_nce_weight: Weight of the contrastive loss.
-        margin_mse_weight: Weight of margin-MSE against the teacher's scores.
-        kl_weight: Weight of the divergence from the teacher's distribution.
-        teacher_temperature: Divides the teacher's scores in that divergence.
-        invariance_weight: Weight of the divergence of plain from expanded queries' rankings.
+    configs/base.py says what each means.
     """
 
     temperature: Positive

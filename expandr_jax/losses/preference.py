@@ -15,13 +15,7 @@ from expandr_jax.settings import NotNegative, Positive, number
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSettings:
-    """What the losses can be set to; each reads what it needs.
-
-    Attributes:
-        beta: Strength of the tie to the reference; the paper's is 0.1.
-        label_smoothing: Share of pairs taken to be the wrong way round; below one half.
-        gamma: What SimPO wants the chosen response's reward to be above the rejected one's.
-    """
+    """What the losses can be set to; each reads what it needs. configs/base.py explains them."""
 
     beta: Positive = 0.1
     label_smoothing: Annotated[float, number(least=0, below=0.5)] = 0.0
@@ -114,18 +108,12 @@ def preference_metrics(
 ) -> dict[str, jax.Array]:
     """What is looked at while any of these losses falls.
 
-    Args:
-        policy: [batch, 2] log-probabilities under the policy.
-        reference: [batch, 2] under the reference, or None.
-        beta: Strength of the tie to the reference.
-
-    Returns:
-        {"reward_chosen", "reward_rejected", "margin", "accuracy", "kl"}, [batch] each. A reward is
-        beta times a response's log-ratio to the reference; "kl" is the mean of both log-ratios,
-        log pi - log ref, without beta. Over responses that the policy samples its mean is
-        KL(pi || ref); over given ones, as here, it only estimates that, and may be below 0. Where
-        log-probabilities are means over tokens, so is it. Without a reference a reward is beta
-        times the log-probability, and there is no "kl".
+    {"reward_chosen", "reward_rejected", "margin", "accuracy", "kl"}, [batch] each. A reward is beta
+    times a response's log-ratio to the reference; "kl" is the mean of both log-ratios, log pi - log
+    ref, without beta. Over responses that the policy samples its mean is KL(pi || ref); over given
+    ones, as here, it only estimates that, and may be below 0. Where log-probabilities are means
+    over tokens, so is it. Without a reference a reward is beta times the log-probability, and there
+    is no "kl".
     """
     ratios = log_ratios(policy, reference)
     chosen, rejected = ratios[:, 0], ratios[:, 1]

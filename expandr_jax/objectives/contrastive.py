@@ -39,15 +39,7 @@ LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig(ContrastiveLossSettings):
-    """What a step compares, and how. A config's section `contrastive` is one.
-
-    Attributes:
-        query_weight: Weight of the query's own vector among those of its expansions.
-        normalize: Where expanded query vectors are brought to unit length.
-        learn_temperature: The parameters are {"retriever": ..., "log_temperature": scalar}.
-        dimensions: Matryoshka dimensions; none: whole vectors.
-        micro_batch: Texts whose graph is in memory at once; divides the rows of the batch. 0: all.
-    """
+    """What a step compares, and how. A config's section `contrastive` is one."""
 
     query_weight: Share = 0.5
     normalize: Annotated[str, choice(get_args(Normalize))]
@@ -63,7 +55,8 @@ def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
 
 
 def with_temperature(params: Any, settings: Any) -> Any:
-    """What is trained: the retriever's parameters, and the temperature where it is learned."""
+    """What is trained: the retriever's parameters; where the temperature is learned as well,
+    {"retriever": these, "log_temperature": scalar}."""
     if not settings.learn_temperature:
         return params
     return {"retriever": params, "log_temperature": jnp.log(jnp.float32(settings.temperature))}
@@ -108,10 +101,9 @@ def contrastive_loss(
     """Mean loss of a batch and its metrics.
 
     Args:
-        params: The retriever's parameters; see `ContrastiveConfig.learn_temperature`.
+        params: As `with_temperature` has them.
         batch: From `make_batch`.
-        retriever: Module, pooling and normalisation.
-        config: What is compared.
+        retriever, config: What embeds the texts, and what is compared.
         dropout_key: Turns the module's dropout on.
 
     Returns:
@@ -133,9 +125,7 @@ def contrastive_gradients(
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
     """((loss, metrics), gradients) of `contrastive_loss`, by micro-batches where the config asks.
 
-    Args:
-        params, batch, retriever, config: As for `contrastive_loss`.
-        dropout_key: Likewise; both passes over a micro-batch drop the same.
+    Both passes over a micro-batch drop the same.
     """
     if not config.micro_batch:
         return jax.value_and_grad(contrastive_loss, has_aux=True)(

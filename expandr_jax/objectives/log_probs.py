@@ -46,7 +46,6 @@ def packed_log_probs(
     """log p of each of the batch's "targets", [batch, response tokens]; padding's mean nothing.
 
     Args:
-        module: The decoder.
         variables: {"params": base} for the reference, with "lora" for the policy.
         batch: From `pack`.
         responses: Responses of a row.

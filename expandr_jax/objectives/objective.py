@@ -20,14 +20,7 @@ Losses = tuple[jax.Array, dict[str, jax.Array]]  # [batch] losses, and metrics, 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSettings(PreferenceSettings):
-    """What objectives can be set to; each reads what it needs. A config's section `dpo` is one.
-
-    Attributes:
-        length_normalized: Use mean instead of summed token log-probabilities.
-        sft_weight: Weight of the chosen response's negative log-likelihood per token, added.
-        reward_temperature: Divides rewards in the softmax that makes shares of them.
-        chunk: Response tokens whose logits are in memory at once.
-    """
+    """What objectives can be set to; each reads what it needs. A config's section `dpo` is one."""
 
     length_normalized: bool = False
     sft_weight: NotNegative = 0.0

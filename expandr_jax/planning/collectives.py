@@ -45,11 +45,7 @@ class Collectives:
 
 
 def count_collectives(hlo: str) -> dict[str, Collectives]:
-    """Collectives of a program, by kind.
-
-    Args:
-        hlo: What `Compiled.as_text()` gives.
-    """
+    """Collectives of a program, by kind, from what `Compiled.as_text()` gives."""
     computations, entry = _computations(hlo)
     times: collections.Counter[str] = collections.Counter()
 

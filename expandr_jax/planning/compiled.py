@@ -49,10 +49,7 @@ class Needs:
 def compile_program(lowered: jax.stages.Lowered, chip: Chip, resident: int = 0) -> Needs:
     """Compiles a traced program; one that the compiler rejects for memory needs too much.
 
-    Args:
-        lowered: From a jitted function's `lower`.
-        chip: What it is to fit.
-        resident: Bytes that are taken on each device already.
+    `resident` bytes are taken on each device already.
     """
     start = time.monotonic()
     compiled, collectives = None, {}

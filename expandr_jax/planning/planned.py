@@ -160,12 +160,7 @@ def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
 def shape_module(
     section: RetrieverSettings | GeneratorSettings, name: str, dtype: str
 ) -> nn.Module:
-    """The config's model without its weights.
-
-    Args:
-        section: The config's `retriever` or `generator` section.
-        name: Which of the two, for messages.
-        dtype: Compute type.
+    """The model of a config's section, as messages call it, without its weights.
 
     Raises:
         UserError: Neither a shape nor a source that is here is named.

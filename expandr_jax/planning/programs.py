@@ -18,10 +18,6 @@ from expandr_jax.planning.topology import Topology
 def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[], Planned]]:
     """Every program of a run, by name; each is made when it is asked for.
 
-    Args:
-        config: The whole config.
-        topology: What to compile for.
-
     Raises:
         UserError: A model's shape cannot be found; when a program is made, also if its mesh does
             not fit the devices or the workload.

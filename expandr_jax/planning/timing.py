@@ -15,15 +15,10 @@ SCALE = 0.02  # Made-up parameters have it, as those that models are begun with.
 
 
 def time_program(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> float | None:
-    """Median of the seconds that the planned work takes, after one call to warm up.
+    """Median of the seconds that the planned work takes in `repeats` calls, after one to warm up.
 
-    Args:
-        planned: What is compiled.
-        compiled: The program, for devices of this process.
-        repeats: Calls.
-
-    Returns:
-        Seconds; None where the devices' memory does not suffice after all.
+    The program is compiled for devices of this process. None: their memory does not suffice after
+    all.
     """
     seconds = []
     try:

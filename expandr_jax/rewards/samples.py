@@ -26,7 +26,6 @@ def sample_rows(
     the generator is trained for: `reward.corpus_measure` of a search for query and passage.
 
     Args:
-        config: The whole config.
         name: The system whose passages they are.
         corpus: As the system's retriever encodes it.
         data: Has the judgements.

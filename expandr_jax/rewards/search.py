@@ -91,8 +91,7 @@ def corpus_reward(config: Any, index: Index, fused: np.ndarray, judged: Judged) 
     """`reward.corpus_measure` of each expanded query's search: [queries, candidates] float64.
 
     Args:
-        config: The whole config.
-        index: The corpus's.
+        config, index: The whole config, and the corpus's index.
         fused: [queries, candidates, dim] a query's vector with each of its candidates.
         judged: The same queries' relevant documents.
     """
