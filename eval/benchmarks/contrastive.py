@@ -152,25 +152,19 @@ def flops(directory: pathlib.Path, expanded: bool) -> float:
     return 3 * minilm.forward_flops([LENGTH] * QUERIES * (4 if expanded else 3))
 
 
-def _row(expanded: bool, peer_name: str, packages: tuple[str, ...], peer) -> Comparison:
-    return Comparison(
-        name=f"contrastive step, {'expanded' if expanded else 'plain'} queries",
+ROWS = tuple(
+    Comparison(
+        name=f"contrastive step, {queries} queries",
         unit="steps/s",
-        peer_name=peer_name,
+        peer_name=packages[0],
         packages=packages,
-        ours=functools.partial(start_ours, expanded=expanded),
+        ours=functools.partial(start_ours, expanded=queries == "expanded"),
         peer=peer,
         check=check,
-        flops=functools.partial(flops, expanded=expanded),
+        flops=functools.partial(flops, expanded=queries == "expanded"),
     )
-
-
-ROWS = (
-    _row(True, "torch", minilm.PACKAGES, start_torch),
-    _row(
-        False,
-        "sentence-transformers",
-        ("sentence-transformers", *minilm.PACKAGES),
-        start_sentence_transformers,
-    ),
+    for queries, packages, peer in (
+        ("expanded", minilm.PACKAGES, start_torch),
+        ("plain", ("sentence-transformers", *minilm.PACKAGES), start_sentence_transformers),
+    )
 )

@@ -199,8 +199,8 @@ def flops(directory: pathlib.Path) -> float:
     return FROZEN * forward_flops(generator.module, params, 1, tokens, keys=0, logits=learned)
 
 
-def _row(name: str, precompute: bool) -> Comparison:
-    return Comparison(
+ROWS = tuple(
+    Comparison(
         name=name,
         unit="pairs/s",
         peer_name="trl",
@@ -210,9 +210,5 @@ def _row(name: str, precompute: bool) -> Comparison:
         check=check,
         flops=flops,
     )
-
-
-ROWS = (
-    _row("dpo", False),
-    _row("dpo, reference made before", True),
+    for name, precompute in (("dpo", False), ("dpo, reference made before", True))
 )

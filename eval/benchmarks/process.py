@@ -139,10 +139,7 @@ def main() -> None:
     if what == PREPARE:
         module.prepare(directory)
         costs = [
-            {
-                kind: count and count(directory)
-                for kind, count in (("flops", c.flops), ("bytes", c.bytes))
-            }
+            {"flops": c.flops and c.flops(directory), "bytes": c.bytes and c.bytes(directory)}
             for c in module.ROWS
         ]
         say(costs=costs)

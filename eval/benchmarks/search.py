@@ -109,12 +109,7 @@ def start_ours(directory: pathlib.Path, number: int, backend: str) -> Running:
         index.save(target)
         return sum(file.stat().st_size for file in target.iterdir())
 
-    return _running(
-        directory,
-        number,
-        lambda vectors: build_index(vectors, backend),
-        saved_bytes,
-    )
+    return _running(directory, number, lambda x: build_index(x, backend), saved_bytes)
 
 
 def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
@@ -138,12 +133,7 @@ def start_faiss(directory: pathlib.Path, number: int, kind: str) -> Running:
         index.add(vectors)
         return index
 
-    return _running(
-        directory,
-        number,
-        build,
-        lambda index: len(faiss.serialize_index(index)),
-    )
+    return _running(directory, number, build, lambda index: len(faiss.serialize_index(index)))
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], least: float) -> str:
@@ -161,9 +151,9 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], leas
     return "; ".join(said)
 
 
-def _row(number: int, backend: str, kind: str) -> Comparison:
-    return Comparison(
-        name=f"search, {SETS[number]}, {backend}",
+ROWS = tuple(
+    Comparison(
+        name=f"search, {name}, {backend}",
         unit="queries/s",
         peer_name=f"FAISS {kind}",
         packages=FAISS,
@@ -171,10 +161,6 @@ def _row(number: int, backend: str, kind: str) -> Comparison:
         peer=functools.partial(start_faiss, number=number, kind=kind),
         check=functools.partial(check, least=1.0 if backend == "exact" else LEAST_RECALL),
     )
-
-
-ROWS = tuple(
-    _row(number, backend, kind)
-    for number in range(len(SETS))
+    for number, name in enumerate(SETS)
     for backend, kind in (("scann", "HNSW"), ("scann", "IVF-PQ"), ("exact", "flat"))
 )

@@ -12,7 +12,8 @@ import re
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8,
           "f64": 8}  # fmt: skip
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$")
+# A computation: whether it is the first to run, its name, its lines.
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$\n((?:^ .*\n)*)", re.MULTILINE)
 _COLLECTIVE = re.compile(rf"=\s*(.*?)\s({'|'.join(KINDS)}|ragged-all-to-all)(-start)?\(")
 _CALLED = re.compile(
     r"(body|to_apply|calls|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -46,7 +47,8 @@ class Collectives:
 
 def count_collectives(hlo: str) -> dict[str, Collectives]:
     """Collectives of a program, by kind, from what `Compiled.as_text()` gives."""
-    computations, entry = _computations(hlo)
+    found = _COMPUTATION.findall(hlo)
+    computations = {name: body.splitlines() for _, name, body in found}
     times: collections.Counter[str] = collections.Counter()
 
     def visit(name: str, factor: int) -> None:
@@ -55,7 +57,7 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
             for called, turns in _calls(line, computations):
                 visit(called, factor * turns)
 
-    visit(entry, 1)
+    visit(next(name for entry, name, _ in found if entry), 1)
     # A collective that runs beside other work stands in several fusions, under one channel, and
     # where that work is a loop it is still one.
     fused = {
@@ -65,7 +67,7 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
         for attribute, called in _CALLED.findall(line.replace("%", ""))
         if attribute == "calls"
     }
-    found: dict[str, tuple[str, int, int]] = {}
+    counted: dict[str, tuple[str, int, int]] = {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             match = _COLLECTIVE.search(line)
@@ -75,11 +77,11 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
                 channel = _CHANNEL.search(line)
                 shared = channel and name in fused
                 key = f"{kind}:{channel.group(1)}" if shared else f"{name}:{number}"
-                turns = min(times[name], found[key][2] if key in found else times[name])
-                found[key] = kind, _size(types, kind, bool(started), line), turns
+                turns = min(times[name], counted[key][2] if key in counted else times[name])
+                counted[key] = kind, _size(types, kind, bool(started), line), turns
     totals = {}
     for kind in KINDS:
-        own = [(size, turns) for known, size, turns in found.values() if known == kind]
+        own = [(size, turns) for known, size, turns in counted.values() if known == kind]
         if own:
             totals[kind] = Collectives(
                 sum(turns for _, turns in own),
@@ -87,21 +89,6 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
                 max(size for size, _ in own),
             )
     return totals
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation by its name, and the name of the first to run."""
-    lines: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        header = None if line.startswith(" ") else _COMPUTATION.match(line)
-        if header:
-            name = header.group(2)
-            entry = name if header.group(1) else entry
-            lines[name] = []
-        elif name and line.startswith(" "):
-            lines[name].append(line)
-    return lines, entry
 
 
 def _calls(line: str, computations: dict[str, list[str]]) -> list[tuple[str, int]]:
