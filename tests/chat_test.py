@@ -131,10 +131,9 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
     row = dict(zip(("prompt", "chosen", "rejected"), messages, strict=True))
     (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     own = dataclasses.replace(generator, today=datetime.date.today())  # `end_id` is the template's.
-    lengths = {"prompt_length": 10**6, "response_length": 10**6}
-    settings = types.SimpleNamespace(dpo=types.SimpleNamespace(**lengths, on_bad_pair="error"))
-    rows, _ = read_pairs(path, own, settings, own=False)
-    ((found,), cut) = tokenize_pairs(own, rows, **lengths)
+    section = types.SimpleNamespace(prompt_length=10**6, response_length=10**6, on_bad_pair="error")
+    rows, _ = read_pairs(path, own, types.SimpleNamespace(dpo=section), own=False)
+    ((found,), cut) = tokenize_pairs(own, rows, section)
     # As in TRL's DPOTrainer, which has it in a closure.
     prompt, *whole = (
         tokenizer.apply_chat_template(conversation, return_dict=False, **options)

@@ -91,8 +91,7 @@ def roofline(
     """The least time that a program can take: compute, memory and network at their peaks at once.
 
     Args:
-        chip: What a device can do.
-        devices: How many there are.
+        chip, devices: What each device can do, and how many there are.
         flops: Operations of all devices, what is recomputed included.
         moved: Bytes between a device and its memory.
         collectives: Those of the program. An all-reduce passes a device's links twice.

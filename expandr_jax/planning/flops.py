@@ -29,8 +29,7 @@ def forward_flops(
     """Floating-point operations of one forward pass.
 
     Args:
-        module: The model.
-        params: Its parameters or their shapes, layers stacked.
+        module, params: The model, and its parameters or their shapes, layers stacked.
         rows: Texts.
         length: Tokens of each that are run.
         keys: Tokens that each of these attends to; None: `length`.

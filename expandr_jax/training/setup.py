@@ -49,8 +49,7 @@ def set_up(
     Args:
         mesh: The devices.
         step: (state, ..., batch, key, *, optimizer) -> (state, metrics).
-        trained: Shapes of the parameters that are trained.
-        shardings: Where they lie.
+        trained, shardings: Shapes of the parameters that are trained, and where they lie.
         optimizer: From `make_optimizer`.
         *frozen: Shardings of what the step takes between the state and the batch.
     """
