@@ -133,11 +133,10 @@ def evaluate_beir(
     Args:
         config: As from configs/; `evaluation.query_weights` and `evaluation.samples` hold one
             value each, 0 samples being those of a strategy's authors.
-        workdir: Where everything goes.
+        workdir, console: Where files, and progress and tables go.
         data: Paths of the sets; none are the config's own data and tests.
         names: The systems; tests compare with the first.
         split: Whose judgements are used; "": as `find_benchmarks` has it.
-        console: Where progress and tables go.
         measures: Beside those that every table has.
         cache: Where generated texts are kept, for several workdirs; None: in the workdir.
 

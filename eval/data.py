@@ -7,6 +7,8 @@ leaks from test into training; for triples, from the collections of --tests=DIR,
 tokens where --retriever names a model, in words otherwise.
 """
 
+import collections
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -14,18 +16,27 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from eval.description import Lengths, token_lengths, warning_lines, word_lengths
-from eval.triples import holds_triples, report_triples
+from eval.description import (
+    TEXTS_AT_ONCE,
+    Lengths,
+    token_lengths,
+    warning_lines,
+    word_lengths,
+)
 from expandr_jax.data.archive import Files
-from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir
-from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir, read_texts
+from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, query_key
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.records import hash_json
+from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
 from expandr_jax.report.tables import render, wide_console
 from train.launch import launch
 
 MOST_ERRORS = 20  # Lines that are printed; all mistakes are counted.
+SHOWN = 60  # Characters of a query in an example.
 PARTS = ("corpus", "queries")
+TRIPLE_PARTS = ("queries", "positives", "negatives")
 
 
 def describe(collection: Collection, lengths: Lengths) -> list[Table]:
@@ -48,12 +59,9 @@ def describe(collection: Collection, lengths: Lengths) -> list[Table]:
 
 
 def find_warnings(collection: Collection, files: Files, near: float) -> list[str]:
-    """What deserves a look, one line a kind, with how often and where.
+    """What deserves a look in a collection, read from these files: a line a kind, and where.
 
-    Args:
-        collection: As `read_beir` read it.
-        files: What it was read from.
-        near: Least share of word 5-grams (Jaccard) that near-duplicates have in common.
+    Near-duplicates have more than a share of `near` of their word 5-grams (Jaccard) in common.
     """
     found = {
         "documents repeat the text of another": _repeated(collection.corpus),
@@ -77,7 +85,7 @@ def find_warnings(collection: Collection, files: Files, near: float) -> list[str
         ]
         found[f"{split} judgements are of documents that the corpus lacks"] = [
             f"{row.where} {row.document}"
-            for row in judgements(files, split, lambda _: None)
+            for row in judgements(files, split, [])
             if row.document not in collection.corpus
         ]
     if {"train", "test"} <= collection.qrels.keys():
@@ -130,6 +138,81 @@ def _leaks(collection: Collection, near: float) -> dict[str, list[str]]:
     }
 
 
+def holds_triples(path: pathlib.Path) -> bool:
+    """Whether a path is of triples: a .jsonl[.gz] file, or a directory of some, and no BEIR's."""
+    if path.is_dir():
+        names = [file.name for file in path.iterdir() if file.is_file()]
+    else:
+        names = [path.name]
+    files = [name for name in names if name.endswith(SUFFIXES)]
+    return bool(files) and not any(
+        name.startswith(("corpus.jsonl", "queries.jsonl")) for name in files
+    )
+
+
+def report_triples(
+    path: pathlib.Path, lengths: Lengths, near: float, tests: Sequence[str]
+) -> tuple[list[Table], list[str], list[UserError]]:
+    """Reads triples once, line by line; arguments and errors are those of `check`.
+
+    Returns:
+        Lengths by file; what deserves a look, a line a kind; and each mistake in a line.
+    """
+    files = find_sources(path)
+    tested, documents = benchmark_queries(tests), _relevant_documents(tests)
+    errors: list[UserError] = []
+    counts: dict[tuple[str, str], list[int]] = collections.defaultdict(list)
+    found: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    rows = ((source, t) for source, file in files.items() for t in stream_triples(file, errors))
+    hits = itertools.repeat([])
+    if documents:
+        rows, again = itertools.tee(rows)
+        texts = (text for _, triple in again for text in triple.positives)
+        hits = near_duplicates(texts, documents, near)
+    while batch := list(itertools.islice(rows, TEXTS_AT_ONCE)):
+        for source in dict.fromkeys(source for source, _ in batch):
+            mine = [triple for name, triple in batch if name == source]
+            counts[source, "queries"] += lengths.count([triple.query for triple in mine])
+            for part in TRIPLE_PARTS[1:]:
+                flat = [text for triple in mine for text in getattr(triple, part)]
+                counts[source, part] += lengths.count(flat)
+        for source, triple in batch:
+            key = query_key(triple.query)
+            near_to = [next(hits) for _ in triple.positives]
+            for what, holds in (
+                ("lines repeat the query of another", hash_json(key) in seen),
+                ("lines have no negative", not triple.negatives),
+                ("lines have a positive among their negatives",
+                 not set(triple.positives).isdisjoint(triple.negatives)),
+                ("lines have a test query, word for word", key in tested),
+                (f"lines have a positive that shares over {near:g} of its 5-grams with a relevant "
+                 "test document", any(near_to)),
+            ):  # fmt: skip
+                if holds:
+                    found.setdefault(what, []).append(f"{source}: {triple.query[:SHOWN]}")
+            seen.add(hash_json(key))
+    if not seen and not errors:
+        raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line')
+    header, lines = ("file", "part", "texts", *lengths.header), []
+    for source in files:
+        for part in TRIPLE_PARTS:
+            mine = counts.get((source, part), ())
+            name = source if part == TRIPLE_PARTS[0] else ""
+            lines.append([name, part, f"{len(mine):,}", *lengths.cells(mine)])
+    return [render(path.resolve().name, header, lines)], warning_lines(found), errors
+
+
+def _relevant_documents(tests: Sequence[str]) -> list[str]:
+    texts = []
+    for benchmark in find_benchmarks(tests).values():
+        judged = judgements(benchmark.files, benchmark.split)
+        relevant = {judgement.document for judgement in judged if judgement.grade > 0}
+        corpus = read_texts(benchmark.files, "corpus")
+        texts += [text for document, text in corpus if document in relevant]
+    return texts
+
+
 def check(
     path: pathlib.Path,
     lengths: Lengths,
@@ -153,28 +236,29 @@ def check(
         UserError: A file is missing or cannot be read at all.
     """
     if holds_triples(path):
-        table, warnings, errors = report_triples(path, lengths, near, tests)
-        console.print(table)
-        _print_lines(warnings, errors, console)
-        return len(errors)
+        return _show(*report_triples(path, lengths, near, tests), console)
     if tests:
         raise UserError(f"--tests goes with triples, and {path} has none; test judgements of a "
                         "collection are compared with its own train judgements")  # fmt: skip
     mistakes = 0
     for files in find_collections(path).values():
         errors: list[UserError] = []
-        collection = read_beir(files, errors.append)
-        for table in describe(collection, lengths):
-            console.print(table)
-        _print_lines(find_warnings(collection, files, near), errors, console)
-        mistakes += len(errors)
+        collection = read_beir(files, errors)
+        warnings = find_warnings(collection, files, near)
+        mistakes += _show(describe(collection, lengths), warnings, errors, console)
     return mistakes
 
 
-def _print_lines(warnings: Sequence[str], errors: Sequence[UserError], console: Console) -> None:
+def _show(
+    tables: Sequence[Table], warnings: Sequence[str], errors: Sequence[UserError], console: Console
+) -> int:
+    """Prints what was found; returns how many mistakes there are."""
+    for table in tables:
+        console.print(table)
     for kind, lines in (("warning", warnings), ("error", map(str, errors[:MOST_ERRORS]))):
         for line in lines:
             console.print(f"{kind}: {line}", markup=False, soft_wrap=True)
+    return len(errors)
 
 
 def main(arguments: Sequence[str]) -> None:

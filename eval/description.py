@@ -70,13 +70,10 @@ def token_lengths(source: str) -> Lengths:
 
     def lengths(texts: Sequence[str]) -> list[int]:
         # Not verbose: it would warn of texts over the limit, which are what is counted here.
-        encoded = tokenizer(
-            list(texts), truncation=False, return_attention_mask=False, verbose=False
-        )
+        encoded = tokenizer(list(texts), truncation=False, verbose=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    limits = (tokenizer.model_max_length, (settings and settings.max_length) or UNLIMITED)
-    limit = min(limits)
+    limit = min(tokenizer.model_max_length, (settings and settings.max_length) or UNLIMITED)
     return Lengths("tokens", limit if limit < UNLIMITED else None, lengths)
 
 

@@ -24,6 +24,7 @@ from sentence_transformers import SentenceTransformer
 
 from eval import precision, tiny_anchordr, tiny_models
 from eval.benchmarks import minilm, smollm2
+from expandr_jax.data.batches import pad
 from expandr_jax.data.records import write_text
 from expandr_jax.models.decoder import KVCache, unstack_layers
 from expandr_jax.report.tables import render
@@ -158,7 +159,7 @@ def _minilm() -> list[str]:
     retriever, params = load_retriever(minilm.SOURCE, sha256=minilm.SHA256)
     texts = [f"{'how do I pad an array with zeros in numpy'[i % 9 : i + 9]} {i}" for i in range(50)]
     theirs = SentenceTransformer(str(locate(minilm.SOURCE)), device="cpu").encode(texts)
-    ids, mask = _padded(retriever.token_ids(texts))
+    ids, mask = pad(retriever.token_ids(texts), pad_id=0)
     ours = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
     return _row("all-MiniLM-L6-v2 (its vectors)", "safetensors", [(ours, theirs)])
 
@@ -169,18 +170,12 @@ def _smollm2() -> list[str]:
     load = transformers.AutoModelForCausalLM.from_pretrained
     reference = load(path.parent, gguf_file=path.name).eval()
     texts = ("Hi", "Write about Paris and Rome, please.", "Define numpy.pad in one line.")
-    ids, mask = _padded([generator.chat_ids(text, 100)[0] for text in texts])
+    ids, mask = pad([generator.chat_ids(text, 100)[0] for text in texts], pad_id=0)
     with torch.no_grad():
         theirs = reference(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
     ours = precision.logits(generator.module, params, ids, mask)
     pairs = zip(*(tiny_models.unpadded(x, mask) for x in (ours, theirs)), strict=True)
     return _row("SmolLM2-135M-Instruct", "GGUF", list(pairs))
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    width = max(map(len, rows))
-    ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-    return ids, (np.arange(width) < np.array([[len(row)] for row in rows])).astype(int)
 
 
 def _same(before: pathlib.Path, after: pathlib.Path) -> bool:

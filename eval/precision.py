@@ -48,10 +48,6 @@ def measure(source: str, sha256: str) -> Iterator[list[str]]:
 
     The perplexity is exp of a token's mean negative log-likelihood; logits, and at how many places
     the likeliest next token is the same, are compared with those of float32.
-
-    Args:
-        source: Where it is.
-        sha256: Checksum of its file.
     """
     plain = None
     for weights, compute in FORMS:

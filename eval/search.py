@@ -19,9 +19,8 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 
-from expandr_jax.config import Config, read_config
+from expandr_jax.config import Config, read_run_config
 from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, Sample, by_sample, make_expander
@@ -30,7 +29,7 @@ from expandr_jax.expansion.strategies import Ask
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.pair import phase_mesh
-from expandr_jax.runtime.formats import read_record
+from expandr_jax.report.tables import Bold, render
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -51,16 +50,10 @@ SNIPPET = 160  # Characters of a document that are shown.
 
 
 def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None:
-    """Prints the expansion of a query and its documents before and after.
-
-    Args:
-        workdir: A finished run of train.joint.
-        query: The question.
-        count: Documents shown.
-        console: Where to print.
+    """Prints the expansion of a query and its first `count` documents before and after.
 
     Raises:
-        UserError: The query is empty, or the run is not there or not finished.
+        UserError: The query is empty, or the workdir is not that of a finished run of train.joint.
     """
     if not query.strip():
         raise UserError('the query is empty; give it in quotes: eval.search --workdir=DIR "..."')
@@ -112,9 +105,15 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     for passage in passages:
         console.print("expansion: ", end="", style="bold")
         console.print(passage or "(empty)", markup=False)
-    names, texts = list(corpus), list(corpus.values())
+    documents = list(corpus.items())
     for title, (scores, found) in (("query alone", before), ("query + expansion", after)):
-        console.print(_table(title, scores[0], found[0], names, texts))
+        rows = []
+        for score, index in zip(scores[0], found[0], strict=True):
+            name, text = documents[index]
+            text = " ".join(text.split())
+            snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
+            rows.append([f"{score:.3f}", Bold(name), snippet])
+        console.print(render(title, ("score", "document", "text"), rows))
     parts = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     console.print(f"{len(corpus)} documents; {parts} (first use compiles)")
 
@@ -159,34 +158,15 @@ def _unkept(expander: Expander) -> Sample:
 def _read_run(workdir: pathlib.Path) -> tuple[Config, dict[str, Any]]:
     """A finished run's config and the choices that its system "expandr" made on dev."""
     try:
-        config = read_record(workdir / "config.json")
         chosen = json.loads((workdir / "results.json").read_text(encoding="utf-8"))["chosen"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{workdir}: not a finished run; train.joint makes one") from None
+    config = read_run_config(workdir / "config.json")
     if "expandr" not in chosen or not (workdir / "export" / "generator").exists():
         raise UserError(
             f"{workdir}: has no expandr system or no exports; let train.joint finish it"
         )
-    try:
-        return read_config(config), chosen["expandr"]
-    except UserError as error:  # A setting of the run's, not of this command.
-        raise UserError(f"{workdir / 'config.json'}: {error}") from None
-
-
-def _table(
-    title: str, scores: np.ndarray, found: np.ndarray, names: list[str], texts: list[str]
-) -> Table:
-    table = Table(title=title, title_justify="left", expand=True)
-    table.add_column("score", justify="right")
-    table.add_column("document", overflow="fold")
-    for score, index in zip(scores, found, strict=True):
-        text = " ".join(texts[index].split())
-        snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
-        row = Table.grid()
-        row.add_row(f"{names[index]}", style="bold")
-        row.add_row(snippet)
-        table.add_row(f"{score:.3f}", row)
-    return table
+    return config, chosen["expandr"]
 
 
 def main(arguments: Sequence[str]) -> None:

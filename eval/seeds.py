@@ -85,16 +85,13 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
 
 def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
     """Refuses what is no finished run, and runs that do not differ by their seed alone."""
-    seeds: dict[int, pathlib.Path] = {}
+    seeds: dict[str, pathlib.Path] = {}
     first: dict[str, Any] = {}
     for workdir in workdirs:
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir}: not a finished run; it has no results.json")
-        try:
-            config = read_record(workdir / "config.json")
-            seed = config.pop("seed")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{workdir / 'config.json'}: not the record of a run") from None
+        config = read_record(workdir / "config.json")
+        seed = repr(config.pop("seed", None))
         if (other := seeds.setdefault(seed, workdir)) != workdir:
             raise UserError(f"{workdir}: has the seed of {other}; it would count twice")
         first = first or config

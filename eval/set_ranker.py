@@ -52,9 +52,7 @@ class SetRanker:
     """Ranks one set's corpus by any system; whatever it makes is made once.
 
     Args:
-        run: The config and progress.
-        models: The models.
-        collection: The set.
+        run, models, collection: What it is made with, and of.
         split: Whose judged queries are searched for.
         directory: Where runs and what a restart needs go.
         cache: Where generated texts are kept.
@@ -107,7 +105,6 @@ class SetRanker:
             lambda *asked: self._dense(UNTRAINED, None).find(*asked),
         )
         chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
-        chosen = chosen.searching(config.evaluation.depth)
         expander = dataclasses.replace(expander, strategy=chosen)
         samples = config.evaluation.samples[0] or chosen.samples
         made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))

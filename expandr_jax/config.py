@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.registry import REWARDS, RewardSettings
 from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
+from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.settings import LogSettings
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.settings import MANY, count, read_section
@@ -75,6 +77,18 @@ def read_config(values: Mapping[str, Any] | Config) -> Config:
     config = read_section(Config, values)
     _check(config)
     return config
+
+
+def read_run_config(path: str | os.PathLike) -> Config:
+    """The config that a run keeps in its config.json; UserError if there is none that can be read.
+
+    A version with other settings may have written it.
+    """
+    record = read_record(path)
+    try:
+        return read_config(record)
+    except UserError as error:
+        raise UserError(f"{path}: not a run's config as this version has it: {error}") from None
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

@@ -96,8 +96,6 @@ def phase_mesh(
         UserError: It does not fit the devices, naming the phase.
     """
     sizes = getattr(config, phase) or (config.data, config.fsdp, config.tensor)
-    if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):
-        raise UserError(f"mesh.{phase} is {sizes}; expected (data, fsdp, tensor), or () for mesh's")
     devices, own = devices or jax.devices(), of_one_process or jax.local_devices()
     processes, among = len(devices) // len(own), ""
     if phase in OF_ONE_PROCESS and processes > 1:

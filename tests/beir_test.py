@@ -254,7 +254,7 @@ def test_every_mistake_can_be_reported(tmp_path):
     qrels = QRELS + "q1\td2\nq9\td2\t1\nq1\td2\t3\n"
     directory = make(tmp_path / "tiny", queries=queries, qrels=qrels)
     mistakes = []
-    found = read_beir(directory, mistakes.append)
+    found = read_beir(directory, mistakes)
     lines = [str(mistake).removeprefix(f"{directory}/") for mistake in mistakes]
     assert [line.split(": ")[0] for line in lines] == [
         "queries.jsonl:3", "queries.jsonl:4", "qrels/test.tsv:4", "qrels/test.tsv:5",
@@ -273,7 +273,7 @@ def test_every_mistake_can_be_reported(tmp_path):
 def test_where_every_line_is_wrong_the_first_is_named(tmp_path, files, complaint):
     mistakes = []
     with pytest.raises(UserError, match=complaint):
-        read_beir(make(tmp_path / "tiny", **files), mistakes.append)
+        read_beir(make(tmp_path / "tiny", **files), mistakes)
     assert len(mistakes) == 2
 
 

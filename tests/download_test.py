@@ -1,5 +1,6 @@
 """Downloads from a server on this machine: whole, right, once, and nothing unless asked for."""
 
+import contextlib
 import hashlib
 import http.server
 import threading
@@ -57,13 +58,24 @@ def server(monkeypatch):
     server.stop()
 
 
+class Counts:
+    """A reporter of nothing, which keeps what it would show."""
+
+    def __init__(self):
+        self.seen = []
+
+    @contextlib.contextmanager
+    def progress(self, task, total):
+        yield lambda count: self.seen.append((count, total))
+
+
 def test_it_comes_once(server, tmp_path):
-    seen = []
-    path = download(server.url, SHA256.upper(), tmp_path, lambda *counts: seen.append(counts))
+    counts = Counts()
+    path = download(server.url, SHA256.upper(), tmp_path, counts)
     assert path.name == "data.zip"
     assert path.read_bytes() == DATA
-    assert sum(count for count, _ in seen) == len(DATA)
-    assert {total for _, total in seen} == {len(DATA)}
+    assert sum(count for count, _ in counts.seen) == len(DATA)
+    assert {total for _, total in counts.seen} == {len(DATA)}
     assert download(server.url, SHA256, tmp_path) == path
     assert server.asked == 1
     path.write_bytes(b"altered")
@@ -95,7 +107,7 @@ def test_what_is_not_it_is_refused(server, tmp_path):
         download(server.url, SHA256, tmp_path / "file")
     server.stop()
     with pytest.raises(UserError, match="refused"):
-        download(server.url, SHA256, tmp_path, timeout=5)
+        download(server.url, SHA256, tmp_path)
     server.__init__()  # Something to stop at the end.
 
 

@@ -1,6 +1,7 @@
 """`eval.search` and the README's example, on a finished run."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import pytest
 from rich.console import Console
 
+from configs import base
 from eval.search import _read_run, fitting_mesh, trained_sampler
 from expandr_jax.data.records import read_jsonl
 from expandr_jax.errors import UserError
@@ -90,9 +92,9 @@ def test_mistakes_get_one_line(smoke, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"config": []}', "not a finished run"),
-        ("[]", "not a finished run"),
-        ('{"config": {"seed": 0}}', r"config\.json: rounds is missing"),
+        ('{"config": []}', r"config\.json: not a run's config"),
+        ("[]", r"config\.json: not a run's config"),
+        ('{"config": {"seed": 0}}', r"config\.json: .*: rounds is missing"),
     ],
 )
 def test_a_config_that_cannot_be_read_gets_one_line(tmp_path, text, message):
@@ -100,6 +102,16 @@ def test_a_config_that_cannot_be_read_gets_one_line(tmp_path, text, message):
     (tmp_path / "results.json").write_text('{"chosen": {"expandr": {}}}')
     (tmp_path / "export" / "generator").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
+        _read_run(tmp_path)
+
+
+def test_a_mistyped_mesh_is_told_and_not_replaced_by_all_devices(tmp_path):
+    config = base.get_config().to_dict()
+    config["mesh"]["encoding"] = (1, 2)
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    (tmp_path / "results.json").write_text('{"chosen": {"expandr": {}}}')
+    (tmp_path / "export" / "generator").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mesh\.encoding is \(1, 2\); expected \(data, fsdp, tens"):
         _read_run(tmp_path)
 
 

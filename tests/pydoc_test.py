@@ -1,4 +1,5 @@
 import collections
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -10,6 +11,7 @@ from expandr_jax.data.beir import read_beir, write_beir
 from expandr_jax.data.duplicates import words
 from expandr_jax.data.pydoc import MAX_DOCUMENT_CHARACTERS, Shares, harvest
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.progress import Reporter
 
 REST = "The first argument is used in the way that the second one says, unless the third is set."
 
@@ -183,8 +185,14 @@ def test_splits(install, tmp_path):
     # Near-duplicates of the first package's texts, and a hundred texts of its own.
     copies = functions(range(300)).replace("_24", "_x").replace("Function", "A function")
     second = install("two", "2", {"two.py": copies + functions(range(300, 400))})
-    calls = []
-    pydoc = harvest([first, second], min_pairs=700, progress=lambda *call: calls.append(call))
+    done = collections.Counter()
+
+    class Counting(Reporter):
+        @contextlib.contextmanager
+        def progress(self, *task):
+            yield lambda count: done.update({task: count})
+
+    pydoc = harvest([first, second], reporter=Counting(None), min_pairs=700)
     collection, splits = pydoc.collection, pydoc.source["splits"]
 
     home = {
@@ -204,9 +212,8 @@ def test_splits(install, tmp_path):
     assert [package["pairs"] for package in pydoc.source["packages"]] == [300, 400]
     expected = {"retriever_train": 514.5, "generator_train": 73.5, "dev": 35, "test": 77}
     assert splits == {name: pytest.approx(size, abs=40) for name, size in expected.items()}
-    stages = dict.fromkeys(stage for stage, _, _ in calls)
-    assert list(stages) == ["reading docstrings", "comparing documents"]
-    assert calls[-1] == ("comparing documents", 700, 700)
+    stages = [("files read for their docstrings", 2), ("documents compared", 700)]
+    assert list(done.items()) == [(stage, stage[1]) for stage in stages]
 
     other = harvest([second, first], shares=Shares(0.6, 0.24, 0.05, 0.11))
     assert other.collection.corpus == collection.corpus

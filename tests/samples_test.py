@@ -175,7 +175,7 @@ def test_runs_differ_by_their_seed_alone(workdirs, changes, message):
             seeds.table(workdirs, "expandr")
     for text in ("{}", "[]", '{"config": []}', '{"config": {"reward": 3}}'):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"two/config\.json: not the record of a run"):
+        with pytest.raises(UserError, match=r"two/config\.json: not a run's config"):
             seeds.table(workdirs, "expandr")
 
 

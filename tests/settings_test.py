@@ -109,6 +109,8 @@ WRONG = [
     ("reward.corpus_measure", "mrr", "one of reciprocal_rank, ndcg, average_precision"),
     ("reward.corpus_temperature", 0.0, "a finite number above 0"),
     ("reward.threshold", math.nan, "a finite number"),
+    ("mesh.sampling", (1, 2), "(data, fsdp, tensor), or () for mesh's"),
+    ("mesh.dpo", (1, 1, True), "(data, fsdp, tensor), or () for mesh's"),
     ("search.backend", "faiss", "one of auto, scann, exact"),
     ("search.exact.block_rows", 0, COUNT),
     ("search.scann.method", "hnsw", "one of auto, brute, ah, tree"),

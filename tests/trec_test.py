@@ -35,10 +35,10 @@ LINES = "301\tInternational Organized Crime\r\n\n302\tPoliomyelitis & Post-Polio
 TOPICS = {"301": "International Organized Crime", "302": "Poliomyelitis & Post-Polio"}
 
 
-def read(tmp_path, text, field=None):
+def read(tmp_path, text):
     path = tmp_path / "topics.txt"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return read_topics(path, field)
+    return read_topics(path)
 
 
 @pytest.mark.parametrize("text", [AD_HOC, NUMBERED, LINES, "\ufeff" + LINES, AD_HOC.upper()])
@@ -46,14 +46,6 @@ def test_all_layouts_hold_the_same_topics(tmp_path, text):
     found = read(tmp_path, text)
     same = {key: query.upper() for key, query in TOPICS.items()}
     assert found == (same if text.isupper() else TOPICS)
-
-
-def test_another_field(tmp_path):
-    found = read(tmp_path, AD_HOC, "desc")
-    assert found["301"] == "Identify organizations that participate in it."
-    assert found["302"] == "Is the disease under control?"
-    with pytest.raises(UserError, match=r"topics\.txt:6: the topic has no <question>"):
-        read(tmp_path, NUMBERED, "question")
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,11 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from expandr_jax.config import Config, read_config
+from expandr_jax.config import Config, read_run_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
-from expandr_jax.runtime.formats import read_record
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.run import Run
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
@@ -84,7 +83,7 @@ def export_one(
     Raises:
         UserError: The run is not there or not finished, or the model has no such format.
     """
-    config = _read_config(workdir / "config.json")
+    config = read_run_config(workdir / "config.json")
     model = "retriever" if kind in ("retriever", "encoder") else "generator"
     pairs_alone = config.data.kind == "preferences"
     if not getattr(config, model).source or (model == "retriever" and pairs_alone):
@@ -119,18 +118,6 @@ def export_one(
 def made_as(kind: str) -> str:
     """What a run writes of itself that a format is made of, from the workdir."""
     return "export/" + {"encoder": "retriever"}.get(kind, kind)
-
-
-def _read_config(path: pathlib.Path) -> Config:
-    """The config that a run keeps; UserError if there is none, or it is no run's."""
-    try:
-        return read_config(read_record(path))
-    except UserError as error:  # Such as one of a version that has more settings, or fewer.
-        raise UserError(f"{path}: not a run's config as this version has it: {error}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not a run's config; --workdir must be that of a training run"
-        ) from None
 
 
 def _with_types_of(model: Any, source: str) -> Any:

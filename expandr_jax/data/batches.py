@@ -22,18 +22,17 @@ def bucket_length(length: int, buckets: Sequence[int] = TRAINING_LENGTHS) -> int
     raise ValueError(f"{length} tokens are above the longest bucket, {buckets[-1]}")
 
 
-def best_lengths(needed: Sequence[int], most: int, multiple: int = 16) -> tuple[int, ...]:
+def best_lengths(needed: Sequence[int], most: int) -> tuple[int, ...]:
     """The lengths, `most` of them or fewer, that batches are padded to with the least filling.
 
     Args:
         needed: Tokens of each batch's longest row.
         most: Lengths at most; each is a program to compile.
-        multiple: Each length is a multiple of it.
 
     Returns:
-        Lengths in rising order; the last holds all.
+        Multiples of 16 in rising order; the last holds all.
     """
-    rounded = [-(-length // multiple) * multiple for length in needed]
+    rounded = [-(-length // 16) * 16 for length in needed]
     sizes, counts = np.unique(rounded, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])  # Batches shorter than each size.
     # cost[j]: tokens of the batches below size j, padded to the lengths taken so far.

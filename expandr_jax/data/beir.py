@@ -10,16 +10,17 @@ default/test/0000.parquet), is read as well.
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 from expandr_jax.data.archive import Files, list_files
 from expandr_jax.data.records import (
     check_field,
     decode,
     hash_file,
+    note,
     parse_row,
     write_jsonl,
     write_text,
@@ -28,7 +29,7 @@ from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
 
 Qrels = dict[str, dict[str, int]]
-Report = Callable[[UserError], None]
+Mistakes = list[UserError] | None
 
 FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _HEADER = ("query-id", "corpus-id", "score")
@@ -66,7 +67,7 @@ class Judgement(NamedTuple):
     grade: int
 
 
-def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -> Collection:
+def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> Collection:
     """Reads a collection, named after its directory or archive.
 
     Documents may be empty and may lack a title; queries may lack judgements. The header of a
@@ -74,7 +75,7 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
 
     Args:
         source: a directory, a .zip, or one of the collections that `find_collections` finds.
-        report: called with each mistake in a line, which is then left out; None raises the first.
+        mistakes: gets each mistake in a line, which is then left out; None raises the first.
 
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
@@ -82,17 +83,15 @@ def read_beir(source: str | os.PathLike | Files, report: Report | None = None) -
             contradicts another; a grade that is no integer); it names file and line.
     """
     files = source if isinstance(source, Files) else only_collection(source)
-    report = report or _refuse
-    corpus = dict(read_texts(files, "corpus", report))
-    queries = dict(read_texts(files, "queries", report))
+    corpus = dict(read_texts(files, "corpus", mistakes))
+    queries = dict(read_texts(files, "queries", mistakes))
     qrels = {}
     for split, names in _splits(files).items():
-        first = _First(report)
-        qrels[split] = _collect(judgements(files, split, first), queries, first)
+        before = len(mistakes or ())
+        qrels[split] = _collect(judgements(files, split, mistakes), queries, mistakes)
         if not qrels[split]:
-            raise first.error or UserError(
-                f"{files.path(names[0])}: no judgements; expected lines of query, document, grade"
-            )
+            nothing = "no judgements; expected lines of query, document, grade"
+            raise _first(mistakes, before, f"{files.path(names[0])}: {nothing}")
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
@@ -148,17 +147,16 @@ def source_hashes(files: Files) -> dict[str, str]:
 
 
 def read_texts(
-    files: Files, kind: Literal["corpus", "queries"], report: Report | None = None
+    files: Files, kind: Literal["corpus", "queries"], mistakes: Mistakes = None
 ) -> Iterator[tuple[str, str]]:
     """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
 
     Raises:
         UserError: As `read_beir`.
     """
-    report = _First(report or _refuse)
-    names, seen = _parts(files, kind), set()
+    names, seen, before = _parts(files, kind), set(), len(mistakes or ())
     for name in names:
-        for where, row in _rows(files, name, report):
+        for where, row in _rows(files, name, mistakes):
             try:
                 key, text = _text(where, row)
                 if key in seen:
@@ -166,20 +164,20 @@ def read_texts(
                 if not text and kind == "queries":
                     raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
             except UserError as error:
-                report(error)
+                note(error, mistakes)
                 continue
             seen.add(key)
             yield key, text
     if not seen:
-        where = files.path(names[0])
-        raise report.error or UserError(f"{where}: empty; expected one JSON object a line")
+        nothing = f"{files.path(names[0])}: empty; expected one JSON object a line"
+        raise _first(mistakes, before, nothing)
 
 
-def judgements(files: Files, split: str, report: Report | None = None) -> Iterator[Judgement]:
+def judgements(files: Files, split: str, mistakes: Mistakes = None) -> Iterator[Judgement]:
     """Reads the judgements of one split, line by line.
 
     Raises:
-        UserError: There is no such split, or, where there is no `report`, a line is wrong.
+        UserError: There is no such split, or, where there are no `mistakes`, a line is wrong.
     """
     splits = _splits(files)
     if split not in splits:
@@ -188,7 +186,7 @@ def judgements(files: Files, split: str, report: Report | None = None) -> Iterat
             f"{', '.join(splits)}"
         )
     for name in splits[split]:
-        yield from _read_judgements(files, name, report or _refuse)
+        yield from _read_judgements(files, name, mistakes)
 
 
 def read_qrels(path: str | os.PathLike) -> Qrels:
@@ -199,7 +197,7 @@ def read_qrels(path: str | os.PathLike) -> Qrels:
     """
     path = Path(path)
     files = Files(path.parent, "", (path.name,))
-    return _collect(_read_judgements(files, path.name, _refuse), None, _refuse)
+    return _collect(_read_judgements(files, path.name, None), None, None)
 
 
 def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
@@ -220,20 +218,10 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
 
 
-def _refuse(error: UserError) -> NoReturn:
-    raise error
-
-
-class _First:
-    """Passes mistakes on, and keeps the first: where every line has one, it says why."""
-
-    def __init__(self, report: Report):
-        self._report = report
-        self.error: UserError | None = None
-
-    def __call__(self, error: UserError) -> None:
-        self.error = self.error or error
-        self._report(error)
+def _first(mistakes: Mistakes, before: int, otherwise: str) -> UserError:
+    """Why a file holds nothing: its first mistake, when there were so many `before`, or else."""
+    since = (mistakes or [])[before:]
+    return since[0] if since else UserError(otherwise)
 
 
 def _parts(files: Files, kind: str) -> list[str]:
@@ -281,7 +269,7 @@ def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     return key, f"{title} {row['text']}".strip()
 
 
-def _rows(files: Files, name: str, report: Report) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The texts of one file: where each stands, and its fields."""
     if name.endswith(".parquet"):
         for where, row in _parquet(files, name):
@@ -296,12 +284,12 @@ def _rows(files: Files, name: str, report: Report) -> Iterator[tuple[str, Mappin
                 try:
                     row = parse_row(where, line)
                 except UserError as error:
-                    report(error)
+                    note(error, mistakes)
                 else:
                     yield where, row
 
 
-def _read_judgements(files: Files, name: str, report: Report) -> Iterator[Judgement]:
+def _read_judgements(files: Files, name: str, mistakes: Mistakes) -> Iterator[Judgement]:
     parquet = name.endswith(".parquet")
     rows = _parquet(files, name) if parquet else files.lines(name)
     separator = "\t" if re.search(r"\.tsv(\.gz)?$", name) else None
@@ -316,7 +304,7 @@ def _read_judgements(files: Files, name: str, report: Report) -> Iterator[Judgem
                     continue
             judgement = _judgement(where, columns)
         except UserError as error:
-            report(error)
+            note(error, mistakes)
         else:
             yield judgement
 
@@ -348,13 +336,16 @@ def _judgement(where: str, columns: list[Any]) -> Judgement:
     return Judgement(where, query, document, int(text))
 
 
-def _collect(rows: Iterator[Judgement], queries: Container[str] | None, report: Report) -> Qrels:
+def _collect(
+    rows: Iterator[Judgement], queries: Container[str] | None, mistakes: Mistakes
+) -> Qrels:
     qrels: Qrels = {}
     for where, query, document, grade in rows:
         if queries is not None and query not in queries:
-            report(UserError(f"{where}: query {query!r} is not among the queries"))
+            note(UserError(f"{where}: query {query!r} is not among the queries"), mistakes)
         elif qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            report(UserError(f"{where}: {query!r} and {document!r} were judged otherwise above"))
+            other = f"{where}: {query!r} and {document!r} were judged otherwise above"
+            note(UserError(other), mistakes)
     return qrels
 
 

@@ -49,7 +49,7 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
 def _check_judged(benchmark: Benchmark) -> None:
     """Refuses a collection whose results could be nothing but zeros."""
     bad: list[UserError] = []  # Lines, which are told as the caller wants when they are read.
-    grades = (j.grade for j in judgements(benchmark.files, benchmark.split, bad.append))
+    grades = (j.grade for j in judgements(benchmark.files, benchmark.split, bad))
     if not any(grade > 0 for grade in grades) and not bad:
         where = benchmark.files.path("qrels")
         raise UserError(f"{where}: no grade above 0 in split {benchmark.split!r}; expected some")

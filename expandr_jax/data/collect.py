@@ -23,8 +23,6 @@ from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
-STAGES_OF_HARVEST = 2  # Reading docstrings, comparing documents.
-
 
 def prepare_data(
     config: DataSettings,
@@ -35,15 +33,13 @@ def prepare_data(
     reporter: Reporter,
     checksums: Checksums,
 ) -> TrainingData:
-    """Reads data/ of a workdir, or makes it where it is not whole.
+    """Reads data/ of a workdir, or makes it where it is not whole, as `checksums` say.
 
     Args:
         config: The config's section `data`.
         directory: The workdir's data/.
         prepared_in: Where triples are prepared, unless the config says where.
         processes: All that share the workdir; the first one writes.
-        reporter: Where progress is shown.
-        checksums: The workdir's checksums.
 
     Raises:
         UserError: The source is missing, empty or malformed.
@@ -78,7 +74,8 @@ def collect_data(
     """
     tested = benchmark_queries(config.tests)  # First: a path that leads nowhere is told at once.
     if config.kind == "pydoc":
-        data = _harvest(config, reporter)
+        limits = {"min_pairs": config.min_pairs, "shares": config.shares}
+        data = harvest(config.packages, **limits, reporter=reporter)
     elif config.kind == "beir":
         data = _read_collection(config, reporter)
     elif config.kind == "triples":
@@ -140,20 +137,6 @@ def _check_parts(kind: str, data: TrainingData) -> None:
                 f"{kind} data: no queries to train the {name} on; expected a larger "
                 f"data.shares.{name}_train, or more queries"
             )
-
-
-def _harvest(config: DataSettings, reporter: Reporter) -> TrainingData:
-    stages: dict[str, int] = {}
-    with reporter.progress("harvest, per cent", 100) as advance:
-
-        def report(stage: str, done: int, total: int) -> None:
-            before = sum(stages.values())
-            stages[stage] = 100 * done // max(total, 1) // STAGES_OF_HARVEST
-            advance(sum(stages.values()) - before)
-
-        return harvest(
-            config.packages, min_pairs=config.min_pairs, shares=config.shares, progress=report
-        )
 
 
 def _read_collection(config: DataSettings, reporter: Reporter) -> TrainingData:

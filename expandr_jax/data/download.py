@@ -1,25 +1,23 @@
 """Where a run's data come from: a path, or a file of the network that is the one asked for."""
 
 import contextlib
-import hashlib
 import http.client
 import os
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from expandr_jax.data.records import hash_file
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.errors import UserError
-from expandr_jax.runtime.progress import Reporter
+from expandr_jax.runtime.progress import QUIET, Reporter
 
 CACHE = "~/.cache/expandr-jax"
 _BLOCK = 1 << 20
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-Progress = Callable[[int, int], None]
+_TIMEOUT = 60.0  # Seconds without a byte.
 
 
 def data_path(config: DataSettings, reporter: Reporter) -> Path:
@@ -34,33 +32,17 @@ def data_path(config: DataSettings, reporter: Reporter) -> Path:
         return Path(config.path)
     if not config.url:
         raise UserError("data.path is missing: --config.data.path=...")
-    with contextlib.ExitStack() as stack:
-        bars: list[Callable[[int], None]] = []
-
-        def advance(count: int, total: int) -> None:
-            if not bars:  # The server says how many there are, if it does.
-                task = f"bytes of {config.url.rsplit('/', 1)[-1]}"
-                bars.append(stack.enter_context(reporter.progress(task, total or count)))
-            bars[0](count)
-
-        return download(config.url, config.sha256, config.cache or CACHE, advance)
+    return download(config.url, config.sha256, config.cache or CACHE, reporter)
 
 
-def download(
-    url: str,
-    sha256: str,
-    cache: str | os.PathLike,
-    progress: Progress | None = None,
-    timeout: float = 60.0,
-) -> Path:
+def download(url: str, sha256: str, cache: str | os.PathLike, reporter: Reporter = QUIET) -> Path:
     """Returns a file of the cache, downloaded first if it is not there or was altered there.
 
     Args:
         url: http:// or https://.
         sha256: The file's sha256, in hex; another file is refused.
         cache: A directory, made if absent. The file lies in a folder named by its hash.
-        progress: Called with the bytes since its last call and the bytes in all (0: not known).
-        timeout: Seconds without a byte.
+        reporter: Where progress is shown.
 
     Raises:
         UserError: The URL or hash is malformed, the file cannot be had whole, or it is another.
@@ -77,8 +59,8 @@ def download(
     part = path.with_name(f".{name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = _write(url, part, progress or (lambda count, total: None), timeout)
-        if found != sha256.lower():
+        _write(url, part, reporter)
+        if (found := hash_file(part)) != sha256.lower():
             raise UserError(f"{url}: sha256 is {found}, expected {sha256.lower()}; not kept")
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as error:
@@ -89,21 +71,18 @@ def download(
     return path
 
 
-def _write(url: str, part: Path, progress: Progress, timeout: float) -> str:
-    """Writes what the server sends; returns its sha256."""
-    digest, done = hashlib.sha256(), 0
-    with urllib.request.urlopen(url, timeout=timeout) as response, open(part, "wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        while block := response.read(_BLOCK):
-            file.write(block)
-            digest.update(block)
-            done += len(block)
-            progress(len(block), total)
+def _write(url: str, part: Path, reporter: Reporter) -> None:
+    """Writes what the server sends."""
+    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, open(part, "wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)  # Not every server says it.
+        with reporter.progress(f"bytes of {url.rsplit('/', 1)[-1]}", total or _BLOCK) as advance:
+            while block := response.read(_BLOCK):
+                file.write(block)
+                advance(len(block))
         file.flush()
         os.fsync(file.fileno())
-    if total and done != total:
-        raise http.client.HTTPException(f"it ended after {done:,} of {total:,} bytes")
-    return digest.hexdigest()
+        if total and file.tell() != total:
+            raise http.client.HTTPException(f"it ended after {file.tell():,} of {total:,} bytes")
 
 
 def _reason(error: Exception) -> str:

@@ -5,8 +5,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+from scipy import sparse
 
 GRAM = 5
+_ROWS_AT_ONCE = 1024  # Texts that are compared with all others at a time.
 
 
 def words(text: str) -> list[str]:
@@ -17,49 +19,37 @@ def words(text: str) -> list[str]:
 def near_duplicate_clusters(
     texts: Sequence[str],
     threshold: float = 0.5,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[int]:
     """Labels each text with the lowest index in its cluster.
 
     Two texts are linked when the Jaccard similarity of their sets of word 5-grams is above the
-    threshold; clusters are the connected components. The search is exact: two such sets, each
-    sorted rarest gram first, must share a gram within their first (1 - threshold) parts (prefix
-    filtering, Chaudhuri et al. 2006), so only those parts are indexed.
+    threshold; clusters are the connected components.
 
     Args:
         texts: a text of fewer than five words counts as a single gram.
         threshold: between 0 and 1.
-        progress: called with (texts done, texts in all).
+        progress: called with the number of texts done since its last call.
     """
-    progress = progress or (lambda done, total: None)
-    progress(0, len(texts))
     if not texts:
         return []
-    grams, first_shared = _gram_sets(texts)
-    shared = [frozenset(ranks[np.searchsorted(ranks, first_shared) :].tolist()) for ranks in grams]
-    parent = list(range(len(texts)))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = node = parent[parent[node]]
-        return node
-
-    postings: defaultdict[int, list[int]] = defaultdict(list)
-    for index, ranks in enumerate(grams):
-        size = len(ranks)
-        prefix = ranks[: size - int(threshold * size - 1e-9)]
-        prefix = prefix[prefix >= first_shared].tolist()
-        for other in {other for gram in prefix for other in postings[gram]}:
-            mine, its = root(index), root(other)
-            if mine == its:
-                continue
-            common = len(shared[index] & shared[other])
-            if common > threshold * (size + len(grams[other]) - common):
-                parent[max(mine, its)] = min(mine, its)
-        for gram in prefix:
-            postings[gram].append(index)
-        progress(index + 1, len(texts))
-    return [root(index) for index in range(len(texts))]
+    numbers: dict[tuple[str, ...], int] = {}
+    held = [[numbers.setdefault(gram, len(numbers)) for gram in _grams(text)] for text in texts]
+    sizes = np.array([len(grams) for grams in held])
+    columns, starts = np.concatenate(held), np.cumsum([0, *sizes])
+    grams = sparse.csr_array((np.ones(len(columns), np.int32), columns, starts))
+    links = []
+    for start in range(0, len(texts), _ROWS_AT_ONCE):
+        rows = grams[start : start + _ROWS_AT_ONCE]
+        common = (rows @ grams.T).tocoo()
+        first, second = common.row + start, common.col
+        near = common.data > threshold * (sizes[first] + sizes[second] - common.data)
+        links.append(np.stack([first[near], second[near]]))
+        progress(rows.shape[0])
+    pairs = np.concatenate(links, axis=1)
+    graph = sparse.coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=[len(texts)] * 2)
+    labels = sparse.csgraph.connected_components(graph, directed=False)[1]
+    return np.unique(labels, return_index=True)[1][labels].tolist()
 
 
 def near_duplicates(
@@ -93,37 +83,3 @@ def _grams(text: str) -> set[tuple[str, ...]]:
     """The word 5-grams of a text; of fewer words, all of them as one gram."""
     tokens = words(text)
     return {tuple(tokens[i : i + GRAM]) for i in range(max(1, len(tokens) - GRAM + 1))}
-
-
-def _gram_sets(texts: Sequence[str]) -> tuple[list[np.ndarray], int]:
-    """Returns each text's grams as sorted ranks (rarest 0), and the first rank in two texts."""
-    vocabulary: dict[str, int] = {"": 0}
-    ids: list[int] = []
-    lengths = []
-    for text in texts:
-        tokens = [vocabulary.setdefault(word, len(vocabulary)) for word in words(text)]
-        tokens += [0] * (GRAM - len(tokens))
-        ids += tokens
-        lengths.append(len(tokens))
-    tokens = np.asarray(ids, np.int64)
-    grams = tokens
-    for width in range(2, GRAM + 1):  # number the distinct n-grams, one word longer each time
-        longer = grams[:-1] * len(vocabulary) + tokens[width - 1 :]
-        grams = np.unique(longer, return_inverse=True)[1]
-    # Keep those windows over the concatenated texts that lie inside one text.
-    windows = np.asarray(lengths) - GRAM + 1
-    starts = np.cumsum(lengths) - lengths
-    owner = np.repeat(np.arange(len(texts)), windows)
-    offset = np.arange(len(owner)) - np.repeat(np.cumsum(windows) - windows, windows)
-    grams = grams[starts[owner] + offset]
-
-    count = int(grams.max()) + 1
-    keys = np.sort(owner * count + grams)  # np.unique hashes integers, ten times slower here
-    owner, grams = np.divmod(keys[np.diff(keys, prepend=-1) > 0], count)
-    frequency = np.bincount(grams, minlength=count)
-    order = np.argsort(frequency, kind="stable")
-    rank = np.empty(count, np.int64)
-    rank[order] = np.arange(count)
-    ranks = np.sort(owner * count + rank[grams]) % count
-    ends = np.cumsum(np.bincount(owner, minlength=len(texts)))
-    return np.split(ranks, ends[:-1]), int((frequency < 2).sum())

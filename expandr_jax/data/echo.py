@@ -32,13 +32,8 @@ def read_echo(
     on the files alone. Training queries are left out where the held-out share has the same query,
     or where their document is nearly that of a held-out query.
 
-    Args:
-        config: The config's section `data`.
-        prepared_in: Where the triples are prepared, unless the config says where.
-        reporter: Where progress is shown.
-
-    Raises:
-        UserError: The files or the config's weights cannot be used.
+    They are prepared in `prepared_in`, unless the config says where. Raises UserError where the
+    files or the config's weights cannot be used.
     """
     path = data_path(config, reporter)
     root = config.prepared or prepared_in

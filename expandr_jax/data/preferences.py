@@ -16,14 +16,11 @@ from expandr_jax.data.records import Row, read_jsonl
 from expandr_jax.errors import UserError
 
 SIDES = ("chosen", "rejected")
+Template = Callable[..., str]  # `apply_template` of a tokenizer, on a day.
 
 
 class _BadPair(Exception):
     """A pair that cannot be trained on: a reason to count it under, and the mistake in it."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 def read_preferences(
@@ -61,9 +58,10 @@ def read_preferences(
     Raises:
         UserError: A line is not a JSON object; or the first bad pair, by file and line.
     """
+    template = _template_of(tokenizer, today)
 
     def read(row: Row) -> dict[str, str]:
-        pair = _texts(row, tokenizer, today or datetime.date.today())
+        pair = _texts(row, template, tokenizer.eos_token or "")
         _check(pair, tokenizer, prompt_length, learned)
         return pair
 
@@ -86,25 +84,20 @@ def read_candidates(
     Other fields are let through.
 
     Args:
-        path: The file.
-        tokenizer: Has the chat template; counts a prompt's tokens.
+        path, tokenizer, on_bad_pair, today: As for `read_preferences`, which raises the same.
         prompt_of: A query to the prompt that asks for its expansion, chat template included.
         prompt_length: Most tokens of a prompt, chat template included; None for any.
-        on_bad_pair: "error" stops at the first line that cannot be used; "drop" leaves it out.
-        today: The date that a chat template is told; None: the present one.
 
     Returns:
         The lines, each with its "prompt" as text, and how many were dropped for what reason.
-
-    Raises:
-        UserError: As `read_preferences`.
     """
+    template = _template_of(tokenizer, today)
 
     def read(row: Row) -> Row:
         _check_candidates(row)
         text = row["prompt"] if "prompt" in row else prompt_of(row["query"])
         if not isinstance(text, str):
-            text = _chat_prompt(text, tokenizer, today or datetime.date.today(), row)
+            text = _chat_prompt(text, template, row)
         _check_prompt(text, tokenizer, prompt_length)
         return {**row, "prompt": text}
 
@@ -120,9 +113,10 @@ def _read(
         try:
             rows.append(read(row))
         except _BadPair as error:
+            reason, mistake = error.args
             if on_bad_pair == "error":
-                raise UserError(f"{path}:{number}: {error}") from None
-            dropped[error.reason] += 1
+                raise UserError(f"{path}:{number}: {mistake}") from None
+            dropped[reason] += 1
     return rows, dict(dropped)
 
 
@@ -143,8 +137,13 @@ def _check_candidates(row: Row) -> None:
             )
 
 
-def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, today: datetime.date) -> dict[str, str]:
-    """A line's prompt and responses as text."""
+def _template_of(tokenizer: PreTrainedTokenizerBase, today: datetime.date | None) -> Template:
+    day = today or datetime.date.today()
+    return lambda messages, **options: apply_template(tokenizer, messages, day, **options)
+
+
+def _texts(row: Row, template: Template, end: str) -> dict[str, str]:
+    """A line's prompt and responses as text, without the end token at a response's very end."""
     for name in SIDES:
         if name not in row:
             raise _BadPair("missing field", f'no field "{name}"; expected prompt, chosen, rejected')
@@ -173,33 +172,26 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, today: datetime.date) -
             raise _BadPair("wrong type", f"{name} must be one assistant's message after the prompt")
         if not messages[0]["content"].strip():
             raise _BadPair("empty", f"{name} is empty")
-    text = _chat_prompt(prompt, tokenizer, today, row)
-    whole = [_rendered([*prompt, *side], tokenizer, today, row) for side in (chosen, rejected)]
+    text = _chat_prompt(prompt, template, row)
+    whole = [_rendered([*prompt, *side], template, row) for side in (chosen, rejected)]
     # The template writes responses, not we: it may trim them, or put a space or an empty thought
     # before them. What follows the prompt is the response, from where the texts differ, as in TRL.
     alike = itertools.takewhile(lambda c: len({*c}) == 1, zip(text, *whole, strict=False))
     text = "".join(characters[0] for characters in alike)
-    end = tokenizer.eos_token or ""
     responses = (full[len(text) :].removesuffix(end) for full in whole)
     return {"prompt": text, **dict(zip(SIDES, responses, strict=True))}
 
 
-def _chat_prompt(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, today: datetime.date, row: Mapping[str, Any]
-) -> str:
+def _chat_prompt(prompt: Any, template: Template, row: Row) -> str:
     """Messages with the chat template applied, up to where the model's turn begins."""
     _check_messages(prompt, "prompt")
     if prompt[-1]["role"] == "assistant":
         raise _BadPair("wrong type", "the prompt ends with an assistant's message")
-    return _rendered(prompt, tokenizer, today, row, add_generation_prompt=True)
+    return _rendered(prompt, template, row, add_generation_prompt=True)
 
 
 def _rendered(
-    messages: Sequence[Mapping[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    today: datetime.date,
-    row: Mapping[str, Any],
-    **options: Any,
+    messages: Sequence[Mapping[str, str]], template: Template, row: Row, **options: Any
 ) -> str:
     """Messages with the chat template applied, and a line's tools and options of the template."""
     tools, given = row.get("tools"), row.get("chat_template_kwargs") or {}
@@ -208,7 +200,7 @@ def _rendered(
     if not isinstance(tools, list | None) or not isinstance(given, dict):
         raise _BadPair("wrong type", "tools must be a list, and chat_template_kwargs an object")
     try:
-        return apply_template(tokenizer, messages, today, tools=tools or None, **options, **given)
+        return template(messages, tools=tools or None, **options, **given)
     except Exception as error:  # A template may raise anything, and transformers as well.
         reason = " ".join(str(error).split())
         raise _BadPair("wrong type", f"the chat template refuses the prompt: {reason}") from None

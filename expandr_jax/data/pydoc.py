@@ -13,7 +13,7 @@ import importlib.metadata
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.duplicates import near_duplicate_clusters, words
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.progress import QUIET, Reporter
 from expandr_jax.settings import NotNegative
 
 MIN_QUERY_WORDS = 3
@@ -40,8 +41,6 @@ RULE = (
     f"word 5-gram Jaccard is above {JACCARD} go whole to one split by the sha256 of their "
     "smallest id"
 )
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def harvest(
     *,
     min_pairs: int = 1,
     shares: Shares = Shares(),
-    progress: Progress | None = None,
+    reporter: Reporter = QUIET,
 ) -> TrainingData:
     """Harvests query-document pairs from the docstrings of installed packages.
 
@@ -80,7 +79,7 @@ def harvest(
         packages: "name==version"; their order does not matter to the collection.
         min_pairs: how many pairs there must be.
         shares: of the four splits; they add up to 1.
-        progress: called with (stage, done, total).
+        reporter: where progress is shown.
 
     Returns:
         The collection, whose query ids are "q:" + document id. Its source lists the packages with
@@ -93,31 +92,30 @@ def harvest(
     """
     if min(asdict(shares).values()) < 0 or abs(sum(asdict(shares).values()) - 1) > 1e-9:
         raise UserError(f"pydoc: shares {asdict(shares)}; expected parts that add up to 1")
-    report = progress or (lambda stage, done, total: None)
     found = [_find(spec) for spec in packages]
-    total, done = sum(len(package.files) for package in found), 0
     candidates: list[_Pair] = []
     source = []
-    for package in found:
-        digest, unparsed = hashlib.sha256(), []
-        for file in package.files:
-            content = _read(package, file)
-            digest.update(content)
-            if tree := _parse(content):
-                candidates += filter(None, map(_split_docstring, _docstrings(file, tree)))
-            else:
-                unparsed.append(file)
-            done += 1
-            report("reading docstrings", done, total)
-        source.append(
-            {
-                "name": package.name,
-                "version": package.version,
-                "files": len(package.files),
-                "unparsed_files": unparsed,
-                "sha256": digest.hexdigest(),
-            }
-        )
+    files = sum(len(package.files) for package in found)
+    with reporter.progress("files read for their docstrings", files) as advance:
+        for package in found:
+            digest, unparsed = hashlib.sha256(), []
+            for file in package.files:
+                content = _read(package, file)
+                digest.update(content)
+                if tree := _parse(content):
+                    candidates += filter(None, map(_split_docstring, _docstrings(file, tree)))
+                else:
+                    unparsed.append(file)
+                advance(1)
+            source.append(
+                {
+                    "name": package.name,
+                    "version": package.version,
+                    "files": len(package.files),
+                    "unparsed_files": unparsed,
+                    "sha256": digest.hexdigest(),
+                }
+            )
     pairs = _distinct(candidates)
     if len(pairs) < max(min_pairs, 1):
         raise UserError(
@@ -127,7 +125,10 @@ def harvest(
     for package, entry in zip(found, source, strict=True):
         files = set(package.files)
         entry["pairs"] = sum(pair.id.split(":")[0] in files for pair in pairs)
-    return _assemble(pairs, shares, source, report)
+    with reporter.progress("documents compared", len(pairs)) as advance:
+        documents = [pair.document for pair in pairs]
+        clusters = near_duplicate_clusters(documents, JACCARD, advance)
+    return _assemble(pairs, clusters, shares, source)
 
 
 def _find(spec: str) -> _Package:
@@ -267,13 +268,8 @@ def _distinct(candidates: list[_Pair]) -> list[_Pair]:
 
 
 def _assemble(
-    pairs: list[_Pair], shares: Shares, packages: list[dict], report: Progress
+    pairs: list[_Pair], clusters: list[int], shares: Shares, packages: list[dict]
 ) -> TrainingData:
-    clusters = near_duplicate_clusters(
-        [pair.document for pair in pairs],
-        JACCARD,
-        lambda done, total: report("comparing documents", done, total),
-    )
     splits: dict[str, list[_Pair]] = {name: [] for name in asdict(shares)}
     for pair, cluster in zip(pairs, clusters, strict=True):
         splits[_split_of(pairs[cluster].id, shares)].append(pair)

@@ -245,16 +245,22 @@ def parse_row(where: str, line: bytes) -> Row:
     return row
 
 
+def note(mistake: UserError, mistakes: list[UserError] | None) -> None:
+    """Adds a mistake in a line to a list of them; raises it where there is no list."""
+    if mistakes is None:
+        raise mistake
+    mistakes.append(mistake)
+
+
 def check_field(where: str, row: Row, name: str, kind: type) -> None:
     """Raises unless a row has a field of this type."""
+    expected = _JSON_NAMES[kind]
     if name not in row:
-        raise UserError(f'{where}: no field "{name}"; expected {_JSON_NAMES.get(kind, kind)}')
+        raise UserError(f'{where}: no field "{name}"; expected {expected}')
     value = row[name]
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(
-            f'{where}: field "{name}" is {_kind(value)}; expected {_JSON_NAMES.get(kind, kind)}'
-        )
+        raise UserError(f'{where}: field "{name}" is {_kind(value)}; expected {expected}')
 
 
 _JSON_NAMES = {

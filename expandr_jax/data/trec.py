@@ -17,24 +17,19 @@ _LABEL = re.compile(r"^\s*(?:number|topic|description|narrative)\s*:", re.IGNORE
 FIELDS = ("title", "query")  # What a search box would be given, as tracks call it.
 
 
-def read_topics(path: str | os.PathLike, field: str | None = None) -> dict[str, str]:
+def read_topics(path: str | os.PathLike) -> dict[str, str]:
     """Reads topics: `<top>` as in the ad hoc tracks, `<topic number="1">`, or id-tab-query lines.
 
-    Args:
-        path: A UTF-8 file.
-        field: The part of a topic that is the query, such as "desc"; None takes its title, or its
-            query where it has none. Lines of id and query have no parts.
-
     Returns:
-        Topic id -> text, white space made single.
+        Topic id -> its title, or its query where it has none; white space is made single.
 
     Raises:
         UserError: Naming file and line: not UTF-8, no topic, one that does not end, lacks a
-            number or the field, or has an id that stands twice.
+            number or a text, or has an id that stands twice.
     """
     path = Path(path)
     text = "".join(decode(f"{path}:{number}", line) for number, line in read_lines(path))
-    parse = _tagged(path, text, field) if _START.search(text) else _lines(path, text)
+    parse = _tagged(path, text) if _START.search(text) else _lines(path, text)
     topics: dict[str, str] = {}
     for where, key, query in parse:
         if not key or key.split() != [key]:
@@ -49,8 +44,7 @@ def read_topics(path: str | os.PathLike, field: str | None = None) -> dict[str, 
     return topics
 
 
-def _tagged(path: Path, text: str, field: str | None) -> Iterator[tuple[str, str, str]]:
-    fields = (field.lower(),) if field else FIELDS
+def _tagged(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
     end = 0
     while start := _START.search(text, end):
         where = f"{path}:{text.count(chr(10), 0, start.start()) + 1}"
@@ -63,9 +57,9 @@ def _tagged(path: Path, text: str, field: str | None) -> Iterator[tuple[str, str
         key = number[1] if number else parts.get("num")
         if key is None:
             raise UserError(f"{where}: the topic has no <num> and no number")
-        query = next((parts[name] for name in fields if name in parts), None)
+        query = next((parts[name] for name in FIELDS if name in parts), None)
         if query is None:
-            raise UserError(f"{where}: the topic has no {' or '.join(f'<{n}>' for n in fields)}")
+            raise UserError(f"{where}: the topic has no {' or '.join(f'<{n}>' for n in FIELDS)}")
         yield where, _clean(key), _clean(query)
 
 

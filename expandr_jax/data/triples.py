@@ -7,12 +7,12 @@ those of "pos", then those of "neg"). "positive" and "negative" are other names 
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expandr_jax.data.records import parse_row, read_lines
+from expandr_jax.data.records import check_field, note, parse_row, read_lines
 from expandr_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -58,9 +58,8 @@ def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[T
     """
     if on_bad not in ("error", "skip"):
         raise UserError(f"on_bad is {on_bad!r}; expected 'error' or 'skip'")
-    skipped: list[str] = []
-    report = None if on_bad == "error" else lambda error: skipped.append(str(error))
-    triples = list(stream_triples(path, report))
+    mistakes: list[UserError] | None = [] if on_bad == "skip" else None
+    triples, skipped = list(stream_triples(path, mistakes)), list(map(str, mistakes or ()))
     if not triples:
         why = f"; the first line skipped: {skipped[0]}" if skipped else ""
         raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line{why}')
@@ -68,16 +67,11 @@ def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[T
 
 
 def stream_triples(
-    path: str | os.PathLike, report: Callable[[UserError], None] | None = None
+    path: str | os.PathLike, mistakes: list[UserError] | None = None
 ) -> Iterator[Triple]:
-    """Yields the triples of a file one by one.
+    """Yields the triples of a file one by one; raises as `read_triples`, but where there are none.
 
-    Args:
-        path: As for `read_triples`.
-        report: Called with each mistake in a line, which is then left out; None raises the first.
-
-    Raises:
-        UserError: As `read_triples`, but for a file without triples.
+    With `mistakes`, what is wrong with a line is added there, and the line left out.
     """
     for number, line in read_lines(path):
         if not line.strip():
@@ -86,9 +80,7 @@ def stream_triples(
         try:
             triple = _triple(where, parse_row(where, line), number)
         except UserError as error:
-            if report is None:
-                raise
-            report(error)
+            note(error, mistakes)
         else:
             yield triple
 
@@ -115,11 +107,9 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
 
 
 def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
-    query = row.get("query")
-    if not isinstance(query, str):
-        raise UserError(f'{where}: field "query" is missing or no string')
+    check_field(where, row, "query", str)
     triple = Triple(
-        *_texts(where, "query", query),
+        *_texts(where, "query", row["query"]),
         _texts(where, *_field(where, row, "pos")),
         _texts(where, *_field(where, row, "neg")),
         _texts(where, "expansion", row.get("expansion", []), may_be_empty=True),

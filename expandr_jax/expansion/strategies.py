@@ -122,16 +122,6 @@ class Strategy:
         """The steps in which the generator writes."""
         return tuple(step for step in self.steps if isinstance(step, Ask))
 
-    def searching(self, most: int) -> "Strategy":
-        """The strategy with no more passages found by any step than so many."""
-        steps = (
-            dataclasses.replace(step, depth=min(step.depth, most))
-            if isinstance(step, Search)
-            else step
-            for step in self.steps
-        )
-        return dataclasses.replace(self, steps=tuple(steps))
-
     def with_prompt(self, prompt: Prompt) -> "Strategy":
         """The strategy with another prompt at its last `Ask`.
 

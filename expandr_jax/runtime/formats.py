@@ -72,9 +72,14 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-    """`translated` of the file; OSError, ValueError and others where it cannot be read."""
-    with open(path, encoding="utf-8") as file:
-        return translated(json.load(file))
+    """`translated` of a run's config.json; UserError if there is none, or it is no run's."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return translated(json.load(file))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: not a run's config; expected the workdir of a training run"
+        ) from None
 
 
 def identity_of(section: str, settings: Any) -> dict[str, Any]:

@@ -71,3 +71,6 @@ class Reporter:
             self.console.print(f"  {task} {finished}/{total}{estimate}")
 
         yield advance
+
+
+QUIET = Reporter(Console(quiet=True))  # Shows nothing.

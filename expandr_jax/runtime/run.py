@@ -25,7 +25,7 @@ from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
-from expandr_jax.runtime.formats import FORMAT, read_record
+from expandr_jax.runtime.formats import FORMAT, translated
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
@@ -159,7 +159,7 @@ class Run:
             # The start before this one wrote nothing else: it may have had a mistyped path.
             self._write_config(path)
         try:
-            before = read_record(path)
+            before = translated(json.loads(path.read_bytes()))
             self._keep_chats(before["generator"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise UserError(

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Annotated
 
-from expandr_jax.settings import MANY, Positive, count, number
+from expandr_jax.settings import MANY, Check, Positive, count, number
+from expandr_jax.sharding import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,17 @@ class TrainingSettings:
     save_every: Annotated[int, count(1)]
 
 
+_SIZES = Check(
+    "(data, fsdp, tensor), or () for mesh's",
+    lambda value: (
+        isinstance(value, tuple)
+        and len(value) in (0, len(AXES))
+        and all(type(size) is int for size in value)
+    ),
+)
+Sizes = Annotated[tuple, _SIZES]
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshSettings:
     """The section `mesh`; whether sizes fit the devices is seen where these are known."""
@@ -27,7 +39,7 @@ class MeshSettings:
     data: int
     fsdp: int
     tensor: int
-    contrastive: tuple
-    encoding: tuple
-    sampling: tuple
-    dpo: tuple
+    contrastive: Sizes
+    encoding: Sizes
+    sampling: Sizes
+    dpo: Sizes
