@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from rich.console import Console
 
-from expandr_jax.config import Config, read_run_config
+from expandr_jax.config import read_run_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
