@@ -21,9 +21,11 @@ TEXTS = {
     ("q1", 0): ("", 1, "eos", 1),
     ("q1", 1): (" \n", 2, "stop", 0),
     ("q2", 0): ("A norm", 7, "length", 4),
+    ("q2", 1): ("", 0, "refused", 0),
 }
 LINE = (
-    "5 texts, 63 tokens; 2 cut by length, 2 empty, 1 repetitive; 7 draws near a decision boundary"
+    "6 texts, 63 tokens; 2 cut by length, 3 empty (1 of them refused), 1 repetitive; 7 draws near a "
+    "decision boundary"
 )
 
 

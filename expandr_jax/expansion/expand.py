@@ -273,8 +273,10 @@ def _summary(rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> s
     empty = sum(not text for text in texts.values())
     repetitive = sum(is_repetitive(text) for text in texts.values())
     near_ties = sum(row["near_ties"] for row in rows)
+    # A server's word for a prompt that is too long for it.
+    refused = f" ({finished['refused']} of them refused)" if finished["refused"] else ""
     return (
         f"{len(rows)} texts, {sum(row['tokens'] for row in rows)} tokens; "
-        f"{finished['length']} cut by length, {empty} empty, {repetitive} repetitive; "
+        f"{finished['length']} cut by length, {empty} empty{refused}, {repetitive} repetitive; "
         f"{near_ties} draws near a decision boundary"
     )
