@@ -1,5 +1,6 @@
 """Adapters that must be refused, in one line that names the file or the tensor."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
+from expandr_jax.weights import adapter as adapter_file
+from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator
 
 BASES = ("llama", "llama-3.2", "qwen3")
@@ -66,6 +69,7 @@ def change_tensors(directory, change):
         ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens=\[1\] is not supported"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
         ({"what_comes_next": 1}, r"adapter_config.json: what_comes_next=1 is not supported"),
+        ({"layers_to_transform": [0], "r": 3}, r"its base and rank 3 make it"),
         ({"init_lora_weights": "pissa_niter_4"}, r"='pissa_niter_4' changes the base too"),
     ],
 )
@@ -135,8 +139,18 @@ def test_its_own_tokenizer_and_template_hold(written, adapter):
     right = tokenizer.apply_chat_template([{"role": "user", "content": "b"}], return_dict=False)
     generator, _ = load_generator(str(adapter))
     assert generator.chat_ids("b", 99)[0] == right
+    # Its end of text is one more: a base of no chats may have another.
+    tokenizer.eos_token = "<s>"
+    tokenizer.save_pretrained(adapter)
+    generator, params = load_generator(str(adapter))
+    assert generator.eos_ids == (2, 1)
+    export_generator(adapter.parent / "merged", generator, params, np.float32)
+    assert load_generator(str(adapter.parent / "merged"))[0].eos_ids == (2, 1)
+    (adapter / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"no chat template; .* or remove the adapter's tokenizer"):
+        load_generator(str(adapter))
     (adapter / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"adapter/tokenizer.json: no such file"):
+    with pytest.raises(UserError, match=r"adapter/tokenizer.json: no such file.*; or remove the a"):
         load_generator(str(adapter))
 
 
@@ -152,3 +166,14 @@ def test_its_base_is_of_the_revision_that_it_names(written, adapter, monkeypatch
         change_settings(adapter, base_model_name_or_path="owner/name", revision=revision)
         load_generator(str(adapter))
     assert asked == [("owner/name", None), ("owner/name", "v1.5")]
+
+
+def test_every_setting_of_peft_is_known():
+    """One that is new is refused until somebody says what it means here."""
+    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    refused = {
+        "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication",
+        "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+        "use_qalora",
+    }  # fmt: skip
+    assert fields - {*adapter_file._READ, *adapter_file._UNREAD, *adapter_file._PLAIN} <= refused

@@ -90,7 +90,7 @@ ROWS = (
 
 def template_of(name):
     folder = pathlib.Path(trl.__file__).parent / "chat_templates"
-    own = {"smollm2": SMOLLM2, "mistral": MISTRAL}
+    own = {"smollm2": SMOLLM2, "mistral": MISTRAL, "spaced": SPACED}
     return own[name] if name in own else (folder / f"{name}.jinja").read_text()
 
 
@@ -120,7 +120,14 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
     assert compared >= 4
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral"])
+# Its prompt ends within a token of the tiny model's tokenizer, which has " good" in one piece.
+SPACED = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral", "spaced"])
 @pytest.mark.parametrize("chosen", ["good", "\n good", "<think>\nso\n</think>\n\ngood"])
 def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chosen):
     tokenizer = generator.tokenizer
@@ -145,6 +152,8 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
     )
     shared = min(common_prefix_length(prompt, ids) for ids in whole)
     assert (found.prompt, cut) == (prompt[:shared], 0)
+    if (name, chosen) == ("spaced", "good"):
+        assert shared < len(prompt)
     for ours, theirs_ids in zip(found.responses, (ids[shared:] for ids in whole), strict=True):
         # A template that puts no end behind an answer gets one.
         assert ours in (theirs_ids, [*theirs_ids, own.end_id])

@@ -16,6 +16,7 @@ import itertools
 import json
 import pathlib
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -220,7 +221,8 @@ def combinations(count: int, seed: int) -> list[tuple[str, str, tuple[Option, ..
         kind = draw.choice(kinds)
         fields = [*class_options(family), *model_options(family)]
         if kind == "logits":
-            fields, first = [*fields, *chat_options()], draw.choice(fields)
+            fields += chat_options()
+            first = draw.choice(chat_options() if draw.random() < 0.4 else fields)
         else:
             first = next(turns) if draw.random() < 0.6 else draw.choice(fields)
             fields += shared
@@ -235,7 +237,7 @@ def combinations(count: int, seed: int) -> list[tuple[str, str, tuple[Option, ..
 
 
 def write(directory: pathlib.Path, family: str, kind: str, options: Sequence[Option]) -> None:
-    """A model of the family, the files beside it, and the options."""
+    """A model of the family and the files beside it, with what options change in the model."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
@@ -251,8 +253,6 @@ def write(directory: pathlib.Path, family: str, kind: str, options: Sequence[Opt
         modules += [Normalize()] if kind == "Normalize" else []
         whole = SentenceTransformer(modules=modules, device="cpu")
         whole.save(str(model), create_model_card=False)
-    for option in options:
-        option.apply(model)
 
 
 def their_vectors(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -318,7 +318,7 @@ def verdict(directory: pathlib.Path, kind: str, options: Sequence[Option]) -> tu
     except UserError as error:
         # An added token has no row in the model's table, and is named itself.
         names = [option.name for option in options] + ["embedding table"]
-        named = any(name in str(error) for name in names)
+        named = any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in names)
         return ("refused" if named or right is None else "WRONG"), str(error)
     if right is None:
         return "peer", failure
@@ -341,6 +341,8 @@ def run(count: int, seed: int, say: Callable[[str], None] = print) -> collection
             except Exception as error:  # The library cannot make such a model.
                 result, message = "peer", f"{type(error).__name__}: {error}"
             else:
+                for option in options:
+                    option.apply(pathlib.Path(folder) / "model")
                 result, message = verdict(pathlib.Path(folder) / "model", kind, options)
         verdicts[result] += 1
         covered.update(f"{o.name}: {result}" for o in options)

@@ -96,7 +96,8 @@ def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):
         "text": {"method": "forward", "method_output_name": "last_hidden_state"},
         "message": {"method": "forward", "method_output_name": "last_hidden_state"},
     })  # fmt: skip
-    file_options.write(tmp_path, "qwen2", "Normalize", [option])
+    file_options.write(tmp_path, "qwen2", "Normalize", [])
+    option.apply(tmp_path / "model")
     with pytest.raises(UserError, match=r"modality_config.message=.* is not supported"):
         load_retriever(str(tmp_path / "model"))
 

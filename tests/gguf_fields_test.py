@@ -5,6 +5,7 @@ import pytest
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
+from expandr_jax.weights import gguf_tokenizer
 from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.gguf_test import write_gguf
 
@@ -52,7 +53,10 @@ def written(models, tmp_path, monkeypatch):
         ({"llama.attention.value_length": 4}, "llama.attention.value_length=4 is not supported"),
         ({"llama.attention.sliding_window": 5}, "llama.attention.sliding_window is 5; expected no"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported"),
-        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0 is not supported"),
+        (
+            {"llama.rope.scale_linear": -4.0},
+            "llama.rope.scaling.factor is None; expected one above",
+        ),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
         ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported; only 0 is"),
         ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0 is not supported"),
@@ -75,6 +79,9 @@ def test_what_changes_nothing_is_read_past(written):
         "llama.attention.sliding_window": 64, "llama.expert_count": 0,
         "llama.tensor_data_layout": "reference", "tokenizer.ggml.mask_token_id": 1,
         "tokenizer.ggml.fim_pre_token_id": 1, "quantize.imatrix.entries_count": 3,
+        "llama.attention.head_dim": 8, "tokenizer.ggml.add_unknown_token": False,
+        "tokenizer.ggml.padding_token_id": 2**32 - 1, "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.factor": 4.0,
     }  # fmt: skip
     load_generator(written("llama", values))
 
@@ -93,9 +100,37 @@ def test_bos_and_eos_are_added_as_the_file_says(written, tmp_path, bos, eos):
 
 
 def test_every_end_that_is_said_ends_a_text(written):
-    ends = {"tokenizer.ggml.eot_token_id": 5, "tokenizer.ggml.eom_token_id": 6}
-    generator, _ = load_generator(written("llama", ends))
-    assert generator.eos_ids == (2, 5, 6)
+    ends = {"eot_token_id": 5, "eom_token_id": 6, "eos_token_ids": [2, 7]}
+    more = {f"tokenizer.ggml.{name}": value for name, value in ends.items()}
+    generator, _ = load_generator(written("llama", more))
+    assert generator.eos_ids == (2, 5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "factor"),
+    [
+        ({}, None),
+        ({"rope.scaling.factor": 1.0}, None),
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        (
+            {"rope.scale_linear": 2.0, "rope.scaling.factor": 4.0, "rope.scaling.type": "linear"},
+            4.0,
+        ),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),
+    ],
+)
+def test_positions_are_scaled_as_in_llama_cpp(written, values, factor):
+    path = written("llama", {f"llama.{name}": value for name, value in values.items()})
+    scaling = load_generator(path)[0].module.config.rope_scaling
+    assert (scaling and (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
+
+
+def test_every_tokenizer_key_of_the_package_is_known(written):
+    keys = {k for k in vars(gguf.Keys.Tokenizer).values() if str(k).startswith("tokenizer.ggml.")}
+    known = {f"tokenizer.ggml.{name}" for name in (*gguf_tokenizer._KEYS, *gguf_tokenizer._UNREAD)}
+    assert len(keys) > 20
+    assert keys <= known
 
 
 def test_a_retriever_pools_as_its_file_says(written):

@@ -24,8 +24,8 @@ TEXTS = {
     ("q2", 1): ("", 0, "refused", 0),
 }
 LINE = (
-    "6 texts, 63 tokens; 2 cut by length, 3 empty (1 of them refused), 1 repetitive; 7 draws near a "
-    "decision boundary"
+    "6 texts, 63 tokens; 2 cut by length, 3 empty (1 of them refused), 1 repetitive; 7 draws near "
+    "a decision boundary"
 )
 
 

@@ -33,9 +33,11 @@ CPU_DEVICES = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)  # No space left on the disk, or of one's share of it.
 # What decides, in every program of JAX, which numbers are drawn and of which types results are.
 JAX_DEFAULTS = {
+    "jax_default_matmul_precision": None,
     "jax_default_prng_impl": "threefry2x32",
     "jax_enable_x64": False,
     "jax_numpy_dtype_promotion": "standard",
+    "jax_random_seed_offset": 0,
     "jax_threefry_partitionable": True,
 }
 # What ml_collections says.

@@ -32,9 +32,9 @@ _READ = (
 )  # fmt: skip
 _UNREAD = (
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config", "megatron_config",
-    "megatron_core", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
-    "task_type", "velora_config",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config",
+    "megatron_config", "megatron_core", "peft_version", "qalora_group_size", "runtime_config",
+    "target_modules", "task_type", "velora_config",
 )  # fmt: skip
 _PLAIN = {
     "use_rslora": False,
@@ -44,11 +44,10 @@ _PLAIN = {
     "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "layers_to_transform": None,
     "lora_bias": False,
 }
 # Beginnings under which the base's own kernels stay what they are.
-_INITS = (None, True, False, "eva", "gaussian", "orthogonal")
+_INITS = (None, True, False, "eva", "gaussian", "mica", "orthogonal")
 
 
 def export_adapter(

@@ -57,7 +57,7 @@ def load_cross_encoder(
     tokenizer = open_tokenizer(files, config)
     directory = locate(source)
     activation, own_length = _settings(files.config, directory)
-    limits = (config.max_positions, max_length or own_length or tokenizer.model_max_length)
+    limits = (config.max_positions, max_length, own_length or tokenizer.model_max_length)
     length = min(limit for limit in limits if limit)
     if length <= tokenizer.num_special_tokens_to_add(pair=True) + 1:
         raise UserError(f"{source}: max_length is {length}; no pair of texts fits into it")
@@ -90,7 +90,7 @@ def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
     # The default prompt would stand before every query.
     own.strict(
-        *("__version__", "activation_fn", "keep_in_fp32_modules", "prompts"),
+        *("__version__", "activation_fn", "keep_in_fp32_modules", "prompts", "requirements"),
         default_prompt_name=None,
         model_type="CrossEncoder",
     )

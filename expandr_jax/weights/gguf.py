@@ -41,7 +41,7 @@ _KEYS = (
     "attention.head_count", "attention.head_count_kv", "attention.key_length",
     "attention.layer_norm_rms_epsilon", "attention.sliding_window", "block_count",
     "context_length", "embedding_length", "feed_forward_length", "pooling_type", "rope.freq_base",
-    "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.type",
+    "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.factor", "rope.scaling.type",
 )  # fmt: skip
 _UNREAD = (
     "attention.layer_norm_epsilon", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size",
@@ -49,6 +49,7 @@ _UNREAD = (
 )  # fmt: skip
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _ROPE_FACTORS = "rope_freqs.weight"
+_SPECIAL = re.compile(r"tokenizer\.ggml\.\w+_token_id")
 _ROTARY = re.compile(r"[qk]_proj\.weight$")
 # Norms that only Gemma has, or that have another place in it.
 _GEMMA_NORMS = {
@@ -61,7 +62,16 @@ _GEMMA_NORMS = {
 def open_gguf(path: Path) -> ModelFiles:
     """Opens one GGUF file; raises UserError if it or its architecture cannot be read."""
     reader = GgufReader(path)
-    metadata = Fields(reader.metadata, str(path))
+    # Some converters write -1 where there is no such token; llama.cpp ignores ids beyond the last.
+    last = len(reader.metadata.get("tokenizer.ggml.tokens", ())) - 1
+    metadata = Fields(
+        {
+            key: value
+            for key, value in reader.metadata.items()
+            if not (_SPECIAL.fullmatch(key) and type(value) is int and value > last)
+        },
+        str(path),
+    )
     metadata.only(**{"general.type": "model"})
     if (parts := metadata.count("split.count", 1, least=0)) > 1:
         raise UserError(
@@ -150,7 +160,7 @@ def _config(
         *_UNREAD,
         **dict.fromkeys(("attention.value_length", "rope.dimension_count"), head_dim),
         **dict.fromkeys(("expert_count", "expert_used_count"), 0),
-        **dict.fromkeys(("rope.scale_linear", "rope.scaling.attn_factor"), 1.0),
+        **{"rope.scaling.attn_factor": 1.0, "attention.head_dim": head_dim},
         **{"attention.causal": True, "use_parallel_residual": False},
         **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
         **{"attention.sliding_window_pattern": 6, "rope.dimension_count_swa": head_dim},
@@ -166,10 +176,16 @@ def _config(
             "sliding_window": own.count("attention.sliding_window"),
             "sliding_window_pattern": 6,
         }
-    elif own.count("attention.sliding_window", context) < context:
+    elif 0 < own.count("attention.sliding_window", context, least=0) < context:
         raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
-    if own.choice("rope.scaling.type", ("none", "linear"), "none") == "linear":
-        factor = own.number("rope.scaling.factor", above=0)
+    # As in llama.cpp: linear where no type is said, by the factor's old name where the new is not.
+    kind = own.choice("rope.scaling.type", ("none", "linear"), "linear")
+    factor = own.number("rope.scaling.factor", own.number("rope.scale_linear", 1.0)) or 1.0
+    if kind == "linear" and factor != 1:
+        if factor < 0 or _ROPE_FACTORS in reader.tensors:
+            raise own.refuse(
+                "rope.scaling.factor", f"one above 0, and no {_ROPE_FACTORS} beside it"
+            )
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif _ROPE_FACTORS in reader.tensors:
         plain = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])

@@ -23,26 +23,28 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = ("qwen2", "deepseek-r1-qwen")
 # How text is cut before merging, by tokenizer.ggml.pre.
 _SPLITS = {
     "smollm": None,
     "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+    **dict.fromkeys(_QWEN2, _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 # Keys that are read here, and those that llama.cpp does not read for these kinds of tokenizer.
 _KEYS = (
     "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id",
-    "eot_token_id", "eom_token_id", "unknown_token_id", "padding_token_id", "add_bos_token",
-    "add_eos_token", "add_space_prefix",
+    "eos_token_ids", "eot_token_id", "eom_token_id", "unknown_token_id", "padding_token_id",
+    "add_bos_token", "add_eos_token", "add_space_prefix",
 )  # fmt: skip
 _UNREAD = (
-    "add_sep_token", "cls_token_id", "fim_mid_token_id", "fim_pad_token_id", "fim_pre_token_id",
+    *(f"add_{name}_token" for name in ("cls", "mask", "padding", "sep", "seperator", "unknown")),
+    "cls_token_id", "fim_mid_token_id", "fim_pad_token_id", "fim_pre_token_id",
     "fim_rep_token_id", "fim_sep_token_id", "fim_suf_token_id", "mask_token_id", "middle_token_id",
     "precompiled_charsmap", "prefix_token_id", "remove_extra_whitespaces", "seperator_token_id",
     "suffix_token_id", "token_type_count",
 )  # fmt: skip
 # Tokens that end a chat model's turn, whatever its file calls its eos.
-_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+_ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
 
 
 def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
@@ -111,8 +113,11 @@ def ends_of_turn(metadata: Fields) -> list[int]:
     own = metadata.under(_PREFIX)
     tokens = own.items("tokens", str, [])
     said = [own.count(f"{end}_token_id", None, least=0) for end in ("eot", "eom")]
-    named = [index for index, token in enumerate(tokens) if token in _ENDS_OF_TURN]
-    return list(dict.fromkeys(end for end in (*said, *named) if end is not None))
+    # generation_config.json of Qwen's models names this one, SmolLM2's does not.
+    ends = (*_ENDS_OF_TURN, *["<|endoftext|>"] * (own.text("pre", None) in _QWEN2))
+    named = [index for index, token in enumerate(tokens) if token in ends]
+    more = own.items("eos_token_ids", int, [])
+    return list(dict.fromkeys(end for end in (*said, *more, *named) if end is not None))
 
 
 def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
@@ -125,7 +130,7 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     else:
         cut = [pre_tokenizers.Split(Regex(_SPLITS[split]), "isolated")]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[split] is None)
-    if split == "qwen2":
+    if split in _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
     backend.decoder = decoders.ByteLevel()

@@ -33,8 +33,9 @@ from expandr_jax.weights.trees import module_shardings
 Params = dict[str, Any]
 # What generation_config.json can forbid, force or end a text by, beside eos_token_id.
 _CHOOSING = (
-    "bad_words_ids", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-    "sequence_bias", "stop_strings", "suppress_tokens",
+    "bad_words_ids", "begin_suppress_tokens", "constraints", "exponential_decay_length_penalty",
+    "force_words_ids", "forced_bos_token_id", "forced_eos_token_id", "max_time", "sequence_bias",
+    "stop_strings", "suppress_tokens", "watermarking_config",
 )  # fmt: skip
 
 
@@ -146,10 +147,18 @@ def load_generator(
         raise UserError(f"{source}: a {files.model_type} model cannot generate text")
     tokenizer = open_tokenizer(files, config)
     if tokenizer.chat_template is None:
-        raise UserError(f"{source}: the tokenizer has no chat template; take an instruct model")
+        hint = " or remove the adapter's tokenizer files, and its base's are taken" * (
+            files.adapter is not None
+        )
+        raise UserError(
+            f"{source}: the tokenizer has no chat template; take an instruct model{hint}"
+        )
     # An empty value of these is none. All other settings of sampling are the config's.
-    given = {name: value for name, value in files.generation_config.values.items() if value}
-    Fields(given, files.generation_config.where).only(**dict.fromkeys(_CHOOSING))
+    given = files.generation_config.values.items()
+    given = {name: value for name, value in given if value not in ([], {})}
+    Fields(given, files.generation_config.where).only(
+        guidance_scale=1.0, no_repeat_ngram_size=0, **dict.fromkeys(_CHOOSING)
+    )
     eos_ids = _eos_ids(files, tokenizer, config.vocab_size)
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
@@ -228,8 +237,29 @@ def open_model(source: str, sha256: str | None = None) -> ModelFiles:
         raise UserError(f"{path}: its base {base[0]} is an adapter, too: merge that one first")
     files = dataclasses.replace(_open_files(below), adapter=path)
     if any((path / name).is_file() for name in TOKENIZER_FILES):  # As transformers finds it.
-        files = dataclasses.replace(files, tokenizer=lambda: read_tokenizer(path, files.model_type))
+        files = _with_tokenizer(files, path)
     return files
+
+
+def _with_tokenizer(files: ModelFiles, directory: Path) -> ModelFiles:
+    """A base's files with an adapter's own tokenizer, whose end of text is one more of theirs."""
+    try:
+        tokenizer = read_tokenizer(directory, files.model_type)
+    except UserError as error:
+        raise UserError(
+            f"{error}; or remove the adapter's tokenizer files, and its base's are taken"
+        ) from None
+    told = files.generation_config if files.generation_config.values else files.config
+    ends = told.values.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends = [*ends, tokenizer.eos_token_id]
+    values = {**files.generation_config.values, **({"eos_token_id": ends} if ends else {})}
+    return dataclasses.replace(
+        files,
+        tokenizer=lambda: tokenizer,
+        generation_config=Fields(values, files.generation_config.where),
+    )
 
 
 def _open_files(path: Path) -> ModelFiles:

@@ -96,7 +96,7 @@ def read_settings(directory: Path) -> ModuleSettings | None:
             "null has vectors of the whole width"
         )
     more.strict(
-        *("__version__", "default_prompt_name", "prompts", "similarity_fn_name"),
+        *("__version__", "default_prompt_name", "prompts", "requirements", "similarity_fn_name"),
         model_type="SentenceTransformer",
     )
     return ModuleSettings(
