@@ -160,6 +160,7 @@ class Engine:
             if looked_at:
                 fetched = jax.device_get((slots.output, slots.near_tie, slots.log_probs))
             for slot in looked_at:
+                # Tokens, whether each was a near tie, and log-probabilities if they are wanted.
                 sampled = (None if x is None else x[slot, : count[slot]].tolist() for x in fetched)
                 completion = self._completion(running[slot], active[slot], *sampled)
                 if completion is not None:

@@ -143,11 +143,18 @@ class Ranker:
         if dense:
             index, documents, above = dense.corpus.index, dense.corpus.ids, -np.inf
         else:
-            index, queries = self._searches.bm25(system.documents), self._words(system, choice)
-            documents, above = list(self._searches.corpus), 0.0
-        named, drop = (self.ids, queries, documents), settings.drop_identical_ids
-        options = {"drop_identical_ids": drop, "above": above}
-        return search_named(index.search, *named, settings.depth, **options)
+            index, documents, above = (
+                self._searches.bm25(system.documents), list(self._searches.corpus), 0.0
+            )  # fmt: skip
+        return search_named(
+            index.search,
+            self.ids,
+            queries if dense else self._words(system, choice),
+            documents,
+            settings.depth,
+            drop_identical_ids=settings.drop_identical_ids,
+            above=above,
+        )
 
     def encoded(self, leaf: System) -> EncodedQueries:
         """Vectors of the queries and of all that was written for them, by a leaf's retriever."""

@@ -7,9 +7,10 @@ from typing import Any
 from markupsafe import Markup
 from rich.table import Table
 
+from expandr_jax import metrics
 from expandr_jax.data.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.ranking.results import Values, summary
+from expandr_jax.ranking.results import Values
 from expandr_jax.report import page, plots
 from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
 from expandr_jax.report.page import parts
@@ -94,9 +95,11 @@ def write_comparison(
 
     Texts are queries' by their ids, expansions by run and query id.
     """
-    results = summary("", values, [])
-    sections = _sections(results, values, baseline, texts, expansions)
-    lead = f"{results['queries']:,} queries, {len(values)} runs, compared with {baseline}."
+    # Not `summary`, which rounds: these are rounded once, as the differences below them are.
+    rows = [{"system": run, **{m: metrics.mean(of[m]) for m in of}} for run, of in values.items()]
+    sections = _sections({"rows": rows}, values, baseline, texts, expansions)
+    queries = len(next(iter(values[baseline].values())))
+    lead = f"{queries:,} queries, {len(values)} runs, compared with {baseline}."
     _write_page(path, "Runs compared", lead, sections)
 
 

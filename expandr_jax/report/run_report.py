@@ -244,7 +244,7 @@ def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> Mar
 
 def time_section(workdir: pathlib.Path) -> Markup | None:
     """The HTML of where a run's time went, or None where it has no timings.json."""
-    timings = read_json(workdir / "timings.json", {})
+    timings = read_json(workdir / "timings.json", {}) or {}
     if not timings.get("phases"):
         return None
     total = timings.get("total_seconds") or sum(p["seconds"] for p in timings["phases"])

@@ -77,7 +77,8 @@ class Bm25Index(Index):
         self._texts = texts
         self._bm25 = bm25s.BM25(method="lucene", **vars(self.options))
         self._bm25.index(tokens, show_progress=False)
-        self.dimension = len(self._bm25.vocab_dict.keys() - {""})  # bm25s adds "".
+        words = self._bm25.vocab_dict
+        self.dimension = len(words) - ("" in words)  # bm25s adds "", which no text has.
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -44,7 +44,8 @@ class TextEncoder:
 
     def prompt(self, kind: Kind) -> str:
         """What the retriever has put before each text of a kind."""
-        return self.retriever.query_prompt if kind == "query" else self.retriever.document_prompt
+        own = self.retriever
+        return {"query": own.query_prompt, "document": own.document_prompt}[kind]
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
         """Token ids of texts with the prompt for their kind before them."""

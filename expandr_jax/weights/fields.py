@@ -171,9 +171,12 @@ def one_line(message: Any) -> str:
 
 def read_json(path: Path, default: Any = None) -> Any:
     """Parses a JSON file; a missing one gives `default`, or is an error where there is none."""
-    if default is not None and not path.exists():
-        return default
-    text = read_text(path)
+    try:
+        text = read_text(path)
+    except UserError as error:
+        if default is not None and isinstance(error.__context__, FileNotFoundError):
+            return default
+        raise
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
