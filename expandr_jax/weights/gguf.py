@@ -49,7 +49,7 @@ _UNREAD = (
 )  # fmt: skip
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _ROPE_FACTORS = "rope_freqs.weight"
-_SPECIAL = re.compile(r"tokenizer\.ggml\.\w+_token_id")
+_SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_)\w+_token_id")
 _ROTARY = re.compile(r"[qk]_proj\.weight$")
 # Norms that only Gemma has, or that have another place in it.
 _GEMMA_NORMS = {
@@ -62,7 +62,7 @@ _GEMMA_NORMS = {
 def open_gguf(path: Path) -> ModelFiles:
     """Opens one GGUF file; raises UserError if it or its architecture cannot be read."""
     reader = GgufReader(path)
-    # Some converters write -1 where there is no such token; llama.cpp ignores ids beyond the last.
+    # Some converters write -1 where there is no such token; only the end must be one.
     last = len(reader.metadata.get("tokenizer.ggml.tokens", ())) - 1
     metadata = Fields(
         {
