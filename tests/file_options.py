@@ -94,6 +94,9 @@ def tokenizer_options() -> list[Option]:
         *setting(file, "clean_up_tokenization_spaces", True, False),
         *setting(file, "model_input_names", ["input_ids", "attention_mask"]),
         *setting(file, "pad_token", "</s>"),
+        *setting(file, "split_special_tokens", True, False),
+        *setting(file, "added_tokens_decoder", {"2": {"content": "</s>", "special": True,
+                 "lstrip": True, "rstrip": True, "normalized": False}}),
         backend("normalizer", "lower-case", normalizer(normalizers.Lowercase())),
         backend("normalizer", "NFD", normalizer(normalizers.NFD())),
         backend("normalizer", "accents", normalizer(
@@ -200,6 +203,8 @@ def model_options(family: str) -> list[Option]:
     common = setting("config.json", "pad_token_id", 0, 1, 2)
     if family in tiny_models.DECODERS:
         return [*common, *setting("config.json", "rope_scaling", linear, None),
+                *setting("config.json", "is_causal", True, False),
+                *setting("config.json", "partial_rotary_factor", 0.5),
                 *setting("config.json", "rms_norm_eps", 1e-3)]  # fmt: skip
     if "bert" in family and "modern" not in family:
         return [*common, *setting("config.json", "hidden_act", "relu", "gelu_new"),

@@ -130,6 +130,16 @@ LLAMA3 = {
         ),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads is 4; expected a multiple of"),
         ("llama", {"head_dim": 7}, "head_dim is 7; expected an even number"),
+        *(
+            (kind, {"is_causal": False}, "is_causal=False is not supported; only True is")
+            for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+        ),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor=0.5 is not supported",
+        ),
         ("llama", {"head_dim": None, "hidden_size": 20}, "head_dim is 5; expected an even"),
         ("llama", {"head_dim": None, "hidden_size": 30}, "hidden_size is 30; expected a multiple"),
         # Gated feed-forwards have these two functions only.

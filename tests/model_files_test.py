@@ -205,7 +205,12 @@ SPOILT = [
     ("bert", "modules.json", text("[3]"), "modules.json: expected a list of JSON objects"),
     ("bert", "modules.json", text("[]"), "modules.json: modules are ''; supported"),
     ("bert", "modules.json", text("[{}]"), "modules.json: field 'type' is missing"),
-    ("bert", "modules.json", modules(1, type="a.CNN"), "modules are 'Transformer, CNN, Normalize'"),
+    *(
+        ("bert", "modules.json", modules(n, type=kind), f"{kind}, {next_one}")
+        for n, kind, next_one in (
+            (1, "CNN", "Normalize"), (0, "own.Transformer", "Pooling"), (1, "own.Pooling", "Norm")
+        )
+    ),
     ("bert", "modules.json", modules(2, type=3), "modules.json: type is 3; expected a string"),
     ("bert", "modules.json", modules(1, path=None), "modules.json: field 'path' is missing"),
     ("bert", "modules.json", modules(1, path="../x"), "modules.json: it names '../x'; expected a"),

@@ -127,7 +127,9 @@ def read_modules(
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{listing}: expected a list of JSON objects, one for each module")
     entries = [Fields(entry, str(listing)) for entry in entries]
-    kinds = [entry.text("type").rsplit(".", 1)[-1] for entry in entries]
+    kinds = [entry.text("type") for entry in entries]
+    # A model's own code may call its class Transformer, too, and compute something else by it.
+    kinds = [k.rsplit(".", 1)[-1] if k.startswith("sentence_transformers.") else k for k in kinds]
     if kinds != [kind for kind in order if kind in {*kinds, *needed}]:
         optional = " and ".join(kind for kind in order if kind not in needed)
         raise UserError(

@@ -45,7 +45,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def _read(hf: Fields, kind: str) -> DecoderConfig:
     gemma = kind == "gemma3_text"
     hf.only(mlp_bias=False, final_logit_softcapping=None, attn_logit_softcapping=None)
-    hf.only(attention_bias=False, use_bidirectional_attention=False)
+    hf.only(attention_bias=False, use_bidirectional_attention=False, is_causal=True)
+    hf.only(partial_rotary_factor=1.0)
     heads = hf.count("num_attention_heads")
     if "num_key_value_heads" in hf:
         hf.quotient("num_attention_heads", "num_key_value_heads")
@@ -108,6 +109,7 @@ def _rope(hf: Fields, gemma: bool) -> dict[str, Any]:
     full, local = given, Fields({}, hf.where)
     if "full_attention" in given:
         full, local = given.section("full_attention"), given.section("sliding_attention")
+    full.only(partial_rotary_factor=1.0)
     theta = rope_theta(full, hf, "rope_theta", 10000.0)
     rope = {"rope_theta": theta, "rope_scaling": rope_scaling(full)}
     if gemma:
