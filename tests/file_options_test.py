@@ -5,14 +5,15 @@ import pathlib
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.results import remarks
 from expandr_jax.weights import source
 from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.tokenizer import read_tokenizer
 from tests import file_options
 
 POOLED = {"pooling": "last", "normalize": True}
@@ -89,6 +90,33 @@ def test_one_token_may_be_bos_and_eos(llama):
         file_options.edit(llama / "tokenizer_config.json", bos_token="</s>", **given)
         retriever, _ = load_retriever(str(llama), **POOLED)
         assert retriever.token_ids(["a", ""]) == [[end, tokenizer.token_to_id("a")], [end]]
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None, "TokenizersBackend"])
+def test_letters_of_a_bert_are_as_its_class_has_them(tmp_path, kind):
+    """BERT's own class makes its normalizer by the settings; where none are, it lower-cases."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"aeEé日本", "日本", *("##e", "##é")]
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    special = {
+        f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
+    }
+    found = set()
+    for given in ({}, {"do_lower_case": False}, {"strip_accents": False, "do_lower_case": True},
+                  {"tokenize_chinese_chars": False}):  # fmt: skip
+        settings = {**special, **given, **({"tokenizer_class": kind} if kind else {})}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        (right,) = AutoTokenizer.from_pretrained(tmp_path)(["E é aé 日本"])["input_ids"]
+        assert read_tokenizer(tmp_path, "bert")(["E é aé 日本"])["input_ids"] == [right]
+        found.add(tuple(right))
+    assert len(found) == (1 if kind == "TokenizersBackend" else 4)
 
 
 def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):

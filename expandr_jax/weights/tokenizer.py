@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -20,6 +21,8 @@ _SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
+# Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
+_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
 
 
@@ -53,6 +56,14 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
     special = Fields.read(directory / "special_tokens_map.json", optional=True)
+    own = backend.normalizer
+    if isinstance(own, BertNormalizer) and settings.text("tokenizer_class", "") not in _PLAIN:
+        backend.normalizer = BertNormalizer(
+            own.clean_text,
+            settings.flag("tokenize_chinese_chars", True),
+            settings.flag("strip_accents", None),
+            settings.flag("do_lower_case", True),
+        )
     inputs = None if model_type == "bert" else ["input_ids", "attention_mask"]
     options = {
         "model_max_length": model_max_length(settings),
@@ -60,6 +71,8 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "padding_side": settings.choice("padding_side", ("left", "right"), None),
         "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
         "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
+        "split_special_tokens": settings.flag("split_special_tokens", None),
+        "added_tokens_decoder": _added_tokens(settings.section("added_tokens_decoder")),
     }
     # A name alone is the token as tokenizer.json has it, with the white space that it takes along.
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
@@ -128,6 +141,13 @@ def _token(settings: Fields, name: str) -> str | AddedToken | None:
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     given = {flag: token.flag(flag, False) for flag in flags if flag in token}
     return AddedToken(token.text("content"), **given)
+
+
+def _added_tokens(given: Fields) -> dict[int, str | AddedToken]:
+    """Tokens by id, each with its flags, which hold if tokenizer.json has others."""
+    if wrong := next((number for number in given.values if not number.isdecimal()), None):
+        raise given.refuse(wrong, "tokens by their ids")
+    return {int(number): _token(given, number) for number in given.values if number in given}
 
 
 def _template(settings: Fields) -> str:
