@@ -210,7 +210,7 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.rerank = rerank = ml_collections.ConfigDict()  # Where systems have rerank:SYSTEM.
     rerank.source = ""  # A BERT cross-encoder: a directory, hub id or "package:NAME/PATH".
     rerank.depth = 100  # Documents of a query that it reads; the others follow as they were.
-    rerank.max_length = 512  # Tokens of a pair, its model's at most; documents lose their end.
+    rerank.max_length = 512  # Tokens of a pair, its model's at most; the longer one loses its end.
     rerank.rows = 32  # Pairs that are computed at once; TPUs want more.
 
     config.export = export = ml_collections.ConfigDict()

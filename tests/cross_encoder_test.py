@@ -27,6 +27,7 @@ DOCUMENTS = [
     "",
     "The learning rate schedule, momentum and weight decay of an optimizer state. " * 12,
 ]
+LONG = QUERY + " of an array" * 6  # Longer than half of what a pair may have.
 
 
 def save(directory: pathlib.Path, kind: str, **fields) -> pathlib.Path:
@@ -66,6 +67,9 @@ def test_scores_are_those_of_sentence_transformers(tmp_path, kind):
     found = encoder.scores(params, QUERY, DOCUMENTS, rows=3)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.ptp(found) > 1e-2
+    assert 24 < len(encoder.token_ids(LONG, [""])[0][0]) < 48
+    expected = peer.predict([(LONG, document) for document in DOCUMENTS])
+    np.testing.assert_allclose(encoder.scores(params, LONG, DOCUMENTS), expected, atol=1e-4)
     assert max(len(ids) for ids, _ in encoder.token_ids(QUERY, DOCUMENTS)) == 48
     # What it writes itself loads, too, and says which activation it has.
     other = Peer(str(directory), device="cpu", activation_fn=torch.nn.Identity())

@@ -67,17 +67,18 @@ class CrossEncoder:
     activation: str
 
     def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Token ids and types of a query with each of its documents, which lose their end if long.
+        """Token ids and types of a query with each of its documents.
 
-        A query that leaves no room for a document is cut as well, as sentence-transformers does.
+        Where both are too long together the longer one loses its end, at last both, as in
+        sentence-transformers.
         """
-        pairs = [[query] * len(documents), list(documents)]
-        limits = {"truncation": True, "max_length": self.max_length}
-        added = self.tokenizer.num_special_tokens_to_add(pair=True)
-        room = self.max_length - added
-        if len(self.tokenizer(query, add_special_tokens=False)["input_ids"]) < room:
-            limits["truncation"] = "only_second"
-        encoded = self.tokenizer(*pairs, return_token_type_ids=True, **limits)
+        encoded = self.tokenizer(
+            [query] * len(documents),
+            list(documents),
+            return_token_type_ids=True,
+            truncation="longest_first",
+            max_length=self.max_length,
+        )
         check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
         types = encoded["token_type_ids"]
         if "token_type_ids" not in self.tokenizer.model_input_names:
