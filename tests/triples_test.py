@@ -111,6 +111,22 @@ def test_a_broken_line_is_named_or_skipped(tmp_path, seed):
     assert triples == TRIPLES[: number - 1] + TRIPLES[number:]
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"negative_2": "x"}, {"negatives": ["x"]}, {"pos_scores": [1.0]}, {"score": [1.0, 0.0]},
+        {"prompt": "Find: "}, {"label": 0},
+    ],
+)  # fmt: skip
+def test_what_other_programs_would_read_is_refused(tmp_path, field):
+    path, row = tmp_path / "t.jsonl", {"query": "q", "pos": "p", "neg_ids": ["7"], "type": "x"}
+    path.write_text(json.dumps(row | {"prompt": None}))
+    assert read_triples(path) == ([Triple("q", ("p",))], [])
+    path.write_text(json.dumps(row | field))
+    with pytest.raises(UserError, match=f't.jsonl:1: field "{next(iter(field))}" would not be r'):
+        read_triples(path)
+
+
 def test_files_without_triples(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.jsonl"):
         read_triples(tmp_path / "nothing.jsonl")

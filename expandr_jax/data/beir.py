@@ -80,7 +80,8 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
             appears twice; an empty query; a judgement of an unknown query or one that
-            contradicts another; a grade that is no integer); it names file and line.
+            contradicts another; a grade that is no integer); it names file and line. Or a split
+            has no relevant document in the corpus.
     """
     files = source if isinstance(source, Files) else only_collection(source)
     corpus = dict(read_texts(files, "corpus", mistakes))
@@ -92,6 +93,12 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
         if not qrels[split]:
             nothing = "no judgements; expected lines of query, document, grade"
             raise _first(mistakes, before, f"{files.path(names[0])}: {nothing}")
+        grades = (item for judged in qrels[split].values() for item in judged.items())
+        relevant = [document for document, grade in grades if grade > 0]
+        if relevant and corpus.keys().isdisjoint(relevant):
+            none = f"the corpus has no relevant document, such as {relevant[0]!r}"
+            where = files.path(names[0])
+            note(UserError(f"{where}: {none}; write ids as they stand in the corpus"), mistakes)
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
@@ -264,9 +271,14 @@ def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     key, title = row["_id"], row.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f'{where}: field "title" is not a string')
-    if not key or key.split() != [key]:
-        raise UserError(f'{where}: "_id" is {key!r}; expected an id without white space')
+    _check_id(where, key)
     return key, f"{title} {row['text']}".strip()
+
+
+def _check_id(where: str, key: Any) -> None:
+    """Refuses what no run of TREC's can hold, and what differs by a space that nobody sees."""
+    if not isinstance(key, str) or key.split() != [key] or "\0" in key:
+        raise UserError(f"{where}: id is {key!r}; expected text without white space and NUL")
 
 
 def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -327,8 +339,7 @@ def _columns(where: str, line: bytes, separator: str | None) -> list[str]:
 def _judgement(where: str, columns: list[Any]) -> Judgement:
     query, document, grade = columns
     for value in (query, document):
-        if not isinstance(value, str) or not value:
-            raise UserError(f"{where}: id {value!r}; expected text")
+        _check_id(where, value)
     # Tables hold whole numbers as 1.0 now and then.
     text = f"{grade:g}" if isinstance(grade, float) else str(grade)
     if not re.fullmatch(r"[+-]?[0-9]{1,4}", text):  # trec_eval's memory grows with the grade.

@@ -3,9 +3,12 @@
 {"query": "...", "pos": "..." or ["...", ...]} and, where there are any, "neg" (likewise),
 "expansion" (likewise; "" is an empty generation) and "teacher_scores" (numbers, one a passage:
 those of "pos", then those of "neg"). "positive" and "negative" are other names of "pos" and "neg".
+What other programs' files say of these in further fields ("negative_2", "neg_scores", "prompt") is
+refused; ids and whatever else there is are let through.
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +21,7 @@ from expandr_jax.errors import UserError
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
+_UNREAD = re.compile(r"(pos|neg)(?!.*_ids?$)|.*scores?$|prompt|instruction|label")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,13 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
 
 
 def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
+    known = {"teacher_scores", *_NAMES["pos"], *_NAMES["neg"]}
+    unread = [n for n in row if n not in known and row[n] is not None and _UNREAD.match(n)]
+    if unread:
+        raise UserError(
+            f'{where}: field "{unread[0]}" would not be read; all negatives belong into "neg", all '
+            'scores into "teacher_scores", a prompt before the query; else remove it'
+        )
     check_field(where, row, "query", str)
     triple = Triple(
         *_texts(where, "query", row["query"]),
