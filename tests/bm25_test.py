@@ -1,6 +1,7 @@
 """BM25 against Lucene's formula, behind the same functions as the other indexes."""
 
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -45,10 +46,21 @@ def test_bm25_equals_lucenes_formula():
         (["오늘은날씨가좋다", "녹차를마신다", "기계 학습"], "녹차"),
         (["about 2008年北京奥运会", "茶", "nothing"], "茶"),
         (["𠮷野家", "𠀀𠀁𠀂", "x y z"], "𠀀𠀁"),
+        # Vowel signs and accents are no word characters to Python.
+        (["हिन्दी भाषा", "दिल्ली शहर", "कुछ और"], "हिन्दी"),
+        (["ప్రధానమంత్రిని కలుసుకున్నారు", "నగరం పెద్దది", "వేరే"], "ప్రధానమంత్రిని"),
+        (["بيت كبير", "كِتَاب جديد", "شيء"], "كِتَاب"),
+        # One text, written with other characters.
+        (["tea house", "a cafe\u0301", "x y z"], "caf\u00e9"),
+        (["CPU cache", "GPU memory", "x y z"], "ＧＰＵ"),
+        (["ひらがな", "カタカナ", "x y z"], "ｶﾀｶﾅ"),
+        (["ankara", "istanbul", "x y z"], "İSTANBUL"),
+        (["tea house", "infor\u00admation", "x y z"], "information"),
     ],
 )
 def test_bm25_finds_words_of_scripts_without_spaces(texts, query):
-    wanted = max(range(3), key=lambda row: sum(char in texts[row] for char in query))
+    forms = [[unicodedata.normalize("NFKD", t.lower()) for t in (text, query)] for text in texts]
+    wanted = max(range(3), key=lambda row: sum(char in forms[row][0] for char in forms[row][1]))
     scores, found = search.build_index(texts).search([query, "zzz"], 3)
     assert found[0, 0] == wanted
     assert scores[0, 0] > 0 == scores[0, 1] == scores[1].max()

@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -29,6 +30,8 @@ _UNSPACED = re.compile(
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\uff66-\uff9f"
     "\U00020000-\U0003ffff]+"
 )
+_WIDE = re.compile("[\uff01-\uffdc]+")  # Latin letters as wide as Han, and narrow kana.
+_INSIDE = re.compile(r"(?<=\w)[^\w\s\x00-\x7f]+")  # Marks of a script; or punctuation.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Bm25Index(Index):
     Text is lower-cased and split into words of two or more word characters; Lucene's 33 English
     stop words are dropped; nothing is stemmed (Anserini stems, so its scores differ a little).
     Where a script sets no spaces between words, as in Chinese, Japanese and Thai, and in Korean,
-    the words are all pairs of neighbouring characters, as in Lucene's CJK analyzer.
+    the words are all pairs of neighbouring characters, as in Lucene's CJK analyzer; vowel signs
+    and accents belong to their words, as Hindi's do.
 
     A word that stands twice in a query counts twice. Documents that share no word with it score 0
     and come last.
@@ -111,8 +115,8 @@ class Bm25Index(Index):
 def text_fingerprint(texts: Sequence[str]) -> str:
     """Returns the sha256 of texts in their order, each with its length."""
     digest = hashlib.sha256()
-    if any(not text.isascii() and _UNSPACED.search(text) for text in texts):
-        digest.update(b"pairs of characters\n")  # Older indexes had other words of these texts.
+    if any(_spaced([text]) != [text] for text in texts):
+        digest.update(b"words of all scripts\n")  # Older indexes had other words of these texts.
     for text in texts:
         data = text.encode(errors="surrogatepass")
         digest.update(f"{len(data)}\n".encode() + data)
@@ -144,12 +148,30 @@ def _spaced(texts: Sequence[str]) -> list[str]:
 
     A character that stands alone is doubled: it is a word, and words have two characters or more.
     """
-    return [text if text.isascii() else _UNSPACED.sub(_pairs, text) for text in texts]
+    return [
+        text if text.isascii() else _INSIDE.sub(_marks, _UNSPACED.sub(_pairs, _composed(text)))
+        for text in texts
+    ]
+
+
+def _composed(text: str) -> str:
+    """A text with letters and accents as one character, wide forms as usual ones, and Turkish i.
+
+    Lucene does the last two, in its CJK analyzer and in lower-casing.
+    """
+    text = unicodedata.normalize("NFC", text).replace("\u0130", "i")
+    return _WIDE.sub(lambda run: unicodedata.normalize("NFKC", run.group()), text)
 
 
 def _pairs(run: re.Match[str]) -> str:
     text = run.group() if len(run.group()) > 1 else 2 * run.group()
-    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
-    # Vowel signs, as Thai's, are no word characters: their numbers are.
-    words = [p if p.isalnum() else "".join(f"u{ord(c):x}" for c in p) for p in pairs]
-    return f" {' '.join(words)} "
+    return f" {' '.join(text[i : i + 2] for i in range(len(text) - 1))} "
+
+
+def _marks(run: re.Match[str]) -> str:
+    """Vowel signs and accents as word characters, which Python takes them for none: their numbers.
+
+    What is not seen, as a hyphen for the line's end, is left out.
+    """
+    kinds = [(character, unicodedata.category(character)) for character in run.group()]
+    return "".join(f"u{ord(c):x}" if kind[0] == "M" else c for c, kind in kinds if kind != "Cf")
