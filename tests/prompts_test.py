@@ -68,6 +68,7 @@ def test_templates_of_the_user():
         "The documentation of the function is as follows: ",
         "**Answer:** ",
         "Passage: ",
+        "<think>\nHere is what they want: tides.\n</think>\n\nPassage: ",
         "  ",
         "",
     ],
@@ -92,6 +93,10 @@ def test_lead_ins_are_stripped(lead_in):
 )
 def test_what_is_no_lead_in_stays(text):
     assert strip_lead_in(text) == text
+
+
+def test_thoughts_that_were_cut_are_no_answer():
+    assert strip_lead_in("\n<think>\nThey ask for a passage. Passage: The tides") == ""
 
 
 def test_repetition():

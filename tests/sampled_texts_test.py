@@ -1,5 +1,6 @@
 """What a run says of the texts that it has sampled."""
 
+import dataclasses
 import io
 import types
 
@@ -86,7 +87,9 @@ def sample(tmp_path, monkeypatch):
     engine = Engine()
     monkeypatch.setattr(Sampler, "engine", lambda *_: engine)
     models = types.SimpleNamespace(
-        generator=types.SimpleNamespace(chat_ids=lambda text, limit: ([1, 2], False)),
+        generator=types.SimpleNamespace(
+            chat_ids=lambda text, limit: ([1, 2], False), opens_thought=False
+        ),
         sampling_params=None,
         generator_hash="",
         sampling_mesh=None,
@@ -115,3 +118,25 @@ def test_cut_empty_and_repetitive_texts_and_near_ties_are_counted(sample):
     assert again == texts
     assert output.count(LINE) == 2
     assert asked == len(TEXTS)
+
+
+def test_thoughts_that_the_template_begins_are_no_texts(tmp_path, monkeypatch):
+    """DeepSeek-R1's template ends with the mark, so that its texts do not have it."""
+    models = load_generator_model(read_config(smoke.get_config()))
+    tokenizer = models.generator.tokenizer
+    assert not models.generator.opens_thought
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "<think>\n")
+    models = dataclasses.replace(models, generator=dataclasses.replace(models.generator))
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(quiet=True))
+    answers = {"q0": "They ask for tides.", "q1": "Tides?\n</think>\n\nThe Moon."}
+    done = [Completion(f"test/{q}", 0, (9,), "length", 0, None, t) for q, t in answers.items()]
+    monkeypatch.setattr(
+        Sampler, "engine", lambda *_: types.SimpleNamespace(generate=lambda _: iter(done))
+    )
+    requests = [Request(q, 0, "text", 1.0, 1.0, 50) for q in answers]
+    path = run.path("work", "texts.jsonl")
+    texts = expansion.sample_texts(
+        sampler_of(run, models), None, requests, path=path, purpose="test"
+    )
+    assert texts == {("q0", 0): "", ("q1", 0): "The Moon."}
+    run.close()

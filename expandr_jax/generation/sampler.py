@@ -86,7 +86,9 @@ class Sampler:
             if completion.finished == "refused":
                 refused.add(completion.id)
             text = completion.text
-            yield completion, self.generator.decode(completion.tokens) if text is None else text
+            text = self.generator.decode(completion.tokens) if text is None else text
+            # The mark belongs to the text, by which a thought is told from an answer.
+            yield completion, f"<think>{text}" if self.generator.opens_thought else text
         if refused:
             self.reporter.say(
                 f"{len(refused)} prompts are too long for the server; their texts are empty"

@@ -48,6 +48,11 @@ class Generator:
             self.tokenizer, message, self.today, add_generation_prompt=True, **thinking
         )
 
+    @functools.cached_property
+    def opens_thought(self) -> bool:
+        """Whether the chat template itself begins what a model thinks, as DeepSeek-R1's does."""
+        return self.chat_text("text").rstrip().endswith("<think>")
+
     def chat_ids(self, user_text: str, max_length: int) -> tuple[list[int], bool]:
         """Turns a user's message into the prompt of the assistant's answer.
 
