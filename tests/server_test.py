@@ -131,6 +131,16 @@ def test_what_is_asked_and_what_is_answered(server, engine):
     assert "Authorization" not in server.headers[0]
 
 
+def test_a_penalty_is_of_the_whole_text(server, engine):
+    """llama.cpp's server looks at the last 64 tokens unless it is told otherwise."""
+    penalties = {first: 1.0 + 0.1 * first for first in range(2)}
+    list(engine().generate(request(first=f, repetition_penalty=p) for f, p in penalties.items()))
+    found = {
+        body["prompt"][0]: body.get("repeat_last_n") for body in map(json.loads, server.bodies)
+    }
+    assert found == {0: None, 1: -1}
+
+
 def test_seeds_follow_from_seed_id_and_sample_alone(server, engine, tmp_path):
     requests = [request(sample, first) for first in (7, 6) for sample in range(3)]
     list(engine().generate(requests))

@@ -190,6 +190,8 @@ class ServerEngine:
             "repetition_penalty": request.repetition_penalty,
             "repeat_penalty": request.repetition_penalty,  # llama.cpp's name for it.
         }
+        if request.repetition_penalty != 1:
+            body["repeat_last_n"] = -1  # llama.cpp looks at the last 64 tokens alone otherwise.
         if self._stop:
             body["stop"] = self._stop
         return body
