@@ -18,7 +18,6 @@ import torch
 import transformers
 from absl import flags
 from flax import linen as nn
-from rich.console import Console
 from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -28,6 +27,7 @@ from expandr_jax.data.batches import pad
 from expandr_jax.data.records import write_text
 from expandr_jax.models.decoder import KVCache, unstack_layers
 from expandr_jax.report.tables import render
+from expandr_jax.runtime.progress import plain_console
 from expandr_jax.weights.export import export_encoder, export_generator
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
@@ -196,7 +196,7 @@ def with_table(page: str, table: str) -> str:
 
 
 def main(_: Sequence[str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     transformers.utils.logging.disable_progress_bar()
     out = pathlib.Path(flags.FLAGS.out)
     page = out.read_text(encoding="utf-8") if out.exists() else ""

@@ -32,7 +32,7 @@ from expandr_jax.pair import phase_mesh
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
-from expandr_jax.runtime.progress import Reporter
+from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.search import Index, build_index
 from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.corpus import Corpus
@@ -104,7 +104,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
 
     for passage in passages:
         console.print("expansion: ", end="", style="bold")
-        console.print(passage or "(empty)", markup=False)
+        console.print(passage or "(empty)")
     documents = list(corpus.items())
     for title, (scores, found) in (("query alone", before), ("query + expansion", after)):
         rows = []
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str]) -> None:
     values = flags.FLAGS
     query = " ".join(arguments[1:])
     workdir = local_copy(values.workdir, *READ)
-    ask(workdir, query, values.count, Console(highlight=False))
+    ask(workdir, query, values.count, plain_console())
 
 
 def define_flags() -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
@@ -30,6 +29,7 @@ from expandr_jax.ranking.samples import (
 )
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.formats import read_record
+from expandr_jax.runtime.progress import plain_console
 from train.launch import launch
 
 SAMPLES = {
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
         raise UserError("a run is named twice; it would count as two")
     text = table(workdirs, flags.FLAGS.system)
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    plain_console(soft_wrap=True).print(text)
     if flags.FLAGS.out:
         write_text(pathlib.Path(flags.FLAGS.out), text)
 

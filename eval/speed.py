@@ -28,6 +28,7 @@ from eval.benchmarks.process import MACHINE, PREPARE, SideProcess, benchmark, ou
 from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
 from expandr_jax.report.tables import render
+from expandr_jax.runtime.progress import plain_console
 from train.launch import launch
 
 
@@ -214,7 +215,7 @@ def main(_: Sequence[str]) -> None:
     out = pathlib.Path(values.out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.absolute().parent}")
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     result = measure(values.only, values.repeats, console)
     write_json(out, result)
     console.print(speed_table(result))

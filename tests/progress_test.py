@@ -4,6 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from expandr_jax.runtime import progress
 
@@ -23,6 +24,15 @@ def counted(monkeypatch):
         return out.getvalue().splitlines()
 
     return run
+
+
+def test_texts_are_shown_as_they_are():
+    out = io.StringIO()
+    console = progress.plain_console(file=out, width=80)
+    text = "runs/[v2]/x[/bold] :ok: [red]"
+    console.print(text)
+    console.print(Table(text, title=text))
+    assert out.getvalue().count(text) == 3
 
 
 def test_what_is_quick_prints_nothing(counted):

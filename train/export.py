@@ -16,7 +16,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from rich.console import Console
 
 from expandr_jax.config import read_run_config
 from expandr_jax.errors import UserError
@@ -24,6 +23,7 @@ from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
+from expandr_jax.runtime.progress import plain_console
 from expandr_jax.runtime.run import Run
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import (
@@ -138,7 +138,7 @@ def main(_: Any) -> None:
     workdir = local_copy(values.workdir, "config.json", *sorted(parts))
     address = values.workdir if is_bucket(values.workdir) else None
     export_one(workdir, to, values.format, values.dtype, address)
-    Console(highlight=False).print(f"{values.format} written to {to}", soft_wrap=True)
+    plain_console().print(f"{values.format} written to {to}", soft_wrap=True)
 
 
 def define_flags() -> None:

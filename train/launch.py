@@ -25,6 +25,7 @@ from rich.text import Text
 from expandr_jax.errors import UserError
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.formats import RENAMED
+from expandr_jax.runtime.progress import plain_console
 from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
 EXIT_USER_ERROR = 2
@@ -62,7 +63,7 @@ def launch_training(train: Callable[[Any, str, Console], Any]) -> None:
 
     def main(_: Any) -> None:
         quiet = not processes.current().is_main
-        console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        console = plain_console(soft_wrap=True, quiet=quiet)
         train(flags.FLAGS.config, flags.FLAGS.workdir, console)
 
     launch(main, define, resumes=True)
@@ -147,7 +148,7 @@ def launch(
         if hasattr(stream, "reconfigure"):  # A closed one is None.
             stream.reconfigure(errors="backslashreplace")
     quiet_libraries()
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     others = set(flags.FLAGS)  # Those of libraries.
     define()
     if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
@@ -199,7 +200,7 @@ def launch(
             if not resumes:
                 console.print("stopped by SIGTERM")
                 sys.exit(EXIT_TERMINATED)
-            console.print(stopped.message, markup=False, soft_wrap=True)
+            console.print(stopped.message, soft_wrap=True)
             processes.current().leave(0, stopped.message)
             raise
         except KeyboardInterrupt:
@@ -240,8 +241,8 @@ def _run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> None:
 
 def _help(names: Iterable[str]) -> None:
     """Prints what the program says of itself, and its options."""
-    console = Console(highlight=False)
-    console.print((sys.modules["__main__"].__doc__ or "").strip(), markup=False, soft_wrap=True)
+    console = plain_console()
+    console.print((sys.modules["__main__"].__doc__ or "").strip(), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name in sorted(names):
         flag = flags.FLAGS[name]
@@ -332,6 +333,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _stop(console: Console, message: str) -> None:
-    console.print("error: " + message, style="red", markup=False, soft_wrap=True)
+    console.print("error: " + message, style="red", soft_wrap=True)
     processes.current().leave(EXIT_USER_ERROR, message)
     sys.exit(EXIT_USER_ERROR)

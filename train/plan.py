@@ -35,7 +35,7 @@ from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
-from expandr_jax.runtime.progress import Reporter
+from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.sharding import batch_divisor
 from train.launch import define_config, launch
 
@@ -79,7 +79,7 @@ def plan(
         raise UserError(f"--only={unknown[0]}: expected some of {', '.join(programs)}")
     programs = {name: make for name, make in programs.items() if not only or name in only}
     names = f"compiling for {topology.name}: {', '.join(programs)}"
-    console.print(names, soft_wrap=True, markup=False, emoji=False)
+    console.print(names, soft_wrap=True)
     with (
         Reporter(console).progress("programs compiled", len(programs)) as advance,
         contextlib.ExitStack() as stack,
@@ -293,7 +293,7 @@ def main(_: Any) -> None:
         raise UserError(f"--out={out}: there is no directory {out.parent}")
     if out is not None and out.is_dir():
         raise UserError(f"--out={out}: is a directory; expected the name of a file")
-    log = Console(stderr=True, highlight=False)
+    log = plain_console(stderr=True)
     result = plan(config, topology, log, values.only, values.repeats)
     proposals = propose(config, topology, log) if values.search else []
     if out is not None:
@@ -305,7 +305,7 @@ def main(_: Any) -> None:
         console.print(line, soft_wrap=True)
     problems = misfits(result)
     for problem in problems:
-        console.print(f"does not fit: {problem}", soft_wrap=True, markup=False)
+        console.print(f"does not fit: {problem}", soft_wrap=True)
     if problems:
         sys.exit(EXIT_DOES_NOT_FIT)
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from expandr_jax.runtime.progress import plain_console
+
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDE = 200  # Characters of a line where there is no terminal to fit into.
 # A number, a share in per cent, or either with its spread after it.
@@ -73,8 +75,8 @@ def render(
 
 def wide_console() -> Console:
     """A console that squeezes tables into the terminal's width only where there is one."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+    console = plain_console()
+    return console if console.is_terminal else plain_console(width=WIDE)
 
 
 def _latex(cell: str) -> str:

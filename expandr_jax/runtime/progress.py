@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,11 @@ from rich.progress import (
 
 SECONDS_BETWEEN_LINES = 10.0  # Where there is no terminal to draw a bar on.
 SHARE_BEFORE_ESTIMATE = 0.02  # Share of the items; the first ones wait for programs to compile.
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints texts as they are: "[v2]" and ":ok:" in them mean nothing to it."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,7 +293,7 @@ class Run:
 
         The time of a phase within another counts for the inner one alone.
         """
-        self.console.print(f"[bold]{name}[/]")
+        self.console.print(name, style="bold")
         outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()
         with _peak_memory() as peak:
