@@ -27,8 +27,8 @@ from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.collect import prepare_data
-from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.results import mean_over_sets, remarks, summary
 from expandr_jax.ranking.systems import System, check_stages, parse_systems

@@ -23,13 +23,13 @@ from eval.description import (
     warning_lines,
     word_lengths,
 )
-from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir, read_texts
 from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, query_key
 from expandr_jax.data.duplicates import near_duplicates
-from expandr_jax.data.records import hash_json
 from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files
+from expandr_jax.files.records import hash_json
 from expandr_jax.report.tables import render, wide_console
 from train.launch import launch
 

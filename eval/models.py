@@ -24,7 +24,7 @@ from sentence_transformers import SentenceTransformer
 from eval import precision, tiny_anchordr, tiny_models
 from eval.benchmarks import minilm, smollm2
 from expandr_jax.data.batches import pad
-from expandr_jax.data.records import write_text
+from expandr_jax.files.records import write_text
 from expandr_jax.models.decoder import KVCache, unstack_layers
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.progress import plain_console

@@ -17,8 +17,8 @@ from absl import flags
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
-from expandr_jax.data.records import differences, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import differences, write_text
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.samples import (
     RANK,

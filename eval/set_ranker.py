@@ -6,10 +6,10 @@ import pathlib
 from collections.abc import Sequence
 
 from expandr_jax.data.beir import Collection
-from expandr_jax.data.records import hash_json
 from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
+from expandr_jax.files.records import hash_json
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_models, load_retriever_model, make_sampler

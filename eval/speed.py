@@ -25,8 +25,8 @@ from rich.table import Table
 
 from eval.benchmarks import NAMES, THREADS, Comparison, Different
 from eval.benchmarks.process import MACHINE, PREPARE, SideProcess, benchmark, outputs_path
-from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.progress import plain_console
 from train.launch import launch

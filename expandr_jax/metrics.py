@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import ir_measures
 import numpy as np
 
-from expandr_jax.data.records import decode, read_lines, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import decode, read_lines, write_text
 
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance, 0 is not relevant

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from configs import base
-from expandr_jax.data.records import write_jsonl
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import (

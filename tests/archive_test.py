@@ -5,8 +5,8 @@ import zipfile
 
 import pytest
 
-from expandr_jax.data.archive import MOST_GROWTH, list_files
 from expandr_jax.errors import UserError
+from expandr_jax.files.archive import MOST_GROWTH, list_files
 
 
 def write_zip(path, members, compression=zipfile.ZIP_DEFLATED):

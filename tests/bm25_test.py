@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from expandr_jax import search
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 
 TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]
 

@@ -11,8 +11,8 @@ from configs import echo
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.prepared import part_of
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.runtime.run import Run
 from tests.commands import command, data_of, finish, start
 

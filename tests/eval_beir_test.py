@@ -16,9 +16,9 @@ from eval.beir import evaluate_beir
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, read_qrels, write_beir
 from expandr_jax.data.benchmarks import find_benchmarks
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
+from expandr_jax.files.records import hash_json
 from expandr_jax.ranking.results import mean_over_sets
 from expandr_jax.search import Bm25Index, search_named
 from tests.commands import ROOT, command, finish

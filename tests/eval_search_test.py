@@ -12,10 +12,10 @@ from rich.console import Console
 
 from configs import base
 from eval.search import _read_run, fitting_mesh, trained_sampler
-from expandr_jax.data.records import read_jsonl
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import drawing, expansion_text
 from expandr_jax.expansion.prompts import strip_lead_in
+from expandr_jax.files.records import read_jsonl
 from expandr_jax.generation.requests import Request
 from tests.commands import ROOT, command, finish
 

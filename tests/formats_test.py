@@ -7,9 +7,9 @@ import pytest
 
 from configs import base, smoke
 from expandr_jax.config import read_config
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import strategies
+from expandr_jax.files.records import hash_json
 from expandr_jax.runtime import formats
 from tests.configs_test import flatten
 from tests.recorded_test import STOPPED

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from configs import dpo, smoke
 from expandr_jax.config import read_config
-from expandr_jax.data.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Journal, read_jsonl, write_jsonl
 from expandr_jax.objectives.adapter import AdapterBatches, hold_out
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.training import setup

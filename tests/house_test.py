@@ -13,26 +13,16 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRODUCT = ("expandr_jax", "train", "eval", "configs")
 MOST_LINES = 400  # A file.
-# The aim is 27,900, with the new features; what is doubled on the way there is still to go.
+# Whoever raises it says in the commit what for.
 MOST_SOURCE_LINES = 28_289
 
 # Every room of the library, the lowest first: a room imports from those before it alone. A module
 # that lies in no package is a room of its own.
 ROOMS = (
-    "errors", "settings", "sharding", "mining", "data", "metrics", "runtime", "models", "weights",
-    "losses", "training", "search", "generation", "vectors", "pair", "expansion",
-    "ranking", "rewards", "objectives", "config", "loading", "report",
-    "planning",
+    "errors", "settings", "sharding", "mining", "files", "runtime", "data", "metrics", "models",
+    "weights", "losses", "training", "search", "generation", "vectors", "pair", "expansion",
+    "ranking", "rewards", "objectives", "config", "loading", "report", "planning",
 )  # fmt: skip
-
-# What is not yet as it should be. Nothing may be added; what is mended is taken out.
-UPWARDS = {
-    ("data", "runtime"),
-}
-BETWEEN_PROGRAMS: set[tuple[str, str]] = set()
-OF_FLAGS: set[str] = set()
-WITH_RUN: set[str] = set()
-LONG: set[str] = set()
 
 FLAGS = ("absl", "ml_collections")
 LAUNCHER = "train.launch"  # It starts every program.
@@ -84,12 +74,8 @@ def test_the_library_imports_neither_programs_nor_settings():
 
 
 def test_programs_share_the_launcher_alone():
-    found = {
-        (path, name)
-        for path, name in imports()
-        if {top(path), top(name)} == {"train", "eval"} and name != LAUNCHER
-    }
-    assert found == BETWEEN_PROGRAMS
+    between = [i for i in imports() if {*map(top, i)} == {"train", "eval"} and i[1] != LAUNCHER]
+    assert not between
 
 
 def test_no_product_imports_tests():
@@ -97,8 +83,7 @@ def test_no_product_imports_tests():
 
 
 def test_the_library_reads_no_flags():
-    found = {path for path, name in imports() if top(path) == PRODUCT[0] and top(name) in FLAGS}
-    assert found == OF_FLAGS
+    assert not [i for i in imports() if top(i[0]) == PRODUCT[0] and top(i[1]) in FLAGS]
 
 
 def test_every_room_has_its_floor():
@@ -113,17 +98,17 @@ def test_rooms_import_from_those_below_them():
         for path, name in imports()
         if top(path) == top(name) == PRODUCT[0] and name != PRODUCT[0]
     }
-    assert {(low, high) for low, high in pairs if floors[low] < floors[high]} == UPWARDS
+    assert not {(low, high) for low, high in pairs if floors[low] < floors[high]}
 
 
 def test_the_library_knows_no_run():
     found = {path for path, name in imports() if top(path) == PRODUCT[0] and name == RUN}
-    assert {path for path in found if room(path) != "runtime"} == WITH_RUN
+    assert {room(path) for path in found} <= {"runtime"}
 
 
 def test_no_file_is_long():
     long = {path for path, text in sources(*PRODUCT, "tests") if text.count("\n") > MOST_LINES}
-    assert long == LONG
+    assert not long
 
 
 def test_the_source_does_not_grow():

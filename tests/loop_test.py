@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 from configs import base, smoke
 from expandr_jax.config import read_config
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.stopping import Stopped
 from expandr_jax.runtime.telemetry import Contents, SpikeWatch, TrainingLog

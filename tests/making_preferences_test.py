@@ -10,10 +10,10 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
-from expandr_jax.data.records import read_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
+from expandr_jax.files.records import read_jsonl
 from expandr_jax.rewards import registry
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactOptions, ScannOptions

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.triples import read_triples
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
 
 DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]

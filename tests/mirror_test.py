@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from expandr_jax.data.records import Journal, write_json, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Journal, write_json, write_text
 from expandr_jax.runtime.bucket import Bucket
 from expandr_jax.runtime.mirror import Mirror, local_copy
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Journal
 from expandr_jax.runtime.connections import Connection
 from expandr_jax.runtime.journals import CommonJournal, DividedJournal
 from expandr_jax.runtime.processes import Processes, check_address

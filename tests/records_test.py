@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from expandr_jax.data.records import (
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import (
     Journal,
     hash_file,
     hash_json,
@@ -16,7 +17,6 @@ from expandr_jax.data.records import (
     write_jsonl,
     write_text,
 )
-from expandr_jax.errors import UserError
 
 ROWS = [{"id": "a", "n": 1}, {"id": "π\u2028\x85\n", "n": -2}, {"id": "", "n": 0, "more": [1.5]}]
 

@@ -17,7 +17,7 @@ from configs import quickstart, retriever
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.pydoc import harvest
-from expandr_jax.data.records import write_jsonl
+from expandr_jax.files.records import write_jsonl
 from train.retriever import train_on_triples
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,8 +14,8 @@ from sentence_transformers import SentenceTransformer
 from configs import base
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.objectives.contrastive_batches import make_batch
 from expandr_jax.training.checkpoint import Checkpoints
 from tests.commands import command, step_figures

@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from configs import smoke
-from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import Example, pack

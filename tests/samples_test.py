@@ -11,9 +11,9 @@ from eval import seeds
 from expandr_jax import metrics
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query
 from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.vectors.corpus import Corpus

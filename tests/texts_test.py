@@ -9,10 +9,10 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config, with_settings
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import cache as texts
 from expandr_jax.expansion.cache import kept_texts
+from expandr_jax.files.records import hash_json
 from expandr_jax.generation.requests import Request
 from expandr_jax.runtime.run import Run
 

@@ -6,10 +6,10 @@ import types
 import pytest
 
 from configs import smoke
-from expandr_jax.data.records import read_jsonl
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.expansion.strategies import STRATEGIES, Ask, Search, accumulated
+from expandr_jax.files.records import read_jsonl
 from tests.commands import command, finish, start
 
 THINKQE = STRATEGIES["thinkqe"]

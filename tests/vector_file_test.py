@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from expandr_jax.data.records import Journal
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Journal
 from expandr_jax.search import build_index, fingerprint
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder

@@ -11,9 +11,9 @@ from expandr_jax import metrics
 from expandr_jax.config import Config
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.benchmarks import find_benchmarks
-from expandr_jax.data.records import write_json, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
 from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches, choose

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.expand import (
     Expander,
@@ -15,6 +14,7 @@ from expandr_jax.expansion.expand import (
     make_expander,
 )
 from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Expansions

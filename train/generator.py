@@ -20,8 +20,8 @@ from rich.console import Console
 
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.batches import batch_indices
-from expandr_jax.data.records import hash_file, hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file, hash_json
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora

@@ -5,9 +5,9 @@ import pathlib
 import numpy as np
 
 from expandr_jax.config import Config
-from expandr_jax.data.records import read_jsonl, write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever

@@ -25,8 +25,8 @@ from absl import flags
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.records import write_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned, bytes_on_device
 from expandr_jax.planning.programs import planned_programs

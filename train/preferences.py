@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.records import write_jsonl
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, drawing, journaled, sample_texts
 from expandr_jax.expansion.prompts import PROMPTS
+from expandr_jax.files.records import write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator

@@ -22,10 +22,10 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
 from expandr_jax.data.benchmarks import query_key
 from expandr_jax.data.download import data_path
-from expandr_jax.data.records import hash_file, hash_json
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file, hash_json
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import (

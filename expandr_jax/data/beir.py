@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from expandr_jax.data.archive import Files, list_files
-from expandr_jax.data.records import (
+from expandr_jax.data.trec import read_topics
+from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files, list_files
+from expandr_jax.files.records import (
     check_field,
     decode,
     hash_file,
@@ -25,8 +27,6 @@ from expandr_jax.data.records import (
     write_jsonl,
     write_text,
 )
-from expandr_jax.data.trec import read_topics
-from expandr_jax.errors import UserError
 
 Qrels = dict[str, dict[str, int]]
 Mistakes = list[UserError] | None

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from expandr_jax.data.archive import Files
 from expandr_jax.data.beir import find_collections, judgements, read_texts
 from expandr_jax.data.duplicates import words
 from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files
 
 # MS MARCO's test judgements are of few queries; its dev queries are what BEIR's tables report.
 SPLITS = {"msmarco": "dev"}

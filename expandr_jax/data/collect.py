@@ -15,10 +15,10 @@ from expandr_jax.data.beir import (
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.download import data_path
 from expandr_jax.data.pydoc import harvest
-from expandr_jax.data.records import write_json
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter

@@ -9,9 +9,9 @@ import urllib.parse
 import urllib.request
 from pathlib import Path, PurePosixPath
 
-from expandr_jax.data.records import hash_file
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file
 from expandr_jax.runtime.progress import QUIET, Reporter
 
 CACHE = "~/.cache/expandr-jax"

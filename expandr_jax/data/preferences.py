@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from expandr_jax.data.chat import apply_template
-from expandr_jax.data.records import Row, read_jsonl
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Row, read_jsonl
 
 SIDES = ("chosen", "rejected")
 Template = Callable[..., str]  # `apply_template` of a tokenizer, on a day.

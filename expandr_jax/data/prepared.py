@@ -22,9 +22,9 @@ from typing import Any
 import grain
 import tensorflow_datasets as tfds
 
-from expandr_jax.data.records import hash_file, hash_json
 from expandr_jax.data.triples import Triple, find_sources, stream_triples
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file, hash_json
 
 FORMAT = "array_record"  # The one that needs no TensorFlow.
 _HASH_LENGTH = 16  # Hex digits in the directory's name; metadata.json has all.

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from expandr_jax.data.records import decode, read_lines
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import decode, read_lines
 
 _START = re.compile(r"<top(?:ic)?\b", re.IGNORECASE)
 _TOPIC = re.compile(r"<(top(?:ic)?)\b([^>]*)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)

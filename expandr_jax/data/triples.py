@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from expandr_jax.data.records import check_field, note, parse_row, read_lines
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import check_field, note, parse_row, read_lines
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.

@@ -17,8 +17,8 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import Journal, hash_json
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.settings import ServerSettings
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from expandr_jax.data.records import hash_json
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import (

@@ -11,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.data.batches import batch_indices, pad
-from expandr_jax.data.records import hash_json
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.losses.contrastive import LEARNED_FROM_A_TEACHER, loss_weights
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.telemetry import Contents

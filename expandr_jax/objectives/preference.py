@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from expandr_jax.data.preferences import read_preferences
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.files.records import read_jsonl
 from expandr_jax.losses.language import response_sums
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, preference_metrics
 from expandr_jax.models.generator import Generator

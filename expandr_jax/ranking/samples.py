@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.files.records import read_jsonl
 
 RANK = "reciprocal_rank"  # 1 / rank of the relevant document, where the passage is searched alone.
 REWARD = "corpus_reward"  # What the passage does for its query's search, as in training.

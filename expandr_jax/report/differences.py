@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from expandr_jax import metrics
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.files.records import read_jsonl
 from expandr_jax.ranking.results import Values
 
 TESTS = (metrics.paired_test, metrics.randomisation_test)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
-from expandr_jax.data.records import read_jsonl
+from expandr_jax.files.records import read_jsonl
 from expandr_jax.report.page import Card, clip, parts
 
 _BEFORE, _AFTER = "expandr-plain", "expandr"  # Systems without and with the expansions shown.

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from rich.table import Table
 
 from expandr_jax import metrics
-from expandr_jax.data.records import write_text
+from expandr_jax.files.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.ranking.results import Values
 from expandr_jax.report import page, plots

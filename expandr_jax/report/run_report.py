@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
-from expandr_jax.data.records import read_jsonl, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import read_jsonl, write_text
 from expandr_jax.ranking.results import Values
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
 from expandr_jax.report import page, plots

@@ -6,7 +6,7 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
-from expandr_jax.data.records import hash_file, hash_json, write_json
+from expandr_jax.files.records import hash_file, hash_json, write_json
 from expandr_jax.runtime import processes
 
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from expandr_jax.data.records import Journal
+from expandr_jax.files.records import Journal
 from expandr_jax.runtime.processes import Processes
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from expandr_jax.data.records import hash_json, write_text
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json, write_text
 
 SECONDS_BETWEEN_FLUSHES = 30.0  # TensorBoard's file; metrics.jsonl has each step at once.
 # What a step cost, which differs from run to run; everything else in a line depends on the config.

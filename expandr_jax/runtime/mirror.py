@@ -23,8 +23,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.runtime.bucket import Bucket, is_bucket
 from expandr_jax.runtime.processes import SharedFiles
 from expandr_jax.runtime.stopping import held

@@ -20,8 +20,8 @@ import psutil
 from etils import epath
 from rich.console import Console
 
-from expandr_jax.data.records import differences, hash_json, write_json
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.files.records import differences, hash_json, write_json
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums

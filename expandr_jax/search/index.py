@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from expandr_jax.data.records import hash_file, hash_json, write_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file, hash_json, write_json
 
 _NAME = "index.json"
 _CHECK = "sha256"  # Field of the manifest: the hash of all others.

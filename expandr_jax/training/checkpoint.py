@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from expandr_jax.data.records import hash_json
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.sharding import replicated
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from expandr_jax.data.records import Journal, hash_json
 from expandr_jax.errors import NotFiniteError, UserError
+from expandr_jax.files.records import Journal, hash_json
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 from expandr_jax.vectors.stored import (
     DTYPES,

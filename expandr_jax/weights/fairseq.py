@@ -8,8 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from expandr_jax.data.records import decode, write_json
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import decode, write_json
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.tokenizer import model_max_length
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from expandr_jax.data.records import hash_file
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file
 from expandr_jax.weights.fields import shown
 from expandr_jax.weights.sentence_transformers import module_folders
 

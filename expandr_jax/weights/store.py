@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from expandr_jax.data.records import write_json
+from expandr_jax.files.records import write_json
 from expandr_jax.weights.names import Weight, hf_name
 from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
 

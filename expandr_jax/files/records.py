@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from expandr_jax.data.archive import Files
 from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files
 
 Row = dict[str, Any]
 
