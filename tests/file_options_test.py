@@ -119,6 +119,31 @@ def test_letters_of_a_bert_are_as_its_class_has_them(tmp_path, kind):
     assert len(found) == (1 if kind == "TokenizersBackend" else 4)
 
 
+@pytest.mark.parametrize("says", [True, False])
+def test_a_space_before_a_text_is_as_roberta_s_class_has_it(tmp_path, says):
+    tiny_models.save(tmp_path, "roberta")
+    fields = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": says}
+    file_options.edit(
+        tmp_path / "tokenizer_config.json", **fields, cls_token="<s>", sep_token="</s>"
+    )
+    (right,) = AutoTokenizer.from_pretrained(tmp_path)(["ab"], add_special_tokens=False)[
+        "input_ids"
+    ]
+    found = read_tokenizer(tmp_path, "roberta")(["ab"], add_special_tokens=False)["input_ids"]
+    assert found == [right]
+    assert len(right) == 2 + says
+
+
+def test_a_length_above_the_model_s_own_is_said(tmp_path, caplog):
+    file_options.write(tmp_path, "bert", "Normalize", [])
+    retriever, _ = load_retriever(str(tmp_path / "model"), max_length=50)
+    assert retriever.max_length == 50
+    assert "texts of up to 50 tokens are read, as max_length says; its files say 40" in caplog.text
+    caplog.clear()
+    load_retriever(str(tmp_path / "model"), max_length=30)
+    assert not caplog.text
+
+
 def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):
     (option,) = file_options.setting("sentence_bert_config.json", "modality_config", {
         "text": {"method": "forward", "method_output_name": "last_hidden_state"},

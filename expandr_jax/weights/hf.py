@@ -1,6 +1,7 @@
 """Loads models: Hugging Face and sentence-transformers directories, hub ids, and GGUF files."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense
 from expandr_jax.weights.source import check_hash, locate
 from expandr_jax.weights.tokenizer import TOKENIZER_FILES, read_tokenizer
 from expandr_jax.weights.trees import module_shardings
+
+logger = logging.getLogger(__name__)
 
 Params = dict[str, Any]
 # What generation_config.json can forbid, force or end a text by, beside eos_token_id.
@@ -101,15 +104,17 @@ def load_retriever(
         dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
         params["dense"] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
-    limits = (
-        module.config.max_positions,
-        max_length or settings.max_length or tokenizer.model_max_length,
-    )
+    said = settings.max_length or tokenizer.model_max_length
+    limits = module.config.max_positions, max_length or said
+    length = min(limit for limit in limits if limit)
+    if said and length > said:
+        message = "%s: texts of up to %d tokens are read, as max_length says; its files say %d"
+        logger.warning(message, path, length, said)
     retriever = Retriever(
         module=module,
         pooling=pooling,
         normalize=settings.normalize if normalize is None else normalize,
-        max_length=min(limit for limit in limits if limit),
+        max_length=length,
         query_prompt=settings.query_prompt,
         document_prompt=settings.document_prompt,
         tokenizer=tokenizer,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
@@ -56,8 +57,12 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
     special = Fields.read(directory / "special_tokens_map.json", optional=True)
-    own = backend.normalizer
-    if isinstance(own, BertNormalizer) and settings.text("tokenizer_class", "") not in _PLAIN:
+    own, cut = backend.normalizer, backend.pre_tokenizer
+    is_plain = settings.text("tokenizer_class", "") in _PLAIN
+    if isinstance(cut, ByteLevel) and not is_plain:  # As RoBERTa's class does.
+        cut.add_prefix_space = settings.flag("add_prefix_space", cut.add_prefix_space)
+        backend.pre_tokenizer = cut
+    if isinstance(own, BertNormalizer) and not is_plain:
         backend.normalizer = BertNormalizer(
             own.clean_text,
             settings.flag("tokenize_chinese_chars", True),
