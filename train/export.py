@@ -9,6 +9,7 @@ only form that AnchorDR has). `train.joint` writes generator, adapter and retrie
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from absl import flags
 
 from expandr_jax.config import read_run_config
 from expandr_jax.errors import UserError
+from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
@@ -50,14 +52,21 @@ def export_run(
     """Writes export/retriever, /adapter and /generator (merged), those that are not whole."""
     source, lora = run.config.generator, run.config.lora
     dtype = jnp.dtype(run.config.export.dtype)
-    generator, base = load_generator(source.source, sha256=source.sha256)
-    shape, base_is = generator.module.config, base_name(run.address, source.source)
+
+    @functools.cache
+    def base() -> tuple[Generator, Any]:
+        """In float32, whatever type the run computed in; loaded once it is needed."""
+        return load_generator(source.source, sha256=source.sha256)
+
+    def write_adapter(to: pathlib.Path) -> None:
+        name = base_name(run.address, source.source)
+        export_adapter(to, adapter, lora, base()[0].module.config, name)
+
     writes = {
         "retriever": lambda to: export_trained(to, retriever, params, dtype),
-        "adapter": lambda to: export_adapter(to, adapter, lora, shape, base_is),
-        # Merged in float32, whatever type the run computed in.
+        "adapter": write_adapter,
         "generator": lambda to: export_generator(
-            to, generator, merge_lora(base, adapter, lora), dtype
+            to, base()[0], merge_lora(base()[1], adapter, lora), dtype
         ),
     }
     for name, write in writes.items():

@@ -167,12 +167,6 @@ def launch(
                 raise UserError(_missing(name))
         if len(arguments) > 1 and not words:  # A setting without its dashes would be forgotten.
             raise UserError(f"{arguments[1]!r} is no option; expected --NAME=VALUE")
-        address = None, 1, None
-        if "coordinator" in flags.FLAGS:  # The program may have several processes.
-            address = [flags.FLAGS[n].value for n in ("coordinator", "processes", "process")]
-        _check_environment()
-        split_processor(address[1] or 1)
-        processes.start(*address)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = _one_line(error)
         _stop(console, _unknown_setting(text, sys.argv[1:]) or text)
@@ -184,6 +178,15 @@ def launch(
         place = traceback.extract_tb(error.__traceback__)[-1]
         kind = type(error).__name__
         _stop(console, f"{place.filename}:{place.lineno}: {kind}: {_one_line(error)}")
+    address = None, 1, None
+    if "coordinator" in flags.FLAGS:  # The program may have several processes.
+        address = [flags.FLAGS[n].value for n in ("coordinator", "processes", "process")]
+    try:
+        _check_environment()
+        split_processor(address[1] or 1)
+        processes.start(*address)
+    except UserError as error:
+        _stop(console, str(error))
 
     end_on_sigterm()
 

@@ -110,4 +110,4 @@ def batch_indices(
         order = order[first * batch_size : (first + window) * batch_size]
         order = order[np.argsort(lengths[order], kind="stable")]
     start = (batch - first) * batch_size
-    return order[start : start + batch_size]
+    return order[start : start + batch_size].copy()  # Not a view, which keeps the epoch's order.

@@ -324,7 +324,7 @@ def _files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
         inside = pathlib.Path(folder)
         folders[:] = [n for n in folders if n[0] != "." and inside / n not in elsewhere]
         for name in names:
-            if not name.startswith("."):
+            if not name.startswith(".") and not name.endswith(".tmp.npy"):  # As they once were.
                 found[(inside / name).relative_to(directory).as_posix()] = inside / name
     return found
 
