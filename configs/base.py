@@ -102,7 +102,9 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.dropout = False  # The module's own rates, in training.
     # "dots" is as quick as "none" on CPU, where memory costs more than arithmetic, with half of it.
     contrastive.remat = "dots"  # What the backward pass recomputes: "none", "dots" or "full".
-    contrastive.micro_batch = 0  # Texts whose graph is in memory at once (GradCache); 0: all.
+    contrastive.micro_batch = (
+        0  # Rows with a graph in memory at once (GradCache), a divisor; 0: all.
+    )
     contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
     contrastive.symmetric = False  # Documents are compared with all queries, too.
     contrastive.info_nce_weight = 1.0  # Weight of the contrastive loss.
@@ -158,7 +160,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     dpo.beta = 0.1  # Strength of the tie to the base model.
     dpo.gamma = 0.5  # simpo: margin between the rewards of both, for which beta should be near 2.
-    dpo.label_smoothing = 0.0  # Share of pairs whose chosen text is taken to be the worse one.
+    dpo.label_smoothing = 0.0  # Share of pairs, below 0.5, whose chosen text counts as the worse.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
     dpo.sft_weight = 0.0  # Weight of the chosen text's negative log-likelihood per token, added.
     dpo.epochs = 2.0  # Passes over the pairs or candidates.

@@ -108,8 +108,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     documents = list(corpus.items())
     for title, (scores, found) in (("query alone", before), ("query + expansion", after)):
         rows = []
-        for score, index in zip(scores[0], found[0], strict=True):
-            name, text = documents[index]
+        for score, place in zip(scores[0], found[0], strict=True):
+            name, text = documents[place]
             text = " ".join(text.split())
             snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
             rows.append([f"{score:.3f}", Bold(name), snippet])

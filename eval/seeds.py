@@ -91,7 +91,9 @@ def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
         if not (workdir / "results.json").exists():
             raise UserError(f"{workdir}: not a finished run; it has no results.json")
         config = read_record(workdir / "config.json")
-        seed = repr(config.pop("seed", None))
+        if "seed" not in config:
+            raise UserError(f"{workdir / 'config.json'}: not a run's config: it has no seed")
+        seed = repr(config.pop("seed"))
         if (other := seeds.setdefault(seed, workdir)) != workdir:
             raise UserError(f"{workdir}: has the seed of {other}; it would count twice")
         first = first or config

@@ -162,3 +162,10 @@ def test_loops_and_pieces_of_a_program_for_a_tpu():
         "reduce-scatter": Collectives(1, 32, 32),
         "collective-permute": Collectives(4, 4 * 32, 32),
     }
+
+
+def test_lines_between_are_passed_over_and_no_program_has_none():
+    body = "  %a = f32[8]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add\n"
+    text = "HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {\n" + body + "\n/* a line */\n" + body
+    assert count_collectives(text + "}\n")["all-reduce"].count == 2
+    assert count_collectives("") == {}

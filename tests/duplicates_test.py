@@ -1,4 +1,5 @@
 import random
+import tracemalloc
 
 from expandr_jax.data.duplicates import near_duplicate_clusters, near_duplicates, words
 
@@ -72,3 +73,14 @@ def test_one_cluster_through_a_chain():
     texts = [" ".join(text[start : start + 20]) for start in (0, 10, 5)]
     assert near_duplicate_clusters(texts[:2]) == [0, 1]
     assert near_duplicate_clusters(texts, 0.5) == [0, 0, 0]
+
+
+def test_memory_does_not_grow_with_the_square_of_a_cluster():
+    """Every text of a cluster is linked to every other one; the links are not held."""
+    texts = ["ten words that are the same in each of them"] * 2000
+    tracemalloc.start()
+    try:
+        assert {*near_duplicate_clusters(texts)} == {0}
+        assert tracemalloc.get_traced_memory()[1] < 40 * 2**20  # 4,000,000 links take 64 MB.
+    finally:
+        tracemalloc.stop()

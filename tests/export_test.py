@@ -1,6 +1,5 @@
 """What is written loads in transformers, sentence-transformers and peft, and computes the same."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -86,9 +85,9 @@ def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tm
         pooling=pooling,
         normalize=normalize,
         max_length=20,
+        query_prompt="query: ",
+        document_prompt="passage: ",
     )
-    prompts = {"query_prompt": "query: ", "document_prompt": "passage: "}
-    retriever = dataclasses.replace(retriever, **prompts)
     export_retriever(tmp_path / "out", retriever, params)
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     texts = ["abc d", "e", "many letters make a long text"]

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 GRAM = 5
-_ROWS_AT_ONCE = 1024  # Texts that are compared with all others at a time.
+_ROWS_AT_ONCE = 64  # Texts that are compared with all others at a time.
 
 
 def words(text: str) -> list[str]:
@@ -38,18 +38,19 @@ def near_duplicate_clusters(
     sizes = np.array([len(grams) for grams in held])
     columns, starts = np.concatenate(held), np.cumsum([0, *sizes])
     grams = sparse.csr_array((np.ones(len(columns), np.int32), columns, starts))
-    links = []
+    lowest = everyone = np.arange(len(texts))  # The lowest index of each text's cluster.
     for start in range(0, len(texts), _ROWS_AT_ONCE):
         rows = grams[start : start + _ROWS_AT_ONCE]
         common = (rows @ grams.T).tocoo()
         first, second = common.row + start, common.col
         near = common.data > threshold * (sizes[first] + sizes[second] - common.data)
-        links.append(np.stack([first[near], second[near]]))
+        # Links are not kept: the texts of one cluster have as many as the square of their number.
+        pairs = np.concatenate([everyone, first[near]]), np.concatenate([lowest, second[near]])
+        graph = sparse.coo_array((np.ones(len(pairs[0])), pairs), shape=[len(texts)] * 2)
+        labels = sparse.csgraph.connected_components(graph, directed=False)[1]
+        lowest = np.unique(labels, return_index=True)[1][labels]
         progress(rows.shape[0])
-    pairs = np.concatenate(links, axis=1)
-    graph = sparse.coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=[len(texts)] * 2)
-    labels = sparse.csgraph.connected_components(graph, directed=False)[1]
-    return np.unique(labels, return_index=True)[1][labels].tolist()
+    return lowest.tolist()
 
 
 def near_duplicates(

@@ -13,7 +13,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8,
           "f64": 8}  # fmt: skip
 # A computation: whether it is the first to run, its name, its lines.
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$\n((?:^ .*\n)*)", re.MULTILINE)
+_HEADER = r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$\n"
+_COMPUTATION = re.compile(
+    _HEADER + r"((?:^(?!ENTRY |%?[\w.\-]+\s*\(.*\{\s*$).*\n?)*)", re.MULTILINE
+)
 _COLLECTIVE = re.compile(rf"=\s*(.*?)\s({'|'.join(KINDS)}|ragged-all-to-all)(-start)?\(")
 _CALLED = re.compile(
     r"(body|to_apply|calls|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
@@ -57,7 +60,7 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
             for called, turns in _calls(line, computations):
                 visit(called, factor * turns)
 
-    visit(next(name for entry, name, _ in found if entry), 1)
+    visit(next((name for entry, name, _ in found if entry), ""), 1)
     # A collective that runs beside other work stands in several fusions, under one channel, and
     # where that work is a loop it is still one.
     fused = {

@@ -52,7 +52,7 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     if record.get("format", 0) > FORMAT:
         raise UserError(
-            f"config.json has format {record['format']}, and this version reads up to {FORMAT}; "
+            f"it has format {record['format']}, and this version reads up to {FORMAT}; "
             "use the version that wrote it"
         )
     config = json.loads(json.dumps(record["config"]))
@@ -76,6 +76,8 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             return translated(json.load(file))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise UserError(
             f"{path}: not a run's config; expected the workdir of a training run"

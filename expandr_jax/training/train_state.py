@@ -33,7 +33,7 @@ def make_optimizer(
 
     Args:
         learning_rate: Peak rate.
-        updates: The rate falls linearly to 0 at the last of them.
+        updates: The rate falls linearly and would be 0 after the last of them.
         warmup: Updates from 0 to the peak; the paper has none for DPO.
         clip_norm: Greatest global norm of the gradient.
         weight_decay: Decoupled, on matrices only.

@@ -48,6 +48,8 @@ def load_retriever(
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     max_length: int | None = None,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
     mesh: Mesh | None = None,
@@ -60,6 +62,8 @@ def load_retriever(
         pooling: From token vectors to the text's.
         normalize: Whether vectors are scaled to length one.
         max_length: Longest input in tokens.
+        query_prompt: Put before queries.
+        document_prompt: Put before documents.
         compute_dtype: Type of the module's computations; parameters are float32.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
@@ -115,8 +119,8 @@ def load_retriever(
         pooling=pooling,
         normalize=settings.normalize if normalize is None else normalize,
         max_length=length,
-        query_prompt=settings.query_prompt,
-        document_prompt=settings.document_prompt,
+        query_prompt=settings.query_prompt if query_prompt is None else query_prompt,
+        document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
         tokenizer=tokenizer,
         files=files,
         dense=settings.dense,

@@ -30,13 +30,16 @@ def _read(hf: Fields, kind: str) -> T5Config:
 
 def read_encoder(hf: Fields) -> dict[str, Any]:
     """The fields of a configuration that mean the same to all who call themselves T5."""
+    gated = hf.choice("feed_forward_proj", _FEED_FORWARDS) == "gated-gelu"
+    # What transformers makes of that; where a file says otherwise, it obeys the file.
+    hf.only(dense_act_fn="gelu_new" if gated else "relu", is_gated_act=gated)
     return {
         "vocab_size": hf.count("vocab_size"),
         "hidden_size": hf.count("d_model"),
         "num_layers": hf.count("num_layers", most=MOST_LAYERS),
         "num_heads": hf.count("num_heads"),
         "mlp_dim": hf.count("d_ff"),
-        "gated": hf.choice("feed_forward_proj", _FEED_FORWARDS) == "gated-gelu",
+        "gated": gated,
         "norm_eps": hf.number("layer_norm_epsilon", above=0),
         "dropout": hf.rate("dropout_rate"),
     }
