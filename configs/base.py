@@ -102,9 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.dropout = False  # The module's own rates, in training.
     # "dots" is as quick as "none" on CPU, where memory costs more than arithmetic, with half of it.
     contrastive.remat = "dots"  # What the backward pass recomputes: "none", "dots" or "full".
-    contrastive.micro_batch = (
-        0  # Rows with a graph in memory at once (GradCache), a divisor; 0: all.
-    )
+    contrastive.micro_batch = 0  # Rows whose graph is in memory at once (GradCache); 0: all.
     contrastive.learn_temperature = False  # Starts from `temperature`; never below 0.01.
     contrastive.symmetric = False  # Documents are compared with all queries, too.
     contrastive.info_nce_weight = 1.0  # Weight of the contrastive loss.
