@@ -56,6 +56,8 @@ def test_bm25_equals_lucenes_formula():
         (["ひらがな", "カタカナ", "x y z"], "ｶﾀｶﾅ"),
         (["ankara", "istanbul", "x y z"], "İSTANBUL"),
         (["tea house", "infor\u00admation", "x y z"], "information"),
+        (["foo", "tea\u200bbar", "x y z"], "bar"),  # A space that is not seen.
+        (["LA", "I\u2764\ufe0fNY", "x y z"], "NY"),
     ],
 )
 def test_bm25_finds_words_of_scripts_without_spaces(texts, query):
@@ -64,6 +66,13 @@ def test_bm25_finds_words_of_scripts_without_spaces(texts, query):
     scores, found = search.build_index(texts).search([query, "zzz"], 3)
     assert found[0, 0] == wanted
     assert scores[0, 0] > 0 == scores[0, 1] == scores[1].max()
+
+
+@pytest.mark.parametrize("texts", [("กัด", "กัน"), ("ចាក់", "ចាន់"), ("เป็ด", "เป็น")])
+def test_bm25_tells_words_by_their_last_letter(texts):
+    scores, found = search.build_index(texts).search(list(texts), 2)
+    assert found[:, 0].tolist() == [0, 1]
+    assert (scores[:, 0] > scores[:, 1]).all()
 
 
 def test_bm25_takes_pairs_of_characters_and_the_words_around_them():

@@ -31,7 +31,6 @@ _UNSPACED = re.compile(
     "\U00020000-\U0003ffff]+"
 )
 _WIDE = re.compile("[\uff01-\uffdc]+")  # Latin letters as wide as Han, and narrow kana.
-_INSIDE = re.compile(r"(?<=\w)[^\w\s\x00-\x7f]+")  # Marks of a script; or punctuation.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +114,12 @@ class Bm25Index(Index):
 def text_fingerprint(texts: Sequence[str]) -> str:
     """Returns the sha256 of texts in their order, each with its length."""
     digest = hashlib.sha256()
-    if any(_spaced([text]) != [text] for text in texts):
-        digest.update(b"words of all scripts\n")  # Older indexes had other words of these texts.
+    odd = [text for text in texts if not text.isascii() and _patterns()[0].search(text)]
+    # Indexes of older versions had other words of these texts.
+    if any(_UNSPACED.search(text) for text in odd):
+        digest.update(b"pairs of characters\n")
+    if any(_words(text) != _UNSPACED.sub(_pairs, text) for text in odd):
+        digest.update(b"words of all scripts\n")
     for text in texts:
         data = text.encode(errors="surrogatepass")
         digest.update(f"{len(data)}\n".encode() + data)
@@ -144,34 +147,60 @@ def _bm25s() -> ModuleType:
 
 
 def _spaced(texts: Sequence[str]) -> list[str]:
-    """The texts, with spaces around all pairs of characters of scripts that have none.
+    """The texts, with spaces around the words that bm25s would not find."""
+    return [t if t.isascii() or not _patterns()[0].search(t) else _words(t) for t in texts]
 
-    A character that stands alone is doubled: it is a word, and words have two characters or more.
+
+@functools.cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """Finds what `_words` changes, which most texts are spared; characters not seen; and marks.
+
+    All characters beyond the first plane are of the first: `re` looks for single ones one by one.
     """
-    return [
-        text if text.isascii() else _INSIDE.sub(_marks, _UNSPACED.sub(_pairs, _composed(text)))
-        for text in texts
-    ]
+    signs = dict.fromkeys("CM", "")
+    for character in map(chr, range(0x80, 0x10000)):
+        kind = unicodedata.category(character)
+        if kind == "Cf" or kind[0] == "M":
+            signs[kind[0]] += character
+    odd = f"\u0130\uff01-\uffdc\U00010000-\U0010ffff{signs['C']}{signs['M']}]"
+    unseen = f"[\ufe00-\ufe0f\U000e0100-\U000e01ef{signs['C']}]"  # Or choose a character's form.
+    return (
+        re.compile(_UNSPACED.pattern.removesuffix("]+") + odd),
+        re.compile(unseen),
+        re.compile(f"[{signs['M']}]+"),
+    )
 
 
-def _composed(text: str) -> str:
-    """A text with letters and accents as one character, wide forms as usual ones, and Turkish i.
+def _words(text: str) -> str:
+    """A text whose words are all runs of what Python takes for word characters.
 
-    Lucene does the last two, in its CJK analyzer and in lower-casing.
+    Letters and accents become one character, wide forms usual ones, and the Turkish capital i a
+    small one; Lucene does the last two, in its CJK analyzer and in lower-casing. Marks become
+    numbers behind a letter, and are left out elsewhere, as is what is not seen; but a space
+    without width is a space.
     """
-    text = unicodedata.normalize("NFC", text).replace("\u0130", "i")
-    return _WIDE.sub(lambda run: unicodedata.normalize("NFKC", run.group()), text)
+    _, unseen, marks = _patterns()
+    text = unicodedata.normalize("NFC", text).replace("\u0130", "i").replace("\u200b", " ")
+    text = _WIDE.sub(lambda run: unicodedata.normalize("NFKC", run.group()), text)
+    return marks.sub(_numbers, _UNSPACED.sub(_pairs, unseen.sub("", text)))
+
+
+def _numbers(run: re.Match[str]) -> str:
+    before = run.string[max(run.start() - 1, 0) : run.start()]
+    return "".join(map(_number, run.group())) if before.isalnum() or before == "_" else ""
 
 
 def _pairs(run: re.Match[str]) -> str:
-    text = run.group() if len(run.group()) > 1 else 2 * run.group()
-    return f" {' '.join(text[i : i + 2] for i in range(len(text) - 1))} "
+    """The pairs of neighbouring characters of a run, with spaces around them.
 
-
-def _marks(run: re.Match[str]) -> str:
-    """Vowel signs and accents as word characters, which Python takes them for none: their numbers.
-
-    What is not seen, as a hyphen for the line's end, is left out.
+    A character that stands alone is doubled: it is a word, and words have two characters or more.
     """
-    kinds = [(character, unicodedata.category(character)) for character in run.group()]
-    return "".join(f"u{ord(c):x}" if kind[0] == "M" else c for c, kind in kinds if kind != "Cf")
+    text = run.group() if len(run.group()) > 1 else 2 * run.group()
+    pairs = [text[i : i + 2] for i in range(len(text) - 1)]
+    # Vowel signs, as Thai's, are no word characters: their numbers are.
+    words = [pair if pair.isalnum() else "".join(map(_number, pair)) for pair in pairs]
+    return f" {' '.join(words)} "
+
+
+def _number(character: str) -> str:
+    return f"u{ord(character):x}"
