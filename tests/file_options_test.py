@@ -119,10 +119,15 @@ def test_letters_of_a_bert_are_as_its_class_has_them(tmp_path, kind):
     assert len(found) == (1 if kind == "TokenizersBackend" else 4)
 
 
-@pytest.mark.parametrize("says", [True, False])
-def test_a_space_before_a_text_is_as_roberta_s_class_has_it(tmp_path, says):
+@pytest.mark.parametrize("says", [True, False, None])
+@pytest.mark.parametrize("file_has", [True, False])
+def test_a_space_before_a_text_is_as_roberta_s_class_has_it(tmp_path, says, file_has):
     tiny_models.save(tmp_path, "roberta")
-    fields = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": says}
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=file_has)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    fields = {"tokenizer_class": "RobertaTokenizer"}
+    fields |= {} if says is None else {"add_prefix_space": says}
     file_options.edit(
         tmp_path / "tokenizer_config.json", **fields, cls_token="<s>", sep_token="</s>"
     )
@@ -131,7 +136,7 @@ def test_a_space_before_a_text_is_as_roberta_s_class_has_it(tmp_path, says):
     ]
     found = read_tokenizer(tmp_path, "roberta")(["ab"], add_special_tokens=False)["input_ids"]
     assert found == [right]
-    assert len(right) == 2 + says
+    assert len(right) == 2 + bool(says)
 
 
 def test_a_length_above_the_model_s_own_is_said(tmp_path, caplog):

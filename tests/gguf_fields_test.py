@@ -55,7 +55,7 @@ def written(models, tmp_path, monkeypatch):
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4 is not supported"),
         (
             {"llama.rope.scale_linear": -4.0},
-            "llama.rope.scaling.factor is None; expected one above",
+            "llama.rope.scale_linear is -4.0; expected one above",
         ),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type 'yarn' is not supported"),
         ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported; only 0 is"),

@@ -115,12 +115,16 @@ def test_a_broken_line_is_named_or_skipped(tmp_path, seed):
     "field",
     [
         {"negative_2": "x"}, {"negatives": ["x"]}, {"pos_scores": [1.0]}, {"score": [1.0, 0.0]},
-        {"prompt": "Find: "}, {"label": 0},
+        {"prompt": "Find: "}, {"label": 0}, {"positive_passages": [{"docid": "1", "text": "x"}]},
     ],
 )  # fmt: skip
 def test_what_other_programs_would_read_is_refused(tmp_path, field):
     path, row = tmp_path / "t.jsonl", {"query": "q", "pos": "p", "neg_ids": ["7"], "type": "x"}
-    path.write_text(json.dumps(row | {"prompt": None}))
+    harmless = {
+        "prompt": None, "neg_scores": [], "position": 3, "posted_at": "x", "prompt_id": 7,
+        "negative_pids": [1], "possible": "x", "label_id": 1, "underscore": 1,
+    }  # fmt: skip
+    path.write_text(json.dumps(row | harmless))
     assert read_triples(path) == ([Triple("q", ("p",))], [])
     path.write_text(json.dumps(row | field))
     with pytest.raises(UserError, match=f't.jsonl:1: field "{next(iter(field))}" would not be r'):

@@ -21,7 +21,9 @@ from expandr_jax.files.records import check_field, note, parse_row, read_lines
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
-_UNREAD = re.compile(r"(pos|neg)(?!.*_ids?$)|.*scores?$|prompt|instruction|label")
+_UNREAD = re.compile(
+    r"(pos|neg)(itives?|atives?)?(_\d+|_scores?|_passages)?|(\w+_)?scores?|prompt|instruction|labels?"
+)
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,12 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
 
 def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
     known = {"teacher_scores", *_NAMES["pos"], *_NAMES["neg"]}
-    unread = [n for n in row if n not in known and row[n] is not None and _UNREAD.match(n)]
-    if unread:
+    given = [name for name in row if name not in known and row[name] not in (None, "", [])]
+    if unread := next(filter(_UNREAD.fullmatch, given), None):
         raise UserError(
-            f'{where}: field "{unread[0]}" would not be read; all negatives belong into "neg", all '
-            'scores into "teacher_scores", a prompt before the query; else remove it'
+            f'{where}: field "{unread}" would not be read; all positives belong into "pos", '
+            'negatives into "neg", scores into "teacher_scores", a prompt before the query; else '
+            "remove it"
         )
     check_field(where, row, "query", str)
     triple = Triple(

@@ -107,8 +107,9 @@ class Fields:
         """
         for name, value in values.items():
             given = self.values.get(name)
-            # True equals 1.
-            if name in self and (type(given) is not type(value) or given != value):
+            # True equals 1; JSON has whole numbers as 1 and as 1.0.
+            same = given == value and isinstance(given, bool) == isinstance(value, bool)
+            if name in self and not same:
                 raise UserError(
                     f"{self.where}: {self._prefix}{name}={shown(given)} is not supported; "
                     f"only {value!r} is"

@@ -180,7 +180,8 @@ def _config(
         raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     # As in llama.cpp: linear where no type is said, by the factor's old name where the new is not.
     kind = own.choice("rope.scaling.type", ("none", "linear"), "linear")
-    factor = own.number("rope.scaling.factor", own.number("rope.scale_linear", 1.0)) or 1.0
+    name = "rope.scaling.factor" if "rope.scaling.factor" in own else "rope.scale_linear"
+    factor = own.number(name, 1.0) or 1.0
     if kind == "linear" and factor != 1:
         if factor < 0 or _ROPE_FACTORS in reader.tensors:
             raise own.refuse(

@@ -24,6 +24,7 @@ _SPECIAL_TOKENS = (
 )
 # Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_BYTE_LEVEL = ("RobertaTokenizer", "RobertaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 _ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
 
 
@@ -58,11 +59,10 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
     special = Fields.read(directory / "special_tokens_map.json", optional=True)
     own, cut = backend.normalizer, backend.pre_tokenizer
-    is_plain = settings.text("tokenizer_class", "") in _PLAIN
-    if isinstance(cut, ByteLevel) and not is_plain:  # As RoBERTa's class does.
-        cut.add_prefix_space = settings.flag("add_prefix_space", cut.add_prefix_space)
+    if isinstance(cut, ByteLevel) and settings.text("tokenizer_class", "") in _BYTE_LEVEL:
+        cut.add_prefix_space = settings.flag("add_prefix_space", False)
         backend.pre_tokenizer = cut
-    if isinstance(own, BertNormalizer) and not is_plain:
+    if isinstance(own, BertNormalizer) and settings.text("tokenizer_class", "") not in _PLAIN:
         backend.normalizer = BertNormalizer(
             own.clean_text,
             settings.flag("tokenize_chinese_chars", True),
