@@ -184,9 +184,7 @@ def _config(
     factor = own.number(name, 1.0) or 1.0
     if kind == "linear" and factor != 1:
         if factor < 0 or _ROPE_FACTORS in reader.tensors:
-            raise own.refuse(
-                "rope.scaling.factor", f"one above 0, and no {_ROPE_FACTORS} beside it"
-            )
+            raise own.refuse(name, f"one above 0, and no {_ROPE_FACTORS} beside it")
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     elif _ROPE_FACTORS in reader.tensors:
         plain = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
