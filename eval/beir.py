@@ -24,7 +24,7 @@ from rich.console import Console
 from eval.set_ranker import LazyModels, SetRanker
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config, with_settings
-from expandr_jax.data.beir import read_beir, source_hashes
+from expandr_jax.data.beir import check_relevant, read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.errors import UserError
@@ -60,6 +60,7 @@ def evaluate_set(
         if [row.get("system") for row in rows] == names and all([*r] == columns for r in rows):
             return results
     collection = dataclasses.replace(read_beir(tested.files), name=name.rpartition("/")[2])
+    check_relevant(collection, tested.split)
     made = SetRanker(run, models, collection, tested.split, directory, cache)
     qrels = collection.qrels[tested.split]
     metrics.write_qrels(directory / "qrels.trec", qrels)

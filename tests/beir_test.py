@@ -9,6 +9,7 @@ import pytest
 
 from expandr_jax.data.beir import (
     Collection,
+    check_relevant,
     find_collections,
     judgements,
     read_beir,
@@ -92,7 +93,6 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"qrels": QRELS + "q1\td2\t10000"}, "test.tsv:4: grade '10000'; expected an integer"),
         ({"qrels": QRELS + "q1\td2 \t1"}, "test.tsv:4: id is 'd2 '; expected text without wh"),
         ({"qrels": QRELS + "q1\t\xa0d2\t1"}, "test.tsv:4: id is .* expected text without white"),
-        ({"qrels": "q1\tD1\t1"}, "test.tsv: the corpus has no relevant document, such as 'D1'; w"),
         ({"qrels": QRELS + "q9\td2\t1"}, "test.tsv:4: query 'q9' is not among the queries"),
         ({"qrels": QRELS + "q1\td1\t1"}, "test.tsv:4: .* judged otherwise"),
         ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: no judgements"),
@@ -103,6 +103,14 @@ def test_mistakes_are_named(tmp_path, files, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         read_beir(make(tmp_path / "tiny", **files))
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["q1\tD1\t1", "q1\td1\t0"])
+def test_judgements_that_no_ranking_can_meet_are_refused(tmp_path, line):
+    check_relevant(read_beir(make(tmp_path / "right")), "test")
+    collection = read_beir(make(tmp_path / "tiny", qrels=line))
+    with pytest.raises(UserError, match="tiny: no test query has a relevant document in the corp"):
+        check_relevant(collection, "test")
 
 
 def test_missing_directory(tmp_path):

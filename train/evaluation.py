@@ -9,7 +9,7 @@ from typing import Any
 
 from expandr_jax import metrics
 from expandr_jax.config import Config
-from expandr_jax.data.beir import read_beir
+from expandr_jax.data.beir import check_relevant, read_beir
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -224,6 +224,7 @@ def evaluate_benchmarks(
             results[name] = run.read_json(run.path(folder, "results.json"))
         else:
             collection = read_beir(benchmark.files)
+            check_relevant(collection, benchmark.split)
             qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
             data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
             results[name] = evaluate(

@@ -80,8 +80,7 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
             appears twice; an empty query; a judgement of an unknown query or one that
-            contradicts another; a grade that is no integer); it names file and line. Or a split
-            has no relevant document in the corpus.
+            contradicts another; a grade that is no integer); it names file and line.
     """
     files = source if isinstance(source, Files) else only_collection(source)
     corpus = dict(read_texts(files, "corpus", mistakes))
@@ -93,16 +92,19 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
         if not qrels[split]:
             nothing = "no judgements; expected lines of query, document, grade"
             raise _first(mistakes, before, f"{files.path(names[0])}: {nothing}")
-        grades = (item for judged in qrels[split].values() for item in judged.items())
-        relevant = [document for document, grade in grades if grade > 0]
-        # A corpus may be cut to what is searched, without the documents of training.
-        if split != "train" and relevant and corpus.keys().isdisjoint(relevant):
-            none = f"the corpus has no relevant document, such as {relevant[0]!r}"
-            where = files.path(names[0])
-            note(UserError(f"{where}: {none}; write ids as they stand in the corpus"), mistakes)
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
+
+
+def check_relevant(collection: Collection, split: str) -> None:
+    """Raises UserError where none of a split's relevant documents is there: all would score 0."""
+    grades = (item for judged in collection.qrels[split].values() for item in judged.items())
+    if not any(grade > 0 and document in collection.corpus for document, grade in grades):
+        raise UserError(
+            f"{collection.name}: no {split} query has a relevant document in the corpus; expected "
+            "grades above 0 of ids as they stand there"
+        )
 
 
 def find_collections(path: str | os.PathLike) -> dict[str, Files]:

@@ -88,15 +88,20 @@ def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
 def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
     """What is applied to a logit, and the longest pair if said, by sentence-transformers' files."""
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
-    # The default prompt would stand before every query.
-    own.strict(
-        *("__version__", "activation_fn", "keep_in_fp32_modules", "prompts", "requirements"),
-        default_prompt_name=None,
-        model_type="CrossEncoder",
-    )
-    if (listing := directory / "modules.json").is_file():
-        read_modules(listing, ("Transformer",), ("Transformer",))
-    length = transformer_length(directory, "sequence-classification", "logits", "scores")
+    listing, length = directory / "modules.json", None
+    kind = "SentenceTransformer" if listing.is_file() else "CrossEncoder"
+    if own.text("model_type", kind) == "CrossEncoder":
+        # The default prompt would stand before every query.
+        own.strict(
+            *("__version__", "activation_fn", "keep_in_fp32_modules", "model_type", "prompts"),
+            "requirements",
+            default_prompt_name=None,
+        )
+        if listing.is_file():
+            read_modules(listing, ("Transformer",), ("Transformer",))
+        length = transformer_length(directory, "sequence-classification", "logits", "scores")
+    else:  # It takes the transformer's own files of such a model, and nothing else.
+        own = Fields({}, own.where)
     for fields, name in (
         (own, "activation_fn"),
         (config.section("sentence_transformers"), "activation_fn"),
