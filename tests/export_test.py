@@ -143,6 +143,7 @@ def embed(retriever, params, texts, prompt=""):
     return np.asarray(retriever.embed(params, ids, mask))
 
 
+@pytest.mark.slow
 def test_minilm_returns_bit_equal_and_embeds_as_sentence_transformers_does(minilm, tmp_path):
     retriever, params = minilm
     export_retriever(tmp_path / "out", retriever, params)

@@ -74,6 +74,7 @@ def logits(module, params, ids, mask):
 PROMPTS = ["Hi", "Write 123 words about Paris and Rome, please.", "Define numpy.pad in one line."]
 
 
+@pytest.mark.slow
 def test_smollm2_logits_and_greedy_text_equal_transformers(smollm2, torch_smollm2):
     generator, params = smollm2
     prompts = [generator.chat_ids(text, 100)[0] for text in PROMPTS]
