@@ -20,7 +20,6 @@ from expandr_jax.files.records import hash_json, read_jsonl
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.server import API_KEY_VARIABLE, ServerEngine, retry_delay
-from expandr_jax.generation.settings import ServerSettings
 from expandr_jax.loading import load_generator_model, make_sampler
 from expandr_jax.runtime.run import Run
 
@@ -93,11 +92,10 @@ def server(monkeypatch):
 @pytest.fixture
 def engine(server, tmp_path):
     def make(**options):
-        asked = {"concurrency": 32, "retries": 6, "timeout": 600.0}
-        asked = {name: options.pop(name, default) for name, default in asked.items()}
         settings = {"seed": 0, "cache": tmp_path / "cache", "first_delay": 0.01, **options}
         return ServerEngine(
-            ServerSettings(server.url, "m", **asked),
+            server.url,
+            "m",
             encode=lambda text: [*text.encode()],
             **settings,
         )
@@ -324,9 +322,8 @@ def test_a_redirect_does_not_take_the_key_away(server, engine, monkeypatch):
     "url", ["localhost:8000", "file:///etc/v1", "http://", "http://[", f"http://x:{KEY}@h"]
 )
 def test_a_url_that_cannot_be_used(url, tmp_path):
-    settings = ServerSettings(url, "m", concurrency=1, retries=0, timeout=1.0)
     with pytest.raises(UserError) as caught:
-        ServerEngine(settings, encode=list, seed=0, cache=tmp_path / "cache")
+        ServerEngine(url, "m", encode=list, seed=0, cache=tmp_path / "cache")
     assert KEY not in str(caught.value)
 
 

@@ -105,7 +105,7 @@ class Sampler:
                 )
             tokenizer = self.generator.tokenizer
             return ServerEngine(
-                settings.server,
+                **vars(settings.server),
                 encode=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
                 seed=self.seed,
                 cache=self.server_cache,

@@ -93,18 +93,22 @@ class ServerEngine:
 
     def __init__(
         self,
-        settings: ServerSettings,
+        url: str,
+        model: str,
         *,
         encode: Callable[[str], Sequence[int]],
         seed: int,
         cache: str | os.PathLike,
+        concurrency: int = 32,
+        retries: int = 6,
+        timeout: float = 600.0,
         first_delay: float = 1.0,
         stop: Sequence[str] = (),
     ):
         """Opens the cache; nothing is sent yet.
 
         Args:
-            settings: The server, and how it is asked.
+            url, model, concurrency, retries, timeout: The settings of generator.server.
             encode: Text to token ids, without special tokens.
             seed: Seed of all draws; a request's own follows from it, its id and its sample.
             cache: File of finished texts; it stays at its name with ".part".
@@ -114,12 +118,13 @@ class ServerEngine:
         Raises:
             UserError: The URL or the key cannot be used, or the cache cannot be read.
         """
-        if not _is_usable(settings.url):
+        if not _is_usable(url):
             raise UserError(
                 "the completion server's URL cannot be used; expected http://HOST:PORT/v1, and the "
                 f"key in the environment variable {API_KEY_VARIABLE}"
             )
-        self._settings, self._url = settings, settings.url.rstrip("/")
+        self._settings = ServerSettings(url, model, concurrency, retries, timeout)
+        self._url = url.rstrip("/")
         self._encode, self._seed, self._first_delay = encode, seed, first_delay
         self._stop = list(stop)
         self._headers = {"Content-Type": "application/json"}
