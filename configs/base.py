@@ -181,6 +181,7 @@ def get_config() -> ml_collections.ConfigDict:
     search.exact = exact = ml_collections.ConfigDict()
     exact.block_rows = 8192  # Documents in one matrix product.
     exact.query_rows = 1024  # Queries in one matrix product.
+    exact.resident_mib = 512  # MiB of documents' vectors that stay on each device meanwhile.
     search.scann = scann = ml_collections.ConfigDict()
     scann.method = "auto"  # "brute": all; "ah": hashed; "tree": those in near leaves; by size.
     scann.ah_from = 20_000  # Documents from which "auto" is "ah".

@@ -33,7 +33,7 @@ from expandr_jax.report.tables import Bold, render
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter, plain_console
-from expandr_jax.search import Index, build_index
+from expandr_jax.search import Index, kept_bm25
 from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
@@ -44,7 +44,7 @@ from train.launch import define_workdir, launch
 
 READ = (  # What is read of a run.
     "config.json", "results.json", "data", "export/retriever", "export/generator",
-    "work/vectors/expandr.npy",
+    "work/vectors/expandr.*", "work/bm25.index-*",
 )  # fmt: skip
 SNIPPET = 160  # Characters of a document that are shown.
 
@@ -73,8 +73,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         sampler = trained_sampler(workdir, config, console)
     with step("load index"):
         corpus = read_beir(workdir / "data").corpus
-        vectors = open_vectors(workdir / "work" / "vectors" / "expandr.npy")
-        index = Corpus(list(corpus), vectors, config.search).index
+        path = workdir / "work" / "vectors" / "expandr.npy"
+        index = Corpus(list(corpus), open_vectors(path), config.search, path, writes=False).index
     with step("write passages"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
 
@@ -82,7 +82,7 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
             return index.search(encoder.encode(retriever_params, queries, "query"), k)
 
         def words() -> Index:
-            return build_index(list(corpus.values()), "bm25")
+            return kept_bm25(workdir / "work", corpus.values(), write=False)
 
         expander = make_expander(config, sampler, corpus, functools.cache(words), dense)
         samples = chosen["samples"] // len(expander.strategy.asks)

@@ -17,7 +17,7 @@ from expandr_jax.pair import Models, RetrieverModel
 from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import build_index
+from expandr_jax.search import kept_bm25
 from expandr_jax.vectors.corpus import CorpusRetriever
 
 
@@ -76,7 +76,11 @@ class SetRanker:
         self._collection, self._directory = collection, directory
         self._document_texts = functools.cache(self._expanded_documents)
         self._bm25 = functools.cache(
-            lambda documents: build_index(self._document_texts(documents), "bm25")
+            lambda documents: kept_bm25(
+                directory / "work",
+                self._document_texts(documents),
+                name=f"bm25-{documents}" if documents else "bm25",
+            )
         )
         self._dense = functools.cache(self._search_by_vectors)
         self._written = functools.cache(self._write)
@@ -148,5 +152,5 @@ class SetRanker:
             shares=self._directory / "work" / "shares",
             timed=functools.partial(run.phase, f"{self._collection.name}: encode {name}"),
         )
-        _ = found.corpus  # Encoded by now, so that only the search is timed.
+        _ = found.corpus.index  # Encoded by now, so that only the search is timed.
         return found

@@ -1,6 +1,7 @@
 """BM25 against Lucene's formula, behind the same functions as the other indexes."""
 
 import json
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -179,3 +180,61 @@ def test_a_manifest_of_a_backend_that_is_not_known_is_refused(tmp_path):
 def test_texts_that_run_together_have_another_fingerprint():
     ways = [["ab", "c"], ["a", "bc"], ["abc"], ["abc", ""], ["c", "ab"]]
     assert len({search.text_fingerprint(texts) for texts in ways}) == len(ways)
+
+
+class Written:
+    """Texts that are there only while they are read; `words` gives the words of one."""
+
+    def __init__(self, count, words):
+        self._count, self._words = count, words
+
+    def __len__(self):
+        return self._count
+
+    def __iter__(self):
+        return (" ".join(self._words(row)) for row in range(self._count))
+
+
+def zipf(count, words, vocabulary, seed):
+    """Texts of so many words, of which the n-th is drawn 1 / n as often as the first."""
+    chances = 1 / np.arange(1, vocabulary + 1)
+    draw = np.random.default_rng(seed).choice(vocabulary, (count, words), p=chances / chances.sum())
+    return [" ".join(f"w{number}" for number in row) for row in draw.tolist()]
+
+
+def one_by_one(index, queries, k):
+    """bm25s's sums of the scores of each query, the best first and ties by row."""
+    bm25 = index._bm25
+    scored = [bm25.get_scores_from_ids(bm25.get_tokens_ids(query.split())) for query in queries]
+    rows = [np.argsort(-scores, kind="stable")[:k] for scores in scored]
+    return np.array([s[r] for s, r in zip(scored, rows, strict=True)]), np.array(rows)
+
+
+@pytest.mark.parametrize("k", [1, 30, 900])
+def test_bm25_finds_what_bm25s_own_sums_do_to_the_bit(k, tmp_path):
+    texts = zipf(900, 12, 300, 0)
+    texts[500:700] = texts[100:300]  # Ties.
+    queries = [*zipf(40, 8, 300, 1), "w7 w7 w299", "w1", "unknown", ""]
+    index = search.Bm25Index(texts)
+    index.save(tmp_path)
+    for each in (index, search.load_index(tmp_path)):
+        for found, expected in zip(each.search(queries, k), one_by_one(index, queries, k),
+                                   strict=True):  # fmt: skip
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_bm25_keeps_no_text_and_four_bytes_of_a_word(monkeypatch):
+    monkeypatch.setattr(search.bm25, "_TEXTS", 256)
+    held = []
+    for count in (1_000, 2_000, 4_000, 8_000):
+        texts = Written(count, lambda row: [f"w{row % 7}", f"w{row % 11}"] * 100)
+        tracemalloc.start()
+        index = search.Bm25Index(texts)
+        held.append(np.array(tracemalloc.get_traced_memory()))
+        tracemalloc.stop()
+        assert index.size == count
+    # The first one imports bm25s. A text has 200 words, 600 letters at least and two scores.
+    for smaller, larger, count in zip(held[1:], held[2:], (2_000, 4_000), strict=False):
+        left, peak = (larger - smaller) / count
+        assert left < 50
+        assert peak < 2 * 4 * 200 + 200, held

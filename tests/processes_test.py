@@ -86,6 +86,26 @@ def test_once_calls_in_the_first_process_alone_and_tells_all(group):
     assert called == [0]
 
 
+def test_others_answer_calls_of_the_first_while_they_wait(group):
+    def function(member: Processes) -> list:
+        member.serve("times", lambda number: number * member.index)
+        answers = []
+        if member.is_main:
+            answers.append(member.call("times", 5))  # The others are on their way to `gather`.
+        member.gather("a")
+        return [*answers, member.once(lambda: member.call("times", 7))]
+
+    own, *others = together(group, function)
+    assert own == [[0, 5, 10], [0, 7, 14]]
+    assert others == [[[0, 7, 14]]] * 2
+
+
+def test_one_process_answers_itself():
+    alone = Processes()
+    alone.serve("twice", lambda number: 2 * number)
+    assert alone.call("twice", 4) == [8]
+
+
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b"5" * 5000])
 def test_a_stranger_who_connects_is_none_of_them(said):
     with (

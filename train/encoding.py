@@ -1,11 +1,12 @@
-"""The retrievers of a run, with what their workdir has of them."""
+"""What a run searches: its retrievers and BM25, with what the workdir has of them."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.runtime.run import Run
+from expandr_jax.search import Index, kept_bm25
 from expandr_jax.vectors.corpus import CorpusRetriever
 
 
@@ -25,3 +26,12 @@ def run_retriever(
         shares=run.path("work", "shares"),
         timed=functools.partial(run.phase, f"encode the corpus, {name}"),
     )
+
+
+def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> Callable[[], Index]:
+    """Gives BM25's index of a corpus, id -> text, opened or made when it is first called.
+
+    It is kept under work/, and there in `folder`: "tests/NAME" for a further collection.
+    """
+    main, where = run.processes.is_main, run.path("work", folder)
+    return functools.cache(lambda: kept_bm25(where, texts.values(), write=main))

@@ -32,9 +32,9 @@ from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
 from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import Index, build_index
+from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.encoding import run_retriever
+from train.encoding import run_retriever, run_words
 from train.expansions import SPLITS, evaluation_expansions, run_expander
 
 
@@ -64,15 +64,22 @@ def evaluate(
         return run.read_json(path)
     systems = systems_of_run(run.config)
     corpus = data.collection.corpus
-    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+    words = run_words(run, corpus, folder)
+    open_now: list[CorpusRetriever] = []
+
+    def let_go() -> None:
+        while open_now:
+            open_now.pop().release()
 
     @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
     def retriever(name: str) -> CorpusRetriever:
+        let_go()  # One index is in memory, not those of all.
         found = retrievers[name]
         if folder:
             name = f"{data.collection.name}/{name}"
             found = run_retriever(run, models, corpus, found.params, name)
         _ = found.corpus  # All processes encode it together.
+        open_now.append(found)
         return found
 
     expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
@@ -112,6 +119,7 @@ def evaluate(
             write_json(path, _results(data.collection.name, values, choices, samples))
 
         run.processes.once(write)
+        let_go()
         run.checksums.record(*files)
     return run.read_json(path)
 

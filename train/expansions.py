@@ -33,8 +33,13 @@ def run_expander(
     dense: SearchTexts,
 ) -> Expander:
     """Expands queries of a run by the config's strategy; the rest is as of `make_expander`."""
+
+    def words() -> Index:
+        run.processes.once(lambda: bm25() and None)  # Made by one, opened by all.
+        return bm25()
+
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
-    return make_expander(run.config, sampler, data.collection.corpus, bm25, dense)
+    return make_expander(run.config, sampler, data.collection.corpus, words, dense)
 
 
 def training_expansions(

@@ -25,9 +25,8 @@ from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import build_index
 from expandr_jax.training.setup import check_batch_size
-from train.encoding import run_retriever
+from train.encoding import run_retriever, run_words
 from train.evaluation import evaluate, evaluate_benchmarks, systems_of_run
 from train.expansions import run_expander, training_expansions
 from train.export import export_run
@@ -87,7 +86,7 @@ def train_joint(
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
 
     corpus = data.collection.corpus
-    words = functools.cache(lambda: build_index(list(corpus.values()), "bm25"))
+    words = run_words(run, corpus)
     retriever = functools.partial(run_retriever, run, models, corpus)
     current, adapter = retriever(models.retriever_params, "zero-shot"), None
     retrievers, adapters = {"zero-shot": current}, {"base": adapter}
@@ -102,6 +101,7 @@ def train_joint(
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current.find)
             expansions = training_expansions(run, data, expander, adapter, round_)
+            current.release()
         with run.phase(f"retriever, round {round_}"):
             start = models.retriever_params if config.contrastive.restart else current.params
             params = _train(run, models, data, expansions, negatives, start, round_=round_)

@@ -45,6 +45,7 @@ def training_negatives(
         _ = retriever.corpus  # All processes encode it, as a phase of its own.
         with run.phase(f"hard negatives, round {round_}"):
             _mine(run, retriever, data, run.path(name))
+        retriever.release()
         run.checksums.record(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}

@@ -31,11 +31,11 @@ def make_preferences(
     round_: int,
 ) -> None:
     """Writes candidates.jsonl and preferences.jsonl of a round."""
-    corpus = retriever.corpus  # All processes encode it, as a phase of its own.
     files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
         return
+    corpus = retriever.corpus  # All processes encode it, as a phase of its own.
     with run.phase(f"candidates, round {round_}"):
         prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
     with run.phase(f"self-answers, round {round_}"):
@@ -73,6 +73,7 @@ def make_preferences(
             run.reporter.say(f"{len(pairs)} pairs of {len(groups)} queries; dropped: {counts}")
 
         run.processes.once(write)
+        retriever.release()
         run.checksums.record(*files)
 
 

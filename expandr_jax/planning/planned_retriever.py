@@ -162,7 +162,8 @@ class RetrieverShapes:
             # A product in float32 is six in bfloat16 on a TPU.
             passes=6 if self._topology.chip.name in TPUS else 1,
             moved=4 * (rows * width + block * width + 2 * rows * block),
-            change="fewer rows in a block (expandr_jax.search.ExactOptions)",
+            change="a smaller search.exact.resident_mib or search.exact.block_rows",
+            resident=self._config.search.exact.held_bytes(width, DEPTH),
         )
 
 

@@ -27,7 +27,12 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
     def beside(
         make: Callable[[], Planned], *holders: RetrieverShapes | GeneratorShapes
     ) -> Callable[[], Planned]:
-        return lambda: dataclasses.replace(make(), resident=sum(h.resident() for h in holders))
+        def made() -> Planned:
+            planned = make()
+            held = planned.resident + sum(holder.resident() for holder in holders)
+            return dataclasses.replace(planned, resident=held)
+
+        return made
 
     return {
         "contrastive step": beside(retriever.contrastive, retriever, generator),

@@ -40,6 +40,7 @@ class Connection:
         self._tcp = tcp
         self._lines = tcp.makefile("rb")
         self._messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.open = True
 
@@ -51,10 +52,19 @@ class Connection:
 
     def receive(self, kind: str) -> Any:
         """The content of the next message, which must be of this kind."""
-        (found, value), *_ = self._messages.get().items()
+        found, value = self.take()
         if found != kind:
             raise RuntimeError(f"processes are out of step: expected {kind!r}, got {found!r}")
         return value
+
+    def take(self) -> tuple[str, Any]:
+        """The kind and the content of the next message."""
+        (message,) = self._messages.get().items()
+        return message
+
+    def answer(self) -> Any:
+        """The content of the next message of the kind "answer"; others may have come before it."""
+        return self._answers.get()["answer"]
 
     def first(self, seconds: float = SECONDS_FOR_HELLO) -> dict[str, Any]:
         """The first message, before `listen`; {} where none comes in time that is one."""
@@ -73,7 +83,7 @@ class Connection:
                 message = json.loads(line)
                 if "end" in message:
                     return message["end"]
-                self._messages.put(message)
+                (self._answers if "answer" in message else self._messages).put(message)
         except (OSError, ValueError):
             pass  # Half a line, or none any more: it is gone.
         finally:

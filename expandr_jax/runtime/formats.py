@@ -28,7 +28,8 @@ ABSENT: dict[str, Any] = {
     "reward.gain_measure": "ndcg",
     "reward.gain_search": "dense",
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
-    "search.exact": {"block_rows": 8192, "query_rows": 1024},
+    "search.exact": {"block_rows": 8192, "query_rows": 1024, "resident_mib": 512},
+    "search.exact.resident_mib": 512,
     "search.scann": {
         "method": "auto", "ah_from": 20_000, "tree_from": 100_000, "leaves": None,
         "leaves_to_search": None, "tree_sample": 100_000, "tree_iterations": 12, "soar": None,

@@ -13,6 +13,7 @@ name says: `.process-I` in it, or else process 0. Checkpoints are not mirrored: 
 its part of one straight to the bucket, where Orbax completes it by a marker of its own.
 """
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -295,13 +296,15 @@ def local_copy(workdir: str, *names: str) -> pathlib.Path:
 
     Args:
         workdir: As the user gave it.
-        *names: Files to fetch, and directories to fetch all files of.
+        *names: Files to fetch, and directories to fetch all files of; `*` stands for anything.
     """
     if not is_bucket(workdir):
         return pathlib.Path(workdir).absolute()
     bucket, directory = Bucket(workdir), scratch(workdir, "-copy")
     for name, versions in read_marker(bucket)[1].items():
-        wanted = name in names or name.startswith(tuple(f"{n}/" for n in names))
+        wanted = any(fnmatch.fnmatchcase(name, n) for n in names) or name.startswith(
+            tuple(f"{n}/" for n in names)
+        )
         if wanted and fetch(bucket, name, versions, directory / name) is None:
             raise UserError(f"{bucket.path(name)}: is damaged; let the run finish again")
     return directory

@@ -66,6 +66,7 @@ class Processes:
         self._connections: dict[int, Connection] = {}
         self._alone = count == 1  # As is the first one within `once`.
         self._leaving = threading.Event()
+        self._served: dict[str, Callable[[Any], Any]] = {}
 
     @property
     def is_main(self) -> bool:
@@ -98,7 +99,7 @@ class Processes:
             self.files.push()
             return value
         if not self.is_main:
-            value, version = self._connections[0].receive("once")
+            value, version = self._awaited("once")
             self.files.pull({0: version})
             return value
         self._alone = True
@@ -132,11 +133,50 @@ class Processes:
             return [value]
         if not self.is_main:
             self._connections[0].send({"gather": value})
-            return self._connections[0].receive("gathered")
+            return self._awaited("gathered")
         values = [value, *(self._connections[i].receive("gather") for i in range(1, self.count))]
         for connection in self._connections.values():
             connection.send({"gathered": values})
         return values
+
+    def serve(self, name: str, function: Callable[[Any], Any]) -> None:
+        """Has this process take its part in what process 0 does by `call`.
+
+        Args:
+            name: What all processes know it by; a later function of this name takes its place.
+            function: Takes and returns values of JSON.
+        """
+        self._served[name] = function
+
+    def call(self, name: str, argument: Any) -> list[Any]:
+        """What the function that is served by this name returns in each process, by its number.
+
+        Process 0 alone calls, within `once` too; each of the others answers when it next waits for
+        process 0. Their files are there for each other, as after `barrier`.
+        """
+        version = self.files.push()
+        for connection in self._connections.values():
+            connection.send({"call": [name, argument, version]})
+        values, versions = [self._served[name](argument)], {}
+        for index, connection in self._connections.items():
+            value, versions[index] = connection.answer()
+            values.append(value)
+        self.files.pull(versions)
+        return values
+
+    def _awaited(self, kind: str) -> Any:
+        """The content of process 0's next message of this kind; answers its calls until then."""
+        connection = self._connections[0]
+        while True:
+            found, value = connection.take()
+            if found == kind:
+                return value
+            if found != "call":
+                raise RuntimeError(f"processes are out of step: expected {kind!r}, got {found!r}")
+            name, argument, version = value
+            self.files.pull({0: version})
+            answer = self._served[name](argument)
+            connection.send({"answer": [answer, self.files.push()]})
 
     def barrier(self) -> None:
         """Returns when all processes are here; each finds what the others wrote before."""

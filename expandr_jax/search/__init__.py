@@ -5,8 +5,12 @@ index = build_index(texts)                       # BM25
 scores, indices = index.search(queries, k=100)   # [Q, k] each, best first
 """
 
+import glob
+import logging
 import os
-from collections.abc import Callable, Sequence
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.search import scann
 from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint
 from expandr_jax.search.exact import ExactIndex, ExactOptions
-from expandr_jax.search.index import Index, read_manifest
+from expandr_jax.search.index import MANIFEST, Index, read_manifest
 from expandr_jax.search.scann import ScannIndex, ScannOptions
 from expandr_jax.search.vectors import fingerprint
 from expandr_jax.settings import fields_of
@@ -30,10 +34,14 @@ __all__ = [
     "ScannOptions",
     "build_index",
     "fingerprint",
+    "kept_bm25",
+    "kept_index",
     "load_index",
     "search_named",
     "text_fingerprint",
 ]
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = {kind.backend: kind for kind in (ExactIndex, ScannIndex, Bm25Index)}
 
@@ -90,6 +98,45 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
         )
     return BACKENDS[manifest.backend].load(directory, manifest)
+
+
+def kept_index(directory: pathlib.Path, build: Callable[[], Index], *, write: bool = True) -> Index:
+    """The index that is saved in a directory, else one that is built, and then saved there.
+
+    One that is damaged is named and built again. Only what is worth it is saved: see
+    `Index.is_kept`.
+
+    Args:
+        directory: Its name, NAME-KEY, says what the index is of, so that nothing of that is read
+            again; those of other keys are removed when this one is saved.
+        build: Makes the index.
+        write: Whether it is saved; not by those who only read a run.
+    """
+    # Half a save has no manifest, and is nobody's damage.
+    if (directory / MANIFEST).exists():
+        try:
+            return load_index(directory)
+        except UserError as error:
+            logger.warning("%s", error)
+    index = build()
+    if not (write and index.is_kept):
+        return index
+    index.save(directory)
+    name = directory.name.rpartition("-")[0]
+    for other in directory.parent.glob(f"{glob.escape(name)}-*"):
+        if other != directory:
+            shutil.rmtree(other, ignore_errors=True)
+    # What a restart would have: ScaNN rounds otherwise once it is saved; files are mapped.
+    return load_index(directory)
+
+
+def kept_bm25(
+    directory: pathlib.Path, texts: Collection[str], *, name: str = "bm25", write: bool = True
+) -> Index:
+    """`kept_index` of texts for BM25, in NAME.index-KEY of a directory."""
+    key = text_fingerprint(texts)[:16]
+    where = directory / f"{name}.index-{key}"
+    return kept_index(where, lambda: Bm25Index(texts), write=write)
 
 
 def search_named(

@@ -1,17 +1,25 @@
-"""BM25 over texts, by bm25s."""
+"""BM25 over texts, by bm25s, which counts and weighs the words; the search is our own.
 
+Adding up scores by bm25s's NumPy holds Python's lock. Its loop in numba leaves the order of ties
+open, and numba would be one more compiled dependency, for which newer Pythons and NumPys wait.
+SciPy's product of a sparse matrix adds the same numbers in the same order, in a thread a core.
+"""
+
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import pathlib
 import re
+import types
 import unicodedata
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
+import scipy.sparse
 
 from expandr_jax.errors import UserError
 from expandr_jax.search.index import Index
@@ -23,6 +31,9 @@ _FILES = (
     "vocab.index.json",
 )  # fmt: skip
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
+_POSTINGS = "data", "indices", "indptr"  # Of each word: weights and documents; where they end.
+_TEXTS = 4096  # Whose words are in memory as strings at once.
+_MOST_THREADS = 16  # Each has several arrays as long as the corpus.
 # Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
 # the first plane; Hangul has spaces, but between groups of words.
 _UNSPACED = re.compile(
@@ -61,8 +72,8 @@ class Bm25Index(Index):
 
     backend, options_type, file_names = "bm25", Bm25Options, _FILES
 
-    def __init__(self, texts: Sequence[str], options: Bm25Options = Bm25Options()):
-        """Indexes `texts`, one a document, in order.
+    def __init__(self, texts: Collection[str], options: Bm25Options = Bm25Options()):
+        """Indexes `texts`, one a document, in order; none of them is kept.
 
         Raises:
             UserError: there is no text, or no word in any of them, or an option is out of range.
@@ -70,39 +81,51 @@ class Bm25Index(Index):
         # NumPy's numbers would not go into the manifest.
         plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in vars(options).items()}
         self.options = read_section(Bm25Options, plain, "BM25 option ")
-        texts = _checked(texts, "BM25 indexes")
-        bm25s = _bm25s()
-        # Numbers of words, not the words: bm25s would number them in a second list as long.
-        tokens = bm25s.tokenize(_spaced(texts), return_ids=True, **_WORDS)
-        if not any(tokens.ids):
+        vocabulary: dict[str, int] = {}
+        numbers = _numbers_of_words(_blocks(texts), vocabulary)
+        if not vocabulary:
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
-        self._texts = texts
-        self._bm25 = bm25s.BM25(method="lucene", **vars(self.options))
+        self.fingerprint = text_fingerprint(texts)
+        self._bm25 = _bm25s().BM25(method="lucene", **vars(self.options))
+        # As what bm25s's tokenizer returns has them.
+        tokens = types.SimpleNamespace(ids=numbers, vocab=vocabulary)
         self._bm25.index(tokens, show_progress=False)
-        words = self._bm25.vocab_dict
-        self.dimension = len(words) - ("" in words)  # bm25s adds "", which no text has.
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """The sha256 of the texts; reads them all when first asked for."""
-        return text_fingerprint(self._texts)
+        self.dimension = len(vocabulary) - ("" in vocabulary)  # bm25s adds "", which no text has.
 
     def _search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        queries = _checked(queries, "BM25 searches for")
         scores = np.empty((len(queries), k), np.float32)
         indices = np.empty((len(queries), k), np.int32)
-        words = _bm25s().tokenize(_spaced(queries), return_ids=False, **_WORDS) if queries else []
-        for row, asked in enumerate(words):
-            known = self._bm25.get_tokens_ids(asked)
-            scored = self._bm25.get_scores_from_ids(known)
-            # bm25s's own top-k leaves the order of ties open.
-            cut = np.partition(scored, self.size - k)[self.size - k]
-            candidates = np.flatnonzero(scored >= cut)
-            order = np.argsort(-scored[candidates], kind="stable")[:k]
-            indices[row] = candidates[order]
-            scores[row] = scored[indices[row]]
+        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for first, texts in _blocks(queries, "BM25 searches for"):
+                words = _bm25s().tokenize(_spaced(texts), return_ids=False, **_WORDS)
+                known = map(self._bm25.get_tokens_ids, words)
+                for row, found in enumerate(pool.map(lambda ids: self._best(ids, k), known), first):
+                    scores[row], indices[row] = found
         return scores, indices
+
+    def _best(self, words: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k best documents for a query's words, given by their numbers."""
+        # NumPy's memory maps are arrays that cost more to slice.
+        weights, rows, ends = (np.asarray(self._bm25.scores[n]) for n in _POSTINGS)
+        parts = [slice(ends[word], ends[word + 1]) for word in words]
+        starts = np.cumsum([0, *(part.stop - part.start for part in parts)])
+        postings = scipy.sparse.csc_array(
+            (
+                np.concatenate([weights[:0], *(weights[part] for part in parts)]),
+                np.concatenate([rows[:0], *(rows[part] for part in parts)]),
+                starts,
+            ),
+            shape=(self.size, len(parts)),
+        )
+        scored = postings @ np.ones(len(parts), np.float32)
+        found = scored[scored > 0]
+        cut = np.partition(found, len(found) - k)[len(found) - k] if len(found) >= k else 0
+        above = np.flatnonzero(scored > cut)
+        above = above[np.argsort(-scored[above], kind="stable")]
+        best = np.concatenate([above, np.flatnonzero(scored == cut)[: k - len(above)]])
+        return scored[best], best
 
     def _write(self, directory: pathlib.Path) -> None:
         self._bm25.save(directory, show_progress=False)  # Not the texts.
@@ -111,14 +134,17 @@ class Bm25Index(Index):
         self._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
 
 
-def text_fingerprint(texts: Sequence[str]) -> str:
+def text_fingerprint(texts: Collection[str]) -> str:
     """Returns the sha256 of texts in their order, each with its length."""
     digest = hashlib.sha256()
-    odd = [text for text in texts if not text.isascii() and _patterns()[0].search(text)]
+
+    def odd() -> Iterator[str]:
+        return (text for text in texts if not text.isascii() and _patterns()[0].search(text))
+
     # Indexes of older versions had other words of these texts.
-    if any(_UNSPACED.search(text) for text in odd):
+    if any(_UNSPACED.search(text) for text in odd()):
         digest.update(b"pairs of characters\n")
-    if any(_words(text) != _UNSPACED.sub(_pairs, text) for text in odd):
+    if any(_words(text) != _UNSPACED.sub(_pairs, text) for text in odd()):
         digest.update(b"words of all scripts\n")
     for text in texts:
         data = text.encode(errors="surrogatepass")
@@ -126,18 +152,54 @@ def text_fingerprint(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _checked(texts: Sequence[str], verb: str) -> tuple[str, ...]:
-    """The texts, in a sequence of our own that nobody changes."""
+def _blocks(
+    texts: Collection[str], verb: str = "BM25 indexes"
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """The number of the first text and the texts of each block, checked."""
     if isinstance(texts, str):
         raise UserError(f"{verb} a list of texts; one text was given: make it a list of one")
-    texts = tuple(texts)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise UserError(f"{verb} texts; number {row} is of type {type(text).__name__}")
-    return texts
+    rest = iter(texts)
+    for first in itertools.count(step=_TEXTS):
+        block = tuple(itertools.islice(rest, _TEXTS))
+        for row, text in enumerate(block, first):
+            if not isinstance(text, str):
+                raise UserError(f"{verb} texts; number {row} is of type {type(text).__name__}")
+        if not block:
+            return
+        yield first, block
 
 
-def _bm25s() -> ModuleType:
+class _Numbers:
+    """The words of texts by their numbers, 4 bytes a word; gives a list of ints for each text."""
+
+    def __init__(self, numbers: np.ndarray, ends: np.ndarray):
+        self._numbers, self._ends = numbers, ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = 0
+        for end in self._ends.tolist():
+            yield self._numbers[start:end].tolist()
+            start = end
+
+
+def _numbers_of_words(
+    blocks: Iterator[tuple[int, tuple[str, ...]]], vocabulary: dict[str, int]
+) -> _Numbers:
+    """Numbers the words of texts in the order in which they come; `vocabulary` takes them."""
+    parts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    for _, texts in blocks:
+        tokens = _bm25s().tokenize(_spaced(texts), return_ids=True, **_WORDS)
+        numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in tokens.vocab]
+        flat = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
+        parts.append(np.array(numbers, np.int32)[flat])
+        lengths.append(np.array([len(ids) for ids in tokens.ids]))
+    return _Numbers(np.concatenate(parts), np.cumsum(np.concatenate(lengths)))
+
+
+def _bm25s() -> types.ModuleType:
     """The library, imported late: it uses jax at import, whose devices can then not be chosen."""
     import bm25s
 

@@ -21,6 +21,7 @@ from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
 from expandr_jax.settings import count, read_section
 
 _FILE = "vectors.npy"
+_BATCHES = 64  # Of queries, which one pass over the corpus serves.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +30,32 @@ class ExactOptions:
 
     block_rows: Annotated[int, count(1)] = 8192
     query_rows: Annotated[int, count(1)] = 1024
+    resident_mib: Annotated[int, count(0)] = 512
+
+    def held_bytes(self, width: int, depth: int) -> int:
+        """What a device holds, at most, beside the block and the batch in hand."""
+        queries = _BATCHES * self.query_rows * (4 * width + 8 * depth)
+        return (self.resident_mib << 20) + queries
 
 
 class ExactIndex(Index):
-    """Every inner product, in float32; two blocks on each device whatever the corpus's size."""
+    """Every inner product, in float32.
+
+    Whatever the corpus's size, a device has two blocks that pass by, `resident_mib` of others that
+    stay there from one search to the next, and 64 batches of queries.
+    """
 
     backend, options_type, file_names = "exact", ExactOptions, (_FILE,)
+    is_kept = False  # Nothing is built, and what is saved is a copy.
     _devices: Sequence[jax.Device] | None = None
+    _whole_block: int | None = None
 
     def __init__(
         self,
         vectors: np.ndarray,
         options: ExactOptions = ExactOptions(),
         devices: Sequence[jax.Device] | None = None,
+        block_rows: int | None = None,
     ):
         """Indexes `vectors` [N, D] without copying them: a memory map stays one.
 
@@ -49,6 +63,8 @@ class ExactIndex(Index):
             vectors: finite floating point numbers.
             options: sizes.
             devices: the devices that search; None: all of this process.
+            block_rows: rows of a product, as of the corpus that the vectors are a part of, so that
+                scores are the same to the last bit; None: these are all.
 
         Raises:
             UserError: vectors or options cannot be used.
@@ -56,7 +72,7 @@ class ExactIndex(Index):
         self.options = read_section(ExactOptions, vars(options), "exact search option ")
         check_vectors(vectors)
         self._vectors = vectors
-        self._devices = devices
+        self._devices, self._whole_block = devices, block_rows
         self.size, self.dimension = vectors.shape
 
     @functools.cached_property
@@ -70,25 +86,58 @@ class ExactIndex(Index):
         rows = min(self.options.query_rows, 1 << max(0, len(queries) - 1).bit_length())
         starts = range(0, len(queries), rows)
         batches = [_pad_rows(queries[start : start + rows], rows) for start in starts]
-        block_rows = min(self.options.block_rows, self.size)
+        found = [
+            self._pass(batches[first : first + _BATCHES], k)
+            for first in range(0, len(batches), _BATCHES)
+        ]
+        scores, indices = (
+            np.concatenate([np.empty((0, k), kind), *(part[i] for part in found)])[: len(queries)]
+            for i, kind in enumerate((np.float32, np.int32))
+        )
+        return scores, indices
+
+    @functools.cached_property
+    def _block_rows(self) -> int:
+        return self._whole_block or min(self.options.block_rows, self.size)
+
+    @functools.cached_property
+    def _resident(self) -> dict[int, jax.Array]:
+        """Blocks that stay on their devices, by their numbers."""
+        return {}
+
+    def _block(self, turn: int, device: jax.Device, most: int) -> jax.Array:
+        """A block on its device, which keeps the first `most`."""
+        rows = self._block_rows
+        block = self._resident.get(turn)
+        if block is None:
+            vectors = self._vectors[turn * rows : (turn + 1) * rows]
+            vectors = np.asarray(vectors, dtype=np.float32)
+            block = jax.device_put(_pad_rows(vectors, rows), device)
+            if turn < most:
+                self._resident[turn] = block
+        return block
+
+    def _pass(self, batches: Sequence[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The best for batches of queries [rows, D], in one pass over the corpus: [all, k] each."""
+        rows, block_rows = len(batches[0]), self._block_rows
         offsets = range(0, self.size, block_rows)
         devices = (self._devices or jax.local_devices())[: len(offsets)]
+        room = 0 if shares_memory(devices[0]) else self.options.resident_mib << 20
+        most = len(devices) * (room // (4 * block_rows * self.dimension))
         empty = np.full((rows, k), -np.inf, np.float32), np.zeros((rows, k), np.int32)
         asked = [jax.device_put(batches, device) for device in devices]
         best = [[jax.device_put(empty, device) for _ in batches] for device in devices]
         for turn, offset in enumerate(offsets):
             mine = turn % len(devices)
-            block = np.asarray(self._vectors[offset : offset + block_rows], dtype=np.float32)
-            block = jax.device_put(_pad_rows(block, block_rows), devices[mine])
+            block = self._block(turn, devices[mine], most)
             jax.block_until_ready(best[mine])  # No more blocks than two wait on a device.
             best[mine] = [
                 merge_block(*found, batch, block, offset, self.size)
                 for found, batch in zip(best[mine], asked[mine], strict=True)
             ]
-        merged = [_merge_devices(jax.device_get(found), k) for found in zip(*best, strict=True)]
-        scores = [found[0] for found in merged] or [np.empty((0, k), np.float32)]
-        indices = [found[1] for found in merged] or [np.empty((0, k), np.int32)]
-        return np.concatenate(scores)[: len(queries)], np.concatenate(indices)[: len(queries)]
+        merged = [merge_found(jax.device_get(found), k) for found in zip(*best, strict=True)]
+        scores, indices = map(np.concatenate, zip(*merged, strict=True))
+        return scores, indices
 
     def _write(self, directory: pathlib.Path) -> None:
         np.save(directory / _FILE, np.asarray(self._vectors, dtype=np.float32))
@@ -118,10 +167,15 @@ def merge_block(
     return scores, jnp.take_along_axis(candidates, position, axis=1)
 
 
-def _merge_devices(
+def shares_memory(device: jax.Device) -> bool:
+    """Whether what is on a device is in the host's memory, and so no nearer there."""
+    return device.platform == "cpu"
+
+
+def merge_found(
     found: Sequence[tuple[np.ndarray, np.ndarray]], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of what each device found, equal scores in the order of the corpus."""
+    """The best k of what each part of a corpus gave, equal scores in the order of the corpus."""
     scores, indices = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
     order = np.lexsort((indices, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)

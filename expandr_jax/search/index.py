@@ -13,7 +13,7 @@ import numpy as np
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, hash_json, write_json
 
-_NAME = "index.json"
+MANIFEST = "index.json"
 _CHECK = "sha256"  # Field of the manifest: the hash of all others.
 
 
@@ -28,6 +28,8 @@ class Index(abc.ABC):
         dimension: width of the vectors; for texts, how many different words they have.
         fingerprint: sha256 of them, as `search.fingerprint` or `text_fingerprint` computes it.
         options: what the backend was asked for.
+        is_kept: whether one that was saved is better opened than built again: building takes longer
+            or comes out otherwise.
     """
 
     backend: ClassVar[str]
@@ -37,6 +39,7 @@ class Index(abc.ABC):
     dimension: int
     fingerprint: str
     options: Any
+    is_kept: bool = True
 
     def search(self, queries: np.ndarray | Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns scores [Q, min(k, N)] float32 and indices int32, best first.
@@ -62,7 +65,7 @@ class Index(abc.ABC):
         directory = pathlib.Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            for name in (_NAME, *self.file_names):
+            for name in (MANIFEST, *self.file_names):
                 (directory / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
@@ -78,7 +81,7 @@ class Index(abc.ABC):
             {name: hash_file(directory / name) for name in written},
         )
         fields = dataclasses.asdict(manifest)
-        write_json(directory / _NAME, {**fields, _CHECK: hash_json(fields)})
+        write_json(directory / MANIFEST, {**fields, _CHECK: hash_json(fields)})
 
     @abc.abstractmethod
     def _write(self, directory: pathlib.Path) -> None:
@@ -113,7 +116,7 @@ class Manifest:
 
 def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Manifest:
     """Reads a manifest and checks every file against it, as `load_index` says."""
-    path = pathlib.Path(directory) / _NAME
+    path = pathlib.Path(directory) / MANIFEST
     try:
         fields = dict(json.loads(path.read_text(encoding="utf-8")))
         # A changed digit of the size or of an option would give other answers, and no error.

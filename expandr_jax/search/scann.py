@@ -93,6 +93,11 @@ class ScannIndex(Index):
             return options.method
         return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
 
+    @property
+    def is_kept(self) -> bool:
+        """Brute force comes out the same every time, and what it saves is a copy."""
+        return self.method != "brute"
+
     @functools.cached_property
     def leaves(self) -> int:
         """Leaves of its tree, if that is how it searches."""

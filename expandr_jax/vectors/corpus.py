@@ -11,12 +11,19 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.files.records import hash_json
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
-from expandr_jax.search import Index, build_index
+from expandr_jax.search import ExactIndex, Index, ScannIndex, kept_index, scann
+from expandr_jax.search.divided import (
+    SHARD_ROWS,
+    DividedIndex,
+    share_of_blocks,
+    share_of_shards,
+)
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
-from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.file import content_key, encode_to_file
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
 
@@ -28,21 +35,82 @@ class Corpus:
         ids: Document ids, in the order of the index.
         vectors: [documents, dim], float32 when indexed or stored in less; process 0 has them.
         search: The config's section `search`.
+        path: The vectors' file, beside which an index worth it is kept; None: none is.
+        writes: Whether an index that is made is kept, or only one that is there opened.
+        processes: Those that search together; each of them sees the file, and has this corpus.
+        shares: Where they hand each other what they find.
     """
 
     ids: list[str]
     vectors: np.ndarray | StoredVectors | None
     search: SearchSettings
+    path: pathlib.Path | None = None
+    writes: bool = True
+    processes: Processes = dataclasses.field(default_factory=Processes)
+    shares: pathlib.Path | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether search finds the best, and not nearly the best."""
+        backend = self.search.backend
+        return backend == "exact" or (backend == "auto" and not scann.installed())
+
+    @property
+    def size(self) -> int:
+        """Number of documents."""
+        return len(self.ids if self.vectors is None else self.vectors)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether there is an index of each part, which processes share."""
+        return self.processes.count > 1 if self.is_exact else self.size > SHARD_ROWS
 
     @functools.cached_property
-    def index(self) -> Index:
-        """Search over the vectors; made when asked for, as one process alone does."""
-        backend = self.search.backend
-        options = {
-            **(vars(self.search.exact) if backend != "scann" else {}),
-            **(vars(self.search.scann) if backend != "exact" else {}),
-        }
-        return build_index(self.vectors, backend, **options)
+    def index(self) -> Index | DividedIndex:
+        """Search over the vectors, which process 0 asks; opened or made by the first search."""
+        size, own, options = self.size, self.processes, self.search.exact
+        if not self.is_divided:
+            return self._made(0, size)
+        if self.is_exact:
+            block = min(options.block_rows, size)
+            spans = share_of_blocks(size, block, own.index, own.count)
+        else:
+            spans = share_of_shards(size, own.index, own.count)
+        width = self._vectors(0, size).shape[1]
+        kind = "exact" if self.is_exact else "scann"
+        where = self.path.relative_to(self.shares.parent).as_posix() if self.shares else ""
+        return DividedIndex(
+            f"{kind} {where}", size, width, spans, self._made, options.query_rows, own, self.shares
+        )
+
+    def release(self) -> None:
+        """Lets go of the index, if there is one; it is opened again when it is asked for."""
+        index = self.__dict__.get("index")
+        if isinstance(index, DividedIndex):
+            index.release()  # The other processes still answer by it.
+        else:
+            self.__dict__.pop("index", None)
+
+    def _vectors(self, start: int, end: int) -> np.ndarray | StoredVectors:
+        if self.path is None:
+            return self.vectors[start:end]
+        return open_vectors(self.path, start, end)
+
+    def _made(self, start: int, end: int) -> Index:
+        """The index of some of the vectors."""
+        vectors = self._vectors(start, end)
+        if self.is_exact:
+            block = min(self.search.exact.block_rows, self.size)
+            return ExactIndex(vectors, self.search.exact, block_rows=block)
+        build = functools.partial(ScannIndex, vectors, self.search.scann)
+        if self.path is None:
+            return build()
+        key = hash_json([content_key(self.path), "scann", vars(self.search.scann)])[:16]
+        stem = (
+            f"{self.path.stem}.shard-{start // SHARD_ROWS}" if self.is_divided else self.path.stem
+        )
+        directory = self.path.with_name(f"{stem}.index-{key}")
+        return kept_index(directory, build, write=self.writes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +152,22 @@ class CorpusRetriever:
         with self.timed():
             with self.reporter.progress(task, len(self.texts)) as shown:
                 self._encode_corpus(shown)
-            corpus = Corpus(
-                list(self.texts), open_vectors(self.path) if main else None, self.search
-            )
-            if main:
-                _ = corpus.index
+            vectors = open_vectors(self.path) if main else None
+            corpus = Corpus(list(self.texts), vectors, self.search, self.path)
+            # They must agree on how they search; without the file process 0 searches alone.
+            able = [self.path.exists(), corpus.is_exact]
+            if self.processes.count > 1 and self.processes.gather(able) == (
+                [[True, corpus.is_exact]] * self.processes.count
+            ):
+                corpus = dataclasses.replace(corpus, processes=self.processes, shares=self.shares)
+                if corpus.is_divided:
+                    _ = corpus.index  # By which this process answers.
         return corpus
+
+    def release(self) -> None:
+        """Lets go of the index that searches made: another retriever's is next, or training."""
+        if "corpus" in self.__dict__:
+            self.corpus.release()
 
     def encode(
         self,
@@ -130,8 +208,24 @@ class CorpusRetriever:
         return getattr(self.encoder.retriever.tokenizer, "sep_token", None) or ""
 
     def find(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the corpus, [queries, k] each."""
-        return self.corpus.index.search(self.encode(queries, "query"), k)
+        """Scores and rows of the corpus, [queries, k] each, in each process."""
+        vectors, corpus = self.encode(queries, "query"), self.corpus
+        if self.processes.count == 1:
+            return corpus.index.search(vectors, k)
+        path = self.shares / "results.npz"
+
+        def search() -> None:
+            self.shares.mkdir(parents=True, exist_ok=True)
+            scores, rows = corpus.index.search(vectors, k)
+            np.savez(path, scores=scores, rows=rows)
+
+        self.processes.once(search)
+        with np.load(path, allow_pickle=False) as file:
+            found = file["scores"], file["rows"]
+        self.processes.barrier()  # Nobody writes the next ones before all have read these.
+        if self.processes.is_main:
+            path.unlink()
+        return found
 
     def _encode_corpus(self, progress: Progress) -> None:
         """Makes a file of vectors, where there are several processes of what each has encoded."""

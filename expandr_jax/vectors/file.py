@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.files.records import Journal, hash_json
+from expandr_jax.files.records import Journal, hash_json, read_jsonl
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 from expandr_jax.vectors.stored import (
     DTYPES,
@@ -97,6 +97,12 @@ def encode_to_file(
     if not journal.finished:
         journal.finish()
     return open_vectors(path)
+
+
+def content_key(path: str | os.PathLike) -> str:
+    """Tells a finished file of vectors from all others, without reading it."""
+    rows = read_jsonl(f"{path}.jsonl", {"sha256": str})
+    return hash_json([row["sha256"] for _, row in rows])
 
 
 def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:

@@ -79,6 +79,8 @@ def from_storage(rows: np.ndarray) -> np.ndarray | StoredVectors:
     return rows if rows.dtype.names is None else StoredVectors(rows)
 
 
-def open_vectors(path: str | os.PathLike) -> np.ndarray | StoredVectors:
-    """Opens a file of `file.encode_to_file`: [count, dim], memory-mapped."""
-    return from_storage(np.load(path, mmap_mode="r", allow_pickle=False))
+def open_vectors(
+    path: str | os.PathLike, start: int = 0, end: int | None = None
+) -> np.ndarray | StoredVectors:
+    """Opens a file of `file.encode_to_file`, or some of its rows: [count, dim], memory-mapped."""
+    return from_storage(np.load(path, mmap_mode="r", allow_pickle=False)[start:end])

@@ -1,0 +1,139 @@
+"""Search that processes divide: what one finds, to the bit, each in its part of the memory."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.search import ExactIndex, ExactOptions, ScannIndex, scann
+from expandr_jax.search import divided as divided_module
+from expandr_jax.search.divided import DividedIndex, share_of_blocks
+from expandr_jax.vectors import corpus as corpus_module
+from expandr_jax.vectors.corpus import Corpus
+from tests.corpus_test import section
+from tests.divided_search import measure
+from tests.kept_index_test import write
+from tests.processes_test import group, together  # noqa: F401 (the fixture)
+
+ROWS, WIDTH = 500, 16
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    found = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+    found[250:450] = found[50:250]  # Ties between parts.
+    return found
+
+
+def divided(member, vectors, options, shares, rows=None):
+    block = min(options.block_rows, len(vectors))
+    rows = rows or (lambda start, end: vectors[start:end])
+    return DividedIndex(
+        "v", *vectors.shape,
+        share_of_blocks(len(vectors), block, member.index, member.count),
+        lambda start, end: ExactIndex(rows(start, end), options, block_rows=block),
+        options.query_rows, member, shares,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block_rows", [7, 64, 200, 8192])
+@pytest.mark.parametrize("k", [1, 60, 10_000])
+def test_what_processes_find_is_what_one_finds(group, tmp_path, vectors, block_rows, k):  # noqa: F811
+    options = ExactOptions(block_rows, query_rows=4)
+    queries = np.random.default_rng(1).normal(size=(9, WIDTH)).astype(np.float32)
+    queries[:4] = vectors[100:104]
+    expected = ExactIndex(vectors, options).search(queries, k)
+
+    def function(member: Processes):
+        index = divided(member, vectors, options, tmp_path)
+        found = index.search(queries, k) if member.is_main else None
+        member.barrier()
+        return index.spans, found
+
+    answers = together(group, function)
+    for found, wanted in zip(answers[0][1], expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        assert found.dtype == wanted.dtype
+    spans = [span for spans, _ in answers for span in spans]
+    assert [start for start, _ in spans] == [0, *(end for _, end in spans[:-1])]
+    assert spans[-1][1] == ROWS
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_process_reads_its_part_alone_and_only_for_a_search(group, tmp_path, vectors):  # noqa: F811
+    read, lock = [], threading.Lock()
+
+    def function(member: Processes):
+        def rows(start, end):
+            with lock:
+                read.append((start, end))
+            return vectors[start:end]
+
+        index = divided(member, vectors, ExactOptions(50), tmp_path, rows)
+        member.barrier()
+        assert not read
+        member.barrier()
+        if member.is_main:
+            index.search(vectors[:2], 3)
+            index.search(vectors[:2], 3)
+        member.barrier()
+        index.release()
+
+    together(group, function)
+    assert sorted(read) == [(0, 150), (150, 300), (300, 500)]
+
+
+def test_the_last_of_many_queries_are_found_as_the_first(tmp_path, vectors, monkeypatch):
+    monkeypatch.setattr("expandr_jax.search.divided._QUERIES", 8)
+    options, alone = ExactOptions(64, query_rows=4), Processes()
+    queries = vectors[:17]
+    found = divided(alone, vectors, options, tmp_path).search(queries, 5)
+    for ours, theirs in zip(found, ExactIndex(vectors, options).search(queries, 5), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert divided(alone, vectors, options, tmp_path).search(queries[:0], 5)[0].shape == (0, 5)
+
+
+@pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
+@pytest.mark.parametrize("count", [1, 3])
+def test_shards_of_scann_are_made_once_by_any_number_of_processes(
+    group,  # noqa: F811
+    tmp_path,
+    vectors,
+    monkeypatch,
+    count,
+):
+    monkeypatch.setattr(divided_module, "SHARD_ROWS", 200)
+    monkeypatch.setattr(corpus_module, "SHARD_ROWS", 200)
+    path, queries = tmp_path / "work" / "a.npy", vectors[:9, :8]
+    path.parent.mkdir()
+    write(path, ROWS)
+    settings = section(**{"search.backend": "scann", "search.scann.method": "tree"})
+
+    def search(member: Processes):
+        corpus = Corpus([""] * ROWS, None, settings, path, processes=member,
+                        shares=tmp_path / "work" / "shares")  # fmt: skip
+        index = corpus.index
+        found = index.search(queries, 20) if member.is_main else None
+        member.barrier()
+        corpus.release()
+        return found
+
+    first = together(group, search)[0] if count == 3 else search(Processes())
+    made = sorted(path.parent.glob("a.shard-*.index-*"))
+    assert len(made) == 3
+
+    def refuse(*_):
+        raise AssertionError("an index is built")
+
+    monkeypatch.setattr(ScannIndex, "__init__", refuse)
+    for again in (together(group, search)[0], search(Processes())):
+        for ours, theirs in zip(again, first, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert sorted(path.parent.glob("a.shard-*.index-*")) == made
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_part_of_the_vectors():
+    shares = measure(200_000, 4)
+    assert all(share <= 1.3 for share in shares), shares
