@@ -11,10 +11,12 @@ from expandr_jax.search import divided as divided_module
 from expandr_jax.search.divided import DividedIndex, share_of_blocks
 from expandr_jax.vectors import corpus as corpus_module
 from expandr_jax.vectors.corpus import Corpus
+from tests.commands import ended, finish, start_processes, until
 from tests.corpus_test import section
 from tests.divided_search import measure
 from tests.kept_index_test import write
 from tests.processes_test import group, together  # noqa: F401 (the fixture)
+from tests.processes_trainers_test import same_results
 
 ROWS, WIDTH = 500, 16
 
@@ -137,3 +139,22 @@ def test_shards_of_scann_are_made_once_by_any_number_of_processes(
 def test_a_process_holds_its_part_of_the_vectors():
     shares = measure(200_000, 4)
     assert all(share <= 1.3 for share in shares), shares
+
+
+@pytest.mark.slow
+def test_two_processes_killed_while_they_search_go_on(smoke, tmp_path):
+    workdir = tmp_path / "run"
+    settings = ("--config.search.backend=exact", "--config.search.exact.block_rows=16")
+    processes = start_processes(workdir, 2, *settings)
+    shares = workdir / "work" / "shares"
+    until(processes, lambda: any(shares.glob("queries.npy")) or any(shares.glob("found.*")))
+    for process in processes:
+        process.kill()
+    ended(processes)
+    assert not (workdir / "round-0" / "preferences.jsonl").exists()
+    for process in start_processes(workdir, 2, *settings):
+        finish(process)
+    same_results(workdir, smoke[0])
+    for name in ("round-0/triples.jsonl", "round-0/expansions.jsonl"):
+        assert (workdir / name).read_bytes() == (smoke[0] / name).read_bytes(), name
+    assert not any(shares.iterdir())
