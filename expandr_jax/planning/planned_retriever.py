@@ -162,7 +162,7 @@ class RetrieverShapes:
             # A product in float32 is six in bfloat16 on a TPU.
             passes=6 if self._topology.chip.name in TPUS else 1,
             moved=4 * (rows * width + block * width + 2 * rows * block),
-            change="fewer rows in a block (search.exact.block_rows) or a smaller search.exact.resident_mib",
+            change="fewer rows in a block (search.exact.block_rows) or a smaller resident_mib",
             resident=self._config.search.exact.held_bytes(width, DEPTH),
         )
 
