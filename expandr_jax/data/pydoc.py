@@ -1,21 +1,24 @@
-"""The pydoc collection: find a docstring by its first line, in the source of installed packages.
+"""The pydoc collection: find a docstring by its first line, in the source of packages.
 
 A query is the first line of a docstring, its one relevant document is the rest. Titles stay
 empty: the name of the function would give the answer away. Source is parsed, never imported, so
-that nothing is executed and the collection depends on the packages' versions alone.
+that nothing is executed and the collection depends on the packages' versions alone. They lie in a
+directory of their own: what this environment runs with, another Python or jax, is not what is read.
 """
 
 import ast
+import base64
 import csv
 import gc
 import hashlib
 import importlib.metadata
 import re
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from expandr_jax.data.beir import Collection
@@ -25,6 +28,8 @@ from expandr_jax.errors import UserError
 from expandr_jax.runtime.progress import QUIET, Reporter
 from expandr_jax.settings import NotNegative
 
+# Where `make` installs requirements-pydoc.txt: pip install --target.
+WHEELS = Path(sys.prefix) / "pydoc"
 MIN_QUERY_WORDS = 3
 MIN_DOCUMENT_WORDS = 20
 MAX_DOCUMENT_CHARACTERS = 10_000
@@ -63,7 +68,7 @@ class _Package(NamedTuple):
     name: str
     version: str
     distribution: importlib.metadata.Distribution
-    files: list[str]
+    files: dict[str, str]  # Path -> hash, as the wheel has it.
 
 
 def harvest(
@@ -73,10 +78,11 @@ def harvest(
     shares: Shares = Shares(),
     reporter: Reporter = QUIET,
 ) -> TrainingData:
-    """Harvests query-document pairs from the docstrings of installed packages.
+    """Harvests query-document pairs from the docstrings of packages.
 
     Args:
-        packages: "name==version"; their order does not matter to the collection.
+        packages: "name==version"; their order does not matter to the collection. They are looked
+            for in `WHEELS`, then among this environment's own.
         min_pairs: how many pairs there must be.
         shares: of the four splits; they add up to 1.
         reporter: where progress is shown.
@@ -87,8 +93,8 @@ def harvest(
         splits, and the rule.
 
     Raises:
-        UserError: a package is missing or has another version, a file cannot be read, the shares
-            do not add up, or there are too few pairs.
+        UserError: a package is missing or has another version, a file cannot be read or is not as
+            the package's wheel has it, the shares do not add up, or there are too few pairs.
     """
     if min(asdict(shares).values()) < 0 or abs(sum(asdict(shares).values()) - 1) > 1e-9:
         raise UserError(f"pydoc: shares {asdict(shares)}; expected parts that add up to 1")
@@ -135,22 +141,26 @@ def _find(spec: str) -> _Package:
     name, separator, version = spec.partition("==")
     if not (name and separator and version):
         raise UserError(f'pydoc: package {spec!r}; expected "name==version"')
-    command = f"pip install --no-deps {spec}"
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"pydoc: package {name} is not installed; {command}") from None
-    if distribution.version != version:
+    # --upgrade, as pip leaves another version that is there.
+    command = f"pip install --no-deps --upgrade --target {WHEELS} {spec}"
+    found = [
+        *importlib.metadata.distributions(name=name, path=[str(WHEELS)]),
+        *importlib.metadata.distributions(name=name),
+    ]
+    if not found:
+        raise UserError(f"pydoc: package {name} is not installed; {command}")
+    right = [distribution for distribution in found if distribution.version == version]
+    if not right:
         raise UserError(
-            f"pydoc: package {name} is installed as {distribution.version}; expected {version}: "
+            f"pydoc: package {name} is installed as {found[0].version}; expected {version}: "
             + command
         )
     # Not distribution.files, which from Python 3.12 on hides files that are gone from the disk.
-    record = csv.reader((distribution.read_text("RECORD") or "").splitlines())
-    files = sorted({row[0] for row in record if row and _is_source(PurePosixPath(row[0]))})
+    record = csv.reader((right[0].read_text("RECORD") or "").splitlines())
+    files = {row[0]: row[1] for row in record if row and _is_source(PurePosixPath(row[0]))}
     if not files:
         raise UserError(f"pydoc: package {name} has no list of its source files; {command}")
-    return _Package(name, version, distribution, files)
+    return _Package(name, version, right[0], dict(sorted(files.items())))
 
 
 def _is_source(path: PurePosixPath) -> bool:
@@ -168,13 +178,22 @@ _SKIPPED = {"test", "tests", "conftest.py", "distutils", "__config__.py"}
 
 
 def _read(package: _Package, file: str) -> bytes:
+    trouble = ""
     try:
-        return package.distribution.locate_file(file).read_bytes()
+        content = package.distribution.locate_file(file).read_bytes()
     except OSError as error:
+        trouble = f"cannot read this file of package {package.name}: {error.strerror}"
+    else:
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        if package.files[file] not in ("", f"sha256={digest}"):
+            trouble = f"differs from this file of package {package.name}=={package.version}"
+    if trouble:
+        root = package.distribution.locate_file("")
         raise UserError(
-            f"{file}: cannot read this file of package {package.name}: {error.strerror}; "
-            f"pip install --force-reinstall --no-deps {package.name}=={package.version}"
-        ) from error
+            f"{file}: {trouble}; pip install --no-deps --upgrade --force-reinstall --target "
+            f"{root} {package.name}=={package.version}"
+        )
+    return content
 
 
 def _parse(content: bytes) -> ast.Module | None:
