@@ -24,8 +24,8 @@ from rich.console import Console
 from eval.set_ranker import LazyModels, SetRanker
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config, with_settings
-from expandr_jax.data.beir import check_relevant, read_beir, source_hashes
-from expandr_jax.data.benchmarks import Benchmark, find_benchmarks
+from expandr_jax.data.beir import read_beir, source_hashes
+from expandr_jax.data.benchmarks import Benchmark, check_relevant, find_benchmarks
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
@@ -59,7 +59,8 @@ def evaluate_set(
         rows = results.get("rows", [])
         if [row.get("system") for row in rows] == names and all([*r] == columns for r in rows):
             return results
-    collection = dataclasses.replace(read_beir(tested.files), name=name.rpartition("/")[2])
+    collection = read_beir(tested.files, store=run.path("work", "documents", name))
+    collection = dataclasses.replace(collection, name=name.rpartition("/")[2])
     check_relevant(collection, tested.split)
     made = SetRanker(run, models, collection, tested.split, directory, cache)
     qrels = collection.qrels[tested.split]
@@ -182,6 +183,7 @@ def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
     with run.phase("data"):
         data = prepare_data(
             run.config.data, run.path("data"), run.path("work", "prepared"),
+            run.path("work", "documents", "data"),
             processes=run.processes, reporter=run.reporter, checksums=run.checksums,
         )  # fmt: skip
     (harvested,) = find_benchmarks([str(run.path("data"))], split).values()

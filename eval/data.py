@@ -8,6 +8,7 @@ tokens where --retriever names a model, in words otherwise.
 """
 
 import collections
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from eval.description import (
 )
 from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir, read_texts
 from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, query_key
+from expandr_jax.data.documents import texts_of
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
@@ -43,7 +45,7 @@ def describe(collection: Collection, lengths: Lengths) -> list[Table]:
     """Tables of what a collection holds: its texts, and the judgements of each split."""
     texts, splits = [], []
     for part in PARTS:
-        values = list(getattr(collection, part).values())
+        values = texts_of(getattr(collection, part))
         cells = [f"{len(values):,}", f"{sum(not value for value in values):,}"]
         texts.append([part, *cells, *lengths.cells(lengths.count(values))])
     for split, qrels in collection.qrels.items():
@@ -95,13 +97,14 @@ def find_warnings(collection: Collection, files: Files, near: float) -> list[str
 
 def _repeated(texts: Mapping[str, str]) -> list[str]:
     """Ids of texts that another, earlier one has word for word."""
-    seen: set[str] = set()
+    seen: set[bytes] = set()  # Hashes: the texts may not fit.
     repeated = []
     for key, text in texts.items():
         plain = query_key(text)
-        if plain and plain in seen:
+        digest = hashlib.blake2b(plain.encode(), digest_size=16).digest()
+        if plain and digest in seen:
             repeated.append(key)
-        seen.add(plain)
+        seen.add(digest)
     return repeated
 
 

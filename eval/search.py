@@ -22,6 +22,7 @@ from rich.console import Console
 
 from expandr_jax.config import Config, read_run_config
 from expandr_jax.data.beir import read_beir
+from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, Sample, by_sample, make_expander
 from expandr_jax.expansion.prompts import strip_lead_in
@@ -72,9 +73,10 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
         retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
         sampler = trained_sampler(workdir, config, console)
     with step("load index"):
-        corpus = read_beir(workdir / "data").corpus
+        store = workdir / "work" / "documents" / "data"
+        corpus = read_beir(workdir / "data", store=store if store.exists() else None).corpus
         path = workdir / "work" / "vectors" / "expandr.npy"
-        index = Corpus(list(corpus), open_vectors(path), config.search, path, writes=False).index
+        index = Corpus(ids_of(corpus), open_vectors(path), config.search, path, writes=False).index
     with step("write passages"):
         encoder = TextEncoder(retriever, mesh, tokens_per_batch=config.retriever.tokens_per_batch)
 
@@ -105,12 +107,12 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
     for passage in passages:
         console.print("expansion: ", end="", style="bold")
         console.print(passage or "(empty)")
-    documents = list(corpus.items())
+    ids = ids_of(corpus)
     for title, (scores, found) in (("query alone", before), ("query + expansion", after)):
         rows = []
         for score, place in zip(scores[0], found[0], strict=True):
-            name, text = documents[place]
-            text = " ".join(text.split())
+            name = ids[int(place)]
+            text = " ".join(corpus[name].split())
             snippet = text if len(text) <= SNIPPET else text[: SNIPPET - 1] + "…"
             rows.append([f"{score:.3f}", Bold(name), snippet])
         console.print(render(title, ("score", "document", "text"), rows))

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from expandr_jax.data.beir import Collection
+from expandr_jax.data.documents import texts_of
 from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
@@ -123,11 +124,11 @@ class SetRanker:
         timed = self._run.phase(f"{self._collection.name}: texts of {name}")
         return kept_texts(self._cache, self._models.sampler, name, requests, timed)
 
-    def _expanded_documents(self, documents: str | None) -> list[str]:
+    def _expanded_documents(self, documents: str | None) -> Sequence[str]:
         """Each document followed by what is written for it; an empty text adds nothing."""
         corpus = self._collection.corpus
         if not documents:
-            return list(corpus.values())
+            return texts_of(corpus)
         most, fits = self._run.config.answer.max_characters, self._models.sampler.fits
         messages = {i: document_message(documents, t, most, fits) for i, t in corpus.items()}
         added = self._ask(documents, expansion_requests(self._run.config.expansion, messages, 1))
@@ -136,14 +137,16 @@ class SetRanker:
 
     def _search_by_vectors(self, _: str, documents: str | None) -> CorpusRetriever:
         """The config's retriever, the only one that there is."""
-        texts, name = self._document_texts(documents), "vectors"
+        texts, name = self._collection.corpus, "vectors"
         if documents:
-            name = f"vectors-{documents}-{hash_json(texts)[:16]}"
+            expanded = self._document_texts(documents)
+            name = f"vectors-{documents}-{hash_json(expanded)[:16]}"
+            texts = dict(zip(texts, expanded, strict=True))
         model, run = self._models.retriever, self._run
         found = CorpusRetriever(
             model.encoder,
             model.retriever_params,
-            dict(zip(self._collection.corpus, texts, strict=True)),
+            texts,
             self._directory / "work" / f"{name}.npy",
             dtype=run.config.retriever.vectors,
             search=run.config.search,

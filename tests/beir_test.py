@@ -9,7 +9,6 @@ import pytest
 
 from expandr_jax.data.beir import (
     Collection,
-    check_relevant,
     find_collections,
     judgements,
     read_beir,
@@ -17,6 +16,7 @@ from expandr_jax.data.beir import (
     source_hashes,
     write_beir,
 )
+from expandr_jax.data.benchmarks import check_relevant
 from expandr_jax.errors import UserError
 
 CORPUS = '{"_id": "d1", "title": "Pad", "text": "an array "}\n{"_id": "d2", "text": ""}\n'

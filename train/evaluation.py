@@ -9,8 +9,8 @@ from typing import Any
 
 from expandr_jax import metrics
 from expandr_jax.config import Config
-from expandr_jax.data.beir import check_relevant, read_beir
-from expandr_jax.data.benchmarks import find_benchmarks
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.benchmarks import check_relevant, find_benchmarks
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
@@ -231,7 +231,10 @@ def evaluate_benchmarks(
         if run.checksums.intact(*result_files(folder)):  # Its corpus may take minutes to read.
             results[name] = run.read_json(run.path(folder, "results.json"))
         else:
-            collection = read_beir(benchmark.files)
+            store = run.path("work", "documents", "tests", name)
+            collection = run.processes.main_first(
+                functools.partial(read_beir, benchmark.files, store=store)
+            )
             check_relevant(collection, benchmark.split)
             qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
             data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])

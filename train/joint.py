@@ -64,6 +64,7 @@ def train_joint(
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
+            run.path("work", "documents", "data"),
             processes=run.processes, reporter=run.reporter, checksums=run.checksums,
         )  # fmt: skip
     qrels = data.collection.qrels

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 
 from expandr_jax.config import Config
+from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl, write_jsonl
@@ -62,7 +63,7 @@ def _mine(run: Run, retriever: CorpusRetriever, data: TrainingData, path: pathli
         relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
         scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
         own = corpus.vectors[[documents[0] for documents in relevant]]
-        texts = [data.collection.corpus[document] for document in corpus.ids]
+        texts = texts_of(data.collection.corpus)
         mined = mine_negatives(
             scores,
             found,

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from expandr_jax.data.documents import Documents, open_documents, seal, write_documents
+from expandr_jax.data.parquet import on_disk, read_parquet
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files, list_files
@@ -22,6 +24,7 @@ from expandr_jax.files.records import (
     check_field,
     decode,
     hash_file,
+    hash_json,
     note,
     parse_row,
     write_jsonl,
@@ -33,10 +36,9 @@ Mistakes = list[UserError] | None
 
 FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _HEADER = ("query-id", "corpus-id", "score")
+_COLUMNS = ("_id", "id", "title", "text", *_HEADER)
 _CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
-_TABLE_TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
-_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Collection:
 
     Attributes:
         name: what results call it.
-        corpus: document id -> title + " " + text, stripped.
+        corpus: document id -> title + " " + text, stripped; on disk as `read_beir` gives it.
         queries: query id -> text.
         qrels: split -> query id -> document id -> grade. A judged document may be absent from
             the corpus, as in several public sets: it counts as a relevant document that no
@@ -53,7 +55,7 @@ class Collection:
     """
 
     name: str
-    corpus: dict[str, str]
+    corpus: Mapping[str, str]
     queries: dict[str, str]
     qrels: dict[str, Qrels]
 
@@ -67,8 +69,13 @@ class Judgement(NamedTuple):
     grade: int
 
 
-def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> Collection:
-    """Reads a collection, named after its directory or archive.
+def read_beir(
+    source: str | os.PathLike | Files,
+    mistakes: Mistakes = None,
+    *,
+    store: str | os.PathLike | None = None,
+) -> Collection:
+    """Reads a collection, named after its directory or archive; no text of its corpus is held.
 
     Documents may be empty and may lack a title; queries may lack judgements. The header of a
     qrels file is optional.
@@ -76,6 +83,8 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
     Args:
         source: a directory, a .zip, or one of the collections that `find_collections` finds.
         mistakes: gets each mistake in a line, which is then left out; None raises the first.
+        store: where the documents are kept, and found by whoever reads the same files again; None:
+            in a temporary directory.
 
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
@@ -83,7 +92,7 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
             contradicts another; a grade that is no integer); it names file and line.
     """
     files = source if isinstance(source, Files) else only_collection(source)
-    corpus = dict(read_texts(files, "corpus", mistakes))
+    corpus = _read_corpus(files, mistakes, store)
     queries = dict(read_texts(files, "queries", mistakes))
     qrels = {}
     for split, names in _splits(files).items():
@@ -95,16 +104,6 @@ def read_beir(source: str | os.PathLike | Files, mistakes: Mistakes = None) -> C
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
     return Collection(name, corpus, queries, qrels)
-
-
-def check_relevant(collection: Collection, split: str) -> None:
-    """Raises UserError where none of a split's relevant documents is there: all would score 0."""
-    grades = (item for judged in collection.qrels[split].values() for item in judged.items())
-    if not any(grade > 0 and document in collection.corpus for document, grade in grades):
-        raise UserError(
-            f"{collection.name}: no {split} query has a relevant document in the corpus; expected "
-            "grades above 0 of ids as they stand there"
-        )
 
 
 def find_collections(path: str | os.PathLike) -> dict[str, Files]:
@@ -156,15 +155,30 @@ def source_hashes(files: Files) -> dict[str, str]:
     return {name: hash_file(files.path(name)) for part in parts for name in part}
 
 
+def corpus_key(files: Files) -> str:
+    """What a store of a collection's documents is told apart by: a hash of their files."""
+    if not files.root.is_dir():
+        return hash_json([files.folder, hash_file(files.root)])
+    return hash_json({name: hash_file(files.path(name)) for name in _parts(files, "corpus")})
+
+
 def read_texts(
-    files: Files, kind: Literal["corpus", "queries"], mistakes: Mistakes = None
+    files: Files,
+    kind: Literal["corpus", "queries"],
+    mistakes: Mistakes = None,
+    watched: Container[str] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
+
+    Args:
+        files, kind, mistakes: what is read, and as `read_beir`.
+        watched: ids of which a second one is a mistake; None: all, which are then held.
 
     Raises:
         UserError: As `read_beir`.
     """
     names, seen, before = _parts(files, kind), set(), len(mistakes or ())
+    empty = True
     for name in names:
         for where, row in _rows(files, name, mistakes):
             try:
@@ -176,9 +190,11 @@ def read_texts(
             except UserError as error:
                 note(error, mistakes)
                 continue
-            seen.add(key)
+            if watched is None or key in watched:
+                seen.add(key)
+            empty = False
             yield key, text
-    if not seen:
+    if empty:
         nothing = f"{files.path(names[0])}: empty; expected one JSON object a line"
         raise _first(mistakes, before, nothing)
 
@@ -226,6 +242,21 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
         for query, judged in qrels.items():
             lines += [f"{query}\t{document}\t{grade}" for document, grade in judged.items()]
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
+
+
+def _read_corpus(files: Files, mistakes: Mistakes, store: str | os.PathLike | None) -> Documents:
+    key = corpus_key(files) if store else ""
+    if store and (found := open_documents(store, key)) is not None:
+        return found
+    before = len(mistakes or ())
+    corpus = write_documents(read_texts(files, "corpus", mistakes, watched=()), store)
+    if again := corpus.repeated():
+        if mistakes is not None:
+            del mistakes[before:]
+        corpus = write_documents(read_texts(files, "corpus", mistakes, watched=again), store)
+    if store:
+        seal(store, key)
+    return corpus
 
 
 def _first(mistakes: Mistakes, before: int, otherwise: str) -> UserError:
@@ -287,10 +318,10 @@ def _check_id(where: str, key: Any) -> None:
 def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The texts of one file: where each stands, and its fields."""
     if name.endswith(".parquet"):
-        for where, row in _parquet(files, name):
+        for where, row in read_parquet(files, name, _COLUMNS):
             yield where, {"_id": row.get("id"), **row} if "_id" not in row else row
     elif name.startswith("topics."):
-        for key, text in read_topics(_on_disk(files, name)).items():
+        for key, text in read_topics(on_disk(files, name)).items():
             yield f"{files.path(name)}: topic {key}", {"_id": key, "text": text}
     else:
         for number, line in files.lines(name):
@@ -306,7 +337,7 @@ def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Ma
 
 def _read_judgements(files: Files, name: str, mistakes: Mistakes) -> Iterator[Judgement]:
     parquet = name.endswith(".parquet")
-    rows = _parquet(files, name) if parquet else files.lines(name)
+    rows = read_parquet(files, name, _COLUMNS) if parquet else files.lines(name)
     separator = "\t" if re.search(r"\.tsv(\.gz)?$", name) else None
     for position, row in rows:
         where = position if parquet else f"{files.path(name)}:{position}"
@@ -361,32 +392,3 @@ def _collect(
             other = f"{where}: {query!r} and {document!r} were judged otherwise above"
             note(UserError(other), mistakes)
     return qrels
-
-
-def _on_disk(files: Files, name: str) -> Path:
-    if not files.root.is_dir():
-        raise UserError(f"{files.path(name)}: cannot be read inside a zip; unpack the archive")
-    return files.path(name)
-
-
-def _parquet(files: Files, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow  # Takes half a second, and most collections have no parquet.
-    import pyarrow.parquet
-
-    path = _on_disk(files, name)
-    wanted = ("_id", "id", "title", "text", *_HEADER)
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [column for column in wanted if column in table.schema_arrow.names]
-            for column in columns:
-                kind = table.schema_arrow.field(column).type
-                if not _TABLE_TYPES.fullmatch(str(kind)):
-                    raise UserError(f"{path}: column {column!r} is {kind}; expected text or number")
-            number = 0
-            for batch in table.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot read it: {reason}") from None

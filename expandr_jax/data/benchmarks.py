@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from expandr_jax.data.beir import find_collections, judgements, read_texts
+from expandr_jax.data.beir import Collection, find_collections, judgements, read_texts
 from expandr_jax.data.duplicates import words
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
@@ -53,6 +53,16 @@ def _check_judged(benchmark: Benchmark) -> None:
     if not any(grade > 0 for grade in grades) and not bad:
         where = benchmark.files.path("qrels")
         raise UserError(f"{where}: no grade above 0 in split {benchmark.split!r}; expected some")
+
+
+def check_relevant(collection: Collection, split: str) -> None:
+    """Raises UserError where none of a split's relevant documents is there: all would score 0."""
+    grades = (item for judged in collection.qrels[split].values() for item in judged.items())
+    if not any(grade > 0 and document in collection.corpus for document, grade in grades):
+        raise UserError(
+            f"{collection.name}: no {split} query has a relevant document in the corpus; expected "
+            "grades above 0 of ids as they stand there"
+        )
 
 
 def benchmark_queries(paths: Sequence[str]) -> set[str]:

@@ -7,12 +7,14 @@ import pathlib
 
 from expandr_jax.data.beir import (
     Collection,
+    corpus_key,
     only_collection,
     read_beir,
     source_hashes,
     write_beir,
 )
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
+from expandr_jax.data.documents import Documents, seal, write_documents
 from expandr_jax.data.download import data_path
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.settings import DataSettings
@@ -28,6 +30,7 @@ def prepare_data(
     config: DataSettings,
     directory: pathlib.Path,
     prepared_in: pathlib.Path,
+    store: pathlib.Path,
     *,
     processes: Processes,
     reporter: Reporter,
@@ -35,10 +38,13 @@ def prepare_data(
 ) -> TrainingData:
     """Reads data/ of a workdir, or makes it where it is not whole, as `checksums` say.
 
+    Its documents are read from a file of their own, made once, and no text of them is held.
+
     Args:
         config: The config's section `data`.
         directory: The workdir's data/.
         prepared_in: Where triples are prepared, unless the config says where.
+        store: Where documents are kept.
         processes: All that share the workdir; the first one writes.
 
     Raises:
@@ -47,27 +53,33 @@ def prepare_data(
 
     def make() -> None:
         if not checksums.intact("data"):
-            data = collect_data(config, prepared_in, reporter)
+            data = collect_data(config, prepared_in, store, reporter)
             write_beir(directory, data.collection)
             trained = {"retriever_train": data.retriever_train,
                        "generator_train": data.generator_train}  # fmt: skip
             write_json(directory / "SOURCE.json", data.source | trained)
             checksums.record("data")
+            corpus = data.collection.corpus
+            if not (isinstance(corpus, Documents) and corpus.directory == store):
+                write_documents(corpus.items(), store)
+            seal(store, corpus_key(only_collection(directory)))
 
     processes.once(make)
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
     if left_out := source["left_out_for_tests"]:
         reporter.say(f"{left_out} training queries are left out: they are dev or test queries, too")
-    collection = dataclasses.replace(read_beir(directory), name=source["name"])
+    collection = processes.main_first(lambda: read_beir(directory, store=store))
+    collection = dataclasses.replace(collection, name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])
 
 
 def collect_data(
-    config: DataSettings, prepared_in: pathlib.Path, reporter: Reporter
+    config: DataSettings, prepared_in: pathlib.Path, store: pathlib.Path, reporter: Reporter
 ) -> TrainingData:
     """Reads what `data.kind` names, and divides its queries.
 
-    Training queries that a further collection tests on are left out.
+    Training queries that a further collection tests on are left out. The directories are those of
+    `prepare_data`.
 
     Raises:
         UserError: The source is missing, empty or malformed.
@@ -77,7 +89,7 @@ def collect_data(
         limits = {"min_pairs": config.min_pairs, "shares": config.shares}
         data = harvest(config.packages, **limits, reporter=reporter)
     elif config.kind == "beir":
-        data = _read_collection(config, reporter)
+        data = _read_collection(config, store, reporter)
     elif config.kind == "triples":
         # Imported where it is used: tensorflow-datasets takes a quarter of a second.
         from expandr_jax.data.echo import read_echo
@@ -139,10 +151,10 @@ def _check_parts(kind: str, data: TrainingData) -> None:
             )
 
 
-def _read_collection(config: DataSettings, reporter: Reporter) -> TrainingData:
+def _read_collection(config: DataSettings, store: pathlib.Path, reporter: Reporter) -> TrainingData:
     path = data_path(config, reporter)
     files = only_collection(path)
-    collection = read_beir(files)
+    collection = read_beir(files, store=store)
     for split in ("train", "test"):
         if split not in collection.qrels:
             raise UserError(f"{path}/qrels/{split}.tsv: missing; training needs judgements")

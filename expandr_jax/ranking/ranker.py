@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from expandr_jax import metrics
+from expandr_jax.data.documents import ids_of
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
@@ -144,7 +145,7 @@ class Ranker:
             index, documents, above = dense.corpus.index, dense.corpus.ids, -np.inf
         else:
             index, documents, above = (
-                self._searches.bm25(system.documents), list(self._searches.corpus), 0.0
+                self._searches.bm25(system.documents), ids_of(self._searches.corpus), 0.0
             )  # fmt: skip
         return search_named(
             index.search,

@@ -5,6 +5,7 @@ Each query is searched for alone, then with each of its candidates.
 
 import numpy as np
 
+from expandr_jax.data.documents import texts_of
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
@@ -34,7 +35,7 @@ def dense_search(evidence: Evidence) -> Search:
 def bm25_search(evidence: Evidence) -> Search:
     """Searches for words, those of expanded queries as the strategy writes them for BM25."""
     documents, config = evidence.data.collection.corpus, evidence.config
-    index = build_index([documents[document] for document in evidence.corpus.ids], "bm25")
+    index = build_index(texts_of(documents), "bm25")
     sparse = STRATEGIES[config.expansion.strategy].sparse
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:

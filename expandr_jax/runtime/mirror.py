@@ -33,7 +33,8 @@ from expandr_jax.runtime.stopping import held
 SCRATCH = "EXPANDR_SCRATCH"  # Names the directory for those of all runs.
 DEFAULT_SCRATCH = "~/.cache/expandr-jax/workdirs"
 MARKERS = "work/markers"
-ELSEWHERE = ("work/compiled", "wandb")  # This machine's alone; a service of its own has it.
+# Made anew on each machine, or a service of its own has it.
+ELSEWHERE = ("work/compiled", "work/documents", "wandb")
 # What other processes do not read of process 0's; it may be large.
 OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",

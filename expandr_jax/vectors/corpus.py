@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.files.records import hash_json
 from expandr_jax.runtime.processes import Processes
@@ -41,7 +42,7 @@ class Corpus:
         shares: Where they hand each other what they find.
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     vectors: np.ndarray | StoredVectors | None
     search: SearchSettings
     path: pathlib.Path | None = None
@@ -153,7 +154,7 @@ class CorpusRetriever:
             with self.reporter.progress(task, len(self.texts)) as shown:
                 self._encode_corpus(shown)
             vectors = open_vectors(self.path) if main else None
-            corpus = Corpus(list(self.texts), vectors, self.search, self.path)
+            corpus = Corpus(ids_of(self.texts), vectors, self.search, self.path)
             # They must agree on how they search; without the file process 0 searches alone.
             able = [self.path.exists(), corpus.is_exact]
             if self.processes.count > 1 and self.processes.gather(able) == (
@@ -230,7 +231,7 @@ class CorpusRetriever:
     def _encode_corpus(self, progress: Progress) -> None:
         """Makes a file of vectors, where there are several processes of what each has encoded."""
         processes, path = self.processes, self.path
-        ids, values = list(self.texts), list(self.texts.values())
+        ids, values = ids_of(self.texts), texts_of(self.texts)
 
         def advance(count: int) -> None:
             progress(count)

@@ -1,0 +1,48 @@
+"""Tables of text in parquet files, read row by row."""
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files
+
+TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
+ROWS_AT_ONCE = 4096
+
+
+def on_disk(files: Files, name: str) -> Path:
+    """Where a file is; UserError: it is inside an archive."""
+    if not files.root.is_dir():
+        raise UserError(f"{files.path(name)}: cannot be read inside a zip; unpack the archive")
+    return files.path(name)
+
+
+def read_parquet(
+    files: Files, name: str, wanted: Collection[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields rows of a parquet file: where each stands, and its fields that are `wanted`.
+
+    Raises:
+        UserError: the file cannot be read, or one of these columns is no text and no number.
+    """
+    import pyarrow  # Takes half a second, and most collections have no parquet.
+    import pyarrow.parquet
+
+    path = on_disk(files, name)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = [column for column in wanted if column in table.schema_arrow.names]
+            for column in columns:
+                kind = table.schema_arrow.field(column).type
+                if not TYPES.fullmatch(str(kind)):
+                    raise UserError(f"{path}: column {column!r} is {kind}; expected text or number")
+            number = 0
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot read it: {reason}") from None
