@@ -22,7 +22,7 @@ from rich.console import Console
 
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.files.records import differences, hash_json, write_json
-from expandr_jax.runtime import processes
+from expandr_jax.runtime import measures, processes
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.formats import FORMAT, translated
@@ -293,6 +293,11 @@ class Run:
 
         The time of a phase within another counts for the inner one alone.
         """
+        with measures.stage(name, self.workdir), self._timed(name):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         self.console.print(name, style="bold")
         outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()

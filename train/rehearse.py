@@ -1,0 +1,437 @@
+"""Says whether a run will fit its hosts at its full size, from a few runs that are much smaller.
+
+    python -m train.rehearse --config=configs/llama3_8b_anchordr.py --processes=4 --out=FILE
+
+Each run is `train.joint` as it is, by several processes on this machine's processor, with a
+synthetic collection and random models of few, narrow layers; the vocabulary, the width of vectors,
+the types and the limits of texts are the config's, the counts a share of its own. Of each stage it
+measures the peak memory of each process, the largest buffer on a device, disk, programs compiled
+and the seconds outside them, fits how each grows, and says what it comes to at the full counts.
+Exit status 1 where a stage will not fit or grows worse than linearly, 2 for a mistake in what was
+asked.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from rich.console import Console
+
+from expandr_jax.config import Config, read_config, with_settings
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
+from expandr_jax.pair import OF_ONE_PROCESS
+from expandr_jax.planning.growth import FEWEST, fit_growth
+from expandr_jax.planning.narrow import words_of, write_generator, write_retriever
+from expandr_jax.planning.synthetic import Counts, write_collection
+from expandr_jax.report.tables import Bold, render, wide_console
+from expandr_jax.runtime.chips import GIB
+from expandr_jax.runtime.progress import plain_console
+from train.launch import define_config, launch
+
+EXIT_DOES_NOT_FIT = 1
+# The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
+PAPER = Counts(
+    documents=8_841_823, retriever_train=637_866, generator_train=100_000, dev=1000, test=1000
+)
+PROGRAM = "train.rehearsed"
+SECONDS_BETWEEN_LOOKS = 0.5
+LINES_SHOWN = 15  # Of what a process printed that failed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What is measured of a stage.
+
+    Attributes:
+        name: In the table.
+        unit: What a figure is divided by there, and what that is called.
+        by_chance: By how much a figure differs when the same is done again.
+        share: The same as a share of the figure.
+    """
+
+    name: str
+    unit: tuple[float, str]
+    by_chance: float
+    share: float = 0.02
+
+
+MEASURES = {
+    "memory_bytes": Measure("memory of a process", (GIB, "GiB"), 64 * 2**20),
+    "device_bytes": Measure("largest buffer on a device", (GIB, "GiB"), 2**20),
+    "disk_bytes": Measure("disk", (GIB, "GiB"), 2**20),
+    # A length or a size more or less of the few that there may be.
+    "programs": Measure("programs compiled", (1, ""), 8),
+    "seconds": Measure("seconds outside them", (1, "s"), 3, 0.25),
+}
+
+
+def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
+    """What a run of the config has: what is given, else its own limits, else the paper's."""
+    data = config.data
+    counts = dataclasses.asdict(PAPER)
+    for name in counts:
+        limit = getattr(data, f"max_{name}", 0)
+        counts[name] = given.get(name) or limit or counts[name]
+    return Counts(**counts)
+
+
+def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> None:
+    """Refuses scales that no fit can be made of, or at which a stage has next to nothing to do."""
+    if len(scales) < FEWEST or any(a >= b for a, b in itertools.pairwise(scales)):
+        raise UserError(
+            f"--scale={','.join(f'{s:g}' for s in scales)}: expected {FEWEST} or more, rising"
+        )
+    least = {
+        "documents": 64,
+        "retriever_train": config.contrastive.batch_size,
+        "generator_train": max(8, config.dpo.batch_size),
+        "dev": 2,
+        "test": 2,
+    }
+    if scales[0] <= 0:
+        raise UserError(f"--scale={scales[0]:g}: expected a share above 0")
+    small = dataclasses.asdict(counts.at(scales[0]))
+    for name, number in small.items():
+        if number < least[name]:
+            needed = least[name] / getattr(counts, name)
+            raise UserError(
+                f"--scale={scales[0]:g}: that is {number} of {getattr(counts, name)} {name}, and a "
+                f"stage needs {least[name]}; expected {needed:.2g} or more, or a larger --{name}"
+            )
+
+
+def rehearse(
+    config: Mapping[str, Any] | Config,
+    counts: Counts,
+    scales: Sequence[float],
+    count: int,
+    limits: Mapping[str, float | None],
+    console: Console,
+    *,
+    directory: pathlib.Path,
+    program: str = PROGRAM,
+) -> list[dict[str, Any]]:
+    """Runs a config's run at several scales.
+
+    Args:
+        config: The whole config.
+        counts: What its run has at scale 1.
+        scales: Shares of that, rising.
+        count: Processes.
+        limits: Measure -> the most that a process, or the workdir, may have; None: any.
+        console: Where progress is shown.
+        directory: An empty one, for models, collections and workdirs.
+        program: The module that is run, by its name.
+
+    Returns:
+        The rows of --out.
+
+    Raises:
+        UserError: A run ended before its end; it says how.
+    """
+    config = read_config(config)
+    check_counts(config, counts, scales)
+    console.print("models: one narrow layer each, and random")
+    write_retriever(directory / "retriever", config)
+    write_generator(directory / "generator", config)
+    # Programs are compiled once, by a run that is not measured: else the first one alone would hold
+    # what compiling takes.
+    figures = []
+    for number, scale in enumerate((scales[0], *scales)):
+        what = f"scale {scale:g}" if number else f"scale {scale:g}, to compile"
+        found = _run(config, counts.at(scale), count, console, directory, program, what)
+        if number:
+            figures.append(found)
+    return _rows(scales, figures, limits)
+
+
+def _run(
+    config: Config,
+    counts: Counts,
+    count: int,
+    console: Console,
+    directory: pathlib.Path,
+    program: str,
+    what: str,
+) -> list[dict[str, dict[str, float]]]:
+    """Runs the config once; returns what each process measured, by stage."""
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        place = pathlib.Path(name)
+        query = max(4, min(config.dpo.prompt_length, *config.generator.prompt_buckets) // 2)
+        write_collection(
+            place / "collection",
+            counts,
+            words=words_of(config),
+            document=config.retriever.max_length - 2,
+            query=query,
+        )
+        settings = with_settings(config, _changes(config, counts, directory, place))
+        write_json(place / "config.json", dataclasses.asdict(settings))
+        paths = [place / f"figures-{i}.json" for i in range(count)]
+        with contextlib.ExitStack() as stack:
+            running = [
+                stack.enter_context(_process(config, directory, place, program, paths, i))
+                for i in range(count)
+            ]
+            _watch(running, paths[0], place, console, what)
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def _changes(
+    config: Config, counts: Counts, models: pathlib.Path, place: pathlib.Path
+) -> dict[str, Any]:
+    """The settings that a rehearsal has otherwise than its config."""
+    trained = counts.retriever_train + counts.generator_train
+    return {
+        "data.kind": "beir",
+        "data.path": str(place / "collection"),
+        "data.url": "",
+        "data.sha256": "",
+        "data.tests": (),  # The run's own collection is as large as the largest.
+        "data.shares.retriever_train": counts.retriever_train / trained,
+        "data.shares.generator_train": counts.generator_train / trained,
+        **{
+            f"data.max_{name}": getattr(counts, name)
+            for name in ("retriever_train", "generator_train", "dev", "test")
+        },
+        "retriever.source": str(models / "retriever"),
+        "retriever.sha256": None,
+        "retriever.pooling": "",
+        "generator.source": str(models / "generator"),
+        "generator.sha256": None,
+        "generator.server.url": "",
+        "log.wandb": "",
+        "log.profile_steps": 0,
+    }
+
+
+@contextlib.contextmanager
+def _process(
+    config: Config,
+    directory: pathlib.Path,
+    place: pathlib.Path,
+    program: str,
+    paths: Sequence[pathlib.Path],
+    index: int,
+) -> Iterator[subprocess.Popen]:
+    """One process of a run, which is ended at the latest when this is left."""
+    command = [
+        *(sys.executable, "-m", program, f"--workdir={place / 'run'}"),
+        f"--settings={place / 'config.json'}",
+        f"--figures={paths[index]}",
+    ]
+    if len(paths) > 1:
+        port = place / "port"
+        if not port.exists():
+            port.write_text(str(_free_port()), encoding="utf-8")
+        command += [
+            f"--coordinator=127.0.0.1:{port.read_text(encoding='utf-8')}",
+            f"--processes={len(paths)}",
+            f"--process={index}",
+        ]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_of_a_process(config)}",
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with open(place / f"printed-{index}.txt", "w", encoding="utf-8") as printed:
+        process = subprocess.Popen(
+            command, env=environment, stdout=printed, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def devices_of_a_process(config: Config) -> int:
+    """As few as the meshes that lie within one process want."""
+    fixed = []
+    for phase in OF_ONE_PROCESS:
+        mesh = config.mesh
+        sizes = getattr(mesh, phase) or (mesh.data, mesh.fsdp, mesh.tensor)
+        fixed.append(math.prod(size for size in sizes if size > 0))
+    return math.lcm(*fixed)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _watch(
+    running: Sequence[subprocess.Popen],
+    figures: pathlib.Path,
+    place: pathlib.Path,
+    console: Console,
+    what: str,
+) -> None:
+    """Shows which stages are over until all processes have ended.
+
+    Raises:
+        UserError: One of them failed.
+    """
+    shown: set[str] = set()
+    start = time.monotonic()
+    while any(process.poll() is None for process in running):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        for stage in json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else ():
+            if stage not in shown:
+                shown.add(stage)
+                console.print(f"{what}: {stage}, {time.monotonic() - start:.0f} s", soft_wrap=True)
+        if any(process.poll() for process in running):
+            break
+    for index, process in enumerate(running):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        if process.returncode:
+            lines = (place / f"printed-{index}.txt").read_text(errors="replace").splitlines()
+            console.print("\n".join(lines[-LINES_SHOWN:]), soft_wrap=True)
+            raise UserError(f"{what}: process {index} ended with {process.returncode}; see above")
+
+
+def _rows(
+    scales: Sequence[float],
+    figures: Sequence[Sequence[Mapping[str, Mapping[str, float]]]],
+    limits: Mapping[str, float | None],
+) -> list[dict[str, Any]]:
+    """A row for each stage and measure, by figures [scales][processes][stage][measure]."""
+    stages = dict.fromkeys(stage for run in figures for one in run for stage in one)
+    rows = []
+    for stage in stages:
+        for name, measure in MEASURES.items():
+            values = [max(one.get(stage, {}).get(name, 0) for one in run) for run in figures]
+            growth = fit_growth(scales, values, measure.by_chance, measure.share)
+            limit = limits.get(name)
+            rows.append(
+                {
+                    "stage": stage,
+                    "measure": name,
+                    "values": values,
+                    "growth": growth.kind,
+                    "at_full_scale": growth.at_full_scale,
+                    "error": growth.error,
+                    "limit": limit,
+                    "fits": growth.kind != "worse"
+                    and (limit is None or growth.at_full_scale <= limit),
+                }
+            )
+    return rows
+
+
+def show(scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints a table of each measure."""
+    for name, measure in MEASURES.items():
+        divisor, unit = measure.unit
+        header = ["stage", *(f"{s:g}" for s in scales), "grows", "at 1", "error of it", "fits"]
+
+        def cell(value: float, divisor: float = divisor) -> str:
+            return f"{value / divisor:.2f}" if divisor > 1 else f"{value:.0f}"
+
+        cells = [
+            [
+                row["stage"],
+                *map(cell, row["values"]),
+                row["growth"],
+                cell(row["at_full_scale"]),
+                cell(row["error"]),
+                "yes" if row["fits"] else Bold("NO"),
+            ]
+            for row in rows
+            if row["measure"] == name
+        ]
+        limit = next((row["limit"] for row in rows if row["measure"] == name), None)
+        of = "" if limit is None else f" of {cell(limit)}"
+        title = f"{measure.name}{f', {unit}' if unit else ''}{of}"
+        console.print(render(title, header, cells))
+
+
+def misfits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What does not fit, a line for each stage and measure."""
+    lines = []
+    for row in rows:
+        if row["fits"]:
+            continue
+        measure = MEASURES[row["measure"]]
+        divisor, unit = measure.unit
+        figure = f"{row['at_full_scale'] / divisor:.3g} {unit}".strip()
+        why = f"{figure} at the full counts"
+        if row["growth"] == "worse":
+            why = f"grows worse than linearly, to {figure}"
+        if row["limit"] is not None:
+            why += f", of {row['limit'] / divisor:.3g}"
+        lines.append(f"{row['stage']}: {measure.name}: {why}")
+    return lines
+
+
+def main(_: Any) -> None:
+    console, values = wide_console(), flags.FLAGS
+    config = read_config(values.config)
+    jax.config.update("jax_platforms", "cpu")  # Chips are for others.
+    out = pathlib.Path(values.out) if values.out else None
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.parent}")
+    try:
+        scales = [float(text) for text in values.scale]
+    except ValueError:
+        raise UserError(f"--scale={','.join(values.scale)}: expected numbers") from None
+    given = {name: getattr(values, name) for name in dataclasses.asdict(PAPER)}
+    counts = full_counts(config, given)
+    limits = {
+        "memory_bytes": values.host_memory * GIB,
+        "device_bytes": values.device_memory * GIB,
+    }
+    log = plain_console(stderr=True)
+    with tempfile.TemporaryDirectory(dir=values.scratch or None) as directory:
+        rows = rehearse(
+            config, counts, scales, values.processes, limits, log,
+            directory=pathlib.Path(directory),
+        )  # fmt: skip
+    if out is not None:
+        write_json(out, {"config": values["config"].config_filename, "scales": scales,
+                         "counts": dataclasses.asdict(counts), "rows": rows})  # fmt: skip
+    show(scales, rows, console)
+    problems = misfits(rows)
+    for problem in problems:
+        console.print(f"does not fit: {problem}", soft_wrap=True)
+    if problems:
+        sys.exit(EXIT_DOES_NOT_FIT)
+
+
+def define_flags() -> None:
+    define_config()
+    flags.DEFINE_list("scale", ["0.003", "0.01", "0.03"], "Shares of the full counts, rising.")
+    flags.DEFINE_integer("processes", 4, "Processes on this machine, a host's each.", lower_bound=1)
+    flags.DEFINE_float("host_memory", 192.0, "GiB of a host; 192 has one of 4 v5e chips.")
+    flags.DEFINE_float("device_memory", 15.75, "GiB of a device, for one buffer of it; v5e's.")
+    for name, number in dataclasses.asdict(PAPER).items():
+        what = "Documents" if name == "documents" else f"Queries, {name.replace('_', ' ')}"
+        limit = "" if name == "documents" else f"the config's data.max_{name}, or "
+        flags.DEFINE_integer(
+            name, None, f"{what}, at scale 1; if not given: {limit}{number}.", lower_bound=1
+        )
+    flags.DEFINE_string("scratch", None, "Where the runs are made; the system's, if not given.")
+    flags.DEFINE_string("out", None, "Where to write what was found, as JSON.")
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)

@@ -1,0 +1,35 @@
+"""One process of a rehearsal: `train.joint`, measured. `train.rehearse` starts it; people need not.
+
+python -m train.rehearsed --settings=CONFIG.json --figures=OUT.json --workdir=DIR
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from expandr_jax.runtime import measures, processes
+from expandr_jax.runtime.progress import plain_console
+from train.launch import define_processes, define_workdir, launch
+
+
+def define_flags() -> None:
+    """Defines what `train.rehearse` says."""
+    define_workdir()
+    define_processes()
+    flags.DEFINE_string("settings", None, "The config, as JSON.", required=True)
+    flags.DEFINE_string("figures", None, "Where what was measured goes, as JSON.", required=True)
+
+
+def main(_: Any) -> None:
+    values = flags.FLAGS
+    measures.start(pathlib.Path(values.figures))
+    from train.joint import train_joint  # What makes programs is imported when they are timed.
+
+    settings = json.loads(pathlib.Path(values.settings).read_text(encoding="utf-8"))
+    train_joint(settings, values.workdir, plain_console(quiet=not processes.current().is_main))
+
+
+if __name__ == "__main__":
+    launch(main, define_flags)
