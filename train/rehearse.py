@@ -121,9 +121,7 @@ def rehearse(
     count: int,
     limits: Mapping[str, float | None],
     console: Console,
-    *,
     directory: pathlib.Path,
-    program: str = PROGRAM,
 ) -> list[dict[str, Any]]:
     """Runs a config's run at several scales.
 
@@ -135,7 +133,6 @@ def rehearse(
         limits: Measure -> the most that a process, or the workdir, may have; None: any.
         console: Where progress is shown.
         directory: An empty one, for models, collections and workdirs.
-        program: The module that is run, by its name.
 
     Returns:
         The rows of --out.
@@ -148,14 +145,11 @@ def rehearse(
     console.print("models: one narrow layer each, and random")
     write_retriever(directory / "retriever", config)
     write_generator(directory / "generator", config)
-    # Programs are compiled once, by a run that is not measured: else the first one alone would hold
-    # what compiling takes.
-    figures = []
-    for number, scale in enumerate((scales[0], *scales)):
-        what = f"scale {scale:g}" if number else f"scale {scale:g}, to compile"
-        found = _run(config, counts.at(scale), count, console, directory, program, what)
-        if number:
-            figures.append(found)
+    # Each compiles its own programs, which takes memory: else the first alone would hold that.
+    figures = [
+        _run(config, counts.at(scale), count, console, directory, f"scale {scale:g}")
+        for scale in scales
+    ]
     return _rows(scales, figures, limits)
 
 
@@ -165,7 +159,6 @@ def _run(
     count: int,
     console: Console,
     directory: pathlib.Path,
-    program: str,
     what: str,
 ) -> list[dict[str, dict[str, float]]]:
     """Runs the config once; returns what each process measured, by stage."""
@@ -183,10 +176,7 @@ def _run(
         write_json(place / "config.json", dataclasses.asdict(settings))
         paths = [place / f"figures-{i}.json" for i in range(count)]
         with contextlib.ExitStack() as stack:
-            running = [
-                stack.enter_context(_process(config, directory, place, program, paths, i))
-                for i in range(count)
-            ]
+            running = [stack.enter_context(_process(config, place, paths, i)) for i in range(count)]
             _watch(running, paths[0], place, console, what)
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -222,15 +212,13 @@ def _changes(
 @contextlib.contextmanager
 def _process(
     config: Config,
-    directory: pathlib.Path,
     place: pathlib.Path,
-    program: str,
     paths: Sequence[pathlib.Path],
     index: int,
 ) -> Iterator[subprocess.Popen]:
     """One process of a run, which is ended at the latest when this is left."""
     command = [
-        *(sys.executable, "-m", program, f"--workdir={place / 'run'}"),
+        *(sys.executable, "-m", PROGRAM, f"--workdir={place / 'run'}"),
         f"--settings={place / 'config.json'}",
         f"--figures={paths[index]}",
     ]
@@ -247,9 +235,6 @@ def _process(
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_of_a_process(config)}",
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     with open(place / f"printed-{index}.txt", "w", encoding="utf-8") as printed:
         process = subprocess.Popen(
@@ -345,7 +330,7 @@ def show(scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Co
         header = ["stage", *(f"{s:g}" for s in scales), "grows", "at 1", "error of it", "fits"]
 
         def cell(value: float, divisor: float = divisor) -> str:
-            return f"{value / divisor:.2f}" if divisor > 1 else f"{value:.0f}"
+            return f"{value / divisor:.3g}"
 
         cells = [
             [
@@ -357,7 +342,7 @@ def show(scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Co
                 "yes" if row["fits"] else Bold("NO"),
             ]
             for row in rows
-            if row["measure"] == name
+            if row["measure"] == name and any(row["values"])
         ]
         limit = next((row["limit"] for row in rows if row["measure"] == name), None)
         of = "" if limit is None else f" of {cell(limit)}"
@@ -403,8 +388,7 @@ def main(_: Any) -> None:
     log = plain_console(stderr=True)
     with tempfile.TemporaryDirectory(dir=values.scratch or None) as directory:
         rows = rehearse(
-            config, counts, scales, values.processes, limits, log,
-            directory=pathlib.Path(directory),
+            config, counts, scales, values.processes, limits, log, pathlib.Path(directory)
         )  # fmt: skip
     if out is not None:
         write_json(out, {"config": values["config"].config_filename, "scales": scales,

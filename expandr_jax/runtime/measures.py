@@ -3,6 +3,7 @@
 A stage is a phase of a run, without those within it; what lies between phases counts as `BETWEEN`.
 """
 
+import atexit
 import contextlib
 import functools
 import math
@@ -43,7 +44,11 @@ class Meter:
         self._lock, self._peak, self._array = threading.Lock(), 0, 0
         self._programs, self._inside, self._since = 0, 0.0, time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._over = threading.Event()
+        watching = threading.Thread(target=self._watch, daemon=True)
+        watching.start()
+        # JAX may be gone before a thread that asks it for arrays.
+        atexit.register(lambda: (self._over.set(), watching.join()))
 
     @contextlib.contextmanager
     def stage(self, name: str, workdir: pathlib.Path) -> Iterator[None]:
@@ -105,14 +110,13 @@ class Meter:
 
     def _watch(self) -> None:
         looks = 0
-        while True:
+        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
             self._look()
             looks += 1
             if looks % LOOKS_BETWEEN_ARRAYS == 0 and self._stages != [START]:
                 largest = max(map(_shard_bytes, jax.live_arrays()), default=0)
                 with self._lock:
                     self._array = max(self._array, largest)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _look(self) -> None:
         held = self._process.memory_info()
