@@ -1,0 +1,232 @@
+"""train.rehearse: its collection and models, what it measures, its verdicts and exit codes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from configs import llama3_8b_anchordr, smoke
+from expandr_jax.config import read_config, with_settings
+from expandr_jax.data.beir import read_beir
+from expandr_jax.errors import UserError
+from expandr_jax.generation.engine import Engine
+from expandr_jax.generation.requests import Request
+from expandr_jax.planning.narrow import words_of, write_generator, write_retriever
+from expandr_jax.planning.synthetic import Counts, draw_words, write_collection
+from expandr_jax.runtime.measures import BETWEEN, START
+from expandr_jax.weights.hf import load_generator, load_retriever
+from tests.commands import ROOT, command, error_of
+from tests.eight_devices import QUIET
+from train import rehearse
+
+COUNTS = Counts(documents=200, retriever_train=30, generator_train=10, dev=4, test=6)
+STAGES = ("data", "models", "retriever, round 0", "rewards, round 0", "evaluation", "export")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return read_config(smoke.get_config())
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("synthetic") / "collection"
+    write_collection(directory, COUNTS, words=1000, document=40, query=12)
+    return directory
+
+
+def test_a_collection_has_what_was_asked_for(written):
+    found = read_beir(written)
+    assert len(found.corpus) == 200
+    assert len(found.qrels["train"]) >= 40
+    assert (len(found.qrels["dev"]), len(found.qrels["test"])) == (4, 6)
+    judged = [grades for split in found.qrels.values() for grades in split.values()]
+    assert all(sum(grade > 0 for grade in grades.values()) == 1 for grades in judged)
+    assert all(document in found.corpus for grades in judged for document in grades)
+    assert sum(0 in grades.values() for grades in found.qrels["train"].values()) >= 40
+    lengths = [len(text.split()) for text in found.corpus.values()]
+    assert max(lengths) == 40
+    assert np.mean(lengths) > 30
+    assert len(set(lengths)) > 10
+
+
+def test_the_same_collection_is_the_same(written, tmp_path):
+    write_collection(tmp_path / "again", COUNTS, words=1000, document=40, query=12)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv"):
+        assert (tmp_path / "again" / name).read_bytes() == (written / name).read_bytes()
+
+
+def test_words_are_as_frequent_as_those_of_a_language():
+    counts = np.bincount(draw_words(np.random.default_rng(0), 10_000, 10**6), minlength=10_000)
+    # Zipf's: the hundredth is a hundredth as frequent as the first.
+    assert 60 < counts[0] / counts[95:105].mean() < 170
+    assert (counts > 0).mean() > 0.9
+
+
+def test_a_share_of_the_counts_is_one_at_least():
+    assert COUNTS.at(0.1) == Counts(20, 3, 1, 1, 1)
+
+
+def test_models_have_the_vocabulary_and_the_width_of_the_config(config, tmp_path):
+    write_retriever(tmp_path / "retriever", config)
+    retriever, params = load_retriever(str(tmp_path / "retriever"), max_length=16)
+    assert retriever.module.config.vocab_size == 300
+    assert params["dense"]["kernel"].shape[1] == 32
+    # A passage is one word to the generator, and as long as its limit to the retriever.
+    (ids,) = retriever.token_ids(["w1 w2-w3-w4"])
+    assert len(ids) == 6
+    assert len(set(ids)) == 6
+    assert words_of(config) == 296
+
+
+def test_the_generator_writes_a_passage_and_ends(config, tmp_path):
+    write_generator(tmp_path / "generator", config)
+    generator, params = load_generator(str(tmp_path / "generator"))
+    assert generator.module.config.vocab_size == 400
+    ids, _ = generator.chat_ids("Write a passage that answers w1 w2 w3", 96)
+    engine = Engine(
+        generator.module, params, slots=4, prompt_buckets=(96,), max_new_tokens=8,
+        eos_ids=generator.eos_ids, pad_id=generator.pad_id, seed=0,
+    )  # fmt: skip
+    requests = [Request("q", i, tuple(ids), 1.0, top_p=0.9, max_new_tokens=8) for i in range(12)]
+    texts = [generator.decode(one.tokens) for one in engine.generate(requests)]
+    assert len(set(texts)) > 6
+    for text in texts:
+        assert text.count("-") > 4
+        (tokens,) = generator.token_ids([text])
+        assert len(tokens) == 1
+
+
+MEASURED = """
+import pathlib, sys, time
+import numpy as np
+from expandr_jax.runtime import measures
+
+workdir = pathlib.Path(sys.argv[1])
+measures.start(workdir / "figures.json")
+import jax, jax.numpy as jnp
+
+with measures.stage("outer", workdir):
+    with measures.stage("inner", workdir):
+        held = np.ones(200 * 2**20, np.uint8)
+        time.sleep(0.05)
+        del held
+    (workdir / "file").write_bytes(bytes(3_000_000))
+    time.sleep(0.3)
+big = jax.jit(lambda x: jnp.ones(2**20) * x)
+with measures.stage("program", workdir):
+    big(2.0)
+    big(3.0)
+"""
+
+
+def test_each_stage_has_what_was_its_own(tmp_path):
+    subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert list(found) == [START, "outer", "inner", BETWEEN, "program"]
+    start = found[START]["memory_bytes"]
+    assert 190 * 2**20 < found["inner"]["memory_bytes"] - start < 260 * 2**20
+    assert found["outer"]["memory_bytes"] - start < 100 * 2**20
+    assert found["outer"]["disk_bytes"] >= 3_000_000 > found["inner"]["disk_bytes"]
+    assert 0.3 <= found["outer"]["seconds"] < 3
+    assert found["program"]["device_bytes"] == 4 * 2**20
+    assert found["program"]["programs"] >= 1
+    assert found["inner"]["programs"] == 0
+    assert found["program"]["seconds"] < 0.3  # Compiling and running it took longer.
+
+
+def test_counts_are_what_is_given_then_the_limits_then_the_papers(config):
+    counts = rehearse.full_counts(config, {"documents": 5000, "dev": None})
+    assert counts == Counts(5000, 32, 8, 8, 16)
+    paper = rehearse.full_counts(read_config(llama3_8b_anchordr.get_config()), {})
+    assert paper == Counts(8_841_823, 637_866, 100_000, 1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ((0.1, 0.2), "expected 3 or more, rising"),
+        ((0.1, 0.3, 0.2), "expected 3 or more, rising"),
+        ((-1, 1, 2), "expected a share above 0"),
+        ((0.1, 1, 2), "that is 3 of 32 retriever_train, and a stage needs 8; expected 0.25"),
+    ],
+)
+def test_scales_that_say_nothing_are_refused(config, scales, message):
+    with pytest.raises(UserError, match=message):
+        rehearse.check_counts(config, Counts(5000, 32, 80, 80, 80), scales)
+
+
+def test_a_scale_that_is_no_number_is_refused_in_one_line():
+    process = command("train.rehearse", "--config=configs/smoke.py", "--scale=much")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error_of(output) == "error: --scale=much: expected numbers"
+
+
+def test_a_process_has_the_devices_that_its_own_meshes_want(config):
+    assert rehearse.devices_of_a_process(config) == 1
+    paper = read_config(llama3_8b_anchordr.get_config())
+    assert rehearse.devices_of_a_process(paper) == 4
+    both = with_settings(config, {"mesh.sampling": (2, 1, 2), "mesh.encoding": (-1, 2, 3)})
+    assert rehearse.devices_of_a_process(both) == 12
+
+
+def figures(*values):
+    """One process's figures at each scale: memory in bytes of a stage."""
+    row = dict.fromkeys(rehearse.MEASURES, 0)
+    return [[{"stage": {**row, "memory_bytes": value}}] for value in values]
+
+
+def test_what_does_not_fit_is_named_with_why():
+    scales, gib = (0.01, 0.03, 0.1), 2**30
+    rows = rehearse._rows(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
+    assert rehearse.misfits(rows) == [
+        "stage: memory of a process: 100 GiB at the full counts, of 48"
+    ]
+    rows = rehearse._rows(scales, figures(gib, 9 * gib, 100 * gib), {})
+    assert rehearse.misfits(rows) == [
+        "stage: memory of a process: grows worse than linearly, to 1e+04 GiB"
+    ]
+    rows = rehearse._rows(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
+    assert not rehearse.misfits(rows)
+    rehearse.show(scales, rows, QUIET)
+
+
+# With stages of tests/hoarding.py.
+WRONG = """
+from train import launch, rehearse
+
+rehearse.PROGRAM = "tests.hoarding"
+launch.launch(rehearse.main, rehearse.define_flags)
+"""
+ARGUMENTS = (
+    "--config=configs/smoke.py", "--documents=1500", "--retriever_train=16", "--generator_train=8",
+    "--dev=4", "--test=4", "--scale=1,2,4", "--processes=1", "--host_memory=1.5",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_stage_that_holds_all_texts_and_one_that_is_quadratic_are_named(tmp_path):
+    out = tmp_path / "rehearsal.json"
+    process = subprocess.run(
+        [sys.executable, "-c", WRONG, *ARGUMENTS, f"--out={out}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    output = process.stdout
+    assert process.returncode == rehearse.EXIT_DOES_NOT_FIT, process.stderr
+    assert "scale 4: export" in process.stderr
+    assert "memory of a process, GiB of 1.5" in output
+    assert "does not fit: export: memory of a process: grows worse than linearly" in output
+    found = json.loads(out.read_text())
+    assert found["config"] == "configs/smoke.py"
+    assert found["scales"] == [1, 2, 4]
+    assert {row["stage"] for row in found["rows"]} >= {START, BETWEEN, *STAGES}
+    for row in found["rows"]:
+        assert len(row["values"]) == 3
+        if row["measure"] == "memory_bytes":
+            kinds = {"data": "linear", "export": "worse"}
+            assert row["growth"] == kinds.get(row["stage"], row["growth"])
+        elif row["measure"] != "seconds":  # Of so small runs, they are chance.
+            assert row["fits"], row
