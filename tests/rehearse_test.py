@@ -158,6 +158,12 @@ def test_scales_that_say_nothing_are_refused(config, scales, message):
         rehearse.check_counts(config, Counts(5000, 32, 80, 80, 80), scales)
 
 
+def test_a_reranker_is_refused(config, tmp_path):
+    config = with_settings(config, {"evaluation.systems": ("rerank:expandr",)})
+    with pytest.raises(UserError, match="rerank:expandr reads with a model of its own"):
+        rehearse.rehearse(config, COUNTS, (1, 2, 3), 1, {}, QUIET, tmp_path)
+
+
 def test_a_scale_that_is_no_number_is_refused_in_one_line():
     process = command("train.rehearse", "--config=configs/smoke.py", "--scale=much")
     output, _ = process.communicate(timeout=60)

@@ -141,6 +141,11 @@ def rehearse(
         UserError: A run ended before its end; it says how.
     """
     config = read_config(config)
+    if reranked := [name for name in config.evaluation.systems if "rerank:" in name]:
+        raise UserError(
+            f"evaluation.systems: {reranked[0]} reads with a model of its own, which is not "
+            "rehearsed; leave it out with --config.evaluation.systems"
+        )
     check_counts(config, counts, scales)
     console.print("models: one narrow layer each, and random")
     write_retriever(directory / "retriever", config)
