@@ -13,6 +13,7 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
+from expandr_jax.planning.figures import MEASURES, misfits, rows_of, show
 from expandr_jax.planning.narrow import words_of, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, draw_words, write_collection
 from expandr_jax.runtime.measures import BETWEEN, START
@@ -181,23 +182,19 @@ def test_a_process_has_the_devices_that_its_own_meshes_want(config):
 
 def figures(*values):
     """One process's figures at each scale: memory in bytes of a stage."""
-    row = dict.fromkeys(rehearse.MEASURES, 0)
+    row = dict.fromkeys(MEASURES, 0)
     return [[{"stage": {**row, "memory_bytes": value}}] for value in values]
 
 
 def test_what_does_not_fit_is_named_with_why():
     scales, gib = (0.01, 0.03, 0.1), 2**30
-    rows = rehearse._rows(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
-    assert rehearse.misfits(rows) == [
-        "stage: memory of a process: 100 GiB at the full counts, of 48"
-    ]
-    rows = rehearse._rows(scales, figures(gib, 9 * gib, 100 * gib), {})
-    assert rehearse.misfits(rows) == [
-        "stage: memory of a process: grows worse than linearly, to 1e+04 GiB"
-    ]
-    rows = rehearse._rows(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
-    assert not rehearse.misfits(rows)
-    rehearse.show(scales, rows, QUIET)
+    rows = rows_of(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
+    assert misfits(rows) == ["stage: memory of a process: 100 GiB at the full counts, of 48"]
+    rows = rows_of(scales, figures(gib, 9 * gib, 100 * gib), {})
+    assert misfits(rows) == ["stage: memory of a process: grows worse than linearly, to 1e+04 GiB"]
+    rows = rows_of(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
+    assert not misfits(rows)
+    show(scales, rows, QUIET)
 
 
 # With stages of tests/hoarding.py.
