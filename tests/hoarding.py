@@ -7,21 +7,21 @@ import numpy as np
 from train import joint, rehearsed
 from train.launch import launch
 
-COPIES, SQUARED = 400, 12  # Of each text; bytes of a document times a document.
-HELD: list[Any] = []
+COPIES, SQUARED = 4000, 60  # Of each text; bytes for each pair of documents.
 
 
 def wrong(prepare: Any, export: Any) -> tuple[Any, Any]:
     """Both functions as a run has them, and what should not be."""
+    documents = 0
 
     def hold(*args: Any, **kwargs: Any) -> Any:
+        nonlocal documents
         data = prepare(*args, **kwargs)
-        HELD.extend(text * COPIES for text in data.collection.corpus.values())
+        held = [text * COPIES for text in data.collection.corpus.values()]
+        documents = len(held)
         return data
 
     def square(*args: Any, **kwargs: Any) -> Any:
-        documents = len(HELD)
-        HELD.clear()
         assert np.ones(SQUARED * documents**2, np.uint8)[-1]
         return export(*args, **kwargs)
 

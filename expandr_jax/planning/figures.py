@@ -29,7 +29,8 @@ class Measure:
 
 
 MEASURES = {
-    "memory_bytes": Measure("memory of a process", (GIB, "GiB"), 64 * 2**20),
+    # What compiling a program takes that another scale has compiled before.
+    "memory_bytes": Measure("memory of a process", (GIB, "GiB"), 128 * 2**20),
     "device_bytes": Measure("largest buffer on a device", (GIB, "GiB"), 2**20),
     "disk_bytes": Measure("disk", (GIB, "GiB"), 2**20),
     # A length or a size more or less of the few that there may be.
