@@ -84,3 +84,20 @@ def test_batches_by_length():
     assert max(spread) < 150  # Lengths go to 500, and a shuffle's batches have nearly all of them.
     longest = [lengths[batch].max() for batch in epoch]
     assert longest != sorted(longest)  # The batches do not come by length themselves.
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(10_000) % 97])
+@pytest.mark.parametrize("count", [100, 1_000, 10_000])
+def test_an_epoch_is_shuffled_once_however_many_steps_it_has(monkeypatch, count, lengths):
+    """Shuffled for each step, three million examples would take hours before the first."""
+    shuffled, philox = [], np.random.Philox
+
+    def counted(*, key):
+        shuffled.append(key)
+        return philox(key=key)
+
+    monkeypatch.setattr(np.random, "Philox", counted)
+    seed = 77 + (lengths is None)  # No other test has drawn of it.
+    for step in range(3 * (count // 10)):
+        assert len(batch_indices(seed, step, count, 10, lengths, 4)) == 10
+    assert shuffled == [[seed, epoch] for epoch in range(3)]

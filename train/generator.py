@@ -80,11 +80,12 @@ def train_generator(
     module, params = models.generator.module, models.generator_params
     batches = AdapterBatches(models, objective, config, batch_size)
     lora, seed = module.lora, run.config.seed
-    drawn = [
-        batch_indices(seed, round_ * steps + step, len(examples), batch_size)
-        for step in range(steps)
-    ]
-    batches.choose_sizes(examples, drawn)
+
+    def drawn(step: int) -> np.ndarray:
+        """Which examples a step has."""
+        return batch_indices(seed, round_ * steps + step, len(examples), batch_size)
+
+    batches.choose_sizes(examples, map(drawn, range(steps)))
     reference = dev_reference = None
     if objective.reference:
         reference = kept_reference(run, batches, examples, "reference log-probabilities")
@@ -111,13 +112,14 @@ def train_generator(
         return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        taken = [examples[i] for i in drawn[step]]
+        indices = drawn(step)
+        taken = [examples[i] for i in indices]
         contents = Contents(
             [example.name for example in taken],
             sum(example.tokens for example in taken),
             sum(flops(*example.size) for example in taken),
         )
-        return batches.pack(examples, drawn[step], reference), contents
+        return batches.pack(examples, indices, reference), contents
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:

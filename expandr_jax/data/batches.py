@@ -1,5 +1,6 @@
 """Fixed shapes from ragged text, in an order that depends on the seed and the step alone."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,13 +102,24 @@ def batch_indices(
     if per_epoch == 0:
         raise ValueError(f"{count} examples do not fill one batch of {batch_size}")
     epoch, batch = divmod(step, per_epoch)
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    order = generator.permutation(count)[: per_epoch * batch_size]
-    first = 0
+    order, batches = _epoch_order(seed, epoch, count, per_epoch)
+    order, first = order[: per_epoch * batch_size], 0
     if lengths is not None:
-        batch = generator.permutation(per_epoch)[batch]
+        batch = int(batches[batch])
         first = batch // window * window
         order = order[first * batch_size : (first + window) * batch_size]
         order = order[np.argsort(lengths[order], kind="stable")]
     start = (batch - first) * batch_size
     return order[start : start + batch_size].copy()  # Not a view, which keeps the epoch's order.
+
+
+@functools.lru_cache(maxsize=2)  # Batches are made ahead: those of the next epoch, too.
+def _epoch_order(
+    seed: int, epoch: int, count: int, per_epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The shuffles of an epoch: of its `count` examples, and of its `per_epoch` batches.
+
+    They are drawn once for all steps of the epoch: a shuffle takes time that grows with the data.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(count), generator.permutation(per_epoch)

@@ -1,7 +1,7 @@
 """The adapter's batches on the mesh, and what becomes of the examples that are held out."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -121,13 +121,11 @@ class AdapterBatches:
         self.log_probs = program(log_probs, {"params": base})
         self.losses = program(losses, model.adapter_shardings, base)
 
-    def choose_sizes(self, examples: Sequence[Example], steps: Sequence[Sequence[int]]) -> None:
+    def choose_sizes(self, examples: Sequence[Example], steps: Iterable[Sequence[int]]) -> None:
         """Sets `sizes` to what suits the batches of a training, given the examples of each step."""
-        needed = []
-        for indices in steps:
-            lengths, responses = zip(*(examples[i].size for i in indices), strict=True)
-            needed.append((max(lengths), max(responses)))
-        self.sizes = row_sizes(needed, min(MOST_SIZES, 1 + len(steps) // STEPS_PER_SIZE))
+        made = np.array([example.size for example in examples])
+        needed = [tuple(made[indices].max(axis=0).tolist()) for indices in steps]
+        self.sizes = row_sizes(needed, min(MOST_SIZES, 1 + len(needed) // STEPS_PER_SIZE))
 
     def pack(
         self, examples: Sequence[Example], indices: Sequence[int], reference: np.ndarray | None
