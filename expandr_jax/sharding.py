@@ -6,6 +6,7 @@ One SPMD program runs on any number of devices: `jax.jit` over a mesh whose axes
 
 import contextvars
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -116,14 +117,54 @@ def _whole_leaf(leaf: Any) -> Any:
         return leaf
     if leaf.is_fully_replicated:
         return np.asarray(leaf.addressable_data(0))
-    if leaf.nbytes > WHOLE_BYTES and leaf.ndim > 1:
-        # A device has room for a layer of a large model, but not for all.
-        result = np.empty(leaf.shape, leaf.dtype)
-        for row in range(len(leaf)):
-            result[row] = _whole_leaf(leaf[row])
-        return result
-    everywhere = jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))
-    return np.asarray(everywhere(leaf).addressable_data(0))
+    return gathered(leaf)
+
+
+def gathered(leaf: jax.Array) -> np.ndarray:
+    """An array that is spread over a mesh, on this host, a block of each device's part at a time.
+
+    No device holds more than `WHOLE_BYTES` of the others' parts at once, and all blocks of an array
+    are one program's: cut by rows of the whole array, each device would be sent all of it first.
+    """
+    sharding, shape = leaf.sharding, leaf.sharding.shard_shape(leaf.shape)
+    mesh = sharding.mesh
+    split = {axis for part in sharding.spec for axis in (part if type(part) is tuple else (part,))}
+    axes = tuple(axis for axis in mesh.axis_names if axis in split)
+    # A device for each part; what lies along other axes are copies.
+    devices = mesh.devices[tuple(slice(None) if a in axes else 0 for a in mesh.axis_names)].ravel()
+    block = _block_shape(shape, WHOLE_BYTES // (len(devices) * leaf.dtype.itemsize))
+    gather = _gather_program(mesh, sharding.spec, axes, block)
+    places = sharding.devices_indices_map(leaf.shape)
+    corners = [[part.start or 0 for part in places[device]] for device in devices]
+    result = np.empty(leaf.shape, leaf.dtype)
+    for start in itertools.product(*map(range, [0] * leaf.ndim, shape, block)):
+        start = np.minimum(start, np.subtract(shape, block))  # The last block overlaps.
+        parts = np.asarray(gather(leaf, start.astype(np.int32)).addressable_data(0))
+        for part, corner in zip(parts, corners, strict=True):
+            first = np.add(corner, start)
+            result[tuple(map(slice, first, first + block))] = part
+    return result
+
+
+def _block_shape(shape: Sequence[int], most: int) -> tuple[int, ...]:
+    """The part of an array, whole along its last axes, that has about `most` items or fewer."""
+    block = list(shape)
+    for axis in range(len(shape)):
+        block[axis] = min(shape[axis], max(1, most // math.prod(block[axis + 1 :])))
+    return tuple(block)
+
+
+@functools.lru_cache(maxsize=64)
+def _gather_program(
+    mesh: Mesh, spec: PartitionSpec, axes: tuple[str, ...], block: tuple[int, ...]
+) -> Callable[[jax.Array, np.ndarray], jax.Array]:
+    """(array, where it begins in each part) -> that block of every part [parts, ...], everywhere."""
+
+    def gather(part: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(jax.lax.dynamic_slice(part, list(start), block), axes)
+
+    specs = {"in_specs": (spec, PartitionSpec()), "out_specs": PartitionSpec()}
+    return jax.jit(jax.shard_map(gather, mesh=mesh, check_vma=False, **specs))
 
 
 def device_put_shared(tree: Any, shardings: Any) -> Any:

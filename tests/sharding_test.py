@@ -1,6 +1,9 @@
 """Meshes, and where parameters go."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +11,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from expandr_jax import sharding
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import (
     batch_divisor,
     device_put_shared,
+    gathered,
     make_mesh,
     param_shardings,
     replicated,
 )
+from tests.commands import ROOT, ended, free_port
 
 CONFIG = DecoderConfig(
     vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
@@ -100,3 +106,64 @@ def test_an_axis_may_take_a_part_of_a_torus_axis(monkeypatch):
     assert dict(mesh.shape) == dict(whole.shape)
     assert mesh.axis_types == whole.axis_types
     assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 50])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((200, 24), PartitionSpec("tensor", "fsdp")),
+        ((200, 24), PartitionSpec(None, ("fsdp", "tensor"))),
+        ((5, 8, 6), PartitionSpec(None, "fsdp", "tensor")),
+        ((8, 3, 2), PartitionSpec(("tensor", "data", "fsdp"))),
+        ((16,), PartitionSpec("fsdp")),
+    ],
+)
+def test_what_is_spread_is_gathered_by_blocks(monkeypatch, shape, spec, blocks):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    host = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+    spread = jax.device_put(host, jax.sharding.NamedSharding(mesh, spec))
+    monkeypatch.setattr(sharding, "WHOLE_BYTES", host.nbytes // blocks)
+    np.testing.assert_array_equal(gathered(spread), host)
+
+
+GATHER = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from expandr_jax import sharding
+from expandr_jax.runtime import processes
+
+jax.config.update("jax_num_cpu_devices", 1)
+processes.start(sys.argv[1], 2, int(sys.argv[2]))
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+)
+mesh, sharding.WHOLE_BYTES = sharding.make_mesh(1, 2, 1), 1000
+for rows in (20, 200, 2000):
+    host = np.arange(rows * 64, dtype=np.int32).reshape(rows, 64)
+    spread = sharding.device_put(host, NamedSharding(mesh, PartitionSpec(None, "fsdp")))
+    compiled.clear()
+    np.testing.assert_array_equal(sharding.whole(spread), host)
+    print("programs", len(compiled))
+processes.current().finish()
+"""
+
+
+@pytest.mark.slow
+def test_processes_gather_any_number_of_rows_by_one_program():
+    """A program for each row of an embedding took over an hour at every start."""
+    address = f"127.0.0.1:{free_port()}"
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", GATHER, address, str(i)],
+            env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for output in ended(children):
+        counts = [int(line.split()[1]) for line in output.splitlines() if "programs" in line]
+        assert counts == [1, 1, 1], output
