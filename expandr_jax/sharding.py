@@ -158,13 +158,37 @@ def _block_shape(shape: Sequence[int], most: int) -> tuple[int, ...]:
 def _gather_program(
     mesh: Mesh, spec: PartitionSpec, axes: tuple[str, ...], block: tuple[int, ...]
 ) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    """(array, where it begins in each part) -> that block of every part [parts, ...], everywhere."""
+    """(array, where in each part a block begins) -> the blocks [parts, ...], on every device."""
 
     def gather(part: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.all_gather(jax.lax.dynamic_slice(part, list(start), block), axes)
 
     specs = {"in_specs": (spec, PartitionSpec()), "out_specs": PartitionSpec()}
     return jax.jit(jax.shard_map(gather, mesh=mesh, check_vma=False, **specs))
+
+
+def host_part(array: Any, part: Sequence[slice]) -> np.ndarray:
+    """A part of an array of numpy or jax, of whose devices each sends the host what it has of it.
+
+    numpy's own conversion would keep a copy of the whole array on the host for as long as it lives.
+    """
+    if not isinstance(array, jax.Array) or not array.ndim:
+        return np.asarray(array)[tuple(part)]
+    low, high = np.transpose([p.indices(n)[:2] for p, n in zip(part, array.shape, strict=True)])
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    result = None if len(shards) == 1 else np.empty(high - low, array.dtype)
+    for shard in shards:
+        first = np.array([own.start or 0 for own in shard.index])
+        begin, end = np.maximum(low, first), np.minimum(high, first + shard.data.shape)
+        if (begin >= end).any():
+            continue
+        # In the host's memory already, it is not copied.
+        data = np.asarray(shard.data) if shard.device.platform == "cpu" else shard.data
+        found = np.asarray(data[tuple(map(slice, begin - first, end - first))])
+        if result is None:
+            return found
+        result[tuple(map(slice, begin - low, end - low))] = found
+    return result
 
 
 def device_put_shared(tree: Any, shardings: Any) -> Any:

@@ -21,7 +21,6 @@ from absl import flags
 from expandr_jax.config import read_run_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
-from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
@@ -35,6 +34,7 @@ from expandr_jax.weights.export import (
     export_trained,
 )
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
+from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
 
 DTYPES = ("float32", "bfloat16", "source")
@@ -55,8 +55,8 @@ def export_run(
 
     @functools.cache
     def base() -> tuple[Generator, Any]:
-        """In float32, whatever type the run computed in; loaded once it is needed."""
-        return load_generator(source.source, sha256=source.sha256)
+        """In float32, whatever type the run computed in; its weights stay in their files."""
+        return load_generator(source.source, sha256=source.sha256, in_files=True)
 
     def write_adapter(to: pathlib.Path) -> None:
         name = base_name(run.address, source.source)
@@ -66,7 +66,7 @@ def export_run(
         "retriever": lambda to: export_trained(to, retriever, params, dtype),
         "adapter": write_adapter,
         "generator": lambda to: export_generator(
-            to, base()[0], merge_lora(base()[1], adapter, lora), dtype
+            to, base()[0], merge_stored(base()[1], adapter, lora), dtype
         ),
     }
     for name, write in writes.items():
@@ -106,11 +106,12 @@ def export_one(
     write: Callable[..., None] = export_generator
     if model == "retriever":
         write = export_encoder if kind == "encoder" else export_retriever
-        exported, params = load_retriever(str(made))
+        exported, params = load_retriever(str(made), in_files=True)
     elif kind == "generator" and not merged:
-        exported, params = load_generator(str(made))
+        exported, params = load_generator(str(made), in_files=True)
     else:
-        exported, params = load_generator(config.generator.source, sha256=config.generator.sha256)
+        source = config.generator
+        exported, params = load_generator(source.source, sha256=source.sha256, in_files=True)
     if kind == "adapter" or merged:
         shape = exported.module.config
         lora, adapter = load_adapter(str(made), shape)
@@ -118,7 +119,7 @@ def export_one(
             base = base_name(address or workdir, config.generator.source)
             export_adapter(to, adapter, lora, shape, base)
             return
-        params = merge_lora(params, adapter, lora)
+        params = merge_stored(params, adapter, lora)
     elif kind != "base" and target == "source":
         exported = _with_types_of(exported, getattr(config, model).source)
     write(to, exported, params, target)

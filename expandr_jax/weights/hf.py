@@ -28,6 +28,7 @@ from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import check_hash, locate
+from expandr_jax.weights.store import merge_stored, stored_params
 from expandr_jax.weights.tokenizer import TOKENIZER_FILES, read_tokenizer
 from expandr_jax.weights.trees import module_shardings
 
@@ -53,6 +54,7 @@ def load_retriever(
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
     mesh: Mesh | None = None,
+    in_files: bool = False,
 ) -> tuple[Retriever, Params]:
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
 
@@ -67,6 +69,7 @@ def load_retriever(
         compute_dtype: Type of the module's computations; parameters are float32.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
+        in_files: Parameters stay in the files, as `stored_params` has them: for an export.
 
     Returns:
         The retriever and its parameters.
@@ -102,10 +105,12 @@ def load_retriever(
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    module, params = load_module(files, config, False, jnp.float32, compute_dtype, mesh)
+    placed = mesh, in_files
+    module, params = load_module(files, config, False, jnp.float32, compute_dtype, *placed)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
-        dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
+        if not in_files:
+            dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
         params["dense"] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
     said = settings.max_length or tokenizer.model_max_length
@@ -135,6 +140,7 @@ def load_generator(
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
     mesh: Mesh | None = None,
+    in_files: bool = False,
 ) -> tuple[Generator, Params]:
     """Loads a chat model.
 
@@ -174,7 +180,7 @@ def load_generator(
     pad = eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generator = Generator(family.module(config), tokenizer, eos_ids, pad, files)
     _check_template(generator, source)
-    module, params = load_module(files, config, True, dtype, compute_dtype, mesh)
+    module, params = load_module(files, config, True, dtype, compute_dtype, mesh, in_files)
     return dataclasses.replace(generator, module=module), params
 
 
@@ -284,6 +290,7 @@ def load_module(
     dtype: Any,
     compute_dtype: Any,
     mesh: Mesh | None,
+    in_files: bool = False,
 ) -> tuple[nn.Module, Params]:
     """The module of a model and its parameters, the adapter merged; arguments as there."""
     family = find_family(files.config.where, files.model_type)
@@ -293,7 +300,11 @@ def load_module(
         config, dtype = dataclasses.replace(config, int8=True), compute_dtype
     module = family.module(config, dtype=compute_dtype)
     shardings = None if mesh is None else module_shardings(mesh, module)
-    params = load_params(files, module, family.weights(config, with_head), dtype, shardings)
+    table, merge = family.weights(config, with_head), merge_stored if in_files else merge_lora
+    if in_files:
+        params = stored_params(files, module, table)
+    else:
+        params = load_params(files, module, table, dtype, shardings)
     if files.adapter is not None:
         if not family.generates:
             raise UserError(
@@ -301,5 +312,5 @@ def load_module(
             )
         lora, update = load_adapter(str(files.adapter), config)
         update = update if mesh is None else device_put(update, replicated(mesh))
-        params = merge_lora(params, update, lora)
+        params = merge(params, update, lora)
     return module, params

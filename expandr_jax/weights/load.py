@@ -53,7 +53,7 @@ def load_params(
     """
     dtype = np.dtype(dtype)
     expected = leaf_shapes(module)
-    stored = _find(files, module, weights, expected)
+    stored = find_tensors(files, module, weights, expected)
     by_path = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
     flat = {}
     for weight in weights:
@@ -78,13 +78,17 @@ def leaf_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def _find(
+def find_tensors(
     files: ModelFiles,
     module: nn.Module,
     weights: Sequence[Weight],
     expected: Mapping[str, tuple[int, ...]],
 ) -> dict[str, list[str]]:
-    """Names of the tensors that each leaf holds; refuses a file that is not exactly these."""
+    """Names of the tensors that each leaf of `expected` shapes holds, by the leaf's path.
+
+    Raises:
+        UserError: If a tensor is missing, unknown or wrongly shaped.
+    """
     tensors = files.tensors
     # The one under which the file keeps the embedding.
     prefix = next((p for p in PREFIXES if p + weights[0].name in tensors), PREFIXES[0])
@@ -121,7 +125,7 @@ def _check_copies(files: ModelFiles, name: str, copies: Iterable[str]) -> None:
     def equals(copy: str) -> bool:
         return files.tensors[copy].shape == files.tensors[name].shape and all(
             np.array_equal(files.read(name, rows), files.read(copy, rows))
-            for rows in _row_slices(files.tensors[name].shape)
+            for rows in row_slices(files.tensors[name].shape)
         )
 
     different = [n for n in copies if n in files.tensors and n != name and not equals(n)]
@@ -149,13 +153,13 @@ def _pieces(
     if math.prod(shape) * dtype.itemsize <= PIECE_BYTES:
         leaf = np.empty(shape, dtype)
         for index, name in enumerate(names):
-            tensor = _read(files, name, slice(None))
+            tensor = read_tensor(files, name, slice(None))
             (leaf[index] if weight.stacked else leaf)[...] = _ours(weight, tensor)
         yield (0,) * len(shape), leaf
         return
     for index, name in enumerate(names):
-        for rows in _row_slices(files.tensors[name].shape):
-            part = np.ascontiguousarray(_ours(weight, _read(files, name, rows)), dtype)
+        for rows in row_slices(files.tensors[name].shape):
+            part = np.ascontiguousarray(_ours(weight, read_tensor(files, name, rows)), dtype)
             start = (0,) * (part.ndim - 1)
             start = (*start, rows.start) if weight.transpose else (rows.start, *start)
             yield ((index, *start), part[None]) if weight.stacked else (start, part)
@@ -170,7 +174,7 @@ def _to_int8(pieces: Iterable[Piece], scales: np.ndarray) -> Iterator[Piece]:
         yield start, np.rint(part / scale[..., None, :]).astype(np.int8)
 
 
-def _row_slices(shape: tuple[int, ...]) -> list[slice]:
+def row_slices(shape: tuple[int, ...]) -> list[slice]:
     """Cuts a tensor by rows into parts of about PIECE_BYTES in float32."""
     step = max(1, PIECE_BYTES // (4 * math.prod(shape[1:])))
     return [slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step)]
@@ -180,7 +184,8 @@ def _ours(weight: Weight, tensor: np.ndarray) -> np.ndarray:
     return tensor.T if weight.transpose else tensor
 
 
-def _read(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
+def read_tensor(files: ModelFiles, name: str, rows: slice) -> np.ndarray:
+    """Some rows of a tensor, of float32 or less; UserError if a number is not finite."""
     tensor = files.read(name, rows)
     if tensor.dtype == np.float64:
         with np.errstate(over="ignore"):

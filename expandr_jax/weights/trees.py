@@ -10,17 +10,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from expandr_jax.sharding import param_shardings, replicated
+from expandr_jax.sharding import host_part, param_shardings, replicated
 from expandr_jax.weights.families import example_inputs
+
+PART_BYTES = 64 * 2**20  # What a host is sent at once of parameters on devices.
 
 
 def hash_tree(tree: Any) -> str:
     """sha256 over every leaf's path, type, shape and bytes."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        rows, *rest = leaf.shape or (1,)
+        step = max(1, PART_BYTES * rows // max(1, leaf.nbytes))
+        for start in range(0, rows, step):
+            part = [slice(start, start + step), *map(slice, rest)] if leaf.ndim else []
+            array = host_part(leaf, part)
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()
 
 
