@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -35,7 +36,7 @@ from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.search import Index, kept_bm25
-from expandr_jax.sharding import batch_divisor, make_mesh
+from expandr_jax.sharding import batch_divisor, device_put_shared, make_mesh
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.query import expanded_query
@@ -70,7 +71,8 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
 
     with step("load models"):
         mesh = fitting_mesh(config, "encoding")
-        retriever, retriever_params = load_retriever(str(workdir / "export" / "retriever"))
+        made = str(workdir / "export" / "retriever")
+        retriever, retriever_params = load_retriever(made, mesh=mesh)
         sampler = trained_sampler(workdir, config, console)
     with step("load index"):
         store = workdir / "work" / "documents" / "data"
@@ -123,9 +125,11 @@ def ask(workdir: pathlib.Path, query: str, count: int, console: Console) -> None
 def trained_sampler(workdir: pathlib.Path, config: Config, console: Console) -> Sampler:
     """Samples with a finished run's exported generator, as the run did for its evaluation."""
     settings, mesh = config.generator, fitting_mesh(config, "sampling")
-    generator, params = load_generator(
-        str(workdir / "export" / "generator"), compute_dtype=jnp.dtype(settings.compute_dtype)
-    )
+    compute = jnp.dtype(settings.compute_dtype)
+    source = str(workdir / "export" / "generator")
+    generator, params = load_generator(source, dtype=compute, compute_dtype=compute, mesh=mesh)
+    # Devices of a processor have one copy between them.
+    params = device_put_shared(params, jax.tree.map(lambda leaf: leaf.sharding, params))
     generator = dataclasses.replace(generator, **settings.chat)
     divisor = batch_divisor(mesh)  # This machine's devices may not divide the run's slots.
     settings = dataclasses.replace(settings, slots=math.ceil(settings.slots / divisor) * divisor)

@@ -110,6 +110,7 @@ def make_sampler(
         processes,
         reporter,
         directory / f"server{processes.suffix}.jsonl",
+        held=models.generator_params,
     )
 
 

@@ -1,22 +1,32 @@
 """Memory: what was freed goes back to the system, what is needed is known before a run."""
 
 import ctypes
+import dataclasses
 import gc
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
 
 from configs import smoke
 from expandr_jax.config import read_config
+from expandr_jax.errors import UserError
+from expandr_jax.generation import engine as engines
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import slots_of_a_process
 from expandr_jax.loading import load_models
+from expandr_jax.models.decoder import cast_weights
 from expandr_jax.runtime.host_memory import release_memory
+from expandr_jax.sharding import device_put_shared, make_mesh
 from expandr_jax.weights.hf import load_generator
+from expandr_jax.weights.trees import model_shardings
+
+TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama")
+SETTINGS = {"slots": 8, "prompt_buckets": (16,), "max_new_tokens": 4, "pad_id": 0, "seed": 0}
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="no glibc")
@@ -68,3 +78,60 @@ def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
         models = load_models(read_config(config), lambda _: None)
     rows = slots_of_a_process(config.generator, models.sampling_mesh) // 8
     assert plans[1] - plans[0] == rows * models.generator.module.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("axes", "compute", "copies"),
+    [((8, 1, 1), "float32", 0), ((8, 1, 1), "bfloat16", 1), ((1, 8, 1), "float32", 1 / 8)],
+)
+def test_the_weights_that_training_keeps_are_counted_beside_the_engine_s(axes, compute, copies):
+    """But for those that a processor's engine has views of: there is one copy of them."""
+    generator, params = load_generator(TINY, compute_dtype=jnp.dtype(compute))
+    training = make_mesh(*axes)
+    shardings = model_shardings(training, generator.module, params)
+    trained = device_put_shared(params, shardings)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    norms = 5 * 32 * 4  # They are whole on every device, and never cast.
+    given = {"eos_ids": generator.eos_ids, "mesh": make_mesh(), **SETTINGS}
+    for own, held in ((trained, None), (jax.tree.map(np.asarray, params), trained)):
+        engine = Engine(generator.module, own, held=held, **given)
+        expected = pytest.approx(copies * size, abs=2 * norms)
+        assert engine.memory["stacked weights"] == expected
+    # They decide whether sampling fits.
+    limit = sum(engine.memory.values()) - 1
+    with pytest.raises(UserError, match=r"stacked weights .*; take fewer slots"):
+        Engine(generator.module, own, held=held, memory_limit_bytes=limit, **given)
+
+
+def test_weights_that_have_their_type_are_not_copied():
+    _, params = load_generator(TINY)
+    for tree in (params, jax.tree.map(np.asarray, params)):
+        cast = cast_weights(tree, jnp.float32)
+        assert all(map(lambda a, b: a is b, jax.tree.leaves(tree), jax.tree.leaves(cast)))
+
+
+def test_an_engine_never_holds_a_second_stack(monkeypatch):
+    """On an accelerator its layers are cut out of a stack on its mesh: of one leaf at a time."""
+    generator, params = load_generator(TINY)
+    module = dataclasses.replace(generator.module, dtype=jnp.bfloat16)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    given = {"eos_ids": generator.eos_ids, **SETTINGS}
+    views = Engine(module, params, **given)
+
+    def held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    peaks, put = [], engines.device_put_shared
+
+    def watched(*args):
+        peaks.append(held())
+        return put(*args)
+
+    before = held()
+    monkeypatch.setattr(engines, "device_put_shared", watched)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    engine = Engine(module, params, **given)
+    assert max(peaks) < before + size / 2 + 3 * largest
+    same = jax.tree.map(np.testing.assert_array_equal, engine._variables, views._variables)
+    assert jax.tree.structure(same) == jax.tree.structure(views._variables)

@@ -138,9 +138,12 @@ from expandr_jax.runtime import processes
 jax.config.update("jax_num_cpu_devices", 1)
 processes.start(sys.argv[1], 2, int(sys.argv[2]))
 compiled = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, _, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
-)
+
+def listen(name, _, **__):
+    if name.endswith("backend_compile_duration"):
+        compiled.append(name)
+
+jax.monitoring.register_event_duration_secs_listener(listen)
 mesh, sharding.WHOLE_BYTES = sharding.make_mesh(1, 2, 1), 1000
 for rows in (20, 200, 2000):
     host = np.arange(rows * 64, dtype=np.int32).reshape(rows, 64)

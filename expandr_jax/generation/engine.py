@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
@@ -56,6 +57,7 @@ class Engine:
         stop: Sequence[str] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
         memory_limit_bytes: int | None = None,
+        held: Mapping[str, Any] | None = None,
     ):
         """Plans the cache's memory, and puts the weights on the devices.
 
@@ -75,6 +77,7 @@ class Engine:
             stop: Strings that end a text; needs `decode`.
             decode: Token ids to text.
             memory_limit_bytes: Most memory of a device for weights and cache; None: no limit.
+            held: The base as it stays on the devices meanwhile; None: `params`.
 
         Raises:
             UserError: If a stop string is empty, `slots` does not fit the mesh, or weights and
@@ -105,7 +108,7 @@ class Engine:
             penalize=repetition_penalty,
             log_probs=log_probs,
         )
-        self.memory = plan_memory(self.shape, params, self._buckets)
+        self.memory = plan_memory(self.shape, params, self._buckets, held)
         if memory_limit_bytes is not None:
             check_memory(self.memory, memory_limit_bytes)
         self._variables = self._device_put(params, adapter)
@@ -270,21 +273,25 @@ class Engine:
         self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
-        module = self.shape.module
-        variables = {"params": cast_weights(params, module.dtype)}
-        if adapter is not None:
-            variables["lora"] = adapter
+        module, on_cpu = self.shape.module, jax.default_backend() == "cpu"
+        variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
         shardings = variable_shardings(self.shape.mesh, module, params, adapter)
-        for name, tree in variables.items():
-            if jax.default_backend() == "cpu":
-                # Layers of an array of numpy are views of it: the weights are in memory once.
-                tree = jax.tree.map(np.asarray, tree)
-            else:
-                # Spread first: parameters may come from a mesh of another shape, as training has.
-                tree = jax.device_put(tree, shardings[name])
-            unstacked = unstack_shardings(shardings[name], module.config.num_layers)
-            variables[name] = device_put_shared(unstack_layers(tree), unstacked)
-        return variables
+        places, placed = traverse_util.flatten_dict(shardings), {}
+        # One by one: of no other is there a stacked copy on this mesh beside its layers.
+        for path, leaf in traverse_util.flatten_dict(variables).items():
+            collection, first, *rest = path
+            if collection == "params":
+                leaf = cast_weights({path[-1]: leaf}, module.dtype)[path[-1]]
+            # Layers of an array of numpy are views of it: there the weights are in memory once.
+            # Else spread first: they may come from a mesh of another shape, as training has.
+            leaf = np.asarray(leaf) if on_cpu else jax.device_put(leaf, places[path])
+            tree, where = {first: leaf}, {first: places[path]}
+            if first == "layers":
+                where = unstack_shardings(where, module.config.num_layers)
+                tree = unstack_layers(tree)
+            for name, value in jax.block_until_ready(device_put_shared(tree, where)).items():
+                placed[collection, name, *rest] = value
+        return traverse_util.unflatten_dict(placed)
 
     def _run_prefix(self) -> device.Prefilled | None:
         if not self._prefix:

@@ -1,5 +1,7 @@
 """What sampling takes of each device's memory, known before anything is allocated there."""
 
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,18 +10,29 @@ import jax.numpy as jnp
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation.slots import EngineShape
+from expandr_jax.models.decoder import cast_weights
 from expandr_jax.sharding import batch_divisor
 
 LOGITS_COPIES = 2  # The logits of a step, and what the sampler makes of them.
 
 
 def plan_memory(
-    shape: EngineShape, params: Mapping[str, Any], buckets: Sequence[int]
+    shape: EngineShape,
+    params: Mapping[str, Any],
+    buckets: Sequence[int],
+    held: Mapping[str, Any] | None = None,
 ) -> dict[str, int]:
     """Bytes on each device by what they are for; parameters may be shapes.
 
     They are "slots", their keys and values; "prompts", the same of the largest batch of prompts,
-    whose padded lengths are `buckets`; "logits" of a step; and "weights".
+    whose padded lengths are `buckets`; "logits" of a step; "weights", layer by layer; and "stacked
+    weights", which stay beside them.
+
+    Args:
+        shape: What the engine is compiled for.
+        params: Those that it is given.
+        buckets: Lengths in tokens.
+        held: The parameters that stay on the devices, as training has them; None: `params`.
     """
     config, mesh = shape.module.config, shape.mesh
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
@@ -37,7 +50,27 @@ def plan_memory(
         "prompts": prompts * token,
         "logits": LOGITS_COPIES * rows * config.vocab_size * 4,
         "weights": weights // (mesh.shape["fsdp"] * mesh.shape["tensor"]),
+        "stacked weights": _bytes_beside(params if held is None else held, shape.module.dtype),
     }
+
+
+def _bytes_beside(params: Mapping[str, Any], dtype: Any) -> int:
+    """Bytes of a device that parameters take beside an engine's own copy of them.
+
+    A processor's engine has no copy of arrays that lie there whole and in its type: its layers are
+    views of them. Arrays of the host and shapes take nothing of a device.
+    """
+
+    def held(leaf: Any, used: jax.ShapeDtypeStruct) -> int:
+        if not isinstance(leaf, jax.Array):
+            return 0
+        on_host = all(device.platform == "cpu" for device in leaf.sharding.device_set)
+        if on_host and leaf.is_fully_replicated and leaf.dtype == used.dtype:
+            return 0
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    used = jax.eval_shape(functools.partial(cast_weights, dtype=dtype), params)
+    return sum(jax.tree.leaves(jax.tree.map(held, params, used)))
 
 
 def check_memory(plan: Mapping[str, int], limit: int) -> None:

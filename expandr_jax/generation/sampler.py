@@ -37,6 +37,7 @@ class Sampler:
             `settings` name a server.
         log_probs: Whether completions have the log-probabilities of their tokens; a server's never
             do.
+        held: The base weights as they stay on the devices meanwhile; None: `params`.
     """
 
     generator: Generator
@@ -49,6 +50,7 @@ class Sampler:
     reporter: Reporter
     server_cache: pathlib.Path | None = None
     log_probs: bool = False
+    held: Any = None
 
     def generate(
         self, adapter: Any | None, requests: Sequence[Request], left: Sequence[Request]
@@ -139,6 +141,7 @@ class Sampler:
             stop=settings.stop,
             decode=self.generator.decode,
             memory_limit_bytes=sampling_memory(settings),
+            held=self.held,
         )
 
     def fits(self, message: str) -> bool:

@@ -350,8 +350,8 @@ def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
 
     def cast(path, leaf):
         # Norms compute in float32 and keep their scales so; products use the compute type only.
-        kept = path[-1].key in ("scale", "kernel_scale") or leaf.dtype == jnp.int8
-        return leaf if kept else leaf.astype(dtype)
+        kept = path[-1].key in ("scale", "kernel_scale") or leaf.dtype in (jnp.int8, dtype)
+        return leaf if kept else leaf.astype(dtype)  # Which would copy an array of numpy's.
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
