@@ -46,6 +46,16 @@ def test_what_is_damaged_is_named_and_removed(workdir, how):
     assert not (workdir / "round-0").exists()
 
 
+def test_what_has_changed_stays_where_it_is_only_looked_at(workdir):
+    checksums, said = opened(workdir)
+    assert checksums.unchanged("round-0", "round-0/a.jsonl")
+    assert not checksums.unchanged("round-0", "results.json")  # It was never finished.
+    (workdir / "round-0" / "a.jsonl").write_text("other")
+    assert not checksums.unchanged("round-0")
+    assert not said
+    assert (workdir / "round-0" / "a.jsonl").read_text() == "other"
+
+
 def test_files_of_one_stage_go_together(workdir):
     (workdir / "round-0" / "a.jsonl").unlink()
     checksums, said = opened(workdir)

@@ -196,10 +196,19 @@ def test_exports_load_in_the_pytorch_world(smoke):
 
 def test_a_finished_run_is_left_as_it_is(smoke):
     workdir, _ = smoke
-    before = (workdir / "results.json").stat().st_mtime_ns
+
+    def phases() -> dict[str, float]:
+        timings = json.loads((workdir / "timings.json").read_text())
+        return {row["phase"]: row["seconds"] for row in timings["phases"]}
+
+    before, done = (workdir / "results.json").stat().st_mtime_ns, phases()
     output = finish(start(workdir))
     assert "expandr-plain" in output
+    assert f"report: {workdir / 'report.html'}" in output
     assert (workdir / "results.json").stat().st_mtime_ns == before
+    # No model was loaded, nothing encoded and no index built: the report alone is made again.
+    after = phases()
+    assert {name for name in after if after[name] != done.get(name)} == {"report"}
 
 
 def refused(

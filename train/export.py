@@ -37,6 +37,7 @@ from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
 
+OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes.
 DTYPES = ("float32", "bfloat16", "source")
 FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
 # By data.kind, what other programs than train.joint train.
@@ -69,9 +70,9 @@ def export_run(
             to, base()[0], merge_stored(base()[1], adapter, lora), dtype
         ),
     }
-    for name, write in writes.items():
+    for name in OF_RUN:
         if not run.checksums.intact(f"export/{name}"):
-            write(run.path("export", name))
+            writes[name](run.path("export", name))
             run.checksums.record(f"export/{name}")
         progress(1)
 

@@ -27,9 +27,9 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
 from train.encoding import run_retriever, run_words
-from train.evaluation import evaluate, evaluate_benchmarks, systems_of_run
+from train.evaluation import evaluate, evaluate_benchmarks, result_files, systems_of_run
 from train.expansions import run_expander, training_expansions
-from train.export import export_run
+from train.export import OF_RUN, export_run
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, training_negatives
@@ -61,6 +61,11 @@ def train_joint(
     objective = OBJECTIVES[config.dpo.loss]
     run = Run(workdir, config, console)
     config = run.config
+    if run.checksums.unchanged(*_written(config)):
+        results = run.read_json(run.path("results.json"))
+        if [row["system"] for row in results["rows"]] == [system.name for system in systems]:
+            run.reporter.say("all is done: no model is loaded")
+            return _end(run, results)
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -124,11 +129,24 @@ def train_joint(
         run.processes.once(
             lambda: export_run(run, models.retriever, current.params, adapter, advance)
         )
+    run.checksums.record(*_written(config))
+    return _end(run, results)
+
+
+def _written(config: Config) -> list[str]:
+    """What a run writes for others, from the workdir; the report is made of these each time."""
+    rounds = [f"round-{round_}" for round_ in range(config.rounds)]
+    exports = [f"export/{name}" for name in OF_RUN]
+    return ["data", *rounds, *result_files(""), *(["tests"] if config.data.tests else []), *exports]
+
+
+def _end(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """Writes the report, shows the results and ends the run."""
     with run.phase("report"), run.reporter.progress("pages written", 1) as advance:
         report = run.processes.once(lambda: run.where(write_report(run.workdir)))
         advance(1)
-    console.print(results_table(results))
-    console.print(f"report: {report}", soft_wrap=True)
+    run.console.print(results_table(results))
+    run.console.print(f"report: {report}", soft_wrap=True)
     run.close()
     return results
 

@@ -49,8 +49,16 @@ class Checksums:
         """Whether all of these were finished and are as they were; if not, all are removed."""
         return self._processes.once(lambda: self._intact(names))
 
+    def unchanged(self, *names: str) -> bool:
+        """Whether all of these were finished and are as they were; if not, they stay."""
+        return self._processes.once(lambda: not self._bad(names))
+
+    def _bad(self, names: Sequence[str]) -> list[str]:
+        """Those that were not finished, or are not as they were."""
+        return [n for n in names if not self._known(n) or self._known(n) != self._found(n)]
+
     def _intact(self, names: Sequence[str]) -> bool:
-        bad = [n for n in names if not self._known(n) or self._known(n) != self._found(n)]
+        bad = self._bad(names)
         if not bad:
             return True
         for name in bad:
