@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -60,8 +61,9 @@ class StoredLeaf:
             return
         tensor = read_tensor(self.files, name, slice(None)).astype(self.dtype, copy=False)
         for a, b, scale in self.updates:
-            update = a[layer] @ b[layer]
-            update *= np.float32(scale)
+            # In float32 on accelerators, too, whose default is less.
+            update = jnp.matmul(a[layer], b[layer], precision="highest") * scale
+            update = np.asarray(update)
             tensor += update.T if self.weight.transpose else update
         yield tensor
 
