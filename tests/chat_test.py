@@ -1,5 +1,6 @@
 """Chat templates: on a given day they say what transformers says on that day."""
 
+import copy
 import dataclasses
 import datetime
 import json
@@ -9,6 +10,7 @@ import types
 import pytest
 import transformers.utils.chat_template_utils as theirs
 import trl
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, common_prefix_length
 
@@ -157,3 +159,23 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
     for ours, theirs_ids in zip(found.responses, (ids[shared:] for ids in whole), strict=True):
         # A template that puts no end behind an answer gets one.
         assert ours in (theirs_ids, [*theirs_ids, own.end_id])
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_prompts_that_are_text_begin_as_the_tokenizer_has_it(generator, tmp_path, starts):
+    """trl#907: a prompt without the first token that the model has always seen."""
+    tokenizer, start = copy.deepcopy(generator.tokenizer), "<|im_start|>"
+    if starts:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+        )
+    own = dataclasses.replace(generator, tokenizer=tokenizer)
+    section = types.SimpleNamespace(prompt_length=10**6, response_length=10**6, on_bad_pair="error")
+    for prompt in ("Q: a query\nA:", f"{start}user\na query"):
+        row = {"prompt": prompt, "chosen": " good", "rejected": " bad"}
+        (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+        rows, _ = read_pairs(path, own, types.SimpleNamespace(dpo=section), own=False)
+        ((found,), _) = tokenize_pairs(own, rows, section)
+        # Of a prompt that has the token, TRL's ids begin with it twice.
+        twice = starts and prompt.startswith(start)
+        assert found.prompt == tokenizer(prompt)["input_ids"][twice:]

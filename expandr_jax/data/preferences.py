@@ -34,8 +34,9 @@ def read_preferences(
 ) -> tuple[list[dict[str, str]], dict[str, int]]:
     """The pairs of a JSON-lines file, each as the text before the response and two responses.
 
-    A line has "prompt", "chosen" and "rejected". Where they are strings, they are used as they are:
-    a chat template must have been applied. Where they are lists of {"role", "content"}, the prompt
+    A line has "prompt", "chosen" and "rejected". Where they are strings, a chat template must have
+    been applied; a prompt that lacks what the tokenizer puts before any text, as Llama's does, gets
+    it. Where they are lists of {"role", "content"}, the prompt
     gets the tokenizer's chat template, once, and each response is one assistant's message, as the
     template writes it. "chosen" and "rejected" may also be whole conversations, without a prompt or
     with one as a string: the messages that both begin with are the prompt. The tokenizer's end
@@ -58,10 +59,10 @@ def read_preferences(
     Raises:
         UserError: A line is not a JSON object; or the first bad pair, by file and line.
     """
-    template = _template_of(tokenizer, today)
+    template, start = _template_of(tokenizer, today), _text_start(tokenizer)
 
     def read(row: Row) -> dict[str, str]:
-        pair = _texts(row, template, tokenizer.eos_token or "")
+        pair = _texts(row, template, start, tokenizer.eos_token or "")
         _check(pair, tokenizer, prompt_length, learned)
         return pair
 
@@ -91,13 +92,15 @@ def read_candidates(
     Returns:
         The lines, each with its "prompt" as text, and how many were dropped for what reason.
     """
-    template = _template_of(tokenizer, today)
+    template, start = _template_of(tokenizer, today), _text_start(tokenizer)
 
     def read(row: Row) -> Row:
         _check_candidates(row)
         text = row["prompt"] if "prompt" in row else prompt_of(row["query"])
         if not isinstance(text, str):
             text = _chat_prompt(text, template, row)
+        elif "prompt" in row:
+            text = _started(text, start)
         _check_prompt(text, tokenizer, prompt_length)
         return {**row, "prompt": text}
 
@@ -142,7 +145,20 @@ def _template_of(tokenizer: PreTrainedTokenizerBase, today: datetime.date | None
     return lambda messages, **options: apply_template(tokenizer, messages, day, **options)
 
 
-def _texts(row: Row, template: Template, end: str) -> dict[str, str]:
+def _text_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that a tokenizer by itself puts before any text; "" if there is none."""
+    bos = tokenizer.bos_token_id
+    before = [] if bos is None else tokenizer("text")["input_ids"][:1]
+    after = tokenizer("text", add_special_tokens=False)["input_ids"][:1]
+    return tokenizer.bos_token if before == [bos] != after else ""
+
+
+def _started(prompt: str, start: str) -> str:
+    """A prompt that begins with `start` once; of one that has it as text, TRL makes two."""
+    return prompt if prompt.startswith(start) or not prompt.strip() else start + prompt
+
+
+def _texts(row: Row, template: Template, start: str, end: str) -> dict[str, str]:
     """A line's prompt and responses as text, without the end token at a response's very end."""
     for name in SIDES:
         if name not in row:
@@ -155,7 +171,7 @@ def _texts(row: Row, template: Template, end: str) -> dict[str, str]:
             )
         if not isinstance(prompt, str):
             raise _BadPair("wrong type", "the prompt must be a string, as the responses are")
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return {"prompt": _started(prompt, start), "chosen": chosen, "rejected": rejected}
     _check_messages(chosen, "chosen")
     _check_messages(rejected, "rejected")
     if "prompt" not in row or isinstance(prompt, str):
