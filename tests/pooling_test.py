@@ -32,8 +32,11 @@ def test_an_unknown_kind_is_refused():
         pool(HIDDEN, MASK, "max")
 
 
-def test_mean_of_nothing_is_zero():
-    np.testing.assert_array_equal(pool(HIDDEN, jnp.zeros_like(MASK), "mean"), np.zeros((2, 2)))
+@pytest.mark.parametrize("kind", ["mean", "cls", "last"])
+def test_a_text_without_tokens_is_zero(kind):
+    found = pool(HIDDEN, MASK.at[1].set(0), kind)
+    np.testing.assert_array_equal(found[0], pool(HIDDEN, MASK, kind)[0])
+    np.testing.assert_array_equal(found[1], np.zeros(2))
 
 
 def test_normalized_vectors_have_length_one_and_zero_stays_zero():

@@ -10,6 +10,20 @@ from jax.sharding import Mesh
 
 from expandr_jax.sharding import device_put, replicated
 
+# What is not decayed, by the names that modules give their parameters: scales, biases of all kinds
+# and single numbers, as in transformers' Trainer, which decays embeddings. Shapes would not tell:
+# layers are stacked, so that a norm's scale is a matrix.
+UNDECAYED = ("bias", "relative_bias", "scale", "kernel_scale", "log_temperature")
+
+
+def decayed(params: Any) -> Any:
+    """Whether weight decay is for each parameter of a tree: a bool a leaf."""
+
+    def by_name(path: tuple[Any, ...], _: Any) -> bool:
+        return not path or path[-1].key not in UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(by_name, params)
+
 
 def make_schedule(learning_rate: float, updates: int, warmup: int = 0) -> optax.Schedule:
     """Linear rise over the warm-up, then linear decay to zero; counted in updates."""
@@ -36,7 +50,7 @@ def make_optimizer(
         updates: The rate falls linearly and would be 0 after the last of them.
         warmup: Updates from 0 to the peak; the paper has none for DPO.
         clip_norm: Greatest global norm of the gradient.
-        weight_decay: Decoupled, on matrices only.
+        weight_decay: Decoupled, on what is `decayed`.
         accumulation: Micro-batches per update.
     """
     optimizer = optax.chain(
@@ -44,7 +58,7 @@ def make_optimizer(
         optax.adamw(
             make_schedule(learning_rate, updates, warmup),
             weight_decay=weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            mask=decayed,
         ),
     )
     if accumulation > 1:
