@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval import tiny_models
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import common_prefix
 from expandr_jax.models.lora import init_lora, merge_lora
@@ -111,6 +111,15 @@ def test_half_precision_weights_are_cast_once_and_run(tiny):
     kernels = engine._variables["params"]["layer_0"]["mlp"]
     assert kernels["up_proj"]["kernel"].dtype == jnp.bfloat16
     assert len(list(engine.generate(make_requests(3)))) == 12
+
+
+def test_damaged_weights_are_told_by_the_request_that_meets_them(tiny):
+    module, params = tiny
+    damaged = {**params, "embedding": params["embedding"].at[36].set(jnp.nan)}
+    first, *others = make_requests(3)
+    bad = dataclasses.replace(first, id="the bad one", prompt=(5, 36))
+    with pytest.raises(NotFiniteError, match="'the bad one': the generator's logits are not fin"):
+        run((module, damaged), [bad, *others])
 
 
 def test_the_plan_counts_the_cache_to_the_byte(tiny):

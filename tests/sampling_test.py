@@ -8,7 +8,12 @@ import scipy.stats
 import torch
 from transformers.generation import logits_process
 
-from expandr_jax.generation.sampling import RowSampling, penalize_repetition, sample
+from expandr_jax.generation.sampling import (
+    BROKEN,
+    RowSampling,
+    penalize_repetition,
+    sample,
+)
 
 DRAWS = 20_000
 jitted = jax.jit(sample)
@@ -94,11 +99,17 @@ def test_very_low_temperatures_are_greedy(filters, scale):
         assert not near.any()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_broken_logits_end(value):
-    logits = jnp.zeros((2, 200)).at[0, 5].set(value)
-    tokens, _ = jitted(logits, settings(2, top_p=0.9, top_k=3), jnp.zeros(2, jnp.uint32))
-    assert tokens[1] == 0
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("damage", ["nan", "inf", "all -inf", "all nan"])
+def test_broken_logits_are_told_and_no_token(damage, temperature):
+    where = slice(None) if "all" in damage else 5
+    logits = jnp.zeros((4, 200)).at[0, where].set(float(damage.split()[-1]))
+    logits = logits.at[1, 5].set(-np.inf)  # A token less, and nothing wrong.
+    for rows in (4, 2):  # In blocks, and as a whole.
+        options = settings(rows, temperature, top_p=0.9, top_k=3)
+        tokens, near = jitted(logits[:rows], options, jnp.zeros(rows, jnp.uint32))
+        assert tokens.tolist() == [BROKEN, *[0] * (rows - 1)]
+        assert not near[0]
 
 
 def test_the_same_tokens_are_kept_as_in_transformers():

@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from expandr_jax.errors import UserError
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.generation import slots as device
 from expandr_jax.generation.memory import check_memory, plan_memory
 from expandr_jax.generation.programs import (
@@ -20,6 +20,7 @@ from expandr_jax.generation.programs import (
 )
 from expandr_jax.generation.queue import prompt_batches
 from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.generation.sampling import BROKEN
 from expandr_jax.models.decoder import Decoder, cast_weights, unstack_layers
 from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.sharding import batch_divisor, batch_sharding, device_put_shared, make_mesh
@@ -128,7 +129,8 @@ class Engine:
             Completions in the order in which they finish.
 
         Raises:
-            UserError: If a prompt, a text or a penalty is more than the engine was made for.
+            UserError: If a prompt, a text or a penalty is more than the engine was made for, or
+                the model has no token to give (NotFiniteError).
         """
         try:
             yield from self._generate(requests)
@@ -200,6 +202,11 @@ class Engine:
         log_probs: list[float] | None,
     ) -> Completion | None:
         """What became of a request, or None if it goes on."""
+        if tokens and tokens[-1] == BROKEN:
+            raise NotFiniteError(
+                f"request {request.id!r}: the generator's logits are not finite after "
+                f"{len(tokens) - 1} tokens of the text; its weights, or the adapter's, are damaged"
+            )
         reason = "eos" if tokens and tokens[-1] in self.shape.eos_ids else "length"
         text = None
         if self._stop:

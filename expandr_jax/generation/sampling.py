@@ -17,6 +17,7 @@ UNIT_BITS = 30
 CHUNK = 128  # Tokens summed together by the inverse CDF.
 LEAST_TEMPERATURE = 1e-30  # Colder draws are greedy already, and quotients stay finite.
 MOST_TURNS = 64  # A bisection has no more; one between integers of 31 bits takes 35 or so at most.
+BROKEN = -1  # The token of a row that has none to draw.
 CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the cache.
 
 
@@ -49,7 +50,8 @@ def sample(
 
     Returns:
         Tokens [batch] int32, and [batch] bool: whether the draw lay within `NEAR_TIE` of another
-        outcome (an edge of the CDF, or a token that almost was or was not kept).
+        outcome (an edge of the CDF, or a token that almost was or was not kept). The token is
+        `BROKEN` where a logit is NaN or +inf, or all are -inf: the model's weights are damaged.
     """
     batch, vocabulary = logits.shape
     padding = -vocabulary % CHUNK
@@ -102,7 +104,10 @@ def _sample(logits, settings, bits):
     best, best_near = jax.lax.cond(
         jnp.any(greedy), lambda: _argmax(logits, units), lambda: (tokens, near)
     )
-    return jnp.where(greedy, best, tokens), jnp.where(greedy, best_near, near)
+    # The maximum of what has a NaN is NaN; the probabilities are computed from it already.
+    broken = ~jnp.isfinite(jnp.max(logits, axis=1))
+    tokens = jnp.where(broken, BROKEN, jnp.where(greedy, best, tokens))
+    return tokens, jnp.where(greedy, best_near, near) & ~broken
 
 
 def _probability_units(logits, temperature):

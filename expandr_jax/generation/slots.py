@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from expandr_jax.generation.sampling import RowSampling, log_probability, penalize_repetition
+from expandr_jax.generation.sampling import (
+    BROKEN,
+    RowSampling,
+    log_probability,
+    penalize_repetition,
+)
 from expandr_jax.models.decoder import Decoder, KVCache, token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import batch_divisor
@@ -99,7 +104,7 @@ class Slots:
         token: [slots] int32, the next to feed.
         active: [slots] bool, False once a text is finished.
         count: [slots] int32, tokens sampled.
-        output: [slots, max_new_tokens] int32, these tokens.
+        output: [slots, max_new_tokens] int32, these tokens; the last may be `sampling.BROKEN`.
         near_tie: [slots, max_new_tokens] bool, from `sample`.
         log_probs: [slots, max_new_tokens] float32, as `Completion` has them; None without.
         seen: [slots, vocabulary] bool, for the repetition penalty; None without.
@@ -269,6 +274,7 @@ def decode(
         active, count = slots.active, slots.count + slots.active
         here = active[:, None] & (jnp.arange(slots.output.shape[1]) == slots.count[:, None])
         ended = jnp.isin(token, jnp.asarray(shape.eos_ids)) | (count >= slots.settings.limit)
+        ended |= token == BROKEN
         log_probs, seen = slots.log_probs, slots.seen
         if log_probs is not None:
             new = log_probability(raw, slots.settings.sampling.temperature, token)
