@@ -92,7 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
-    contrastive.weight_decay = 0.0  # Decoupled, on matrices.
+    contrastive.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
     contrastive.clip_norm = 1.0  # Greatest norm of the gradient.
     contrastive.temperature = 0.02  # tau.
     contrastive.query_weight = 0.5  # The query vector's weight in the mean with its expansions'.
@@ -231,6 +231,7 @@ def get_config() -> ml_collections.ConfigDict:
     mesh.encoding = ()  # Texts to vectors.
     mesh.sampling = ()  # Expansions, candidates and answers.
     mesh.dpo = ()  # Step B.
+    mesh.workers = 0  # Processes a host that make step A's batches ahead; 0: a thread does.
     return config
 
 

@@ -125,7 +125,7 @@ def _check(config: Config) -> None:
             "with candidates.per_temperature at least two different texts, to prefer one",
         )  # fmt: skip
     step_a = config.contrastive
-    # Below its floor a learned temperature has no gradient: it would stay there.
+    # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
         raise _refuse(
             config, "contrastive.temperature",

@@ -104,6 +104,37 @@ def device_put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, jax.tree.broadcast(shardings, tree))
 
 
+def rows_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """Which of a batch's rows the devices of this process have: [count] int, rising."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[part] for (part,) in parts]))
+
+
+def device_put_rows(tree: Any, mesh: Mesh, here: np.ndarray, rows: int) -> Any:
+    """Batches of which each process has its own rows, over the devices of all.
+
+    Args:
+        tree: Arrays with one row, or several side by side, for each of `here`.
+        mesh: The devices.
+        here: As `rows_here` gives it.
+        rows: Rows of the whole batch.
+    """
+    sharding = batch_sharding(mesh)
+
+    def one(leaf: np.ndarray) -> jax.Array:
+        each = len(leaf) // len(here)
+        shape = (rows * each, *leaf.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            first = int(np.searchsorted(here, start // each)) * each
+            return leaf[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(one, tree)
+
+
 def whole(tree: Any) -> Any:
     """A tree that this process can read: what is spread over several is fetched to its host.
 

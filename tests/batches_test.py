@@ -5,7 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from expandr_jax.data.batches import batch_indices, best_lengths, bucket_length, pad
+from expandr_jax.data.batches import (
+    batch_indices,
+    best_lengths,
+    bucket_length,
+    fewest_sizes,
+    pad,
+)
 
 
 def test_buckets():
@@ -39,6 +45,27 @@ def test_no_other_lengths_fill_batches_up_with_less():
     assert best_lengths([448, 440, 433], 3) == (448,)
 
 
+def test_sizes_are_few_hold_all_and_stay_where_they_are_few_already():
+    rng, rows = np.random.default_rng(1), (1, 1, 6, 2)
+    needed = 16 * 2 ** rng.integers(0, 4, (500, 4))
+    assert len(np.unique(needed, axis=0)) > 100
+    few = fewest_sizes(needed[:5], rows, 6)
+    np.testing.assert_array_equal(few, np.unique(needed[:5], axis=0))
+    padding = []
+    for most in (1, 6, 30):
+        sizes = fewest_sizes(needed, rows, most)
+        assert len(sizes) <= most
+        fits = (sizes[None] >= needed[:, None]).all(axis=2)
+        assert fits.any(axis=1).all()
+        padding.append(np.where(fits, sizes @ rows, 10**9).min(axis=1).sum())
+    np.testing.assert_array_equal(fewest_sizes(needed, rows, 1), [[128] * 4])
+    assert padding == sorted(padding, reverse=True)
+    # What is far apart in tokens stays apart: six rows of the third array for one of the first.
+    apart = np.array([[16, 16], [32, 16], [16, 128], [32, 128]])
+    sizes = fewest_sizes(apart, (1, 6), 2)
+    np.testing.assert_array_equal(sizes, [[32, 16], [32, 128]])
+
+
 def test_pad():
     ids, mask = pad([[1, 2, 3], [4]], pad_id=9, length=4)
     np.testing.assert_array_equal(ids, [[1, 2, 3, 9], [4, 9, 9, 9]])
@@ -46,6 +73,11 @@ def test_pad():
     assert pad([[1] * 17], pad_id=0)[0].shape == (1, 32)
     assert pad([[1] * 17], pad_id=0, longest=24)[0].shape == (1, 24)
     assert pad([[1] * 7], pad_id=0, longest=24)[0].shape == (1, 16)
+    ids, mask = pad([[], np.array([5, 6], np.int32), []], pad_id=9, length=2)
+    np.testing.assert_array_equal(ids, [[9, 9], [5, 6], [9, 9]])
+    np.testing.assert_array_equal(mask, [[0, 0], [1, 1], [0, 0]])
+    with pytest.raises(ValueError, match=r"."):
+        pad([[1, 2, 3]], pad_id=0, length=2)
 
 
 def test_an_epoch_shows_each_example_at_most_once_and_leaves_out_the_remainder():

@@ -14,8 +14,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from expandr_jax.losses.contrastive import same_text
 from expandr_jax.models.bert import BertConfig
 from expandr_jax.models.encoder import Encoder
+from expandr_jax.objectives import contrastive
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     contrastive_gradients,
@@ -25,11 +27,9 @@ from expandr_jax.objectives.contrastive import (
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
     Passage,
-    draw_passages,
     make_batch,
-    stays_plain,
 )
-from expandr_jax.sharding import batch_sharding, make_mesh
+from expandr_jax.sharding import batch_sharding, make_mesh, on_mesh
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.weights.hf import load_retriever
 
@@ -235,53 +235,15 @@ def test_another_right_passage_in_the_batch_is_no_negative(tiny):
     examples[3] = dataclasses.replace(
         examples[3], other_positives=[Passage([1], DOCUMENTS[1]), Passage([1], "a shape")]
     )
-    excluded = make_batch(examples, 0, 0, negatives=2)["excluded"]
+    batch = make_batch(examples, 0, 0, negatives=2)
     # Columns: four documents, then two negatives a query; query 1 lacks its second, query 2 both.
+    texts = np.concatenate([batch["positive_texts"], batch["negative_texts"]])
+    found = np.asarray(same_text(texts, batch["relevant"]))
+    assert np.flatnonzero(found[3]).tolist() == [1, 3, 6]
+    assert np.flatnonzero(~batch["given"][:, 1:].ravel()).tolist() == [3, 4, 5]
+    excluded = found.copy()
+    excluded[:, 4:] |= ~batch["given"][:, 1:].ravel()
     assert np.flatnonzero(excluded[3]).tolist() == [1, 3, 6, 7, 8, 9]
-
-
-def draw(example, epoch, seed=0, query=5):
-    return draw_passages(example, 2, seed=seed, epoch=epoch, query=query)
-
-
-def test_positives_and_negatives_are_drawn_by_seed_epoch_and_query():
-    example = ContrastiveExample(
-        query=[1],
-        expansions=[],
-        positive=Passage([0], "0", 0.0),
-        negatives=[Passage([i], f"n{i}", float(i)) for i in range(5)],
-        other_positives=[Passage([1], "1", 1.0), Passage([2], "2", 2.0)],
-    )
-    assert draw(example, 3) == draw(example, 3)
-    drawn = [draw(example, epoch) for epoch in range(40)]
-    assert {d.positive.text for d in drawn} == {"0", "1", "2"}
-    assert {n.text for d in drawn for n in d.negatives} == {f"n{i}" for i in range(5)}
-    for d in drawn:
-        assert str(d.positive.ids[0]) == d.positive.text
-        assert d.positive.score == d.positive.ids[0]
-        assert {d.positive.text, *(p.text for p in d.other_positives)} == {"0", "1", "2"}
-        assert len(d.negatives) == 2
-        assert d.negatives[0].score < d.negatives[1].score
-    assert drawn != [draw(example, epoch, seed=1) for epoch in range(40)]
-    assert drawn != [draw(example, epoch, query=6) for epoch in range(40)]
-    few = dataclasses.replace(example, other_positives=[], negatives=example.negatives[:2])
-    assert draw(few, 0) is few
-
-
-def test_a_share_of_queries_stays_plain():
-    def plain(share, seed=0):
-        grid = [(step, query) for step in range(40) for query in range(25)]
-        return np.array([stays_plain(share, seed=seed, step=s, query=q) for s, q in grid])
-
-    assert not plain(0.0).any()
-    assert plain(1.0).all()
-    some = plain(0.3)
-    assert 0.25 < some.mean() < 0.35  # Three standard deviations are 0.043.
-    np.testing.assert_array_equal(some, plain(0.3))
-    assert (some != plain(0.3, seed=1)).any()
-    by_step = some.reshape(40, 25)
-    assert (by_step[0] != by_step[1]).any()
-    assert not (some & ~plain(0.5)).any()  # A larger share only adds queries.
 
 
 class Bag(Encoder):
@@ -325,6 +287,49 @@ def test_eight_devices_and_micro_batches_give_the_same_gradients(bag, config, mi
     rows = batch_sharding(make_mesh())
     step = jax.jit(functools.partial(gradients, config=cached), in_shardings=(None, rows))
     close(step(params, batch), whole)
+
+
+@pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+def test_scores_in_parts_give_the_same_gradients(bag, config, monkeypatch):
+    """On one device and on eight; a part has eight of the 24 queries."""
+    retriever, params = bag
+    params = parameters(params, config)
+    batch = make_batch(examples_with_negatives(retriever, repeats=6), 0, 1, negatives=2)
+    config = dataclasses.replace(config, micro_batch=8)
+    gradients = functools.partial(contrastive_gradients, retriever=retriever, config=config)
+    whole = jax.jit(gradients)(params, batch)
+    monkeypatch.setattr(contrastive, "SCORE_BYTES", 0)
+    for mesh in (make_mesh(1, devices=jax.devices()[:1]), make_mesh()):
+        rows = batch_sharding(mesh)
+        parts = jax.jit(on_mesh(mesh, gradients), in_shardings=(None, rows))
+        text = parts.lower(params, batch).as_text()
+        assert "<8x72xf32>" in text  # The scores of all passages.
+        assert "<24x72xf32>" not in text
+        close(parts(params, batch), whole)
+
+
+def test_scores_take_the_memory_of_a_part(bag, monkeypatch):
+    """Whole, they and their masks would grow with the square of the batch."""
+    retriever, params = bag
+    monkeypatch.setattr(contrastive, "SCORE_BYTES", 0)
+    gradients = functools.partial(
+        contrastive_gradients, retriever=retriever, config=dataclasses.replace(PLAIN, micro_batch=8)
+    )
+    row = make_batch(examples_with_negatives(retriever), 0, 0, negatives=2)
+
+    def temporary_bytes(queries):
+        shapes = {
+            name: jax.ShapeDtypeStruct((len(x) * queries // 4, *x.shape[1:]), x.dtype)
+            for name, x in row.items()
+        }
+        compiled = jax.jit(gradients).lower(params, shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    sizes = 256, 512, 1024
+    found = [temporary_bytes(queries) for queries in sizes]
+    assert found[2] - found[1] < 2.5 * (found[1] - found[0])
+    # A vector of 32 floats a text, several times over; scores of all would be 12 KB a query.
+    assert (found[2] - found[1]) / 512 < 6_000
 
 
 def test_micro_batches_drop_the_same_in_both_passes(bag):
@@ -372,3 +377,23 @@ def test_a_learned_temperature_moves_and_stays_above_its_floor(bag):
     slope = (loss_at(np.log(0.1) + 0.01) - loss_at(np.log(0.1) - 0.01)) / 0.02
     np.testing.assert_allclose(grads["log_temperature"], slope, rtol=1e-2)
     assert loss_at(np.log(0.001)) == loss_at(np.log(0.01))
+
+
+def test_a_learned_temperature_leaves_its_floor(bag):
+    """At the floor, and below it as older code could come to be, the gradient moves it up."""
+    retriever, config = bag[0], dataclasses.replace(PLAIN, learn_temperature=True)
+    step = functools.partial(contrastive_step, retriever=retriever, config=config)
+    batch = make_batch(examples_with_negatives(retriever), 0, 0)
+    floor = np.float32(np.log(0.01))
+    for start in (floor, floor - 1):
+        params = {**parameters(bag[1], config), "log_temperature": start}
+        (_, metrics), grads = contrastive_gradients(
+            params, batch, retriever=retriever, config=config
+        )
+        np.testing.assert_allclose(metrics["temperature"], 0.01, rtol=1e-6)
+        assert grads["log_temperature"] < -1  # Of random vectors: a higher one has less loss.
+    for rate in (1e-3, -1e3):  # Where the gradient leads below it, the parameter stays there.
+        optimizer = optax.sgd(rate)
+        state = TrainState.create({**params, "log_temperature": floor}, optimizer)
+        after = step(state, batch, optimizer=optimizer)[0].params["log_temperature"]
+        assert after > floor if rate > 0 else after == floor

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from expandr_jax.errors import UserError
+from expandr_jax.losses.contrastive import same_text
 from expandr_jax.objectives.packing import PADDING
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import TIMED, GeneratorShapes
@@ -108,7 +109,8 @@ def test_what_is_timed_is_the_work_that_was_planned(config):
     state, batch, _ = step.values(*jax.tree.map(made_up, tuple(step.arguments)))
     assert batch["query_mask"].all()
     assert batch["negative_ids"].shape[0] == 1024
-    assert batch["excluded"].sum() == 1024  # Each query's own.
+    texts = np.concatenate([batch["positive_texts"], batch["negative_texts"]])
+    assert same_text(texts, batch["relevant"]).sum() == 1024  # Each query's own.
     assert all(not leaf.any() for leaf in jax.tree.leaves(state.opt_state))
 
 

@@ -118,7 +118,8 @@ from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_st
 from expandr_jax.training.train_state import TrainState, make_optimizer
 retriever, params = load(16)
 rows, generator = 8192, np.random.default_rng(0)
-batch = {"excluded": np.eye(rows, dtype=bool)}
+texts = np.arange(2 * rows, dtype=np.int32).reshape(rows, 2)
+batch = {"positive_texts": texts, "relevant": texts[:, None]}
 for tower in ("query", "positive"):
     batch[tower + "_ids"] = generator.integers(1000, 20000, (rows, 16)).astype(np.int32)
     batch[tower + "_mask"] = np.ones((rows, 16), np.int32)

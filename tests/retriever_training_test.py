@@ -88,7 +88,7 @@ def test_batches_by_length_are_padded_less(data, tmp_path, monkeypatch):
         widths[window].append(batch["expansion_ids"].shape[1])
         return first.setdefault("batch", batch)  # One program: all that counts is what was made.
 
-    monkeypatch.setattr("expandr_jax.objectives.contrastive_batches.make_batch", recorded)
+    monkeypatch.setattr("expandr_jax.objectives.contrastive_steps.make_batch", recorded)
     for window in (0, 100):
         widths[window] = []
         config = config_of(data, length_window=window, epochs=1.0, batch_size=8, plain_share=0.0)

@@ -19,7 +19,8 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
-from expandr_jax.objectives.contrastive_batches import check_contrastive_batch, triple_examples
+from expandr_jax.objectives.contrastive_batches import triple_examples
+from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System

@@ -34,13 +34,16 @@ from expandr_jax.objectives.contrastive import (
     with_temperature,
 )
 from expandr_jax.objectives.contrastive_batches import (
-    ContrastiveBatches,
     ContrastiveExample,
-    check_contrastive_batch,
-    check_contrastive_examples,
     hash_examples,
     triple_examples,
 )
+from expandr_jax.objectives.contrastive_checks import (
+    check_contrastive_batch,
+    check_contrastive_examples,
+)
+from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.stored_examples import made_ahead
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.runtime.formats import identity_of
@@ -48,7 +51,7 @@ from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
-from expandr_jax.sharding import batch_sharding, device_put, whole
+from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
@@ -95,9 +98,14 @@ def train_retriever(
     mesh, retriever = models.contrastive_mesh, models.retriever
     check_contrastive_batch(config, retriever, params, mesh, len(examples))
     check_contrastive_examples(config, examples, samples, ids)
-    batches = ContrastiveBatches(examples, ids, config, samples, seed, retriever)
-    updates = count_updates(config, batches.per_epoch)
+    updates = count_updates(config, len(examples) // config.batch_size)
     steps = updates * config.accumulation
+    numbers = range(round_ * steps, (round_ + 1) * steps)
+    pad_id = retriever.tokenizer.pad_token_id
+    batches = ContrastiveBatches(
+        examples, config, samples, seed, pad_id, retriever.max_length, numbers
+    )
+    rows = rows_here(mesh, config.batch_size)
     optimizer = section_optimizer(config, updates, weight_decay=config.weight_decay)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
     start = device_put(with_temperature(params, config), setup.shardings.params)
@@ -106,11 +114,6 @@ def train_retriever(
     @functools.cache
     def flops(length: int) -> int:
         return TRAINING * forward_flops(retriever.module, params, 1, length)
-
-    def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        arrays, contents = batches.batch(round_ * steps + step, flops)
-        several = run.processes.count > 1
-        return device_put(arrays, batch_sharding(mesh)) if several else arrays, contents
 
     identity = {
         "model": models.retriever_hash,
@@ -124,6 +127,13 @@ def train_retriever(
 
     every = checkpoints(phase, keep=run.config.keep, keep_period=steps)
     log = run.training_log(phase, round_)
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        arrays, tokens = make(numbers[step])
+        contents = batches.contents(numbers[step], len(rows), tokens, ids, flops)
+        if run.processes.count > 1:  # Each has made the rows of its own devices.
+            arrays = device_put_rows(arrays, mesh, rows, config.batch_size)
+        return arrays, contents
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
@@ -140,21 +150,22 @@ def train_retriever(
         )
         return split_temperature(state.params, config)[0]
 
-    if evaluate is None:
-        return whole(train(steps))
-    journal = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
-    best = train_with_dev(
-        log,
-        CommonJournal(journal, run.processes),
-        split_temperature(start, config)[0],
-        train,
-        evaluate,
-        best=checkpoints(f"{phase}-best", keep=1),
-        steps=steps,
-        every=config.eval_every * config.accumulation,
-        patience=config.patience,
-    )
-    return whole(best)
+    with made_ahead(batches, rows, run.config.mesh.workers) as make:
+        if evaluate is None:
+            return whole(train(steps))
+        journal = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
+        best = train_with_dev(
+            log,
+            CommonJournal(journal, run.processes),
+            split_temperature(start, config)[0],
+            train,
+            evaluate,
+            best=checkpoints(f"{phase}-best", keep=1),
+            steps=steps,
+            every=config.eval_every * config.accumulation,
+            patience=config.patience,
+        )
+        return whole(best)
 
 
 def train_on_triples(

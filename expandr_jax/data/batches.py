@@ -50,6 +50,44 @@ def best_lengths(needed: Sequence[int], most: int) -> tuple[int, ...]:
     return taken[-1]
 
 
+def fewest_sizes(needed: np.ndarray, rows: Sequence[int], most: int) -> np.ndarray:
+    """Sizes, `most` of them or fewer, that batches of several arrays are padded to.
+
+    Sizes that are needed stay as they are while there are no more of them; else those two become
+    one, again and again, that fill all batches up with the least padding.
+
+    Args:
+        needed: [batches, arrays] int, the length of each array.
+        rows: [arrays], the relative number of rows of each array.
+        most: Sizes at most; each is a program to compile.
+
+    Returns:
+        [sizes, arrays] int.
+    """
+    sizes, counts = np.unique(needed, axis=0, return_counts=True)
+    rows = np.asarray(rows)
+
+    def added(one: int, others: np.ndarray) -> np.ndarray:
+        """Tokens that are padding more where a size and each of some others become one."""
+        larger = np.maximum(sizes[one], sizes[others])
+        of_one, of_others = (larger - sizes[one]) @ rows, (larger - sizes[others]) @ rows
+        return counts[one] * of_one + counts[others] * of_others
+
+    cost = np.full((len(sizes), len(sizes)), np.inf)
+    for one in range(len(sizes) if len(sizes) > most else 0):
+        cost[one, :one] = added(one, np.arange(one))
+    left = np.ones(len(sizes), bool)
+    while left.sum() > most:
+        gone, kept = np.unravel_index(np.argmin(cost), cost.shape)
+        sizes[kept] = np.maximum(sizes[kept], sizes[gone])
+        counts[kept] += counts[gone]
+        left[gone] = False
+        cost[gone], cost[:, gone] = np.inf, np.inf
+        others = np.flatnonzero(left & (np.arange(len(sizes)) != kept))
+        cost[np.maximum(kept, others), np.minimum(kept, others)] = added(kept, others)
+    return sizes[left]
+
+
 def pad(
     sequences: Sequence[Sequence[int]],
     pad_id: int,
@@ -63,12 +101,13 @@ def pad(
     if length is None:
         length = bucket_length(max((len(sequence) for sequence in sequences), default=1))
         length = length if longest is None else min(length, longest)
-    ids = np.full((len(sequences), length), pad_id, np.int32)
-    mask = np.zeros((len(sequences), length), np.int32)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = sequence
-        mask[row, : len(sequence)] = 1
-    return ids, mask
+    lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
+    mask = np.arange(length, dtype=np.int32) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int32)
+    if len(sequences):
+        # All at once: numpy needs more time for two assignments a row than for what is in them.
+        ids[mask] = np.concatenate([np.asarray(sequence, np.int32) for sequence in sequences])
+    return ids, mask.astype(np.int32)
 
 
 def batch_indices(

@@ -32,19 +32,22 @@ class ContrastiveLossSettings:
 
 @flax.struct.dataclass
 class Vectors:
-    """What the losses of a batch compare.
+    """What the losses of a batch, or of some of its queries, compare.
 
     Attributes:
-        query: [batch, dim], expanded or not.
+        query: [rows, dim], expanded or not.
         positive: [batch, dim] of each query's relevant document.
         negative: [batch * negatives, dim], a query's own side by side, or None.
-        plain: [batch, dim] of expanded queries without their expansions, or None.
+        plain: [rows, dim] of expanded queries without their expansions, or None.
+        everyone: [batch, dim] of all queries, where documents are compared with them; None where
+            `query` has all.
     """
 
     query: jax.Array
     positive: jax.Array
     negative: jax.Array | None = None
     plain: jax.Array | None = None
+    everyone: jax.Array | None = None
 
     @property
     def passages(self) -> jax.Array:
@@ -52,12 +55,37 @@ class Vectors:
         both = (self.positive, self.negative)
         return self.positive if self.negative is None else jnp.concatenate(both)
 
-    @property
-    def own_scores(self) -> jax.Array:
-        """[batch, 1 + negatives] scores of each query's own passages, the positive's first."""
+    def own_scores(self, rows: jax.Array | None = None) -> jax.Array:
+        """[rows, 1 + negatives] scores of each query's own passages, the positive's first.
+
+        `rows` [rows]: which of the batch's queries these are; None: all of them.
+        """
         negative = self.negative.reshape(len(self.positive), -1, self.positive.shape[1])
-        own = jnp.concatenate([self.positive[:, None], negative], axis=1)
+        positive, negative = _of(rows, self.positive), _of(rows, negative)
+        own = jnp.concatenate([positive[:, None], negative], axis=1)
         return jnp.einsum("qd,qpd->qp", self.query, own, precision=jax.lax.Precision.HIGHEST)
+
+
+def _of(rows: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if rows is None else x[rows]
+
+
+def same_text(texts: jax.Array, relevant: jax.Array) -> jax.Array:
+    """Whether each text is one of those that are relevant to each query: [queries, texts] bool.
+
+    Args:
+        texts: [texts, 2] int32, a hash of each.
+        relevant: [queries, count, 2] int32, hashes of what is relevant to each query.
+    """
+
+    def add(i: jax.Array, found: jax.Array) -> jax.Array:
+        one = relevant[:, i, None]
+        return found | ((one[..., 0] == texts[:, 0]) & (one[..., 1] == texts[:, 1]))
+
+    texts, relevant = jnp.asarray(texts), jnp.asarray(relevant)
+    # One after another: all at once they could become an array of their own.
+    none, count = jnp.zeros((len(relevant), len(texts)), bool), relevant.shape[1]
+    return jax.lax.fori_loop(0, count, add, none, unroll=max(1, min(count, 8)))
 
 
 def info_nce(
@@ -67,6 +95,7 @@ def info_nce(
     *,
     temperature: float | jax.Array = 1.0,
     excluded: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """Contrastive loss of each query over all passages of the global batch.
 
@@ -82,9 +111,11 @@ def info_nce(
         excluded: [batch, batch + count] bool, True where a passage must not count against a query
             (the same text as its positive, another known positive). A query's own positive counts
             whatever this says.
+        rows: [rows] int32, where `queries` [rows, dim] and `excluded` [rows, batch + count] are of
+            these queries of the batch; None: of all.
 
     Returns:
-        [batch] losses.
+        [rows] losses.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -92,7 +123,7 @@ def info_nce(
     References:
         van den Oord et al., arXiv 1807.03748; ExpandR, arXiv 2502.17057, equation of the retriever.
     """
-    if queries.shape != positives.shape:
+    if queries.shape != positives.shape and rows is None:
         raise ValueError(f"queries {queries.shape} and positives {positives.shape} differ in shape")
     queries, positives = queries.astype(jnp.float32), positives.astype(jnp.float32)
     passages = positives
@@ -102,15 +133,16 @@ def info_nce(
         passages = jnp.concatenate([positives, negatives.astype(jnp.float32)])
     scores = jnp.matmul(queries, passages.T, precision=jax.lax.Precision.HIGHEST) / temperature
     # A row-wise product, not the diagonal of `scores`: on a mesh it needs no extra collective.
-    positive = jnp.sum(queries * positives, axis=-1) / temperature
+    positive = jnp.sum(queries * _of(rows, positives), axis=-1) / temperature
     if excluded is not None:
-        scores = jnp.where(_others(excluded), EXCLUDED, scores)
+        scores = jnp.where(_others(excluded, rows), EXCLUDED, scores)
     return jax.nn.logsumexp(scores, axis=-1) - positive
 
 
-def _others(excluded: jax.Array) -> jax.Array:
+def _others(excluded: jax.Array, rows: jax.Array | None) -> jax.Array:
     """`excluded` without each query's own positive, which always counts."""
-    return excluded & ~jnp.eye(*excluded.shape, dtype=bool)
+    rows = jnp.arange(len(excluded)) if rows is None else rows
+    return excluded & (jnp.arange(excluded.shape[1]) != rows[:, None])
 
 
 def symmetric_info_nce(
@@ -120,18 +152,26 @@ def symmetric_info_nce(
     *,
     temperature: float | jax.Array = 1.0,
     excluded: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    everyone: jax.Array | None = None,
+    excluded_queries: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean of `info_nce` and of the same loss of each positive over all queries: [batch] losses.
+    """Mean of `info_nce` and of the same loss of each positive over all queries: [rows] losses.
 
-    All arguments are as for `info_nce`. An excluded pair is left out both ways; only queries are
-    compared with the negatives.
+    Arguments are as for `info_nce`. An excluded pair is left out both ways; only queries are
+    compared with the negatives. With `rows` there are also `everyone` [batch, dim], all queries,
+    and `excluded_queries` [rows, batch]: those that a positive must not count against.
 
     References:
         Radford et al., arXiv 2103.00020, figure 3.
     """
-    forward = info_nce(queries, positives, negatives, temperature=temperature, excluded=excluded)
-    transposed = None if excluded is None else excluded[:, : queries.shape[0]].T
-    backward = info_nce(positives, queries, temperature=temperature, excluded=transposed)
+    options = {"temperature": temperature, "rows": rows}
+    forward = info_nce(queries, positives, negatives, excluded=excluded, **options)
+    if rows is None:
+        everyone = queries
+        excluded_queries = None if excluded is None else excluded[:, : queries.shape[0]].T
+    own = _of(rows, positives)
+    backward = info_nce(own, everyone, excluded=excluded_queries, **options)
     return (forward + backward) / 2
 
 
@@ -181,6 +221,7 @@ def invariance_kl(
     *,
     temperature: float | jax.Array = 1.0,
     excluded: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
     """How far a query's ranking of the batch's passages changes by being expanded.
 
@@ -188,14 +229,15 @@ def invariance_kl(
     passages. Both are variants of one query: gradients go through both.
 
     Args:
-        expanded: [batch, dim].
-        plain: [batch, dim] the same queries.
+        expanded: [rows, dim].
+        plain: [rows, dim] the same queries.
         passages: [count, dim], each query's positive at its own row.
         temperature: tau.
-        excluded: [batch, count] bool as for `info_nce`: passages that a query is not compared with.
+        excluded: [rows, count] bool as for `info_nce`: passages that a query is not compared with.
+        rows: [rows] int32, which of the batch's queries these are; None: all.
 
     Returns:
-        [batch] losses.
+        [rows] losses.
 
     References:
         The invariance term of Invar-RAG, arXiv 2411.07021, between the rankings of a query's
@@ -207,7 +249,7 @@ def invariance_kl(
         / temperature
         for q in (plain, expanded)
     )
-    given = jnp.ones(by_plain.shape, bool) if excluded is None else ~_others(excluded)
+    given = jnp.ones(by_plain.shape, bool) if excluded is None else ~_others(excluded, rows)
     return distillation_kl(by_plain, by_expanded, given)
 
 
@@ -243,8 +285,11 @@ def matryoshka(
 def _info_nce(
     v: Vectors, batch: Mapping[str, jax.Array], tau: Any, settings: ContrastiveLossSettings
 ) -> jax.Array:
-    loss = symmetric_info_nce if settings.symmetric else info_nce
-    return loss(v.query, v.positive, v.negative, temperature=tau, excluded=batch["excluded"])
+    given = {"temperature": tau, "excluded": batch["excluded"], "rows": batch.get("rows")}
+    if not settings.symmetric:
+        return info_nce(v.query, v.positive, v.negative, **given)
+    back = {"everyone": v.everyone, "excluded_queries": batch.get("excluded_queries")}
+    return symmetric_info_nce(v.query, v.positive, v.negative, **given, **back)
 
 
 def _invariance(
@@ -252,18 +297,22 @@ def _invariance(
 ) -> jax.Array:
     if v.plain is None:  # No query is expanded: none changes.
         return jnp.zeros(len(v.query))
-    return invariance_kl(v.query, v.plain, v.passages, temperature=tau, excluded=batch["excluded"])
+    given = {"temperature": tau, "excluded": batch["excluded"], "rows": batch.get("rows")}
+    return invariance_kl(v.query, v.plain, v.passages, **given)
 
 
-# (vectors, the batch's arrays, tau, settings) -> [batch] losses, summed by the weights that have
-# their names. The teacher's losses need "given" and "teacher_scores" of the batch.
+# (vectors, the batch's arrays, tau, settings) -> [rows] losses, summed by the weights that have
+# their names. Of the arrays they need "excluded", a teacher's losses "given" and "teacher_scores";
+# where the rows are some of the batch's queries, these are of them, and "rows" says which.
 CONTRASTIVE_LOSSES: dict[str, Callable[..., jax.Array]] = {
     "info_nce": _info_nce,
     "margin_mse": lambda v, batch, tau, settings: margin_mse(
-        v.own_scores, batch["teacher_scores"], batch["given"]
+        v.own_scores(batch.get("rows")), batch["teacher_scores"], batch["given"]
     ),
     "kl": lambda v, batch, tau, settings: distillation_kl(
-        v.own_scores / tau, batch["teacher_scores"] / settings.teacher_temperature, batch["given"]
+        v.own_scores(batch.get("rows")) / tau,
+        batch["teacher_scores"] / settings.teacher_temperature,
+        batch["given"],
     ),
     "invariance": _invariance,
 }

@@ -1,9 +1,10 @@
 """Step A: the retriever learns from expanded queries, contrastively (ExpandR, arXiv 2502.17057).
 
-With `micro_batch` set, a batch of any size takes the memory of one micro-batch (GradCache, Gao et
-al., arXiv 2101.06983): all vectors first, without what their gradients need, then the loss's
-gradient with respect to them, then each micro-batch once more, to carry that gradient on to the
-parameters.
+With `micro_batch` set, a batch of any size takes the memory of one micro-batch and of its vectors
+(GradCache, Gao et al., arXiv 2101.06983): all vectors first, without what their gradients need,
+then the loss's gradient with respect to them, then each micro-batch once more, to carry that
+gradient on to the parameters. The loss itself goes over the queries in parts, whose scores against
+all passages are in memory one part at a time.
 """
 
 import dataclasses
@@ -24,17 +25,22 @@ from expandr_jax.losses.contrastive import (
     info_nce,
     loss_weights,
     matryoshka,
+    same_text,
 )
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.settings import Share, choice, count, several
-from expandr_jax.sharding import replicated
+from expandr_jax.sharding import constrain, replicated
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
 from expandr_jax.weights.trees import model_shardings
 
+# Arrays of a batch with a row a query that the loss needs.
+BY_QUERY = ("relevant", "positive_texts", "given", "teacher_scores")
+SCORE_BYTES = 2**28  # Of the scores that are in memory at once, where there are micro-batches.
 TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
-LEAST_TEMPERATURE = 0.01  # A learned temperature stays above it, as CLIP's does.
+LEAST_TEMPERATURE = 0.01  # A learned temperature does not fall below it, as CLIP's does not.
+LEAST_LOG_TEMPERATURE = np.float32(np.log(LEAST_TEMPERATURE))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +179,12 @@ def contrastive_step(
         dropout_key=None if key is None else jax.random.fold_in(key, state.step),
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
-    return state.apply(grads, optimizer), metrics
+    state = state.apply(grads, optimizer)
+    if config.learn_temperature:
+        # The parameter, and not what is made of it, whose gradient would be 0 there for ever.
+        floored = jnp.maximum(state.params["log_temperature"], LEAST_LOG_TEMPERATURE)
+        state = state.replace(params={**state.params, "log_temperature": floored})
+    return state, metrics
 
 
 def _loss_of_vectors(
@@ -195,24 +206,67 @@ def _loss_of_vectors(
         compared = compared.replace(query=expand(batch["present"]), plain=plain)
     temperature, metrics = config.temperature, {}
     if log_temperature is not None:
-        temperature = jnp.maximum(jnp.exp(log_temperature), LEAST_TEMPERATURE)
+        # A checkpoint of older code may lie below the floor; its gradient still leads out.
+        below = jnp.maximum(LEAST_LOG_TEMPERATURE - log_temperature, 0.0)
+        temperature = jnp.exp(log_temperature + jax.lax.stop_gradient(below))
         metrics["temperature"] = temperature
 
-    def losses(compared: Vectors) -> jax.Array:
-        return sum(
-            weight * CONTRASTIVE_LOSSES[name](compared, batch, temperature, config)
-            for name, weight in loss_weights(config).items()
-        )
+    texts = batch["positive_texts"]
+    if compared.negative is not None:
+        texts = jnp.concatenate([texts, batch["negative_texts"]])
 
-    if config.dimensions:
-        loss = matryoshka(losses, config.dimensions, compared)
+    def of_queries(part: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """[rows] losses of some queries, or all, and whether their own documents beat all others
+        together."""
+        rows, negative = part.get("rows"), compared.negative
+        masks = {"excluded": same_text(texts, part["relevant"])}
+        if negative is not None:  # What stands where a query has no more negatives is excluded.
+            given = jnp.ones(len(batch["given"]), bool), batch["given"][:, 1:].reshape(-1)
+            masks["excluded"] |= ~jnp.concatenate(given)
+        if rows is not None and config.symmetric:
+            masks["excluded_queries"] = same_text(part["positive_texts"], batch["relevant"]).T
+        some = compared.replace(query=part["query"], plain=part.get("plain"))
+
+        def losses(vectors: Vectors) -> jax.Array:
+            return sum(
+                weight * CONTRASTIVE_LOSSES[name](vectors, part | masks, temperature, config)
+                for name, weight in loss_weights(config).items()
+            )
+
+        loss = matryoshka(losses, config.dimensions, some) if config.dimensions else losses(some)
+        whole = some.query, some.positive, some.negative
+        own = info_nce(*whole, temperature=temperature, excluded=masks["excluded"], rows=rows)
+        # A loss below log 2 means that the document beats all others together.
+        return loss, jax.lax.stop_gradient(own) < jnp.log(2.0)
+
+    queries = {"query": compared.query, "plain": compared.plain}
+    queries |= {name: batch.get(name) for name in BY_QUERY}
+    queries = {name: value for name, value in queries.items() if value is not None}
+    size = _queries_at_once(config.micro_batch, len(compared.query), len(texts))
+    if size == len(compared.query):
+        loss, beats = of_queries(queries)
     else:
-        loss = losses(compared)
-    whole = compared.query, compared.positive, compared.negative
-    own = info_nce(*whole, temperature=temperature, excluded=batch["excluded"])
-    # A loss below log 2 means that the document beats all others together.
-    metrics["in_batch_accuracy"] = jnp.mean(jax.lax.stop_gradient(own) < jnp.log(2.0))
+        # Each device has the vectors of all once, and not again for each part.
+        compared = jax.tree.map(lambda x: constrain(x, (None, None)), compared)
+        compared = compared.replace(everyone=compared.query if config.symmetric else None)
+        queries["rows"] = jnp.arange(len(compared.query))
+        parts = jax.tree.map(lambda x: _split_rows(x, size), queries)
+        loss, beats = jax.tree.map(_join_rows, jax.lax.map(jax.checkpoint(of_queries), parts))
+    metrics["in_batch_accuracy"] = jnp.mean(beats)
     return jnp.mean(loss), metrics
+
+
+def _queries_at_once(micro_batch: int, queries: int, passages: int) -> int:
+    """Queries whose scores are computed together: all where there are no micro-batches.
+
+    Else as many micro-batches of them as the scores fit `SCORE_BYTES`, and one at least.
+    """
+    if not micro_batch:
+        return queries
+    size = micro_batch
+    while queries % (2 * size) == 0 and 2 * size * passages * 4 <= SCORE_BYTES:
+        size *= 2
+    return size
 
 
 def _embed_batch(
@@ -246,13 +300,13 @@ def _by_length(batch: Mapping[str, jax.Array]) -> list[list[str]]:
 
 
 def _split_rows(x: jax.Array, micro_batch: int) -> jax.Array:
-    """[rows, n] to [rows / micro_batch, micro_batch, n]; `_join_rows` undoes it."""
+    """[rows, ...] to [rows / micro_batch, micro_batch, ...]; `_join_rows` undoes it."""
     # Every so many rows, not side by side: on a mesh each micro-batch has rows of every device.
-    return jnp.swapaxes(x.reshape(micro_batch, -1, x.shape[1]), 0, 1)
+    return jnp.swapaxes(x.reshape(micro_batch, -1, *x.shape[1:]), 0, 1)
 
 
 def _join_rows(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 0, 1).reshape(-1, x.shape[-1])
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def _join(pieces: Iterable[Any]) -> Any:

@@ -27,6 +27,7 @@ ABSENT: dict[str, Any] = {
     "reward.gain": 0.0,
     "reward.gain_measure": "ndcg",
     "reward.gain_search": "dense",
+    "mesh.workers": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     "search.exact": {"block_rows": 8192, "query_rows": 1024, "resident_mib": 512},
     "search.exact.resident_mib": 512,

@@ -43,3 +43,4 @@ class MeshSettings:
     encoding: Sizes
     sampling: Sizes
     dpo: Sizes
+    workers: Annotated[int, count(0)]
