@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from expandr_jax.config import Config
-from expandr_jax.data.documents import texts_of
+from expandr_jax.data.documents import rows_of, texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl, write_jsonl
@@ -59,7 +59,7 @@ def _mine(run: Run, retriever: CorpusRetriever, data: TrainingData, path: pathli
         queries = retriever.encode(data.queries(ids), "query", progress=advance)
 
     def search() -> None:
-        row_of = {document: row for row, document in enumerate(corpus.ids)}
+        row_of = rows_of(data.collection.corpus)
         relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
         scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
         own = corpus.vectors[[documents[0] for documents in relevant]]

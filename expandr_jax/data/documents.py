@@ -11,6 +11,7 @@ of the files. Making it takes 40 bytes a document for a while.
 
 import array
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -137,6 +138,20 @@ class _Items(ItemsView):
         return zip(self._mapping.ids, self._mapping.texts, strict=True)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows(Mapping[str, int]):
+    documents: Documents
+
+    def __getitem__(self, key: str) -> int:
+        return self.documents.row(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.documents)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
 def ids_of(corpus: Mapping[str, str]) -> Sequence[str]:
     """Ids of documents by row, without a copy where they are in a store."""
     return corpus.ids if isinstance(corpus, Documents) else list(corpus)
@@ -145,6 +160,13 @@ def ids_of(corpus: Mapping[str, str]) -> Sequence[str]:
 def texts_of(corpus: Mapping[str, str]) -> Sequence[str]:
     """Texts of documents by row, without a copy where they are in a store."""
     return corpus.texts if isinstance(corpus, Documents) else list(corpus.values())
+
+
+def rows_of(corpus: Mapping[str, str]) -> Mapping[str, int]:
+    """Document id -> row, without a copy of the ids where they are in a store."""
+    if isinstance(corpus, Documents):
+        return _Rows(corpus)
+    return {document: row for row, document in enumerate(corpus)}
 
 
 def write_documents(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax import metrics
+from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
@@ -153,7 +154,7 @@ def make_expander(
     Raises UserError of a wrong strategy or template.
     """
     searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
-    ids, drop = list(corpus), config.evaluation.drop_identical_ids
+    ids, drop = ids_of(corpus), config.evaluation.drop_identical_ids
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
         run = search_named(

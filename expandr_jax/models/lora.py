@@ -46,6 +46,10 @@ class LoraConfig:
 class Projection(nn.Module):
     """x W (+ b), plus the low-rank update where the "lora" collection holds one for it.
 
+    int8 is not qwix's: of weights alone in int8, its `dot_general` (0.1.8) writes all of W out in
+    float32, scaled, and multiplies in float32, where this multiplies in the compute type and scales
+    what comes out. It has int4 and NF4, which are not here.
+
     Attributes:
         features: Output width.
         axes: Logical names of the kernel's input and output axes.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from expandr_jax import metrics
-from expandr_jax.data.documents import ids_of
+from expandr_jax.data.documents import ids_of, rows_of
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
@@ -243,7 +243,7 @@ class Ranker:
         if not self._is_main:
             return None
         corpus = self._dense(part).corpus
-        row = {document: row for row, document in enumerate(corpus.ids)}
+        row = rows_of(self._searches.corpus)
         depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
         if not depth:  # A single document is left out for a query with its id.
             return queries

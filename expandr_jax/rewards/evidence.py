@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.rewards.group import SIDES, Group
@@ -40,9 +41,9 @@ class Evidence:
     answers: np.ndarray
 
     @functools.cached_property
-    def rows(self) -> dict[str, int]:
+    def rows(self) -> Mapping[str, int]:
         """Document id -> its row in the corpus."""
-        return {document: row for row, document in enumerate(self.corpus.ids)}
+        return rows_of(self.data.collection.corpus)
 
     @functools.cached_property
     def judged(self) -> Judged:

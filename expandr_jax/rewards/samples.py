@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.samples import RANK, REWARD
 from expandr_jax.rewards import ranks as rewards
@@ -33,7 +34,7 @@ def sample_rows(
     """
     rows, normalize = [], config.contrastive.normalize
     depth = min(config.evaluation.sample_depth, len(corpus.ids))
-    row_of = {document: i for i, document in enumerate(corpus.ids)}
+    row_of = rows_of(data.collection.corpus)
     for split, part in encoded.items():
         samples = part.expansions.shape[1]
         vectors = part.queries, part.expansions, part.present
