@@ -15,7 +15,7 @@ from expandr_jax.ranking.systems import parse_system
 @pytest.mark.parametrize(("name", "built"), [("dense+q2d", 0), ("dense+lamer", 1)])
 def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_path, name, built):
     indexes = []
-    monkeypatch.setattr(set_ranker, "build_index", lambda *a: indexes.append(a))
+    monkeypatch.setattr(set_ranker, "kept_bm25", lambda *a, **k: indexes.append(a))
 
     def texts(self, queries, samples, sample):
         for step in self.strategy.steps:
