@@ -63,7 +63,10 @@ def fetched(bucket, target: pathlib.Path) -> pathlib.Path:
 def names_of(workdir: pathlib.Path) -> set[str]:
     """What a run is to have, but for files with names of the moment or of this machine."""
     found = (path.relative_to(workdir).as_posix() for path in workdir.rglob("*") if path.is_file())
-    apart = (".lock", "work/compiled/", "work/markers/", "tensorboard/", "checkpoints/")
+    apart = (
+        ".lock", "work/compiled/", "work/documents/", "work/markers/", "tensorboard/",
+        "checkpoints/",
+    )  # fmt: skip
     return {name for name in found if not name.startswith(apart)}
 
 
