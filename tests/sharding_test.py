@@ -17,11 +17,14 @@ from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import (
     batch_divisor,
+    batch_sharding,
+    device_put_rows,
     device_put_shared,
     gathered,
     make_mesh,
     param_shardings,
     replicated,
+    rows_here,
 )
 from tests.commands import ROOT, ended, free_port
 
@@ -127,6 +130,17 @@ def test_what_is_spread_is_gathered_by_blocks(monkeypatch, shape, spec, blocks):
     np.testing.assert_array_equal(gathered(spread), host)
 
 
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_rows_of_this_process_are_placed_as_a_whole_batch_is(axes):
+    mesh, batch = make_mesh(*axes), np.arange(96).reshape(32, 3)
+    here = rows_here(mesh, 16)
+    np.testing.assert_array_equal(here, np.arange(16))
+    placed = device_put_rows({"a": batch[:16], "b": batch}, mesh, here, 16)
+    for ours, whole_batch in ((placed["a"], batch[:16]), (placed["b"], batch)):
+        np.testing.assert_array_equal(ours, whole_batch)
+        assert ours.sharding == batch_sharding(mesh)
+
+
 GATHER = """
 import sys
 import jax
@@ -151,12 +165,19 @@ for rows in (20, 200, 2000):
     compiled.clear()
     np.testing.assert_array_equal(sharding.whole(spread), host)
     print("programs", len(compiled))
+mesh = sharding.make_mesh(2, 1, 1)
+here, batch = sharding.rows_here(mesh, 6), np.arange(24).reshape(12, 2)
+assert here.tolist() == [[0, 1, 2], [3, 4, 5]][int(sys.argv[2])]
+own = {"two": batch.reshape(6, 2, 2)[here].reshape(6, 2), "one": batch[:6, 0][here]}
+placed = sharding.device_put_rows(own, mesh, here, 6)
+np.testing.assert_array_equal(sharding.whole(placed["two"]), batch)
+np.testing.assert_array_equal(sharding.whole(placed["one"]), batch[:6, 0])
 processes.current().finish()
 """
 
 
 @pytest.mark.slow
-def test_processes_gather_any_number_of_rows_by_one_program():
+def test_processes_gather_by_one_program_and_hand_over_their_own_rows():
     """A program for each row of an embedding took over an hour at every start."""
     address = f"127.0.0.1:{free_port()}"
     environment = {**os.environ, "XLA_FLAGS": ""}
