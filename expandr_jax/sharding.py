@@ -157,15 +157,11 @@ def gathered(leaf: jax.Array) -> np.ndarray:
     No device holds more than `WHOLE_BYTES` of the others' parts at once, and all blocks of an array
     are one program's: cut by rows of the whole array, each device would be sent all of it first.
     """
-    sharding, shape = leaf.sharding, leaf.sharding.shard_shape(leaf.shape)
-    mesh = sharding.mesh
-    split = {axis for part in sharding.spec for axis in (part if type(part) is tuple else (part,))}
-    axes = tuple(axis for axis in mesh.axis_names if axis in split)
-    # A device for each part; what lies along other axes are copies.
-    devices = mesh.devices[tuple(slice(None) if a in axes else 0 for a in mesh.axis_names)].ravel()
-    block = _block_shape(shape, WHOLE_BYTES // (len(devices) * leaf.dtype.itemsize))
-    gather = _gather_program(mesh, sharding.spec, axes, block)
-    places = sharding.devices_indices_map(leaf.shape)
+    gather, block, devices = gathering(leaf)
+    places, shape = (
+        leaf.sharding.devices_indices_map(leaf.shape),
+        leaf.sharding.shard_shape(leaf.shape),
+    )
     corners = [[part.start or 0 for part in places[device]] for device in devices]
     result = np.empty(leaf.shape, leaf.dtype)
     for start in itertools.product(*map(range, [0] * leaf.ndim, shape, block)):
@@ -175,6 +171,25 @@ def gathered(leaf: jax.Array) -> np.ndarray:
             first = np.add(corner, start)
             result[tuple(map(slice, first, first + block))] = part
     return result
+
+
+def gathering(
+    leaf: jax.Array | jax.ShapeDtypeStruct,
+) -> tuple[Callable[[jax.Array, np.ndarray], jax.Array], tuple[int, ...], np.ndarray]:
+    """What `gathered` runs for an array, or its shape with a sharding.
+
+    Returns:
+        (array, where in each part a block begins [axes] int32) -> the blocks [parts, ...], on every
+        device; the shape of a block; and a device of each part.
+    """
+    mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
+    split = {axis for part in spec for axis in (part if type(part) is tuple else (part,))}
+    axes = tuple(axis for axis in mesh.axis_names if axis in split)
+    # What lies along other axes are copies.
+    devices = mesh.devices[tuple(slice(None) if a in axes else 0 for a in mesh.axis_names)].ravel()
+    most = WHOLE_BYTES // (len(devices) * leaf.dtype.itemsize)
+    block = _block_shape(leaf.sharding.shard_shape(leaf.shape), most)
+    return _gather_program(mesh, spec, axes, block), block, devices
 
 
 def _block_shape(shape: Sequence[int], most: int) -> tuple[int, ...]:
@@ -189,7 +204,7 @@ def _block_shape(shape: Sequence[int], most: int) -> tuple[int, ...]:
 def _gather_program(
     mesh: Mesh, spec: PartitionSpec, axes: tuple[str, ...], block: tuple[int, ...]
 ) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    """(array, where in each part a block begins) -> the blocks [parts, ...], on every device."""
+    """As of `gathering`."""
 
     def gather(part: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.all_gather(jax.lax.dynamic_slice(part, list(start), block), axes)

@@ -266,6 +266,12 @@ def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, plann
         else:
             assert row["mesh"] == one["mesh"]
             assert row["shares"] == 1
+    # Each samples with all of the base, of which it trains a part: blocks of it go around.
+    fetched = rows.keys() - {row["program"] for row in planned["rows"]}
+    assert fetched == {"base to every host"}
+    row = rows[fetched.pop()]
+    assert set(row["collectives"]) == {"all-gather"}
+    assert row["fits"]
     whole = {row["program"]: row for row in planned["rows"]}
     assert rows["decode"]["rows"] == whole["decode"]["rows"] / 2
     assert rows["decode"]["model_flops"] == whole["decode"]["model_flops"] / 2

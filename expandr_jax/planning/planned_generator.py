@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ from expandr_jax.planning.planned import (
     with_shardings,
 )
 from expandr_jax.planning.topology import Topology
-from expandr_jax.sharding import batch_sharding, replicated
+from expandr_jax.sharding import batch_sharding, gathering, replicated
 from expandr_jax.training.train_state import make_optimizer
 from expandr_jax.weights.families import family_of
 
@@ -67,6 +68,38 @@ class GeneratorShapes:
         """Bytes a device of what a run holds: the base, as DPO has it."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
         return bytes_on_device(params_on(mesh, self.module, self.params))
+
+    def _spread(self) -> list[Any]:
+        """Shapes of those parameters of the base of which no chip that trains holds all."""
+        mesh = planned_mesh(self._config, "dpo", self._topology)
+        leaves = jax.tree.leaves(params_on(mesh, self.module, self.params))
+        return [leaf for leaf in leaves if not leaf.sharding.is_fully_replicated]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether processes fetch the base from each other: they each sample with all of it."""
+        return self._topology.hosts > 1 and bool(self._spread())
+
+    def gather(self) -> Planned:
+        """A block of the base's largest parameter, on its way to every host."""
+        mesh = planned_mesh(self._config, "dpo", self._topology)
+        leaf = max(self._spread(), key=lambda leaf: leaf.size)
+        program, block, parts = gathering(leaf)
+        start = jax.ShapeDtypeStruct((len(leaf.shape),), jnp.int32, sharding=replicated(mesh))
+        moved = math.prod(block) * leaf.dtype.itemsize * (len(parts) + 1)
+        return Planned(
+            program=program,
+            arguments=(leaf, start),
+            mesh=mesh,
+            parameters=(leaf,),
+            module=self.module,
+            rows=1,
+            tokens=0,
+            forward_flops=0,
+            moved=moved,
+            change="a smaller expandr_jax.sharding.WHOLE_BYTES",
+            resident=-bytes_on_device(leaf),  # It is of the base that is held.
+        )
 
     def _sampling(self) -> tuple[EngineShape, dict[str, Any]]:
         """What the engine of a process is compiled for, and its variables, an adapter's too."""

@@ -34,7 +34,7 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
 
         return made
 
-    return {
+    programs = {
         "contrastive step": beside(retriever.contrastive, retriever, generator),
         "corpus encoding": beside(retriever.encoding, retriever, generator),
         "prefill": beside(generator.prefill, retriever, generator),
@@ -44,3 +44,6 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         "DPO step": beside(generator.dpo, retriever),
         "exact search": beside(retriever.search, retriever, generator),
     }
+    if generator.gathers:
+        programs["base to every host"] = beside(generator.gather, retriever, generator)
+    return programs
