@@ -81,16 +81,18 @@ class ContrastiveBatches:
         self, number: int, rows: Sequence[int] | slice = slice(None)
     ) -> dict[int, ContrastiveExample]:
         """The examples of a step as it sees them, or of some of its rows, by their numbers."""
+        return {i: self._drawn(number, i) for i in self._indices(number)[rows].tolist()}
+
+    def _drawn(self, number: int, i: int) -> ContrastiveExample:
+        """An example as a step sees it."""
         settings, seed = self.settings, self.seed
-        epoch, drawn = number // self.per_epoch, {}
-        for i in self._indices(number)[rows].tolist():
-            example = draw_passages(
-                self.examples[i], settings.negatives, seed=seed, epoch=epoch, query=i
-            )
-            if stays_plain(settings.plain_share, seed=seed, step=number, query=i):
-                example = dataclasses.replace(example, expansions=())
-            drawn[i] = example
-        return drawn
+        epoch = number // self.per_epoch
+        example = draw_passages(
+            self.examples[i], settings.negatives, seed=seed, epoch=epoch, query=i
+        )
+        if stays_plain(settings.plain_share, seed=seed, step=number, query=i):
+            example = dataclasses.replace(example, expansions=())
+        return example
 
     def batch(
         self, number: int, rows: Sequence[int] | slice = slice(None)
@@ -182,17 +184,26 @@ class ContrastiveBatches:
     def _needed(self) -> np.ndarray:
         """The length that each kind of text of each step needs, [steps, kinds], as `pad` rounds it.
 
-        Most follow from the bounds of what examples may be drawn to be, without a draw.
+        Most follow from the bounds of what examples may be drawn to be; for the others those are
+        drawn that may decide, until one does.
         """
-        bounds = np.array([self._bounds(example) for example in self.examples], np.int32)
+        bounds = np.empty((len(self.examples), len(self._kinds), 2), np.int32)
+        for i, example in enumerate(self.examples):
+            bounds[i] = self._bounds(example)
         needed = np.empty((len(self.steps), len(self._kinds)), np.int32)
         for step, number in enumerate(self.steps):
-            low, high = self._rounded(bounds[self._indices(number)].max(axis=0)).T
-            if (low != high).any():
-                drawn = [*self.draw(number).values()]
-                texts = texts_by_kind(drawn, self.samples, self.settings.negatives).values()
-                high = self._rounded([max(len(x) for row in rows for x in row) for rows in texts])
-            needed[step] = high
+            indices = self._indices(number)
+            low, high = self._rounded(bounds[indices].max(axis=0)).T
+            for i in indices[(bounds[indices, :, 1] > low).any(axis=1)].tolist():
+                if (low == high).all():
+                    break
+                drawn = texts_by_kind(
+                    [self._drawn(number, i)], self.samples, self.settings.negatives
+                )
+                low = np.maximum(
+                    low, self._rounded([max(map(len, texts)) for (texts,) in drawn.values()])
+                )
+            needed[step] = low
         return needed
 
     def _rounded(self, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
