@@ -7,6 +7,7 @@ import types
 import numpy as np
 import psutil
 import pytest
+from absl import flags
 
 from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import same_text
@@ -158,8 +159,13 @@ def test_stored_examples_make_the_same_batches(tmp_path):
 
 @pytest.mark.slow
 def test_workers_make_the_same_batches_and_a_killed_one_is_told():
+    flags.FLAGS.mark_as_parsed()  # As they are in a program; grain has some.
     batches, me = batches_of(examples(40, 150)), psutil.Process()
-    rows, before = np.arange(SIZE), {*me.children()}
+
+    def workers():
+        return [child for child in me.children() if "spawn_main" in " ".join(child.cmdline())]
+
+    rows, before = np.arange(SIZE), workers()
     with made_ahead(batches, rows, 2) as make:
         for number in (3, 4, 5, 6, 20, 21, 29):  # As restarts begin: somewhere, and to the end.
             arrays, tokens = make(number)
@@ -167,12 +173,11 @@ def test_workers_make_the_same_batches_and_a_killed_one_is_told():
             same_batch(arrays, expected)
             np.testing.assert_array_equal(tokens, expected_tokens)
         make(7)
-        for child in {*me.children()} - before:
+        for child in {*workers()} - {*before}:
             child.kill()
         with pytest.raises(UserError, match=r"^step \d+: a process that makes batches ended"):
             list(map(make, range(8, 30)))
-    left = {*me.children()} - before
-    assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
+    assert not {*workers()} - {*before}
 
 
 def draw(example, epoch, seed=0, query=5):

@@ -14,6 +14,7 @@ class Ahead(Generic[T]):
     """A function of a step's number, called ahead of the steps in worker processes.
 
     What it gives is the same as in this process: which worker makes which step changes nothing.
+    Grain's processes read its flags, which a program has parsed (absl.app.run) and others must.
 
     Attributes:
         make: The function; it is pickled, with what it refers to.
