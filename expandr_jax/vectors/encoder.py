@@ -1,4 +1,4 @@
-"""Texts to vectors: tokenised ahead, batched by length, a few compiled shapes."""
+"""Texts to vectors: tokenised a block ahead, batched by length, a few compiled shapes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -12,6 +12,8 @@ from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
 from expandr_jax.weights.trees import model_shardings
+
+BLOCK = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
 
 Kind = Literal["query", "document"]
 Progress = Callable[[int], None]
@@ -58,7 +60,7 @@ class TextEncoder:
 
         Args:
             params: The retriever's parameters.
-            texts: Any number of texts.
+            texts: Any number of texts; beside their vectors, a block of them takes memory.
             kind: Decides the prompt that is put before each text.
             progress: Called with the number of texts done since its last call.
 
@@ -71,8 +73,13 @@ class TextEncoder:
         """
         # A training step may have spread them over more devices.
         params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
-        batches = self._batches(self.tokenize(texts, kind))
-        running = ((indices, self._embed(params, ids, mask)) for indices, ids, mask in batches)
+        running = (
+            ([first + i for i in indices], self._embed(params, ids, mask))
+            for first in range(0, len(texts), BLOCK)
+            for indices, ids, mask in self._batches(
+                self.tokenize(texts[first : first + BLOCK], kind)
+            )
+        )
         vectors = np.zeros((0, 0), np.float32)
         ahead = next(running, None)
         while ahead is not None:
