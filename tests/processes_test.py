@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal
 from expandr_jax.runtime.connections import Connection
-from expandr_jax.runtime.journals import CommonJournal, DividedJournal
+from expandr_jax.runtime.journals import CommonJournal, DividedJournal, Keys
 from expandr_jax.runtime.processes import Processes, check_address
 
 COUNT = 3
@@ -149,12 +150,12 @@ def test_a_common_journal_is_written_once_and_known_to_all(group, tmp_path):
         return journal.rows
 
     assert together(group, function) == [[{"n": 1}, {"n": 2}]] * COUNT
-    assert Journal(path).rows == [{"n": 1}, {"n": 2}]
+    assert [*Journal(path).rows] == [{"n": 1}, {"n": 2}]
     assert Journal(path).finished
 
 
-def key(row: dict) -> int:
-    return row["n"]
+def key(row: dict) -> tuple[str, int]:
+    return "", row["n"]
 
 
 def test_a_divided_journal_is_put_together_in_order(group, tmp_path):
@@ -165,7 +166,7 @@ def test_a_divided_journal_is_put_together_in_order(group, tmp_path):
         journal.append([{"n": n} for n in member.share(range(9, 0, -1), key=lambda n: n)])
         journal.finish()
         assert journal.finished
-        return journal.rows
+        return [*journal.rows]
 
     rows = [{"n": n} for n in range(1, 10)]
     assert together(group, function) == [rows] * COUNT
@@ -192,9 +193,40 @@ def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_p
         if member.index == 2:
             journal.append([{"n": 4}])
         journal.finish()
-        return journal.rows
+        return [*journal.rows]
 
     assert together(group, rest) == [[{"n": n} for n in range(5)]] * COUNT
+
+
+def test_keys_say_which_row_they_are_of_and_their_order():
+    keys = [("b", 1), ("a", 10), ("b", 0), ("a", 2), ("b", 1)]
+    found = Keys(keys)
+    assert [found.row(key) for key in keys] == [0, 1, 2, 3, 0]
+    assert ("a", 3) not in found
+    assert ("c", 0) not in found
+    assert [found.count(name) for name in "abc"] == [2, 3, 0]
+    assert [keys[row] for row in found.in_order()] == sorted({*keys})
+    assert list(Keys([]).in_order()) == []
+
+
+def test_putting_shares_together_holds_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("expandr_jax.runtime.journals.BLOCK", 50)
+    peaks = []
+    for count in (1000, 2000, 4000):
+        path = tmp_path / f"rows-{count}.jsonl"
+        for i in range(2):
+            own = Journal(tmp_path / f"{path.name}.process-{i}")
+            for first in range(0, count // 2, 100):
+                own.append(
+                    {"n": 2 * n + i, "text": f"{n}." * 200} for n in range(first, first + 100)
+                )
+        tracemalloc.start()
+        journal = DividedJournal(path, Processes(), key)
+        journal.finish()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [row["n"] for row in journal.rows] == list(range(count))
+    assert peaks[-1] - peaks[0] < 3000 * 100  # Texts alone have 1,000 bytes each.
 
 
 @pytest.mark.parametrize(

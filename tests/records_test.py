@@ -1,8 +1,10 @@
 import errno
 import gzip
 import hashlib
+import itertools
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -124,27 +126,27 @@ def test_journal_goes_on_after_a_kill_at_any_byte(tmp_path):
         part.write_bytes(written[:size])
         journal = Journal(path)
         done = written[:size].count(b"\n")
-        assert journal.rows == ROWS[:done]
+        assert [*journal.rows] == ROWS[:done]
         assert not journal.finished
         journal.append(ROWS[done:])
         assert part.read_bytes() == written
         journal.finish()
         assert path.read_bytes() == written[:-3] + b'."}\n'
-        assert Journal(path).rows == ROWS
+        assert [*Journal(path).rows] == ROWS
         assert not part.exists()
 
 
 def test_finished_journal(tmp_path):
     path = tmp_path / "work.jsonl"
     journal = Journal(path)
-    assert (journal.rows, journal.finished) == ([], False)
+    assert ([*journal.rows], journal.finished) == ([], False)
     journal.append(ROWS)
     part = journal.part.read_bytes()
     journal.finish(reversed(ROWS))
     journal.part.write_bytes(part)  # as if killed before it could be removed
     again = Journal(path)
     assert again.finished
-    assert again.rows == ROWS[::-1]
+    assert [*again.rows] == ROWS[::-1]
     assert not again.part.exists()
     with pytest.raises(ValueError, match="finished"):
         again.append(ROWS)
@@ -169,7 +171,7 @@ def test_rows_before_a_damaged_line_are_kept(tmp_path, caplog):
         for damage, intact in damages:
             (tmp_path / name).write_bytes(damage)
             journal = Journal(tmp_path / "work")
-            assert journal.rows == ROWS[:intact]
+            assert [*journal.rows] == ROWS[:intact]
             assert not journal.finished
             # Half a last line is what a kill leaves.
             assert ("made again" in caplog.text) == (damage[-1:] == b"\n" or name == "work")
@@ -178,7 +180,7 @@ def test_rows_before_a_damaged_line_are_kept(tmp_path, caplog):
                 journal.append(ROWS[len(journal.rows) :])
                 assert (tmp_path / "work.part").read_bytes() == part
                 journal.finish()
-            assert Journal(tmp_path / "work").rows == ROWS
+            assert [*Journal(tmp_path / "work").rows] == ROWS
             (tmp_path / "work").unlink()
 
 
@@ -191,7 +193,7 @@ def test_an_emptied_or_cut_journal_is_not_finished(tmp_path):
         (tmp_path / "work").write_bytes(content[:size])
         journal = Journal(tmp_path / "work")
         assert not journal.finished
-        assert journal.rows == ROWS[: content[:size].count(b"\n")]
+        assert [*journal.rows] == ROWS[: content[:size].count(b"\n")]
         (tmp_path / "work.part").unlink(missing_ok=True)
 
 
@@ -201,9 +203,9 @@ def test_rows_can_be_dropped_from_a_finished_journal(tmp_path):
     journal.finish()
     journal.keep(1)
     again = Journal(tmp_path / "work")
-    assert (again.rows, again.finished) == (ROWS[:1], False)
+    assert ([*again.rows], again.finished) == (ROWS[:1], False)
     again.append(ROWS[1:])
-    assert Journal(tmp_path / "work").rows == ROWS
+    assert [*Journal(tmp_path / "work").rows] == ROWS
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
@@ -218,4 +220,38 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"work\.part: cannot write it: No space left"):
             journal.append(ROWS[1:])
     journal.append(ROWS[1:])
-    assert Journal(tmp_path / "work").rows == ROWS
+    assert [*Journal(tmp_path / "work").rows] == ROWS
+
+
+def test_rows_stay_on_disk(tmp_path):
+    """Eight bytes a row, whose text has a thousand; whether it is opened, read or finished."""
+    peaks = []
+    for count in (1000, 2000, 4000):
+        rows = ({"id": f"q{i}", "text": f"{i}." * 200} for i in range(count))
+        path = tmp_path / f"rows-{count}"
+        journal = Journal(path)
+        while block := list(itertools.islice(rows, 100)):
+            journal.append(block)
+        tracemalloc.start()
+        journal = Journal(path)
+        assert sum(1 for _ in journal.rows) == count
+        journal.finish(row for row in journal.rows)
+        journal = Journal(path)
+        assert journal.finished
+        assert [row["id"] for row in journal.rows.take([count - 1, 0])] == [f"q{count - 1}", "q0"]
+        assert [row["id"] for row in journal.rows[1:5:2]] == ["q1", "q3"]
+        assert journal.rows[-1]["id"] == f"q{count - 1}"
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[-1] - peaks[0] < 3000 * 40
+
+
+def test_a_file_that_others_change_while_it_is_read_is_named(tmp_path):
+    journal = Journal(tmp_path / "work")
+    journal.append(ROWS)
+    journal.part.write_bytes(b"[" * 200)
+    with pytest.raises(UserError, match=r"work\.part: was changed by others"):
+        list(journal.rows)
+    journal.part.unlink()
+    with pytest.raises(UserError, match=r"work\.part: cannot read it"):
+        _ = journal.rows[0]

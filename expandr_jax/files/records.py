@@ -1,11 +1,13 @@
 """JSON lines in and out: checked reading, atomic writing, and a journal that survives a kill."""
 
 import hashlib
+import itertools
 import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,9 +51,17 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> N
         UserError: the file cannot be written.
         ValueError: a number is NaN or infinite, which JSON does not have.
     """
+    with open_jsonl(path) as write:
+        write(rows)
+
+
+@contextmanager
+def open_jsonl(
+    path: str | os.PathLike,
+) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
+    """Yields a function that adds rows; the file appears when the block ends well."""
     with _replacing(path) as file:
-        for row in rows:
-            file.write(_encode(row))
+        yield lambda rows: file.writelines(map(_encode, rows))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -80,13 +90,54 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Rows(Sequence[Row]):
+    """The rows of a journal's file, each read when it is asked for.
+
+    In memory is where their lines begin, eight bytes a row.
+    """
+
+    def __init__(self, path: Path, starts: array) -> None:
+        self._path, self._starts = path, starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int | slice) -> Any:
+        if isinstance(number, slice):
+            return self.take(range(*number.indices(len(self))))
+        return self.take([number])[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self._read(self._starts)
+
+    def take(self, numbers: Iterable[int]) -> list[Row]:
+        """Several rows by their numbers, in this order."""
+        return list(self._read([self._starts[number] for number in numbers]))
+
+    def _read(self, starts: Sequence[int]) -> Iterator[Row]:
+        if not starts:  # Nor need there be a file.
+            return
+        try:
+            with open(self._path, "rb") as file:
+                for start in starts:
+                    file.seek(start)
+                    row = json.loads(file.readline())
+                    del row[_CHECK]
+                    yield row
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot read it: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self._path}: was changed by others; start again") from None
+
+
 class Journal:
     """An append-only file of finished work, from which a killed stage goes on.
 
     Rows are appended to `path` + ".part"; `finish` turns them into `path`. Each line carries a
     field "check", a checksum of itself and of all lines before it; the last one's ends with a stop.
     Opening the journal again gives back the rows before the first line that is cut, changed or
-    missing, and goes on after them; `finished` is true only if nothing is damaged.
+    missing, and goes on after them; `finished` is true only if nothing is damaged. Rows are read
+    and written one at a time.
 
     Args:
         path: the file to make; its folder is created when first written to.
@@ -103,17 +154,17 @@ class Journal:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.part = Path(f"{path}.part")
-        self.rows: list[Row] = []
         self.damage: str | None = None
         self.finished = False
-        self._check = 0
+        self._starts, self._check = array("q"), 0
+        self.rows = Rows(self.part, self._starts)
         try:
             if self.path.exists() and self._recover(self.path, closed=True):
                 self.finished = True
                 # Left over when the kill came between the two steps of `finish`.
                 self.part.unlink(missing_ok=True)
             elif self.path.exists():
-                self._rewrite()
+                self._rewrite(self.rows)
                 self.path.unlink()
             elif self.part.exists():
                 self._recover(self.part, closed=False)
@@ -126,14 +177,13 @@ class Journal:
         """Adds rows and returns when they are on disk."""
         if self.finished:
             raise ValueError(f"{self.path} is finished: nothing can be appended")
-        rows = [dict(row) for row in rows]
-        data, check = _checked_lines(rows, self._check)
+        lines = list(_checked_lines(rows, self._check))
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             with open(self.part, "ab") as file:
                 size = file.tell()
                 try:
-                    file.write(data)
+                    file.writelines(line for line, _ in lines)
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
@@ -141,14 +191,14 @@ class Journal:
                     raise
         except OSError as error:
             raise UserError(f"{self.part}: cannot write it: {error.strerror}") from error
-        self._check = check
-        self.rows.extend(rows)
+        for line, check in lines:
+            self._starts.append(size)
+            size, self._check = size + len(line), check
 
     def keep(self, count: int) -> None:
         """Drops all but the first rows: something that the others belong to was damaged."""
-        self.rows = self.rows[:count]
         try:
-            self._rewrite()
+            self._rewrite(itertools.islice(self.rows, count))
             self.path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{self.part}: cannot write it: {error.strerror}") from error
@@ -156,62 +206,74 @@ class Journal:
 
     def finish(self, rows: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Makes `path` of the rows given, or of those appended, and removes the part file."""
-        self.rows = [dict(row) for row in (self.rows if rows is None else rows)]
-        with _replacing(self.path) as file:
-            file.write(_checked_lines(self.rows, 0, closed=True)[0])
+        self._write(self.path, self.rows if rows is None else rows, closed=True)
         self.part.unlink(missing_ok=True)
         self.finished = True
 
     def _recover(self, path: Path, closed: bool) -> bool:
-        """Reads the rows of a file up to the first that is damaged; whether none is."""
-        lines = path.read_bytes().splitlines(keepends=True)
-        # A kill may have cut the last line of an unfinished file.
-        cut = not closed and bool(lines) and not lines[-1].endswith(b"\n")
-        end = ""
-        for number, line in enumerate(lines, start=1):
-            row, check, end = _open(line, self._check)
-            if row is None or (end and not (closed and number == len(lines))):
-                if not (cut and number == len(lines)):
-                    self.damage = f"{path}:{number}: is damaged"
-                if not closed:
-                    os.truncate(path, sum(map(len, lines[: number - 1])))
-                return False
-            self._check = check
-            self.rows.append(row)
-        if closed and lines and not end:
+        """Finds the rows of a file up to the first that is damaged; whether none is."""
+        position, end = 0, b""
+        self._starts = array("q")
+        self.rows = Rows(path, self._starts)
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if end:  # There is another line behind the last one.
+                    self._starts.pop()
+                    self.damage = f"{path}:{number - 1}: is damaged"
+                    return False
+                check, end = _verified(line, self._check)
+                if check is None or (end and not closed):
+                    # A kill may have cut the last line of an unfinished file.
+                    if closed or line.endswith(b"\n"):
+                        self.damage = f"{path}:{number}: is damaged"
+                    if not closed:
+                        os.truncate(path, position)
+                    return False
+                self._check = check
+                self._starts.append(position)
+                position += len(line)
+        if closed and self._starts and not end:
             self.damage = f"{path}: lacks its end"
         return bool(end) or not closed  # No rows are soon done again, so an empty file is nothing.
 
-    def _rewrite(self) -> None:
-        """Makes the part file of the rows."""
-        data, self._check = _checked_lines(self.rows, 0)
-        with _replacing(self.part) as file:
-            file.write(data)
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Makes the part file of rows."""
+        self._write(self.part, rows, closed=False)
+
+    def _write(self, path: Path, rows: Iterable[Mapping[str, Any]], closed: bool) -> None:
+        starts, position, check = array("q"), 0, 0
+        with _replacing(path) as file:
+            for line, last in _checked_lines(rows, 0, closed):
+                file.write(line)
+                starts.append(position)
+                position, check = position + len(line), last
+        self._starts, self._check, self.rows = starts, check, Rows(path, starts)
 
 
 def _checked_lines(
-    rows: Sequence[Mapping[str, Any]], check: int, closed: bool = False
-) -> tuple[bytes, int]:
+    rows: Iterable[Mapping[str, Any]], check: int, closed: bool = False
+) -> Iterator[tuple[bytes, int]]:
     """Lines of rows, each with a checksum of itself and, through `check`, of those before."""
-    lines = []
-    for number, row in enumerate(rows, start=1):
-        check = zlib.crc32(_encode(row), check)
-        end = _END if closed and number == len(rows) else ""
-        lines.append(_encode({**row, _CHECK: f"{check:08x}{end}"}))
-    return b"".join(lines), check
+    rows = iter(rows)
+    row = next(rows, None)
+    while row is not None:
+        following = next(rows, None)
+        line = _encode(dict(row))
+        check = zlib.crc32(line, check)
+        comma = ", " if row else ""
+        end = _END if closed and following is None else ""
+        yield line[:-2] + f'{comma}"{_CHECK}": "{check:08x}{end}"}}\n'.encode(), check
+        row = following
 
 
-def _open(line: bytes, check: int) -> tuple[Row | None, int, str]:
-    """A line's row, checksum and end mark, if it has one; no row if it is damaged."""
-    try:
-        row = json.loads(line.decode())
-        found = row.pop(_CHECK)
-        check = zlib.crc32(_encode(row), check)
-        end = found[8:]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, check, ""
-    intact = line.endswith(b"\n") and found[:8] == f"{check:08x}" and end in ("", _END)
-    return (row if intact else None), check, end
+def _verified(line: bytes, check: int) -> tuple[int | None, bytes]:
+    """A line's checksum and end mark, if it has one; no checksum if it is damaged."""
+    row, _, found = line.rpartition(f'"{_CHECK}": "'.encode())
+    check = zlib.crc32(row.removesuffix(b", ") + b"}\n", check)
+    for end in (b"", _END.encode()):
+        if found == b'%08x%s"}\n' % (check, end):
+            return check, end
+    return None, b""
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:

@@ -135,7 +135,8 @@ class ServerEngine:
             self._headers["Authorization"] = f"Bearer {self._key}"
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._journal = Journal(cache)
-        self._cache = {row["key"]: row for row in self._journal.rows}
+        # Texts stay on disk.
+        self._kept = {row["key"]: number for number, row in enumerate(self._journal.rows)}
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Completions of requests, in the order in which the server gets on with them.
@@ -152,9 +153,9 @@ class ServerEngine:
         try:
             for request in requests:
                 body = self._body(request)
-                row = self._cache.get(hash_json(body))
-                if row is not None:
-                    yield self._completion(request, row)
+                number = self._kept.get(hash_json(body))
+                if number is not None:
+                    yield self._completion(request, self._journal.rows[number])
                     continue
                 running[pool.submit(self._ask, request, body, stopped)] = request
                 if len(running) >= 2 * at_once:
@@ -171,8 +172,9 @@ class ServerEngine:
         # Texts that came back beside a failure are kept before it is raised.
         rows = [future.result() for future in done if future.exception() is None]
         rows = [row for row in rows if row["finished"] != "refused"]  # The server may change.
+        before = len(self._journal.rows)
         self._journal.append(rows)
-        self._cache |= {row["key"]: row for row in rows}
+        self._kept |= {row["key"]: number for number, row in enumerate(rows, start=before)}
         for future in done:
             yield self._completion(running.pop(future), future.result())
 

@@ -1,39 +1,91 @@
 """Journals of work that several processes of a run do together or by shares."""
 
 import glob
+import itertools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from expandr_jax.files.records import Journal
+import numpy as np
+
+from expandr_jax.files.records import Journal, Rows
 from expandr_jax.runtime.processes import Processes
 
 Row = dict[str, Any]
+Key = tuple[str, int]  # Tells rows apart; the number is 0 or more, and below 2 to the 32nd.
+
+BLOCK = 4096  # Rows in memory while files are put together.
+_BITS = 32
 
 
-class CommonJournal(Journal):
-    """A journal whose rows all processes come to together; the first one writes them."""
+class CommonJournal:
+    """A journal whose rows all processes come to together; the first one writes them.
+
+    Attributes:
+        rows: The work that is done.
+        finished: Whether it is all there is to do.
+    """
 
     def __init__(self, path: pathlib.Path, processes: Processes):
         self._processes = processes
-        processes.main_first(lambda: Journal.__init__(self, path))
+        self._journal = processes.main_first(lambda: Journal(path))
+        self.rows, self.finished = list(self._journal.rows), self._journal.finished
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows, the same in every process, and returns when they are on disk."""
         rows = [dict(row) for row in rows]
-        self._processes.once(lambda: Journal.append(self, rows))
-        if not self._processes.is_main:
-            self.rows.extend(rows)
+        self._processes.once(lambda: self._journal.append(rows))
+        self.rows += rows
 
     def keep(self, count: int) -> None:
         """Drops all but the first rows."""
-        self._processes.once(lambda: Journal.keep(self, count))
+        self._processes.once(lambda: self._journal.keep(count))
         self.rows, self.finished = self.rows[:count], False
 
     def finish(self) -> None:
         """Says that this is all."""
-        self._processes.once(lambda: Journal.finish(self))
+        self._processes.once(lambda: self._journal.finish())
         self.finished = True
+
+
+class Keys:
+    """Which of many rows has a key: 16 bytes a row, and every name once."""
+
+    def __init__(self, keys: Iterable[Key]):
+        names: dict[str, int] = {}
+        codes = array("q")
+        for name, number in keys:
+            codes.append(names.setdefault(name, len(names)) << _BITS | number)
+        self._names, codes = names, np.array(codes, np.int64)
+        self._rows = np.argsort(codes, kind="stable")
+        self._codes = codes[self._rows]
+
+    def __contains__(self, key: Key) -> bool:
+        return self.row(key) is not None
+
+    def row(self, key: Key) -> int | None:
+        """The number of the first row that has the key."""
+        name, number = key
+        if name not in self._names:
+            return None
+        code = self._names[name] << _BITS | number
+        place = int(np.searchsorted(self._codes, code))
+        found = place < len(self._codes) and self._codes[place] == code
+        return int(self._rows[place]) if found else None
+
+    def count(self, name: str) -> int:
+        """How many rows have the name."""
+        code = self._names.get(name, -1) << _BITS
+        return int(np.diff(np.searchsorted(self._codes, [code, code + (1 << _BITS)]))[0])
+
+    def in_order(self) -> np.ndarray:
+        """The first row of every key, by names and then by numbers."""
+        first = np.diff(self._codes, prepend=-1) != 0
+        codes, rank = self._codes[first], np.empty(len(self._names), np.int64)
+        rank[[self._names[name] for name in sorted(self._names)]] = np.arange(len(rank))
+        number = codes & ((1 << _BITS) - 1)
+        return self._rows[first][np.lexsort((number, rank[codes >> _BITS]))]
 
 
 class DividedJournal:
@@ -41,7 +93,7 @@ class DividedJournal:
 
     Where there are several, process 0 puts the files together in the end; after a kill in the
     beginning, too, whatever number of processes the run goes on with. Until the end, `rows` lack
-    what the other processes did since the beginning.
+    what the other processes did since the beginning. Of rows, their keys alone are in memory.
 
     Args:
         path: As of `Journal`; PATH.process-I has what process I has done.
@@ -49,7 +101,7 @@ class DividedJournal:
         key: What tells one row from another; also their order when finished.
     """
 
-    def __init__(self, path: pathlib.Path, processes: Processes, key: Callable[[Row], Any]):
+    def __init__(self, path: pathlib.Path, processes: Processes, key: Callable[[Row], Key]):
         self._path, self._processes, self._key = path, processes, key
         self._journal = processes.main_first(self._open)
         self._own = self._journal
@@ -57,7 +109,7 @@ class DividedJournal:
             self._own = Journal(self._part(processes.index))
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Rows:
         """The work that is done."""
         return self._journal.rows
 
@@ -65,6 +117,10 @@ class DividedJournal:
     def finished(self) -> bool:
         """Whether it is all there is to do."""
         return self._journal.finished
+
+    def keys(self) -> Keys:
+        """Where the rows are that are known now."""
+        return Keys(map(self._key, self.rows))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows of this process, and returns when they are on disk."""
@@ -79,25 +135,23 @@ class DividedJournal:
 
     def _open(self) -> Journal:
         journal = Journal(self._path)
-        if self._processes.is_main and not journal.finished:
-            rows = self._new_rows(journal)
-            if rows:
-                journal.append(rows)
+        if self._processes.is_main and not journal.finished and self._parts():
+            known = Keys(map(self._key, journal.rows))
+            rows = (row for part in self._parts() for row in Journal(part).rows)
+            new = (row for row in rows if self._key(row) not in known)
+            while block := list(itertools.islice(new, BLOCK)):
+                journal.append(block)
         self._remove_parts()
         return journal
 
     def _close(self) -> Journal:
         if not self._processes.is_main:
             return Journal(self._path)
-        rows = [*self._journal.rows, *self._new_rows(self._journal)]
-        self._journal.finish(sorted(rows, key=self._key))
-        return self._journal
-
-    def _new_rows(self, journal: Journal) -> list[Row]:
-        """What processes have done by themselves."""
-        known = {self._key(row) for row in journal.rows}
-        rows = (row for part in self._parts() for row in Journal(part).rows)
-        return [row for row in rows if self._key(row) not in known]
+        journal = self._journal
+        sources = [journal.rows, *(Journal(part).rows for part in self._parts())]
+        keys = Keys(self._key(row) for rows in sources for row in rows)
+        journal.finish(_taken(sources, keys.in_order()))
+        return journal
 
     def _part(self, index: int) -> pathlib.Path:
         return self._path.with_name(f"{self._path.name}.process-{index}")
@@ -110,3 +164,17 @@ class DividedJournal:
         for part in self._parts():
             part.unlink(missing_ok=True)
             part.with_name(f"{part.name}.part").unlink(missing_ok=True)
+
+
+def _taken(sources: Sequence[Rows], numbers: np.ndarray) -> Iterator[Row]:
+    """Rows by their numbers in all sources, one behind the other."""
+    starts = np.cumsum([0, *map(len, sources)])
+    for first in range(0, len(numbers), BLOCK):
+        block = numbers[first : first + BLOCK]
+        places = np.searchsorted(starts, block, side="right") - 1
+        rows: dict[int, Row] = {}
+        for place in np.unique(places):
+            own = block[places == place]
+            rows |= zip(own, sources[place].take(own - starts[place]), strict=True)
+        for number in block:
+            yield rows[number]
