@@ -1,6 +1,7 @@
 """What an engine can be asked for beside plain texts, and what it refuses."""
 
 import dataclasses
+import random
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import torch
 from eval import tiny_models
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.generation.engine import Engine
-from expandr_jax.generation.requests import common_prefix
+from expandr_jax.generation.requests import Extent, Request, common_prefix
 from expandr_jax.models.lora import init_lora, merge_lora
 from expandr_jax.sharding import make_mesh
 from tests.engine_test import (
@@ -51,6 +52,26 @@ def test_common_prefix_leaves_each_prompt_a_token():
     assert common_prefix([(4, 5, 6, 7), (4, 5), (4, 5, 9)]) == (4,)
     assert common_prefix([(4, 5, 6, 7), (4, 5, 6, 8, 1), (4, 5, 6, 7, 7)]) == (4, 5, 6)
     assert common_prefix([(4, 5), (5, 4)]) == ()
+
+
+def test_what_an_engine_must_know_is_the_same_of_all_requests_and_of_shares():
+    draw = random.Random(0)
+    for _ in range(20):
+        prompts = [
+            (7,) * draw.randint(1, 3) + tuple(draw.choices((7, 8), k=draw.randint(1, 4)))
+            for _ in range(9)
+        ]
+        requests = [
+            Request("q", i, prompt, 1.0, 1.0, draw.randint(1, 9), repetition_penalty=1 + i // 8)
+            for i, prompt in enumerate(prompts)
+        ]
+        whole = Extent.of(iter(requests))
+        shares = [Extent.of(requests[i::4]) for i in range(4)] + [Extent.of([])]
+        assert Extent.joined(shares) == whole
+        assert whole.prefix == common_prefix(prompts)
+        assert (whole.count, whole.penalty) == (9, True)
+        assert whole.most == max(request.max_new_tokens for request in requests)
+        assert (whole.shortest, whole.longest) == (min(map(len, prompts)), max(map(len, prompts)))
 
 
 def test_stop_strings_cut_the_same_place_however_often_we_look(tiny):

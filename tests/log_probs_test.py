@@ -12,7 +12,7 @@ from rich.console import Console
 from configs import smoke
 from eval import tiny_models
 from expandr_jax.config import read_config
-from expandr_jax.expansion.expand import sample_journal
+from expandr_jax.expansion.sampled import sample_journal
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
 from expandr_jax.loading import load_generator_model, make_sampler
@@ -97,8 +97,9 @@ def test_a_journal_keeps_ids_and_log_probabilities_where_they_are_asked_for(tmp_
         ("plain", plain), ("asked", dataclasses.replace(plain, log_probs=True)),
     ):  # fmt: skip
         path = tmp_path / f"{name}.jsonl"
-        rows[name] = sample_journal(sampler, None, requests, path=path, purpose="test")
-        assert sample_journal(sampler, None, requests, path=path, purpose="test") == rows[name]
+        rows[name] = [*sample_journal(sampler, None, requests, path=path, purpose="test")]
+        again = sample_journal(sampler, None, requests, path=path, purpose="test")
+        assert [*again] == rows[name]
     for kept, row in zip(rows["plain"], rows["asked"], strict=True):
         ids, log_probs = row.pop("token_ids"), row.pop("log_probs")
         assert row == kept

@@ -9,10 +9,15 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
-from expandr_jax.expansion import expand as expansion
-from expandr_jax.generation.requests import Completion, Request
+from expandr_jax.expansion import sampled as expansion
+from expandr_jax.expansion.expand import requests_of
+from expandr_jax.expansion.sampled import MadeWhenAsked
+from expandr_jax.generation.requests import Completion, Extent, Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_generator_model, make_sampler
+from expandr_jax.runtime.journals import DividedJournal
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import QUIET
 from expandr_jax.runtime.run import Run
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
@@ -75,7 +80,8 @@ def test_texts_longer_than_the_model_was_made_for_are_said(tmp_path, new, said):
     output = io.StringIO()
     run = Run(tmp_path / "run", config, Console(file=output, width=200))
     prompts = [(5, 6, i, *(7,) * 7) for i in range(2)]
-    sampler_of(run, models).engine(None, [Request("q", 0, p, 1.0, 1.0, new) for p in prompts])
+    extent = Extent.of(Request("q", 0, p, 1.0, 1.0, new) for p in prompts)
+    sampler_of(run, models).engine(None, extent)
     line = "prompts and texts may have 257 tokens together; the generator was made for 256"
     assert (line in output.getvalue()) == said
     run.close()
@@ -92,6 +98,7 @@ def sample(tmp_path, monkeypatch):
         ),
         sampling_params=None,
         generator_hash="",
+        generator_params=None,
         sampling_mesh=None,
     )
     output = io.StringIO()
@@ -140,3 +147,101 @@ def test_thoughts_that_the_template_begins_are_no_texts(tmp_path, monkeypatch):
     )
     assert texts == {("q0", 0): "", ("q1", 0): "The Moon."}
     run.close()
+
+
+class Lazy:
+    """An engine of two slots, which reads a request when one of them is free."""
+
+    def generate(self, requests):
+        running = []
+        for request in requests:
+            running.append(request)
+            if len(running) == 2:
+                yield self.completion(running.pop(0))
+        yield from map(self.completion, running)
+
+    def completion(self, request):
+        text = f"{request.id} {request.sample} {request.prompt}"
+        return Completion(request.id, request.sample, (9,), "eos", 0, None, text)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_process_asks_for_its_own_queries_each_prompt_when_its_turn_comes(
+    tmp_path, monkeypatch, count
+):
+    """Once to see how long prompts are, once to run them, whatever number of samples they have."""
+    monkeypatch.setattr(Sampler, "engine", lambda self, adapter, extent: Lazy())
+    monkeypatch.setattr(expansion, "COMPLETIONS_PER_WRITE", 4)
+    texts, written = {}, []
+    queries = [f"q{i}" for i in range(9)]
+    for index in range(count):
+        turned = []
+
+        def chat_ids(text, limit, turned=turned):
+            turned.append(text)
+            return [ord(c) for c in text], False
+
+        member = Processes(index, count)
+        member.gather = lambda value: [value]
+        member.barrier = lambda: None
+        member.main_first = lambda function: function()
+        sampler = dataclasses.replace(
+            sampler_of_tiny(tmp_path, chat_ids), processes=member, reporter=QUIET
+        )
+        requests = requests_of(
+            read_config(smoke.get_config()).expansion,
+            MadeWhenAsked(dict.fromkeys(queries), lambda query: f"ask {query}"),
+            [1.0] * 5,
+        )
+        real = DividedJournal.append
+
+        def append(self, rows, real=real, turned=turned):
+            written.append(len(turned))
+            real(self, rows)
+
+        path = tmp_path / str(index) / "texts.jsonl"  # As if it were another machine's.
+        with monkeypatch.context() as patch:
+            patch.setattr(DividedJournal, "append", append)
+            patch.setattr(DividedJournal, "_close", lambda self: self._own)
+            patch.setattr(DividedJournal, "_remove_parts", lambda self: None)
+            rows = expansion.sample_journal(sampler, None, requests, path=path, purpose="p")
+        texts |= expansion.SampledTexts(rows, strip=True)
+        own = [f"ask {query}" for query in queries[index::count]]
+        assert turned == own + own
+    # When the first texts were written, one or two of the prompts had had their turn.
+    assert written[0] <= len(queries[::count]) + 2
+    assert sorted(texts) == [(query, i) for query in queries for i in range(5)]
+    assert texts["q7", 3].startswith("p/q7 3 (97, 115, 107")
+
+
+def sampler_of_tiny(path, chat_ids):
+    generator = types.SimpleNamespace(chat_ids=chat_ids, opens_thought=False)
+    settings = read_config(smoke.get_config()).generator
+    return Sampler(generator, None, "", None, settings, 0, Processes(), QUIET)
+
+
+def test_what_is_done_is_not_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Sampler, "engine", lambda self, adapter, extent: Lazy())
+    sampler = sampler_of_tiny(tmp_path, lambda text, limit: ([1, 2], False))
+    settings = read_config(smoke.get_config()).expansion
+    made = []
+
+    def message(query):
+        made.append(query)
+        return query
+
+    requests = requests_of(
+        settings, MadeWhenAsked(dict.fromkeys("abc"), message), [1.0, 1.0], first=3
+    )
+    journal = DividedJournal(tmp_path / "texts.jsonl", Processes(), lambda row: None)
+    row = {"text": "before", "tokens": 1, "finished": "eos", "near_ties": 0}
+    done = [("a", 3), ("a", 4), ("b", 4)]
+    journal.append({"query_id": query, "sample": sample, **row} for query, sample in done)
+    texts = expansion.sample_texts(
+        sampler, None, requests, path=tmp_path / "texts.jsonl", purpose="p"
+    )
+    assert made == ["a", "b", "c", "b", "c"]  # All are measured; what is done is not run.
+    assert texts == {
+        ("a", 3): "before", ("a", 4): "before", ("b", 3): "p/b 3 (1, 2)", ("b", 4): "before",
+        ("c", 3): "p/c 3 (1, 2)", ("c", 4): "p/c 4 (1, 2)",
+    }  # fmt: skip

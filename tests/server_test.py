@@ -15,7 +15,7 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import sample_texts
+from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import hash_json, read_jsonl
 from expandr_jax.generation import server as client
 from expandr_jax.generation.requests import Request

@@ -35,7 +35,8 @@ def test_each_round_shows_what_no_round_before_has_shown():
         return {"q": corpus[:count]}
 
     def sample(step, requests):
-        shown.append([line for line in requests[0].prompt.splitlines() if "passage " in line])
+        lines = next(iter(requests)).prompt.splitlines()
+        shown.append([line for line in lines if "passage " in line])
         return {("q", r.sample): f"{step.name} {r.sample}" for r in requests}
 
     sampler = types.SimpleNamespace(fits=lambda _: True)

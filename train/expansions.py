@@ -13,6 +13,7 @@ from expandr_jax.expansion.expand import (
     journaled,
     make_expander,
 )
+from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.loading import make_sampler
@@ -44,15 +45,18 @@ def run_expander(
 
 def training_expansions(
     run: Run, data: TrainingData, expander: Expander, adapter: Any, round_: int
-) -> dict[str, list[str]]:
-    """Query id -> expansions of step A's queries; writes round-R/expansions.jsonl."""
+) -> Mapping[str, list[str]]:
+    """Query id -> expansions of step A's queries, read when they are asked for.
+
+    Writes round-R/expansions.jsonl.
+    """
     config, queries = run.config.expansion, data.collection.queries
     journal = run.path("work", f"round-{round_}", "expansions.jsonl")
     strip = config.strip_train_lead_ins
     sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
     asked = {query: queries[query] for query in data.retriever_train}
     made = expander.texts(asked, config.train_samples, sample)
-    texts = {query: by_sample(asks) for query, asks in made.items()}
+    texts = MadeWhenAsked(asked, lambda query: by_sample(made[query]))
     rows = (
         (query, "train", "expandr", number, queries[query], text)
         for query in sorted(texts)
@@ -94,7 +98,7 @@ def evaluation_expansions(
     qrels, known = data.collection.qrels, data.collection.queries
     queries = {query: known[query] for split in SPLITS for query in qrels[split]}
     leaves = {leaf.name: leaf for system in systems for leaf in system.leaves if leaf.strategy}
-    made: dict[tuple[str, str], tuple[Strategy, dict[str, list[list[str]]]]] = {}
+    made: dict[tuple[str, str], tuple[Strategy, Mapping[str, list[list[str]]]]] = {}
     for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values()):
         # The config's own is averaged as in training, whatever its authors do.
         expander, become = own, {"dense": weighted, "kind": "document"}

@@ -168,7 +168,7 @@ def _train(
     run: Run,
     models: Models,
     data: TrainingData,
-    expansions: dict[str, list[str]],
+    expansions: Mapping[str, list[str]],
     negatives: dict[str, list[str]],
     start: Any,
     *,
@@ -192,7 +192,7 @@ def _train(
         triple_examples(triples, models.encoder),
         phase=phase,
         round_=round_,
-        samples=max(map(len, expansions.values()), default=0),
+        samples=len(next(iter(expansions.values()), ())),
         ids=data.retriever_train,
     )
 

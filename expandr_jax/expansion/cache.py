@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import sample_texts
 from expandr_jax.expansion.prompts import strip_lead_in
+from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler

@@ -1,6 +1,5 @@
-"""Samples texts from the generator, and keeps each one as soon as it is finished."""
+"""Takes the steps of a strategy: what the generator is asked for queries, and when."""
 
-import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +10,13 @@ import numpy as np
 from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
+from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
-from expandr_jax.generation.requests import Request
+from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.runtime.journals import DividedJournal
-from expandr_jax.runtime.stopping import held
 from expandr_jax.search import Index, search_named
 
-COMPLETIONS_PER_WRITE = 32
+SEARCHED_AT_ONCE = 1024  # Queries whose results are in memory with all their scores.
 LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
 
 
@@ -45,7 +42,7 @@ def expansion_text(config: Any, query: str) -> str:
     return prompt.message(query)
 
 
-Sample = Callable[[Ask, Sequence[Request]], Mapping[tuple[str, int], str]]
+Sample = Callable[[Ask, Requests], Texts]
 # Queries and k to scores and rows of the corpus, [queries, k] each.
 SearchTexts = Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]]
 
@@ -70,7 +67,7 @@ class Expander:
 
     def texts(
         self, queries: Mapping[str, str], samples: int, sample: Sample
-    ) -> dict[str, list[list[str]]]:
+    ) -> Mapping[str, list[list[str]]]:
         """Takes all steps for several queries.
 
         Args:
@@ -79,42 +76,77 @@ class Expander:
             sample: (step, requests) to (query id, sample) -> text; as `journaled` returns it.
 
         Returns:
-            Query id -> the texts of each `Ask`; "" where the model said nothing.
+            Query id -> the texts of each `Ask`, looked up when they are asked for; "" where the
+            model said nothing.
         """
-        texts: dict[str, list[list[str]]] = {query: [] for query in queries}
-        shown: dict[str, Sequence[str]] = dict.fromkeys(queries, ())
-        seen: dict[str, set[str]] = {query: set() for query in queries}
-        limits = self.most_characters, self.sampler.fits
+        made: list[Texts] = []
+        shown: dict[str, Sequence[str]] = {}
+        seen: dict[str, set[str]] = {}
         for step in self.strategy.steps:
             if isinstance(step, Ask):
-                messages = {q: step.message(t, shown[q], *limits) for q, t in queries.items()}
-                made = sample(step, expansion_requests(self.settings, messages, samples))
-                for query in queries:
-                    texts[query].append([made[query, i] for i in range(samples)])
-                continue
-            asked = dict(queries)
-            if step.query is not None:
-                made = {q: [t for several in texts[q] for t in several if t] for q in queries}
-                asked = {q: step.query(text, made[q]) for q, text in queries.items()}
-            passed_over = max(map(len, seen.values()), default=0) if step.unseen else 0
-            for query, found in self.search(step, asked, step.depth + passed_over).items():
-                new = [p for p in found if not (step.unseen and p in seen[query])]
-                shown[query] = new[: step.depth]
-                seen[query] |= {*shown[query]}
-        return texts
+                messages = self._messages(step, queries, shown)
+                made.append(sample(step, expansion_requests(self.settings, messages, samples)))
+            else:
+                shown = self._found(step, queries, _by_ask(made, queries, samples), seen)
+        return _by_ask(made, queries, samples)
 
-    def messages(self, queries: Mapping[str, str], sample: Sample) -> dict[str, str]:
+    def messages(self, queries: Mapping[str, str], sample: Sample) -> Mapping[str, str]:
         """The message of each query's last `Ask`, after one sample of those before; as `texts`."""
-        messages: dict[str, str] = {}
+        last: list[Requests] = []
 
-        def before(step: Ask, requests: Sequence[Request]) -> Mapping[tuple[str, int], str]:
+        def before(step: Ask, requests: Requests) -> Texts:
             if step is not self.strategy.asks[-1]:
                 return sample(step, requests)
-            messages.update((request.id, request.prompt) for request in requests)
-            return {(request.id, request.sample): "" for request in requests}
+            last.append(requests)
+            return {}
 
         self.texts(queries, 1, before)
-        return messages
+        return MadeWhenAsked(queries, lambda query: last[0].make(query)[0].prompt)
+
+    def _messages(
+        self, step: Ask, queries: Mapping[str, str], shown: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, str]:
+        """Query id -> what a step asks of it, with the passages that were found."""
+        limits = self.most_characters, self.sampler.fits
+        return MadeWhenAsked(
+            queries, lambda query: step.message(queries[query], shown.get(query, ()), *limits)
+        )
+
+    def _found(
+        self,
+        step: Search,
+        queries: Mapping[str, str],
+        texts: Mapping[str, list[list[str]]],
+        seen: dict[str, set[str]],
+    ) -> dict[str, Sequence[str]]:
+        """Query id -> the passages that a step shows of it; they are added to those `seen`."""
+        shown = {}
+        depth = step.depth
+        if step.unseen:
+            depth += max(map(len, seen.values()), default=0)
+        every = [*queries]
+        for first in range(0, len(every), SEARCHED_AT_ONCE):
+            ids = every[first : first + SEARCHED_AT_ONCE]
+            asked = {query: queries[query] for query in ids}
+            if step.query is not None:
+                made = {q: [t for several in texts[q] for t in several if t] for q in ids}
+                asked = {q: step.query(text, made[q]) for q, text in asked.items()}
+            for query, found in self.search(step, asked, depth).items():
+                before = seen.setdefault(query, set())
+                new = [p for p in found if not (step.unseen and p in before)]
+                shown[query] = new[: step.depth]
+                before.update(shown[query])
+        return shown
+
+
+def _by_ask(
+    made: Sequence[Texts], queries: Mapping[str, str], samples: int
+) -> Mapping[str, list[list[str]]]:
+    """Query id -> its texts [asks][samples]."""
+    made = [*made]  # As it is now: more steps follow.
+    return MadeWhenAsked(
+        queries, lambda query: [[texts[query, i] for i in range(samples)] for texts in made]
+    )
 
 
 def by_sample(asks: Sequence[Sequence[str]]) -> list[str]:
@@ -130,7 +162,7 @@ def journaled(
     Path and purpose are those of the last `Ask`; those of the others have their names behind them.
     """
 
-    def sample(step: Ask, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+    def sample(step: Ask, requests: Requests) -> Texts:
         where, named = path, purpose
         if step is not expander.strategy.asks[-1]:
             where, named = path.with_stem(f"{path.stem}-{step.name}"), f"{purpose}, {step.name}"
@@ -176,108 +208,25 @@ def make_expander(
     return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
 
 
-def expansion_requests(settings: Any, messages: Mapping[str, str], samples: int) -> list[Request]:
+def expansion_requests(settings: Any, messages: Mapping[str, str], samples: int) -> Requests:
     """Requests for several texts of each message, drawn as the config's `expansion` says."""
-    return [
-        Request(query, sample, message, settings.temperature, **drawing(settings))
-        for query, message in messages.items()
-        for sample in range(samples)
-    ]
+    return requests_of(settings, messages, [settings.temperature] * samples)
 
 
-def sample_texts(
-    sampler: Sampler,
-    adapter: Any | None,
-    requests: Sequence[Request],
-    *,
-    path: pathlib.Path,
-    purpose: str,
-    strip: bool = True,
-) -> dict[tuple[str, int], str]:
-    """The texts of `sample_journal`, by (id, sample); "" where the model said nothing.
+def requests_of(
+    section: Any, messages: Mapping[str, str], temperatures: Sequence[float], first: int = 0
+) -> Requests:
+    """Requests for a text of each message, query id -> message, at each temperature.
 
-    With `strip`, lead-ins such as "Here is a passage:" are taken off them.
+    `section` is one of the config's that samples; samples are counted from `first`.
     """
-    texts = {}
-    rows = sample_journal(sampler, adapter, requests, path=path, purpose=purpose)
-    for row in rows:
-        text = strip_lead_in(row["text"]) if strip else row["text"]
-        texts[row["query_id"], row["sample"]] = text.strip()
-    sampler.reporter.say(_summary(rows, texts))
-    return texts
+    drawn = drawing(section)
 
+    def make(query: str) -> list[Request]:
+        message = messages[query]
+        return [
+            Request(query, first + number, message, temperature, **drawn)
+            for number, temperature in enumerate(temperatures)
+        ]
 
-def sample_journal(
-    sampler: Sampler,
-    adapter: Any | None,
-    requests: Sequence[Request],
-    *,
-    path: pathlib.Path,
-    purpose: str,
-) -> list[dict[str, Any]]:
-    """Generates a text for each request, going on from a journal where one is there.
-
-    Args:
-        sampler: The generator and how it samples.
-        adapter: LoRA tree, or None for the base model.
-        requests: What to sample; each (id, sample) once.
-        path: The journal, where finished texts are kept.
-        purpose: Sets the draws of one use apart from another's.
-
-    Returns:
-        {"query_id", "sample", "text", "tokens", "finished", "near_ties"} of each request; with the
-        sampler's `log_probs` also "token_ids" and "log_probs", as `Completion` has them.
-    """
-    journal = DividedJournal(path, sampler.processes, lambda row: (row["query_id"], row["sample"]))
-    if journal.finished:
-        return journal.rows
-    done = {(row["query_id"], row["sample"]) for row in journal.rows}
-    name = f"{purpose}/"
-    requests = [dataclasses.replace(r, id=f"{name}{r.id}") for r in requests]
-    # Samples of one prompt stay together: it is run once for all of them.
-    own = sampler.processes.share(requests, key=lambda request: request.id)
-    left = [r for r in own if (r.id.removeprefix(name), r.sample) not in done]
-    waiting: list[dict[str, Any]] = []
-
-    def write() -> None:
-        with held():  # Half of a write would have its rows sampled again.
-            journal.append(waiting)
-            waiting.clear()
-
-    try:
-        progress = sampler.reporter.progress
-        with progress(f"{purpose}: texts", len(own), len(own) - len(left)) as advance:
-            for completion, text in sampler.generate(adapter, requests, left):
-                row = {
-                    "query_id": completion.id.removeprefix(name),
-                    "sample": completion.sample,
-                    "text": text,
-                    "tokens": len(completion.tokens),
-                    "finished": completion.finished,
-                    "near_ties": completion.near_ties,
-                }
-                if completion.log_probs is not None:  # What on-policy training needs, too.
-                    row["token_ids"] = [*completion.tokens]
-                    row["log_probs"] = [*completion.log_probs]
-                waiting.append(row)
-                advance(1)
-                if len(waiting) >= COMPLETIONS_PER_WRITE:
-                    write()
-    finally:  # What is finished is kept when SIGTERM ends this, too.
-        write()
-    journal.finish()
-    return journal.rows
-
-
-def _summary(rows: list[dict[str, Any]], texts: dict[tuple[str, int], str]) -> str:
-    finished = collections.Counter(row["finished"] for row in rows)
-    empty = sum(not text for text in texts.values())
-    repetitive = sum(is_repetitive(text) for text in texts.values())
-    near_ties = sum(row["near_ties"] for row in rows)
-    # A server's word for a prompt that is too long for it.
-    refused = f" ({finished['refused']} of them refused)" if finished["refused"] else ""
-    return (
-        f"{len(rows)} texts, {sum(row['tokens'] for row in rows)} tokens; "
-        f"{finished['length']} cut by length, {empty} empty{refused}, {repetitive} repetitive; "
-        f"{near_ties} draws near a decision boundary"
-    )
+    return Requests([*messages], [len(temperatures)] * len(messages), make)

@@ -1,8 +1,9 @@
 """What is asked of the sampling engine, and what it answers."""
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from expandr_jax.errors import UserError
 
@@ -89,12 +90,110 @@ class Completion:
     log_probs: tuple[float, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What is asked for many queries: a query's requests are made whenever they are looked at.
+
+    Attributes:
+        ids: Of the queries, each once.
+        counts: How many requests each has.
+        make: A query's id to its requests.
+    """
+
+    ids: Sequence[str]
+    counts: Sequence[int]
+    make: Callable[[str], Sequence[Request]]
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> "Requests":
+        """Requests that are made, as they are."""
+        if isinstance(requests, cls):
+            return requests
+        made: dict[str, list[Request]] = {}
+        for request in requests:
+            made.setdefault(request.id, []).append(request)
+        return cls([*made], [*map(len, made.values())], made.__getitem__)
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[Request]:
+        for query in self.ids:
+            yield from self.make(query)
+
+    def share(self, index: int, count: int) -> "Requests":
+        """Those of every so many-th query: a query's stay together, its prompt is run once."""
+        own = slice(index, None, count)
+        return dataclasses.replace(self, ids=self.ids[own], counts=self.counts[own])
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """What an engine is made for: what it must know of all requests before it runs the first.
+
+    Attributes:
+        count: How many there are.
+        most: Longest text that one asks for, in tokens.
+        penalty: Whether one has a repetition penalty.
+        shortest, longest: Tokens of prompts.
+        ends: The first and the last prompt in the order of their ids; none without requests.
+    """
+
+    count: int = 0
+    most: int = 1
+    penalty: bool = False
+    shortest: int = 1
+    longest: int = 1
+    ends: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of(cls, requests: Iterable[Request]) -> "Extent":
+        """That of requests whose prompts are ids; each is looked at once, and none is kept."""
+        return cls.joined(
+            cls(
+                1,
+                request.max_new_tokens,
+                request.repetition_penalty != 1,
+                len(request.prompt),
+                len(request.prompt),
+                (tuple(request.prompt),) * 2,
+            )
+            for request in requests
+        )
+
+    @classmethod
+    def joined(cls, extents: Iterable["Extent"]) -> "Extent":
+        """That of the requests of all."""
+        return functools.reduce(cls._with, extents, cls())
+
+    def _with(self, other: "Extent") -> "Extent":
+        if not (self.count and other.count):
+            return self if self.count else other
+        return Extent(
+            self.count + other.count,
+            max(self.most, other.most),
+            self.penalty or other.penalty,
+            min(self.shortest, other.shortest),
+            max(self.longest, other.longest),
+            (min(self.ends[0], other.ends[0]), max(self.ends[1], other.ends[1])),
+        )
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that all prompts begin with, short of the last token of the shortest."""
+        if not self.ends:
+            return ()
+        # What the first and the last in order share, all between them share too.
+        first, last = self.ends
+        end = self.shortest - 1
+        count = next((i for i in range(end) if first[i] != last[i]), end)
+        return first[:count]
+
+
 def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens that all prompts begin with, short of the last token of the shortest."""
+    """`Extent.prefix` of prompts."""
     if not prompts:
         return ()
-    # What the first and the last in order share, all between them share too.
-    first, last = min(prompts), max(prompts)
-    longest = min(map(len, prompts)) - 1
-    count = next((i for i in range(longest) if first[i] != last[i]), longest)
-    return tuple(first[:count])
+    lengths = [*map(len, prompts)]
+    ends = tuple(min(prompts)), tuple(max(prompts))
+    return Extent(len(prompts), shortest=min(lengths), longest=max(lengths), ends=ends).prefix

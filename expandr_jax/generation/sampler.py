@@ -3,7 +3,7 @@
 import bisect
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
-from expandr_jax.generation.requests import Completion, Request, common_prefix
+from expandr_jax.generation.requests import Completion, Extent, Request
 from expandr_jax.generation.server import ServerEngine
 from expandr_jax.models.generator import Generator
 from expandr_jax.runtime.processes import Processes
@@ -53,16 +53,18 @@ class Sampler:
     held: Any = None
 
     def generate(
-        self, adapter: Any | None, requests: Sequence[Request], left: Sequence[Request]
+        self, adapter: Any | None, requests: Iterable[Request], left: Iterable[Request]
     ) -> Iterator[tuple[Completion, str]]:
-        """Samples some of a stage's requests.
+        """Samples some of a stage's requests; all processes of the run call it together.
 
         Args:
             adapter: LoRA tree, or None for the base model.
-            requests: All of the stage, in all processes, with ids or a user's message as prompt.
-                Slots have room for the longest; what a restart finds done counts too, so that
-                their size, and with it every rounding, stays the same.
-            left: Those that are to be sampled here, from among `requests`.
+            requests: All of the stage that are this process's, with ids or a user's message as
+                prompt; those of one message follow one another. Slots have room for the longest of
+                all processes; what a restart finds done counts too, so that their size, and with it
+                every rounding, stays the same. They are looked at once, and none is kept.
+            left: Those that are to be sampled here, from among `requests`; read as slots become
+                free.
 
         Yields:
             Completions in the order in which they finish, each with its text.
@@ -71,20 +73,20 @@ class Sampler:
             UserError: A request asks for what the engine cannot do, the memory does not suffice,
                 or the server fails or would have to sample with the adapter.
         """
-        limit = max(self.settings.prompt_buckets)
-        prompts = {request.prompt: (request.prompt, False) for request in requests}
-        for message in prompts:
-            if isinstance(message, str):
-                ids, cut = self.generator.chat_ids(message, limit)
-                prompts[message] = tuple(ids), cut
-        if cut := sum(prompts[request.prompt][1] for request in requests):
+        limit, cut = max(self.settings.prompt_buckets), 0
+
+        def measured() -> Iterator[Request]:
+            nonlocal cut
+            for request, was_cut in self._prompted(requests, limit):
+                cut += was_cut
+                yield request
+
+        extent = Extent.of(measured())
+        if cut := sum(self.processes.gather(cut)):
             self.reporter.say(f"{cut} prompts lost their beginning (over {limit} tokens)")
-        requests, left = (
-            [dataclasses.replace(request, prompt=prompts[request.prompt][0]) for request in several]
-            for several in (requests, left)
-        )
+        engine = self.engine(adapter, self._of_all(extent))
         refused = set()
-        for completion in self.engine(adapter, requests).generate(left):
+        for completion in engine.generate(request for request, _ in self._prompted(left, limit)):
             if completion.finished == "refused":
                 refused.add(completion.id)
             text = completion.text
@@ -96,8 +98,28 @@ class Sampler:
                 f"{len(refused)} prompts are too long for the server; their texts are empty"
             )
 
-    def engine(self, adapter: Any | None, requests: Sequence[Request]) -> Engine | ServerEngine:
-        """The engine for requests whose prompts are ids; arguments and errors as of `generate`."""
+    def _prompted(self, requests: Iterable[Request], limit: int) -> Iterator[tuple[Request, bool]]:
+        """Requests with ids as prompts, and whether these were cut; a message is turned once."""
+        message, ids, cut = None, (), False
+        for request in requests:
+            if isinstance(request.prompt, str):
+                if request.prompt != message:
+                    message = request.prompt
+                    ids, cut = self.generator.chat_ids(message, limit)
+                    ids = tuple(ids)
+                yield dataclasses.replace(request, prompt=ids), cut
+            else:
+                yield request, False
+
+    def _of_all(self, own: Extent) -> Extent:
+        """The extent of the requests of all processes."""
+        several = self.processes.gather(dataclasses.asdict(own))
+        return Extent.joined(
+            Extent(**{**extent, "ends": tuple(map(tuple, extent["ends"]))}) for extent in several
+        )
+
+    def engine(self, adapter: Any | None, extent: Extent) -> Engine | ServerEngine:
+        """The engine for requests of all processes; the rest is as of `generate`."""
         settings, buckets = self.settings, self.settings.prompt_buckets
         if self.server_cache and settings.server.url:
             if adapter is not None:
@@ -113,11 +135,9 @@ class Sampler:
                 cache=self.server_cache,
                 stop=settings.stop,
             )
-        prompts = [request.prompt for request in requests]
-        prefix = common_prefix(prompts)
-        longest = max(map(len, prompts), default=1) - len(prefix)
-        most = max((request.max_new_tokens for request in requests), default=1)
-        room = len(prefix) + longest + most
+        prefix = extent.prefix
+        longest = extent.longest - len(prefix)
+        room = extent.longest + extent.most
         made_for = self.generator.module.config.max_positions
         if room > made_for:
             self.reporter.say(
@@ -128,15 +148,15 @@ class Sampler:
             self.generator.module,
             self.params,
             adapter=adapter,
-            slots=slots_of_a_process(settings, self.mesh, len(requests)),
+            slots=slots_of_a_process(settings, self.mesh, extent.count),
             prompt_buckets=buckets[: bisect.bisect_left(buckets, longest) + 1],
-            max_new_tokens=most,
+            max_new_tokens=extent.most,
             eos_ids=self.generator.eos_ids,
             pad_id=self.generator.pad_id,
             seed=self.seed,
             prefix=prefix,
             mesh=self.mesh,
-            repetition_penalty=any(request.repetition_penalty != 1 for request in requests),
+            repetition_penalty=extent.penalty,
             log_probs=self.log_probs,
             stop=settings.stop,
             decode=self.generator.decode,
