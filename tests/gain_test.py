@@ -9,9 +9,10 @@ from configs import base
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.rewards.evidence import Evidence, RewardContext
 from expandr_jax.rewards.gain import GAIN_SEARCHES, gain_reward
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.registry import Evidence, reward_groups
+from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.search import SEARCH_MEASURES
 from expandr_jax.vectors.corpus import Corpus
 
@@ -37,7 +38,8 @@ def make_evidence(config, documents, qrels, texts, queries, candidates):
     vectors = np.array([vector for _, vector in documents.values()], np.float32)
     corpus = Corpus(list(documents), vectors, dataclasses.replace(config.search, backend="exact"))
     queries, candidates = (np.array(x, np.float32) for x in (queries, candidates))
-    return Evidence(config, groups, data, corpus, queries, candidates, queries)
+    context = RewardContext(config, data, corpus, list(texts), 100)
+    return Evidence(context, groups, queries, candidates, queries)
 
 
 def test_an_example_by_hand():

@@ -1,6 +1,8 @@
 """From candidates to pairs, as `train.joint` makes them."""
 
+import functools
 import io
+import json
 import types
 
 import numpy as np
@@ -14,16 +16,20 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.files.records import read_jsonl
-from expandr_jax.rewards import registry
+from expandr_jax.rewards import evidence, registry
+from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import ExactOptions, ScannOptions
+from expandr_jax.search import ExactOptions, ScannOptions, build_index
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
 from train.encoding import run_retriever
 
 IDS = [f"d{i}" for i in range(20)]
-QUERIES = {"q0": "first", "q1": "second"}
+QUERIES = {"q0": "first", "q1": "second", **{f"q{i}": f"query {i}" for i in range(2, 8)}}
+# q2 has many relevant documents, of several grades.
+QRELS = {"q0": {"d3": 1}, "q1": {"d5": 1}, "q2": {f"d{i}": 1 + i % 3 for i in range(2, 14)}}
+QRELS |= {f"q{i}": {f"d{i}": 1, f"d{i + 1}": 2, f"d{2 * i}": 1} for i in range(3, 8)}
 
 
 class Encoder:
@@ -46,8 +52,8 @@ def make(tmp_path, monkeypatch):
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
     corpus = Corpus(IDS, vectors, SearchSettings("exact", ExactOptions(), ScannOptions()))
-    qrels = {"train": {"q0": {"d3": 1}, "q1": {"d5": 1}}}
-    data = TrainingData(Collection("c", texts_of_documents, QUERIES, qrels), [], list(QUERIES))
+    collection = Collection("c", texts_of_documents, QUERIES, {"train": QRELS})
+    data = TrainingData(collection, [], list(QUERIES))
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
     models = types.SimpleNamespace(encoder=Encoder())
     retriever = run_retriever(run, models, texts_of_documents, None, "expandr")
@@ -69,6 +75,41 @@ def test_pairs_are_made(make):
     for name in ("candidates", "preferences"):
         rows = [row for _, row in read_jsonl(run.path("round-0", f"{name}.jsonl"), {})]
         assert {row["query_id"] for row in rows} == set(QUERIES)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
+    """But for rounding, as of another shape; no more texts than a block's are encoded at once."""
+    make_preferences, run = make
+    weights = {f"reward.{name}": 1.0 for name in REWARDS}
+    sizes = {"reward.depth": 7, "reward.group_size": 5, "reward.gain_search": "fused"}
+    run.config = with_settings(run.config, {**weights, **sizes})
+    paths = [run.path("round-0", f"{name}.jsonl") for name in ("candidates", "preferences")]
+
+    def written():
+        make_preferences()
+        found = [path.read_text().splitlines() for path in paths]
+        for path in paths:
+            path.write_text("damaged")
+        rounded = functools.partial(json.loads, parse_float=lambda text: round(float(text), 4))
+        return [[*map(rounded, lines)] for lines in found]
+
+    whole = written()
+    encoded, built, real = [], [], Encoder.encode
+    monkeypatch.setattr(
+        Encoder, "encode", lambda self, p, t, *a: encoded.append(len(t)) or real(self, p, t, *a)
+    )
+    monkeypatch.setattr(
+        "expandr_jax.rewards.evidence.build_index", lambda *a: built.append(a) or build_index(*a)
+    )
+    monkeypatch.setattr(preferences, "queries_at_once", lambda candidates: size)
+    programs = evidence._normalized._cache_size()
+    assert written() == whole
+    # One for the candidates of a block, one for a vector a query, whatever the number of blocks.
+    assert evidence._normalized._cache_size() <= programs + 2
+    candidates = len(preferences._temperatures(run))
+    assert max(encoded) == size * (candidates + 1)
+    assert len(built) == 1  # BM25's index is for all blocks.
 
 
 def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):

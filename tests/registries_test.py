@@ -27,7 +27,7 @@ from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.ranking.rerank import RERANKERS, RerankSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
-from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.evidence import Evidence, RewardContext
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.vectors.corpus import Corpus
@@ -171,8 +171,9 @@ def evidence(texts, vectors):
         dataclasses.replace(config.search, backend="exact"),
     )
     group = Group("q", "axis", "d2", "an answer", [Candidate(text) for text in texts])
+    data = TrainingData(collection, [], ["q"])
     return Evidence(
-        config, [group], TrainingData(collection, [], ["q"]), corpus,
+        RewardContext(config, data, corpus, ["q"], 100), [group],
         queries=np.array([[1.0, 0.0]], np.float32),
         candidates=np.array([vectors], np.float32),
         answers=np.array([[0.6, 0.8]], np.float32),

@@ -1,24 +1,30 @@
 """From sampled candidates to preference pairs: self-answers, rewards, the filter, the pairs."""
 
-from collections.abc import Sequence
+import collections
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.expand import Expander, drawing, journaled, sample_texts
+from expandr_jax.expansion.expand import Expander, journaled, requests_of
 from expandr_jax.expansion.prompts import PROMPTS
-from expandr_jax.files.records import write_jsonl
-from expandr_jax.generation.requests import Request
+from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
+from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
-from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.evidence import Evidence, RewardContext
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
+from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.vectors.encoder import Progress
+
+ANSWER = -1  # Stands for a query's answer, where its candidates count from 0.
 
 
 def make_preferences(
@@ -47,8 +53,9 @@ def make_preferences(
         )
     with run.phase(f"rewards, round {round_}"):
         temperatures = _temperatures(run)
-        groups = [
-            Group(
+
+        def group(query: str) -> Group:
+            return Group(
                 query,
                 data.collection.queries[query],
                 data.positive(query),
@@ -56,40 +63,51 @@ def make_preferences(
                 [Candidate(candidates[query, i], t) for i, t in enumerate(temperatures)],
                 generator.chat_text(prompts[query]),
             )
-            for query in data.generator_train
-            if query in answers
-        ]
-        vectors = _encode(run, retriever, groups)
+
+        def read(key: tuple[str, int]) -> str:
+            return answers[key[0]] if key[1] == ANSWER else candidates[key]
+
+        ids = [query for query in data.generator_train if query in answers]
+        size = queries_at_once(len(temperatures))
+        context = RewardContext(run.config, data, corpus, ids, size)
         # A query alone does not give a prompt that shows passages.
         shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
-
-        def write() -> None:
-            evidence = Evidence(run.config, groups, data, corpus, **vectors)
-            rewarded = reward_groups(evidence, f"rewards, round {round_}")
-            write_jsonl(candidates_path, (group.to_row(shows_passages) for group in rewarded))
-            pairs, dropped = select_pairs(rewarded, run.config.reward.threshold)
-            write_jsonl(path, pairs)
-            counts = ", ".join(f"{dropped.get(reason, 0)} {reason}" for reason in REASONS)
-            run.reporter.say(f"{len(pairs)} pairs of {len(groups)} queries; dropped: {counts}")
-
-        run.processes.once(write)
+        texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
+        with contextlib.ExitStack() as stack:
+            advance = stack.enter_context(
+                run.reporter.progress("rewards: texts encoded", len(ids) * (1 + texts))
+            )
+            if run.processes.is_main:
+                write_groups = stack.enter_context(open_jsonl(candidates_path))
+                write_pairs = stack.enter_context(open_jsonl(path))
+            for first in range(0, len(ids), size):
+                block = ids[first : first + size]
+                vectors = _encode(retriever, data, block, len(temperatures), read, advance)
+                if not run.processes.is_main:
+                    continue
+                evidence = _evidence(context, [*map(group, block)], *vectors)
+                rewarded = reward_groups(evidence, f"rewards, round {round_}")
+                write_groups(each.to_row(shows_passages) for each in rewarded)
+                pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
+                write_pairs(pairs)
+                dropped.update(lacking)
+                made += len(pairs)
+        counts = ", ".join(f"{dropped[reason]} {reason}" for reason in REASONS)
+        said = f"{made} pairs of {len(ids)} queries; dropped: {counts}"
+        run.processes.once(lambda: run.reporter.say(said))
         retriever.release()
         run.checksums.record(*files)
 
 
 def _sample_candidates(
     run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
-) -> tuple[dict[str, str], dict[tuple[str, int], str]]:
+) -> tuple[Mapping[str, str], Texts]:
     """Query id -> the message that it asks, and (query id, candidate) -> text."""
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     path = run.path("work", f"round-{round_}", "candidates.jsonl")
     purpose = f"candidates, round {round_}"
     messages = expander.messages(queries, journaled(expander, adapter, path, purpose))
-    requests = [
-        Request(query, sample, message, temperature, **drawing(run.config.candidates))
-        for query, message in messages.items()
-        for sample, temperature in enumerate(_temperatures(run))
-    ]
+    requests = requests_of(run.config.candidates, messages, _temperatures(run))
     texts = sample_texts(expander.sampler, adapter, requests, path=path, purpose=purpose)
     return messages, texts
 
@@ -102,49 +120,69 @@ def _temperatures(run: Run) -> list[float]:
 
 def _self_answers(
     run: Run, sampler: Sampler, adapter: Any, data: TrainingData, round_: int
-) -> dict[str, str]:
+) -> Mapping[str, str]:
     """Query id -> answer; an empty one is tried once more, then its query is left out."""
-    config = run.config.answer
-    answers: dict[str, str] = {}
+    config, tries = run.config.answer, []
+    answered: dict[str, int] = {}  # Query id -> the try.
+
+    def message(query: str) -> str:
+        document = data.collection.corpus[data.positive(query)][: config.max_characters]
+        return PROMPTS["q2a"].message(data.collection.queries[query], document=document)
+
     for attempt in range(2):
-        missing = [query for query in data.generator_train if query not in answers]
+        missing = {query: None for query in data.generator_train if query not in answered}
         if not missing:
             break
-        requests = [
-            Request(
-                query,
-                attempt,
-                PROMPTS["q2a"].message(
-                    data.collection.queries[query],
-                    document=data.collection.corpus[data.positive(query)][: config.max_characters],
-                ),
-                config.temperature,
-                **drawing(config),
-            )
-            for query in missing
-        ]
+        asked = MadeWhenAsked(missing, message)
+        requests = requests_of(config, asked, [config.temperature], first=attempt)
         path = run.path("work", f"round-{round_}", f"answers-{attempt}.jsonl")
         purpose = f"answers, round {round_}, try {attempt}"
-        texts = sample_texts(sampler, adapter, requests, path=path, purpose=purpose)
-        answers |= {query: text for (query, _), text in texts.items() if text}
-    return answers
+        tries.append(sample_texts(sampler, adapter, requests, path=path, purpose=purpose))
+        answered |= {query: attempt for (query, _), text in tries[-1].items() if text}
+    return MadeWhenAsked(answered, lambda query: tries[answered[query]][query, answered[query]])
 
 
-def _encode(run: Run, retriever: CorpusRetriever, groups: Sequence[Group]) -> dict[str, np.ndarray]:
-    """Vectors of candidates [queries, candidates, dim], answers and queries [queries, dim]."""
+def _encode(
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    queries: Sequence[str],
+    candidates: int,
+    read: Callable[[tuple[str, int]], str],
+    advance: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the candidates of some queries, then of their answers, and of the queries.
+
+    All processes call it together, each of which reads the texts that it encodes.
+    """
+    keys = [(query, i) for query in queries for i in range(candidates)]
+    keys += [(query, ANSWER) for query in queries]
+    names = [f"{'answer to' if i == ANSWER else 'candidates of'} {query}" for query, i in keys]
+    documents = retriever.encode(ReadWhenSliced(keys, read), "document", names, advance)
+    names = [f"query {query}" for query in queries]
+    return documents, retriever.encode(data.queries(queries), "query", names, advance)
+
+
+def _evidence(
+    context: RewardContext, groups: Sequence[Group], documents: np.ndarray, queries: np.ndarray
+) -> Evidence:
+    """Evidence with the vectors of `_encode`."""
     texts = [text for group in groups for text in group.texts]
-    with run.reporter.progress("rewards: texts encoded", len(texts) + 2 * len(groups)) as advance:
+    # An empty candidate has nothing in common with anything: its vector is zero.
+    candidates = np.where([[bool(text)] for text in texts], documents[: len(texts)], 0.0)
+    shape = len(groups), -1, candidates.shape[-1]
+    return Evidence(context, groups, queries, candidates.reshape(shape), documents[len(texts) :])
 
-        def encode(items: list[str], kind: str, what: str) -> np.ndarray:
-            # An empty candidate has nothing in common with anything: its vector is zero.
-            each = len(items) // max(1, len(groups))
-            ids = [f"{what} {group.query_id}" for group in groups for _ in range(each)]
-            vectors = retriever.encode(items, kind, ids, advance)
-            return np.where([[bool(item)] for item in items], vectors, 0.0)
 
-        candidates = encode(texts, "document", "candidates of")
-        return {
-            "candidates": candidates.reshape(len(groups), -1, candidates.shape[-1]),
-            "answers": encode([group.answer for group in groups], "document", "answer to"),
-            "queries": encode([group.query for group in groups], "query", "query"),
-        }
+class ReadWhenSliced(Sequence):
+    """Texts by their keys, of which those are read that a slice of them has."""
+
+    def __init__(self, keys: Sequence[Any], read: Callable[[Any], str]):
+        self._keys, self._read = keys, read
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self._read(key) for key in self._keys[place]]
+        return self._read(self._keys[place])

@@ -2,43 +2,42 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from expandr_jax.data.documents import rows_of
+from expandr_jax.data.documents import rows_of, texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import ranks
 from expandr_jax.rewards.search import Judged, judged_documents
+from expandr_jax.search import Index, build_index
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import fuse_each
 
+_normalized = jax.jit(l2_normalize)
+
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
-    """What the candidates of some queries are judged by.
+class RewardContext:
+    """What all candidates of a round are judged by. No reward looks at two queries at once.
 
     Attributes:
         config: The whole config.
-        groups: The queries with their candidates.
         data: Has the documents and the judgements.
         corpus: The documents as the retriever encodes them.
-        queries: [queries, dim] vectors of the queries by the same retriever.
-        candidates: [queries, candidates, dim] vectors of the candidates, 0 for an empty one.
-        answers: [queries, dim] vectors of the self-answers.
+        queries: Ids of all queries that have candidates.
+        block: How many of them are judged together, at most.
     """
 
     config: Any
-    groups: Sequence[Group]
     data: TrainingData
     corpus: Corpus
-    queries: np.ndarray
-    candidates: np.ndarray
-    answers: np.ndarray
+    queries: Sequence[str]
+    block: int
 
     @functools.cached_property
     def rows(self) -> Mapping[str, int]:
@@ -46,18 +45,49 @@ class Evidence:
         return rows_of(self.data.collection.corpus)
 
     @functools.cached_property
+    def most_relevant(self) -> int:
+        """How many documents are relevant to a query, at most."""
+        return max((len(self.data.positives(query)) for query in self.queries), default=1)
+
+    @functools.cached_property
+    def words(self) -> Index:
+        """BM25 over the documents."""
+        return build_index(texts_of(self.data.collection.corpus), "bm25")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What the candidates of a block of queries are judged by.
+
+    Attributes:
+        context: What they have in common with others.
+        groups: The queries with their candidates.
+        queries: [queries, dim] vectors of the queries by the same retriever.
+        candidates: [queries, candidates, dim] vectors of the candidates, 0 for an empty one.
+        answers: [queries, dim] vectors of the self-answers.
+    """
+
+    context: RewardContext
+    groups: Sequence[Group]
+    queries: np.ndarray
+    candidates: np.ndarray
+    answers: np.ndarray
+
+    @functools.cached_property
     def judged(self) -> Judged:
         """The queries' relevant documents."""
-        return judged_documents(self.data, [group.query_id for group in self.groups], self.rows)
+        own, context = [group.query_id for group in self.groups], self.context
+        # As wide for a block as for all, so that sums over them are rounded alike.
+        return judged_documents(context.data, own, context.rows, width=context.most_relevant)
 
     @functools.cached_property
     def similarities(self) -> dict[str, np.ndarray]:
         """Cosines of the candidates to each of the two sides, [queries, candidates] each."""
-        normalized = jax.jit(l2_normalize)
-        positives = np.array([self.rows[group.positive_id] for group in self.groups])
+        rows = self.context.rows
+        positives = np.array([rows[group.positive_id] for group in self.groups])
         candidates, *sides = (
-            np.asarray(normalized(x))
-            for x in (self.candidates, self.corpus.vectors[positives], self.answers)
+            self.in_one_shape(_normalized, x)
+            for x in (self.candidates, self.context.corpus.vectors[positives], self.answers)
         )
         return {
             side: np.einsum("qcd,qd->qc", candidates, units)
@@ -72,10 +102,23 @@ class Evidence:
     @functools.cached_property
     def fused(self) -> np.ndarray:
         """[queries, candidates, dim] a query's vector with each of its candidates."""
-        return fuse_each(
-            self.queries,
-            self.candidates,
-            np.array([[bool(text) for text in group.texts] for group in self.groups]),
-            query_weight=self.config.reward.query_weight,
-            normalize=self.config.contrastive.normalize,
-        )
+        present = np.array([[bool(text) for text in group.texts] for group in self.groups])
+        weight = self.context.config.reward.query_weight
+        return self.fuse(self.queries, self.candidates, present, query_weight=weight)
+
+    def fuse(self, *vectors: np.ndarray, query_weight: float) -> np.ndarray:
+        """`fuse_each` as the config says."""
+        normalize = self.context.config.contrastive.normalize
+        fuse = functools.partial(fuse_each, query_weight=query_weight, normalize=normalize)
+        return self.in_one_shape(fuse, *vectors)
+
+    def in_one_shape(self, function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
+        """A function of this block's rows, compiled once for all blocks.
+
+        The last block is filled up with zeros: another shape would be rounded otherwise.
+        """
+        size = min(self.context.block, len(self.context.queries))
+        lacking = max(0, size - len(self.groups))
+        if lacking:
+            arrays = [np.pad(x, [(0, lacking)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
+        return np.asarray(function(*arrays))[: len(self.groups)]

@@ -5,25 +5,18 @@ Each query is searched for alone, then with each of its candidates.
 
 import numpy as np
 
-from expandr_jax.data.documents import texts_of
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.search import Search, measure_searches
-from expandr_jax.search import build_index
-from expandr_jax.vectors.query import fuse_each
 
 
 def dense_search(evidence: Evidence) -> Search:
     """Searches for vectors, those of expanded queries with `reward.query_weight`."""
-    alone = fuse_each(
-        evidence.queries,
-        np.zeros_like(evidence.queries)[:, None],
-        np.zeros((len(evidence.queries), 1), bool),
-        query_weight=1.0,
-        normalize=evidence.config.contrastive.normalize,
-    )
-    index, depth = evidence.corpus.index, evidence.config.reward.depth
+    queries = evidence.queries
+    absent = np.zeros((len(queries), 1), bool)
+    alone = evidence.fuse(queries, np.zeros_like(queries)[:, None], absent, query_weight=1.0)
+    index, depth = evidence.context.corpus.index, evidence.context.config.reward.depth
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
         vectors = np.concatenate([alone[part], evidence.fused[part]], axis=1)
@@ -34,8 +27,7 @@ def dense_search(evidence: Evidence) -> Search:
 
 def bm25_search(evidence: Evidence) -> Search:
     """Searches for words, those of expanded queries as the strategy writes them for BM25."""
-    documents, config = evidence.data.collection.corpus, evidence.config
-    index = build_index(texts_of(documents), "bm25")
+    config, index = evidence.context.config, evidence.context.words
     sparse = STRATEGIES[config.expansion.strategy].sparse
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +66,7 @@ def gain_reward(evidence: Evidence) -> np.ndarray:
 
     [queries, candidates] float64, between -1 and 1.
     """
-    settings = evidence.config.reward
+    settings = evidence.context.config.reward
     worth = measure_searches(
         GAIN_SEARCHES[settings.gain_search](evidence),
         evidence.judged,

@@ -19,8 +19,12 @@ Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
 REWARDS: dict[str, Reward] = {
     "positive": lambda evidence: reciprocal_rank(evidence.ranks["positive"]),
     "answer": lambda evidence: reciprocal_rank(evidence.ranks["answer"]),
-    "corpus": lambda e: corpus_reward(e.config, e.corpus.index, e.fused, e.judged),
-    "group": lambda e: group_reward(e.config, e.corpus.vectors, e.fused, e.judged),
+    "corpus": lambda evidence: corpus_reward(
+        evidence.context.config, evidence.context.corpus.index, evidence.fused, evidence.judged
+    ),
+    "group": lambda evidence: group_reward(
+        evidence.context.config, evidence.context.corpus.vectors, evidence.fused, evidence.judged
+    ),
     "gain": gain_reward,
 }
 
@@ -58,7 +62,7 @@ def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     Raises:
         NotFiniteError: A reward is not finite, naming its query after `what`.
     """
-    weights = evidence.config.reward
+    weights = evidence.context.config.reward
     terms = {
         name: reward(evidence)
         for name, reward in REWARDS.items()

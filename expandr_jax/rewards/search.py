@@ -12,6 +12,7 @@ from expandr_jax.rewards import ranks
 from expandr_jax.search import Index
 
 BLOCK_ROWS = 8192  # Expanded queries whose results are in memory at once.
+BLOCKS = 2  # So many times that are rewarded together: what is searched for then is as of all.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +31,30 @@ class Judged:
 
 
 def judged_documents(
-    data: TrainingData, queries: Sequence[str], rows: Mapping[str, int], *, split: str = "train"
+    data: TrainingData,
+    queries: Sequence[str],
+    rows: Mapping[str, int],
+    *,
+    split: str = "train",
+    width: int = 0,
 ) -> Judged:
-    """The relevant documents of some of a split's queries; `rows`: document id -> its row."""
+    """The relevant documents of some of a split's queries.
+
+    `rows` is document id -> its row; there are `width` columns, or as many as it takes.
+    """
     positives = [data.positives(query, split) for query in queries]
-    shape = len(queries), max(map(len, positives), default=1)
+    shape = len(queries), width or max(map(len, positives), default=1)
     documents, grades = np.full(shape, -1), np.zeros(shape)
     for row, (query, ids) in enumerate(zip(queries, positives, strict=True)):
         judged = data.collection.qrels[split][query]
         documents[row, : len(ids)] = [rows[document] for document in ids]
         grades[row, : len(ids)] = [judged[document] for document in ids]
     return Judged(queries, documents, grades)
+
+
+def queries_at_once(candidates: int) -> int:
+    """How many queries with so many candidates each are rewarded together."""
+    return BLOCKS * max(1, BLOCK_ROWS // max(1, candidates))
 
 
 # What searches are worth: (scores and rows of the documents that they found, [searches, depth]
