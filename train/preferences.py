@@ -73,6 +73,16 @@ def make_preferences(
         # A query alone does not give a prompt that shows passages.
         shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
+
+        def judge(block: Sequence[str], vectors: Any, write_groups: Any, write_pairs: Any) -> int:
+            evidence = _evidence(context, [*map(group, block)], *vectors)
+            rewarded = reward_groups(evidence, f"rewards, round {round_}")
+            write_groups(each.to_row(shows_passages) for each in rewarded)
+            pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
+            write_pairs(pairs)
+            dropped.update(lacking)
+            return len(pairs)
+
         with contextlib.ExitStack() as stack:
             advance = stack.enter_context(
                 run.reporter.progress("rewards: texts encoded", len(ids) * (1 + texts))
@@ -85,13 +95,8 @@ def make_preferences(
                 vectors = _encode(retriever, data, block, len(temperatures), read, advance)
                 if not run.processes.is_main:
                     continue
-                evidence = _evidence(context, [*map(group, block)], *vectors)
-                rewarded = reward_groups(evidence, f"rewards, round {round_}")
-                write_groups(each.to_row(shows_passages) for each in rewarded)
-                pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
-                write_pairs(pairs)
-                dropped.update(lacking)
-                made += len(pairs)
+                made += judge(block, vectors, write_groups, write_pairs)
+                del vectors  # The next block's come before these would be let go.
         counts = ", ".join(f"{dropped[reason]} {reason}" for reason in REASONS)
         said = f"{made} pairs of {len(ids)} queries; dropped: {counts}"
         run.processes.once(lambda: run.reporter.say(said))
