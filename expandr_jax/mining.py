@@ -69,8 +69,10 @@ def mine_negatives(
         seen = {documents[document].strip() for document in relevant}
         taken: list[int] = []
         for document in indices[query, allowed[query]].tolist():
+            if len(taken) == count:
+                break
             text = documents[document].strip()
-            if len(taken) < count and text and text not in seen:
+            if text and text not in seen:
                 seen.add(text)
                 taken.append(document)
         mined.append(taken)

@@ -1,11 +1,20 @@
 """Mined negatives: against a plain loop over random searches, and the reasons to leave one out."""
 
+import collections
+import contextlib
+import types
+
 import numpy as np
 import pytest
 
+from configs import base
+from expandr_jax.config import read_config
 from expandr_jax.data.triples import read_triples
-from expandr_jax.files.records import write_jsonl
+from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.vectors.corpus import Corpus
+from train.negatives import _mine
 
 DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
 
@@ -76,3 +85,43 @@ def test_shapes_and_ranges_are_checked():
         mine_negatives(np.ones((1, 3)), np.ones((1, 3), int), [], [[0]], DOCUMENTS, count=1)
     with pytest.raises(ValueError, match="expected a range"):
         mine([1.0], [1], [0], count=1, first=5, depth=5)
+
+
+class Read(collections.UserDict):
+    """Documents that know which of them were read."""
+
+    def __init__(self, texts):
+        self.read = set()
+        super().__init__(texts)
+
+    def __getitem__(self, document):
+        self.read.add(document)
+        return super().__getitem__(document)
+
+
+def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(3_000, 8)).astype(np.float32)
+    ids = [f"d{row}" for row in range(len(vectors))]
+    config = base.get_config()
+    config.search.backend = "exact"
+    config.mining.update({"per_query": 3, "depth": 20, "first": 0})
+    config = read_config(config)
+    corpus, texts = Corpus(ids, vectors, config.search), Read({d: f"text of {d}" for d in ids})
+    data = types.SimpleNamespace(
+        retriever_train=["q0", "q1"],
+        queries=list,
+        positives=lambda query: [f"d{query[1:]}"],
+        collection=types.SimpleNamespace(corpus=texts),
+    )
+    reporter = types.SimpleNamespace(
+        progress=lambda *_: contextlib.nullcontext(lambda _: None), say=lambda _: None
+    )
+    run = types.SimpleNamespace(config=config, processes=Processes(), reporter=reporter)
+    retriever = types.SimpleNamespace(
+        corpus=corpus, encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]]
+    )
+    _mine(run, retriever, data, tmp_path / "triples.jsonl")
+    rows = [row for _, row in read_jsonl(tmp_path / "triples.jsonl", {"neg": list})]
+    assert [len(row["neg"]) for row in rows] == [3, 3]
+    assert len(texts.read) <= 2 * (1 + 3)
+    assert corpus.rows_of(["d7", "none"]) == {"d7": 7}
