@@ -59,6 +59,7 @@ def search_as_one(directory: pathlib.Path, rows: int, count: int, index: int, po
     own, path = processes.current(), directory / f"{rows}.npy"
     config = base.get_config()
     config.search.backend = "exact"
+    config.search.exact.block_rows = 1024  # So that each process has some of SMALL, too.
     corpus = Corpus(
         range(rows), None, read_config(config).search, path, processes=own,
         shares=directory / "shares",
