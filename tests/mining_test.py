@@ -87,31 +87,32 @@ def test_shapes_and_ranges_are_checked():
         mine([1.0], [1], [0], count=1, first=5, depth=5)
 
 
-class Read(collections.UserDict):
-    """Documents that know which of them were read."""
+class Read(collections.UserList):
+    """Texts that know which of them were read."""
 
     def __init__(self, texts):
-        self.read = set()
         super().__init__(texts)
+        self.read = set()
 
-    def __getitem__(self, document):
-        self.read.add(document)
-        return super().__getitem__(document)
+    def __getitem__(self, row):
+        self.read.add(row)
+        return super().__getitem__(row)
 
 
-def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path):
+def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(3_000, 8)).astype(np.float32)
     ids = [f"d{row}" for row in range(len(vectors))]
     config = base.get_config()
     config.search.backend = "exact"
     config.mining.update({"per_query": 3, "depth": 20, "first": 0})
     config = read_config(config)
-    corpus, texts = Corpus(ids, vectors, config.search), Read({d: f"text of {d}" for d in ids})
+    corpus, texts = Corpus(ids, vectors, config.search), Read(f"text of {d}" for d in ids)
+    monkeypatch.setattr("train.negatives.texts_of", lambda _: texts)
     data = types.SimpleNamespace(
         retriever_train=["q0", "q1"],
         queries=list,
         positives=lambda query: [f"d{query[1:]}"],
-        collection=types.SimpleNamespace(corpus=texts),
+        collection=types.SimpleNamespace(corpus={}),
     )
     reporter = types.SimpleNamespace(
         progress=lambda *_: contextlib.nullcontext(lambda _: None), say=lambda _: None
