@@ -77,8 +77,8 @@ def search_as_one(directory: pathlib.Path, rows: int, count: int, index: int, po
     print(json.dumps({"peak": peak, "rows": part}))
 
 
-def measure(rows: int, count: int) -> list[float]:
-    """Each process's peak above that at SMALL vectors, as a share of its part's bytes.
+def measure(rows: int, count: int) -> list[tuple[int, int]]:
+    """Each process's peak above that at SMALL vectors, and its part, in bytes.
 
     Raises:
         AssertionError: One process finds something else.
@@ -98,7 +98,7 @@ def measure(rows: int, count: int) -> list[float]:
     pairs = zip(large, small, bytes_of, strict=True)
     print(*(f"process {i}: {(a - b) / 1e6:.0f} MB above the start, its part {c / 1e6:.0f} MB"
             for i, (a, b, c) in enumerate(pairs)), sep="\n")  # fmt: skip
-    return [(a - b) / c for a, b, c in zip(large, small, bytes_of, strict=True)]
+    return [(a - b, c) for a, b, c in zip(large, small, bytes_of, strict=True)]
 
 
 if __name__ == "__main__":
