@@ -23,6 +23,7 @@ from tests.eight_devices import QUIET
 from train import rehearse
 
 COUNTS = Counts(documents=200, retriever_train=30, generator_train=10, dev=4, test=6)
+STAGES = ("data", "models", "retriever, round 0", "rewards, round 0", "evaluation", "export")
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,43 @@ def test_what_does_not_fit_is_named_with_why():
     rows = rows_of(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
     assert not misfits(rows)
     show(scales, rows, QUIET)
+
+
+# With stages of tests/hoarding.py.
+WRONG = """
+from train import launch, rehearse
+
+rehearse.PROGRAM = "tests.hoarding"
+launch.launch(rehearse.main, rehearse.define_flags)
+"""
+ARGUMENTS = (
+    "--config=configs/smoke.py", "--documents=75000", "--retriever_train=800",
+    "--generator_train=400", "--dev=200", "--test=200", "--scale=0.02,0.04,0.08",
+    "--processes=1", "--host_memory=8",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_stage_that_holds_all_texts_and_one_that_is_quadratic_are_named(tmp_path):
+    out = tmp_path / "rehearsal.json"
+    process = subprocess.run(
+        [sys.executable, "-c", WRONG, *ARGUMENTS, f"--out={out}"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    output = process.stdout
+    assert process.returncode == rehearse.EXIT_DOES_NOT_FIT, process.stderr
+    assert "scale 0.08: export" in process.stderr
+    assert "memory of a process, GiB of 8" in output
+    named = [line for line in output.splitlines() if line.startswith("does not fit: ")]
+    assert len(named) == 2, named
+    assert named[0].startswith("does not fit: data: memory of a process: ")
+    assert named[1].startswith("does not fit: export: memory of a process: grows worse")
+    found = json.loads(out.read_text())
+    assert found["config"] == "configs/smoke.py"
+    assert found["scales"] == [0.02, 0.04, 0.08]
+    assert {row["stage"] for row in found["rows"]} >= {START, BETWEEN, *STAGES}
+    for row in found["rows"]:
+        assert len(row["values"]) == 3
+        if row["measure"] == "memory_bytes":
+            kinds = {"data": "linear", "export": "worse"}
+            assert row["growth"] == kinds.get(row["stage"], row["growth"])

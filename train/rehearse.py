@@ -143,7 +143,7 @@ def _run(
     """Runs the config once; returns what each process measured, by stage."""
     with tempfile.TemporaryDirectory(dir=directory) as name:
         place = pathlib.Path(name)
-        query = max(4, min(config.dpo.prompt_length, *config.generator.prompt_buckets) // 2)
+        query = max(4, min(config.dpo.prompt_length, max(config.generator.prompt_buckets)) // 2)
         write_collection(
             place / "collection",
             counts,
@@ -154,8 +154,12 @@ def _run(
         settings = with_settings(config, _changes(config, counts, directory, place))
         write_json(place / "config.json", dataclasses.asdict(settings))
         paths = [place / f"figures-{i}.json" for i in range(count)]
+        address = f"127.0.0.1:{_free_port()}"
         with contextlib.ExitStack() as stack:
-            running = [stack.enter_context(_process(config, place, paths, i)) for i in range(count)]
+            running = [
+                stack.enter_context(_process(config, place, paths, i, address))
+                for i in range(count)
+            ]
             _watch(running, paths[0], place, console, what)
         return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -194,6 +198,7 @@ def _process(
     place: pathlib.Path,
     paths: Sequence[pathlib.Path],
     index: int,
+    address: str,
 ) -> Iterator[subprocess.Popen]:
     """One process of a run, which is ended at the latest when this is left."""
     command = [
@@ -202,14 +207,7 @@ def _process(
         f"--figures={paths[index]}",
     ]
     if len(paths) > 1:
-        port = place / "port"
-        if not port.exists():
-            port.write_text(str(_free_port()), encoding="utf-8")
-        command += [
-            f"--coordinator=127.0.0.1:{port.read_text(encoding='utf-8')}",
-            f"--processes={len(paths)}",
-            f"--process={index}",
-        ]
+        command += [f"--coordinator={address}", f"--processes={len(paths)}", f"--process={index}"]
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
