@@ -107,6 +107,48 @@ def test_queries_that_are_left_out_are_said(tmp_path):
     assert "q3" not in data.retriever_train + data.generator_train
 
 
+NEAR = "which of the many functions of this library pads the last axis of an array"
+
+
+@pytest.mark.parametrize("near", [NEAR.upper() + "?", f"tell me {NEAR}", NEAR.removesuffix("y")])
+@pytest.mark.parametrize("where", ["set", "other"])
+def test_queries_that_are_nearly_tested_are_left_out(tmp_path, near, where):
+    """A training query is worded almost as one of the collection's own, or of a further one."""
+    for name in ("set", "other"):
+        queries = write(tmp_path / name) / "queries.jsonl"
+        rows = [json.loads(line) for line in queries.read_text().splitlines()]
+        for row in rows:
+            row["text"] = f"{name} {row['text']}"
+        if name == "set":
+            rows[3]["text"] = NEAR
+        if name == where:
+            rows[COUNT]["text"] = near
+        queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path / "set")
+    config.data.tests = (str(tmp_path / "other"),)
+    exact = near == NEAR.upper() + "?"
+    for _ in range(2):
+        data, said = prepare(config, tmp_path / "run")
+        nearly = "" if exact else " (1 of them nearly)"
+        assert f"1 training queries are left out: they are dev or test queries, too{nearly}" in said
+    assert "q3" not in data.retriever_train + data.generator_train
+    noted = json.loads((tmp_path / "run" / "data" / "SOURCE.json").read_text())
+    assert (noted["left_out_for_tests"], noted["nearly_tests"]) == (1, not exact)
+
+
+def test_documents_that_are_judged_in_both_splits_stay_and_are_counted(tmp_path):
+    """Test query i of `write` asks for the document of training query i."""
+    data, said = prepare(config_of(write(tmp_path / "set")), tmp_path / "run")
+    train, *held_out = (
+        {document for judged in data.collection.qrels[split].values() for document in judged}
+        for split in ("train", "dev", "test")
+    )
+    both = train & set.union(*held_out)
+    assert both
+    assert f"  {len(both)} documents are judged for training and for dev or test" in said
+    assert both <= data.collection.corpus.keys()
+
+
 def test_negatives_that_are_nowhere(tmp_path, monkeypatch):
     config = config_of(write(tmp_path / "set"))
     config.contrastive.negatives, config.mining.per_query = 1, 0

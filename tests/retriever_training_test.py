@@ -273,6 +273,27 @@ def test_dev_queries_that_are_trained_on_are_counted(data, tmp_path):
     assert "3 of 4 dev queries are training queries, too" in output.getvalue()
 
 
+def test_queries_of_a_test_collection_are_not_trained_on(data, tmp_path, monkeypatch):
+    """Two of them are, one of them in capitals."""
+    asked = {"q0": PAIRS[0][0].upper(), "q1": PAIRS[5][0], "q2": "another"}
+    qrels = {"test": {query: {"d": 1} for query in asked}}
+    write_beir(tmp_path / "bench", Collection("bench", {"d": "text"}, asked, qrels))
+    config, output, trained = config_of(data), io.StringIO(), []
+    config.data.tests = (str(tmp_path / "bench"),)
+    monkeypatch.setattr(
+        "train.retriever.train_retriever", lambda *_, ids, **__: trained.extend(ids)
+    )
+    monkeypatch.setattr("train.retriever.export_trained", lambda *_: None)
+    for _ in range(2):
+        train_on_triples(config, tmp_path / "run", Console(file=output, width=200))
+        assert "2 training queries are left out: they are test queries, too" in output.getvalue()
+    assert len(trained) == 2 * (len(PAIRS) - 2)
+    lines = {int(name.rpartition(":")[2]) for name in trained}
+    assert lines == {*range(1, len(PAIRS) + 1)} - {1, 6}
+    noted = json.loads((tmp_path / "run" / "data" / "SOURCE.json").read_text())
+    assert noted["left_out_for_tests"] == 2
+
+
 def test_another_file_in_the_same_workdir(data, tmp_path):
     path = tmp_path / "triples.jsonl"
     path.write_bytes((data / "triples.jsonl").read_bytes())

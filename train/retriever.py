@@ -20,8 +20,9 @@ from rich.console import Console
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
-from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.download import data_path
+from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError
@@ -35,6 +36,7 @@ from expandr_jax.objectives.contrastive import (
 )
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
+    hash_all,
     hash_examples,
     triple_examples,
 )
@@ -119,6 +121,8 @@ def train_retriever(
         "model": models.retriever_hash,
         "settings": hash_json(identity_of("contrastive", config)),
         "examples": hash_examples(examples),
+        "retriever": retriever.identity,
+        "all": hash_all(examples),
         "steps": steps,
     }
 
@@ -251,14 +255,30 @@ def _read_triples(run: Run) -> list[Triple]:
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     # Evaluations before and after a restart are compared, so they must be of the same data.
     dev = source_hashes(next(iter(find_collections(config.dev).values()))) if config.dev else None
-    noted = run.noted(run.path("data", "SOURCE.json"), source | ({"dev": dev} if dev else {}))
+    kept = _without_tested(run, triples)
+    left_out = {"left_out_for_tests": len(triples) - len(kept)} if config.tests else {}
+    noted = run.noted(
+        run.path("data", "SOURCE.json"), source | left_out | ({"dev": dev} if dev else {})
+    )
     # A run that was begun before dev was noted has none.
     other_dev = noted.pop("dev", dev) != dev
-    if noted != source:
+    if {name: noted.get(name) for name in source} != source:
         raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
     if other_dev:
         raise UserError(f"{config.dev}: is not the data this run began with; use a new --workdir")
-    return triples
+    return kept
+
+
+def _without_tested(run: Run, triples: list[Triple]) -> list[Triple]:
+    """The triples whose query is none of `data.tests`, nor nearly one; says how many are not."""
+    if not run.config.data.tests:
+        return triples
+    tested = sorted(benchmark_queries(run.config.data.tests))
+    near = near_duplicates((triple.query for triple in triples), tested)
+    kept = [triple for triple, like in zip(triples, near, strict=True) if not like]
+    if left_out := len(triples) - len(kept):
+        run.reporter.say(f"{left_out} training queries are left out: they are test queries, too")
+    return kept
 
 
 def _read_dev(run: Run) -> Collection | None:

@@ -4,18 +4,22 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from expandr_jax.data.beir import (
     Collection,
+    Qrels,
     corpus_key,
     only_collection,
     read_beir,
+    read_texts,
     source_hashes,
     write_beir,
 )
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.documents import Documents, seal, write_documents
 from expandr_jax.data.download import data_path
+from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import TrainingData, limit_queries
@@ -24,6 +28,8 @@ from expandr_jax.files.records import write_json
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
+
+SPLITS = ("train", "dev", "test")
 
 
 def prepare_data(
@@ -67,7 +73,13 @@ def prepare_data(
     processes.once(make)
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
     if left_out := source["left_out_for_tests"]:
-        reporter.say(f"{left_out} training queries are left out: they are dev or test queries, too")
+        nearly = source.get("nearly_tests", 0)  # Older runs counted none, and left none out.
+        which = f" ({nearly} of them nearly)" if nearly else ""
+        reporter.say(
+            f"{left_out} training queries are left out: they are dev or test queries, too{which}"
+        )
+    if both := source.get("judged_in_both"):
+        reporter.say(f"{both} documents are judged for training and for dev or test queries")
     collection = processes.main_first(lambda: read_beir(directory, store=store))
     collection = dataclasses.replace(collection, name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])
@@ -78,14 +90,17 @@ def collect_data(
 ) -> TrainingData:
     """Reads what `data.kind` names, and divides its queries.
 
-    Training queries that a further collection tests on are left out. The directories are those of
-    `prepare_data`.
+    Training queries that are dev or test queries, too, or queries of a further collection, are left
+    out, and so are those nearly the same, as `near_duplicates` has it. Docstrings are divided here,
+    by documents, so that of their own held-out queries equal ones alone are looked for. The
+    directories are those of `prepare_data`.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
-    tested = benchmark_queries(config.tests)  # First: a path that leads nowhere is told at once.
-    if config.kind == "pydoc":
+    others = benchmark_queries(config.tests)  # First: a path that leads nowhere is told at once.
+    own_split = config.kind == "pydoc"
+    if own_split:
         limits = {"min_pairs": config.min_pairs, "shares": config.shares}
         data = harvest(config.packages, **limits, reporter=reporter)
     elif config.kind == "beir":
@@ -99,12 +114,16 @@ def collect_data(
         raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
     collection = data.collection
     held_out = [query for split in ("dev", "test") for query in collection.qrels[split]]
-    tested |= {query_key(text) for text in data.queries(held_out)}
+    tested = others | {query_key(text) for text in data.queries(held_out)}
+    trained = [*data.retriever_train, *data.generator_train]
+    left_out = {i for i in trained if query_key(collection.queries[i]) in tested}
+    same = len(left_out)
+    near = near_duplicates(data.queries(trained), sorted(others if own_split else tested))
+    left_out |= {i for i, like in zip(trained, near, strict=True) if like}
     retriever, generator = (
-        [i for i in ids if query_key(collection.queries[i]) not in tested]
+        [i for i in ids if i not in left_out]
         for ids in (data.retriever_train, data.generator_train)
     )
-    left_out = len(data.retriever_train + data.generator_train) - len(retriever + generator)
     retriever = limit_queries(retriever, config.max_retriever_train)
     generator = limit_queries(generator, config.max_generator_train)
     keep = {
@@ -121,10 +140,45 @@ def collect_data(
         Collection(collection.name, collection.corpus, used, qrels),
         retriever,
         generator,
-        {**data.source, "left_out_for_tests": left_out},
+        {
+            **data.source,
+            "left_out_for_tests": len(left_out),
+            "nearly_tests": len(left_out) - same,
+            "judged_in_both": _judged_in_both(collection.corpus, qrels),
+        },
     )
     _check_parts(config.kind, kept)
     return kept
+
+
+def check_added_tests(added: Sequence[str], directory: pathlib.Path) -> None:
+    """Refuses test collections that come to a run which has trained on their queries, or nearly.
+
+    Args:
+        added: Their paths.
+        directory: The workdir's data/. Where that is not made yet, such queries will be left out.
+
+    Raises:
+        UserError: There are such queries, or no such collections.
+    """
+    if not (directory / "SOURCE.json").exists():
+        return
+    tested = sorted(benchmark_queries(added))
+    texts = dict(read_texts(only_collection(directory), "queries"))
+    source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
+    trained = [*source["retriever_train"], *source["generator_train"]]
+    near = near_duplicates((texts[query] for query in trained), tested)
+    if leaked := [query for query, like in zip(trained, near, strict=True) if like]:
+        raise UserError(
+            f"data.tests: this run has trained on {len(leaked)} queries of {', '.join(added)}, or "
+            f"nearly so, as {leaked[0]}; use a new --workdir, where they are left out of training"
+        )
+
+
+def _judged_in_both(corpus: Mapping[str, str], qrels: Mapping[str, Qrels]) -> int:
+    """How many documents are judged for training queries and for dev or test queries."""
+    train, dev, test = ({d for of in qrels[s].values() for d in of} for s in SPLITS)
+    return sum(document in corpus for document in train & (dev | test))
 
 
 def _check_parts(kind: str, data: TrainingData) -> None:
