@@ -14,7 +14,7 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_models, load_retriever_model, make_sampler
-from expandr_jax.pair import Models, RetrieverModel
+from expandr_jax.pair import Models, RetrieverModel, model_hashes
 from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
@@ -32,7 +32,9 @@ class LazyModels:
     def both(self) -> Models:
         """Retriever and generator."""
         with self._run.phase("models"), self._run.reporter.progress("models loaded", 2) as advance:
-            return load_models(self._run.config, advance)
+            models = load_models(self._run.config, advance)
+        self._run.check_models(model_hashes(models))
+        return models
 
     @functools.cached_property
     def sampler(self) -> Sampler:
@@ -46,7 +48,9 @@ class LazyModels:
         if self._generates:
             return self.both
         with self._run.phase("models"):
-            return load_retriever_model(self._run.config)
+            model = load_retriever_model(self._run.config)
+        self._run.check_models(model_hashes(model))
+        return model
 
 
 class SetRanker:

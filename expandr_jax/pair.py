@@ -9,9 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import hash_json
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
+from expandr_jax.models.identity import hash_tokenizer
 from expandr_jax.models.lora import init_lora
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import adapter_shardings, make_mesh
@@ -20,8 +20,6 @@ from expandr_jax.vectors.encoder import TextEncoder
 
 PHASES = ("contrastive", "encoding", "sampling", "dpo")  # Each may have a mesh of its own.
 OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
-# Words, cases, accents, digits, spaces, lines, another script: what tokenizers treat differently.
-PROBES = ("Naïve CAFÉ  state-of-the-art", "x = 3.14159 # 1,000\n\treturn", "検索 поиск 🔍", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +123,5 @@ def model_hashes(models: RetrieverModel | GeneratorModel) -> dict[str, str]:
     for name in ("retriever", "generator"):
         if model := getattr(models, name, None):
             hashes[f"{name}.source, its weights"] = getattr(models, f"{name}_hash")
-            hashes[f"{name}.source, its tokenizer"] = _hash_tokenizer(model.tokenizer)
+            hashes[f"{name}.source, its tokenizer"] = hash_tokenizer(model.tokenizer)
     return hashes
-
-
-def _hash_tokenizer(tokenizer: Any) -> str:
-    """sha256 over its vocabulary, what it makes of some texts, and its chat template."""
-    ids = [[int(i) for i in tokenizer([text])["input_ids"][0]] for text in PROBES]
-    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    template = getattr(tokenizer, "chat_template", None)
-    return hash_json([sorted(vocabulary.items()), ids, template])

@@ -163,6 +163,22 @@ def test_another_model_s_checkpoint_is_refused(tmp_path):
         Checkpoints(tmp_path, {"model": "y"}).restore(TREE)
 
 
+def test_an_older_version_s_checkpoint_names_less_and_is_taken(tmp_path):
+    checkpoints = Checkpoints(tmp_path, {"model": "a", "steps": 3})
+    checkpoints.save(1, TREE)
+    checkpoints.wait()
+    now = {"model": "a", "steps": 3, "examples": "of all that is trained on"}
+    assert Checkpoints(tmp_path, now).restore(TREE)[0] == 1
+    for other in ({**now, "steps": 4}, {"model": "a", "examples": "some"}):
+        with pytest.raises(UserError, match="another base model or other settings"):
+            Checkpoints(tmp_path, other).restore(TREE)
+    newer = Checkpoints(tmp_path, now)
+    newer.save(2, TREE)
+    newer.wait()
+    with pytest.raises(UserError, match="another base model or other settings"):
+        Checkpoints(tmp_path, {**now, "examples": "others"}).restore(TREE)
+
+
 def test_another_type_or_shape_is_refused(tmp_path):
     saved = Checkpoints(tmp_path, IDENTITY)
     saved.save(1, TREE)

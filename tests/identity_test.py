@@ -1,10 +1,13 @@
 """A run goes on with the models and tokenizers it began with, and with no others."""
 
+import dataclasses
+import datetime
 import io
 import json
 import pathlib
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -14,8 +17,11 @@ from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, hash_all
+from expandr_jax.objectives.packing import Example, hash_examples
 from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
+from expandr_jax.weights.hf import load_generator
 
 
 def begin(workdir: pathlib.Path, models: pathlib.Path) -> None:
@@ -67,3 +73,65 @@ def test_another_model_or_tokenizer_is_refused(tmp_path, model, change, named):
     change(models / model)
     with pytest.raises(UserError, match=f"^{named}: is not what this run began with"):
         begin(tmp_path / "run", models)
+
+
+def test_a_run_notes_models_that_it_loads_later(tmp_path):
+    """`eval.beir` loads a generator where a system asks for one."""
+    run = Run(tmp_path / "run", read_config(smoke.get_config()), Console(file=io.StringIO()))
+    run.check_models({"retriever.source, its weights": "a"})
+    run.check_models({"retriever.source, its weights": "a", "generator.source, its weights": "b"})
+    run.check_models({"retriever.source, its weights": "a"})
+    for other in ({"generator.source, its weights": "c"}, {"retriever.source, its weights": "b"}):
+        with pytest.raises(UserError, match=f"^{next(iter(other))}: is not what this run began"):
+            run.check_models(other)
+    run.close()
+
+
+def test_a_generator_is_told_by_all_that_its_texts_depend_on():
+    generator, _ = load_generator(str(smoke.MODELS / "tiny-llama"))
+    module, tokenizer = generator.module, generator.tokenizer
+    other = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template=tokenizer.chat_template.replace("user", "User") + "x{{ today }}",
+    )
+    wider = dataclasses.replace(module.config, rope_theta=module.config.rope_theta * 2)
+    changes = [
+        {"module": module.clone(config=wider)},
+        {"module": module.clone(dtype=jnp.bfloat16)},
+        {"tokenizer": other},
+        {"eos_ids": (1,)},
+    ]
+    told = {dataclasses.replace(generator, **change).identity for change in ({}, *changes)}
+    assert len(told) == 1 + len(changes)
+    # Neither the day, where the template does not ask for it, nor what the backward pass keeps.
+    later = dataclasses.replace(
+        generator, module=module.clone(remat="full"), today=datetime.date(2000, 1, 1)
+    )
+    assert later.identity == generator.identity
+
+
+def test_step_a_is_told_by_all_of_its_examples():
+    passages = [Passage([i], str(i), score=0.5) for i in range(4)]
+    example = ContrastiveExample([1], [[2], [3]], *passages[:1], passages[1:2], passages[2:3])
+    changes = [
+        {"query": [2]}, {"expansions": [[2]]}, {"expansions": [[2, 3]]}, {"expansions": [[3], [2]]},
+        {"positive": passages[3]}, {"positive": dataclasses.replace(passages[0], score=None)},
+        {"positive": dataclasses.replace(passages[0], ids=[9])}, {"negatives": passages[1:3]},
+        {"other_positives": ()}, {"negatives": (), "other_positives": passages[1:3]},
+        {"known": {"1"}},
+    ]  # fmt: skip
+    told = {hash_all([dataclasses.replace(example, **change)]) for change in ({}, *changes)}
+    assert len(told) == 1 + len(changes)
+    arrays = dataclasses.replace(example, query=np.array([1], np.int32), known=frozenset())
+    assert hash_all([arrays]) == hash_all([example])
+    assert hash_all([example, arrays]) != hash_all([example])
+
+
+def test_step_b_is_told_by_all_of_its_examples():
+    examples = [
+        Example([1, 2], [[3], [4]]), Example([1], [[2, 3], [4]]), Example([1, 2], [[4], [3]]),
+        Example([1, 2], [[3], [4], []]), Example([1, 2], [[3], [4]], {"weight": 0.5}),
+    ]  # fmt: skip
+    told = {hash_examples([example]) for example in examples}
+    assert len(told | {hash_examples(examples)}) == 1 + len(examples)
+    assert hash_examples([dataclasses.replace(examples[0], name="x")]) in told

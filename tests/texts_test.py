@@ -46,9 +46,10 @@ def asked(monkeypatch):
     return calls
 
 
-def get(run, cache, requests, model="m", name="q2d"):
+def get(run, cache, requests, model="m", name="q2d", identity="i"):
     sampler = types.SimpleNamespace(
         weights_hash=model,
+        generator=types.SimpleNamespace(identity=identity),
         seed=run.config.seed,
         settings=run.config.generator,
         reporter=run.reporter,
@@ -94,6 +95,24 @@ def test_another_model_strategy_or_seed_has_its_own(run, asked, tmp_path):
     get(run, cache, REQUESTS)
     assert len(asked) == 4
     assert len([*cache.glob("*.jsonl")]) == 4
+
+
+def test_whatever_else_a_text_depends_on_has_its_own(run, asked, tmp_path):
+    """Of one set of weights: its options, template and types; the longest prompt; a server."""
+    cache, url = tmp_path / "cache", "http://127.0.0.1:1/v1"
+    get(run, cache, REQUESTS)
+    get(run, cache, REQUESTS, identity="j")
+    for settings in (
+        {"generator.prompt_buckets": (32, 64)},
+        {"generator.server.url": url, "generator.server.model": "m"},
+        {"generator.server.url": url, "generator.server.model": "n"},
+    ):
+        own = run.config
+        run.config = with_settings(own, settings)
+        get(run, cache, REQUESTS)
+        get(run, cache, REQUESTS)
+        run.config = own
+    assert len(asked) == len([*cache.glob("*.jsonl")]) == 5
 
 
 def test_after_a_kill_the_same_requests_go_on_from_their_journal(run, tmp_path, monkeypatch):

@@ -1,21 +1,25 @@
 """Vectors in a file: those of `encode`, whatever interrupts it, with one block in memory."""
 
 import contextlib
+import copy
+import dataclasses
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers.normalizers import Lowercase
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import Journal
+from expandr_jax.files.records import Journal, hash_json
 from expandr_jax.search import build_index, fingerprint
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder
-from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.file import count_cut, encode_to_file
 from expandr_jax.vectors.stored import from_storage, to_storage
 from expandr_jax.weights.hf import load_retriever
+from expandr_jax.weights.trees import hash_tree
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 TEXTS = [f"the {a} of {b}" for a in ("norm", "loss", "step") for b in ("shape", "array", "count")]
@@ -104,6 +108,35 @@ def test_texts_are_read_a_block_at_a_time(tiny, expected, tmp_path):
     assert sum(seen) == len(TEXTS)
 
 
+def test_texts_that_are_longer_than_the_retriever_reads_are_counted(tiny, tmp_path):
+    """By the tokenizer's one pass: 14 words fill what it reads, 15 are too many."""
+    encoder, params = tiny
+    texts = [*TEXTS, " ".join(["the"] * 14), *(" ".join(["the"] * n) for n in (15, 16, 40))]
+    path, calls, tokenizer = tmp_path / "v.npy", [], encoder.retriever.tokenizer
+
+    def counted(some, **options):
+        calls.extend(some)
+        return tokenizer(some, **options)
+
+    counted.pad_token_id = tokenizer.pad_token_id
+    counted.get_vocab, counted.truncation_side = tokenizer.get_vocab, tokenizer.truncation_side
+    other = dataclasses.replace(encoder.retriever, tokenizer=counted)
+    vars(other)["identity"] = encoder.retriever.identity
+    encode_to_file(
+        path, TextEncoder(other, encoder.mesh, tokens_per_batch=64), params, texts, "document",
+        block=4,
+    )  # fmt: skip
+    assert calls == texts
+    assert count_cut(path) == 3
+    journal = Journal(tmp_path / "v.npy.jsonl")
+    rows = [{name: row[name] for name in row if name != "cut"} for row in journal.rows]
+    journal.keep(0)
+    journal.finish(rows)
+    assert count_cut(path) == 0  # An older version's.
+    write(tiny, path, texts)
+    assert count_cut(tmp_path / "nothing.npy") == 0
+
+
 def never():
     raise AssertionError("the texts are read again")
     yield
@@ -165,6 +198,47 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, monkeypatch):
         write(tiny, path, ["x", *TEXTS[1:]])
     with pytest.raises(UserError, match="fewer texts"):
         write(tiny, path, [])
+
+
+def test_a_retriever_that_makes_others_of_the_same_weights_is_refused(tiny, expected, tmp_path):
+    """What parameters and text do not say: the module's options and type, tokenizer, prompts."""
+    (encoder, params), path = tiny, tmp_path / "v.npy"
+    write(tiny, path)
+    own = encoder.retriever
+    module, tokenizer = own.module, copy.deepcopy(own.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    options = dataclasses.replace(module.config, activation="relu")
+    for change in (
+        {"module": module.clone(config=options)},
+        {"module": module.clone(dtype=jnp.bfloat16)},
+        {"tokenizer": tokenizer},
+        {"max_length": 15}, {"normalize": not own.normalize}, {"pooling": "cls"},
+        {"document_prompt": "passage: "}, {"dense": "tanh"},
+    ):  # fmt: skip
+        other = dataclasses.replace(own, **change)
+        with pytest.raises(UserError, match="other weights or settings"):
+            write((TextEncoder(other, encoder.mesh, tokens_per_batch=64), params), path)
+    np.testing.assert_array_equal(write(tiny, path, never()), expected)
+
+
+def test_a_file_that_an_older_version_began_goes_on(tiny, expected, tmp_path, monkeypatch):
+    """Its rows have what was told apart then."""
+    encoder, params = tiny
+    own = encoder.retriever
+    settings = [own.pooling, own.normalize, own.max_length, "float32", 4]
+    older = hash_json([hash_tree(params), encoder.prompt("document"), *settings])
+    write(tiny, tmp_path / "v.npy")
+    journal = Journal(tmp_path / "v.npy.jsonl")
+    rows = [{**row, "identity": older} for row in journal.rows]
+    journal.keep(0)
+    journal.append(rows[:2])
+    calls, encode = [], encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda *args: calls.append(args) or encode(*args))
+    np.testing.assert_array_equal(write(tiny, tmp_path / "v.npy"), expected)
+    assert len(calls) == 1  # The third block.
+    found = {row["identity"] for row in Journal(tmp_path / "v.npy.jsonl").rows}
+    assert older in found
+    assert len(found) == 2
 
 
 def damaged(content: bytes, how: str) -> bytes | None:

@@ -26,7 +26,7 @@ from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
-from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.packing import Example, hash_examples
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
@@ -97,6 +97,8 @@ def train_generator(
         "settings": hash_json(identity_of("dpo", config)),
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
+        "generator": models.generator.identity,
+        "examples": hash_examples([*examples, *dev]),
     }
     # Rounds differ in their number of examples: their steps cannot be numbered through.
     directory = run.checkpoints(f"generator-{round_}" if round_ else "generator")

@@ -28,8 +28,10 @@ def kept_texts(
 ) -> dict[tuple[str, int], str]:
     """The texts of some requests; those that are not kept yet are generated and kept.
 
-    A text depends on the model's weights, the seed, the strategy, stop strings, the prompt with its
-    temperature and lengths, the query's id and the number of the sample; all of them are looked up.
+    A text depends on the model's weights, options and types, its tokenizer and chat template, the
+    longest prompt that it may have, or the server's model; on the seed, the strategy, stop strings,
+    the message with its temperature and lengths, the query's id and the number of the sample. All
+    of them are looked up.
 
     Args:
         directory: A file for each strategy, model and seed, a line for each request; several
@@ -45,7 +47,10 @@ def kept_texts(
     Raises:
         UserError: The directory cannot be written, or a file in it is damaged.
     """
-    named = [sampler.weights_hash, sampler.seed, name, *sampler.settings.stop]
+    settings, server = sampler.settings, sampler.settings.server
+    model = [sampler.weights_hash, sampler.generator.identity, max(settings.prompt_buckets)]
+    model += [server.model] if server.url else []
+    named = [*model, sampler.seed, name, *settings.stop]
     path = directory / f"{name}-{hash_json(named)[:_HASH_LENGTH]}.jsonl"
     keys = list(map(_key, requests))
     with _locked(path, sampler.reporter):

@@ -9,7 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.data.chat import apply_template
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.token_ids import check_ids
 
 _ANSWER = "the assistant's answer"
@@ -47,6 +49,15 @@ class Generator:
         return apply_template(
             self.tokenizer, message, self.today, add_generation_prompt=True, **thinking
         )
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 over all that texts depend on, but for the parameters and what is asked.
+
+        The chat template as it is told to think or not, and which day it is.
+        """
+        chat = self.chat_text("text"), self.eos_ids
+        return hash_json([module_identity(self.module), tokenizer_identity(self.tokenizer), chat])
 
     @functools.cached_property
     def opens_thought(self) -> bool:

@@ -1,12 +1,15 @@
 """A text encoder with all that its vectors depend on: module, pooling, prompts and tokenizer."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 
+from expandr_jax.files.records import hash_json
+from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
 from expandr_jax.models.token_ids import check_ids
 
@@ -38,12 +41,23 @@ class Retriever:
     files: Any
     dense: str | None = None
 
-    def token_ids(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 over all that vectors depend on, but for the parameters and the text."""
+        tokenizer = tokenizer_identity(self.tokenizer)
+        prompts = self.query_prompt, self.document_prompt
+        ends = self.pooling, self.dense, self.normalize, self.max_length
+        return hash_json([module_identity(self.module), tokenizer, prompts, ends])
+
+    def token_ids(
+        self, texts: Sequence[str], prompt: str = "", cut: Callable[[int], None] | None = None
+    ) -> list[list[int]]:
         """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
 
         Args:
             texts: Any strings; white space around them counts, as the tokenizer has it.
             prompt: `query_prompt` or `document_prompt`.
+            cut: Called with how many of the texts are too long.
 
         Returns:
             At most `max_length` ids for each text; of a longer one the tokenizer's
@@ -61,6 +75,8 @@ class Retriever:
             return_attention_mask=False,
             return_token_type_ids=False,
         )
+        if cut is not None:
+            cut(sum(bool(row.overflowing) for row in encoded.encodings))
         check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
         return encoded["input_ids"]
 

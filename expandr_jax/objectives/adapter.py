@@ -17,7 +17,7 @@ from expandr_jax.objectives.objective import (
     adapter_losses,
     adapter_step,
 )
-from expandr_jax.objectives.packing import Example, RowSize, pack, row_sizes
+from expandr_jax.objectives.packing import Example, RowSize, hash_examples, pack, row_sizes
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.runtime.progress import Reporter
@@ -137,8 +137,10 @@ class AdapterBatches:
         return device_put(batch, self._sharding)
 
     def reference_identity(self, examples: Sequence[Example]) -> str:
-        """A hash of all that `reference` depends on: the examples' ids and the base's weights."""
-        return hash_json([self._model.generator_hash, [example.ids for example in examples]])
+        """A hash of all that `reference` depends on: the examples and the base."""
+        model = self._model
+        of = model.generator_hash, model.generator.identity, hash_examples(examples)
+        return hash_json(of)
 
     def reference(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None

@@ -91,11 +91,24 @@ def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str,
 
 
 def hash_examples(examples: Sequence[ContrastiveExample]) -> str:
-    """sha256 over what tells a training's examples from others."""
+    """sha256 over their queries, positives' and negatives' texts, which older runs recorded."""
     parts = (
         [e.positive.text, [*map(int, e.query)], [n.text for n in e.negatives]] for e in examples
     )
     return hash_json([*map(hash_json, parts)])
+
+
+def hash_all(examples: Sequence[ContrastiveExample]) -> str:
+    """sha256 over all that is in a training's examples, expansions and scores among it."""
+    digest = hashlib.sha256()
+    for example in examples:
+        passages = (example.positive, *example.negatives, *example.other_positives)
+        counts = [len(x) for x in (example.expansions, example.negatives, example.other_positives)]
+        texts = [[passage.text, passage.score] for passage in passages]
+        digest.update(hash_json([counts, texts, sorted(example.known)]).encode())
+        for ids in (example.query, *example.expansions, *(passage.ids for passage in passages)):
+            digest.update(np.array([len(ids), *ids], np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def make_batch(

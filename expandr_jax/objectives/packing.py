@@ -1,6 +1,7 @@
 """Prompts with their responses as rows of a batch: the prompt stands once, before all of them."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.data.batches import best_lengths, bucket_length
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.generator import Generator
 
 PADDING, PROMPT = -1, 0  # Segments of a row; its responses are 1, 2 and so on.
@@ -50,6 +52,17 @@ class Example:
     def positions(self) -> int:
         """Tokens of the prompt with the longest response: all continue its positions."""
         return len(self.prompt) + max(map(len, self.responses))
+
+
+def hash_examples(examples: Sequence[Example]) -> str:
+    """sha256 over the ids and numbers of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        parts = (example.prompt, *example.responses)
+        digest.update(hash_json([[len(part) for part in parts], dict(example.extras)]).encode())
+        for part in parts:
+            digest.update(np.asarray(part, np.int32).tobytes())
+    return digest.hexdigest()
 
 
 def tokenized(

@@ -196,8 +196,8 @@ class Checkpoints:
             if step <= after or (at_most is not None and step > at_most):
                 continue
             record, problem = self._attempt(self._record, step)
-            if problem is None and (
-                record["identity"] != self.identity or record["spec"] != _spec(template)
+            if problem is None and not (
+                self._has(record["identity"]) and record["spec"] == _spec(template)
             ):
                 raise UserError(
                     f"{self.directory / str(step)}: saved by a run with another base model or "
@@ -211,6 +211,10 @@ class Checkpoints:
                 return step, tree
             self._set_aside(step, problem)
         return None
+
+    def _has(self, identity: Mapping[str, Any]) -> bool:
+        """Whether it is this one. Older versions named less in theirs, all of which must agree."""
+        return self.identity.items() >= identity.items()
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was written beside a step's state."""

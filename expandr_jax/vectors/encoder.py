@@ -54,7 +54,12 @@ class TextEncoder:
         return self.retriever.token_ids(texts, self.prompt(kind))
 
     def encode(
-        self, params: Any, texts: Sequence[str], kind: Kind, progress: Progress | None = None
+        self,
+        params: Any,
+        texts: Sequence[str],
+        kind: Kind,
+        progress: Progress | None = None,
+        cut: Progress | None = None,
     ) -> np.ndarray:
         """Vectors of texts.
 
@@ -63,6 +68,7 @@ class TextEncoder:
             texts: Any number of texts; beside their vectors, a block of them takes memory.
             kind: Decides the prompt that is put before each text.
             progress: Called with the number of texts done since its last call.
+            cut: Called with how many texts are longer than the retriever reads.
 
         Returns:
             [len(texts), dim] float32.
@@ -77,7 +83,7 @@ class TextEncoder:
             ([first + i for i in indices], self._embed(params, ids, mask))
             for first in range(0, len(texts), BLOCK)
             for indices, ids, mask in self._batches(
-                self.tokenize(texts[first : first + BLOCK], kind)
+                self.retriever.token_ids(texts[first : first + BLOCK], self.prompt(kind), cut)
             )
         )
         vectors = np.zeros((0, 0), np.float32)

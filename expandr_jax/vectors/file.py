@@ -42,8 +42,9 @@ def encode_to_file(
     """Encodes a stream of texts to a .npy file, with one block of texts in memory at a time.
 
     The same call goes on, after a kill, with the block it was at. PATH.jsonl has a line for each
-    block, with hashes of its vectors and of what they are of. A file that is finished is opened
-    without reading the texts; from the first block that is damaged, it is made again.
+    block, with hashes of its vectors and of what they are of, and how many texts were cut. A file
+    that is finished is opened without reading the texts; from the first block that is damaged, it
+    is made again.
 
     Args:
         path: The file; it appears whole.
@@ -70,10 +71,12 @@ def encode_to_file(
         raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(DTYPES)}")
     path = pathlib.Path(path)
     journal = Journal(f"{path}.jsonl")
-    retriever = encoder.retriever
-    settings = [retriever.pooling, retriever.normalize, retriever.max_length, dtype, block]
-    identity = hash_json([hash_tree(params), encoder.prompt(kind), *settings])
-    if any(row["identity"] != identity for row in journal.rows):
+    retriever, of = encoder.retriever, [hash_tree(params), encoder.prompt(kind)]
+    identity = hash_json([*of, retriever.identity, dtype, block])
+    # What older versions told apart; the files of a run are its own, whose models are the same.
+    older = retriever.pooling, retriever.normalize, retriever.max_length, dtype, block
+    known = identity, hash_json([*of, *older])
+    if any(row["identity"] not in known for row in journal.rows):
         raise UserError(f"{path}: holds vectors of other weights or settings; remove {path}*")
     part = path.with_name(f"{path.name}.part")
     try:
@@ -85,10 +88,12 @@ def encode_to_file(
             if path.exists():
                 path.replace(part)
 
-            def encode(first: int, chunk: list[str]) -> np.ndarray:
+            def encode(first: int, chunk: list[str]) -> tuple[np.ndarray, dict[str, int]]:
                 if vectors is not None:
-                    return vectors(first, first + len(chunk))
-                return encoder.encode(params, chunk, kind, progress)
+                    return vectors(first, first + len(chunk)), {}
+                cut: list[int] = []
+                made = encoder.encode(params, chunk, kind, progress, cut.append)
+                return made, {"cut": sum(cut)}
 
             _write_missing(part, encode, texts, dtype, block, journal, identity, progress)
             part.replace(path)
@@ -103,6 +108,15 @@ def content_key(path: str | os.PathLike) -> str:
     """Tells a finished file of vectors from all others, without reading it."""
     rows = read_jsonl(f"{path}.jsonl", {"sha256": str})
     return hash_json([row["sha256"] for _, row in rows])
+
+
+def count_cut(path: str | os.PathLike) -> int:
+    """How many of a file's texts are longer than its retriever reads; 0 where that is not told.
+
+    It is not of blocks that an older version wrote, or that were put together of others' files.
+    """
+    told = [row.get("cut") for row in Journal(f"{path}.jsonl").rows]
+    return 0 if None in told else sum(told)
 
 
 def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
@@ -135,12 +149,12 @@ def _write_missing(part, encode, texts, dtype, block, journal, identity, progres
     with open(part, "r+b" if journal.rows else "w+b") as file:
         for first, chunk, digest in _missing_blocks(part, texts, block, journal, progress):
             try:
-                vectors = encode(first, chunk)
+                vectors, counted = encode(first, chunk)
             except NotFiniteError as error:
                 row = None if error.row is None else first + error.row
                 raise NotFiniteError(f"{part}, texts from {first}: {error}", row=row) from None
             sha256 = _append(file, journal, vectors, dtype)
-            row = {"rows": len(chunk), "width": vectors.shape[1], "sha256": sha256}
+            row = {"rows": len(chunk), "width": vectors.shape[1], "sha256": sha256, **counted}
             journal.append([{"identity": identity, "texts": digest, **row}])
         file.seek(0)
         rows = sum(row["rows"] for row in journal.rows)
