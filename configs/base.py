@@ -178,6 +178,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
+    # "exact": every document is scored; "index": by the backend, whose recall results.json says.
+    search.evaluation = "exact"  # How dev and test queries are searched for.
     search.exact = exact = ml_collections.ConfigDict()
     exact.block_rows = 8192  # Documents in one matrix product.
     exact.query_rows = 1024  # Queries in one matrix product.

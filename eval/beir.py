@@ -65,9 +65,10 @@ def evaluate_set(
     made = SetRanker(run, models, collection, tested.split, directory, cache)
     qrels = collection.qrels[tested.split]
     metrics.write_qrels(directory / "qrels.trec", qrels)
-    values = {}
+    values, recalls = {}, []
     for system in systems:
         scores = made.ranker.rank(system)
+        recalls.append(made.ranker.index_recall(system))
         values[system.name] = metrics.evaluate(scores, qrels, measures)
         for remark in remarks(system.name, scores, qrels):
             run.reporter.say(remark)
@@ -90,7 +91,8 @@ def evaluate_set(
             for sample, text in enumerate(text for texts in asks for text in texts)
         ),
     )  # fmt: skip
-    results = summary(collection.name, values, [(name, names[0]) for name in names[1:]])
+    pairs = [(name, names[0]) for name in names[1:]]
+    results = summary(collection.name, values, pairs, recalls)
     write_set(directory, results, values, made.queries)
     write_json(path, results)
     return results

@@ -159,5 +159,5 @@ class SetRanker:
             shares=self._directory / "work" / "shares",
             timed=functools.partial(run.phase, f"{self._collection.name}: encode {name}"),
         )
-        _ = found.corpus.index  # Encoded by now, so that only the search is timed.
+        _ = found.corpus.evaluated  # Encoded by now, so that only the search is timed.
         return found

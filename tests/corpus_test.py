@@ -59,6 +59,17 @@ def test_a_document_without_a_finite_vector_is_named_with_the_last_checkpoint(mo
         _ = run_retriever(run, models, TEXTS, params, "zero-shot").corpus
 
 
+def test_documents_that_are_cut_are_told(run):
+    retriever, params = load_retriever(TINY, max_length=6)
+    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()))
+    texts = {"short": "the loss", "long": "the loss of an array of the norm", "longer": "norm " * 9}
+    for _ in range(2):  # Also where they are encoded already.
+        _ = run_retriever(run, models, texts, params, "zero-shot").corpus
+        printed = " ".join(run.console.file.getvalue().split())
+        assert "2 of 3 documents (66.7 %) are longer than retriever.max_length, 6" in printed
+        run.console.file.truncate(0)
+
+
 def test_a_query_without_a_finite_vector_is_named(model, run):
     models, params = model
     retriever = run_retriever(run, models, TEXTS, params, "zero-shot")
@@ -82,6 +93,35 @@ def test_scann_has_its_options(backend):
     index = Corpus([], VECTORS, section(**settings)).index
     assert isinstance(index, ScannIndex)
     assert (index.method, index.leaves) == ("tree", 3)
+
+
+@needs_scann
+def test_results_are_exact_unless_the_index_is_asked_for():
+    """Of a tree of which one leaf is looked at, training finds a part of what there is."""
+    vectors = np.random.default_rng(1).normal(size=(2000, 8)).astype(np.float32)
+    queries, ids = vectors[:50] + 0.1, [str(i) for i in range(len(vectors))]
+    tree = {"search.scann.method": "tree", "search.scann.leaves": 40,
+            "search.scann.leaves_to_search": 1}  # fmt: skip
+    exact = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :10]
+    corpus = Corpus(ids, vectors, section(**tree))
+    assert corpus.approximate
+    np.testing.assert_array_equal(corpus.evaluated.search(queries, 10)[1], exact)
+    assert corpus.recall(queries, 10) == 1.0
+    assert "index" not in vars(corpus)  # It is not built for this.
+    asked = Corpus(ids, vectors, section(**tree, **{"search.evaluation": "index"}))
+    assert asked.evaluated is asked.index
+    found = asked.index.search(queries, 10)[1]
+    shares = [len({*a} & {*b}) / 10 for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
+    assert asked.recall(queries, 10) == pytest.approx(np.mean(shares))
+    assert 0.01 < asked.recall(queries, 10) < 0.9
+
+
+@pytest.mark.parametrize("evaluation", ["exact", "index"])
+def test_a_small_corpus_has_one_index_for_both(evaluation):
+    settings = section(**{"search.evaluation": evaluation})
+    corpus = Corpus([str(i) for i in range(60)], VECTORS, settings)
+    assert not corpus.approximate
+    assert corpus.evaluated is corpus.index
 
 
 def test_exact_search_has_its_own():

@@ -51,9 +51,9 @@ DOCUMENTS = encode(list(CORPUS.values()), "document", list(CORPUS))
 ALL = Choice(0.7, 3)
 
 
-def ranker(choice=ALL, strategy="q2d", **options):
+def ranker(choice=ALL, strategy="q2d", search=SEARCH, **options):
     index = Bm25Index(list(CORPUS.values()))
-    corpus = Corpus(list(CORPUS), DOCUMENTS, SEARCH)
+    corpus = Corpus(list(CORPUS), DOCUMENTS, search)
     dense = types.SimpleNamespace(encode=encode, corpus=corpus, separator="")
     return Ranker(
         QUERIES,
@@ -119,6 +119,42 @@ def test_feedback_moves_the_vector_that_its_system_searches_by():
         top = [DOCUMENTS[int(document[1:])] for document in list(scores(x))[:3]]
         expected[query] = scores((x + sum(top)) / 4)
     assert_run(run, expected)
+
+
+@pytest.mark.parametrize("method", ["prf-average", "prf-rocchio"])
+def test_feedback_of_a_query_that_found_fewer_leaves_the_others_their_own(method):
+    """Whatever else is ranked, a query moves towards as many documents as it has found itself."""
+    vectors = np.stack([vector(f"query {text}") for text in QUERIES.values()])
+    for found in ({"a": 3, "b": 2}, {"a": 3, "b": 0}, {"a": 0, "b": 0}):
+        mine = ranker()
+        mine._runs["dense"] = {
+            q: {f"d{i}": 9.0 - i for i in range(count)} for q, count in found.items() if count
+        }
+        expected = []
+        for x, count in zip(vectors, found.values(), strict=True):
+            if method == "prf-average":
+                expected.append((x + DOCUMENTS[:count].sum(0)) / (count + 1))
+            else:
+                expected.append(0.9 * x + 0.1 * DOCUMENTS[:count].mean(0) if count else x)
+        moved = mine._query_vectors(parse_system(f"dense+{method}"), None)
+        np.testing.assert_allclose(moved, expected, atol=1e-6)
+
+
+def test_the_recall_of_an_index_is_told_where_it_may_miss_documents(monkeypatch):
+    mine = ranker()
+    assert mine.index_recall(parse_system("dense")) is None
+    monkeypatch.setattr(Corpus, "approximate", True)
+    assert ranker().index_recall(parse_system("dense")) is None  # It is not what is searched.
+    by_index = dataclasses.replace(SEARCH, evaluation="index")
+    monkeypatch.setattr(Corpus, "recall", lambda corpus, queries, k: len(queries) / k)
+    mine = ranker(search=by_index)
+    for name in ("dense", "zero-shot+expansion", "dense+prf-average"):
+        expected = {"system": name, "queries": 2, "recall@5": 0.4}
+        assert mine.index_recall(parse_system(name)) == expected
+    for name in ("bm25", "rrf:bm25:dense"):
+        assert mine.index_recall(parse_system(name)) is None
+    other = ranker(search=by_index, choice=None, is_main=False)
+    assert other.index_recall(parse_system("dense")) is None
 
 
 def test_a_fusion_of_a_fusion():

@@ -36,6 +36,7 @@ from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever, run_words
 from train.expansions import SPLITS, evaluation_expansions, run_expander
+from train.kept import Kept, kept_results
 
 
 def evaluate(
@@ -59,10 +60,13 @@ def evaluate(
     """
     directory = run.path(folder)
     path = directory / "results.json"
-    files = result_files(folder)
+    systems, files, kept = systems_of_run(run.config), result_files(folder), Kept()
     if run.checksums.intact(*files):
-        return run.read_json(path)
-    systems = systems_of_run(run.config)
+        results = run.read_json(path)
+        if are_of(results, systems):
+            return results
+        kept = kept_results(run, folder, results, systems)
+        run.checksums.forget(*files)  # Half of the new ones are no damage.
     corpus = data.collection.corpus
     words = run_words(run, corpus, folder)
     open_now: list[CorpusRetriever] = []
@@ -86,22 +90,28 @@ def evaluate(
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
         choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
-        tried: list[dict[str, Any]] = []
-        rankers = _rankers(run, data, retriever, words, expansions, choices, tried)
-        runs: dict[str, RunScores] = {}
-        samples: list[dict[str, Any]] = []
+        choices = choices or dict(kept.choices)
+        tried, samples, recalls = kept.tried, kept.samples, kept.recalls
+        rankers = _rankers(run, data, retriever, words, expansions, choices, tried, kept.runs)
+        runs = dict(kept.runs)
         # Those of one retriever after the other, each when all that it rests on is there.
         order = [BM25, *retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
         ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
+        place = {system.name: number for number, system in enumerate(ranked)}
+        left = {part.name for s in systems if s.name not in kept.runs for part in s.with_parts()}
+        ranked = [s for s in ranked if s.name in left and s.name not in kept.runs]
         with run.reporter.progress("evaluation: systems", len(ranked)) as advance:
             for system in ranked:
                 runs[system.name] = rankers["test"].rank(system)
+                if recall := rankers["test"].index_recall(system):
+                    recalls[system.name] = recall
                 if system.retriever == OURS and system.strategy == EXPANSION:
                     encoded = {split: r.encoded(system) for split, r in rankers.items() if r.ids}
                     if run.processes.is_main:
-                        here = retriever(OURS).corpus
-                        samples += sample_rows(run.config, system.name, here, data, encoded)
+                        here, name = retriever(OURS).corpus, system.name
+                        samples = [row for row in samples if row["system"] != name]
+                        samples += sample_rows(run.config, name, here, data, encoded)
                 advance(1)
 
         def write() -> None:
@@ -112,11 +122,16 @@ def evaluate(
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
                 for remark in remarks(name, runs[name], qrels):
                     run.reporter.say(remark)
+            for rows in (tried, samples):  # What was kept of them is as if it had been made now.
+                rows.sort(key=lambda row: place[row["system"]])
             if tried:
                 write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
             values = {s.name: metrics.evaluate(runs[s.name], qrels, METRICS) for s in systems}
-            write_json(path, _results(data.collection.name, values, choices, samples))
+            # Those of the run's own leaves; a further collection has all that it was given.
+            used = choices if chosen else {n: choices[n] for n in place if n in choices}
+            told = [recalls[name] for name in place if name in recalls]
+            write_json(path, _results(data.collection.name, values, used, samples, told))
 
         run.processes.once(write)
         let_go()
@@ -128,6 +143,11 @@ def result_files(folder: str) -> list[str]:
     """What `evaluate` writes, from the workdir."""
     names = "results.json", "qrels.trec", "runs", "evaluation"
     return [f"{folder}/{name}" if folder else name for name in names]
+
+
+def are_of(results: Mapping[str, Any], systems: Sequence[System]) -> bool:
+    """Whether these are the systems of a results.json."""
+    return [row["system"] for row in results["rows"]] == [system.name for system in systems]
 
 
 def systems_of_run(config: Config) -> list[System]:
@@ -158,13 +178,17 @@ def _rankers(
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: dict[str, Choice],
     tried: list[dict[str, Any]],
+    runs: Mapping[str, RunScores],
 ) -> dict[str, Ranker]:
-    """A ranker of each split; choices not made yet are made on dev and added, with all tried."""
-    settings = run.config.evaluation
+    """A ranker of each split; choices not made yet are made on dev and added, with all tried.
+
+    `runs` are those of test that there are already.
+    """
+    settings, made = run.config.evaluation, frozenset(choices)
 
     def choice(leaf: System) -> Choice | None:
         dev = rankers["dev"]
-        if leaf.retriever != BM25 and dev.ids:
+        if leaf.name not in made and leaf.retriever != BM25 and dev.ids:
             dev.encoded(leaf)  # All processes together.
         if leaf.name not in choices and run.processes.is_main:
             asks = len(expansions["dev", leaf.generator, leaf.strategy].strategy.asks)
@@ -189,6 +213,7 @@ def _rankers(
             choice,
             settings,
             run.config.contrastive.normalize,
+            runs=runs if split == "test" else {},
             is_main=run.processes.is_main,
         )
 
@@ -197,11 +222,15 @@ def _rankers(
 
 
 def _results(
-    name: str, values: Values, choices: Mapping[str, Choice], samples: Sequence[Mapping[str, Any]]
+    name: str,
+    values: Values,
+    choices: Mapping[str, Choice],
+    samples: Sequence[Mapping[str, Any]],
+    recalls: Sequence[Mapping[str, Any] | None],
 ) -> dict[str, Any]:
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
-    results = summary(name, values, against)
+    results = summary(name, values, against, recalls)
     pair = OURS, f"{OURS}-base-generator"
     if pair in against:
         for field, metric in SAMPLE_METRICS.items():
@@ -225,12 +254,13 @@ def evaluate_benchmarks(
 
     Writes tests/NAME/ for each, with the files of the run's own results, and tests/mean.json.
     """
-    results = {}
+    results, systems = {}, systems_of_run(run.config)
     for name, benchmark in find_benchmarks(run.config.data.tests).items():
         folder = f"tests/{name}"
-        if run.checksums.intact(*result_files(folder)):  # Its corpus may take minutes to read.
+        if run.checksums.intact(*result_files(folder)):
             results[name] = run.read_json(run.path(folder, "results.json"))
-        else:
+        if name not in results or not are_of(results[name], systems):
+            # Not before: its corpus may take minutes to read.
             store = run.path("work", "documents", "tests", name)
             collection = run.processes.main_first(
                 functools.partial(read_beir, benchmark.files, store=store)

@@ -8,13 +8,15 @@ The same command again continues where it stopped.
 
 import functools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.collect import prepare_data
+from expandr_jax.data.benchmarks import find_benchmarks
+from expandr_jax.data.collect import check_added_tests, prepare_data
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
@@ -28,7 +30,13 @@ from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
 from train.encoding import run_retriever, run_words
-from train.evaluation import evaluate, evaluate_benchmarks, result_files, systems_of_run
+from train.evaluation import (
+    are_of,
+    evaluate,
+    evaluate_benchmarks,
+    result_files,
+    systems_of_run,
+)
 from train.expansions import run_expander, training_expansions
 from train.export import OF_RUN, export_run
 from train.generator import train_generator
@@ -60,13 +68,11 @@ def train_joint(
     systems = systems_of_run(config)
     _check_server(config, systems)
     objective = OBJECTIVES[config.dpo.loss]
-    run = Run(workdir, config, console)
+    run = Run(workdir, config, console, _grow)
     config = run.config
-    if run.checksums.unchanged(*_written(config)):
-        results = run.read_json(run.path("results.json"))
-        if [row["system"] for row in results["rows"]] == [system.name for system in systems]:
-            run.reporter.say("all is done: no model is loaded")
-            return _end(run, results)
+    if (results := _results_if_done(run)) is not None:
+        run.reporter.say("all is done: no model is loaded")
+        return _end(run, results)
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -138,7 +144,22 @@ def _written(config: Config) -> list[str]:
     """What a run writes for others, from the workdir; the report is made of these each time."""
     rounds = [f"round-{round_}" for round_ in range(config.rounds)]
     exports = [f"export/{name}" for name in OF_RUN]
-    return ["data", *rounds, *result_files(""), *(["tests"] if config.data.tests else []), *exports]
+    tests = ["tests", *_tests(config)] if config.data.tests else []
+    return ["data", *rounds, *result_files(""), *tests, *exports]
+
+
+def _tests(config: Config) -> list[str]:
+    """Where the results of further collections are, from the workdir."""
+    return [f"tests/{name}" for name in find_benchmarks(config.data.tests)]
+
+
+def _results_if_done(run: Run) -> dict[str, Any] | None:
+    """The contents of results.json, where nothing is left to do or to add; else None."""
+    if not run.checksums.unchanged(*_written(run.config)):
+        return None
+    systems = systems_of_run(run.config)
+    several = [run.read_json(run.path(f, "results.json")) for f in ("", *_tests(run.config))]
+    return several[0] if all(are_of(results, systems) for results in several) else None
 
 
 def _end(run: Run, results: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +171,28 @@ def _end(run: Run, results: dict[str, Any]) -> dict[str, Any]:
     run.console.print(f"report: {report}", soft_wrap=True)
     run.close()
     return results
+
+
+def _grow(run: Run, grown: Mapping[str, Any]) -> None:
+    """Makes room for what settings have grown by; `grown` are their values before.
+
+    Where more rounds follow, what was made of the last one bears that round's name.
+    """
+    if "data.tests" in grown:
+        added = [path for path in run.config.data.tests if path not in grown["data.tests"]]
+        check_added_tests(added, run.path("data"))
+    if "rounds" not in grown:
+        return
+    name = f"round-{grown['rounds'] - 1}"
+    for place, pattern, old in (
+        ("work/vectors", "expandr*", "expandr"), ("work", "evaluation-trained*", "trained"),
+    ):  # fmt: skip
+        for path in sorted(run.path(place).rglob(pattern), reverse=True):
+            target = path.with_name(path.name.replace(old, name, 1))
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    run.checksums.forget(*(f"export/{name}" for name in ("retriever", "adapter", "generator")))
 
 
 def _check_server(config: Config, systems: Sequence[System]) -> None:

@@ -1,10 +1,12 @@
 """Ranks a corpus by any system: retrieve, then feedback, fuse or rank again."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import Index, search_named
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
+
+RECALL_QUERIES = 100  # By which an index's recall is told.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Ranker:
         choice: A leaf with a strategy to how it uses that; None in other processes than 0.
         settings: The config's section `evaluation`.
         normalize: Where expanded vectors are brought to unit length.
+        runs: Those that were made before, by system.
         directory: Where runs are kept, a file each, and found again; None: in memory.
         timed: What a system is searched within.
         is_main: Whether this is process 0.
@@ -101,6 +106,7 @@ class Ranker:
         settings: EvaluationSettings,
         normalize: Normalize,
         *,
+        runs: Mapping[str, RunScores] | None = None,
         directory: pathlib.Path | None = None,
         timed: Callable[[System], contextlib.AbstractContextManager] = contextlib.nullcontext,
         is_main: bool = True,
@@ -109,7 +115,7 @@ class Ranker:
         self._queries, self._searches = list(queries.values()), searches
         self._expansions, self._choice = expansions, choice
         self._settings, self._normalize = settings, normalize
-        self._directory, self._runs = directory, {}
+        self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main = timed, is_main
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
@@ -142,7 +148,7 @@ class Ranker:
             texts = dict(zip(self.ids, self._queries, strict=True))
             return rank_again(run, texts, self._searches.corpus, score, settings.rerank.depth)
         if dense:
-            index, documents, above = dense.corpus.index, dense.corpus.ids, -np.inf
+            index, documents, above = dense.corpus.evaluated, dense.corpus.ids, -np.inf
         else:
             index, documents, above = (
                 self._searches.bm25(system.documents), ids_of(self._searches.corpus), 0.0
@@ -156,6 +162,26 @@ class Ranker:
             drop_identical_ids=settings.drop_identical_ids,
             above=above,
         )
+
+    def index_recall(self, system: System) -> dict[str, Any] | None:
+        """What the index that a system's vectors are searched by finds of what there is to find.
+
+        All processes call it, once the system is ranked.
+
+        Returns:
+            {"system", "queries", "recall@DEPTH"}, over `RECALL_QUERIES` of them at most; None where
+            all documents are scored, or no vectors searched, and in other processes than 0.
+        """
+        dense = self._dense(system)
+        if dense is None or not dense.corpus.misses_some:
+            return None
+        queries = self._query_vectors(system, self._choice(system) if system.strategy else None)
+        if not self._is_main:
+            return None
+        count, depth = min(RECALL_QUERIES, len(queries)), self._settings.depth
+        sample = np.linspace(0, len(queries) - 1, count).astype(int)
+        recall = round(dense.corpus.recall(queries[sample], depth), 6)
+        return {"system": system.name, "queries": count, f"recall@{depth}": recall}
 
     def encoded(self, leaf: System) -> EncodedQueries:
         """Vectors of the queries and of all that was written for them, by a leaf's retriever."""
@@ -244,11 +270,17 @@ class Ranker:
             return None
         corpus = self._dense(part).corpus
         row = rows_of(self._searches.corpus)
-        depth = min(FEEDBACK_DEPTH, *(len(found.get(query, ())) for query in self.ids))
-        if not depth:  # A single document is left out for a query with its id.
-            return queries
-        rows = [[row[d] for d in list(found[query])[:depth]] for query in self.ids]
-        return np.asarray(FEEDBACKS[system.stage](queries, corpus.vectors[np.array(rows)]))
+        moved = queries.copy()
+        # Each query moves towards what it found, those that found as many together. It may be none:
+        # a single document is left out for a query with its id.
+        by_depth = collections.defaultdict(list)
+        for number, query in enumerate(self.ids):
+            by_depth[min(FEEDBACK_DEPTH, len(found.get(query, ())))].append(number)
+        for depth in by_depth.keys() - {0}:
+            of = by_depth[depth]
+            rows = [[row[d] for d in list(found[self.ids[i]])[:depth]] for i in of]
+            moved[of] = FEEDBACKS[system.stage](queries[of], corpus.vectors[np.array(rows)])
+        return moved
 
     def _fused(self, system: System) -> RunScores:
         combine, runs = FUSIONS[system.stage], [self.rank(part) for part in system.parts]

@@ -10,13 +10,19 @@ from expandr_jax import metrics
 Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # system -> metric -> query -> value
 
 
-def summary(dataset: str, values: Values, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def summary(
+    dataset: str,
+    values: Values,
+    pairs: Sequence[tuple[str, str]],
+    recalls: Sequence[Mapping[str, Any] | None] = (),
+) -> dict[str, Any]:
     """The contents of results.json, nothing being chosen.
 
     Args:
         dataset: Its name.
         values: At least one system's.
         pairs: (system, baseline), each tested under every metric.
+        recalls: Of indexes that may miss documents; see `Ranker.index_recall`.
     """
     first = next(iter(values.values()))
     return {
@@ -37,6 +43,7 @@ def summary(dataset: str, values: Values, pairs: Sequence[tuple[str, str]]) -> d
             for system, baseline in pairs
             for metric in first
         ],
+        **({"index_recall": found} if (found := list(filter(None, recalls))) else {}),
     }
 
 

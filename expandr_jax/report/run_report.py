@@ -103,6 +103,14 @@ def results_section(
         highlight=highlight,
     )
     caption = "Mean over the queries; the best is bold."
+    found = [
+        f"{entry['system']} {100 * value:.1f} %"
+        for entry in results.get("index_recall", [])
+        for name, value in entry.items()
+        if name.startswith("recall@")
+    ]
+    if found:
+        caption += f" Of what exact search finds, the index finds: {', '.join(found)}."
     return parts().table(caption, header, rows) + parts().figures({note: chart})
 
 

@@ -39,7 +39,7 @@ def sample_rows(
         samples = part.expansions.shape[1]
         vectors = part.queries, part.expansions, part.present
         alone = fuse_each(*vectors, query_weight=0.0, normalize=normalize)
-        _, found = corpus.index.search(alone.reshape(-1, alone.shape[-1]), depth)
+        _, found = corpus.evaluated.search(alone.reshape(-1, alone.shape[-1]), depth)
         judged = judged_documents(data, part.ids, row_of, split=split)
         documents = np.repeat(judged.documents, samples, axis=0)
         ranks = rewards.ranks_in_results(found, documents)
@@ -49,7 +49,7 @@ def sample_rows(
         if config.reward.corpus > 0:
             weight = config.reward.query_weight
             fused = fuse_each(*vectors, query_weight=weight, normalize=normalize)
-            values[REWARD] = corpus_reward(config, corpus.index, fused, judged)
+            values[REWARD] = corpus_reward(config, corpus.evaluated, fused, judged)
         rows += [
             {"query_id": query, "split": split, "system": name, "sample": sample}
             | {field: float(value[i, sample]) for field, value in values.items()}

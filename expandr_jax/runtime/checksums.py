@@ -42,6 +42,19 @@ class Checksums:
         for name in names:
             self._forget(name)
             self._files |= self._found(name)
+        self._write()
+
+    def forget(self, *names: str) -> None:
+        """Vouches for these no longer: they are about to be made again, of something else."""
+
+        def forget() -> None:
+            for name in names:
+                self._forget(name)
+            self._write()
+
+        self._processes.once(forget)
+
+    def _write(self) -> None:
         files = dict(sorted(self._files.items()))
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
 

@@ -29,6 +29,8 @@ ABSENT: dict[str, Any] = {
     "reward.gain_search": "dense",
     "mesh.workers": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
+    # Older runs searched by the index, whatever it missed; what is left of them is exact.
+    "search.evaluation": "exact",
     "search.exact": {"block_rows": 8192, "query_rows": 1024, "resident_mib": 512},
     "search.exact.resident_mib": 512,
     "search.scann": {
@@ -58,17 +60,17 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
             "use the version that wrote it"
         )
     config = json.loads(json.dumps(record["config"]))
-    section, name = _find(config, "expansion.strategy")
+    section, name = find_setting(config, "expansion.strategy")
     if "format" not in record and section.get("template") and section.get(name) in REPLACED:
         section[name] = "q2d"
     for old, new in RENAMED.items():
-        section, name = _find(config, old)
+        section, name = find_setting(config, old)
         if name in section:
             value = section.pop(name)
-            section, name = _find(config, new)
+            section, name = find_setting(config, new)
             section[name] = value
     for setting, value in ABSENT.items():
-        section, name = _find(config, setting)
+        section, name = find_setting(config, setting)
         section.setdefault(name, value)
     return config
 
@@ -103,7 +105,7 @@ def identity_of(section: str, settings: Any) -> dict[str, Any]:
     return values
 
 
-def _find(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
+def find_setting(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
     """The section that a setting lies in, an empty one if there is none, and its name there."""
     *sections, name = setting.split(".")
     for section in sections:

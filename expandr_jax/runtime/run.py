@@ -21,8 +21,9 @@ from etils import epath
 from rich.console import Console
 
 from expandr_jax.errors import NotFiniteError, UserError
-from expandr_jax.files.records import differences, hash_json, write_json
+from expandr_jax.files.records import hash_json, write_json
 from expandr_jax.runtime import measures, processes
+from expandr_jax.runtime.additions import grown_settings, keep_grown
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.formats import FORMAT, translated
@@ -36,7 +37,6 @@ LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
     "scipy", "scann", "ir-measures", "bm25s", "tensorflow-datasets", "grain",
 )  # fmt: skip
-FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 CHECKPOINT = "The last good checkpoint"
 LOCK = ".lock"
 WRITTEN = (
@@ -53,6 +53,8 @@ class Run:
             in a bucket; see `mirror`.
         config: A `Config`; must be the one the workdir was made with.
         console: Where progress goes.
+        grow: Prepares the files of a run for settings that have grown since it was last started,
+            before config.json has them; is told their values before, by name. Process 0 calls it.
 
     Attributes:
         address: The workdir, as its user knows it.
@@ -65,7 +67,13 @@ class Run:
             files that are no run's, or is not the same one for all processes.
     """
 
-    def __init__(self, workdir: str | os.PathLike, config: Any, console: Console):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        config: Any,
+        console: Console,
+        grow: Callable[["Run", Mapping[str, Any]], None] = lambda run, grown: None,
+    ):
         self.config = config
         self._values = json.loads(json.dumps(dataclasses.asdict(config)))
         self.console = console
@@ -96,6 +104,8 @@ class Run:
             self.reporter.say(f"metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
         self._seconds_inside = 0.0  # Those of phases that ran within the present one.
+        if self._grown:
+            self.processes.once(lambda: self._grow(grow))
 
     def path(self, *parts: str) -> pathlib.Path:
         """A path under the workdir."""
@@ -165,16 +175,13 @@ class Run:
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
-        changes = [
-            f"{name} was {old!r}, now {new!r}"
-            for name, old, new in differences(before, self._values)
-            if name.partition(".")[0] not in FREE
-        ]
-        if changes:
-            raise UserError(
-                f"{self.address}: was made with another config ({'; '.join(changes[:3])}"
-                f"{'; ...' if len(changes) > 3 else ''}); use a new --workdir"
-            )
+        self._grown = grown_settings(self.address, before, self._values)
+
+    def _grow(self, grow: Callable[["Run", Mapping[str, Any]], None]) -> None:
+        for name, old in self._grown.items():
+            self.reporter.say(f"{name} was {old!r}: what is new of it is added to this run")
+        grow(self, self._grown)
+        keep_grown(self.path("config.json"), self._grown, self._values)
 
     def _keep_chats(self, before: Mapping[str, Any]) -> None:
         """Lets prompts be what they were at the first start.
@@ -245,13 +252,17 @@ class Run:
     def check_models(self, hashes: Mapping[str, str]) -> None:
         """Refuses models and tokenizers other than those that the run began with.
 
-        `hashes` are those of their contents, by the setting that names them.
+        `hashes` are those of their contents, by the setting that names them. Those of models that
+        no start before has loaded are kept.
         """
         path, hashes = self.path("work", "models.json"), dict(hashes)
 
+        def write(models: Mapping[str, str]) -> None:
+            write_json(path, {"models": models, "sha256": hash_json(models)})
+
         def check() -> None:
             if not path.exists():
-                write_json(path, {"models": hashes, "sha256": hash_json(hashes)})
+                write(hashes)
                 return
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
@@ -264,11 +275,13 @@ class Run:
                     "same; remove it if they are"
                 ) from None
             for name, value in hashes.items():
-                if before.get(name) != value:
+                if before.get(name, value) != value:
                     raise UserError(
                         f"{name}: is not what this run began with; put that back, or use a new "
                         "--workdir"
                     )
+            if not hashes.keys() <= before.keys():
+                write(before | hashes)
 
         self.processes.main_first(check)
 

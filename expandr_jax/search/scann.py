@@ -59,6 +59,20 @@ class ScannOptions:
     storage: Annotated[str, choice(STORAGES)] = "float32"
 
 
+def method_of(options: ScannOptions, size: int) -> str:
+    """How an index of so many vectors searches: "brute", "ah" or "tree"."""
+    if size < _SMALLEST:
+        return "brute"
+    if options.method != "auto":
+        return options.method
+    return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
+
+
+def finds_all(options: ScannOptions, size: int) -> bool:
+    """Whether an index of so many vectors scores each of them in float32, and so misses none."""
+    return method_of(options, size) == "brute" and options.storage == "float32"
+
+
 def installed() -> bool:
     """Says whether this platform has ScaNN (there is no wheel for macOS or Windows)."""
     return importlib.util.find_spec("scann") is not None
@@ -85,13 +99,8 @@ class ScannIndex(Index):
 
     @functools.cached_property
     def method(self) -> str:
-        """How it searches: "brute", "ah" or "tree"."""
-        options, size = self.options, self.size
-        if size < _SMALLEST:
-            return "brute"
-        if options.method != "auto":
-            return options.method
-        return "brute" if size < options.ah_from else "ah" if size < options.tree_from else "tree"
+        """As of `method_of`."""
+        return method_of(self.options, self.size)
 
     @property
     def is_kept(self) -> bool:

@@ -7,11 +7,14 @@ from expandr_jax.search.exact import ExactOptions
 from expandr_jax.search.scann import ScannOptions
 from expandr_jax.settings import choice
 
+EVALUATIONS = ("exact", "index")  # What rankings of results are searched by.
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchSettings:
     """The section `search`."""
 
     backend: Annotated[str, choice(("auto", "scann", "exact"))]
+    evaluation: Annotated[str, choice(EVALUATIONS)]
     exact: ExactOptions
     scann: ScannOptions

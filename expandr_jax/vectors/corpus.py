@@ -24,7 +24,7 @@ from expandr_jax.search.divided import (
 )
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
-from expandr_jax.vectors.file import content_key, encode_to_file
+from expandr_jax.vectors.file import content_key, count_cut, encode_to_file
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
 
@@ -86,6 +86,8 @@ class Corpus:
 
     def release(self) -> None:
         """Lets go of the index, if there is one; it is opened again when it is asked for."""
+        if self.approximate and "exact" in self.__dict__:
+            self.exact.release()
         index = self.__dict__.get("index")
         if isinstance(index, DividedIndex):
             index.release()  # The other processes still answer by it.
@@ -112,6 +114,32 @@ class Corpus:
         )
         directory = self.path.with_name(f"{stem}.index-{key}")
         return kept_index(directory, build, write=self.writes)
+
+    @property
+    def approximate(self) -> bool:
+        """Whether `index` may miss some of the best documents."""
+        return not self.is_exact and not scann.finds_all(self.search.scann, self.size)
+
+    @property
+    def misses_some(self) -> bool:
+        """Whether results are searched by such an index, as `search.evaluation` may ask."""
+        return self.approximate and self.search.evaluation == "index"
+
+    @functools.cached_property
+    def exact(self) -> "Corpus":
+        """The same corpus, of which every document is scored."""
+        search = dataclasses.replace(self.search, backend="exact")
+        return dataclasses.replace(self, search=search) if self.approximate else self
+
+    @property
+    def evaluated(self) -> Index | DividedIndex:
+        """What results are searched by."""
+        return (self if self.misses_some else self.exact).index
+
+    def recall(self, queries: np.ndarray, k: int) -> float:
+        """The share of the k best documents of queries, [queries, dim], that `evaluated` finds."""
+        (_, best), (_, found) = (i.search(queries, k) for i in (self.exact.index, self.evaluated))
+        return float(np.mean([np.isin(*rows).mean() for rows in zip(best, found, strict=True)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +180,13 @@ class CorpusRetriever:
         main, task = self.processes.is_main, f"{self.path.stem}: documents encoded"
         with self.timed():
             with self.reporter.progress(task, len(self.texts)) as shown:
-                self._encode_corpus(shown)
+                cut = self._encode_corpus(shown)
+            if cut:
+                length = self.encoder.retriever.max_length
+                self.reporter.say(
+                    f"{cut} of {len(self.texts)} documents ({100 * cut / len(self.texts):.1f} %) "
+                    f"are longer than retriever.max_length, {length} tokens, and lost the rest"
+                )
             vectors = open_vectors(self.path) if main else None
             corpus = Corpus(ids_of(self.texts), vectors, self.search, self.path)
             # They must agree on how they search; without the file process 0 searches alone.
@@ -161,8 +195,9 @@ class CorpusRetriever:
                 [[True, corpus.is_exact]] * self.processes.count
             ):
                 corpus = dataclasses.replace(corpus, processes=self.processes, shares=self.shares)
-                if corpus.is_divided:
-                    _ = corpus.index  # By which this process answers.
+                for each in (corpus, corpus.exact):
+                    if each.is_divided:
+                        _ = each.index  # By which this process answers.
         return corpus
 
     def release(self) -> None:
@@ -228,8 +263,11 @@ class CorpusRetriever:
             path.unlink()
         return found
 
-    def _encode_corpus(self, progress: Progress) -> None:
-        """Makes a file of vectors, where there are several processes of what each has encoded."""
+    def _encode_corpus(self, progress: Progress) -> int:
+        """Makes a file of vectors, where there are several processes of what each has encoded.
+
+        Returns how many documents were cut; those of a file that several made are told once.
+        """
         processes, path = self.processes, self.path
         ids, values = ids_of(self.texts), texts_of(self.texts)
 
@@ -250,6 +288,7 @@ class CorpusRetriever:
                 with _naming(ids[share], "document "):
                     encode(parts[processes.index], texts=values[share], progress=advance)
             processes.barrier()
+            cut = sum(processes.gather(count_cut(parts[processes.index])))
 
         def known(start: int, end: int) -> np.ndarray:
             """Vectors of documents from the processes' files."""
@@ -274,6 +313,7 @@ class CorpusRetriever:
 
         processes.once(join)
         remove()  # Each its own, where they have no directory in common.
+        return cut if divided else processes.once(lambda: count_cut(path))
 
 
 @contextlib.contextmanager
