@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 from eval import tiny_anchordr, tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.sharding import make_mesh
+from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.file import count_cut, encode_to_file
 from expandr_jax.weights.export import export_encoder, export_retriever
 from expandr_jax.weights.fairseq import FairseqTokenizer, clean
 from expandr_jax.weights.hf import load_generator, load_retriever
@@ -137,8 +139,22 @@ def test_ids_follow_the_dictionary(write, sentencepiece_model):
     assert ids[0] == [0, *expected, 2]
     assert ids[1][-2:] == [3, 2]
     assert ids[2] == [0, 2]
-    cut = tokenizer(["The web page"], truncation=True, max_length=4)["input_ids"]
-    assert cut == [[0, *expected[:2], 2]]
+    cut = tokenizer(["The web page"], truncation=True, max_length=4)
+    assert cut["input_ids"] == [[0, *expected[:2], 2]]
+    assert cut["num_truncated_tokens"] == [len(expected) - 2]
+
+
+def test_a_corpus_is_encoded_and_what_it_lost_is_counted(write, tmp_path):
+    directory, _ = write()
+    retriever, params = load_retriever(str(directory), max_length=4)
+    encoder = TextEncoder(retriever, make_mesh())
+    texts = ["the", "the web page and many other words"]
+    path = tmp_path / "vectors.npy"
+    vectors = encode_to_file(path, encoder, params, texts, "document")
+    assert (len(vectors), count_cut(path)) == (2, 1)
+    (directory / "dict.txt").write_text((directory / "dict.txt").read_text() + "another 3\n")
+    other, _ = load_retriever(str(directory), max_length=4)
+    assert other.identity != retriever.identity
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ def hash_tokenizer(tokenizer: Any) -> str:
 def tokenizer_identity(tokenizer: Any) -> str:
     """`hash_tokenizer`, and what it makes of its own words, however they are written.
 
-    It is by what the tokenizer does, since libraries write down the same one in different ways.
+    It is by what the tokenizer does, since libraries write down the same one in different ways; or
+    by its `identity`, if it has one.
     """
+    if hasattr(tokenizer, "identity"):
+        return hash_json([hash_tokenizer(tokenizer), tokenizer.identity])
     words = sorted(tokenizer.get_vocab())
     words = words[:: max(1, len(words) // _WORDS)]
     plain = " ".join(words)

@@ -76,7 +76,10 @@ class Retriever:
             return_token_type_ids=False,
         )
         if cut is not None:
-            cut(sum(bool(row.overflowing) for row in encoded.encodings))
+            lost = encoded.get("num_truncated_tokens")  # Tokenizers of our own say so.
+            if lost is None:
+                lost = [len(row.overflowing) for row in encoded.encodings]
+            cut(sum(map(bool, lost)))
         check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
         return encoded["input_ids"]
 

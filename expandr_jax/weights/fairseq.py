@@ -1,5 +1,6 @@
 """AnchorDR's tokenizer: a text cleaner, a SentencePiece model and a fairseq dictionary."""
 
+import hashlib
 import re
 import string
 import unicodedata
@@ -69,13 +70,21 @@ class FairseqTokenizer:
     def __call__(
         self, texts: Sequence[str], *, truncation: bool = False, max_length: int | None = None, **_
     ) -> dict[str, list[list[int]]]:
-        """Ids of texts: <s>, pieces, </s>; a longer text loses its last pieces."""
+        """Ids of texts: <s>, pieces, </s>; a longer text loses its last pieces, and how many."""
         most = max_length if truncation and max_length else 10**9
-        rows = []
+        rows, lost = [], []
         for text in texts:
-            pieces = self._pieces.EncodeAsPieces(clean(text, self.lower_case))[: most - 2]
-            rows.append([_BOS, *(self._ids.get(piece, _UNK) for piece in pieces), _EOS])
-        return {"input_ids": rows}
+            pieces = self._pieces.EncodeAsPieces(clean(text, self.lower_case))
+            ids = [self._ids.get(piece, _UNK) for piece in pieces[: most - 2]]
+            rows.append([_BOS, *ids, _EOS])
+            lost.append(len(pieces) - len(ids))
+        return {"input_ids": rows, "num_truncated_tokens": lost}
+
+    @property
+    def identity(self) -> list[str | bool]:
+        """What its ids depend on: the sha256 of its files' contents, and whether it lowers case."""
+        contents = (self._files[name] for name in sorted(self._files))
+        return [*(hashlib.sha256(content).hexdigest() for content in contents), self.lower_case]
 
     def save_pretrained(self, directory: Path) -> None:
         """Writes the three files."""
