@@ -157,6 +157,8 @@ def test_a_setting_that_is_none(tmp_path, setting, message):
         (OSError(errno.ENOSPC, "No space left on device", "model.safetensors"), True),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
         (Exception("No space left on device (os error 28)"), True),  # tokenizers says no more.
+        (OSError("18373 requested and 9184 written"), True),  # Nor does numpy.
+        (RuntimeError("UNKNOWN: No space left on device; writing ah_codebook.pb"), True),
         (OSError(errno.EACCES, "Permission denied"), False),
         (ValueError("os error 281"), False),
     ],

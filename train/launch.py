@@ -259,9 +259,10 @@ def _help(names: Iterable[str]) -> None:
 
 
 def is_full(error: Exception) -> bool:
-    """Whether there is no space left; libraries written in Rust say so in words alone."""
-    numbers = [f"os error {number})" for number in FULL]
-    return getattr(error, "errno", None) in FULL or any(n in str(error) for n in numbers)
+    """Whether there is no space left; libraries of Rust, C++ and NumPy say so in words alone."""
+    words = [word for n in FULL for word in (f"os error {n})", os.strerror(n))]
+    cut = isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return bool(getattr(error, "errno", None) in FULL or cut or any(w in str(error) for w in words))
 
 
 def _check_environment() -> None:
