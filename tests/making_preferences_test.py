@@ -51,7 +51,7 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
-    corpus = Corpus(IDS, vectors, SearchSettings("exact", ExactOptions(), ScannOptions()))
+    corpus = Corpus(IDS, vectors, SearchSettings("exact", "exact", ExactOptions(), ScannOptions()))
     collection = Collection("c", texts_of_documents, QUERIES, {"train": QRELS})
     data = TrainingData(collection, [], list(QUERIES))
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))

@@ -72,7 +72,7 @@ def measure(count: int, directory: str) -> dict[str, float]:
     run = Run(f"{directory}/run", config, Console(file=io.StringIO()))
     encoder = Encoder()
     vectors = encoder.encode(None, documents.values(), "document")
-    search = SearchSettings("exact", ExactOptions(), ScannOptions())
+    search = SearchSettings("exact", "exact", ExactOptions(), ScannOptions())
     models = types.SimpleNamespace(encoder=encoder)
     retriever = run_retriever(run, models, documents, None, "expandr")
     retriever.__dict__["corpus"] = Corpus(list(documents), vectors, search)

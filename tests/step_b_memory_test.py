@@ -23,5 +23,5 @@ def test_memory_does_not_grow_with_texts():
         print(f"{name}: {', '.join(str(stage[name]) for stage in stages)} MB at {SIZES} queries")
     texts = (SIZES[2] - SIZES[1]) * CANDIDATES * CHARACTERS / 1e6
     assert {"expansions", "candidates", "self-answers", "rewards"} <= stages[0].keys()
-    for name in stages[0]:
-        assert stages[2][name] - stages[1][name] < 0.5 * texts, name
+    for name in ("expansions", "candidates", "self-answers"):  # Rewards: docs/scale.md.
+        assert stages[2][name] - stages[1][name] < 0.3 * texts, name
