@@ -21,6 +21,7 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.commands import ROOT, command, error_of
 from tests.eight_devices import QUIET
 from train import rehearse
+from train.launch import EXIT_DOES_NOT_FIT, output_file
 
 COUNTS = Counts(documents=200, retriever_train=30, generator_train=10, dev=4, test=6)
 STAGES = ("data", "models", "retriever, round 0", "rewards, round 0", "evaluation", "export")
@@ -172,6 +173,14 @@ def test_a_scale_that_is_no_number_is_refused_in_one_line():
     assert error_of(output) == "error: --scale=much: expected numbers"
 
 
+def test_a_directory_is_no_file_for_what_was_found(tmp_path):
+    with pytest.raises(UserError, match=r"is a directory; expected the name of a file"):
+        output_file(str(tmp_path))
+    with pytest.raises(UserError, match=r"there is no directory"):
+        output_file(str(tmp_path / "absent" / "out.json"))
+    assert output_file(str(tmp_path / "out.json")) == tmp_path / "out.json"
+
+
 def test_a_process_has_the_devices_that_its_own_meshes_want(config):
     assert rehearse.devices_of_a_process(config) == 1
     paper = read_config(llama3_8b_anchordr.get_config())
@@ -219,7 +228,7 @@ def test_a_stage_that_holds_all_texts_and_one_that_is_quadratic_are_named(tmp_pa
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     output = process.stdout
-    assert process.returncode == rehearse.EXIT_DOES_NOT_FIT, process.stderr
+    assert process.returncode == EXIT_DOES_NOT_FIT, process.stderr
     assert "scale 0.08: export" in process.stderr
     assert "memory of a process, GiB of 8" in output
     named = [line for line in output.splitlines() if line.startswith("does not fit: ")]

@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging as standard_logging
 import os
+import pathlib
 import re
 import sys
 import time
@@ -28,6 +29,7 @@ from expandr_jax.runtime.formats import RENAMED
 from expandr_jax.runtime.progress import plain_console
 from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
+EXIT_DOES_NOT_FIT = 1  # Of a plan or a rehearsal.
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2
@@ -256,6 +258,24 @@ def _help(names: Iterable[str]) -> None:
     console.print()
     console.print(table)
     sys.exit(0)
+
+
+def output_file(value: str | None) -> pathlib.Path | None:
+    """The file of --out, if one is asked for; refused before any work where it cannot be one."""
+    out = pathlib.Path(value) if value else None
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out={out}: there is no directory {out.parent}")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out={out}: is a directory; expected the name of a file")
+    return out
+
+
+def end_by_misfits(problems: Sequence[str], console: Console) -> None:
+    """Says what does not fit, and ends with `EXIT_DOES_NOT_FIT` if anything does not."""
+    for problem in problems:
+        console.print(f"does not fit: {problem}", soft_wrap=True)
+    if problems:
+        sys.exit(EXIT_DOES_NOT_FIT)
 
 
 def is_full(error: Exception) -> bool:

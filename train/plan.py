@@ -13,8 +13,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,9 +35,8 @@ from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.sharding import batch_divisor
-from train.launch import define_config, launch
+from train.launch import define_config, end_by_misfits, launch, output_file
 
-EXIT_DOES_NOT_FIT = 1
 # The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
 PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
          "examples": 709_000, "contrastive_epochs": 3}  # fmt: skip
@@ -288,11 +285,7 @@ def main(_: Any) -> None:
         # Slices are compiled for, not used: jax must not look for TPUs.
         jax.config.update("jax_platforms", "cpu")
     topology = find_topology(values.topology)
-    out = pathlib.Path(values.out) if values.out else None
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {out.parent}")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out={out}: is a directory; expected the name of a file")
+    out = output_file(values.out)
     log = plain_console(stderr=True)
     result = plan(config, topology, log, values.only, values.repeats)
     proposals = propose(config, topology, log) if values.search else []
@@ -303,11 +296,7 @@ def main(_: Any) -> None:
         show_proposals(proposals, console)
     for line in lost(result["rows"]):
         console.print(line, soft_wrap=True)
-    problems = misfits(result)
-    for problem in problems:
-        console.print(f"does not fit: {problem}", soft_wrap=True)
-    if problems:
-        sys.exit(EXIT_DOES_NOT_FIT)
+    end_by_misfits(misfits(result), console)
 
 
 def define_flags() -> None:

@@ -41,9 +41,8 @@ from expandr_jax.planning.synthetic import Counts, write_collection
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import plain_console
-from train.launch import define_config, launch
+from train.launch import define_config, end_by_misfits, launch, output_file
 
-EXIT_DOES_NOT_FIT = 1
 # The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
 PAPER = Counts(
     documents=8_841_823, retriever_train=637_866, generator_train=100_000, dev=1000, test=1000
@@ -275,9 +274,7 @@ def main(_: Any) -> None:
     console, values = wide_console(), flags.FLAGS
     config = read_config(values.config)
     jax.config.update("jax_platforms", "cpu")  # Chips are for others.
-    out = pathlib.Path(values.out) if values.out else None
-    if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out={out}: there is no directory {out.parent}")
+    out = output_file(values.out)
     try:
         scales = [float(text) for text in values.scale]
     except ValueError:
@@ -297,11 +294,7 @@ def main(_: Any) -> None:
         write_json(out, {"config": values["config"].config_filename, "scales": scales,
                          "counts": dataclasses.asdict(counts), "rows": rows})  # fmt: skip
     show(scales, rows, console)
-    problems = misfits(rows)
-    for problem in problems:
-        console.print(f"does not fit: {problem}", soft_wrap=True)
-    if problems:
-        sys.exit(EXIT_DOES_NOT_FIT)
+    end_by_misfits(misfits(rows), console)
 
 
 def define_flags() -> None:
