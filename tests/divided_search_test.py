@@ -137,9 +137,10 @@ def test_shards_of_scann_are_made_once_by_any_number_of_processes(
 
 @pytest.mark.slow
 def test_a_process_holds_its_part_of_the_vectors():
-    held = measure(200_000, 4)
-    # What a process needs for itself differs by a few MB from one start to the next.
-    assert all(above <= 1.3 * part + 5e6 for above, part in held), held
+    # What a process needs for itself differs by up to 12 MB from one start to the next: at 200,000
+    # vectors that is as much as a part.
+    held = measure(2_000_000, 4)
+    assert all(above <= 1.3 * part for above, part in held), held
 
 
 @pytest.mark.slow
