@@ -134,6 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
+    reward.search = (
+        "dense"  # How corpus and gain search: "dense", "bm25", or "fused", both by ranks.
+    )
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
     # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision" of all relevant
     # ones, or "softmax_share": theirs of softmax(score / corpus_temperature) over the results.
@@ -144,7 +147,6 @@ def get_config() -> ml_collections.ConfigDict:
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.
     reward.gain = 0.0  # Weight of what a candidate adds to its query's search; it may be below 0.
     reward.gain_measure = "ndcg"  # What a search is worth there, as for reward.corpus_measure.
-    reward.gain_search = "dense"  # "dense", "bm25", or "fused", both by reciprocal ranks.
     reward.query_weight = 0.5  # The query vector's weight in these rankings.
     reward.depth = 100  # Results of the search in the corpus; a document below them counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.

@@ -20,7 +20,7 @@ from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.registry import REWARDS, RewardSettings
 from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
-from expandr_jax.runtime.formats import read_record
+from expandr_jax.runtime.formats import RENAMED, read_record
 from expandr_jax.runtime.settings import LogSettings
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.settings import MANY, count, read_section
@@ -74,7 +74,13 @@ def read_config(values: Mapping[str, Any] | Config) -> Config:
     """
     if isinstance(values, Config):
         return values
-    config = read_section(Config, values)
+    try:
+        config = read_section(Config, values)
+    except UserError as error:
+        name = str(error).partition(":")[0]
+        if name in RENAMED:
+            raise UserError(f"{name}: is {RENAMED[name]} now") from None
+        raise
     _check(config)
     return config
 

@@ -76,6 +76,29 @@ def test_a_template_in_an_older_run_was_all_that_was_asked(recorded, strategy):
     assert now["strategy"] == strategy
 
 
+@pytest.mark.parametrize(
+    ("gain", "corpus", "search"), [(1.0, 0.0, "bm25"), (0.0, 1.0, "dense"), (1.0, 1.0, "dense")]
+)
+def test_what_the_gain_alone_was_searched_by(recorded, gain, corpus, search):
+    """`reward.search` is of both rewards; a run whose rewards were searched otherwise must end."""
+    before = json.loads(json.dumps(recorded))
+    before["config"]["reward"] |= {"gain": gain, "gain_search": "bm25", "corpus": corpus}
+    found = read_config(formats.translated(before))
+    assert found.reward.search == search  # Which is right for what evaluation makes of it.
+    if gain and corpus:
+        with pytest.raises(UserError, match=r"^DIR: searched by bm25 for reward\.gain and by vec"):
+            formats.check_goes_on("DIR", before)
+    else:
+        formats.check_goes_on("DIR", before)
+
+
+def test_a_renamed_setting_of_a_config_file_is_told_its_new_name():
+    config = base.get_config()
+    config.reward.gain_search = "bm25"
+    with pytest.raises(UserError, match=r"^reward\.gain_search: is reward\.search now$"):
+        read_config(config)
+
+
 def test_what_newer_versions_wrote_is_refused(recorded):
     with pytest.raises(UserError, match=r"format 2, and this version reads up to 1"):
         formats.translated({**recorded, "format": 2})

@@ -1,4 +1,4 @@
-"""The gain of a candidate against an example by hand and a plain loop over rankings."""
+"""The search of a candidate, and its gain, against an example by hand and plain rankings."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.rewards.evidence import Evidence, RewardContext
-from expandr_jax.rewards.gain import GAIN_SEARCHES, gain_reward
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.registry import reward_groups
+from expandr_jax.rewards.registry import needs_vectors, reward_groups, score_groups
 from expandr_jax.rewards.search import SEARCH_MEASURES
+from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
 from expandr_jax.vectors.corpus import Corpus
 
 WORDS = ["axis", "norm", "loss", "array", "scalar", "matrix", "tensor", "shape"]
@@ -63,7 +63,7 @@ def test_an_example_by_hand():
     expected = {"dense": [[2 / 3, 0], [-1 / 2, -1 / 2]], "bm25": [[2 / 3, 0], [-1 / 2, 0]]}
     for search, gains in expected.items():
         config = make_config(
-            gain_measure="reciprocal_rank", gain_search=search, depth=3, query_weight=0.25
+            gain_measure="reciprocal_rank", search=search, depth=3, query_weight=0.25
         )
         np.testing.assert_allclose(gain_reward(make_evidence(config, *arguments)), gains)
 
@@ -104,11 +104,12 @@ def unit(x):
 
 
 @pytest.mark.parametrize("measure", SEARCH_MEASURES)
-@pytest.mark.parametrize("search", GAIN_SEARCHES)
-def test_gains_are_those_of_plain_rankings(arguments, measure, search):
+@pytest.mark.parametrize("search", REWARD_SEARCHES)
+def test_they_are_those_of_plain_rankings(arguments, measure, search):
     documents, qrels, texts, queries, candidates = arguments
-    evidence = make_evidence(make_config(gain_measure=measure, gain_search=search), *arguments)
-    found = gain_reward(evidence)
+    measures = {"gain_measure": measure, "corpus_measure": measure}
+    evidence = make_evidence(make_config(search=search, **measures), *arguments)
+    found, whole = gain_reward(evidence), corpus_reward(evidence)
     vectors = np.array([vector for _, vector in documents.values()])
 
     def ranked(scores, depth=7):
@@ -134,8 +135,9 @@ def test_gains_are_those_of_plain_rankings(arguments, measure, search):
     for q, (query, own) in enumerate(texts.items()):
         before = worth(q, query, "", None)
         for c, text in enumerate(own):
-            expected = worth(q, query, text, candidates[q, c]) - before
-            np.testing.assert_allclose(found[q, c], expected, atol=1e-5)
+            expected = worth(q, query, text, candidates[q, c])
+            np.testing.assert_allclose(whole[q, c], expected, atol=1e-5)
+            np.testing.assert_allclose(found[q, c], expected - before, atol=1e-5)
     assert (found[:, 3] == 0).all()  # An empty candidate adds nothing.
     assert np.abs(found).max() > 1e-3
 
@@ -163,10 +165,51 @@ def test_it_may_be_below_zero_and_counts_with_its_weight(arguments):
 
 
 def test_it_is_the_same_whatever_is_in_memory_at_once(arguments, monkeypatch):
-    for search in GAIN_SEARCHES:
-        config = make_config(gain_search=search)
+    for search in REWARD_SEARCHES:
+        config = make_config(search=search)
         whole = gain_reward(make_evidence(config, *arguments))
         with monkeypatch.context() as patch:
             patch.setattr("expandr_jax.rewards.search.BLOCK_ROWS", 5)
             parts = gain_reward(make_evidence(config, *arguments))
         np.testing.assert_array_equal(parts, whole)
+
+
+def test_what_has_a_weight_is_all_that_is_computed(arguments):
+    """Without self-answers, and without vectors where words alone are searched for."""
+    weights = {"positive": 0.5, "answer": 0.0, "gain": 2.0, "corpus": 1.0}
+    evidence = make_evidence(make_config(**weights), *arguments)
+    bare = dataclasses.replace(evidence, answers=None)
+    for group, other in zip(reward_groups(evidence), score_groups(bare), strict=True):
+        for expected, found in zip(group.candidates, other.candidates, strict=True):
+            assert set(expected.rewards) == {"positive", "answer", "gain", "corpus"}
+            assert dict(found.rewards) == {n: expected.rewards[n] for n in weights if n != "answer"}
+            assert found.total == expected.total
+            assert found.similarities == {"positive": expected.similarities["positive"]}
+        # Such a line is read as it is written.
+        assert Group.from_row(other.to_row()).candidates == other.candidates
+    words = make_config(**{**weights, "positive": 0.0}, search="bm25")
+    assert needs_vectors(make_config(**weights).reward)
+    assert not needs_vectors(words.reward)
+    context = dataclasses.replace(evidence.context, config=words)
+    expected = score_groups(dataclasses.replace(evidence, context=context))
+    found = score_groups(Evidence(dataclasses.replace(context, corpus=None), evidence.groups))
+    assert [g.to_row()["candidates"][0]["reward_terms"] for g in found] == [
+        g.to_row()["candidates"][0]["reward_terms"] for g in expected
+    ]
+    assert all(set(c.rewards) == {"gain", "corpus"} for group in found for c in group.candidates)
+
+
+@pytest.mark.parametrize("name", ["positive", "answer", "group", "corpus", "gain"])
+def test_vectors_are_asked_for_where_a_reward_looks_at_them(arguments, name):
+    """`needs_vectors` against what a reward does without them."""
+    names = ("positive", "answer", "group", "corpus", "gain")
+    for search in REWARD_SEARCHES:
+        config = make_config(search=search, **{n: float(n == name) for n in names})
+        whole = make_evidence(config, *arguments)
+        context = dataclasses.replace(whole.context, corpus=None)
+        bare = dataclasses.replace(whole, context=context, queries=None, candidates=None)
+        if needs_vectors(config.reward):
+            with pytest.raises((AttributeError, TypeError, KeyError)):
+                score_groups(bare)
+        else:
+            assert [g.texts for g in score_groups(bare)] == [g.texts for g in whole.groups]

@@ -82,7 +82,7 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
     """But for rounding, as of another shape; no more texts than a block's are encoded at once."""
     make_preferences, run = make
     weights = {f"reward.{name}": 1.0 for name in REWARDS}
-    sizes = {"reward.depth": 7, "reward.group_size": 5, "reward.gain_search": "fused"}
+    sizes = {"reward.depth": 7, "reward.group_size": 5, "reward.search": "fused"}
     run.config = with_settings(run.config, {**weights, **sizes})
     paths = [run.path("round-0", f"{name}.jsonl") for name in ("candidates", "preferences")]
 
@@ -158,14 +158,14 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_query(make, monkeypatch, value):
     make_preferences, run = make
-    real = registry.corpus_reward
+    real = registry.REWARDS["corpus"]
 
     def broken(*args):
         rewards = np.array(real(*args))
         rewards[1, 2] = value
         return rewards
 
-    monkeypatch.setattr(registry, "corpus_reward", broken)
+    monkeypatch.setitem(registry.REWARDS, "corpus", broken)
     with pytest.raises(NotFiniteError, match="rewards, round 0: not finite for queries q1;"):
         make_preferences()
     assert not run.path("round-0", "preferences.jsonl").exists()

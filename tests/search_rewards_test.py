@@ -8,9 +8,10 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.rewards.search import (
     SEARCH_MEASURES,
-    corpus_reward,
     group_reward,
     judged_documents,
+    measure_searches,
+    vector_search,
 )
 from expandr_jax.search import build_index
 
@@ -39,6 +40,14 @@ def fused(vectors, seed=1):
     x = np.random.default_rng(seed).normal(size=(2, 4, 8)).astype(np.float32)
     x[0, 0] = vectors[40]
     return x
+
+
+def corpus_reward(config, index, fused, judged):
+    """The reward `corpus`, as evaluation computes it, too."""
+    reward = config.reward
+    search = vector_search(index, fused, reward.depth)
+    how = reward.corpus_measure, reward.corpus_temperature
+    return measure_searches(search, judged, fused.shape[1], *how)
 
 
 def make_config(**reward):

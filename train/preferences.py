@@ -15,7 +15,7 @@ from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
 from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
-from expandr_jax.rewards.evidence import Evidence, RewardContext
+from expandr_jax.rewards.evidence import RewardContext, evidence_of
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.search import queries_at_once
@@ -75,7 +75,7 @@ def make_preferences(
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
 
         def judge(block: Sequence[str], vectors: Any, write_groups: Any, write_pairs: Any) -> int:
-            evidence = _evidence(context, [*map(group, block)], *vectors)
+            evidence = evidence_of(context, [*map(group, block)], *vectors)
             rewarded = reward_groups(evidence, f"rewards, round {round_}")
             write_groups(each.to_row(shows_passages) for each in rewarded)
             pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
@@ -154,8 +154,8 @@ def _encode(
     candidates: int,
     read: Callable[[tuple[str, int]], str],
     advance: Progress,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of the candidates of some queries, then of their answers, and of the queries.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors of some queries, of their candidates and of their answers.
 
     All processes call it together, each of which reads the texts that it encodes.
     """
@@ -164,18 +164,8 @@ def _encode(
     names = [f"{'answer to' if i == ANSWER else 'candidates of'} {query}" for query, i in keys]
     documents = retriever.encode(ReadWhenSliced(keys, read), "document", names, advance)
     names = [f"query {query}" for query in queries]
-    return documents, retriever.encode(data.queries(queries), "query", names, advance)
-
-
-def _evidence(
-    context: RewardContext, groups: Sequence[Group], documents: np.ndarray, queries: np.ndarray
-) -> Evidence:
-    """Evidence with the vectors of `_encode`."""
-    texts = [text for group in groups for text in group.texts]
-    # An empty candidate has nothing in common with anything: its vector is zero.
-    candidates = np.where([[bool(text)] for text in texts], documents[: len(texts)], 0.0)
-    shape = len(groups), -1, candidates.shape[-1]
-    return Evidence(context, groups, queries, candidates.reshape(shape), documents[len(texts) :])
+    encoded = retriever.encode(data.queries(queries), "query", names, advance)
+    return encoded, documents[: -len(queries)], documents[-len(queries) :]
 
 
 class ReadWhenSliced(Sequence):

@@ -28,16 +28,19 @@ class RewardContext:
     Attributes:
         config: The whole config.
         data: Has the documents and the judgements.
-        corpus: The documents as the retriever encodes them.
+        corpus: The documents as the retriever encodes them; None where no reward with a weight
+            looks at vectors, as `registry.needs_vectors` says.
         queries: Ids of all queries that have candidates.
         block: How many of them are judged together, at most.
+        split: Which judgements are theirs.
     """
 
     config: Any
     data: TrainingData
-    corpus: Corpus
+    corpus: Corpus | None
     queries: Sequence[str]
     block: int
+    split: str = "train"
 
     @functools.cached_property
     def rows(self) -> Mapping[str, int]:
@@ -47,7 +50,8 @@ class RewardContext:
     @functools.cached_property
     def most_relevant(self) -> int:
         """How many documents are relevant to a query, at most."""
-        return max((len(self.data.positives(query)) for query in self.queries), default=1)
+        positives = (self.data.positives(query, self.split) for query in self.queries)
+        return max(map(len, positives), default=1)
 
     @functools.cached_property
     def words(self) -> Index:
@@ -62,36 +66,47 @@ class Evidence:
     Attributes:
         context: What they have in common with others.
         groups: The queries with their candidates.
-        queries: [queries, dim] vectors of the queries by the same retriever.
-        candidates: [queries, candidates, dim] vectors of the candidates, 0 for an empty one.
-        answers: [queries, dim] vectors of the self-answers.
+        queries: [queries, dim] vectors of the queries by the same retriever; None where the context
+            has no corpus.
+        candidates: [queries, candidates, dim] vectors of the candidates, 0 for an empty one;
+            likewise.
+        answers: [queries, dim] vectors of the self-answers; None where there are none.
     """
 
     context: RewardContext
     groups: Sequence[Group]
-    queries: np.ndarray
-    candidates: np.ndarray
-    answers: np.ndarray
+    queries: np.ndarray | None = None
+    candidates: np.ndarray | None = None
+    answers: np.ndarray | None = None
+
+    @property
+    def each(self) -> int:
+        """How many candidates a query has."""
+        return len(self.groups[0].candidates)
 
     @functools.cached_property
     def judged(self) -> Judged:
         """The queries' relevant documents."""
         own, context = [group.query_id for group in self.groups], self.context
         # As wide for a block as for all, so that sums over them are rounded alike.
-        return judged_documents(context.data, own, context.rows, width=context.most_relevant)
+        size = {"width": context.most_relevant}
+        return judged_documents(context.data, own, context.rows, split=context.split, **size)
 
     @functools.cached_property
     def similarities(self) -> dict[str, np.ndarray]:
-        """Cosines of the candidates to each of the two sides, [queries, candidates] each."""
+        """Cosines of the candidates to each side that has vectors, [queries, candidates] each."""
+        if self.candidates is None:
+            return {}
         rows = self.context.rows
         positives = np.array([rows[group.positive_id] for group in self.groups])
-        candidates, *sides = (
-            self.in_one_shape(_normalized, x)
-            for x in (self.candidates, self.context.corpus.vectors[positives], self.answers)
+        sides = dict(
+            zip(SIDES, (self.context.corpus.vectors[positives], self.answers), strict=True)
         )
+        candidates = self.in_one_shape(_normalized, self.candidates)
         return {
-            side: np.einsum("qcd,qd->qc", candidates, units)
-            for side, units in zip(SIDES, sides, strict=True)
+            side: np.einsum("qcd,qd->qc", candidates, self.in_one_shape(_normalized, vectors))
+            for side, vectors in sides.items()
+            if vectors is not None
         }
 
     @functools.cached_property
@@ -122,3 +137,18 @@ class Evidence:
         if lacking:
             arrays = [np.pad(x, [(0, lacking)] + [(0, 0)] * (x.ndim - 1)) for x in arrays]
         return np.asarray(function(*arrays))[: len(self.groups)]
+
+
+def evidence_of(
+    context: RewardContext,
+    groups: Sequence[Group],
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    answers: np.ndarray | None = None,
+) -> Evidence:
+    """Evidence of texts that were encoded one after the other, [texts, dim] the candidates'."""
+    texts = [text for group in groups for text in group.texts]
+    # An empty candidate has nothing in common with anything: its vector is zero.
+    candidates = np.where([[bool(text)] for text in texts], candidates, 0.0)
+    shape = len(groups), -1, candidates.shape[-1]
+    return Evidence(context, groups, queries, candidates.reshape(shape), answers)

@@ -16,7 +16,8 @@ class Candidate:
         temperature: What it was sampled at; None where a file does not say.
         tokens: Its token ids as they were sampled; none where a file has kept the text alone.
         log_probs: The log-probability of each of them then, or None where nobody kept them.
-        similarities: Its cosine to the positive document and to the self-answer.
+        similarities: Its cosine to the positive document and to the self-answer, where they were
+            compared.
         ranks: Its rank among the candidates by each of these.
         rewards: Rewards by their names.
         total: Their weighted sum.
@@ -40,7 +41,7 @@ class Group:
         query_id: The query's id.
         query: Its text.
         positive_id: Id of the relevant document that candidates are compared with.
-        answer: The self-answer.
+        answer: The self-answer; "" where none was asked for.
         candidates: The texts, as they were asked for.
         prompt: What the generator was given, the chat template applied.
     """
@@ -72,8 +73,8 @@ class Group:
                 {
                     "text": c.text,
                     "temperature": c.temperature,
-                    **{f"similarity_{side}": c.similarities[side] for side in SIDES},
-                    **{f"rank_{side}": c.ranks[side] for side in SIDES},
+                    **{f"similarity_{side}": value for side, value in c.similarities.items()},
+                    **{f"rank_{side}": value for side, value in c.ranks.items()},
                     "reward": c.total,
                     "reward_terms": dict(c.rewards),
                 }

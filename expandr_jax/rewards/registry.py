@@ -1,17 +1,17 @@
 """Rewards by the names that `config.reward` weighs, and groups that are given them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.rewards.evidence import Evidence
-from expandr_jax.rewards.gain import GAIN_SEARCHES, gain_reward
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import reciprocal_rank
-from expandr_jax.rewards.search import SEARCH_MEASURES, corpus_reward, group_reward
+from expandr_jax.rewards.search import SEARCH_MEASURES, group_reward
+from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
 from expandr_jax.settings import MANY, NotNegative, Positive, Share, choice, count
 
 Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
@@ -19,9 +19,7 @@ Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
 REWARDS: dict[str, Reward] = {
     "positive": lambda evidence: reciprocal_rank(evidence.ranks["positive"]),
     "answer": lambda evidence: reciprocal_rank(evidence.ranks["answer"]),
-    "corpus": lambda evidence: corpus_reward(
-        evidence.context.config, evidence.context.corpus.index, evidence.fused, evidence.judged
-    ),
+    "corpus": corpus_reward,
     "group": lambda evidence: group_reward(
         evidence.context.config, evidence.context.corpus.vectors, evidence.fused, evidence.judged
     ),
@@ -43,7 +41,7 @@ class RewardSettings:
     group_sets: Annotated[int, count(1, MANY)]
     gain: NotNegative
     gain_measure: Annotated[str, choice(SEARCH_MEASURES)]
-    gain_search: Annotated[str, choice(GAIN_SEARCHES)]
+    search: Annotated[str, choice(REWARD_SEARCHES)]
     query_weight: Share
     depth: Annotated[int, count(1)]
     threshold: float
@@ -54,6 +52,12 @@ def total_reward(terms: dict[str, np.ndarray], weights: Any) -> np.ndarray:
     return sum(getattr(weights, name) * np.asarray(value) for name, value in terms.items())
 
 
+def needs_vectors(settings: RewardSettings) -> bool:
+    """Whether a reward with a weight looks at vectors: of candidates, of queries, of the corpus."""
+    searched = settings.search != "bm25" and (settings.corpus > 0 or settings.gain > 0)
+    return searched or settings.positive > 0 or settings.answer > 0 or settings.group > 0
+
+
 def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     """The groups, with all that candidates.jsonl says of their candidates.
 
@@ -62,11 +66,28 @@ def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     Raises:
         NotFiniteError: A reward is not finite, naming its query after `what`.
     """
+    return _rewarded(evidence, what, SIDES)
+
+
+def score_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
+    """The groups with rewards that have a weight, and no others: what on-policy training wants.
+
+    Evidence has answers where `reward.answer` has a weight, and vectors where `needs_vectors`; the
+    groups have no self-answer otherwise. Similarities and ranks are there as far as vectors are.
+
+    Raises:
+        NotFiniteError: As `reward_groups`.
+    """
+    return _rewarded(evidence, what, ())
+
+
+def _rewarded(evidence: Evidence, what: str, always: Sequence[str]) -> list[Group]:
+    """The groups with the rewards that have a weight, or that are `always` there."""
     weights = evidence.context.config.reward
     terms = {
         name: reward(evidence)
         for name, reward in REWARDS.items()
-        if name in SIDES or getattr(weights, name) > 0
+        if name in always or getattr(weights, name) > 0
     }
     total = total_reward(terms, weights)
     finite = np.isfinite(total).all(axis=1)

@@ -9,7 +9,7 @@ from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.samples import RANK, REWARD
 from expandr_jax.rewards import ranks as rewards
-from expandr_jax.rewards.search import corpus_reward, judged_documents
+from expandr_jax.rewards.search import judged_documents, measure_searches, vector_search
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries, fuse_each
 
@@ -24,7 +24,8 @@ def sample_rows(
     """Rows of samples.jsonl: a passage's rank of a relevant document, and its reward in the corpus.
 
     The former is of a search for the passage alone; the latter, where the config has it, is what
-    the generator is trained for: `reward.corpus_measure` of a search for query and passage.
+    the generator is trained for: `reward.corpus_measure` of a search for query and passage. It is
+    there where `reward.search` is "dense", as these are searches for vectors.
 
     Args:
         name: The system whose passages they are.
@@ -46,10 +47,12 @@ def sample_rows(
         first = np.min(np.where(ranks > 0, ranks, np.inf), axis=-1).reshape(-1, samples)
         first = np.where(part.present & np.isfinite(first), first, 0).astype(int)
         values = {RANK: rewards.reciprocal_rank(first)}
-        if config.reward.corpus > 0:
-            weight = config.reward.query_weight
-            fused = fuse_each(*vectors, query_weight=weight, normalize=normalize)
-            values[REWARD] = corpus_reward(config, corpus.evaluated, fused, judged)
+        reward = config.reward
+        if reward.corpus > 0 and reward.search == "dense":
+            fused = fuse_each(*vectors, query_weight=reward.query_weight, normalize=normalize)
+            search = vector_search(corpus.evaluated, fused, reward.depth)
+            how = reward.corpus_measure, reward.corpus_temperature
+            values[REWARD] = measure_searches(search, judged, samples, *how)
         rows += [
             {"query_id": query, "split": split, "system": name, "sample": sample}
             | {field: float(value[i, sample]) for field, value in values.items()}

@@ -101,27 +101,23 @@ def measure_searches(
     return result
 
 
-def corpus_reward(config: Any, index: Index, fused: np.ndarray, judged: Judged) -> np.ndarray:
-    """`reward.corpus_measure` of each expanded query's search: [queries, candidates] float64.
-
-    Args:
-        config, index: The whole config, and the corpus's index.
-        fused: [queries, candidates, dim] a query's vector with each of its candidates.
-        judged: The same queries' relevant documents.
-    """
-    settings = config.reward
+def vector_search(index: Index, vectors: np.ndarray, depth: int) -> Search:
+    """Searches an index for some vectors of each query, [queries, searches of a query, dim]."""
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        return index.search(fused[part].reshape(-1, fused.shape[-1]), settings.depth)
+        return index.search(vectors[part].reshape(-1, vectors.shape[-1]), depth)
 
-    how = settings.corpus_measure, settings.corpus_temperature
-    return measure_searches(search, judged, fused.shape[1], *how)
+    return search
 
 
 def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Judged) -> np.ndarray:
     """`ranks.group_ndcg` over sets drawn by (seed, query id): [queries, candidates].
 
-    Vectors are [documents, dim] of the corpus, other arguments as for `corpus_reward`.
+    Args:
+        config: The whole config.
+        vectors: [documents, dim] of the corpus.
+        fused: [queries, candidates, dim] a query's vector with each of its candidates.
+        judged: The same queries' relevant documents.
     """
     result = np.zeros(fused.shape[:2])
     for row, query in enumerate(judged.queries):

@@ -70,12 +70,8 @@ def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None
 
 
 def nothing_to_learn(group: Group, threshold: float) -> str | None:
-    """Why nothing is to be learned of a rewarded group, or None.
-
-    Where its similarities are not known, they are not asked for.
-    """
-    known = all(side in candidate.similarities for candidate in group.candidates for side in SIDES)
-    if known and not _is_similar(group, threshold):
+    """Why nothing is to be learned of a rewarded group, or None."""
+    if not _is_similar(group, threshold):
         return "below the similarity threshold"
     usable = [candidate for candidate in group.candidates if candidate.text.strip()]
     if not usable:
@@ -86,6 +82,9 @@ def nothing_to_learn(group: Group, threshold: float) -> str | None:
 
 
 def _is_similar(group: Group, threshold: float) -> bool:
+    """Whether it passes the filter, for which its similarities have to be known."""
+    if not all(side in c.similarities for c in group.candidates for side in SIDES):
+        return True
     columns = (np.array([c.similarities[side] for c in group.candidates]) for side in SIDES)
     return bool(passes_similarity_filter(*columns, threshold))
 

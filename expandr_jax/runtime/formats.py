@@ -26,7 +26,7 @@ ABSENT: dict[str, Any] = {
     "generator.today": "",
     "reward.gain": 0.0,
     "reward.gain_measure": "ndcg",
-    "reward.gain_search": "dense",
+    "reward.search": "dense",
     "mesh.workers": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     # Older runs searched by the index, whatever it missed; what is left of them is exact.
@@ -44,7 +44,7 @@ ABSENT: dict[str, Any] = {
 # did. The one is no strategy any more, the other asks for a text before it.
 REPLACED = ("q2a", "csqe")
 # Setting -> its present name.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"reward.gain_search": "reward.search"}
 
 
 def translated(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +63,10 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
     section, name = find_setting(config, "expansion.strategy")
     if "format" not in record and section.get("template") and section.get(name) in REPLACED:
         section[name] = "q2d"
+    reward = config.get("reward", {})
+    if "gain_search" in reward and (reward["corpus"] > 0 or not reward["gain"] > 0):
+        # It was of `gain` alone: `corpus` was searched by vectors, whatever it said.
+        reward["gain_search"] = "dense"
     for old, new in RENAMED.items():
         section, name = find_setting(config, old)
         if name in section:
@@ -73,6 +77,18 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
         section, name = find_setting(config, setting)
         section.setdefault(name, value)
     return config
+
+
+def check_goes_on(where: str, record: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run that no present settings mean, though its models can be used."""
+    reward = record["config"].get("reward", {})
+    other = reward.get("gain_search", "dense")
+    if other != "dense" and reward["gain"] > 0 and reward["corpus"] > 0:
+        raise UserError(
+            f"{where}: searched by {other} for reward.gain and by vectors for reward.corpus, where "
+            "reward.search is one for both; go on with the version that wrote it, or use a new "
+            "--workdir"
+        )
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:

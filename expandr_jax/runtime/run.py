@@ -26,7 +26,7 @@ from expandr_jax.runtime import measures, processes
 from expandr_jax.runtime.additions import grown_settings, keep_grown
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
-from expandr_jax.runtime.formats import FORMAT, translated
+from expandr_jax.runtime.formats import FORMAT, check_goes_on, translated
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
@@ -169,7 +169,9 @@ class Run:
             # The start before this one wrote nothing else: it may have had a mistyped path.
             self._write_config(path)
         try:
-            before = translated(json.loads(path.read_bytes()))
+            record = json.loads(path.read_bytes())
+            before = translated(record)
+            check_goes_on(self.address, record)
             self._keep_chats(before["generator"])
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise UserError(

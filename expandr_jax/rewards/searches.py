@@ -1,6 +1,6 @@
-"""What a candidate adds to its query's search: below 0 where the plain query does better.
+"""How rewards search the corpus for expanded queries, by the names of `reward.search`.
 
-Each query is searched for alone, then with each of its candidates.
+Each takes evidence, and whether a query is searched for alone before it is with its candidates.
 """
 
 import numpy as np
@@ -8,24 +8,21 @@ import numpy as np
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
-from expandr_jax.rewards.search import Search, measure_searches
+from expandr_jax.rewards.search import Search, measure_searches, vector_search
 
 
-def dense_search(evidence: Evidence) -> Search:
+def dense_search(evidence: Evidence, plain: bool) -> Search:
     """Searches for vectors, those of expanded queries with `reward.query_weight`."""
-    queries = evidence.queries
-    absent = np.zeros((len(queries), 1), bool)
-    alone = evidence.fuse(queries, np.zeros_like(queries)[:, None], absent, query_weight=1.0)
-    index, depth = evidence.context.corpus.index, evidence.context.config.reward.depth
-
-    def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        vectors = np.concatenate([alone[part], evidence.fused[part]], axis=1)
-        return index.search(vectors.reshape(-1, vectors.shape[-1]), depth)
-
-    return search
+    vectors, queries = evidence.fused, evidence.queries
+    if plain:
+        absent = np.zeros((len(queries), 1), bool)
+        alone = evidence.fuse(queries, np.zeros_like(queries)[:, None], absent, query_weight=1.0)
+        vectors = np.concatenate([alone, vectors], axis=1)
+    context = evidence.context
+    return vector_search(context.corpus.index, vectors, context.config.reward.depth)
 
 
-def bm25_search(evidence: Evidence) -> Search:
+def bm25_search(evidence: Evidence, plain: bool) -> Search:
     """Searches for words, those of expanded queries as the strategy writes them for BM25."""
     config, index = evidence.context.config, evidence.context.words
     sparse = STRATEGIES[config.expansion.strategy].sparse
@@ -34,16 +31,16 @@ def bm25_search(evidence: Evidence) -> Search:
         queries = []
         for group in evidence.groups[part]:
             expanded = (sparse(group.query, [text] if text else []) for text in group.texts)
-            queries += [group.query, *expanded]
+            queries += [*([group.query] if plain else []), *expanded]
         scores, found = index.search(queries, config.reward.depth)
         return scores, np.where(scores > 0, found, -1)  # The others share no word with the query.
 
     return search
 
 
-def fused_search(evidence: Evidence) -> Search:
+def fused_search(evidence: Evidence, plain: bool) -> Search:
     """Reciprocal rank fusion of both."""
-    searches = dense_search(evidence), bm25_search(evidence)
+    searches = dense_search(evidence, plain), bm25_search(evidence, plain)
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
         columns = [search(part)[1] for search in searches]
@@ -58,20 +55,30 @@ def fused_search(evidence: Evidence) -> Search:
     return search
 
 
-GAIN_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_search}
+REWARD_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_search}
+
+
+def corpus_reward(evidence: Evidence) -> np.ndarray:
+    """`reward.corpus_measure` of each expanded query's search: [queries, candidates] float64."""
+    return _worth(evidence, evidence.context.config.reward.corpus_measure, plain=False)
 
 
 def gain_reward(evidence: Evidence) -> np.ndarray:
     """`reward.gain_measure` of each expanded query's search, less that of the query's own search.
 
-    [queries, candidates] float64, between -1 and 1.
+    [queries, candidates] float64, below 0 where the plain query does better.
     """
+    worth = _worth(evidence, evidence.context.config.reward.gain_measure, plain=True)
+    return worth[:, 1:] - worth[:, :1]
+
+
+def _worth(evidence: Evidence, measure: str, plain: bool) -> np.ndarray:
+    """[queries, searches of a query] what they are worth."""
     settings = evidence.context.config.reward
-    worth = measure_searches(
-        GAIN_SEARCHES[settings.gain_search](evidence),
+    return measure_searches(
+        REWARD_SEARCHES[settings.search](evidence, plain),
         evidence.judged,
-        1 + evidence.candidates.shape[1],
-        settings.gain_measure,
+        plain + evidence.each,
+        measure,
         settings.corpus_temperature,
     )
-    return worth[:, 1:] - worth[:, :1]
