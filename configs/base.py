@@ -134,12 +134,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.
     reward.answer = 1.0  # Weight of 1 / rank among candidates, by similarity to the self-answer.
-    reward.search = (
-        "dense"  # How corpus and gain search: "dense", "bm25", or "fused", both by ranks.
-    )
+    reward.search = "dense"  # How corpus and gain search: "dense", "bm25" or "fused", both of them.
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
     # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision" of all relevant
-    # ones, or "softmax_share": theirs of softmax(score / corpus_temperature) over the results.
+    # ones; "softmax_share": theirs of softmax(score / corpus_temperature) over the results;
+    # "piecewise_rank" of the first one: 2 falls to 1 over ranks 1 to 10, to 0 at rank 100.
     reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
     reward.corpus_temperature = 0.05  # "softmax_share": the smaller, the more the first ones count.
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.
@@ -147,6 +146,10 @@ def get_config() -> ml_collections.ConfigDict:
     reward.group_sets = 4  # Draws of them whose nDCG is averaged.
     reward.gain = 0.0  # Weight of what a candidate adds to its query's search; it may be below 0.
     reward.gain_measure = "ndcg"  # What a search is worth there, as for reward.corpus_measure.
+    reward.length = 0.0  # Weight of 0 for a text, falling to -1 as it nears max_new_tokens.
+    reward.length_cache = 100  # So many tokens short of them it begins to fall.
+    reward.format = 0.0  # Weight of 1 for a text that is as the pattern says, and 0 for others.
+    reward.format_pattern = ".+"  # A regular expression that all of it matches; . is any character.
     reward.query_weight = 0.5  # The query vector's weight in these rankings.
     reward.depth = 100  # Results of the search in the corpus; a document below them counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.

@@ -130,6 +130,9 @@ def _check(config: Config) -> None:
             config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
             "with candidates.per_temperature at least two different texts, to prefer one",
         )  # fmt: skip
+    if config.reward.length > 0 and config.reward.length_cache > texts.max_new_tokens:
+        longest = f"at most candidates.max_new_tokens, {texts.max_new_tokens}"
+        raise _refuse(config, "reward.length_cache", longest)
     step_a = config.contrastive
     # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:

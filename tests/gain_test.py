@@ -79,6 +79,8 @@ def plain_measure(measure, found, scores, grades):
     ranks = {d: i + 1 for i, d in enumerate(found)}
     if measure == "reciprocal_rank":
         return 1 / ranks[max(grades, key=grades.get)] if max(grades, key=grades.get) in ranks else 0
+    if measure == "piecewise_rank":
+        return max((2 - (ranks[d] - 1) / 9 for d in grades if d in ranks), default=0)
     if measure == "average_precision":
         there = sorted(ranks[d] for d in grades if d in ranks)
         return sum((i + 1) / rank for i, rank in enumerate(there)) / len(grades)

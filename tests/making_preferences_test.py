@@ -41,11 +41,18 @@ class Encoder:
         ).astype(np.float32)
 
 
+class Sampled(dict):
+    """Texts by query and sample, with what the journal says of them."""
+
+    def row(self, key):
+        return {"tokens": key[1] + 1, "finished": "eos" if key[1] else "length"}
+
+
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     config = read_config(smoke.get_config())
     count = len(config.candidates.temperatures) * config.candidates.per_temperature
-    texts = {(query, i): f"{query} text {i}" for query in QUERIES for i in range(count)}
+    texts = Sampled({(q, i): f"{q} text {i}" for q in QUERIES for i in range(count)})
     answers = {query: f"answer of {query}" for query in QUERIES}
     monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: (QUERIES, texts))
     monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
@@ -77,12 +84,31 @@ def test_pairs_are_made(make):
         assert {row["query_id"] for row in rows} == set(QUERIES)
 
 
+def test_lengths_and_formats_are_those_of_the_texts_as_sampled(make):
+    make_preferences, run = make
+    weights = {"reward.length": 0.5, "reward.length_cache": 7, "reward.format": 2.0}
+    run.config = with_settings(
+        run.config, {**weights, "reward.format_pattern": "q[0-3].*", "reward.corpus": 0.0}
+    )
+    make_preferences()
+    for _, row in read_jsonl(run.path("round-0", "candidates.jsonl"), {}):
+        for i, found in enumerate(row["candidates"]):
+            terms = found["reward_terms"]
+            # Of 8 tokens at most, the second one is past what is free; the first text was cut.
+            assert terms["length"] == (-i / 7 if i else -1)
+            assert terms["format"] == (row["query_id"] in ("q0", "q1", "q2", "q3"))
+            assert found["reward"] == pytest.approx(
+                terms["positive"] + terms["answer"] + terms["length"] / 2 + 2 * terms["format"]
+            )
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
     """But for rounding, as of another shape; no more texts than a block's are encoded at once."""
     make_preferences, run = make
     weights = {f"reward.{name}": 1.0 for name in REWARDS}
-    sizes = {"reward.depth": 7, "reward.group_size": 5, "reward.search": "fused"}
+    sizes = {"reward.depth": 7, "reward.group_size": 5, "reward.search": "fused",
+             "reward.length_cache": 7}  # fmt: skip
     run.config = with_settings(run.config, {**weights, **sizes})
     paths = [run.path("round-0", f"{name}.jsonl") for name in ("candidates", "preferences")]
 

@@ -145,6 +145,7 @@ DOCUMENTS = {
 }  # fmt: skip
 # The candidates of one query, (1, 0); d2 is relevant to it, the answer lies at (0.6, 0.8).
 TEXTS, VECTORS = ["loss", "axis", "norm", ""], [[0.0, 1.0], [1.0, 0.0], [0.28, 0.96], [0.0, 0.0]]
+LENGTHS = {"loss": 15, "axis": 12, "norm": 16, "": 1}
 WORTH = {
     "positive": [1, 1 / 3, 1 / 2, 1 / 4],  # Cosines 1, 0, 0.96 and 0; ties in order.
     "answer": [1 / 2, 1 / 3, 1, 1 / 4],  # 0.8, 0.6, 0.936 and 0.
@@ -152,12 +153,16 @@ WORTH = {
     "corpus": [1, 1 / 3, 1 / 2, 1 / 3],
     "gain": [1 / 2, 0, 1 / math.log2(3) - 1 / 2, 0],  # Less the plain query's, 1 / log2(1 + 3).
     "group": [1, 1 / 2, 1 / math.log2(3), 1 / 2],  # nDCG: 1 / log2(1 + rank).
+    "length": [-3 / 4, 0, -1, 0],  # Of 16 tokens at most, 4 of which are punished.
+    "format": [1, 0, 0, 1],  # Either "loss" or nothing.
 }
 
 
 def evidence(texts, vectors):
     config = base.get_config()
-    config.reward.update({"query_weight": 0.2, "group_size": 9, "depth": 3})
+    config.reward.update({"query_weight": 0.2, "group_size": 9, "depth": 3, "length_cache": 4})
+    config.reward.format_pattern = "(l.*)?"
+    config.candidates.max_new_tokens = 16
     config = read_config(config)
     collection = Collection(
         "c",
@@ -170,7 +175,8 @@ def evidence(texts, vectors):
         np.array([vector for _, vector in DOCUMENTS.values()], np.float32),
         dataclasses.replace(config.search, backend="exact"),
     )
-    group = Group("q", "axis", "d2", "an answer", [Candidate(text) for text in texts])
+    candidates = [Candidate(text, length=LENGTHS[text]) for text in texts]
+    group = Group("q", "axis", "d2", "an answer", candidates)
     data = TrainingData(collection, [], ["q"])
     return Evidence(
         RewardContext(config, data, corpus, ["q"], 100), [group],

@@ -7,6 +7,7 @@ import pytest
 
 from expandr_jax import metrics
 from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.form import soft_overlong
 from expandr_jax.rewards.registry import total_reward
 from expandr_jax.rewards.selection import (
     candidate_shares,
@@ -45,6 +46,20 @@ def test_permuting_candidates_permutes_rewards():
 def test_a_better_rank_never_scores_less():
     values = rewards.reciprocal_rank(np.array([1, 2, 3, 100, 0]))
     np.testing.assert_allclose(values, [1, 1 / 2, 1 / 3, 1 / 100, 0])
+
+
+def test_piecewise_ranks_of_worked_examples():
+    found = rewards.piecewise_rank(np.array([1, 2, 5, 10, 11, 55, 99, 100, 101, 1000, 0]))
+    expected = [2, 17 / 9, 14 / 9, 1, 89 / 90, 1 / 2, 1 / 90, 0, 0, 0, 0]
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(rewards.best_rank(np.array([[0, 7, 3], [0, 0, 0]])), [3, 0])
+
+
+def test_what_a_long_text_loses_in_a_worked_example():
+    lengths = np.array([1, 12, 13, 14, 15, 16, 16, 3])
+    cut = np.array([0, 0, 0, 0, 0, 0, 1, 1], bool)
+    found = soft_overlong(lengths, cut, most=16, cache=4)
+    np.testing.assert_array_equal(found, [0, 0, -0.25, -0.5, -0.75, -1, -1, -1])
 
 
 def test_the_rank_of_one_document_in_results():

@@ -69,6 +69,9 @@ def plain(measure, order, grades, scores):
     if measure == "reciprocal_rank":
         best = max(grades, key=grades.get)
         return 1 / (order.index(best) + 1) if best in order else 0.0
+    if measure == "piecewise_rank":
+        rank = min((order.index(d) + 1 for d in grades if d in order), default=101)
+        return 2 - (rank - 1) / 9 if rank <= 10 else max(0, 1 - (rank - 10) / 90)
     if measure == "average_precision":
         precisions = [
             sum(d in grades for d in order[: i + 1]) / (i + 1)

@@ -42,7 +42,8 @@ WRONG = [
       "contrastive.info_nce_weight", "contrastive.margin_mse_weight", "contrastive.kl_weight",
       "contrastive.invariance_weight", "expansion.temperature", "answer.temperature", "dpo.gamma",
       "generator.memory_limit", "reward.positive", "reward.answer", "reward.corpus", "reward.group",
-      "reward.gain", "data.shares.dev") for value in (-0.1, math.nan, math.inf)),
+      "reward.gain", "reward.length", "reward.format", "data.shares.dev")
+      for value in (-0.1, math.nan, math.inf)),
     *((name, value, SHARE) for name in ("contrastive.query_weight", "contrastive.plain_share",
       "reward.query_weight") for value in (-0.1, 1.1, math.nan)),
     *((f"{section}.top_p", value, "a finite number above 0 and at most 1")
@@ -107,6 +108,9 @@ WRONG = [
     ("mining.absolute_margin", math.nan, "a finite number, or None"),
     ("mining.first", 50, "less than mining.depth, 50"),
     ("reward.corpus_measure", "mrr", "one of reciprocal_rank, ndcg, average_precision"),
+    ("reward.search", "colbert", "one of dense, bm25, fused"),
+    ("reward.length_cache", 0, COUNT),
+    ("reward.format_pattern", "(", "a regular expression"),
     ("reward.corpus_temperature", 0.0, "a finite number above 0"),
     ("reward.threshold", math.nan, "a finite number"),
     ("mesh.sampling", (1, 2), "(data, fsdp, tensor), or () for mesh's"),
@@ -283,6 +287,18 @@ def test_shares_of_a_softmax_want_vectors_of_unit_length():
         read_config(config)
     config.reward.update(corpus=0.0, gain=1.0, gain_measure="softmax_share")
     with pytest.raises(UserError, match=r"as reward\.gain_measure is"):
+        read_config(config)
+
+
+def test_no_more_tokens_are_punished_than_a_text_may_have():
+    config = base.get_config()
+    config.candidates.max_new_tokens = 99
+    read_config(config)
+    config.reward.length = 1.0
+    with pytest.raises(
+        UserError,
+        match=r"^reward\.length_cache is 100; expected at most candidates\.max_new_tokens, 99",
+    ):
         read_config(config)
 
 

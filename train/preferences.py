@@ -11,7 +11,7 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled, requests_of
 from expandr_jax.expansion.prompts import PROMPTS
-from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
+from expandr_jax.expansion.sampled import MadeWhenAsked, SampledTexts, sample_texts
 from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
@@ -54,13 +54,19 @@ def make_preferences(
     with run.phase(f"rewards, round {round_}"):
         temperatures = _temperatures(run)
 
+        def candidate(query: str, i: int) -> Candidate:
+            # A row is read once more for what only this reward looks at.
+            row = candidates.row((query, i)) if run.config.reward.length > 0 else {}
+            known = {"length": row["tokens"], "finished": row["finished"]} if row else {}
+            return Candidate(candidates[query, i], temperatures[i], **known)
+
         def group(query: str) -> Group:
             return Group(
                 query,
                 data.collection.queries[query],
                 data.positive(query),
                 answers[query],
-                [Candidate(candidates[query, i], t) for i, t in enumerate(temperatures)],
+                [candidate(query, i) for i in range(len(temperatures))],
                 generator.chat_text(prompts[query]),
             )
 
@@ -106,7 +112,7 @@ def make_preferences(
 
 def _sample_candidates(
     run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
-) -> tuple[Mapping[str, str], Texts]:
+) -> tuple[Mapping[str, str], SampledTexts]:
     """Query id -> the message that it asks, and (query id, candidate) -> text."""
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     path = run.path("work", f"round-{round_}", "candidates.jsonl")

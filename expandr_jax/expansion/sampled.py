@@ -52,16 +52,20 @@ class SampledTexts(Mapping):
         self._keys = Keys(map(_key, rows))
 
     def __getitem__(self, key: tuple[str, int]) -> str:
-        number = self._keys.row(key)
-        if number is None:
-            raise KeyError(key)
-        return self.text(self.rows[number])
+        return self.text(self.row(key))
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return map(_key, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def row(self, key: tuple[str, int]) -> Mapping[str, Any]:
+        """The row of a text; KeyError if there is none."""
+        number = self._keys.row(key)
+        if number is None:
+            raise KeyError(key)
+        return self.rows[number]
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The text of a row."""

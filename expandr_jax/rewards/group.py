@@ -15,6 +15,9 @@ class Candidate:
         text: What it says; "" where the model said nothing.
         temperature: What it was sampled at; None where a file does not say.
         tokens: Its token ids as they were sampled; none where a file has kept the text alone.
+        length: How many tokens were sampled; None where a file does not say.
+        finished: What ended it, as `Completion` has it: "eos", "length", "stop" or "refused"; ""
+            where a file does not say.
         log_probs: The log-probability of each of them then, or None where nobody kept them.
         similarities: Its cosine to the positive document and to the self-answer, where they were
             compared.
@@ -26,6 +29,8 @@ class Candidate:
     text: str
     temperature: float | None = None
     tokens: Sequence[int] = ()
+    length: int | None = None
+    finished: str = ""
     log_probs: Sequence[float] | None = None
     similarities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)

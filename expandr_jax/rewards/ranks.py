@@ -26,6 +26,22 @@ def reciprocal_rank(rank: np.ndarray) -> np.ndarray:
     return np.divide(1.0, rank, out=np.zeros_like(rank), where=rank > 0)
 
 
+def piecewise_rank(rank: np.ndarray) -> np.ndarray:
+    """2 falling to 1 over ranks 1 to 10, then to 0 at rank 100; 0 beyond and where the rank is 0.
+
+    2 - (rank - 1) / 9 up to rank 10, 1 - (rank - 10) / 90 from there to 100: the reward of
+    ConvSearch-R1, arXiv 2505.15776, which tells ranks apart where their inverses hardly do.
+    """
+    rank = np.asarray(rank)
+    return np.where(rank > 0, np.interp(rank, [1, 10, 100], [2.0, 1.0, 0.0]), 0.0)
+
+
+def best_rank(rank: np.ndarray) -> np.ndarray:
+    """The first of [..., count] ranks of several documents; 0 where none was found."""
+    first = np.min(np.where(rank > 0, rank, np.inf), axis=-1)
+    return np.where(np.isfinite(first), first, 0).astype(np.int64)
+
+
 def ranks_in_results(results: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Where a search found each of several documents.
 

@@ -8,11 +8,12 @@ import numpy as np
 
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.rewards.evidence import Evidence
+from expandr_jax.rewards.form import format_reward, length_reward
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import reciprocal_rank
 from expandr_jax.rewards.search import SEARCH_MEASURES, group_reward
 from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
-from expandr_jax.settings import MANY, NotNegative, Positive, Share, choice, count
+from expandr_jax.settings import MANY, PATTERN, NotNegative, Positive, Share, choice, count
 
 Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
 
@@ -24,6 +25,8 @@ REWARDS: dict[str, Reward] = {
         evidence.context.config, evidence.context.corpus.vectors, evidence.fused, evidence.judged
     ),
     "gain": gain_reward,
+    "length": length_reward,
+    "format": format_reward,
 }
 
 
@@ -42,6 +45,10 @@ class RewardSettings:
     gain: NotNegative
     gain_measure: Annotated[str, choice(SEARCH_MEASURES)]
     search: Annotated[str, choice(REWARD_SEARCHES)]
+    length: NotNegative
+    length_cache: Annotated[int, count(1)]
+    format: NotNegative
+    format_pattern: Annotated[str, PATTERN]
     query_weight: Share
     depth: Annotated[int, count(1)]
     threshold: float

@@ -44,8 +44,7 @@ def sample_rows(
         judged = judged_documents(data, part.ids, row_of, split=split)
         documents = np.repeat(judged.documents, samples, axis=0)
         ranks = rewards.ranks_in_results(found, documents)
-        first = np.min(np.where(ranks > 0, ranks, np.inf), axis=-1).reshape(-1, samples)
-        first = np.where(part.present & np.isfinite(first), first, 0).astype(int)
+        first = np.where(part.present, rewards.best_rank(ranks).reshape(-1, samples), 0)
         values = {RANK: rewards.reciprocal_rank(first)}
         reward = config.reward
         if reward.corpus > 0 and reward.search == "dense":

@@ -72,6 +72,9 @@ SEARCH_MEASURES: dict[str, Callable[..., np.ndarray]] = {
     "softmax_share": lambda scores, found, documents, grades, temperature: ranks.softmax_share(
         scores, found, documents, temperature
     ),
+    "piecewise_rank": lambda scores, found, documents, grades, temperature: ranks.piecewise_rank(
+        ranks.best_rank(ranks.ranks_in_results(found, documents))
+    ),
 }
 
 # Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling

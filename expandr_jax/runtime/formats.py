@@ -27,6 +27,10 @@ ABSENT: dict[str, Any] = {
     "reward.gain": 0.0,
     "reward.gain_measure": "ndcg",
     "reward.search": "dense",
+    "reward.length": 0.0,
+    "reward.length_cache": 100,
+    "reward.format": 0.0,
+    "reward.format_pattern": ".+",
     "mesh.workers": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     # Older runs searched by the index, whatever it missed; what is left of them is exact.
