@@ -7,21 +7,13 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
+from expandr_jax.weights.special_tokens import special_tokens
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 # Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTE_LEVEL = ("RobertaTokenizer", "RobertaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
@@ -33,7 +25,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
 
     Args:
         directory: Holds tokenizer.json and, optionally, tokenizer_config.json,
-            special_tokens_map.json and chat_template.jinja.
+            special_tokens_map.json, added_tokens.json and chat_template.jinja.
         model_type: As in config.json; only BERT takes token types.
 
     Returns:
@@ -57,7 +49,6 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     backend.no_truncation()
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
-    special = Fields.read(directory / "special_tokens_map.json", optional=True)
     own, cut = backend.normalizer, backend.pre_tokenizer
     if isinstance(cut, ByteLevel) and settings.text("tokenizer_class", "") in _BYTE_LEVEL:
         cut.add_prefix_space = settings.flag("add_prefix_space", False)
@@ -77,18 +68,9 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
         "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
         "split_special_tokens": settings.flag("split_special_tokens", None),
-        "added_tokens_decoder": _added_tokens(settings.section("added_tokens_decoder")),
+        **special_tokens(directory, settings, backend),
     }
-    # A name alone is the token as tokenizer.json has it, with the white space that it takes along.
-    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for name in _SPECIAL_TOKENS:
-        token = _token(settings if name in settings else special, name)
-        options[name] = added.get(token, token) if isinstance(token, str) else token
-    template = directory / "chat_template.jinja"
-    if template.exists():
-        options["chat_template"] = read_text(template)
-    elif settings.values.get("chat_template"):
-        options["chat_template"] = _template(settings)
+    options["chat_template"] = _templates(directory, settings)
     options = {name: value for name, value in options.items() if value is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     _add_ends(tokenizer, settings)
@@ -138,30 +120,19 @@ def model_max_length(settings: Fields) -> int | None:
     return None if length is None else int(length)
 
 
-def _token(settings: Fields, name: str) -> str | AddedToken | None:
-    """A special token: a string, or an object that says how it is cut from a text."""
-    if not isinstance(settings.values.get(name), dict):
-        return settings.text(name, None)
-    token = settings.section(name)
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    given = {flag: token.flag(flag, False) for flag in flags if flag in token}
-    return AddedToken(token.text("content"), **given)
-
-
-def _added_tokens(given: Fields) -> dict[int, str | AddedToken]:
-    """Tokens by id, each with its flags, which hold if tokenizer.json has others."""
-    if wrong := next((number for number in given.values if not number.isdecimal()), None):
-        raise given.refuse(wrong, "tokens by their ids")
-    return {int(number): _token(given, number) for number in given.values if number in given}
-
-
-def _template(settings: Fields) -> str:
-    """A chat template, or the default one of several."""
-    if not isinstance(settings.values["chat_template"], list):
-        return settings.text("chat_template")
-    entries = [
-        Fields(entry, settings.where, "chat_template.")
-        for entry in settings.items("chat_template", dict)
-    ]
-    named = {entry.text("name"): entry.text("template") for entry in entries}
-    return named.get("default", next(iter(named.values())))
+def _templates(directory: Path, settings: Fields) -> str | dict[str, str] | None:
+    """A chat template, or several by name: of files of their own, else of the settings."""
+    files = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    named = {path.stem: read_text(path) for path in files}
+    if (own := directory / "chat_template.jinja").exists():
+        named["default"] = read_text(own)
+    if not named:
+        if not isinstance(settings.values.get("chat_template"), list):
+            return settings.text("chat_template", None) or None
+        for entry in settings.items("chat_template", dict):
+            field = Fields(entry, settings.where, "chat_template.")
+            name, text = field.text("name"), field.text("template")
+            if Path(name).name != name:  # An export writes a file of this name.
+                raise field.refuse("name", "a file's name")
+            named[name] = text
+    return named["default"] if named.keys() == {"default"} else named or None
