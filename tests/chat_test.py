@@ -11,14 +11,16 @@ import pytest
 import transformers.utils.chat_template_utils as theirs
 import trl
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl.data_utils import apply_chat_template, common_prefix_length
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.errors import UserError
 from expandr_jax.objectives.preference import read_pairs, tokenize_pairs
+from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator
+from tests.file_options import edit
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-llama"
 DAY = datetime.date(2031, 3, 4)
@@ -120,6 +122,60 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
             assert found == {k: right[k] for k in found}
             compared += 1
     assert compared >= 4
+
+
+NAMED = {name: f"{name} {MISTRAL}" for name in ("default", "tool_use", "rag")}
+
+
+@pytest.mark.parametrize("form", ["config", "files", "export"])
+def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_any(
+    tokenizer, tmp_path, form
+):
+    for file in TINY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").unlink()
+    if form == "files":
+        folder = tmp_path / "additional_chat_templates"
+        folder.mkdir()
+        for name, text in NAMED.items():
+            (folder / f"{name}.jinja").write_text(text)
+        (folder / "default.jinja").rename(tmp_path / "chat_template.jinja")
+    else:
+        named = [{"name": name, "template": text} for name, text in NAMED.items()]
+        edit(tmp_path / "tokenizer_config.json", chat_template=named)
+    own, params = load_generator(str(tmp_path))
+    if form == "export":
+        export_generator(tmp_path / "export", own, params)
+        own, _ = load_generator(str(tmp_path / "export"))
+    theirs_own = AutoTokenizer.from_pretrained(tmp_path / ("export" * (form == "export")))
+    begins = []
+    for row in (ROWS[0], ROWS[3], {**ROWS[0], "chat_template_kwargs": {"chat_template": "rag"}}):
+        row = {key: value for key, value in row.items() if key != "prompt"} | {
+            "prompt": ROWS[0]["prompt"],
+            "chosen": [{"role": "assistant", "content": "good"}],
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        }
+        (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+        right = apply_chat_template(row, theirs_own, tools=row.get("tools"))
+        ((found,), _) = read_preferences(path, own.tokenizer, prompt_length=10**6)
+        assert found["prompt"] == right["prompt"]
+        begins.append(found["prompt"].split()[0])
+    assert begins == [*NAMED]
+    assert own.chat_text("a query").startswith("default ")
+
+
+def test_several_templates_without_a_default_are_refused(tmp_path):
+    for file in TINY.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").unlink()
+    for names, message in (
+        (["tool_use", "rag"], "multiple chat templates with no default"),
+        (["default", "../rag"], r"chat_template.name is '../rag'; expected a file's name"),
+    ):
+        named = [{"name": name, "template": "x"} for name in names]
+        edit(tmp_path / "tokenizer_config.json", chat_template=named)
+        with pytest.raises(UserError, match=message):
+            load_generator(str(tmp_path))
 
 
 # Its prompt ends within a token of the tiny model's tokenizer, which has " good" in one piece.

@@ -184,7 +184,8 @@ def test_the_hub_is_asked_for_what_loaders_read_alone(tmp_path, monkeypatch):
     names = (
         "config.json", "model.safetensors", "modules.json", "1_Pooling/config.json",
         "2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "onnx/model.json",
-        "original/params.json", "consolidated.safetensors", "README.md",
+        "original/params.json", "consolidated.safetensors", "README.md", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
     )  # fmt: skip
     kinds = ("Transformer", "Pooling", "Dense")
     listing = [
@@ -203,7 +204,8 @@ def test_the_hub_is_asked_for_what_loaders_read_alone(tmp_path, monkeypatch):
     assert source.locate("owner/name") == pathlib.Path(tmp_path)
     assert fetched == {
         "config.json", "model.safetensors", "modules.json", "1_Pooling/config.json",
-        "2_Dense/model.safetensors",
+        "2_Dense/model.safetensors", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
 
 

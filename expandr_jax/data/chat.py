@@ -38,13 +38,15 @@ def apply_template(
     Raises:
         jinja2.TemplateError: The template refuses the messages.
     """
-    template = options.get("chat_template") or tokenizer.chat_template
+    # Of several templates, as transformers: "tool_use" where there are tools, else "default".
+    template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     if "strftime_now" in template:
         start = datetime.datetime.combine(today, datetime.time())
         codes = [flag + letter for flag in ("", *_FLAGS) for letter in string.ascii_letters]
+        template = _CLOCK + template
         options |= {
-            "chat_template": _CLOCK + template,
             "flags": _FLAGS,
             "today_as": {"\0": "%", **{code: start.strftime("%" + code) for code in codes}},
         }
+    options["chat_template"] = template
     return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)

@@ -100,12 +100,22 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     architecture = metadata.text("general.architecture")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.text("tokenizer.chat_template", None),
+        chat_template=_templates(metadata),
         model_max_length=metadata.count(f"{architecture}.context_length"),
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **special,
     )
+
+
+def _templates(metadata: Fields) -> str | dict[str, str] | None:
+    """A chat template, or several by name."""
+    default = metadata.text("tokenizer.chat_template", None)
+    others = metadata.items("tokenizer.chat_templates", str, [])
+    named = {name: metadata.text(f"tokenizer.chat_template.{name}") for name in others}
+    if not named:
+        return default
+    return named if default is None else {**named, "default": default}
 
 
 def ends_of_turn(metadata: Fields) -> list[int]:

@@ -60,7 +60,7 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     # Files of other programs may be as large as the model: original/, onnx/, Mistral's own weights.
-    others = ["*/*", "consolidated*"]
+    others = [f"*/{kind}" for kind in wanted if kind != "*.jinja"] + ["consolidated*"]
     try:
         download = functools.partial(snapshot_download, source, revision=revision)
         path = Path(download(allow_patterns=wanted, ignore_patterns=others))
