@@ -7,7 +7,7 @@ from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.weights import gguf_tokenizer
 from expandr_jax.weights.hf import load_generator, load_retriever
-from tests.gguf_test import write_gguf
+from tests.gguf_test import DEEP, write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +141,100 @@ def test_a_retriever_pools_as_its_file_says(written):
     assert retriever.pooling == "mean"
     with pytest.raises(UserError, match="pooling and normalize must be given"):
         load_retriever(written("qwen3", {"qwen3.pooling_type": 0}), normalize=True)
+
+
+def renamed(names, more):
+    """Changes keys of a file that is being written: new names, None to leave one out, and more."""
+
+    def change(writer):
+        known = writer.kv_data[-1]
+        for old, new in names.items():
+            value = known.pop(old)
+            known.update({new: value} if new else {})
+        for key, value in more.items():
+            known.pop(key, None)
+            kind = {bool: "bool", int: "uint32", float: "float32", list: "array"}[type(value)]
+            getattr(writer, f"add_{kind}")(key, value)
+
+    return change
+
+
+GLOBAL, LOCAL = "gemma3.rope.global.freq_base", "gemma3.rope.local.freq_base"
+OLLAMA = {
+    "gemma3.rope.freq_base": GLOBAL, "gemma3.attention.layer_norm_rms_epsilon": None,
+}  # fmt: skip
+SLIDES = [True, True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("names", "more"),
+    [
+        (OLLAMA, {LOCAL: 10000.0}),
+        ({}, {LOCAL: 10000.0, GLOBAL: 1000000.0}),
+        ({"gemma3.rope.freq_base": None}, {LOCAL: 10000.0}),
+        ({}, {"gemma3.attention.sliding_window_pattern": SLIDES}),
+    ],
+)
+def test_keys_of_ollama_s_converter_mean_llama_cpp_s(tmp_path, monkeypatch, names, more):
+    model = tiny_models.torch_model("gemma3", head=True, **DEEP)
+    write_gguf(tmp_path / "plain.gguf", model, "gemma3")
+    plain, _ = load_generator(str(tmp_path / "plain.gguf"))
+    write_header, change = gguf.GGUFWriter.write_header_to_file, renamed(names, more)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "write_header_to_file", lambda w: (change(w), write_header(w))
+    )
+    write_gguf(tmp_path / "ollama.gguf", model, "gemma3")
+    found, _ = load_generator(str(tmp_path / "ollama.gguf"))
+    assert found.module.config == plain.module.config
+    assert found.module.config.rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({GLOBAL: 5.0}, "gemma3.rope.global.freq_base is 5.0; expected the same as"),
+        (
+            {LOCAL: 10000.0, "gemma3.context_length": 131072},
+            "gemma3.context_length is 131072; expected at most 32768 where Ollama left",
+        ),
+        (
+            {"gemma3.attention.sliding_window_pattern": SLIDES[1:]},
+            "layer_types has 6 entries for 7 layers",
+        ),
+        ({"gemma3.attention.sliding_window_pattern": 5}, "sliding_window_pattern=5 is not"),
+        ({"gemma3.mm.tokens_per_image": 256}, "gemma3.mm.tokens_per_image=256 is not supported"),
+    ],
+)
+def test_what_ollama_s_converter_leaves_open_is_refused(tmp_path, monkeypatch, more, message):
+    model = tiny_models.torch_model("gemma3", head=True, **DEEP)
+    write_header, change = gguf.GGUFWriter.write_header_to_file, renamed({}, more)
+    monkeypatch.setattr(
+        gguf.GGUFWriter, "write_header_to_file", lambda w: (change(w), write_header(w))
+    )
+    write_gguf(tmp_path / "model.gguf", model, "gemma3")
+    with pytest.raises(UserError, match=message):
+        load_generator(str(tmp_path / "model.gguf"))
+
+
+def test_special_tokens_beyond_the_table_are_refused_in_texts_alone(models, tmp_path, monkeypatch):
+    """As Gemma's token for images, which its text model has no row for."""
+    add = gguf.GGUFWriter.add_token_list, gguf.GGUFWriter.add_token_types
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_list", lambda w, v: add[0](w, [*v, "<image>"]))
+    for kind, message in ((3, "token '<image>' has id 96"), (1, "the tokenizer here has 97")):
+        monkeypatch.setattr(
+            gguf.GGUFWriter, "add_token_types", lambda w, v, kind=kind: add[1](w, [*v, kind])
+        )
+        write_gguf(path := tmp_path / f"{kind}.gguf", models["llama"], "llama")
+        with pytest.raises(UserError, match=message):
+            load_generator(str(path))[0].token_ids(["ab", "an <image>"])
+    generator, _ = load_generator(str(tmp_path / "3.gguf"))
+    assert generator.token_ids(["ab"]) == [[95]]
+
+
+def test_templates_by_name_are_read(written):
+    named = {"tokenizer.chat_templates": ["tool_use"], "tokenizer.chat_template.tool_use": "tools"}
+    generator, _ = load_generator(written("llama", named))
+    assert generator.tokenizer.chat_template == {
+        "default": tiny_models.TEMPLATE, "tool_use": "tools"
+    }  # fmt: skip
+    assert generator.chat_text("ab") == load_generator(written("llama", {}))[0].chat_text("ab")

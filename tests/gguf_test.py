@@ -247,7 +247,7 @@ def test_sentencepiece_tokens_equal_the_library(prefix, tmp_path):
         "tokenizer.ggml.add_space_prefix": prefix,
     }
     fields = Fields(metadata, "file")
-    tokenizer = read_gguf_tokenizer(fields)
+    tokenizer = read_gguf_tokenizer(fields, len(ids))
     end = library.piece_to_id("<end_of_turn>")
     assert ends_of_turn(fields) == [end]
     for sample in (

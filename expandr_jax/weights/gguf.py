@@ -47,6 +47,9 @@ _UNREAD = (
     "attention.layer_norm_epsilon", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size",
     "rope.scaling.original_context_length",
 )  # fmt: skip
+# What Ollama's converter calls these keys of Gemma 3.
+_OLLAMA = {"rope.global.freq_base": "rope.freq_base", "rope.local.freq_base": "rope.freq_base_swa"}
+_PATTERN = "attention.sliding_window_pattern"  # Each so many layers one sees all; or a list.
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _ROPE_FACTORS = "rope_freqs.weight"
 _SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_)\w+_token_id")
@@ -112,7 +115,7 @@ def open_gguf(path: Path) -> ModelFiles:
         model_type=config.values["model_type"],
         tensors=tensors,
         read=read,
-        tokenizer=lambda: read_gguf_tokenizer(metadata),
+        tokenizer=lambda: read_gguf_tokenizer(metadata, config.count("vocab_size")),
         pooling=_POOLINGS.get(pooling),
     )
 
@@ -126,6 +129,7 @@ def _config(
     """The metadata as a Hugging Face configuration."""
     kind, class_name = _ARCHITECTURES[architecture]
     own, tokenizer = metadata.under(f"{architecture}."), metadata.under("tokenizer.ggml.")
+    own = _as_llama_cpp(own, architecture)
     heads, width = own.count("attention.head_count"), own.count("embedding_length")
     head_dim, context = (
         own.count("attention.key_length", width // heads),
@@ -155,6 +159,7 @@ def _config(
         "pad_token_id": tokenizer.count("padding_token_id", None, least=0),
         "dtype": "float32",
     }
+    slides = own.items(_PATTERN, bool) if isinstance(own.values.get(_PATTERN), list) else None
     own.strict(
         *_KEYS,
         *_UNREAD,
@@ -163,7 +168,7 @@ def _config(
         **{"rope.scaling.attn_factor": 1.0, "attention.head_dim": head_dim},
         **{"attention.causal": True, "use_parallel_residual": False},
         **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
-        **{"attention.sliding_window_pattern": 6, "rope.dimension_count_swa": head_dim},
+        **{"rope.dimension_count_swa": head_dim, _PATTERN: 6 if slides is None else slides},
     )
     if kind == "gemma3_text":
         # The largest model scales its scores by its width, the others by the head's; llama.cpp too
@@ -176,6 +181,9 @@ def _config(
             "sliding_window": own.count("attention.sliding_window"),
             "sliding_window_pattern": 6,
         }
+        if slides is not None:
+            types = [f"{'sliding' if local else 'full'}_attention" for local in slides]
+            config["layer_types"] = types
     elif 0 < own.count("attention.sliding_window", context, least=0) < context:
         raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     # As in llama.cpp: linear where no type is said, by the factor's old name where the new is not.
@@ -190,6 +198,27 @@ def _config(
         plain = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
         config["rope_scaling"] = _llama3_scaling(reader.read(_ROPE_FACTORS), plain, metadata.where)
     return config
+
+
+def _as_llama_cpp(own: Fields, architecture: str) -> Fields:
+    """Keys as llama.cpp's converter has them, with what Ollama's leaves to its program."""
+    if architecture != "gemma3" or not any(name in own for name in _OLLAMA):
+        return own
+    values = {
+        "rope.freq_base": 1e6,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        **{usual: own.values[name] for name, usual in _OLLAMA.items() if name in own},
+        **{name: value for name, value in own.values.items() if name not in _OLLAMA},
+    }
+    for name, usual in _OLLAMA.items():
+        if name in own and values[usual] != own.values[name]:
+            raise own.refuse(name, f"the same as {architecture}.{usual}, {values[usual]}")
+    if own.count("context_length") > 32768 and "rope.scaling.factor" not in own:
+        # Their positions are divided by 8, which this converter does not write.
+        raise own.refuse(
+            "context_length", "at most 32768 where Ollama left out rope.scaling.factor"
+        )
+    return Fields(values, own.where, f"{architecture}.")
 
 
 def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict[str, Any]:

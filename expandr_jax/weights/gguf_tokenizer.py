@@ -47,11 +47,13 @@ _UNREAD = (
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|eom_id|>")
 
 
-def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
+def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     """Builds a tokenizer, chat template included.
 
     Args:
         metadata: The file's metadata.
+        rows: Of the table of embeddings. Special tokens may lie beyond it, such as Gemma's for
+            images.
 
     Returns:
         The tokenizer.
@@ -69,11 +71,15 @@ def read_gguf_tokenizer(metadata: Fields) -> PreTrainedTokenizerFast:
     own.strict(*_KEYS, *_UNREAD)
     tokens = own.items("tokens", str)
     types = _of_tokens(own, "token_type", int, tokens)
+    known = len(tokens)
+    while known > rows and types[known - 1] in (_CONTROL, _USER_DEFINED):
+        known -= 1
     try:
         if kind == "llama":
-            backend = _sentencepiece(own, tokens, types)
+            scores = _of_tokens(own, "scores", float, tokens)
+            backend = _sentencepiece(own, tokens[:known], types[:known], scores[:known])
         else:
-            backend = _byte_level(own.items("merges", str), tokens, split)
+            backend = _byte_level(own.items("merges", str), tokens[:known], split)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower
@@ -147,9 +153,10 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(own: Fields, tokens: list[str], types: list[int]) -> Tokenizer:
+def _sentencepiece(
+    own: Fields, tokens: list[str], types: list[int], scores: list[float]
+) -> Tokenizer:
     """BPE that merges the pair whose union has the highest score, bytes for what has no piece."""
-    scores = _of_tokens(own, "scores", float, tokens)
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, score, token_type in zip(tokens, scores, types, strict=True):
