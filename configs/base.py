@@ -150,6 +150,12 @@ def get_config() -> ml_collections.ConfigDict:
     reward.length_cache = 100  # So many tokens short of them it begins to fall.
     reward.format = 0.0  # Weight of 1 for a text that is as the pattern says, and 0 for others.
     reward.format_pattern = ".+"  # A regular expression that all of it matches; . is any character.
+    # "my.module:function" each, called as function(queries=[text, ...], texts=[[text, ...], ...],
+    # judgements=[{document: grade}, ...]), which gives numbers as `texts` has strings. Training
+    # alone imports them; `my.module` lies where the command is started, or is installed.
+    reward.functions = ()  # Rewards of one's own.
+    reward.function_weights = ()  # A weight for each of them; (): 1.
+    reward.function_seconds = 600.0  # Longest call of one; it stops the run.
     reward.query_weight = 0.5  # The query vector's weight in these rankings.
     reward.depth = 100  # Results of the search in the corpus; a document below them counts 0.
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.

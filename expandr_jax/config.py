@@ -31,7 +31,7 @@ from expandr_jax.weights.settings import ExportSettings
 # At least one of these is above 0, or nothing would be learned.
 WEIGHED = (
     tuple(f"contrastive.{n}_weight" for n in CONTRASTIVE_LOSSES),
-    tuple(f"reward.{name}" for name in REWARDS),
+    tuple(f"reward.{name}" for name in (*REWARDS, "functions")),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
 )
 
@@ -130,6 +130,10 @@ def _check(config: Config) -> None:
             config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
             "with candidates.per_temperature at least two different texts, to prefer one",
         )  # fmt: skip
+    own = config.reward.functions
+    if config.reward.function_weights and len(config.reward.function_weights) != len(own):
+        one_each = f"() or a weight for each of reward.functions, {len(own)}"
+        raise _refuse(config, "reward.function_weights", one_each)
     if config.reward.length > 0 and config.reward.length_cache > texts.max_new_tokens:
         longest = f"at most candidates.max_new_tokens, {texts.max_new_tokens}"
         raise _refuse(config, "reward.length_cache", longest)

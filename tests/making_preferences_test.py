@@ -17,6 +17,7 @@ from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.rewards import evidence, registry
+from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactOptions, ScannOptions, build_index
@@ -69,8 +70,10 @@ def make(tmp_path, monkeypatch):
 
     expander = make_expander(config, None, texts_of_documents, None, None)
 
-    def make_preferences():
-        return preferences.make_preferences(run, generator, expander, None, retriever, data, 0)
+    def make_preferences(*functions):
+        return preferences.make_preferences(
+            run, generator, expander, None, retriever, data, 0, functions
+        )
 
     yield make_preferences, run
     run.close()
@@ -100,6 +103,34 @@ def test_lengths_and_formats_are_those_of_the_texts_as_sampled(make):
             assert found["reward"] == pytest.approx(
                 terms["positive"] + terms["answer"] + terms["length"] / 2 + 2 * terms["format"]
             )
+
+
+def test_a_function_of_one_s_own_that_fails_is_a_line_and_leaves_no_file(make):
+    make_preferences, run = make
+    name = "function:my.module:f"
+    run.config = with_settings(run.config, {"reward.functions": ("my.module:f",)})
+    wrong = {"at": "q5"}
+
+    def f(queries, texts, judgements):
+        places = {text: place for place, text in enumerate(QUERIES.values())}
+        rows = [[float(places[query] + i) for i in range(len(own))]
+                for query, own in zip(queries, texts, strict=True)]  # fmt: skip
+        assert judgements == [QRELS[f"q{places[query]}"] for query in queries]
+        if wrong:
+            rows[5].pop()
+        return rows
+
+    function = RewardFunction("my.module:f", f, __file__, "")
+    with pytest.raises(UserError, match=r"my\.module:f gave \d+ values for query q5; expected"):
+        make_preferences(function)
+    assert not run.path("round-0", "candidates.jsonl").exists()
+    wrong.clear()
+    make_preferences(function)
+    rows = [row for _, row in read_jsonl(run.path("round-0", "candidates.jsonl"), {})]
+    for place, row in enumerate(rows):
+        assert [c["reward_terms"][name] for c in row["candidates"]] == [
+            place + i for i in range(len(row["candidates"]))
+        ]
 
 
 @pytest.mark.parametrize("size", [1, 3])

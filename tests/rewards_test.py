@@ -1,7 +1,5 @@
 """Rank rewards against worked examples, a plain loop, and properties they must have."""
 
-import types
-
 import numpy as np
 import pytest
 
@@ -167,7 +165,7 @@ def test_group_ndcg_equals_a_plain_loop_and_moves_with_its_candidates():
 
 def test_total_reward_weighs_its_terms():
     terms = {"positive": np.array([1.0, 0.5]), "answer": np.array([0.5, 1.0])}
-    weights = types.SimpleNamespace(positive=1.0, answer=2.0)
+    weights = {"positive": 1.0, "answer": 2.0, "gain": 3.0}
     np.testing.assert_allclose(total_reward(terms, weights), [2.0, 2.5])
 
 

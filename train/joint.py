@@ -42,7 +42,7 @@ from train.export import OF_RUN, export_run
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, training_negatives
-from train.preferences import make_preferences
+from train.preferences import CANDIDATES, make_preferences, run_functions
 from train.retriever import train_retriever
 
 
@@ -73,6 +73,7 @@ def train_joint(
     if (results := _results_if_done(run)) is not None:
         run.reporter.say("all is done: no model is loaded")
         return _end(run, results)
+    functions = run_functions(run, used=run.path("round-0", CANDIDATES).exists())
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -121,7 +122,7 @@ def train_joint(
         last = round_ == config.rounds - 1
         name = "expandr" if last else f"round-{round_}"
         retrievers[name] = current = retriever(params, name)
-        make_preferences(run, models.generator, expander, adapter, current, data, round_)
+        make_preferences(run, models.generator, expander, adapter, current, data, round_, functions)
         with run.phase(f"{objective.phase}, round {round_}"):
             path = run.path(f"round-{round_}", objective.file)
             rows, dropped = objective.read(path, models.generator, config, own=True)

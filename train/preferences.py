@@ -16,15 +16,31 @@ from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
 from expandr_jax.rewards.evidence import RewardContext, evidence_of
+from expandr_jax.rewards.functions import RewardFunction, load_functions
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, select_pairs
+from expandr_jax.runtime.code import keep_code
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import Progress
 
+CANDIDATES = "candidates.jsonl"  # Of a round: texts with their rewards.
 ANSWER = -1  # Stands for a query's answer, where its candidates count from 0.
+
+
+def run_functions(run: Run, used: bool) -> tuple[RewardFunction, ...]:
+    """The functions of `reward.functions`, imported, whose code config.json tells ever after.
+
+    Those of a run that has `used` them stay as they were; others may be mended after they failed.
+    All processes call it together.
+    """
+    functions = load_functions(run.config.reward.functions)
+    hashes = {function.module: function.sha256 for function in functions}
+    replace = run.processes.is_main and not used
+    run.processes.main_first(lambda: keep_code(run.path("config.json"), hashes, replace))
+    return functions
 
 
 def make_preferences(
@@ -35,9 +51,10 @@ def make_preferences(
     retriever: CorpusRetriever,
     data: TrainingData,
     round_: int,
+    functions: Sequence[RewardFunction] = (),
 ) -> None:
-    """Writes candidates.jsonl and preferences.jsonl of a round."""
-    files = [f"round-{round_}/{name}.jsonl" for name in ("candidates", "preferences")]
+    """Writes candidates.jsonl and preferences.jsonl of a round; `functions` as `run_functions`."""
+    files = [f"round-{round_}/{name}" for name in (CANDIDATES, "preferences.jsonl")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
         return
@@ -75,7 +92,7 @@ def make_preferences(
 
         ids = [query for query in data.generator_train if query in answers]
         size = queries_at_once(len(temperatures))
-        context = RewardContext(run.config, data, corpus, ids, size)
+        context = RewardContext(run.config, data, corpus, ids, size, functions=functions)
         # A query alone does not give a prompt that shows passages.
         shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0

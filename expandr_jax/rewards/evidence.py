@@ -11,6 +11,7 @@ import numpy as np
 from expandr_jax.data.documents import rows_of, texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.pooling import l2_normalize
+from expandr_jax.rewards.functions import RewardFunction, function_rewards
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import ranks
 from expandr_jax.rewards.search import Judged, judged_documents
@@ -33,6 +34,7 @@ class RewardContext:
         queries: Ids of all queries that have candidates.
         block: How many of them are judged together, at most.
         split: Which judgements are theirs.
+        functions: Those of `reward.functions`, imported.
     """
 
     config: Any
@@ -41,6 +43,7 @@ class RewardContext:
     queries: Sequence[str]
     block: int
     split: str = "train"
+    functions: Sequence[RewardFunction] = ()
 
     @functools.cached_property
     def rows(self) -> Mapping[str, int]:
@@ -91,6 +94,18 @@ class Evidence:
         # As wide for a block as for all, so that sums over them are rounded alike.
         size = {"width": context.most_relevant}
         return judged_documents(context.data, own, context.rows, split=context.split, **size)
+
+    def given_by(self, function: RewardFunction) -> np.ndarray:
+        """What a function of the user's own gives for the candidates, [queries, candidates]."""
+        qrels, groups = self.context.data.collection.qrels[self.context.split], self.groups
+        return function_rewards(
+            function,
+            [group.query_id for group in groups],
+            [group.query for group in groups],
+            [group.texts for group in groups],
+            [qrels[group.query_id] for group in groups],
+            self.context.config.reward.function_seconds,
+        )
 
     @functools.cached_property
     def similarities(self) -> dict[str, np.ndarray]:

@@ -38,11 +38,11 @@ def length_reward(evidence: Evidence) -> np.ndarray:
 
 
 def _length(query: str, candidate: Candidate) -> int:
-    if candidate.length is None:
+    if candidate.length is None and not candidate.tokens:
         raise UserError(
             f"reward.length: nobody kept how many tokens the candidates of query {query} have"
         )
-    return candidate.length
+    return len(candidate.tokens) if candidate.length is None else candidate.length
 
 
 def format_reward(evidence: Evidence) -> np.ndarray:

@@ -15,7 +15,7 @@ class Candidate:
         text: What it says; "" where the model said nothing.
         temperature: What it was sampled at; None where a file does not say.
         tokens: Its token ids as they were sampled; none where a file has kept the text alone.
-        length: How many tokens were sampled; None where a file does not say.
+        length: How many tokens were sampled, where the text is kept without them.
         finished: What ended it, as `Completion` has it: "eos", "length", "stop" or "refused"; ""
             where a file does not say.
         log_probs: The log-probability of each of them then, or None where nobody kept them.

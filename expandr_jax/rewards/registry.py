@@ -1,7 +1,8 @@
 """Rewards by the names that `config.reward` weighs, and groups that are given them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -9,11 +10,22 @@ import numpy as np
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.form import format_reward, length_reward
+from expandr_jax.rewards.functions import FUNCTIONS, PREFIX
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import reciprocal_rank
 from expandr_jax.rewards.search import SEARCH_MEASURES, group_reward
 from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
-from expandr_jax.settings import MANY, PATTERN, NotNegative, Positive, Share, choice, count
+from expandr_jax.settings import (
+    MANY,
+    PATTERN,
+    POSITIVE,
+    NotNegative,
+    Positive,
+    Share,
+    choice,
+    count,
+    several,
+)
 
 Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
 
@@ -49,14 +61,30 @@ class RewardSettings:
     length_cache: Annotated[int, count(1)]
     format: NotNegative
     format_pattern: Annotated[str, PATTERN]
+    functions: Annotated[tuple[str, ...], FUNCTIONS]
+    function_weights: Annotated[tuple[float, ...], several(POSITIVE, least=0)]
+    function_seconds: Positive
     query_weight: Share
     depth: Annotated[int, count(1)]
     threshold: float
 
 
-def total_reward(terms: dict[str, np.ndarray], weights: Any) -> np.ndarray:
+def reward_weights(settings: RewardSettings) -> dict[str, float]:
+    """The weight of each reward by its name, "function:my.module:name" of those of the user's own.
+
+    All are there, those that weigh nothing as 0.
+    """
+    own = [f"{PREFIX}{name}" for name in settings.functions]
+    weights = settings.function_weights or (1.0,) * len(own)
+    return {
+        **{name: getattr(settings, name) for name in REWARDS},
+        **dict(zip(own, weights, strict=True)),
+    }
+
+
+def total_reward(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> np.ndarray:
     """Weighted sum of rewards, by the weights that have their names."""
-    return sum(getattr(weights, name) * np.asarray(value) for name, value in terms.items())
+    return sum(weights[name] * np.asarray(value) for name, value in terms.items())
 
 
 def needs_vectors(settings: RewardSettings) -> bool:
@@ -90,11 +118,17 @@ def score_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
 
 def _rewarded(evidence: Evidence, what: str, always: Sequence[str]) -> list[Group]:
     """The groups with the rewards that have a weight, or that are `always` there."""
-    weights = evidence.context.config.reward
+    context = evidence.context
+    weights = reward_weights(context.config.reward)
+    own = {f"{PREFIX}{function.name}": function for function in context.functions}
+    rewards = REWARDS | {
+        name: functools.partial(Evidence.given_by, function=function)
+        for name, function in own.items()
+    }
     terms = {
-        name: reward(evidence)
-        for name, reward in REWARDS.items()
-        if name in always or getattr(weights, name) > 0
+        name: rewards[name](evidence)
+        for name, weight in weights.items()
+        if name in always or weight > 0
     }
     total = total_reward(terms, weights)
     finite = np.isfinite(total).all(axis=1)

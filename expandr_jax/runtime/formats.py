@@ -31,6 +31,9 @@ ABSENT: dict[str, Any] = {
     "reward.length_cache": 100,
     "reward.format": 0.0,
     "reward.format_pattern": ".+",
+    "reward.functions": [],
+    "reward.function_weights": [],
+    "reward.function_seconds": 600.0,
     "mesh.workers": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     # Older runs searched by the index, whatever it missed; what is left of them is exact.
