@@ -224,3 +224,14 @@ def test_queries_that_find_nothing_are_counted():
         "bm25: 2 of 3 queries find no document"
     ]
     assert not remarks("bm25", {"a": {"x": 1.0}, "b": {"x": 1.0}}, qrels)
+
+
+def test_a_given_document_prompt_stands_for_one_that_the_file_misnames(tmp_path):
+    file_options.write(tmp_path, "bert", "vectors", [])
+    own = tmp_path / "model" / "config_sentence_transformers.json"
+    file_options.edit(own, prompts={"query": "q: ", "passage": "p: "})
+    with pytest.raises(UserError, match="its prompts name 'passage' but no 'document'"):
+        load_retriever(str(tmp_path / "model"))
+    for given in ("p: ", ""):
+        retriever, _ = load_retriever(str(tmp_path / "model"), document_prompt=given)
+        assert (retriever.query_prompt, retriever.document_prompt) == ("q: ", given)

@@ -12,6 +12,7 @@ from expandr_jax.config import read_config
 from expandr_jax.expansion import sampled as expansion
 from expandr_jax.expansion.expand import requests_of
 from expandr_jax.expansion.sampled import MadeWhenAsked
+from expandr_jax.files.records import Journal
 from expandr_jax.generation.requests import Completion, Extent, Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_generator_model, make_sampler
@@ -142,10 +143,15 @@ def test_thoughts_that_the_template_begins_are_no_texts(tmp_path, monkeypatch):
     )
     requests = [Request(q, 0, "text", 1.0, 1.0, 50) for q in answers]
     path = run.path("work", "texts.jsonl")
-    texts = expansion.sample_texts(
-        sampler_of(run, models), None, requests, path=path, purpose="test"
-    )
-    assert texts == {("q0", 0): "", ("q1", 0): "The Moon."}
+    for marked in (True, False):
+        texts = expansion.sample_texts(
+            sampler_of(run, models), None, requests, path=path, purpose="test"
+        )
+        assert texts == {("q0", 0): "", ("q1", 0): "The Moon."}
+        rows = [*Journal(path).rows]
+        assert all(row["text"].startswith("<think>") == marked for row in rows)
+        path.unlink()  # Older versions did not write the mark.
+        Journal(path).append([{**r, "text": r["text"].removeprefix("<think>")} for r in rows])
     run.close()
 
 

@@ -199,6 +199,15 @@ def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
         assert search(Search(), {"q": "cat"}, 1)["q"] == found["q"][:1]
 
 
+def test_ten_passages_are_shown_however_few_a_ranking_has():
+    corpus = {f"d{i}": f"cat {i}" for i in range(15)}
+    config = smoke.get_config()
+    config.evaluation.depth = 3
+    index = Bm25Index(corpus.values())
+    search = make_expander(config, None, corpus, lambda: index, None).search
+    assert len(search(Search(), {"q": "cat"}, Search().depth)["q"]) == 10
+
+
 def test_a_template_of_the_config_takes_the_last_prompt_s_place():
     assert strategy("q2d") is STRATEGIES["q2d"]
     assert strategy("q2d", "Say {query}").asks[-1].message("Q", (), 9, bool) == "Say Q"

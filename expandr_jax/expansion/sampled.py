@@ -45,10 +45,13 @@ class SampledTexts(Mapping):
     Attributes:
         rows: As of `sample_journal`.
         strip: Whether lead-ins such as "Here is a passage:" are taken off.
+        opens_thought: Whether each text goes on from a thought that the chat template began.
+            Journals of older runs lack the mark, without which a thought that was cut is no text.
     """
 
-    def __init__(self, rows: Rows, strip: bool):
+    def __init__(self, rows: Rows, strip: bool, opens_thought: bool = False):
         self.rows, self._strip = rows, strip
+        self._begins = "<think>" if opens_thought else ""
         self._keys = Keys(map(_key, rows))
 
     def __getitem__(self, key: tuple[str, int]) -> str:
@@ -69,8 +72,11 @@ class SampledTexts(Mapping):
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The text of a row."""
-        text = strip_lead_in(row["text"]) if self._strip else row["text"]
-        return text.strip()
+        text = row["text"].strip()
+        if not self._strip:
+            return text
+        begins = "" if text.startswith(self._begins) else self._begins
+        return strip_lead_in(begins + text).strip()
 
 
 def sample_texts(
@@ -84,7 +90,7 @@ def sample_texts(
 ) -> SampledTexts:
     """The texts of `sample_journal`, whose arguments these are, and `SampledTexts`'s."""
     rows = sample_journal(sampler, adapter, requests, path=path, purpose=purpose)
-    texts = SampledTexts(rows, strip)
+    texts = SampledTexts(rows, strip, sampler.generator.opens_thought)
     sampler.reporter.say(_summary(texts))
     return texts
 

@@ -80,7 +80,7 @@ def load_retriever(
     """
     path = locate(source)
     files = open_model(source, sha256)
-    settings = read_settings(path) if path.is_dir() else None
+    settings = read_settings(path, document_prompt) if path.is_dir() else None
     family = find_family(files.config.where, files.model_type)
     if settings is None:
         if not family.is_stock:  # No library writes a modules.json for it.

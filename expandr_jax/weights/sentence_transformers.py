@@ -71,11 +71,12 @@ class ModuleSettings:
     dense_folder: str = "2_Dense"
 
 
-def read_settings(directory: Path) -> ModuleSettings | None:
+def read_settings(directory: Path, document_prompt: str | None = None) -> ModuleSettings | None:
     """Reads modules.json and the files it points to.
 
     Args:
         directory: A model directory.
+        document_prompt: What is put before documents, whatever the files say; None: as they say.
 
     Returns:
         The settings, or None where there is no modules.json.
@@ -106,7 +107,7 @@ def read_settings(directory: Path) -> ModuleSettings | None:
             modules["Transformer"], "feature-extraction", "last_hidden_state", "token_embeddings"
         ),
         query_prompt=_prompt(more, "query"),
-        document_prompt=_prompt(more, "document"),
+        document_prompt=_prompt(more, "document") if document_prompt is None else document_prompt,
         dense=_dense_activation(modules["Dense"]) if "Dense" in modules else None,
         dense_folder=str(modules.get("Dense", directory / "2_Dense").relative_to(directory)),
     )
