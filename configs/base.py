@@ -138,7 +138,8 @@ def get_config() -> ml_collections.ConfigDict:
     reward.corpus = 0.0  # Weight of the expanded query's search in the corpus; 0: not searched.
     # "reciprocal_rank": 1 / rank of the document; "ndcg" or "average_precision" of all relevant
     # ones; "softmax_share": theirs of softmax(score / corpus_temperature) over the results;
-    # "piecewise_rank" of the first one: 2 falls to 1 over ranks 1 to 10, to 0 at rank 100.
+    # "piecewise_rank" of the first one: 2 falls to 1 over ranks 1 to 10, to 0 at rank 100; "hit": 1
+    # where one of the `depth` results holds one of the query's `answers` in queries.jsonl.
     reward.corpus_measure = "reciprocal_rank"  # What that search is worth.
     reward.corpus_temperature = 0.05  # "softmax_share": the smaller, the more the first ones count.
     reward.group = 0.0  # Weight of nDCG@10 of the expanded query over sampled documents.

@@ -24,10 +24,11 @@ from eval.description import (
     warning_lines,
     word_lengths,
 )
-from expandr_jax.data.beir import Collection, find_collections, judgements, read_beir, read_texts
+from expandr_jax.data.beir import Collection, judgements, read_beir, read_texts
 from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, query_key
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.places import find_collections
 from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files

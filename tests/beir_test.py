@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from expandr_jax.data.answers import holds_answer, words_of
 from expandr_jax.data.beir import (
     Collection,
-    find_collections,
     judgements,
     read_beir,
     read_qrels,
@@ -17,6 +17,7 @@ from expandr_jax.data.beir import (
     write_beir,
 )
 from expandr_jax.data.benchmarks import check_relevant
+from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
 
 CORPUS = '{"_id": "d1", "title": "Pad", "text": "an array "}\n{"_id": "d2", "text": ""}\n'
@@ -44,6 +45,32 @@ def test_read(tmp_path):
         queries={"q1": "how to pad", "q2": "unjudged"},
         qrels={"test": {"q1": {"d1": 2, '"gone': 0}}},
     )
+
+
+def test_answers_are_read_where_there_are_any_and_written_again(tmp_path):
+    queries = (
+        '{"_id": "q1", "text": "how to pad", "answers": ["np.pad", "an  Array"]}\n'
+        '{"_id": "q2", "text": "a", "answers": []}\n{"_id": "q3", "text": "b", "answers": null}\n'
+    )
+    collection = read_beir(make(tmp_path / "tiny", queries=queries))
+    assert collection.answers == {"q1": ("np.pad", "an  Array")}
+    write_beir(tmp_path / "a/tiny", collection)
+    assert read_beir(tmp_path / "a/tiny") == collection
+    lines = (tmp_path / "a/tiny/queries.jsonl").read_text().splitlines()
+    assert [set(json.loads(line)) for line in lines] == [
+        {"_id", "text", "answers"}, {"_id", "text"}, {"_id", "text"}
+    ]  # fmt: skip
+
+
+def test_answers_in_a_text_are_whole_words_in_any_case_and_punctuation():
+    text = words_of("It was The  Who's: first (U.S.) tour,\nin caf\u00e9s -- 1967!")
+    assert text == "it was the whos first us tour in cafés 1967"
+    for answer, holds in {
+        "the who": False, "THE WHO'S": True, "u.s": True, "tour in": True, "196": False,
+        "cafe\u0301s": True,
+    }.items():  # fmt: skip
+        assert holds_answer(text, ["no such", words_of(answer)]) == holds, answer
+    assert not holds_answer(text, [])
 
 
 def test_header_is_optional_and_line_ends_may_be_windows(tmp_path):
@@ -87,6 +114,18 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"corpus": '{"_id": "a", "text": null}'}, 'corpus.jsonl:1: field "text" is null'),
         ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, "corpus.jsonl:1: not UTF-8"),
         ({"queries": QUERIES + '{"_id": "q3", "text": " "}'}, "queries.jsonl:3: query 'q3' is emp"),
+        (
+            {"queries": QUERIES + '{"_id": "q3", "text": "a", "answers": "b"}'},
+            "queries.jsonl:3: field \"answers\" is 'b'; expected a list of strings",
+        ),
+        (
+            {"queries": QUERIES + '{"_id": "q3", "text": "a", "answers": ["b", 3]}'},
+            'queries.jsonl:3: field "answers" has 3; expected strings with a letter or digit',
+        ),
+        (
+            {"queries": QUERIES + '{"_id": "q3", "text": "a", "answers": ["?!"]}'},
+            "queries.jsonl:3: field \"answers\" has '\\?!'; expected strings with a letter",
+        ),
         ({"qrels": QRELS + "q1 d2 1"}, "test.tsv:4: 1 columns; expected query, document, grade"),
         ({"qrels": QRELS + "q1\t0\td2\t1"}, "test.tsv:4: 4 columns"),
         ({"qrels": QRELS + "q1\td2\t0.5"}, "test.tsv:4: grade '0.5'; expected an integer"),

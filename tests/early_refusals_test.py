@@ -157,6 +157,32 @@ def test_negatives_that_are_nowhere(tmp_path, monkeypatch):
         joint.train_joint(config, tmp_path / "run", Console(quiet=True))
 
 
+@pytest.mark.parametrize("name", ["corpus", "gain"])
+def test_answers_that_nobody_gives(tmp_path, monkeypatch, name):
+    source = write(tmp_path / "set")
+    config = config_of(source)
+    config.reward.update({"corpus": 0.0, name: 1.0, f"{name}_measure": "hit"})
+
+    def loads(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(joint, "load_models", loads)
+    with pytest.raises(
+        UserError, match=rf"^reward\.{name}_measure is 'hit', and no query that tra"
+    ):
+        joint.train_joint(config, tmp_path / "run", Console(quiet=True))
+    path = source / "queries.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["answers"] = [f"answer {i}", "other"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(NotImplementedError):  # It goes on where there are some.
+        joint.train_joint(config, tmp_path / "other", Console(quiet=True))
+    data, _ = prepare(config, tmp_path / "third")
+    assert data.collection.answers.keys() == data.collection.queries.keys()
+    assert data.collection.answers["q7"] == ("answer 7", "other")
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [

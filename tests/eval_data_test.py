@@ -7,7 +7,8 @@ from rich.console import Console
 
 from eval.data import check, find_warnings
 from eval.description import token_lengths, word_lengths
-from expandr_jax.data.beir import find_collections, read_beir
+from expandr_jax.data.beir import read_beir
+from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
 from tests.commands import ROOT, command, finish
 

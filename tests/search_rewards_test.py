@@ -6,6 +6,7 @@ import pytest
 from configs import base
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.search import (
     SEARCH_MEASURES,
     group_reward,
@@ -19,6 +20,11 @@ IDS = [f"d{i}" for i in range(50)]
 # d49 is no document of the corpus, d7 not relevant; q1 has one relevant document.
 QRELS = {"q0": {"d3": 1, "d40": 2, "d8": 1, "d49": 3, "d7": 0}, "q1": {"d11": 1}}
 PLACE = {document: i for i, document in enumerate(IDS[:49])}
+COLLECTION = Collection(
+    "c", {document: f"A text: {document}." for document in PLACE},
+    {query: f"text {query}" for query in QRELS}, {"train": QRELS},
+    {"q0": ("d", "D40"), "q1": ("text  d11",)},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -29,9 +35,7 @@ def vectors():
 
 @pytest.fixture
 def judged():
-    corpus = {document: f"text {document}" for document in PLACE}
-    queries = {query: f"text {query}" for query in QRELS}
-    data = TrainingData(Collection("c", corpus, queries, {"train": QRELS}), [], list(QRELS))
+    data = TrainingData(COLLECTION, [], list(QRELS))
     return judged_documents(data, list(QRELS), PLACE)
 
 
@@ -46,7 +50,7 @@ def corpus_reward(config, index, fused, judged):
     """The reward `corpus`, as evaluation computes it, too."""
     reward = config.reward
     search = vector_search(index, fused, reward.depth)
-    how = reward.corpus_measure, reward.corpus_temperature
+    how = reward.corpus_measure, reward.corpus_temperature, Answers(COLLECTION)
     return measure_searches(search, judged, fused.shape[1], *how)
 
 
@@ -69,6 +73,8 @@ def plain(measure, order, grades, scores):
     if measure == "reciprocal_rank":
         best = max(grades, key=grades.get)
         return 1 / (order.index(best) + 1) if best in order else 0.0
+    if measure == "hit":  # The best document alone holds an answer.
+        return float(max(grades, key=grades.get) in order)
     if measure == "piecewise_rank":
         rank = min((order.index(d) + 1 for d in grades if d in order), default=101)
         return 2 - (rank - 1) / 9 if rank <= 10 else max(0, 1 - (rank - 10) / 90)

@@ -27,6 +27,7 @@ from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
+from expandr_jax.rewards.answers import check_answers
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
 from train.encoding import run_retriever, run_words
@@ -87,6 +88,7 @@ def train_joint(
         f"{len(qrels['test'])} test"
     )
     check_negatives(config, data)
+    check_answers(config, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))

@@ -19,10 +19,11 @@ from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.beir import Collection, find_collections, read_beir, source_hashes
+from expandr_jax.data.beir import Collection, read_beir, source_hashes
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.places import find_collections
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError

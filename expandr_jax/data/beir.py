@@ -2,6 +2,7 @@
 
 corpus.jsonl[.gz]    or corpus/*.parquet     _id (or id), title, text
 queries.jsonl[.gz]   or queries/*.parquet    _id (or id), text; or TREC topics: topics.*
+                                             (lines of JSON: answers, a list of strings, too)
 qrels/SPLIT.tsv[.gz] or qrels/, default/ or data/ with SPLIT*.parquet; or qrels/SPLIT.trec
 
 The hub's own conversion of a data set to parquet, with a folder more (corpus/corpus/0000.parquet,
@@ -11,15 +12,17 @@ default/test/0000.parquet), is read as well.
 import os
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from expandr_jax.data.answers import answers_of
 from expandr_jax.data.documents import Documents, open_documents, seal, write_documents
 from expandr_jax.data.parquet import on_disk, read_parquet
+from expandr_jax.data.places import only_collection
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
-from expandr_jax.files.archive import Files, list_files
+from expandr_jax.files.archive import Files
 from expandr_jax.files.records import (
     check_field,
     decode,
@@ -34,10 +37,8 @@ from expandr_jax.files.records import (
 Qrels = dict[str, dict[str, int]]
 Mistakes = list[UserError] | None
 
-FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _HEADER = ("query-id", "corpus-id", "score")
 _COLUMNS = ("_id", "id", "title", "text", *_HEADER)
-_CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
 
 
@@ -52,12 +53,14 @@ class Collection:
         qrels: split -> query id -> document id -> grade. A judged document may be absent from
             the corpus, as in several public sets: it counts as a relevant document that no
             system can find, which is what trec_eval does.
+        answers: query id -> strings of which a right answer has one, where the files have any.
     """
 
     name: str
     corpus: Mapping[str, str]
     queries: dict[str, str]
     qrels: dict[str, Qrels]
+    answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Judgement(NamedTuple):
@@ -93,7 +96,8 @@ def read_beir(
     """
     files = source if isinstance(source, Files) else only_collection(source)
     corpus = _read_corpus(files, mistakes, store)
-    queries = dict(read_texts(files, "queries", mistakes))
+    answers: dict[str, tuple[str, ...]] = {}
+    queries = dict(read_texts(files, "queries", mistakes, answers=answers))
     qrels = {}
     for split, names in _splits(files).items():
         before = len(mistakes or ())
@@ -103,48 +107,7 @@ def read_beir(
             raise _first(mistakes, before, f"{files.path(names[0])}: {nothing}")
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
-    return Collection(name, corpus, queries, qrels)
-
-
-def find_collections(path: str | os.PathLike) -> dict[str, Files]:
-    """The collections of a directory or zip: the one it is, or those in its folders.
-
-    Returns:
-        Name -> files. Several are named by their folders; those in one of `FAMILIES`, which count
-        as one set together, "cqadupstack/android" and so on.
-
-    Raises:
-        UserError: There is no such path, the archive cannot be read, or two have the same name.
-    """
-    files = list_files(path)
-    matches = (_CORPUS.fullmatch(name) for name in files.names)
-    folders = sorted({match[1] or "" for match in matches if match})
-    name = Path(path).resolve().name.removesuffix(".zip")
-    if "" in folders or not folders:
-        return {name: files}
-    if len(folders) == 1:
-        return {Path(folders[0]).name: files.below(folders[0])}
-    found: dict[str, Files] = {}
-    for folder in folders:
-        *above, last = name, *Path(folder).parts
-        family = next((f for f in FAMILIES if above[-1].lower() == f), None)
-        label = f"{family}/{last}" if family else last
-        if label in found:
-            raise UserError(f"{path}: two of its collections are called {label!r}; rename one")
-        found[label] = files.below(folder)
-    return found
-
-
-def only_collection(path: str | os.PathLike) -> Files:
-    """The files of the one collection at a path.
-
-    Raises:
-        UserError: There are several, or as `find_collections`.
-    """
-    found = find_collections(path)
-    if len(found) > 1:
-        raise UserError(f"{path}: holds {len(found)} collections; name one: {', '.join(found)}")
-    return next(iter(found.values()))
+    return Collection(name, corpus, queries, qrels, answers)
 
 
 def source_hashes(files: Files) -> dict[str, str]:
@@ -167,12 +130,14 @@ def read_texts(
     kind: Literal["corpus", "queries"],
     mistakes: Mistakes = None,
     watched: Container[str] | None = None,
+    answers: dict[str, tuple[str, ...]] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
 
     Args:
         files, kind, mistakes: what is read, and as `read_beir`.
         watched: ids of which a second one is a mistake; None: all, which are then held.
+        answers: gets those of queries that have some.
 
     Raises:
         UserError: As `read_beir`.
@@ -187,6 +152,8 @@ def read_texts(
                     raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
                 if not text and kind == "queries":
                     raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
+                if answers is not None and (own := answers_of(where, row)):
+                    answers[key] = own
             except UserError as error:
                 note(error, mistakes)
                 continue
@@ -235,7 +202,11 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
     )
     write_jsonl(
         directory / "queries.jsonl",
-        ({"_id": key, "text": text} for key, text in collection.queries.items()),
+        (
+            {"_id": key, "text": text}
+            | ({"answers": collection.answers[key]} if key in collection.answers else {})
+            for key, text in collection.queries.items()
+        ),
     )
     for split, qrels in collection.qrels.items():
         lines = ["\t".join(_HEADER)]
@@ -300,8 +271,8 @@ def _splits(files: Files) -> dict[str, list[str]]:
 
 
 def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    for field in ("_id", "text"):
-        check_field(where, row, field, str)
+    for name in ("_id", "text"):
+        check_field(where, row, name, str)
     key, title = row["_id"], row.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f'{where}: field "title" is not a string')

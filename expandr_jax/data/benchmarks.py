@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from expandr_jax.data.beir import Collection, find_collections, judgements, read_texts
+from expandr_jax.data.beir import Collection, judgements, read_texts
 from expandr_jax.data.duplicates import words
+from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
 

@@ -10,7 +10,6 @@ from expandr_jax.data.beir import (
     Collection,
     Qrels,
     corpus_key,
-    only_collection,
     read_beir,
     read_texts,
     source_hashes,
@@ -20,6 +19,7 @@ from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.documents import Documents, seal, write_documents
 from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
+from expandr_jax.data.places import only_collection
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import TrainingData, limit_queries
@@ -136,8 +136,9 @@ def collect_data(
         for split, ids in keep.items()
     }
     used = {query: collection.queries[query] for ids in keep.values() for query in ids}
+    answers = {query: own for query, own in collection.answers.items() if query in used}
     kept = TrainingData(
-        Collection(collection.name, collection.corpus, used, qrels),
+        Collection(collection.name, collection.corpus, used, qrels, answers),
         retriever,
         generator,
         {

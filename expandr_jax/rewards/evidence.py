@@ -11,6 +11,7 @@ import numpy as np
 from expandr_jax.data.documents import rows_of, texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.pooling import l2_normalize
+from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.functions import RewardFunction, function_rewards
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import ranks
@@ -55,6 +56,11 @@ class RewardContext:
         """How many documents are relevant to a query, at most."""
         positives = (self.data.positives(query, self.split) for query in self.queries)
         return max(map(len, positives), default=1)
+
+    @functools.cached_property
+    def answers(self) -> Answers:
+        """Which documents hold answers to which queries."""
+        return Answers(self.data.collection)
 
     @functools.cached_property
     def words(self) -> Index:

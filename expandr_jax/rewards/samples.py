@@ -9,6 +9,7 @@ from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.samples import RANK, REWARD
 from expandr_jax.rewards import ranks as rewards
+from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.search import judged_documents, measure_searches, vector_search
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries, fuse_each
@@ -33,7 +34,7 @@ def sample_rows(
         data: Has the judgements.
         encoded: Split -> its queries with their passages.
     """
-    rows, normalize = [], config.contrastive.normalize
+    rows, normalize, answers = [], config.contrastive.normalize, Answers(data.collection)
     depth = min(config.evaluation.sample_depth, len(corpus.ids))
     row_of = rows_of(data.collection.corpus)
     for split, part in encoded.items():
@@ -50,7 +51,7 @@ def sample_rows(
         if reward.corpus > 0 and reward.search == "dense":
             fused = fuse_each(*vectors, query_weight=reward.query_weight, normalize=normalize)
             search = vector_search(corpus.evaluated, fused, reward.depth)
-            how = reward.corpus_measure, reward.corpus_temperature
+            how = reward.corpus_measure, reward.corpus_temperature, answers
             values[REWARD] = measure_searches(search, judged, samples, *how)
         rows += [
             {"query_id": query, "split": split, "system": name, "sample": sample}

@@ -1,6 +1,7 @@
 """What a candidate is worth as the expansion of its query's search: in the corpus, in a sample."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.rewards import ranks
+from expandr_jax.rewards.answers import HIT, Answers
 from expandr_jax.search import Index
 
 BLOCK_ROWS = 8192  # Expanded queries whose results are in memory at once.
@@ -57,24 +59,44 @@ def queries_at_once(candidates: int) -> int:
     return BLOCKS * max(1, BLOCK_ROWS // max(1, candidates))
 
 
-# What searches are worth: (scores and rows of the documents that they found, [searches, depth]
-# each; documents and grades as in `Judged`, a row for each search; temperature) -> [searches].
-SEARCH_MEASURES: dict[str, Callable[..., np.ndarray]] = {
-    "reciprocal_rank": lambda scores, found, documents, grades, temperature: ranks.reciprocal_rank(
-        ranks.ranks_in_results(found, documents[:, :1])[:, 0]
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """What some searches have found.
+
+    Attributes:
+        scores, found: [searches, depth] of the documents found, and their rows; -1 fills.
+        documents, grades: As of `Judged`, a row for each search.
+        temperature: Divides the scores.
+        held: Says which of the found documents hold an answer, [searches, depth] bool.
+    """
+
+    scores: np.ndarray
+    found: np.ndarray
+    documents: np.ndarray
+    grades: np.ndarray
+    temperature: float
+    held: Callable[[], np.ndarray]
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """[searches, count] those of the relevant documents; 0 for one that was not found."""
+        return ranks.ranks_in_results(self.found, self.documents)
+
+
+# What searches are worth: [searches].
+SEARCH_MEASURES: dict[str, Callable[[Searched], np.ndarray]] = {
+    "reciprocal_rank": lambda searched: ranks.reciprocal_rank(
+        ranks.ranks_in_results(searched.found, searched.documents[:, :1])[:, 0]
     ),
-    "ndcg": lambda scores, found, documents, grades, temperature: ranks.ndcg(
-        ranks.ranks_in_results(found, documents), grades
+    "ndcg": lambda searched: ranks.ndcg(searched.ranks, searched.grades),
+    "average_precision": lambda searched: ranks.average_precision(
+        searched.ranks, searched.grades > 0
     ),
-    "average_precision": lambda scores, found, documents, grades, temperature: (
-        ranks.average_precision(ranks.ranks_in_results(found, documents), grades > 0)
+    "softmax_share": lambda searched: ranks.softmax_share(
+        searched.scores, searched.found, searched.documents, searched.temperature
     ),
-    "softmax_share": lambda scores, found, documents, grades, temperature: ranks.softmax_share(
-        scores, found, documents, temperature
-    ),
-    "piecewise_rank": lambda scores, found, documents, grades, temperature: ranks.piecewise_rank(
-        ranks.best_rank(ranks.ranks_in_results(found, documents))
-    ),
+    "piecewise_rank": lambda searched: ranks.piecewise_rank(ranks.best_rank(searched.ranks)),
+    HIT: lambda searched: searched.held().any(axis=-1).astype(np.float64),
 }
 
 # Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
@@ -83,7 +105,12 @@ Search = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 
 
 def measure_searches(
-    search: Search, judged: Judged, each: int, measure: str, temperature: float
+    search: Search,
+    judged: Judged,
+    each: int,
+    measure: str,
+    temperature: float,
+    answers: Answers,
 ) -> np.ndarray:
     """What each of several searches for each query is worth: [queries, each] float64.
 
@@ -93,13 +120,17 @@ def measure_searches(
         each: Searches of a query.
         measure: One of `SEARCH_MEASURES`.
         temperature: Divides the scores, for a measure that looks at them.
+        answers: Of the collection, for a measure that looks for them.
     """
     result = np.zeros((len(judged.queries), each))
     rows = max(1, BLOCK_ROWS // max(1, each))
     for start in range(0, len(result), rows):
         part = slice(start, start + rows)
         relevant = (np.repeat(x[part], each, axis=0) for x in (judged.documents, judged.grades))
-        worth = SEARCH_MEASURES[measure](*search(part), *relevant, temperature)
+        scores, found = search(part)
+        queries = [query for query in judged.queries[part] for _ in range(each)]
+        held = functools.partial(answers.held, queries, found)
+        worth = SEARCH_MEASURES[measure](Searched(scores, found, *relevant, temperature, held))
         result[part] = worth.reshape(-1, each)
     return result
 

@@ -81,4 +81,5 @@ def _worth(evidence: Evidence, measure: str, plain: bool) -> np.ndarray:
         plain + evidence.each,
         measure,
         settings.corpus_temperature,
+        evidence.context.answers,
     )

@@ -1,0 +1,52 @@
+"""Where collections are: those of a directory or zip, by their names."""
+
+import os
+import re
+from pathlib import Path
+
+from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files, list_files
+
+FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
+_CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
+
+
+def find_collections(path: str | os.PathLike) -> dict[str, Files]:
+    """The collections of a directory or zip: the one it is, or those in its folders.
+
+    Returns:
+        Name -> files. Several are named by their folders; those in one of `FAMILIES`, which count
+        as one set together, "cqadupstack/android" and so on.
+
+    Raises:
+        UserError: There is no such path, the archive cannot be read, or two have the same name.
+    """
+    files = list_files(path)
+    matches = (_CORPUS.fullmatch(name) for name in files.names)
+    folders = sorted({match[1] or "" for match in matches if match})
+    name = Path(path).resolve().name.removesuffix(".zip")
+    if "" in folders or not folders:
+        return {name: files}
+    if len(folders) == 1:
+        return {Path(folders[0]).name: files.below(folders[0])}
+    found: dict[str, Files] = {}
+    for folder in folders:
+        *above, last = name, *Path(folder).parts
+        family = next((f for f in FAMILIES if above[-1].lower() == f), None)
+        label = f"{family}/{last}" if family else last
+        if label in found:
+            raise UserError(f"{path}: two of its collections are called {label!r}; rename one")
+        found[label] = files.below(folder)
+    return found
+
+
+def only_collection(path: str | os.PathLike) -> Files:
+    """The files of the one collection at a path.
+
+    Raises:
+        UserError: There are several, or as `find_collections`.
+    """
+    found = find_collections(path)
+    if len(found) > 1:
+        raise UserError(f"{path}: holds {len(found)} collections; name one: {', '.join(found)}")
+    return next(iter(found.values()))

@@ -1,0 +1,55 @@
+"""Which documents hold an answer to a query, for a measure of searches that asks for that."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from expandr_jax.data.answers import holds_answer, words_of
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.documents import texts_of
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
+
+HIT = "hit"  # The measure.
+KEPT = 100_000  # Texts, and documents of a query, that are not looked at again.
+
+
+class Answers:
+    """The answers that a collection gives, and its documents that hold them."""
+
+    def __init__(self, collection: Collection):
+        texts, answers = texts_of(collection.corpus), collection.answers
+        # Candidates of one query find the same documents, and queries often do.
+        words = functools.lru_cache(KEPT // 10)(lambda row: words_of(texts[row]))
+        wanted = functools.lru_cache(KEPT // 10)(lambda q: [*map(words_of, answers.get(q, ()))])
+        self._holds = functools.lru_cache(KEPT)(
+            lambda query, row: holds_answer(words(row), wanted(query))
+        )
+
+    def held(self, queries: Sequence[str], found: np.ndarray) -> np.ndarray:
+        """Whether each document that a search found, [queries, depth] rows, holds an answer.
+
+        -1 fills rows; no document holds one to a query without any.
+        """
+        return np.array(
+            [
+                [row >= 0 and self._holds(query, row) for row in rows]
+                for query, rows in zip(queries, found.tolist(), strict=True)
+            ],
+            bool,
+        ).reshape(found.shape)
+
+
+def check_answers(config: Any, data: TrainingData) -> None:
+    """Refuses to look for answers where no query that the generator is trained on has any."""
+    reward = config.reward
+    for name in ("corpus", "gain"):
+        asked = getattr(reward, name) > 0 and getattr(reward, f"{name}_measure") == HIT
+        if asked and not any(query in data.collection.answers for query in data.generator_train):
+            raise UserError(
+                f"reward.{name}_measure is {HIT!r}, and no query that trains the generator has "
+                'answers; expected "answers", a list of strings, in lines of queries.jsonl, or '
+                "another measure"
+            )
