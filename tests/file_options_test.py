@@ -235,3 +235,18 @@ def test_a_given_document_prompt_stands_for_one_that_the_file_misnames(tmp_path)
     for given in ("p: ", ""):
         retriever, _ = load_retriever(str(tmp_path / "model"), document_prompt=given)
         assert (retriever.query_prompt, retriever.document_prompt) == ("q: ", given)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({"path": "0_Transformer"}, "its Transformer is in '0_Transformer'; only one in the"),
+        ({"path": "", "type": "sentence_transformers.models.Router"}, "modules are 'Router'; supp"),
+    ],
+)
+def test_modules_are_named_before_files_that_they_have_elsewhere(tmp_path, module, message):
+    kinds = ("Transformer", "Pooling") if module["path"] else ("Router",)
+    listing = [{"path": f"{k}", "type": f"sentence_transformers.models.{k}"} for k in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps([{**listing[0], **module}, *listing[1:]]))
+    with pytest.raises(UserError, match=message):
+        load_retriever(str(tmp_path))

@@ -251,6 +251,15 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused(llama):
     untied = load_model(str(llama))[1]
     np.testing.assert_array_equal(untied.pop("lm_head"), tied["embedding"].T)
     assert_same(tied, untied)
+    # A tied one may be in the file by the head's name alone; transformers finds it there.
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, llama / "model.safetensors")
+    change_json(llama / "config.json", tie_word_embeddings=True)
+    assert_same(tied, load_model(str(llama))[1])
+    change_json(llama / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r": 1 tensors are missing: model.embed_tokens.weight$"):
+        load_model(str(llama))
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ def load_retriever(
             nothing says how to pool, or no text fits `max_length`.
     """
     path = locate(source)
-    files = open_model(source, sha256)
     settings = read_settings(path, document_prompt) if path.is_dir() else None
+    files = open_model(source, sha256)
     family = find_family(files.config.where, files.model_type)
     if settings is None:
         if not family.is_stock:  # No library writes a modules.json for it.

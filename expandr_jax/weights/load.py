@@ -90,8 +90,8 @@ def find_tensors(
         UserError: If a tensor is missing, unknown or wrongly shaped.
     """
     tensors = files.tensors
-    # The one under which the file keeps the embedding.
-    prefix = next((p for p in PREFIXES if p + weights[0].name in tensors), PREFIXES[0])
+    # The one under which the file keeps the most.
+    prefix = max(PREFIXES, key=lambda p: sum(hf_name(w, 0, p) in tensors for w in weights))
     stored, known = {}, set()
     for weight in weights:
         layers = range(expected[weight.path][0]) if weight.stacked else [0]
