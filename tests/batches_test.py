@@ -9,6 +9,7 @@ from expandr_jax.data.batches import (
     batch_indices,
     best_lengths,
     bucket_length,
+    encoding_lengths,
     fewest_sizes,
     pad,
 )
@@ -133,3 +134,10 @@ def test_an_epoch_is_shuffled_once_however_many_steps_it_has(monkeypatch, count,
     for step in range(3 * (count // 10)):
         assert len(batch_indices(seed, step, count, 10, lengths, 4)) == 10
     assert shuffled == [[seed, epoch] for epoch in range(3)]
+
+
+def test_buckets_of_encoding_double_above_the_longest():
+    assert encoding_lengths(100)[-2:] == [96, 100]
+    assert encoding_lengths(8192)[-2:] == [4096, 8192]
+    assert encoding_lengths(40_000)[-4:] == [8192, 16384, 32768, 40_000]
+    assert len(encoding_lengths(2**31 - 1)) < 40

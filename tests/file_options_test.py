@@ -250,3 +250,15 @@ def test_modules_are_named_before_files_that_they_have_elsewhere(tmp_path, modul
     (tmp_path / "modules.json").write_text(json.dumps([{**listing[0], **module}, *listing[1:]]))
     with pytest.raises(UserError, match=message):
         load_retriever(str(tmp_path))
+
+
+def test_a_text_that_no_file_limits_is_read_whole(tmp_path):
+    """T5 has no table of positions; files say 1e30 for any length, or nothing."""
+    tiny_models.save(tmp_path, "t5")
+    text = "a b " * 300
+    for said in (10**30, None):
+        file_options.edit(tmp_path / "tokenizer_config.json", model_max_length=said)
+        retriever, _ = load_retriever(str(tmp_path), **POOLED)
+        (right,) = AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
+        assert retriever.token_ids([text]) == [right]
+        assert len(right) > 1000

@@ -11,6 +11,14 @@ ENCODING_LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048
 TRAINING_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
+def encoding_lengths(longest: int) -> list[int]:
+    """The buckets of texts that are encoded: of at most `longest` tokens, doubled from 8192 on."""
+    lengths = [*ENCODING_LENGTHS]
+    while lengths[-1] < longest:
+        lengths.append(2 * lengths[-1])
+    return [length for length in lengths if length < longest] + [longest]
+
+
 def bucket_length(length: int, buckets: Sequence[int] = TRAINING_LENGTHS) -> int:
     """The least bucket that holds `length` tokens.
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
+from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.encoder import Encoder
@@ -107,7 +107,7 @@ class CrossEncoder:
         tokens = self.token_ids(query, documents) if documents else []  # BM25 may find none.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
         result = np.zeros(len(tokens), np.float32)
-        lengths = [n for n in ENCODING_LENGTHS if n < self.max_length] + [self.max_length]
+        lengths = encoding_lengths(self.max_length)
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             length = bucket_length(len(tokens[part[-1]][0]), lengths)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from expandr_jax.data.batches import ENCODING_LENGTHS, bucket_length, pad
+from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
@@ -111,8 +111,7 @@ class TextEncoder:
     ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Which texts each batch has, the shortest first, and their ids and mask [rows, length]."""
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        longest, divisor = self.retriever.max_length, batch_divisor(self.mesh)
-        lengths = [n for n in ENCODING_LENGTHS if n < longest] + [longest]
+        lengths, divisor = encoding_lengths(self.retriever.max_length), batch_divisor(self.mesh)
         start = 0
         while start < len(order):
             length = bucket_length(len(tokens[order[start]]), lengths)

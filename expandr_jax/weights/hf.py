@@ -29,7 +29,7 @@ from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import check_hash, locate
 from expandr_jax.weights.store import merge_stored, stored_params
-from expandr_jax.weights.tokenizer import TOKENIZER_FILES, read_tokenizer
+from expandr_jax.weights.tokenizer import ANY_LENGTH, TOKENIZER_FILES, read_tokenizer
 from expandr_jax.weights.trees import module_shardings
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def load_retriever(
         params["dense"] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
     said = settings.max_length or tokenizer.model_max_length
-    limits = module.config.max_positions, max_length or said
+    limits = module.config.max_positions, max_length or said, ANY_LENGTH
     length = min(limit for limit in limits if limit)
     if said and length > said:
         message = "%s: texts of up to %d tokens are read, as max_length says; its files say %d"

@@ -13,6 +13,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
 
+ANY_LENGTH = 2**31 - 1  # Of a text that no file limits; files and transformers have 1e30.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
