@@ -13,6 +13,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # Sets the order of data, dropout and every sampled token.
     config.rounds = 1  # A then B so many times; the paper: once. Each uses the latest generator.
     config.keep = 2  # Latest checkpoints that stay; the last of each round always does.
+    # "dpo": on pairs; "reward-sft": on each candidate's negative log-likelihood, by its share
+    # softmax(reward / dpo.reward_temperature) in its query's; "grpo": on-policy, section grpo.
+    config.step_b = "dpo"  # How the generator learns.
 
     config.data = data = ml_collections.ConfigDict()
     data.kind = "beir"  # A directory; "pydoc": docstrings of packages; "triples": JSON lines.
@@ -162,9 +165,7 @@ def get_config() -> ml_collections.ConfigDict:
     reward.threshold = 0.6  # Least best sum of both similarities for a query to be used.
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
-    # "sigmoid", "hinge", "ipo", "robust" or "simpo", for pairs; "reward-sft": each candidate's
-    # negative log-likelihood, by its share softmax(reward / reward_temperature) in its query's.
-    dpo.loss = "sigmoid"  # Which of these is learned.
+    dpo.loss = "sigmoid"  # step_b="dpo": "sigmoid", "hinge", "ipo", "robust" or "simpo".
     dpo.reward_temperature = (
         0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
     )
@@ -187,6 +188,47 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.keep_best = False  # Use the adapter with the lowest loss on them, not the last.
     dpo.chunk = 256  # Response tokens whose logits are in memory at once.
     dpo.save_every = 100  # Updates between checkpoints.
+
+    config.grpo = grpo = _sampling()  # Step B on-policy; _sampling has the rest.
+    grpo.top_p = 1.0  # Below 1, texts are not quite the policy's, whose probabilities are learned.
+    # "grpo", "dr_grpo", "dapo", "gspo", "rloo" or "cispo": expandr_jax/losses/policy.py.
+    grpo.loss = "grpo"  # Which of these is learned.
+    # "deviation": reward less the group's mean, by its deviation; "mean": that alone;
+    # "leave_one_out": reward less the mean of the others.
+    grpo.advantage = ""  # "": as the loss has it.
+    grpo.steps = 300  # Steps of a round; each samples, rewards and updates.
+    grpo.queries = 16  # Queries a step.
+    grpo.samples = 8  # Candidates of each, which are compared with one another.
+    grpo.temperature = 1.0  # Of sampling, and of the probabilities that are learned.
+    # Queries whose candidates have equal rewards teach nothing, and are left out.
+    grpo.resample = 0  # Times at most that others are drawn in their place.
+    grpo.mask_cut = False  # Nothing is learned from texts that were cut for their length.
+    grpo.minibatches = 1  # Updates that a step's queries are divided among.
+    grpo.passes = 1  # Times that a step's queries are learned from.
+    grpo.accumulation = 1  # Parts of an update that are computed in turn, to need less memory.
+    grpo.learning_rate = 1e-5  # It stays the same after the warm-up.
+    grpo.warmup_steps = 0  # Updates from 0 to it.
+    grpo.clip_norm = 1.0  # Greatest norm of the gradient.
+    grpo.clip_low = placeholder(float)  # How far a ratio may go below 1; none: as the loss has it.
+    grpo.clip_high = placeholder(float)  # How far above 1; likewise.
+    grpo.kl_weight = 0.0  # Weight of the KL to the base; it is logged without, too.
+    # Its estimate is multiplied by the ratio, whose slope the KL's own needs, as in DeepSeek-V3.2.
+    grpo.kl_unbiased = False  # Without, as the paper of GRPO has it.
+    grpo.entropy_weight = 0.0  # Weight of the entropy, as a bonus.
+    # Texts are learned from by exp(log-probability when training - when sampling), at most this.
+    grpo.importance_cap = 0.0  # For programs that round otherwise; 0: they are taken for the same.
+    grpo.chunk = 256  # Tokens whose logits are in memory at once.
+    grpo.save_every = 10  # Steps between checkpoints.
+    # Training has collapsed where each of watch_steps steps in turn is beyond one of these limits;
+    # the start is the mean of the first five steps.
+    grpo.watch_kl = 1.0  # Nats a token: texts that the base would hardly ever write.
+    grpo.watch_entropy = (0.1, 3.0)  # Shares of the start's: one text for all, or noise.
+    grpo.watch_repetitive = 0.5  # Share of repetitive texts above the start's.
+    grpo.watch_reward = 1.0  # Below the start's, in deviations within a group at the start.
+    grpo.watch_steps = 10  # Steps in turn.
+    # "stop": the program ends with the last good adapter; "back": it goes on from that one with
+    # half the rate.
+    grpo.on_collapse = "stop"  # What is done then.
 
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.

@@ -15,7 +15,13 @@ from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
-from expandr_jax.objectives.settings import ContrastiveSettings, DpoSettings, MiningSettings
+from expandr_jax.objectives.registry import STEP_B
+from expandr_jax.objectives.settings import (
+    ContrastiveSettings,
+    DpoSettings,
+    GrpoSettings,
+    MiningSettings,
+)
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.registry import REWARDS, RewardSettings
@@ -23,7 +29,7 @@ from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.formats import RENAMED, read_record
 from expandr_jax.runtime.settings import LogSettings
 from expandr_jax.search.settings import SearchSettings
-from expandr_jax.settings import MANY, count, read_section
+from expandr_jax.settings import MANY, choice, count, read_section
 from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
@@ -43,6 +49,7 @@ class Config:
     seed: Annotated[int, count(0)]
     rounds: Annotated[int, count(1, MANY)]
     keep: Annotated[int, count(1)]
+    step_b: Annotated[str, choice(STEP_B)]
     data: DataSettings
     retriever: RetrieverSettings
     generator: GeneratorSettings
@@ -54,6 +61,7 @@ class Config:
     answer: AnswerSettings
     reward: RewardSettings
     dpo: DpoSettings
+    grpo: GrpoSettings
     search: SearchSettings
     evaluation: EvaluationSettings
     export: ExportSettings
@@ -74,6 +82,11 @@ def read_config(values: Mapping[str, Any] | Config) -> Config:
     """
     if isinstance(values, Config):
         return values
+    if hasattr(values.get("dpo"), "keys") and values["dpo"].get("loss") == "reward-sft":
+        raise UserError(
+            "dpo.loss is 'reward-sft'; expected a loss of pairs: set step_b='reward-sft', as it is "
+            "called now"
+        )
     try:
         config = read_section(Config, values)
     except UserError as error:
@@ -134,9 +147,20 @@ def _check(config: Config) -> None:
     if config.reward.function_weights and len(config.reward.function_weights) != len(own):
         one_each = f"() or a weight for each of reward.functions, {len(own)}"
         raise _refuse(config, "reward.function_weights", one_each)
-    if config.reward.length > 0 and config.reward.length_cache > texts.max_new_tokens:
-        longest = f"at most candidates.max_new_tokens, {texts.max_new_tokens}"
+    grpo = config.grpo
+    rewarded = "grpo" if config.step_b == "grpo" else "candidates"
+    most = getattr(config, rewarded).max_new_tokens
+    if config.reward.length > 0 and config.reward.length_cache > most:
+        longest = f"at most {rewarded}.max_new_tokens, {most}"
         raise _refuse(config, "reward.length_cache", longest)
+    if grpo.top_k == 1:
+        raise _refuse(config, "grpo.top_k", "0 or above 1: texts of a query must differ")
+    if len(grpo.watch_entropy) != 2 or grpo.watch_entropy[0] >= grpo.watch_entropy[1]:
+        raise _refuse(config, "grpo.watch_entropy", "two shares, the lower one first")
+    if config.step_b == "grpo" and config.generator.server.url:
+        raise _refuse(
+            config, "generator.server.url", "'', as step_b is 'grpo': texts are sampled here"
+        )
     step_a = config.contrastive
     # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:

@@ -179,7 +179,7 @@ def evidence(texts, vectors):
     group = Group("q", "axis", "d2", "an answer", candidates)
     data = TrainingData(collection, [], ["q"])
     return Evidence(
-        RewardContext(config, data, corpus, ["q"], 100), [group],
+        RewardContext(config, data, corpus, ["q"], 100, config.candidates.max_new_tokens), [group],
         queries=np.array([[1.0, 0.0]], np.float32),
         candidates=np.array([vectors], np.float32),
         answers=np.array([[0.6, 0.8]], np.float32),

@@ -143,8 +143,9 @@ def make_config(path, **dpo):
     config.data.kind = "preferences"
     config.data.path = str(path)
     config.expansion.template = "{query}?"
+    config.step_b = "reward-sft"
     config.dpo.update(
-        loss="reward-sft", prompt_length=64, response_length=16, batch_size=8, dev_share=0.2,
+        prompt_length=64, response_length=16, batch_size=8, dev_share=0.2,
         epochs=6.0, learning_rate=2e-2, save_every=5, eval_every=10, length_normalized=True, **dpo,
     )  # fmt: skip
     return config
@@ -264,10 +265,10 @@ def test_a_bad_line_is_named(path, tmp_path, row, message):
 
 def test_settings_that_do_not_exist_are_refused(path, tmp_path):
     config = make_config(path)
-    config.dpo.loss = "reward_sft"
-    with pytest.raises(UserError, match=r"reward_sft.*expected one of sigmoid"):
+    config.step_b = "reward_sft"
+    with pytest.raises(UserError, match=r"reward_sft.*expected one of dpo, reward-sft, grpo"):
         train(config, tmp_path / "run")
-    config.dpo.update(loss="reward-sft", reward_temperature=0.0)
+    config.step_b, config.dpo.reward_temperature = "reward-sft", 0.0
     with pytest.raises(UserError, match="expected a finite number above 0"):
         train(config, tmp_path / "other")
 
@@ -275,7 +276,7 @@ def test_settings_that_do_not_exist_are_refused(path, tmp_path):
 @pytest.mark.slow
 def test_joint_training_learns_from_its_candidates(tmp_path):
     workdir = tmp_path / "run"
-    overrides = ["--config.dpo.loss=reward-sft", "--config.reward.corpus_measure=ndcg"]
+    overrides = ["--config.step_b=reward-sft", "--config.reward.corpus_measure=ndcg"]
     overrides += ["--config.reward.group=0.5", "--config.reward.group_size=16"]
     output = finish(start(workdir, *overrides))
     queries = [row for _, row in read_jsonl(workdir / "round-0" / "candidates.jsonl", {})]

@@ -40,13 +40,11 @@ PREFIX = "base_model.model.model."
 DPO = OBJECTIVES["sigmoid"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A random Llama with a chat template, as transformers writes it; its logits are not flat."""
+def write_base(directory):
+    """Writes a random Llama with a chat template as transformers does; its logits are not flat."""
     import torch
     import transformers
 
-    directory = tmp_path_factory.mktemp("base")
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY_LLAMA)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -57,8 +55,7 @@ def base(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
-def ours(base):
+def load_ours(base):
     """(generator, its parameters, an adapter that changes the model)."""
     loaded, params = load_generator(str(base))
     generator = dataclasses.replace(loaded, module=loaded.module.clone(lora=LORA))
@@ -67,6 +64,16 @@ def ours(base):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     moved = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return generator, params, jax.tree.unflatten(structure, moved)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def ours(base):
+    return load_ours(base)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@
         --config.data.path=preferences.jsonl
 
 trains it alone, on any file in TRL's formats; `train.joint` calls the same function. With
---config.dpo.loss=reward-sft the file is a candidates.jsonl, or {"prompt", "candidates": [{"text",
+--config.step_b=reward-sft the file is a candidates.jsonl, or {"prompt", "candidates": [{"text",
 "reward"}]} a line. The same command again continues where it stopped.
 """
 
@@ -27,7 +27,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
 from expandr_jax.objectives.packing import Example, hash_examples
-from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.formats import identity_of
@@ -64,8 +64,8 @@ def train_generator(
         UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
             finite.
     """
-    config = run.config.dpo
-    objective = OBJECTIVES[config.loss]
+    config, learned = run.config.dpo, objective_name(run.config)
+    objective = OBJECTIVES[learned]
     dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
@@ -94,7 +94,7 @@ def train_generator(
         adapter = init_lora(jax.random.key(seed), params, lora)
     identity = {
         "model": models.generator_hash,
-        "settings": hash_json(identity_of("dpo", config)),
+        "settings": hash_json(identity_of("dpo", config) | {"loss": learned}),
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
         "generator": models.generator.identity,
@@ -219,6 +219,10 @@ def train_adapter(
             f"data.kind is {config.data.kind!r}; train.generator reads 'preferences', "
             "as configs/dpo.py has it"
         )
+    if objective_name(config) not in OBJECTIVES:
+        raise UserError(
+            f"step_b is {config.step_b!r}, which learns from no file: python -m train.policy"
+        )
     if not config.data.path:
         raise UserError("a file of pairs is missing: add --config.data.path=preferences.jsonl")
     run = Run(workdir, config, console)
@@ -228,7 +232,7 @@ def train_adapter(
         run.check_models(model_hashes(model))
     with run.phase("data"):
         rows = _read(run, model.generator)
-    with run.phase(OBJECTIVES[config.dpo.loss].phase):
+    with run.phase(OBJECTIVES[objective_name(config)].phase):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
@@ -241,7 +245,7 @@ def train_adapter(
 def _read(run: Run, generator: Generator) -> list[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
-    path, objective = pathlib.Path(config.data.path), OBJECTIVES[config.dpo.loss]
+    path, objective = pathlib.Path(config.data.path), OBJECTIVES[objective_name(config)]
     rows, dropped = objective.read(path, generator, config, own=False)
     run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:

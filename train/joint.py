@@ -2,8 +2,8 @@
 
 One round: expand the training queries with the current generator; train the retriever on them
 (step A); encode the corpus and rebuild the index; sample candidates, reward them and train the
-generator by DPO (step B). Then choose settings on dev, score every system on test, export, report.
-The same command again continues where it stopped.
+generator by DPO, or on-policy (step B). Then choose settings on dev, score every system on test,
+export, report. The same command again continues where it stopped.
 """
 
 import functools
@@ -20,16 +20,19 @@ from expandr_jax.data.collect import check_added_tests, prepare_data
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.expand import Expander
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
-from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
+from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size
+from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,
@@ -43,6 +46,7 @@ from train.export import OF_RUN, export_run
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, training_negatives
+from train.policy import WATCH, train_policy
 from train.preferences import CANDIDATES, make_preferences, run_functions
 from train.retriever import train_retriever
 
@@ -68,13 +72,13 @@ def train_joint(
     check_meshes(config.mesh)
     systems = systems_of_run(config)
     _check_server(config, systems)
-    objective = OBJECTIVES[config.dpo.loss]
     run = Run(workdir, config, console, _grow)
     config = run.config
     if (results := _results_if_done(run)) is not None:
         run.reporter.say("all is done: no model is loaded")
         return _end(run, results)
-    functions = run_functions(run, used=run.path("round-0", CANDIDATES).exists())
+    rewarded = run.path("round-0", CANDIDATES), run.path("work", "round-0", WATCH)
+    functions = run_functions(run, used=any(path.exists() for path in rewarded))
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -124,12 +128,7 @@ def train_joint(
         last = round_ == config.rounds - 1
         name = "expandr" if last else f"round-{round_}"
         retrievers[name] = current = retriever(params, name)
-        make_preferences(run, models.generator, expander, adapter, current, data, round_, functions)
-        with run.phase(f"{objective.phase}, round {round_}"):
-            path = run.path(f"round-{round_}", objective.file)
-            rows, dropped = objective.read(path, models.generator, config, own=True)
-            run.reporter.say(objective.counted(len(rows), dropped))
-            adapter = train_generator(run, models, adapter, rows, round_=round_)
+        adapter = _step_b(run, models, expander, adapter, current, data, round_, functions)
         adapters["trained" if last else name] = adapter
 
     results = evaluate(run, models, data, retrievers, adapters)
@@ -141,6 +140,32 @@ def train_joint(
         )
     run.checksums.record(*_written(config))
     return _end(run, results)
+
+
+def _step_b(
+    run: Run,
+    models: Models,
+    expander: Expander,
+    adapter: Any,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    round_: int,
+    functions: Sequence[RewardFunction],
+) -> Any:
+    """The adapter after a round of step B, as the config has it."""
+    config = run.config
+    if config.step_b == "grpo":
+        with run.phase(f"GRPO, round {round_}"):
+            return train_policy(
+                run, models, expander, retriever, data, adapter, functions, round_=round_
+            )
+    objective = OBJECTIVES[objective_name(config)]
+    make_preferences(run, models.generator, expander, adapter, retriever, data, round_, functions)
+    with run.phase(f"{objective.phase}, round {round_}"):
+        path = run.path(f"round-{round_}", objective.file)
+        rows, dropped = objective.read(path, models.generator, config, own=True)
+        run.reporter.say(objective.counted(len(rows), dropped))
+        return train_generator(run, models, adapter, rows, round_=round_)
 
 
 def _written(config: Config) -> list[str]:

@@ -62,12 +62,7 @@ def make_preferences(
     with run.phase(f"candidates, round {round_}"):
         prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
     with run.phase(f"self-answers, round {round_}"):
-        answers = _self_answers(run, expander.sampler, adapter, data, round_)
-    if not answers:
-        raise UserError(
-            f"round {round_}: the generator left every self-answer empty, twice; no query is left "
-            "to learn from. Look at the model and at the section answer of the config"
-        )
+        answers = self_answers(run, expander.sampler, adapter, data, round_)
     with run.phase(f"rewards, round {round_}"):
         temperatures = _temperatures(run)
 
@@ -92,7 +87,8 @@ def make_preferences(
 
         ids = [query for query in data.generator_train if query in answers]
         size = queries_at_once(len(temperatures))
-        context = RewardContext(run.config, data, corpus, ids, size, functions=functions)
+        most = run.config.candidates.max_new_tokens
+        context = RewardContext(run.config, data, corpus, ids, size, most, functions=functions)
         # A query alone does not give a prompt that shows passages.
         shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
@@ -146,10 +142,14 @@ def _temperatures(run: Run) -> list[float]:
     return [t for t in config.temperatures for _ in range(config.per_temperature)]
 
 
-def _self_answers(
+def self_answers(
     run: Run, sampler: Sampler, adapter: Any, data: TrainingData, round_: int
 ) -> Mapping[str, str]:
-    """Query id -> answer; an empty one is tried once more, then its query is left out."""
+    """Query id -> answer; an empty one is tried once more, then its query is left out.
+
+    Raises:
+        UserError: All are empty.
+    """
     config, tries = run.config.answer, []
     answered: dict[str, int] = {}  # Query id -> the try.
 
@@ -167,6 +167,11 @@ def _self_answers(
         purpose = f"answers, round {round_}, try {attempt}"
         tries.append(sample_texts(sampler, adapter, requests, path=path, purpose=purpose))
         answered |= {query: attempt for (query, _), text in tries[-1].items() if text}
+    if not answered:
+        raise UserError(
+            f"round {round_}: the generator left every self-answer empty, twice; no query is left "
+            "to learn from. Look at the model and at the section answer of the config"
+        )
     return MadeWhenAsked(answered, lambda query: tries[answered[query]][query, answered[query]])
 
 

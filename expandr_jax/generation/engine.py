@@ -112,9 +112,19 @@ class Engine:
         self.memory = plan_memory(self.shape, params, self._buckets, held)
         if memory_limit_bytes is not None:
             check_memory(self.memory, memory_limit_bytes)
-        self._variables = self._device_put(params, adapter)
+        self._shardings = variable_shardings(mesh, self.shape.module, params, adapter)
+        variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
+        self._variables = self._device_put(variables)
         self._idle = jax.device_get(device.empty_settings(slots))
         self._programs = make_programs(self.shape)
+        self._shared = self._run_prefix()
+
+    def use(self, adapter: Mapping[str, Any]) -> None:
+        """Goes on with another adapter, of the same shapes as the one that it was made with.
+
+        The base stays where it is, and nothing is compiled: the prefix alone is run again.
+        """
+        self._variables = self._variables | self._device_put({"lora": adapter})
         self._shared = self._run_prefix()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -276,14 +286,10 @@ class Engine:
     def _bucket(self, prompt: Sequence[int]) -> int:
         return self._buckets[bisect.bisect_left(self._buckets, len(prompt) - len(self._prefix))]
 
-    def _device_put(
-        self, params: Mapping[str, Any], adapter: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def _device_put(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
         module, on_cpu = self.shape.module, jax.default_backend() == "cpu"
-        variables = {"params": params} if adapter is None else {"params": params, "lora": adapter}
-        shardings = variable_shardings(self.shape.mesh, module, params, adapter)
-        places, placed = traverse_util.flatten_dict(shardings), {}
+        places, placed = traverse_util.flatten_dict(self._shardings), {}
         # One by one: of no other is there a stacked copy on this mesh beside its layers.
         for path, leaf in traverse_util.flatten_dict(variables).items():
             collection, first, *rest = path

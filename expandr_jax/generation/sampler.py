@@ -89,14 +89,18 @@ class Sampler:
         for completion in engine.generate(request for request, _ in self._prompted(left, limit)):
             if completion.finished == "refused":
                 refused.add(completion.id)
-            text = completion.text
-            text = self.generator.decode(completion.tokens) if text is None else text
-            # The mark belongs to the text, by which a thought is told from an answer.
-            yield completion, f"<think>{text}" if self.generator.opens_thought else text
+            yield completion, self.text(completion)
         if refused:
             self.reporter.say(
                 f"{len(refused)} prompts are too long for the server; their texts are empty"
             )
+
+    def text(self, completion: Completion) -> str:
+        """What a completion says."""
+        text = completion.text
+        text = self.generator.decode(completion.tokens) if text is None else text
+        # The mark belongs to the text, by which a thought is told from an answer.
+        return f"<think>{text}" if self.generator.opens_thought else text
 
     def _prompted(self, requests: Iterable[Request], limit: int) -> Iterator[tuple[Request, bool]]:
         """Requests with ids as prompts, and whether these were cut; a message is turned once."""

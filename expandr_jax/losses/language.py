@@ -11,6 +11,13 @@ def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
+def token_entropies(logits: jax.Array) -> jax.Array:
+    """-sum p log p of softmax(logits) in float32 and nats: logits [..., vocab] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    shares = jax.nn.softmax(logits, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(shares * logits, axis=-1)
+
+
 def response_sums(
     log_probs: jax.Array, responses: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -3,11 +3,23 @@
 import dataclasses
 from typing import Annotated
 
+from expandr_jax.generation.settings import SamplingSettings
+from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.contrastive import ContrastiveConfig
 from expandr_jax.objectives.objective import ObjectiveSettings
-from expandr_jax.objectives.registry import OBJECTIVES
-from expandr_jax.settings import ComputeType, NotNegative, Share, choice, count, number
+from expandr_jax.objectives.preference import PREFERENCE_OBJECTIVES
+from expandr_jax.settings import (
+    MANY,
+    ComputeType,
+    NotNegative,
+    Positive,
+    Share,
+    choice,
+    count,
+    number,
+    several,
+)
 from expandr_jax.training.settings import TrainingSettings
 
 
@@ -41,9 +53,42 @@ class MiningSettings:
 class DpoSettings(ObjectiveSettings, TrainingSettings):
     """The section `dpo`, of step B."""
 
-    loss: Annotated[str, choice(OBJECTIVES)]
+    loss: Annotated[str, choice(PREFERENCE_OBJECTIVES)]
     prompt_length: Annotated[int, count(1)]
     response_length: Annotated[int, count(2)]  # A token and the end.
     on_bad_pair: Annotated[str, choice(("error", "drop"))]
     dev_share: Annotated[float, number(least=0, below=1)]
     keep_best: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GrpoSettings(PolicySettings, SamplingSettings):
+    """The section `grpo`, of step B on-policy."""
+
+    loss: Annotated[str, choice(POLICY_LOSSES)]
+    advantage: Annotated[str, choice(ADVANTAGES, empty=True)]
+    steps: Annotated[int, count(1)]
+    queries: Annotated[int, count(1)]
+    samples: Annotated[int, count(2, MANY)]
+    temperature: Positive
+    resample: Annotated[int, count(0, MANY)]
+    mask_cut: bool
+    minibatches: Annotated[int, count(1)]
+    passes: Annotated[int, count(1, MANY)]
+    accumulation: Annotated[int, count(1, MANY)]
+    learning_rate: Positive
+    warmup_steps: Annotated[int, count(0)]
+    clip_norm: Positive
+    chunk: Annotated[int, count(1)]
+    save_every: Annotated[int, count(1)]
+    watch_kl: Positive
+    watch_entropy: Annotated[tuple[float, ...], several(number(least=0), least=2)]
+    watch_repetitive: Share
+    watch_reward: NotNegative
+    watch_steps: Annotated[int, count(1)]
+    on_collapse: Annotated[str, choice(("stop", "back"))]
+
+    @property
+    def updates(self) -> int:
+        """Updates of a step."""
+        return self.minibatches * self.passes

@@ -19,7 +19,7 @@ from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
 from expandr_jax.objectives.packing import Example, pack, row_sizes
-from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.planning.planned import (
@@ -51,7 +51,7 @@ class GeneratorShapes:
 
     def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
-        self._objective = OBJECTIVES[config.dpo.loss]
+        self._objective = OBJECTIVES[objective_name(config)]
         section = config.generator
         module = shape_module(section, "generator", section.compute_dtype)
         if not family_of(module).generates:

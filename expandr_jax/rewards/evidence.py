@@ -34,6 +34,7 @@ class RewardContext:
             looks at vectors, as `registry.needs_vectors` says.
         queries: Ids of all queries that have candidates.
         block: How many of them are judged together, at most.
+        most_tokens: Longest candidate that was asked for, in tokens.
         split: Which judgements are theirs.
         functions: Those of `reward.functions`, imported.
     """
@@ -43,6 +44,7 @@ class RewardContext:
     corpus: Corpus | None
     queries: Sequence[str]
     block: int
+    most_tokens: int = 0
     split: str = "train"
     functions: Sequence[RewardFunction] = ()
 

@@ -30,10 +30,10 @@ def length_reward(evidence: Evidence) -> np.ndarray:
 
     UserError where nobody kept how many there were.
     """
-    config = evidence.context.config
+    context = evidence.context
     lengths = [[_length(group.query_id, c) for c in group.candidates] for group in evidence.groups]
     cut = [[c.finished == "length" for c in group.candidates] for group in evidence.groups]
-    most, cache = config.candidates.max_new_tokens, config.reward.length_cache
+    most, cache = context.most_tokens, context.config.reward.length_cache
     return soft_overlong(np.array(lengths), np.array(cut), most, cache)
 
 

@@ -21,7 +21,18 @@ ABSENT: dict[str, Any] = {
         for section in ("expansion", "candidates", "answer")
         for name, value in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0))
     },
+    "step_b": "dpo",
     "dpo.gamma": 0.5,
+    "grpo": {
+        "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 512,
+        "loss": "grpo", "advantage": "", "steps": 300, "queries": 16, "samples": 8,
+        "temperature": 1.0, "resample": 0, "mask_cut": False, "minibatches": 1, "passes": 1,
+        "accumulation": 1, "learning_rate": 1e-5, "warmup_steps": 0, "clip_norm": 1.0,
+        "clip_low": None, "clip_high": None, "kl_weight": 0.0, "kl_unbiased": False,
+        "entropy_weight": 0.0, "importance_cap": 0.0, "chunk": 256, "save_every": 10,
+        "watch_kl": 1.0, "watch_entropy": [0.1, 3.0], "watch_repetitive": 0.5, "watch_reward": 1.0,
+        "watch_steps": 10, "on_collapse": "stop",
+    },
     "generator.thinking": None,
     "generator.today": "",
     "reward.gain": 0.0,
@@ -80,6 +91,8 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
             value = section.pop(name)
             section, name = find_setting(config, new)
             section[name] = value
+    if config["dpo"]["loss"] == "reward-sft":
+        config["step_b"], config["dpo"]["loss"] = "reward-sft", "sigmoid"
     for setting, value in ABSENT.items():
         section, name = find_setting(config, setting)
         section.setdefault(name, value)

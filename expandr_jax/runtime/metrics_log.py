@@ -13,7 +13,10 @@ from expandr_jax.files.records import hash_json, write_text
 
 SECONDS_BETWEEN_FLUSHES = 30.0  # TensorBoard's file; metrics.jsonl has each step at once.
 # What a step cost, which differs from run to run; everything else in a line depends on the config.
-COST_FIELDS = ("step_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes")
+COST_FIELDS = (
+    "step_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes",
+    "sampling_seconds", "encoding_seconds", "search_seconds", "rollout_seconds", "update_seconds",
+)  # fmt: skip
 
 
 class MetricsLog:

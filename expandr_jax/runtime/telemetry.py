@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import psutil
@@ -30,11 +30,13 @@ class Contents:
         ids: The ids of its examples.
         tokens: Number of tokens of its texts, without padding.
         flops: Operations of the model in this step; 0 where nobody has counted them.
+        seconds: What parts of the step took, by names of `metrics_log.COST_FIELDS`.
     """
 
     ids: Sequence[str]
     tokens: int = 0
     flops: float = 0.0
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def named(self) -> str:
@@ -57,7 +59,7 @@ class Costs:
         """Costs of the step that has just come back."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        costs = {"step_seconds": seconds}
+        costs = {"step_seconds": seconds, **contents.seconds}
         if contents.tokens:
             costs["tokens_per_second"] = contents.tokens / seconds
         if contents.flops and self._peak:

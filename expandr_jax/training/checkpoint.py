@@ -212,6 +212,15 @@ class Checkpoints:
             self._set_aside(step, problem)
         return None
 
+    def forget(self, after: int) -> None:
+        """Removes all steps above `after`; all processes call it together."""
+        self.wait()
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if step > after:
+                self._manager.delete(step)
+        self._agree(True)
+        self._manager.reload()
+
     def _has(self, identity: Mapping[str, Any]) -> bool:
         """Whether it is this one. Older versions named less in theirs, all of which must agree."""
         return self.identity.items() >= identity.items()

@@ -25,9 +25,12 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(by_name, params)
 
 
-def make_schedule(learning_rate: float, updates: int, warmup: int = 0) -> optax.Schedule:
-    """Linear rise over the warm-up, then linear decay to zero; counted in updates."""
-    decay = optax.linear_schedule(learning_rate, 0.0, max(1, updates - warmup))
+def make_schedule(
+    learning_rate: float, updates: int, warmup: int = 0, *, constant: bool = False
+) -> optax.Schedule:
+    """Linear rise over the warm-up, then linear decay to zero, or none; counted in updates."""
+    last = learning_rate if constant else 0.0
+    decay = optax.linear_schedule(learning_rate, last, max(1, updates - warmup))
     if warmup == 0:
         return decay
     rise = optax.linear_schedule(0.0, learning_rate, warmup)
@@ -42,6 +45,7 @@ def make_optimizer(
     clip_norm: float = 1.0,
     weight_decay: float = 0.0,
     accumulation: int = 1,
+    constant: bool = False,
 ) -> optax.GradientTransformation:
     """Clipping, then AdamW with a linear schedule, as both of the paper's trainers have it.
 
@@ -52,11 +56,12 @@ def make_optimizer(
         clip_norm: Greatest global norm of the gradient.
         weight_decay: Decoupled, on what is `decayed`.
         accumulation: Micro-batches per update.
+        constant: The rate stays at its peak.
     """
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(
-            make_schedule(learning_rate, updates, warmup),
+            make_schedule(learning_rate, updates, warmup, constant=constant),
             weight_decay=weight_decay,
             mask=decayed,
         ),
@@ -119,6 +124,14 @@ class TrainState:
         )
         return cls(everywhere, params, sharded)
 
-    def apply(self, grads: Any, optimizer: optax.GradientTransformation) -> "TrainState":
+    def apply(
+        self,
+        grads: Any,
+        optimizer: optax.GradientTransformation,
+        rate: jax.Array | None = None,
+    ) -> "TrainState":
+        """The state after an update, which `rate` scales, where it is given."""
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+        if rate is not None:
+            updates = jax.tree.map(lambda update: rate * update, updates)
         return TrainState(self.step + 1, optax.apply_updates(self.params, updates), opt_state)

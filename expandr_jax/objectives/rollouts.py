@@ -1,0 +1,200 @@
+"""What a step of on-policy training learns from: texts of the policy as it is, and their rewards.
+
+Which queries a step has, and every token, depend on the seed, the step, the query and the number of
+the sample alone: a restart within a step makes the same texts again.
+"""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from expandr_jax.data.batches import batch_indices
+from expandr_jax.expansion.expand import drawing
+from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
+from expandr_jax.generation.requests import Completion, Extent, Request
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.objectives.policy import Sampled, row_sizes_of
+from expandr_jax.rewards.group import Candidate, Group
+
+# Groups without rewards to the same with rewards, and seconds by what they were spent on. All
+# processes of a run call it together, each with all groups.
+Score = Callable[[Sequence[Group]], tuple[list[Group], Mapping[str, float]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What was sampled for a step.
+
+    Attributes:
+        groups: As many as the settings say, those that teach nothing at the end.
+        statistics: Of the rewards and texts, for the step's metrics.
+        seconds: What sampling and rewards took, by name.
+    """
+
+    groups: list[Sampled]
+    statistics: dict[str, float]
+    seconds: dict[str, float]
+
+
+class Rollouts:
+    """Samples and rewards the groups of each step.
+
+    Attributes:
+        sizes: What rows of their batches are padded to.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        adapter: Any,
+        messages: Mapping[str, str],
+        group: Callable[[str], Group],
+        score: Score,
+        settings: Any,
+        first_step: int = 0,
+    ):
+        """Makes the engine.
+
+        Args:
+            sampler: Of the generator that is trained.
+            adapter: Any of the shapes of those to come.
+            messages: Query id -> what is asked for it; of these queries steps are drawn.
+            group: Query id -> its group, which has no candidates yet.
+            score: Rewards groups.
+            settings: The config's section `grpo`.
+            first_step: Steps before the first one here, of earlier rounds: draws go on from there.
+
+        Raises:
+            UserError: The engine does not fit the devices or their memory.
+        """
+        self._sampler = dataclasses.replace(sampler, log_probs=True)
+        self._messages, self._group, self._score = messages, group, score
+        self._settings, self._first_step = settings, first_step
+        self._ids = [*messages]
+        self._limit = max(sampler.settings.prompt_buckets)
+        extent, cut = self._extent()
+        if cut:
+            sampler.reporter.say(f"{cut} prompts lost their beginning (over {self._limit} tokens)")
+        self.sizes = row_sizes_of(extent.longest, settings.samples, settings.max_new_tokens)
+        self._engine = self._sampler.engine(adapter, extent)
+
+    def sample(self, step: int, adapter: Any) -> Rollout:
+        """The groups of a step, sampled with an adapter; all processes of a run call it together.
+
+        Raises:
+            UserError: A reward cannot be had.
+        """
+        settings, begin = self._settings, time.perf_counter()
+        seconds: collections.Counter[str] = collections.Counter()
+        self._engine.use(adapter)
+        teaching: list[Sampled] = []
+        idle: list[Sampled] = []
+        names = self._names(step)
+        for _ in range(1 + settings.resample):
+            drawn = list(itertools.islice(names, settings.queries - len(teaching)))
+            if not drawn:
+                break
+            for row in self._rewarded(drawn, step, seconds):
+                (teaching if row.used else idle).append(row)
+        statistics = _statistics([*teaching, *idle])
+        groups = [*teaching, *idle][: settings.queries]
+        seconds["rollout_seconds"] = time.perf_counter() - begin
+        return Rollout(groups, statistics, dict(seconds))
+
+    def _names(self, step: int) -> Iterator[str]:
+        """The queries of a step; then all others, in an order of the step's own."""
+        seed, number = self._sampler.seed, self._first_step + step
+        first = batch_indices(seed, number, len(self._ids), self._settings.queries)
+        yield from (self._ids[i] for i in first)
+        others = np.setdiff1d(np.arange(len(self._ids)), first)
+        yield from (self._ids[i] for i in np.random.default_rng([seed, number]).permutation(others))
+
+    def _rewarded(
+        self, names: Sequence[str], step: int, seconds: collections.Counter
+    ) -> list[Sampled]:
+        """The groups of some queries, with their rewards."""
+        begin = time.perf_counter()
+        prompts = {name: self._prompt(name)[0] for name in names}
+        rows = dict(self._sampled(names, prompts, step))
+        seconds["sampling_seconds"] += time.perf_counter() - begin
+        groups, spent = self._score(
+            [
+                dataclasses.replace(
+                    self._group(name),
+                    candidates=[rows[name, i] for i in range(self._settings.samples)],
+                )
+                for name in names
+            ]
+        )
+        seconds.update(spent)
+        return [
+            Sampled(group, prompts[name], used=len({c.total for c in group.candidates}) > 1)
+            for name, group in zip(names, groups, strict=True)
+        ]
+
+    def _sampled(
+        self, names: Sequence[str], prompts: Mapping[str, Sequence[int]], step: int
+    ) -> Iterator[tuple[tuple[str, int], Candidate]]:
+        """(Query, sample) and the text, of all that a step asks for."""
+        settings, processes = self._settings, self._sampler.processes
+        before = f"policy, step {self._first_step + step}/"
+        requests = [
+            Request(
+                before + name, sample, tuple(prompts[name]), settings.temperature,
+                **drawing(settings),
+            )
+            for name in names[processes.index :: processes.count]
+            for sample in range(settings.samples)
+        ]  # fmt: skip
+
+        def row(made: Completion) -> list[Any]:
+            text = strip_lead_in(self._sampler.text(made)).strip()
+            name = made.id.removeprefix(before)
+            return [name, made.sample, text, made.finished, [*made.tokens], [*made.log_probs]]
+
+        own = [row(completion) for completion in self._engine.generate(requests)]
+        for part in processes.gather(own) if processes.count > 1 else [own]:
+            for name, sample, text, finished, tokens, log_probs in part:
+                yield (
+                    (name, sample),
+                    Candidate(text, settings.temperature, tokens, len(tokens), finished, log_probs),
+                )
+
+    def _prompt(self, name: str) -> tuple[list[int], bool]:
+        return self._sampler.generator.chat_ids(self._messages[name], self._limit)
+
+    def _extent(self) -> tuple[Extent, int]:
+        """What the engine is made for, and how many prompts are cut."""
+        settings, cut = self._settings, 0
+
+        def requests() -> Iterator[Request]:
+            nonlocal cut
+            for name in self._ids:
+                prompt, was_cut = self._prompt(name)
+                cut += was_cut
+                yield Request(name, 0, tuple(prompt), settings.temperature, **drawing(settings))
+
+        extent = Extent.of(requests())
+        return dataclasses.replace(extent, count=settings.queries * settings.samples), cut
+
+
+def _statistics(rows: Sequence[Sampled]) -> dict[str, float]:
+    """What the texts of a step are worth and look like."""
+    candidates = [c for row in rows for c in row.group.candidates]
+    rewards = np.array([[c.total for c in row.group.candidates] for row in rows])
+    names = sorted({name for c in candidates for name in c.rewards})
+    return {
+        "reward": rewards.mean(),
+        "reward_deviation": rewards.std(axis=1, ddof=1).mean(),
+        **{f"reward_{n}": float(np.mean([c.rewards[n] for c in candidates])) for n in names},
+        "teaching": np.mean([row.used for row in rows]),
+        "length": np.mean([len(c.tokens) for c in candidates]),
+        "cut": np.mean([c.finished == "length" for c in candidates]),
+        "empty": np.mean([not c.text for c in candidates]),
+        "repetitive": np.mean([is_repetitive(c.text) for c in candidates]),
+    }

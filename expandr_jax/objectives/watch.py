@@ -1,0 +1,42 @@
+"""Whether on-policy training has collapsed: what users of others find out from worthless texts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+START = 5  # Steps at the beginning whose mean is what later ones are compared with.
+# Metrics of a step that the watch looks at.
+WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation")
+
+Row = Mapping[str, float]
+
+
+def collapsed(rows: Sequence[Row], settings: Any) -> str | None:
+    """Why training has collapsed, or None.
+
+    A limit counts where each of the last `watch_steps` steps was beyond it: single steps are noisy.
+
+    Args:
+        rows: `WATCHED` of all steps so far, the first one's first.
+        settings: The config's section `grpo`.
+    """
+    last = rows[-settings.watch_steps :]
+    if len(rows) < START + settings.watch_steps:
+        return None
+    start = {name: sum(row[name] for row in rows[:START]) / START for name in WATCHED}
+    low, high = (bound * start["entropy"] for bound in settings.watch_entropy)
+    repetitive = start["repetitive"] + settings.watch_repetitive
+    reward = start["reward"] - settings.watch_reward * start["reward_deviation"]
+    now = last[-1]
+    limits: dict[str, Callable[[Row], bool]] = {
+        f"KL to the base {now['kl']:.3g} nats a token, above {settings.watch_kl:g} "
+        "(grpo.watch_kl)": lambda row: row["kl"] > settings.watch_kl,
+        f"entropy {now['entropy']:.3g} nats a token, {start['entropy']:.3g} at the start; "
+        f"grpo.watch_entropy allows {low:.3g} to {high:.3g}": (
+            lambda row: not low <= row["entropy"] <= high
+        ),
+        f"share of repetitive texts {now['repetitive']:.3g}, above {repetitive:.3g} "
+        "(grpo.watch_repetitive over the start's)": lambda row: row["repetitive"] > repetitive,
+        f"reward {now['reward']:.4g}, below {reward:.4g} (grpo.watch_reward deviations under the "
+        "start's)": lambda row: row["reward"] < reward,
+    }
+    return next((why for why, beyond in limits.items() if all(map(beyond, last))), None)

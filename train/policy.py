@@ -1,0 +1,334 @@
+"""Trains the generator's adapter on-policy: it samples, its texts are rewarded, it learns, again.
+
+    python -m train.policy --config=configs/grpo.py --workdir=DIR
+
+trains it alone, against the config's retriever as it is; `train.joint` with --config.step_b=grpo
+calls the same function in each round. The same command again continues where it stopped.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from expandr_jax.config import Config, read_config
+from expandr_jax.data.collect import prepare_data
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.expand import Expander, journaled
+from expandr_jax.files.records import hash_json, write_jsonl
+from expandr_jax.loading import load_models
+from expandr_jax.models.lora import init_lora
+from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
+from expandr_jax.objectives.rollouts import Rollout, Rollouts
+from expandr_jax.objectives.watch import WATCHED, collapsed
+from expandr_jax.pair import Models, check_meshes, model_hashes
+from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.rewards.answers import check_answers
+from expandr_jax.rewards.functions import RewardFunction
+from expandr_jax.rewards.group import Group
+from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.sharding import batch_divisor, whole
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.loop import fit
+from expandr_jax.training.train_state import TrainState, make_optimizer
+from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.weights.adapter import base_name, export_adapter
+from train.encoding import run_retriever, run_words
+from train.expansions import run_expander
+from train.launch import launch_training
+from train.preferences import run_functions, self_answers
+from train.scores import make_score
+
+PHASE = "GRPO"
+WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
+MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends all the same.
+
+
+@dataclasses.dataclass
+class Collapsed(Exception):
+    """Raised out of the loop: the step at which training has collapsed, and why."""
+
+    step: int
+    why: str
+
+
+def train_policy(
+    run: Run,
+    models: Models,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    adapter: Any | None,
+    functions: Sequence[RewardFunction],
+    *,
+    round_: int,
+) -> Any:
+    """One round of step B on-policy.
+
+    Args:
+        run: The workdir; checkpoints go to checkpoints/policy-R, texts of the first, the middle and
+            the last step to round-R/policy-texts-STEP.jsonl.
+        models: Both models.
+        expander: What is asked for a query; texts of earlier questions are the start's.
+        retriever: Encodes and searches for the rewards.
+        data: Has the queries of step B.
+        adapter: The adapter to start from; None starts a new one.
+        functions: From `run_functions`.
+        round_: Counts from 0.
+
+    Returns:
+        The trained adapter, as each process can read it all.
+
+    Raises:
+        UserError: A setting does not fit the data or the mesh, a reward cannot be had, a loss is
+            not finite, or training has collapsed.
+    """
+    settings, seed = run.config.grpo, run.config.seed
+    _check(settings, data, models)
+    params, lora = models.generator_params, models.generator.module.lora
+    if adapter is None:
+        adapter = init_lora(jax.random.key(seed), params, lora)
+    messages, group = _asked(run, expander, data, adapter, round_)
+    score = make_score(run, retriever, data, [*messages], functions)
+    optimizer = make_optimizer(
+        settings.learning_rate,
+        settings.steps * settings.updates,
+        warmup=settings.warmup_steps,
+        clip_norm=settings.clip_norm,
+        accumulation=settings.accumulation,
+        constant=True,
+    )
+    trainer = PolicyTrainer(models, settings, optimizer)
+    rollouts = Rollouts(
+        expander.sampler, adapter, messages, group, score, settings, round_ * settings.steps
+    )
+    directory = run.checkpoints(f"policy-{round_}")
+    # A collapse is seen some steps after the last good one, which must still be there.
+    keep = max(run.config.keep, 2 + settings.watch_steps // settings.save_every)
+    identity = {
+        "model": models.generator_hash,
+        "settings": hash_json(
+            [dataclasses.asdict(settings), dataclasses.asdict(run.config.reward)]
+        ),
+        "lora": hash_json([lora.rank, lora.alpha, list(lora.targets)]),
+        "generator": models.generator.identity,
+        "queries": hash_json([*messages]),
+    }
+    checkpoints = Checkpoints(
+        directory, identity, keep=keep, keep_period=settings.steps, agree=run.processes.all
+    )
+    loop = _Loop(run, models, settings, trainer, rollouts, round_)
+    while True:
+        try:
+            return whole(loop.fit(adapter, checkpoints))
+        except Collapsed as collapse:
+            adapter = loop.after(collapse, adapter, checkpoints)
+
+
+class _Loop:
+    """Steps of on-policy training, watched."""
+
+    def __init__(
+        self,
+        run: Run,
+        models: Models,
+        settings: Any,
+        trainer: PolicyTrainer,
+        rollouts: Rollouts,
+        round_: int,
+    ):
+        self._run, self._models, self._settings = run, models, settings
+        self._trainer, self._rollouts, self._round = trainer, rollouts, round_
+        work = run.path("work", f"round-{round_}")
+        self._watched = CommonJournal(work / WATCH, run.processes)
+        self._collapses = CommonJournal(work / "policy-collapses.jsonl", run.processes)
+        self._log = run.training_log(PHASE, round_)
+        steps = settings.steps
+        self._shown = {0, steps // 2, steps - 1}
+
+    def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
+        """The adapter after the last step, on the mesh; raises Collapsed."""
+        return fit(
+            self._log,
+            self._trainer.setup.create(adapter),
+            self._learn,
+            self._sample,
+            first_step=0,
+            steps=self._settings.steps,
+            checkpoints=checkpoints,
+            save_every=self._settings.save_every,
+            on_policy=True,
+        ).params
+
+    def after(self, collapse: Collapsed, adapter: Any, checkpoints: Checkpoints) -> Any:
+        """Ends the program, or goes back: the adapter to go on from if no checkpoint is there."""
+        checkpoints.wait()
+        run, template = self._run, self._trainer.setup.create(adapter)
+        good = max(0, collapse.step + 1 - self._settings.watch_steps)
+        restored = checkpoints.restore(template, at_most=good)
+        back_to, state = restored or (0, template)
+        said = f"{PHASE}, round {self._round}, step {collapse.step}: collapsed: {collapse.why}"
+        again = self._settings.on_collapse == "back" and len(self._collapses.rows) < MOST_BACKS
+        if again:
+            run.reporter.say(f"{said}; back to step {back_to}, with half the rate")
+            checkpoints.forget(back_to)
+            self._collapses.append([{"step": collapse.step, "why": collapse.why, "to": back_to}])
+            return adapter
+        name = f"round-{self._round}/last-good-adapter"
+        module = self._models.generator.module
+        base = base_name(run.address, run.config.generator.source)
+        good_adapter = whole(state.params)
+        run.processes.once(
+            lambda: export_adapter(run.path(name), good_adapter, module.lora, module.config, base)
+        )
+        raise UserError(
+            f"{said}; the adapter of step {back_to} is in {run.where(run.path(name))}. Lower "
+            "grpo.learning_rate or raise grpo.kl_weight in a new --workdir; or set "
+            "grpo.on_collapse to 'back'"
+        )
+
+    def _sample(self, step: int, state: TrainState) -> tuple[Any, Contents]:
+        """What a step learns from, on the host, and what it is made of."""
+        adapter = whole(state.params)
+        rollout = self._rollouts.sample(step, adapter)
+        if step in self._shown:
+            self._run.processes.once(lambda: self._show(step, rollout))
+        settings, groups = self._settings, rollout.groups
+        size = settings.queries // settings.minibatches
+        pad_id = self._models.generator.pad_id
+        packed = [
+            pack_sampled(groups[first : first + size], settings, pad_id, self._rollouts.sizes)
+            for first in range(0, len(groups), size)
+        ]
+        sizes = [(len(g.prompt), sum(len(c.tokens) for c in g.group.candidates)) for g in groups]
+        module, params = self._models.generator.module, self._models.generator_params
+        contents = Contents(
+            [g.group.query_id for g in groups],
+            sum(map(sum, sizes)),
+            settings.passes * sum(
+                FROZEN * forward_flops(module, params, 1, prompt + texts, logits=texts)
+                for prompt, texts in sizes
+            ),
+            dict(rollout.seconds),
+        )  # fmt: skip
+        return (step, packed, rollout.statistics, contents.seconds), contents
+
+    def _learn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        """The state after a step, and all that is logged of it; raises Collapsed."""
+        step, packed, statistics, seconds = batch
+        begin, trainer = time.perf_counter(), self._trainer
+        known = {} if self._settings.kl_weight else {"kl": trainer.kl(packed[0])}
+        rate = 0.5 ** len(self._collapses.rows)
+        state, metrics = trainer.learn(state, trainer.batches(state.params, packed), rate)
+        jax.block_until_ready(state)
+        seconds["update_seconds"] = time.perf_counter() - begin
+        metrics = {**metrics, **known, **statistics}
+        row = {name: float(metrics[name]) for name in WATCHED}
+        if len(self._watched.rows) > step:
+            self._watched.keep(step)
+        self._watched.append([row])
+        why = collapsed(self._watched.rows, self._settings)
+        if why:
+            raise Collapsed(step, why)
+        return state, metrics
+
+    def _show(self, step: int, rollout: Rollout) -> None:
+        """Writes the texts of a step beside their rewards."""
+        rows = (
+            {
+                "query_id": each.group.query_id, "query": each.group.query, "text": c.text,
+                "reward": c.total, "reward_terms": dict(c.rewards),
+            }
+            for each in rollout.groups
+            for c in each.group.candidates
+        )  # fmt: skip
+        write_jsonl(self._run.path(f"round-{self._round}", f"policy-texts-{step}.jsonl"), rows)
+
+
+def _check(settings: Any, data: TrainingData, models: Models) -> None:
+    """Refuses a section `grpo` that does not fit the data and the devices."""
+    parts = settings.minibatches * settings.accumulation
+    devices = batch_divisor(models.dpo_mesh)
+    if settings.queries % (parts * devices):
+        raise UserError(
+            f"grpo.queries {settings.queries} must be a multiple of {parts * devices} "
+            "(grpo.minibatches times grpo.accumulation times the mesh's data and fsdp)"
+        )
+    if settings.queries > len(data.generator_train):
+        raise UserError(
+            f"grpo.queries {settings.queries}: there are {len(data.generator_train)} queries to "
+            "train the generator with"
+        )
+
+
+def _asked(
+    run: Run, expander: Expander, data: TrainingData, adapter: Any, round_: int
+) -> tuple[Mapping[str, str], Callable[[str], Group]]:
+    """Query id -> message, and query id -> group without candidates."""
+    queries = {query: data.collection.queries[query] for query in data.generator_train}
+    answers: Mapping[str, str] = {}
+    if run.config.reward.answer > 0:
+        answers = self_answers(run, expander.sampler, adapter, data, round_)
+        queries = {query: text for query, text in queries.items() if query in answers}
+    journal = run.path("work", f"round-{round_}", "policy.jsonl")
+    sample = journaled(expander, adapter, journal, f"before {PHASE}, round {round_}")
+    messages = expander.messages(queries, sample)
+
+    def group(query: str) -> Group:
+        return Group(query, queries[query], data.positive(query), answers.get(query, ""), [])
+
+    return messages, group
+
+
+def train_alone(
+    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
+) -> pathlib.Path:
+    """Trains, or goes on training, an adapter on-policy against the config's retriever as it is.
+
+    Args and errors are as of `train.joint.train_joint`, the config as from configs/grpo.py.
+
+    Returns:
+        The adapter, in PEFT form.
+    """
+    config = read_config(config)
+    check_meshes(config.mesh)
+    run = Run(workdir, config, console)
+    config = run.config
+    with run.phase("data"):
+        data = prepare_data(
+            config.data, run.path("data"), run.path("work", "prepared"),
+            run.path("work", "documents", "data"),
+            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+        )  # fmt: skip
+    check_answers(config, data)
+    with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
+        models = load_models(config, advance)
+    run.check_models(model_hashes(models))
+    corpus = data.collection.corpus
+    retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
+    expander = run_expander(run, models, data, run_words(run, corpus), retriever.find)
+    with run.phase(f"{PHASE}, round 0"):
+        used = run.path("work", "round-0", WATCH).exists()
+        functions = run_functions(run, used)
+        adapter = train_policy(run, models, expander, retriever, data, None, functions, round_=0)
+    directory = run.path("export", "adapter")
+    with run.phase("export"):
+        module, base = models.generator.module, base_name(run.address, config.generator.source)
+        run.processes.once(
+            lambda: export_adapter(directory, adapter, module.lora, module.config, base)
+        )
+    console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
+    run.close()
+    return directory
+
+
+if __name__ == "__main__":
+    launch_training(train_alone)
