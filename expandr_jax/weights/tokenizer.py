@@ -1,11 +1,12 @@
 """Tokenizers from a model directory, without transformers' AutoTokenizer, which imports PyTorch."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, PreTokenizer, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -13,11 +14,35 @@ from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
 
+logger = logging.getLogger(__name__)
 ANY_LENGTH = 2**31 - 1  # Of a text that no file limits; files and transformers have 1e30.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _BYTE_LEVEL = ("RobertaTokenizer", "RobertaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+# Classes of SentencePiece's unigrams, and the families whose class it is where none is named.
+_UNIGRAM = {
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
+    "t5": "T5Tokenizer",
+}
+# Fields of tokenizer_config.json that are obeyed here, and those that change no ids.
+_KNOWN = (
+    "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
+    "additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "do_lower_case",
+    "extra_special_tokens", "legacy", "model_input_names", "model_max_length", "padding_side",
+    "split_special_tokens", "strip_accents", "tokenize_chinese_chars", "tokenizer_class",
+    "truncation_side",
+)  # fmt: skip
+_UNREAD = (
+    "auto_map", "backend", "chat_control_tokens", "do_basic_tokenize", "errors", "extra_ids",
+    "from_slow", "is_local", "local_files_only", "max_len", "max_length", "name_or_path",
+    "never_split", "pad_to_multiple_of", "pad_token_type_id", "processor_class", "response_schema",
+    "response_template", "sp_model_kwargs", "spaces_between_special_tokens",
+    "special_tokens_map_file", "stride", "tokenizer_file", "trim_offsets", "truncation_strategy",
+    "use_default_system_prompt", "use_fast", "vocab_file", "wordpieces_prefix",
+)  # fmt: skip
 _ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
 
 
@@ -50,17 +75,10 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     backend.no_truncation()
     backend.no_padding()
     settings = Fields.read(directory / "tokenizer_config.json", optional=True)
-    own, cut = backend.normalizer, backend.pre_tokenizer
-    if isinstance(cut, ByteLevel) and settings.text("tokenizer_class", "") in _BYTE_LEVEL:
-        cut.add_prefix_space = settings.flag("add_prefix_space", False)
-        backend.pre_tokenizer = cut
-    if isinstance(own, BertNormalizer) and settings.text("tokenizer_class", "") not in _PLAIN:
-        backend.normalizer = BertNormalizer(
-            own.clean_text,
-            settings.flag("tokenize_chinese_chars", True),
-            settings.flag("strip_accents", None),
-            settings.flag("do_lower_case", True),
-        )
+    unknown = {n for n in settings.values if n in settings and not n.endswith("_token")}
+    if unknown := sorted(unknown - {*_KNOWN, *_UNREAD}):
+        logger.warning("%s: not known here, and not read: %s", settings.where, ", ".join(unknown))
+    _as_its_class_has_it(backend, settings, model_type)
     inputs = None if model_type == "bert" else ["input_ids", "attention_mask"]
     options = {
         "model_max_length": model_max_length(settings),
@@ -76,6 +94,42 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     _add_ends(tokenizer, settings)
     return tokenizer
+
+
+def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str | None) -> None:
+    """Makes anew what a class of transformers does, by its settings, not by tokenizer.json."""
+    kind = settings.text("tokenizer_class", "")
+    own, cut = backend.normalizer, backend.pre_tokenizer
+    if isinstance(cut, ByteLevel) and kind in _BYTE_LEVEL:
+        cut.add_prefix_space = settings.flag("add_prefix_space", False)
+        backend.pre_tokenizer = cut
+    if isinstance(own, BertNormalizer) and kind not in _PLAIN:
+        backend.normalizer = BertNormalizer(
+            own.clean_text,
+            settings.flag("tokenize_chinese_chars", True),
+            settings.flag("strip_accents", None),
+            settings.flag("do_lower_case", True),
+        )
+    # Llama 3 has the class's name and bytes for characters; Mistral's files are taken as they are.
+    if kind in _LLAMA and model_type != "mistral" and not _is_byte_level(cut):
+        prefix, legacy = settings.flag("add_prefix_space", True), settings.flag("legacy", False)
+        scheme = ("always" if legacy else "first") if prefix else "never"
+        backend.normalizer = None
+        backend.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(parts + [decoders.Strip(" ", left=1)] * prefix)
+    name = kind.removesuffix("Fast") or _UNIGRAM.get(model_type)
+    if name in _UNIGRAM.values() and isinstance(backend.model, models.Unigram):
+        parts = [*own] if isinstance(own, normalizers.Sequence) else [own]
+        letters = [part for part in parts if isinstance(part, normalizers.Precompiled)]
+        prefix = name == "T5Tokenizer" or settings.flag("add_prefix_space", True)
+        backend.normalizer = letters[0] if letters else None
+        marks = Metaspace(prepend_scheme="always" if prefix else "never")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([WhitespaceSplit(), marks])
+
+
+def _is_byte_level(cut: PreTokenizer | None) -> bool:
+    return cut is not None and b'"ByteLevel"' in cut.__getstate__()
 
 
 def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
