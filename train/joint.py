@@ -46,7 +46,7 @@ from train.export import OF_RUN, export_run
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, training_negatives
-from train.policy import WATCH, train_policy
+from train.policy import has_begun, train_policy
 from train.preferences import CANDIDATES, make_preferences, run_functions
 from train.retriever import train_retriever
 
@@ -77,8 +77,8 @@ def train_joint(
     if (results := _results_if_done(run)) is not None:
         run.reporter.say("all is done: no model is loaded")
         return _end(run, results)
-    rewarded = run.path("round-0", CANDIDATES), run.path("work", "round-0", WATCH)
-    functions = run_functions(run, used=any(path.exists() for path in rewarded))
+    rewarded = run.path("round-0", CANDIDATES).exists() or has_begun(run)
+    functions = run_functions(run, used=rewarded)
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),

@@ -7,6 +7,7 @@ calls the same function in each round. The same command again continues where it
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -97,7 +98,6 @@ def train_policy(
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     messages, group = _asked(run, expander, data, adapter, round_)
-    score = make_score(run, retriever, data, [*messages], functions)
     optimizer = make_optimizer(
         settings.learning_rate,
         settings.steps * settings.updates,
@@ -107,9 +107,13 @@ def train_policy(
         constant=True,
     )
     trainer = PolicyTrainer(models, settings, optimizer)
-    rollouts = Rollouts(
-        expander.sampler, adapter, messages, group, score, settings, round_ * settings.steps
-    )
+
+    @functools.cache  # Where all steps are done, nothing is sampled.
+    def rollouts() -> Rollouts:
+        score = make_score(run, retriever, data, [*messages], functions)
+        first = round_ * settings.steps
+        return Rollouts(expander.sampler, adapter, messages, group, score, settings, first)
+
     directory = run.checkpoints(f"policy-{round_}")
     # A collapse is seen some steps after the last good one, which must still be there.
     keep = max(run.config.keep, 2 + settings.watch_steps // settings.save_every)
@@ -142,7 +146,7 @@ class _Loop:
         models: Models,
         settings: Any,
         trainer: PolicyTrainer,
-        rollouts: Rollouts,
+        rollouts: Callable[[], Rollouts],
         round_: int,
     ):
         self._run, self._models, self._settings = run, models, settings
@@ -156,7 +160,7 @@ class _Loop:
 
     def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
         """The adapter after the last step, on the mesh; raises Collapsed."""
-        return fit(
+        state = fit(
             self._log,
             self._trainer.setup.create(adapter),
             self._learn,
@@ -166,7 +170,10 @@ class _Loop:
             checkpoints=checkpoints,
             save_every=self._settings.save_every,
             on_policy=True,
-        ).params
+        )
+        if not self._watched.finished:
+            self._watched.finish()
+        return state.params
 
     def after(self, collapse: Collapsed, adapter: Any, checkpoints: Checkpoints) -> Any:
         """Ends the program, or goes back: the adapter to go on from if no checkpoint is there."""
@@ -198,14 +205,15 @@ class _Loop:
     def _sample(self, step: int, state: TrainState) -> tuple[Any, Contents]:
         """What a step learns from, on the host, and what it is made of."""
         adapter = whole(state.params)
-        rollout = self._rollouts.sample(step, adapter)
+        rollouts = self._rollouts()
+        rollout = rollouts.sample(step, adapter)
         if step in self._shown:
             self._run.processes.once(lambda: self._show(step, rollout))
         settings, groups = self._settings, rollout.groups
         size = settings.queries // settings.minibatches
         pad_id = self._models.generator.pad_id
         packed = [
-            pack_sampled(groups[first : first + size], settings, pad_id, self._rollouts.sizes)
+            pack_sampled(groups[first : first + size], settings, pad_id, rollouts.sizes)
             for first in range(0, len(groups), size)
         ]
         sizes = [(len(g.prompt), sum(len(c.tokens) for c in g.group.candidates)) for g in groups]
@@ -251,6 +259,11 @@ class _Loop:
             for c in each.group.candidates
         )  # fmt: skip
         write_jsonl(self._run.path(f"round-{self._round}", f"policy-texts-{step}.jsonl"), rows)
+
+
+def has_begun(run: Run) -> bool:
+    """Whether a step of a run has been learned from."""
+    return any(run.path("work", "round-0").glob(f"{WATCH}*"))
 
 
 def _check(settings: Any, data: TrainingData, models: Models) -> None:
@@ -301,7 +314,7 @@ def train_alone(
     config = read_config(config)
     check_meshes(config.mesh)
     run = Run(workdir, config, console)
-    config = run.config
+    config, functions = run.config, run_functions(run, used=has_begun(run))
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -316,8 +329,6 @@ def train_alone(
     retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
     expander = run_expander(run, models, data, run_words(run, corpus), retriever.find)
     with run.phase(f"{PHASE}, round 0"):
-        used = run.path("work", "round-0", WATCH).exists()
-        functions = run_functions(run, used)
         adapter = train_policy(run, models, expander, retriever, data, None, functions, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):

@@ -1,0 +1,167 @@
+"""Runs of train.policy: they end with the same bits however often they are killed, and say why."""
+
+import gc
+import json
+import signal
+import time
+
+import pytest
+from rich.console import Console
+
+from configs import smoke
+from expandr_jax.errors import UserError
+from tests.commands import error_of, finish, start, step_figures
+from train import policy
+
+GRPO = {
+    "queries": 8, "samples": 4, "steps": 6, "max_new_tokens": 8, "learning_rate": 1e-2,
+    "save_every": 2, "watch_steps": 2,
+}  # fmt: skip
+ADAPTER = "export/adapter/adapter_model.safetensors"
+
+
+def config_of(**grpo):
+    config = smoke.get_config()
+    config.step_b = "grpo"
+    config.reward.update(
+        positive=0.0, answer=0.0, corpus=0.0, gain=1.0, gain_measure="softmax_share"
+    )
+    config.grpo.update(GRPO | grpo)
+    return config
+
+
+def train(workdir, **grpo):
+    return policy.train_alone(config_of(**grpo), workdir, Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("policy") / "run"
+    train(workdir)
+    return workdir
+
+
+def same(workdir, whole):
+    assert (workdir / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    assert step_figures(workdir) == step_figures(whole)
+    texts = [f"round-0/policy-texts-{step}.jsonl" for step in (0, 3, 5)]
+    for name in (*texts, "work/round-0/policy-watch.jsonl"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_each_step_is_logged_and_its_texts_are_kept(whole):
+    steps = step_figures(whole)
+    assert [row["step"] for row in steps] == [*range(6)]
+    for row in steps:
+        assert row["reward"] == pytest.approx(row["reward_gain"])
+        assert -1 <= row["reward"] <= 1
+        assert row["mismatch"] <= row["largest_mismatch"] < 1e-4
+        assert row["kl"] >= 0
+        assert row["clip_fraction"] == 0  # An update a step: its policy is the one that sampled.
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["kl"] > 1e-5
+    lines = (whole / "round-0" / "policy-texts-3.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 8 * 4
+    assert sum(row["reward"] for row in rows) / 32 == pytest.approx(steps[3]["reward"])
+
+
+def test_stopped_within_a_rollout_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
+    workdir, seen = tmp_path / "run", []
+    make = policy.make_score
+
+    def stopping(*arguments):
+        score = make(*arguments)
+
+        def until_the_fifth(groups):
+            seen.append(groups)
+            if len(seen) == 5:  # The step after the second checkpoint, when all is sampled.
+                raise KeyboardInterrupt
+            return score(groups)
+
+        return until_the_fifth
+
+    monkeypatch.setattr(policy, "make_score", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        train(workdir)
+    assert not (workdir / ADAPTER).exists()
+    monkeypatch.undo()
+    train(workdir)
+    same(workdir, whole)
+
+
+def test_a_collapse_ends_it_with_the_last_good_adapter(whole, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError) as error:
+        train(workdir, watch_kl=1e-9, steps=12)
+    message = str(error.value)
+    assert "step 6: collapsed: KL to the base" in message
+    assert "the adapter of step 4 is in" in message
+    good = workdir / "round-0" / "last-good-adapter" / "adapter_model.safetensors"
+    assert good.exists()
+    assert not (workdir / "export").exists()
+    del error
+    gc.collect()  # The run in it had the workdir's lock.
+    with pytest.raises(UserError, match="step 6: collapsed"):  # The same command says it again.
+        train(workdir, watch_kl=1e-9, steps=12)
+
+
+@pytest.mark.slow
+def test_it_goes_back_with_half_the_rate_and_at_last_ends(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(UserError, match="collapsed"):
+        train(workdir, watch_kl=1e-9, steps=12, on_collapse="back")
+    path = workdir / "work" / "round-0" / "policy-collapses.jsonl"
+    (path,) = path.parent.glob("policy-collapses.jsonl*")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    backs = [row for row in rows if "to" in row]
+    assert [row["to"] for row in backs] == [4] * policy.MOST_BACKS
+    norms = {row["step"]: row["kl"] for row in step_figures(workdir)}
+    assert sorted(norms) == [*range(6)]
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"grpo\.queries 9.*multiple of"):
+        train(tmp_path / "a", queries=9, accumulation=2)
+    with pytest.raises(UserError, match=r"grpo\.queries 64: there are 8 queries"):
+        train(tmp_path / "b", queries=64)
+
+
+OVERRIDES = [
+    "--config.step_b=grpo", "--config.reward.positive=0.0", "--config.reward.answer=0.0",
+    "--config.reward.corpus=0.0", "--config.reward.gain=1.0",
+    "--config.reward.gain_measure=softmax_share",
+    *(f"--config.grpo.{name}={value}" for name, value in GRPO.items()),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path, kind):
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    finish(start(whole, *OVERRIDES, module="train.policy"))
+    for wait in (4.0, 9.0, 12.0, 14.0, 16.0):
+        process = start(workdir, *OVERRIDES, module="train.policy")
+        end = time.monotonic() + wait
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(kind)
+        process.communicate(timeout=120)
+    finish(start(workdir, *OVERRIDES, module="train.policy"))
+    same(workdir, whole)
+
+
+@pytest.mark.slow
+def test_the_whole_of_training_with_it(tmp_path):
+    workdir = tmp_path / "run"
+    overrides = [*OVERRIDES, "--config.rounds=2", "--config.reward.answer=1.0"]
+    finish(start(workdir, *overrides))
+    results = json.loads((workdir / "results.json").read_text())
+    assert {"expandr", "expandr-round0"} <= {row["system"] for row in results["rows"]}
+    steps = [row for row in step_figures(workdir) if row["phase"] == "GRPO"]
+    assert [row["round"] for row in steps] == [0] * 6 + [1] * 6
+    assert all(0 < row["reward_answer"] <= 1 for row in steps)
+    assert "all is done" in finish(start(workdir, *overrides))
+    message = error_of(start(workdir, "--config.step_b=ppo").communicate(timeout=120)[0])
+    assert "step_b is 'ppo'; expected one of dpo, reward-sft, grpo" in message
