@@ -7,7 +7,16 @@ Llama 2's kind, what follows a special token begins with a space there.
 import json
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import AutoTokenizer
 
 from eval import tiny_models
@@ -36,8 +45,11 @@ def pairs(style):
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), mark])
     elif style == "late":
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    else:
+    elif style == "bare":
         backend.normalizer = mark
+    else:  # Llama 3's, DeepSeek's: transformers#45488.
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+        backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
@@ -65,7 +77,8 @@ def unigrams(style):
 @pytest.mark.parametrize(
     ("make", "styles", "kinds", "model_type"),
     [
-        (pairs, ("old", "late", "bare"), ("LlamaTokenizer", "LlamaTokenizerFast", None), "llama"),
+        (pairs, ("old", "late", "bare", "bytes"), ("LlamaTokenizer", "LlamaTokenizerFast", None),
+         "llama"),
         (pairs, ("old", "late"), ("LlamaTokenizer", "PreTrainedTokenizerFast"), "mistral"),
         (pairs, ("bare",), ("GemmaTokenizer",), "gemma3_text"),
         (unigrams, ("cut", "spaces", "bare"), ("XLMRobertaTokenizer", None), "xlm-roberta"),

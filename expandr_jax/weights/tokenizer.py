@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import ByteLevel, Metaspace, PreTokenizer, WhitespaceSplit
+from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str |
             settings.flag("do_lower_case", True),
         )
     # Llama 3 has the class's name and bytes for characters; Mistral's files are taken as they are.
-    if kind in _LLAMA and model_type != "mistral" and not _is_byte_level(cut):
+    if kind in _LLAMA and model_type != "mistral" and not _is_byte_level(backend):
         prefix, legacy = settings.flag("add_prefix_space", True), settings.flag("legacy", False)
         scheme = ("always" if legacy else "first") if prefix else "never"
         backend.normalizer = None
@@ -128,8 +128,9 @@ def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str |
         backend.pre_tokenizer = pre_tokenizers.Sequence([WhitespaceSplit(), marks])
 
 
-def _is_byte_level(cut: PreTokenizer | None) -> bool:
-    return cut is not None and b'"ByteLevel"' in cut.__getstate__()
+def _is_byte_level(backend: Tokenizer) -> bool:
+    parts = backend.pre_tokenizer, backend.decoder
+    return any(part is not None and b'"ByteLevel"' in part.__getstate__() for part in parts)
 
 
 def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
