@@ -68,6 +68,16 @@ class Config:
     log: LogSettings
     mesh: MeshSettings
 
+    @property
+    def rewarded_stage(self) -> str:
+        """The section whose texts step B rewards."""
+        return "grpo" if self.step_b == "grpo" else "candidates"
+
+    @property
+    def rewarded(self) -> CandidatesSettings | GrpoSettings:
+        """That section."""
+        return getattr(self, self.rewarded_stage)
+
 
 def read_config(values: Mapping[str, Any] | Config) -> Config:
     """Reads a config, and refuses what would train nonsense, never end or fail after hours of work.
@@ -148,8 +158,7 @@ def _check(config: Config) -> None:
         one_each = f"() or a weight for each of reward.functions, {len(own)}"
         raise _refuse(config, "reward.function_weights", one_each)
     grpo = config.grpo
-    rewarded = "grpo" if config.step_b == "grpo" else "candidates"
-    most = getattr(config, rewarded).max_new_tokens
+    rewarded, most = config.rewarded_stage, config.rewarded.max_new_tokens
     if config.reward.length > 0 and config.reward.length_cache > most:
         longest = f"at most {rewarded}.max_new_tokens, {most}"
         raise _refuse(config, "reward.length_cache", longest)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,14 @@ from expandr_jax.generation.memory import check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.generation.slots import EngineShape
+from expandr_jax.objectives.policy import PolicyTrainer, policy_optimizer
 from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
-from expandr_jax.sharding import device_put_shared, whole
+from expandr_jax.sharding import bytes_on_device, device_put_shared, whole
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.trees import hash_tree
-
-SAMPLING_STAGES = ("expansion", "candidates", "answer")  # Sections of a config that sample texts.
 
 
 def load_models(config: Config, progress: Callable[[int], None]) -> Models:
@@ -119,24 +118,50 @@ def base_type(section: GeneratorSettings) -> str:
     return section.weights or section.compute_dtype
 
 
-def penalizes(config: Config) -> bool:
-    """Whether a stage of the whole config samples with a repetition penalty."""
-    return any(getattr(config, stage).repetition_penalty != 1 for stage in SAMPLING_STAGES)
+def sampling_stages(config: Config) -> tuple[str, ...]:
+    """Sections of the whole config that sample texts."""
+    return ("expansion", config.rewarded_stage, "answer")
+
+
+def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
+    """Whether one of these stages samples with a repetition penalty; (): any of the config."""
+    stages = stages or sampling_stages(config)
+    return any(getattr(config, stage).repetition_penalty != 1 for stage in stages)
 
 
 def _check_sampling(config: Config, model: GeneratorModel) -> None:
     """Refuses, before hours of work, texts that are too many or too long for the memory."""
+    by_themselves = [stage for stage in sampling_stages(config) if stage != "grpo"]
+    _check_engine(config, model, by_themselves)
+    if config.step_b == "grpo":
+        settings = config.grpo
+        setup = PolicyTrainer(model, settings, policy_optimizer(settings)).setup
+        state = setup.shapes(adapter_shapes(model.generator.module, model.generator_params))
+        texts = settings.queries * settings.samples
+        # It stays while texts are sampled, and so do the engine's weights while it learns.
+        beside = {"adapter and optimizer": bytes_on_device(state)}
+        _check_engine(config, model, ["grpo"], texts, beside)
+
+
+def _check_engine(
+    config: Config,
+    model: GeneratorModel,
+    stages: Sequence[str],
+    texts: int | None = None,
+    beside: Mapping[str, int] | None = None,
+) -> None:
+    """Refuses what some stages sample, so many texts at most, with so much memory taken beside."""
     settings = config.generator
-    longest = max(getattr(config, stage).max_new_tokens for stage in SAMPLING_STAGES)
+    longest = max(getattr(config, stage).max_new_tokens for stage in stages)
     shape = EngineShape(
         module=model.generator.module,
-        slots=slots_of_a_process(settings, model.sampling_mesh),
+        slots=slots_of_a_process(settings, model.sampling_mesh, texts),
         length=max(settings.prompt_buckets) + longest,
         max_new_tokens=longest,
         seed=config.seed,
         eos_ids=tuple(model.generator.eos_ids),
         mesh=model.sampling_mesh,
-        penalize=penalizes(config),
+        penalize=penalizes(config, stages),
     )
     plan = plan_memory(shape, model.generator_params, settings.prompt_buckets)
-    check_memory(plan, sampling_memory(settings))
+    check_memory({**plan, **(beside or {})}, sampling_memory(settings))

@@ -328,6 +328,24 @@ def adapter_shardings(
     return traverse_util.unflatten_dict({path: sharding_of(path) for path in flat})
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes with the sharding of each, or with one for all."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        jax.tree.broadcast(shardings, shapes),
+    )
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+
+    def shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def platform() -> str:
     """What the program that is being traced will run on: "cpu", "gpu" or "tpu".
 

@@ -25,7 +25,12 @@ from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.files.records import hash_json, write_jsonl
 from expandr_jax.loading import load_models
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
+from expandr_jax.objectives.policy import (
+    PolicyTrainer,
+    micro_rows,
+    pack_sampled,
+    policy_optimizer,
+)
 from expandr_jax.objectives.rollouts import Rollout, Rollouts
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
@@ -36,10 +41,10 @@ from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.sharding import batch_divisor, whole
+from expandr_jax.sharding import whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
-from expandr_jax.training.train_state import TrainState, make_optimizer
+from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.weights.adapter import base_name, export_adapter
 from train.encoding import run_retriever, run_words
@@ -98,15 +103,7 @@ def train_policy(
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     messages, group = _asked(run, expander, data, adapter, round_)
-    optimizer = make_optimizer(
-        settings.learning_rate,
-        settings.steps * settings.updates,
-        warmup=settings.warmup_steps,
-        clip_norm=settings.clip_norm,
-        accumulation=settings.accumulation,
-        constant=True,
-    )
-    trainer = PolicyTrainer(models, settings, optimizer)
+    trainer = PolicyTrainer(models, settings, policy_optimizer(settings))
 
     @functools.cache  # Where all steps are done, nothing is sampled.
     def rollouts() -> Rollouts:
@@ -268,13 +265,7 @@ def has_begun(run: Run) -> bool:
 
 def _check(settings: Any, data: TrainingData, models: Models) -> None:
     """Refuses a section `grpo` that does not fit the data and the devices."""
-    parts = settings.minibatches * settings.accumulation
-    devices = batch_divisor(models.dpo_mesh)
-    if settings.queries % (parts * devices):
-        raise UserError(
-            f"grpo.queries {settings.queries} must be a multiple of {parts * devices} "
-            "(grpo.minibatches times grpo.accumulation times the mesh's data and fsdp)"
-        )
+    micro_rows(settings, models.dpo_mesh)
     if settings.queries > len(data.generator_train):
         raise UserError(
             f"grpo.queries {settings.queries}: there are {len(data.generator_train)} queries to "

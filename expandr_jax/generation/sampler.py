@@ -182,18 +182,21 @@ def sampling_memory(settings: Any) -> int:
     return stats.get("bytes_limit") or psutil.virtual_memory().total // jax.local_device_count()
 
 
-def slots_of_a_process(settings: Any, mesh: Mesh, texts: int | None = None) -> int:
+def slots_of_a_process(
+    settings: Any, mesh: Mesh, texts: int | None = None, processes: int | None = None
+) -> int:
     """Slots of a stage in each process; halved while all of its texts fit, so a small one is quick.
 
     Args:
         settings: The config's section `generator`, whose slots all processes have together.
         mesh: The process's own.
         texts: Number of texts of all processes together; None: so many that no slot is spared.
+        processes: How many there are; None: jax's.
 
     Raises:
         UserError: The slots cannot be divided among the processes and their devices.
     """
-    slots, count = settings.slots, jax.process_count()
+    slots, count = settings.slots, processes or jax.process_count()
     divisor = count * batch_divisor(mesh)
     if slots % divisor:
         raise UserError(

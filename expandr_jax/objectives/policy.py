@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from expandr_jax.errors import UserError
 from expandr_jax.losses.policy import (
     POLICY_LOSSES,
     PolicyLoss,
@@ -29,7 +30,7 @@ from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.rewards.group import Group
 from expandr_jax.sharding import batch_divisor, batch_sharding, device_put, on_mesh, whole
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
-from expandr_jax.training.train_state import TrainState
+from expandr_jax.training.train_state import TrainState, make_optimizer
 
 WIDTHS = 4  # Sizes of rows at most: a program to compile each.
 KL_SHARE = 8  # One of so many rows tells the KL where nothing is learned of it.
@@ -56,6 +57,35 @@ def row_sizes_of(longest_prompt: int, candidates: int, most_tokens: int) -> list
     steps = [-(-candidates * most_tokens * step // WIDTHS) for step in range(1, WIDTHS + 1)]
     widths = [-(-width // 16) * 16 for width in steps]
     return [(longest_prompt + width, width) for width in widths]
+
+
+def policy_optimizer(settings: Any) -> optax.GradientTransformation:
+    """The optimizer of a round, by the config's section `grpo`."""
+    return make_optimizer(
+        settings.learning_rate,
+        settings.steps * settings.updates,
+        warmup=settings.warmup_steps,
+        clip_norm=settings.clip_norm,
+        accumulation=settings.accumulation,
+        constant=True,
+    )
+
+
+def micro_rows(settings: Any, mesh: Mesh) -> int:
+    """Queries of a micro-batch; raises UserError where the mesh cannot divide them."""
+    parts, devices = settings.minibatches * settings.accumulation, batch_divisor(mesh)
+    if settings.queries % (parts * devices):
+        raise UserError(
+            f"grpo.queries {settings.queries} must be a multiple of {parts * devices} "
+            "(grpo.minibatches times grpo.accumulation times the mesh's data and fsdp)"
+        )
+    return settings.queries // parts
+
+
+def kl_rows(rows: int, mesh: Mesh) -> int:
+    """Rows of an update's that tell the KL where nothing is learned of it."""
+    devices = batch_divisor(mesh)
+    return max(1, rows // KL_SHARE // devices) * devices
 
 
 def pack_sampled(
@@ -200,8 +230,7 @@ class PolicyTrainer:
 
         Where nothing is learned of the KL, this much is worth looking at it.
         """
-        devices = batch_divisor(self._mesh)
-        share = slice(0, max(1, len(batch["tokens"]) // KL_SHARE // devices) * devices)
+        share = slice(0, kl_rows(len(batch["tokens"]), self._mesh))
         part = self._device_put(batch, share)
         reference = whole(self.reference({"params": self._params}, part))
         real = batch["responses"][share] > 0

@@ -116,7 +116,7 @@ def write_generator(directory: pathlib.Path, config: Config) -> None:
     first = vocabulary - count
     words = {word(i): i + len(SPECIAL) for i in range(first - len(SPECIAL))}
     rng = np.random.default_rng(SEED)
-    longest = max(config.expansion.max_new_tokens, config.candidates.max_new_tokens)
+    longest = max(config.expansion.max_new_tokens, config.rewarded.max_new_tokens)
     known = words_of(config)
     for i in range(count):
         # Short ones, too: the number before them tells all of them apart.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.models.decoder import cast_weights
 from expandr_jax.pair import phase_mesh
 from expandr_jax.planning.topology import Topology
-from expandr_jax.sharding import batch_divisor
+from expandr_jax.sharding import batch_divisor, with_shardings
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.families import example_inputs, find_family, model_config
@@ -96,6 +95,10 @@ class Planned:
         """These and what is computed again to save memory."""
         return self.passes * self.forward_flops
 
+    def beside(self, held: int) -> "Planned":
+        """The same where a run holds so many bytes a device more."""
+        return dataclasses.replace(self, resident=self.resident + held)
+
 
 def random_tokens(module: nn.Module, *shape: int) -> np.ndarray:
     """Token ids of a model's vocabulary."""
@@ -106,15 +109,6 @@ def random_tokens(module: nn.Module, *shape: int) -> np.ndarray:
 def untrained(state: TrainState) -> TrainState:
     """With an optimizer state as before the first step: not every number is one."""
     return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
-
-
-def bytes_on_device(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-
-    def shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-
-    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
@@ -129,15 +123,6 @@ def check_rows(rows: int, mesh: Mesh, phase: str, what: str) -> None:
             f"mesh.{phase}: {rows} {what} cannot be split over {batch_divisor(mesh)} devices "
             "(data times fsdp); give the tensor axis more"
         )
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes with the sharding of each, or with one for all."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        jax.tree.broadcast(shardings, shapes),
-    )
 
 
 def params_on(mesh: Mesh, module: nn.Module, params: Any) -> Any:

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
@@ -18,6 +19,7 @@ from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
+from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import GeneratorModel, adapter_shapes
@@ -28,7 +30,6 @@ from expandr_jax.planning.planned import (
     PROMPT,
     ROWS,
     Planned,
-    bytes_on_device,
     check_rows,
     param_shapes,
     params_on,
@@ -36,10 +37,15 @@ from expandr_jax.planning.planned import (
     random_tokens,
     shape_module,
     untrained,
-    with_shardings,
 )
 from expandr_jax.planning.topology import Topology
-from expandr_jax.sharding import batch_sharding, gathering, replicated
+from expandr_jax.sharding import (
+    batch_sharding,
+    bytes_on_device,
+    gathering,
+    replicated,
+    with_shardings,
+)
 from expandr_jax.training.train_state import make_optimizer
 from expandr_jax.weights.families import family_of
 
@@ -51,7 +57,6 @@ class GeneratorShapes:
 
     def __init__(self, config: Config, topology: Topology):
         self._config, self._topology = config, topology
-        self._objective = OBJECTIVES[objective_name(config)]
         section = config.generator
         module = shape_module(section, "generator", section.compute_dtype)
         if not family_of(module).generates:
@@ -101,21 +106,30 @@ class GeneratorShapes:
             resident=-bytes_on_device(leaf),  # It is of the base that is held.
         )
 
-    def _sampling(self) -> tuple[EngineShape, dict[str, Any]]:
-        """What the engine of a process is compiled for, and its variables, an adapter's too."""
+    def engine(
+        self, slots: int = 0, new: int = NEW, log_probs: bool = False
+    ) -> tuple[EngineShape, dict[str, Any]]:
+        """What the engine of a process is compiled for, and its variables, an adapter's too.
+
+        Args:
+            slots: 0: the process's part of ROWS.
+            new: Tokens that a text may have.
+            log_probs: Whether their log-probabilities are kept.
+        """
         mesh = planned_mesh(self._config, "sampling", self._topology)
-        slots = max(1, ROWS // self._topology.hosts)
+        slots = slots or max(1, ROWS // self._topology.hosts)
         check_rows(slots, mesh, "sampling", "slots")
         module = self.module.clone(unroll=True, remat="none")
         shape = EngineShape(
             module=module,
             slots=slots,
-            length=PROMPT + NEW,
-            max_new_tokens=NEW,
+            length=PROMPT + new,
+            max_new_tokens=new,
             seed=self._config.seed,
             eos_ids=(0,),
             mesh=mesh,
             penalize=penalizes(self._config),
+            log_probs=log_probs,
         )
         shardings = variable_shardings(mesh, module, self.params, self.adapter)
         variables = {
@@ -129,7 +143,7 @@ class GeneratorShapes:
 
     def prefill(self) -> Planned:
         """Prompts of PROMPT tokens, as many as the engine runs together."""
-        shape, variables = self._sampling()
+        shape, variables = self.engine()
         rows, mesh = shape.prefill_rows(PROMPT), shape.mesh
         by_row = batch_sharding(mesh)
         tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=by_row)
@@ -154,21 +168,26 @@ class GeneratorShapes:
             ),
         )
 
-    def decode(self) -> Planned:
-        """One token for each of a process's slots, each with room for PROMPT + NEW."""
-        shape, variables = self._sampling()
+    def decode(self, *args: Any, slots: str = "generator.slots") -> Planned:
+        """One token for each of a process's slots, each with room for a prompt and a text.
+
+        `args` are those of `engine`; `slots`: what to have fewer of where it does not fit.
+        """
+        shape, variables = self.engine(*args)
         rows, mesh, programs = shape.slots, shape.mesh, make_programs(shape)
+        new = shape.max_new_tokens
         slots = with_shardings(jax.eval_shape(programs.empty, None), programs.shardings)
         everywhere = replicated(mesh)
         cancelled = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         weights = bytes_on_device(variables) * mesh.shape["fsdp"]
+        timed = min(TIMED, new)
 
         def all_active(variables: Any, slots: Slots, *_: Any) -> Sequence[Any]:
             whole = np.zeros(rows, np.int32)
             stream = np.arange(rows, dtype=np.uint32)
             begun = slots.replace(
-                settings=empty_settings(rows).replace(limit=whole + NEW, stream=stream),
+                settings=empty_settings(rows).replace(limit=whole + new, stream=stream),
                 cache=slots.cache.replace(length=whole + PROMPT),
                 token=random_tokens(self.module, rows),
                 active=np.ones(rows, bool),
@@ -176,7 +195,7 @@ class GeneratorShapes:
             )
             # Copies: the slots are donated, and no buffer can be given away twice.
             begun = begun.replace(settings=jax.tree.map(np.array, begun.settings))
-            return variables, begun, np.zeros(rows, bool), np.int32(TIMED), np.int32(0)
+            return variables, begun, np.zeros(rows, bool), np.int32(timed), np.int32(0)
 
         return Planned(
             program=programs.decode,
@@ -187,14 +206,19 @@ class GeneratorShapes:
             rows=rows,
             tokens=rows,
             forward_flops=forward_flops(
-                self.module, self.params, rows, 1, keys=PROMPT + NEW, logits=rows
+                self.module, self.params, rows, 1, keys=shape.length, logits=rows
             ),
             moved=weights + bytes_on_device(slots.cache),
-            change="fewer generator.slots, or a larger tensor axis in mesh.sampling",
+            change=f"fewer {slots}, or a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
             values=all_active,
-            units=TIMED,
+            units=timed,
         )
+
+    @property
+    def _objective(self) -> Objective:
+        """What DPO or its kin learns from; on-policy training has none."""
+        return OBJECTIVES[objective_name(self._config)]
 
     @functools.cached_property
     def _batch(self) -> dict[str, np.ndarray]:
@@ -209,21 +233,29 @@ class GeneratorShapes:
 
     def _pairs(self) -> tuple[GeneratorModel, dict[str, Any], dict[str, Any]]:
         """The model and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
+        model = self.model()
+        check_rows(PAIRS, model.dpo_mesh, "dpo", "pairs")
+        batch = with_shardings(self._batch, batch_sharding(model.dpo_mesh))
+        return model, batch, self.of_batch(batch, model.dpo_mesh)
+
+    def model(self) -> GeneratorModel:
+        """The generator as training has it."""
         mesh = planned_mesh(self._config, "dpo", self._topology)
-        check_rows(PAIRS, mesh, "dpo", "pairs")
         generator = Generator(self.module, None, (), 0, None)
         base = params_on(mesh, self.module, self.params)
-        batch = with_shardings(self._batch, batch_sharding(mesh))
+        return GeneratorModel(mesh, mesh, generator, base, base, "")
+
+    def of_batch(self, batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+        """What a program of packed rows says of itself, as `Planned` has it."""
         rows, length = batch["tokens"].shape
         logits = rows * batch["targets"].shape[1]
-        common = {
+        return {
             "mesh": mesh,
             "module": self.module,
-            "rows": PAIRS,
+            "rows": rows,
             "tokens": rows * length,
             "forward_flops": forward_flops(self.module, self.params, rows, length, logits=logits),
         }
-        return GeneratorModel(mesh, mesh, generator, base, base, ""), batch, common
 
     def reference(self) -> Planned:
         """Log-probabilities of PAIRS under the base."""
@@ -245,7 +277,7 @@ class GeneratorShapes:
         base, mesh, config = model.generator_params, model.dpo_mesh, self._config.dpo
         optimizer = make_optimizer(1.0, 2, accumulation=config.accumulation)
         setup = adapter_setup(model, self._objective, config, optimizer)
-        state = with_shardings(jax.eval_shape(setup.create, self.adapter), setup.shardings)
+        state = setup.shapes(self.adapter)
         if self._objective.reference:
             batch["reference"] = jax.ShapeDtypeStruct(
                 (PAIRS, self._objective.responses), jnp.float32, sharding=batch_sharding(mesh)

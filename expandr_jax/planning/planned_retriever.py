@@ -26,7 +26,6 @@ from expandr_jax.planning.planned import (
     PASSAGES,
     QUERIES,
     Planned,
-    bytes_on_device,
     check_rows,
     param_shapes,
     params_on,
@@ -34,12 +33,16 @@ from expandr_jax.planning.planned import (
     random_tokens,
     shape_module,
     untrained,
-    with_shardings,
 )
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import TPUS
 from expandr_jax.search.exact import ExactOptions, merge_block
-from expandr_jax.sharding import batch_divisor, batch_sharding
+from expandr_jax.sharding import (
+    batch_divisor,
+    batch_sharding,
+    bytes_on_device,
+    with_shardings,
+)
 from expandr_jax.training.setup import section_optimizer
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of

@@ -5,12 +5,12 @@ functions that make a run's batches. The workload is the same for every config, 
 a time mean the same; model, meshes, types, micro-batch and recomputation are the config's.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 from expandr_jax.config import Config
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_policy import POLICY_DECODE, PolicyShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology
 
@@ -24,26 +24,36 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
     """
     retriever, generator = RetrieverShapes(config, topology), GeneratorShapes(config, topology)
 
-    def beside(
-        make: Callable[[], Planned], *holders: RetrieverShapes | GeneratorShapes
-    ) -> Callable[[], Planned]:
-        def made() -> Planned:
-            planned = make()
-            held = planned.resident + sum(holder.resident() for holder in holders)
-            return dataclasses.replace(planned, resident=held)
+    def beside(make: Callable[[], Planned], *held: Callable[[], int]) -> Callable[[], Planned]:
+        return lambda: make().beside(sum(part() for part in held))
 
-        return made
-
-    programs = {
-        "contrastive step": beside(retriever.contrastive, retriever, generator),
-        "corpus encoding": beside(retriever.encoding, retriever, generator),
-        "prefill": beside(generator.prefill, retriever, generator),
-        "decode": beside(generator.decode, retriever, generator),
+    both = retriever.resident, generator.resident
+    rewarding = both
+    if config.step_b == "grpo":
+        policy = PolicyShapes(config, topology, generator)
+        # Texts are rewarded, and learned from, while the engine waits for the next step.
+        rewarding = (*both, policy.engine_bytes, policy.state_bytes)
+        learning = {
+            POLICY_DECODE: beside(policy.decode, *both, policy.state_bytes),
+            **{
+                name: beside(make, retriever.resident, policy.engine_bytes)
+                for name, make in policy.learning().items()
+            },
+        }
+    else:
         # The base that is held is their own argument.
-        "reference log-probabilities": beside(generator.reference, retriever),
-        "DPO step": beside(generator.dpo, retriever),
-        "exact search": beside(retriever.search, retriever, generator),
+        learning = {
+            "reference log-probabilities": beside(generator.reference, retriever.resident),
+            "DPO step": beside(generator.dpo, retriever.resident),
+        }
+    programs = {
+        "contrastive step": beside(retriever.contrastive, *both),
+        "corpus encoding": beside(retriever.encoding, *rewarding),
+        "prefill": beside(generator.prefill, *both),
+        "decode": beside(generator.decode, *both),
+        **learning,
+        "exact search": beside(retriever.search, *rewarding),
     }
     if generator.gathers:
-        programs["base to every host"] = beside(generator.gather, retriever, generator)
+        programs["base to every host"] = beside(generator.gather, *both)
     return programs

@@ -14,7 +14,13 @@ import optax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
-from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh, replicated
+from expandr_jax.sharding import (
+    batch_divisor,
+    batch_sharding,
+    on_mesh,
+    replicated,
+    with_shardings,
+)
 from expandr_jax.training.settings import TrainingSettings
 from expandr_jax.training.train_state import TrainState, make_optimizer
 
@@ -34,6 +40,10 @@ class TrainingSetup:
     shardings: TrainState
     step: Program
     create: Callable[[Any], TrainState]
+
+    def shapes(self, trained: Any) -> TrainState:
+        """The state of what is trained, as shapes with their shardings."""
+        return with_shardings(jax.eval_shape(self.create, trained), self.shardings)
 
 
 def set_up(
