@@ -65,6 +65,9 @@ def test_each_step_is_logged_and_its_texts_are_kept(whole):
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 8 * 4
     assert sum(row["reward"] for row in rows) / 32 == pytest.approx(steps[3]["reward"])
+    report = (whole / "report.html").read_text()
+    assert "6 steps; at the median" in report
+    assert all(f'<th scope="col">step {step}</th>' in report for step in (0, 3, 5))
 
 
 def test_stopped_within_a_rollout_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):
@@ -101,6 +104,8 @@ def test_a_collapse_ends_it_with_the_last_good_adapter(whole, tmp_path):
     good = workdir / "round-0" / "last-good-adapter" / "adapter_model.safetensors"
     assert good.exists()
     assert not (workdir / "export").exists()
+    # What it was about to learn from is shown, too.
+    assert '<th scope="col">step 6</th>' in (workdir / "report.html").read_text()
     del error
     gc.collect()  # The run in it had the workdir's lock.
     with pytest.raises(UserError, match="step 6: collapsed"):  # The same command says it again.

@@ -29,7 +29,7 @@ QUERIES = 60
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 
-def _write(path, rows):
+def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -45,7 +45,7 @@ def workdir(tmp_path_factory):
     texts[queries[0]] = HOSTILE
     qrels = {query: {f"doc-{query}": 1} for query in queries}
     metrics.write_qrels(root / "qrels.trec", qrels)
-    _write(
+    write_rows(
         root / "data/corpus.jsonl",
         [
             {"_id": f"doc-{q}", "title": f"np.diff{i}", "text": f"{HOSTILE} " + "Parameters " * 60}
@@ -98,7 +98,7 @@ def workdir(tmp_path_factory):
                 {"phase": phase, "round": 0, "step": step, "dev_ndcg@10": 0.5 + 0.1 * step / 240}
                 for step in (0, 80, 160, 240)
             ]
-    _write(root / "metrics.jsonl", log)
+    write_rows(root / "metrics.jsonl", log)
     candidates, preferences = [], []
     for i in range(80):
         ranks = [random.permutation(32) + 1 for _ in range(2)]
@@ -111,10 +111,10 @@ def workdir(tmp_path_factory):
         preferences.append(
             {"reward_chosen": float(rewards.max()), "reward_rejected": float(rewards.min())}
         )
-    _write(root / "round-0/candidates.jsonl", candidates)
-    _write(root / "round-0/preferences.jsonl", preferences)
+    write_rows(root / "round-0/candidates.jsonl", candidates)
+    write_rows(root / "round-0/preferences.jsonl", preferences)
     passage = "The numpy.diff function computes differences of consecutive elements.\n\n" * 3
-    _write(
+    write_rows(
         root / "evaluation/expansions.jsonl",
         [
             {"query_id": query, "split": "test", "system": system, "sample": sample,
@@ -124,7 +124,7 @@ def workdir(tmp_path_factory):
             for sample in range(2)
         ],
     )  # fmt: skip
-    _write(
+    write_rows(
         root / "evaluation/samples.jsonl",
         [
             {"query_id": query, "split": "test", "system": system, "sample": sample,
@@ -153,7 +153,7 @@ def workdir(tmp_path_factory):
     return root
 
 
-class _Page(html.parser.HTMLParser):
+class Page(html.parser.HTMLParser):
     """Collects what a page holds and refuses a tag that does not close."""
 
     def __init__(self, text):
@@ -191,7 +191,7 @@ def page_text(workdir):
 
 
 def test_the_page_stands_alone_and_escapes_all_text(page_text):
-    page = _Page(page_text)
+    page = Page(page_text)
     assert "script" not in page.tags
     assert "img" not in page.tags
     assert all(link.startswith(("#", "data:")) for link in page.links)
@@ -212,7 +212,7 @@ def test_the_page_repeats_byte_for_byte(workdir, page_text):
 
 def test_figures_and_intervals_are_those_of_the_files(workdir, page_text):
     results = json.loads((workdir / "results.json").read_text())
-    text = " ".join(_Page(page_text).text)
+    text = " ".join(Page(page_text).text)
     for row in results["rows"]:
         assert row["system"] in text
         assert f"{row['ndcg@10']:.4f}" in text
@@ -270,7 +270,7 @@ def test_rewards_of_fresh_samples_are_shown_before_and_after(workdir):
     [
         (["metrics.jsonl"], "training"),
         (["round-0/candidates.jsonl", "round-0/preferences.jsonl"], "rewards-of-the-candidates"),
-        (["evaluation/samples.jsonl"], "fresh-samples-before-and-after-dpo"),
+        (["evaluation/samples.jsonl"], "fresh-samples-before-and-after-step-b"),
         (["evaluation/expansions.jsonl"], "expansions"),
         (["runs/expandr-plain.trec"], "expansions"),
         (["timings.json"], "where-the-time-went"),
@@ -285,7 +285,7 @@ def test_a_section_without_data_says_so(workdir, absent, section):
     finally:
         for path, aside in hidden:
             aside.rename(path)
-    _Page(text)
+    Page(text)
     content = re.search(f'<section id="{section}">.*?</section>', text, flags=re.DOTALL).group()
     assert "This run holds no data" in content
     assert text.count("This run holds no data") == 1
@@ -306,7 +306,7 @@ def test_results_alone_make_a_page(tmp_path):
     text = report.write_report(tmp_path).read_text()
     assert "a $set$ &lt;b&gt;" in text
     assert "0.2500" in text
-    _Page(text)
+    Page(text)
     (tmp_path / "metrics.jsonl").write_text(
         '{"phase": "retriever", "step": 0, "loss": 1.5}\n{"step"'
     )

@@ -35,6 +35,7 @@ from expandr_jax.objectives.rollouts import Rollout, Rollouts
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.group import Group
@@ -81,7 +82,7 @@ def train_policy(
 
     Args:
         run: The workdir; checkpoints go to checkpoints/policy-R, texts of the first, the middle and
-            the last step to round-R/policy-texts-STEP.jsonl.
+            the last step, and of one at which training ends, to round-R/policy-texts-STEP.jsonl.
         models: Both models.
         expander: What is asked for a query; texts of earlier questions are the start's.
         retriever: Encodes and searches for the rewards.
@@ -154,6 +155,7 @@ class _Loop:
         self._log = run.training_log(PHASE, round_)
         steps = settings.steps
         self._shown = {0, steps // 2, steps - 1}
+        self._rollout: Rollout | None = None  # The last one.
 
     def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
         """The adapter after the last step, on the mesh; raises Collapsed."""
@@ -193,6 +195,9 @@ class _Loop:
         run.processes.once(
             lambda: export_adapter(run.path(name), good_adapter, module.lora, module.config, base)
         )
+        run.processes.once(lambda: self._show(collapse.step, self._rollout))
+        report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
+        run.reporter.say(f"report: {report}")
         raise UserError(
             f"{said}; the adapter of step {back_to} is in {run.where(run.path(name))}. Lower "
             "grpo.learning_rate or raise grpo.kl_weight in a new --workdir; or set "
@@ -203,7 +208,7 @@ class _Loop:
         """What a step learns from, on the host, and what it is made of."""
         adapter = whole(state.params)
         rollouts = self._rollouts()
-        rollout = rollouts.sample(step, adapter)
+        self._rollout = rollout = rollouts.sample(step, adapter)
         if step in self._shown:
             self._run.processes.once(lambda: self._show(step, rollout))
         settings, groups = self._settings, rollout.groups
@@ -327,7 +332,10 @@ def train_alone(
         run.processes.once(
             lambda: export_adapter(directory, adapter, module.lora, module.config, base)
         )
+    with run.phase("report"):
+        report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
     console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
     run.close()
     return directory
 

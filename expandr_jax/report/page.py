@@ -30,6 +30,21 @@ class Card:
     document: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """A text as a generator wrote it.
+
+    Attributes:
+        query: What it was written for.
+        text: The text.
+        reward: What it was worth, in words.
+    """
+
+    query: str
+    text: str
+    reward: str
+
+
 @functools.cache
 def parts() -> Any:
     """The template's macros, as `parts().table(caption, header, rows)`; each returns `Markup`.

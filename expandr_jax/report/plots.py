@@ -80,19 +80,48 @@ def bars(
         return _svg(axes, title)
 
 
-def lines(title: str, series: Series, *, xlabel: str, ylabel: str, smooth: bool = True) -> str:
-    """Draws one line a series; if `smooth`, a long one faintly, with its moving mean on top."""
+def lines(
+    title: str,
+    series: Series,
+    *,
+    xlabel: str,
+    ylabel: str,
+    smooth: bool = True,
+    bands: Mapping[str, Sequence[float]] | None = None,
+    marks: Sequence[float] = (),
+    logarithmic: bool = False,
+) -> str:
+    """Draws one line a series; if `smooth`, a long one faintly, with its moving mean on top.
+
+    A label with a band has it on both sides of its line. `marks` are upright lines. Where a value
+    is above 0, `logarithmic` draws y so.
+    """
     with _axes(title, 2.9) as axes:
+        positive: list[float] = []
         for i, (name, (x, y)) in enumerate(series.items()):
             colour, dash = _STAND_INS[_SERIES[i % 4]], _DASHES[i // 4 % 4]
             x, y = np.asarray(x, float), np.asarray(y, float)
+            half = np.asarray((bands or {}).get(name, np.zeros(len(y))), float)
+            positive += y[y > 0].tolist()
             window = len(y) // 20
             if smooth and window > 1:
                 axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-                y = np.convolve(y, np.full(window, 1 / window), mode="valid")
+                mean = np.full(window, 1 / window)
+                y, half = (np.convolve(each, mean, mode="valid") for each in (y, half))
                 x = x[(window - 1) // 2 :][: len(y)]
             marker = "o" if len(y) < 12 else None
             axes.plot(x, y, dash, color=colour, linewidth=1.7, marker=marker, ms=3.5, label=name)
+            if half.any():
+                axes.fill_between(x, y - half, y + half, color=colour, alpha=0.16, linewidth=0)
+        for mark in marks:
+            axes.axvline(mark, color=_STAND_INS["quiet"], linewidth=0.9, linestyle=":")
+        if logarithmic and positive:
+            axes.set_yscale("log", nonpositive="mask")
+            # Whole decades, named in plain text: the page has no mathematics.
+            low, high = np.floor(np.log10(min(positive))), np.ceil(np.log10(max(positive)))
+            axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         return _with_labels(axes, title, xlabel, ylabel, legend=len(series) > 1)
 
 

@@ -18,39 +18,66 @@ from expandr_jax.ranking.results import Values
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
 from expandr_jax.report import page, plots
 from expandr_jax.report.expansion_cards import expansion_cards
+from expandr_jax.report.on_policy import PHASE, on_policy_section
 from expandr_jax.report.page import parts
 from expandr_jax.report.tables import Bold, render, results_cells
 from expandr_jax.weights.fields import read_json
 
 _OURS = "expandr"
+_ON_POLICY = "On-policy training"
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes `report.html`, which needs no other file and no network, from a finished run's files.
 
-    A section whose files are absent says so. Raises UserError where results.json is absent, or a
-    file of the run cannot be read.
+    A section whose files are absent says so; a run that trained on-policy has no candidates, but a
+    section on that. Raises UserError where results.json is absent, or a file of the run cannot be
+    read.
     """
     workdir = pathlib.Path(workdir)
     results = read_json(workdir / "results.json", {})
     if not results:
         raise UserError(f"{workdir / 'results.json'}: not there; the run has not been evaluated")
+    on_policy = on_policy_section(workdir)
     sections = {
         "Results": results_section(results, _values(workdir, results), _OURS),
         "Significance": _significance(results),
         "Training": _training(workdir),
-        "Rewards of the candidates": _candidates(workdir),
-        "Fresh samples before and after DPO": _samples(workdir),
+        _ON_POLICY if on_policy else "Rewards of the candidates": (
+            on_policy or _candidates(workdir)
+        ),
+        "Fresh samples before and after step B": _samples(workdir),
         "Expansions": expansion_cards(workdir),
         "Where the time went": time_section(workdir),
         "Settings": settings_section(workdir, results),
     }
-    absent = parts().paragraph("This run holds no data for this section.", "absent")
-    contents = {title: section or absent for title, section in sections.items()}
+    contents = {title: section or _absent() for title, section in sections.items()}
     title = f"ExpandR on {results['dataset']}"
     path = workdir / "report.html"
     write_text(path, page.render(title, _headline(results), contents))
     return path
+
+
+def write_on_policy_report(workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `report.html` of on-policy training without results.json, from what is there so far.
+
+    Raises UserError where a file of the run cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    sections = {
+        _ON_POLICY: on_policy_section(workdir),
+        "Where the time went": time_section(workdir),
+        "Settings": settings_section(workdir, {}),
+    }
+    contents = {title: section or _absent() for title, section in sections.items()}
+    path = workdir / "report.html"
+    lead = "The generator's adapter, trained on texts of its own."
+    write_text(path, page.render("On-policy training", lead, contents))
+    return path
+
+
+def _absent() -> Markup:
+    return parts().paragraph("This run holds no data for this section.", "absent")
 
 
 def results_table(results: Mapping[str, Any]) -> rich.table.Table:
@@ -149,6 +176,8 @@ def _training(workdir: pathlib.Path) -> Markup | None:
     # A run that was resumed may log a step again: the last line stands.
     points: dict[tuple[str, str], dict[int, float]] = collections.defaultdict(dict)
     for _, row in read_jsonl(path, {"phase": str, "step": int}):
+        if row["phase"] == PHASE:  # It has a section of its own.
+            continue
         name = f"{row['phase']}, round {row['round']}" if "round" in row else row["phase"]
         for field in {"loss", "dev_ndcg@10", "margin", "accuracy"} & row.keys():
             points[field, name][row["step"]] = row[field]
@@ -244,7 +273,7 @@ def _before_and_after(rows: list[dict[str, Any]], split: str, field: str) -> Mar
         f"{metrics.mean(before):.4f} with the base generator, {metrics.mean(after):.4f} with the "
         f"trained one ({test['difference']:+.4f}, p {_p_value(test['p_value'])}, {test['test']})."
     )
-    values = {"before DPO": list(before.values()), "after DPO": list(after.values())}
+    values = {"before step B": list(before.values()), "after step B": list(after.values())}
     chart = plots.histogram(title, values, xlabel=axis, ylabel="share of queries")
     caption = f"{title}; a triangle is the mean"
     return parts().paragraph(sentence) + parts().figures({caption: chart})
