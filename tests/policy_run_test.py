@@ -10,7 +10,15 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.errors import UserError
-from tests.commands import error_of, finish, start, step_figures
+from tests.commands import (
+    SPREAD,
+    ended,
+    error_of,
+    finish,
+    start,
+    start_processes,
+    step_figures,
+)
 from train import policy
 
 GRPO = {
@@ -146,7 +154,7 @@ OVERRIDES = [
 def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path, kind):
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     finish(start(whole, *OVERRIDES, module="train.policy"))
-    for wait in (4.0, 9.0, 12.0, 14.0, 16.0):
+    for wait in (8.0, 11.0, 14.0):
         process = start(workdir, *OVERRIDES, module="train.policy")
         end = time.monotonic() + wait
         while time.monotonic() < end and process.poll() is None:
@@ -155,6 +163,18 @@ def test_killed_at_any_instant_it_ends_with_the_same_bits(tmp_path, kind):
         process.communicate(timeout=120)
     finish(start(workdir, *OVERRIDES, module="train.policy"))
     same(workdir, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_parameters_learn_the_same(tmp_path):
+    several = start_processes(tmp_path / "two", 2, *OVERRIDES, *SPREAD, module="train.policy")
+    outputs = ended(several)
+    assert [process.returncode for process in several] == [0, 0], outputs
+    finish(start(tmp_path / "one", *OVERRIDES, module="train.policy"))
+    one, two = (step_figures(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow
