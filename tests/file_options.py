@@ -273,8 +273,11 @@ def their_vectors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     peer = SentenceTransformer(str(directory), device="cpu")
     found = {}
     for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
-        # One by one: in a batch, what stands beside a text may change its own vector.
-        found[kind] = np.stack([encode(["two", text])[1] for text in TEXTS])
+        # Beside a longer text, padding on the left moves the positions of a BERT there. A text
+        # without any token cannot stand alone.
+        beside = [text if peer.tokenizer(text)["input_ids"] else "two" for text in TEXTS]
+        pairs = zip(beside, TEXTS, strict=True)
+        found[kind] = np.stack([encode([*pair])[1] for pair in pairs])
         if peer.similarity_fn_name == "cosine":
             lengths = np.linalg.norm(found[kind], axis=1, keepdims=True)
             found[kind] = found[kind] / np.where(lengths > 1e-12, lengths, 1.0)
