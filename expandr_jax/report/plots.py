@@ -26,6 +26,7 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": _STAND_INS["line"],
     "grid.linewidth": 0.6,
     "xtick.color": _STAND_INS["line"],
