@@ -47,6 +47,8 @@ def test_on_policy_programs_stand_where_dpo_s_would(config):
         assert row["fits"]
         assert row["model_flops"] > 0
         assert row["roofline_seconds"] > 0
+    fewer = "fewer grpo.queries or grpo.samples, or a larger tensor axis in mesh.sampling"
+    assert rows[POLICY_DECODE]["change"] == fewer
     # As many slots as a step has texts; the KL is looked at in as few rows as the mesh takes.
     assert rows[POLICY_DECODE]["rows"] == 16 * SAMPLES
     assert rows[POLICY_STEP]["rows"] == 16

@@ -160,6 +160,34 @@ def test_scales_that_say_nothing_are_refused(config, scales, message):
         rehearse.check_counts(config, Counts(5000, 32, 80, 80, 80), scales)
 
 
+def test_on_policy_steps_are_few_and_their_queries_are_there(config, tmp_path):
+    config = with_settings(config, {"step_b": "grpo", "grpo.queries": 16})
+    with pytest.raises(UserError, match="that is 8 of 80 generator_train, and a stage needs 16"):
+        rehearse.check_counts(config, Counts(5000, 320, 80, 80, 80), (0.1, 0.2, 0.3))
+    changes = rehearse._changes(config, COUNTS, tmp_path, tmp_path)
+    assert changes["grpo.steps"] == 3 < changes["grpo.watch_steps"]
+    with_settings(config, changes)  # They are settings that there are.
+
+
+def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
+    lines = [
+        {"phase": "contrastive", "step": 0, "step_seconds": 9.0},
+        *({"phase": "GRPO", "step": i, "sampling_seconds": s, "update_seconds": 2 * s}
+          for i, s in enumerate((50.0, 1.0, 3.0))),
+    ]  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    found = rehearse.parts_of_a_step(path)
+    assert found == {
+        "GRPO, a step's sampling": {"seconds": 2.0},
+        "GRPO, a step's update": {"seconds": 4.0},
+    }
+    rows = rows_of((0.1, 0.2, 0.3), [[found]] * 3, {})
+    assert not misfits(rows)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines[:1]))
+    assert rehearse.parts_of_a_step(path) == {}
+
+
 def test_a_reranker_is_refused(config, tmp_path):
     config = with_settings(config, {"evaluation.systems": ("rerank:expandr",)})
     with pytest.raises(UserError, match="rerank:expandr reads with a model of its own"):

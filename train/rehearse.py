@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import plain_console
 from train.launch import define_config, end_by_misfits, launch, output_file
+from train.policy import PHASE
 
 # The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
 PAPER = Counts(
@@ -50,6 +52,9 @@ PAPER = Counts(
 PROGRAM = "train.rehearsed"
 SECONDS_BETWEEN_LOOKS = 0.5
 LINES_SHOWN = 15  # Of what a process printed that failed.
+# Of on-policy training, whose steps are as large at every scale. The first compiles its programs.
+POLICY_STEPS = 3
+PARTS = ("sampling", "encoding", "search", "update")  # Of such a step, as metrics.jsonl has them.
 
 
 def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
@@ -71,7 +76,9 @@ def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> Non
     least = {
         "documents": 64,
         "retriever_train": config.contrastive.batch_size,
-        "generator_train": max(8, config.dpo.batch_size),
+        "generator_train": max(
+            8, config.grpo.queries if config.step_b == "grpo" else config.dpo.batch_size
+        ),
         "dev": 2,
         "test": 2,
     }
@@ -160,7 +167,20 @@ def _run(
                 for i in range(count)
             ]
             _watch(running, paths[0], place, console, what)
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        figures = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        figures[0] |= parts_of_a_step(place / "run" / "metrics.jsonl")
+        return figures
+
+
+def parts_of_a_step(metrics: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of a step on-policy, programs' too, as stages; {}: there is none."""
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    steps = [line for line in lines if line["phase"] == PHASE]
+    return {
+        f"{PHASE}, a step's {part}": {"seconds": statistics.mean(seconds)}
+        for part in PARTS
+        if (seconds := [row[f"{part}_seconds"] for row in steps[1:] if f"{part}_seconds" in row])
+    }
 
 
 def _changes(
@@ -186,6 +206,9 @@ def _changes(
         "generator.source": str(models / "generator"),
         "generator.sha256": None,
         "generator.server.url": "",
+        "grpo.steps": min(config.grpo.steps, POLICY_STEPS),
+        # What a random model writes says nothing of a collapse.
+        "grpo.watch_steps": POLICY_STEPS + 1,
         "log.wandb": "",
         "log.profile_steps": 0,
     }

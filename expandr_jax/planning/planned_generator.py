@@ -168,10 +168,10 @@ class GeneratorShapes:
             ),
         )
 
-    def decode(self, *args: Any, slots: str = "generator.slots") -> Planned:
+    def decode(self, *args: Any, fewer: str = "generator.slots") -> Planned:
         """One token for each of a process's slots, each with room for a prompt and a text.
 
-        `args` are those of `engine`; `slots`: what to have fewer of where it does not fit.
+        `args` are those of `engine`; `fewer`: what to have less of where it does not fit.
         """
         shape, variables = self.engine(*args)
         rows, mesh, programs = shape.slots, shape.mesh, make_programs(shape)
@@ -209,7 +209,7 @@ class GeneratorShapes:
                 self.module, self.params, rows, 1, keys=shape.length, logits=rows
             ),
             moved=weights + bytes_on_device(slots.cache),
-            change=f"fewer {slots}, or a larger tensor axis in mesh.sampling",
+            change=f"fewer {fewer}, or a larger tensor axis in mesh.sampling",
             shares=self._topology.hosts,
             values=all_active,
             units=timed,

@@ -51,7 +51,7 @@ class PolicyShapes:
 
     def decode(self) -> Planned:
         """One token for each slot that a step's texts have, beside the base as training has it."""
-        return self._generator.decode(*self._engine(), slots="grpo.queries or grpo.samples")
+        return self._generator.decode(*self._engine(), fewer="grpo.queries or grpo.samples")
 
     def engine_bytes(self) -> int:
         """Bytes a device of what stays of sampling while a step is rewarded and learned from.
