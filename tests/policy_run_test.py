@@ -59,6 +59,13 @@ def same(workdir, whole):
 
 
 def test_each_step_is_logged_and_its_texts_are_kept(whole):
+    for line in (whole / "metrics.jsonl").read_text().splitlines():
+        costs = json.loads(line)
+        parts = costs["rollout_seconds"] + costs["update_seconds"]
+        assert costs["step_seconds"] >= parts
+        assert (
+            costs["sampling_seconds"] + costs["encoding_seconds"] + costs["search_seconds"] < parts
+        )
     steps = step_figures(whole)
     assert [row["step"] for row in steps] == [*range(6)]
     for row in steps:

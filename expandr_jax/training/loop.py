@@ -104,12 +104,16 @@ def fit(
                 record(*pending)
             pending = (step, metrics, contents)
             done = number + 1
+            if on_policy:  # The next batch waits for this step in any case.
+                record(*pending)
+                pending = None
             # All stop after the same step, whichever of them had the notice.
             if log.processes.any(notice.requested):
                 notice.requested = True
             if done % save_every == 0 or done == last or notice.requested:
-                record(*pending)
-                pending = None
+                if pending is not None:
+                    record(*pending)
+                    pending = None
                 log.processes.files.push()  # A restart from there needs the lines before it.
                 try:
                     checkpoints.save(done, state)
