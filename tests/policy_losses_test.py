@@ -231,7 +231,7 @@ def test_where_nothing_was_learned_yet_the_slope_is_the_policy_gradient(name, cl
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_groups_whose_rewards_are_all_equal_teach_exactly_nothing(name):
-    rewards = np.full((3, 3), 0.1 + 0.2)  # Its mean of three is rounded to another number.
+    rewards = np.full((3, 3), 0.1)  # The mean of three is rounded to another number.
     found = advantages(rewards, POLICY_LOSSES[name].advantage)
     rows = [
         [dataclasses.replace(r, advantage=a) for r, a in zip(row, given, strict=True)]
