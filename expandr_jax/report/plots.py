@@ -116,6 +116,7 @@ def lines(
                 axes.fill_between(x, y - half, y + half, color=colour, alpha=0.16, linewidth=0)
         for mark in marks:
             axes.axvline(mark, color=_STAND_INS["quiet"], linewidth=0.9, linestyle=":")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # Steps, or queries.
         if logarithmic and positive:
             axes.set_yscale("log", nonpositive="mask")
             # Whole decades, named in plain text: the page has no mathematics.
