@@ -81,10 +81,9 @@ class _Ours:
     def __init__(self, directory: pathlib.Path):
         from configs import grpo
         from expandr_jax.config import read_config
-        from expandr_jax.objectives.policy import PolicyTrainer
+        from expandr_jax.objectives.policy import PolicyTrainer, policy_optimizer
         from expandr_jax.pair import GeneratorModel
         from expandr_jax.sharding import device_put_shared, make_mesh
-        from expandr_jax.training.train_state import make_optimizer
         from expandr_jax.weights.adapter import load_adapter
         from expandr_jax.weights.trees import model_shardings
 
@@ -92,6 +91,7 @@ class _Ours:
         self.settings = dataclasses.replace(
             config.grpo, loss="grpo", queries=QUERIES, samples=SAMPLES, max_new_tokens=NEW_TOKENS,
             temperature=1.0, top_p=1.0, kl_weight=0.0, accumulation=PARTS,
+            learning_rate=LEARNING_RATE, warmup_steps=0, clip_norm=CLIP_NORM,
         )  # fmt: skip
         generator, params = smollm2.load(directory)
         mesh = make_mesh()
@@ -100,9 +100,7 @@ class _Ours:
         module = generator.module.clone(lora=self.lora)
         generator = dataclasses.replace(generator, module=module, eos_ids=(NO_EOS,))
         self._model = GeneratorModel(mesh, mesh, generator, params, params, "")
-        optimizer = make_optimizer(
-            LEARNING_RATE, 1, clip_norm=CLIP_NORM, accumulation=PARTS, constant=True
-        )
+        optimizer = policy_optimizer(self.settings)
         self._trainer = PolicyTrainer(self._model, self.settings, optimizer)
         self.state = self._trainer.setup.create(adapter)
         self._rollouts = self._made_rollouts(directory, config, adapter)
