@@ -53,7 +53,7 @@ def whole(tmp_path_factory):
 def same(workdir, whole):
     assert (workdir / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     assert step_figures(workdir) == step_figures(whole)
-    texts = [f"round-0/policy-texts-{step}.jsonl" for step in (0, 3, 5)]
+    texts = [f"round-0/policy-texts-{step}.jsonl" for step in (0, 3, 6)]
     for name in (*texts, "work/round-0/policy-watch.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
 
@@ -76,13 +76,15 @@ def test_each_step_is_logged_and_its_texts_are_kept(whole):
         assert row["clip_fraction"] == 0  # An update a step: its policy is the one that sampled.
     assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["kl"] > 1e-5
-    lines = (whole / "round-0" / "policy-texts-3.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert len(rows) == 8 * 4
-    assert sum(row["reward"] for row in rows) / 32 == pytest.approx(steps[3]["reward"])
-    report = (whole / "report.html").read_text()
-    assert "6 steps; at the median" in report
-    assert all(f'<th scope="col">step {step}</th>' in report for step in (0, 3, 5))
+    before, midway, after = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (whole / "round-0" / f"policy-texts-{step}.jsonl" for step in (0, 3, 6))
+    )
+    queries = [row["query_id"] for row in before]
+    assert len(set(queries)) == len(queries) == 8
+    assert [row["query_id"] for row in midway] == [row["query_id"] for row in after] == queries
+    assert before != midway != after
+    assert all(row["reward"] == pytest.approx(row["reward_terms"]["gain"]) for row in after)
 
 
 def test_stopped_within_a_rollout_it_ends_as_if_it_had_not_been(whole, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ from expandr_jax.objectives.policy import (
     pack_sampled,
     policy_optimizer,
 )
-from expandr_jax.objectives.rollouts import Rollout, Rollouts
+from expandr_jax.objectives.rollouts import Rollouts
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
@@ -61,10 +61,11 @@ MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends 
 
 @dataclasses.dataclass
 class Collapsed(Exception):
-    """Raised out of the loop: the step at which training has collapsed, and why."""
+    """Raised out of the loop: the step at which training has collapsed, why, and the adapter."""
 
     step: int
     why: str
+    adapter: Any
 
 
 def train_policy(
@@ -81,8 +82,8 @@ def train_policy(
     """One round of step B on-policy.
 
     Args:
-        run: The workdir; checkpoints go to checkpoints/policy-R, texts of the first, the middle and
-            the last step, and of one at which training ends, to round-R/policy-texts-STEP.jsonl.
+        run: The workdir; checkpoints go to checkpoints/policy-R, some texts before, midway, after
+            and where training ends to round-R/policy-texts-STEP.jsonl.
         models: Both models.
         expander: What is asked for a query; texts of earlier questions are the start's.
         retriever: Encodes and searches for the rewards.
@@ -153,9 +154,6 @@ class _Loop:
         self._watched = CommonJournal(work / WATCH, run.processes)
         self._collapses = CommonJournal(work / "policy-collapses.jsonl", run.processes)
         self._log = run.training_log(PHASE, round_)
-        steps = settings.steps
-        self._shown = {0, steps // 2, steps - 1}
-        self._rollout: Rollout | None = None  # The last one.
 
     def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
         """The adapter after the last step, on the mesh; raises Collapsed."""
@@ -171,6 +169,7 @@ class _Loop:
             on_policy=True,
         )
         if not self._watched.finished:
+            self._show(self._settings.steps, state.params)
             self._watched.finish()
         return state.params
 
@@ -195,7 +194,7 @@ class _Loop:
         run.processes.once(
             lambda: export_adapter(run.path(name), good_adapter, module.lora, module.config, base)
         )
-        run.processes.once(lambda: self._show(collapse.step, self._rollout))
+        self._show(collapse.step, collapse.adapter)
         report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
         run.reporter.say(f"report: {report}")
         raise UserError(
@@ -206,11 +205,10 @@ class _Loop:
 
     def _sample(self, step: int, state: TrainState) -> tuple[Any, Contents]:
         """What a step learns from, on the host, and what it is made of."""
-        adapter = whole(state.params)
+        if step in (0, self._settings.steps // 2):
+            self._show(step, state.params)
         rollouts = self._rollouts()
-        self._rollout = rollout = rollouts.sample(step, adapter)
-        if step in self._shown:
-            self._run.processes.once(lambda: self._show(step, rollout))
+        rollout = rollouts.sample(step, whole(state.params))
         settings, groups = self._settings, rollout.groups
         size = settings.queries // settings.minibatches
         pad_id = self._models.generator.pad_id
@@ -247,20 +245,22 @@ class _Loop:
         self._watched.append([row])
         why = collapsed(self._watched.rows, self._settings)
         if why:
-            raise Collapsed(step, why)
+            raise Collapsed(step, why, state.params)
         return state, metrics
 
-    def _show(self, step: int, rollout: Rollout) -> None:
-        """Writes the texts of a step beside their rewards."""
+    def _show(self, step: int, adapter: Any) -> None:
+        """Writes texts of an adapter beside their rewards; all processes call it together."""
+        groups = self._rollouts().probe(whole(adapter))
         rows = (
             {
                 "query_id": each.group.query_id, "query": each.group.query, "text": c.text,
                 "reward": c.total, "reward_terms": dict(c.rewards),
             }
-            for each in rollout.groups
+            for each in groups
             for c in each.group.candidates
         )  # fmt: skip
-        write_jsonl(self._run.path(f"round-{self._round}", f"policy-texts-{step}.jsonl"), rows)
+        path = self._run.path(f"round-{self._round}", f"policy-texts-{step}.jsonl")
+        self._run.processes.once(lambda: write_jsonl(path, rows))
 
 
 def has_begun(run: Run) -> bool:

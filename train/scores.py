@@ -45,7 +45,7 @@ def make_score(
         documents = retriever.encode(texts, "document", names)
         names = [f"query {group.query_id}" for group in groups]
         own = retriever.encode([group.query for group in groups], "query", names)
-        count = len(groups) * settings.samples
+        count = sum(len(group.texts) for group in groups)
         answers = documents[count:] if run.config.reward.answer > 0 else None
         return [own, documents[:count], answers]
 

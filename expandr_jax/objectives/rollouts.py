@@ -21,6 +21,8 @@ from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.policy import Sampled, row_sizes_of
 from expandr_jax.rewards.group import Candidate, Group
 
+PROBES = 12  # Queries that are looked at before, midway and after.
+
 # Groups without rewards to the same with rewards, and seconds by what they were spent on. All
 # processes of a run call it together, each with all groups.
 Score = Callable[[Sequence[Group]], tuple[list[Group], Mapping[str, float]]]
@@ -99,12 +101,22 @@ class Rollouts:
             drawn = list(itertools.islice(names, settings.queries - len(teaching)))
             if not drawn:
                 break
-            for row in self._rewarded(drawn, step, seconds):
+            for row in self._rewarded(drawn, f"step {self._first_step + step}", seconds):
                 (teaching if row.used else idle).append(row)
         statistics = _statistics([*teaching, *idle])
         groups = [*teaching, *idle][: settings.queries]
         seconds["rollout_seconds"] = time.perf_counter() - begin
         return Rollout(groups, statistics, dict(seconds))
+
+    def probe(self, adapter: Any) -> list[Sampled]:
+        """A text, with its reward, of each of some queries, which are the same for all adapters.
+
+        So are the draws: what differs is the adapters'. All processes of a run call it together.
+        """
+        self._engine.use(adapter)
+        order = np.random.default_rng(self._sampler.seed).permutation(len(self._ids))
+        names = [self._ids[i] for i in sorted(order[:PROBES])]
+        return self._rewarded(names, "probe", collections.Counter(), samples=1)
 
     def _names(self, step: int) -> Iterator[str]:
         """The queries of a step; then all others, in an order of the step's own."""
@@ -115,18 +127,25 @@ class Rollouts:
         yield from (self._ids[i] for i in np.random.default_rng([seed, number]).permutation(others))
 
     def _rewarded(
-        self, names: Sequence[str], step: int, seconds: collections.Counter
+        self,
+        names: Sequence[str],
+        purpose: str,
+        seconds: collections.Counter,
+        samples: int = 0,
     ) -> list[Sampled]:
-        """The groups of some queries, with their rewards."""
-        begin = time.perf_counter()
+        """The groups of some queries, with their rewards.
+
+        The purpose sets draws apart from others'; without `samples`, a query has as many as the
+        settings say.
+        """
+        begin, count = time.perf_counter(), samples or self._settings.samples
         prompts = {name: self._prompt(name)[0] for name in names}
-        rows = dict(self._sampled(names, prompts, step))
+        rows = dict(self._sampled(prompts, f"policy, {purpose}/", count))
         seconds["sampling_seconds"] += time.perf_counter() - begin
         groups, spent = self._score(
             [
                 dataclasses.replace(
-                    self._group(name),
-                    candidates=[rows[name, i] for i in range(self._settings.samples)],
+                    self._group(name), candidates=[rows[name, i] for i in range(count)]
                 )
                 for name in names
             ]
@@ -138,18 +157,17 @@ class Rollouts:
         ]
 
     def _sampled(
-        self, names: Sequence[str], prompts: Mapping[str, Sequence[int]], step: int
+        self, prompts: Mapping[str, Sequence[int]], before: str, samples: int
     ) -> Iterator[tuple[tuple[str, int], Candidate]]:
-        """(Query, sample) and the text, of all that a step asks for."""
+        """(Query, sample) and the text, of all queries; `before` precedes a query in its draws."""
         settings, processes = self._settings, self._sampler.processes
-        before = f"policy, step {self._first_step + step}/"
         requests = [
             Request(
                 before + name, sample, tuple(prompts[name]), settings.temperature,
                 **drawing(settings),
             )
-            for name in names[processes.index :: processes.count]
-            for sample in range(settings.samples)
+            for name in [*prompts][processes.index :: processes.count]
+            for sample in range(samples)
         ]  # fmt: skip
 
         def row(made: Completion) -> list[Any]:

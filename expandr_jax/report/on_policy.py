@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from expandr_jax.report import plots
 from expandr_jax.report.page import Sampled, clip, parts
 
 PHASE = "GRPO"  # In metrics.jsonl.
-_TEXTS = 12  # Texts that are shown, of all steps together.
+_TEXTS = 12  # Queries that are shown at most.
 _TEXT_CHARACTERS = 500
 _BEFORE_A_NAME = "reward_"
 
@@ -139,7 +138,7 @@ def _costs(steps: _Steps) -> Markup:
 
 
 def _texts(workdir: pathlib.Path) -> Markup:
-    """A dozen texts: of the first step that was kept, of the middle one and of the last one."""
+    """A text of each of a dozen queries: before the first step, midway and at the end."""
     paths = sorted(_kept(workdir))
     chosen = {index: paths[index] for index in (0, len(paths) // 2, len(paths) - 1) if paths}
     columns: dict[str, list[Mapping[str, Any]]] = {}
@@ -150,15 +149,10 @@ def _texts(workdir: pathlib.Path) -> Markup:
             columns[name] = _first_of_each(path)
         except UserError as error:
             unread += parts().paragraph(str(error), "absent")
-    ids = [{row["query_id"] for row in rows} for rows in columns.values()]
-    everywhere = set.intersection(*ids) if ids else set()
-    cells = [
-        # Those that each step has come first, in one order.
-        [_cell(row) for row in sorted(rows, key=lambda row: _shared_first(row, everywhere))]
-        for rows in columns.values()
-    ]
-    several = [*itertools.zip_longest(*cells)][: _TEXTS // max(1, len(columns))]
-    note = "The first text of some queries as they were sampled, beside their rewards."
+    cells = [{row["query_id"]: _cell(row) for row in rows} for rows in columns.values()]
+    ids = dict.fromkeys(query for own in cells for query in own)
+    several = [[own.get(query) for own in cells] for query in ids][:_TEXTS]
+    note = "Texts of the same queries, with the same draws, beside their rewards."
     return parts().samples(note, [*columns], several) + unread
 
 
@@ -176,11 +170,6 @@ def _first_of_each(path: pathlib.Path) -> list[Mapping[str, Any]]:
     for _, row in read_jsonl(path, fields):
         first.setdefault(row["query_id"], row)
     return [*first.values()]
-
-
-def _shared_first(row: Mapping[str, Any], everywhere: set[str]) -> tuple[bool, str]:
-    shared = row["query_id"] in everywhere
-    return not shared, row["query_id"] if shared else ""
 
 
 def _cell(row: Mapping[str, Any]) -> Sampled:
