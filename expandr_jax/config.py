@@ -22,6 +22,7 @@ from expandr_jax.objectives.settings import (
     GrpoSettings,
     MiningSettings,
 )
+from expandr_jax.objectives.warm_start import WARM_STARTS
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.registry import REWARDS, RewardSettings
@@ -50,6 +51,7 @@ class Config:
     rounds: Annotated[int, count(1, MANY)]
     keep: Annotated[int, count(1)]
     step_b: Annotated[str, choice(STEP_B)]
+    warm_start: Annotated[str, choice(WARM_STARTS, empty=True)]
     data: DataSettings
     retriever: RetrieverSettings
     generator: GeneratorSettings

@@ -26,8 +26,10 @@ from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
+from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, hash_examples
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
+from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.formats import identity_of
@@ -44,17 +46,27 @@ from train.launch import launch_training
 
 
 def train_generator(
-    run: Run, models: GeneratorModel, adapter: Any | None, rows: Sequence[Any], *, round_: int
+    run: Run,
+    models: GeneratorModel,
+    adapter: Any | None,
+    rows: Sequence[Any],
+    *,
+    round_: int,
+    name: str = "generator",
+    objective: Objective | None = None,
+    settings: DpoSettings | None = None,
 ) -> Any:
-    """One round of step B.
+    """One round of step B, or of what comes before it.
 
     Args:
-        run: The workdir; checkpoints go to checkpoints/generator, for later rounds
-            checkpoints/generator-R, and the best adapter to round-R/best-adapter.
+        run: The workdir; checkpoints go to checkpoints/NAME, for later rounds checkpoints/NAME-R,
+            and the best adapter to round-R/best-adapter.
         models: The generator and mesh.
         adapter: The adapter to start from; None starts a new one.
         rows: What the objective reads.
         round_: Counts from 0.
+        name: What it is called in metrics and checkpoints.
+        objective, settings: What is learned and how; None: as the config has it.
 
     Returns:
         The trained adapter, as each process can read it all: the last, or the best on dev pairs
@@ -64,8 +76,11 @@ def train_generator(
         UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
             finite.
     """
-    config, learned = run.config.dpo, objective_name(run.config)
-    objective = OBJECTIVES[learned]
+    config, learned = settings or run.config.dpo, objective_name(run.config)
+    if objective is None:
+        objective = OBJECTIVES[learned]
+    else:
+        learned = objective.phase
     dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
@@ -101,11 +116,11 @@ def train_generator(
         "examples": hash_examples([*examples, *dev]),
     }
     # Rounds differ in their number of examples: their steps cannot be numbered through.
-    directory = run.checkpoints(f"generator-{round_}" if round_ else "generator")
+    directory = run.checkpoints(f"{name}-{round_}" if round_ else name)
     checkpoints = Checkpoints(
         directory, identity, keep=run.config.keep, keep_period=steps, agree=run.processes.all
     )
-    log = run.training_log("generator", round_)
+    log = run.training_log(name, round_)
     setup = adapter_setup(models, objective, config, section_optimizer(config, updates))
     key = jax.random.fold_in(jax.random.key(seed), round_)
 
@@ -141,11 +156,11 @@ def train_generator(
         if config.dev_share:
             run.reporter.say("too few pairs for dpo.dev_share: the last adapter is used")
         return whole(train(steps))
-    name = f"round-{round_}/best-adapter"
+    best_name = f"round-{round_}/best-adapter"
 
     def keep(_: int, adapter: Any) -> None:
-        _export(run, models.generator, whole(adapter), name)
-        run.checksums.record(name)
+        _export(run, models.generator, whole(adapter), best_name)
+        run.checksums.record(best_name)
 
     path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
     journal, every = CommonJournal(path, run.processes), config.eval_every * accumulation or steps
@@ -159,16 +174,16 @@ def train_generator(
         score=lambda metrics: -metrics["loss"],
     )
     trained = whole(train(steps))
-    if not run.checksums.intact(name):
+    if not run.checksums.intact(best_name):
         journal.keep(0)
         raise UserError(
-            f"{run.path(name)}: was damaged; remove {directory}, and the same command trains it "
-            "again"
+            f"{run.path(best_name)}: was damaged; remove {directory}, and the same command trains "
+            "it again"
         )
     run.reporter.say(
-        f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(name)}"
+        f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(best_name)}"
     )
-    return load_adapter(str(run.path(name)), module.config)[1] if config.keep_best else trained
+    return load_adapter(str(run.path(best_name)), module.config)[1] if config.keep_best else trained
 
 
 def _export(run: Run, generator: Generator, adapter: Any, name: str) -> None:

@@ -49,6 +49,7 @@ from train.negatives import check_negatives, training_negatives
 from train.policy import has_begun, train_policy
 from train.preferences import CANDIDATES, make_preferences, run_functions
 from train.retriever import train_retriever
+from train.warm_start import warm_start
 
 
 def train_joint(
@@ -120,6 +121,8 @@ def train_joint(
             negatives = training_negatives(run, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current.find)
+            if round_ == 0:
+                adapter = warm_start(run, models, expander, data)
             expansions = training_expansions(run, data, expander, adapter, round_)
             current.release()
         with run.phase(f"retriever, round {round_}"):

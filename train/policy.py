@@ -53,6 +53,7 @@ from train.expansions import run_expander
 from train.launch import launch_training
 from train.preferences import run_functions, self_answers
 from train.scores import make_score
+from train.warm_start import warm_start
 
 PHASE = "GRPO"
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
@@ -324,8 +325,9 @@ def train_alone(
     corpus = data.collection.corpus
     retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
     expander = run_expander(run, models, data, run_words(run, corpus), retriever.find)
+    adapter = warm_start(run, models, expander, data)
     with run.phase(f"{PHASE}, round 0"):
-        adapter = train_policy(run, models, expander, retriever, data, None, functions, round_=0)
+        adapter = train_policy(run, models, expander, retriever, data, adapter, functions, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
         module, base = models.generator.module, base_name(run.address, config.generator.source)

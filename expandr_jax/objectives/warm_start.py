@@ -1,0 +1,45 @@
+"""The objective of a warm start: to write what relevant documents begin with."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.reward_sft import REWARD_SFT
+
+WARM_STARTS = ("positives",)  # What `warm_start` takes, beside "" for none.
+
+
+def tokenize_beginnings(
+    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: Any
+) -> tuple[list[Example], int]:
+    """Rows {"prompt", "response", "query_id"} to examples of one response: `Objective.tokenize`.
+
+    A response that is longer than the limit is left open: it does not end there.
+    """
+    examples, cut = [], 0
+    for row in rows:
+        prompt, response = generator.token_ids([row["prompt"], row["response"]])
+        cut += len(prompt) > settings.prompt_length
+        if len(response) < settings.response_length:
+            response, _ = generator.response_ids(response, settings.response_length)
+        examples.append(
+            Example(
+                prompt[-settings.prompt_length :],
+                (response[: settings.response_length],),
+                {"weight": 1.0},
+                row["query_id"],
+            )
+        )
+    return examples, cut
+
+
+WARM_START = dataclasses.replace(
+    REWARD_SFT,
+    phase="warm start",
+    rows="relevant documents",
+    examples="relevant documents",
+    tokenize=tokenize_beginnings,
+    prompt=lambda row: row["prompt"],
+)
