@@ -179,7 +179,7 @@ def with_module(retriever, **settings):
     return dataclasses.replace(retriever, module=retriever.module.clone(**settings))
 
 
-@pytest.mark.parametrize("case", ["full", "lora, full"])
+@pytest.mark.parametrize("case", ["full", pytest.param("lora, full", marks=pytest.mark.slow)])
 def test_micro_batches_on_eight_devices_with_remat_or_an_adapter(tiny, case):
     """Against the whole batch at once, on one device, with nothing recomputed."""
     retriever, params = tiny

@@ -68,6 +68,7 @@ def test_vectors_equal_the_twin_at_the_published_size(write, monkeypatch):
     np.testing.assert_allclose(embed(retriever, params, texts), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_it_trains_with_dropout_and_remat_changes_nothing(write):
     directory, _ = write()
     retriever, params = load_retriever(str(directory))

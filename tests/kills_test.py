@@ -205,7 +205,9 @@ def test_a_finished_run_mends_itself(smoke, tmp_path, way):
     assert "made again" in output
 
 
-@pytest.mark.parametrize("way", ["truncate", "flip", "empty"])
+@pytest.mark.parametrize(
+    "way", ["truncate", *(pytest.param(way, marks=pytest.mark.slow) for way in ("flip", "empty"))]
+)
 def test_a_damaged_config_is_refused(smoke, tmp_path, way):
     (tmp_path / "run" / "data").mkdir(parents=True)  # Something depends on the config.
     shutil.copy(smoke[0] / "config.json", tmp_path / "run" / "config.json")

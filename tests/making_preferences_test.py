@@ -25,6 +25,7 @@ from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import preferences
 from train.encoding import run_retriever
+from train.preferences import self_answers
 
 IDS = [f"d{i}" for i in range(20)]
 QUERIES = {"q0": "first", "q1": "second", **{f"q{i}": f"query {i}" for i in range(2, 8)}}
@@ -56,7 +57,7 @@ def make(tmp_path, monkeypatch):
     texts = Sampled({(q, i): f"{q} text {i}" for q in QUERIES for i in range(count)})
     answers = {query: f"answer of {query}" for query in QUERIES}
     monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: (QUERIES, texts))
-    monkeypatch.setattr(preferences, "_self_answers", lambda *_: answers)
+    monkeypatch.setattr(preferences, "self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
     corpus = Corpus(IDS, vectors, SearchSettings("exact", "exact", ExactOptions(), ScannOptions()))
@@ -171,7 +172,8 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
 
 def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):
     make_preferences, run = make
-    monkeypatch.setattr(preferences, "_self_answers", lambda *_: {})
+    monkeypatch.setattr(preferences, "self_answers", self_answers)  # The real one.
+    monkeypatch.setattr(preferences, "sample_texts", lambda *_, **__: {})
     with pytest.raises(UserError, match="round 0: the generator left every self-answer empty"):
         make_preferences()
     assert not run.path("round-0", "candidates.jsonl").exists()
@@ -201,7 +203,7 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
     data = TrainingData(collection, [], ["q0"])
     expander = make_expander(run.config, sampler, collection.corpus, None, None)
     preferences._sample_candidates(run, expander, None, data, 0)
-    preferences._self_answers(run, None, None, data, 0)
+    preferences.self_answers(run, None, None, data, 0)
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:

@@ -28,6 +28,7 @@ def config():
     return smoke_on_meshes()
 
 
+@pytest.mark.slow
 def test_what_fits_is_run_where_it_was_asked_for(config):
     only = ["corpus encoding", "decode", "exact search"]
     rows = plan.plan(config, machine(), QUIET, only, repeats=2)["rows"]

@@ -111,6 +111,7 @@ def test_stopped_within_a_rollout_it_ends_as_if_it_had_not_been(whole, tmp_path,
     same(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_collapse_ends_it_with_the_last_good_adapter(whole, tmp_path):
     workdir = tmp_path / "run"
     with pytest.raises(UserError) as error:

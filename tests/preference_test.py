@@ -147,6 +147,7 @@ def test_logits_are_of_a_chunk_alone_forward_and_backward(model, chunk):
     assert max(tokens) == chunk < np.sum(batch["responses"] != PADDING)
 
 
+@pytest.mark.slow
 def test_half_precision_computes_near_float32_and_the_adapter_stays_in_float32(model):
     module, params, adapter = model
     half = module.clone(dtype=jnp.bfloat16)

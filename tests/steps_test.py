@@ -138,7 +138,7 @@ def on_one_device(retriever):
     return train_retriever(one_device(), *retriever, CONFIG)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), *MESHES[1:]])
 def test_contrastive_steps_are_those_of_one_device(retriever, on_one_device, sizes):
     model, params = retriever
     expected, expected_metrics = on_one_device

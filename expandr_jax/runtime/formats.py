@@ -92,8 +92,9 @@ def translated(record: Mapping[str, Any]) -> dict[str, Any]:
             value = section.pop(name)
             section, name = find_setting(config, new)
             section[name] = value
-    if config["dpo"]["loss"] == "reward-sft":
-        config["step_b"], config["dpo"]["loss"] = "reward-sft", "sigmoid"
+    section, name = find_setting(config, "dpo.loss")
+    if section.get(name) == "reward-sft":
+        config["step_b"], section[name] = "reward-sft", "sigmoid"
     for setting, value in ABSENT.items():
         section, name = find_setting(config, setting)
         section.setdefault(name, value)
