@@ -184,6 +184,7 @@ def test_two_processes_that_share_the_parameters_learn_the_same(tmp_path):
     one, two = (step_figures(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
+        assert a.pop("phase") == b.pop("phase") == "GRPO"
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 

@@ -43,7 +43,9 @@ class TrainingSetup:
 
     def shapes(self, trained: Any) -> TrainState:
         """The state of what is trained, as shapes with their shardings."""
-        return with_shardings(jax.eval_shape(self.create, trained), self.shardings)
+        # Nothing is put anywhere: where there are several processes, that takes arrays.
+        create = functools.partial(self.create, shardings=None)
+        return with_shardings(jax.eval_shape(create, trained), self.shardings)
 
 
 def set_up(
