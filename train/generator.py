@@ -159,7 +159,7 @@ def train_generator(
     best_name = f"round-{round_}/best-adapter"
 
     def keep(_: int, adapter: Any) -> None:
-        _export(run, models.generator, whole(adapter), best_name)
+        write_adapter(run, models.generator, whole(adapter), best_name)
         run.checksums.record(best_name)
 
     path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
@@ -186,7 +186,7 @@ def train_generator(
     return load_adapter(str(run.path(best_name)), module.config)[1] if config.keep_best else trained
 
 
-def _export(run: Run, generator: Generator, adapter: Any, name: str) -> None:
+def write_adapter(run: Run, generator: Generator, adapter: Any, name: str) -> None:
     """Writes an adapter in PEFT form to a path under the workdir."""
     module, base = generator.module, base_name(run.address, run.config.generator.source)
     run.processes.once(
@@ -251,7 +251,7 @@ def train_adapter(
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        _export(run, model.generator, adapter, "export/adapter")
+        write_adapter(run, model.generator, adapter, "export/adapter")
     console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
     run.close()
     return directory

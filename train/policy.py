@@ -47,9 +47,9 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever
-from expandr_jax.weights.adapter import base_name, export_adapter
 from train.encoding import run_retriever, run_words
 from train.expansions import run_expander
+from train.generator import write_adapter
 from train.launch import launch_training
 from train.preferences import run_functions, self_answers
 from train.scores import make_score
@@ -189,12 +189,7 @@ class _Loop:
             self._collapses.append([{"step": collapse.step, "why": collapse.why, "to": back_to}])
             return adapter
         name = f"round-{self._round}/last-good-adapter"
-        module = self._models.generator.module
-        base = base_name(run.address, run.config.generator.source)
-        good_adapter = whole(state.params)
-        run.processes.once(
-            lambda: export_adapter(run.path(name), good_adapter, module.lora, module.config, base)
-        )
+        write_adapter(run, self._models.generator, whole(state.params), name)
         self._show(collapse.step, collapse.adapter)
         report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
         run.reporter.say(f"report: {report}")
@@ -330,10 +325,7 @@ def train_alone(
         adapter = train_policy(run, models, expander, retriever, data, adapter, functions, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
-        module, base = models.generator.module, base_name(run.address, config.generator.source)
-        run.processes.once(
-            lambda: export_adapter(directory, adapter, module.lora, module.config, base)
-        )
+        write_adapter(run, models.generator, adapter, "export/adapter")
     with run.phase("report"):
         report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
     console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
