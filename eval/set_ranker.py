@@ -91,7 +91,7 @@ class SetRanker:
         self._written = functools.cache(self._write)
         self.ranker = Ranker(
             self.queries,
-            Searches(self._bm25, self._dense, collection.corpus),
+            Searches(self._bm25, self._dense, collection.corpus, self._document_texts),
             self.expansions,
             self._choice,
             run.config.evaluation,

@@ -26,10 +26,11 @@ from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.ranking.rerank import RERANKERS, RerankSettings
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
 from expandr_jax.rewards.evidence import Evidence, RewardContext
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import REWARDS
+from expandr_jax.search import Bm25Index
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.weights.families import BY_TYPE, model_config
 from expandr_jax.weights.fields import Fields
@@ -256,6 +257,36 @@ def test_feedbacks(name):
     np.testing.assert_allclose(found[0], FED_BACK[name], rtol=1e-6)
     np.testing.assert_allclose(FEEDBACKS[name](queries, documents[:, ::-1]), found, rtol=1e-6)
     np.testing.assert_array_equal(FEEDBACKS[name](queries[::-1], documents), found[::-1])
+
+
+# Twenty texts of three words: "pad" is in one of them, "axis" in two.
+WORDS = Bm25Index(["pad pad axis", "axis list sort", *["list sort scale"] * 18])
+NORM, IDF_PAD, IDF_AXIS = 0.9, math.log(1 + 19.5 / 1.5), math.log(1 + 18.5 / 2.5)
+WEIGHED = {  # Of "pad pad axis".
+    "bm25": {"pad": 2, "axis": 1},
+    "bm25q": {"pad": IDF_PAD * 2 / (2 + NORM), "axis": IDF_AXIS / (1 + NORM)},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHINGS)
+def test_weighings(name):
+    found = WEIGHINGS[name](["pad", "pad", "axis"], WORDS)
+    assert found == pytest.approx(WEIGHED[name])
+    assert WEIGHINGS[name](["axis", "pad", "pad"], WORDS) == found
+    assert not any(WEIGHINGS[name]([], WORDS).values())
+
+
+# Half of the query, pad; two thirds of the other half are pad, too.
+FED_BACK_WORDS = {"rm3": {"pad": 1 / 2 + 1 / 3, "axis": 1 / 6}}
+
+
+@pytest.mark.parametrize("name", WORD_FEEDBACKS)
+def test_word_feedbacks(name):
+    documents = [(3.0, ["pad", "pad", "axis"]), (1.0, ["list", "sort"])]
+    for order in (documents, documents[::-1]):
+        found = WORD_FEEDBACKS[name]({"pad": 2.0}, order, WORDS)
+        assert found == pytest.approx(FED_BACK_WORDS[name])
+    assert WORD_FEEDBACKS[name]({}, [], WORDS) == {}
 
 
 def cross_encoder(directory, pooler_scale):

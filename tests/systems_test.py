@@ -4,7 +4,7 @@ import pytest
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import PUBLISHED
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
 from expandr_jax.ranking.systems import System, parse_system, parse_systems, row_of_round
 
 
@@ -27,6 +27,9 @@ def test_a_leaf_has_a_retriever_and_what_expands_its_queries_and_documents():
     }.items():
         assert parse_system(name) == System(name, *expected)
     assert parse_system("expandr-round2") == row_of_round(2)
+    weighing = parse_system("bm25q@d2q+q2d")
+    expected = ("bm25", "base", "q2d", "d2q")
+    assert weighing == System("bm25q@d2q+q2d", *expected, weighing="bm25q")
 
 
 def test_a_stage_has_parts_which_are_systems_themselves():
@@ -40,6 +43,9 @@ def test_a_stage_has_parts_which_are_systems_themselves():
     assert (feedback.stage, feedback.parts) == ("prf-rocchio", (parse_system("dense@d2q"),))
     feedback = parse_system("zero-shot+expansion+prf-average")
     assert feedback.parts == (parse_system("zero-shot+expansion"),)
+    for name in ("bm25q+rm3", "bm25@d2q+q2e+rm3", "bm25+expansion+rm3"):
+        part = parse_system(name.removesuffix("+rm3"))
+        assert parse_system(name) == System(name, stage="rm3", parts=(part,))
     nested = parse_system("interpolation:bm25:rrf:dense:expandr")
     assert [part.name for part in nested.parts] == ["bm25", "rrf:dense:expandr"]
     assert [leaf.name for leaf in nested.leaves] == ["bm25", "dense", "expandr"]
@@ -64,6 +70,10 @@ def test_what_needs_training():
         ("dense+", r"expected dense\+ one of"),
         ("bm25+prf-average", r"expected bm25\+ one of"),
         ("bm25+q2d+prf-average", r"expected bm25\+ one of"),
+        ("dense+rm3", r"expected dense\+ one of .*prf-average"),
+        ("bm25q+rm4", r"expected bm25q\+ one of .*rm3"),
+        ("bm25+rm3+prf-average", r"expected bm25\+ one of"),
+        ("dense+prf-average+rm3", r"expected dense\+ one of"),
         ("dense+prf-average+q2d", r"expected dense\+ one of"),
         ("rrf:bm25", "expected two systems to fuse"),
         ("rrf:bm25:bm25", "expected two systems to fuse"),
@@ -86,7 +96,8 @@ def test_all_is_every_published_strategy_feedback_and_fusion():
     assert len(set(names)) == len(names)
     for base in ("bm25", "dense"):
         assert {f"{base}+{name}" for name in PUBLISHED} <= {*names}
-    assert {s.stage for s in systems if s.stage} == {*FEEDBACKS, *FUSIONS}
+    assert {s.stage for s in systems if s.stage} == {*FEEDBACKS, *WORD_FEEDBACKS, *FUSIONS}
+    assert {*WEIGHINGS} <= {*names}
     assert {s.documents for s in systems} == {None}  # A text for each document is asked for.
     with pytest.raises(UserError, match="no systems"):
         parse_systems([])

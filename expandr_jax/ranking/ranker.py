@@ -11,15 +11,23 @@ from typing import Any
 import numpy as np
 
 from expandr_jax import metrics
-from expandr_jax.data.documents import ids_of, rows_of
+from expandr_jax.data.documents import ids_of, rows_of, texts_of
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
 from expandr_jax.metrics import CHOSEN_BY, RunScores
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.ranking.stages import FEEDBACK_DEPTH, FEEDBACKS, FUSIONS
+from expandr_jax.ranking.stages import (
+    FEEDBACK_DEPTH,
+    FEEDBACKS,
+    FUSIONS,
+    WEIGHINGS,
+    WORD_FEEDBACK_DEPTH,
+    WORD_FEEDBACKS,
+)
 from expandr_jax.ranking.systems import BM25, System
-from expandr_jax.search import Index, search_named
+from expandr_jax.ranking.words import Weights
+from expandr_jax.search import Index, search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
 
@@ -71,11 +79,14 @@ class Searches:
         dense: Name of a retriever, and the same, to that with its corpus encoded; called whenever
             it is needed. Process 0 alone searches it.
         corpus: Document id -> text.
+        texts: How documents are expanded, or None, to what BM25's index has of each, by row; None:
+            the corpus as it is.
     """
 
     bm25: Callable[[str | None], Index]
     dense: Callable[[str, str | None], CorpusRetriever]
     corpus: Mapping[str, str]
+    texts: Callable[[str | None], Sequence[str]] | None = None
 
 
 class Ranker:
@@ -148,19 +159,18 @@ class Ranker:
             texts = dict(zip(self.ids, self._queries, strict=True))
             return rank_again(run, texts, self._searches.corpus, score, settings.rerank.depth)
         if dense:
-            index, documents, above = dense.corpus.evaluated, dense.corpus.ids, -np.inf
+            find, documents = dense.corpus.evaluated.search, dense.corpus.ids
         else:
-            index, documents, above = (
-                self._searches.bm25(system.documents), ids_of(self._searches.corpus), 0.0
-            )  # fmt: skip
+            find, queries = self._search_for_words(system, choice)
+            documents = ids_of(self._searches.corpus)
         return search_named(
-            index.search,
+            find,
             self.ids,
-            queries if dense else self._words(system, choice),
+            queries,
             documents,
             settings.depth,
             drop_identical_ids=settings.drop_identical_ids,
-            above=above,
+            above=-np.inf if dense else 0.0,
         )
 
     def index_recall(self, system: System) -> dict[str, Any] | None:
@@ -245,6 +255,34 @@ class Ranker:
                 normalize=self._normalize,
             )
         )
+
+    def _search_for_words(self, system: System, choice: Choice | None) -> tuple[Any, Any]:
+        """How BM25 searches for a leaf's queries, or after feedback on them, and for what."""
+        index = self._searches.bm25(system.leaves[0].documents)
+        if system.stage is None and system.weighing == BM25:
+            return index.search, self._words(system, choice)  # As texts: their words count alike.
+        return index.search_weighted, self._weights(system, choice)
+
+    def _weights(self, system: System, choice: Choice | None) -> list[Weights]:
+        """The weights of the words of each query that BM25 searches for."""
+        (leaf,) = system.leaves
+        index = self._searches.bm25(leaf.documents)
+        if system is leaf:
+            weigh = WEIGHINGS[leaf.weighing]
+            return [weigh(words, index) for words in words_of(self._words(leaf, choice))]
+        (part,) = system.parts
+        queries = self._weights(part, self._choice(part) if part.strategy else None)
+        found, move = self.rank(part), WORD_FEEDBACKS[system.stage]
+        rows = rows_of(self._searches.corpus)
+        read = self._searches.texts
+        texts = read(leaf.documents) if read else texts_of(self._searches.corpus)
+        moved = []
+        for query_id, query in zip(self.ids, queries, strict=True):
+            first = list(found.get(query_id, {}).items())[:WORD_FEEDBACK_DEPTH]
+            words = words_of([texts[rows[document]] for document, _ in first])
+            scores = [score for _, score in first]
+            moved.append(move(query, list(zip(scores, words, strict=True)), index))
+        return moved
 
     def _words(self, leaf: System, choice: Choice | None) -> list[str]:
         """What BM25 searches for, for each query."""

@@ -1,4 +1,7 @@
-"""What may follow a search, by the names that systems have: feedback and fusions."""
+"""What may follow a search, by the names that systems have: feedback and fusions.
+
+BM25's feedback, and what else weighs the words of its queries, is in ranking/words.py.
+"""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from expandr_jax.metrics import rank_documents
+from expandr_jax.ranking.words import RM3_DOCUMENTS, Weights, counted, rm3, saturated
+from expandr_jax.search import Bm25Index
 
 
 def average_feedback(query: jax.Array, documents: jax.Array) -> jax.Array:
@@ -77,6 +82,14 @@ FEEDBACKS = {
     "prf-average": average_feedback,
     "prf-rocchio": lambda query, found: rocchio(query, found, alpha=0.9, beta=0.1),
 }
+# How BM25 weighs the words of a query, by the name of the searcher: (words, index) to weights.
+WEIGHINGS: dict[str, Callable[[Sequence[str], Bm25Index], Weights]] = {
+    "bm25": counted,
+    "bm25q": saturated,
+}
+WORD_FEEDBACK_DEPTH = RM3_DOCUMENTS  # Documents that feedback on BM25 takes to be relevant.
+# (weights of a query's words, score and words of each document found first, index) to weights.
+WORD_FEEDBACKS: dict[str, Callable[[Weights, Sequence[Any], Bm25Index], Weights]] = {"rm3": rm3}
 
 
 def _by_rank(fuse: Callable[[Sequence[Sequence[str]]], dict[str, float]]) -> Callable[..., Any]:

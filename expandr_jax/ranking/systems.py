@@ -1,10 +1,12 @@
 """The systems that are compared, by name: what retrieves, what is fused, what is ranked again.
 
-    LEAF      bm25, dense, zero-shot, fine-tuned, expandr, ...: a retriever, and whose expansions
+    LEAF      bm25, dense, zero-shot, fine-tuned, expandr, ...: a retriever, and whose expansions;
+              bm25q is BM25 that weighs the words of the query, too
     BASE+S    the retriever BASE with the queries expanded by a strategy or, "expansion", as
               the config says; by the generator before training
     BASE@D    over a corpus whose documents are expanded; BASE@D+S likewise
-    LEAF+F    feedback: the query's vector moved towards the documents that LEAF finds first
+    LEAF+F    feedback: the query's vector, or for BM25 the weights of its words, moved towards the
+              documents that LEAF finds first
     F:A:B     a fusion of all systems that follow
     R:A       A's documents ranked again
 
@@ -22,7 +24,7 @@ from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
 
 BM25 = "bm25"
 UNTRAINED = "zero-shot"  # The retriever as the config names it.
@@ -42,8 +44,9 @@ class System:
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
-        stage: A key of `FUSIONS`, `FEEDBACKS` or `RERANKERS`; None for a leaf.
+        stage: A key of `FUSIONS`, `FEEDBACKS`, `WORD_FEEDBACKS` or `RERANKERS`; None for a leaf.
         parts: What the stage works on.
+        weighing: How BM25 weighs the words of a leaf's queries, a key of `WEIGHINGS`.
     """
 
     name: str
@@ -53,6 +56,7 @@ class System:
     documents: str | None = None
     stage: str | None = None
     parts: tuple["System", ...] = ()
+    weighing: str = BM25
 
     def with_parts(self) -> Iterator["System"]:
         """What has to be ranked for it, each after its own parts; itself last."""
@@ -84,7 +88,7 @@ class System:
 
 RETRIEVERS = {  # What a name may begin with -> what searches.
     BM25: BM25, "dense": UNTRAINED, "zero-shot": UNTRAINED, "fine-tuned": "fine-tuned",
-    "expandr-plain": "expandr",
+    "expandr-plain": "expandr", **dict.fromkeys(WEIGHINGS, BM25),
 }  # fmt: skip
 ROWS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),
@@ -95,7 +99,7 @@ _ROUND = re.compile(r"expandr-round(\d+)")  # Retriever and generator as they we
 
 ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.
 TABLE = (
-    BM25, *(f"bm25+{name}" for name in PUBLISHED),
+    *WEIGHINGS, *(f"bm25+{name}" for name in (*PUBLISHED, *WORD_FEEDBACKS)),
     "dense", *(f"dense+{name}" for name in (*PUBLISHED, *FEEDBACKS)),
     "rrf:bm25:dense", "interpolation:bm25:dense", "rrf:bm25:dense+q2d",
     "exp4fuse:bm25:bm25+q2d", "exp4fuse:dense:dense+q2d",
@@ -164,9 +168,12 @@ def _parse_leaf(name: str) -> System:
     if found := _ROUND.fullmatch(name):
         return row_of_round(int(found[1]))
     inner, _, method = name.rpartition("+")
-    if inner and method in FEEDBACKS:
+    if inner and method in (*FEEDBACKS, *WORD_FEEDBACKS):
         part = _parse_leaf(inner)
-        if part.retriever != BM25:  # Whose queries have no vectors.
+        # BM25's queries have no vectors, and vectors no words.
+        if part.retrievers == {BM25} and method in WORD_FEEDBACKS:
+            return System(name, stage=method, parts=(part,))
+        if BM25 not in part.retrievers and method in FEEDBACKS:
             return System(name, stage=method, parts=(part,))
     where, plus, method = name.partition("+")
     base, at, documents = where.partition("@")
@@ -175,10 +182,10 @@ def _parse_leaf(name: str) -> System:
         raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
     strategies = (*STRATEGIES, EXPANSION)
     if plus and method not in strategies:
-        methods = strategies if base == BM25 else (*strategies, *FEEDBACKS)
+        methods = *strategies, *(WORD_FEEDBACKS if RETRIEVERS[base] == BM25 else FEEDBACKS)
         raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
     if at and documents not in DOCUMENT_PROMPTS:
         known = ", ".join(DOCUMENT_PROMPTS)
         raise UserError(f"system {name!r}: expected {base}@ one of {known}")
     return System(name, RETRIEVERS[base], BASE if method else None, method or None,
-                  documents or None)  # fmt: skip
+                  documents or None, weighing=base if base in WEIGHINGS else BM25)  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.search import scann
-from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint
+from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint, words_of
 from expandr_jax.search.exact import ExactIndex, ExactOptions
 from expandr_jax.search.index import MANIFEST, Index, read_manifest
 from expandr_jax.search.scann import ScannIndex, ScannOptions
@@ -39,6 +39,7 @@ __all__ = [
     "load_index",
     "search_named",
     "text_fingerprint",
+    "words_of",
 ]
 
 logger = logging.getLogger(__name__)

@@ -10,25 +10,29 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
+import math
 import os
 import pathlib
 import re
 import types
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import scipy.sparse
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.search.index import Index
 from expandr_jax.settings import NotNegative, Share, read_section
 
-# As bm25s names them.
+_LENGTHS = "lengths.json"
+# As bm25s names them, and ours.
 _FILES = (
     "data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "params.index.json",
-    "vocab.index.json",
+    "vocab.index.json", _LENGTHS,
 )  # fmt: skip
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 _POSTINGS = "data", "indices", "indptr"  # Of each word: weights and documents; where they end.
@@ -68,9 +72,13 @@ class Bm25Index(Index):
 
     A word that stands twice in a query counts twice. Documents that share no word with it score 0
     and come last.
+
+    Attributes:
+        mean_length: Words of a text on the average, those that count.
     """
 
     backend, options_type, file_names = "bm25", Bm25Options, _FILES
+    mean_length: float
 
     def __init__(self, texts: Collection[str], options: Bm25Options = Bm25Options()):
         """Indexes `texts`, one a document, in order; none of them is kept.
@@ -86,6 +94,7 @@ class Bm25Index(Index):
         if not vocabulary:
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
+        self.mean_length = numbers.total / len(numbers)
         self.fingerprint = text_fingerprint(texts)
         self._bm25 = _bm25s().BM25(method="lucene", **vars(self.options))
         # As what bm25s's tokenizer returns has them.
@@ -93,20 +102,70 @@ class Bm25Index(Index):
         self._bm25.index(tokens, show_progress=False)
         self.dimension = len(vocabulary) - ("" in vocabulary)  # bm25s adds "", which no text has.
 
+    def frequency(self, word: str) -> int:
+        """How many of the documents have a word; words are as `words_of` splits texts."""
+        number = self._bm25.vocab_dict.get(word)
+        if number is None:
+            return 0
+        ends = self._bm25.scores["indptr"]
+        return int(ends[number + 1] - ends[number])
+
+    def search_weighted(
+        self, queries: Sequence[Mapping[str, float]], k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `search` returns, for queries whose words have weights.
+
+        A document's score is the sum of what each word adds to it, times the word's weight. Words
+        are as `words_of` splits texts, and those that no document has find nothing; where weights
+        are how often a text has its words, the text itself finds the same.
+
+        Raises:
+            UserError: A weight is below 0 or not finite, or k below 1.
+        """
+        block = [self._numbered(weights) for weights in queries]
+        return self._in_threads([(0, block)], len(queries), self._depth(k))
+
+    def _numbered(self, weights: Mapping[str, float]) -> tuple[list[int], np.ndarray]:
+        """The numbers of a query's words that are known, and their weights."""
+        for word, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise UserError(f"BM25: {word!r} has weight {weight}; expected a number, 0 or more")
+        known = {n: w for word, w in weights.items()
+                 if (n := self._bm25.vocab_dict.get(word)) is not None}  # fmt: skip
+        return list(known), np.array([*known.values()], np.float32)
+
     def _search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.empty((len(queries), k), np.float32)
-        indices = np.empty((len(queries), k), np.int32)
+        blocks = (
+            (first, ((ids, np.ones(len(ids), np.float32))
+                     for ids in map(self._bm25.get_tokens_ids, _split(texts))))
+            for first, texts in _blocks(queries, "BM25 searches for")
+        )  # fmt: skip
+        return self._in_threads(blocks, len(queries), k)
+
+    def _in_threads(
+        self,
+        blocks: Iterable[tuple[int, Iterable[tuple[Sequence[int], np.ndarray]]]],
+        count: int,
+        k: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What `_best` finds for each query of some blocks: the first one's number, and queries."""
+        scores = np.empty((count, k), np.float32)
+        indices = np.empty((count, k), np.int32)
         threads = min(os.cpu_count() or 1, _MOST_THREADS)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for first, texts in _blocks(queries, "BM25 searches for"):
-                words = _bm25s().tokenize(_spaced(texts), return_ids=False, **_WORDS)
-                known = map(self._bm25.get_tokens_ids, words)
-                for row, found in enumerate(pool.map(lambda ids: self._best(ids, k), known), first):
-                    scores[row], indices[row] = found
+            for first, block in blocks:
+                found = pool.map(lambda query: self._best(*query, k), block)
+                for row, best in enumerate(found, first):
+                    scores[row], indices[row] = best
         return scores, indices
 
-    def _best(self, words: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best documents for a query's words, given by their numbers."""
+    def _best(
+        self, words: Sequence[int], of_words: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the k best documents for words, given by their numbers, and weights.
+
+        A word may stand there more than once.
+        """
         # NumPy's memory maps are arrays that cost more to slice.
         weights, rows, ends = (np.asarray(self._bm25.scores[n]) for n in _POSTINGS)
         parts = [slice(ends[word], ends[word + 1]) for word in words]
@@ -119,7 +178,7 @@ class Bm25Index(Index):
             ),
             shape=(self.size, len(parts)),
         )
-        scored = postings @ np.ones(len(parts), np.float32)
+        scored = postings @ of_words
         found = scored[scored > 0]
         cut = np.partition(found, len(found) - k)[len(found) - k] if len(found) >= k else 0
         above = np.flatnonzero(scored > cut)
@@ -129,8 +188,13 @@ class Bm25Index(Index):
 
     def _write(self, directory: pathlib.Path) -> None:
         self._bm25.save(directory, show_progress=False)  # Not the texts.
+        write_json(directory / _LENGTHS, {"mean": self.mean_length})
 
     def _open(self, directory: str | os.PathLike) -> None:
+        path = pathlib.Path(directory, _LENGTHS)
+        if not path.exists():  # The manifest knows none: an older version wrote it.
+            raise UserError(f"{path}: missing, an older version wrote the index; build it again")
+        self.mean_length = json.loads(path.read_text())["mean"]
         self._bm25 = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
 
 
@@ -169,11 +233,21 @@ def _blocks(
         yield first, block
 
 
+def words_of(texts: Collection[str]) -> list[list[str]]:
+    """The words of each text as an index of BM25 has them, in their order."""
+    return [words for _, block in _blocks(texts, "BM25 splits") for words in _split(block)]
+
+
+def _split(texts: Sequence[str]) -> list[list[str]]:
+    return _bm25s().tokenize(_spaced(texts), return_ids=False, **_WORDS)
+
+
 class _Numbers:
     """The words of texts by their numbers, 4 bytes a word; gives a list of ints for each text."""
 
     def __init__(self, numbers: np.ndarray, ends: np.ndarray):
         self._numbers, self._ends = numbers, ends
+        self.total = len(numbers)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -48,9 +48,13 @@ class Index(abc.ABC):
         [Q, D], of which those that are not finite or not of the index's width raise UserError, or
         Q texts.
         """
+        return self._search(queries, self._depth(k))
+
+    def _depth(self, k: int) -> int:
+        """How many results there are for a query where k are asked for."""
         if k < 1:
             raise UserError(f"k is {k}; a search returns at least 1 result a query")
-        return self._search(queries, min(k, self.size))
+        return min(k, self.size)
 
     @abc.abstractmethod
     def _search(self, queries: Any, k: int) -> tuple[np.ndarray, np.ndarray]:
