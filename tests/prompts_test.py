@@ -26,8 +26,11 @@ def test_the_paper_s_prompts_to_the_letter():
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_every_prompt_shows_the_query(name):
-    text = PROMPTS[name].message("the query {x}", document="{d}", passages=["one", "two"])
-    assert "the query {x}" in text
+    written = dict.fromkeys(("questions", "answers", "rule", "examples"), "{w}")
+    text = PROMPTS[name].message("the query {x}", "{d}", ["one", "two"], **written)
+    # The answers are to questions, which were made of the query.
+    assert ("the query {x}" in text) is (name != "qa-expand-answers")
+    assert ("{w}" in text) is (name in ("qa-expand-answers", "qa-expand", "reformer"))
 
 
 def test_documents_are_shown_as_they_are():
@@ -39,6 +42,17 @@ def test_lamer_numbers_its_passages():
     assert "1. one\n2. two\n" in PROMPTS["lamer"].message("Q", passages=["one", "two"])
     with pytest.raises(ValueError, match="passages"):
         PROMPTS["lamer"].message("Q")
+
+
+def test_of_answers_in_json_the_answers_are_left():
+    whole = '{"answer1": "A \\"b\\"\\nc.", "answer2": "", "answer3": "D"}'
+    for text in (whole, f"Sure! Here is the JSON:\n```json\n{whole}\n```"):
+        assert strip_lead_in(text) == 'A "b" c.\nD'
+    assert strip_lead_in('{ "question1":"One?", "question2": "Tw') == "One?\nTw"  # It was cut.
+    assert strip_lead_in('{"answer1": "bad \\x escape"}') == "bad \\x escape"
+    assert strip_lead_in('{"answer1": ""}') == ""
+    for text in ('{"a": "b"}', "{answer1} is a placeholder", 'An "answer1": "x"'):
+        assert strip_lead_in(text) == text
 
 
 def test_templates_of_the_user():

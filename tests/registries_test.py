@@ -215,6 +215,10 @@ EXPANDED = {  # What "q" with the texts "a" and "b" becomes: for BM25, and as ve
     "lamer": ("q a q b", TWO_TEXTS),
     "csqe": ("q a b", TWO_TEXTS),
     "thinkqe": ("q a b", TWO_TEXTS),
+    "genqr": ("q a b", DenseQuery(["q a", "q b"], 0.0)),
+    "genqr-ensemble": ("q q q q q a b", DenseQuery(["q a", "q b"], 0.0)),
+    "qa-expand": ("q q q a b", TWO_TEXTS),
+    "reformer": ("a b", DenseQuery(["a", "b"], 0.0)),
 }
 
 

@@ -31,6 +31,13 @@ QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
         ("q2c", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("lamer", "Who flew One passage. Who flew Another one."),
         ("csqe", "who flew one passage. another one."),  # one passage, one extract: N = 1
+        ("genqr", "Who flew One passage. Another one."),
+        (
+            "genqr-ensemble",
+            "Who flew Who flew Who flew Who flew Who flew One passage. Another one.",
+        ),
+        ("qa-expand", "Who flew Who flew Who flew One passage. Another one."),
+        ("reformer", "One passage. Another one."),
     ],
 )
 def test_the_query_of_bm25(name, expected):
@@ -75,19 +82,26 @@ def test_what_is_encoded(name, texts, weight, kind):
     assert found.query_weight == pytest.approx(weight)
 
 
+# Texts of a query that are used: five draws, ten prompts, what a last request says.
+NEW = {"genqr": 5, "genqr-ensemble": 10, "qa-expand": 1, "reformer": 1}
+
+
 def test_requests_and_samples():
     assert {name: STRATEGIES[name].samples for name in ("q2d", "mugi", "lamer", "csqe")} == {
         "q2d": 1, "mugi": 5, "lamer": 5, "csqe": 5,
     }  # fmt: skip
     for several in STRATEGIES.values():
-        for ask in several.asks:
-            passages = ["found first", "found second"] if "passages" in ask.prompt.fields else ()
-            text = ask.message(QUERY, passages, 100, lambda _: True)
-            assert QUERY in text
-            assert ("2. found second" in text) is bool(passages)
-    shows = {name for name, s in STRATEGIES.items() if "passages" in s.asks[-1].prompt.fields}
-    assert shows == {name for name, s in STRATEGIES.items() if len(s.asks) < len(s.steps)}
+        for ask in (step for step in several.steps if isinstance(step, Ask)):
+            passages = ["found first", "found second"] if ask.prompt.shows_passages else ()
+            text = ask.message(QUERY, passages, 100, lambda _: True, "One?\nTwo?")
+            assert QUERY in text or "One?" in text
+            assert ("2. found second" in text) is ("passages" in ask.prompt.fields)
+            assert ("found first\n\nfound second" in text) is ("documents" in ask.prompt.fields)
+    shows = {name for name, s in STRATEGIES.items() if s.asks[-1].prompt.shows_passages}
     assert shows == {"lamer", "csqe", "thinkqe"}
+    searches = {n for n, s in STRATEGIES.items() if any(isinstance(x, Search) for x in s.steps)}
+    assert searches == {*shows, "reformer"}
+    assert {name: s.samples * len(s.asks) for name, s in STRATEGIES.items() if name in NEW} == NEW
 
 
 def test_documents_are_cut_until_the_message_fits():
@@ -168,6 +182,61 @@ def test_steps_are_taken_in_turn_for_all_queries():
     once, asked.log = asked.log, []
     assert asked.expander.messages(BOTH, asked.sample) == once[-1][1]
     assert asked.log == once[:-1]  # The last is for others to sample.
+
+
+def test_a_text_that_is_not_used_is_shown_to_the_next_request():
+    """QA-Expand: questions, their answers, and what is left of those."""
+    asked = Asked(STRATEGIES["qa-expand"], {})
+    said = {
+        "qa-expand-questions": "1. Who?\n\n2) When?\n- Why?\nQ4: Where?",
+        "qa-expand-answers": "Wilbur.\nIn 1903.",
+        "qa-expand": "Wilbur flew in 1903.",
+    }
+
+    def sample(step, requests):
+        asked.log.append(
+            (step.name, [(r.sample, r.prompt.rpartition("\n\n")[2]) for r in requests])
+        )
+        return {(r.id, r.sample): f"{said[step.name]} {r.sample}" for r in requests}
+
+    texts = asked.expander.texts({"a": QUERY}, 2, sample)
+    answers = '{"answer1": "Wilbur.", "answer2": "In 1903. 0"}'
+    refine = f'Initial query: "Who flew"\nAnswers: "{answers}"'
+    questions = '{"question1": "Who?", "question2": "When?", "question3": "Why?"}'
+    assert asked.log == [
+        ("qa-expand-questions", [(0, 'Break the query into sub-questions: "Who flew"')]),
+        ("qa-expand-answers", [(0, f'Questions to answer: "{questions}"')]),
+        ("qa-expand", [(0, refine), (1, refine)]),
+    ]
+    assert texts["a"] == [["Wilbur flew in 1903. 0", "Wilbur flew in 1903. 1"]]
+    asked.log.clear()
+    message = asked.expander.messages({"a": QUERY}, sample)["a"]
+    assert message.endswith(refine)
+    assert len(asked.log) == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "rule"),
+    [
+        ('{"pattern_name": "Generalization", "description": "Broadens', "Replace specific terms"),
+        ("I take Clarify Subject, not Generalization.", "Replace or refine the main subject"),
+        ("The third.", "Replace vague or ambiguous terms"),  # The first, where none is named.
+    ],
+)
+def test_reformer_applies_the_pattern_that_is_named_first(said, rule):
+    asked = Asked(STRATEGIES["reformer"], {"a": ["u", "v", "w", "x"]})
+    prompts = {}
+
+    def sample(step, requests):
+        prompts[step.name] = requests.make("a")[0].prompt
+        return {("a", 0): said if step.name == "reformer-pattern" else "Who flew first"}
+
+    texts = asked.expander.texts({"a": QUERY}, 1, sample)
+    assert asked.log == [("bm25", {"a": QUERY}, 3)]
+    assert "Retrieved Documents:\nu\n\nv\n\nw\n\nAvailable" in prompts["reformer-pattern"]
+    assert f"Transformation Rule: {rule}" in prompts["reformer"]
+    assert texts["a"] == [["Who flew first"]]
+    assert STRATEGIES["reformer"].sparse(QUERY, texts["a"][0]) == "Who flew first"
 
 
 def test_a_search_sees_the_texts_so_far_and_may_pass_over_what_was_shown():

@@ -89,14 +89,14 @@ def make_preferences(
         size = queries_at_once(len(temperatures))
         most = run.config.candidates.max_new_tokens
         context = RewardContext(run.config, data, corpus, ids, size, most, functions=functions)
-        # A query alone does not give a prompt that shows passages.
-        shows_passages = "passages" in expander.strategy.asks[-1].prompt.fields
+        # Of others the query alone gives the prompt.
+        shows_more = not expander.strategy.asks[-1].prompt.of_query_alone
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
 
         def judge(block: Sequence[str], vectors: Any, write_groups: Any, write_pairs: Any) -> int:
             evidence = evidence_of(context, [*map(group, block)], *vectors)
             rewarded = reward_groups(evidence, f"rewards, round {round_}")
-            write_groups(each.to_row(shows_passages) for each in rewarded)
+            write_groups(each.to_row(shows_more) for each in rewarded)
             pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
             write_pairs(pairs)
             dropped.update(lacking)

@@ -30,13 +30,15 @@ def expansion_text(config: Any, query: str) -> str:
     """The user's message that asks for a query's expansion; `config` is the whole config.
 
     Raises:
-        UserError: The strategy's prompt shows passages, which a query alone does not have.
+        UserError: The strategy's prompt shows passages, or what was written before, which a query
+            alone does not have.
     """
     settings = config.expansion
     prompt = strategy(settings.strategy, settings.template).asks[-1].prompt
-    if "passages" in prompt.fields:
+    if not prompt.of_query_alone:
+        shown = "passages" if prompt.shows_passages else "what was written before"
         raise UserError(
-            f"expansion.strategy {settings.strategy!r} shows passages in its prompt; expected a "
+            f"expansion.strategy {settings.strategy!r} shows {shown} in its prompt; expected a "
             "prompt beside each query"
         )
     return prompt.message(query)
@@ -76,16 +78,20 @@ class Expander:
             sample: (step, requests) to (query id, sample) -> text; as `journaled` returns it.
 
         Returns:
-            Query id -> the texts of each `Ask`, looked up when they are asked for; "" where the
-            model said nothing.
+            Query id -> the texts of each `Ask` that are used, looked up when they are asked for; ""
+            where the model said nothing.
         """
         made: list[Texts] = []
+        written: Texts = {}
         shown: dict[str, Sequence[str]] = {}
         seen: dict[str, set[str]] = {}
         for step in self.strategy.steps:
             if isinstance(step, Ask):
-                messages = self._messages(step, queries, shown)
-                made.append(sample(step, expansion_requests(self.settings, messages, samples)))
+                messages = self._messages(step, queries, shown, written)
+                count = samples if step.used else 1
+                written = sample(step, expansion_requests(self.settings, messages, count))
+                if step.used:
+                    made.append(written)
             else:
                 shown = self._found(step, queries, _by_ask(made, queries, samples), seen)
         return _by_ask(made, queries, samples)
@@ -104,13 +110,20 @@ class Expander:
         return MadeWhenAsked(queries, lambda query: last[0].make(query)[0].prompt)
 
     def _messages(
-        self, step: Ask, queries: Mapping[str, str], shown: Mapping[str, Sequence[str]]
+        self,
+        step: Ask,
+        queries: Mapping[str, str],
+        shown: Mapping[str, Sequence[str]],
+        written: Texts,
     ) -> Mapping[str, str]:
-        """Query id -> what a step asks of it, with the passages that were found."""
+        """Query id -> what a step asks of it, with what was found and what was written before."""
         limits = self.most_characters, self.sampler.fits
-        return MadeWhenAsked(
-            queries, lambda query: step.message(queries[query], shown.get(query, ()), *limits)
-        )
+
+        def message(query: str) -> str:
+            before = written[query, 0] if step.shown else ""
+            return step.message(queries[query], shown.get(query, ()), *limits, before)
+
+        return MadeWhenAsked(queries, message)
 
     def _found(
         self,

@@ -1,15 +1,20 @@
 """What the generator is asked, and what is taken off its answers.
 
 A prompt is a template: data, chosen by name. `{query}` is the query, `{document}` a related
-document, `{passages}` retrieved passages, numbered.
+document, `{passages}` retrieved passages, numbered, and `{documents}` the same with an empty line
+between them. Other placeholders are what a strategy shows of the text written before. Where a
+method's authors have a system's message, it stands before the user's, in one message: some models
+have no other.
 """
 
 import dataclasses
+import json
 import re
 import string
 from collections.abc import Sequence
 
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.patterns import PATTERNS_JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +36,30 @@ class Prompt:
             name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None
         }
 
+    @property
+    def shows_passages(self) -> bool:
+        """Whether it needs passages."""
+        return not self.fields.isdisjoint(("passages", "documents"))
+
+    @property
+    def of_query_alone(self) -> bool:
+        """Whether a query alone makes it."""
+        return self.fields <= {"query"}
+
     def message(
-        self, query: str = "", document: str | None = None, passages: Sequence[str] = ()
+        self,
+        query: str = "",
+        document: str | None = None,
+        passages: Sequence[str] = (),
+        **written: str,
     ) -> str:
         """The user's message; ValueError where the template wants what is not given."""
         numbered = "\n".join(f"{i}. {passage}" for i, passage in enumerate(passages, start=1))
-        values = {"query": query, "document": document, "passages": numbered or None}
-        missing = [field for field in sorted(self.fields) if values[field] is None]
+        values = {
+            "query": query, "document": document, "passages": numbered or None,
+            "documents": "\n\n".join(passages) or None, **written,
+        }  # fmt: skip
+        missing = [field for field in sorted(self.fields) if values.get(field) is None]
         if missing:
             raise ValueError(f"the prompt {self.template!r} needs {missing}")
         # One pass, so that braces inside a query or document stay what they are.
@@ -48,6 +70,35 @@ def _hyde(request: str, label: str) -> Prompt:
     return Prompt(f"{request}\n{label}: {{query}}\nPassage:", "HyDE, arXiv 2212.10496")
 
 
+def _instructed(system: str, user: str, source: str) -> Prompt:
+    """A prompt of what the system says and what the user says."""
+    return Prompt(f"{system}\n\n{user}", source)
+
+
+_KEYWORDS_ALONE = "You output only comma-separated keywords. No sentences."
+_RELEVANT = (  # CSQE's, of its example and of the query.
+    "You will begin by examining the initially retrieved documents and identifying the ones that "
+    "are relevant, even partially, to the query. Once the relevant documents are identified, you "
+    "will extract the key sentences from each document that contribute to their relevance."
+)
+GENQR_ENSEMBLE = {  # Ten ways to ask for the same, each of which is asked once.
+    f"genqr-ensemble-{number}": _instructed(
+        _KEYWORDS_ALONE, f'{request}:\n"{{query}}"', "GenQREnsemble, arXiv 2404.03746"
+    )
+    for number, request in enumerate((
+        "Improve the search effectiveness by suggesting expansion terms for the query",
+        "Recommend expansion terms for the query to improve search results",
+        "Improve the search effectiveness by suggesting useful expansion terms for the query",
+        "Maximize search utility by suggesting relevant expansion phrases for the query",
+        "Enhance search efficiency by proposing valuable terms to expand the query",
+        "Elevate search performance by recommending relevant expansion phrases for the query",
+        "Boost the search accuracy by providing helpful expansion terms to enrich the query",
+        "Increase the search efficacy by offering beneficial expansion keywords for the query",
+        "Optimize search results by suggesting meaningful expansion terms to enhance the query",
+        "Enhance search outcomes by recommending beneficial expansion terms to supplement the "
+        "query",
+    ), start=1)
+}  # fmt: skip
 PROMPTS = {
     "q2d": Prompt(
         "Please write a passage to answer the question.\nQuestion: {query}\nPassage:",
@@ -72,7 +123,7 @@ PROMPTS = {
         "Jagerman et al., arXiv 2305.03653",
     ),
     "q2c": Prompt(
-        "Answer the following query:\n{query}\nGive the rationale before answering.",
+        "Answer the following query:\n\n{query}\n\nGive the rationale before answering",
         "Jagerman et al., arXiv 2305.03653",
     ),
     "hyde": _hyde("Please write a passage to answer the question.", "Question"),
@@ -101,7 +152,9 @@ PROMPTS = {
         "Query: {query}\nPassage:",
         "query2doc, arXiv 2303.07678, with examples of our own",
     ),
-    "mugi": Prompt(
+    "mugi": _instructed(
+        "You are PassageGenGPT, an AI capable of generating concise, informative, and clear pseudo "
+        "passages on specific topics.",
         "Generate one passage that is relevant to the following query: '{query}'. The passage "
         "should be concise, informative, and clear",
         "MuGI, arXiv 2401.06311",
@@ -117,16 +170,77 @@ PROMPTS = {
         "your own knowledge, not just the example passages!",
         "ThinkQE, arXiv 2506.09260",
     ),
-    "csqe": Prompt(  # One worked example, then documents that were found.
-        "Quote, word for word, the sentences of the passages that help to answer the query.\n\n"
-        "Query: how do bees make honey\n"
-        "Passages:\n"
+    "keqe": _instructed(
+        "You are a helpful assistant.",
+        "Please write a passage to answer the question\nQuestion: {query}\nPassage:",
+        "CSQE's request without documents, arXiv 2402.18031",
+    ),
+    "csqe": _instructed(  # One worked example, then documents that were found.
+        "You are an efficient search assistant. I will provide you with a query and its initially "
+        "retrieved documents.\nYou will begin by examining the initially retrieved documents and "
+        "identifying the ones that are relevant, even partially, to the query.\nOnce the relevant "
+        "documents are identified, you will extract the key sentences from each document that "
+        "contribute to their relevance.",
+        'Query: "how do bees make honey"\n'
+        "Retrieved documents:\n"
         "1. Bees live in colonies. In the hive they pass nectar from mouth to mouth until most of "
         "its water is gone.\n"
-        "2. Honey has been eaten for thousands of years.\n"
-        "Sentences: In the hive they pass nectar from mouth to mouth until most of its water is "
-        "gone.\n\nQuery: {query}\nPassages:\n{passages}\nSentences:",
-        "CSQE, with an example of our own",
+        f"2. Honey has been eaten for thousands of years.\n\n{_RELEVANT}\n\n"
+        "Document 1:\n"
+        '"In the hive they pass nectar from mouth to mouth until most of its water is gone."\n\n'
+        f'Query: "{{query}}"\nRetrieved documents:\n{{passages}}\n\n{_RELEVANT}',
+        "CSQE, arXiv 2402.18031, with an example of our own",
+    ),
+    "genqr": _instructed(
+        _KEYWORDS_ALONE,
+        'Suggest keywords to improve retrieval for this query:\n"{query}"\nReturn only keywords.',
+        "GenQR, arXiv 2308.00415",
+    ),
+    **GENQR_ENSEMBLE,
+    "qa-expand-questions": _instructed(
+        "You are a helpful assistant. Based on the following query, generate 3 possible related "
+        "questions that someone might ask.",
+        'Break the query into sub-questions: "{query}"',
+        "QA-Expand, arXiv 2502.08557",
+    ),
+    "qa-expand-answers": _instructed(
+        "You are a knowledgeable assistant. The user provides 3 questions in JSON format. For each "
+        "question, produce a document style answer. Each answer must: Be informative regarding the "
+        "question. Return all answers in JSON format with the keys answer1, answer2, and answer3. "
+        'For example: {{"answer1": "...", "answer2": "...", "answer3": "..."}}',
+        'Questions to answer: "{questions}"',
+        "QA-Expand, arXiv 2502.08557",
+    ),
+    "qa-expand": _instructed(
+        "You are an evaluation assistant. You have an initial query and answers provided in JSON "
+        "format. Your role is to check how relevant and correct each answer is. Return only those "
+        "answers that are relevant and correct to the initial query. Omit or leave blank any that "
+        "are incorrect, irrelevant, or too vague. If needed, please rewrite the answer in a better "
+        'way. Return your result in JSON with the same structure: {{"answer1": "Relevant/correct'
+        '...", "answer2": "Relevant/correct...", "answer3": "Relevant/correct..."}} If an answer '
+        "is irrelevant, do not include it at all or leave it empty. Focus on ensuring the final "
+        "JSON only contains the best content for retrieval.",
+        'Initial query: "{query}"\nAnswers: "{answers}"',
+        "QA-Expand, arXiv 2502.08557",
+    ),
+    "reformer-pattern": _instructed(
+        "You are an expert in query reformulation. Select the most appropriate pattern based on "
+        "the query and document context.",
+        "Given the following query and retrieved documents, select the most appropriate "
+        "reformulation pattern.\n\nQuery: {query}\n\nRetrieved Documents:\n{documents}\n\n"
+        "Available Patterns:\n"
+        + PATTERNS_JSON.replace("{", "{{").replace("}", "}}")
+        + "\n\nSelect the pattern that best fits the query and document context. Return only the "
+        "JSON of the selected pattern.",
+        "ReFormeR, arXiv 2604.01417, with examples of our own",
+    ),
+    "reformer": _instructed(
+        "You are an expert in query reformulation. Apply the transformation rule to create a "
+        "better query.",
+        "Apply the following transformation rule to the query:\n\nQuery: {query}\n"
+        "Transformation Rule: {rule}\n\nExamples of this pattern:\n{examples}\n\n"
+        "Return only the reformulated query.",
+        "ReFormeR, arXiv 2604.01417, with examples of our own",
     ),
 }  # fmt: skip
 DOCUMENT_PROMPTS = {  # What is asked of a document when it is indexed.
@@ -161,6 +275,9 @@ LEAD_INS = tuple(
         rf"\**{_KINDS}\s*:\**\s*",
     )
 )
+# A JSON object of questions or answers, which may be cut anywhere, and the texts in it.
+_OBJECT = re.compile(r'(?:```(?:json)?\s*)?\{\s*"(?:question|answer)\d*"\s*:')
+_VALUE = re.compile(r'"(?:question|answer)\d*"\s*:\s*("(?:[^"\\]|\\.)*)', re.DOTALL)
 REPEATED_SHARE = 0.5  # A text more of whose word 4-grams stand twice is repetitive.
 
 
@@ -185,12 +302,26 @@ def custom_prompt(template: str) -> Prompt:
 
 
 def strip_lead_in(text: str) -> str:
-    """Takes what a model says before the text proper off it, as "Sure! Here is a passage ...:"."""
+    """Takes what a model says before the text proper off it, as "Sure! Here is a passage ...:".
+
+    Of a JSON object of answers the answers are left, a line each.
+    """
     text = text.strip()
     for pattern in LEAD_INS:
         if found := pattern.match(text):
             text = text[found.end() :]
-    return text
+    if not _OBJECT.match(text):
+        return text
+    values = (" ".join(_unquoted(value).split()) for value in _VALUE.findall(text))
+    return "\n".join(value for value in values if value)
+
+
+def _unquoted(value: str) -> str:
+    """A string of JSON, whose closing quote is not there."""
+    try:
+        return json.loads(value + '"', strict=False)
+    except ValueError:  # An escape that is none.
+        return value[1:]
 
 
 def is_repetitive(text: str) -> bool:

@@ -6,11 +6,20 @@ any, the query is alone.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS, PROMPTS, Prompt, custom_prompt
+from expandr_jax.expansion.patterns import chosen_pattern
+from expandr_jax.expansion.prompts import (
+    DOCUMENT_PROMPTS,
+    GENQR_ENSEMBLE,
+    PROMPTS,
+    Prompt,
+    custom_prompt,
+)
 from expandr_jax.vectors.encoder import Kind
 
 FEEDBACK = 10  # Passages that a search finds for a prompt that shows some.
@@ -25,23 +34,37 @@ class Ask:
     Attributes:
         name: Sets the draws of its texts apart from others'.
         prompt: What it is asked.
+        shown: The first text of the `Ask` before, to what the prompt shows of it, by placeholder.
+        used: Whether the texts expand the query; those of others are written for the next `Ask`,
+            one a query.
     """
 
     name: str
     prompt: Prompt
+    shown: Callable[[str], Mapping[str, str]] | None = None
+    used: bool = True
 
     def message(
-        self, query: str, passages: Sequence[str], most_characters: int, fits: Callable[[str], bool]
+        self,
+        query: str,
+        passages: Sequence[str],
+        most_characters: int,
+        fits: Callable[[str], bool],
+        written: str = "",
     ) -> str:
         """The user's message, with the passages that were found, if the prompt shows any.
 
         Of each passage it has `most_characters` or fewer: they are cut until the message fits,
-        because a prompt that is too long loses its beginning.
+        because a prompt that is too long loses its beginning. `written` is the text of the `Ask`
+        before.
         """
-        if "passages" not in self.prompt.fields:
-            return self.prompt.message(query)
+        shown = self.shown(written) if self.shown else {}
+        if not self.prompt.shows_passages:
+            return self.prompt.message(query, **shown)
         return _fitting(
-            lambda most: self.prompt.message(query, passages=_cut(passages, most) or ["-"]),
+            lambda most: self.prompt.message(
+                query, passages=_cut(passages, most) or ["-"], **shown
+            ),
             most_characters,
             fits,
         )
@@ -119,8 +142,8 @@ class Strategy:
 
     @property
     def asks(self) -> tuple[Ask, ...]:
-        """The steps in which the generator writes."""
-        return tuple(step for step in self.steps if isinstance(step, Ask))
+        """The steps in which the generator writes texts that are used; the last step is one."""
+        return tuple(step for step in self.steps if isinstance(step, Ask) and step.used)
 
     def with_prompt(self, prompt: Prompt) -> "Strategy":
         """The strategy with another prompt at its last `Ask`.
@@ -128,7 +151,7 @@ class Strategy:
         If it shows passages and no step finds any, BM25 finds them for the query.
         """
         *steps, last = self.steps
-        if "passages" in prompt.fields and not any(isinstance(step, Search) for step in steps):
+        if prompt.shows_passages and not any(isinstance(step, Search) for step in steps):
             steps.append(Search())
         return dataclasses.replace(self, steps=(*steps, dataclasses.replace(last, prompt=prompt)))
 
@@ -157,6 +180,26 @@ def accumulated(query: str, texts: Sequence[str]) -> str:
     """The query once for every three times that its words fit into the texts', lower-cased."""
     words = sum(len(text.split()) for text in texts)
     return repeated(max(1, words // (3 * max(1, len(query.split())))))(query, texts).lower()
+
+
+def as_json(kind: str, text: str) -> str:
+    """The lines of a text, without their numbers, as a JSON object with keys KIND1, KIND2, ..."""
+    lines = (_NUMBER.sub("", line.strip()) for line in text.splitlines())
+    return json.dumps({f"{kind}{n}": line for n, line in enumerate(filter(None, lines), start=1)})
+
+
+_NUMBER = re.compile(r"^(?:[-*•]|\(?\d{1,2}[.):]|[Qq](?:uestion)?\s?\d+[.:)])\s*")
+
+
+def three_questions(text: str) -> dict[str, str]:
+    """QA-Expand's questions, the first three lines of a text, as its next prompt shows them."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return {"questions": as_json("question", "\n".join(lines[:3]))}
+
+
+def answers(text: str) -> dict[str, str]:
+    """QA-Expand's answers, a line each, as its last prompt shows them."""
+    return {"answers": as_json("answer", text)}
 
 
 def weighted(query: str, texts: Sequence[str], query_weight: float) -> DenseQuery:
@@ -225,11 +268,32 @@ STRATEGIES = {
     "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),
     "lamer": Strategy((Search(), Ask("lamer", PROMPTS["lamer"])), 5, alternated, one_of_them),
     "csqe": Strategy(
-        (Ask("q2d", PROMPTS["q2d"]), Search(), Ask("csqe", PROMPTS["csqe"])),
+        (Ask("keqe", PROMPTS["keqe"]), Search(), Ask("csqe", PROMPTS["csqe"])),
         5, lower_cased, one_of_them,
     ),
     "thinkqe": Strategy(
         rounds(3, PROMPTS["thinkqe"], "thinkqe"), 5, accumulated, one_of_them
+    ),
+    "genqr": _asked("genqr", 5, repeated(1), joined(" "), kind="query"),
+    "genqr-ensemble": Strategy(
+        tuple(Ask(name, prompt) for name, prompt in GENQR_ENSEMBLE.items()),
+        1, repeated(5), joined(" "), kind="query",
+    ),
+    "qa-expand": Strategy(
+        (
+            Ask("qa-expand-questions", PROMPTS["qa-expand-questions"], used=False),
+            Ask("qa-expand-answers", PROMPTS["qa-expand-answers"], three_questions, used=False),
+            Ask("qa-expand", PROMPTS["qa-expand"], answers),
+        ),
+        1, repeated(3), one_of_them,
+    ),
+    "reformer": Strategy(
+        (
+            Search(depth=3),
+            Ask("reformer-pattern", PROMPTS["reformer-pattern"], used=False),
+            Ask("reformer", PROMPTS["reformer"], chosen_pattern),
+        ),
+        1, replaced, rewritten, kind="query",
     ),
 }  # fmt: skip
 
