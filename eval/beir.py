@@ -216,8 +216,8 @@ def main(_: Any) -> None:
 def define_flags() -> None:
     define_config("configs/beir.py")
     define_workdir()
-    flags.DEFINE_list("data", [], "BEIR directories or zips, or folders of several; none: the "
-                      "config's own data.")  # fmt: skip
+    flags.DEFINE_list("data", [], "BEIR directories or zips, or folders of several, or BRIGHT's; "
+                      "none: the config's own data.")  # fmt: skip
     flags.DEFINE_list("systems", [], "What is compared; the first is what tests compare with.")
     flags.DEFINE_list("measures", [], "Further ones, as ir-measures spells them: P@5,Rprec.")
     flags.DEFINE_string("split", "", "Whose judgements are used; test, and dev of a set called "

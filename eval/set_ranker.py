@@ -97,6 +97,7 @@ class SetRanker:
             run.config.evaluation,
             run.config.contrastive.normalize,
             directory=directory / "runs",
+            excluded=collection.excluded,
             timed=lambda system: run.phase(f"{collection.name}: {system.name}"),
         )
 
@@ -112,6 +113,7 @@ class SetRanker:
             self._collection.corpus,
             lambda: self._bm25(None),
             lambda *asked: self._dense(UNTRAINED, None).find(*asked),
+            self._collection.excluded,
         )
         chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
         expander = dataclasses.replace(expander, strategy=chosen)

@@ -215,6 +215,7 @@ def _rankers(
             run.config.contrastive.normalize,
             runs=runs if split == "test" else {},
             is_main=run.processes.is_main,
+            excluded=data.collection.excluded,
         )
 
     rankers = {split: ranker(split) for split in SPLITS}

@@ -40,7 +40,8 @@ def run_expander(
         return bm25()
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
-    return make_expander(run.config, sampler, data.collection.corpus, words, dense)
+    collection = data.collection
+    return make_expander(run.config, sampler, collection.corpus, words, dense, collection.excluded)
 
 
 def training_expansions(

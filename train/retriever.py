@@ -207,6 +207,7 @@ def train_on_triples(
                 list(dev.corpus),
                 config.evaluation.depth,
                 drop_identical_ids=config.evaluation.drop_identical_ids,
+                excluded=dev.excluded,
             )
             return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
 

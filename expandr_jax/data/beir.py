@@ -6,7 +6,7 @@ queries.jsonl[.gz]   or queries/*.parquet    _id (or id), text; or TREC topics: 
 qrels/SPLIT.tsv[.gz] or qrels/, default/ or data/ with SPLIT*.parquet; or qrels/SPLIT.trec
 
 The hub's own conversion of a data set to parquet, with a folder more (corpus/corpus/0000.parquet,
-default/test/0000.parquet), is read as well.
+default/test/0000.parquet), is read as well, and so is BRIGHT's layout (data/bright.py).
 """
 
 import os
@@ -14,10 +14,21 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from expandr_jax.data import bright
 from expandr_jax.data.answers import answers_of
 from expandr_jax.data.documents import Documents, open_documents, seal, write_documents
+from expandr_jax.data.judgements import (
+    HEADER,
+    Judgement,
+    Mistakes,
+    Qrels,
+    check_id,
+    collect,
+    columns_of,
+    judgement_of,
+)
 from expandr_jax.data.parquet import on_disk, read_parquet
 from expandr_jax.data.places import only_collection
 from expandr_jax.data.trec import read_topics
@@ -25,7 +36,6 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
 from expandr_jax.files.records import (
     check_field,
-    decode,
     hash_file,
     hash_json,
     note,
@@ -34,11 +44,7 @@ from expandr_jax.files.records import (
     write_text,
 )
 
-Qrels = dict[str, dict[str, int]]
-Mistakes = list[UserError] | None
-
-_HEADER = ("query-id", "corpus-id", "score")
-_COLUMNS = ("_id", "id", "title", "text", *_HEADER)
+_COLUMNS = ("_id", "id", "title", "text", *HEADER)
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
 
 
@@ -54,6 +60,8 @@ class Collection:
             the corpus, as in several public sets: it counts as a relevant document that no
             system can find, which is what trec_eval does.
         answers: query id -> strings of which a right answer has one, where the files have any.
+        excluded: query id -> documents that leave its rankings before these are cut, where the
+            files have any: `excluded_ids` of a query.
     """
 
     name: str
@@ -61,15 +69,7 @@ class Collection:
     queries: dict[str, str]
     qrels: dict[str, Qrels]
     answers: dict[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-class Judgement(NamedTuple):
-    """One line of judgements: where it stands, and what it says."""
-
-    where: str
-    query: str
-    document: str
-    grade: int
+    excluded: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def read_beir(
@@ -92,22 +92,30 @@ def read_beir(
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
             appears twice; an empty query; a judgement of an unknown query or one that
-            contradicts another; a grade that is no integer); it names file and line.
+            contradicts another; a grade that is no integer; a relevant document that is excluded);
+            it names file and line.
     """
     files = source if isinstance(source, Files) else only_collection(source)
     corpus = _read_corpus(files, mistakes, store)
     answers: dict[str, tuple[str, ...]] = {}
-    queries = dict(read_texts(files, "queries", mistakes, answers=answers))
+    excluded: dict[str, tuple[str, ...]] = {}
+    read = read_texts(files, "queries", mistakes, answers=answers, excluded=excluded)
+    queries = dict(read)
     qrels = {}
     for split, names in _splits(files).items():
         before = len(mistakes or ())
-        qrels[split] = _collect(judgements(files, split, mistakes), queries, mistakes)
+        qrels[split] = collect(judgements(files, split, mistakes), queries, mistakes)
         if not qrels[split]:
             nothing = "no judgements; expected lines of query, document, grade"
             raise _first(mistakes, before, f"{files.path(names[0])}: {nothing}")
+        for query, documents in excluded.items():
+            for document in documents:
+                if qrels[split].get(query, {}).get(document, 0) > 0:
+                    both = f"{document!r} is relevant to query {query!r}, and excluded for it"
+                    note(UserError(f"{files.path(names[0])}: document {both}"), mistakes)
     root = files.path("").resolve()
     name = root.stem if root.suffix.lower() == ".zip" else root.name
-    return Collection(name, corpus, queries, qrels, answers)
+    return Collection(bright.task_name(files) or name, corpus, queries, qrels, answers, excluded)
 
 
 def source_hashes(files: Files) -> dict[str, str]:
@@ -131,34 +139,42 @@ def read_texts(
     mistakes: Mistakes = None,
     watched: Container[str] | None = None,
     answers: dict[str, tuple[str, ...]] | None = None,
+    excluded: dict[str, tuple[str, ...]] | None = None,
 ) -> Iterator[tuple[str, str]]:
     """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
 
     Args:
         files, kind, mistakes: what is read, and as `read_beir`.
         watched: ids of which a second one is a mistake; None: all, which are then held.
-        answers: gets those of queries that have some.
+        answers, excluded: get those of queries that have some.
 
     Raises:
         UserError: As `read_beir`.
     """
-    names, seen, before = _parts(files, kind), set(), len(mistakes or ())
-    empty = True
+    names, before, empty = _parts(files, kind), len(mistakes or ()), True
+    seen: dict[str, str] = {}
+    task = bool(bright.task_name(files))
     for name in names:
         for where, row in _rows(files, name, mistakes):
             try:
+                if task:
+                    row = bright.as_beir(where, row, kind == "queries")
                 key, text = _text(where, row)
+                if task and kind == "corpus" and seen.get(key) == text:
+                    continue  # A document that BRIGHT's files have twice counts once.
                 if key in seen:
                     raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
                 if not text and kind == "queries":
                     raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
                 if answers is not None and (own := answers_of(where, row)):
                     answers[key] = own
+                if excluded is not None and (out := bright.excluded_of(where, row)):
+                    excluded[key] = out
             except UserError as error:
                 note(error, mistakes)
                 continue
             if watched is None or key in watched:
-                seen.add(key)
+                seen[key] = text
             empty = False
             yield key, text
     if empty:
@@ -190,7 +206,7 @@ def read_qrels(path: str | os.PathLike) -> Qrels:
     """
     path = Path(path)
     files = Files(path.parent, "", (path.name,))
-    return _collect(_read_judgements(files, path.name, None), None, None)
+    return collect(_read_judgements(files, path.name, None), None, None)
 
 
 def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
@@ -205,11 +221,12 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
         (
             {"_id": key, "text": text}
             | ({"answers": collection.answers[key]} if key in collection.answers else {})
+            | ({"excluded_ids": collection.excluded[key]} if key in collection.excluded else {})
             for key, text in collection.queries.items()
         ),
     )
     for split, qrels in collection.qrels.items():
-        lines = ["\t".join(_HEADER)]
+        lines = ["\t".join(HEADER)]
         for query, judged in qrels.items():
             lines += [f"{query}\t{document}\t{grade}" for document, grade in judged.items()]
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
@@ -238,6 +255,8 @@ def _first(mistakes: Mistakes, before: int, otherwise: str) -> UserError:
 
 def _parts(files: Files, kind: str) -> list[str]:
     """The files that hold the corpus or the queries."""
+    if bright.task_name(files):
+        return bright.parts(files, kind)
     for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
         if name in files.names:
             return [name]
@@ -256,6 +275,8 @@ def _parts(files: Files, kind: str) -> list[str]:
 
 def _splits(files: Files) -> dict[str, list[str]]:
     """The files that hold the judgements of each split."""
+    if bright.task_name(files):
+        return {"test": bright.parts(files, "queries")}
     splits: dict[str, list[str]] = {}
     for kind in (r"\.tsv", r"\.tsv\.gz", r"\.trec"):
         for name in files.names:
@@ -276,20 +297,15 @@ def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     key, title = row["_id"], row.get("title") or ""
     if not isinstance(title, str):
         raise UserError(f'{where}: field "title" is not a string')
-    _check_id(where, key)
+    check_id(where, key)
     return key, f"{title} {row['text']}".strip()
-
-
-def _check_id(where: str, key: Any) -> None:
-    """Refuses what no run of TREC's can hold, and what differs by a space that nobody sees."""
-    if not isinstance(key, str) or key.split() != [key] or "\0" in key:
-        raise UserError(f"{where}: id is {key!r}; expected text without white space and NUL")
 
 
 def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The texts of one file: where each stands, and its fields."""
     if name.endswith(".parquet"):
-        for where, row in read_parquet(files, name, _COLUMNS):
+        wanted = (bright.COLUMNS, bright.LISTS) if bright.is_part(name) else (_COLUMNS,)
+        for where, row in read_parquet(files, name, *wanted):
             yield where, {"_id": row.get("id"), **row} if "_id" not in row else row
     elif name.startswith("topics."):
         for key, text in read_topics(on_disk(files, name)).items():
@@ -307,6 +323,9 @@ def _rows(files: Files, name: str, mistakes: Mistakes) -> Iterator[tuple[str, Ma
 
 
 def _read_judgements(files: Files, name: str, mistakes: Mistakes) -> Iterator[Judgement]:
+    if bright.is_examples(name):
+        yield from _gold(files, name, mistakes)
+        return
     parquet = name.endswith(".parquet")
     rows = read_parquet(files, name, _COLUMNS) if parquet else files.lines(name)
     separator = "\t" if re.search(r"\.tsv(\.gz)?$", name) else None
@@ -314,52 +333,24 @@ def _read_judgements(files: Files, name: str, mistakes: Mistakes) -> Iterator[Ju
         where = position if parquet else f"{files.path(name)}:{position}"
         try:
             if parquet:
-                columns = [row.get(column) for column in _HEADER]
+                columns = [row.get(column) for column in HEADER]
             else:
-                columns = _columns(where, row, separator)
-                if not columns or (position == 1 and tuple(columns) == _HEADER):
+                columns = columns_of(where, row, separator)
+                if not columns or (position == 1 and tuple(columns) == HEADER):
                     continue
-            judgement = _judgement(where, columns)
+            judgement = judgement_of(where, columns)
         except UserError as error:
             note(error, mistakes)
         else:
             yield judgement
 
 
-def _columns(where: str, line: bytes, separator: str | None) -> list[str]:
-    """Query, document and grade; nothing for an empty line."""
-    # Not the csv module: ids may hold quotes, which this format does not treat specially.
-    columns = decode(where, line).rstrip("\r\n").split(separator)
-    if columns in ([], [""]):
-        return []
-    if separator is None:
-        if len(columns) != 4:
-            raise UserError(f"{where}: {len(columns)} columns; expected query, 0, document, grade")
-        del columns[1]
-    elif len(columns) != 3 or not all(columns):
-        raise UserError(f"{where}: {len(columns)} columns; expected query, document, grade")
-    return columns
-
-
-def _judgement(where: str, columns: list[Any]) -> Judgement:
-    query, document, grade = columns
-    for value in (query, document):
-        _check_id(where, value)
-    # Tables hold whole numbers as 1.0 now and then.
-    text = f"{grade:g}" if isinstance(grade, float) else str(grade)
-    if not re.fullmatch(r"[+-]?[0-9]{1,4}", text):  # trec_eval's memory grows with the grade.
-        raise UserError(f"{where}: grade {grade!r}; expected an integer from -9999 to 9999")
-    return Judgement(where, query, document, int(text))
-
-
-def _collect(
-    rows: Iterator[Judgement], queries: Container[str] | None, mistakes: Mistakes
-) -> Qrels:
-    qrels: Qrels = {}
-    for where, query, document, grade in rows:
-        if queries is not None and query not in queries:
-            note(UserError(f"{where}: query {query!r} is not among the queries"), mistakes)
-        elif qrels.setdefault(query, {}).setdefault(document, grade) != grade:
-            other = f"{where}: {query!r} and {document!r} were judged otherwise above"
-            note(UserError(other), mistakes)
-    return qrels
+def _gold(files: Files, name: str, mistakes: Mistakes) -> Iterator[Judgement]:
+    """The relevant documents of BRIGHT's queries."""
+    for where, row in _rows(files, name, mistakes):
+        try:
+            query, documents = bright.gold_of(files, where, row)
+        except UserError as error:
+            note(error, mistakes)
+        else:
+            yield from (Judgement(where, query, document, 1) for document in documents)

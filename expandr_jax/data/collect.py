@@ -137,8 +137,9 @@ def collect_data(
     }
     used = {query: collection.queries[query] for ids in keep.values() for query in ids}
     answers = {query: own for query, own in collection.answers.items() if query in used}
+    excluded = {query: own for query, own in collection.excluded.items() if query in used}
     kept = TrainingData(
-        Collection(collection.name, collection.corpus, used, qrels, answers),
+        Collection(collection.name, collection.corpus, used, qrels, answers, excluded),
         retriever,
         generator,
         {

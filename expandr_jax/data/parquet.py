@@ -9,6 +9,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
 
 TYPES = re.compile(r"(large_)?string|u?int\d+|float|double|null")
+LIST = re.compile(r"(large_)?list<\w+: ((large_)?string|null)( not null)?>")
 ROWS_AT_ONCE = 4096
 
 
@@ -20,12 +21,13 @@ def on_disk(files: Files, name: str) -> Path:
 
 
 def read_parquet(
-    files: Files, name: str, wanted: Collection[str]
+    files: Files, name: str, wanted: Collection[str], lists: Collection[str] = ()
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields rows of a parquet file: where each stands, and its fields that are `wanted`.
 
     Raises:
-        UserError: the file cannot be read, or one of these columns is no text and no number.
+        UserError: the file cannot be read, or one of these columns is no text and no number, or one
+            of `lists` no list of texts.
     """
     import pyarrow  # Takes half a second, and most collections have no parquet.
     import pyarrow.parquet
@@ -33,11 +35,15 @@ def read_parquet(
     path = on_disk(files, name)
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [column for column in wanted if column in table.schema_arrow.names]
+            named = table.schema_arrow.names
+            columns = [column for column in (*wanted, *lists) if column in named]
             for column in columns:
                 kind = table.schema_arrow.field(column).type
-                if not TYPES.fullmatch(str(kind)):
-                    raise UserError(f"{path}: column {column!r} is {kind}; expected text or number")
+                types, expected = TYPES, "text or number"
+                if column in lists:
+                    types, expected = LIST, "lists of texts"
+                if not types.fullmatch(str(kind)):
+                    raise UserError(f"{path}: column {column!r} is {kind}; expected {expected}")
             number = 0
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                 for row in batch.to_pylist():

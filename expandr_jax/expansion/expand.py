@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,11 +192,13 @@ def make_expander(
     corpus: Mapping[str, str],
     bm25: Callable[[], Index],
     dense: SearchTexts,
+    excluded: Mapping[str, Collection[str]] | None = None,
 ) -> Expander:
     """Expands queries as the whole config says, with passages of a corpus, document id -> text.
 
-    BM25's index of it is asked for when a step first needs it; `dense` searches it by vectors.
-    Raises UserError of a wrong strategy or template.
+    BM25's index of it is asked for when a step first needs it; `dense` searches it by vectors. No
+    query is shown documents that are `excluded` for it. Raises UserError of a wrong strategy or
+    template.
     """
     searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
     ids, drop = ids_of(corpus), config.evaluation.drop_identical_ids
@@ -210,6 +212,7 @@ def make_expander(
             # One more, so that a tie at the end is not cut before it is ranked.
             max(count, LEAST_RANKED) + drop,
             drop_identical_ids=drop,
+            excluded=excluded,
             above=0.0 if step.by == "bm25" else -np.inf,
         )
         return {

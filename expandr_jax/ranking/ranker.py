@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,7 @@ class Ranker:
         directory: Where runs are kept, a file each, and found again; None: in memory.
         timed: What a system is searched within.
         is_main: Whether this is process 0.
+        excluded: Query id -> documents that leave its rankings before these are cut.
     """
 
     def __init__(
@@ -121,13 +122,14 @@ class Ranker:
         directory: pathlib.Path | None = None,
         timed: Callable[[System], contextlib.AbstractContextManager] = contextlib.nullcontext,
         is_main: bool = True,
+        excluded: Mapping[str, Collection[str]] | None = None,
     ):
         self.ids = list(queries)
         self._queries, self._searches = list(queries.values()), searches
         self._expansions, self._choice = expansions, choice
         self._settings, self._normalize = settings, normalize
         self._directory, self._runs = directory, dict(runs or {})
-        self._timed, self._is_main = timed, is_main
+        self._timed, self._is_main, self._excluded = timed, is_main, excluded
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
     def rank(self, system: System) -> RunScores:
@@ -170,6 +172,7 @@ class Ranker:
             documents,
             settings.depth,
             drop_identical_ids=settings.drop_identical_ids,
+            excluded=self._excluded,
             above=-np.inf if dense else 0.0,
         )
 

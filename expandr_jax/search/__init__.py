@@ -10,7 +10,7 @@ import logging
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -148,9 +148,12 @@ def search_named(
     depth: int,
     *,
     drop_identical_ids: bool,
+    excluded: Mapping[str, Collection[str]] | None = None,
     above: float = -np.inf,
 ) -> dict[str, dict[str, float]]:
     """The best documents of queries by an index's `search`: query id -> document id -> score.
+
+    Here alone rankings are cut, and documents leave them before.
 
     Args:
         search: Queries (vectors or texts) and k to scores and rows, best first.
@@ -159,10 +162,14 @@ def search_named(
         document_ids: In the order of the index.
         depth: Documents a query.
         drop_identical_ids: Leave out a document whose id is the query's (ArguAna).
+        excluded: Query id -> documents that are left out (BRIGHT).
         above: Results that score this or less are left out (0 for BM25: no word in common).
     """
-    run = {}
-    for query, *found in zip(query_ids, *search(queries, depth + drop_identical_ids), strict=True):
+    run, excluded = {}, excluded or {}
+    # As many more as any query may lose.
+    most = max((len(excluded.get(query, ())) for query in query_ids), default=0)
+    found_by_query = search(queries, depth + drop_identical_ids + most)
+    for query, *found in zip(query_ids, *found_by_query, strict=True):
         scores = {
             document_ids[row]: float(score)
             for score, row in zip(*found, strict=True)
@@ -170,5 +177,7 @@ def search_named(
         }
         if drop_identical_ids:
             scores.pop(query, None)
+        for document in excluded.get(query, ()):
+            scores.pop(document, None)
         run[query] = dict(list(scores.items())[:depth])
     return run
