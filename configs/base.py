@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.path = ""  # The BEIR directory; triples: a directory of files; train.retriever: a file.
     data.url = ""  # Instead of a path: one file, a zip in BEIR layout or triples, to download.
     data.sha256 = ""  # That file's sha256; another file is refused.
+    data.md5 = ""  # The same by md5, which BEIR publishes; one of the two is wanted, or both.
     data.cache = ""  # Where it is kept; "": ~/.cache/expandr-jax.
     data.tests = ()  # Further BEIR directories or zips that a run is tested on, after its own data.
     data.weights = ()  # triples: (("FILE", weight), ...), shares of the rows; (): all of all files.

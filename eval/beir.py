@@ -27,6 +27,7 @@ from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, check_relevant, find_benchmarks
 from expandr_jax.data.collect import prepare_data
+from expandr_jax.data.download import data_path
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
@@ -35,6 +36,7 @@ from expandr_jax.ranking.systems import System, check_stages, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.tables import wide_console
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
 
@@ -157,6 +159,8 @@ def evaluate_beir(
     harvest = not data and own.kind == "pydoc"
     if not data and not harvest:
         data = [path for path in (own.path if own.kind == "beir" else "", *own.tests) if path]
+        if own.kind == "beir" and own.url:
+            data.insert(0, str(data_path(own, Reporter(console))))
         if not data:
             raise UserError("--data is missing, and the config names no BEIR data: --data=DIR")
     sets = find_benchmarks(data, split)

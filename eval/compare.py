@@ -4,7 +4,9 @@ Each run's mean of each measure, and against the baseline (the first run, or --b
 many queries it wins, ties and loses, a paired t-test and a randomisation test, both two-sided, with
 p-values that Holm's method adjusts for all comparisons of the table. --moved=N adds the queries
 that changed most, with their passages where --expansions=FILE names evaluation/expansions.jsonl.
---html=FILE writes all of it as one page, with plots.
+--html=FILE writes all of it as one page, with plots. --published=FILE, a table of means that others
+have published (system, collection, metric, value: CSV with a header, or a JSON list of objects),
+adds which runs are above which of them; --collection=NAME says which rows of it count.
 """
 
 import pathlib
@@ -23,6 +25,8 @@ from expandr_jax.report.differences import (
     moved,
     read_expansions,
 )
+from expandr_jax.report.published import HEADER as PUBLISHED_HEADER
+from expandr_jax.report.published import published_rows, read_published
 from expandr_jax.report.tables import FORMATS, render, wide_console
 from train.launch import launch
 
@@ -60,6 +64,11 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(
             "--expansions goes with --moved=N, the number of queries to show, or --html"
         )
+    if settings.collection and not settings.published:
+        raise UserError("--collection goes with --published=FILE")
+    published = []
+    if settings.published:
+        published = read_published(pathlib.Path(settings.published), settings.collection)
     qrels = read_qrels(settings.qrels)
     if not qrels:
         raise UserError(f"{settings.qrels}: no judgements; expected qid 0 docid relevance")
@@ -77,6 +86,11 @@ def main(arguments: Sequence[str]) -> None:
         title = f"Queries that moved most in {settings.measures[0]}, against {baseline}"
         rows = moved(values, baseline, settings.moved, *known)
         tables.append(render(title, MOVED_HEADER, rows, settings.format))
+    if published:
+        title = f"Published on {published[0].collection}; intervals are over the runs' queries"
+        measures = list(dict.fromkeys(one.metric for one in published))
+        rows = published_rows(published, score(paths, qrels, measures))
+        tables.append(render(title, PUBLISHED_HEADER, rows, settings.format))
     console = wide_console()
     for table in tables:
         console.print(table, markup=False, soft_wrap=isinstance(table, str))
@@ -93,6 +107,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("format", "text", FORMATS, "Of the tables.")
     flags.DEFINE_integer("moved", 0, "Queries that moved most, for each run.", lower_bound=0)
     flags.DEFINE_string("expansions", None, "expansions.jsonl whose texts to show with them.")
+    flags.DEFINE_string("published", None, "Means to compare with: a CSV or JSON table.")
+    flags.DEFINE_string("collection", None, "Whose means of --published; its only one's.")
     flags.DEFINE_string("html", None, "Also write a page with tables and plots here.")
 
 

@@ -280,6 +280,15 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def measure_key(name: str) -> str:
+    """What names of one measure have in common, as "ndcg@10" and "nDCG@10".
+
+    Raises:
+        UserError: There is no such measure.
+    """
+    return str(_measure(name))
+
+
 def _measure(name: str) -> ir_measures.Measure:
     base, _, cutoff = name.partition("@")
     spelled = _IR_MEASURES.get(base.lower(), base) + ("@" + cutoff if cutoff else "")

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import base, pydoc, quickstart, smoke, strategies
+from configs import base, public, pydoc, quickstart, smoke, strategies
 from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.search import ExactOptions, ScannOptions
@@ -35,6 +35,16 @@ def flatten(config, prefix=""):
 def test_a_config_has_the_settings_of_base(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     assert [key for key, _ in flatten(config)] == [key for key, _ in flatten(base.get_config())]
+
+
+def test_public_archives_have_an_address_and_a_hash():
+    for name in public.MD5:
+        data = public.get_config(name).data
+        assert data.url.endswith(f"/thakur/BEIR/datasets/{name}.zip")
+        assert re.fullmatch("[0-9a-f]{32}", data.md5)
+    assert len({*public.MD5.values()}) == len(public.MD5)
+    with pytest.raises(UserError, match=r"configs/public\.py:x: expected one of msmarco, "):
+        public.get_config("x")
 
 
 def test_every_setting_is_read():

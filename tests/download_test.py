@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs import beir
+from eval.beir import evaluate_beir
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.download import download
@@ -125,9 +126,9 @@ def test_a_run_on_a_url_is_the_run_on_its_file(server, tmp_path):
     write_beir(tmp_path / "tiny", collection)
     server.body = pack(tmp_path / "tiny", tmp_path / "tiny.zip").read_bytes()
 
-    def prepare(name, path="", url="", sha256=""):
+    def prepare(name, path="", url="", sha256="", md5=""):
         config = beir.get_config(path)
-        config.data.update(url=url, sha256=sha256, cache=str(tmp_path / "cache"))
+        config.data.update(url=url, sha256=sha256, md5=md5, cache=str(tmp_path / "cache"))
         run = Run(tmp_path / name, read_config(config), Console(quiet=True))
         try:
             return data_of(run)
@@ -141,6 +142,33 @@ def test_a_run_on_a_url_is_the_run_on_its_file(server, tmp_path):
         prepare("c", str(tmp_path / "tiny"), server.url, sha256)
     with pytest.raises(UserError, match=r"data\.path is missing"):
         prepare("d")
-    with pytest.raises(UserError, match="expected 64 hex digits"):
+    with pytest.raises(UserError, match="neither sha256 nor md5; expected one of them"):
         prepare("e", url=server.url)
     assert server.asked == 1
+    md5 = hashlib.md5(server.body).hexdigest()
+    assert prepare("f", url=server.url, md5=md5) == prepare("g", str(tmp_path / "tiny.zip"))
+    assert server.asked == 2  # It lies under its other name.
+    config = beir.get_config()
+    config.data.update(url=server.url, md5=md5, cache=str(tmp_path / "cache"))
+    config.evaluation.update(query_weights=(0.5,), samples=(1,))
+    made = evaluate_beir(config, tmp_path / "out", [], ["bm25"], "", Console(quiet=True))
+    assert made["tiny"]["queries"] == 20
+    assert server.asked == 2
+
+
+def test_either_hash_or_both_say_what_it_is_to_be(server, tmp_path):
+    md5, other = hashlib.md5(DATA).hexdigest(), "0" * 32
+    path = download(server.url, "", tmp_path, md5=md5.upper())
+    assert path.read_bytes() == DATA
+    assert download(server.url, "", tmp_path, md5=md5) == path
+    assert server.asked == 1
+    assert download(server.url, SHA256, tmp_path, md5=md5).read_bytes() == DATA
+    path.write_bytes(b"altered")
+    assert download(server.url, "", tmp_path, md5=md5).read_bytes() == DATA
+    assert server.asked == 3
+    for sha256 in ("", SHA256):
+        with pytest.raises(UserError, match=f"md5 is {md5}, expected {other}; not kept"):
+            download(server.url, sha256, tmp_path, md5=other)
+    for wrong in ("f" * 31, "g" * 32, SHA256):
+        with pytest.raises(UserError, match=r"md5 .* expected 32 hex digits"):
+            download(server.url, "", tmp_path, md5=wrong)

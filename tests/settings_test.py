@@ -16,7 +16,8 @@ from tests.configs_test import CONFIGS, NAMES, flatten
 
 # Where each of these is read, it is checked against the files, the models or the devices.
 ELSEWHERE = (
-    "data.kind", "data.path", "data.url", "data.sha256", "data.cache", "data.tests", "data.weights",
+    "data.kind", "data.path", "data.url", "data.sha256", "data.md5", "data.cache", "data.tests",
+    "data.weights",
     "data.prepared", "data.dev", "data.on_bad", "data.packages", "retriever.source",
     "retriever.shape", "retriever.normalize", "generator.source",
     "generator.shape", "generator.server.url", "generator.server.model",

@@ -15,6 +15,7 @@ class DataSettings:
     path: str
     url: str
     sha256: str
+    md5: str
     cache: str
     tests: tuple
     weights: tuple

@@ -23,6 +23,7 @@ ABSENT: dict[str, Any] = {
     },
     "step_b": "dpo",
     "warm_start": "",
+    "data.md5": "",
     "dpo.gamma": 0.5,
     "grpo": {
         "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 512,
