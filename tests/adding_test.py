@@ -14,7 +14,7 @@ from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.collect import check_added_tests
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
-from expandr_jax.metrics import write_trec
+from expandr_jax.metrics import read_trec, write_trec
 from expandr_jax.ranking.ranker import Choice
 from expandr_jax.runtime.run import Run
 from tests.commands import finish, start
@@ -24,6 +24,7 @@ from train.kept import kept_results
 
 BEFORE = read_config(smoke_config.get_config())
 SYSTEMS = BEFORE.evaluation.systems
+SETS = ("first", "second")
 RESULTS = ("results.json", "qrels.trec", "runs", "evaluation", "round-0", "round-1", "tests")
 
 
@@ -202,16 +203,18 @@ def contents(workdir: pathlib.Path, *names: str) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_finished_run_that_is_added_to_is_as_one_that_had_it_all_at_once(smoke, tmp_path):
     corpus = {f"d{i}": f"a text of number {i} and {i * i}" for i in range(30)}
-    for name in ("first", "second"):
+    for name in SETS:
         queries = {f"q{i}": f"which {name} text has {i}" for i in range(6)}
         qrels = {"test": {f"q{i}": {f"d{i}": 1} for i in range(6)}}
-        write_beir(tmp_path / name, Collection(name, corpus, queries, qrels))
+        excluded = {f"q{i}": (f"d{i + 1}",) for i in range(6)} if name == "second" else {}
+        write_beir(tmp_path / name, Collection(name, corpus, queries, qrels, excluded=excluded))
     tests = [str(tmp_path / name) for name in ("first", "second")]
     workdir = tmp_path / "grown"
     shutil.copytree(smoke[0], workdir)
     steps = (workdir / "metrics.jsonl").read_text()
     round_0 = contents(workdir, "round-0", "data")
-    more = ("dense+prf-average", *SYSTEMS, "rrf:bm25:expandr", "bm25+expansion")
+    more = ("dense+prf-average", *SYSTEMS, "rrf:bm25:expandr", "bm25+expansion",
+            "bm25+expansion+rm3", "bm25q+rm3")  # fmt: skip
 
     def settings(systems, tests, rounds=1):
         return [f"--config.evaluation.systems={systems}", f"--config.data.tests={tuple(tests)}",
@@ -236,6 +239,10 @@ def test_a_finished_run_that_is_added_to_is_as_one_that_had_it_all_at_once(smoke
     assert contents(workdir, "round-0", "data") == round_0
     finish(start(tmp_path / "at-once", *settings(more, tests, 2)))
     assert contents(workdir, *RESULTS) == contents(tmp_path / "at-once", *RESULTS)
+    for name in more:  # Of all rows, no excluded document is in those of the set that has some.
+        of_set = {s: read_trec(workdir / "tests" / s / "runs" / f"{name}.trec") for s in SETS}
+        found = {s: sum(f"d{i + 1}" in run[f"q{i}"] for i in range(6)) for s, run in of_set.items()}
+        assert found == {"first": 6, "second": 0}, name
     weights = "export/retriever/model.safetensors", "export/generator/model.safetensors"
     assert contents(workdir, *weights) == contents(tmp_path / "at-once", *weights)
     assert len(contents(workdir, *weights)) == 2
