@@ -265,6 +265,8 @@ def get_config() -> ml_collections.ConfigDict:
     )  # fmt: skip
     evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)  # Tried on dev.
     evaluation.samples = (1,)  # How many expansions are averaged; tried on dev.
+    # interpolation's parts: weights tried on dev are multiples of 1 / fusion_steps; 0: equal ones.
+    evaluation.fusion_steps = 10  # Of more than two parts fewer, as 100 ways are tried at most.
     evaluation.depth = 100  # Documents a query in runs/.
     evaluation.sample_depth = 1000  # Results of the searches that rank single samples.
     evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).

@@ -31,6 +31,7 @@ from expandr_jax.data.download import data_path
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
+from expandr_jax.ranking.choices import as_record
 from expandr_jax.ranking.results import mean_over_sets, remarks, summary
 from expandr_jax.ranking.systems import System, check_stages, parse_systems
 from expandr_jax.report.pages import write_mean, write_set
@@ -95,6 +96,9 @@ def evaluate_set(
     )  # fmt: skip
     pairs = [(name, names[0]) for name in names[1:]]
     results = summary(collection.name, values, pairs, recalls)
+    parts = dict.fromkeys(part.name for system in systems for part in system.with_parts())
+    chosen = made.choices.made
+    results["chosen"] = {name: as_record(chosen[name]) for name in parts if name in chosen}
     write_set(directory, results, values, made.queries)
     write_json(path, results)
     return results

@@ -3,19 +3,29 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import texts_of
+from expandr_jax.data.training_data import limit_queries
 from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
-from expandr_jax.files.records import hash_json
+from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import load_models, load_retriever_model, make_sampler
+from expandr_jax.metrics import Qrels
 from expandr_jax.pair import Models, RetrieverModel, model_hashes
-from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches
+from expandr_jax.ranking.choices import (
+    Choice,
+    Chosen,
+    DevChoices,
+    best_of,
+    weight_grid,
+)
+from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import kept_bm25
@@ -64,6 +74,7 @@ class SetRanker:
 
     Attributes:
         ranker: Ranks it.
+        choices: What is chosen for it on its dev queries, if it has any.
         queries: Query id -> text, of the split.
     """
 
@@ -89,15 +100,11 @@ class SetRanker:
         )
         self._dense = functools.cache(self._search_by_vectors)
         self._written = functools.cache(self._write)
-        self.ranker = Ranker(
+        self._split = split
+        self.ranker = self._ranker(
             self.queries,
-            Searches(self._bm25, self._dense, collection.corpus, self._document_texts),
             self.expansions,
-            self._choice,
-            run.config.evaluation,
-            run.config.contrastive.normalize,
             directory=directory / "runs",
-            excluded=collection.excluded,
             timed=lambda system: run.phase(f"{collection.name}: {system.name}"),
         )
 
@@ -105,7 +112,56 @@ class SetRanker:
         """What is written for each query by a leaf's strategy."""
         return self._written(leaf.strategy)
 
-    def _write(self, name: str) -> Expansions:
+    @functools.cached_property
+    def choices(self) -> DevChoices:
+        """What is chosen on the set's dev queries, or was before a restart."""
+        path = self._directory / "evaluation" / "choices.jsonl"
+        tried = [row for _, row in read_jsonl(path, {"system": str})] if path.exists() else []
+        return DevChoices(
+            lambda: self._dev,
+            self._dev_qrels,
+            self._tried,
+            made=best_of(tried),
+            tried=tried,
+            say=lambda text: self._run.reporter.say(f"{self._collection.name}: {text}"),
+            keep=functools.partial(write_jsonl, path),
+        )
+
+    @functools.cached_property
+    def _dev_qrels(self) -> Qrels:
+        """Judgements of the dev queries; none where there are none, or these are tested."""
+        if self._split == "dev":
+            return {}
+        qrels = self._collection.qrels.get("dev", {})
+        judged = [query for query, grades in qrels.items() if any(g > 0 for g in grades.values())]
+        return {
+            query: qrels[query] for query in limit_queries(judged, self._run.config.data.max_dev)
+        }
+
+    @functools.cached_property
+    def _dev(self) -> Ranker:
+        queries = {query: self._collection.queries[query] for query in self._dev_qrels}
+        return self._ranker(queries, lambda leaf: self._written(leaf.strategy, "dev"))
+
+    def _ranker(
+        self,
+        queries: Mapping[str, str],
+        expansions: Callable[[System], Expansions],
+        **options: Any,
+    ) -> Ranker:
+        config = self._run.config
+        return Ranker(
+            queries,
+            Searches(self._bm25, self._dense, self._collection.corpus, self._document_texts),
+            expansions,
+            self._choice,
+            config.evaluation,
+            config.contrastive.normalize,
+            excluded=self._collection.excluded,
+            **options,
+        )
+
+    def _write(self, name: str, split: str = "") -> Expansions:
         config = self._run.config
         expander = make_expander(
             config,
@@ -118,13 +174,22 @@ class SetRanker:
         chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
         expander = dataclasses.replace(expander, strategy=chosen)
         samples = config.evaluation.samples[0] or chosen.samples
-        made = expander.texts(self.queries, samples, lambda step, r: self._ask(step.name, r))
-        return Expansions(chosen, [made[query] for query in self.queries])
+        known = self._collection.queries
+        queries = {query: known[query] for query in self._dev_qrels} if split else self.queries
+        made = expander.texts(queries, samples, lambda step, r: self._ask(step.name, r))
+        return Expansions(chosen, [made[query] for query in queries])
 
-    def _choice(self, leaf: System) -> Choice:
-        """All texts, with the weight that the config has."""
+    def _choice(self, system: System) -> Chosen | None:
+        """All texts, with the weight that the config has; what a fusion's parts weigh, by dev."""
+        if system.parts:
+            return self.choices(system)
         (weight,) = self._run.config.evaluation.query_weights
-        return Choice(weight, len(self.expansions(leaf).by_sample[0]))
+        return Choice(weight, len(self.expansions(system).by_sample[0]))
+
+    def _tried(self, system: System) -> list[Chosen]:
+        """What is tried for a system on dev; nothing where there are no dev queries."""
+        steps = self._run.config.evaluation.fusion_steps
+        return weight_grid(len(system.parts), steps) if steps and self._dev_qrels else []
 
     def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
         timed = self._run.phase(f"{self._collection.name}: texts of {name}")

@@ -15,7 +15,7 @@ from expandr_jax.data.collect import check_added_tests
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import read_trec, write_trec
-from expandr_jax.ranking.ranker import Choice
+from expandr_jax.ranking.choices import Choice, PartWeights
 from expandr_jax.runtime.run import Run
 from tests.commands import finish, start
 from train.evaluation import systems_of_run
@@ -141,25 +141,30 @@ def test_what_a_run_was_trained_on_cannot_be_added_to_be_tested_on(tmp_path):
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_what_still_stands_of_results(tmp_path, rounds):
     """Of parts that have no row, too; after another round not what rests on the models before."""
-    systems = ("bm25", "rrf:bm25:expandr", "zero-shot+expansion", "dense")
+    fused = "interpolation:bm25:dense"
+    systems = ("bm25", "rrf:bm25:expandr", "zero-shot+expansion", fused, "dense")
     run = opened(tmp_path / "run", evaluation__systems=systems, rounds=rounds)
     choice = {"query_weight": 0.5, "samples": 1}
     results = {
-        "rows": [{"system": name} for name in systems[:3]],
-        "chosen": {"zero-shot+expansion": choice, "expandr": choice, "gone": choice},
+        "rows": [{"system": name} for name in systems[:4]],
+        "chosen": {
+            "zero-shot+expansion": choice, fused: {"weights": [0.7, 0.3]}, "expandr": choice,
+            "gone": choice,
+        },
         "index_recall": [{"system": "expandr", "queries": 1, "recall@5": 0.5}],
-    }
-    for name in systems[:3]:
+    }  # fmt: skip
+    for name in systems[:4]:
         write_trec(run.path("runs", f"{name}.trec"), {"q": {name: 1.0}}, name)
     for name in ("choices", "samples"):
         rows = [{"system": system} for system in ("zero-shot+expansion", "expandr", "gone")]
         write_jsonl(run.path("evaluation", f"{name}.jsonl"), rows)
     kept = kept_results(run, "", results, systems_of_run(run.config))
     ours = rounds == 1
-    names = ["bm25", *["rrf:bm25:expandr"] * ours, "zero-shot+expansion"]
+    names = ["bm25", *["rrf:bm25:expandr"] * ours, "zero-shot+expansion", fused]
     assert kept.runs == {name: {"q": {name: 1.0}} for name in names}
     leaves = ["zero-shot+expansion", *["expandr"] * ours]
-    assert kept.choices == dict.fromkeys(leaves, Choice(0.5, 1))
+    chosen = dict.fromkeys(leaves, Choice(0.5, 1))
+    assert kept.choices == chosen | {fused: PartWeights((0.7, 0.3))}
     assert kept.tried == kept.samples == [{"system": name} for name in leaves]
     assert list(kept.recalls) == ["expandr"] * ours
 
@@ -213,8 +218,11 @@ def test_a_finished_run_that_is_added_to_is_as_one_that_had_it_all_at_once(smoke
     shutil.copytree(smoke[0], workdir)
     steps = (workdir / "metrics.jsonl").read_text()
     round_0 = contents(workdir, "round-0", "data")
-    more = ("dense+prf-average", *SYSTEMS, "rrf:bm25:expandr", "bm25+expansion",
-            "bm25+expansion+rm3", "bm25q+rm3")  # fmt: skip
+    more = (
+        "dense+prf-average", *SYSTEMS, "rrf:bm25:expandr", "bm25+expansion",
+        "bm25+expansion+rm3", "bm25q+rm3", "interpolation:bm25:expandr",
+        "interpolation:bm25:fine-tuned+prf-rocchio:zero-shot",
+    )  # fmt: skip
 
     def settings(systems, tests, rounds=1):
         return [f"--config.evaluation.systems={systems}", f"--config.data.tests={tuple(tests)}",

@@ -31,12 +31,15 @@ OPTIONS = ["--config=configs/smoke.py", "--query_weight=0.7", "--samples=2"]
 WORDS = ["array", "sort", "pad", "matrix", "inverse", "scale", "gradient", "list", "zero", "shape"]
 
 
-def write_set(directory, seed):
-    """Ten documents, four test queries."""
+def write_set(directory, seed, dev=0):
+    """Ten documents, four test queries, and so many dev queries."""
     rng = np.random.default_rng(seed)
     corpus = {f"d{i}": " ".join(rng.choice(WORDS, 6)) for i in range(10)}
     queries = {f"q{i}": " ".join(rng.choice(WORDS, 2, replace=False)) for i in range(4)}
     qrels = {"test": {query: {f"d{i}": 1, f"d{i + 4}": 1} for i, query in enumerate(queries)}}
+    for i in range(dev):
+        queries[f"v{i}"] = " ".join(rng.choice(WORDS, 2, replace=False))
+        qrels.setdefault("dev", {})[f"v{i}"] = {f"d{i % 10}": 1}
     write_beir(directory, Collection(directory.name, corpus, queries, qrels))
     return directory
 

@@ -12,13 +12,8 @@ from expandr_jax import metrics
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import STRATEGIES
-from expandr_jax.ranking.ranker import (
-    Choice,
-    Expansions,
-    Ranker,
-    Searches,
-    choose,
-)
+from expandr_jax.ranking.choices import Choice, choose
+from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.rerank import RERANKERS, Reranker
 from expandr_jax.ranking.systems import parse_system
 from expandr_jax.search import Bm25Index, search_named
@@ -59,7 +54,7 @@ def ranker(choice=ALL, strategy="q2d", search=SEARCH, **options):
         QUERIES,
         Searches(lambda _: index, lambda *_: dense, CORPUS),
         lambda _: Expansions(STRATEGIES[strategy], [[TEXTS[query]] for query in QUERIES]),
-        lambda _: choice,
+        lambda system: None if system.parts else choice,  # Parts of a fusion weigh the same.
         SETTINGS,
         "both",
         **options,

@@ -1,15 +1,21 @@
 """What eval.beir builds for a system, and what it does without."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from configs import base
+from configs import base, smoke
 from eval import set_ranker
+from eval.beir import evaluate_beir
+from expandr_jax import metrics
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.expansion.expand import Expander
+from expandr_jax.ranking.stages import interpolate
 from expandr_jax.ranking.systems import parse_system
+from tests.eval_beir_test import open_lines, write_set
 
 
 @pytest.mark.parametrize(("name", "built"), [("dense+q2d", 0), ("dense+lamer", 1)])
@@ -59,3 +65,32 @@ def test_a_prompt_shows_ten_passages_however_many_documents_a_run_has(
     made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
     made.expansions(parse_system(name))
     assert prompts[-1].count("of a query") == 10
+
+
+def evaluated(data, out, names):
+    """results.json of sets with the smoke config's models."""
+    config = smoke.get_config()
+    config.evaluation.query_weights, config.evaluation.samples = (0.5,), (1,)
+    return evaluate_beir(config, out, list(map(str, data)), names, "test", Console(quiet=True))
+
+
+def test_a_fusion_is_weighed_where_a_set_has_dev_queries(tmp_path, monkeypatch):
+    data = [write_set(tmp_path / "with", 1, dev=6), write_set(tmp_path / "without", 2)]
+    names, out = ["bm25", "dense", "interpolation:bm25:dense"], tmp_path / "out"
+    first = evaluated(data, out, names)
+    assert first["without"]["chosen"] == {}
+    chosen = first["with"]["chosen"]
+    tried = [json.loads(line) for line in open_lines(out / "with" / "evaluation" / "choices.jsonl")]
+    assert len(tried) == 11
+    assert len({row["ndcg@10"] for row in tried}) > 1
+    best = max(tried, key=lambda row: row["ndcg@10"])
+    assert chosen == {names[2]: {"weights": best["weights"]}}
+    for name, weights in (("with", best["weights"]), ("without", [0.5, 0.5])):
+        runs = [metrics.read_trec(out / name / "runs" / f"{system}.trec") for system in names]
+        for query, found in runs[2].items():
+            fused = interpolate([run.get(query, {}) for run in runs[:2]], weights)
+            assert found == pytest.approx(fused, abs=1e-6)
+    # Killed after the run was written, it says the same of it.
+    (out / "with" / "results.json").unlink()
+    monkeypatch.setattr("expandr_jax.ranking.choices.choose", None)
+    assert evaluated(data, out, names) == first

@@ -14,9 +14,17 @@ from expandr_jax.data.benchmarks import check_relevant, find_benchmarks
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
-from expandr_jax.metrics import CHOSEN_BY, METRICS, RunScores
+from expandr_jax.metrics import METRICS, RunScores
 from expandr_jax.pair import Models
-from expandr_jax.ranking.ranker import Choice, Expansions, Ranker, Searches, choose
+from expandr_jax.ranking.choices import (
+    Choice,
+    Chosen,
+    DevChoices,
+    as_record,
+    from_record,
+    weight_grid,
+)
+from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.results import Values, mean_over_sets, remarks, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
@@ -56,7 +64,8 @@ def evaluate(
         retrievers: Name, as `System` has it -> retriever, with the run's own corpus.
         adapters: Name -> adapter; "base" -> None.
         folder: Where in the workdir: "tests/NAME" for a further collection; "": the run's own.
-        chosen: System -> how it uses its expansions; None: what is best on the dev queries.
+        chosen: System -> how it uses its expansions, or what its parts weigh; None: what is best
+            on the dev queries.
     """
     directory = run.path(folder)
     path = directory / "results.json"
@@ -89,20 +98,37 @@ def evaluate(
     expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
-        choices = {name: Choice(**choice) for name, choice in (chosen or {}).items()}
-        choices = choices or dict(kept.choices)
-        tried, samples, recalls = kept.tried, kept.samples, kept.recalls
-        rankers = _rankers(run, data, retriever, words, expansions, choices, tried, kept.runs)
-        runs = dict(kept.runs)
+        samples, recalls, runs = kept.samples, kept.recalls, dict(kept.runs)
+        given = {name: from_record(choice) for name, choice in (chosen or {}).items()}
+        choices = DevChoices(
+            lambda: rankers["dev"],
+            data.collection.qrels["dev"],
+            lambda system: _tried(run.config, system, data, expansions),
+            made=given or kept.choices,
+            tried=kept.tried,
+            say=run.reporter.say,
+            is_main=run.processes.is_main,
+        )
+        rankers = _rankers(run, data, retriever, words, expansions, choices, kept.runs)
         # Those of one retriever after the other, each when all that it rests on is there.
         order = [BM25, *retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
         ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
         place = {system.name: number for number, system in enumerate(ranked)}
-        left = {part.name for s in systems if s.name not in kept.runs for part in s.with_parts()}
-        ranked = [s for s in ranked if s.name in left and s.name not in kept.runs]
+        new = [s for s in systems if s.name not in kept.runs]
+        left = {part.name: part for s in new for part in s.with_parts()}
+        # Each on dev, too, where it is a part of what is chosen there: a retriever is there once.
+        weighed = [system for system in left.values() if choices.needs(system)]
+        on_dev = {p.name for s in weighed for part in s.parts for p in part.with_parts()}
+        left = (left.keys() - kept.runs.keys()) | on_dev
+        ranked = [s for s in ranked if s.name in left]
         with run.reporter.progress("evaluation: systems", len(ranked)) as advance:
             for system in ranked:
+                if system.name in on_dev:
+                    rankers["dev"].rank(system)
+                if system.name in kept.runs:
+                    advance(1)
+                    continue
                 runs[system.name] = rankers["test"].rank(system)
                 if recall := rankers["test"].index_recall(system):
                     recalls[system.name] = recall
@@ -122,6 +148,7 @@ def evaluate(
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
                 for remark in remarks(name, runs[name], qrels):
                     run.reporter.say(remark)
+            tried = choices.tried
             for rows in (tried, samples):  # What was kept of them is as if it had been made now.
                 rows.sort(key=lambda row: place[row["system"]])
             if tried:
@@ -129,7 +156,8 @@ def evaluate(
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
             values = {s.name: metrics.evaluate(runs[s.name], qrels, METRICS) for s in systems}
             # Those of the run's own leaves; a further collection has all that it was given.
-            used = choices if chosen else {n: choices[n] for n in place if n in choices}
+            made = choices.made
+            used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
             write_json(path, _results(data.collection.name, values, used, samples, told))
 
@@ -176,56 +204,46 @@ def _rankers(
     retriever: Callable[[str], CorpusRetriever],
     words: Callable[[], Index],
     expansions: Mapping[tuple[str, str, str], Expansions],
-    choices: dict[str, Choice],
-    tried: list[dict[str, Any]],
+    choices: DevChoices,
     runs: Mapping[str, RunScores],
 ) -> dict[str, Ranker]:
-    """A ranker of each split; choices not made yet are made on dev and added, with all tried.
-
-    `runs` are those of test that there are already.
-    """
-    settings, made = run.config.evaluation, frozenset(choices)
-
-    def choice(leaf: System) -> Choice | None:
-        dev = rankers["dev"]
-        if leaf.name not in made and leaf.retriever != BM25 and dev.ids:
-            dev.encoded(leaf)  # All processes together.
-        if leaf.name not in choices and run.processes.is_main:
-            asks = len(expansions["dev", leaf.generator, leaf.strategy].strategy.asks)
-            grid = [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
-            found = choose(dev, leaf, data.collection.qrels["dev"], grid)
-            choices[leaf.name], best = max(found, key=lambda pair: pair[1])
-            tried.extend(
-                {"system": leaf.name, **dataclasses.asdict(one), CHOSEN_BY: round(value, 6)}
-                for one, value in found
-            )
-            run.reporter.say(
-                f"{leaf.name}: query weight {choices[leaf.name].query_weight}, samples "
-                f"{choices[leaf.name].samples} (dev nDCG@10 {best:.4f})"
-            )
-        return choices.get(leaf.name)
+    """A ranker of each split; `runs` are those of test that there are already."""
 
     def ranker(split: str) -> Ranker:
         return Ranker(
             {query: data.collection.queries[query] for query in data.collection.qrels[split]},
             Searches(lambda _: words(), lambda name, _: retriever(name), data.collection.corpus),
             lambda leaf: expansions[split, leaf.generator, leaf.strategy],
-            choice,
-            settings,
+            choices,
+            run.config.evaluation,
             run.config.contrastive.normalize,
             runs=runs if split == "test" else {},
             is_main=run.processes.is_main,
             excluded=data.collection.excluded,
         )
 
-    rankers = {split: ranker(split) for split in SPLITS}
-    return rankers
+    return {split: ranker(split) for split in SPLITS}
+
+
+def _tried(
+    config: Config,
+    system: System,
+    data: TrainingData,
+    expansions: Mapping[tuple[str, str, str], Expansions],
+) -> list[Chosen]:
+    """What is tried for a system on the dev queries; nothing where a fusion's parts weigh alike."""
+    settings = config.evaluation
+    if system.parts:
+        able = settings.fusion_steps and data.collection.qrels["dev"]
+        return weight_grid(len(system.parts), settings.fusion_steps) if able else []
+    asks = len(expansions["dev", system.generator, system.strategy].strategy.asks)
+    return [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
 
 
 def _results(
     name: str,
     values: Values,
-    choices: Mapping[str, Choice],
+    choices: Mapping[str, Chosen],
     samples: Sequence[Mapping[str, Any]],
     recalls: Sequence[Mapping[str, Any] | None],
 ) -> dict[str, Any]:
@@ -241,7 +259,7 @@ def _results(
                     {"system": pair[0], "baseline": pair[1], "metric": metric,
                      **metrics.paired_test(ours, base)}
                 )  # fmt: skip
-    return results | {"chosen": {name: dataclasses.asdict(c) for name, c in choices.items()}}
+    return results | {"chosen": {name: as_record(chosen) for name, chosen in choices.items()}}
 
 
 def evaluate_benchmarks(

@@ -7,7 +7,7 @@ from typing import Any
 from expandr_jax import metrics
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.metrics import RunScores
-from expandr_jax.ranking.ranker import Choice
+from expandr_jax.ranking.choices import Chosen, from_record
 from expandr_jax.ranking.systems import OURS, System, row_of_round
 from expandr_jax.runtime.run import Run
 
@@ -18,13 +18,13 @@ class Kept:
 
     Attributes:
         runs: System that has a row -> its run; empty in other processes than 0.
-        choices: Leaf -> how it uses its expansions.
+        choices: Leaf or fusion -> how it uses its expansions, or what its parts weigh.
         tried, samples: Rows of evaluation/choices.jsonl and samples.jsonl, in process 0.
         recalls: System -> its entry of `index_recall`.
     """
 
     runs: dict[str, RunScores] = dataclasses.field(default_factory=dict)
-    choices: dict[str, Choice] = dataclasses.field(default_factory=dict)
+    choices: dict[str, Chosen] = dataclasses.field(default_factory=dict)
     tried: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     recalls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -62,7 +62,7 @@ def kept_results(
 
     return Kept(
         {n: metrics.read_trec(directory / "runs" / f"{n}.trec") if main else {} for n in names},
-        {n: Choice(**choice) for n, choice in results["chosen"].items() if n in standing},
+        {n: from_record(chosen) for n, chosen in results["chosen"].items() if n in standing},
         read("choices.jsonl"),
         read("samples.jsonl"),
         {e["system"]: e for e in results.get("index_recall", []) if e["system"] in standing},

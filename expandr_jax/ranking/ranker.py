@@ -14,13 +14,15 @@ from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of, rows_of, texts_of
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import SEPARATOR, Strategy
-from expandr_jax.metrics import CHOSEN_BY, RunScores
+from expandr_jax.metrics import RunScores
+from expandr_jax.ranking.choices import Choice, Chosen, PartWeights
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import (
     FEEDBACK_DEPTH,
     FEEDBACKS,
     FUSIONS,
+    WEIGHED,
     WEIGHINGS,
     WORD_FEEDBACK_DEPTH,
     WORD_FEEDBACKS,
@@ -32,19 +34,6 @@ from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
 
 RECALL_QUERIES = 100  # By which an index's recall is told.
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """How a system uses its expansions.
-
-    Attributes:
-        query_weight: Weight of the query's own vector, if the strategy weighs it; None for BM25.
-        samples: How many of a query's texts are used, the first ones.
-    """
-
-    query_weight: float | None
-    samples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +88,8 @@ class Ranker:
         queries: Query id -> text.
         searches: The corpus.
         expansions: A leaf with a strategy to what was written for its queries, in their order.
-        choice: A leaf with a strategy to how it uses that; None in other processes than 0.
+        choice: A leaf with a strategy to how it uses that, a fusion to what its parts weigh, None:
+            all the same; None in other processes than 0.
         settings: The config's section `evaluation`.
         normalize: Where expanded vectors are brought to unit length.
         runs: Those that were made before, by system.
@@ -114,7 +104,7 @@ class Ranker:
         queries: Mapping[str, str],
         searches: Searches,
         expansions: Callable[[System], Expansions],
-        choice: Callable[[System], Choice | None],
+        choice: Callable[[System], Chosen | None],
         settings: EvaluationSettings,
         normalize: Normalize,
         *,
@@ -138,7 +128,7 @@ class Ranker:
         if system.name not in self._runs and not (path and path.exists()):
             for part in system.parts:
                 self.rank(part)
-            choice = self._choice(system) if system.strategy else None
+            choice = self._chosen(system)
             self._dense(system)  # Made by now, so that only the search is timed.
             with self._timed(system):
                 run = self.search(system, choice)
@@ -148,14 +138,14 @@ class Ranker:
                     self._runs[system.name] = metrics.as_written(run)
         return metrics.read_trec(path) if path else self._runs[system.name]
 
-    def search(self, system: System, choice: Choice | None) -> RunScores:
-        """What `rank` ranks, its parts being ranked, with the leaf's expansions used so."""
+    def search(self, system: System, choice: Chosen | None) -> RunScores:
+        """What `rank` ranks, its parts being ranked, with expansions or parts used so."""
         dense, settings = self._dense(system), self._settings
         queries = self._query_vectors(system, choice) if dense else None
         if not self._is_main:
             return {}
         if system.stage in FUSIONS:
-            return self._fused(system)
+            return self._fused(system, choice)
         if system.stage in RERANKERS:
             run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings.rerank)
             texts = dict(zip(self.ids, self._queries, strict=True))
@@ -188,7 +178,7 @@ class Ranker:
         dense = self._dense(system)
         if dense is None or not dense.corpus.misses_some:
             return None
-        queries = self._query_vectors(system, self._choice(system) if system.strategy else None)
+        queries = self._query_vectors(system, self._chosen(system))
         if not self._is_main:
             return None
         count, depth = min(RECALL_QUERIES, len(queries)), self._settings.depth
@@ -210,6 +200,9 @@ class Ranker:
             if leaf.strategy:
                 self._encoded[key] = self._with_texts(plain, self._expansions(leaf), search)
         return self._encoded[key]
+
+    def _chosen(self, system: System) -> Chosen | None:
+        return self._choice(system) if system.is_chosen else None
 
     def _dense(self, system: System) -> CorpusRetriever | None:
         """What a leaf, or feedback on one, searches by vectors; None for other systems."""
@@ -274,7 +267,7 @@ class Ranker:
             weigh = WEIGHINGS[leaf.weighing]
             return [weigh(words, index) for words in words_of(self._words(leaf, choice))]
         (part,) = system.parts
-        queries = self._weights(part, self._choice(part) if part.strategy else None)
+        queries = self._weights(part, self._chosen(part))
         found, move = self.rank(part), WORD_FEEDBACKS[system.stage]
         rows = rows_of(self._searches.corpus)
         read = self._searches.texts
@@ -305,8 +298,7 @@ class Ranker:
 
     def _after_feedback(self, system: System) -> np.ndarray | None:
         (part,) = system.parts
-        choice = self._choice(part) if part.strategy else None
-        queries, found = self._query_vectors(part, choice), self.rank(part)
+        queries, found = self._query_vectors(part, self._chosen(part)), self.rank(part)
         if not self._is_main:
             return None
         corpus = self._dense(part).corpus
@@ -323,29 +315,13 @@ class Ranker:
             moved[of] = FEEDBACKS[system.stage](queries[of], corpus.vectors[np.array(rows)])
         return moved
 
-    def _fused(self, system: System) -> RunScores:
+    def _fused(self, system: System, weights: PartWeights | None) -> RunScores:
         combine, runs = FUSIONS[system.stage], [self.rank(part) for part in system.parts]
+        if weights is not None:
+            combine = functools.partial(WEIGHED[system.stage], weights=weights.weights)
         fused = {query: combine([run.get(query, {}) for run in runs]) for query in self.ids}
         # A fusion's order is that of its scores, whichever run a document was first met in.
         return {
             query: dict(metrics.rank_documents(scores)[: self._settings.depth])
             for query, scores in fused.items()
         }
-
-
-def choose(
-    ranker: Ranker, leaf: System, qrels: metrics.Qrels, choices: Sequence[Choice]
-) -> list[tuple[Choice, float]]:
-    """Mean nDCG@10 of each way to use a leaf's expansions; of equal ones the first is to be taken.
-
-    The ranker and judgements are of the dev queries. For BM25, which weighs no query, each number
-    of samples is tried once.
-    """
-    if leaf.retriever == BM25:
-        choices = [Choice(None, n) for n in dict.fromkeys(choice.samples for choice in choices)]
-    tried = []
-    for choice in choices:
-        run = ranker.search(leaf, choice)
-        values = metrics.evaluate(run, qrels, (CHOSEN_BY,))[CHOSEN_BY]
-        tried.append((choice, metrics.mean(values)))
-    return tried

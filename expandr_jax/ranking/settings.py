@@ -14,6 +14,7 @@ class EvaluationSettings:
     systems: Annotated[tuple[str, ...], several(TEXT)]
     query_weights: Annotated[tuple[float, ...], several(SHARE)]
     samples: Annotated[tuple[int, ...], several(count(1, MANY))]
+    fusion_steps: Annotated[int, count(0, 100)]
     depth: Annotated[int, count(1)]
     sample_depth: Annotated[int, count(1)]
     drop_identical_ids: bool

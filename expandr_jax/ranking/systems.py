@@ -24,7 +24,7 @@ from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
+from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
 
 BM25 = "bm25"
 UNTRAINED = "zero-shot"  # The retriever as the config names it.
@@ -79,6 +79,11 @@ class System:
         """Whoever writes for its leaves, of queries or documents."""
         of_queries = {leaf.generator for leaf in self.leaves if leaf.generator}
         return frozenset(of_queries | {BASE for leaf in self.leaves if leaf.documents})
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether there is a choice in it: how it uses its expansions, or what its parts weigh."""
+        return self.strategy is not None or self.stage in WEIGHED
 
     @property
     def needs_training(self) -> bool:

@@ -48,6 +48,7 @@ ABSENT: dict[str, Any] = {
     "reward.function_weights": [],
     "reward.function_seconds": 600.0,
     "mesh.workers": 0,
+    "evaluation.fusion_steps": 0,
     "evaluation.rerank": {"source": "", "depth": 100, "max_length": 512, "rows": 32},
     # Older runs searched by the index, whatever it missed; what is left of them is exact.
     "search.evaluation": "exact",
@@ -60,6 +61,8 @@ ABSENT: dict[str, Any] = {
         "ah_iterations": 10, "reorder": 400, "storage": "float32",
     },
 }  # fmt: skip
+# Those of them whose default means something else: a run that began without keeps to the old.
+KEPT = ("evaluation.fusion_steps",)
 # Strategies of runs without a format of which a template left nothing: q2d asks it alone, as they
 # did. The one is no strategy any more, the other asks for a text before it.
 REPLACED = ("q2a", "csqe")
@@ -112,6 +115,16 @@ def check_goes_on(where: str, record: Mapping[str, Any]) -> None:
             "reward.search is one for both; go on with the version that wrote it, or use a new "
             "--workdir"
         )
+
+
+def kept_as_before(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `KEPT` that a run's own record of its config lacks, with what that means."""
+    found = {setting: find_setting(config, setting) for setting in KEPT}
+    return {
+        setting: ABSENT[setting]
+        for setting, (section, name) in found.items()
+        if section and name not in section
+    }
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:

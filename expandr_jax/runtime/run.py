@@ -26,7 +26,7 @@ from expandr_jax.runtime import measures, processes
 from expandr_jax.runtime.additions import grown_settings, keep_grown
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
-from expandr_jax.runtime.formats import FORMAT, check_goes_on, translated
+from expandr_jax.runtime.formats import FORMAT, check_goes_on, kept_as_before, translated
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
@@ -173,11 +173,18 @@ class Run:
             before = translated(record)
             check_goes_on(self.address, record)
             self._keep_chats(before["generator"])
+            for setting, value in kept_as_before(record["config"]).items():
+                self._keep_old(*setting.split("."), value)
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise UserError(
                 f"{self.where(path)}: is damaged; restore it or use a new --workdir"
             ) from None
         self._grown = grown_settings(self.address, before, self._values)
+
+    def _keep_old(self, section: str, name: str, value: Any) -> None:
+        self._values[section][name] = value
+        changed = dataclasses.replace(getattr(self.config, section), **{name: value})
+        self.config = dataclasses.replace(self.config, **{section: changed})
 
     def _grow(self, grow: Callable[["Run", Mapping[str, Any]], None]) -> None:
         for name, old in self._grown.items():

@@ -1,0 +1,191 @@
+"""What is chosen on dev: how a system uses its expansions, and what the parts of a fusion weigh."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from expandr_jax import metrics
+from expandr_jax.metrics import CHOSEN_BY
+from expandr_jax.ranking.systems import BM25, System
+
+MOST_WEIGHTS = 100  # Ways to weigh the parts of a fusion that are tried on dev, at most.
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How a system uses its expansions.
+
+    Attributes:
+        query_weight: Weight of the query's own vector, if the strategy weighs it; None for BM25.
+        samples: How many of a query's texts are used, the first ones.
+    """
+
+    query_weight: float | None
+    samples: int
+
+    def __str__(self) -> str:
+        return f"query weight {self.query_weight}, samples {self.samples}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartWeights:
+    """What the parts of a fusion weigh, in their order; the sum is 1."""
+
+    weights: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"weights {', '.join(f'{weight:.4g}' for weight in self.weights)}"
+
+
+Chosen = Choice | PartWeights
+
+
+def as_record(chosen: Chosen) -> dict[str, Any]:
+    """What results.json and choices.jsonl have of it."""
+    record = dataclasses.asdict(chosen)
+    return {n: list(value) if isinstance(value, tuple) else value for n, value in record.items()}
+
+
+def from_record(record: Mapping[str, Any]) -> Chosen:
+    """What `as_record` wrote."""
+    if "weights" in record:
+        return PartWeights(tuple(record["weights"]))
+    return Choice(**record)
+
+
+def weight_grid(parts: int, steps: int) -> list[PartWeights]:
+    """The weights that are tried for so many parts, the most even first.
+
+    They are equal weights and all multiples of 1 / `steps` that add up to 1, or of a larger share
+    where these were more than `MOST_WEIGHTS`. Of those that are as even the first are those that
+    weigh the first parts more.
+    """
+    while math.comb(steps + parts - 1, parts - 1) > MOST_WEIGHTS and steps > 1:
+        steps -= 1
+    # Bars between stars: where each part ends.
+    several = []
+    for bars in itertools.combinations(range(steps + parts - 1), parts - 1):
+        ends = [-1, *bars, steps + parts - 1]
+        several.append([end - start - 1 for start, end in itertools.pairwise(ends)])
+    several.sort(key=lambda shares: (sum(share**2 for share in shares), [-s for s in shares]))
+    weights = (tuple(share / steps for share in shares) for shares in several)
+    return [PartWeights(each) for each in dict.fromkeys([(1 / parts,) * parts, *weights])]
+
+
+class Searcher(Protocol):
+    """What choices are made by: `ranker.Ranker`, of the dev queries."""
+
+    ids: list[str]
+
+    def rank(self, system: System) -> metrics.RunScores: ...
+
+    def search(self, system: System, choice: Chosen | None) -> metrics.RunScores: ...
+
+    def encoded(self, leaf: System) -> Any: ...
+
+
+def choose(
+    ranker: Searcher, system: System, qrels: metrics.Qrels, choices: Sequence[Chosen]
+) -> list[tuple[Chosen, float]]:
+    """Mean nDCG@10 of each way to use a leaf's expansions, or to weigh a fusion's parts.
+
+    Of equal ones the first is to be taken. The ranker and judgements are of the dev queries. For
+    BM25, which weighs no query, each number of samples is tried once.
+    """
+    if system.retriever == BM25:
+        choices = [dataclasses.replace(choice, query_weight=None) for choice in choices]
+    tried = []
+    for choice in dict.fromkeys(choices):
+        run = ranker.search(system, choice)
+        values = metrics.evaluate(run, qrels, (CHOSEN_BY,))[CHOSEN_BY]
+        tried.append((choice, metrics.mean(values)))
+    return tried
+
+
+class DevChoices:
+    """What is chosen on the dev queries of a collection, each when a system first asks for it.
+
+    A fusion asks when its parts have been ranked, so that these have made their own choices.
+
+    Args:
+        dev: Gives the ranker of the dev queries, which asks here as well.
+        qrels: Their judgements.
+        grid: A system to what is tried for it; nothing: it is used as it is.
+        made: System -> what was chosen before.
+        tried: Rows of choices.jsonl from before.
+        say: Tells what is chosen.
+        keep: Keeps all rows of choices.jsonl, whenever there are more.
+        is_main: Whether this is process 0, which alone decides.
+
+    Attributes:
+        made, tried: As the arguments, with what is chosen here.
+    """
+
+    def __init__(
+        self,
+        dev: Callable[[], Searcher],
+        qrels: metrics.Qrels,
+        grid: Callable[[System], Sequence[Chosen]],
+        *,
+        made: Mapping[str, Chosen],
+        tried: Sequence[Mapping[str, Any]] = (),
+        say: Callable[[str], None] = lambda text: None,
+        keep: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+        is_main: bool = True,
+    ):
+        self.made, self.tried = dict(made), list(map(dict, tried))
+        self._before = frozenset(made)  # All processes know these alone.
+        self._dev, self._qrels, self._grid = dev, qrels, grid
+        self._say, self._keep, self._is_main = say, keep, is_main
+
+    def __call__(self, system: System) -> Chosen | None:
+        """How a system is to be used; None: as it is, and in other processes than 0.
+
+        All processes ask for it together.
+        """
+        if system.name not in self._before:
+            self._prepare(system)
+        if self._is_main and system.name not in self.made and (grid := self._grid(system)):
+            self._choose(system, grid)
+        return self.made.get(system.name)
+
+    def needs(self, system: System) -> bool:
+        """Whether it will choose for this system by the dev runs of its parts."""
+        fused = system.is_chosen and system.parts
+        return bool(fused and system.name not in self._before and self._grid(system))
+
+    def _prepare(self, system: System) -> None:
+        """What all processes have to make together before process 0 chooses."""
+        dev = self._dev()
+        if not system.parts:
+            if system.retriever != BM25 and dev.ids:
+                dev.encoded(system)
+        elif self._grid(system):
+            for part in system.parts:
+                dev.rank(part)
+
+    def _choose(self, system: System, grid: Sequence[Chosen]) -> None:
+        found = choose(self._dev(), system, self._qrels, grid)
+        rows = [
+            {"system": system.name, **as_record(choice), CHOSEN_BY: round(value, 6)}
+            for choice, value in found
+        ]
+        self.tried += rows
+        self.made |= best_of(rows)
+        self._keep(self.tried)
+        best = max(row[CHOSEN_BY] for row in rows)
+        self._say(f"{system.name}: {self.made[system.name]} (dev nDCG@10 {best:.4f})")
+
+
+def best_of(tried: Sequence[Mapping[str, Any]]) -> dict[str, Chosen]:
+    """System -> the best of what was tried, of equal ones the first, by rows of choices.jsonl."""
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in tried:
+        if row["system"] not in best or row[CHOSEN_BY] > best[row["system"]][CHOSEN_BY]:
+            best[row["system"]] = row
+    return {
+        system: from_record({name: row[name] for name in row.keys() - {"system", CHOSEN_BY}})
+        for system, row in best.items()
+    }
