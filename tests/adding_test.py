@@ -237,13 +237,19 @@ def test_a_finished_run_that_is_added_to_is_as_one_that_had_it_all_at_once(smoke
     rows = json.loads((workdir / "results.json").read_text())["rows"]
     assert [row["system"] for row in rows] == list(more)
     assert (workdir / "tests" / "first" / "results.json").exists()
-    # Then another round, with another set.
+    # Then another round, with another set, and a row that trains a retriever of its own.
+    more = (*more, "fine-tuned-all", "interpolation:bm25:fine-tuned-all")
     printed = finish(start(workdir, *settings(more, tests, 2)))
     assert "made again" not in printed
     after = (workdir / "metrics.jsonl").read_text()
     assert after.startswith(steps)
-    added = map(json.loads, after.removeprefix(steps).splitlines())
-    assert {(row["phase"], row["round"]) for row in added} == {("retriever", 1), ("generator", 1)}
+    added = [json.loads(line) for line in after.removeprefix(steps).splitlines()]
+    assert {(row["phase"], row["round"]) for row in added} == {
+        ("retriever", 1), ("generator", 1), ("fine-tuned-all", 0)
+    }  # fmt: skip
+    phases = [json.loads(line)["phase"] for line in steps.splitlines()]
+    of_all = [row["step"] for row in added if row["phase"] == "fine-tuned-all"]
+    assert len(of_all) == phases.count("fine-tuned") > 0
     assert contents(workdir, "round-0", "data") == round_0
     finish(start(tmp_path / "at-once", *settings(more, tests, 2)))
     assert contents(workdir, *RESULTS) == contents(tmp_path / "at-once", *RESULTS)

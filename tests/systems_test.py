@@ -17,6 +17,8 @@ def test_a_leaf_has_a_retriever_and_what_expands_its_queries_and_documents():
         "zero-shot": ("zero-shot", None, None, None),
         "zero-shot+expansion": ("zero-shot", "base", "expansion", None),
         "fine-tuned": ("fine-tuned", None, None, None),
+        "fine-tuned-all": ("fine-tuned-all", None, None, None),
+        "fine-tuned-all+hyde": ("fine-tuned-all", "base", "hyde", None),
         "fine-tuned+expansion": ("fine-tuned", "base", "expansion", None),
         "expandr": ("expandr", "trained", "expansion", None),
         "expandr-base-generator": ("expandr", "base", "expansion", None),

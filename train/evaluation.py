@@ -28,6 +28,7 @@ from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.results import Values, mean_over_sets, remarks, summary
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
+    ALL_LABELS,
     BM25,
     EXPANSION,
     OURS,
@@ -186,9 +187,9 @@ def systems_of_run(config: Config) -> list[System]:
     """
     rounds = [row_of_round(round_) for round_ in range(config.rounds - 1)]
     systems = parse_systems(config.evaluation.systems)
-    known = {BM25, "zero-shot", "fine-tuned", "expandr", *(row.retriever for row in rounds)}
+    trained = {"fine-tuned", ALL_LABELS, "expandr", *(row.retriever for row in rounds)}
     for system in systems:
-        if not system.retrievers <= known:
+        if not system.retrievers <= {BM25, "zero-shot", *trained}:
             raise UserError(f"evaluation.systems: {system.name} is of a round that is none before "
                             f"the last; rounds is {config.rounds}")  # fmt: skip
         if any(leaf.documents for leaf in system.leaves):

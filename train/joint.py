@@ -26,12 +26,12 @@ from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
-from expandr_jax.ranking.systems import System
+from expandr_jax.ranking.systems import ALL_LABELS, System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
-from expandr_jax.training.setup import check_batch_size
+from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
@@ -45,7 +45,7 @@ from train.expansions import run_expander, training_expansions
 from train.export import OF_RUN, export_run
 from train.generator import train_generator
 from train.launch import launch_training
-from train.negatives import check_negatives, training_negatives
+from train.negatives import check_negatives, negatives_of, training_negatives
 from train.policy import has_begun, train_policy
 from train.preferences import CANDIDATES, make_preferences, run_functions
 from train.retriever import train_retriever
@@ -112,10 +112,11 @@ def train_joint(
     current, adapter = retriever(models.retriever_params, "zero-shot"), None
     retrievers, adapters = {"zero-shot": current}, {"base": adapter}
     negatives = training_negatives(run, current, data, 0)
-    if any("fine-tuned" in system.retrievers for system in systems):
-        with run.phase("fine-tuned baseline"):
-            tuned = _train(run, models, data, {}, negatives, current.params, phase="fine-tuned")
-        retrievers["fine-tuned"] = retriever(tuned, "fine-tuned")
+    for name in ("fine-tuned", ALL_LABELS):
+        if any(name in system.retrievers for system in systems):
+            retrievers[name] = retriever(
+                _baseline(run, models, data, negatives, current, name), name
+            )
     for round_ in range(config.rounds):
         if round_ > 0:
             negatives = training_negatives(run, current, data, round_)
@@ -238,18 +239,48 @@ def _check_server(config: Config, systems: Sequence[System]) -> None:
         )
 
 
+def _baseline(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    negatives: Mapping[str, list[str]],
+    retriever: CorpusRetriever,
+    name: str,
+) -> Any:
+    """The parameters of a retriever that is trained on plain queries, for a round of step A.
+
+    Args:
+        negatives: Those of step A's queries in the first round.
+        retriever: The one before training.
+        name: "fine-tuned": on step A's queries; `ALL_LABELS`: on those of step B as well.
+    """
+    ids = data.retriever_train
+    if name == ALL_LABELS:
+        more, path = data.generator_train, f"work/{name}/triples.jsonl"
+        what = f"hard negatives, {name}"
+        negatives = {**negatives, **negatives_of(run, retriever, data, more, path, what)}
+        ids = [*ids, *more]
+    with run.phase(f"{name} baseline"):
+        return _train(run, models, data, {}, negatives, retriever.params, phase=name, ids=ids)
+
+
 def _train(
     run: Run,
     models: Models,
     data: TrainingData,
     expansions: Mapping[str, list[str]],
-    negatives: dict[str, list[str]],
+    negatives: Mapping[str, list[str]],
     start: Any,
     *,
     phase: str = "retriever",
     round_: int = 0,
+    ids: Sequence[str] | None = None,
 ) -> Any:
-    """Step A on the training queries, expanded or plain: the trained retriever's parameters."""
+    """Step A on training queries, expanded or plain: the trained retriever's parameters.
+
+    Without `ids` they are its own; there are as many updates with others.
+    """
+    ids, settings = data.retriever_train if ids is None else ids, run.config.contrastive
     triples = [
         Triple(
             data.collection.queries[query],
@@ -257,7 +288,7 @@ def _train(
             tuple(negatives.get(query, ())),
             tuple(filter(None, expansions.get(query, ()))),
         )
-        for query in data.retriever_train
+        for query in ids
     ]
     return train_retriever(
         run,
@@ -267,7 +298,8 @@ def _train(
         phase=phase,
         round_=round_,
         samples=len(next(iter(expansions.values()), ())),
-        ids=data.retriever_train,
+        ids=ids,
+        updates=count_updates(settings, len(data.retriever_train) // settings.batch_size),
     )
 
 

@@ -1,6 +1,7 @@
 """Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,11 +29,26 @@ def check_negatives(config: Config, data: TrainingData) -> None:
 def training_negatives(
     run: Run, retriever: CorpusRetriever, data: TrainingData, round_: int
 ) -> dict[str, list[str]]:
-    """Hard negatives of a round; none if the config asks for none.
+    """Hard negatives of a round of step A, as `negatives_of`; round-R/triples.jsonl has them."""
+    what = f"hard negatives, round {round_}"
+    return negatives_of(
+        run, retriever, data, data.retriever_train, f"round-{round_}/triples.jsonl", what
+    )
 
-    Where they are to be mined, the corpus is searched for each training query, unexpanded, by the
-    retriever that the round begins with, and round-R/triples.jsonl written; where not, they are
-    those that the data name.
+
+def negatives_of(
+    run: Run,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    ids: Sequence[str],
+    name: str,
+    what: str,
+) -> dict[str, list[str]]:
+    """Hard negatives of some training queries; none if the config asks for none.
+
+    Where they are to be mined, the corpus is searched for each query, unexpanded, by the retriever
+    that training begins with, in a phase called `what`, and the file `name` of the workdir written;
+    where not, they are those that the data name.
 
     Returns:
         Query id -> texts of its negatives, hardest first.
@@ -40,21 +56,26 @@ def training_negatives(
     if not run.config.contrastive.negatives:
         return {}
     if not run.config.mining.per_query:
-        return {query: data.negatives(query) for query in data.retriever_train}
-    name = f"round-{round_}/triples.jsonl"
+        return {query: data.negatives(query) for query in ids}
     if not run.checksums.intact(name):
         _ = retriever.corpus  # All processes encode it, as a phase of its own.
-        with run.phase(f"hard negatives, round {round_}"):
-            _mine(run, retriever, data, run.path(name))
+        with run.phase(what):
+            _mine(run, retriever, data, ids, run.path(name))
         retriever.release()
         run.checksums.record(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 
 
-def _mine(run: Run, retriever: CorpusRetriever, data: TrainingData, path: pathlib.Path) -> None:
-    """Writes round-R/triples.jsonl."""
-    config, ids, corpus = run.config.mining, data.retriever_train, retriever.corpus
+def _mine(
+    run: Run,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    ids: Sequence[str],
+    path: pathlib.Path,
+) -> None:
+    """Writes a file of triples."""
+    config, corpus = run.config.mining, retriever.corpus
     with run.reporter.progress("training queries encoded", len(ids)) as advance:
         queries = retriever.encode(data.queries(ids), "query", progress=advance)
 

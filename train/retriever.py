@@ -75,6 +75,7 @@ def train_retriever(
     samples: int,
     ids: Sequence[str],
     evaluate: Callable[[Any], float] | None = None,
+    updates: int | None = None,
 ) -> Any:
     """One round of step A.
 
@@ -83,12 +84,13 @@ def train_retriever(
         models: The retriever's module and mesh.
         params: Weights to start from.
         examples: Training queries with their documents and expansions.
-        phase: "retriever", or "fine-tuned" for the baseline on plain queries.
+        phase: "retriever", or the name of a baseline on plain queries.
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
         ids: What messages call the examples.
         evaluate: Weights to a dev measure, called every `config.eval_every` updates and at the end;
             None trains all steps.
+        updates: How many; None: those of `config.epochs` passes over the examples.
 
     Returns:
         The trained parameters, as each process can read them all; with `evaluate`, those that it
@@ -101,7 +103,8 @@ def train_retriever(
     mesh, retriever = models.contrastive_mesh, models.retriever
     check_contrastive_batch(config, retriever, params, mesh, len(examples))
     check_contrastive_examples(config, examples, samples, ids)
-    updates = count_updates(config, len(examples) // config.batch_size)
+    if updates is None:
+        updates = count_updates(config, len(examples) // config.batch_size)
     steps = updates * config.accumulation
     numbers = range(round_ * steps, (round_ + 1) * steps)
     pad_id = retriever.tokenizer.pad_token_id

@@ -29,6 +29,7 @@ from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, W
 BM25 = "bm25"
 UNTRAINED = "zero-shot"  # The retriever as the config names it.
 BASE = "base"  # The generator as the config names it.
+ALL_LABELS = "fine-tuned-all"  # Trained, plain, on the queries of step A and of step B.
 OURS = "expandr"  # The row that others are compared with, and the retriever that is ranked by.
 EXPANSION = "expansion"  # The strategy, template and limits of the config's `expansion` section.
 
@@ -40,7 +41,7 @@ class System:
     Attributes:
         name: As the user wrote it; its run is runs/NAME.trec.
         retriever: What a leaf searches with: `BM25`, or whose weights encode: `UNTRAINED`,
-            "fine-tuned", "expandr" or "round-R".
+            "fine-tuned", `ALL_LABELS`, "expandr" or "round-R".
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
@@ -93,7 +94,7 @@ class System:
 
 RETRIEVERS = {  # What a name may begin with -> what searches.
     BM25: BM25, "dense": UNTRAINED, "zero-shot": UNTRAINED, "fine-tuned": "fine-tuned",
-    "expandr-plain": "expandr", **dict.fromkeys(WEIGHINGS, BM25),
+    ALL_LABELS: ALL_LABELS, "expandr-plain": "expandr", **dict.fromkeys(WEIGHINGS, BM25),
 }  # fmt: skip
 ROWS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),

@@ -95,7 +95,7 @@ def _headline(results: Mapping[str, Any]) -> str:
         gains = [
             # Without a minus before zero.
             f"{round(100 * (ours / rows[name]['ndcg@10'] - 1), 1) + 0.0:+.1f} % against {name}"
-            for name in ("bm25", "zero-shot", "fine-tuned")
+            for name in ("bm25", "zero-shot", "fine-tuned", "fine-tuned-all")
             if name in rows and rows[name]["ndcg@10"] > 0
         ]
         text += f": {', '.join(gains)}." if gains else "."
