@@ -216,6 +216,11 @@ def test_a_run_s_fusions_are_weighed_by_its_dev_queries_alone(monkeypatch, tmp_p
         assert first["weights"] == weights
         run = metrics.read_trec(tmp_path / "a" / "runs" / f"{name}.trec")
         assert {q: [*run[q]] for q in TEST} == recomputed(tmp_path / "a", results, name)
+    pairs = [(row["system"], row["baseline"]) for row in results["significance"][::4]]
+    assert pairs == [
+        *(("expandr", name) for name in SYSTEMS if name != "expandr"),
+        (fused[1], "bm25"), (fused[1], fused[0]), (fused[1], fused[2]),
+    ]  # fmt: skip
     # Whatever the test queries' judgements are, the same is chosen.
     other, _ = evaluated(monkeypatch, tmp_path / "b", SYSTEMS, qrels_of(1, 3))
     assert other["chosen"] == results["chosen"]

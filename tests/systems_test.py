@@ -5,7 +5,13 @@ import pytest
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.strategies import PUBLISHED
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
-from expandr_jax.ranking.systems import System, parse_system, parse_systems, row_of_round
+from expandr_jax.ranking.systems import (
+    System,
+    counterparts,
+    parse_system,
+    parse_systems,
+    row_of_round,
+)
 
 
 def test_a_leaf_has_a_retriever_and_what_expands_its_queries_and_documents():
@@ -51,6 +57,29 @@ def test_a_stage_has_parts_which_are_systems_themselves():
     nested = parse_system("interpolation:bm25:rrf:dense:expandr")
     assert [part.name for part in nested.parts] == ["bm25", "rrf:dense:expandr"]
     assert [leaf.name for leaf in nested.leaves] == ["bm25", "dense", "expandr"]
+
+
+def test_a_stage_over_ours_is_compared_with_the_same_stage_over_others():
+    names = (
+        "bm25", "expandr", "fine-tuned", "expandr-plain+prf-average", "expandr+prf-average",
+        "interpolation:bm25:fine-tuned", "interpolation:bm25:expandr",
+        "interpolation:bm25:fine-tuned+prf-average", "rrf:bm25:fine-tuned",
+        "interpolation:expandr:bm25", "interpolation:bm25:rrf:dense:expandr",
+        "interpolation:bm25:rrf:dense:fine-tuned", "interpolation:bm25:fine-tuned:expandr",
+    )  # fmt: skip
+    assert counterparts([parse_system(name) for name in names]) == [
+        ("expandr+prf-average", "expandr-plain+prf-average"),
+        ("interpolation:bm25:expandr", "bm25"),
+        ("interpolation:bm25:expandr", "interpolation:bm25:fine-tuned"),
+        ("interpolation:bm25:expandr", "interpolation:bm25:fine-tuned+prf-average"),
+        ("interpolation:bm25:expandr", "interpolation:bm25:rrf:dense:expandr"),
+        ("interpolation:bm25:expandr", "interpolation:bm25:rrf:dense:fine-tuned"),
+        ("interpolation:expandr:bm25", "bm25"),
+        ("interpolation:bm25:rrf:dense:expandr", "bm25"),
+        ("interpolation:bm25:rrf:dense:expandr", "interpolation:bm25:rrf:dense:fine-tuned"),
+        ("interpolation:bm25:fine-tuned:expandr", "bm25"),
+        ("interpolation:bm25:fine-tuned:expandr", "fine-tuned"),
+    ]
 
 
 def test_what_needs_training():

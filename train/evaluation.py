@@ -25,7 +25,14 @@ from expandr_jax.ranking.choices import (
     weight_grid,
 )
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
-from expandr_jax.ranking.results import Values, mean_over_sets, remarks, summary
+from expandr_jax.ranking.results import (
+    Values,
+    compared,
+    mean_over_sets,
+    paired,
+    remarks,
+    summary,
+)
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
@@ -34,6 +41,7 @@ from expandr_jax.ranking.systems import (
     OURS,
     System,
     check_stages,
+    counterparts,
     parse_systems,
     row_of_round,
 )
@@ -160,7 +168,8 @@ def evaluate(
             made = choices.made
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
-            write_json(path, _results(data.collection.name, values, used, samples, told))
+            results = _results(data.collection.name, values, systems, used, samples, told)
+            write_json(path, results)
 
         run.processes.once(write)
         let_go()
@@ -244,6 +253,7 @@ def _tried(
 def _results(
     name: str,
     values: Values,
+    systems: Sequence[System],
     choices: Mapping[str, Chosen],
     samples: Sequence[Mapping[str, Any]],
     recalls: Sequence[Mapping[str, Any] | None],
@@ -251,15 +261,14 @@ def _results(
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
     results = summary(name, values, against, recalls)
+    tests = results["significance"]
     pair = OURS, f"{OURS}-base-generator"
     if pair in against:
         for field, metric in SAMPLE_METRICS.items():
             ours, base = (mean_by_query(samples, system, "test", field) for system in pair)
             if ours:
-                results["significance"].append(
-                    {"system": pair[0], "baseline": pair[1], "metric": metric,
-                     **metrics.paired_test(ours, base)}
-                )  # fmt: skip
+                tests.append(paired(*pair, metric, ours, base))
+    tests += compared(values, counterparts(systems))
     return results | {"chosen": {name: as_record(chosen) for name, chosen in choices.items()}}
 
 

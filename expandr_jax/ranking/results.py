@@ -33,18 +33,26 @@ def summary(
             {"system": name, **{m: round(metrics.mean(of[m]), 6) for m in of}}
             for name, of in values.items()
         ],
-        "significance": [
-            {
-                "system": system,
-                "baseline": baseline,
-                "metric": metric,
-                **metrics.paired_test(values[system][metric], values[baseline][metric]),
-            }
-            for system, baseline in pairs
-            for metric in first
-        ],
+        "significance": compared(values, pairs),
         **({"index_recall": found} if (found := list(filter(None, recalls))) else {}),
     }
+
+
+def compared(values: Values, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Entries of "significance": each pair (system, baseline), tested under every metric."""
+    return [
+        paired(system, baseline, metric, values[system][metric], values[baseline][metric])
+        for system, baseline in pairs
+        for metric in values[system]
+    ]
+
+
+def paired(
+    system: str, baseline: str, metric: str, ours: Mapping[str, float], theirs: Mapping[str, float]
+) -> dict[str, Any]:
+    """An entry of "significance", of both systems' values by query."""
+    test = metrics.paired_test(ours, theirs)
+    return {"system": system, "baseline": baseline, "metric": metric, **test}
 
 
 def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

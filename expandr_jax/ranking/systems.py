@@ -148,6 +148,33 @@ def row_of_round(round_: int) -> System:
     return System(f"expandr-round{round_}", weights, weights, EXPANSION)
 
 
+def counterparts(systems: Sequence[System]) -> list[tuple[str, str]]:
+    """Pairs (system, other) where a stage rests on `OURS`, and on another system in the other.
+
+    interpolation:bm25:expandr has interpolation:bm25:fine-tuned for a counterpart, where that is
+    one of the systems, too; and each of its parts but `OURS` itself, such as bm25.
+    """
+    pairs = []
+    for ours in systems:
+        if not ours.parts or not any(part.name == OURS for part in ours.with_parts()):
+            continue
+        pairs += [
+            (ours.name, other.name)
+            for other in systems
+            if other.name in {part.name for part in ours.parts if part.name != OURS}
+            or (other != ours and _differ_by_ours(ours, other))
+        ]
+    return pairs
+
+
+def _differ_by_ours(one: System, other: System) -> bool:
+    """Whether the second is the first with whatever it be in the place of `OURS`."""
+    if one.name == OURS or one == other:
+        return True
+    alike = one.stage == other.stage and len(one.parts) == len(other.parts) > 0
+    return alike and all(map(_differ_by_ours, one.parts, other.parts))
+
+
 def _parse(words: Sequence[str], whole: str) -> tuple[System, Sequence[str]]:
     """The system that begins with the first of some words, and the words that are left."""
     stage, rest = words[0], words[1:]
