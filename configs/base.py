@@ -234,6 +234,25 @@ def get_config() -> ml_collections.ConfigDict:
     # half the rate.
     grpo.on_collapse = "stop"  # What is done then.
 
+    config.distill = distill = ml_collections.ConfigDict()  # Expanded queries' vectors, learned.
+    distill.epochs = 0.0  # Passes over its queries; 0: no query tower is distilled.
+    distill.train_queries = 0  # Of the run's training queries at most; 0: all.
+    distill.documents = 4096  # Documents at most that the generator writes further queries for.
+    distill.queries_per_document = 1  # For each of them; what is nearly a test query is left out.
+    distill.batch_size = 32  # Queries a batch.
+    distill.accumulation = 1  # Batches an update, by their mean gradient.
+    distill.learning_rate = 5e-5  # Peak.
+    distill.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
+    distill.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
+    distill.clip_norm = 1.0  # Greatest norm of the gradient.
+    distill.cosine_weight = 1.0  # Weight of 1 - cosine of both vectors.
+    distill.kl_weight = 0.0  # Weight of the divergence from the ranking by the expanded query.
+    distill.temperature = 0.05  # tau of both rankings, and of the control's.
+    distill.depth = 16  # Documents that each expanded query finds first: a batch's are ranked.
+    distill.control = False  # Another tower, from the same queries and their documents alone.
+    distill.eval_every = 0  # Updates between evaluations on dev, the best is kept; 0: none.
+    distill.save_every = 100  # Updates between checkpoints.
+
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
     # "exact": every document is scored; "index": by the backend, whose recall results.json says.

@@ -18,6 +18,7 @@ from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.settings import (
     ContrastiveSettings,
+    DistillSettings,
     DpoSettings,
     GrpoSettings,
     MiningSettings,
@@ -40,6 +41,7 @@ WEIGHED = (
     tuple(f"contrastive.{n}_weight" for n in CONTRASTIVE_LOSSES),
     tuple(f"reward.{name}" for name in (*REWARDS, "functions")),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
+    ("distill.cosine_weight", "distill.kl_weight"),
 )
 
 
@@ -64,6 +66,7 @@ class Config:
     reward: RewardSettings
     dpo: DpoSettings
     grpo: GrpoSettings
+    distill: DistillSettings
     search: SearchSettings
     evaluation: EvaluationSettings
     export: ExportSettings
@@ -171,6 +174,12 @@ def _check(config: Config) -> None:
     if config.step_b == "grpo" and config.generator.server.url:
         raise _refuse(
             config, "generator.server.url", "'', as step_b is 'grpo': texts are sampled here"
+        )
+    if config.distill.epochs and config.generator.server.url:
+        raise _refuse(
+            config,
+            "generator.server.url",
+            "'', as distill.epochs is above 0: the trained adapter expands its queries",
         )
     step_a = config.contrastive
     # The first update would raise a learned temperature to its floor, whatever the gradient says.

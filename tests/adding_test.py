@@ -1,5 +1,6 @@
 """A run is added to: rounds, systems and test sets come to it, and what was done stays."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -57,6 +58,24 @@ def test_what_a_run_may_have_more_of(tmp_path):
     del before["config"]["rounds"], after["config"]["rounds"]
     assert after == before  # All else is as it was, what may differ without being kept, too.
     opened(tmp_path / "run", lambda run, grown: pytest.fail("twice"), **longer)
+
+
+def test_a_section_that_was_off_may_be_turned_on_as_one_likes(tmp_path):
+    run, on = tmp_path / "run", {"distill__epochs": 2.0, "distill__depth": 3}
+    opened(run)
+    (run / "work" / "of a stage").mkdir(parents=True)
+    record = recorded(run)
+    del record["config"]["distill"]  # An older run had none.
+    write_json(run / "config.json", record)
+    told = []
+    opened(run, lambda run, grown: told.append(grown), **on)
+    assert told == [{"distill.epochs": 0.0, "distill.depth": 16}]
+    section = dataclasses.asdict(BEFORE.distill) | {"epochs": 2.0, "depth": 3}
+    assert recorded(run)["config"]["distill"] == section
+    opened(run, lambda run, grown: pytest.fail("twice"), **on)
+    for other in ({**on, "distill__depth": 4}, {"distill__epochs": 0.0}, {}):
+        with pytest.raises(UserError, match=r"distill\.\w+ was .* use a new --workdir"):
+            opened(run, **other)
 
 
 @pytest.mark.parametrize(

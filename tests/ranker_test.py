@@ -131,7 +131,7 @@ def test_feedback_of_a_query_that_found_fewer_leaves_the_others_their_own(method
                 expected.append((x + DOCUMENTS[:count].sum(0)) / (count + 1))
             else:
                 expected.append(0.9 * x + 0.1 * DOCUMENTS[:count].mean(0) if count else x)
-        moved = mine._query_vectors(parse_system(f"dense+{method}"), None)
+        moved = mine.query_vectors(parse_system(f"dense+{method}"), None)
         np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 

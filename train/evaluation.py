@@ -34,14 +34,19 @@ from expandr_jax.ranking.results import (
     summary,
 )
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
     BM25,
+    CONTROL,
+    DISTILLED,
     EXPANSION,
     OURS,
+    QUERY_TOWERS,
     System,
     check_stages,
     counterparts,
+    parse_system,
     parse_systems,
     row_of_round,
 )
@@ -189,23 +194,35 @@ def are_of(results: Mapping[str, Any], systems: Sequence[System]) -> bool:
 
 
 def systems_of_run(config: Config) -> list[System]:
-    """The config's systems, and one for each round but the last.
+    """The config's systems, one for each query tower that it has, and for each round but the last.
 
     Raises:
         UserError: A run cannot make one of them.
     """
     rounds = [row_of_round(round_) for round_ in range(config.rounds - 1)]
+    towers = [parse_system(name) for name in towers_of(config)]
     systems = parse_systems(config.evaluation.systems)
-    trained = {"fine-tuned", ALL_LABELS, "expandr", *(row.retriever for row in rounds)}
+    known = {BM25, "zero-shot", "fine-tuned", ALL_LABELS, "expandr"}
+    known |= {row.retriever for row in (*rounds, *towers)}
     for system in systems:
-        if not system.retrievers <= {BM25, "zero-shot", *trained}:
+        if lacking := system.retrievers & {*QUERY_TOWERS} - known:
+            setting = "control" if config.distill.epochs else "epochs"
+            raise UserError(f"evaluation.systems: {system.name} rests on {min(lacking)}, which "
+                            f"there is with distill.{setting} alone")  # fmt: skip
+        if not system.retrievers <= known:
             raise UserError(f"evaluation.systems: {system.name} is of a round that is none before "
                             f"the last; rounds is {config.rounds}")  # fmt: skip
         if any(leaf.documents for leaf in system.leaves):
             raise UserError(f"evaluation.systems: {system.name} has documents expanded, which "
                             "eval.beir alone does")  # fmt: skip
     check_stages(systems, config.evaluation)
-    return list({system.name: system for system in (*systems, *rounds)}.values())
+    return list({system.name: system for system in (*systems, *towers, *rounds)}.values())
+
+
+def towers_of(config: Config) -> tuple[str, ...]:
+    """The query towers that a run distills, by their rows."""
+    both = (DISTILLED, CONTROL) if config.distill.control else (DISTILLED,)
+    return both if config.distill.epochs else ()
 
 
 def _rankers(
@@ -247,6 +264,11 @@ def _tried(
         able = settings.fusion_steps and data.collection.qrels["dev"]
         return weight_grid(len(system.parts), settings.fusion_steps) if able else []
     asks = len(expansions["dev", system.generator, system.strategy].strategy.asks)
+    return choices_of(settings, asks)
+
+
+def choices_of(settings: EvaluationSettings, asks: int) -> list[Choice]:
+    """The ways to use expansions that are tried on dev, by a strategy that asks so often."""
     return [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
 
 
@@ -268,7 +290,9 @@ def _results(
             ours, base = (mean_by_query(samples, system, "test", field) for system in pair)
             if ours:
                 tests.append(paired(*pair, metric, ours, base))
-    tests += compared(values, counterparts(systems))
+    towers = [(DISTILLED, other) for other in (f"{OURS}-plain", CONTROL)]
+    towers = [pair for pair in towers if values.keys() >= {*pair}]
+    tests += compared(values, [*counterparts(systems), *towers])
     return results | {"chosen": {name: as_record(chosen) for name, chosen in choices.items()}}
 
 

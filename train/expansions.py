@@ -96,25 +96,12 @@ def evaluation_expansions(
     Returns:
         (split, generator, strategy) -> what was written for the split's queries.
     """
-    qrels, known = data.collection.qrels, data.collection.queries
-    queries = {query: known[query] for split in SPLITS for query in qrels[split]}
+    qrels, queries = data.collection.qrels, data.collection.queries
     leaves = {leaf.name: leaf for system in systems for leaf in system.leaves if leaf.strategy}
-    made: dict[tuple[str, str], tuple[Strategy, Mapping[str, list[list[str]]]]] = {}
-    for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values()):
-        # The config's own is averaged as in training, whatever its authors do.
-        expander, become = own, {"dense": weighted, "kind": "document"}
-        where, what = generator, f"{generator} generator"
-        if name != EXPANSION:
-            expander, become = dataclasses.replace(own, strategy=STRATEGIES[name]), {}
-            where, what = f"{generator}-{name}", f"{what}, {name}"
-        if folder:
-            what = f"{data.collection.name}, {what}"
-        with run.phase(f"expansions for evaluation, {what}"):
-            journal = run.path("work", folder, f"evaluation-{where}.jsonl")
-            purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
-            sample = journaled(expander, adapters[generator], journal, purpose)
-            texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
-        made[generator, name] = dataclasses.replace(expander.strategy, **become), texts
+    made = {
+        (generator, name): written_for(run, data, own, adapters[generator], generator, name, folder)
+        for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values())
+    }
     rows = (
         (query, split, leaf.name, number, queries[query], text)
         for leaf in leaves.values()
@@ -128,3 +115,34 @@ def evaluation_expansions(
         for key, (strategy, texts) in made.items()
         for split in SPLITS
     }
+
+
+def written_for(
+    run: Run,
+    data: TrainingData,
+    own: Expander,
+    adapter: Any,
+    generator: str,
+    name: str,
+    folder: str = "",
+) -> tuple[Strategy, Mapping[str, list[list[str]]]]:
+    """What a generator writes for the dev and test queries by a strategy: query id -> texts.
+
+    Arguments are as of `evaluation_expansions`, `name` as of `System.strategy`.
+    """
+    # The config's own is averaged as in training, whatever its authors do.
+    expander, become = own, {"dense": weighted, "kind": "document"}
+    where, what = generator, f"{generator} generator"
+    if name != EXPANSION:
+        expander, become = dataclasses.replace(own, strategy=STRATEGIES[name]), {}
+        where, what = f"{generator}-{name}", f"{what}, {name}"
+    if folder:
+        what = f"{data.collection.name}, {what}"
+    qrels, known = data.collection.qrels, data.collection.queries
+    queries = {query: known[query] for split in SPLITS for query in qrels[split]}
+    with run.phase(f"expansions for evaluation, {what}"):
+        journal = run.path("work", folder, f"evaluation-{where}.jsonl")
+        purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
+        sample = journaled(expander, adapter, journal, purpose)
+        texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
+    return dataclasses.replace(expander.strategy, **become), texts

@@ -3,8 +3,9 @@
     python -m train.export --workdir=DIR --to=OUT --format=base
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
-"adapter", "retriever" (for sentence-transformers) or "encoder" (the retriever's model alone, the
-only form that AnchorDR has). `train.joint` writes generator, adapter and retriever by itself,
+"adapter", "retriever" (for sentence-transformers), "encoder" (the retriever's model alone, the only
+form that AnchorDR has) or "query-encoder" (a distilled query tower, see docs/distill.md).
+`train.joint` writes generator, adapter and retriever by itself,
 `train.generator` the adapter, which "generator" merges, and `train.retriever` the retriever.
 """
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from expandr_jax.config import read_run_config
+from expandr_jax.config import Config, read_run_config
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.retriever import Retriever
@@ -30,6 +31,7 @@ from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import (
     export_encoder,
     export_generator,
+    export_query_encoder,
     export_retriever,
     export_trained,
 )
@@ -37,9 +39,10 @@ from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
 
-OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes.
+OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes of each run.
+TOWER = "query-encoder"  # And of one that has distilled a query tower.
 DTYPES = ("float32", "bfloat16", "source")
-FORMATS = ("base", "generator", "adapter", "retriever", "encoder")
+FORMATS = ("base", "generator", "adapter", "retriever", "encoder", TOWER)
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {
     "triples": {"retriever": "train.retriever or train.joint"},
@@ -47,10 +50,23 @@ _PROGRAMS = {
 }
 
 
+def exports_of(config: Config) -> tuple[str, ...]:
+    """What `export_run` writes of a run, from its export/."""
+    return (*OF_RUN, TOWER) if config.distill.epochs else OF_RUN
+
+
 def export_run(
-    run: Run, retriever: Retriever, params: Any, adapter: Any, progress: Callable[[int], None]
+    run: Run,
+    retriever: Retriever,
+    params: Any,
+    adapter: Any,
+    tower: Any | None,
+    progress: Callable[[int], None],
 ) -> None:
-    """Writes export/retriever, /adapter and /generator (merged), those that are not whole."""
+    """Writes export/retriever, /adapter, /generator (merged) and /query-encoder, if the run has it.
+
+    Those that are whole stay. `params` are the retriever's, `tower` the query tower's.
+    """
     source, lora = run.config.generator, run.config.lora
     dtype = jnp.dtype(run.config.export.dtype)
 
@@ -69,8 +85,9 @@ def export_run(
         "generator": lambda to: export_generator(
             to, base()[0], merge_stored(base()[1], adapter, lora), dtype
         ),
+        TOWER: lambda to: export_query_encoder(to, retriever, tower, dtype),
     }
-    for name in OF_RUN:
+    for name in exports_of(run.config):
         if not run.checksums.intact(f"export/{name}"):
             writes[name](run.path("export", name))
             run.checksums.record(f"export/{name}")
@@ -94,13 +111,15 @@ def export_one(
         UserError: The run is not there or not finished, or the model has no such format.
     """
     config = read_run_config(workdir / "config.json")
-    model = "retriever" if kind in ("retriever", "encoder") else "generator"
+    model = "retriever" if kind in ("retriever", "encoder", TOWER) else "generator"
     pairs_alone = config.data.kind == "preferences"
     if not getattr(config, model).source or (model == "retriever" and pairs_alone):
         raise UserError(f"{workdir}: this run has no {model}, so no {kind} can be written")
     merged = kind == "generator" and pairs_alone
     made = workdir / made_as("adapter" if merged else kind)
     if kind != "base" and not made.exists():
+        if kind == TOWER:
+            raise UserError(f"{made}: not there; let train.distill make it")
         program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")
         raise UserError(f"{made}: not there; let {program} finish this run first")
     target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))

@@ -2,8 +2,9 @@
 
 One round: expand the training queries with the current generator; train the retriever on them
 (step A); encode the corpus and rebuild the index; sample candidates, reward them and train the
-generator by DPO, or on-policy (step B). Then choose settings on dev, score every system on test,
-export, report. The same command again continues where it stopped.
+generator by DPO, or on-policy (step B). Then distill a query tower, if the config asks for one,
+choose settings on dev, score every system on test, export, report. The same command again continues
+where it stopped.
 """
 
 import functools
@@ -26,13 +27,14 @@ from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
-from expandr_jax.ranking.systems import ALL_LABELS, System
+from expandr_jax.ranking.systems import ALL_LABELS, DISTILLED, System
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
+from train.distilled import distill
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,
@@ -42,7 +44,7 @@ from train.evaluation import (
     systems_of_run,
 )
 from train.expansions import run_expander, training_expansions
-from train.export import OF_RUN, export_run
+from train.export import export_run, exports_of
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, negatives_of, training_negatives
@@ -135,12 +137,16 @@ def train_joint(
         adapter = _step_b(run, models, expander, adapter, current, data, round_, functions)
         adapters["trained" if last else name] = adapter
 
+    if config.distill.epochs:
+        retrievers |= distill(run, models, data, words, current, adapter)
     results = evaluate(run, models, data, retrievers, adapters)
     evaluate_benchmarks(run, models, retrievers, adapters, results["chosen"])
 
-    with run.phase("export"), run.reporter.progress("models exported", 3) as advance:
+    tower = retrievers[DISTILLED].params if DISTILLED in retrievers else None
+    count = len(exports_of(config))
+    with run.phase("export"), run.reporter.progress("models exported", count) as advance:
         run.processes.once(
-            lambda: export_run(run, models.retriever, current.params, adapter, advance)
+            lambda: export_run(run, models.retriever, current.params, adapter, tower, advance)
         )
     run.checksums.record(*_written(config))
     return _end(run, results)
@@ -175,9 +181,10 @@ def _step_b(
 def _written(config: Config) -> list[str]:
     """What a run writes for others, from the workdir; the report is made of these each time."""
     rounds = [f"round-{round_}" for round_ in range(config.rounds)]
-    exports = [f"export/{name}" for name in OF_RUN]
+    exports = [f"export/{name}" for name in exports_of(config)]
     tests = ["tests", *_tests(config)] if config.data.tests else []
-    return ["data", *rounds, *result_files(""), *tests, *exports]
+    distilled = ["distilled"] if config.distill.epochs and config.distill.documents else []
+    return ["data", *rounds, *distilled, *result_files(""), *tests, *exports]
 
 
 def _tests(config: Config) -> list[str]:
@@ -224,7 +231,7 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             path.replace(target)
-    run.checksums.forget(*(f"export/{name}" for name in ("retriever", "adapter", "generator")))
+    run.checksums.forget(*(f"export/{name}" for name in exports_of(run.config)))
 
 
 def _check_server(config: Config, systems: Sequence[System]) -> None:

@@ -8,7 +8,7 @@ from expandr_jax import metrics
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Chosen, from_record
-from expandr_jax.ranking.systems import OURS, System, row_of_round
+from expandr_jax.ranking.systems import OURS, QUERY_TOWERS, System, row_of_round
 from expandr_jax.runtime.run import Run
 
 
@@ -48,7 +48,8 @@ def kept_results(
     parts = {part.name: part for system in systems for part in system.with_parts()}
 
     def stands(system: System) -> bool:
-        return same or not (OURS in system.retrievers or "trained" in system.generators)
+        latest = {OURS, *QUERY_TOWERS}
+        return same or not (latest & system.retrievers or "trained" in system.generators)
 
     directory, main = run.path(folder), run.processes.is_main
     names = [system.name for system in systems if system.name in rows and stands(system)]

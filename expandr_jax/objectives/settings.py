@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated
 
 from expandr_jax.generation.settings import SamplingSettings
+from expandr_jax.losses.distillation import DistillationLossSettings
 from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.contrastive import ContrastiveConfig
@@ -92,3 +93,16 @@ class GrpoSettings(PolicySettings, SamplingSettings):
     def updates(self) -> int:
         """Updates of a step."""
         return self.minibatches * self.passes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillSettings(DistillationLossSettings, TrainingSettings):
+    """The section `distill`, of the query tower that learns from expanded queries."""
+
+    epochs: Annotated[float, number(least=0, most=MANY)]
+    weight_decay: NotNegative
+    train_queries: Annotated[int, count(0)]
+    documents: Annotated[int, count(0)]
+    queries_per_document: Annotated[int, count(1, MANY)]
+    depth: Annotated[int, count(1)]
+    control: bool

@@ -18,12 +18,14 @@ from expandr_jax.objectives.contrastive import (
     with_temperature,
 )
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
+from expandr_jax.objectives.distillation import distillation_setup, distilled_losses
 from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.planning.planned import (
     DEPTH,
     ENCODED,
     LENGTH,
     PASSAGES,
+    PROMPT,
     QUERIES,
     Planned,
     check_rows,
@@ -109,6 +111,47 @@ class RetrieverShapes:
             moved=passes * turns * weights + bytes_on_device(state),
             change="a smaller contrastive.micro_batch, contrastive.remat=full, or more fsdp in "
             "mesh.contrastive",
+            values=lambda state, _, key: (untrained(state), batch, key),
+        )
+
+    def distillation(self) -> Planned:
+        """A step of the query tower: its queries as long as prompts are, with documents to rank."""
+        config = self._config.distill
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        rows = config.batch_size
+        check_rows(rows, mesh, "contrastive", "queries")
+        retriever = training_retriever(self.retriever, self._config.contrastive)
+        length, width = min(PROMPT, self._length), retriever.module.config.hidden_size
+        ids = random_tokens(retriever.module, rows, length)
+        batch = {"query_ids": ids, "query_mask": np.ones_like(ids)}
+        batch["targets"] = np.ones((rows, width), np.float32)
+        documents = rows * config.depth if config.kl_weight else 0
+        if documents:
+            batch["documents"] = np.ones((documents, width), np.float32)
+        optimizer = section_optimizer(config, 2, weight_decay=config.weight_decay)
+        setup = distillation_setup(
+            mesh, retriever, self.params, distilled_losses, config, optimizer
+        )
+        state = setup.shapes(self.params)
+        forward = forward_flops(retriever.module, self.params, rows, length)
+        forward += 2 * rows * documents * width
+        passes = TRAINING + (self._config.contrastive.remat == "full")
+        weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
+        return Planned(
+            program=setup.step,
+            arguments=(state, with_shardings(batch, batch_sharding(mesh)), None),
+            mesh=mesh,
+            parameters=state.params,
+            module=retriever.module,
+            rows=rows,
+            tokens=rows * length,
+            forward_flops=forward,
+            passes=passes,
+            needed=TRAINING,
+            learns=True,
+            moved=passes * weights + bytes_on_device(state),
+            change="a smaller distill.batch_size or distill.depth, contrastive.remat=full, or more "
+            "fsdp in mesh.contrastive",
             values=lambda state, _, key: (untrained(state), batch, key),
         )
 

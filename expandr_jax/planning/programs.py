@@ -54,6 +54,8 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         **learning,
         "exact search": beside(retriever.search, *rewarding),
     }
+    if config.distill.epochs:
+        programs["distillation step"] = beside(retriever.distillation, *both)
     if generator.gathers:
         programs["base to every host"] = beside(generator.gather, *both)
     return programs

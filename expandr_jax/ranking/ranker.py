@@ -141,7 +141,7 @@ class Ranker:
     def search(self, system: System, choice: Chosen | None) -> RunScores:
         """What `rank` ranks, its parts being ranked, with expansions or parts used so."""
         dense, settings = self._dense(system), self._settings
-        queries = self._query_vectors(system, choice) if dense else None
+        queries = self.query_vectors(system, choice) if dense else None
         if not self._is_main:
             return {}
         if system.stage in FUSIONS:
@@ -178,7 +178,7 @@ class Ranker:
         dense = self._dense(system)
         if dense is None or not dense.corpus.misses_some:
             return None
-        queries = self._query_vectors(system, self._chosen(system))
+        queries = self.query_vectors(system, self._chosen(system))
         if not self._is_main:
             return None
         count, depth = min(RECALL_QUERIES, len(queries)), self._settings.depth
@@ -227,7 +227,7 @@ class Ranker:
             vectors[present] = search.encode(flat, strategy.kind, names)
         return EncodedQueries(self.ids, plain.queries, vectors, present)
 
-    def _query_vectors(self, system: System, choice: Choice | None) -> np.ndarray | None:
+    def query_vectors(self, system: System, choice: Choice | None) -> np.ndarray | None:
         """[queries, dim] of a leaf or of feedback; None in other processes than 0."""
         if system.stage in FEEDBACKS:
             return self._after_feedback(system)
@@ -298,7 +298,7 @@ class Ranker:
 
     def _after_feedback(self, system: System) -> np.ndarray | None:
         (part,) = system.parts
-        queries, found = self._query_vectors(part, self._chosen(part)), self.rank(part)
+        queries, found = self.query_vectors(part, self._chosen(part)), self.rank(part)
         if not self._is_main:
             return None
         corpus = self._dense(part).corpus

@@ -31,6 +31,8 @@ UNTRAINED = "zero-shot"  # The retriever as the config names it.
 BASE = "base"  # The generator as the config names it.
 ALL_LABELS = "fine-tuned-all"  # Trained, plain, on the queries of step A and of step B.
 OURS = "expandr"  # The row that others are compared with, and the retriever that is ranked by.
+DISTILLED, CONTROL = "expandr-distilled", "expandr-distilled-control"
+QUERY_TOWERS = (DISTILLED, CONTROL)  # They encode queries alone, and search `OURS`'s documents.
 EXPANSION = "expansion"  # The strategy, template and limits of the config's `expansion` section.
 
 
@@ -41,7 +43,7 @@ class System:
     Attributes:
         name: As the user wrote it; its run is runs/NAME.trec.
         retriever: What a leaf searches with: `BM25`, or whose weights encode: `UNTRAINED`,
-            "fine-tuned", `ALL_LABELS`, "expandr" or "round-R".
+            "fine-tuned", `ALL_LABELS`, "expandr", "round-R" or one of `QUERY_TOWERS`.
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
@@ -100,6 +102,7 @@ ROWS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),
     "expandr-base-generator": System("expandr-base-generator", "expandr", BASE, EXPANSION),
     "bm25+expansion": System("bm25+expansion", BM25, "trained", EXPANSION),
+    **{name: System(name, name) for name in QUERY_TOWERS},
 }
 _ROUND = re.compile(r"expandr-round(\d+)")  # Retriever and generator as they were after a round.
 

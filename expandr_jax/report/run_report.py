@@ -179,7 +179,7 @@ def _training(workdir: pathlib.Path) -> Markup | None:
         if row["phase"] == PHASE:  # It has a section of its own.
             continue
         name = f"{row['phase']}, round {row['round']}" if "round" in row else row["phase"]
-        for field in {"loss", "dev_ndcg@10", "margin", "accuracy"} & row.keys():
+        for field in {"loss", "dev_ndcg@10", "margin", "accuracy", "cosine"} & row.keys():
             points[field, name][row["step"]] = row[field]
 
     def draw(field: str, wanted: Callable[[str], bool], ylabel: str) -> str | None:
@@ -194,9 +194,16 @@ def _training(workdir: pathlib.Path) -> Markup | None:
     def generator(name: str) -> bool:
         return name.startswith("generator")
 
+    def tower(name: str) -> bool:
+        return name.startswith("distill")
+
     charts = {
-        "Contrastive loss of the retriever": draw("loss", lambda n: not generator(n), "loss"),
+        "Contrastive loss of the retriever": draw(
+            "loss", lambda n: not (generator(n) or tower(n)), "loss"
+        ),
         "nDCG@10 on dev while training": draw("dev_ndcg@10", lambda _: True, "dev nDCG@10"),
+        "Loss of the query towers": draw("loss", tower, "loss"),
+        "Cosine of a query tower's vectors and its teacher's": draw("cosine", tower, "cosine"),
         "DPO loss of the generator": draw("loss", generator, "DPO loss"),
         "Preference margin over DPO steps": draw("margin", generator, "margin"),
         "Share of pairs that the generator ranks right": draw("accuracy", generator, "accuracy"),

@@ -11,6 +11,8 @@ from expandr_jax.runtime.formats import find_setting
 
 FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 GROWING = ("rounds", "data.tests", "evaluation.systems")
+# Sections that do nothing while a setting of theirs is 0: with it, all of one may change.
+OFF = {"distill": "epochs"}
 
 
 def grown_settings(
@@ -22,7 +24,15 @@ def grown_settings(
         UserError: Others have changed, or these otherwise.
     """
     changes = [c for c in differences(before, now) if c[0].partition(".")[0] not in FREE]
-    grown = {name: old for name, old, new in changes if name in GROWING and _holds(new, old)}
+    opened = tuple(
+        f"{section}." for section, name in OFF.items()
+        if not before[section][name] and now[section][name]
+    )  # fmt: skip
+    grown = {
+        name: old
+        for name, old, new in changes
+        if (name in GROWING and _holds(new, old)) or name.startswith(opened)
+    }
     told = [f"{name} was {old!r}, now {new!r}" for name, old, new in changes if name not in grown]
     if told:
         raise UserError(
@@ -36,6 +46,8 @@ def keep_grown(path: pathlib.Path, names: Iterable[str], values: Mapping[str, An
     """Writes what settings have grown to into a config.json, which is otherwise left as it was."""
     record = json.loads(path.read_bytes())
     for setting in names:
+        first = setting.partition(".")[0]
+        record["config"].setdefault(first, values[first])  # An older run had no such section.
         section, name = find_setting(values, setting)
         find_setting(record["config"], setting)[0][name] = section[name]
     write_json(path, record)

@@ -35,6 +35,12 @@ ABSENT: dict[str, Any] = {
         "watch_kl": 1.0, "watch_entropy": [0.1, 3.0], "watch_repetitive": 0.5, "watch_reward": 1.0,
         "watch_steps": 10, "on_collapse": "stop",
     },
+    "distill": {
+        "epochs": 0.0, "train_queries": 0, "documents": 4096, "queries_per_document": 1,
+        "batch_size": 32, "accumulation": 1, "learning_rate": 5e-5, "warmup_steps": 0,
+        "weight_decay": 0.0, "clip_norm": 1.0, "cosine_weight": 1.0, "kl_weight": 0.0,
+        "temperature": 0.05, "depth": 16, "control": False, "eval_every": 0, "save_every": 100,
+    },
     "generator.thinking": None,
     "generator.today": "",
     "reward.gain": 0.0,

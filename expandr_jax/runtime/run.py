@@ -40,8 +40,8 @@ LIBRARIES = (
 CHECKPOINT = "The last good checkpoint"
 LOCK = ".lock"
 WRITTEN = (
-    "data", "evaluation", "export", "metrics.jsonl", "qrels.trec", "report.html", "results.json",
-    "round-0", "runs", "tensorboard", "timings.json", "work",
+    "data", "distilled", "evaluation", "export", "metrics.jsonl", "qrels.trec", "report.html",
+    "results.json", "round-0", "runs", "tensorboard", "timings.json", "work",
 )  # fmt: skip
 
 

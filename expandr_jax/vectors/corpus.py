@@ -157,6 +157,7 @@ class CorpusRetriever:
         reporter: Shows progress.
         shares: Where processes hand each other vectors that are in no file.
         timed: What the corpus is encoded within.
+        documents: The retriever whose corpus is searched, where this one encodes queries alone.
     """
 
     encoder: TextEncoder
@@ -169,6 +170,7 @@ class CorpusRetriever:
     reporter: Reporter
     shares: pathlib.Path
     timed: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    documents: "CorpusRetriever | None" = None
 
     @functools.cached_property
     def corpus(self) -> Corpus:
@@ -177,6 +179,8 @@ class CorpusRetriever:
         Raises:
             NotFiniteError: A vector is not finite, naming its document.
         """
+        if self.documents is not None:
+            return self.documents.corpus
         main, task = self.processes.is_main, f"{self.path.stem}: documents encoded"
         with self.timed():
             with self.reporter.progress(task, len(self.texts)) as shown:

@@ -26,6 +26,34 @@ from expandr_jax.weights.store import named_tensors, write_model_files
 # A directory with one of these is a model, and may be replaced by another.
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"}
 
+# The model card of a query tower.
+PAIR = """# Query encoder
+
+It encodes queries alone. Documents are encoded by the retriever beside it, `../retriever`, with the
+same vectors as before: an index of them stays as it is.
+
+    from sentence_transformers import SentenceTransformer
+
+    queries = SentenceTransformer("export/query-encoder").encode_query(["how to pad an array"])
+    documents = SentenceTransformer("export/retriever").encode_document(["pad(array, width)"])
+    scores = queries @ documents.T
+
+As one model, with sentence-transformers 6 (5 has Router in `sentence_transformers.models`):
+
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Router
+
+    pair = Router.for_query_document(
+        query_modules=[*SentenceTransformer("export/query-encoder")],
+        document_modules=[*SentenceTransformer("export/retriever")],
+    )
+    model = SentenceTransformer(modules=[pair])
+    scores = model.encode_query(["how to pad an array"]) @ model.encode_document(["pad()"]).T
+
+Such a model has no prompts of its own: where the two have any, give them as `prompts`. It learned
+the vectors that queries have with a generated passage; it takes no passage itself.
+"""
+
 MAX_SHARD_BYTES = 5 * 10**9  # Above it transformers, too, writes several files.
 
 
@@ -77,6 +105,15 @@ def export_trained(
     """Writes a retriever for sentence-transformers, or the encoder alone where that has no such."""
     write = export_retriever if family_of(retriever.module).is_stock else export_encoder
     write(directory, retriever, params, dtype)
+
+
+def export_query_encoder(
+    directory: str | os.PathLike, retriever: Retriever, params: Mapping[str, Any], dtype: Any
+) -> None:
+    """`export_trained` of a query tower, with a README that says how the pair is used."""
+    export_trained(directory, retriever, params, dtype)
+    if family_of(retriever.module).is_stock:
+        Path(directory, "README.md").write_text(PAIR, encoding="utf-8")
 
 
 def export_generator(

@@ -1,0 +1,143 @@
+"""`train.distill` on a finished run: what it adds, what stays, and that a kill changes nothing."""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
+
+from expandr_jax import metrics
+from expandr_jax.files.records import hash_file
+from tests.adding_test import contents
+from tests.commands import command, error_of, finish, step_figures
+
+SETTINGS = {
+    "epochs": 2.0, "documents": 24, "batch_size": 8, "learning_rate": 1e-3, "kl_weight": 0.5,
+    "depth": 4, "save_every": 2,
+}  # fmt: skip
+FILES = ("results.json", "runs", "evaluation", "distilled")
+TOWER = "export/query-encoder"
+
+
+def distill(workdir, **settings):
+    chosen = {**SETTINGS, **settings}
+    overrides = [f"--config.distill.{name}={value}" for name, value in chosen.items()]
+    return command("train.distill", f"--workdir={workdir}", *overrides)
+
+
+def hashes(workdir: pathlib.Path) -> dict[str, str]:
+    """Of every file that a run has."""
+    paths = (path for path in workdir.rglob("*") if path.is_file())
+    return {path.relative_to(workdir).as_posix(): hash_file(path) for path in paths}
+
+
+def rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def distilled(smoke, tmp_path_factory):
+    """A copy of the smoke run with a query tower and its control: (workdir, what it printed)."""
+    workdir = tmp_path_factory.mktemp("distilled") / "run"
+    shutil.copytree(smoke[0], workdir)
+    return workdir, finish(distill(workdir, control=True))
+
+
+@pytest.mark.slow
+def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
+    workdir, printed = distilled
+    before, after = hashes(smoke[0]), hashes(workdir)
+    changed = {name for name in before if after.get(name) != before[name]}
+    told = ("results.json", "config.json", "metrics.jsonl", "timings.json", "report.html",
+            "work/seals.json")  # fmt: skip
+    assert {name for name in changed if not name.startswith("tensorboard/")} <= {*told}
+    added = ["expandr-distilled", "expandr-distilled-control"]
+    old, new = (json.loads((w / "results.json").read_text()) for w in (smoke[0], workdir))
+    assert new["rows"][: len(old["rows"])] == old["rows"]
+    assert [row["system"] for row in new["rows"][len(old["rows"]) :]] == added
+    assert new["chosen"] == old["chosen"]
+    compared = {(test["system"], test["baseline"]) for test in new["significance"]}
+    assert compared >= {("expandr", added[0]), (added[0], "expandr-plain"), tuple(added)}
+    figures, earlier = step_figures(workdir), step_figures(smoke[0])
+    assert figures[: len(earlier)] == earlier
+    phases = {row["phase"] for row in figures[len(earlier) :]}
+    assert phases == {"distill", "distill-control"}
+    assert {"loss", "cosine", "kl", "grad_norm"} < figures[len(earlier)].keys()
+    generated = rows(workdir / "distilled" / "queries.jsonl")
+    assert len(generated) == 24
+    kept = sum(not row["left_out"] for row in generated)
+    assert f"{kept} queries written for 24 documents" in printed
+    assert f"{kept + 40} queries, 40 of them with judgements" in printed
+    steps = [row["step"] for row in figures if row["phase"] == "distill"]
+    assert steps == [*range(2 * ((kept + 40) // 8))]
+    printed = finish(distill(workdir, control=True))
+    assert "all is done: no model is loaded" in printed
+
+
+@pytest.mark.slow
+def test_the_exported_pair_ranks_as_the_row_does(smoke, distilled):
+    """sentence-transformers' vectors of queries over the run's own vectors of documents."""
+    workdir, _ = distilled
+    texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "queries.jsonl")}
+    corpus = rows(workdir / "data" / "corpus.jsonl")
+    vectors = np.load(workdir / "work" / "vectors" / "expandr.npy")
+    tower = SentenceTransformer(str(workdir / TOWER), device="cpu")
+    documents = SentenceTransformer(str(workdir / "export" / "retriever"), device="cpu")
+    run = metrics.read_trec(workdir / "runs" / "expandr-distilled.trec")
+    queries = tower.encode_query([texts[query] for query in run])
+    plain = documents.encode_query([texts[query] for query in run])
+    assert (plain * queries).sum(axis=1).max() < 0.99999  # It has learned something.
+    place = {row["_id"]: i for i, row in enumerate(corpus)}
+    for query, found in zip(queries, run.values(), strict=True):
+        scores = vectors @ query
+        expected = [scores[place[document]] for document in found]
+        np.testing.assert_allclose([*found.values()], expected, atol=1e-5)
+        assert min(expected) >= np.sort(scores)[-len(found)] - 1e-5
+    # As one model.
+    router = Router.for_query_document(query_modules=[*tower], document_modules=[*documents])
+    pair = SentenceTransformer(modules=[router], device="cpu")
+    some = [texts[query] for query in list(run)[:3]]
+    np.testing.assert_allclose(pair.encode_query(some), queries[:3], atol=1e-6)
+    passages = [row["text"] for row in corpus[:3]]
+    np.testing.assert_allclose(
+        pair.encode_document(passages), documents.encode_document(passages), atol=1e-6
+    )
+    readme = (workdir / TOWER / "README.md").read_text()
+    assert "for_query_document" in readme
+
+
+@pytest.mark.slow
+def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke[0], workdir)
+    work, checkpoints = workdir / "work" / "round-0", workdir / "checkpoints"
+    stages = (
+        lambda: any((workdir / "work").glob("generated-queries.jsonl*")),
+        lambda: any(work.glob("distilled-expansions.jsonl*")),
+        lambda: any((checkpoints / "distilled-0").glob("[0-9]*")),
+    )
+    for under_way in stages:
+        process = distill(workdir, control=True)
+        limit = time.monotonic() + 120
+        while not under_way():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(distill(workdir, control=True))
+    assert contents(workdir, *FILES, TOWER) == contents(distilled[0], *FILES, TOWER)
+    assert step_figures(workdir) == step_figures(distilled[0])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_towers_that_it_has(distilled):
+    process = distill(distilled[0], control=True, epochs=3.0)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "distill.epochs was 2.0, now 3.0" in error_of(output)

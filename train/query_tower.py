@@ -1,0 +1,158 @@
+"""Trains a query tower: a copy of the retriever whose plain queries are compared with constants."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expandr_jax import metrics
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.files.records import hash_json
+from expandr_jax.metrics import CHOSEN_BY
+from expandr_jax.objectives.contrastive import training_retriever
+from expandr_jax.objectives.distillation import (
+    Compared,
+    DistillationBatches,
+    Losses,
+    distillation_setup,
+)
+from expandr_jax.pair import RetrieverModel
+from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.ranking.ranker import Ranker, Searches
+from expandr_jax.ranking.systems import DISTILLED, parse_system
+from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.early_stopping import train_with_dev
+from expandr_jax.training.loop import fit
+from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.weights.trees import hash_tree
+
+
+def train_query_tower(
+    run: Run,
+    models: RetrieverModel,
+    data: TrainingData,
+    ours: CorpusRetriever,
+    queries: Mapping[str, str],
+    compared: Compared,
+    *,
+    losses: Losses,
+    phase: str,
+    name: str,
+    of: Sequence[str],
+    round_: int,
+) -> Any:
+    """The parameters of a query tower, as each process can read them all.
+
+    Args:
+        run, models, data: The run; checkpoints go to checkpoints/NAME.
+        ours: The retriever that it begins as, with the documents that dev queries search.
+        queries: Query id -> query, of those that it learns from.
+        compared: What these are compared with.
+        losses: What is learned of that.
+        phase: Its name in metrics.jsonl.
+        name: Sets it apart from other towers of the run.
+        of: Hashes of what it learns from.
+        round_: The run's last round.
+
+    Raises:
+        UserError: The batch size does not fit the mesh, or training diverges.
+    """
+    settings, seed, mesh = run.config.distill, run.config.seed, models.contrastive_mesh
+    check_batch_size("distill.batch_size", settings.batch_size, mesh)
+    retriever = training_retriever(models.retriever, run.config.contrastive)
+    batches = DistillationBatches(
+        models.encoder.tokenize([*queries.values()], "query"),
+        [*queries],
+        compared,
+        settings.batch_size,
+        seed,
+        retriever.tokenizer.pad_token_id,
+        retriever.max_length,
+    )
+    updates = count_updates(settings, len(queries) // settings.batch_size)
+    steps = updates * settings.accumulation
+    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    setup = distillation_setup(mesh, retriever, ours.params, losses, settings, optimizer)
+    start = device_put(ours.params, setup.shardings.params)
+    rows = rows_here(mesh, settings.batch_size)
+    identity = {
+        "model": hash_tree(ours.params),
+        "settings": hash_json(dataclasses.asdict(settings)),
+        "retriever": retriever.identity,
+        "learned": hash_json([*of]),
+        "steps": steps,
+    }
+
+    def checkpoints(which: str, **kept: int) -> Checkpoints:
+        return Checkpoints(run.checkpoints(which), identity, agree=run.processes.all, **kept)
+
+    every = checkpoints(name, keep=run.config.keep, keep_period=steps)
+    log = run.training_log(phase, round_)
+
+    @functools.cache
+    def flops(length: int) -> int:
+        return TRAINING * forward_flops(retriever.module, ours.params, 1, length)
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        arrays, contents = batches.batch(step, rows, flops)
+        if run.processes.count > 1:  # Each has made the rows of its own devices.
+            arrays = device_put_rows(arrays, mesh, rows, settings.batch_size)
+        return arrays, contents
+
+    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
+    def train(last: int) -> Any:
+        """The weights after so many steps."""
+        state = fit(
+            log,
+            setup.create(start),
+            lambda state, batch: setup.step(state, batch, None),
+            batch,
+            first_step=0,
+            steps=last,
+            checkpoints=every,
+            save_every=settings.save_every * settings.accumulation,
+        )
+        return state.params
+
+    if not settings.eval_every:
+        return whole(train(steps))
+    path = run.path("work", f"round-{round_}", f"{name}-dev.jsonl")
+    best = train_with_dev(
+        log,
+        CommonJournal(path, run.processes),
+        start,
+        train,
+        functools.partial(_on_dev, run, data, ours),
+        best=checkpoints(f"{name}-best", keep=1),
+        steps=steps,
+        every=settings.eval_every * settings.accumulation,
+        patience=0,
+    )
+    return whole(best)
+
+
+def _on_dev(run: Run, data: TrainingData, ours: CorpusRetriever, params: Any) -> float:
+    """nDCG@10 of the dev queries with such a tower; all processes call it together."""
+    tower = dataclasses.replace(ours, params=whole(params), documents=ours)
+    judged = data.collection.qrels["dev"]
+    ranker = Ranker(
+        {query: data.collection.queries[query] for query in judged},
+        Searches(lambda _: None, lambda *_: tower, ours.texts),
+        lambda _: None,
+        lambda _: None,
+        run.config.evaluation,
+        run.config.contrastive.normalize,
+        is_main=run.processes.is_main,
+        excluded=data.collection.excluded,
+    )
+    _ = ours.corpus
+    found = ranker.search(parse_system(DISTILLED), None)
+    value = 0.0
+    if run.processes.is_main:
+        value = metrics.mean(metrics.evaluate(found, judged, (CHOSEN_BY,))[CHOSEN_BY])
+    return run.processes.once(lambda: value)
