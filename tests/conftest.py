@@ -29,6 +29,7 @@ from expandr_jax.runtime.bucket import Bucket  # noqa: E402
 from expandr_jax.weights.hf import load_generator, load_retriever  # noqa: E402
 from tests.commands import finish, start  # noqa: E402
 from tests.fake_bucket import NAME, serve  # noqa: E402
+from tests.serving import Server  # noqa: E402
 
 # Where the run that is compared with recorded files is made: none of it may change a file.
 ELSEWHERE = {
@@ -73,6 +74,17 @@ def smoke(tmp_path_factory):
                 process = start(workdir)
             printed.write_text(finish(process), encoding="utf-8")
     return workdir, printed.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def service(smoke, tmp_path_factory):
+    """`eval.serve` on that run; tests leave its documents as they were."""
+    server = Server(smoke[0], tmp_path_factory.mktemp("service") / "state")
+    server.wait_for("are expanded")
+    yield server
+    printed = server.stop()
+    assert "Traceback" not in printed
+    assert len(printed.splitlines()) < 9, printed  # No request is logged.
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,27 +12,33 @@ import pytest
 from rich.console import Console
 
 from configs import base
-from eval.search import _read_run, fitting_mesh, trained_sampler
+from eval.finished import fitting_mesh, open_finished
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import drawing, expansion_text
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.generation.requests import Request
-from tests.commands import ROOT, command, finish
+from tests.commands import ROOT, command
 
 
-def test_it_shows_the_expansion_and_both_rankings(smoke):
-    workdir, _ = smoke
-    output = finish(
-        command("eval.search", f"--workdir={workdir}", "scale the gradient", "--count=3")
-    )
+def test_it_shows_the_expansion_and_both_rankings_and_loads_once(smoke):
+    arguments = [f"--workdir={smoke[0]}", "scale the gradient", "--count=3", "--interactive"]
+    output = subprocess.run(
+        [sys.executable, "-m", "eval.search", *arguments], cwd=ROOT, text=True, timeout=120,
+        input="sort a list\n\nscale the gradient\n", capture_output=True, check=True,
+        env={**os.environ, "XLA_FLAGS": ""},
+    ).stdout  # fmt: skip
     for part in ("expansion:", "query alone", "query + expansion", "search", "write passages"):
-        assert part in output
+        assert output.count(part) >= 3
+    assert output.count("load models") == 1
+    first, *_, last = re.split(r"(?=expansion:)", output)[1:]
+    assert first.split("write passages")[0] == last.split("write passages")[0]
 
 
 def test_it_samples_as_the_run_s_evaluation_did(smoke):
     workdir, _ = smoke
-    config, _ = _read_run(workdir)
+    run = open_finished(workdir)
+    config = run.config
     rows = [
         row
         for _, row in read_jsonl(workdir / "evaluation" / "expansions.jsonl", {})
@@ -45,7 +52,7 @@ def test_it_samples_as_the_run_s_evaluation_did(smoke):
         )
         for row in rows
     ]  # fmt: skip
-    sampler = trained_sampler(workdir, config, Console(quiet=True))
+    sampler = run.sampler(Console(quiet=True))
     made = {(c.id, c.sample): (c, t) for c, t in sampler.generate(None, requests, requests)}
     same = 0
     for request, row in zip(requests, rows, strict=True):
@@ -60,14 +67,15 @@ def test_it_samples_as_the_run_s_evaluation_did(smoke):
 @pytest.mark.parametrize("devices", [1, 3])
 def test_a_run_of_a_larger_machine_is_asked_on_the_devices_there_are(smoke, monkeypatch, devices):
     workdir, _ = smoke
-    config, _ = _read_run(workdir)
+    run = open_finished(workdir)
+    config = run.config
     mesh = dataclasses.replace(config.mesh, data=64, encoding=(8, 4, 2), sampling=(16, 2, 2))
     generator = dataclasses.replace(config.generator, slots=64)
     config = dataclasses.replace(config, mesh=mesh, generator=generator)
     here = jax.devices()[:devices]
     monkeypatch.setattr(jax, "devices", lambda: here)
     assert fitting_mesh(config, "encoding").devices.size == devices
-    sampler = trained_sampler(workdir, config, Console(quiet=True))
+    sampler = dataclasses.replace(run, config=config).sampler(Console(quiet=True))
     assert (sampler.mesh.devices.size, sampler.settings.slots) == (devices, {1: 64, 3: 66}[devices])
     drawn = drawing(config.expansion)
     requests = [Request("q", i, "Sorts a list in place.", 1.0, **drawn) for i in range(2)]
@@ -102,7 +110,7 @@ def test_a_config_that_cannot_be_read_gets_one_line(tmp_path, text, message):
     (tmp_path / "results.json").write_text('{"chosen": {"expandr": {}}}')
     (tmp_path / "export" / "generator").mkdir(parents=True)
     with pytest.raises(UserError, match=message):
-        _read_run(tmp_path)
+        open_finished(tmp_path)
 
 
 def test_a_mistyped_mesh_is_told_and_not_replaced_by_all_devices(tmp_path):
@@ -112,7 +120,7 @@ def test_a_mistyped_mesh_is_told_and_not_replaced_by_all_devices(tmp_path):
     (tmp_path / "results.json").write_text('{"chosen": {"expandr": {}}}')
     (tmp_path / "export" / "generator").mkdir(parents=True)
     with pytest.raises(UserError, match=r"mesh\.encoding is \(1, 2\); expected \(data, fsdp, tens"):
-        _read_run(tmp_path)
+        open_finished(tmp_path)
 
 
 def test_the_readme_s_example_runs(smoke):

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from configs import base, smoke
-from eval.search import _read_run as read_run
+from eval.finished import open_finished
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
@@ -238,7 +238,7 @@ def test_training_alone_imports_them(smoke, module, tmp_path):
     record = json.loads(path.read_text())
     record["config"]["reward"]["functions"] = [f"{name}:f"]
     path.write_text(json.dumps(record))
-    config, _ = read_run(workdir)
+    config = open_finished(workdir).config
     assert config.reward.functions == (f"{name}:f",)
     export_one(workdir, tmp_path / "adapter", "adapter", "float32")
     write_report(workdir)

@@ -1,5 +1,6 @@
 """A dozen expansions beside their queries, with the rank of the relevant document."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -23,6 +24,42 @@ def expansion_cards(workdir: pathlib.Path) -> Markup | None:
 
     The text of the relevant document is shown where the run has data/corpus.jsonl.
     """
+    picked = _picked(workdir)
+    if picked is None:
+        return None
+    documents = _documents(workdir, {row.relevant for row in picked.rows})
+    return parts().cards(
+        f"Rank of the relevant document without the expansion ({_BEFORE}) and with it ({_AFTER}): "
+        "the biggest improvements, the biggest losses, and others drawn by hash.",
+        [_card(row, picked.depth, documents.get(row.relevant)) for row in picked.rows],
+    )
+
+
+def shown_queries(workdir: pathlib.Path) -> list[str]:
+    """The queries of the cards; none where the run lacks a file that they need."""
+    picked = _picked(workdir)
+    return [] if picked is None else [row.query for row in picked.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A query, its expansion, 1 / rank of its relevant document before and after, and that one."""
+
+    query: str
+    expansion: str
+    before: float
+    after: float
+    relevant: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picked:
+    rows: list[_Row]
+    depth: int
+
+
+def _picked(workdir: pathlib.Path) -> _Picked | None:
+    """The queries that are shown; None where the run lacks a file."""
     paths = [workdir / "runs" / f"{system}.trec" for system in (_BEFORE, _AFTER)]
     needed = [*paths, workdir / "qrels.trec", workdir / "evaluation" / "expansions.jsonl"]
     if not all(path.exists() for path in needed):
@@ -37,17 +74,14 @@ def expansion_cards(workdir: pathlib.Path) -> Markup | None:
     # 1 / rank of the first relevant document, 0 where none was found.
     before, after = (metrics.evaluate(run, qrels, ["mrr"])["mrr"] for run in runs)
     depth = max((len(scores) for run in runs for scores in run.values()), default=0)
-    picked = _pick({query: after[query] - before[query] for query in shown})
-    relevant = {query: max(qrels[query], key=qrels[query].get) for query in picked}
-    documents = _documents(workdir, set(relevant.values()))
-    return parts().cards(
-        f"Rank of the relevant document without the expansion ({_BEFORE}) and with it ({_AFTER}): "
-        "the biggest improvements, the biggest losses, and others drawn by hash.",
-        [
-            _card(shown[query], before[query], after[query], depth, documents.get(document))
-            for query, document in relevant.items()
-        ],
-    )
+    rows = [
+        _Row(
+            shown[query]["query"], shown[query]["expansion"], before[query], after[query],
+            max(qrels[query], key=qrels[query].get),
+        )
+        for query in _pick({query: after[query] - before[query] for query in shown})
+    ]  # fmt: skip
+    return _Picked(rows, depth)
 
 
 def _pick(change: Mapping[str, float]) -> list[str]:
@@ -60,15 +94,14 @@ def _pick(change: Mapping[str, float]) -> list[str]:
     return gains + losses + others[: 3 * _SHOWN_EACH - len(gains) - len(losses)]
 
 
-def _card(
-    row: Mapping[str, Any], before: float, after: float, depth: int, document: str | None
-) -> Card:
-    trend = "better" if after > before else "worse" if after < before else "same"
-    labels = [str(round(1 / x)) if x else f"beyond {depth}" for x in (before, after)]
-    expansion = clip(row["expansion"], _EXPANSION_CHARACTERS) or "(empty)"
+def _card(row: _Row, depth: int, document: str | None) -> Card:
+    change = row.after - row.before
+    trend = "better" if change > 0 else "worse" if change < 0 else "same"
+    labels = [str(round(1 / x)) if x else f"beyond {depth}" for x in (row.before, row.after)]
+    expansion = clip(row.expansion, _EXPANSION_CHARACTERS) or "(empty)"
     if document is not None:
         document = clip(document, _DOCUMENT_CHARACTERS)
-    return Card(row["query"], trend, f"rank {' → '.join(labels)}", trend, expansion, document)
+    return Card(row.query, trend, f"rank {' → '.join(labels)}", trend, expansion, document)
 
 
 def _documents(workdir: pathlib.Path, wanted: set[str]) -> dict[str, str]:

@@ -1,0 +1,109 @@
+"""A trained pair at work: queries are encoded and expanded, and documents are found for them."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from expandr_jax.serving.cache import Expansion
+from expandr_jax.serving.documents import Hit
+from expandr_jax.serving.queries import QueryEncoder
+from expandr_jax.vectors.query import Normalize, fuse
+
+
+class Searched(Protocol):
+    """Documents, as `View` or `LiveDocuments` has them."""
+
+    def search(self, queries: np.ndarray, k: int, among: Sequence[Any] = ()) -> list[list[Hit]]:
+        """The k best documents of each query [Q, D], of those that `among` names, if any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One query to search for.
+
+    Attributes:
+        query: Its text.
+        k: Documents.
+        expansion: What was written for it; None: the query is alone.
+        among: Ids to which the results are limited; None: to none.
+        distilled: Whether it is encoded by the encoder that has learned what expansions say.
+    """
+
+    query: str
+    k: int
+    expansion: Expansion | None = None
+    among: tuple[str, ...] | None = None
+    distilled: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What was found, and how long encoding and searching took, with all of the same batch."""
+
+    hits: list[Hit]
+    encode_seconds: float
+    search_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """How a run's chosen system searches.
+
+    Attributes:
+        encoder: Queries and passages to vectors.
+        documents: What is searched.
+        query_weight: The query's part in the vector of an expanded one.
+        normalize: Where vectors are brought to unit length; see `expanded_query`.
+        distilled: The encoder of queries that `train.distill` made, if it has.
+    """
+
+    encoder: QueryEncoder
+    documents: Searched
+    query_weight: float
+    normalize: Normalize
+    distilled: QueryEncoder | None = None
+
+    def search(self, asked: Sequence[Asked]) -> list[Answered]:
+        """Finds documents for several queries at once."""
+        start = time.perf_counter()
+        vectors = self._vectors(asked)
+        encoded = time.perf_counter()
+        most = max(one.k for one in asked)
+        found = self.documents.search(vectors, most, [one.among for one in asked])
+        end = time.perf_counter()
+        times = encoded - start, end - encoded
+        return [Answered(hits[: one.k], *times) for one, hits in zip(asked, found, strict=True)]
+
+    def compile(self) -> None:
+        """Has no request wait for a program."""
+        for encoder in filter(None, (self.encoder, self.distilled)):
+            encoder.compile()
+
+    def compile_expanded(self, samples: int) -> None:
+        """As `compile`, of queries with so many passages."""
+        vectors = self.passages(["passage"] * samples)
+        self.search([Asked("query", 1, Expansion(("passage",) * samples, vectors))])
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of passages that were written for queries."""
+        return self.encoder.encode(texts, ["document"] * len(texts))
+
+    def fused(self, query: np.ndarray, expansion: Expansion) -> np.ndarray:
+        """The vector [D] of an expanded query, of that of the query alone."""
+        present = np.array([[bool(text) for text in expansion.texts]])
+        options = {"query_weight": self.query_weight, "normalize": self.normalize}
+        return np.asarray(fuse(query[None], expansion.vectors[None], present, **options))[0]
+
+    def _vectors(self, asked: Sequence[Asked]) -> np.ndarray:
+        rows: list[np.ndarray] = [np.empty(0)] * len(asked)
+        for distilled, encoder in ((False, self.encoder), (True, self.distilled)):
+            places = [i for i, one in enumerate(asked) if one.distilled == distilled]
+            texts = [asked[i].query for i in places]
+            vectors = encoder.encode(texts, ["query"] * len(texts)) if texts else ()
+            for place, vector in zip(places, vectors, strict=True):
+                own = asked[place].expansion
+                rows[place] = vector if own is None else self.fused(vector, own)
+        return np.stack(rows)

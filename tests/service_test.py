@@ -1,0 +1,200 @@
+"""The service and its API around models that do as they are told: queues, deadlines, refusals."""
+
+import asyncio
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from expandr_jax.serving.cache import Expansion
+from expandr_jax.serving.documents import Hit
+from expandr_jax.serving.guard import MOST_BODY, Access
+from expandr_jax.serving.measures import Measures
+from expandr_jax.serving.pair import Answered
+from expandr_jax.serving.service import Limits, Refused, Service
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+from expandr_jax.serving.app import make_app
+
+
+class Models:
+    """A pair, documents and expansions in one, which wait while `held` is set."""
+
+    distilled = None
+    at_once = 4
+    writes = 0
+
+    def __init__(self):
+        self.goes_on, self.calls, self.fails = threading.Event(), [], False
+        self.goes_on.set()
+
+    def search(self, asked):
+        self.calls.append([one.query for one in asked])
+        assert self.goes_on.wait(10)
+        if self.fails:
+            raise RuntimeError("a secret question")
+        return [Answered([Hit("id", 0.5, one.query)], 0.0, 0.0) for one in asked]
+
+    def find(self, query):
+        return Expansion(("kept",), np.zeros((1, 2)), True) if query == "kept" else None
+
+    def make(self, queries):
+        self.calls.append(list(queries))
+        assert self.goes_on.wait(10)
+        return [Expansion((f"about {query}",), np.zeros((1, 2))) for query in queries]
+
+    def put(self, documents):
+        raise OSError(28, "No space left on device")
+
+    def __len__(self):
+        return 1
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def models():
+    return Models()
+
+
+@pytest.fixture
+def service(models):
+    service = Service(Measures(), Limits(searches=2, expansions=2, writes=1))
+    service.begin(models, models)
+    service.begin_expanding(models)
+    yield service
+    models.goes_on.set()
+    service.close()
+
+
+async def until(condition):
+    """Waits for something that another thread is to do."""
+    limit = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < limit
+        await asyncio.sleep(0.002)
+
+
+async def call(app, method, path, *parts: bytes, **headers):
+    """Status, headers and answer of a request to an ASGI application."""
+    names = {"host": "localhost", "content-type": "application/json", **headers}
+    received = [{"type": "http.request", "body": p, "more_body": True} for p in parts]
+    received.append({"type": "http.request", "body": b"", "more_body": False})
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return received.pop(0)
+
+    scope = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(),
+        "query_string": b"", "scheme": "http", "http_version": "1.1", "root_path": "",
+        "headers": [(k.encode(), v.encode()) for k, v in names.items()],
+    }  # fmt: skip
+    try:
+        await app(scope, receive, send)
+    except RuntimeError:
+        assert sent  # Starlette raises what it has answered, for the log.
+    start, *bodies = sent
+    content = json.loads(b"".join(message["body"] for message in bodies))
+    return start["status"], dict(start["headers"]), content
+
+
+def test_what_is_more_than_may_wait_is_refused_and_may_come_again(service, models):
+    app = make_app(service, Access())
+
+    async def run():
+        models.goes_on.clear()
+        body = b'{"query": "a"}'
+        waiting = [asyncio.create_task(call(app, "POST", "/search", body))]
+        await until(lambda: models.calls)
+        waiting += [asyncio.create_task(call(app, "POST", "/search", body)) for _ in range(2)]
+        await until(lambda: len(service._searches) == 2)
+        refused = await call(app, "POST", "/search", body)
+        models.goes_on.set()
+        return refused, await asyncio.gather(*waiting), await call(app, "POST", "/search", body)
+
+    (status, headers, answer), others, again = asyncio.run(run())
+    assert (status, answer["error"]["reason"]) == (429, "busy")
+    assert int(headers[b"retry-after"]) >= 1
+    assert [one[0] for one in (*others, again)] == [200] * 4
+
+
+def test_a_late_passage_is_left_out_and_made_all_the_same(service, models):
+    async def run():
+        models.goes_on.clear()
+        late = asyncio.create_task(service.search("new", 1, "expanded", 0.05))
+        await until(lambda: models.calls)
+        start = time.perf_counter()
+        await asyncio.sleep(0.1)
+        models.goes_on.set()
+        answer = await late
+        assert time.perf_counter() - start < 5
+        return answer, await service.search("kept", 1, "expanded", 0.05)
+
+    late, kept = asyncio.run(run())
+    assert (late.mode, late.late, late.expansion) == ("plain", True, None)
+    assert (kept.mode, kept.late, kept.expansion.texts) == ("expanded", False, ("kept",))
+    assert models.calls[0] == ["new"]
+    assert models.calls.count(["new"]) == 2  # Its passage, and its search.
+
+
+def test_passages_that_are_asked_for_together_are_written_together(service, models):
+    async def run():
+        models.goes_on.clear()
+        tasks = [asyncio.create_task(service.expand("a", 5))]
+        await until(lambda: models.calls)
+        tasks += [asyncio.create_task(service.expand(query, 5)) for query in "bc"]
+        await until(lambda: len(service._passages) == 2)
+        with pytest.raises(Refused) as refused:
+            await service.expand("d", 5)
+        models.goes_on.set()
+        return refused.value, await asyncio.gather(*tasks)
+
+    refused, made = asyncio.run(run())
+    assert refused.status == 429
+    assert [expansion.texts[0] for expansion, _ in made] == ["about a", "about b", "about c"]
+    assert models.calls == [["a"], ["b", "c"]]
+
+
+def test_a_full_disk_and_a_failure_are_told_without_the_question(service, models, caplog):
+    app = make_app(service, Access())
+    document = b'{"documents": [{"id": "a", "text": "x"}]}'
+    status, _, answer = asyncio.run(call(app, "POST", "/documents", document))
+    assert (status, answer["error"]["reason"]) == (507, "disk")
+    models.fails = True
+    status, _, answer = asyncio.run(call(app, "POST", "/search", b'{"query": "a secret question"}'))
+    assert (status, answer["error"]["reason"]) == (500, "failed")
+    assert "secret" not in json.dumps(answer) + caplog.text
+
+
+def test_nothing_is_answered_before_it_is_there():
+    service = Service(Measures())
+    app = make_app(service, Access())
+    status, headers, answer = asyncio.run(call(app, "POST", "/search", b'{"query": "x"}'))
+    assert (status, answer["error"]["reason"]) == (503, "loading")
+    assert headers[b"retry-after"]
+    assert asyncio.run(call(app, "GET", "/health"))[0] == 503
+    service.close()
+
+
+def test_a_body_without_a_length_is_bounded(service):
+    app = make_app(service, Access())
+    parts = [b" " * (1 << 20)] * (MOST_BODY // (1 << 20) + 1)
+    status, _, answer = asyncio.run(call(app, "POST", "/search", *parts))
+    assert (status, answer["error"]["reason"]) == (413, "size")
+
+
+def test_the_token_is_wanted_before_anything_is_read(service):
+    app = make_app(service, Access(("localhost",), "secret"))
+    body = b'{"query": "x"}'
+    assert asyncio.run(call(app, "POST", "/search", body))[0] == 401
+    headers = {"authorization": "Bearer secret"}
+    assert asyncio.run(call(app, "POST", "/search", body, **headers))[0] == 200
+    assert asyncio.run(call(app, "GET", "/health"))[0] == 200
+    assert asyncio.run(call(app, "GET", "/openapi.json"))[0] == 401

@@ -1,0 +1,160 @@
+"""Parts of the service, without models: who may ask, the queue, the cache, exact search."""
+
+import base64
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from expandr_jax.errors import UserError
+from expandr_jax.search import build_index
+from expandr_jax.serving.batching import Batcher, Busy
+from expandr_jax.serving.cache import Cache, Expansion
+from expandr_jax.serving.flat import BLOCK, search_flat
+from expandr_jax.serving.guard import MOST_BODY, Access
+
+JSON = {"host": "localhost:8000", "content-type": "application/json"}
+BASIC = base64.b64encode(b"anyone:secret").decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, None),
+        ({"host": "127.0.0.1"}, None),
+        ({"host": "[::1]:8000"}, None),
+        ({"host": "evil.example"}, 403),
+        ({"host": "localhost.evil.example:8000"}, 403),
+        ({"host": ""}, 403),
+        ({"origin": "http://localhost:8000"}, None),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://localhost:9000"}, 403),
+        ({"origin": "null"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-origin"}, None),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": ""}, 415),
+        ({"content-type": "application/json; charset=utf-8"}, None),
+        ({"content-length": str(MOST_BODY)}, None),
+        ({"content-length": str(MOST_BODY + 1)}, 413),
+        ({"content-length": "9" * 5000}, 413),
+    ],
+)
+def test_a_page_elsewhere_cannot_post_to_a_loopback_service(headers, status):
+    refused = Access().refuses("POST", "/search", JSON | headers)
+    assert (refused and refused[0]) == status
+
+
+@pytest.mark.parametrize(
+    ("authorization", "path", "status"),
+    [
+        ("", "/search", 401),
+        ("", "/health", None),
+        ("", "/health/", 401),
+        ("Bearer secret", "/search", None),
+        ("bearer secret", "/search", None),
+        ("Bearer secre", "/search", 401),
+        ("Bearer sécret", "/search", 401),
+        ("secret", "/search", 401),
+        (f"Basic {BASIC}", "/", None),
+        ("Basic ####", "/", 401),
+        (f"Basic {base64.b64encode(b'secret').decode()}", "/", 401),
+    ],
+)
+def test_the_token_is_wanted_for_all_but_health(authorization, path, status):
+    access = Access(("box",), "secret")
+    refused = access.refuses("GET", path, {"host": "box", "authorization": authorization})
+    assert (refused and refused[0]) == status
+
+
+def test_requests_that_come_together_are_worked_off_together():
+    began, goes_on, calls = threading.Event(), threading.Event(), []
+
+    def work(items):
+        calls.append(list(items))
+        began.set()
+        assert goes_on.wait(5)
+        if "bad" in items:
+            raise ValueError("bad")
+        return [item.upper() for item in items]
+
+    batcher = Batcher(work, 3, 4, "test")
+    first = batcher.submit("a")
+    assert began.wait(5)
+    others = [batcher.submit(item) for item in "bcd"]
+    assert others[1].cancel()
+    others.append(batcher.submit("bad"))
+    with pytest.raises(Busy):
+        batcher.submit("e")
+    goes_on.set()
+    assert (first.result(5), others[0].result(5)) == ("A", "B")
+    with pytest.raises(ValueError, match="bad"):
+        others[3].result(5)
+    batcher.close()
+    assert calls == [["a"], ["b", "d"], ["bad"]] or calls == [["a"], ["b"], ["d", "bad"]]
+    with pytest.raises(Busy):
+        batcher.submit("f")
+
+
+def expansion(text: str) -> Expansion:
+    return Expansion((text, ""), np.array([[1.5, -2.0], [0.25, 0.0]], np.float32))
+
+
+def test_expansions_are_kept_for_a_time(tmp_path):
+    clock = [1000.0]
+    cache = Cache(tmp_path / "c", 10**6, 50.0, lambda: clock[0])
+    cache.put("k", "query", expansion("text ✓"))
+    assert cache.get("other") is None
+    cache.close()
+    cache = Cache(tmp_path / "c", 10**6, 50.0, lambda: clock[0])  # It outlasts the service.
+    found = cache.get("k")
+    assert (found.texts, found.cached) == (("text ✓", ""), True)
+    np.testing.assert_array_equal(found.vectors, expansion("").vectors)
+    clock[0] += 51
+    assert cache.get("k") is None
+    assert (tmp_path / "c").stat().st_mode & 0o077 == 0
+
+
+def test_those_used_least_recently_make_room(tmp_path):
+    clock = [0.0]
+    cache = Cache(tmp_path / "c", 20_000, 10**9, lambda: clock[0])
+    for number in range(40):
+        clock[0] += 4000
+        cache.put(f"k{number}", "query", expansion("x" * 1000))
+        assert cache.get("k0") is not None  # Used again and again.
+    assert 10 < len(cache) < 20
+    assert cache.get("k39") is not None
+    assert cache.get("k1") is None
+    cache.put("large", "query", expansion("x" * 30_000))
+    assert cache.get("large") is None
+
+
+def test_a_file_that_is_no_cache_is_told(tmp_path):
+    (tmp_path / "c").write_text("no database, and longer than its header" * 99)
+    with pytest.raises(UserError, match="cannot be used"):
+        Cache(tmp_path / "c", 1, 1)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(7, 3), (7, 9), (BLOCK + 5, 4)])
+def test_exact_search_finds_what_the_index_does(rows, k):
+    drawn = np.random.default_rng(0)
+    vectors = drawn.integers(-2, 3, (rows, 4)).astype(np.float32)  # Many ties.
+    queries = drawn.integers(-2, 3, (3, 4)).astype(np.float32)
+    scores, places = build_index(vectors, "exact").search(queries, k)
+    found = search_flat(vectors, queries, k)
+    for one, (of_one, row) in enumerate(found):
+        np.testing.assert_array_equal(of_one, scores[one])
+        np.testing.assert_array_equal(row, places[one])
+    dead = np.ones(rows, bool)
+    dead[[1, 5]] = False
+    assert all(sorted(row) == [1, 5] for _, row in search_flat(vectors, queries, k, dead))
+
+
+def test_a_single_request_waits_for_nobody():
+    batcher = Batcher(list, 16, 16, "test")
+    start = time.perf_counter()
+    assert batcher.submit(1).result(5) == 1
+    assert time.perf_counter() - start < 0.5
+    batcher.close()
