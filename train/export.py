@@ -3,10 +3,11 @@
     python -m train.export --workdir=DIR --to=OUT --format=base
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
-"adapter", "retriever" (for sentence-transformers), "encoder" (the retriever's model alone, the only
-form that AnchorDR has) or "query-encoder" (a distilled query tower, see docs/distill.md).
-`train.joint` writes generator, adapter and retriever by itself,
-`train.generator` the adapter, which "generator" merges, and `train.retriever` the retriever.
+"gguf" (that in one file for llama.cpp, OUT.gguf), "adapter", "retriever" (for
+sentence-transformers), "encoder" (the retriever's model alone, the only form that AnchorDR has) or
+"query-encoder" (a distilled query tower, see docs/distill.md). `train.joint` writes generator,
+adapter and retriever by itself, `train.generator` the adapter, which "generator" and "gguf" merge,
+and `train.retriever` the retriever.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from expandr_jax.weights.export import (
     export_retriever,
     export_trained,
 )
+from expandr_jax.weights.gguf_writer import GGUF_TYPES, export_gguf
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
 from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
@@ -42,7 +44,8 @@ from train.launch import define_workdir, launch
 OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes of each run.
 TOWER = "query-encoder"  # And of one that has distilled a query tower.
 DTYPES = ("float32", "bfloat16", "source")
-FORMATS = ("base", "generator", "adapter", "retriever", "encoder", TOWER)
+FORMATS = ("base", "generator", "gguf", "adapter", "retriever", "encoder", TOWER)
+_WHOLE = ("generator", "gguf")  # Those that have the adapter merged.
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {
     "triples": {"retriever": "train.retriever or train.joint"},
@@ -95,17 +98,23 @@ def export_run(
 
 
 def export_one(
-    workdir: pathlib.Path, to: pathlib.Path, kind: str, dtype: str, address: str | None = None
+    workdir: pathlib.Path,
+    to: pathlib.Path,
+    kind: str,
+    dtype: str,
+    address: str | None = None,
+    gguf_type: str = "f16",
 ) -> None:
-    """Writes one of a finished run's models to a directory.
+    """Writes one of a finished run's models.
 
     Args:
         workdir: The run.
-        to: The directory to write.
+        to: The directory to write; of "gguf" the file.
         kind: One of FORMATS.
         dtype: Type of the tensors, or "source" for each tensor's own in the model that the run
             started from; an adapter is always float32.
         address: What the user calls the run, where it is a copy of one in a bucket.
+        gguf_type: One of GGUF_TYPES, of "gguf".
 
     Raises:
         UserError: The run is not there or not finished, or the model has no such format.
@@ -115,19 +124,19 @@ def export_one(
     pairs_alone = config.data.kind == "preferences"
     if not getattr(config, model).source or (model == "retriever" and pairs_alone):
         raise UserError(f"{workdir}: this run has no {model}, so no {kind} can be written")
-    merged = kind == "generator" and pairs_alone
+    merged = kind in _WHOLE and pairs_alone
     made = workdir / made_as("adapter" if merged else kind)
     if kind != "base" and not made.exists():
         if kind == TOWER:
             raise UserError(f"{made}: not there; let train.distill make it")
         program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")
         raise UserError(f"{made}: not there; let {program} finish this run first")
-    target = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
+    kept = dtype if dtype == "source" else np.dtype(jnp.dtype(dtype))
     write: Callable[..., None] = export_generator
     if model == "retriever":
         write = export_encoder if kind == "encoder" else export_retriever
         exported, params = load_retriever(str(made), in_files=True)
-    elif kind == "generator" and not merged:
+    elif kind in _WHOLE and not merged:
         exported, params = load_generator(str(made), in_files=True)
     else:
         source = config.generator
@@ -140,14 +149,17 @@ def export_one(
             export_adapter(to, adapter, lora, shape, base)
             return
         params = merge_stored(params, adapter, lora)
-    elif kind != "base" and target == "source":
+    elif kind != "base" and kept == "source":
         exported = _with_types_of(exported, getattr(config, model).source)
-    write(to, exported, params, target)
+    if kind == "gguf":
+        export_gguf(to, exported, params, gguf_type)
+    else:
+        write(to, exported, params, kept)
 
 
 def made_as(kind: str) -> str:
     """What a run writes of itself that a format is made of, from the workdir."""
-    return "export/" + {"encoder": "retriever"}.get(kind, kind)
+    return "export/" + {"encoder": "retriever", "gguf": "generator"}.get(kind, kind)
 
 
 def _with_types_of(model: Any, source: str) -> Any:
@@ -156,26 +168,40 @@ def _with_types_of(model: Any, source: str) -> Any:
     return dataclasses.replace(model, files=files)
 
 
+def target(to: str | None, kind: str, dtype: str | None = None) -> pathlib.Path:
+    """Where --to says that a format is written; `dtype` is what --dtype asks for, if anything."""
+    if not to:
+        raise UserError("--to is missing: the directory to write")
+    if is_bucket(to):
+        raise UserError(f"--to={to}: expected a directory of this machine")
+    path = pathlib.Path(to).absolute()
+    if kind == "gguf" and (path.suffix != ".gguf" or path.is_dir()):
+        raise UserError(f"--to={to}: expected the name of a file that ends in .gguf")
+    if kind == "gguf" and dtype:
+        raise UserError(f"--dtype={dtype}: is not of GGUF; expected --gguf_type")
+    return path
+
+
 def main(_: Any) -> None:
     values = flags.FLAGS
-    if not values.to:
-        raise UserError("--to is missing: the directory to write")
-    if is_bucket(values.to):
-        raise UserError(f"--to={values.to}: expected a directory of this machine")
-    to = pathlib.Path(values.to).absolute()
+    dtype = values.dtype if flags.FLAGS["dtype"].present else None
+    to = target(values.to, values.format, dtype)
     # train.generator writes an adapter, which is merged when the whole model is asked for.
     parts = {made_as(kind) for kind in (values.format, "adapter")}
     workdir = local_copy(values.workdir, "config.json", *sorted(parts))
     address = values.workdir if is_bucket(values.workdir) else None
-    export_one(workdir, to, values.format, values.dtype, address)
+    export_one(workdir, to, values.format, values.dtype, address, values.gguf_type)
     plain_console().print(f"{values.format} written to {to}", soft_wrap=True)
 
 
 def define_flags() -> None:
     define_workdir()
-    flags.DEFINE_string("to", None, "The directory to write; a model that is there is replaced.")
+    flags.DEFINE_string(
+        "to", None, "The directory (gguf: the file) to write; a model that is there is replaced."
+    )
     flags.DEFINE_enum("format", "generator", FORMATS, "Which model.")
     flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of the tensors.")
+    flags.DEFINE_enum("gguf_type", "f16", tuple(GGUF_TYPES), "Type of a GGUF file's tables.")
 
 
 if __name__ == "__main__":

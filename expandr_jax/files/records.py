@@ -60,7 +60,7 @@ def open_jsonl(
     path: str | os.PathLike,
 ) -> Iterator[Callable[[Iterable[Mapping[str, Any]]], None]]:
     """Yields a function that adds rows; the file appears when the block ends well."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         yield lambda rows: file.writelines(map(_encode, rows))
 
 
@@ -71,7 +71,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text, as `write_jsonl` does."""
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
@@ -242,7 +242,7 @@ class Journal:
 
     def _write(self, path: Path, rows: Iterable[Mapping[str, Any]], closed: bool) -> None:
         starts, position, check = array("q"), 0, 0
-        with _replacing(path) as file:
+        with replacing(path) as file:
             for line, last in _checked_lines(rows, 0, closed):
                 file.write(line)
                 starts.append(position)
@@ -346,7 +346,7 @@ def _encode(row: Mapping[str, Any]) -> bytes:
 
 
 @contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a temporary file that replaces `path` when the block ends well."""
     path = Path(path)
     # A fixed name, so that kills leave at most one behind and the next write reuses it.

@@ -16,14 +16,14 @@ from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -51,9 +51,9 @@ _UNREAD = (
 _OLLAMA = {"rope.global.freq_base": "rope.freq_base", "rope.local.freq_base": "rope.freq_base_swa"}
 _PATTERN = "attention.sliding_window_pattern"  # Each so many layers one sees all; or a list.
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_)\w+_token_id")
-_ROTARY = re.compile(r"[qk]_proj\.weight$")
+ROTARY = re.compile(r"[qk]_proj\.weight$")
 # Norms that only Gemma has, or that have another place in it.
 _GEMMA_NORMS = {
     "post_attention_norm": "post_attention_layernorm",
@@ -80,10 +80,10 @@ def open_gguf(path: Path) -> ModelFiles:
         raise UserError(
             f"{path}: it is one of {parts} parts: join them by llama-gguf-split --merge"
         )
-    architecture = metadata.choice("general.architecture", tuple(_ARCHITECTURES))
-    block = _BLOCK | (_GEMMA_NORMS if architecture == "gemma3" else {})
+    architecture = metadata.choice("general.architecture", tuple(ARCHITECTURES))
+    block = block_names(architecture)
     stored = {_hf_name(name, block): name for name in reader.tensors}
-    stored.pop(_ROPE_FACTORS, None)
+    stored.pop(ROPE_FACTORS, None)
     tensors = {
         name: jax.ShapeDtypeStruct(reader.tensors[key].shape, np.float32)
         for name, key in stored.items()
@@ -99,7 +99,7 @@ def open_gguf(path: Path) -> ModelFiles:
         """In float32, as the original model had it."""
         if architecture == "gemma3" and name.endswith("norm.weight"):
             return reader.read(stored[name], rows) - 1  # llama.cpp keeps 1 + w
-        if architecture != "llama" or not _ROTARY.search(name):
+        if architecture != "llama" or not ROTARY.search(name):
             return reader.read(stored[name], rows)
         # llama.cpp interleaves the halves that rotate together.
         array = reader.read(stored[name])
@@ -127,7 +127,7 @@ def _config(
     reader: GgufReader,
 ) -> dict[str, Any]:
     """The metadata as a Hugging Face configuration."""
-    kind, class_name = _ARCHITECTURES[architecture]
+    kind, class_name = ARCHITECTURES[architecture]
     own, tokenizer = metadata.under(f"{architecture}."), metadata.under("tokenizer.ggml.")
     own = _as_llama_cpp(own, architecture)
     heads, width = own.count("attention.head_count"), own.count("embedding_length")
@@ -191,12 +191,12 @@ def _config(
     name = "rope.scaling.factor" if "rope.scaling.factor" in own else "rope.scale_linear"
     factor = own.number(name, 1.0) or 1.0
     if kind == "linear" and factor != 1:
-        if factor < 0 or _ROPE_FACTORS in reader.tensors:
-            raise own.refuse(name, f"one above 0, and no {_ROPE_FACTORS} beside it")
+        if factor < 0 or ROPE_FACTORS in reader.tensors:
+            raise own.refuse(name, f"one above 0, and no {ROPE_FACTORS} beside it")
         config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
-    elif _ROPE_FACTORS in reader.tensors:
+    elif ROPE_FACTORS in reader.tensors:
         plain = config["rope_theta"] ** -(np.arange(0, config["head_dim"], 2) / config["head_dim"])
-        config["rope_scaling"] = _llama3_scaling(reader.read(_ROPE_FACTORS), plain, metadata.where)
+        config["rope_scaling"] = _llama3_scaling(reader.read(ROPE_FACTORS), plain, metadata.where)
     return config
 
 
@@ -227,7 +227,7 @@ def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict
     scaling = RopeScaling("llama3", factor, 1.0, 4.0, 8192)  # as every Llama 3 so far
     expected = plain / np.asarray(scale_frequencies(plain, scaling))
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
-        raise UserError(f"{where}: {_ROPE_FACTORS} is not Llama 3's rope scaling")
+        raise UserError(f"{where}: {ROPE_FACTORS} is not Llama 3's rope scaling")
     return {
         "rope_type": scaling.kind,
         "factor": factor,
@@ -237,10 +237,15 @@ def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict
     }
 
 
+def block_names(architecture: str) -> dict[str, str]:
+    """What a block's tensors are called: llama.cpp's name to Hugging Face's."""
+    return BLOCK | (_GEMMA_NORMS if architecture == "gemma3" else {})
+
+
 def _hf_name(name: str, block: Mapping[str, str]) -> str:
     stem, _, suffix = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{suffix}"
+    if stem in TOP:
+        return f"{TOP[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if match and match[2] in block:
         return f"model.layers.{match[1]}.{block[match[2]]}.{suffix}"

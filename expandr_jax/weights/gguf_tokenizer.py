@@ -17,15 +17,16 @@ from expandr_jax.errors import UserError
 from expandr_jax.weights.fields import Fields, one_line, shown
 from expandr_jax.weights.tokenizer import between
 
-_PREFIX = "tokenizer.ggml."
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+PREFIX = "tokenizer.ggml."
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = ("qwen2", "deepseek-r1-qwen")
-# How text is cut before merging, by tokenizer.ggml.pre.
-_SPLITS = {
+# How text is cut before merging, by tokenizer.ggml.pre; None: as GPT-2 does it.
+SPLITS = {
+    "gpt-2": None,
     "smollm": None,
     "llama-bpe": _LLAMA3_SPLIT,
     **dict.fromkeys(_QWEN2, _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
@@ -61,18 +62,18 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If it is of another kind, or damaged.
     """
-    own = metadata.under(_PREFIX)
+    own = metadata.under(PREFIX)
     kind, split = own.text("model"), own.text("pre", None)
-    if kind != "llama" and (kind != "gpt2" or split not in _SPLITS):
+    if kind != "llama" and (kind != "gpt2" or split not in SPLITS):
         raise UserError(
             f"{metadata.where}: tokenizer {shown(kind)} with pre {shown(split)} is not supported; "
-            f"supported: llama, and gpt2 with pre {', '.join(_SPLITS)}"
+            f"supported: llama, and gpt2 with pre {', '.join(SPLITS)}"
         )
     own.strict(*_KEYS, *_UNREAD)
     tokens = own.items("tokens", str)
     types = _of_tokens(own, "token_type", int, tokens)
     known = len(tokens)
-    while known > rows and types[known - 1] in (_CONTROL, _USER_DEFINED):
+    while known > rows and types[known - 1] in (CONTROL, USER_DEFINED):
         known -= 1
     try:
         if kind == "llama":
@@ -86,9 +87,9 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
         raise UserError(f"{metadata.where}: its tokenizer is damaged: {one_line(error)}") from None
     backend.add_tokens(
         [
-            AddedToken(token, special=token_type == _CONTROL, normalized=False)
+            AddedToken(token, special=token_type == CONTROL, normalized=False)
             for token, token_type in zip(tokens, types, strict=True)
-            if token_type in (_CONTROL, _USER_DEFINED)
+            if token_type in (CONTROL, USER_DEFINED)
         ]
     )
     last = len(tokens) - 1
@@ -126,7 +127,7 @@ def _templates(metadata: Fields) -> str | dict[str, str] | None:
 
 def ends_of_turn(metadata: Fields) -> list[int]:
     """Ids of the tokens that end a chat model's turn, by their keys and by their names."""
-    own = metadata.under(_PREFIX)
+    own = metadata.under(PREFIX)
     tokens = own.items("tokens", str, [])
     said = [own.count(f"{end}_token_id", None, least=0) for end in ("eot", "eom")]
     # generation_config.json of Qwen's models names this one, SmolLM2's does not.
@@ -141,16 +142,20 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     pairs = [tuple(pair.split(" ")) for pair in merges]
     # Llama 3 keeps some merges that its table of tokens makes unreachable; it skips them too.
     backend = Tokenizer(models.BPE(vocab, pairs, ignore_merges=split == "llama-bpe"))
-    if _SPLITS[split] is None:
-        cut = [pre_tokenizers.Digits(individual_digits=True)]
-    else:
-        cut = [pre_tokenizers.Split(Regex(_SPLITS[split]), "isolated")]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=_SPLITS[split] is None)
+    cut_as(backend, split)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def cut_as(backend: Tokenizer, split: str) -> None:
+    """Has a byte-level tokenizer cut texts as one of SPLITS does."""
+    cut = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
+    if SPLITS[split] is not None:
+        cut = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None)
     if split in _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
-    backend.decoder = decoders.ByteLevel()
-    return backend
 
 
 def _sentencepiece(
@@ -160,7 +165,7 @@ def _sentencepiece(
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, score, token_type in zip(tokens, scores, types, strict=True):
-        if token_type in (_CONTROL, _BYTE):
+        if token_type in (CONTROL, BYTE):
             continue
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
@@ -187,6 +192,6 @@ def _of_tokens(own: Fields, key: str, kind: type, tokens: list[str]) -> list[Any
     values = own.items(key, kind)
     if len(values) != len(tokens):
         raise UserError(
-            f"{own.where}: {_PREFIX}{key} has {len(values)} values for {len(tokens)} tokens"
+            f"{own.where}: {PREFIX}{key} has {len(values)} values for {len(tokens)} tokens"
         )
     return values

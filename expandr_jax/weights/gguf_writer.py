@@ -1,0 +1,227 @@
+"""Writes a generator as one GGUF file, for llama.cpp: `gguf` reads it back.
+
+The gguf package writes what comes before the tensors; these are written a part at a time, so that
+of a model which stays in its files one tensor is in memory.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import replacing
+from expandr_jax.models.decoder import DecoderConfig
+from expandr_jax.models.generator import Generator
+from expandr_jax.models.rope import RopeScaling, scale_frequencies
+from expandr_jax.weights.families import family_of
+from expandr_jax.weights.gguf import ARCHITECTURES, ROPE_FACTORS, ROTARY, TOP, block_names
+from expandr_jax.weights.gguf_vocabulary import vocabulary
+from expandr_jax.weights.safetensors_file import Tensor
+from expandr_jax.weights.store import named_tensors
+
+_Kind = gguf.GGMLQuantizationType
+# --gguf_type -> how tables are stored, and llama.cpp's number of such a file.
+GGUF_TYPES = {"f16": (_Kind.F16, 1), "q8_0": (_Kind.Q8_0, 7)}
+_NAMES = {kind: name for name, (kind, _) in ARCHITECTURES.items()} | {"mistral": "llama"}
+_EVERY = 6  # llama.cpp has each sixth layer of Gemma 3 see everything.
+_LARGEST = 62  # Layers of the one Gemma 3 that llama.cpp scales by the width, not the head's.
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+_TYPES = {
+    bool: gguf.GGUFValueType.BOOL,
+    int: gguf.GGUFValueType.UINT32,
+    float: gguf.GGUFValueType.FLOAT32,
+    str: gguf.GGUFValueType.STRING,
+    list: gguf.GGUFValueType.ARRAY,
+}
+
+
+def export_gguf(path: str | os.PathLike, generator: Generator, params: Any, kind: str) -> None:
+    """Writes the model, its tokenizer and its chat template.
+
+    Args:
+        path: The file; one that is there is replaced.
+        generator: A decoder of a family that llama.cpp has.
+        params: Its parameters, adapters merged; they may stay in a model's files.
+        kind: One of GGUF_TYPES, of the tables. Norms and biases are float32, and rows that no
+            block of q8_0 divides are f16, as in llama.cpp's own files.
+
+    Raises:
+        UserError: llama.cpp cannot compute the model or cut its texts, a number is beyond the type,
+            or the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        metadata, tensors = _metadata(generator, kind), _tensors(generator, params)
+        kinds = {name: _stored_as(tensor, kind) for name, tensor in tensors.items()}
+        metadata["general.name"] = path.stem
+        with replacing(path) as file:
+            _write_header(Path(file.name), metadata, tensors, kinds)
+            file.seek(0, os.SEEK_END)
+            for name, tensor in tensors.items():
+                _pad(file)
+                for part in tensor.parts():
+                    file.write(_encoded(name, part, kinds[name]).view(np.uint8).data)
+            _pad(file)
+    except UserError as error:
+        prefix = "" if str(error).startswith(str(path)) else f"{path}: no GGUF can be written: "
+        raise UserError(f"{prefix}{error}") from None
+
+
+def _metadata(generator: Generator, kind: str) -> dict[str, Any]:
+    """All values by key."""
+    config, hf = generator.module.config, generator.files
+    architecture = _NAMES.get(hf.model_type)
+    if architecture is None or config.int8:
+        raise UserError(f"llama.cpp's form of {hf.model_type} (int8: {config.int8}) is not known")
+    own = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.mlp_dim,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        **_gemma(config, architecture),
+    }
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
+    elif scaling is not None and architecture != "llama":
+        raise UserError(f"llama.cpp stretches no positions of {architecture} as Llama 3.1 does")
+    quantized = {"general.quantization_version": 2} if kind == "q8_0" else {}
+    return {
+        "general.type": "model",
+        "general.file_type": GGUF_TYPES[kind][1],
+        **quantized,
+        **vocabulary(generator, architecture),
+        **{f"{architecture}.{name}": value for name, value in own.items()},
+    }
+
+
+def _gemma(config: DecoderConfig, architecture: str) -> dict[str, Any]:
+    """What Gemma 3 alone has; refuses what llama.cpp computes in one way only."""
+    gemma = architecture == "gemma3"
+    if config.activation != ("gelu_tanh" if gemma else "silu"):
+        raise UserError(f"llama.cpp has no {config.activation} in {architecture}")
+    if not gemma:
+        if config.sliding_window is not None:
+            raise UserError(f"llama.cpp has no sliding window in {architecture}")
+        return {}
+    layers = config.num_layers
+    expected = tuple((layer + 1) % _EVERY != 0 for layer in range(layers))
+    if config.sliding_window is None or config.layer_is_local != expected:
+        raise UserError(f"llama.cpp has layers of Gemma 3 see a window, but for each {_EVERY}th")
+    width = config.hidden_size // config.num_heads if layers == _LARGEST else config.head_dim
+    if not math.isclose(config.query_scale, width**-0.5):
+        raise UserError(f"query_pre_attn_scalar is not {width}, by which llama.cpp scales scores")
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "rope.freq_base_swa": float(config.rope_local_theta),
+    }
+
+
+def _tensors(generator: Generator, params: Any) -> dict[str, Tensor]:
+    """All tensors by llama.cpp's names and in its layout, in float32, none of which is made yet."""
+    config, architecture = generator.module.config, _NAMES[generator.files.model_type]
+    tables = {hf: name for name, hf in (TOP | block_names(architecture)).items()}
+    found = {}
+    for name, tensor in named_tensors(
+        params,
+        family_of(generator.module).weights(config, True),
+        "model.",
+        lambda *_: np.dtype(np.float32),
+    ).items():
+        found[_name(name, tables)] = _converted(name, tensor, config, architecture)
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        divisors = _divisors(config, config.rope_scaling)
+        found[ROPE_FACTORS] = Tensor(divisors.dtype, divisors.shape, lambda: [divisors])
+    return found
+
+
+def _name(name: str, tables: Mapping[str, str]) -> str:
+    """llama.cpp's name of a Hugging Face tensor."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in tables:
+        return f"{tables[stem]}.{suffix}"
+    layer, _, inner = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{tables[inner]}.{suffix}"
+
+
+def _converted(name: str, tensor: Tensor, config: DecoderConfig, architecture: str) -> Tensor:
+    """A tensor with the numbers that llama.cpp has in its place."""
+
+    def shifted() -> Iterator[np.ndarray]:
+        for part in tensor.parts():
+            yield part + 1  # Its norms scale by w, and not by 1 + w.
+
+    def interleaved() -> Iterator[np.ndarray]:
+        whole = np.concatenate(list(tensor.parts()))
+        halves = whole.reshape(-1, 2, config.head_dim // 2, whole.shape[-1])
+        yield halves.swapaxes(1, 2).reshape(whole.shape)  # What rotates together stands together.
+
+    if config.norm_plus_one and name.endswith("norm.weight"):
+        return Tensor(tensor.dtype, tensor.shape, shifted)
+    if architecture == "llama" and ROTARY.search(name):
+        return Tensor(tensor.dtype, tensor.shape, interleaved)
+    return tensor
+
+
+def _divisors(config: DecoderConfig, scaling: RopeScaling) -> np.ndarray:
+    """What Llama 3.1's stretching divides the frequencies by."""
+    plain = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
+    return np.asarray(plain / np.asarray(scale_frequencies(plain, scaling)), np.float32)
+
+
+def _stored_as(tensor: Tensor, kind: str) -> gguf.GGMLQuantizationType:
+    if len(tensor.shape) == 1:
+        return _Kind.F32
+    chosen, _ = GGUF_TYPES[kind]
+    return chosen if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[chosen][0] == 0 else _Kind.F16
+
+
+def _encoded(name: str, part: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Some rows of a tensor as the file has them."""
+    rows = np.ascontiguousarray(part, np.float32)
+    if kind == _Kind.F32:
+        return rows.reshape(-1)
+    with np.errstate(over="ignore"):
+        half = rows.astype(np.float16) if kind == _Kind.F16 else None
+    if half is not None and not np.isfinite(half).all():
+        raise UserError(f"tensor {name} has a number that f16 cannot hold; q8_0 may")
+    return (gguf.quantize(rows, kind) if half is None else half).reshape(-1)
+
+
+def _write_header(
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kinds: Mapping[str, gguf.GGMLQuantizationType],
+) -> None:
+    """Writes all that comes before the first tensor."""
+    writer = gguf.GGUFWriter(path, metadata["general.architecture"])
+    for key, value in metadata.items():
+        if key != "general.architecture":  # The writer has said it.
+            writer.add_key_value(key, value, _TYPES[type(value)])
+    for name, tensor in tensors.items():
+        block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
+        num_bytes = math.prod(tensor.shape) // block * size
+        shape = tensor.shape
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), num_bytes, kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _pad(file: Any) -> None:
+    file.write(b"\0" * (-file.tell() % _ALIGNMENT))
