@@ -88,6 +88,9 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.strategy = "q2d"  # A name in expandr_jax/expansion/strategies.py.
     expansion.template = ""  # Replaces its last prompt; has {query} and may have {passages}.
     expansion.temperature = 1.0  # 0: greedy.
+    # "mean" of vectors, as in the paper; or each text and the query searched for themselves, and
+    # the results fused by "max", "mean-score" (scaled) or "rrf"; "dev": the best of all on dev.
+    expansion.combine = "mean"  # When a system is ranked; step A and rewards have the mean.
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
 

@@ -21,6 +21,7 @@ from expandr_jax.data.beir import corpus_key, read_beir
 from expandr_jax.data.documents import Documents, open_documents
 from expandr_jax.data.places import only_collection
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.expand import Expander, SearchTexts, make_expander
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
@@ -141,7 +142,9 @@ class Finished:
         if self.distilled_path.exists():
             distilled = QueryEncoder(*load_retriever(str(self.distilled_path)))
         weight, normalize = self.chosen["query_weight"], self.config.contrastive.normalize
-        return Pair(encoder, documents, weight, normalize, distilled)
+        how = self.chosen.get("combine", MEAN)
+        depth = self.config.evaluation.depth  # As deep as when it was chosen.
+        return Pair(encoder, documents, weight, normalize, distilled, how, depth)
 
     def expansions(
         self,

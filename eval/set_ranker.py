@@ -10,6 +10,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.expansion.cache import kept_texts
+from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
 from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
@@ -181,13 +182,25 @@ class SetRanker:
 
     def _choice(self, system: System) -> Chosen | None:
         """All texts, with the weight that the config has; what a fusion's parts weigh, by dev."""
-        if system.parts:
-            return self.choices(system)
-        (weight,) = self._run.config.evaluation.query_weights
-        return Choice(weight, len(self.expansions(system).by_sample[0]))
+        return self.choices(system) if system.parts or self._chooses else self._fixed(system)
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether it is chosen on dev how the texts of a leaf count."""
+        return self._run.config.expansion.combine == DEV and bool(self._dev_qrels)
+
+    def _fixed(self, leaf: System, way: str | None = None) -> Choice:
+        """All texts of a leaf, with the weight and, without a way, in the way the config has."""
+        config = self._run.config
+        if way is None:
+            way = MEAN if config.expansion.combine == DEV else config.expansion.combine
+        (weight,) = config.evaluation.query_weights
+        return Choice(weight, len(self.expansions(leaf).by_sample[0]), way)
 
     def _tried(self, system: System) -> list[Chosen]:
         """What is tried for a system on dev; nothing where there are no dev queries."""
+        if not system.parts:
+            return [self._fixed(system, way) for way in WAYS] if self._chooses else []
         steps = self._run.config.evaluation.fusion_steps
         return weight_grid(len(system.parts), steps) if steps and self._dev_qrels else []
 

@@ -19,6 +19,7 @@ from expandr_jax.data.documents import ids_of, rows_of
 from expandr_jax.data.generated import drawn_documents, sorted_out
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.expand import Expander, expansion_requests, journaled
 from expandr_jax.expansion.sampled import MadeWhenAsked, sample_texts
 from expandr_jax.expansion.strategies import Strategy, document_message, weighted
@@ -31,7 +32,7 @@ from expandr_jax.objectives.distillation import (
     targets_of,
 )
 from expandr_jax.pair import Models
-from expandr_jax.ranking.choices import Choice, DevChoices
+from expandr_jax.ranking.choices import Choice, DevChoices, expansion_grid
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import CONTROL, DISTILLED, OURS, parse_system
 from expandr_jax.runtime.processes import Processes
@@ -40,7 +41,6 @@ from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import content_key, encode_to_file
 from expandr_jax.vectors.stored import open_vectors
-from train.evaluation import choices_of
 from train.expansions import SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
@@ -196,7 +196,10 @@ def _generated(run: Run, data: TrainingData, expander: Expander) -> pathlib.Path
 def _choice(
     run: Run, data: TrainingData, expander: Expander, ours: CorpusRetriever, adapter: Any
 ) -> tuple[Choice, Strategy]:
-    """How the row `expandr` uses its passages, by dev as in the evaluation, and its strategy."""
+    """How the row `expandr` uses its passages, by dev as in the evaluation, and its strategy.
+
+    Its mean of vectors, whatever `expansion.combine` is: a tower learns one vector.
+    """
     leaf, last = _LEAF, run.config.rounds - 1
     path = run.path("work", f"round-{last}", "distilled-choice.json")
     strategy = dataclasses.replace(expander.strategy, dense=weighted, kind="document")
@@ -209,7 +212,7 @@ def _choice(
         choices = DevChoices(
             lambda: ranker,
             judged,
-            lambda _: choices_of(run.config.evaluation, len(strategy.asks)),
+            lambda _: expansion_grid(run.config.evaluation, MEAN, len(strategy.asks)),
             made={},
             is_main=run.processes.is_main,
         )

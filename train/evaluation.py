@@ -17,10 +17,10 @@ from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS, RunScores
 from expandr_jax.pair import Models
 from expandr_jax.ranking.choices import (
-    Choice,
     Chosen,
     DevChoices,
     as_record,
+    expansion_grid,
     from_record,
     weight_grid,
 )
@@ -34,7 +34,6 @@ from expandr_jax.ranking.results import (
     summary,
 )
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
-from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
     BM25,
@@ -264,12 +263,7 @@ def _tried(
         able = settings.fusion_steps and data.collection.qrels["dev"]
         return weight_grid(len(system.parts), settings.fusion_steps) if able else []
     asks = len(expansions["dev", system.generator, system.strategy].strategy.asks)
-    return choices_of(settings, asks)
-
-
-def choices_of(settings: EvaluationSettings, asks: int) -> list[Choice]:
-    """The ways to use expansions that are tried on dev, by a strategy that asks so often."""
-    return [Choice(w, n * asks) for n in settings.samples for w in settings.query_weights]
+    return expansion_grid(settings, config.expansion.combine, asks)
 
 
 def _results(

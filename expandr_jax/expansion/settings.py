@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from expandr_jax.expansion.combine import DEV, WAYS
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.generation.settings import SamplingSettings
 from expandr_jax.settings import MANY, NotNegative, choice, count
@@ -15,5 +16,6 @@ class ExpansionSettings(SamplingSettings):
     strategy: Annotated[str, choice(STRATEGIES)]
     template: str
     temperature: NotNegative
+    combine: Annotated[str, choice((*WAYS, DEV))]
     train_samples: Annotated[int, count(0, MANY)]
     strip_train_lead_ins: bool

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from expandr_jax import metrics
+from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.metrics import CHOSEN_BY
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import BM25, System
 
 MOST_WEIGHTS = 100  # Ways to weigh the parts of a fusion that are tried on dev, at most.
@@ -18,15 +20,19 @@ class Choice:
     """How a system uses its expansions.
 
     Attributes:
-        query_weight: Weight of the query's own vector, if the strategy weighs it; None for BM25.
+        query_weight: Weight of the query's own vector, if the strategy weighs it, or of its own
+            search; None for BM25 where that is one search.
         samples: How many of a query's texts are used, the first ones.
+        combine: How they count together, one of `expansion.combine.WAYS`.
     """
 
     query_weight: float | None
     samples: int
+    combine: str = MEAN
 
     def __str__(self) -> str:
-        return f"query weight {self.query_weight}, samples {self.samples}"
+        how = "" if self.combine == MEAN else f", combined by {self.combine}"
+        return f"query weight {self.query_weight}, samples {self.samples}{how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +49,10 @@ Chosen = Choice | PartWeights
 
 
 def as_record(chosen: Chosen) -> dict[str, Any]:
-    """What results.json and choices.jsonl have of it."""
+    """What results.json and choices.jsonl have of it: of how texts count, what is no mean."""
     record = dataclasses.asdict(chosen)
+    if record.get("combine") == MEAN:
+        del record["combine"]
     return {n: list(value) if isinstance(value, tuple) else value for n, value in record.items()}
 
 
@@ -53,6 +61,20 @@ def from_record(record: Mapping[str, Any]) -> Chosen:
     if "weights" in record:
         return PartWeights(tuple(record["weights"]))
     return Choice(**record)
+
+
+def expansion_grid(settings: EvaluationSettings, combine: str, asks: int) -> list[Choice]:
+    """What is tried of a strategy with so many asks, the mean first.
+
+    `combine` is the setting of that name: a way, or `DEV`: all of them.
+    """
+    ways = WAYS if combine == DEV else (combine,)
+    return [
+        Choice(weight, samples * asks, way)
+        for way in ways
+        for samples in settings.samples
+        for weight in settings.query_weights
+    ]
 
 
 def weight_grid(parts: int, steps: int) -> list[PartWeights]:
@@ -92,10 +114,12 @@ def choose(
     """Mean nDCG@10 of each way to use a leaf's expansions, or to weigh a fusion's parts.
 
     Of equal ones the first is to be taken. The ranker and judgements are of the dev queries. For
-    BM25, which weighs no query, each number of samples is tried once.
+    BM25, which weighs no query in one search, each number of samples is tried once.
     """
     if system.retriever == BM25:
-        choices = [dataclasses.replace(choice, query_weight=None) for choice in choices]
+        choices = [
+            dataclasses.replace(c, query_weight=None) if c.combine == MEAN else c for c in choices
+        ]
     tried = []
     for choice in dict.fromkeys(choices):
         run = ranker.search(system, choice)

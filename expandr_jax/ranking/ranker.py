@@ -2,22 +2,23 @@
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of, rows_of, texts_of
-from expandr_jax.expansion.expand import by_sample
-from expandr_jax.expansion.strategies import SEPARATOR, Strategy
+from expandr_jax.expansion.combine import MEAN
+from expandr_jax.expansion.strategies import SEPARATOR
 from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Choice, Chosen, PartWeights
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
+from expandr_jax.ranking.separate import SeparateSearches
 from expandr_jax.ranking.settings import EvaluationSettings
+from expandr_jax.ranking.sources import Expansions, Searches
 from expandr_jax.ranking.stages import (
     FEEDBACK_DEPTH,
     FEEDBACKS,
@@ -29,53 +30,11 @@ from expandr_jax.ranking.stages import (
 )
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.ranking.words import Weights
-from expandr_jax.search import Index, search_named, words_of
+from expandr_jax.search import search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
 
 RECALL_QUERIES = 100  # By which an index's recall is told.
-
-
-@dataclasses.dataclass(frozen=True)
-class Expansions:
-    """What was written for the queries of a split.
-
-    Attributes:
-        strategy: What becomes of it.
-        texts: [queries][asks][samples], "" where nothing was said.
-    """
-
-    strategy: Strategy
-    texts: Sequence[Sequence[Sequence[str]]]
-
-    @functools.cached_property
-    def by_sample(self) -> list[list[str]]:
-        """[queries][texts], in the order of `by_sample`."""
-        return [by_sample(asks) for asks in self.texts]
-
-    def columns(self, count: int) -> list[int]:
-        """Which of `by_sample` the first so many are, those of the first `Ask` first."""
-        asks = len(self.strategy.asks)
-        return [column for ask in range(asks) for column in range(ask, count, asks)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Searches:
-    """What the leaves of systems search, each for the corpus as it is or as it is expanded.
-
-    Attributes:
-        bm25: How documents are expanded, or None, to their index.
-        dense: Name of a retriever, and the same, to that with its corpus encoded; called whenever
-            it is needed. Process 0 alone searches it.
-        corpus: Document id -> text.
-        texts: How documents are expanded, or None, to what BM25's index has of each, by row; None:
-            the corpus as it is.
-    """
-
-    bm25: Callable[[str | None], Index]
-    dense: Callable[[str, str | None], CorpusRetriever]
-    corpus: Mapping[str, str]
-    texts: Callable[[str | None], Sequence[str]] | None = None
 
 
 class Ranker:
@@ -120,6 +79,7 @@ class Ranker:
         self._settings, self._normalize = settings, normalize
         self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
+        self._separate = SeparateSearches(self.ids, searches, settings, normalize, excluded)
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
     def rank(self, system: System) -> RunScores:
@@ -144,6 +104,11 @@ class Ranker:
         queries = self.query_vectors(system, choice) if dense else None
         if not self._is_main:
             return {}
+        if isinstance(choice, Choice) and choice.combine != MEAN:
+            expansions = self._expansions(system)
+            used = self._used(expansions, choice)
+            encoded = self.encoded(system) if dense else None
+            return self._separate.rank(system, choice, expansions, used, encoded)
         if system.stage in FUSIONS:
             return self._fused(system, choice)
         if system.stage in RERANKERS:

@@ -21,6 +21,7 @@ ABSENT: dict[str, Any] = {
         for section in ("expansion", "candidates", "answer")
         for name, value in (("top_k", 0), ("min_p", 0.0), ("repetition_penalty", 1.0))
     },
+    "expansion.combine": "mean",
     "step_b": "dpo",
     "warm_start": "",
     "data.md5": "",

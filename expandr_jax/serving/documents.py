@@ -83,27 +83,38 @@ class View:
         self, queries: np.ndarray, k: int, among: Sequence[np.ndarray | None] = ()
     ) -> list[list[Hit]]:
         """The best documents of each query [Q, D], of rows in rising order if `among` has some."""
+        return [self.hits(found) for found in self.find(queries, k, among)]
+
+    def at(self, among: np.ndarray | None) -> tuple["View", np.ndarray | None]:
+        """Itself, and the rows that results are limited to, if they are."""
+        return self, among
+
+    def find(
+        self, queries: np.ndarray, k: int, among: Sequence[np.ndarray | None] = ()
+    ) -> list[Found]:
+        """As `search`, in rows."""
         if any(rows is not None for rows in among):
             return [
-                self.search(query[None], k)[0] if rows is None else self._best(rows, query, k)
+                self.find(query[None], k)[0] if rows is None else self.best_of(rows, query, k)
                 for query, rows in zip(queries, among, strict=True)
             ]
         found = self.base.search(queries, k, self.dead)
         on_top = search_flat(self.vectors[: self.count], queries, k, self.gone)
         first = len(self.base)
         return [
-            self._hits(merge([below, (scores, rows + first)], k))
+            merge([below, (scores, rows + first)], k)
             for below, (scores, rows) in zip(found, on_top, strict=True)
         ]
 
-    def _best(self, rows: np.ndarray, query: np.ndarray, k: int) -> list[Hit]:
+    def best_of(self, rows: np.ndarray, query: np.ndarray, k: int) -> Found:
+        """The best of some rows, in rising order, for a query [D]."""
         first = len(self.base)
         below, above = rows[rows < first], rows[rows >= first]
         scores, places = search_rows(self.vectors, above - first, query, k)
         parts = [self.base.search_among(below, query, k), (scores, places + first)]
-        return self._hits(merge(parts, k))
+        return merge(parts, k)
 
-    def _hits(self, found: Found) -> list[Hit]:
+    def hits(self, found: Found) -> list[Hit]:
         """What was found, with ids and texts."""
         hits = []
         for score, row in zip(*(part.tolist() for part in found), strict=True):
@@ -228,6 +239,11 @@ class LiveDocuments:
             view = self._view
             rows = [None if ids is None else self._places(ids) for ids in among]
         return view.search(queries, k, rows)
+
+    def at(self, among: Sequence[str] | None) -> tuple[View, np.ndarray | None]:
+        """All documents as of now, and the rows of ids there, if results are limited to these."""
+        with self._changing:
+            return self._view, None if among is None else self._places(among)
 
     def merge(self) -> None:
         """Makes a new base of all documents, of which there are some; searches and writes go on."""

@@ -7,10 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from expandr_jax.expansion.combine import MEAN
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit
 from expandr_jax.serving.queries import QueryEncoder
-from expandr_jax.vectors.query import Normalize, fuse
+from expandr_jax.serving.separate import search_separately
+from expandr_jax.vectors.query import Normalize, fuse, separate
 
 
 class Searched(Protocol):
@@ -55,9 +57,11 @@ class Pair:
     Attributes:
         encoder: Queries and passages to vectors.
         documents: What is searched.
-        query_weight: The query's part in the vector of an expanded one.
+        query_weight: The query's part in the vector of an expanded one, or in what is found.
         normalize: Where vectors are brought to unit length; see `expanded_query`.
         distilled: The encoder of queries that `train.distill` made, if it has.
+        combine: How a query and its texts count together, one of `expansion.combine.WAYS`.
+        depth: Documents that each of their searches finds, where these are several.
     """
 
     encoder: QueryEncoder
@@ -65,6 +69,8 @@ class Pair:
     query_weight: float
     normalize: Normalize
     distilled: QueryEncoder | None = None
+    combine: str = MEAN
+    depth: int = 100
 
     def search(self, asked: Sequence[Asked]) -> list[Answered]:
         """Finds documents for several queries at once."""
@@ -73,6 +79,9 @@ class Pair:
         encoded = time.perf_counter()
         most = max(one.k for one in asked)
         found = self.documents.search(vectors, most, [one.among for one in asked])
+        for i, one in enumerate(asked):
+            if self._is_separate(one):
+                found[i] = self._search_separately(one, vectors[i])
         end = time.perf_counter()
         times = encoded - start, end - encoded
         return [Answered(hits[: one.k], *times) for one, hits in zip(asked, found, strict=True)]
@@ -97,6 +106,16 @@ class Pair:
         options = {"query_weight": self.query_weight, "normalize": self.normalize}
         return np.asarray(fuse(query[None], expansion.vectors[None], present, **options))[0]
 
+    def _is_separate(self, one: Asked) -> bool:
+        return one.expansion is not None and self.combine != MEAN
+
+    def _search_separately(self, one: Asked, query: np.ndarray) -> list[Hit]:
+        present = np.array([bool(text) for text in one.expansion.texts])
+        vectors = separate(query, one.expansion.vectors[present], self.normalize)
+        options = {"depth": max(self.depth, one.k), "k": one.k, "among": one.among}
+        how = self.query_weight, self.combine
+        return search_separately(self.documents, vectors, *how, **options)
+
     def _vectors(self, asked: Sequence[Asked]) -> np.ndarray:
         rows: list[np.ndarray] = [np.empty(0)] * len(asked)
         for distilled, encoder in ((False, self.encoder), (True, self.distilled)):
@@ -105,5 +124,6 @@ class Pair:
             vectors = encoder.encode(texts, ["query"] * len(texts)) if texts else ()
             for place, vector in zip(places, vectors, strict=True):
                 own = asked[place].expansion
-                rows[place] = vector if own is None else self.fused(vector, own)
+                plain = own is None or self._is_separate(asked[place])
+                rows[place] = vector if plain else self.fused(vector, own)
         return np.stack(rows)

@@ -78,3 +78,14 @@ def fuse_each(
         **options,
     )
     return np.asarray(vectors).reshape(batch, samples, width)
+
+
+def separate(query: np.ndarray, expansions: np.ndarray, normalize: Normalize) -> np.ndarray:
+    """A query's vector [dim] and those of its passages [samples, dim], each to be searched for.
+
+    They are of unit length, [1 + samples, dim], unless `normalize` is "none".
+    """
+    vectors = np.concatenate([query[None], expansions]).astype(np.float32)
+    if normalize == "none":
+        return vectors
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

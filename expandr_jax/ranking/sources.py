@@ -1,0 +1,52 @@
+"""What systems are ranked by: what is searched, and what was written for the queries."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from expandr_jax.expansion.expand import by_sample
+from expandr_jax.expansion.strategies import Strategy
+from expandr_jax.search import Index
+from expandr_jax.vectors.corpus import CorpusRetriever
+
+
+@dataclasses.dataclass(frozen=True)
+class Expansions:
+    """What was written for the queries of a split.
+
+    Attributes:
+        strategy: What becomes of it.
+        texts: [queries][asks][samples], "" where nothing was said.
+    """
+
+    strategy: Strategy
+    texts: Sequence[Sequence[Sequence[str]]]
+
+    @functools.cached_property
+    def by_sample(self) -> list[list[str]]:
+        """[queries][texts], in the order of `by_sample`."""
+        return [by_sample(asks) for asks in self.texts]
+
+    def columns(self, count: int) -> list[int]:
+        """Which of `by_sample` the first so many are, those of the first `Ask` first."""
+        asks = len(self.strategy.asks)
+        return [column for ask in range(asks) for column in range(ask, count, asks)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Searches:
+    """What the leaves of systems search, each for the corpus as it is or as it is expanded.
+
+    Attributes:
+        bm25: How documents are expanded, or None, to their index.
+        dense: Name of a retriever, and the same, to that with its corpus encoded; called whenever
+            it is needed. Process 0 alone searches it.
+        corpus: Document id -> text.
+        texts: How documents are expanded, or None, to what BM25's index has of each, by row; None:
+            the corpus as it is.
+    """
+
+    bm25: Callable[[str | None], Index]
+    dense: Callable[[str, str | None], CorpusRetriever]
+    corpus: Mapping[str, str]
+    texts: Callable[[str | None], Sequence[str]] | None = None
