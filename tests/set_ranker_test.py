@@ -1,5 +1,6 @@
 """What eval.beir builds for a system, and what it does without."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -42,6 +43,24 @@ def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_
     made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
     made.expansions(parse_system(name))
     assert len(indexes) == built
+
+
+def test_feedback_on_expanded_documents_reads_what_was_added_to_them(monkeypatch, tmp_path):
+    """The questions of the document that is found first lead to another with the same word."""
+
+    def ask(self, _, requests):
+        return {(r.id, 0): "strudel" if r.id in ("d0", "d9") else f"more{r.id}" for r in requests}
+
+    monkeypatch.setattr(set_ranker.SetRanker, "_ask", ask)
+    config = with_settings(read_config(base.get_config()), {"evaluation.depth": 3})
+    run = SimpleNamespace(config=config, phase=lambda _: contextlib.nullcontext())
+    models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True))
+    corpus = {f"d{i}": "apple cake" if i == 0 else f"text of number{i}" for i in range(30)}
+    collection = Collection("set", corpus, {"q": "apple"}, {"test": {"q": {"d9": 1}}})
+    made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
+    assert list(made.ranker.rank(parse_system("bm25@d2q"))["q"]) == ["d0"]
+    assert list(made.ranker.rank(parse_system("bm25+rm3"))["q"]) == ["d0"]
+    assert list(made.ranker.rank(parse_system("bm25@d2q+rm3"))["q"]) == ["d0", "d9"]
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,16 @@ def test_a_text_that_is_not_used_is_shown_to_the_next_request():
     assert len(asked.log) == 2
 
 
+def test_questions_and_answers_are_read_with_their_lead_ins_too():
+    asks = STRATEGIES["qa-expand"].steps
+    said = 'Here are the questions:\n```json\n{"question1": "Who?", "question2": "When?"}\n```'
+    for text in (said, "Sure! Here are 2 questions:\n1. Who?\n2. When?"):
+        assert asks[1].shown(text) == {"questions": '{"question1": "Who?", "question2": "When?"}'}
+    whole = '{"answer1": "1903 it was.", "answer2": "Nobody"}'
+    assert asks[2].shown(whole) == {"answers": whole}
+    assert asks[1].shown("") == {"questions": "{}"}
+
+
 @pytest.mark.parametrize(
     ("said", "rule"),
     [

@@ -19,6 +19,7 @@ from expandr_jax.expansion.prompts import (
     PROMPTS,
     Prompt,
     custom_prompt,
+    strip_lead_in,
 )
 from expandr_jax.vectors.encoder import Kind
 
@@ -182,10 +183,12 @@ def accumulated(query: str, texts: Sequence[str]) -> str:
     return repeated(max(1, words // (3 * max(1, len(query.split())))))(query, texts).lower()
 
 
-def as_json(kind: str, text: str) -> str:
-    """The lines of a text, without their numbers, as a JSON object with keys KIND1, KIND2, ..."""
-    lines = (_NUMBER.sub("", line.strip()) for line in text.splitlines())
-    return json.dumps({f"{kind}{n}": line for n, line in enumerate(filter(None, lines), start=1)})
+def as_json(kind: str, text: str, most: int | None = None) -> str:
+    """A text's first lines, without their numbers, as a JSON object with keys KIND1, KIND2, ..."""
+    # Texts for training may have lead-ins, and be JSON themselves.
+    lines = (_NUMBER.sub("", line.strip()) for line in strip_lead_in(text).splitlines())
+    lines = list(filter(None, lines))[:most]
+    return json.dumps({f"{kind}{n}": line for n, line in enumerate(lines, start=1)})
 
 
 _NUMBER = re.compile(r"^(?:[-*•]|\(?\d{1,2}[.):]|[Qq](?:uestion)?\s?\d+[.:)])\s*")
@@ -193,8 +196,7 @@ _NUMBER = re.compile(r"^(?:[-*•]|\(?\d{1,2}[.):]|[Qq](?:uestion)?\s?\d+[.:)])\
 
 def three_questions(text: str) -> dict[str, str]:
     """QA-Expand's questions, the first three lines of a text, as its next prompt shows them."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    return {"questions": as_json("question", "\n".join(lines[:3]))}
+    return {"questions": as_json("question", text, 3)}
 
 
 def answers(text: str) -> dict[str, str]:
