@@ -117,6 +117,7 @@ def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
     shutil.copytree(smoke[0], workdir)
     work, checkpoints = workdir / "work" / "round-0", workdir / "checkpoints"
     stages = (
+        lambda: any((workdir / "work").glob("generated-queries.jsonl*")),
         lambda: any(work.glob("distilled-expansions.jsonl*")),
         lambda: any((checkpoints / "distilled-0").glob("[0-9]*")),
     )

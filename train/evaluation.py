@@ -21,9 +21,10 @@ from expandr_jax.ranking.choices import (
     DevChoices,
     as_record,
     expansion_grid,
-    from_record,
     weight_grid,
 )
+from expandr_jax.ranking.gate import Gate, write_gates
+from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.results import (
     Values,
@@ -57,7 +58,8 @@ from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever, run_words
 from train.expansions import SPLITS, evaluation_expansions, run_expander
-from train.kept import Kept, kept_results
+from train.gated import gate_of, gated_rows
+from train.kept import Kept, kept_results, read_chosen
 
 
 def evaluate(
@@ -77,8 +79,8 @@ def evaluate(
         retrievers: Name, as `System` has it -> retriever, with the run's own corpus.
         adapters: Name -> adapter; "base" -> None.
         folder: Where in the workdir: "tests/NAME" for a further collection; "": the run's own.
-        chosen: System -> how it uses its expansions, or what its parts weigh; None: what is best
-            on the dev queries.
+        chosen: System -> what the run's own results.json has chosen for it; None: what is best on
+            the dev queries.
     """
     directory = run.path(folder)
     path = directory / "results.json"
@@ -112,7 +114,8 @@ def evaluate(
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
         samples, recalls, runs = kept.samples, kept.recalls, dict(kept.runs)
-        given = {name: from_record(choice) for name, choice in (chosen or {}).items()}
+        gated, gates = kept.gated, kept.gates
+        given = read_chosen(run, chosen or {})
         choices = DevChoices(
             lambda: rankers["dev"],
             data.collection.qrels["dev"],
@@ -145,6 +148,10 @@ def evaluate(
                 runs[system.name] = rankers["test"].rank(system)
                 if recall := rankers["test"].index_recall(system):
                     recalls[system.name] = recall
+                if system.stage in GATES and run.processes.is_main:
+                    rows = gated_rows(system, rankers["test"], choices)
+                    gated = [row for row in gated if row["system"] != system.name] + rows
+                    gates[system.name] = gate_of(system, rows, runs, data.collection.qrels["test"])
                 if system.retriever == OURS and system.strategy == EXPANSION:
                     encoded = {split: r.encoded(system) for split, r in rankers.items() if r.ids}
                     if run.processes.is_main:
@@ -162,17 +169,28 @@ def evaluate(
                 for remark in remarks(name, runs[name], qrels):
                     run.reporter.say(remark)
             tried = choices.tried
-            for rows in (tried, samples):  # What was kept of them is as if it had been made now.
+            for rows in (
+                tried,
+                samples,
+                gated,
+            ):  # What was kept of them is as if it had been made now.
                 rows.sort(key=lambda row: place[row["system"]])
             if tried:
                 write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
             write_jsonl(directory / "evaluation" / "samples.jsonl", samples)
+            if gated:
+                write_jsonl(directory / "evaluation" / "gated.jsonl", gated)
+            fitted = {n: c for n, c in choices.made.items() if isinstance(c, Gate)}
+            if fitted and not folder:
+                write_gates(directory / "evaluation" / "gates.json", fitted)
             values = {s.name: metrics.evaluate(runs[s.name], qrels, METRICS) for s in systems}
             # Those of the run's own leaves; a further collection has all that it was given.
             made = choices.made
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
             results = _results(data.collection.name, values, systems, used, samples, told)
+            if gates:
+                results["gates"] = [gates[name] for name in place if name in gates]
             write_json(path, results)
 
         run.processes.once(write)

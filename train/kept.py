@@ -1,4 +1,4 @@
-"""What a run's evaluation found before systems or rounds were added to it."""
+"""What a run's evaluation found before systems or rounds were added to it, and what it chose."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,8 @@ from expandr_jax import metrics
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Chosen, from_record
+from expandr_jax.ranking.gate import read_gates
+from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.systems import OURS, QUERY_TOWERS, System, row_of_round
 from expandr_jax.runtime.run import Run
 
@@ -18,9 +20,11 @@ class Kept:
 
     Attributes:
         runs: System that has a row -> its run; empty in other processes than 0.
-        choices: Leaf or fusion -> how it uses its expansions, or what its parts weigh.
-        tried, samples: Rows of evaluation/choices.jsonl and samples.jsonl, in process 0.
+        choices: System -> what was chosen on dev for it.
+        tried, samples, gated: Rows of evaluation/choices.jsonl, samples.jsonl and gated.jsonl, in
+            process 0.
         recalls: System -> its entry of `index_recall`.
+        gates: System -> its entry of `gates`.
     """
 
     runs: dict[str, RunScores] = dataclasses.field(default_factory=dict)
@@ -28,6 +32,8 @@ class Kept:
     tried: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     recalls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    gated: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    gates: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def kept_results(
@@ -63,8 +69,17 @@ def kept_results(
 
     return Kept(
         {n: metrics.read_trec(directory / "runs" / f"{n}.trec") if main else {} for n in names},
-        {n: from_record(chosen) for n, chosen in results["chosen"].items() if n in standing},
+        {n: c for n, c in read_chosen(run, results["chosen"]).items() if n in standing},
         read("choices.jsonl"),
         read("samples.jsonl"),
         {e["system"]: e for e in results.get("index_recall", []) if e["system"] in standing},
+        read("gated.jsonl"),
+        {e["system"]: e for e in results.get("gates", []) if e["system"] in standing},
     )
+
+
+def read_chosen(run: Run, chosen: Mapping[str, Mapping[str, Any]]) -> dict[str, Chosen]:
+    """What results.json has as "chosen", with all that the file of the run's gates has."""
+    gated = [name for name in GATES if name in chosen]
+    gates = read_gates(run.path("evaluation", "gates.json"), gated) if gated else {}
+    return {name: gates.get(name) or from_record(record) for name, record in chosen.items()}

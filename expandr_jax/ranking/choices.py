@@ -1,4 +1,4 @@
-"""What is chosen on dev: how a system uses its expansions, and what the parts of a fusion weigh."""
+"""What is chosen on dev: how a system uses its expansions, what parts of a fusion weigh, gates."""
 
 import dataclasses
 import itertools
@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from expandr_jax import metrics
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.metrics import CHOSEN_BY
+from expandr_jax.ranking.gate import Features, Gate, fit_gate
+from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import BM25, System
 
@@ -45,11 +48,13 @@ class PartWeights:
         return f"weights {', '.join(f'{weight:.4g}' for weight in self.weights)}"
 
 
-Chosen = Choice | PartWeights
+Chosen = Choice | PartWeights | Gate
 
 
 def as_record(chosen: Chosen) -> dict[str, Any]:
     """What results.json and choices.jsonl have of it: of how texts count, what is no mean."""
+    if isinstance(chosen, Gate):  # Its file has the rest.
+        return {"threshold": chosen.threshold, "share": chosen.share}
     record = dataclasses.asdict(chosen)
     if record.get("combine") == MEAN:
         del record["combine"]
@@ -57,7 +62,7 @@ def as_record(chosen: Chosen) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Chosen:
-    """What `as_record` wrote."""
+    """What `as_record` wrote, of all but a gate."""
     if "weights" in record:
         return PartWeights(tuple(record["weights"]))
     return Choice(**record)
@@ -106,6 +111,8 @@ class Searcher(Protocol):
     def search(self, system: System, choice: Chosen | None) -> metrics.RunScores: ...
 
     def encoded(self, leaf: System) -> Any: ...
+
+    def features(self, gated: System) -> Features: ...
 
 
 def choose(
@@ -169,26 +176,45 @@ class DevChoices:
 
         All processes ask for it together.
         """
-        if system.name not in self._before:
-            self._prepare(system)
-        if self._is_main and system.name not in self.made and (grid := self._grid(system)):
-            self._choose(system, grid)
+        features = None if system.name in self._before else self._prepare(system)
+        if self._is_main and system.name not in self.made:
+            if system.stage in GATES:
+                self._fit(system, features)
+            elif grid := self._grid(system):
+                self._choose(system, grid)
         return self.made.get(system.name)
 
     def needs(self, system: System) -> bool:
-        """Whether it will choose for this system by the dev runs of its parts."""
-        fused = system.is_chosen and system.parts
-        return bool(fused and system.name not in self._before and self._grid(system))
+        """Whether it will choose for this system by the dev runs of its parts.
 
-    def _prepare(self, system: System) -> None:
-        """What all processes have to make together before process 0 chooses."""
+        Raises:
+            UserError: It has a gate, and there are no dev queries.
+        """
+        if not (system.is_chosen and system.parts) or system.name in self._before:
+            return False
+        if system.stage in GATES and not self._qrels:
+            raise UserError(f"{system.name}: there are no dev queries to fit its gate on")
+        return system.stage in GATES or bool(self._grid(system))
+
+    def _prepare(self, system: System) -> Features | None:
+        """What all processes have to make together before process 0 chooses; what a gate reads."""
         dev = self._dev()
         if not system.parts:
             if system.retriever != BM25 and dev.ids:
                 dev.encoded(system)
-        elif self._grid(system):
+        elif system.stage in GATES or self._grid(system):
             for part in system.parts:
                 dev.rank(part)
+        return dev.features(system) if system.stage in GATES else None
+
+    def _fit(self, gated: System, features: Features) -> None:
+        plain, expanded = (
+            metrics.evaluate(self._dev().rank(part), self._qrels, (CHOSEN_BY,))[CHOSEN_BY]
+            for part in gated.parts[:2]
+        )
+        gate = self.made[gated.name] = fit_gate(features, plain, expanded)
+        told = ", ".join(f"{name} {gate.dev[name]:.4f}" for name in ("gated", "always", "never"))
+        self._say(f"{gated.name}: {gate} (dev nDCG@10, cross-fitted: {told})")
 
     def _choose(self, system: System, grid: Sequence[Chosen]) -> None:
         found = choose(self._dev(), system, self._qrels, grid)

@@ -15,6 +15,15 @@ from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.strategies import SEPARATOR
 from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Choice, Chosen, PartWeights
+from expandr_jax.ranking.gate import Features, Gate
+from expandr_jax.ranking.gate_features import (
+    AFTER,
+    GATES,
+    PlainSearch,
+    Written,
+    features_after,
+    features_before,
+)
 from expandr_jax.ranking.rerank import RERANKERS, rank_again
 from expandr_jax.ranking.separate import SeparateSearches
 from expandr_jax.ranking.settings import EvaluationSettings
@@ -56,6 +65,10 @@ class Ranker:
         timed: What a system is searched within.
         is_main: Whether this is process 0.
         excluded: Query id -> documents that leave its rankings before these are cut.
+
+    Attributes:
+        ids: Of the queries.
+        chances: Of each gated system that it has ranked, query -> probability that expanding helps.
     """
 
     def __init__(
@@ -74,6 +87,7 @@ class Ranker:
         excluded: Mapping[str, Collection[str]] | None = None,
     ):
         self.ids = list(queries)
+        self.chances: dict[str, dict[str, float]] = {}
         self._queries, self._searches = list(queries.values()), searches
         self._expansions, self._choice = expansions, choice
         self._settings, self._normalize = settings, normalize
@@ -102,8 +116,11 @@ class Ranker:
         """What `rank` ranks, its parts being ranked, with expansions or parts used so."""
         dense, settings = self._dense(system), self._settings
         queries = self.query_vectors(system, choice) if dense else None
+        features = self.features(system) if system.stage in GATES else None
         if not self._is_main:
             return {}
+        if features is not None:
+            return self._gated(system, choice, features)
         if isinstance(choice, Choice) and choice.combine != MEAN:
             expansions = self._expansions(system)
             used = self._used(expansions, choice)
@@ -165,6 +182,51 @@ class Ranker:
             if leaf.strategy:
                 self._encoded[key] = self._with_texts(plain, self._expansions(leaf), search)
         return self._encoded[key]
+
+    def features(self, gated: System) -> Features:
+        """What a gate reads of each query, its parts being ranked; {} in other processes than 0.
+
+        All processes call it together.
+        """
+        expanded = gated.parts[1]
+        encoded = self.encoded(expanded) if gated.stage == AFTER else None
+        if not self._is_main:
+            return {}
+        index, runs = self._searches.bm25(None), [self.rank(part) for part in gated.parts]
+        written = self._written(expanded, encoded, runs[1]) if encoded else None
+        features = {}
+        for number, words in enumerate(words_of(self._queries)):
+            plain, _, by_words = (run.get(self.ids[number], {}) for run in runs)
+            frequencies = [index.frequency(word) for word in words]
+            search = PlainSearch(plain, by_words, frequencies, index.size)
+            features[self.ids[number]] = (
+                features_after(search, written[number]) if written else features_before(search)
+            )
+        return features
+
+    def _written(self, leaf: System, encoded: EncodedQueries, run: RunScores) -> list[Written]:
+        """What a gate reads of a leaf's passages, those that it uses, for each query."""
+        expansions, choice = self._expansions(leaf), self._chosen(leaf)
+        columns = expansions.columns(choice.samples)
+        return [
+            Written(
+                encoded.queries[number],
+                encoded.expansions[number, columns][encoded.present[number, columns]],
+                [*map(len, words_of(texts))],
+                run.get(self.ids[number], {}),
+            )
+            for number, (_, texts) in enumerate(self._used(expansions, choice))
+        ]
+
+    def _gated(self, system: System, gate: Gate, features: Features) -> RunScores:
+        """Of each query the run of one part or of the other; `chances` says why."""
+        plain, expanded, _ = (self.rank(part) for part in system.parts)
+        chances = {query: gate.probability(features[query]) for query in self.ids}
+        self.chances[system.name] = chances
+        return {
+            query: (expanded if chance >= gate.threshold else plain).get(query, {})
+            for query, chance in chances.items()
+        }
 
     def _chosen(self, system: System) -> Chosen | None:
         return self._choice(system) if system.is_chosen else None

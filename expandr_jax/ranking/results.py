@@ -55,6 +55,41 @@ def paired(
     return {"system": system, "baseline": baseline, "metric": metric, **test}
 
 
+def gate_entry(
+    system: str,
+    expanded: Mapping[str, bool],
+    gated: Mapping[str, float],
+    always: Mapping[str, float],
+    never: Mapping[str, float],
+) -> dict[str, Any]:
+    """An entry of "gates": a gated system beside expanding always, never and at random.
+
+    Args:
+        system: Its name.
+        expanded: Of each query, whether the gate had it expanded.
+        gated, always, never: Values of `CHOSEN_BY` by query.
+
+    Returns:
+        Beside the means "random", what is to be expected where as many queries as the gate expands
+        are drawn at random: the mean of always and never by that share.
+    """
+    share = float(np.mean([*expanded.values()]))
+    means = [metrics.mean(values) for values in (gated, always, never)]
+    means.append(share * means[1] + (1 - share) * means[2])
+    told = zip(("gated", "always", "never", "random"), means, strict=True)
+    tests = {
+        "always": metrics.paired_test(gated, always),
+        "never": metrics.paired_test(gated, never),
+    }
+    return {
+        "system": system,
+        "metric": metrics.CHOSEN_BY,
+        "share": round(share, 6),
+        **{name: round(mean, 6) for name, mean in told},
+        **{f"p_value_{name}": test["p_value"] for name, test in tests.items()},
+    }
+
+
 def mean_over_sets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Means over sets, where sets named "cqadupstack/android" and so on count as one together.
 

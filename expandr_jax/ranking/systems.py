@@ -10,6 +10,9 @@
     F:A:B     a fusion of all systems that follow
     R:A       A's documents ranked again
 
+expandr-gated and expandr-gated-after are, of each query, expandr-plain or expandr, as a gate says
+(expandr_jax/ranking/gate.py).
+
 `train.joint` and `eval.beir` read the same names. A new fusion or feedback is an entry of
 expandr_jax/ranking/stages.py, a re-ranker one of ranking/rerank.py, a strategy one of
 expandr_jax/expansion/strategies.py.
@@ -22,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
+from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
@@ -47,8 +51,9 @@ class System:
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
-        stage: A key of `FUSIONS`, `FEEDBACKS`, `WORD_FEEDBACKS` or `RERANKERS`; None for a leaf.
-        parts: What the stage works on.
+        stage: A key of `FUSIONS`, `FEEDBACKS`, `WORD_FEEDBACKS` or `RERANKERS`, or one of `GATES`;
+            None for a leaf.
+        parts: What the stage works on; of a gate the plain row, the expanded one and BM25.
         weighing: How BM25 weighs the words of a leaf's queries, a key of `WEIGHINGS`.
     """
 
@@ -85,8 +90,8 @@ class System:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether there is a choice in it: how it uses its expansions, or what its parts weigh."""
-        return self.strategy is not None or self.stage in WEIGHED
+        """Whether there is a choice in it: of its expansions, its parts' weights, or its gate."""
+        return self.strategy is not None or self.stage in (*WEIGHED, *GATES)
 
     @property
     def needs_training(self) -> bool:
@@ -104,6 +109,8 @@ ROWS = {  # Rows of train.joint whose names are no more than names.
     "bm25+expansion": System("bm25+expansion", BM25, "trained", EXPANSION),
     **{name: System(name, name) for name in QUERY_TOWERS},
 }
+_GATED = System("expandr-plain", OURS), ROWS[OURS], System(BM25, BM25)
+ROWS |= {name: System(name, stage=name, parts=_GATED) for name in GATES}
 _ROUND = re.compile(r"expandr-round(\d+)")  # Retriever and generator as they were after a round.
 
 ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.

@@ -42,6 +42,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     sections = {
         "Results": results_section(results, _values(workdir, results), _OURS),
         "Significance": _significance(results),
+        **({"Gates": _gates(results)} if "gates" in results else {}),
         "Training": _training(workdir),
         _ON_POLICY if on_policy else "Rewards of the candidates": (
             on_policy or _candidates(workdir)
@@ -166,6 +167,31 @@ def _significance(results: Mapping[str, Any]) -> Markup:
     ]
     header = ["systems", "metric", "difference", "p", "test"]
     caption = "Paired over the test queries, two-sided, each on its own; p below 0.05 is bold."
+    return parts().table(caption, header, rows)
+
+
+def _gates(results: Mapping[str, Any]) -> Markup:
+    rows = [
+        [
+            entry["system"],
+            f"{100 * entry['share']:.1f} %",
+            *(f"{entry[name]:.4f}" for name in ("gated", "always", "never", "random")),
+            *(
+                (Bold if p < 0.05 else str)(_p_value(p))
+                for p in (entry["p_value_always"], entry["p_value_never"])
+            ),
+        ]
+        for entry in results["gates"]
+    ]
+    header = [
+        "system", "queries expanded", "gated", "always", "never", "as many at random",
+        "p, gated against always", "p, gated against never",
+    ]  # fmt: skip
+    caption = (
+        f"Mean {results['gates'][0]['metric']} where the gate chooses which queries are expanded, "
+        "and where all are, none is, or as many are that are drawn at random (what is to be "
+        "expected). Paired tests over the test queries; p below 0.05 is bold."
+    )
     return parts().table(caption, header, rows)
 
 
