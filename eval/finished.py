@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import pathlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,8 +129,13 @@ class Finished:
         # Another thread than that of queries tokenises.
         retriever = dataclasses.replace(retriever, tokenizer=copy.deepcopy(retriever.tokenizer))
         most, mesh = self.config.retriever.tokens_per_batch, fitting_mesh(self.config, "encoding")
-        encoder = TextEncoder(retriever, mesh, tokens_per_batch=most)
-        return lambda texts: encoder.encode(params, texts, "document")
+        encoder, one = TextEncoder(retriever, mesh, tokens_per_batch=most), threading.Lock()
+
+        def encode(texts: Sequence[str]) -> np.ndarray:
+            with one:  # The library's tokenizers are for one thread.
+                return encoder.encode(params, texts, "document")
+
+        return encode
 
     def compile_documents(self) -> None:
         """Encodes a text of every length that has a program."""

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ import psutil
 from absl import flags
 from rich.console import Console
 
-from eval.benchmarks.http_load import Load, bodies, run_load
+from eval.benchmarks.http_load import Load, bodies, for_requests, for_seconds, run_load
 from eval.finished import READ, Finished, open_finished
 from expandr_jax.data.beir import read_beir, read_qrels
 from expandr_jax.errors import UserError
@@ -39,11 +40,13 @@ PEER_PACKAGES = ("faiss", "sentence_transformers")
 VARIANTS = [(threads, batched) for batched in (0, 1) for threads in (1, 2)]
 K = 10
 WARM = 2.0  # Seconds that nobody counts.
+BATCH = 100  # Documents of a write.
 UNCACHED = 24  # Queries whose passages are timed.
-COLUMNS = (
-    "mode", "clients", "p50_ms", "p99_ms", "queries_per_second", "errors", "peer_p50_ms",
-    "peer_queries_per_second",
-)  # fmt: skip
+COLUMNS = {  # Of what is printed, and what each has of a row.
+    "mode": "mode", "clients": "clients", "p50 ms": "p50_ms", "p99 ms": "p99_ms",
+    "a second": "queries_per_second", "errors": "errors", "peer p50": "peer_p50_ms",
+    "peer a second": "peer_queries_per_second",
+}  # fmt: skip
 
 
 def measure(run: Finished, clients: Sequence[int], seconds: float, console: Console) -> dict:
@@ -63,16 +66,21 @@ def measure(run: Finished, clients: Sequence[int], seconds: float, console: Cons
             written = _expanded(port, some)
             kept = bodies(some, k=K, mode="expanded")
             found["expanded, kept"] = _loads(port, kept, clients, seconds)
-            growth = _growth(port, process, bodies(queries, k=K), flags.FLAGS.soak)
+            further, plain = {}, bodies(queries, k=K)
+            if flags.FLAGS.soak:
+                further["soak"] = _growth(port, process, plain, flags.FLAGS.soak)
+            if flags.FLAGS.writes:
+                further["writes"] = _writes(port, plain, flags.FLAGS.writes)
     rows = [_row(mode, count, load) for mode, of in found.items() for count, load in of.items()]
-    for count, (p50, rate, name) in _peers(run, queries, clients, seconds, console).items():
+    peers = _peers(run, queries, clients, seconds, console) if flags.FLAGS.peer else {}
+    for count, (p50, rate, name) in peers.items():
         for row in rows:
             if row["clients"] == count and row["mode"] == "plain":
                 row |= {"peer_p50_ms": p50, "peer_queries_per_second": rate, "peer_name": name}
     sampled = _sampled(run, some, console)
     rows.append({"mode": "expanded, written", "clients": 1, **written, "sampler_p50_ms": sampled})
     machine = {"platform": platform.platform(), "cores": psutil.cpu_count()}
-    return {"machine": machine, "start": start, "rows": rows, **growth}
+    return {"machine": machine, "start": start, "rows": rows, **further}
 
 
 def _queries(run: Finished) -> list[str]:
@@ -106,21 +114,18 @@ def _loads(
 ) -> dict[int, Load]:
     found = {}
     for count in clients:
-        run_load(port, "/search", contents, count, WARM)
-        found[count] = run_load(port, "/search", contents, count, seconds)
+        run_load(port, "/search", contents, count, for_seconds(WARM))
+        found[count] = run_load(port, "/search", contents, count, for_seconds(seconds))
     return found
 
 
 def _expanded(port: int, queries: Sequence[str]) -> dict[str, float]:
     """What passages take that are written for the first time, one query after the other."""
     took, inside = [], []
-    for body in bodies(queries, k=K, mode="expanded", timeout_ms=60_000):
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/search", body, {"Content-Type": "application/json"}
-        )
+    for query in queries:
         start = time.perf_counter()
-        with urllib.request.urlopen(request) as answer:
-            inside.append(1000 * json.load(answer)["seconds"]["expand"])
+        body = {"query": query, "k": K, "mode": "expanded", "timeout_ms": 60_000}
+        inside.append(1000 * _ask(port, "POST", "/search", body)["seconds"]["expand"])
         took.append(1000 * (time.perf_counter() - start))
     return {"p50_ms": statistics.median(took), "expand_p50_ms": statistics.median(inside)}
 
@@ -139,13 +144,52 @@ def _sampled(run: Finished, queries: Sequence[str], console: Console) -> float:
 
 def _growth(port: int, process: psutil.Process, contents: list[bytes], most: int) -> dict:
     """How much the server's memory grows by many requests."""
-    if not most:
-        return {}
-    run_load(port, "/search", contents, 16, WARM)
+    run_load(port, "/search", contents, 16, for_seconds(WARM))
     before = process.memory_info().rss
-    load = run_load(port, "/search", contents, 16, 0, most)
+    load = run_load(port, "/search", contents, 16, for_requests(most))
     grown = (process.memory_info().rss - before) / 2**20
-    return {"soak": {"requests": most, "errors": load.errors, "memory_growth_mib": grown}}
+    return {"requests": most, "errors": load.errors, "memory_growth_mib": round(grown, 1)}
+
+
+def _writes(port: int, contents: list[bytes], most: int) -> dict:
+    """What searches see while documents are added, and half of them removed again."""
+    writing, loads = True, []
+
+    def search() -> None:
+        loads.append(run_load(port, "/search", contents, 4, lambda: writing))
+
+    searching = threading.Thread(target=search)
+    searching.start()
+    start = time.perf_counter()
+    try:
+        for first in range(0, most, BATCH):
+            names = range(first, min(first + BATCH, most))
+            new = [{"id": f"load-{i}", "text": f"Document {i} of a load."} for i in names]
+            _ask(port, "POST", "/documents", {"documents": new})
+        added = time.perf_counter()
+        for number in range(0, most, 2):
+            _ask(port, "DELETE", f"/documents/load-{number}")
+    finally:
+        writing = False
+        searching.join()
+    end = time.perf_counter()
+    (load,) = loads
+    return {
+        "added": most, "added_a_second": round(most / (added - start), 1),
+        "removed": len(range(0, most, 2)),
+        "removed_a_second": round(len(range(0, most, 2)) / (end - added), 1),
+        "searches": len(load.milliseconds), "failed_searches": load.errors,
+        "search_p50_ms": load.percentile(50), "search_p99_ms": load.percentile(99),
+    }  # fmt: skip
+
+
+def _ask(port: int, method: str, path: str, body: Any = None) -> Any:
+    """One answer."""
+    content = None if body is None else json.dumps(body).encode()
+    url, kind = f"http://127.0.0.1:{port}{path}", {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, content, kind, method=method)
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
 
 
 def _peers(
@@ -195,9 +239,9 @@ def main(_: Sequence[str]) -> None:
     out, console = output_file(values.out), plain_console()
     run = open_finished(local_copy(values.workdir, *READ))
     results = measure(run, list(map(int, values.clients)), values.seconds, console)
-    rows = [[_shown(row.get(name)) for name in COLUMNS] for row in results["rows"]]
-    console.print(render("Load", COLUMNS, rows))
-    for name in ("start", "soak"):
+    rows = [[_shown(row.get(name)) for name in COLUMNS.values()] for row in results["rows"]]
+    console.print(render("Load", [*COLUMNS], rows))
+    for name in ("start", "soak", "writes"):
         if name in results:
             console.print(f"{name}: {results[name]}", markup=False)
     if out:
@@ -209,6 +253,8 @@ def define_flags() -> None:
     flags.DEFINE_list("clients", ["1", "16", "64"], "Connections at once, one after the other.")
     flags.DEFINE_float("seconds", 30.0, "For each number of clients.", lower_bound=0.1)
     flags.DEFINE_integer("soak", 0, "Requests after which the memory is compared; 0: none.")
+    flags.DEFINE_integer("writes", 0, "Documents added, and half removed, under load; 0: none.")
+    flags.DEFINE_boolean("peer", True, "Measure the peer, too.")
     flags.DEFINE_integer("slots", 8, "Of the sampler that expanded search is compared with.")
     flags.DEFINE_string("out", None, "A file for the results, as JSON.")
 

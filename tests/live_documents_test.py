@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from expandr_jax.errors import UserError
-from expandr_jax.search import build_index
+from expandr_jax.search import build_index, scann
 from expandr_jax.serving.documents import LiveDocuments
 from expandr_jax.serving.log import Log
 from expandr_jax.serving.snapshots import Base
@@ -37,7 +37,9 @@ def check(documents: LiveDocuments, expected: dict[str, str], dtype: str = "floa
         assert documents.search(queries, k) == [[], [], []]
         return
     vectors = np.asarray(from_storage(to_storage(encode(list(expected.values())), dtype)))
-    scores, rows = build_index(vectors, "exact").search(queries, k)
+    products = queries.astype(np.float64) @ vectors.T
+    rows = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    scores = np.take_along_axis(products, rows, axis=1)
     for hits, values, places in zip(documents.search(queries, k), scores, rows, strict=True):
         np.testing.assert_allclose([hit.score for hit in hits], values, rtol=1e-5, atol=1e-6)
         # Those that tie to rounding may stand in either order.
@@ -130,6 +132,33 @@ def test_all_may_be_removed_and_others_added(tmp_path):
     documents.put([("a", "text")])
     documents.close()
     check(live(tmp_path), {"a": "text"})
+
+
+@pytest.mark.skipif(not scann.installed(), reason="ScaNN is not installed")
+def test_what_an_approximate_index_finds_is_alive_before_and_after_a_merge(tmp_path):
+    corpus = {f"run-{i}": f"document {i}" for i in range(300)}
+
+    def index(vectors, _=None):
+        return build_index(np.asarray(vectors), "scann", method="ah", ah_iterations=2)
+
+    vectors = encode(list(corpus.values()))
+    base = Base.of(corpus, vectors, index(vectors))
+    documents = LiveDocuments(tmp_path, "key", base, encode, index=index)
+    gone = random.Random(0).sample(list(corpus), 200)
+    documents.remove(gone)
+    documents.put([("new", "document 7")])
+    for _ in range(2):
+        (hits,) = documents.search(encode(["document 7"]), 40)
+        found = [hit.id for hit in hits]
+        assert len(set(found)) == 40
+        assert not set(found) & set(gone)
+        assert "new" in found[:2]
+        left = {name: text for name, text in corpus.items() if name not in gone}
+        scores = encode(list(left.values())) @ encode(["document 7"])[0]
+        best = {list(left)[i] for i in np.argsort(-scores)[:39]}
+        assert len(best & set(found)) > 35
+        documents.merge()
+        assert documents.view.base.index is not None
 
 
 def test_results_can_be_limited_to_ids(tmp_path):

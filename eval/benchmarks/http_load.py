@@ -5,9 +5,10 @@ It speaks just enough HTTP that it takes little of the cores that it shares with
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,56 +44,49 @@ def bodies(queries: Sequence[str], **fields: object) -> list[bytes]:
     return [json.dumps({"query": query, **fields}).encode() for query in queries]
 
 
+def for_seconds(seconds: float) -> Callable[[], bool]:
+    """Goes on until the time is over."""
+    end = time.perf_counter() + seconds
+    return lambda: time.perf_counter() < end
+
+
+def for_requests(count: int) -> Callable[[], bool]:
+    """Goes on until there were so many."""
+    left = iter(range(count))
+    return lambda: next(left, None) is not None
+
+
 def run_load(
-    port: int, path: str, contents: Sequence[bytes], clients: int, seconds: float, most: int = 0
+    port: int, path: str, contents: Sequence[bytes], clients: int, goes_on: Callable[[], bool]
 ) -> Load:
-    """Asks until the time is over.
+    """Asks again and again.
 
     Args:
         port: Of this machine.
         path: Of each request, a POST.
         contents: Bodies, which are sent in turn.
         clients: Connections, each of which waits for its answer before it asks again.
-        seconds: How long.
-        most: Requests, if there are to be so many instead.
+        goes_on: Called before each request.
     """
     start = time.perf_counter()
-    if most:
-        turns, goes_on = iter(range(most)), lambda: True
-    else:
-        turns, goes_on = _count(), lambda: time.perf_counter() - start < seconds
     requests = [_request(path, content) for content in contents]
-    took, errors = asyncio.run(_all(port, requests, clients, turns, goes_on))
+    took, errors = asyncio.run(_all(port, requests, clients, goes_on))
     return Load(np.array(took), time.perf_counter() - start, errors)
 
 
-def _count() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
-
-
 async def _all(
-    port: int,
-    requests: Sequence[bytes],
-    clients: int,
-    turns: Iterator[int],
-    goes_on: Callable[[], bool],
+    port: int, requests: Sequence[bytes], clients: int, goes_on: Callable[[], bool]
 ) -> tuple[list[float], int]:
     took: list[float] = []
-    errors = 0
+    turns, errors = itertools.cycle(requests), 0
 
     async def client() -> None:
         nonlocal errors
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for turn in turns:
-            if not goes_on():
-                break
+        while goes_on():
             start = time.perf_counter()
-            writer.write(requests[turn % len(requests)])
-            status = await _status(reader)
-            if status == 200:
+            writer.write(next(turns))
+            if await _status(reader) == 200:
                 took.append(1000 * (time.perf_counter() - start))
             else:
                 errors += 1

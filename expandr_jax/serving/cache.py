@@ -123,10 +123,14 @@ class Cache:
         self._bytes -= row[0] if row else 0
 
     def _make_room(self, now: float) -> None:
-        self._file.execute("DELETE FROM expansions WHERE made < ?", (now - self._seconds,))
-        self._bytes = self._file.execute("SELECT total(bytes) FROM expansions").fetchone()[0]
-        rows = self._file.execute("SELECT key FROM expansions ORDER BY used, made").fetchall()
-        for (key,) in rows:
-            if self._bytes <= _ROOM * self._most:
-                return
-            self._forget(key)
+        oldest = "SELECT key FROM expansions ORDER BY used LIMIT 256"
+        self._file.execute("BEGIN")
+        try:
+            self._file.execute("DELETE FROM expansions WHERE made < ?", (now - self._seconds,))
+            self._bytes = self._file.execute("SELECT total(bytes) FROM expansions").fetchone()[0]
+            while self._bytes > _ROOM * self._most:
+                for (key,) in self._file.execute(oldest).fetchall():
+                    if self._bytes > _ROOM * self._most:
+                        self._forget(key)
+        finally:
+            self._file.execute("COMMIT")

@@ -15,7 +15,7 @@ from expandr_jax.serving.pair import Answered, Asked, Pair
 
 MODES = ("plain", "distilled", "expanded", "auto")
 BATCH = 16  # Searches that are encoded together.
-WRITERS = 2  # Writes of documents that are encoded at once.
+WRITERS = 1  # Writes of documents that are encoded at once.
 
 
 class Refused(Exception):
