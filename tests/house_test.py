@@ -14,14 +14,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRODUCT = ("expandr_jax", "train", "eval", "configs")
 MOST_LINES = 400  # A file.
 # Whoever raises it says in the commit what for.
-MOST_SOURCE_LINES = 42898
+MOST_SOURCE_LINES = 43558
 
 # Every room of the library, the lowest first: a room imports from those before it alone. A module
 # that lies in no package is a room of its own.
 ROOMS = (
     "errors", "settings", "sharding", "mining", "files", "runtime", "data", "metrics", "models",
     "weights", "losses", "training", "search", "generation", "vectors", "pair", "expansion",
-    "ranking", "rewards", "objectives", "config", "loading", "report", "serving", "planning",
+    "ranking", "rewards", "objectives", "pruning", "config", "loading", "report", "serving",
+    "planning",
 )  # fmt: skip
 
 FLAGS = ("absl", "ml_collections")

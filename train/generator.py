@@ -218,11 +218,16 @@ def kept_reference(
 
 
 def train_adapter(
-    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
+    config: Mapping[str, Any] | Config,
+    workdir: str | os.PathLike,
+    console: Console,
+    *,
+    own: bool = False,
 ) -> pathlib.Path:
     """Trains, or goes on training, an adapter on the config's file of preference pairs.
 
-    Args and errors are as of `train.joint.train_joint`, the config as from configs/dpo.py.
+    Args and errors are as of `train.joint.train_joint`, the config as from configs/dpo.py; `own`:
+    the file is of a round of `train.joint`, as `Objective.read` has it.
 
     Returns:
         The adapter, in PEFT form.
@@ -246,7 +251,7 @@ def train_adapter(
         model = load_generator_model(config)
         run.check_models(model_hashes(model))
     with run.phase("data"):
-        rows = _read(run, model.generator)
+        rows = _read(run, model.generator, own)
     with run.phase(OBJECTIVES[objective_name(config)].phase):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
@@ -257,11 +262,11 @@ def train_adapter(
     return directory
 
 
-def _read(run: Run, generator: Generator) -> list[Any]:
+def _read(run: Run, generator: Generator, own: bool) -> list[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
     path, objective = pathlib.Path(config.data.path), OBJECTIVES[objective_name(config)]
-    rows, dropped = objective.read(path, generator, config, own=False)
+    rows, dropped = objective.read(path, generator, config, own=own)
     run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:
         raise UserError(f"{path}: has nothing to train on")

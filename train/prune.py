@@ -1,0 +1,311 @@
+"""Makes a run's generator smaller: whole heads and feed-forward channels are left out.
+
+    python -m train.prune --workdir=RUN --keep=0.75
+
+ranks the heads, each key-value head with its query heads, and the channels of the run's trained
+generator by first-order Taylor importance on the pairs of the run's step B, leaves as many in every
+layer as a share of all parameters allows, and recovers by step B. Several shares:
+--keep=1,0.9,0.75,0.5. RUN/pruned/IMPORTANCE-KEEP/generator/ loads in transformers;
+RUN/pruned/results.json and the table printed have what each costs. The same command again continues
+where it stopped.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from rich.console import Console
+
+from expandr_jax.config import Config, read_config, read_run_config, with_settings
+from expandr_jax.data.beir import read_beir
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_file, write_json
+from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.adapter import hold_out
+from expandr_jax.objectives.packing import pack, row_sizes
+from expandr_jax.objectives.registry import OBJECTIVES, objective_name
+from expandr_jax.pruning.importance import drawn, importances, layer_gradients, pruning_loss
+from expandr_jax.pruning.measures import decoding_speed, perplexity
+from expandr_jax.pruning.selection import most_important, resized, taken
+from expandr_jax.pruning.widths import count_params, pruned_config
+from expandr_jax.report.tables import render, wide_console
+from expandr_jax.runtime.bucket import is_bucket
+from expandr_jax.runtime.progress import plain_console
+from expandr_jax.weights.export import export_generator
+from expandr_jax.weights.fields import read_json
+from expandr_jax.weights.hf import load_generator
+from train.export import export_one
+from train.generator import train_adapter
+from train.launch import define_workdir, launch
+
+IMPORTANCES = ("taylor", "random")
+LOSSES = ("likelihood", "step_b")
+_ROWS = 4  # Examples of a batch of gradients.
+_PASSAGES = 64  # By which perplexity is told.
+HEADER = (
+    "keep", "importance", "parameters", "share", "heads", "channels", "perplexity before",
+    "perplexity", "tokens/s",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a generator is made smaller.
+
+    Attributes:
+        importance: One of IMPORTANCES.
+        loss: One of LOSSES, that importance is of.
+        examples: So many of the run's examples it is of.
+        epochs: Of recovery by step B; None: as the run had it; 0: none.
+    """
+
+    importance: str = "taylor"
+    loss: str = "likelihood"
+    examples: int = 64
+    epochs: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A run's trained generator and what it is pruned by.
+
+    Attributes:
+        config: The run's.
+        file: What its step B learned from.
+        generator, params: Its model, the adapter merged.
+        source: The weights file's sha256.
+        passages: Those that perplexity is of.
+    """
+
+    config: Config
+    file: pathlib.Path
+    generator: Generator
+    params: Mapping[str, Any]
+    source: str
+    passages: Sequence[str]
+
+
+def prune(
+    workdir: str | os.PathLike, keeps: Sequence[float], options: Options, console: Console
+) -> list[dict[str, Any]]:
+    """Writes smaller generators of a finished run, or goes on with that.
+
+    Args:
+        workdir: The run.
+        keeps: Shares of all parameters, each above 0 and up to 1.
+        options: How.
+        console: Where progress is shown.
+
+    Returns:
+        The rows of RUN/pruned/results.json.
+
+    Raises:
+        UserError: There is no such run, or it has no step B by files, or a share cannot be had.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    whole = _whole(workdir)
+    shape = whole.generator.module.config
+    configs = {keep: pruned_config(shape, whole.params, keep) for keep in keeps}
+    values = importances_of(whole, options) if any(keep != 1 for keep in keeps) else None
+    for keep, config in configs.items():
+        directory = workdir / "pruned" / f"{options.importance}-{keep:g}"
+        made = dataclasses.asdict(options) | {"keep": keep, "source": whole.source}
+        _check_same(directory / "pruned.json", made)
+        if not (directory / "pruned.json").exists():
+            generator, params = resized(whole.generator, config), whole.params
+            if values is not None:
+                kept = (config.num_kv_heads, config.mlp_dim)
+                chosen = (most_important(x, n) for x, n in zip(values, kept, strict=True))
+                params = taken(params, shape, *chosen)
+            export_generator(directory / "before", generator, params)
+            write_json(directory / "pruned.json", made)
+        _recover(whole, directory, options, console)
+        row = {"keep": keep, "importance": options.importance, **_measured(whole, directory)}
+        _add_row(workdir / "pruned" / "results.json", row)
+    rows = read_json(workdir / "pruned" / "results.json")["rows"]
+    return rows
+
+
+def _whole(workdir: pathlib.Path) -> Whole:
+    """A run's generator with its adapter merged, its examples' file and its held-out passages."""
+    config = read_run_config(workdir / "config.json")
+    if objective_name(config) not in OBJECTIVES:
+        raise UserError(
+            f"{workdir}: step_b is {config.step_b!r}, which leaves no file of pairs to prune by"
+        )
+    pairs_alone = config.data.kind == "preferences"
+    merged = workdir / "export" / "generator"
+    if pairs_alone:
+        merged = workdir / "pruned" / "whole"
+        if not merged.exists():
+            export_one(workdir, merged, "generator", "float32")
+    if not merged.exists():
+        raise UserError(f"{merged}: not there; let train.joint finish this run first")
+    generator, params = load_generator(str(merged))
+    generator = dataclasses.replace(generator, **config.generator.chat)
+    file = pathlib.Path(config.data.path)
+    if not pairs_alone:
+        name = OBJECTIVES[objective_name(config)].file
+        file = workdir / f"round-{config.rounds - 1}" / name
+    source = "".join(map(hash_file, generator.files.files))
+    return Whole(config, file, generator, params, source, [*_passages(workdir, pairs_alone)])
+
+
+def _passages(workdir: pathlib.Path, pairs_alone: bool) -> Iterator[str]:
+    """Documents relevant to test queries: a run of pairs alone has none."""
+    if pairs_alone:
+        return
+    collection = read_beir(workdir / "data")
+    relevant = {
+        document
+        for judged in collection.qrels["test"].values()
+        for document, grade in judged.items()
+        if grade > 0
+    }
+    for document in sorted(relevant)[:_PASSAGES]:
+        yield collection.corpus[document]
+
+
+def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array]:
+    """Of each layer's key-value groups and channels, as `importances` gives them."""
+    config, generator = whole.config, whole.generator
+    shape = generator.module.config
+    if options.importance == "random":
+        return drawn(shape, config.seed)
+    objective = OBJECTIVES[objective_name(config)]
+    own = config.data.kind != "preferences"
+    rows, _ = objective.read(whole.file, generator, config, own=own)
+    _, rows = hold_out(rows, config.dpo.dev_share, objective.prompt)
+    examples, _ = objective.tokenize(generator, rows[: options.examples], config.dpo)
+    examples = examples[: options.examples]
+    size = min(_ROWS, len(examples))
+    if not size:
+        raise UserError(f"{whole.file}: has nothing to rank heads and channels by")
+    sizes = row_sizes([example.size for example in examples], 1)
+
+    def loss_of(params: Any, batch: Any) -> jax.Array:
+        return pruning_loss(
+            params, batch, module=generator.module, objective=objective, settings=config.dpo,
+            loss=options.loss,
+        )  # fmt: skip
+
+    batches = (
+        pack(examples[start : start + size], generator.pad_id, sizes)
+        for start in range(0, len(examples) // size * size, size)
+    )
+    gradients = layer_gradients(loss_of, whole.params, batches)
+    return importances(whole.params["layers"], gradients, shape)
+
+
+def _check_same(path: pathlib.Path, made: Mapping[str, Any]) -> None:
+    """Refuses a directory that was made otherwise."""
+    if path.exists() and (found := read_json(path)) != made:
+        name = next(key for key in made if found.get(key) != made[key])
+        raise UserError(
+            f"{path.parent}: was made with {name}={found.get(name)!r}, not {made[name]!r}: move it"
+        )
+
+
+def _recover(
+    whole: Whole, directory: pathlib.Path, options: Options, console: Console
+) -> pathlib.Path:
+    """Step B on what is left; the generator with that adapter merged."""
+    to = directory / "generator"
+    config = whole.config
+    epochs = config.dpo.epochs if options.epochs is None else options.epochs
+    if to.exists():
+        return to
+    if not epochs:
+        generator, params = load_generator(str(directory / "before"))
+        export_generator(to, generator, params)
+        return to
+    settings = {
+        "generator.source": str(directory / "before"),
+        "generator.sha256": None,
+        "data.kind": "preferences",
+        "data.path": str(whole.file),
+        "data.packages": (),
+        "dpo.epochs": float(epochs),
+    }
+    recovery = read_config(dataclasses.asdict(with_settings(config, settings)))
+    own = config.data.kind != "preferences"
+    train_adapter(recovery, directory / "recovery", console, own=own)
+    export_one(directory / "recovery", to, "generator", "float32")
+    return to
+
+
+def _measured(whole: Whole, directory: pathlib.Path) -> dict[str, Any]:
+    """A row of the table, but for what it is of."""
+    before = perplexity(*load_generator(str(directory / "before")), whole.passages)
+    generator, params = load_generator(str(directory / "generator"))
+    shape, parameters = generator.module.config, count_params(params)
+    return {
+        "parameters": parameters,
+        "share": parameters / count_params(whole.params),
+        "heads": shape.num_heads,
+        "kv_heads": shape.num_kv_heads,
+        "channels": shape.mlp_dim,
+        "perplexity_before": before,
+        "perplexity": perplexity(generator, params, whole.passages),
+        "tokens_per_second": decoding_speed(generator.module, params),
+    }
+
+
+def _add_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to results.json, or replaces that of the same share and importance."""
+    rows = read_json(path)["rows"] if path.exists() else []
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return -row["keep"], IMPORTANCES.index(row["importance"])
+
+    rows = [other for other in rows if key(other) != key(row)]
+    write_json(path, {"rows": sorted([*rows, row], key=key)})
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    told = (row["perplexity_before"], row["perplexity"], row["tokens_per_second"])
+    return [
+        f"{row['keep']:g}", row["importance"], str(row["parameters"]), f"{row['share']:.3f}",
+        f"{row['heads']} ({row['kv_heads']})", str(row["channels"]),
+        *("" if value is None else f"{value:.1f}" for value in told),
+    ]  # fmt: skip
+
+
+def main(_: Any) -> None:
+    values = flags.FLAGS
+    if is_bucket(values.workdir):
+        raise UserError(f"--workdir={values.workdir}: expected a run on this machine")
+    options = Options(values.importance, values.loss, values.examples, values.epochs)
+    keeps, console = shares(values.keep), plain_console(soft_wrap=True)
+    rows = prune(values.workdir, keeps, options, console)
+    wide_console().print(render("pruned generators", HEADER, list(map(_cells, rows))))
+
+
+def shares(given: Sequence[str]) -> list[float]:
+    """What --keep says."""
+    try:
+        found = [float(share) for share in given]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share <= 1 for share in found):
+        text = ",".join(given)
+        raise UserError(f"--keep={text}: expected shares above 0 and up to 1, as --keep=0.9,0.75")
+    return list(dict.fromkeys(found))
+
+
+def define_flags() -> None:
+    define_workdir()
+    flags.DEFINE_list("keep", ["0.75"], "Shares of all parameters to keep.")
+    flags.DEFINE_enum("importance", "taylor", IMPORTANCES, "By what heads and channels are ranked.")
+    flags.DEFINE_enum("loss", "likelihood", LOSSES, "Whose importance it is.")
+    flags.DEFINE_integer("examples", 64, "So many of the run's pairs it is of.", lower_bound=1)
+    flags.DEFINE_float("epochs", None, "Of recovery by step B; none said: the run's; 0: none.",
+                       lower_bound=0.0)  # fmt: skip
+
+
+if __name__ == "__main__":
+    launch(main, define_flags, resumes=True)
