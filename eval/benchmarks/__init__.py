@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-NAMES = ("sampling", "dpo", "grpo", "encode", "contrastive", "search", "rewards")
+NAMES = ("sampling", "dpo", "grpo", "encode", "contrastive", "search", "rewards", "load")
 THREADS = 2  # Each side has so many: OMP_NUM_THREADS of its process, and its cores.
 
 
