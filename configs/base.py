@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     # "dpo": on pairs; "reward-sft": on each candidate's negative log-likelihood, by its share
     # softmax(reward / dpo.reward_temperature) in its query's; "grpo": on-policy, section grpo.
     config.step_b = "dpo"  # How the generator learns.
-    # "positives": first a pass over step B's queries, by the likelihood of what their relevant
+    # "positives": first a pass over step B's queries, by the likelihood of what all their relevant
     # documents begin with, for models that would write nothing alike; the rest as section dpo says.
     config.warm_start = ""  # "": none.
 

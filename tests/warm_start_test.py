@@ -8,9 +8,12 @@ import pytest
 
 from configs import base
 from expandr_jax.config import read_config
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.objectives.warm_start import tokenize_beginnings
 from expandr_jax.weights.hf import load_generator
 from tests.commands import finish, start, step_figures
+from train.warm_start import positive_rows
 
 
 def test_a_beginning_is_left_open_and_a_whole_text_ends():
@@ -28,6 +31,19 @@ def test_a_beginning_is_left_open_and_a_whole_text_ends():
         assert [*example.responses[0]] == expected
         assert example.extras == {"weight": 1.0}
         assert not cut
+
+
+def test_each_relevant_document_of_a_query_is_learned_from():
+    corpus = {"a": "Stars shine.", "b": "The earth rotates.", "c": "Cats purr."}
+    qrels = {"train": {"sky": {"b": 1, "a": 2, "c": 0}, "pets": {"c": 1}, "others": {"a": 1}}}
+    collection = Collection("facts", corpus, dict.fromkeys(qrels["train"], "?"), qrels)
+    data = TrainingData(collection, ["others"], ["sky", "pets"])
+    rows = positive_rows(data, {"sky": "Why?", "pets": "Who?"}, "<{}>".format)
+    assert [(row["query_id"], row["prompt"], row["response"]) for row in rows] == [
+        ("sky", "<Why?>", "Stars shine."),
+        ("sky", "<Why?>", "The earth rotates."),
+        ("pets", "<Who?>", "Cats purr."),
+    ]
 
 
 @pytest.mark.slow
