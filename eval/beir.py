@@ -5,10 +5,11 @@ expandr_jax/expansion/strategies.py (`dense+q2d`, `bm25+query2doc`), `dense+prf-
 `dense+prf-rocchio`, the same over a corpus whose documents are expanded (`bm25@d2q`,
 `dense@d2d+q2d`), fusions of any of these (`rrf:bm25:dense`), and any of them ranked again by a
 cross-encoder (`rerank:dense`); see expandr_jax/ranking/systems.py. `all` is the table of
-docs/strategies.md, without expanded documents. Each set
-gets results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in
-OUT or, where there are several, in OUT/NAME. The same command goes on where it stopped; with other
-systems it adds what is missing, and what was generated serves every system that asks for the same.
+docs/strategies.md, without expanded documents. What the parts of an interpolation weigh is chosen
+on a set's dev queries, where it has some beside those that it is tested on. Each set gets
+results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in OUT or,
+where there are several, in OUT/NAME. The same command goes on where it stopped; with other systems
+it adds what is missing, and what was generated serves every system that asks for the same.
 """
 
 import contextlib

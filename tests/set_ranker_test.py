@@ -13,7 +13,9 @@ from eval.beir import evaluate_beir
 from expandr_jax import metrics
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
+from expandr_jax.expansion.combine import WAYS
 from expandr_jax.expansion.expand import Expander
+from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.stages import interpolate
 from expandr_jax.ranking.systems import parse_system
 from tests.eval_beir_test import open_lines, write_set
@@ -113,3 +115,35 @@ def test_a_fusion_is_weighed_where_a_set_has_dev_queries(tmp_path, monkeypatch):
     (out / "with" / "results.json").unlink()
     monkeypatch.setattr("expandr_jax.ranking.choices.choose", None)
     assert evaluated(data, out, names) == first
+
+
+@pytest.mark.parametrize(
+    ("combine", "dev", "expected"),
+    [
+        ("mean", True, Choice(0.7, 2)),
+        ("max", True, Choice(0.7, 2, "max")),
+        ("dev", False, Choice(0.7, 2)),  # There is nothing to choose it by.
+        ("dev", True, None),
+    ],
+)
+def test_how_texts_count_is_chosen_where_a_set_has_dev_queries(
+    monkeypatch, tmp_path, combine, dev, expected
+):
+    monkeypatch.setattr(
+        Expander, "texts", lambda self, queries, *_: {query: [["a", "b"]] for query in queries}
+    )
+    settings = {"evaluation.samples": (2,), "evaluation.query_weights": (0.7,)}
+    config = with_settings(read_config(base.get_config()), settings)
+    run = SimpleNamespace(config=with_settings(config, {"expansion.combine": combine}))
+    qrels = {"test": {"q": {"d": 1}}} | ({"dev": {"v": {"d": 1}, "w": {"d": 0}}} if dev else {})
+    queries = {"q": "query", "v": "other", "w": "nothing found"}
+    collection = Collection("set", {"d": "text"}, queries, qrels)
+    made = set_ranker.SetRanker(
+        run, SimpleNamespace(sampler=None), collection, "test", tmp_path, None
+    )
+    leaf = parse_system("dense+q2d")
+    if expected:
+        assert made._choice(leaf) == expected
+    else:
+        assert made._tried(leaf) == [Choice(0.7, 2, way) for way in WAYS]
+        assert made._dev.ids == ["v"]  # The other has no relevant document.
