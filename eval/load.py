@@ -38,6 +38,7 @@ from train.launch import define_workdir, launch, output_file
 
 PEER_PACKAGES = ("faiss", "sentence_transformers")
 VARIANTS = [(threads, batched) for batched in (0, 1) for threads in (1, 2)]
+WORDS = {"plain": "are searched", "expanded": "are expanded", "all": "are compiled"}
 K = 10
 WARM = 2.0  # Seconds that nobody counts.
 BATCH = 100  # Documents of a write.
@@ -97,12 +98,11 @@ def _server(run: Finished, state: str) -> Iterator[tuple[int, psutil.Process, di
         [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE, text=True
     )
     try:
-        for mode, words in (("plain", "are searched"), ("expanded", "are expanded")):
+        for mode, words in WORDS.items():
             line = process.stdout.readline()
             if words not in line:
                 raise UserError(f"eval.serve: did not begin: {line.strip()}")
             start[mode] = round(time.perf_counter() - begun, 2)
-        time.sleep(WARM)  # Programs for writes are being compiled.
         yield int(re.search(r":(\d+): ", line)[1]), psutil.Process(process.pid), start
     finally:
         process.terminate()

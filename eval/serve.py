@@ -90,11 +90,13 @@ def begin(service: Any, run: Finished, state: pathlib.Path, console: Console) ->
             size, seconds = values.cache_mb << 20, values.cache_days * 86400.0
             cache = Cache(state / "expansions.sqlite", size, seconds)
         made = run.expansions(pair, console, values.slots, values.temperature, cache)
-        made.compile()
+        made.compile(1)
         pair.compile_expanded(made.texts)
         service.begin_expanding(made)
         yield f"queries are expanded ({time.perf_counter() - start:.1f} s)"
+        made.compile()
     run.compile_documents()  # Last: writes may wait for it, searches not.
+    yield f"all programs are compiled ({time.perf_counter() - start:.1f} s)"
 
 
 def cached_programs(state: pathlib.Path) -> None:

@@ -80,7 +80,7 @@ def smoke(tmp_path_factory):
 def service(smoke, tmp_path_factory):
     """`eval.serve` on that run; tests leave its documents as they were."""
     server = Server(smoke[0], tmp_path_factory.mktemp("service") / "state")
-    server.wait_for("are expanded")
+    server.wait_for("are compiled")
     yield server
     printed = server.stop()
     assert "Traceback" not in printed

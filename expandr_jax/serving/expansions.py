@@ -32,23 +32,29 @@ class SlotSampler:
         divisor = batch_divisor(sampler.mesh)
         most = -(-slots // divisor) * divisor
         self._engines = [self._engine(count) for count in sorted({divisor, most})]
+        self._ready: list[Engine] = []  # Those whose programs are compiled.
 
     @property
     def slots(self) -> int:
         """Texts that are sampled at once, at most."""
         return self._engines[-1].shape.slots
 
-    def compile(self) -> None:
-        """Samples a little in all shapes, so that no request waits for a program."""
+    def compile(self, engines: int | None = None) -> None:
+        """Samples a little in all shapes of the first so many engines, or of all.
+
+        No request waits for a program then, and the larger engines are not asked before.
+        """
         pad = self.sampler.generator.pad_id
-        for engine in self._engines:
+        for engine in self._engines[len(self._ready) : engines]:
             for bucket in self.sampler.settings.prompt_buckets:
                 list(engine.generate([Request("", 0, (pad,) * bucket, 0.0, 1.0, 2)]))
+            self._ready.append(engine)
 
     def texts(self, requests: Requests) -> dict[tuple[str, int], str]:
         """(Request's id, sample) -> text, without its lead-in."""
         asked = [self._prompted(request) for request in requests]
-        engine = next((e for e in self._engines if e.shape.slots >= len(asked)), self._engines[-1])
+        engines = self._ready or self._engines[:1]
+        engine = next((e for e in engines if e.shape.slots >= len(asked)), engines[-1])
         return {
             (done.id, done.sample): strip_lead_in(self.sampler.text(done)).strip()
             for done in engine.generate(asked)
@@ -109,9 +115,9 @@ class Expansions:
         """Queries that are best made together."""
         return max(1, self._slots.slots // self._samples)
 
-    def compile(self) -> None:
-        """Has no request wait for a program."""
-        self._slots.compile()
+    def compile(self, engines: int | None = None) -> None:
+        """As `SlotSampler` does."""
+        self._slots.compile(engines)
 
     @property
     def texts(self) -> int:
