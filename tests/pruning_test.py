@@ -267,6 +267,15 @@ def test_step_b_recovers_and_goes_on(finished):
     assert all(after[name].tobytes() == again[name].tobytes() for name in after)
 
 
+@pytest.mark.slow
+def test_the_whole_ranks_as_the_run_did(smoke, finished):
+    arguments = (f"--workdir={finished}", "--keep=1", "--epochs=0", "--evaluate")
+    finish(command("train.prune", *arguments))
+    (row,) = json.loads((finished / "pruned/results.json").read_text())["rows"]
+    rows = json.loads((smoke[0] / "results.json").read_text())["rows"]
+    assert row["ndcg@10"] == next(r["ndcg@10"] for r in rows if r["system"] == "expandr")
+
+
 def test_runs_that_cannot_be_pruned_are_refused(finished):
     with pytest.raises(UserError, match=r"keep=0.5: cannot be had"):
         prune(finished, [0.5], Options(), quiet())

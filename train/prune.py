@@ -6,8 +6,8 @@ ranks the heads, each key-value head with its query heads, and the channels of t
 generator by first-order Taylor importance on the pairs of the run's step B, leaves as many in every
 layer as a share of all parameters allows, and recovers by step B. Several shares:
 --keep=1,0.9,0.75,0.5. RUN/pruned/IMPORTANCE-KEEP/generator/ loads in transformers;
-RUN/pruned/results.json and the table printed have what each costs. The same command again continues
-where it stopped.
+RUN/pruned/results.json and the table printed have what each costs, with --evaluate also nDCG@10 of
+the run's trained retriever with its passages. The same command again continues where it stopped.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ from rich.console import Console
 
 from expandr_jax.config import Config, read_config, read_run_config, with_settings
 from expandr_jax.data.beir import read_beir
+from expandr_jax.data.collect import prepare_data
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, write_json
+from expandr_jax.loading import load_models
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.adapter import hold_out
 from expandr_jax.objectives.packing import pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
+from expandr_jax.pair import model_hashes
 from expandr_jax.pruning.importance import drawn, importances, layer_gradients, pruning_loss
 from expandr_jax.pruning.measures import decoding_speed, perplexity
 from expandr_jax.pruning.selection import most_important, resized, taken
@@ -35,9 +38,12 @@ from expandr_jax.pruning.widths import count_params, pruned_config
 from expandr_jax.report.tables import render, wide_console
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.progress import plain_console
+from expandr_jax.runtime.run import Run
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.fields import read_json
 from expandr_jax.weights.hf import load_generator
+from train.encoding import run_retriever
+from train.evaluation import evaluate
 from train.export import export_one
 from train.generator import train_adapter
 from train.launch import define_workdir, launch
@@ -46,9 +52,10 @@ IMPORTANCES = ("taylor", "random")
 LOSSES = ("likelihood", "step_b")
 _ROWS = 4  # Examples of a batch of gradients.
 _PASSAGES = 64  # By which perplexity is told.
+_SYSTEM = "zero-shot+expansion"  # Of the run's models, which are not trained any more.
 HEADER = (
     "keep", "importance", "parameters", "share", "heads", "channels", "perplexity before",
-    "perplexity", "tokens/s",
+    "perplexity", "tokens/s", "ndcg@10",
 )  # fmt: skip
 
 
@@ -61,12 +68,14 @@ class Options:
         loss: One of LOSSES, that importance is of.
         examples: So many of the run's examples it is of.
         epochs: Of recovery by step B; None: as the run had it; 0: none.
+        evaluate: Whether the run's test queries are expanded and searched, too.
     """
 
     importance: str = "taylor"
     loss: str = "likelihood"
     examples: int = 64
     epochs: float | None = None
+    evaluate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +117,15 @@ def prune(
     """
     workdir = pathlib.Path(workdir).absolute()
     whole = _whole(workdir)
+    if options.evaluate and whole.config.data.kind == "preferences":
+        raise UserError(f"{workdir}: --evaluate: a run of pairs alone has no queries to search for")
     shape = whole.generator.module.config
     configs = {keep: pruned_config(shape, whole.params, keep) for keep in keeps}
     values = importances_of(whole, options) if any(keep != 1 for keep in keeps) else None
     for keep, config in configs.items():
         directory = workdir / "pruned" / f"{options.importance}-{keep:g}"
         made = dataclasses.asdict(options) | {"keep": keep, "source": whole.source}
+        del made["evaluate"]
         _check_same(directory / "pruned.json", made)
         if not (directory / "pruned.json").exists():
             generator, params = resized(whole.generator, config), whole.params
@@ -125,6 +137,8 @@ def prune(
             write_json(directory / "pruned.json", made)
         _recover(whole, directory, options, console)
         row = {"keep": keep, "importance": options.importance, **_measured(whole, directory)}
+        if options.evaluate:
+            row["ndcg@10"] = _searched(workdir, whole.config, directory, console)
         _add_row(workdir / "pruned" / "results.json", row)
     rows = read_json(workdir / "pruned" / "results.json")["rows"]
     return rows
@@ -255,6 +269,37 @@ def _measured(whole: Whole, directory: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def _searched(
+    workdir: pathlib.Path, config: Config, directory: pathlib.Path, console: Console
+) -> float:
+    """nDCG@10 of test queries with a smaller generator's passages, used as is best on dev."""
+    settings = {
+        "retriever.source": str(workdir / "export" / "retriever"),
+        "retriever.sha256": None,
+        "generator.source": str(directory / "generator"),
+        "generator.sha256": None,
+        "data.tests": (),
+        "rounds": 1,
+        "distill.epochs": 0.0,
+        "evaluation.systems": (_SYSTEM,),
+    }
+    settled = read_config(dataclasses.asdict(with_settings(config, settings)))
+    run = Run(directory / "evaluation", settled, console)
+    with run.phase("data"):
+        data = prepare_data(
+            settled.data, run.path("data"), run.path("work", "prepared"),
+            run.path("work", "documents", "data"),
+            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+        )  # fmt: skip
+    models = load_models(settled, lambda _: None)
+    run.check_models(model_hashes(models))
+    corpus = data.collection.corpus
+    retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
+    results = evaluate(run, models, data, {"zero-shot": retriever}, {"base": None})
+    run.close()
+    return next(row["ndcg@10"] for row in results["rows"] if row["system"] == _SYSTEM)
+
+
 def _add_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
     """Adds a row to results.json, or replaces that of the same share and importance."""
     rows = read_json(path)["rows"] if path.exists() else []
@@ -272,6 +317,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['keep']:g}", row["importance"], str(row["parameters"]), f"{row['share']:.3f}",
         f"{row['heads']} ({row['kv_heads']})", str(row["channels"]),
         *("" if value is None else f"{value:.1f}" for value in told),
+        f"{row['ndcg@10']:.4f}" if "ndcg@10" in row else "",
     ]  # fmt: skip
 
 
@@ -279,7 +325,8 @@ def main(_: Any) -> None:
     values = flags.FLAGS
     if is_bucket(values.workdir):
         raise UserError(f"--workdir={values.workdir}: expected a run on this machine")
-    options = Options(values.importance, values.loss, values.examples, values.epochs)
+    options = Options(values.importance, values.loss, values.examples, values.epochs,
+                      values.evaluate)  # fmt: skip
     keeps, console = shares(values.keep), plain_console(soft_wrap=True)
     rows = prune(values.workdir, keeps, options, console)
     wide_console().print(render("pruned generators", HEADER, list(map(_cells, rows))))
@@ -305,6 +352,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("examples", 64, "So many of the run's pairs it is of.", lower_bound=1)
     flags.DEFINE_float("epochs", None, "Of recovery by step B; none said: the run's; 0: none.",
                        lower_bound=0.0)  # fmt: skip
+    flags.DEFINE_boolean("evaluate", False, "Have the run's test queries expanded and searched.")
 
 
 if __name__ == "__main__":
