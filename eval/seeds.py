@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from eval.cells import other_settings, run_values
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import differences, write_text
+from expandr_jax.files.records import write_text
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.samples import (
     RANK,
@@ -36,11 +37,6 @@ SAMPLES = {
     RANK: "1 / rank of the relevant document for a single fresh passage searched on its own",
     REWARD: "Reward in the corpus (reward.corpus_measure) of a single fresh passage",
 }
-# Settings that decide how fast a run is, and results up to rounding.
-HOW = (
-    "contrastive.micro_batch", "contrastive.remat", "generator.memory_limit", "generator.remat",
-    "generator.slots", "generator.today", "keep", "log", "mesh", "retriever.tokens_per_batch",
-)  # fmt: skip
 Values = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 
 
@@ -55,17 +51,16 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
     values = collections.defaultdict(lambda: collections.defaultdict(list))
     first: tuple[set[str], set[str]] | None = None
     for workdir in workdirs:
-        qrels = read_qrels(workdir / "qrels.trec")
-        queries = sorted(qrels)
-        systems = {path.stem for path in (workdir / "runs").glob("*.trec")}
+        queries = sorted(read_qrels(workdir / "qrels.trec"))
+        found = run_values(workdir, queries)
+        systems = set(found)
         if first is None:
             first = set(queries), systems
         elif first != (set(queries), systems):
             raise UserError(f"{workdir}: has other test queries or systems than {workdirs[0]}")
         for system in systems:
-            run = metrics.read_trec(workdir / "runs" / f"{system}.trec")
-            for measure, scores in metrics.evaluate(run, qrels, METRICS).items():
-                values[system][measure].append([scores[query] for query in queries])
+            for measure, scores in found[system].items():
+                values[system][measure].append(scores)
         samples = read_samples(workdir / "evaluation" / "samples.jsonl")
         for system in sorted({row["system"] for row in samples}):
             for field, measure in SAMPLE_METRICS.items():
@@ -97,12 +92,11 @@ def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
         if (other := seeds.setdefault(seed, workdir)) != workdir:
             raise UserError(f"{workdir}: has the seed of {other}; it would count twice")
         first = first or config
-        for name, before, now in differences(first, config):
-            if not f"{name}.".startswith(tuple(f"{how}." for how in HOW)):
-                raise UserError(
-                    f"{workdir}: {name} is {now!r}, in {workdirs[0]} {before!r}; expected runs "
-                    "that differ by their seed alone"
-                )
+        for name, before, now in other_settings(first, config):
+            raise UserError(
+                f"{workdir}: {name} is {now!r}, in {workdirs[0]} {before!r}; expected runs that "
+                "differ by their seed alone"
+            )
 
 
 def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:

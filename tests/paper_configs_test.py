@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from configs import paper, published, reference_code
+from configs import paper, published, reference_code, table_8b
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.weights import source
@@ -40,6 +40,7 @@ def test_a_model_that_is_not_on_disk_is_not_looked_for_elsewhere(monkeypatch, tm
     monkeypatch.chdir(tmp_path)
     configs = [paper.get_config(name) for name in paper.RETRIEVERS]
     configs += [published.get_config(name) for name in published.CHECKPOINTS]
+    configs += [table_8b.get_config(name) for name in table_8b.RETRIEVERS]
     for name in {part.source for c in configs for part in (c.retriever, c.generator)}:
         with pytest.raises(UserError, match=f"{name}: no such file or directory"):
             source.locate(name)
@@ -61,7 +62,7 @@ def test_the_released_code_differs_from_the_paper_in_these_settings():
     assert set(queries.values()) == {64 * 8 * 2}
 
 
-@pytest.mark.parametrize("module", [paper, reference_code, published])
+@pytest.mark.parametrize("module", [paper, reference_code, published, table_8b])
 def test_an_unknown_argument_is_refused_in_one_line(module, tmp_path):
     with pytest.raises(UserError, match="expected one of"):
         module.get_config("nothing")

@@ -204,7 +204,8 @@ def _choice(
     path = run.path("work", f"round-{last}", "distilled-choice.json")
     strategy = dataclasses.replace(expander.strategy, dense=weighted, kind="document")
     if not run.processes.once(path.exists):
-        strategy, texts = written_for(run, data, expander, adapter, leaf.generator, leaf.strategy)
+        written = written_for(run, data, expander, adapter, leaf.generator, leaf.strategy)
+        strategy, texts, _ = written
         judged = data.collection.qrels["dev"]
         dev = {query: data.collection.queries[query] for query in judged}
         expansions = Expansions(strategy, [texts[query] for query in dev])

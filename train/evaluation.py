@@ -2,6 +2,7 @@
 
 The same systems are scored on the collections of `data.tests`, which are not trained on."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +111,10 @@ def evaluate(
         open_now.append(found)
         return found
 
+    def timed(system: System) -> contextlib.AbstractContextManager:
+        count = len(data.collection.qrels["test"])
+        return contextlib.nullcontext() if folder else run.search(system.name, count)
+
     expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
     with run.phase("evaluation"):
@@ -125,7 +130,7 @@ def evaluate(
             say=run.reporter.say,
             is_main=run.processes.is_main,
         )
-        rankers = _rankers(run, data, retriever, words, expansions, choices, kept.runs)
+        rankers = _rankers(run, data, retriever, words, expansions, choices, kept.runs, timed)
         # Those of one retriever after the other, each when all that it rests on is there.
         order = [BM25, *retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
@@ -250,8 +255,12 @@ def _rankers(
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: DevChoices,
     runs: Mapping[str, RunScores],
+    timed: Callable[[System], contextlib.AbstractContextManager],
 ) -> dict[str, Ranker]:
-    """A ranker of each split; `runs` are those of test that there are already."""
+    """A ranker of each split; `runs` are those of test that there are already.
+
+    Searches for test are within `timed`.
+    """
 
     def ranker(split: str) -> Ranker:
         return Ranker(
@@ -262,6 +271,7 @@ def _rankers(
             run.config.evaluation,
             run.config.contrastive.normalize,
             runs=runs if split == "test" else {},
+            timed=timed if split == "test" else contextlib.nullcontext,
             is_main=run.processes.is_main,
             excluded=data.collection.excluded,
         )

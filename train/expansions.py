@@ -8,14 +8,16 @@ from typing import Any
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.expand import (
     Expander,
+    Sample,
     SearchTexts,
     by_sample,
     journaled,
     make_expander,
 )
-from expandr_jax.expansion.sampled import MadeWhenAsked
-from expandr_jax.expansion.strategies import STRATEGIES, Strategy, weighted
+from expandr_jax.expansion.sampled import MadeWhenAsked, SampledTexts
+from expandr_jax.expansion.strategies import STRATEGIES, Ask, Strategy, weighted
 from expandr_jax.files.records import write_jsonl
+from expandr_jax.generation.requests import Requests
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
 from expandr_jax.ranking.ranker import Expansions
@@ -68,9 +70,9 @@ def training_expansions(
 
 
 def _write(run: Run, path: pathlib.Path, rows: Iterable[tuple]) -> None:
-    """Writes an expansions.jsonl, whose fields each row has in their order."""
-    fields = "query_id", "split", "system", "sample", "query", "expansion"
-    named = (dict(zip(fields, row, strict=True)) for row in rows)
+    """Writes an expansions.jsonl; each row has its fields in their order, the last one or not."""
+    fields = "query_id", "split", "system", "sample", "query", "expansion", "tokens"
+    named = (dict(zip(fields, row, strict=False)) for row in rows)
     run.processes.once(lambda: write_jsonl(path, named))
 
 
@@ -103,16 +105,18 @@ def evaluation_expansions(
         for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values())
     }
     rows = (
-        (query, split, leaf.name, number, queries[query], text)
+        (query, split, leaf.name, number, queries[query], text, tokens)
         for leaf in leaves.values()
         for split in SPLITS
         for query in qrels[split]
-        for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
-    )
+        for number, (text, tokens) in enumerate(zip(
+            by_sample(made[leaf.generator, leaf.strategy][1][query]),
+            by_sample(made[leaf.generator, leaf.strategy][2][query]), strict=True))
+    )  # fmt: skip
     _write(run, run.path(folder, "evaluation", "expansions.jsonl"), rows)
     return {
         (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
-        for key, (strategy, texts) in made.items()
+        for key, (strategy, texts, _) in made.items()
         for split in SPLITS
     }
 
@@ -125,10 +129,11 @@ def written_for(
     generator: str,
     name: str,
     folder: str = "",
-) -> tuple[Strategy, Mapping[str, list[list[str]]]]:
-    """What a generator writes for the dev and test queries by a strategy: query id -> texts.
+) -> tuple[Strategy, Mapping[str, list[list[str]]], Mapping[str, list[list[int]]]]:
+    """What a generator writes for the dev and test queries by a strategy.
 
-    Arguments are as of `evaluation_expansions`, `name` as of `System.strategy`.
+    Query id -> texts [asks][samples], and to how many tokens it wrote for each. Arguments are as of
+    `evaluation_expansions`, `name` as of `System.strategy`.
     """
     # The config's own is averaged as in training, whatever its authors do.
     expander, become = own, {"dense": weighted, "kind": "document"}
@@ -144,5 +149,23 @@ def written_for(
         journal = run.path("work", folder, f"evaluation-{where}.jsonl")
         purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
         sample = journaled(expander, adapter, journal, purpose)
-        texts = expander.texts(queries, max(run.config.evaluation.samples), sample)
-    return dataclasses.replace(expander.strategy, **become), texts
+        samples = max(run.config.evaluation.samples)
+        texts, tokens = _with_tokens(expander, queries, samples, sample)
+    return dataclasses.replace(expander.strategy, **become), texts, tokens
+
+
+def _with_tokens(
+    expander: Expander, queries: Mapping[str, str], samples: int, sample: Sample
+) -> tuple[Mapping[str, list[list[str]]], Mapping[str, list[list[int]]]]:
+    """What `Expander.texts` makes, and likewise how many tokens the generator wrote for each."""
+    written: list[SampledTexts] = []
+
+    def kept(step: Ask, requests: Requests) -> SampledTexts:
+        written.append(sample(step, requests))
+        return written[-1]
+
+    def tokens(query: str) -> list[list[int]]:
+        rows = [[texts.row((query, i)) for i in range(samples)] for texts in written]
+        return [[row["tokens"] for row in several] for several in rows]
+
+    return expander.texts(queries, samples, kept), MadeWhenAsked(queries, tokens)

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,33 @@ def define_config(default: str | None = None) -> None:
     config_flags.DEFINE_config_file(
         "config", default, "A file of configs/, e.g. configs/quickstart.py.", lock_config=True
     )
+
+
+def config_of(file: str, overrides: Mapping[str, Any]) -> Any:
+    """The config of FILE[:ARGUMENT] as --config reads it, with other values of some settings.
+
+    Raises:
+        UserError: The file, or its argument, gives no config, or it has no such setting.
+    """
+    arguments = ["", f"--config={file}", *config_arguments(overrides)]
+    read = flags.FlagValues()
+    try:
+        _check_config_exists(arguments)
+        config_flags.DEFINE_config_file(
+            "config", None, lock_config=True, flag_values=read, sys_argv=arguments
+        )
+        read(arguments)
+        _ = read.config.seed
+        unpin(read["config"])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = _one_line(error)
+        raise UserError(_unknown_setting(text, arguments) or text) from None
+    return read.config
+
+
+def config_arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """The arguments that give settings these values: --config.a.b=value."""
+    return [f"--config.{name}={value}" for name, value in overrides.items()]
 
 
 def define_workdir() -> None:

@@ -71,8 +71,13 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text, as `write_jsonl` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes bytes, as `write_jsonl` does."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(data)
 
 
 def hash_file(path: str | os.PathLike) -> str:

@@ -94,6 +94,12 @@ class System:
         return self.strategy is not None or self.stage in (*WEIGHED, *GATES)
 
     @property
+    def writer(self) -> str:
+        """Who writes for a leaf's queries, in words: "base generator, hyde", for example."""
+        named = "" if self.strategy == EXPANSION else f", {self.strategy}"
+        return f"{self.generator} generator{named}"
+
+    @property
     def needs_training(self) -> bool:
         """Whether a training run alone has what it is made of."""
         return not (self.retrievers <= {BM25, UNTRAINED} and self.generators <= {BASE})

@@ -14,8 +14,8 @@ from expandr_jax.runtime.progress import plain_console
 
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDE = 200  # Characters of a line where there is no terminal to fit into.
-# A number, a share in per cent, or either with its spread after it.
-_NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ?%)?( \([\d.]+\))?")
+# A number, a share in per cent, or either with an interval or its spread after it.
+_NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ?%)?( \[[\d., -]+\])?( \([\d.]+\))?")
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{character: "\\" + character for character in "&%$#_{}"},

@@ -10,13 +10,11 @@ import json
 import os
 import pathlib
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import psutil
 from etils import epath
 from rich.console import Console
 
@@ -31,7 +29,9 @@ from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
 from expandr_jax.runtime.progress import Reporter
+from expandr_jax.runtime.revision import revision
 from expandr_jax.runtime.telemetry import Profile, TrainingLog
+from expandr_jax.runtime.timings import add_phase, add_search, peak_memory
 
 LIBRARIES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
@@ -252,6 +252,7 @@ class Run:
             "format": FORMAT,
             "config": self._values,
             "seed": self._values["seed"],
+            "revision": revision(),
             "versions": {"python": platform.python_version(), **versions},
             "device": {"kind": device.device_kind, "platform": device.platform,
                        "count": jax.device_count()},
@@ -319,11 +320,23 @@ class Run:
             yield
 
     @contextlib.contextmanager
+    def search(self, system: str, queries: int) -> Iterator[None]:
+        """Times how a system ranks so many queries: "searches" in timings.json, within its phase.
+
+        What it rests on and was ranked before is not in it, nor the vectors that it shares.
+        """
+        start = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - start, 4)
+        if self.processes.is_main:
+            add_search(self.path("timings.json"), system, queries, seconds)
+
+    @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[None]:
         self.console.print(name, style="bold")
         outside, self._seconds_inside = self._seconds_inside, 0.0
         start = time.perf_counter()
-        with _peak_memory() as peak:
+        with peak_memory() as peak:
             try:
                 yield
             except NotFiniteError as error:
@@ -335,53 +348,7 @@ class Run:
         seconds = whole - self._seconds_inside
         self._seconds_inside = outside + whole
         if self.processes.is_main:
-            self._write_timing(name, seconds, peak())
-
-    def _write_timing(self, name: str, seconds: float, peak: int) -> None:
-        path = self.path("timings.json")
-        phases: dict[str, dict[str, Any]] = {}
-        # Absent, or damaged: they are counted anew.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            phases = {
-                row["phase"]: {**row, "seconds": float(row["seconds"]),
-                               "peak_memory_bytes": int(row["peak_memory_bytes"])}
-                for row in json.loads(path.read_bytes().decode())["phases"]
-            }  # fmt: skip
-        row = phases.setdefault(name, {"phase": name, "seconds": 0.0, "peak_memory_bytes": 0})
-        row["seconds"] = round(row["seconds"] + seconds, 3)
-        row["peak_memory_bytes"] = max(row["peak_memory_bytes"], peak)
-        # A run may go on elsewhere than where config.json was written.
-        row |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        rows = list(phases.values())
-        write_json(
-            path,
-            {
-                "phases": rows,
-                "total_seconds": round(sum(row["seconds"] for row in rows), 3),
-                "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-            },
-        )
-
-
-@contextlib.contextmanager
-def _peak_memory() -> Iterator[Callable[[], int]]:
-    """Samples this process's resident memory while a phase runs; yields what gives the peak."""
-    peak, process, stop = 0, psutil.Process(), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while True:
-            peak = max(peak, process.memory_info().rss)
-            if stop.wait(0.05):
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: peak
-    finally:
-        stop.set()
-        thread.join()
+            add_phase(self.path("timings.json"), name, seconds, peak())
 
 
 def _has_files(path: pathlib.Path) -> bool:

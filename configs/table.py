@@ -1,0 +1,64 @@
+"""The reference table: the quick start's models on several collections, for `eval.table`.
+
+    python -m eval.table --config=configs/table.py --data=DIR,DIR,pydoc --seeds=0,1,2 --workdir=OUT
+
+One cell of it alone is a run of `train.joint --config=configs/table.py:DIR` with --config.seed=S.
+It is meant to end within 60 minutes on two cores. docs/results.md has what the table says.
+"""
+
+import ml_collections
+
+from configs import beir, quickstart
+
+HARVEST = "pydoc"  # The collection of docstrings, which no directory holds.
+
+# A row each. What expansions have to beat stands above them: `expandr_jax.ranking.baselines` pairs
+# rows by their names, INTERPOLATION:expandr with INTERPOLATION:fine-tuned for example.
+SYSTEMS = (
+    "bm25",
+    "bm25+rm3",
+    "zero-shot",
+    "zero-shot+prf-rocchio",
+    "fine-tuned",
+    "fine-tuned-all",
+    "fine-tuned+prf-rocchio",
+    "zero-shot+expansion",
+    "fine-tuned+expansion",
+    "bm25+expansion",
+    "expandr-plain",
+    "expandr-base-generator",
+    "expandr",
+    "expandr-gated",
+    "expandr-gated-after",
+    "interpolation:bm25:zero-shot",
+    "interpolation:bm25:fine-tuned",
+    "interpolation:bm25:fine-tuned-all",
+    "interpolation:bm25:zero-shot+expansion",
+    "interpolation:bm25:fine-tuned+expansion",
+    "interpolation:bm25:expandr-plain",
+    "interpolation:bm25:expandr",
+)
+
+
+def get_config(collection: str = HARVEST) -> ml_collections.ConfigDict:
+    """A cell's config, but for its seed.
+
+    Args:
+        collection: A directory in BEIR layout, with train judgements, or `HARVEST`.
+    """
+    config = quickstart.get_config() if collection == HARVEST else beir.get_config(collection)
+    config.data.max_retriever_train = 640
+    config.data.max_generator_train = 128
+    config.data.max_dev = 128
+    config.data.max_test = 400
+    if collection == HARVEST:
+        config.data.shares.generator_train = 0.14
+        config.data.shares.retriever_train = 0.70
+    else:
+        config.expansion.max_new_tokens = 32
+        config.candidates.max_new_tokens = 32
+        config.answer.max_new_tokens = 32
+        config.dpo.response_length = 33
+    config.evaluation.systems = SYSTEMS
+    config.evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)
+    return config
