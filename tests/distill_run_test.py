@@ -11,10 +11,12 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 
+from configs import smoke as smoke_config
 from expandr_jax import metrics
+from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.files.records import hash_file
 from tests.adding_test import contents
-from tests.commands import command, error_of, finish, step_figures
+from tests.commands import command, error_of, finish, start, step_figures
 
 SETTINGS = {
     "epochs": 2.0, "documents": 24, "batch_size": 8, "learning_rate": 1e-3, "kl_weight": 0.5,
@@ -112,24 +114,51 @@ def test_the_exported_pair_ranks_as_the_row_does(smoke, distilled):
 
 
 @pytest.mark.slow
+def test_a_further_collection_is_searched_by_the_documents_vectors_that_the_retriever_has(
+    distilled, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(distilled[0], workdir)
+    corpus = {f"d{i}": f"a text of number {i} and {i * i}" for i in range(30)}
+    queries = {f"q{i}": f"which text has {i}" for i in range(6)}
+    qrels = {"test": {f"q{i}": {f"d{i}": 1} for i in range(6)}}
+    write_beir(tmp_path / "set", Collection("set", corpus, queries, qrels))
+    fused = "interpolation:bm25:expandr-distilled"
+    overrides = [f"--config.distill.{name}={value}" for name, value in SETTINGS.items()]
+    overrides += [
+        "--config.distill.control=True",
+        f"--config.data.tests=('{tmp_path / 'set'}',)",
+        f"--config.evaluation.systems={(*smoke_config.get_config().evaluation.systems, fused)}",
+    ]
+    finish(start(workdir, *overrides))
+    results = json.loads((workdir / "results.json").read_text())
+    assert fused in [row["system"] for row in results["rows"]]
+    made = {path.name for path in (workdir / "work" / "vectors" / "set").glob("*.npy")}
+    assert made == {"zero-shot.npy", "fine-tuned.npy", "expandr.npy"}
+    tower, retriever = (
+        SentenceTransformer(str(workdir / "export" / name), device="cpu")
+        for name in ("query-encoder", "retriever")
+    )
+    vectors = retriever.encode_document([*corpus.values()])
+    run = metrics.read_trec(workdir / "tests" / "set" / "runs" / "expandr-distilled.trec")
+    for query, found in run.items():
+        scores = dict(zip(corpus, vectors @ tower.encode_query(queries[query]), strict=True))
+        np.testing.assert_allclose([*found.values()], [scores[d] for d in found], atol=1e-5)
+
+
+@pytest.mark.slow
 def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(smoke[0], workdir)
-    work, checkpoints = workdir / "work" / "round-0", workdir / "checkpoints"
-    stages = (
-        lambda: any((workdir / "work").glob("generated-queries.jsonl*")),
-        lambda: any(work.glob("distilled-expansions.jsonl*")),
-        lambda: any((checkpoints / "distilled-0").glob("[0-9]*")),
-    )
-    for under_way in stages:
-        process = distill(workdir, control=True)
-        limit = time.monotonic() + 120
-        while not under_way():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+    under_way = workdir / "checkpoints" / "distilled-0"
+    process = distill(workdir, control=True)
+    limit = time.monotonic() + 120
+    while not any(under_way.glob("[0-9]*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
     finish(distill(workdir, control=True))
     assert contents(workdir, *FILES, TOWER) == contents(distilled[0], *FILES, TOWER)
     assert step_figures(workdir) == step_figures(distilled[0])

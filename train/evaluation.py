@@ -103,10 +103,13 @@ def evaluate(
     @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
     def retriever(name: str) -> CorpusRetriever:
         let_go()  # One index is in memory, not those of all.
-        found = retrievers[name]
+        whose = OURS if name in QUERY_TOWERS else name  # The documents that are searched.
+        found = retrievers[whose]
         if folder:
-            name = f"{data.collection.name}/{name}"
-            found = run_retriever(run, models, corpus, found.params, name)
+            where = f"{data.collection.name}/{whose}"
+            found = run_retriever(run, models, corpus, found.params, where)
+        if whose != name:
+            found = dataclasses.replace(found, params=retrievers[name].params, documents=found)
         _ = found.corpus  # All processes encode it together.
         open_now.append(found)
         return found
