@@ -52,6 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
     retriever.compute_dtype = "float32"  # Type that encoding computes in: "float32" or "bfloat16".
+    # Of a decoder it may be "int8", else "bfloat16": only where contrastive.lora.rank is above 0.
+    retriever.weights = "float32"  # Type of the weights, a frozen base's.
     retriever.vectors = "float32"  # Documents' vectors in files; or "float16", "bfloat16", "int8".
     retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
 
@@ -96,6 +98,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
     contrastive.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.
+    contrastive.lora = lora = ml_collections.ConfigDict()  # Its base stays as it is.
+    lora.rank = 0  # Inner width; 0: all weights are trained, and nothing below counts.
+    lora.alpha = 32.0  # Scale times rank.
+    lora.dropout = 0.0  # On the adapter's input; contrastive.dropout is of the module's own rates.
+    lora.targets = ("_proj$",)  # Regular expressions on the projections' paths; of all of them.
     contrastive.epochs = 3.0  # Passes over the training queries.
     contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.

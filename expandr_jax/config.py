@@ -182,6 +182,10 @@ def _check(config: Config) -> None:
             "'', as distill.epochs is above 0: the trained adapter expands its queries",
         )
     step_a = config.contrastive
+    if config.retriever.weights != "float32" and not step_a.lora.rank:
+        raise _refuse(
+            config, "retriever.weights", "'float32', as contrastive.lora.rank is 0: all are trained"
+        )
     # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
         raise _refuse(

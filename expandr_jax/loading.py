@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,18 @@ from expandr_jax.generation.memory import check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.generation.slots import EngineShape
+from expandr_jax.models.lora import split_adapter
+from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.policy import PolicyTrainer, policy_optimizer
+from expandr_jax.objectives.trained import divided
 from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import bytes_on_device, device_put_shared, whole
 from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.store import merge_stored
 from expandr_jax.weights.trees import hash_tree
 
 
@@ -46,15 +52,11 @@ def load_retriever_model(config: Config) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
     mesh = phase_mesh(config.mesh, "contrastive")
-    retriever, params = load_retriever(
-        source.source,
-        pooling=source.pooling or None,
-        normalize=source.normalize,
-        max_length=source.max_length,
-        compute_dtype=jnp.dtype(source.compute_dtype),
-        sha256=source.sha256,
-        mesh=mesh,
-    )
+    retriever, params = _load_retriever(source, mesh=mesh, dtype=jnp.dtype(source.weights))
+    if (lora := config.contrastive.lora).rank:
+        module = retriever.module.clone(lora=lora)
+        retriever = dataclasses.replace(retriever, module=module)
+        divided(retriever, params, config.seed)  # Settings that do not fit the model are said now.
     params = whole(params)
     encoder = TextEncoder(
         retriever,
@@ -62,6 +64,35 @@ def load_retriever_model(config: Config) -> RetrieverModel:
         tokens_per_batch=source.tokens_per_batch // jax.process_count(),
     )
     return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
+
+
+def merged_retriever(config: Config, retriever: Retriever, params: Any) -> tuple[Retriever, Any]:
+    """A retriever to export: with its adapter, if it has one, merged into its base.
+
+    That is in float32, whatever type the run has it in; it stays in its files.
+    """
+    _, adapter = split_adapter(params)
+    if adapter is None:
+        return retriever, params
+    stored, base = stored_retriever(config)
+    return stored, merge_stored(base, adapter, config.contrastive.lora)
+
+
+def stored_retriever(config: Config) -> tuple[Retriever, Any]:
+    """The config's retriever, whose parameters stay in their files; errors as of `load_models`."""
+    return _load_retriever(config.retriever, in_files=True)
+
+
+def _load_retriever(section: RetrieverSettings, **options: Any) -> tuple[Retriever, Any]:
+    return load_retriever(
+        section.source,
+        pooling=section.pooling or None,
+        normalize=section.normalize,
+        max_length=section.max_length,
+        compute_dtype=jnp.dtype(section.compute_dtype),
+        sha256=section.sha256,
+        **options,
+    )
 
 
 def load_generator_model(config: Config) -> GeneratorModel:

@@ -20,7 +20,6 @@ from expandr_jax.data.generated import (
 )
 from expandr_jax.errors import UserError
 from expandr_jax.losses.distillation import cosine_distance, ranking_kl
-from expandr_jax.objectives.contrastive import training_retriever
 from expandr_jax.objectives.distillation import (
     DistillationBatches,
     contrastive_losses,
@@ -29,6 +28,7 @@ from expandr_jax.objectives.distillation import (
     documents_of,
     targets_of,
 )
+from expandr_jax.objectives.trained import training_retriever
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.sharding import make_mesh
 from expandr_jax.training.setup import section_optimizer

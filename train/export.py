@@ -4,10 +4,11 @@
 
 FORMAT is "base" (the generator's unmerged base, which export/adapter names), "generator" (merged),
 "gguf" (that in one file for llama.cpp, OUT.gguf), "adapter", "retriever" (for
-sentence-transformers), "encoder" (the retriever's model alone, the only form that AnchorDR has) or
-"query-encoder" (a distilled query tower, see docs/distill.md). `train.joint` writes generator,
-adapter and retriever by itself, `train.generator` the adapter, which "generator" and "gguf" merge,
-and `train.retriever` the retriever.
+sentence-transformers), "encoder" (the retriever's model alone, the only form that AnchorDR has),
+"retriever-adapter" (where contrastive.lora.rank is above 0), "retriever-base" (the unmerged base
+that this names) or "query-encoder" (a distilled query tower, see docs/distill.md). `train.joint`
+writes generator, adapter and retriever by itself, `train.generator` the adapter, which "generator"
+and "gguf" merge, and `train.retriever` the retriever.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ from absl import flags
 
 from expandr_jax.config import Config, read_run_config
 from expandr_jax.errors import UserError
+from expandr_jax.loading import merged_retriever, stored_retriever
 from expandr_jax.models.generator import Generator
+from expandr_jax.models.lora import split_adapter
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
@@ -42,10 +45,12 @@ from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
 
 OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes of each run.
+ADAPTER = "retriever-adapter"  # And of one whose step A trains an adapter.
 TOWER = "query-encoder"  # And of one that has distilled a query tower.
 DTYPES = ("float32", "bfloat16", "source")
-FORMATS = ("base", "generator", "gguf", "adapter", "retriever", "encoder", TOWER)
+_BASE = "retriever-base"
 _WHOLE = ("generator", "gguf")  # Those that have the adapter merged.
+FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER)
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {
     "triples": {"retriever": "train.retriever or train.joint"},
@@ -55,7 +60,8 @@ _PROGRAMS = {
 
 def exports_of(config: Config) -> tuple[str, ...]:
     """What `export_run` writes of a run, from its export/."""
-    return (*OF_RUN, TOWER) if config.distill.epochs else OF_RUN
+    adapter = (ADAPTER,) if config.contrastive.lora.rank else ()
+    return (*OF_RUN, *adapter, *((TOWER,) if config.distill.epochs else ()))
 
 
 def export_run(
@@ -66,7 +72,7 @@ def export_run(
     tower: Any | None,
     progress: Callable[[int], None],
 ) -> None:
-    """Writes export/retriever, /adapter, /generator (merged) and /query-encoder, if the run has it.
+    """Writes what `exports_of` names, under export/; retriever and generator are merged.
 
     Those that are whole stay. `params` are the retriever's, `tower` the query tower's.
     """
@@ -83,18 +89,34 @@ def export_run(
         export_adapter(to, adapter, lora, base()[0].module.config, name)
 
     writes = {
-        "retriever": lambda to: export_trained(to, retriever, params, dtype),
+        "retriever": lambda to: write_retriever(run.config, to, retriever, params),
+        ADAPTER: lambda to: write_retriever_adapter(run, to, retriever, params),
         "adapter": write_adapter,
         "generator": lambda to: export_generator(
             to, base()[0], merge_stored(base()[1], adapter, lora), dtype
         ),
-        TOWER: lambda to: export_query_encoder(to, retriever, tower, dtype),
+        TOWER: lambda to: export_query_encoder(
+            to, *merged_retriever(run.config, retriever, tower), dtype
+        ),
     }
     for name in exports_of(run.config):
         if not run.checksums.intact(f"export/{name}"):
             writes[name](run.path("export", name))
             run.checksums.record(f"export/{name}")
         progress(1)
+
+
+def write_retriever(config: Config, to: pathlib.Path, retriever: Retriever, params: Any) -> None:
+    """Writes a trained retriever, its adapter merged if it has one."""
+    dtype = jnp.dtype(config.export.dtype)
+    export_trained(to, *merged_retriever(config, retriever, params), dtype)
+
+
+def write_retriever_adapter(run: Run, to: pathlib.Path, retriever: Retriever, params: Any) -> None:
+    """Writes a trained retriever's adapter in PEFT form."""
+    base = base_name(run.address, run.config.retriever.source, _BASE)
+    module = retriever.module
+    export_adapter(to, split_adapter(params)[1], module.lora, module.config, base, generates=False)
 
 
 def export_one(
@@ -120,13 +142,17 @@ def export_one(
         UserError: The run is not there or not finished, or the model has no such format.
     """
     config = read_run_config(workdir / "config.json")
-    model = "retriever" if kind in ("retriever", "encoder", TOWER) else "generator"
+    of_retriever = ("retriever", "encoder", _BASE, ADAPTER, TOWER)
+    model = "retriever" if kind in of_retriever else "generator"
     pairs_alone = config.data.kind == "preferences"
     if not getattr(config, model).source or (model == "retriever" and pairs_alone):
         raise UserError(f"{workdir}: this run has no {model}, so no {kind} can be written")
     merged = kind in _WHOLE and pairs_alone
     made = workdir / made_as("adapter" if merged else kind)
-    if kind != "base" and not made.exists():
+    bases = "base", _BASE
+    if kind not in bases and not made.exists():
+        if kind == ADAPTER and not config.contrastive.lora.rank:
+            raise UserError(f"{made}: not there; contrastive.lora.rank is 0, so all is trained")
         if kind == TOWER:
             raise UserError(f"{made}: not there; let train.distill make it")
         program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")
@@ -135,21 +161,25 @@ def export_one(
     write: Callable[..., None] = export_generator
     if model == "retriever":
         write = export_encoder if kind == "encoder" else export_retriever
-        exported, params = load_retriever(str(made), in_files=True)
+        if kind in (_BASE, ADAPTER):
+            exported, params = stored_retriever(config)
+        else:
+            exported, params = load_retriever(str(made), in_files=True)
     elif kind in _WHOLE and not merged:
         exported, params = load_generator(str(made), in_files=True)
     else:
         source = config.generator
         exported, params = load_generator(source.source, sha256=source.sha256, in_files=True)
-    if kind == "adapter" or merged:
+    if kind in ("adapter", ADAPTER) or merged:
         shape = exported.module.config
         lora, adapter = load_adapter(str(made), shape)
-        if kind == "adapter":
-            base = base_name(address or workdir, config.generator.source)
-            export_adapter(to, adapter, lora, shape, base)
+        if not merged:
+            names = (_BASE,) if kind == ADAPTER else ()
+            base = base_name(address or workdir, getattr(config, model).source, *names)
+            export_adapter(to, adapter, lora, shape, base, generates=kind == "adapter")
             return
         params = merge_stored(params, adapter, lora)
-    elif kind != "base" and kept == "source":
+    elif kind not in bases and kept == "source":
         exported = _with_types_of(exported, getattr(config, model).source)
     if kind == "gguf":
         export_gguf(to, exported, params, gguf_type)

@@ -9,15 +9,15 @@ from expandr_jax import metrics
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.files.records import hash_json
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.objectives.contrastive import training_retriever
 from expandr_jax.objectives.distillation import (
     Compared,
     DistillationBatches,
     Losses,
     distillation_setup,
 )
+from expandr_jax.objectives.trained import divided, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
-from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.ranking.ranker import Ranker, Searches
 from expandr_jax.ranking.systems import DISTILLED, parse_system
 from expandr_jax.runtime.journals import CommonJournal
@@ -78,7 +78,9 @@ def train_query_tower(
     steps = updates * settings.accumulation
     optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
     setup = distillation_setup(mesh, retriever, ours.params, losses, settings, optimizer)
-    start = device_put(ours.params, setup.shardings.params)
+    held, trained = divided(retriever, ours.params, seed)
+    frozen = device_put(held, setup.frozen)
+    start = device_put(trained, setup.shardings.params)
     rows = rows_here(mesh, settings.batch_size)
     identity = {
         "model": hash_tree(ours.params),
@@ -96,7 +98,8 @@ def train_query_tower(
 
     @functools.cache
     def flops(length: int) -> int:
-        return TRAINING * forward_flops(retriever.module, ours.params, 1, length)
+        passes = FROZEN if held else TRAINING
+        return passes * forward_flops(retriever.module, ours.params, 1, length)
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         arrays, contents = batches.batch(step, rows, flops)
@@ -106,11 +109,11 @@ def train_query_tower(
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
-        """The weights after so many steps."""
+        """What is trained, after so many steps."""
         state = fit(
             log,
             setup.create(start),
-            lambda state, batch: setup.step(state, batch, None),
+            lambda state, batch: setup.step(state, *frozen, batch, None),
             batch,
             first_step=0,
             steps=last,
@@ -120,20 +123,20 @@ def train_query_tower(
         return state.params
 
     if not settings.eval_every:
-        return whole(train(steps))
+        return joined(held, whole(train(steps)))
     path = run.path("work", f"round-{round_}", f"{name}-dev.jsonl")
     best = train_with_dev(
         log,
         CommonJournal(path, run.processes),
         start,
         train,
-        functools.partial(_on_dev, run, data, ours),
+        lambda trained: _on_dev(run, data, ours, joined(held, trained)),
         best=checkpoints(f"{name}-best", keep=1),
         steps=steps,
         every=settings.eval_every * settings.accumulation,
         patience=0,
     )
-    return whole(best)
+    return joined(held, whole(best))
 
 
 def _on_dev(run: Run, data: TrainingData, ours: CorpusRetriever, params: Any) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 from expandr_jax import metrics
@@ -30,11 +29,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, hash_json
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.objectives.contrastive import (
-    contrastive_setup,
-    split_temperature,
-    with_temperature,
-)
+from expandr_jax.objectives.contrastive import contrastive_setup
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
     hash_all,
@@ -47,8 +42,15 @@ from expandr_jax.objectives.contrastive_checks import (
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.stored_examples import made_ahead
+from expandr_jax.objectives.trained import (
+    divided,
+    drops_out,
+    joined,
+    split_temperature,
+    with_temperature,
+)
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
-from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
@@ -59,8 +61,8 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, section_optimizer
-from expandr_jax.weights.export import export_trained
 from train.encoding import run_retriever
+from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
 
 
@@ -114,12 +116,17 @@ def train_retriever(
     rows = rows_here(mesh, config.batch_size)
     optimizer = section_optimizer(config, updates, weight_decay=config.weight_decay)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
-    start = device_put(with_temperature(params, config), setup.shardings.params)
-    key = jax.random.fold_in(jax.random.key(seed), round_) if config.dropout else None
+    held, trained = divided(retriever, params, seed)
+    frozen = device_put(held, setup.frozen)
+    start = device_put(with_temperature(trained, config), setup.shardings.params)
+    key = None
+    if drops_out(retriever, config):
+        key = jax.random.fold_in(jax.random.key(seed), round_)
 
     @functools.cache
     def flops(length: int) -> int:
-        return TRAINING * forward_flops(retriever.module, params, 1, length)
+        passes = FROZEN if held else TRAINING
+        return passes * forward_flops(retriever.module, params, 1, length)
 
     identity = {
         "model": models.retriever_hash,
@@ -145,11 +152,11 @@ def train_retriever(
 
     # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
     def train(last: int) -> Any:
-        """The weights after step `last` of this round."""
+        """What is trained, after step `last` of this round."""
         state = fit(
             log,
             setup.create(start),
-            lambda state, batch: setup.step(state, batch, key),
+            lambda state, batch: setup.step(state, *frozen, batch, key),
             batch,
             first_step=round_ * steps,
             steps=last,
@@ -160,20 +167,20 @@ def train_retriever(
 
     with made_ahead(batches, rows, run.config.mesh.workers) as make:
         if evaluate is None:
-            return whole(train(steps))
+            return joined(held, whole(train(steps)))
         journal = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
         best = train_with_dev(
             log,
             CommonJournal(journal, run.processes),
             split_temperature(start, config)[0],
             train,
-            evaluate,
+            lambda trained: evaluate(joined(held, trained)),
             best=checkpoints(f"{phase}-best", keep=1),
             steps=steps,
             every=config.eval_every * config.accumulation,
             patience=config.patience,
         )
-        return whole(best)
+        return joined(held, whole(best))
 
 
 def train_on_triples(
@@ -232,8 +239,12 @@ def train_on_triples(
 
     def export() -> None:
         if not run.checksums.intact("export/retriever"):
-            export_trained(directory, models.retriever, params, jnp.dtype(config.export.dtype))
+            write_retriever(config, directory, models.retriever, params)
             run.checksums.record("export/retriever")
+        name = f"export/{ADAPTER}"
+        if config.contrastive.lora.rank and not run.checksums.intact(name):
+            write_retriever_adapter(run, run.path(name), models.retriever, params)
+            run.checksums.record(name)
 
     directory = run.path("export", "retriever")
     with run.phase("export"):

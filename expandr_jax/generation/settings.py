@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from expandr_jax.models.stack import REMATS
 from expandr_jax.settings import (
     TEXT,
+    WEIGHTS,
     Check,
     ComputeType,
     NotNegative,
@@ -19,8 +20,6 @@ from expandr_jax.settings import (
     number,
     several,
 )
-
-WEIGHTS = ("float32", "bfloat16", "int8")  # Types of the generator's.
 
 
 def _is_day(value: Any) -> bool:

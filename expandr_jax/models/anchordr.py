@@ -14,6 +14,7 @@ import numpy as np
 
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.encoder import Encoder, EncoderBlock, LayerNorm
+from expandr_jax.models.lora import LoraConfig
 from expandr_jax.models.mask import padding_mask
 from expandr_jax.models.stack import parameter, stack
 from expandr_jax.models.t5 import T5Config, feed_forward
@@ -58,7 +59,7 @@ class Block(EncoderBlock):
     @nn.compact
     def __call__(self, x, shared):
         cfg = self.config
-        options = cfg, self.dtype, self.deterministic
+        options = cfg, self.dtype, self.lora, self.deterministic
         mask, buckets, memory, memory_mask = shared
         bias = None
         if not self.is_decoder:
@@ -81,6 +82,7 @@ class Stack(nn.Module):
     config: AnchorDrConfig
     dtype: Any
     remat: str
+    lora: LoraConfig | None
     deterministic: bool
     is_decoder: bool
 
@@ -96,7 +98,7 @@ class Stack(nn.Module):
 
         length = cfg.num_decoder_layers if self.is_decoder else cfg.num_layers
         layers = stack(Block, length, self.remat)(
-            cfg, self.dtype, self.deterministic, self.is_decoder, name="layers"
+            cfg, self.dtype, self.lora, self.deterministic, self.is_decoder, name="layers"
         )
         return layers(x, shared)[0]
 
@@ -113,7 +115,7 @@ class AnchorDr(Encoder):
         cfg = self.config
         shape = cfg.vocab_size, cfg.hidden_size
         tokens = parameter(self, "embedding", ("vocab", "embed"), shape)
-        options = cfg, self.dtype, self.remat, deterministic
+        options = cfg, self.dtype, self.remat, self.lora, deterministic
         mask = padding_mask(attention_mask).prepared(1)
         buckets = relative_buckets(input_ids.shape[1], cfg.num_buckets, cfg.max_distance)
         encoder = Stack(*options, is_decoder=False, name="encoder")

@@ -92,6 +92,6 @@ class Bert(Encoder):
         x = nn.Dropout(cfg.hidden_dropout)(x, deterministic=deterministic)
 
         layers = stack(Block, cfg.num_layers, self.remat)(
-            cfg, self.dtype, deterministic, name="layers"
+            cfg, self.dtype, self.lora, deterministic, name="layers"
         )
         return layers(x, padding_mask(attention_mask).prepared(x.shape[1]))[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend
 from expandr_jax.models.gelu import gelu
-from expandr_jax.models.lora import Projection
+from expandr_jax.models.lora import LoraConfig, Projection
 from expandr_jax.models.mask import Mask
 from expandr_jax.models.stack import TransformerConfig, parameter
 
@@ -32,11 +32,13 @@ class Encoder(nn.Module):
         config: The model's shape.
         dtype: Compute type; norms and softmax are float32 whatever it is.
         remat: What the backward pass recomputes: "none", "dots" (all but products) or "full".
+        lora: Settings for the "lora" collection, if one is passed.
     """
 
     config: TransformerConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora: LoraConfig | None = None
 
     @staticmethod
     def inputs(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
@@ -50,15 +52,18 @@ class EncoderBlock(nn.Module):
     Attributes:
         config: The model's shape.
         dtype: Compute type.
+        lora: Settings for the "lora" collection, if one is passed.
         deterministic: No dropout is applied.
     """
 
     config: TransformerConfig
     dtype: Any
+    lora: LoraConfig | None
     deterministic: bool
 
     def project(self, name: str, features: int, axes: tuple[str, str], x: jax.Array, bias: bool):
-        return Projection(features, axes, bias, self.dtype, name=name)(x)
+        projection = Projection(features, axes, bias, self.dtype, self.lora, name=name)
+        return projection(x, self.deterministic)
 
     def drop(self, rate: float, x: jax.Array) -> jax.Array:
         return nn.Dropout(rate)(x, deterministic=self.deterministic)

@@ -21,6 +21,8 @@ from expandr_jax.models.product import product
 from expandr_jax.models.stack import parameter
 from expandr_jax.settings import PATTERN, Positive, count, number, several
 
+COLLECTION = "lora"  # Of an adapter's variables.
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -41,6 +43,13 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionalLora(LoraConfig):
+    """An adapter where `rank` is above 0, and else none."""
+
+    rank: Annotated[int, count(0)] = 0
 
 
 class Projection(nn.Module):
@@ -82,21 +91,40 @@ class Projection(nn.Module):
             y = product(*operands)
         if self.use_bias:
             y = y + parameter(self, "bias", *outputs, zeros).astype(self.dtype)
-        if self.lora is not None and self.has_variable("lora", "a"):
+        if self.lora is not None and self.has_variable(COLLECTION, "a"):
             h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
-            a = self.get_variable("lora", "a").astype(self.dtype)
-            b = self.get_variable("lora", "b").astype(self.dtype)
+            a = self.get_variable(COLLECTION, "a").astype(self.dtype)
+            b = self.get_variable(COLLECTION, "b").astype(self.dtype)
             y = y + jnp.dot(jnp.dot(h.astype(self.dtype), a), b) * self.lora.scale
         return y
 
 
-def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+def with_adapter(params: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> dict[str, Any]:
+    """An encoder's parameters with an adapter beside them, as `Retriever.embed` takes them.
+
+    Nothing is merged or copied: retrievers of one base share its arrays.
+    """
+    base, _ = split_adapter(params)
+    return base if adapter is None else {**base, COLLECTION: adapter}
+
+
+def split_adapter(params: Mapping[str, Any]) -> tuple[dict[str, Any], Any | None]:
+    """The base's parameters and the adapter beside them; None where there is none."""
+    base = dict(params)
+    adapter = base.pop(COLLECTION, None)
+    return base, adapter
+
+
+def init_lora(
+    key: jax.Array, params: Mapping[str, Any], config: LoraConfig, section: str = "lora"
+) -> dict[str, Any]:
     """Creates an adapter that does not yet change the model: A uniform as in PEFT, B zero.
 
     Args:
         key: PRNG key.
         params: The base's parameters (arrays or shapes); kernels are [..., in, out].
         config: Rank and targets.
+        section: What the config calls them, for messages.
 
     Returns:
         A tree with "a" [..., in, rank] and "b" [..., rank, out], float32, for each matched kernel.
@@ -109,7 +137,9 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> 
     for pattern in config.targets:
         if not any(re.search(pattern, "/".join(path)) for path in kernels):
             known = ", ".join(sorted({path[-1] for path in kernels}))
-            raise UserError(f"LoRA target {pattern!r} matches no projection; there are: {known}")
+            raise UserError(
+                f"{section}.targets: {pattern!r} matches no projection; there are: {known}"
+            )
     adapter = {}
     for index, (path, shape) in enumerate(sorted(kernels.items())):
         if any(re.search(pattern, "/".join(path)) for pattern in config.targets):
@@ -117,7 +147,7 @@ def init_lora(key: jax.Array, params: Mapping[str, Any], config: LoraConfig) -> 
             if config.rank > min(width_in, width_out):
                 raise UserError(
                     f"LoRA rank {config.rank} is above {min(width_in, width_out)}, the lesser side "
-                    f"of {'/'.join(path)}; lower lora.rank"
+                    f"of {'/'.join(path)}; lower {section}.rank"
                 )
             bound = 1.0 / math.sqrt(width_in)
             adapter[(*path, "a")] = jax.random.uniform(

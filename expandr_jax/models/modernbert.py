@@ -131,7 +131,7 @@ class ModernBert(Encoder):
             (cfg.rope_theta, cfg.rope_scaling),
         )
         shared = mask, tuple(rope_angles(positions, cfg.head_dim, *base) for base in bases)
-        options = cfg, self.dtype, deterministic
+        options = cfg, self.dtype, self.lora, deterministic
         is_local = jnp.asarray(cfg.layer_is_local)
         for name, first, count in (("first_layer", True, 1), ("layers", False, cfg.num_layers - 1)):
             if count:

@@ -10,6 +10,7 @@ import jax
 
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.identity import module_identity, tokenizer_identity
+from expandr_jax.models.lora import COLLECTION, split_adapter
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
 from expandr_jax.models.token_ids import check_ids
 
@@ -47,7 +48,9 @@ class Retriever:
         tokenizer = tokenizer_identity(self.tokenizer)
         prompts = self.query_prompt, self.document_prompt
         ends = self.pooling, self.dense, self.normalize, self.max_length
-        return hash_json([module_identity(self.module), tokenizer, prompts, ends])
+        lora = self.module.lora
+        adapted = [] if lora is None else [lora.scale]
+        return hash_json([module_identity(self.module), tokenizer, prompts, ends, *adapted])
 
     def token_ids(
         self, texts: Sequence[str], prompt: str = "", cut: Callable[[int], None] | None = None
@@ -94,7 +97,8 @@ class Retriever:
         """Computes the vectors of a batch.
 
         Args:
-            params: The module's parameters, and those of the dense layer where there is one.
+            params: The module's parameters, those of the dense layer where there is one, and an
+                adapter where `with_adapter` has put one beside them.
             input_ids: [batch, length] int32.
             attention_mask: [batch, length], 1 for real tokens; padding may be on either side.
             dropout_key: Turns dropout on, as in training.
@@ -104,9 +108,11 @@ class Retriever:
         """
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         inputs = self.module.inputs(input_ids, attention_mask)
-        hidden = self.module.apply(
-            {"params": params}, *inputs, deterministic=dropout_key is None, rngs=rngs
-        )
+        params, adapter = split_adapter(params)
+        variables = {"params": params}
+        if adapter is not None:
+            variables[COLLECTION] = adapter
+        hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
         vectors = pool(hidden, attention_mask, self.pooling)
         if self.dense is not None:
             vectors = dense(vectors, params["dense"], self.dense)

@@ -93,7 +93,7 @@ class T5Encoder(Encoder):
         x = nn.Dropout(cfg.dropout)(x, deterministic=deterministic)
 
         layers = stack(Block, cfg.num_layers, self.remat)(
-            cfg, self.dtype, deterministic, name="layers"
+            cfg, self.dtype, self.lora, deterministic, name="layers"
         )
         x = RMSNorm(cfg.norm_eps, False, name="final_norm")(layers(x, shared)[0])
         return nn.Dropout(cfg.dropout)(x, deterministic=deterministic)

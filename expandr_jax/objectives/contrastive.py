@@ -28,12 +28,20 @@ from expandr_jax.losses.contrastive import (
     same_text,
 )
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.trained import (
+    Frozen,
+    adapter_step,
+    joined,
+    placed,
+    split_temperature,
+    training_retriever,
+    with_temperature,
+)
 from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import constrain, replicated
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
-from expandr_jax.weights.trees import model_shardings
 
 # Arrays of a batch with a row a query that the loss needs.
 BY_QUERY = ("relevant", "positive_texts", "given", "teacher_scores")
@@ -54,27 +62,6 @@ class ContrastiveConfig(ContrastiveLossSettings):
     micro_batch: Annotated[int, count(0)] = 0
 
 
-def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
-    """The retriever as the config's section `contrastive` trains it; its weights stay float32."""
-    module = retriever.module.clone(dtype=jnp.dtype(settings.compute_dtype), remat=settings.remat)
-    return dataclasses.replace(retriever, module=module)
-
-
-def with_temperature(params: Any, settings: Any) -> Any:
-    """What is trained: the retriever's parameters; where the temperature is learned as well,
-    {"retriever": these, "log_temperature": scalar}."""
-    if not settings.learn_temperature:
-        return params
-    return {"retriever": params, "log_temperature": jnp.log(jnp.float32(settings.temperature))}
-
-
-def split_temperature(params: Any, settings: Any) -> tuple[Any, jax.Array | None]:
-    """The retriever's parameters and the logarithm of the temperature, None where it is fixed."""
-    if not settings.learn_temperature:
-        return params, None
-    return params["retriever"], params["log_temperature"]
-
-
 def contrastive_setup(
     mesh: Mesh,
     retriever: Retriever,
@@ -84,16 +71,17 @@ def contrastive_setup(
 ) -> TrainingSetup:
     """Sets step A up, as the config's section `contrastive` has it.
 
-    Its step is (state, batch, key) -> (state, metrics). The retriever is given as it encodes, with
-    its parameters or their shapes.
+    Its step is (state, *frozen, batch, key) -> (state, metrics), where what is frozen is as
+    `divided` has it. The retriever is given as it encodes, with its parameters or their shapes.
     """
     retriever = training_retriever(retriever, settings)
-    shardings = model_shardings(mesh, retriever.module, params)
+    held, trained, shardings = placed(mesh, retriever, params)
     if settings.learn_temperature:
         shardings = {"retriever": shardings, "log_temperature": replicated(mesh)}
-    trained = jax.eval_shape(lambda params: with_temperature(params, settings), params)
-    step = functools.partial(contrastive_step, retriever=retriever, config=settings)
-    return set_up(mesh, step, trained, shardings, optimizer)
+    trained = jax.eval_shape(lambda params: with_temperature(params, settings), trained)
+    step = adapter_step(contrastive_step) if held else contrastive_step
+    step = functools.partial(step, retriever=retriever, config=settings)
+    return set_up(mesh, step, trained, shardings, optimizer, *held)
 
 
 def contrastive_loss(
@@ -103,6 +91,7 @@ def contrastive_loss(
     retriever: Retriever,
     config: ContrastiveConfig,
     dropout_key: jax.Array | None = None,
+    frozen: Frozen = (),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss of a batch and its metrics.
 
@@ -111,13 +100,14 @@ def contrastive_loss(
         batch: From `make_batch`.
         retriever, config: What embeds the texts, and what is compared.
         dropout_key: Turns the module's dropout on.
+        frozen: What `params` are an adapter of, if they are one.
 
     Returns:
         The loss; "in_batch_accuracy", the share of queries whose own document beats all others
         together; "temperature" where it is learned.
     """
     model, log_temperature = split_temperature(params, config)
-    vectors = _embed_batch(model, batch, retriever, config, dropout_key)
+    vectors = _embed_batch(joined(frozen, model), batch, retriever, config, dropout_key)
     return _loss_of_vectors(vectors, log_temperature, batch, config)
 
 
@@ -128,6 +118,7 @@ def contrastive_gradients(
     retriever: Retriever,
     config: ContrastiveConfig,
     dropout_key: jax.Array | None = None,
+    frozen: Frozen = (),
 ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
     """((loss, metrics), gradients) of `contrastive_loss`, by micro-batches where the config asks.
 
@@ -135,10 +126,15 @@ def contrastive_gradients(
     """
     if not config.micro_batch:
         return jax.value_and_grad(contrastive_loss, has_aux=True)(
-            params, batch, retriever=retriever, config=config, dropout_key=dropout_key
+            params,
+            batch,
+            retriever=retriever,
+            config=config,
+            dropout_key=dropout_key,
+            frozen=frozen,
         )
     model, log_temperature = split_temperature(params, config)
-    vectors = _embed_batch(model, batch, retriever, config, dropout_key)
+    vectors = _embed_batch(joined(frozen, model), batch, retriever, config, dropout_key)
     result, (cotangents, log_temperature_grad) = jax.value_and_grad(
         _loss_of_vectors, argnums=(0, 1), has_aux=True
     )(vectors, log_temperature, batch, config)
@@ -146,7 +142,7 @@ def contrastive_gradients(
 
     def add(total, part):
         chunk, vector_grads = part
-        _, pull_back = jax.vjp(lambda m: _embed_chunk(m, chunk, retriever), model)
+        _, pull_back = jax.vjp(lambda m: _embed_chunk(joined(frozen, m), chunk, retriever), model)
         return jax.tree.map(jnp.add, total, pull_back(vector_grads)[0]), None
 
     for towers in _by_length(batch):
@@ -166,6 +162,7 @@ def contrastive_step(
     retriever: Retriever,
     config: ContrastiveConfig,
     optimizer: optax.GradientTransformation,
+    frozen: Frozen = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the retriever: (state, batch) -> (state, metrics).
 
@@ -177,6 +174,7 @@ def contrastive_step(
         retriever=retriever,
         config=config,
         dropout_key=None if key is None else jax.random.fold_in(key, state.step),
+        frozen=frozen,
     )
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
     state = state.apply(grads, optimizer)

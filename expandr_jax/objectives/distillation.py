@@ -21,10 +21,10 @@ from expandr_jax.losses.contrastive import info_nce
 from expandr_jax.losses.distillation import cosine_distance, ranking_kl
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.trained import Frozen, adapter_step, joined, placed
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
-from expandr_jax.weights.trees import model_shardings
 
 # Vectors of a batch's queries, its arrays and the settings -> losses [rows], metrics [rows].
 Losses = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -75,6 +75,7 @@ def distillation_step(
     losses: Losses,
     settings: Any,
     optimizer: optax.GradientTransformation,
+    frozen: Frozen = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of the query tower: (state, batch, key) -> (state, metrics).
 
@@ -82,7 +83,7 @@ def distillation_step(
     """
 
     def mean_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        query = retriever.embed(params, batch["query_ids"], batch["query_mask"])
+        query = retriever.embed(joined(frozen, params), batch["query_ids"], batch["query_mask"])
         each, metrics = losses(query, batch, settings)
         return jnp.mean(each), {name: jnp.mean(value) for name, value in metrics.items()}
 
@@ -99,7 +100,7 @@ def distillation_setup(
     settings: Any,
     optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
-    """Sets the training of a query tower up.
+    """Sets the training of a query tower up; what is trained of it is as in step A.
 
     Args:
         mesh: The devices.
@@ -109,12 +110,10 @@ def distillation_setup(
         settings: The config's section `distill`.
         optimizer: From `section_optimizer`.
     """
-    step = functools.partial(
-        distillation_step, retriever=retriever, losses=losses, settings=settings
-    )
-    shardings = model_shardings(mesh, retriever.module, params)
-    shapes = jax.eval_shape(lambda params: params, params)
-    return set_up(mesh, step, shapes, shardings, optimizer)
+    held, trained, shardings = placed(mesh, retriever, params)
+    step = adapter_step(distillation_step) if held else distillation_step
+    step = functools.partial(step, retriever=retriever, losses=losses, settings=settings)
+    return set_up(mesh, step, trained, shardings, optimizer, *held)
 
 
 def targets_of(targets: Any, documents: Any = None, found: Any = None) -> Compared:

@@ -6,6 +6,7 @@ from typing import Annotated
 from expandr_jax.generation.settings import SamplingSettings
 from expandr_jax.losses.distillation import DistillationLossSettings
 from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
+from expandr_jax.models.lora import OptionalLora
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.contrastive import ContrastiveConfig
 from expandr_jax.objectives.objective import ObjectiveSettings
@@ -28,6 +29,7 @@ from expandr_jax.training.settings import TrainingSettings
 class ContrastiveSettings(ContrastiveConfig, TrainingSettings):
     """The section `contrastive`, of step A."""
 
+    lora: OptionalLora
     compute_dtype: ComputeType
     length_window: Annotated[int, count(0)]
     weight_decay: NotNegative

@@ -1,5 +1,6 @@
 """The retriever's programs, as shapes: step A, encoding and search."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,15 +12,19 @@ from jax.sharding import SingleDeviceSharding
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
+from expandr_jax.models.lora import COLLECTION
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.contrastive import (
-    contrastive_setup,
+from expandr_jax.objectives.contrastive import contrastive_setup
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
+from expandr_jax.objectives.distillation import distillation_setup, distilled_losses
+from expandr_jax.objectives.trained import (
+    divided,
+    drops_out,
+    joined,
     training_retriever,
     with_temperature,
 )
-from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
-from expandr_jax.objectives.distillation import distillation_setup, distilled_losses
-from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.planning.planned import (
     DEPTH,
     ENCODED,
@@ -60,15 +65,32 @@ class RetrieverShapes:
         section = config.retriever
         module = shape_module(section, "retriever", section.compute_dtype)
         self._length = min(LENGTH, module.config.max_positions or LENGTH)
+        weights = section.weights
+        if weights == "int8":
+            module = module.clone(config=dataclasses.replace(module.config, int8=True))
+            weights = section.compute_dtype  # What is not in int8 has this type.
+        if config.contrastive.lora.rank:
+            module = module.clone(lora=config.contrastive.lora)
         pooling = section.pooling or family_of(module).pooling
         self.retriever = Retriever(module, pooling, True, self._length, "", "", None, None)
-        self.params = param_shapes(module, jnp.float32)
-        self.params.pop("lm_head", None)  # A decoder's, which only generating needs.
+        base = param_shapes(module, jnp.dtype(weights))
+        base.pop("lm_head", None)  # A decoder's, which only generating needs.
+        parts = functools.partial(divided, self.retriever, seed=0)
+        self.frozen, self.trained = jax.eval_shape(parts, base)
+        self.params = joined(self.frozen, self.trained)
 
     def resident(self) -> int:
         """Bytes a device of what a run holds: the weights before training, and those trained."""
         mesh = planned_mesh(self._config, "contrastive", self._topology)
-        return 2 * bytes_on_device(params_on(mesh, self.retriever.module, self.params))
+        held = params_on(mesh, self.retriever.module, self.params)
+        # Adapters have one base between them.
+        return bytes_on_device(held) if self.frozen else 2 * bytes_on_device(held)
+
+    def beside_training(self) -> int:
+        """The same, less what training takes as its own argument: the base of an adapter."""
+        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        held = params_on(mesh, self.retriever.module, self.params)
+        return bytes_on_device(held[COLLECTION]) if self.frozen else self.resident()
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""
@@ -83,35 +105,38 @@ class RetrieverShapes:
         batch = _random_batch(self.retriever.module, self._length)
         optimizer = section_optimizer(config, 2)
         setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
-        trained = jax.eval_shape(lambda params: with_temperature(params, config), self.params)
+        trained = jax.eval_shape(lambda params: with_temperature(params, config), self.trained)
         state = with_shardings(jax.eval_shape(setup.create, trained), setup.shardings)
+        frozen = with_shardings(self.frozen, setup.frozen)
         texts = QUERIES * TEXTS
         forward = forward_flops(retriever.module, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
-        passes = TRAINING + (config.remat == "full") + bool(config.micro_batch)
+        needed = FROZEN if frozen else TRAINING
+        passes = needed + (config.remat == "full") + bool(config.micro_batch)
         turns = texts // config.micro_batch if config.micro_batch else 1
-        weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
+        weights = bytes_on_device((*frozen, state.params)) * mesh.shape["fsdp"]
         return Planned(
             program=setup.step,
             arguments=(
                 state,
+                *frozen,
                 with_shardings(batch, batch_sharding(mesh)),
-                jax.eval_shape(jax.random.key, 0) if config.dropout else None,
+                jax.eval_shape(jax.random.key, 0) if drops_out(retriever, config) else None,
             ),
             mesh=mesh,
-            parameters=state.params,
+            parameters=(*frozen, state.params),
             module=retriever.module,
             rows=QUERIES,
             tokens=texts * self._length,
             forward_flops=forward,
             passes=passes,
-            needed=TRAINING,
+            needed=needed,
             turns=turns,
-            learns=True,
+            learns=not frozen,
             moved=passes * turns * weights + bytes_on_device(state),
             change="a smaller contrastive.micro_batch, contrastive.remat=full, or more fsdp in "
             "mesh.contrastive",
-            values=lambda state, _, key: (untrained(state), batch, key),
+            values=lambda state, *rest: (untrained(state), *rest[:-2], batch, rest[-1]),
         )
 
     def distillation(self) -> Planned:
@@ -132,27 +157,29 @@ class RetrieverShapes:
         setup = distillation_setup(
             mesh, retriever, self.params, distilled_losses, config, optimizer
         )
-        state = setup.shapes(self.params)
+        state = setup.shapes(self.trained)
+        frozen = with_shardings(self.frozen, setup.frozen)
         forward = forward_flops(retriever.module, self.params, rows, length)
         forward += 2 * rows * documents * width
-        passes = TRAINING + (self._config.contrastive.remat == "full")
-        weights = bytes_on_device(state.params) * mesh.shape["fsdp"]
+        needed = FROZEN if frozen else TRAINING
+        passes = needed + (self._config.contrastive.remat == "full")
+        weights = bytes_on_device((*frozen, state.params)) * mesh.shape["fsdp"]
         return Planned(
             program=setup.step,
-            arguments=(state, with_shardings(batch, batch_sharding(mesh)), None),
+            arguments=(state, *frozen, with_shardings(batch, batch_sharding(mesh)), None),
             mesh=mesh,
-            parameters=state.params,
+            parameters=(*frozen, state.params),
             module=retriever.module,
             rows=rows,
             tokens=rows * length,
             forward_flops=forward,
             passes=passes,
-            needed=TRAINING,
-            learns=True,
+            needed=needed,
+            learns=not frozen,
             moved=passes * weights + bytes_on_device(state),
             change="a smaller distill.batch_size or distill.depth, contrastive.remat=full, or more "
             "fsdp in mesh.contrastive",
-            values=lambda state, _, key: (untrained(state), batch, key),
+            values=lambda state, *rest: (untrained(state), *rest[:-2], batch, rest[-1]),
         )
 
     def encoding(self) -> Planned:

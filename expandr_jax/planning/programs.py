@@ -47,7 +47,9 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
             "DPO step": beside(generator.dpo, retriever.resident),
         }
     programs = {
-        "contrastive step": beside(retriever.contrastive, *both),
+        "contrastive step": beside(
+            retriever.contrastive, retriever.beside_training, generator.resident
+        ),
         "corpus encoding": beside(retriever.encoding, *rewarding),
         "prefill": beside(generator.prefill, *both),
         "decode": beside(generator.decode, *both),
@@ -55,7 +57,9 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         "exact search": beside(retriever.search, *rewarding),
     }
     if config.distill.epochs:
-        programs["distillation step"] = beside(retriever.distillation, *both)
+        programs["distillation step"] = beside(
+            retriever.distillation, retriever.beside_training, generator.resident
+        )
     if generator.gathers:
         programs["base to every host"] = beside(generator.gather, *both)
     return programs

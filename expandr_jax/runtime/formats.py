@@ -42,6 +42,8 @@ ABSENT: dict[str, Any] = {
         "weight_decay": 0.0, "clip_norm": 1.0, "cosine_weight": 1.0, "kl_weight": 0.0,
         "temperature": 0.05, "depth": 16, "control": False, "eval_every": 0, "save_every": 100,
     },
+    "contrastive.lora": {"rank": 0, "alpha": 32.0, "dropout": 0.0, "targets": ["_proj$"]},
+    "retriever.weights": "float32",
     "generator.thinking": None,
     "generator.today": "",
     "reward.gain": 0.0,
@@ -152,7 +154,7 @@ def identity_of(section: str, settings: Any) -> dict[str, Any]:
 
     `section` is its name in the config, `settings` the dataclass that it was read into.
     """
-    values = dataclasses.asdict(settings)
+    values = json.loads(json.dumps(dataclasses.asdict(settings)))
     for setting, value in ABSENT.items():
         inside, _, name = setting.rpartition(".")
         if inside == section and values[name] == value:

@@ -35,11 +35,13 @@ class TrainingSetup:
         shardings: Where each part of the state lies.
         step: (state, ..., batch, key) -> (state, metrics); the state is donated.
         create: What is trained, anywhere -> the state before any training, where that lies.
+        frozen: Where each thing lies that the step takes between the state and the batch.
     """
 
     shardings: TrainState
     step: Program
     create: Callable[[Any], TrainState]
+    frozen: tuple[Any, ...] = ()
 
     def shapes(self, trained: Any) -> TrainState:
         """The state of what is trained, as shapes with their shardings."""
@@ -73,7 +75,7 @@ def set_up(
         donate_argnums=0,
     )
     create = functools.partial(TrainState.create, optimizer=optimizer, shardings=state)
-    return TrainingSetup(state, program, create)
+    return TrainingSetup(state, program, create, frozen)
 
 
 def count_updates(settings: TrainingSettings, batches: int) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, get_args
 
 from expandr_jax.models.pooling import Pooling
-from expandr_jax.settings import ComputeType, Sha256, choice, count
+from expandr_jax.settings import WEIGHTS, ComputeType, Sha256, choice, count
 from expandr_jax.vectors.stored import DTYPES
 
 
@@ -19,5 +19,6 @@ class RetrieverSettings:
     normalize: bool | None
     max_length: Annotated[int, count(1)]
     compute_dtype: ComputeType
+    weights: Annotated[str, choice(WEIGHTS)]
     vectors: Annotated[str, choice(DTYPES)]
     tokens_per_batch: Annotated[int, count(1)]

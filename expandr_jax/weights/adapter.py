@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ import numpy as np
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.models.lora import LoraConfig
+from expandr_jax.models.stack import TransformerConfig
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.weights.export import new_directory
-from expandr_jax.weights.families.decoder import decoder_weights
+from expandr_jax.weights.families import family_of_config
 from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.load import leaf_shapes
-from expandr_jax.weights.names import Weight
+from expandr_jax.weights.names import Weight, hf_name
 from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
 from expandr_jax.weights.source import locate
 
-_PREFIX = "base_model.model.model."
+_PREFIX = "base_model.model."
 # Settings that are read here; those of how it was trained or begun, or that say again what its
 # tensors say; and those that change what it computes, with the one value that is implemented.
 _READ = (
@@ -54,8 +54,10 @@ def export_adapter(
     directory: str | os.PathLike,
     adapter: Mapping[str, Any],
     lora: LoraConfig,
-    config: DecoderConfig,
+    config: TransformerConfig,
     base: str,
+    *,
+    generates: bool = True,
 ) -> None:
     """Writes a directory that peft loads on top of its base model.
 
@@ -65,23 +67,26 @@ def export_adapter(
         lora: The adapter's settings.
         config: The base's shape.
         base: Path or hub id of the unmerged base, in transformers' format.
+        generates: The base is a language model with its head; else an encoder without one.
 
     Raises:
         UserError: If the directory cannot be written.
     """
     flat = traverse_util.flatten_dict(adapter, sep="/")
+    prefix = _PREFIX + "model." * generates
     tensors, targets = {}, set()
-    for path, module in _modules(config).items():
+    for path, weight in _kernels(config).items():
         if f"{path}/a" not in flat:
             continue
-        targets.add(module.rsplit(".", 1)[-1])
         for name, letter in (("a", "A"), ("b", "B")):
             for layer, part in enumerate(np.asarray(flat[f"{path}/{name}"])):
-                key = f"{_PREFIX}{module.format(layer)}.lora_{letter}.weight"
-                tensors[key] = np.ascontiguousarray(part.T)
+                module = _module(weight, layer)
+                # An encoder's are named in full: the ends of BERT's are those of others, too.
+                targets.add(module.rsplit(".", 1)[-1] if generates else module)
+                tensors[f"{prefix}{module}.lora_{letter}.weight"] = np.ascontiguousarray(part.T)
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if generates else "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -120,7 +125,7 @@ def adapter_base(directory: Path) -> tuple[str, str | None] | None:
     return settings.text("base_model_name_or_path"), settings.text("revision", None)
 
 
-def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[str, Any]]:
+def load_adapter(source: str, config: TransformerConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """Reads a PEFT adapter.
 
     Args:
@@ -150,12 +155,14 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     rank, alpha = settings.count("r"), settings.number("lora_alpha")
     dropout = settings.rate("lora_dropout", 0.0)
     tensors = _read_tensors(directory / "adapter_model.safetensors")
-    kernels, flat = leaf_shapes(Decoder(config)), {}
-    for path, module in _modules(config).items():
-        width_in, width_out = kernels[f"{path}/kernel"][1:]
+    shapes, flat = leaf_shapes(family_of_config(config).module(config)), {}
+    kernels = {path: (w, shapes[f"{path}/kernel"]) for path, w in _kernels(config).items()}
+    known = {_module(weight, i) for weight, shape in kernels.values() for i in range(shape[0])}
+    tensors = {_known_name(name, known): tensor for name, tensor in tensors.items()}
+    for path, (weight, (layers, width_in, width_out)) in kernels.items():
         pairs = {"A": (rank, width_in), "B": (width_out, rank)}
         keys = {
-            letter: [f"{module.format(i)}.lora_{letter}.weight" for i in range(config.num_layers)]
+            letter: [f"{_module(weight, i)}.lora_{letter}.weight" for i in range(layers)]
             for letter in pairs
         }
         if any(key in tensors for names in keys.values() for key in names):
@@ -172,14 +179,26 @@ def load_adapter(source: str, config: DecoderConfig) -> tuple[LoraConfig, dict[s
     return lora, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _modules(config: DecoderConfig) -> dict[str, str]:
-    """Projections inside layers: our path to the Hugging Face module."""
-    weights: list[Weight] = decoder_weights(config, with_head=False)
-    return {
-        weight.path.removesuffix("/kernel"): weight.name.removesuffix(".weight")
-        for weight in weights
-        if weight.path.endswith("/kernel")
-    }
+def _kernels(config: TransformerConfig) -> dict[str, Weight]:
+    """Projections inside layers, by our path: the place of each kernel."""
+    weights = family_of_config(config).weights(config, False)
+    kernels = [weight for weight in weights if weight.path.endswith("/kernel") and weight.stacked]
+    return {weight.path.removesuffix("/kernel"): weight for weight in kernels}
+
+
+def _module(weight: Weight, layer: int) -> str:
+    """The Hugging Face module whose weight is a layer's of a stack."""
+    return hf_name(weight, layer, "").removesuffix(".weight")
+
+
+def _known_name(name: str, modules: Collection[str]) -> str:
+    """A tensor's name from where its module's begins; as it is, where that is not known.
+
+    Up to three levels of wrappers come before the module, depending on the task.
+    """
+    parts = name.split(".")
+    ends = (".".join(parts[first:]) for first in range(len(parts)))
+    return next((end for end in ends if end.rsplit(".", 2)[0] in modules), name)
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -189,8 +208,7 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
             "refused: load and save such an adapter with peft first"
         )
     file = SafetensorsFile(path)
-    # Up to three levels of wrappers come before the layers, depending on the task.
-    return {re.sub(r"^.*?(?=layers\.\d+\.)", "", name): file.read(name) for name in file.entries}
+    return {name: file.read(name) for name in file.entries}
 
 
 def _stack(
@@ -211,15 +229,15 @@ def _stack(
     return jnp.asarray(np.stack([part.T for part in parts]))
 
 
-def base_name(workdir: str | os.PathLike, source: str) -> str:
-    """What the adapter calls its base: the source, or where `--format=base` belongs if peft cannot
+def base_name(workdir: str | os.PathLike, source: str, name: str = "base") -> str:
+    """What the adapter calls its base: the source, or where `--format=NAME` belongs if peft cannot
     load the source itself."""
     alien = source.startswith("package:") or source.endswith(".gguf")
     # An adapter on an adapter is more than peft's files can say.
     if alien or adapter_base(locate(source)) is not None:
         # A run in a bucket has no path to make absolute.
         run = workdir if is_bucket(workdir) else Path(workdir).absolute()
-        return f"{run}/export/base"
+        return f"{run}/export/{name}"
     path = Path(source).expanduser()
     # A hub id stays one; a path must be the same wherever peft runs.
     return str(path.absolute()) if path.is_dir() else source

@@ -54,6 +54,7 @@ def load_retriever(
     compute_dtype: Any = jnp.float32,
     sha256: str | None = None,
     mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
     in_files: bool = False,
 ) -> tuple[Retriever, Params]:
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
@@ -66,9 +67,10 @@ def load_retriever(
         max_length: Longest input in tokens.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
-        compute_dtype: Type of the module's computations; parameters are float32.
+        compute_dtype: Type of the module's computations.
         sha256: Pinned hash of the weights file.
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
+        dtype: Type of the parameters, as in `load_generator`.
         in_files: Parameters stay in the files, as `stored_params` has them: for an export.
 
     Returns:
@@ -106,7 +108,7 @@ def load_retriever(
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
     placed = mesh, in_files
-    module, params = load_module(files, config, False, jnp.float32, compute_dtype, *placed)
+    module, params = load_module(files, config, False, dtype, compute_dtype, *placed)
     if settings.dense is not None:
         dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
         if not in_files:
@@ -306,10 +308,6 @@ def load_module(
     else:
         params = load_params(files, module, table, dtype, shardings)
     if files.adapter is not None:
-        if not family.generates:
-            raise UserError(
-                f"{files.adapter}: adapters of a {files.model_type} model are not supported"
-            )
         lora, update = load_adapter(str(files.adapter), config)
         update = update if mesh is None else device_put(update, replicated(mesh))
         params = merge(params, update, lora)

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from expandr_jax.sharding import host_part, param_shardings, replicated
+from expandr_jax.models.lora import COLLECTION
+from expandr_jax.sharding import adapter_shardings, host_part, param_shardings, replicated
 from expandr_jax.weights.families import example_inputs
 
 PART_BYTES = 64 * 2**20  # What a host is sent at once of parameters on devices.
@@ -43,11 +44,16 @@ def model_shardings(mesh: Mesh, module: nn.Module, params: Mapping[str, Any]) ->
         mesh: The devices.
         module: Names the axes of its parameters.
         params: The parameters, or their shapes. Those that are not the module's, as of a layer
-            after pooling, are on every device.
+            after pooling, are on every device; an adapter beside them lies as its kernels do.
     """
-    own = module_shardings(mesh, module.clone(remat="none"))
+    own = module_shardings(mesh, module.clone(remat="none", lora=None))
     everywhere = replicated(mesh)
-    return {
-        name: own[name] if name in own else jax.tree.map(lambda _: everywhere, tree)
-        for name, tree in params.items()
-    }
+
+    def shardings_of(name: str, tree: Any) -> Any:
+        if name in own:
+            return own[name]
+        if name == COLLECTION:
+            return adapter_shardings(mesh, own, tree)
+        return jax.tree.map(lambda _: everywhere, tree)
+
+    return {name: shardings_of(name, tree) for name, tree in params.items()}

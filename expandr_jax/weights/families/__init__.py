@@ -17,7 +17,12 @@ BY_TYPE = {kind: family for family in FAMILIES for kind in family.classes}
 
 def family_of(module: nn.Module) -> Family:
     """The family that computes by this module."""
-    return next(family for family in FAMILIES if type(module.config) is family.config)
+    return family_of_config(module.config)
+
+
+def family_of_config(config: Any) -> Family:
+    """The family whose module has a configuration of this class."""
+    return next(family for family in FAMILIES if type(config) is family.config)
 
 
 def find_family(where: str, kind: str | None) -> Family:
