@@ -51,6 +51,10 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
+    retriever.query_length = 0  # Tokens of a query, its prompt among them; 0: as max_length.
+    # A model's instruction, say; "": nothing. None of these: as its files say.
+    retriever.query_prompt = placeholder(str)  # Put before queries.
+    retriever.document_prompt = placeholder(str)  # Before documents, and passages for queries.
     retriever.compute_dtype = "float32"  # Type that encoding computes in: "float32" or "bfloat16".
     # Of a decoder it may be "int8", else "bfloat16": only where contrastive.lora.rank is above 0.
     retriever.weights = "float32"  # Type of the weights, a frozen base's.

@@ -80,7 +80,8 @@ class Finished:
     def retriever(self) -> tuple[Retriever, Any]:
         """The exported retriever and its parameters."""
         mesh = fitting_mesh(self.config, "encoding")
-        return load_retriever(str(self.workdir / "export" / "retriever"), mesh=mesh)
+        where = str(self.workdir / "export" / "retriever")
+        return load_retriever(where, mesh=mesh, query_length=self.config.retriever.query_length)
 
     @functools.cached_property
     def retriever_key(self) -> str:
@@ -146,7 +147,8 @@ class Finished:
         """The pair, with the query encoder that train.distill made, if it has."""
         encoder, distilled = QueryEncoder(*self.retriever), None
         if self.distilled_path.exists():
-            distilled = QueryEncoder(*load_retriever(str(self.distilled_path)))
+            length = self.config.retriever.query_length
+            distilled = QueryEncoder(*load_retriever(str(self.distilled_path), query_length=length))
         weight, normalize = self.chosen["query_weight"], self.config.contrastive.normalize
         how = self.chosen.get("combine", MEAN)
         depth = self.config.evaluation.depth  # As deep as when it was chosen.

@@ -1,5 +1,6 @@
 """Texts to vectors: as sentence-transformers, whatever the order, the batch and the devices."""
 
+import dataclasses
 import pathlib
 import tracemalloc
 
@@ -10,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.serving.queries import QueryEncoder
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors import encoder as vectors_encoder
 from expandr_jax.vectors.encoder import TextEncoder
@@ -49,6 +51,32 @@ def test_eight_devices_give_the_same_vectors(tiny):
     one = encoder(retriever).encode(params, TEXTS, "document")
     eight = encoder(retriever, 8).encode(params, TEXTS, "document")
     np.testing.assert_allclose(one, eight, atol=1e-6)
+
+
+def test_queries_are_cut_to_a_length_of_their_own(tiny):
+    _, params = tiny
+    plain = load_retriever(TINY, query_prompt="find: ", document_prompt="read: ")[0]
+    short = load_retriever(
+        TINY, query_prompt="find: ", document_prompt="read: ", query_length=9, max_length=32
+    )[0]
+    text = "the gradient of a loss and a norm " * 3
+    documents = encoder(short).tokenize([text, "a loss"], "document")
+    assert [len(ids) for ids in documents] == [32, len(plain.token_ids(["read: a loss"])[0])]
+    whole, (cut,) = plain.token_ids(["find: " + text])[0], encoder(short).tokenize([text], "query")
+    assert cut == [*whole[:8], whole[-1]]  # The end's special token stays.
+    counted = []
+    vector = encoder(short).encode(params, [text, "a loss"], "query", cut=counted.append)[0]
+    assert sum(counted) == 1
+    ids = np.array([cut])
+    np.testing.assert_allclose(vector, short.embed(params, ids, np.ones_like(ids))[0], atol=1e-5)
+    served = QueryEncoder(short, params).encode([text], ["query"])[0]
+    np.testing.assert_allclose(served, vector, atol=1e-6)
+    assert short.identity != dataclasses.replace(short, query_length=0).identity
+
+
+def test_a_query_length_that_holds_no_query_is_refused():
+    with pytest.raises(UserError, match="query_length is 2; expected more than the 2 tokens"):
+        load_retriever(TINY, query_length=2)
 
 
 def test_progress_counts_every_text(tiny):

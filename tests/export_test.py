@@ -91,10 +91,8 @@ def test_retrievers_load_in_sentence_transformers(family, pooling, normalize, tm
     export_retriever(tmp_path / "out", retriever, params)
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     texts = ["abc d", "e", "many letters make a long text"]
-    for prompt, encode in [("query: ", model.encode_query), ("passage: ", model.encode_document)]:
-        np.testing.assert_allclose(
-            encode(texts), embed(retriever, params, texts, prompt), atol=1e-5
-        )
+    for kind, encode in [("query", model.encode_query), ("document", model.encode_document)]:
+        np.testing.assert_allclose(encode(texts), embed(retriever, params, texts, kind), atol=1e-5)
     assert (model.max_seq_length, model.similarity_fn_name) == (
         20,
         "cosine" if normalize else "dot",
@@ -135,8 +133,8 @@ def test_a_model_whose_vectors_sentence_transformers_would_cut_is_refused(tmp_pa
         load_retriever(str(tmp_path / "cut"))
 
 
-def embed(retriever, params, texts, prompt=""):
-    rows = retriever.token_ids(texts, prompt)
+def embed(retriever, params, texts, kind=None):
+    rows = retriever.token_ids(texts, kind)
     width = max(map(len, rows))
     ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
     mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(int)

@@ -283,7 +283,7 @@ def test_queries_of_a_test_collection_are_not_trained_on(data, tmp_path, monkeyp
     monkeypatch.setattr(
         "train.retriever.train_retriever", lambda *_, ids, **__: trained.extend(ids)
     )
-    monkeypatch.setattr("train.retriever.export_trained", lambda *_: None)
+    monkeypatch.setattr("train.retriever.write_retriever", lambda *_: None)
     for _ in range(2):
         train_on_triples(config, tmp_path / "run", Console(file=output, width=200))
         assert "2 training queries are left out: they are test queries, too" in output.getvalue()

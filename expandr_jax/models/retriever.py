@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -13,6 +13,8 @@ from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.lora import COLLECTION, split_adapter
 from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
 from expandr_jax.models.token_ids import check_ids
+
+Kind = Literal["query", "document"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Retriever:
         document_prompt: Put before documents, and before passages written for a query.
         tokenizer: Text to ids: one of transformers, or one that is called as those are.
         files: The `ModelFiles` that it is from: an export keeps what its config.json says.
+        query_length: Longest query in tokens, its prompt and special ones included; 0: as the
+            others.
         dense: Activation of the layer between pooling and normalisation, if there is one; its
             parameters are `params["dense"]`.
     """
@@ -41,6 +45,7 @@ class Retriever:
     tokenizer: Any
     files: Any
     dense: str | None = None
+    query_length: int = 0
 
     @functools.cached_property
     def identity(self) -> str:
@@ -49,32 +54,43 @@ class Retriever:
         prompts = self.query_prompt, self.document_prompt
         ends = self.pooling, self.dense, self.normalize, self.max_length
         lora = self.module.lora
-        adapted = [] if lora is None else [lora.scale]
-        return hash_json([module_identity(self.module), tokenizer, prompts, ends, *adapted])
+        added = [] if lora is None else [lora.scale]
+        if self.query_length:
+            added.append(["query_length", self.query_length])
+        return hash_json([module_identity(self.module), tokenizer, prompts, ends, *added])
+
+    def prompt(self, kind: Kind) -> str:
+        """What is put before each text of a kind."""
+        return {"query": self.query_prompt, "document": self.document_prompt}[kind]
 
     def token_ids(
-        self, texts: Sequence[str], prompt: str = "", cut: Callable[[int], None] | None = None
+        self,
+        texts: Sequence[str],
+        kind: Kind | None = None,
+        cut: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
         """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
 
         Args:
             texts: Any strings; white space around them counts, as the tokenizer has it.
-            prompt: `query_prompt` or `document_prompt`.
+            kind: Decides the prompt before each text, and its length; None: no prompt.
             cut: Called with how many of the texts are too long.
 
         Returns:
-            At most `max_length` ids for each text; of a longer one the tokenizer's
-            `truncation_side` is cut.
+            At most `max_length` ids for each text, of queries `query_length`; of a longer one the
+            tokenizer's `truncation_side` is cut.
 
         Raises:
             UserError: A text has a token that the model has no row for.
         """
         if not texts:
             return []
+        prompt = self.prompt(kind) if kind else ""
+        shorter = self.query_length if kind == "query" else 0
         encoded = self.tokenizer(
             [prompt + text for text in texts],
             truncation=True,
-            max_length=self.max_length,
+            max_length=min(self.max_length, shorter or self.max_length),
             return_attention_mask=False,
             return_token_type_ids=False,
         )

@@ -74,11 +74,13 @@ class QueryEncoder:
         return vectors
 
     def _tokens(self, texts: Sequence[str], kinds: Sequence[Kind]) -> list[list[int]]:
-        own = self.retriever
-        prompts = {"query": own.query_prompt, "document": own.document_prompt}
-        prompted = [prompts[kind] + text for text, kind in zip(texts, kinds, strict=True)]
+        tokens: dict[int, list[int]] = {}
         with self._tokenizing:  # The library's tokenizers are for one thread.
-            return own.token_ids(prompted)
+            for kind in dict.fromkeys(kinds):
+                places = [i for i, own in enumerate(kinds) if own == kind]
+                ids = self.retriever.token_ids([texts[i] for i in places], kind)
+                tokens |= zip(places, ids, strict=True)
+        return [tokens[i] for i in range(len(texts))]
 
     def _batches(
         self, tokens: Sequence[Sequence[int]]

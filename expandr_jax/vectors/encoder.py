@@ -1,7 +1,7 @@
 """Texts to vectors: tokenised a block ahead, batched by length, a few compiled shapes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,13 +9,12 @@ from jax.sharding import Mesh
 
 from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
-from expandr_jax.models.retriever import Retriever
+from expandr_jax.models.retriever import Kind, Retriever
 from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
 from expandr_jax.weights.trees import model_shardings
 
 BLOCK = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
 
-Kind = Literal["query", "document"]
 Progress = Callable[[int], None]
 
 
@@ -46,12 +45,11 @@ class TextEncoder:
 
     def prompt(self, kind: Kind) -> str:
         """What the retriever has put before each text of a kind."""
-        own = self.retriever
-        return {"query": own.query_prompt, "document": own.document_prompt}[kind]
+        return self.retriever.prompt(kind)
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
-        """Token ids of texts with the prompt for their kind before them."""
-        return self.retriever.token_ids(texts, self.prompt(kind))
+        """Token ids of texts with the prompt for their kind before them, cut as their kind is."""
+        return self.retriever.token_ids(texts, kind)
 
     def encode(
         self,
@@ -83,7 +81,7 @@ class TextEncoder:
             ([first + i for i in indices], self._embed(params, ids, mask))
             for first in range(0, len(texts), BLOCK)
             for indices, ids, mask in self._batches(
-                self.retriever.token_ids(texts[first : first + BLOCK], self.prompt(kind), cut)
+                self.retriever.token_ids(texts[first : first + BLOCK], kind, cut)
             )
         )
         vectors = np.zeros((0, 0), np.float32)

@@ -18,6 +18,9 @@ class RetrieverSettings:
     pooling: Annotated[str, choice(get_args(Pooling), empty=True)]
     normalize: bool | None
     max_length: Annotated[int, count(1)]
+    query_length: Annotated[int, count(0)]
+    query_prompt: str | None
+    document_prompt: str | None
     compute_dtype: ComputeType
     weights: Annotated[str, choice(WEIGHTS)]
     vectors: Annotated[str, choice(DTYPES)]

@@ -49,6 +49,7 @@ def load_retriever(
     pooling: Pooling | None = None,
     normalize: bool | None = None,
     max_length: int | None = None,
+    query_length: int = 0,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
     compute_dtype: Any = jnp.float32,
@@ -65,6 +66,7 @@ def load_retriever(
         pooling: From token vectors to the text's.
         normalize: Whether vectors are scaled to length one.
         max_length: Longest input in tokens.
+        query_length: Longest query in tokens; 0: as `max_length` has it.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
         compute_dtype: Type of the module's computations.
@@ -98,12 +100,13 @@ def load_retriever(
     tokenizer = open_tokenizer(files, config)
     check_ids(tokenizer, (specials := tokenizer([""])["input_ids"]), config.vocab_size)
     added = len(specials[0])
-    if max_length and max_length <= added:
-        # The tokenizer would cut nothing.
-        raise UserError(
-            f"{path}: max_length is {max_length}; expected more than the {added} tokens that stand "
-            "beside each text"
-        )
+    for name, most in (("max_length", max_length), ("query_length", query_length)):
+        if most and most <= added:
+            # The tokenizer would cut nothing.
+            raise UserError(
+                f"{path}: {name} is {most}; expected more than the {added} tokens that stand "
+                "beside each text"
+            )
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
@@ -131,6 +134,7 @@ def load_retriever(
         tokenizer=tokenizer,
         files=files,
         dense=settings.dense,
+        query_length=query_length,
     )
     return retriever, params
 
