@@ -4,10 +4,16 @@ Searches with the trained pair, keeps its documents up to date and expansions at
 writes lies in --state; the run is only read. docs/serve.md has all of it.
 """
 
-import logging
 import os
+
+# Before numpy is imported: a product is a tenth of a millisecond for one thread, while two would
+# wait for each other whenever a model has one of the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import logging
 import pathlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +30,13 @@ from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
 from expandr_jax.serving.cache import Cache
+from expandr_jax.serving.queries import LONG
 from expandr_jax.serving.state import take
 from train.launch import EXIT_TERMINATED, define_workdir, launch
 
 EXTRA = "expandr-jax[serve]"
 TOKEN = "EXPANDR_SERVE_TOKEN"
+SWITCH = 0.0005  # Seconds after which a thread lets another one go on that has an answer to send.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -42,6 +50,7 @@ def serve(run: Finished, state: pathlib.Path, console: Console) -> None:
     from expandr_jax.serving.measures import Measures
     from expandr_jax.serving.service import Limits, Service
 
+    sys.setswitchinterval(SWITCH)
     values = flags.FLAGS
     access = access_of(values.host, values.names)
     listening = listen(values.host, values.port)
@@ -81,9 +90,10 @@ def begin(service: Any, run: Finished, state: pathlib.Path, console: Console) ->
     values, start = flags.FLAGS, time.perf_counter()
     documents = run.live_documents(state, values.merge_from)
     pair = run.pair(documents)
-    pair.compile()
+    pair.compile(LONG)
     service.begin(pair, documents)
     yield f"{len(documents)} documents are searched ({time.perf_counter() - start:.1f} s)"
+    pair.compile()
     if values.expand:
         cache = None
         if values.cache == "on":

@@ -149,12 +149,14 @@ def test_what_a_run_was_trained_on_cannot_be_added_to_be_tested_on(tmp_path):
     for name, asked in (("near", {"q": text, "r": "x"}), ("far", {"q": "y", "r": "sorted"})):
         write_beir(tmp_path / name, Collection(name, {"d": "text"}, asked, qrels))
     data = tmp_path / "run" / "data"
-    check_added_tests([str(tmp_path / "near")], data)  # They will be left out.
+    check_added_tests([str(tmp_path / "near")], data, {})  # They will be left out.
     write_beir(data, Collection("data", {"d": "text"}, queries, qrels))
     write_json(data / "SOURCE.json", {"retriever_train": ["r"], "generator_train": ["q"]})
-    check_added_tests([str(tmp_path / "far")], data)
+    check_added_tests([str(tmp_path / "far")], data, {"d2q/d/0": "nothing of the kind"})
+    with pytest.raises(UserError, match=r"has trained on 1 .*far.* as d2q/d/0;"):
+        check_added_tests([str(tmp_path / "far")], data, {"d2q/d/0": "Sorted!"})
     with pytest.raises(UserError, match=r"data.tests: this run has trained on 1 .*near.* as q;"):
-        check_added_tests([str(tmp_path / name) for name in ("far", "near")], data)
+        check_added_tests([str(tmp_path / name) for name in ("far", "near")], data, {})
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -9,7 +9,7 @@ import pytest
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.report.published import HEADER, published_rows, read_published
-from tests.commands import command, finish
+from tests.commands import ROOT, command, finish
 from tests.compare_test import QRELS, RANKS, paths, reciprocal  # noqa: F401 (a fixture)
 
 TABLE = """\
@@ -38,6 +38,13 @@ def test_a_table_of_either_kind(tmp_path):
     path = write(tmp_path, json.dumps(rows), "table.json")
     # A number of JSON has no digits that are zero at its end; a string keeps them.
     assert [(one.value, one.digits) for one in read_published(path, None)] == [(0.64, 2), (0.64, 3)]
+
+
+def test_the_table_of_docs_is_read():
+    for name in ("scifact", "nfcorpus"):
+        found = read_published(ROOT / "docs" / "published.csv", name)
+        assert len(found) == 12
+        assert {one.digits for one in found} == {4}
 
 
 def test_a_mean_is_compared_to_the_digits_that_were_published(tmp_path):

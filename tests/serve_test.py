@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import random
+import shutil
 import signal
 
 import numpy as np
@@ -171,6 +172,18 @@ def test_a_second_server_on_one_state_is_refused(service, smoke, tmp_path_factor
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "another server has this state" in output
+
+
+@pytest.mark.slow
+def test_a_distilled_encoder_searches_at_once(smoke, tmp_path):
+    shutil.copytree(smoke[0], tmp_path / "run")
+    tower = tmp_path / "run" / "export" / "query-encoder"
+    shutil.copytree(tmp_path / "run" / "export" / "retriever", tower)
+    server = Server(tmp_path / "run", tmp_path / "state", "--noexpand")
+    answers = [server.post("/search", query=QUESTION, mode=m) for m in ("plain", "distilled")]
+    assert answers[0]["results"] == answers[1]["results"]
+    assert answers[1]["mode"] == "distilled"
+    server.stop()
 
 
 @pytest.mark.slow

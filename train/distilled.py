@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,11 @@ from expandr_jax.pair import Models
 from expandr_jax.ranking.choices import Choice, DevChoices, expansion_grid
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import CONTROL, DISTILLED, OURS, parse_system
+from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
+from expandr_jax.training.setup import check_batch_size
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import content_key, encode_to_file
 from expandr_jax.vectors.stored import open_vectors
@@ -45,6 +47,7 @@ from train.expansions import SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
 TAUGHT_AT_ONCE = 1024  # Queries whose texts' vectors are in memory together.
+GENERATED = "distilled/queries.jsonl"
 PROMPT = "d2q"  # What the generator is asked of a document.
 _LEAF = parse_system(OURS)  # The teacher.
 
@@ -65,6 +68,21 @@ class Queries:
     def key(self) -> str:
         """sha256 over all of it."""
         return hash_json([[*self.texts.items()], [[*of] for of in self.relevant]])
+
+
+def check_distillation(run: Run, models: Models) -> None:
+    """Refuses, before hours of work, settings that do not fit the devices or the workdir."""
+    settings = run.config.distill
+    if not settings.epochs:
+        return
+    check_batch_size("distill.batch_size", settings.batch_size, models.contrastive_mesh)
+    # Process 0 alone has the documents' vectors there.
+    shared = run.processes.count > 1 and is_bucket(run.address)
+    if shared and (settings.kl_weight or settings.control):
+        raise UserError(
+            "distill.kl_weight and distill.control: several processes in a bucket do not have the "
+            "documents' vectors; set them to 0 and False, or use a directory that all share"
+        )
 
 
 def distill(
@@ -135,21 +153,31 @@ def _queries(run: Run, data: TrainingData, expander: Expander) -> Queries:
     texts = {query: known[query] for query in trained}
     relevant = [data.positives(query) for query in trained]
     if settings.documents:
-        path = _generated(run, data, expander)
-        fields = {"query_id": str, "document_id": str, "query": str, "left_out": str}
-        for _, row in read_jsonl(path, fields):
-            if not row["left_out"]:
-                texts[row["query_id"]] = row["query"]
-                relevant.append([row["document_id"]])
+        _generate(run, data, expander)
+        for row in _kept(run):
+            texts[row["query_id"]] = row["query"]
+            relevant.append([row["document_id"]])
     run.reporter.say(f"{len(texts)} queries, {len(trained)} of them with judgements")
     return Queries(texts, relevant)
 
 
-def _generated(run: Run, data: TrainingData, expander: Expander) -> pathlib.Path:
+def generated_queries(run: Run) -> dict[str, str]:
+    """Query id -> query, of those that towers of a run learn from and that were written for it."""
+    there = run.path(GENERATED).exists()
+    return {row["query_id"]: row["query"] for row in _kept(run)} if there else {}
+
+
+def _kept(run: Run) -> Iterator[dict[str, Any]]:
+    """Rows of the generated queries that are not left out."""
+    fields = {"query_id": str, "document_id": str, "query": str, "left_out": str}
+    rows = (row for _, row in read_jsonl(run.path(GENERATED), fields))
+    return (row for row in rows if not row["left_out"])
+
+
+def _generate(run: Run, data: TrainingData, expander: Expander) -> None:
     """Has queries written for documents, by the generator before training; says what is left out.
 
-    Returns:
-        The file of them all, those that are left out, too.
+    `GENERATED` has them all, those that are left out, too.
     """
     config, collection, sampler = run.config, data.collection, expander.sampler
     settings, corpus = config.distill, collection.corpus
@@ -165,7 +193,6 @@ def _generated(run: Run, data: TrainingData, expander: Expander) -> pathlib.Path
         path=run.path("work", "generated-queries.jsonl"),
         purpose="queries of documents",
     )
-    path = run.path("distilled", "queries.jsonl")
 
     def write() -> dict[str, int]:
         tested = benchmark_queries(config.data.tests)
@@ -184,13 +211,12 @@ def _generated(run: Run, data: TrainingData, expander: Expander) -> pathlib.Path
             rows.append(
                 {"query_id": name, "document_id": document, "query": query, "left_out": why}
             )
-        write_jsonl(path, rows)
+        write_jsonl(run.path(GENERATED), rows)
         return dict(sorted(counts.items()))
 
     counts = run.processes.once(write)
     dropped = "".join(f"; {count} left out: {why}" for why, count in counts.items() if why)
     run.reporter.say(f"{counts.get('', 0)} queries written for {len(drawn)} documents{dropped}")
-    return path
 
 
 def _choice(
@@ -322,15 +348,6 @@ def _found(run: Run, ours: CorpusRetriever, targets: Any) -> pathlib.Path:
 
 
 def _vectors(ours: CorpusRetriever) -> Any:
-    """The documents' vectors, by each process from their file.
-
-    Raises:
-        UserError: This process does not see it.
-    """
+    """The documents' vectors, by each process from their file."""
     _ = ours.corpus
-    if not ours.path.exists():
-        raise UserError(
-            f"{ours.path}: not there; where several processes work in a bucket, set "
-            "distill.kl_weight to 0 and distill.control to False"
-        )
     return open_vectors(ours.path)

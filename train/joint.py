@@ -34,7 +34,7 @@ from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.distilled import distill
+from train.distilled import check_distillation, distill, generated_queries
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,
@@ -107,6 +107,7 @@ def train_joint(
         len(data.retriever_train),
     )
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
+    check_distillation(run, models)
 
     corpus = data.collection.corpus
     words = run_words(run, corpus)
@@ -219,7 +220,7 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
     """
     if "data.tests" in grown:
         added = [path for path in run.config.data.tests if path not in grown["data.tests"]]
-        check_added_tests(added, run.path("data"))
+        check_added_tests(added, run.path("data"), generated_queries(run))
     if "rounds" not in grown:
         return
     name = f"round-{grown['rounds'] - 1}"

@@ -27,7 +27,7 @@ from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
-from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.weights.trees import hash_tree
 
@@ -60,10 +60,9 @@ def train_query_tower(
         round_: The run's last round.
 
     Raises:
-        UserError: The batch size does not fit the mesh, or training diverges.
+        UserError: Training diverges.
     """
     settings, seed, mesh = run.config.distill, run.config.seed, models.contrastive_mesh
-    check_batch_size("distill.batch_size", settings.batch_size, mesh)
     retriever = training_retriever(models.retriever, run.config.contrastive)
     batches = DistillationBatches(
         models.encoder.tokenize([*queries.values()], "query"),

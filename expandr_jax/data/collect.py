@@ -153,12 +153,15 @@ def collect_data(
     return kept
 
 
-def check_added_tests(added: Sequence[str], directory: pathlib.Path) -> None:
+def check_added_tests(
+    added: Sequence[str], directory: pathlib.Path, generated: Mapping[str, str]
+) -> None:
     """Refuses test collections that come to a run which has trained on their queries, or nearly.
 
     Args:
         added: Their paths.
         directory: The workdir's data/. Where that is not made yet, such queries will be left out.
+        generated: Further queries that the run has trained on, by id.
 
     Raises:
         UserError: There are such queries, or no such collections.
@@ -166,9 +169,9 @@ def check_added_tests(added: Sequence[str], directory: pathlib.Path) -> None:
     if not (directory / "SOURCE.json").exists():
         return
     tested = sorted(benchmark_queries(added))
-    texts = dict(read_texts(only_collection(directory), "queries"))
+    texts = {**dict(read_texts(only_collection(directory), "queries")), **generated}
     source = json.loads((directory / "SOURCE.json").read_text(encoding="utf-8"))
-    trained = [*source["retriever_train"], *source["generator_train"]]
+    trained = [*source["retriever_train"], *source["generator_train"], *generated]
     near = near_duplicates((texts[query] for query in trained), tested)
     if leaked := [query for query, like in zip(trained, near, strict=True) if like]:
         raise UserError(

@@ -164,7 +164,8 @@ def _sampled_by(expander: Expander, sampler: Sampler) -> list[Any]:
     settings, own = expander.settings, sampler.settings
     asks = [
         [ask.name, ask.message("query", ["passage"], expander.most_characters, lambda _: True)]
-        for ask in expander.strategy.asks
+        for ask in expander.strategy.steps
+        if isinstance(ask, Ask)
     ]
     drawn = [
         settings.temperature, settings.top_p, settings.top_k, settings.min_p,

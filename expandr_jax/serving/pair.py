@@ -86,10 +86,10 @@ class Pair:
         times = encoded - start, end - encoded
         return [Answered(hits[: one.k], *times) for one, hits in zip(asked, found, strict=True)]
 
-    def compile(self) -> None:
-        """Has no request wait for a program."""
+    def compile(self, longest: int | None = None) -> None:
+        """Has no request wait for a program, if its texts have so many tokens at most."""
         for encoder in filter(None, (self.encoder, self.distilled)):
-            encoder.compile()
+            encoder.compile(longest)
 
     def compile_expanded(self, samples: int) -> None:
         """As `compile`, of queries with so many passages."""

@@ -15,7 +15,8 @@ from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.encoder import Kind, embedder
 from expandr_jax.weights.trees import model_shardings
 
-ROWS = (1, 2, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
+ROWS = (1, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
+BETWEEN = 24  # Tokens, where encoding many has no length: most questions are about as long.
 LONG = 64  # Tokens; of longer texts there are fewer sizes of batches.
 LONG_ROWS = (1, 4)
 
@@ -42,15 +43,20 @@ class QueryEncoder:
             jax.device_put(params, model_shardings(mesh, retriever.module, params))
             for mesh in self._meshes
         ]
-        self._lengths = encoding_lengths(retriever.max_length)
+        lengths = {*encoding_lengths(retriever.max_length), min(BETWEEN, retriever.max_length)}
+        self._lengths = sorted(lengths)
         self._programs: dict[tuple[int, int], tuple[Callable[..., jax.Array], Any]] = {}
         self._tokenizing = threading.Lock()
 
-    def compile(self) -> None:
-        """Makes the program of every shape; one that is not made yet is made when it is needed."""
+    def compile(self, longest: int | None = None) -> None:
+        """Makes the program of every shape of so many tokens at most.
+
+        One that is not made yet is made when it is needed.
+        """
         for length in self._lengths:
-            for rows in _rows(length):
-                self._program(rows, length)
+            if longest is None or length <= longest:
+                for rows in _rows(length):
+                    self._program(rows, length)
 
     def encode(self, texts: Sequence[str], kinds: Sequence[Kind]) -> np.ndarray:
         """Vectors [texts, dim] float32 of texts, each of its kind.
