@@ -40,6 +40,7 @@ PEER_PACKAGES = ("faiss", "sentence_transformers")
 VARIANTS = [(threads, batched) for batched in (0, 1) for threads in (1, 2)]
 WORDS = {"plain": "are searched", "expanded": "are expanded", "all": "are compiled"}
 K = 10
+MOST_CLIENTS = 1024
 WARM = 2.0  # Seconds that nobody counts.
 BATCH = 100  # Documents of a write.
 UNCACHED = 24  # Queries whose passages are timed.
@@ -234,11 +235,21 @@ def _shown(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def counts(clients: Sequence[str]) -> list[int]:
+    """The numbers that --clients has; UserError for what is none."""
+    if not clients or not all(c.isdecimal() and 1 <= int(c[:9]) <= MOST_CLIENTS for c in clients):
+        raise UserError(
+            f"--clients={','.join(clients)}: expected numbers from 1 to {MOST_CLIENTS}, as 1,16,64"
+        )
+    return list(map(int, clients))
+
+
 def main(_: Sequence[str]) -> None:
     values = flags.FLAGS
+    clients = counts(values.clients)
     out, console = output_file(values.out), plain_console()
     run = open_finished(local_copy(values.workdir, *READ))
-    results = measure(run, list(map(int, values.clients)), values.seconds, console)
+    results = measure(run, clients, values.seconds, console)
     rows = [[_shown(row.get(name)) for name in COLUMNS.values()] for row in results["rows"]]
     console.print(render("Load", [*COLUMNS], rows))
     for name in ("start", "soak", "writes"):

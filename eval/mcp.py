@@ -15,7 +15,7 @@ from absl import flags
 from pydantic import Field
 
 from eval.finished import READ, Finished, open_finished
-from eval.serve import cached_programs
+from eval.serve import cached_programs, state_of
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
@@ -127,11 +127,12 @@ def main(_: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install '{EXTRA}'") from None
     values = flags.FLAGS
+    if values.state and not values.write:
+        raise UserError("--state goes with --write")
+    state = state_of(values.workdir, values.state) if values.write else None
     run = open_finished(local_copy(values.workdir, *READ))
     with contextlib.ExitStack() as stack:
-        state = None
-        if values.write:
-            state = pathlib.Path(values.state or run.workdir / "serve").absolute()
+        if state is not None:
             stack.enter_context(take(state))
             cached_programs(state)
         tools = Tools(run, state)

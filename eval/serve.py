@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import logging
+import math
 import pathlib
 import socket
 import sys
@@ -163,11 +164,17 @@ def main(_: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install '{EXTRA}'") from None
     values = flags.FLAGS
-    if is_bucket(values.workdir) and not values.state:
-        raise UserError(f"{values.workdir}: add --state=DIR, a directory of this machine")
-    run = open_finished(local_copy(values.workdir, *READ))
-    state = pathlib.Path(values.state or run.workdir / "serve").absolute()
-    serve(run, state, plain_console())
+    if not math.isfinite(values.temperature):
+        raise UserError(f"--temperature={values.temperature}: expected a number, 0 or more")
+    state = state_of(values.workdir, values.state)
+    serve(open_finished(local_copy(values.workdir, *READ)), state, plain_console())
+
+
+def state_of(workdir: str, state: str | None) -> pathlib.Path:
+    """The directory of a service's state; UserError unless it is one of this machine."""
+    if is_bucket(state or workdir):
+        raise UserError(f"{state or workdir}: add --state=DIR, a directory of this machine")
+    return pathlib.Path(state or pathlib.Path(workdir, "serve")).absolute()
 
 
 def define_flags() -> None:

@@ -25,6 +25,7 @@ CHOSEN_BY = "ndcg@10"  # The metric that settings are chosen by, on dev.
 
 # Our names and those of ir-measures.
 _IR_MEASURES = {"ndcg": "nDCG", "mrr": "RR", "recall": "R", "map": "AP", "p": "P"}
+_MOST_CUTOFF = 10**9
 _RESAMPLES_AT_ONCE = 1 << 22  # values drawn at a time: 32 MiB
 
 
@@ -290,7 +291,10 @@ def measure_key(name: str) -> str:
 
 
 def _measure(name: str) -> ir_measures.Measure:
-    base, _, cutoff = name.partition("@")
+    base, at, cutoff = name.partition("@")
+    # trec_eval ends the process at a cutoff of 0, and counts in 32 or 64 bits.
+    if at and cutoff.isdecimal() and not 1 <= int(cutoff[:20]) <= _MOST_CUTOFF:
+        raise UserError(f"measure {name!r}: expected a cutoff from 1 to {_MOST_CUTOFF}")
     spelled = _IR_MEASURES.get(base.lower(), base) + ("@" + cutoff if cutoff else "")
     try:
         measure = ir_measures.parse_measure(spelled)

@@ -151,6 +151,13 @@ def test_a_setting_that_is_none(tmp_path, setting, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_setting_that_a_section_lacks(tmp_path):
+    found = refused("train.distill", f"--workdir={tmp_path}", "--config.distill.epoch=3")
+    assert found == (
+        "error: --config.distill.epoch: there is no setting 'epoch'; did you mean 'epochs'?\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "full"),
     [

@@ -183,7 +183,8 @@ def test_what_trec_cannot_hold_is_refused(tmp_path):
 
 
 def test_unknown_measures_and_empty_judgements_are_refused():
-    for name in ("ndgc@10", "ndcg@ten", "RBP(p=0.9)", "", "recall"):
+    odd = ("ndgc@10", "ndcg@ten", "RBP(p=0.9)", "", "recall")
+    for name in (*odd, "ndcg@0", "p@0", "ndcg@-1", "mrr@0", f"ndcg@{10**23}"):
         with pytest.raises(UserError, match="measure"):
             metrics.evaluate({}, {"q": {"d": 1}}, [name])
     with pytest.raises(UserError, match="judgements"):

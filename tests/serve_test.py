@@ -9,7 +9,8 @@ import signal
 import numpy as np
 import pytest
 
-from eval.serve import access_of, listen
+from eval.load import counts
+from eval.serve import access_of, listen, state_of
 from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl
@@ -221,6 +222,20 @@ def test_a_service_for_others_wants_a_token_and_a_name(monkeypatch, host, token,
         assert access.token == token
         assert "box" in access.hosts
         assert ("localhost" in access.hosts) == (host == "127.0.0.1")
+
+
+def test_what_is_no_state_of_a_service_is_refused(tmp_path):
+    for workdir, state in (("gs://bucket/run", None), ("run", "gs://bucket/state")):
+        with pytest.raises(UserError, match="add --state=DIR, a directory of this machine"):
+            state_of(workdir, state)
+    assert state_of(str(tmp_path), None) == tmp_path / "serve"
+    assert state_of("gs://bucket/run", str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("clients", [[], ["a"], ["0"], ["-1"], ["1", ""], ["9" * 5000]])
+def test_numbers_of_clients_that_are_none(clients):
+    with pytest.raises(UserError, match="expected numbers from 1 to"):
+        counts(clients)
 
 
 def test_a_port_that_is_taken_gets_one_line(service):

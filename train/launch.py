@@ -179,7 +179,12 @@ def launch(
     quiet_libraries()
     console = plain_console(stderr=True)
     others = set(flags.FLAGS)  # Those of libraries.
-    define()
+    try:
+        define()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # A section's settings are looked up when they are defined; a misspelt one is not there.
+        text = _one_line(error)
+        _stop(console, _unknown_setting(text, sys.argv[1:]) or text)
     if not {"--help", "-help", "-h"}.isdisjoint(sys.argv[1:]):
         _help(set(flags.FLAGS) - others)
     try:
