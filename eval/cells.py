@@ -144,7 +144,8 @@ def cell_of_run(workdir: pathlib.Path, collection: str) -> Cell:
     values = run_values(workdir, queries)
     if lacking := [system for system in systems if system not in values]:
         raise UserError(f"{workdir / 'runs'}: there is no {lacking[0]}.trec; train.joint makes it")
-    written = _written(workdir / "evaluation" / "expansions.jsonl")
+    written = _by_leaf(workdir / "evaluation" / "expansions.jsonl", {"expansion": str})
+    tokens = _by_leaf(workdir / "evaluation" / "tokens.jsonl", {"tokens": int})
     shown = OURS if OURS in written else next(iter(written), "")
     first = {row["query_id"]: row["expansion"] for row in reversed(written.get(shown, []))}
     return Cell(
@@ -166,16 +167,16 @@ def cell_of_run(workdir: pathlib.Path, collection: str) -> Cell:
             system: {m: np.round(of, DIGITS).tolist() for m, of in values[system].items()}
             for system in systems
         },
-        costs=_costs(systems, results, timings, written, _expanded(workdir), len(queries)),
+        costs=_costs(systems, results, timings, tokens, _expanded(workdir), len(queries)),
     )
 
 
-def _written(path: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """Leaf -> its rows of evaluation/expansions.jsonl."""
+def _by_leaf(path: pathlib.Path, fields: Mapping[str, type]) -> dict[str, list[dict[str, Any]]]:
+    """Leaf -> its rows of a file of evaluation/; none of a file that an older run has not."""
     rows = collections.defaultdict(list)
-    fields = {"query_id": str, "split": str, "system": str, "expansion": str}
-    for _, row in read_jsonl(path, fields):
-        rows[row["system"]].append(row)
+    if path.exists():
+        for _, row in read_jsonl(path, {"query_id": str, "split": str, "system": str, **fields}):
+            rows[row["system"]].append(row)
     return dict(rows)
 
 
@@ -194,23 +195,23 @@ def _costs(
     systems: Sequence[str],
     results: Mapping[str, Any],
     timings: Mapping[str, Any],
-    written: Mapping[str, Sequence[Mapping[str, Any]]],
+    generated: Mapping[str, Sequence[Mapping[str, Any]]],
     expanded: Mapping[str, Container[str]],
     queries: int,
 ) -> dict[str, dict[str, float | None]]:
     """What each system takes for a test query: tokens that are generated, and seconds.
 
     Seconds are those of its tokens, at the rate of all that were generated for evaluation, and of
-    its searches with what they rest on. A gate before generation spares what it does not expand:
-    `expanded` has the queries that gates do.
+    its searches with what they rest on; `generated` are the rows of evaluation/tokens.jsonl. A gate
+    before generation spares what it does not expand: `expanded` has the queries that gates do.
     """
     phases = {row["phase"]: row["seconds"] for row in timings.get("phases", [])}
     searches = {row["system"]: row["seconds"] / row["queries"]
                 for row in timings.get("searches", []) if row["queries"]}  # fmt: skip
 
-    def generated(leaf: System, asked: Container[str] | None) -> tuple[float, float]:
+    def cost_of(leaf: System, asked: Container[str] | None) -> tuple[float, float]:
         """Tokens and seconds of the queries asked, None: all; KeyError where nobody knows."""
-        rows = written[leaf.name]
+        rows = generated[leaf.name]
         most = results["chosen"].get(leaf.name, {}).get("samples")
         counts = collections.defaultdict(list)
         for row in rows:
@@ -228,7 +229,7 @@ def _costs(
             gated = any(part.stage == BEFORE for part in system.with_parts())
             asked = expanded[BEFORE] if gated else None
             # Texts that two leaves use are written once.
-            own = {leaf.writer: generated(leaf, asked) for leaf in system.leaves if leaf.strategy}
+            own = {leaf.writer: cost_of(leaf, asked) for leaf in system.leaves if leaf.strategy}
             tokens, seconds = np.sum([(0.0, 0.0), *own.values()], axis=0) / queries
             seconds += sum(searches[part] for part in {p.name for p in system.with_parts()})
             both = round(float(tokens), DIGITS), round(float(seconds), DIGITS)

@@ -26,6 +26,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 
 SPLITS = ("dev", "test")
+FIELDS = "query_id", "split", "system", "sample", "query", "expansion"  # Of an expansions.jsonl.
 
 
 def run_expander(
@@ -65,14 +66,13 @@ def training_expansions(
         for query in sorted(texts)
         for number, text in enumerate(texts[query])
     )
-    _write(run, run.path(f"round-{round_}", "expansions.jsonl"), rows)
+    _write(run, run.path(f"round-{round_}", "expansions.jsonl"), FIELDS, rows)
     return texts
 
 
-def _write(run: Run, path: pathlib.Path, rows: Iterable[tuple]) -> None:
-    """Writes an expansions.jsonl; each row has its fields in their order, the last one or not."""
-    fields = "query_id", "split", "system", "sample", "query", "expansion", "tokens"
-    named = (dict(zip(fields, row, strict=False)) for row in rows)
+def _write(run: Run, path: pathlib.Path, fields: Sequence[str], rows: Iterable[tuple]) -> None:
+    """Writes a file of JSON lines; each row has its fields in their order."""
+    named = (dict(zip(fields, row, strict=True)) for row in rows)
     run.processes.once(lambda: write_jsonl(path, named))
 
 
@@ -84,7 +84,9 @@ def evaluation_expansions(
     systems: Sequence[System],
     folder: str,
 ) -> dict[tuple[str, str, str], Expansions]:
-    """Expands dev and test queries for systems, and writes evaluation/expansions.jsonl.
+    """Expands dev and test queries for systems.
+
+    Writes evaluation/expansions.jsonl, and evaluation/tokens.jsonl, how many tokens each text took.
 
     Every generator draws with the same numbers, so that a difference between two is theirs.
 
@@ -104,16 +106,23 @@ def evaluation_expansions(
         (generator, name): written_for(run, data, own, adapters[generator], generator, name, folder)
         for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values())
     }
-    rows = (
-        (query, split, leaf.name, number, queries[query], text, tokens)
-        for leaf in leaves.values()
-        for split in SPLITS
+    asked = [
+        (query, split, leaf) for leaf in leaves.values() for split in SPLITS
         for query in qrels[split]
-        for number, (text, tokens) in enumerate(zip(
-            by_sample(made[leaf.generator, leaf.strategy][1][query]),
-            by_sample(made[leaf.generator, leaf.strategy][2][query]), strict=True))
-    )  # fmt: skip
-    _write(run, run.path(folder, "evaluation", "expansions.jsonl"), rows)
+    ]  # fmt: skip
+    texts = (
+        (query, split, leaf.name, number, queries[query], text)
+        for query, split, leaf in asked
+        for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
+    )
+    _write(run, run.path(folder, "evaluation", "expansions.jsonl"), FIELDS, texts)
+    counts = (
+        (query, split, leaf.name, number, count)
+        for query, split, leaf in asked
+        for number, count in enumerate(by_sample(made[leaf.generator, leaf.strategy][2][query]))
+    )
+    fields = *FIELDS[:4], "tokens"
+    _write(run, run.path(folder, "evaluation", "tokens.jsonl"), fields, counts)
     return {
         (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
         for key, (strategy, texts, _) in made.items()
