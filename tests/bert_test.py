@@ -81,7 +81,7 @@ def test_layers_equal_a_loop_over_blocks(tiny, remat):
     module = module.clone(remat=remat)
     ids, mask = tiny_models.ragged_batch("right")
     ids = jnp.asarray(ids % TINY.vocab_size)
-    block = Block(TINY, jnp.float32, True)
+    block = Block(TINY, dtype=jnp.float32, lora=None, deterministic=True)
 
     def scanned(params):
         hidden = module.apply({"params": params}, ids, mask)

@@ -289,7 +289,7 @@ def test_eight_devices_and_micro_batches_give_the_same_gradients(bag, config, mi
     close(step(params, batch), whole)
 
 
-@pytest.mark.parametrize("config", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("config", [PLAIN, pytest.param(EVERYTHING, marks=pytest.mark.slow)])
 def test_scores_in_parts_give_the_same_gradients(bag, config, monkeypatch):
     """On one device and on eight; a part has eight of the 24 queries."""
     retriever, params = bag

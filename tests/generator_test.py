@@ -228,6 +228,7 @@ def test_the_settings_of_the_config_are_those_of_the_optimizer_and_the_loss(
         assert getattr(found, field.name) == getattr(expected, field.name)
 
 
+@pytest.mark.slow
 def test_simpo_learns_the_preference_and_runs_no_reference(preferences, tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterBatches, "reference", lambda *_: 1 / 0)
     config = make_config(preferences, loss="simpo")

@@ -34,6 +34,7 @@ async def talk(workdir, *arguments: str):
     return names, found, wrong, said
 
 
+@pytest.mark.slow
 def test_an_agent_searches_and_no_more(smoke):
     names, found, wrong, _ = asyncio.run(talk(smoke[0]))
     assert names == ["search"]

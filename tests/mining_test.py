@@ -121,7 +121,7 @@ def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkey
     retriever = types.SimpleNamespace(
         corpus=corpus, encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]]
     )
-    _mine(run, retriever, data, tmp_path / "triples.jsonl")
+    _mine(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
     rows = [row for _, row in read_jsonl(tmp_path / "triples.jsonl", {"neg": list})]
     assert [len(row["neg"]) for row in rows] == [3, 3]
     assert len(texts.read) <= 2 * (1 + 3)

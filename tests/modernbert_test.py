@@ -143,6 +143,9 @@ def test_tensors_return_bit_equal(tiny, tmp_path):
         np.testing.assert_array_equal(tensor, after[name])
 
 
+@pytest.mark.parametrize(
+    "tiny", ["modernbert", pytest.param("modernbert-biases", marks=pytest.mark.slow)], indirect=True
+)
 def test_micro_batches_on_a_mesh_give_the_gradients_of_one_batch(tiny):
     directory, _ = tiny
     retriever, params = load_retriever(str(directory), pooling="cls", normalize=True, max_length=24)
