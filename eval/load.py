@@ -34,6 +34,7 @@ from expandr_jax.files.records import write_json
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
+from expandr_jax.serving import TOKEN
 from train.launch import define_workdir, launch, output_file
 
 PEER_PACKAGES = ("faiss", "sentence_transformers")
@@ -95,9 +96,11 @@ def _server(run: Finished, state: str) -> Iterator[tuple[int, psutil.Process, di
     """A server: its port, its process, and seconds from the start until each mode answered."""
     begun, start = time.perf_counter(), {}
     arguments = [f"--workdir={run.workdir}", f"--state={state}", "--port=0"]
+    open_to_all = {name: value for name, value in os.environ.items() if name != TOKEN}
     process = subprocess.Popen(
-        [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE, text=True,
+        env=open_to_all,
+    )  # fmt: skip
     try:
         for mode, words in WORDS.items():
             line = process.stdout.readline()

@@ -11,7 +11,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import logging
-import math
 import pathlib
 import socket
 import sys
@@ -30,13 +29,13 @@ from expandr_jax.report.expansion_cards import shown_queries
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
+from expandr_jax.serving import TOKEN
 from expandr_jax.serving.cache import Cache
 from expandr_jax.serving.queries import LONG
 from expandr_jax.serving.state import take
 from train.launch import EXIT_TERMINATED, define_workdir, launch
 
 EXTRA = "expandr-jax[serve]"
-TOKEN = "EXPANDR_SERVE_TOKEN"
 SWITCH = 0.0005  # Seconds after which a thread lets another one go on that has an answer to send.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -121,7 +120,7 @@ def access_of(host: str, names: Sequence[str]) -> Any:
     """Who may ask; UserError where nobody said whom else to keep out."""
     from expandr_jax.serving.guard import Access
 
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN, "").strip()  # A file ends in a newline, too.
     if host in LOOPBACK:
         return Access((*Access().hosts, *map(str.lower, names)), token)
     if not token:
@@ -164,8 +163,6 @@ def main(_: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install '{EXTRA}'") from None
     values = flags.FLAGS
-    if not math.isfinite(values.temperature):
-        raise UserError(f"--temperature={values.temperature}: expected a number, 0 or more")
     state = state_of(values.workdir, values.state)
     serve(open_finished(local_copy(values.workdir, *READ)), state, plain_console())
 
@@ -174,7 +171,10 @@ def state_of(workdir: str, state: str | None) -> pathlib.Path:
     """The directory of a service's state; UserError unless it is one of this machine."""
     if is_bucket(state or workdir):
         raise UserError(f"{state or workdir}: add --state=DIR, a directory of this machine")
-    return pathlib.Path(state or pathlib.Path(workdir, "serve")).absolute()
+    path = pathlib.Path(state or pathlib.Path(workdir, "serve")).absolute()
+    if path.resolve() == pathlib.Path(workdir).resolve():
+        raise UserError(f"--state={state}: is the run, which is only read; expected another place")
+    return path
 
 
 def define_flags() -> None:

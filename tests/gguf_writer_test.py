@@ -275,6 +275,8 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
         target("there", "gguf")
     with pytest.raises(UserError, match=r"--dtype=bfloat16: is not of GGUF; expected --gguf_type"):
         target("a.gguf", "gguf", "bfloat16")
+    with pytest.raises(UserError, match="--gguf_type=f16: is of --format=gguf alone"):
+        target("there", "generator", None, "f16")
     assert target(str(tmp_path / "a.gguf"), "gguf") == tmp_path / "a.gguf"
 
 

@@ -158,6 +158,11 @@ def test_a_setting_that_a_section_lacks(tmp_path):
     )
 
 
+def test_an_option_that_is_no_number(tmp_path):
+    found = refused("eval.load", f"--workdir={tmp_path}", "--seconds=nan")
+    assert found == "error: --seconds=nan: expected a number\n"
+
+
 @pytest.mark.parametrize(
     ("error", "full"),
     [

@@ -210,6 +210,7 @@ def test_the_run_is_not_touched_and_writes_outlast_a_kill(smoke, tmp_path):
         ("0.0.0.0", "secret", [], "add --names=NAME"),
         ("0.0.0.0", "secret", ["Box"], None),
         ("127.0.0.1", "", ["Box"], None),
+        ("127.0.0.1", " sécret of a file\n", ["Box"], None),
     ],
 )
 def test_a_service_for_others_wants_a_token_and_a_name(monkeypatch, host, token, names, message):
@@ -219,7 +220,12 @@ def test_a_service_for_others_wants_a_token_and_a_name(monkeypatch, host, token,
             access_of(host, names)
     else:
         access = access_of(host, names)
-        assert access.token == token
+        assert access.token == token.strip()
+        sent = f"Bearer {token.strip()}".encode().decode("latin-1")  # As headers are read.
+        headers = {"host": "box", "authorization": sent}
+        assert access.refuses("GET", "/", headers) is None
+        without = access.refuses("GET", "/", headers | {"authorization": "Bearer"})
+        assert bool(without) == bool(token)
         assert "box" in access.hosts
         assert ("localhost" in access.hosts) == (host == "127.0.0.1")
 
@@ -228,6 +234,8 @@ def test_what_is_no_state_of_a_service_is_refused(tmp_path):
     for workdir, state in (("gs://bucket/run", None), ("run", "gs://bucket/state")):
         with pytest.raises(UserError, match="add --state=DIR, a directory of this machine"):
             state_of(workdir, state)
+    with pytest.raises(UserError, match="is the run, which is only read"):
+        state_of(str(tmp_path), f"{tmp_path}/../{tmp_path.name}")
     assert state_of(str(tmp_path), None) == tmp_path / "serve"
     assert state_of("gs://bucket/run", str(tmp_path)) == tmp_path
 

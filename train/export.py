@@ -198,8 +198,10 @@ def _with_types_of(model: Any, source: str) -> Any:
     return dataclasses.replace(model, files=files)
 
 
-def target(to: str | None, kind: str, dtype: str | None = None) -> pathlib.Path:
-    """Where --to says that a format is written; `dtype` is what --dtype asks for, if anything."""
+def target(
+    to: str | None, kind: str, dtype: str | None = None, gguf_type: str | None = None
+) -> pathlib.Path:
+    """Where --to says that a format is written; the types are those that were asked for."""
     if not to:
         raise UserError("--to is missing: the directory to write")
     if is_bucket(to):
@@ -209,13 +211,15 @@ def target(to: str | None, kind: str, dtype: str | None = None) -> pathlib.Path:
         raise UserError(f"--to={to}: expected the name of a file that ends in .gguf")
     if kind == "gguf" and dtype:
         raise UserError(f"--dtype={dtype}: is not of GGUF; expected --gguf_type")
+    if kind != "gguf" and gguf_type:
+        raise UserError(f"--gguf_type={gguf_type}: is of --format=gguf alone; expected --dtype")
     return path
 
 
 def main(_: Any) -> None:
     values = flags.FLAGS
-    dtype = values.dtype if flags.FLAGS["dtype"].present else None
-    to = target(values.to, values.format, dtype)
+    asked = (getattr(values, n) if values[n].present else None for n in ("dtype", "gguf_type"))
+    to = target(values.to, values.format, *asked)
     # train.generator writes an adapter, which is merged when the whole model is asked for.
     parts = {made_as(kind) for kind in (values.format, "adapter")}
     workdir = local_copy(values.workdir, "config.json", *sorted(parts))

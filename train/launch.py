@@ -6,6 +6,7 @@ Flags live here and nowhere else; a program's work is a function that tests can 
 import errno
 import itertools
 import logging as standard_logging
+import math
 import os
 import pathlib
 import re
@@ -196,6 +197,10 @@ def launch(
             unpin(flags.FLAGS["config"])
         if str(getattr(flags.FLAGS, "workdir", "")).startswith("~"):  # Shells leave --workdir=~/x.
             flags.FLAGS.workdir = os.path.expanduser(flags.FLAGS.workdir)
+        for name in set(flags.FLAGS) - others:  # Bounds let nan pass.
+            value = flags.FLAGS[name].value
+            if isinstance(value, float) and not math.isfinite(value) and "." not in name:
+                raise UserError(f"--{name}={value}: expected a number")
         for name in ("config", "workdir"):
             if name in flags.FLAGS and flags.FLAGS[name].value in (None, ""):
                 raise UserError(_missing(name))

@@ -65,7 +65,9 @@ class Access:
                 given = base64.b64decode(given, validate=True).decode().partition(":")[2]
             except (binascii.Error, ValueError):
                 return False
-        elif kind.lower() != "bearer":
+        elif kind.lower() == "bearer":
+            given = given.encode("latin-1").decode(errors="replace")
+        else:
             return False
         return hmac.compare_digest(given.strip().encode(), self.token.encode())
 
