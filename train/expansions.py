@@ -166,15 +166,27 @@ def written_for(
 def _with_tokens(
     expander: Expander, queries: Mapping[str, str], samples: int, sample: Sample
 ) -> tuple[Mapping[str, list[list[str]]], Mapping[str, list[list[int]]]]:
-    """What `Expander.texts` makes, and likewise how many tokens the generator wrote for each."""
-    written: list[SampledTexts] = []
+    """What `Expander.texts` makes, and how many tokens each text took.
+
+    What an `Ask` wrote whose texts are not used counts to the first text of the one after it.
+    """
+    used: list[SampledTexts] = []
+    before: list[list[SampledTexts]] = [[]]  # Of each that is used, and of the next.
 
     def kept(step: Ask, requests: Requests) -> SampledTexts:
-        written.append(sample(step, requests))
-        return written[-1]
+        made = sample(step, requests)
+        if step.used:
+            used.append(made)
+            before.append([])
+        else:
+            before[-1].append(made)
+        return made
+
+    def counts(texts: SampledTexts, helpers: Sequence[SampledTexts], query: str) -> list[int]:
+        first, *rest = (texts.row((query, number))["tokens"] for number in range(samples))
+        return [first + sum(of.row((query, 0))["tokens"] for of in helpers), *rest]
 
     def tokens(query: str) -> list[list[int]]:
-        rows = [[texts.row((query, i)) for i in range(samples)] for texts in written]
-        return [[row["tokens"] for row in several] for several in rows]
+        return [counts(*of, query) for of in zip(used, before, strict=False)]
 
     return expander.texts(queries, samples, kept), MadeWhenAsked(queries, tokens)
