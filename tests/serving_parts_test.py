@@ -1,6 +1,7 @@
 """Parts of the service, without models: who may ask, the queue, the cache, exact search."""
 
 import base64
+import itertools
 import threading
 import time
 
@@ -13,6 +14,7 @@ from expandr_jax.serving.batching import Batcher, Busy
 from expandr_jax.serving.cache import Cache, Expansion
 from expandr_jax.serving.flat import BLOCK, search_flat
 from expandr_jax.serving.guard import MOST_BODY, Access
+from expandr_jax.serving.queries import START, _rows, split
 
 JSON = {"host": "localhost:8000", "content-type": "application/json"}
 BASIC = base64.b64encode(b"anyone:secret").decode()
@@ -150,6 +152,30 @@ def test_exact_search_finds_what_the_index_does(rows, k):
     dead = np.ones(rows, bool)
     dead[[1, 5]] = False
     assert all(sorted(row) == [1, 5] for _, row in search_flat(vectors, queries, k, dead))
+
+
+def test_batches_have_the_least_to_compute():
+    drawn = np.random.default_rng(0)
+
+    def cost(lengths, parts):
+        return sum(
+            START + length * next(r for r in _rows(length) if r >= end - start)
+            for start, end in parts
+            for length in [lengths[end - 1]]
+        )
+
+    def every(count):
+        """All ways to cut so many texts."""
+        for cuts in itertools.product([False, True], repeat=count - 1):
+            ends = [i + 1 for i, cut in enumerate(cuts) if cut] + [count]
+            yield list(zip([0, *ends[:-1]], ends, strict=True))
+
+    for count in (1, 2, 5, 9):
+        lengths = sorted(drawn.choice([16, 24, 32, 48, 96], count).tolist())
+        most = [_rows(length)[-1] for length in lengths]
+        fitting = [parts for parts in every(count) if all(e - s <= most[e - 1] for s, e in parts)]
+        assert cost(lengths, split(lengths)) == min(cost(lengths, parts) for parts in fitting)
+    assert len(split([16] * 20)) == 2
 
 
 def test_a_single_request_waits_for_nobody():

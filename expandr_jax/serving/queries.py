@@ -1,6 +1,5 @@
 """Vectors of a few texts at once, by programs that can all be compiled before the first request."""
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from expandr_jax.weights.trees import model_shardings
 
 ROWS = (1, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
 BETWEEN = 24  # Tokens, where encoding many has no length: most questions are about as long.
+START = 48  # Tokens that a batch's start takes as long as.
 LONG = 64  # Tokens; of longer texts there are fewer sizes of batches.
 LONG_ROWS = (1, 4)
 
@@ -92,14 +92,11 @@ class QueryEncoder:
         self, tokens: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], list[Sequence[int]], int]]:
         """Which texts each batch has, their ids and its length."""
-        lengths = [bucket_length(len(ids), self._lengths) for ids in tokens]
-        order = sorted(range(len(tokens)), key=lengths.__getitem__)
-        for length, same in itertools.groupby(order, key=lengths.__getitem__):
-            places = list(same)
-            most = _rows(length)[-1]
-            for start in range(0, len(places), most):
-                some = places[start : start + most]
-                yield some, [tokens[i] for i in some], length
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        lengths = [bucket_length(len(tokens[i]), self._lengths) for i in order]
+        for start, end in split(lengths):
+            places = order[start:end]
+            yield places, [tokens[i] for i in places], lengths[end - 1]
 
     def _start(self, tokens: list[Sequence[int]], length: int) -> jax.Array:
         rows = bucket_length(len(tokens), _rows(length))
@@ -115,6 +112,30 @@ class QueryEncoder:
             lowered = embedder(mesh, self.retriever).lower(params, *pad([[1]] * rows, 0, length))
             self._programs[rows, length] = lowered.compile(), params
         return self._programs[rows, length]
+
+
+def split(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """From where to where batches go that have the least to compute.
+
+    A batch is as long as its last text, and filled up to the next number of rows.
+
+    Args:
+        lengths: Of the texts, in rising order.
+    """
+    best = [(0, 0)]  # Tokens of all batches up to each text, and where the last of them begins.
+    for end in range(1, len(lengths) + 1):
+        rows = _rows(lengths[end - 1])
+        starts = range(max(0, end - rows[-1]), end)
+        costs = [
+            best[i][0] + bucket_length(end - i, rows) * lengths[end - 1] + START for i in starts
+        ]
+        least = min(range(len(costs)), key=costs.__getitem__)
+        best.append((costs[least], starts[least]))
+    parts, end = [], len(lengths)
+    while end:
+        parts.append((best[end][1], end))
+        end = best[end][1]
+    return parts[::-1]
 
 
 def _rows(length: int) -> Sequence[int]:
