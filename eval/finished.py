@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import pathlib
@@ -223,6 +224,13 @@ class Finished:
             return np.stack(scores), np.stack(rows)
 
         return search
+
+
+def check_installed(extra: str, *packages: str) -> None:
+    """Says, by a UserError, what to install where one of an extra's packages is not there."""
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'expandr-jax[{extra}]'")
 
 
 def open_finished(workdir: pathlib.Path) -> Finished:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from absl import flags
 from pydantic import Field
 
-from eval.finished import READ, Finished, open_finished
+from eval.finished import READ, Finished, check_installed, open_finished
 from eval.serve import cached_programs, state_of
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.mirror import local_copy
@@ -27,7 +27,6 @@ from expandr_jax.serving.pair import Asked, Pair
 from expandr_jax.serving.state import take
 from train.launch import define_workdir, launch
 
-EXTRA = "expandr-jax[mcp]"
 MOST_RESULTS = 50
 INSTRUCTIONS = "Searches a collection of documents by meaning. Ask as one would ask a person."
 Count = Annotated[int, Field(ge=1, le=MOST_RESULTS, description="Documents that are returned.")]
@@ -122,10 +121,7 @@ def make_server(tools: Tools, write: bool) -> Any:
 
 
 def main(_: Sequence[str]) -> None:
-    try:
-        import mcp.server  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install '{EXTRA}'") from None
+    check_installed("mcp", "mcp")
     values = flags.FLAGS
     if values.state and not values.write:
         raise UserError("--state goes with --write")

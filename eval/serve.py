@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from eval.finished import READ, Finished, open_finished
+from eval.finished import READ, Finished, check_installed, open_finished
 from expandr_jax.errors import UserError
 from expandr_jax.report.expansion_cards import shown_queries
 from expandr_jax.runtime.bucket import is_bucket
@@ -35,7 +35,6 @@ from expandr_jax.serving.queries import LONG
 from expandr_jax.serving.state import take
 from train.launch import EXIT_TERMINATED, define_workdir, launch
 
-EXTRA = "expandr-jax[serve]"
 SWITCH = 0.0005  # Seconds after which a thread lets another one go on that has an answer to send.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -156,12 +155,7 @@ def _server(app: Callable):
 
 
 def main(_: Sequence[str]) -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed: pip install '{EXTRA}'") from None
+    check_installed("serve", "fastapi", "prometheus_client", "uvicorn")
     values = flags.FLAGS
     state = state_of(values.workdir, values.state)
     serve(open_finished(local_copy(values.workdir, *READ)), state, plain_console())

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from eval.finished import check_installed
 from eval.load import counts
 from eval.serve import access_of, listen, state_of
 from expandr_jax.data.beir import read_beir
@@ -228,6 +229,13 @@ def test_a_service_for_others_wants_a_token_and_a_name(monkeypatch, host, token,
         assert bool(without) == bool(token)
         assert "box" in access.hosts
         assert ("localhost" in access.hosts) == (host == "127.0.0.1")
+
+
+def test_a_package_that_is_missing_is_named():
+    check_installed("serve", "fastapi", "uvicorn")
+    message = r"no_such_package is not installed: pip install 'expandr-jax\[serve\]'"
+    with pytest.raises(UserError, match=message):
+        check_installed("serve", "fastapi", "no_such_package")
 
 
 def test_what_is_no_state_of_a_service_is_refused(tmp_path):
