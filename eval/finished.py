@@ -29,12 +29,15 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.pair import phase_mesh
+from expandr_jax.ranking.gate import read_gates
+from expandr_jax.ranking.gate_features import BEFORE
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Index, ScannIndex, kept_bm25, kept_index
 from expandr_jax.serving.cache import Cache
 from expandr_jax.serving.documents import MERGE_FROM, LiveDocuments
 from expandr_jax.serving.expansions import Expansions, SlotSampler
+from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.pair import Pair, Searched
 from expandr_jax.serving.queries import QueryEncoder
 from expandr_jax.serving.snapshots import Base, Vectors
@@ -50,6 +53,7 @@ READ = (  # What is read of a run.
     "config.json", "results.json", "qrels.trec", "data", "export/retriever", "export/generator",
     "export/query-encoder", "work/vectors/expandr.*", "work/documents", "work/bm25.index-*",
     "runs/expandr.trec", "runs/expandr-plain.trec", "evaluation/expansions.jsonl",
+    "evaluation/gates.json",
 )  # fmt: skip
 
 
@@ -108,8 +112,13 @@ class Finished:
         indexed = Corpus(corpus.ids, vectors, self.config.search, path, writes=False)
         return Base.of(corpus, vectors, indexed.index if indexed.approximate else None)
 
-    def live_documents(self, state: pathlib.Path, merge_from: int = MERGE_FROM) -> LiveDocuments:
-        """The documents of a service of this run, in a state that was taken."""
+    def live_documents(
+        self, state: pathlib.Path, merge_from: int = MERGE_FROM, gate: QueryGate | None = None
+    ) -> LiveDocuments:
+        """The documents of a service of this run, in a state that was taken.
+
+        After a merge the gate, if there is one, counts their words anew.
+        """
         corpus = self.documents(state / "documents")
         key = hash_json([self.corpus_key, content_key(self.vectors_path), self.retriever_key])
         base = self.base(corpus)
@@ -122,6 +131,7 @@ class Finished:
             _type_of(self.vectors_path),
             None if base.index is None else functools.partial(_scann, options),
             merge_from,
+            *([gate.count_words] if gate else ()),
         )
 
     @functools.cached_property
@@ -144,7 +154,17 @@ class Finished:
         lengths = encoding_lengths(self.retriever[0].max_length)
         self.encode_documents([" a" * max(1, length - 4) for length in lengths])
 
-    def pair(self, documents: Searched) -> Pair:
+    @functools.cached_property
+    def gate(self) -> QueryGate | None:
+        """What says whether a query should be expanded, if the run has fitted a gate for that."""
+        path = self.workdir / "evaluation" / "gates.json"
+        gate = read_gates(path).get(BEFORE) if path.exists() else None
+        if gate is None:
+            return None
+        work = self.workdir / "work"
+        return QueryGate(gate, functools.partial(kept_bm25, work, write=False))
+
+    def pair(self, documents: Searched, gate: QueryGate | None = None) -> Pair:
         """The pair, with the query encoder that train.distill made, if it has."""
         encoder, distilled = QueryEncoder(*self.retriever), None
         if self.distilled_path.exists():
@@ -153,7 +173,7 @@ class Finished:
         weight, normalize = self.chosen["query_weight"], self.config.contrastive.normalize
         how = self.chosen.get("combine", MEAN)
         depth = self.config.evaluation.depth  # As deep as when it was chosen.
-        return Pair(encoder, documents, weight, normalize, distilled, how, depth)
+        return Pair(encoder, documents, weight, normalize, distilled, how, depth, gate)
 
     def expansions(
         self,

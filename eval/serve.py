@@ -87,8 +87,9 @@ def serve(run: Finished, state: pathlib.Path, console: Console) -> None:
 def begin(service: Any, run: Finished, state: pathlib.Path, console: Console) -> Iterator[str]:
     """Loads the models one after the other; yields a line for people when one of them answers."""
     values, start = flags.FLAGS, time.perf_counter()
-    documents = run.live_documents(state, values.merge_from)
-    pair = run.pair(documents)
+    gate = run.gate if values.expand else None
+    documents = run.live_documents(state, values.merge_from, gate)
+    pair = run.pair(documents, gate)
     pair.compile(LONG)
     service.begin(pair, documents)
     yield f"{len(documents)} documents are searched ({time.perf_counter() - start:.1f} s)"
@@ -103,6 +104,8 @@ def begin(service: Any, run: Finished, state: pathlib.Path, console: Console) ->
         pair.compile_expanded(made.texts)
         service.begin_expanding(made)
         yield f"queries are expanded ({time.perf_counter() - start:.1f} s)"
+        if gate:
+            gate.count_words(documents)
         made.compile()
     run.compile_documents()  # Last: writes may wait for it, searches not.
     yield f"all programs are compiled ({time.perf_counter() - start:.1f} s)"

@@ -1,6 +1,7 @@
 """`eval.serve` on a finished run: what it answers, what it refuses, what stays over a restart."""
 
 import concurrent.futures
+import dataclasses
 import json
 import random
 import shutil
@@ -16,11 +17,13 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.models.pooling import l2_normalize
+from expandr_jax.ranking.gate import read_gates, write_gates
+from expandr_jax.ranking.gate_features import BEFORE
 from expandr_jax.search import build_index
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
-from tests.commands import command
+from tests.commands import command, finish, start
 from tests.serving import Server
 
 QUESTION = "Scale the gradient by a factor."
@@ -185,6 +188,36 @@ def test_a_distilled_encoder_searches_at_once(smoke, tmp_path):
     answers = [server.post("/search", query=QUESTION, mode=m) for m in ("plain", "distilled")]
     assert answers[0]["results"] == answers[1]["results"]
     assert answers[1]["mode"] == "distilled"
+    server.stop()
+
+
+@pytest.mark.slow
+def test_auto_does_what_the_run_s_gate_said_of_each_query(smoke, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(smoke[0], run)
+    systems = json.loads((run / "config.json").read_text())["config"]["evaluation"]["systems"]
+    finish(start(run, f"--config.evaluation.systems={(*systems, BEFORE)}"))
+    said = {
+        row["query_id"]: row["probability"]
+        for _, row in read_jsonl(run / "evaluation" / "gated.jsonl", {"probability": float})
+    }
+    between = float(np.median(list(said.values())))
+    assert 0 < sum(chance >= between for chance in said.values()) < len(said)
+    path = run / "evaluation" / "gates.json"
+    gate = dataclasses.replace(read_gates(path)[BEFORE], threshold=between)
+    write_gates(path, {BEFORE: gate})
+    texts = read_beir(run / "data").queries
+    server = Server(run, tmp_path / "state")
+    server.wait_for("are compiled")
+    assert server.ask("GET", "/health")[1]["ready"]["auto"]
+    for query, chance in said.items():
+        if abs(chance - between) < 1e-5:  # Scores in runs/ are rounded.
+            continue
+        answer = server.post("/search", query=texts[query], mode="auto", timeout_ms=60_000)
+        assert answer["mode"] == ("expanded" if chance >= between else "plain")
+        same = server.post("/search", query=texts[query], mode=answer["mode"])
+        assert [r["id"] for r in answer["results"]] == [r["id"] for r in same["results"]]
+        assert "gate" in answer["seconds"]
     server.stop()
 
 

@@ -4,16 +4,22 @@ import asyncio
 import json
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
+from expandr_jax.ranking.gate import Gate
+from expandr_jax.ranking.gate_features import PlainSearch, features_before
+from expandr_jax.search import Bm25Index
 from expandr_jax.serving.cache import Expansion
-from expandr_jax.serving.documents import Hit
+from expandr_jax.serving.documents import Hit, View
+from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.guard import MOST_BODY, Access
 from expandr_jax.serving.measures import Measures
 from expandr_jax.serving.pair import Answered
 from expandr_jax.serving.service import Limits, Refused, Service
+from expandr_jax.serving.snapshots import Base
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from expandr_jax.serving.app import make_app
@@ -22,7 +28,7 @@ from expandr_jax.serving.app import make_app
 class Models:
     """A pair, documents and expansions in one, which wait while `held` is set."""
 
-    distilled = None
+    distilled = gate = None
     at_once = 4
     writes = 0
 
@@ -35,7 +41,10 @@ class Models:
         assert self.goes_on.wait(10)
         if self.fails:
             raise RuntimeError("a secret question")
-        return [Answered([Hit("id", 0.5, one.query)], 0.0, 0.0) for one in asked]
+        return [
+            Answered([Hit("id", 0.5, one.query)], 0.0, 0.0, 0.1, one.gated and "hard" in one.query)
+            for one in asked
+        ]
 
     def find(self, query):
         return Expansion(("kept",), np.zeros((1, 2)), True) if query == "kept" else None
@@ -160,6 +169,60 @@ def test_passages_that_are_asked_for_together_are_written_together(service, mode
     assert refused.status == 429
     assert [expansion.texts[0] for expansion, _ in made] == ["about a", "about b", "about c"]
     assert models.calls == [["a"], ["b", "c"]]
+
+
+def test_auto_expands_what_the_gate_says(service, models):
+    async def ask(query, timeout=10):
+        return await service.search(query, 1, "auto", timeout)
+
+    with pytest.raises(Refused, match="add expandr-gated to its evaluation") as refused:
+        asyncio.run(ask("easy"))
+    assert refused.value.status == 409
+    models.gate = types.SimpleNamespace(is_ready=True)
+    easy, hard = asyncio.run(ask("easy")), asyncio.run(ask("hard"))
+    assert (easy.mode, easy.expansion, hard.mode) == ("plain", None, "expanded")
+    assert hard.expansion.texts == ("about hard",)
+    assert models.calls == [["easy"], ["hard"], ["hard"], ["hard"]]  # Searched, written, searched.
+    assert set(easy.seconds) == {"encode", "search", "gate", "total"}
+    assert set(hard.seconds) == {*easy.seconds, "expand"}
+
+    released = threading.Event()
+    models.make = lambda queries: released.wait(10) and [Expansion((), np.zeros((0, 2)))]
+    answer = asyncio.run(ask("another hard one", 0.01))
+    released.set()
+    assert (answer.mode, answer.late, answer.expansion) == ("plain", True, None)
+
+
+def test_a_gate_reads_what_the_run_s_did():
+    corpus = {"a": "one two", "b": "two three three", "c": "four"}
+    features = tuple(features_before(PlainSearch({}, {}, [], 3)))
+    zeros = (0.0,) * len(features)
+    deviations, weights = (1.0,) * len(features), tuple(0.1 * i for i in range(len(features)))
+    gate = Gate(features, zeros, deviations, weights, 0.0, 0.5, 0.5)
+    read = []
+
+    class Told(Gate):
+        def expands(self, values):
+            read.append(values)
+            return super().expands(values)
+
+    documents = types.SimpleNamespace(view=View.of(Base.of(corpus, np.zeros((3, 2), np.float32))))
+    asks = QueryGate(Told(**vars(gate)), Bm25Index)
+    assert not asks.is_ready
+    asks.count_words(documents)
+    assert asks.is_ready
+    hits = [Hit("b", 0.9, ""), Hit("a", 0.25, "")]
+    decided = asks.expands(["two three unknown", "none"], [hits, []])
+    (scores,), (rows,) = Bm25Index(list(corpus.values())).search(["two three unknown"], 2)
+    by_words = {"abc"[row]: score for row, score in zip(rows, scores, strict=True)}
+    assert list(by_words) == ["b", "a"]
+    told = PlainSearch({"b": 0.9, "a": 0.25}, by_words, [2, 1, 0], 3)
+    assert read == [features_before(told), features_before(PlainSearch({}, {}, [0], 3))]
+    assert decided == [gate.expands(values) for values in read]
+    documents.view = View.of(Base.of({}, np.zeros((0, 2), np.float32)))
+    asks.count_words(documents)  # As after a merge: nothing is left.
+    asks.expands(["two"], [[]])
+    assert read[-1] == features_before(PlainSearch({}, {}, [0], 0))
 
 
 def test_a_full_disk_and_a_failure_are_told_without_the_question(service, models, caplog):

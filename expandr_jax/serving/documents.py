@@ -144,6 +144,7 @@ class LiveDocuments:
         index: Makes an approximate index of a snapshot's vectors, which is kept in a directory;
             None: they are searched exactly.
         merge_from: Rows on top of the base, or dead in it, from which on they are merged.
+        merged: Called with these documents after each merge.
 
     Raises:
         UserError: The state is damaged, or of another run.
@@ -158,11 +159,13 @@ class LiveDocuments:
         dtype: str = "float32",
         index: Callable[[Vectors, pathlib.Path], Index] | None = None,
         merge_from: int = MERGE_FROM,
+        merged: Callable[["LiveDocuments"], None] = lambda documents: None,
     ):
         self._state, self._key, self._encode, self._index = state, key, encode, index
         self._width, self._dtype, self._merge_from = base.vectors.shape[1], dtype, merge_from
         self._writing, self._changing = threading.Lock(), threading.Lock()
         self._merging: threading.Thread | None = None
+        self._merged = merged
         self._touched: set[str] | None = None  # Ids of writes since a merge began.
         self._current = read_current(state, key)
         remove_others(state, self._current.snapshot)
@@ -268,6 +271,7 @@ class LiveDocuments:
             self._stand_on(base, view.count)
         self._log.drop(segment)
         remove_others(self._state, number)
+        self._merged(self)
 
     def close(self) -> None:
         """Waits for a merge that is under way, and ends writing."""

@@ -29,6 +29,10 @@ class Measures:
             "expandr_expansions", "Expansions asked for, by what came of them.", ["outcome"],
             registry=own,
         )  # fmt: skip
+        self.gated = Counter(
+            "expandr_gated", "Queries by how the gate would have them answered.", ["mode"],
+            registry=own,
+        )  # fmt: skip
         self.batch = Histogram(
             "expandr_batch_size", "Requests that were worked off together.", ["step"],
             buckets=(1, 2, 4, 8, 16, 32), registry=own,

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from expandr_jax.expansion.combine import MEAN
+from expandr_jax.ranking.gate_features import FIRST
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit
+from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.queries import QueryEncoder
 from expandr_jax.serving.separate import search_separately
 from expandr_jax.vectors.query import Normalize, fuse, separate
@@ -32,6 +34,7 @@ class Asked:
         expansion: What was written for it; None: the query is alone.
         among: Ids to which the results are limited; None: to none.
         distilled: Whether it is encoded by the encoder that has learned what expansions say.
+        gated: Whether the gate is asked if it should be expanded.
     """
 
     query: str
@@ -39,15 +42,24 @@ class Asked:
     expansion: Expansion | None = None
     among: tuple[str, ...] | None = None
     distilled: bool = False
+    gated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """What was found, and how long encoding and searching took, with all of the same batch."""
+    """What was found, and how long each step took, with all of the same batch.
+
+    Attributes:
+        hits: The documents, the best first.
+        encode_seconds, search_seconds, gate_seconds: The last is 0 where no gate was asked.
+        expands: Whether the gate, where it was asked, would have the query expanded.
+    """
 
     hits: list[Hit]
     encode_seconds: float
     search_seconds: float
+    gate_seconds: float = 0.0
+    expands: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Pair:
         distilled: The encoder of queries that `train.distill` made, if it has.
         combine: How a query and its texts count together, one of `expansion.combine.WAYS`.
         depth: Documents that each of their searches finds, where these are several.
+        gate: Says whether a query should be expanded, if there is one.
     """
 
     encoder: QueryEncoder
@@ -71,20 +84,26 @@ class Pair:
     distilled: QueryEncoder | None = None
     combine: str = MEAN
     depth: int = 100
+    gate: QueryGate | None = None
 
     def search(self, asked: Sequence[Asked]) -> list[Answered]:
         """Finds documents for several queries at once."""
         start = time.perf_counter()
         vectors = self._vectors(asked)
         encoded = time.perf_counter()
-        most = max(one.k for one in asked)
+        most = max(max(one.k, FIRST if one.gated else 0) for one in asked)
         found = self.documents.search(vectors, most, [one.among for one in asked])
         for i, one in enumerate(asked):
             if self._is_separate(one):
                 found[i] = self._search_separately(one, vectors[i])
-        end = time.perf_counter()
-        times = encoded - start, end - encoded
-        return [Answered(hits[: one.k], *times) for one, hits in zip(asked, found, strict=True)]
+        searched = time.perf_counter()
+        expands = self._expands(asked, vectors, found)
+        gated = time.perf_counter() - searched if expands else 0.0
+        times = encoded - start, searched - encoded, gated
+        return [
+            Answered(hits[: one.k], *times, expands.get(i, False))
+            for i, (one, hits) in enumerate(zip(asked, found, strict=True))
+        ]
 
     def compile(self, longest: int | None = None) -> None:
         """Has no request wait for a program, if its texts have so many tokens at most."""
@@ -105,6 +124,19 @@ class Pair:
         present = np.array([[bool(text) for text in expansion.texts]])
         options = {"query_weight": self.query_weight, "normalize": self.normalize}
         return np.asarray(fuse(query[None], expansion.vectors[None], present, **options))[0]
+
+    def _expands(
+        self, asked: Sequence[Asked], vectors: np.ndarray, found: Sequence[list[Hit]]
+    ) -> dict[int, bool]:
+        """What the gate says of those queries for which it is asked, by their places."""
+        places = [i for i, one in enumerate(asked) if one.gated]
+        if not places:
+            return {}
+        first = {i: found[i] for i in places if asked[i].among is None}
+        if limited := [i for i in places if i not in first]:  # It reads what all documents give.
+            first |= zip(limited, self.documents.search(vectors[limited], FIRST), strict=True)
+        said = self.gate.expands([asked[i].query for i in places], [first[i] for i in places])
+        return dict(zip(places, said, strict=True))
 
     def _is_separate(self, one: Asked) -> bool:
         return one.expansion is not None and self.combine != MEAN

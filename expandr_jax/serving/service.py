@@ -1,6 +1,7 @@
 """Answers questions with a pair: queues in front of its models, deadlines, and what is refused."""
 
 import asyncio
+import collections
 import concurrent.futures
 import dataclasses
 import time
@@ -53,7 +54,7 @@ class Answer:
 
     Attributes:
         hits: The documents, the best first.
-        mode: How they were found: "plain" where the passage was late.
+        mode: How they were found, never "auto": "plain" where the passage was late.
         late: Whether it was.
         expansion: What the query was expanded by, if it was.
         seconds: Step -> what it took.
@@ -109,6 +110,9 @@ class Service:
             return self._passages is not None
         if mode == "distilled":
             return self._pair is not None and self._pair.distilled is not None
+        if mode == "auto":
+            gate = None if self._pair is None else self._pair.gate
+            return gate is not None and gate.is_ready and self._passages is not None
         return mode == "plain" and self._searches is not None
 
     async def search(
@@ -128,21 +132,33 @@ class Service:
         """
         start = time.perf_counter()
         self._check(mode)
-        ids = None if among is None else tuple(among)
-        expansion = None
+        asked = Asked(query, k, None, None if among is None else tuple(among))
+        seconds: collections.Counter[str] = collections.Counter()
+        expansion, late = None, False
+        if mode == "auto":
+            found = await self._found(dataclasses.replace(asked, gated=True), seconds)
+            seconds["gate"] = found.gate_seconds
+            mode = "expanded" if found.expands else "plain"
+            self.measures.gated.labels(mode).inc()
         if mode == "expanded":
+            began = time.perf_counter()
             expansion = await self._expansion(query, timeout)
-        expanded = time.perf_counter() - start
-        asked = Asked(query, k, expansion, ids, mode == "distilled")
-        found: Answered = await asyncio.wrap_future(self._submitted(self._searches, asked))
-        late = mode == "expanded" and expansion is None
-        seconds = {"encode": found.encode_seconds, "search": found.search_seconds}
-        if mode == "expanded":
-            seconds = {"expand": expanded, **seconds}
+            seconds["expand"] = time.perf_counter() - began
+            late = expansion is None
+        if not ("gate" in seconds and expansion is None):  # What the gate saw is the answer else.
+            asked = dataclasses.replace(asked, expansion=expansion, distilled=mode == "distilled")
+            found = await self._found(asked, seconds)
         seconds["total"] = time.perf_counter() - start
         for step, value in seconds.items():
             self.measures.seconds.labels(step).observe(value)
-        return Answer(found.hits, "plain" if late else mode, late, expansion, seconds)
+        return Answer(found.hits, "plain" if late else mode, late, expansion, dict(seconds))
+
+    async def _found(self, asked: Asked, seconds: collections.Counter[str]) -> Answered:
+        """What a query finds; adds to the seconds of its steps."""
+        found: Answered = await asyncio.wrap_future(self._submitted(self._searches, asked))
+        seconds["encode"] += found.encode_seconds
+        seconds["search"] += found.search_seconds
+        return found
 
     async def expand(self, query: str, timeout: float) -> tuple[Expansion | None, float]:
         """What is written for a query, None if it is late, and what that took; errors as above."""
@@ -175,12 +191,13 @@ class Service:
 
     def _check(self, mode: str) -> None:
         """Refuses what this run never does, or not yet."""
-        if mode == "auto":  # The gate's: it decides between the others.
-            raise Refused(409, "no-gate", "this run has no gate: ask for plain or expanded")
         if self._searches is None:
             raise Refused(503, "loading", "the models are being loaded", 2)
         if self.is_ready(mode):
             return
+        if mode == "auto" and self.expands and self._pair.gate is None:
+            lacks = "this run has no gate: add expandr-gated to its evaluation.systems"
+            raise Refused(409, "no-gate", lacks)
         if mode == "distilled":
             lacks = "this run has no export/query-encoder: train.distill makes it"
             raise Refused(409, "no-query-encoder", lacks)
