@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ from expandr_jax.data.beir import corpus_key, read_beir
 from expandr_jax.data.documents import Documents, open_documents
 from expandr_jax.data.places import only_collection
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.combine import MEAN
+from expandr_jax.expansion.combine import WAYS
 from expandr_jax.expansion.expand import Expander, SearchTexts, make_expander
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.pair import phase_mesh
+from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.gate import read_gates
 from expandr_jax.ranking.gate_features import BEFORE
 from expandr_jax.runtime.processes import Processes
@@ -69,7 +70,7 @@ class Finished:
 
     workdir: pathlib.Path
     config: Config
-    chosen: Mapping[str, Any]
+    chosen: Choice
 
     @property
     def vectors_path(self) -> pathlib.Path:
@@ -170,8 +171,8 @@ class Finished:
         if self.distilled_path.exists():
             length = self.config.retriever.query_length
             distilled = QueryEncoder(*load_retriever(str(self.distilled_path), query_length=length))
-        weight, normalize = self.chosen["query_weight"], self.config.contrastive.normalize
-        how = self.chosen.get("combine", MEAN)
+        weight, normalize = self.chosen.query_weight, self.config.contrastive.normalize
+        how = self.chosen.combine
         depth = self.config.evaluation.depth  # As deep as when it was chosen.
         return Pair(encoder, documents, weight, normalize, distilled, how, depth, gate)
 
@@ -199,7 +200,7 @@ class Finished:
         sampling = SlotSampler(sampler, config.expansion, slots)
         expander = self._expander(sampler, pair, config)
         asks = len(expander.strategy.asks)
-        samples = 1 if temperature == 0 else self.chosen["samples"] // asks
+        samples = 1 if temperature == 0 else self.chosen.samples // asks
         content = hash_json([self.retriever_key, self.corpus_key])
         return Expansions(expander, sampling, samples, pair.passages, content, cache)
 
@@ -268,7 +269,15 @@ def open_finished(workdir: pathlib.Path) -> Finished:
         raise UserError(
             f"{workdir}: has no expandr system or no exports; let train.joint finish it"
         )
-    return Finished(workdir, config, chosen["expandr"])
+    try:
+        choice = Choice(**chosen["expandr"])
+        whole = 0 <= choice.query_weight <= 1 and choice.samples >= 1 and choice.combine in WAYS
+    except TypeError:
+        whole = False
+    if not whole:
+        message = "what dev chose for expandr is damaged; train.joint's same command mends it"
+        raise UserError(f"{workdir / 'results.json'}: {message}")
+    return Finished(workdir, config, choice)
 
 
 def fitting_mesh(config: Config, phase: str) -> Mesh:

@@ -98,14 +98,18 @@ def _server(run: Finished, state: str) -> Iterator[tuple[int, psutil.Process, di
     arguments = [f"--workdir={run.workdir}", f"--state={state}", "--port=0"]
     open_to_all = {name: value for name, value in os.environ.items() if name != TOKEN}
     process = subprocess.Popen(
-        [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE, text=True,
-        env=open_to_all,
+        [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=open_to_all,
     )  # fmt: skip
     try:
         for mode, words in WORDS.items():
-            line = process.stdout.readline()
-            if words not in line:
-                raise UserError(f"eval.serve: did not begin: {line.strip()}")
+            last = ""
+            for line in process.stdout:
+                if words in line:
+                    break
+                last = line
+            else:
+                raise UserError(f"eval.serve did not begin: {last.strip()}")
             start[mode] = round(time.perf_counter() - begun, 2)
         yield int(re.search(r":(\d+): ", line)[1]), psutil.Process(process.pid), start
     finally:
@@ -266,10 +270,10 @@ def define_flags() -> None:
     define_workdir()
     flags.DEFINE_list("clients", ["1", "16", "64"], "Connections at once, one after the other.")
     flags.DEFINE_float("seconds", 30.0, "For each number of clients.", lower_bound=0.1)
-    flags.DEFINE_integer("soak", 0, "Requests after which the memory is compared; 0: none.")
-    flags.DEFINE_integer("writes", 0, "Documents added, and half removed, under load; 0: none.")
+    flags.DEFINE_integer("soak", 0, "Requests after which the memory is compared; 0: none.", 0)
+    flags.DEFINE_integer("writes", 0, "Documents added, and half removed, under load; 0: none.", 0)
     flags.DEFINE_boolean("peer", True, "Measure the peer, too.")
-    flags.DEFINE_integer("slots", 8, "Of the sampler that expanded search is compared with.")
+    flags.DEFINE_integer("slots", 8, "Of the sampler that expanded search is compared with.", 1)
     flags.DEFINE_string("out", None, "A file for the results, as JSON.")
 
 

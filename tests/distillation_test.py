@@ -254,6 +254,8 @@ def test_what_the_command_adds_to_a_run_s_config():
     on = with_settings(BASE, {"distill.epochs": 5.0})
     assert distilling(on, {}) == on
     assert distilling(on, {"distill.documents": 7}).distill.documents == 7
+    with pytest.raises(UserError, match="=0: no query tower"):
+        distilling(on, {"distill.epochs": 0.0})
     with pytest.raises(UserError, match=r"^distill\.depth is 0; expected a whole number from 1"):
         distilling(BASE, {"distill.depth": 0})
     server = with_settings(BASE, {"generator.server.url": "http://x"})

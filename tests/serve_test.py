@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 
-from eval.finished import check_installed
+from eval.finished import check_installed, open_finished
 from eval.load import counts
 from eval.serve import access_of, listen, state_of
 from expandr_jax.data.beir import read_beir
@@ -269,6 +269,19 @@ def test_a_package_that_is_missing_is_named():
     message = r"no_such_package is not installed: pip install 'expandr-jax\[serve\]'"
     with pytest.raises(UserError, match=message):
         check_installed("serve", "fastapi", "no_such_package")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{}, [], None, {"query_weight": "much", "samples": 1}, {"query_weight": 0.5, "samples": 0},
+     {"query_weight": 0.5, "samples": 1, "combine": "best"}, {"query_weight": None, "samples": 1}],
+)  # fmt: skip
+def test_a_damaged_choice_is_told(smoke, tmp_path, chosen):
+    (tmp_path / "export" / "generator").mkdir(parents=True)
+    shutil.copy(smoke[0] / "config.json", tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"chosen": {"expandr": chosen}}))
+    with pytest.raises(UserError, match="what dev chose for expandr is damaged"):
+        open_finished(tmp_path)
 
 
 def test_what_is_no_state_of_a_service_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from configs import base
 from expandr_jax.config import Config, read_config, read_run_config, with_settings
+from expandr_jax.errors import UserError
 from expandr_jax.runtime import processes
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
@@ -48,7 +49,9 @@ def distill(
 
 
 def distilling(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A run's config with a query tower, checked."""
+    """A run's config with a query tower, checked; UserError if the command asks for none."""
+    if not overrides.get("distill.epochs", EPOCHS):
+        raise UserError("--config.distill.epochs=0: no query tower; expected a number above 0")
     given = {"distill.epochs": config.distill.epochs or EPOCHS, **overrides}
     return read_config(dataclasses.asdict(with_settings(config, given)))
 
