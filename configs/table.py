@@ -1,14 +1,18 @@
 """The reference table: the quick start's models on several collections, for `eval.table`.
 
     python -m eval.table --config=configs/table.py --data=DIR,DIR,pydoc --seeds=0,1,2 --workdir=OUT
+    python -m eval.table --config=configs/table.py --data=scifact,nfcorpus,pydoc --workdir=OUT
 
+The second downloads what configs/public.py has, where no directory has such a name.
 One cell of it alone is a run of `train.joint --config=configs/table.py:DIR` with --config.seed=S.
 It is meant to end within 60 minutes on two cores. docs/results.md has what the table says.
 """
 
+import pathlib
+
 import ml_collections
 
-from configs import beir, quickstart
+from configs import beir, public, quickstart
 
 HARVEST = "pydoc"  # The collection of docstrings, which no directory holds.
 
@@ -44,9 +48,15 @@ def get_config(collection: str = HARVEST) -> ml_collections.ConfigDict:
     """A cell's config, but for its seed.
 
     Args:
-        collection: A directory in BEIR layout, with train judgements, or `HARVEST`.
+        collection: A directory in BEIR layout, with train judgements, a name of
+            configs/public.py, or `HARVEST`.
     """
-    config = quickstart.get_config() if collection == HARVEST else beir.get_config(collection)
+    if collection == HARVEST:
+        config = quickstart.get_config()
+    elif collection in public.MD5 and not pathlib.Path(collection).exists():
+        config = public.get_config(collection)
+    else:
+        config = beir.get_config(collection)
     config.data.max_retriever_train = 640
     config.data.max_generator_train = 128
     config.data.max_dev = 128

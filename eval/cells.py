@@ -117,6 +117,9 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
             section = section.get(part, {})
         if name in section:
             section[name] = _last_part(section[name])
+    if data := config.get("data"):  # A collection is the same from a directory and from an address.
+        data["path"] = data.get("path") or _last_part(data.get("url", ""))
+        data |= {"url": "", "md5": "", "sha256": ""}
     return config
 
 

@@ -4,7 +4,8 @@
 
 A cell is a collection and a seed: a run of `train.joint --config=configs/table.py:DIR`, a program
 of its own, in OUT/cells/COLLECTION/seed-S, begun where it is missing and gone on with where it was
-stopped. DIR is a directory in BEIR layout; `pydoc` stands for the docstrings of packages. OUT gets
+stopped. DIR is a directory in BEIR layout, or a name of configs/public.py, which is downloaded;
+`pydoc` stands for the docstrings of packages. OUT gets
 results.json and results.md, .tex, .csv and .html: means over seeds with intervals over queries,
 tests against the rows without expansions, costs, and the queries that gained and lost most. What
 the table needs of a cell is kept in OUT/cells/COLLECTION-seed-S.json.gz, so that a run's directory
@@ -59,7 +60,7 @@ class Wanted:
 
     Attributes:
         collection, seed: Which it is.
-        data: What --data has of it: a directory, or `HARVEST`.
+        path: The file or directory that its config reads; "": none that is there already.
         file: What --config is for its run.
         overrides: Setting -> value, beside those of the file.
         config: Its whole config, but for where things lie.
@@ -68,7 +69,7 @@ class Wanted:
 
     collection: str
     seed: int
-    data: str
+    path: str
     file: str
     overrides: Mapping[str, Any]
     config: Mapping[str, Any]
@@ -133,7 +134,8 @@ def wanted_cells(
                 raise UserError(f"--config={of_file}: {error}") from None
             settings = without_places(dataclasses.asdict(config))
             directory = workdir / "cells" / name / f"seed-{seed}"
-            wanted.append(Wanted(name, seed, path, of_file, overrides, settings, directory))
+            read = config.data.path
+            wanted.append(Wanted(name, seed, read, of_file, overrides, settings, directory))
     return wanted
 
 
@@ -287,7 +289,7 @@ def make_table(
         if key not in cells and (cell := kept_cell(one)) is not None:
             cells[key] = cell
     missing = [one for one in wanted if (one.collection, one.seed) not in cells]
-    for path in dict.fromkeys(one.data for one in missing if one.data != HARVEST):
+    for path in dict.fromkeys(one.path for one in missing if one.path):
         find_benchmarks([path])  # Before hours of work on the others.
     failed = []
     with reporter.progress("cells", len(wanted), len(cells)) as advance:
@@ -330,8 +332,8 @@ def main(_: Any) -> None:
 def define_flags() -> None:
     define_config("configs/table.py")
     define_workdir()
-    flags.DEFINE_list("data", [], "Directories in BEIR layout; pydoc: docstrings, as the config "
-                      "has them. None: the collections of --cells.")  # fmt: skip
+    flags.DEFINE_list("data", [], "Directories in BEIR layout, or names of configs/public.py, to "
+                      "download; pydoc: docstrings. None: the collections of --cells.")  # fmt: skip
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One training of each collection for each.")
     flags.DEFINE_list("cells", [], "Directories of cells that were made before and packed.")
     flags.DEFINE_string("pack", None, "Where the table's cells are put, a small file each.")

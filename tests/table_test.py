@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from configs import public
 from eval import table
 from eval.cells import cell_of_run, measured, read_cell, write_cell
+from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.baselines import baselines
 from expandr_jax.report.grid import Measured, comparisons_of, rows_of
 from expandr_jax.runtime.progress import QUIET
 from tests.commands import command, error_of, finish, until
+from train.launch import config_of
 
 TINY = """
 from configs import smoke
@@ -244,6 +247,22 @@ def test_cells_of_other_settings_or_code_are_named(packed, config, tmp_path, mon
     monkeypatch.setattr(table, "revision", lambda: "another")
     table.check_given(wanted(), given, said.append)
     assert "this is another" in said[0]
+
+
+def test_a_name_of_a_public_archive_is_the_same_cell_as_a_directory_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = str(pathlib.Path(table.__file__).parents[1] / "configs" / "table.py")
+    (by_name,) = table.wanted_cells(file, {}, ["scifact"], [0], tmp_path)
+    assert by_name.path == ""
+    read = read_config(config_of(by_name.file, {}))
+    assert read.data.url.endswith("/scifact.zip")
+    assert read.data.md5 == public.MD5["scifact"]
+    (by_path,) = table.wanted_cells(file, {}, ["elsewhere/scifact"], [0], tmp_path)
+    (tmp_path / "scifact").mkdir()
+    (there,) = table.wanted_cells(file, {}, ["scifact"], [0], tmp_path)
+    assert (by_path.path, there.path) == ("elsewhere/scifact", "scifact")
+    assert by_name.config == by_path.config == there.config
+    assert by_name.name == by_path.name
 
 
 @pytest.mark.parametrize(
