@@ -17,7 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
     # softmax(reward / dpo.reward_temperature) in its query's; "grpo": on-policy, section grpo.
     config.step_b = "dpo"  # How the generator learns.
     # "positives": first a pass over step B's queries, by the likelihood of what all their relevant
-    # documents begin with, for models that would write nothing alike; the rest as section dpo says.
+    # documents begin with, for models that would write nothing alike; "best": by that of the best
+    # of their candidates, where worth more than 0. Candidates as in step B, the rest as in dpo.
     config.warm_start = ""  # "": none.
 
     config.data = data = ml_collections.ConfigDict()
@@ -148,6 +149,14 @@ def get_config() -> ml_collections.ConfigDict:
     candidates.temperatures = (0.8, 0.9, 1.0, 1.1)
     candidates.per_temperature = 8  # Candidates of a query at each temperature.
 
+    # Prompts that show examples, so that a query's candidates differ by what they were shown; what
+    # is learned has none. Examples are texts that were worth the most for some of step B's queries.
+    config.demonstrations = demonstrations = ml_collections.ConfigDict()
+    demonstrations.prompts = 0  # How many candidates are sampled with; 0: the strategy's own alone.
+    demonstrations.examples = 4  # Examples that each shows.
+    demonstrations.draws = 16  # Draws of them that are tried; the prompts best on dev are kept.
+    demonstrations.queries = 50  # Queries that examples are of, and dev queries, at most.
+
     config.answer = answer = _sampling()  # Step B, the self-answer; likewise.
     answer.temperature = 1.0  # 0: greedy.
     answer.max_characters = 1500  # Characters of the document that the prompt shows.
@@ -187,7 +196,9 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.reward_temperature = (
         0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
     )
-    dpo.beta = 0.1  # Strength of the tie to the base model.
+    dpo.beta = 0.1  # Strength of the tie to the reference.
+    # "base", as in the paper; "start": the model that the round begins with, after a warm start.
+    dpo.reference = "base"  # What the log-probabilities of pairs are compared with.
     dpo.gamma = 0.5  # simpo: margin between the rewards of both, for which beta should be near 2.
     dpo.label_smoothing = 0.0  # Share of pairs, below 0.5, whose chosen text counts as the worse.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
@@ -220,6 +231,12 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.temperature = 1.0  # Of sampling, and of the probabilities that are learned.
     # Queries whose candidates have equal rewards teach nothing, and are left out.
     grpo.resample = 0  # Times at most that others are drawn in their place.
+    # Co-augmentation: texts of documents are sampled and learned, too, and every text is worth the
+    # nDCG@10 of searches among a step's documents: reward.group, its one reward, over
+    # reward.group_sets draws, each of one text a document.
+    grpo.documents = 0  # Documents a query and step: half relevant, a quarter irrelevant, others.
+    grpo.document_prompt = "d2e"  # What is asked for them: "d2q", "d2e" (keywords) or "d2d".
+    grpo.document_weights = (0.2, 0.1)  # Of a relevant document's advantages, and of another's.
     grpo.mask_cut = False  # Nothing is learned from texts that were cut for their length.
     grpo.minibatches = 1  # Updates that a step's queries are divided among.
     grpo.passes = 1  # Times that a step's queries are learned from.

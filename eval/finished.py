@@ -174,7 +174,8 @@ class Finished:
         weight, normalize = self.chosen.query_weight, self.config.contrastive.normalize
         how = self.chosen.combine
         depth = self.config.evaluation.depth  # As deep as when it was chosen.
-        return Pair(encoder, documents, weight, normalize, distilled, how, depth, gate)
+        kind = self.config.expansion.kind
+        return Pair(encoder, documents, weight, normalize, distilled, how, depth, gate, kind)
 
     def expansions(
         self,

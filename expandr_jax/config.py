@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.errors import UserError, shown
+from expandr_jax.expansion.demonstrations import DemonstrationsSettings
 from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import strategy
 from expandr_jax.generation.settings import GeneratorSettings
@@ -26,7 +27,7 @@ from expandr_jax.objectives.settings import (
 from expandr_jax.objectives.warm_start import WARM_STARTS
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
-from expandr_jax.rewards.registry import REWARDS, RewardSettings
+from expandr_jax.rewards.registry import REWARDS, RewardSettings, reward_weights
 from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.formats import RENAMED, read_record
 from expandr_jax.runtime.settings import LogSettings
@@ -43,6 +44,12 @@ WEIGHED = (
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
     ("distill.cosine_weight", "distill.kl_weight"),
 )
+# What a query weighs beside texts that stand in its place.
+_NO_WEIGHT = {
+    "contrastive.query_weight": 0.0,
+    "reward.query_weight": 0.0,
+    "evaluation.query_weights": (0.0,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Config:
     contrastive: ContrastiveSettings
     mining: MiningSettings
     candidates: CandidatesSettings
+    demonstrations: DemonstrationsSettings
     answer: AnswerSettings
     reward: RewardSettings
     dpo: DpoSettings
@@ -153,7 +161,15 @@ def _check(config: Config) -> None:
     drawn = (
         0 if texts.top_k == 1 else texts.per_temperature * sum(t > 0 for t in texts.temperatures)
     )
-    if drawn + (0 in texts.temperatures) < 2:
+    prompts = config.demonstrations.prompts
+    candidates = texts.per_temperature * len(texts.temperatures)
+    if prompts > candidates:
+        fewer = f"at most the candidates of a query, {candidates}"
+        raise _refuse(config, "demonstrations.prompts", fewer)
+    if prompts and config.reward.answer > 0:
+        expected = "0, as demonstrations.prompts is above 0: dev queries have no self-answers"
+        raise _refuse(config, "reward.answer", expected)
+    if drawn + (0 in texts.temperatures) < 2 and prompts < 2:
         raise _refuse(
             config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
             "with candidates.per_temperature at least two different texts, to prefer one",
@@ -175,6 +191,21 @@ def _check(config: Config) -> None:
         raise _refuse(
             config, "generator.server.url", "'', as step_b is 'grpo': texts are sampled here"
         )
+    if grpo.documents and config.step_b == "grpo":
+        for name, weight in reward_weights(config.reward).items():
+            if (weight > 0) is not (name == "group"):
+                expected = "()" if name not in REWARDS else "above 0" if name == "group" else "0"
+                field = name if name in REWARDS else "functions"
+                expected = f"{expected}, as grpo.documents is above 0"
+                raise _refuse(config, f"reward.{field}", expected)
+        if config.reward.search == "fused":
+            expected = "'dense' or 'bm25', as grpo.documents is above 0"
+            raise _refuse(config, "reward.search", expected)
+        if grpo.resample:
+            raise _refuse(config, "grpo.resample", "0, as grpo.documents is above 0")
+    if len(grpo.document_weights) != 2:
+        expected = "two numbers: of relevant documents and of others"
+        raise _refuse(config, "grpo.document_weights", expected)
     if config.distill.epochs and config.generator.server.url:
         raise _refuse(
             config,
@@ -202,7 +233,15 @@ def _check(config: Config) -> None:
         parse_systems(config.evaluation.systems)
     except UserError as error:
         raise UserError(f"evaluation.systems: {error}") from None
-    strategy(config.expansion.strategy, config.expansion.template)  # Refuses a wrong template.
+    own = strategy(config.expansion.strategy, config.expansion.template)  # Refuses a wrong one.
+    if prompts and not (len(own.steps) == 1 and own.asks[-1].prompt.of_query_alone):
+        expected = "a strategy that asks once, for the query alone, as demonstrations.prompts is"
+        raise _refuse(config, "expansion.strategy", f"{expected} above 0")
+    if own.replaces:
+        for name, none in _NO_WEIGHT.items():
+            if operator.attrgetter(name)(config) != none:
+                text = f"the text of {config.expansion.strategy!r} stands in the query's place"
+                raise _refuse(config, name, f"{none}, as {text}")
 
 
 def _refuse(config: Config, name: str, expected: str) -> UserError:

@@ -94,6 +94,22 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
         np.testing.assert_allclose(found, expected[0][0], rtol=1e-5)
 
 
+def test_it_is_that_of_an_adapter_where_one_is_given(models):
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    module, params = models.generator.module, models.generator_params
+    adapter = init_lora(jax.random.key(0), params, module.lora)
+    adapter = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.2, adapter)
+    plain = AdapterBatches(models, DPO, SETTINGS, 8)
+    batches = AdapterBatches(models, DPO, SETTINGS, 8, adapter)
+    assert plain.reference_identity(pairs) != batches.reference_identity(pairs)
+    found = batches.reference(pairs)
+    assert np.abs(found - plain.reference(pairs)).min() > 1e-3
+    for pair, own in zip(pairs, found, strict=True):
+        variables = {"params": params, "lora": adapter}
+        expected = response_log_probs(module, variables, pack([pair], 0), responses=2, chunk=16)
+        np.testing.assert_allclose(own, expected[0][0], rtol=1e-5)
+
+
 def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
     """Eleven pairs in batches of eight: the last is filled with five that do not count."""
     pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)

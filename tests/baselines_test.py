@@ -31,7 +31,7 @@ def test_a_baseline_has_its_queries_and_as_many_updates_as_step_a(monkeypatch, t
         return "trained"
 
     monkeypatch.setattr(joint, "train_retriever", train)
-    monkeypatch.setattr(joint, "triple_examples", lambda triples, encoder: triples)
+    monkeypatch.setattr(joint, "triple_examples", lambda triples, *_: triples)
     vectors = encode(list(CORPUS.values()), "document", list(CORPUS))
     retriever = types.SimpleNamespace(
         corpus=Corpus(list(CORPUS), vectors, SEARCH), params="before training",

@@ -73,7 +73,7 @@ def make(tmp_path, monkeypatch):
 
     def make_preferences(*functions):
         return preferences.make_preferences(
-            run, generator, expander, None, retriever, data, 0, functions
+            run, generator, expander, None, retriever, data, "round-0", functions
         )
 
     yield make_preferences, run
@@ -202,8 +202,8 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
     collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
     data = TrainingData(collection, [], ["q0"])
     expander = make_expander(run.config, sampler, collection.corpus, None, None)
-    preferences._sample_candidates(run, expander, None, data, 0)
-    preferences.self_answers(run, None, None, data, 0)
+    preferences._sample_candidates(run, expander, None, data, "round-0")
+    preferences.self_answers(run, None, None, data, "round-0")
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:

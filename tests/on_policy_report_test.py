@@ -78,7 +78,7 @@ def test_each_metric_has_a_plot_and_texts_of_one_query_stand_side_by_side(workdi
     assert not re.search("NaN|mathdefault", text)
     assert (
         "120 steps; at the median 6.25 s a step: sampling 3.5 s, encoding 0.4 s, search and "
-        "rewards 0.02 s, update 2.12 s." in text
+        "rewards 0.02 s, update 2.12 s; all that is not sampling, encoding or update 3.60%." in text
     )
     found = cells(text)
     assert [[query for query, *_ in row] for row in found] == [

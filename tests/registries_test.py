@@ -209,6 +209,7 @@ EXPANDED = {  # What "q" with the texts "a" and "b" becomes: for BM25, and as ve
     **dict.fromkeys((n for n in STRATEGIES if n.startswith("hyde")), ("q q q q q a b", TWO_TEXTS)),
     "query2doc": ("q q q q q a b", DenseQuery(["q [SEP] a", "q [SEP] b"], 0.0)),
     "q2q": ("a b", DenseQuery(["a", "b"], 0.0)),
+    "rewrite": ("a b", DenseQuery(["a", "b"], 0.0)),
     "q2e": ("q a b", DenseQuery(["q a", "q b"], 0.0)),
     "q2c": ("q q q q q a b", DenseQuery(["q a", "q b"], 0.0)),
     "mugi": ("q a b", DenseQuery(["q a", "q b"], 0.0)),

@@ -187,6 +187,20 @@ def test_weights_that_are_all_0_are_refused(settings):
         read_config(changed(**settings))
 
 
+ALONE = {
+    "contrastive.query_weight": 0.0, "reward.query_weight": 0.0,
+    "evaluation.query_weights": (0.0,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_text_that_replaces_the_query_leaves_it_no_weight(name):
+    section, field = name.split(".")
+    settings = {"expansion.strategy": "rewrite", **ALONE, name: base.get_config()[section][field]}
+    with pytest.raises(UserError, match=rf"{name} is .*; expected .*0.0.*'rewrite' stands in"):
+        read_config(changed(**settings))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -198,6 +212,7 @@ def test_weights_that_are_all_0_are_refused(settings):
         {"expansion.train_samples": 0, "contrastive.eval_every": 0},
         {"expansion.strategy": "q2q", "expansion.template": "Say what {query} means."},
         {"expansion.strategy": "lamer"},
+        {"expansion.strategy": "rewrite", **ALONE},
         {"expansion.template": "{query} {passages}"},
     ],
 )

@@ -91,7 +91,9 @@ def measure(count: int, directory: str) -> dict[str, float]:
         ("expansions", functools.partial(training_expansions, run, data, expander, None, 0)),
         (
             "rewards",
-            functools.partial(make_preferences, run, generator, expander, None, retriever, data, 0),
+            functools.partial(
+                make_preferences, run, generator, expander, None, retriever, data, "round-0"
+            ),
         ),
     )
     with run.phase("small first"):  # What programs and libraries take, whatever the size.
@@ -102,7 +104,7 @@ def measure(count: int, directory: str) -> dict[str, float]:
             [*few],
         )
         training_expansions(run, small, expander, None, 1)
-        make_preferences(run, generator, expander, None, retriever, small, 1)
+        make_preferences(run, generator, expander, None, retriever, small, "round-1")
     start = psutil.Process().memory_info().rss
     for name, stage in stages:
         with run.phase(name):

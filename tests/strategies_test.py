@@ -28,6 +28,7 @@ QUERY, TEXTS = "Who flew", ["One passage.", "Another one."]
         ("query2doc", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("q2e", "Who flew One passage. Another one."),
         ("q2q", "One passage. Another one."),
+        ("rewrite", "One passage. Another one."),
         ("q2c", "Who flew Who flew Who flew Who flew Who flew One passage. Another one."),
         ("lamer", "Who flew One passage. Who flew Another one."),
         ("csqe", "who flew one passage. another one."),  # one passage, one extract: N = 1
@@ -70,6 +71,7 @@ def test_without_texts_the_query_is_alone(name):
         ("lamer", TEXTS, 1 / 3, "document"),
         ("csqe", TEXTS, 1 / 3, "document"),
         ("q2q", TEXTS, 0.0, "query"),
+        ("rewrite", TEXTS, 0.0, "query"),
         ("query2doc", [f"Who flew [SEP] {text}" for text in TEXTS], 0.0, "query"),
         ("q2e", [f"Who flew {text}" for text in TEXTS], 0.0, "query"),
         ("q2c", [f"Who flew {text}" for text in TEXTS], 0.0, "query"),

@@ -22,7 +22,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.expand import Expander, expansion_requests, journaled
 from expandr_jax.expansion.sampled import MadeWhenAsked, sample_texts
-from expandr_jax.expansion.strategies import Strategy, document_message, weighted
+from expandr_jax.expansion.strategies import Strategy, document_message
 from expandr_jax.files.records import hash_json, read_jsonl, write_json, write_jsonl
 from expandr_jax.objectives.distillation import (
     Compared,
@@ -228,7 +228,7 @@ def _choice(
     """
     leaf, last = _LEAF, run.config.rounds - 1
     path = run.path("work", f"round-{last}", "distilled-choice.json")
-    strategy = dataclasses.replace(expander.strategy, dense=weighted, kind="document")
+    strategy = expander.strategy.in_a_run
     if not run.processes.once(path.exists):
         written = written_for(run, data, expander, adapter, leaf.generator, leaf.strategy)
         strategy, texts, _ = written

@@ -15,7 +15,7 @@ from expandr_jax.expansion.expand import (
     make_expander,
 )
 from expandr_jax.expansion.sampled import MadeWhenAsked, SampledTexts
-from expandr_jax.expansion.strategies import STRATEGIES, Ask, Strategy, weighted
+from expandr_jax.expansion.strategies import STRATEGIES, Ask, Strategy
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.generation.requests import Requests
 from expandr_jax.loading import make_sampler
@@ -144,11 +144,11 @@ def written_for(
     Query id -> texts [asks][samples], and to how many tokens it wrote for each. Arguments are as of
     `evaluation_expansions`, `name` as of `System.strategy`.
     """
-    # The config's own is averaged as in training, whatever its authors do.
-    expander, become = own, {"dense": weighted, "kind": "document"}
+    expander, strategy = own, own.strategy.in_a_run
     where, what = generator, f"{generator} generator"
     if name != EXPANSION:
-        expander, become = dataclasses.replace(own, strategy=STRATEGIES[name]), {}
+        strategy = STRATEGIES[name]
+        expander = dataclasses.replace(own, strategy=strategy)
         where, what = f"{generator}-{name}", f"{what}, {name}"
     if folder:
         what = f"{data.collection.name}, {what}"
@@ -160,7 +160,7 @@ def written_for(
         sample = journaled(expander, adapter, journal, purpose)
         samples = max(run.config.evaluation.samples)
         texts, tokens = _with_tokens(expander, queries, samples, sample)
-    return dataclasses.replace(expander.strategy, **become), texts, tokens
+    return strategy, texts, tokens
 
 
 def _with_tokens(

@@ -93,7 +93,8 @@ def train_generator(
     updates = count_updates(config, len(examples) // batch_size)
     steps = updates * accumulation
     module, params = models.generator.module, models.generator_params
-    batches = AdapterBatches(models, objective, config, batch_size)
+    start = adapter if config.reference == "start" else None
+    batches = AdapterBatches(models, objective, config, batch_size, start)
     lora, seed = module.lora, run.config.seed
 
     def drawn(step: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
+from train.demonstrations import with_demonstrations
 from train.distilled import check_distillation, distill, generated_queries
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
@@ -49,7 +50,7 @@ from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, negatives_of, training_negatives
 from train.policy import has_begun, train_policy
-from train.preferences import CANDIDATES, make_preferences, run_functions
+from train.preferences import make_preferences, run_functions
 from train.retriever import train_retriever
 from train.warm_start import warm_start
 
@@ -80,8 +81,7 @@ def train_joint(
     if (results := _results_if_done(run)) is not None:
         run.reporter.say("all is done: no model is loaded")
         return _end(run, results)
-    rewarded = run.path("round-0", CANDIDATES).exists() or has_begun(run)
-    functions = run_functions(run, used=rewarded)
+    functions = run_functions(run, used=has_begun(run))
     with run.phase("data"):
         data = prepare_data(
             config.data, run.path("data"), run.path("work", "prepared"),
@@ -125,8 +125,9 @@ def train_joint(
             negatives = training_negatives(run, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current.find)
+            expander = with_demonstrations(run, models, expander, current, data, functions)
             if round_ == 0:
-                adapter = warm_start(run, models, expander, data)
+                adapter = warm_start(run, models, expander, current, data, functions)
             expansions = training_expansions(run, data, expander, adapter, round_)
             current.release()
         with run.phase(f"retriever, round {round_}"):
@@ -171,9 +172,10 @@ def _step_b(
                 run, models, expander, retriever, data, adapter, functions, round_=round_
             )
     objective = OBJECTIVES[objective_name(config)]
-    make_preferences(run, models.generator, expander, adapter, retriever, data, round_, functions)
+    place = f"round-{round_}"
+    make_preferences(run, models.generator, expander, adapter, retriever, data, place, functions)
     with run.phase(f"{objective.phase}, round {round_}"):
-        path = run.path(f"round-{round_}", objective.file)
+        path = run.path(place, objective.file)
         rows, dropped = objective.read(path, models.generator, config, own=True)
         run.reporter.say(objective.counted(len(rows), dropped))
         return train_generator(run, models, adapter, rows, round_=round_)
@@ -302,7 +304,7 @@ def _train(
         run,
         models,
         start,
-        triple_examples(triples, models.encoder),
+        triple_examples(triples, models.encoder, run.config.expansion.kind),
         phase=phase,
         round_=round_,
         samples=len(next(iter(expansions.values()), ())),

@@ -203,7 +203,7 @@ def _policy_calls(calls: Callable[[str, int], int], grpo: Any) -> list[tuple[str
     """The same on-policy."""
     steps = math.ceil(PAPER["queries"] / grpo.queries)
     parts = steps * grpo.minibatches * grpo.accumulation
-    decoded = calls(POLICY_DECODE, grpo.queries * grpo.samples) * grpo.max_new_tokens
+    decoded = calls(POLICY_DECODE, grpo.groups * grpo.samples) * grpo.max_new_tokens
     return [
         ("candidates", POLICY_DECODE, steps * decoded),
         ("GRPO", REFERENCE, parts if grpo.kl_weight else steps),

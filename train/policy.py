@@ -35,10 +35,12 @@ from expandr_jax.objectives.rollouts import Rollouts
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.group import Group
+from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
@@ -47,13 +49,21 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever
+from train.coaugmentation import (
+    DOCUMENT,
+    check_documents,
+    document_group,
+    documents_beside,
+    score_together,
+)
+from train.demonstrations import with_demonstrations
 from train.encoding import run_retriever, run_words
 from train.expansions import run_expander
 from train.generator import write_adapter
 from train.launch import launch_training
-from train.preferences import run_functions, self_answers
+from train.preferences import CANDIDATES, run_functions, self_answers
 from train.scores import make_score
-from train.warm_start import warm_start
+from train.warm_start import PLACE, warm_start
 
 PHASE = "GRPO"
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
@@ -106,13 +116,18 @@ def train_policy(
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     messages, group = _asked(run, expander, data, adapter, round_)
+    beside = documents_beside(run, expander.sampler, data) if settings.documents else None
     trainer = PolicyTrainer(models, settings, policy_optimizer(settings))
 
     @functools.cache  # Where all steps are done, nothing is sampled.
     def rollouts() -> Rollouts:
-        score = make_score(run, retriever, data, [*messages], functions)
+        if beside:
+            score = score_together(run, retriever, data)
+        else:
+            limits = settings.queries, settings.max_new_tokens
+            score = make_score(run, retriever, data, [*messages], functions, *limits)
         first = round_ * settings.steps
-        return Rollouts(expander.sampler, adapter, messages, group, score, settings, first)
+        return Rollouts(expander.sampler, adapter, messages, group, score, settings, first, beside)
 
     directory = run.checkpoints(f"policy-{round_}")
     # A collapse is seen some steps after the last good one, which must still be there.
@@ -120,7 +135,7 @@ def train_policy(
     identity = {
         "model": models.generator_hash,
         "settings": hash_json(
-            [dataclasses.asdict(settings), dataclasses.asdict(run.config.reward)]
+            [identity_of("grpo", settings), dataclasses.asdict(run.config.reward)]
         ),
         "lora": hash_json([lora.rank, lora.alpha, list(lora.targets)]),
         "generator": models.generator.identity,
@@ -206,7 +221,7 @@ class _Loop:
         rollouts = self._rollouts()
         rollout = rollouts.sample(step, whole(state.params))
         settings, groups = self._settings, rollout.groups
-        size = settings.queries // settings.minibatches
+        size = settings.groups // settings.minibatches
         pad_id = self._models.generator.pad_id
         packed = [
             pack_sampled(groups[first : first + size], settings, pad_id, rollouts.sizes)
@@ -260,8 +275,10 @@ class _Loop:
 
 
 def has_begun(run: Run) -> bool:
-    """Whether a step of a run has been learned from."""
-    return any(run.path("work", "round-0").glob(f"{WATCH}*"))
+    """Whether texts of a run have been rewarded and learned from."""
+    candidates = (run.path(place, CANDIDATES) for place in (PLACE, "round-0"))
+    steps = run.path("work", "round-0").glob(f"{WATCH}*")
+    return any(path.exists() for path in candidates) or any(steps)
 
 
 def _check(settings: Any, data: TrainingData, models: Models) -> None:
@@ -272,6 +289,7 @@ def _check(settings: Any, data: TrainingData, models: Models) -> None:
             f"grpo.queries {settings.queries}: there are {len(data.generator_train)} queries to "
             "train the generator with"
         )
+    check_documents(settings, data)
 
 
 def _asked(
@@ -281,13 +299,15 @@ def _asked(
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     answers: Mapping[str, str] = {}
     if run.config.reward.answer > 0:
-        answers = self_answers(run, expander.sampler, adapter, data, round_)
+        answers = self_answers(run, expander.sampler, adapter, data, f"round-{round_}")
         queries = {query: text for query, text in queries.items() if query in answers}
     journal = run.path("work", f"round-{round_}", "policy.jsonl")
     sample = journaled(expander, adapter, journal, f"before {PHASE}, round {round_}")
     messages = expander.messages(queries, sample)
 
     def group(query: str) -> Group:
+        if query.startswith(DOCUMENT):
+            return document_group(data, query)
         return Group(query, queries[query], data.positive(query), answers.get(query, ""), [])
 
     return messages, group
@@ -320,7 +340,8 @@ def train_alone(
     corpus = data.collection.corpus
     retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
     expander = run_expander(run, models, data, run_words(run, corpus), retriever.find)
-    adapter = warm_start(run, models, expander, data)
+    expander = with_demonstrations(run, models, expander, retriever, data, functions)
+    adapter = warm_start(run, models, expander, retriever, data, functions)
     with run.phase(f"{PHASE}, round 0"):
         adapter = train_policy(run, models, expander, retriever, data, adapter, functions, round_=0)
     directory = run.path("export", "adapter")
@@ -328,6 +349,7 @@ def train_alone(
         write_adapter(run, models.generator, adapter, "export/adapter")
     with run.phase("report"):
         report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
+    console.print(step_costs(run.workdir), soft_wrap=True)
     console.print(f"adapter: {run.where(directory)}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
     run.close()

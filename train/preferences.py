@@ -24,7 +24,7 @@ from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.code import keep_code
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
-from expandr_jax.vectors.encoder import Progress
+from expandr_jax.vectors.encoder import Kind, Progress
 
 CANDIDATES = "candidates.jsonl"  # Of a round: texts with their rewards.
 ANSWER = -1  # Stands for a query's answer, where its candidates count from 0.
@@ -50,20 +50,23 @@ def make_preferences(
     adapter: Any | None,
     retriever: CorpusRetriever,
     data: TrainingData,
-    round_: int,
+    place: str,
     functions: Sequence[RewardFunction] = (),
 ) -> None:
-    """Writes candidates.jsonl and preferences.jsonl of a round; `functions` as `run_functions`."""
-    files = [f"round-{round_}/{name}" for name in (CANDIDATES, "preferences.jsonl")]
+    """Writes candidates.jsonl and preferences.jsonl to a place in the workdir, as "round-0".
+
+    `functions` are as of `run_functions`.
+    """
+    what, files = _named(place), [f"{place}/{name}" for name in (CANDIDATES, "preferences.jsonl")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
         return
     corpus = retriever.corpus  # All processes encode it, as a phase of its own.
-    with run.phase(f"candidates, round {round_}"):
-        prompts, candidates = _sample_candidates(run, expander, adapter, data, round_)
-    with run.phase(f"self-answers, round {round_}"):
-        answers = self_answers(run, expander.sampler, adapter, data, round_)
-    with run.phase(f"rewards, round {round_}"):
+    with run.phase(f"candidates, {what}"):
+        prompts, candidates = _sample_candidates(run, expander, adapter, data, place)
+    with run.phase(f"self-answers, {what}"):
+        answers = self_answers(run, expander.sampler, adapter, data, place)
+    with run.phase(f"rewards, {what}"):
         temperatures = _temperatures(run)
 
         def candidate(query: str, i: int) -> Candidate:
@@ -85,7 +88,7 @@ def make_preferences(
         def read(key: tuple[str, int]) -> str:
             return answers[key[0]] if key[1] == ANSWER else candidates[key]
 
-        ids = [query for query in data.generator_train if query in answers]
+        ids, kind = [q for q in data.generator_train if q in answers], run.config.expansion.kind
         size = queries_at_once(len(temperatures))
         most = run.config.candidates.max_new_tokens
         context = RewardContext(run.config, data, corpus, ids, size, most, functions=functions)
@@ -95,7 +98,7 @@ def make_preferences(
 
         def judge(block: Sequence[str], vectors: Any, write_groups: Any, write_pairs: Any) -> int:
             evidence = evidence_of(context, [*map(group, block)], *vectors)
-            rewarded = reward_groups(evidence, f"rewards, round {round_}")
+            rewarded = reward_groups(evidence, f"rewards, {what}")
             write_groups(each.to_row(shows_more) for each in rewarded)
             pairs, lacking = select_pairs(rewarded, run.config.reward.threshold)
             write_pairs(pairs)
@@ -111,7 +114,7 @@ def make_preferences(
                 write_pairs = stack.enter_context(open_jsonl(path))
             for first in range(0, len(ids), size):
                 block = ids[first : first + size]
-                vectors = _encode(retriever, data, block, len(temperatures), read, advance)
+                vectors = _encode(retriever, data, block, len(temperatures), read, kind, advance)
                 if not run.processes.is_main:
                     continue
                 made += judge(block, vectors, write_groups, write_pairs)
@@ -124,16 +127,25 @@ def make_preferences(
 
 
 def _sample_candidates(
-    run: Run, expander: Expander, adapter: Any, data: TrainingData, round_: int
+    run: Run, expander: Expander, adapter: Any, data: TrainingData, place: str
 ) -> tuple[Mapping[str, str], SampledTexts]:
-    """Query id -> the message that it asks, and (query id, candidate) -> text."""
+    """Query id -> the message that it asks, and (query id, candidate) -> text.
+
+    Where prompts with examples ask for the texts, the message is still the one without.
+    """
     queries = {query: data.collection.queries[query] for query in data.generator_train}
-    path = run.path("work", f"round-{round_}", "candidates.jsonl")
-    purpose = f"candidates, round {round_}"
+    path = run.path("work", place, "candidates.jsonl")
+    purpose = f"candidates, {_named(place)}"
     messages = expander.messages(queries, journaled(expander, adapter, path, purpose))
     requests = requests_of(run.config.candidates, messages, _temperatures(run))
+    requests = expander.shown(queries, requests)
     texts = sample_texts(expander.sampler, adapter, requests, path=path, purpose=purpose)
     return messages, texts
+
+
+def _named(place: str) -> str:
+    """A place in the workdir, as "round-0", in words."""
+    return place.replace("-", " ")
 
 
 def _temperatures(run: Run) -> list[float]:
@@ -143,7 +155,7 @@ def _temperatures(run: Run) -> list[float]:
 
 
 def self_answers(
-    run: Run, sampler: Sampler, adapter: Any, data: TrainingData, round_: int
+    run: Run, sampler: Sampler, adapter: Any, data: TrainingData, place: str
 ) -> Mapping[str, str]:
     """Query id -> answer; an empty one is tried once more, then its query is left out.
 
@@ -163,13 +175,13 @@ def self_answers(
             break
         asked = MadeWhenAsked(missing, message)
         requests = requests_of(config, asked, [config.temperature], first=attempt)
-        path = run.path("work", f"round-{round_}", f"answers-{attempt}.jsonl")
-        purpose = f"answers, round {round_}, try {attempt}"
+        path = run.path("work", place, f"answers-{attempt}.jsonl")
+        purpose = f"answers, {_named(place)}, try {attempt}"
         tries.append(sample_texts(sampler, adapter, requests, path=path, purpose=purpose))
         answered |= {query: attempt for (query, _), text in tries[-1].items() if text}
     if not answered:
         raise UserError(
-            f"round {round_}: the generator left every self-answer empty, twice; no query is left "
+            f"{_named(place)}: the generator left every self-answer empty, twice; no query is left "
             "to learn from. Look at the model and at the section answer of the config"
         )
     return MadeWhenAsked(answered, lambda query: tries[answered[query]][query, answered[query]])
@@ -181,16 +193,17 @@ def _encode(
     queries: Sequence[str],
     candidates: int,
     read: Callable[[tuple[str, int]], str],
+    kind: Kind,
     advance: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors of some queries, of their candidates and of their answers.
+    """Vectors of some queries, of their candidates and of their answers, these two of a kind.
 
     All processes call it together, each of which reads the texts that it encodes.
     """
     keys = [(query, i) for query in queries for i in range(candidates)]
     keys += [(query, ANSWER) for query in queries]
     names = [f"{'answer to' if i == ANSWER else 'candidates of'} {query}" for query, i in keys]
-    documents = retriever.encode(ReadWhenSliced(keys, read), "document", names, advance)
+    documents = retriever.encode(ReadWhenSliced(keys, read), kind, names, advance)
     names = [f"query {query}" for query in queries]
     encoded = retriever.encode(data.queries(queries), "query", names, advance)
     return encoded, documents[: -len(queries)], documents[-len(queries) :]

@@ -23,17 +23,19 @@ def make_score(
     data: TrainingData,
     queries: Sequence[str],
     functions: Sequence[RewardFunction],
+    block: int,
+    most_tokens: int,
+    split: str = "train",
 ) -> Score:
     """What rewards groups by the config's section `reward`; all processes call it together.
 
-    `queries` are the ids of all that there can be groups of.
+    `queries` are the ids of all that there can be groups of; the rest is as of `RewardContext`.
     """
-    settings, looks = run.config.grpo, needs_vectors(run.config.reward)
+    looks = needs_vectors(run.config.reward)
     corpus = retriever.corpus if looks else None
     context = RewardContext(
-        run.config, data, corpus, queries, settings.queries, settings.max_new_tokens,
-        functions=functions,
-    )  # fmt: skip
+        run.config, data, corpus, queries, block, most_tokens, split, functions=functions
+    )
 
     def vectors(groups: Sequence[Group]) -> list[np.ndarray | None]:
         """Those of the queries, the candidates and, where they count, the self-answers."""
@@ -42,7 +44,8 @@ def make_score(
         if run.config.reward.answer > 0:
             texts += [group.answer for group in groups]
             names += [f"answer to {group.query_id}" for group in groups]
-        documents = retriever.encode(texts, "document", names)
+        kind = run.config.expansion.kind
+        documents = retriever.encode(texts, kind, names)
         names = [f"query {group.query_id}" for group in groups]
         own = retriever.encode([group.query for group in groups], "query", names)
         count = sum(len(group.texts) for group in groups)

@@ -1,41 +1,82 @@
-"""Before step B: the generator learns to write what relevant documents begin with, if asked to."""
+"""Before step B: the generator learns what a search finds relevant documents by, if asked to."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled
+from expandr_jax.objectives.objective import Objective
+from expandr_jax.objectives.reward_sft import REWARD_SFT, read_groups
 from expandr_jax.objectives.warm_start import WARM_START
 from expandr_jax.pair import GeneratorModel
+from expandr_jax.rewards.functions import RewardFunction
+from expandr_jax.rewards.selection import best_alone
 from expandr_jax.runtime.run import Run
+from expandr_jax.vectors.corpus import CorpusRetriever
 from train.generator import train_generator
+from train.preferences import CANDIDATES, make_preferences
+
+PLACE = "warm-start"  # Its files in the workdir, and the name of its checkpoints.
 
 
 def warm_start(
-    run: Run, models: GeneratorModel, expander: Expander, data: TrainingData
+    run: Run,
+    models: GeneratorModel,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    functions: Sequence[RewardFunction],
 ) -> Any | None:
     """The adapter that training begins with, as `warm_start` has it; None for a new one.
 
-    One pass over the queries of step B with each of their relevant documents, by the likelihood of
-    its first `expansion.max_new_tokens` tokens; the rest is as section dpo says. Checkpoints go to
-    checkpoints/warm-start.
+    One pass over the queries of step B; the rest is as section dpo says. "positives": by the
+    likelihood of the first `expansion.max_new_tokens` tokens of each relevant document. "best":
+    candidates are sampled and rewarded as in step B, and a query's best ones are learned, alike,
+    where they are worth more than 0.
     """
-    if not run.config.warm_start:
+    how = run.config.warm_start
+    if not how:
         return None
     with run.phase("warm start"):
-        queries = {query: data.collection.queries[query] for query in data.generator_train}
-        path = run.path("work", "warm-start.jsonl")
-        messages = expander.messages(queries, journaled(expander, None, path, "before warm start"))
-        rows = positive_rows(data, messages, models.generator.chat_text)
-        most = run.config.expansion.max_new_tokens
-        settings = dataclasses.replace(
-            run.config.dpo, epochs=1.0, dev_share=0.0, response_length=most
-        )
+        make = {"positives": _positives, "best": _best}[how]
+        rows, objective, settings = make(run, models, expander, retriever, data, functions)
+        settings = dataclasses.replace(settings, epochs=1.0, dev_share=0.0)
         return train_generator(
-            run, models, None, rows, round_=0, name="warm-start", objective=WARM_START,
-            settings=settings,
-        )  # fmt: skip
+            run, models, None, rows, round_=0, name=PLACE, objective=objective, settings=settings
+        )
+
+
+def _positives(
+    run: Run, models: GeneratorModel, expander: Expander, _: Any, data: TrainingData, *__: Any
+) -> tuple[list[Any], Objective, Any]:
+    queries = {query: data.collection.queries[query] for query in data.generator_train}
+    path = run.path("work", f"{PLACE}.jsonl")
+    messages = expander.messages(queries, journaled(expander, None, path, "before warm start"))
+    most = run.config.expansion.max_new_tokens
+    settings = dataclasses.replace(run.config.dpo, response_length=most)
+    return positive_rows(data, messages, models.generator.chat_text), WARM_START, settings
+
+
+def _best(
+    run: Run,
+    models: GeneratorModel,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    functions: Sequence[RewardFunction],
+) -> tuple[list[Any], Objective, Any]:
+    make_preferences(run, models.generator, expander, None, retriever, data, PLACE, functions)
+    groups, _ = read_groups(run.path(PLACE, CANDIDATES), models.generator, run.config, own=True)
+    best = [group for group in map(best_alone, groups) if group]
+    run.reporter.say(f"{len(best)} of {len(groups)} queries have a text that is worth more than 0")
+    if not best:
+        raise UserError(
+            "warm_start 'best': no text of any query is worth more than 0, so there is nothing to "
+            "learn; sample more (section candidates), or set warm_start to 'positives' or ''"
+        )
+    return best, dataclasses.replace(REWARD_SFT, phase="warm start"), run.config.dpo
 
 
 def positive_rows(

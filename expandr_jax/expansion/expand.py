@@ -10,6 +10,7 @@ import numpy as np
 from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.demonstrations import Example, message_with_examples
 from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
 from expandr_jax.generation.requests import Request, Requests
@@ -59,6 +60,7 @@ class Expander:
         settings: How texts are drawn: the config's section `expansion`.
         most_characters: Characters of a passage that a prompt shows, at most.
         search: (step, query id -> what is searched for, n) to query id -> its n best passages.
+        examples: What prompts show that several texts of a query are asked for by, if they do.
     """
 
     strategy: Strategy
@@ -66,6 +68,7 @@ class Expander:
     settings: Any
     most_characters: int
     search: Callable[[Search, Mapping[str, str], int], Mapping[str, Sequence[str]]]
+    examples: Sequence[Sequence[Example]] = ()
 
     def texts(
         self, queries: Mapping[str, str], samples: int, sample: Sample
@@ -108,6 +111,28 @@ class Expander:
 
         self.texts(queries, 1, before)
         return MadeWhenAsked(queries, lambda query: last[0].make(query)[0].prompt)
+
+    def shown(self, queries: Mapping[str, str], requests: Requests) -> Requests:
+        """Requests for texts of queries, their prompts as `examples` has them.
+
+        Those of the first prompt come first, and as many of each as can be.
+        """
+        prompt = self.strategy.asks[-1].prompt
+
+        def make(query: str) -> list[Request]:
+            plain = requests.make(query)
+            places = (i * len(self.examples) // len(plain) for i in range(len(plain)))
+            return [
+                dataclasses.replace(
+                    request,
+                    prompt=message_with_examples(
+                        prompt, self.examples[place], query, queries[query], self.sampler.fits
+                    ),
+                )
+                for request, place in zip(plain, places, strict=True)
+            ]
+
+        return dataclasses.replace(requests, make=make) if self.examples else requests
 
     def _messages(
         self,

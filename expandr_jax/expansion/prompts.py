@@ -118,6 +118,11 @@ PROMPTS = {
     "q2q": Prompt(
         "Output the rewrite of input query.\nQuery: {query}\nOutput:", "query rewriting"
     ),
+    "rewrite": Prompt(
+        "Rewrite the question as a query for a search engine, in the words that a page with the "
+        "answer would use.\nQuestion: {query}\nSearch query:",
+        "Rewrite-Retrieve-Read, arXiv 2305.14283, in words of our own",
+    ),
     "q2e": Prompt(
         "Write a list of keywords for the given query:\nQuery: {query}\nKeywords:",
         "Jagerman et al., arXiv 2305.03653",
@@ -248,6 +253,11 @@ DOCUMENT_PROMPTS = {  # What is asked of a document when it is indexed.
         "Write questions that the following document answers.\nDocument: {document}\nQuestions:",
         "document expansion by the questions it answers, in words of our own",
     ),
+    "d2e": Prompt(
+        "Write a list of keywords by which the following document should be found:\n"
+        "Document: {document}\nKeywords:",
+        "q2e's counterpart, for documents; words of our own",
+    ),
     "d2d": Prompt(
         "Write a passage that says in other words what the following document is about.\n"
         "Document: {document}\nPassage:",
@@ -257,8 +267,8 @@ DOCUMENT_PROMPTS = {  # What is asked of a document when it is indexed.
 
 _KINDS = (
     r"(?:passage|answer|response|document(?:ation)?|docstring|paragraph|article|abstract|summary|"
-    r"explanation|rationale|description|keywords?|rewrite|rewritten query|counter[- ]?argument|"
-    r"output)"
+    r"explanation|rationale|description|keywords?|rewrite|(?:rewritten|search) query|"
+    r"counter[- ]?argument|output)"
 )
 # What models say before the text itself. Each is tried once, in this order, at the beginning.
 LEAD_INS = tuple(

@@ -133,6 +133,8 @@ class Strategy:
         sparse: (query, texts) to BM25's query; texts of the first `Ask` come first.
         dense: (query, texts, the weight that is asked for) to what is encoded.
         kind: How `dense`'s texts are encoded: "query" where the query stands in them.
+        replaces: Whether a text stands in the query's place in a run, too, in all that it trains
+            and ranks; a run weighs those of others with the query, whatever `dense` does.
     """
 
     steps: tuple[Ask | Search, ...]
@@ -140,6 +142,13 @@ class Strategy:
     sparse: Callable[[str, Sequence[str]], str]
     dense: Callable[[str, Sequence[str], float], DenseQuery]
     kind: Kind = "document"
+    replaces: bool = False
+
+    @property
+    def in_a_run(self) -> "Strategy":
+        """The strategy as a run uses it whose own it is: its vectors are as in training."""
+        kind = self.kind if self.replaces else "document"
+        return dataclasses.replace(self, dense=weighted, kind=kind)
 
     @property
     def asks(self) -> tuple[Ask, ...]:
@@ -265,6 +274,7 @@ STRATEGIES = {
     },
     "query2doc": _asked("query2doc", 1, repeated(5), joined(f" {SEPARATOR} "), kind="query"),
     "q2q": _asked("q2q", 1, replaced, rewritten, kind="query"),
+    "rewrite": _asked("rewrite", 1, replaced, rewritten, kind="query", replaces=True),
     "q2e": _asked("q2e", 1, repeated(1), joined(" "), kind="query"),
     "q2c": _asked("q2c", 1, repeated(5), joined(" "), kind="query"),
     "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),

@@ -23,6 +23,7 @@ from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
+from expandr_jax.weights.trees import hash_tree
 
 MOST_SIZES = 6  # Different sizes of rows in a training.
 STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few steps take.
@@ -88,7 +89,8 @@ class AdapterBatches:
 
     Attributes:
         sizes: What rows are padded to; see `choose_sizes`.
-        log_probs: ({"params": base}, batch) -> what `response_log_probs` gives, on every device.
+        log_probs: (the reference's variables, batch) -> what `response_log_probs` gives, on every
+            device.
         losses: (adapter, base, batch) -> `adapter_losses`, without dropout, likewise.
     """
 
@@ -98,8 +100,16 @@ class AdapterBatches:
         objective: Objective,
         settings: ObjectiveSettings,
         batch_size: int,
+        start: Any | None = None,
     ):
+        """Makes the programs; `start` is the adapter of the reference, None for the base alone."""
         self._model, self._objective, self._batch_size = model, objective, batch_size
+        self._reference = {"params": model.generator_params}
+        self._start = start
+        of_reference = {"params": model.base_shardings}
+        if start is not None:
+            of_reference["lora"] = model.adapter_shardings
+            self._reference["lora"] = device_put(start, of_reference["lora"])
         self.sizes: list[RowSize] = []
         module, base = model.generator.module, model.base_shardings
         self._sharding = batch_sharding(model.dpo_mesh)
@@ -118,7 +128,7 @@ class AdapterBatches:
                 out_shardings=replicated(model.dpo_mesh),
             )
 
-        self.log_probs = program(log_probs, {"params": base})
+        self.log_probs = program(log_probs, of_reference)
         self.losses = program(losses, model.adapter_shardings, base)
 
     def choose_sizes(self, examples: Sequence[Example], steps: Iterable[Sequence[int]]) -> None:
@@ -137,21 +147,20 @@ class AdapterBatches:
         return device_put(batch, self._sharding)
 
     def reference_identity(self, examples: Sequence[Example]) -> str:
-        """A hash of all that `reference` depends on: the examples and the base."""
+        """A hash of all that `reference` depends on: the examples, the base and its adapter."""
         model = self._model
         of = model.generator_hash, model.generator.identity, hash_examples(examples)
-        return hash_json(of)
+        return hash_json(of if self._start is None else [*of, hash_tree(self._start)])
 
     def reference(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
-        """Summed log-probabilities under the base, adapter off: [examples, responses] float32."""
+        """Summed log-probabilities under the reference: [examples, responses] float32."""
         result = np.zeros((len(examples), self._objective.responses), np.float32)
-        variables = {"params": self._model.generator_params}
         # Examples of like length share a batch.
         order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
         for indices, filled in self._filled(order):
-            sums, _ = self.log_probs(variables, self.pack(examples, filled, None))
+            sums, _ = self.log_probs(self._reference, self.pack(examples, filled, None))
             result[indices] = whole(sums)[: len(indices)]
             advance(len(indices))
         return result

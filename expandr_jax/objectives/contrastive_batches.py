@@ -50,13 +50,18 @@ class ContrastiveExample:
     known: Collection[str] = ()
 
 
-def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[ContrastiveExample]:
-    """Tokenizes triples; a query's positives on other lines are known, too."""
+def triple_examples(
+    triples: Sequence[Triple], encoder: TextEncoder, expansions: Kind = "document"
+) -> list[ContrastiveExample]:
+    """Tokenizes triples; a query's positives on other lines are known, too.
+
+    Its expansions are read as `expansions` says.
+    """
     queries = _tokens(encoder, (t.query for t in triples), "query")
     documents = _tokens(
-        encoder, (x for t in triples for x in (*t.positives, *t.negatives, *t.expansions)),
-        "document",
-    )  # fmt: skip
+        encoder, (x for t in triples for x in (*t.positives, *t.negatives)), "document"
+    )
+    written = _tokens(encoder, (x for t in triples for x in t.expansions), expansions)
     known: dict[str, set[str]] = {}
     for triple in triples:
         known.setdefault(triple.query, set()).update(triple.positives)
@@ -69,7 +74,7 @@ def triple_examples(triples: Sequence[Triple], encoder: TextEncoder) -> list[Con
         examples.append(
             ContrastiveExample(
                 query=queries[triple.query],
-                expansions=[documents[x] for x in triple.expansions],
+                expansions=[written[x] for x in triple.expansions],
                 positive=passages[0],
                 negatives=passages[count:],
                 other_positives=passages[1:count],

@@ -72,14 +72,15 @@ def policy_optimizer(settings: Any) -> optax.GradientTransformation:
 
 
 def micro_rows(settings: Any, mesh: Mesh) -> int:
-    """Queries of a micro-batch; raises UserError where the mesh cannot divide them."""
+    """Groups of a micro-batch; raises UserError where the mesh cannot divide them."""
     parts, devices = settings.minibatches * settings.accumulation, batch_divisor(mesh)
-    if settings.queries % (parts * devices):
+    if settings.groups % (parts * devices):
+        beside = f", times {1 + settings.documents} with documents," if settings.documents else ""
         raise UserError(
-            f"grpo.queries {settings.queries} must be a multiple of {parts * devices} "
+            f"grpo.queries {settings.queries}{beside} must be a multiple of {parts * devices} "
             "(grpo.minibatches times grpo.accumulation times the mesh's data and fsdp)"
         )
-    return settings.queries // parts
+    return settings.groups // parts
 
 
 def kl_rows(rows: int, mesh: Mesh) -> int:
@@ -111,12 +112,13 @@ def pack_sampled(
     rewards = np.array([[c.total for c in group] for group in candidates])
     lengths = np.array([[len(c.tokens) for c in group] for group in candidates])
     used = np.array([row.used for row in rows])
+    counts = np.array([[row.group.weight] for row in rows])
     learned = np.broadcast_to(used[:, None], lengths.shape)
     if settings.mask_cut:
         learned = learned & [[c.finished != "length" for c in group] for group in candidates]
     every = np.ones_like(learned)
     of_response = {
-        "advantages": advantages(rewards, settings.advantage or loss.advantage),
+        "advantages": counts * advantages(rewards, settings.advantage or loss.advantage),
         "weights": token_weights(lengths, learned, loss.reduction, settings.max_new_tokens, used),
         "means": token_weights(lengths, every, "batch", settings.max_new_tokens),
     }

@@ -24,14 +24,10 @@ from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
 
-def read_rewarded(
+def read_groups(
     path: str | os.PathLike, generator: Generator, config: Any, own: bool
 ) -> tuple[list[Group], dict[str, int]]:
-    """The groups of a file that `read_candidates` takes: `Objective.read`.
-
-    Left out are those whose candidates are all empty, have one reward or one text, or, where the
-    file has their similarities, are all below `reward.threshold`.
-    """
+    """The groups of a file that `read_candidates` takes, and how many were left out, and why."""
     limits = {"prompt_length": config.dpo.prompt_length, "on_bad_pair": config.dpo.on_bad_pair}
     rows, dropped = read_candidates(
         path,
@@ -40,8 +36,20 @@ def read_rewarded(
         today=generator.today,
         **({} if own else limits),
     )
-    kept, dropped = [], collections.Counter(dropped)
-    for group in map(Group.from_row, rows):
+    return [*map(Group.from_row, rows)], dropped
+
+
+def read_rewarded(
+    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+) -> tuple[list[Group], dict[str, int]]:
+    """The groups of `read_groups` that something is to be learned of: `Objective.read`.
+
+    Left out are those whose candidates are all empty, have one reward or one text, or, where the
+    file has their similarities, are all below `reward.threshold`.
+    """
+    groups, left_out = read_groups(path, generator, config, own)
+    kept, dropped = [], collections.Counter(left_out)
+    for group in groups:
         reason = nothing_to_learn(group, config.reward.threshold)
         if reason is None:
             kept.append(group)

@@ -29,6 +29,21 @@ Score = Callable[[Sequence[Group]], tuple[list[Group], Mapping[str, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Beside:
+    """Documents whose texts are sampled with those of a step's queries, and rewarded with them.
+
+    Attributes:
+        draw: (queries, step) to names of documents, a number a query that is always the same.
+        messages: Name -> what is asked for it; no query has such a name.
+        step: What the probe draws by, which is no step's.
+    """
+
+    draw: Callable[[Sequence[str], int], Sequence[str]]
+    messages: Mapping[str, str]
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """What was sampled for a step.
 
@@ -59,6 +74,7 @@ class Rollouts:
         score: Score,
         settings: Any,
         first_step: int = 0,
+        beside: Beside | None = None,
     ):
         """Makes the engine.
 
@@ -70,13 +86,14 @@ class Rollouts:
             score: Rewards groups.
             settings: The config's section `grpo`.
             first_step: Steps before the first one here, of earlier rounds: draws go on from there.
+            beside: Documents that texts are sampled for, too.
 
         Raises:
             UserError: The engine does not fit the devices or their memory.
         """
         self._sampler = dataclasses.replace(sampler, log_probs=True)
         self._messages, self._group, self._score = messages, group, score
-        self._settings, self._first_step = settings, first_step
+        self._settings, self._first_step, self._beside = settings, first_step, beside
         self._ids = [*messages]
         self._limit = max(sampler.settings.prompt_buckets)
         extent, cut = self._extent()
@@ -101,10 +118,12 @@ class Rollouts:
             drawn = list(itertools.islice(names, settings.queries - len(teaching)))
             if not drawn:
                 break
-            for row in self._rewarded(drawn, f"step {self._first_step + step}", seconds):
+            number = self._first_step + step
+            every = self._with_documents(drawn, number)
+            for row in self._rewarded(every, f"step {number}", seconds):
                 (teaching if row.used else idle).append(row)
         statistics = _statistics([*teaching, *idle])
-        groups = [*teaching, *idle][: settings.queries]
+        groups = [*teaching, *idle][: settings.groups]
         seconds["rollout_seconds"] = time.perf_counter() - begin
         return Rollout(groups, statistics, dict(seconds))
 
@@ -116,7 +135,13 @@ class Rollouts:
         self._engine.use(adapter)
         order = np.random.default_rng(self._sampler.seed).permutation(len(self._ids))
         names = [self._ids[i] for i in sorted(order[:PROBES])]
+        if self._beside:
+            names = self._with_documents(names, self._beside.step)
         return self._rewarded(names, "probe", collections.Counter(), samples=1)
+
+    def _with_documents(self, queries: Sequence[str], step: int) -> list[str]:
+        """Names of queries, and of the documents beside them, if there are any."""
+        return [*queries, *(self._beside.draw(queries, step) if self._beside else ())]
 
     def _names(self, step: int) -> Iterator[str]:
         """The queries of a step; then all others, in an order of the step's own."""
@@ -184,7 +209,9 @@ class Rollouts:
                 )
 
     def _prompt(self, name: str) -> tuple[list[int], bool]:
-        return self._sampler.generator.chat_ids(self._messages[name], self._limit)
+        beside = self._beside is not None and name in self._beside.messages
+        messages = self._beside.messages if beside else self._messages
+        return self._sampler.generator.chat_ids(messages[name], self._limit)
 
     def _extent(self) -> tuple[Extent, int]:
         """What the engine is made for, and how many prompts are cut."""
@@ -192,13 +219,17 @@ class Rollouts:
 
         def requests() -> Iterator[Request]:
             nonlocal cut
-            for name in self._ids:
+            for name in itertools.chain(self._ids, some):
                 prompt, was_cut = self._prompt(name)
                 cut += was_cut
                 yield Request(name, 0, tuple(prompt), settings.temperature, **drawing(settings))
 
+        documents = self._beside.messages if self._beside else ()
+        some = itertools.islice(documents, 1)  # All of them begin as one does where queries end.
         extent = Extent.of(requests())
-        return dataclasses.replace(extent, count=settings.queries * settings.samples), cut
+        longest = self._limit if documents else extent.longest
+        count = settings.groups * settings.samples
+        return dataclasses.replace(extent, count=count, longest=longest), cut
 
 
 def _statistics(rows: Sequence[Sampled]) -> dict[str, float]:
@@ -209,7 +240,10 @@ def _statistics(rows: Sequence[Sampled]) -> dict[str, float]:
     return {
         "reward": rewards.mean(),
         "reward_deviation": rewards.std(axis=1, ddof=1).mean(),
-        **{f"reward_{n}": float(np.mean([c.rewards[n] for c in candidates])) for n in names},
+        **{
+            f"reward_{n}": float(np.mean([c.rewards[n] for c in candidates if n in c.rewards]))
+            for n in names
+        },
         "teaching": np.mean([row.used for row in rows]),
         "length": np.mean([len(c.tokens) for c in candidates]),
         "cut": np.mean([c.finished == "length" for c in candidates]),

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.generation.settings import SamplingSettings
 from expandr_jax.losses.distillation import DistillationLossSettings
 from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
@@ -13,6 +14,7 @@ from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.preference import PREFERENCE_OBJECTIVES
 from expandr_jax.settings import (
     MANY,
+    NOT_NEGATIVE,
     ComputeType,
     NotNegative,
     Positive,
@@ -57,6 +59,7 @@ class DpoSettings(ObjectiveSettings, TrainingSettings):
     """The section `dpo`, of step B."""
 
     loss: Annotated[str, choice(PREFERENCE_OBJECTIVES)]
+    reference: Annotated[str, choice(("base", "start"))]
     prompt_length: Annotated[int, count(1)]
     response_length: Annotated[int, count(2)]  # A token and the end.
     on_bad_pair: Annotated[str, choice(("error", "drop"))]
@@ -75,6 +78,9 @@ class GrpoSettings(PolicySettings, SamplingSettings):
     samples: Annotated[int, count(2, MANY)]
     temperature: Positive
     resample: Annotated[int, count(0, MANY)]
+    documents: Annotated[int, count(0, MANY)]
+    document_prompt: Annotated[str, choice(DOCUMENT_PROMPTS)]
+    document_weights: Annotated[tuple[float, ...], several(NOT_NEGATIVE, least=2)]
     mask_cut: bool
     minibatches: Annotated[int, count(1)]
     passes: Annotated[int, count(1, MANY)]
@@ -90,6 +96,11 @@ class GrpoSettings(PolicySettings, SamplingSettings):
     watch_reward: NotNegative
     watch_steps: Annotated[int, count(1)]
     on_collapse: Annotated[str, choice(("stop", "back"))]
+
+    @property
+    def groups(self) -> int:
+        """Queries of a step, and documents, if it has any."""
+        return self.queries * (1 + self.documents)
 
     @property
     def updates(self) -> int:

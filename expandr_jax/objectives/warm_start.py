@@ -8,7 +8,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 
-WARM_STARTS = ("positives",)  # What `warm_start` takes, beside "" for none.
+WARM_STARTS = ("positives", "best")  # What `warm_start` takes, beside "" for none.
 
 
 def tokenize_beginnings(

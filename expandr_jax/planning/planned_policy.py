@@ -45,7 +45,7 @@ class PolicyShapes:
         """Slots of a process, tokens of a text, and that log-probabilities are kept."""
         settings, hosts = self._config.grpo, self._topology.hosts
         mesh = planned_mesh(self._config, "sampling", self._topology)
-        texts = settings.queries * settings.samples
+        texts = settings.groups * settings.samples
         slots = slots_of_a_process(self._config.generator, mesh, texts, hosts)
         return slots, settings.max_new_tokens, True
 
@@ -131,7 +131,7 @@ class PolicyShapes:
         settings, mesh = self._config.grpo, self._model.dpo_mesh
         rows = micro_rows(settings, mesh)
         if not settings.kl_weight:
-            rows = kl_rows(settings.queries // settings.minibatches, mesh)
+            rows = kl_rows(settings.groups // settings.minibatches, mesh)
         return self._log_probs(rows, None).beside(self.state_bytes())
 
     def _old(self) -> Planned:

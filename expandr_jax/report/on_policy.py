@@ -29,6 +29,7 @@ _SECONDS = {
     "sampling": "sampling_seconds", "encoding": "encoding_seconds",
     "search and rewards": "search_seconds", "update": "update_seconds",
 }  # fmt: skip
+_MODELS = ("sampling", "encoding", "update")  # Of these, what the models compute.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def on_policy_section(workdir: pathlib.Path) -> Markup | None:
     steps = _read_steps(workdir / "metrics.jsonl")
     if steps is None:
         return None
-    return _costs(steps) + parts().figures(_charts(steps)) + _texts(workdir)
+    return parts().paragraph(_costs(steps)) + parts().figures(_charts(steps)) + _texts(workdir)
 
 
 def _read_steps(path: pathlib.Path) -> _Steps | None:
@@ -123,7 +124,13 @@ def _reward_names(steps: _Steps) -> dict[str, str]:
     return {} if alone else {field.removeprefix(_BEFORE_A_NAME): field for field in fields}
 
 
-def _costs(steps: _Steps) -> Markup:
+def step_costs(workdir: pathlib.Path) -> str:
+    """A sentence on what the on-policy steps of a run took; "" where there was none."""
+    steps = _read_steps(workdir / "metrics.jsonl")
+    return _costs(steps) if steps else ""
+
+
+def _costs(steps: _Steps) -> str:
     """A sentence on the seconds of a step; compiling, in the first ones, does not move medians."""
     values = steps.values({"step": "step_seconds", **_SECONDS})
     medians = {label: float(np.nanmedian(column)) for label, column in values.items()}
@@ -134,7 +141,11 @@ def _costs(steps: _Steps) -> Markup:
     if medians:
         text += ": " if whole is not None else "; at the median "
         text += ", ".join(f"{label} {seconds:.3g} s" for label, seconds in medians.items())
-    return parts().paragraph(f"{text}.")
+    if values.keys() >= {"step", *_MODELS}:
+        rest = values["step"] - sum(values[label] for label in _MODELS)
+        share = float(np.nanmedian(rest / values["step"]))
+        text += f"; all that is not {', '.join(_MODELS[:-1])} or {_MODELS[-1]} {share:.2%}"
+    return f"{text}."
 
 
 def _texts(workdir: pathlib.Path) -> Markup:

@@ -49,6 +49,7 @@ class Group:
         answer: The self-answer; "" where none was asked for.
         candidates: The texts, as they were asked for.
         prompt: What the generator was given, the chat template applied.
+        weight: How much on-policy training learns of it beside others.
     """
 
     query_id: str
@@ -57,6 +58,7 @@ class Group:
     answer: str
     candidates: Sequence[Candidate]
     prompt: str = ""
+    weight: float = 1.0
 
     @property
     def texts(self) -> list[str]:

@@ -1,6 +1,7 @@
 """What is learned of groups that have been rewarded: the filter, pairs, shares."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,19 @@ def select_pair(rewards: np.ndarray, texts: list[str]) -> tuple[int, int] | None
     if texts[chosen].strip() == texts[rejected].strip():
         return None
     return chosen, rejected
+
+
+def best_alone(group: Group) -> Group | None:
+    """A rewarded group with its best candidates alone; None where none is worth more than 0.
+
+    All that tie are there: of rewards of 0 and 1 those that hit. Empty texts are left out.
+    """
+    usable = [candidate for candidate in group.candidates if candidate.text.strip()]
+    most = max((candidate.total for candidate in usable), default=0.0)
+    if most <= 0:
+        return None
+    best = [candidate for candidate in usable if candidate.total == most]
+    return dataclasses.replace(group, candidates=best)
 
 
 def nothing_to_learn(group: Group, threshold: float) -> str | None:

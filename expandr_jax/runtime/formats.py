@@ -25,6 +25,8 @@ ABSENT: dict[str, Any] = {
     "step_b": "dpo",
     "warm_start": "",
     "data.md5": "",
+    "demonstrations": {"prompts": 0, "examples": 4, "draws": 16, "queries": 50},
+    "dpo.reference": "base",
     "dpo.gamma": 0.5,
     "grpo": {
         "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 512,
@@ -36,6 +38,9 @@ ABSENT: dict[str, Any] = {
         "watch_kl": 1.0, "watch_entropy": [0.1, 3.0], "watch_repetitive": 0.5, "watch_reward": 1.0,
         "watch_steps": 10, "on_collapse": "stop",
     },
+    "grpo.documents": 0,
+    "grpo.document_prompt": "d2e",
+    "grpo.document_weights": [0.2, 0.1],
     "distill": {
         "epochs": 0.0, "train_queries": 0, "documents": 4096, "queries_per_document": 1,
         "batch_size": 32, "accumulation": 1, "learning_rate": 5e-5, "warmup_steps": 0,

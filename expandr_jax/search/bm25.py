@@ -110,6 +110,33 @@ class Bm25Index(Index):
         ends = self._bm25.scores["indptr"]
         return int(ends[number + 1] - ends[number])
 
+    def score_texts(self, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        """[queries, texts] float64 of texts that need not be indexed, as if each were.
+
+        How rare words are and how long a text is on the average is as in the index; what none of
+        its documents has counts for nothing but the length.
+        """
+        k1, b = self.options.k1, self.options.b
+        weights: dict[str, float] = {}
+        for word in {word for words in words_of(queries) for word in words}:
+            if having := self.frequency(word):
+                weights[word] = math.log(1 + (self.size - having + 0.5) / (having + 0.5))
+        columns = {word: column for column, word in enumerate(weights)}
+        asked = np.zeros((len(queries), len(columns)))
+        of_texts = np.zeros((len(texts), len(columns)))
+        for row, words in enumerate(words_of(queries)):
+            for word in words:
+                if word in columns:
+                    asked[row, columns[word]] += weights[word]
+        for row, words in enumerate(words_of(texts)):
+            for word in words:
+                if word in columns:
+                    of_texts[row, columns[word]] += 1
+            count = of_texts[row]
+            length = k1 * (1 - b + b * len(words) / self.mean_length)
+            of_texts[row] = np.divide(count, count + length, where=count > 0, out=count)
+        return asked @ of_texts.T
+
     def search_weighted(
         self, queries: Sequence[Mapping[str, float]], k: int
     ) -> tuple[np.ndarray, np.ndarray]:

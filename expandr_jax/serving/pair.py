@@ -14,6 +14,7 @@ from expandr_jax.serving.documents import Hit
 from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.queries import QueryEncoder
 from expandr_jax.serving.separate import search_separately
+from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.query import Normalize, fuse, separate
 
 
@@ -75,6 +76,7 @@ class Pair:
         combine: How a query and its texts count together, one of `expansion.combine.WAYS`.
         depth: Documents that each of their searches finds, where these are several.
         gate: Says whether a query should be expanded, if there is one.
+        kind: How passages that were written for queries are encoded.
     """
 
     encoder: QueryEncoder
@@ -85,6 +87,7 @@ class Pair:
     combine: str = MEAN
     depth: int = 100
     gate: QueryGate | None = None
+    kind: Kind = "document"
 
     def search(self, asked: Sequence[Asked]) -> list[Answered]:
         """Finds documents for several queries at once."""
@@ -117,7 +120,7 @@ class Pair:
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of passages that were written for queries."""
-        return self.encoder.encode(texts, ["document"] * len(texts))
+        return self.encoder.encode(texts, [self.kind] * len(texts))
 
     def fused(self, query: np.ndarray, expansion: Expansion) -> np.ndarray:
         """The vector [D] of an expanded query, of that of the query alone."""

@@ -1,0 +1,180 @@
+"""On-policy training of texts for queries and documents together: what is asked, and rewards."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from expandr_jax.data.documents import ids_of, texts_of
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.sampled import MadeWhenAsked
+from expandr_jax.expansion.strategies import SEPARATOR, STRATEGIES, document_message
+from expandr_jax.files.records import hash_json
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.objectives.rollouts import Beside, Score
+from expandr_jax.rewards.coaugmentation import (
+    coaugmentation_rewards,
+    draw_documents,
+    drawn_versions,
+)
+from expandr_jax.rewards.group import Group
+from expandr_jax.runtime.run import Run
+from expandr_jax.search import build_index
+from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.vectors.query import fuse_each
+
+DOCUMENT = "document/"  # A document's name begins with it; a query's must not.
+PROBE = 2**31  # What the probe draws by: no step has this number.
+
+
+def check_documents(settings: Any, data: TrainingData) -> None:
+    """Refuses `grpo.documents` that the collection cannot give, or cannot be told from queries."""
+    documents, corpus = settings.queries * settings.documents, data.collection.corpus
+    if documents > len(corpus):
+        raise UserError(
+            f"grpo.documents {settings.documents}, with {settings.queries} queries a step: there "
+            f"are {len(corpus)} documents"
+        )
+    named = [q for q in data.generator_train if settings.documents and q.startswith(DOCUMENT)]
+    if named:
+        raise UserError(
+            f"grpo.documents: the id of query {named[0]!r} begins as documents are named"
+        )
+
+
+def documents_beside(run: Run, sampler: Sampler, data: TrainingData) -> Beside:
+    """The documents beside the queries of a step, and what the generator is asked of each."""
+    config, corpus = run.config, data.collection.corpus
+    name, most = config.grpo.document_prompt, config.answer.max_characters
+
+    def draw(queries: Sequence[str], step: int) -> list[str]:
+        each = min(config.grpo.documents, len(corpus) // max(1, len(queries)))
+        drawn = draw_documents(data, queries, each, config.seed, step)
+        return [f"{DOCUMENT}{document}" for document in drawn]
+
+    def message(document: str) -> str:
+        text = corpus[document.removeprefix(DOCUMENT)]
+        return document_message(name, text, most, sampler.fits)
+
+    return Beside(draw, MadeWhenAsked(_Names(corpus), message), PROBE)
+
+
+class _Names:
+    """The names of a corpus's documents."""
+
+    def __init__(self, corpus: Mapping[str, str]):
+        self._corpus = corpus
+
+    def __contains__(self, name: str) -> bool:
+        return name.startswith(DOCUMENT) and name.removeprefix(DOCUMENT) in self._corpus
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{DOCUMENT}{document}" for document in ids_of(self._corpus))
+
+    def __len__(self) -> int:
+        return len(self._corpus)
+
+
+def document_group(data: TrainingData, name: str) -> Group:
+    """The group of a document, which has no texts yet."""
+    document = name.removeprefix(DOCUMENT)
+    return Group(name, data.collection.corpus[document], document, "", [])
+
+
+def score_together(run: Run, retriever: CorpusRetriever, data: TrainingData) -> Score:
+    """What rewards the texts of a step's queries and documents; all processes call it together.
+
+    A query is searched for as the strategy's authors have it, and a document found by its text
+    followed by what was written for it: as `eval.beir` ranks dense@d2e+q2e.
+    """
+    config = run.config
+    index = functools.cache(lambda: build_index(texts_of(data.collection.corpus), "bm25"))
+
+    def encoded(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
+        """[queries, texts, documents, versions] products of their vectors, in each process."""
+        strategy = STRATEGIES[config.expansion.strategy]
+        read = [
+            [strategy.dense(group.query, [text] if text else [], config.reward.query_weight)
+             for text in group.texts]
+            for group in queries
+        ]  # fmt: skip
+        flat = [
+            text.replace(SEPARATOR, retriever.separator)
+            for group in read for one in group for text in one.texts
+        ]  # fmt: skip
+        own = retriever.encode([group.query for group in queries], "query")
+        width = own.shape[1]
+        present = np.array([[bool(one.texts) for one in group] for group in read])
+        vectors = np.zeros((*present.shape, width), np.float32)
+        if flat:
+            vectors[present] = retriever.encode(flat, strategy.kind)
+        weight = read[0][0].query_weight
+        normalize = config.contrastive.normalize
+        fused = fuse_each(own, vectors, present, query_weight=weight, normalize=normalize)
+        found = retriever.encode([t for g in documents for t in _expanded(g)], "document")
+        return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
+
+    def words(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
+        """The same of BM25's scores, in process 0."""
+        sparse = STRATEGIES[config.expansion.strategy].sparse
+        asked = [sparse(g.query, [text] if text else []) for g in queries for text in g.texts]
+        scores = index().score_texts(asked, [text for g in documents for text in _expanded(g)])
+        return scores.reshape(len(queries), -1, len(documents), len(documents[0].candidates))
+
+    def score(groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
+        begin, dense = time.perf_counter(), config.reward.search == "dense"
+        queries = [group for group in groups if not group.query_id.startswith(DOCUMENT)]
+        documents = groups[len(queries) :]
+        vectors = encoded(queries, documents) if dense else None
+        between = time.perf_counter()
+
+        def rewards() -> list[Any]:
+            scores = words(queries, documents) if vectors is None else vectors
+            grades = _grades(data, queries, documents)
+            names = hash_json([group.query_id for group in groups])
+            sizes = len(documents), scores.shape[3], config.reward.group_sets
+            draws = drawn_versions(*sizes, config.seed, int(names[:8], 16))
+            of_queries, of_documents = coaugmentation_rewards(scores, grades, draws)
+            relevant, others = config.grpo.document_weights
+            weights = np.where(grades.any(axis=0), relevant, others)
+            return [of_queries.tolist(), of_documents.tolist(), weights.tolist()]
+
+        of_queries, of_documents, weights = run.processes.once(rewards)
+        spent = between - begin, time.perf_counter() - between
+        times = config.reward.group
+        made = [
+            *(_rewarded(g, row, "query", 1.0, times)
+              for g, row in zip(queries, of_queries, strict=True)),
+            *(_rewarded(g, row, "document", weight, times)
+              for g, row, weight in zip(documents, of_documents, weights, strict=True)),
+        ]  # fmt: skip
+        return made, dict(zip(("encoding_seconds", "search_seconds"), spent, strict=True))
+
+    return score
+
+
+def _expanded(group: Group) -> list[str]:
+    """A document with each of the texts that were written for it, as it would be indexed."""
+    return [f"{group.query} {text}".strip() for text in group.texts]
+
+
+def _grades(data: TrainingData, queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
+    """[queries, documents] relevance; 0 where nobody judged it."""
+    qrels = data.collection.qrels["train"]
+    return np.array(
+        [[max(0, qrels[q.query_id].get(d.positive_id, 0)) for d in documents] for q in queries]
+    )
+
+
+def _rewarded(
+    group: Group, rewards: Sequence[float], name: str, weight: float, times: float
+) -> Group:
+    candidates = [
+        dataclasses.replace(candidate, total=times * reward, rewards={name: reward})
+        for candidate, reward in zip(group.candidates, rewards, strict=True)
+    ]
+    return dataclasses.replace(group, candidates=candidates, weight=weight)

@@ -1,0 +1,139 @@
+"""The examples that prompts of candidates show: written by the generator, chosen on dev."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from expandr_jax.data.training_data import TrainingData, limit_queries
+from expandr_jax.errors import UserError
+from expandr_jax.expansion.demonstrations import Example, best_draws, draw_examples
+from expandr_jax.expansion.expand import Expander, requests_of
+from expandr_jax.expansion.sampled import sample_texts
+from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.objectives.reward_sft import read_groups
+from expandr_jax.pair import GeneratorModel
+from expandr_jax.rewards.functions import RewardFunction
+from expandr_jax.rewards.group import Candidate, Group
+from expandr_jax.rewards.selection import best_alone
+from expandr_jax.runtime.run import Run
+from expandr_jax.vectors.corpus import CorpusRetriever
+from train.preferences import CANDIDATES, make_preferences
+from train.scores import make_score
+
+PLACE = "demonstrations"  # Its files in the workdir.
+PROMPTS = f"{PLACE}/prompts.jsonl"
+
+
+def with_demonstrations(
+    run: Run,
+    models: GeneratorModel,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    functions: Sequence[RewardFunction],
+) -> Expander:
+    """The expander with the prompts that candidates are sampled with, if the config wants any.
+
+    Some of step B's queries get candidates of the plain prompt, whose best texts, where worth more
+    than 0, are examples. Draws of them make prompts, of which those are kept whose texts for some
+    dev queries are worth the most. Writes demonstrations/candidates.jsonl and prompts.jsonl.
+
+    Raises:
+        UserError: No text is worth more than 0, or there are no dev queries.
+    """
+    settings = run.config.demonstrations
+    if not settings.prompts:
+        return expander
+    if not run.checksums.intact(PROMPTS):
+        with run.phase("examples for prompts"):
+            _choose(run, models, expander, retriever, data, functions)
+    rows = [row for _, row in read_jsonl(run.path(PROMPTS), {}) if row["chosen"]]
+    return dataclasses.replace(
+        expander, examples=tuple(tuple(Example(**e) for e in row["examples"]) for row in rows)
+    )
+
+
+def _choose(
+    run: Run,
+    models: GeneratorModel,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    functions: Sequence[RewardFunction],
+) -> None:
+    settings, collection = run.config.demonstrations, data.collection
+    dev = limit_queries([*collection.qrels["dev"]], settings.queries)
+    if not dev:
+        raise UserError("demonstrations.prompts: there are no dev queries to choose prompts on")
+    own = limit_queries(data.generator_train, settings.queries)
+    some = dataclasses.replace(data, generator_train=own)
+    make_preferences(run, models.generator, expander, None, retriever, some, PLACE, functions)
+    groups, _ = read_groups(run.path(PLACE, CANDIDATES), models.generator, run.config, own=True)
+    pool = [
+        Example(group.query_id, group.query, group.candidates[0].text)
+        for group in filter(None, map(best_alone, groups))
+    ]
+    if not pool:
+        raise UserError(
+            f"demonstrations.prompts: no text of {len(groups)} queries is worth more than 0, so "
+            "there is no example; raise demonstrations.queries or set demonstrations.prompts to 0"
+        )
+    draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)
+    rewards = _rewards(
+        run, dataclasses.replace(expander, examples=draws), retriever, data, dev, functions
+    )
+    chosen = best_draws(rewards, settings.prompts)
+    rows = [
+        {
+            "examples": [dataclasses.asdict(example) for example in draws[number]],
+            "dev_reward": float(rewards[:, number].mean()),
+            "chosen": place < len(chosen),
+        }
+        for place, number in enumerate(best_draws(rewards, len(draws)))
+    ]
+    means = rewards.mean(axis=0)
+    run.reporter.say(
+        f"{len(pool)} examples; mean reward of {len(draws)} prompts on {len(dev)} dev queries: "
+        f"{means.min():.4f} to {means.max():.4f}, {means[chosen].mean():.4f} of the "
+        f"{len(chosen)} that are kept"
+    )
+    run.processes.once(lambda: write_jsonl(run.path(PROMPTS), rows))
+    run.checksums.record(PROMPTS)
+
+
+def _rewards(
+    run: Run,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    dev: Sequence[str],
+    functions: Sequence[RewardFunction],
+) -> np.ndarray:
+    """[queries, prompts] what a text of each of the expander's prompts is worth for dev queries."""
+    config, count = run.config, len(expander.examples)
+    queries: Mapping[str, str] = {query: data.collection.queries[query] for query in dev}
+    temperature = config.candidates.temperatures[0]
+    requests = requests_of(config.candidates, queries, [temperature] * count)
+    requests = expander.shown(queries, requests)
+    texts = sample_texts(
+        expander.sampler, None, requests, path=run.path("work", PLACE, "dev.jsonl"),
+        purpose=f"{PLACE}, dev",
+    )  # fmt: skip
+
+    def candidate(query: str, number: int) -> Candidate:
+        row = texts.row((query, number))
+        known = {"length": row["tokens"], "finished": row["finished"]}
+        return Candidate(texts[query, number], temperature, **known)
+
+    groups = [
+        Group(
+            query, queries[query], data.positives(query, "dev")[0], "",
+            [candidate(query, number) for number in range(count)],
+        )
+        for query in dev
+    ]  # fmt: skip
+    most = config.candidates.max_new_tokens
+    score = make_score(run, retriever, data, dev, functions, len(dev), most, split="dev")
+    rewarded, _ = score(groups)
+    return np.array([[c.total for c in group.candidates] for group in rewarded])
