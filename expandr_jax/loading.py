@@ -52,7 +52,7 @@ def load_retriever_model(config: Config) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
     mesh = phase_mesh(config.mesh, "contrastive")
-    retriever, params = _load_retriever(source, mesh=mesh, dtype=jnp.dtype(source.weights))
+    retriever, params = _load_retriever(source, mesh=mesh, dtype=source.weights)
     if (lora := config.contrastive.lora).rank:
         module = retriever.module.clone(lora=lora)
         retriever = dataclasses.replace(retriever, module=module)
@@ -108,7 +108,7 @@ def load_generator_model(config: Config) -> GeneratorModel:
     sampling_mesh = phase_mesh(config.mesh, "sampling")
     generator, params = load_generator(
         source.source,
-        dtype=jnp.dtype(base_type(source)),
+        dtype=base_type(source),
         compute_dtype=jnp.dtype(source.compute_dtype),
         sha256=source.sha256,
         mesh=mesh,

@@ -100,7 +100,7 @@ Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 Sha256 = Annotated[str, SHA256]
-WEIGHTS = ("float32", "bfloat16", "int8")  # Types of frozen weights.
+WEIGHTS = ("float32", "bfloat16", "int8", "int4", "nf4")  # What frozen weights are kept in.
 ComputeType = Annotated[str, choice(("float32", "bfloat16"))]
 
 _PLAIN = {

@@ -106,7 +106,7 @@ WRONG = [
     ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
     ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),
     ("generator.compute_dtype", "int8", "one of float32, bfloat16"),
-    ("generator.weights", "int4", "one of float32, bfloat16, int8, or ''"),
+    ("generator.weights", "int2", "one of float32, bfloat16, int8, int4, nf4, or ''"),
     ("generator.remat", "", "one of none, dots, full"),
     ("generator.stop", ("\n", ""), "each are a string that is not empty"),
     *(("generator.prompt_buckets", value, "whole numbers above 0 that ascend")

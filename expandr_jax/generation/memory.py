@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from expandr_jax.errors import UserError
 from expandr_jax.generation.slots import EngineShape
@@ -41,10 +40,8 @@ def plan_memory(
     rows = shape.slots // batch_divisor(mesh)
     seen = config.vocab_size if shape.penalize else 0
     prompts = max(shape.prefill_rows(bucket) * bucket for bucket in buckets)
-    itemsize = jnp.dtype(shape.module.dtype).itemsize
-    weights = sum(
-        leaf.size * (1 if leaf.dtype == jnp.int8 else itemsize) for leaf in jax.tree.leaves(params)
-    )
+    own = jax.eval_shape(functools.partial(cast_weights, dtype=shape.module.dtype), params)
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own))
     return {
         "slots": rows * (shape.length * token + seen),
         "prompts": prompts * token,

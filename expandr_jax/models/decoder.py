@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from expandr_jax.models.attention import attend, attend_with_cache
 from expandr_jax.models.lora import LoraConfig, Projection
 from expandr_jax.models.mask import Mask, causal_mask
+from expandr_jax.models.quantized import is_quantized
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
 from expandr_jax.models.stack import TransformerConfig, parameter, stack
 from expandr_jax.sharding import constrain
@@ -45,7 +46,7 @@ class DecoderConfig(TransformerConfig):
         sliding_window: Width of local attention in tokens; None means all layers are global.
         layer_is_local: Per layer, whether it attends locally; empty means none does.
         rope_local_theta: Rotary base of local layers (Gemma 3); None means rope_theta.
-        int8: Projections keep their weights in int8, as `lora.Projection` says.
+        quantized: How projections keep their weights, as `lora.Projection` says.
     """
 
     num_kv_heads: int
@@ -65,7 +66,7 @@ class DecoderConfig(TransformerConfig):
     sliding_window: int | None = None
     layer_is_local: tuple[bool, ...] = ()
     rope_local_theta: float | None = None
-    int8: bool = False
+    quantized: str = ""
 
 
 @flax.struct.dataclass
@@ -118,7 +119,7 @@ class DecoderPart(nn.Module):
     deterministic: bool
 
     def project(self, name, features, axes, x, use_bias=False):
-        options = use_bias, self.dtype, self.lora, self.config.int8
+        options = use_bias, self.dtype, self.lora, self.config.quantized
         return Projection(features, axes, *options, name=name)(x, self.deterministic)
 
 
@@ -346,12 +347,13 @@ def unstack_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cast_weights(params: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    """Weights in the compute type, but for what is float32 or int8 whatever that is."""
+    """Weights in the compute type, but for what has another type whatever that is."""
 
     def cast(path, leaf):
         # Norms compute in float32 and keep their scales so; products use the compute type only.
-        kept = path[-1].key in ("scale", "kernel_scale") or leaf.dtype in (jnp.int8, dtype)
-        return leaf if kept else leaf.astype(dtype)  # Which would copy an array of numpy's.
+        kept = path[-1].key in ("scale", "kernel_scale") or is_quantized(leaf)
+        # The same type would copy an array of numpy's.
+        return leaf if kept or leaf.dtype == dtype else leaf.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -18,6 +18,13 @@ from flax import traverse_util
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.product import product
+from expandr_jax.models.quantized import (
+    is_quantized,
+    kept_shapes,
+    kept_type,
+    quantized_product,
+    whole_shape,
+)
 from expandr_jax.models.stack import parameter
 from expandr_jax.settings import PATTERN, Positive, count, number, several
 
@@ -55,17 +62,13 @@ class OptionalLora(LoraConfig):
 class Projection(nn.Module):
     """x W (+ b), plus the low-rank update where the "lora" collection holds one for it.
 
-    int8 is not qwix's: of weights alone in int8, its `dot_general` (0.1.8) writes all of W out in
-    float32, scaled, and multiplies in float32, where this multiplies in the compute type and scales
-    what comes out. It has int4 and NF4, which are not here.
-
     Attributes:
         features: Output width.
         axes: Logical names of the kernel's input and output axes.
         use_bias: Adds a bias.
         dtype: Compute type; parameters keep theirs.
         lora: Scale and dropout of the update; which projections have one is decided by the tree.
-        int8: W is int8 times a float32 scale for each output; for a W that is not trained.
+        quantized: One of `quantized.FORMS`, for a W that is not trained; "": as numbers.
     """
 
     features: int
@@ -73,24 +76,24 @@ class Projection(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     lora: LoraConfig | None = None
-    int8: bool = False
+    quantized: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        kind = (zeros, jnp.int8) if self.int8 else (nn.initializers.lecun_normal(), jnp.float32)
-        kernel = parameter(self, "kernel", self.axes, (x.shape[-1], self.features), *kind)
-        outputs = self.axes[1:], (self.features,)
-        operands = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.int8:
-            # Whole numbers up to 127 are exact in any of the compute types.
-            y = jnp.dot(*operands, preferred_element_type=jnp.float32)
-            scale = parameter(self, "kernel_scale", *outputs, ones)
-            y = (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(self.dtype)
+        if self.quantized:
+            form, sizes = self.quantized, (x.shape[-1], self.features)
+            kept, scales = kept_shapes(form, *sizes)
+            kept = parameter(self, "kernel", self.axes, kept, zeros, kept_type(form))
+            scale = parameter(self, "kernel_scale", self.axes[-len(scales) :], scales, ones)
+            y = quantized_product(form, x.astype(self.dtype), kept, scale)
         else:
-            y = product(*operands)
+            sizes, normal = (x.shape[-1], self.features), nn.initializers.lecun_normal()
+            kernel = parameter(self, "kernel", self.axes, sizes, normal)
+            y = product(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
-            y = y + parameter(self, "bias", *outputs, zeros).astype(self.dtype)
+            bias = parameter(self, "bias", self.axes[1:], (self.features,), zeros)
+            y = y + bias.astype(self.dtype)
         if self.lora is not None and self.has_variable(COLLECTION, "a"):
             h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
             a = self.get_variable(COLLECTION, "a").astype(self.dtype)
@@ -133,7 +136,7 @@ def init_lora(
         UserError: If a pattern matches no projection, or the rank is above that of a whole update.
     """
     flat = traverse_util.flatten_dict(params)
-    kernels = {path[:-1]: leaf.shape for path, leaf in flat.items() if path[-1] == "kernel"}
+    kernels = {path[:-1]: whole_shape(leaf) for path, leaf in flat.items() if path[-1] == "kernel"}
     for pattern in config.targets:
         if not any(re.search(pattern, "/".join(path)) for path in kernels):
             known = ", ".join(sorted({path[-1] for path in kernels}))
@@ -174,15 +177,15 @@ def merge_lora(
         Parameters of the same structure and types as `params`.
 
     Raises:
-        UserError: If the base is in int8, which holds no such small updates.
+        UserError: If the base is in 8 or 4 bits, which hold no such small updates.
     """
     flat = dict(traverse_util.flatten_dict(params))
     update = traverse_util.flatten_dict(adapter)
     for path in {path[:-1] for path in update}:
         kernel = flat[(*path, "kernel")]
-        if kernel.dtype == jnp.int8:
+        if is_quantized(kernel):
             raise UserError(
-                "an adapter cannot be merged into int8 weights: load the base in float32"
+                "an adapter cannot be merged into weights in 8 or 4 bits: load the base in float32"
             )
         a, b = (update[(*path, name)].astype(jnp.float32) for name in ("a", "b"))
         delta = jnp.matmul(a, b) * config.scale

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 from flax import traverse_util
 
+from expandr_jax.models.quantized import whole_shape
 from expandr_jax.weights.families import family_of
 
 TRAINING = 3  # A backward pass takes two forward ones: for the inputs and for the weights.
@@ -39,5 +40,5 @@ def forward_flops(
     total = rows * family.attention_flops(config, length, length if keys is None else keys)
     for path, leaf in traverse_util.flatten_dict(params).items():
         if path[-1] == "kernel":
-            total += 2 * math.prod(leaf.shape) * rows * family.kernel_tokens(path, length)
+            total += 2 * math.prod(whole_shape(leaf)) * rows * family.kernel_tokens(path, length)
     return total + 2 * config.hidden_size * config.vocab_size * logits

@@ -1,6 +1,5 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from expandr_jax.generation.slots import EngineShape, Slots, empty_settings
 from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.generator import Generator
+from expandr_jax.models.quantized import kept_in
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, pack, row_sizes
@@ -61,12 +61,9 @@ class GeneratorShapes:
         module = shape_module(section, "generator", section.compute_dtype)
         if not family_of(module).generates:
             raise UserError("generator: its shape is that of an encoder, which generates no text")
-        weights = base_type(section)
-        if weights == "int8":
-            module = module.clone(config=dataclasses.replace(module.config, int8=True))
-            weights = section.compute_dtype  # What is not in int8 has this type.
+        module, weights = kept_in(module, base_type(section), "generator.weights")
         self.module = module.clone(lora=config.lora, remat=section.remat)
-        self.params = param_shapes(self.module, jnp.dtype(weights))
+        self.params = param_shapes(self.module, weights)
         self.adapter = adapter_shapes(self.module, self.params)
 
     def resident(self) -> int:

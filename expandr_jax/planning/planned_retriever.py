@@ -1,6 +1,5 @@
 """The retriever's programs, as shapes: step A, encoding and search."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import COLLECTION
+from expandr_jax.models.quantized import kept_in
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import contrastive_setup
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
@@ -65,15 +65,12 @@ class RetrieverShapes:
         section = config.retriever
         module = shape_module(section, "retriever", section.compute_dtype)
         self._length = min(LENGTH, module.config.max_positions or LENGTH)
-        weights = section.weights
-        if weights == "int8":
-            module = module.clone(config=dataclasses.replace(module.config, int8=True))
-            weights = section.compute_dtype  # What is not in int8 has this type.
+        module, weights = kept_in(module, section.weights, "retriever.weights")
         if config.contrastive.lora.rank:
             module = module.clone(lora=config.contrastive.lora)
         pooling = section.pooling or family_of(module).pooling
         self.retriever = Retriever(module, pooling, True, self._length, "", "", None, None)
-        base = param_shapes(module, jnp.dtype(weights))
+        base = param_shapes(module, weights)
         base.pop("lm_head", None)  # A decoder's, which only generating needs.
         parts = functools.partial(divided, self.retriever, seed=0)
         self.frozen, self.trained = jax.eval_shape(parts, base)

@@ -71,6 +71,6 @@ def resized(generator: Generator, config: DecoderConfig) -> Generator:
     }
     fields = Fields(values, own.where)
     found = model_config(fields, generator.files.model_type)
-    assert found == dataclasses.replace(config, int8=found.int8), (found, config)
+    assert found == dataclasses.replace(config, quantized=found.quantized), (found, config)
     files = dataclasses.replace(generator.files, config=fields)
     return dataclasses.replace(generator, module=generator.module.clone(config=config), files=files)

@@ -184,8 +184,8 @@ def _write_model(
 ) -> None:
     """Writes the weights, config.json, and the tokenizer with the longest input it says."""
     shape, family = model.module.config, family_of(model.module)
-    if getattr(shape, "int8", False):
-        raise UserError("weights in int8 are not exported: load the model in float32 for that")
+    if form := getattr(shape, "quantized", ""):
+        raise UserError(f"weights in {form} are not exported: load the model in float32 for that")
 
     def dtype_of(name: str, present: np.dtype) -> np.dtype:
         if dtype == "source":

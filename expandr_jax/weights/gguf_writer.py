@@ -76,8 +76,9 @@ def _metadata(generator: Generator, kind: str) -> dict[str, Any]:
     """All values by key."""
     config, hf = generator.module.config, generator.files
     architecture = _NAMES.get(hf.model_type)
-    if architecture is None or config.int8:
-        raise UserError(f"llama.cpp's form of {hf.model_type} (int8: {config.int8}) is not known")
+    if architecture is None or config.quantized:
+        kept = f" in {config.quantized}" if config.quantized else ""
+        raise UserError(f"llama.cpp's form of {hf.model_type}{kept} is not known")
     own = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +15,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
 from expandr_jax.models.pooling import Pooling
+from expandr_jax.models.quantized import kept_in
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.token_ids import check_ids
 from expandr_jax.sharding import device_put, replicated
@@ -152,8 +152,8 @@ def load_generator(
 
     Args:
         source: As in `load_retriever`, as are the arguments below.
-        dtype: Type of the parameters, but for those of norms: float32. jnp.int8: projections are
-            rounded to it, and the rest is in `compute_dtype`.
+        dtype: Type of the parameters, but for those of norms: float32. One of `quantized.FORMS`:
+            projections are rounded to it, and the rest is in `compute_dtype`.
 
     Returns:
         The generator and its parameters.
@@ -300,11 +300,8 @@ def load_module(
 ) -> tuple[nn.Module, Params]:
     """The module of a model and its parameters, the adapter merged; arguments as there."""
     family = find_family(files.config.where, files.model_type)
-    if np.dtype(dtype) == np.int8:
-        if not family.generates:
-            raise UserError(f"{files.where}: weights in int8 are for decoders only")
-        config, dtype = dataclasses.replace(config, int8=True), compute_dtype
-    module = family.module(config, dtype=compute_dtype)
+    weights = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    module, dtype = kept_in(family.module(config, dtype=compute_dtype), weights, files.where)
     shardings = None if mesh is None else module_shardings(mesh, module)
     table, merge = family.weights(config, with_head), merge_stored if in_files else merge_lora
     if in_files:

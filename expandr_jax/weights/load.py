@@ -16,6 +16,7 @@ from flax import traverse_util
 from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.quantized import kept_shapes, kept_type, quantize, whole_shape
 from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
@@ -42,7 +43,7 @@ def load_params(
         module: Decides the shapes.
         weights: The model's table.
         dtype: Type of the parameters, but for those of norms, which are small and stay in float32,
-            and for kernels that the module has in int8.
+            and for kernels that the module has in fewer bits.
         shardings: A tree as `sharding.param_shardings` makes it; None means the default device.
 
     Returns:
@@ -63,8 +64,9 @@ def load_params(
         own = np.dtype(np.float32) if in_float else dtype
         pieces = _pieces(files, weight, names, shape, own)
         if scale_path in expected:
-            own, scales = np.dtype(np.int8), np.empty(expected[scale_path], np.float32)
-            pieces = _to_int8(pieces, scales)
+            form, scales = module.config.quantized, np.empty(expected[scale_path], np.float32)
+            pieces = _quantized(form, pieces, scales)
+            own, shape = kept_type(form), (*shape[:-2], *kept_shapes(form, *shape[-2:])[0])
         flat[weight.path] = _assemble(pieces, shape, own, by_path.get(weight.path))
         if scale_path in expected:
             flat[scale_path] = _device_put(scales, by_path.get(scale_path))
@@ -72,10 +74,10 @@ def load_params(
 
 
 def leaf_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's parameters by path, keys joined by "/"."""
+    """Shapes of a module's parameters by path, keys joined by "/"; those of whole kernels."""
     variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
     flat = traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
-    return {path: leaf.shape for path, leaf in flat.items()}
+    return {p: whole_shape(x) if p.endswith("/kernel") else x.shape for p, x in flat.items()}
 
 
 def find_tensors(
@@ -165,13 +167,13 @@ def _pieces(
             yield ((index, *start), part[None]) if weight.stacked else (start, part)
 
 
-def _to_int8(pieces: Iterable[Piece], scales: np.ndarray) -> Iterator[Piece]:
-    """Kernels [..., in, out] in int8; writes the scale of each output, by its largest weight."""
+def _quantized(form: str, pieces: Iterable[Piece], scales: np.ndarray) -> Iterator[Piece]:
+    """Kernels [..., in, out], of which pieces have all inputs, in a form; writes their scales."""
     for start, part in pieces:
-        scale = np.maximum(np.abs(part).max(axis=-2) / 127, np.finfo(np.float32).tiny)
-        corner = (*start[:-2], start[-1])
-        scales[tuple(slice(b, b + n) for b, n in zip(corner, scale.shape, strict=True))] = scale
-        yield start, np.rint(part / scale[..., None, :]).astype(np.int8)
+        kept, scale = quantize(form, part)
+        *stack, _, first = (slice(b, b + n) for b, n in zip(start, part.shape, strict=True))
+        scales[(*stack, ..., first)] = scale
+        yield start, kept
 
 
 def row_slices(shape: tuple[int, ...]) -> list[slice]:
