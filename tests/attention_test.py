@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from expandr_jax.models.attention import attend, attend_with_cache
-from expandr_jax.models.mask import Mask, causal_mask
+from expandr_jax.models.mask import Mask, causal_mask, padding_mask
 
 
 def twin(q, k, v, mask, scale):
@@ -147,6 +147,64 @@ def test_a_gpus_program_has_the_fused_kernel_forward_and_backward(monkeypatch):
     assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program
 
 
+def biased(seed=0):
+    """bfloat16 queries, keys and values, a float32 bias, and rows padded on either side."""
+    rng = np.random.default_rng(seed)
+    arrays = [jnp.asarray(rng.normal(size=(3, 6, 4, 8)), jnp.bfloat16) for _ in "qkv"]
+    arrays.append(jnp.asarray(rng.normal(size=(4, 6, 6)), jnp.float32))
+    return arrays, jnp.asarray([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [1] * 6])
+
+
+def biased_loss(q, k, v, bias, attention_mask):
+    """A sum that weighs each output at a real token differently, and these outputs."""
+    out = attend(q, k, v, padding_mask(attention_mask), scale=0.3, bias=bias)
+    out = jnp.where(attention_mask[..., None, None], out.astype(jnp.float32), 0)
+    return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+
+def test_the_fused_kernel_takes_a_bias_and_any_padding(on_gpu, monkeypatch):
+    arrays, attention_mask = biased()
+    step = jax.value_and_grad(biased_loss, (0, 1, 2, 3), has_aux=True)
+    (_, found), gradients = step(*arrays, attention_mask)
+    assert on_gpu == ["cudnn"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    exact = [x.astype(jnp.float32) for x in arrays]
+    (_, expected), plain = step(*exact, attention_mask)
+    assert on_gpu == ["cudnn"]
+    np.testing.assert_allclose(found, expected, atol=3e-2)
+    for ours, theirs in zip(gradients, plain, strict=True):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=3e-2 * abs(theirs).max())
+    # Padding has no say at all.
+    assert (np.asarray(gradients[1])[0, 4:] == 0).all()
+    assert np.asarray(gradients[3])[:, :, 4:].any()
+
+
+def test_a_gpus_program_has_no_array_of_all_scores_where_there_is_a_bias(monkeypatch):
+    """T5's relative positions: bias and its gradient are the rows' own, forward and backward."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Gpu()])
+    cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+    monkeypatch.setattr(f"{cudnn}.check_cudnn_version", lambda: 91000)
+    arrays = [jax.ShapeDtypeStruct((64, 512, 12, 64), jnp.bfloat16) for _ in "qkv"]
+    arrays.append(jax.ShapeDtypeStruct((12, 512, 512), jnp.float32))
+    arrays.append(jax.ShapeDtypeStruct((64, 512), jnp.int32))
+    step = jax.jit(jax.grad(biased_loss, (0, 1, 2, 3), has_aux=True))
+    program = step.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaScaleBiasSoftmaxBackward" in program
+    assert "1x12x512x512xbf16" in program
+    assert "64x12x512x512" not in program
+
+
+def test_a_tpus_program_with_a_bias_is_the_plain_form(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    arrays, attention_mask = biased()
+    step = jax.jit(jax.grad(biased_loss, (0, 1, 2, 3), has_aux=True))
+    program = step.trace(*arrays, attention_mask).lower(lowering_platforms=("tpu",)).as_text()
+    assert "custom_call" not in program
+    assert "3x4x6x6xf32" in program
+
+
 def test_the_fused_kernel_is_left_alone_where_it_cannot_help(on_gpu, monkeypatch):
     def run(dtype=jnp.bfloat16, length=6, width=8, **options):
         q = k = v = jnp.ones((1, length, 2, width), dtype)
@@ -157,7 +215,9 @@ def test_the_fused_kernel_is_left_alone_where_it_cannot_help(on_gpu, monkeypatch
     assert not run(length=5)
     assert not run(width=4)
     assert not run(width=136)
-    assert not run(bias=jnp.zeros((2, 6, 6)))
+    assert not run(jnp.float16, bias=jnp.zeros((2, 6, 6)))
+    assert not run(width=128, bias=jnp.zeros((2, 6, 6)))
+    assert not run(dropout=lambda x: x)
     assert not run(dropout=lambda x: x)
     for device in (Gpu(compute_capability="7.5"), Gpu("AMD Instinct", "gfx90a")):
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])

@@ -5,7 +5,7 @@ attention is one batched matrix product per group and keys are never repeated. R
 their sum after the product with the values, which touches far fewer numbers than before it. On CPU
 this is the quickest of the forms tried, forward and backward. On TPUs splash attention takes its
 place, and on NVIDIA GPUs cuDNN's fused kernel in half precision, where they can: nothing of the
-size of the scores is stored then.
+size of the scores is stored then. A bias, which all rows share, goes with cuDNN's alone.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from expandr_jax.sharding import platform
 
 # Finite, so that a query that may attend to nothing gives numbers (of no meaning) and not NaN.
 _MASKED = -1e30
+_MORE = 8  # cuDNN wants widths of heads in steps of it.
 
 
 def attend(
@@ -45,15 +46,16 @@ def attend(
         [batch, length, heads, head_dim] in q's type.
     """
     batch, length, heads, head_dim = q.shape
-    plain = bias is not None or dropout is not None
-    if not plain and platform() == "tpu" and suits_splash(length, k.shape[1], batch, mask):
+    fused = "" if dropout is not None else platform()
+    if fused == "tpu" and bias is None and suits_splash(length, k.shape[1], batch, mask):
         return splash_attend(q, k, v, mask, scale)
-    if not plain and platform() == "gpu" and _suits_cudnn(q, k):
-        whole = jnp.broadcast_to(mask.dense(length)[:, None], (batch, 1, length, k.shape[1]))
-        k, v = k.astype(q.dtype), v.astype(q.dtype)
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=whole, scale=scale, implementation="cudnn"
-        )
+    if fused == "gpu" and _suits_cudnn(q, k, bias):
+        allowed = mask.dense(length)
+        if bias is None:
+            return _by_cudnn(q, k, v, scale, mask=allowed)
+        if allowed.shape[1] == 1:  # Which keys are padding, the same for all queries.
+            wider = _without_padding(q, k, v, allowed[:, 0])
+            return _by_cudnn(*wider, scale, bias=bias)[..., :head_dim]
     groups = k.shape[2]
     rows = (batch, groups, heads // groups, length)
     q_rows = q.reshape(batch, length, groups, -1, head_dim).transpose(0, 2, 3, 1, 4)
@@ -76,14 +78,53 @@ def attend(
     return out.reshape(batch, length, heads, head_dim).astype(q.dtype)
 
 
-def _suits_cudnn(q: jax.Array, k: jax.Array) -> bool:
+def _by_cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """cuDNN's fused attention with a mask or a bias; arguments as of `attend`."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask[:, None], (len(q), 1, q.shape[1], k.shape[1]))
+    if bias is not None:
+        bias = bias[None].astype(q.dtype)
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
+    return jax.nn.dot_product_attention(
+        q, k, v, bias=bias, mask=mask, scale=scale, implementation="cudnn"
+    )
+
+
+def _without_padding(
+    q: jax.Array, k: jax.Array, v: jax.Array, real: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of a width that is greater by `_MORE`, where no mask is needed.
+
+    A mask would become a part of the bias, which would have the size of all scores then, as its
+    gradient would. Here a product with a number of each key takes padding [batch, keys] out.
+    """
+    one = jnp.zeros((_MORE,), q.dtype).at[0].set(1)
+    away = jnp.where(real, 0, _MASKED)[..., None, None] * one
+
+    def wider(x: jax.Array, more: jax.Array) -> jax.Array:
+        more = jnp.broadcast_to(more, (*x.shape[:3], _MORE))
+        return jnp.concatenate([x, more.astype(q.dtype)], axis=-1)
+
+    return wider(q, one), wider(k.astype(q.dtype), away), wider(v.astype(q.dtype), 0 * one)
+
+
+def _suits_cudnn(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> bool:
     """Whether cuDNN's fused attention takes these shapes and types, forward and backward."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or (bias is not None and q.dtype == jnp.float16):
+        return False  # `_MASKED` is beyond float16.
     device = jax.devices()[0]
     modern = device.device_kind.startswith("NVIDIA") and float(device.compute_capability) >= 8.0
     even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-    return modern and even and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    most = 128 if bias is None else 128 - _MORE
+    return modern and even and q.shape[3] % 8 == 0 and q.shape[3] <= most
 
 
 def attend_with_cache(
