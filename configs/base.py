@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.query_prompt = placeholder(str)  # Put before queries.
     retriever.document_prompt = placeholder(str)  # Before documents, and passages for queries.
     retriever.compute_dtype = "float32"  # Type that encoding computes in: "float32" or "bfloat16".
-    # Of a decoder it may be "int8", else "bfloat16": only where contrastive.lora.rank is above 0.
+    # "bfloat16", of a decoder "int8", "int4", "nf4": only where contrastive.lora.rank is above 0.
     retriever.weights = "float32"  # Type of the weights, a frozen base's.
     retriever.vectors = "float32"  # Documents' vectors in files; or "float16", "bfloat16", "int8".
     retriever.tokens_per_batch = 2048  # Rows times length of a batch when encoding; TPUs want more.
@@ -67,7 +67,8 @@ def get_config() -> ml_collections.ConfigDict:
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     generator.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
     generator.compute_dtype = "bfloat16"  # In sampling and step B; the adapter stays in float32.
-    generator.weights = ""  # The frozen base: "float32", "bfloat16", "int8"; "": compute_dtype.
+    # The frozen base: "float32", "bfloat16", "int8", "int4" or "nf4"; "": compute_dtype.
+    generator.weights = ""
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.thinking = False  # Whether a model that can reasons before it answers.
     generator.today = ""  # What chat templates are told, as "2026-11-28"; "": the first day.

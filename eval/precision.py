@@ -24,6 +24,8 @@ FORMS = (
     ("bfloat16", "bfloat16"),
     ("int8", "float32"),
     ("int8", "bfloat16"),
+    ("int4", "bfloat16"),
+    ("nf4", "bfloat16"),
 )
 HEADER = (
     "weights", "computation", "MB", "perplexity", "mean change of a logit", "same next token",
@@ -52,7 +54,7 @@ def measure(source: str, sha256: str) -> Iterator[list[str]]:
     plain = None
     for weights, compute in FORMS:
         generator, params = load_generator(
-            source, dtype=jnp.dtype(weights), compute_dtype=jnp.dtype(compute), sha256=sha256
+            source, dtype=weights, compute_dtype=jnp.dtype(compute), sha256=sha256
         )
         rows = generator.tokenizer(docstrings())["input_ids"]
         ids = np.asarray([row[:TOKENS] for row in rows], np.int32).reshape(-1, ROWS, TOKENS)

@@ -147,10 +147,8 @@ class Killed(BaseException):
     """Ends a process in mid-work, as far as the files are concerned."""
 
 
-@pytest.mark.parametrize("stop", ["killed before a figure is kept", "SIGTERM after a save"])
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
-    preferences, trained, tmp_path, monkeypatch, stop
-):
+def train_in_two_parts(config, workdir, monkeypatch, stop):
+    """Trains, is stopped at the second of what is kept, and goes on."""
     owner, name = (Journal, "append") if "killed" in stop else (Checkpoints, "save")
     original, calls = getattr(owner, name), []
 
@@ -165,15 +163,42 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
         with pytest.raises(Killed if "killed" in stop else SystemExit):
-            train(make_config(preferences), tmp_path / "run")
+            train(config, workdir)
     gc.collect()  # Closes the stopped run's lock, as the end of its process would.
-    train(make_config(preferences), tmp_path / "run")
+    train(config, workdir)
+
+
+def check_equal(workdir, other):
     for file in (
         "export/adapter/adapter_model.safetensors",
         "round-0/best-adapter/adapter_model.safetensors",
     ):  # fmt: skip
-        assert (tmp_path / "run" / file).read_bytes() == (trained[0] / file).read_bytes(), file
-    assert step_figures(tmp_path / "run") == step_figures(trained[0])
+        assert (workdir / file).read_bytes() == (other / file).read_bytes(), file
+    assert step_figures(workdir) == step_figures(other)
+
+
+@pytest.mark.parametrize("stop", ["killed before a figure is kept", "SIGTERM after a save"])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    preferences, trained, tmp_path, monkeypatch, stop
+):
+    train_in_two_parts(make_config(preferences), tmp_path / "run", monkeypatch, stop)
+    check_equal(tmp_path / "run", trained[0])
+
+
+@pytest.mark.slow
+def test_an_adapter_on_four_bits_learns_nearly_as_on_floats_and_goes_on(
+    preferences, trained, tmp_path, monkeypatch
+):
+    config = make_config(preferences)
+    config.generator.weights = "nf4"
+    train(config, tmp_path / "whole")
+    train_in_two_parts(config, tmp_path / "run", monkeypatch, "SIGTERM after a save")
+    check_equal(tmp_path / "run", tmp_path / "whole")
+    ours, theirs = (metrics(path, "generator-dev")[-1] for path in (tmp_path / "run", trained[0]))
+    assert ours["accuracy"] == theirs["accuracy"] == 1.0
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.2)
+    first, other = (metrics(path, "generator")[0] for path in (tmp_path / "run", trained[0]))
+    assert first["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.2)
 
 
 def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp_path, monkeypatch):

@@ -43,12 +43,14 @@ jax.nn.dot_product_attention = counted
 
 
 def run(dtype, arrays, weights, mask):
-    def loss(*arrays):
-        out = attention.attend(*(x.astype(dtype) for x in arrays), mask, 0.125)
+    def loss(q, k, v, *bias):
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out = attention.attend(q, k, v, mask, 0.125, *bias)
         out = out.astype(jnp.float32) * weights  # Zero where padding asks: that has no meaning.
         return jnp.sum(out), out
 
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+    wanted = tuple(range(len(arrays)))
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, wanted, has_aux=True))(*arrays)
     return out, *gradients
 
 
@@ -59,18 +61,24 @@ masks = {
     "padding": padding_mask(ones),
     "causal": causal_mask(ones),
     "packed": Mask(packed.astype(jnp.int32), causal=True, responses=2),
+    "padding, bias": padding_mask(ones),
+    "padding on the left, bias": padding_mask(ones[:, ::-1]),
 }
 for name, mask in masks.items():
-    for heads, groups, width in ((12, 12, 32), (9, 3, 64), (32, 8, 128)):
+    real = mask.segments > 0
+    for heads, groups, width in ((12, 12, 32), (9, 3, 64), (32, 8, 128 - 8 * ("bias" in name))):
         q, k, v, weights = (
             jnp.asarray(rng.normal(size=(2, 128, n, width)), jnp.float32)
             for n in (heads, groups, groups, heads)
         )
-        weights = weights * ones[:, :, None, None]
+        weights = weights * real[:, :, None, None]
+        arrays = q, k, v
+        if "bias" in name:
+            arrays += (jnp.asarray(rng.normal(size=(heads, 128, 128)), jnp.float32),)
         with jax.default_matmul_precision("highest"):
-            expected = run(jnp.float32, (q, k, v), weights, mask)
+            expected = run(jnp.float32, arrays, weights, mask)
         assert not calls
-        found = run(jnp.bfloat16, (q, k, v), weights, mask)
+        found = run(jnp.bfloat16, arrays, weights, mask)
         assert calls == ["cudnn"], calls
         calls.clear()
         errors = [

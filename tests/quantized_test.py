@@ -129,7 +129,13 @@ def test_weights_are_rounded_to_the_nearest_of_255_steps_of_each_output(source):
 
 
 @pytest.mark.parametrize(
-    ("form", "unroll"), [("int8", False), ("int8", True), ("nf4", False), ("int4", True)]
+    ("form", "unroll"),
+    [
+        ("int8", False),
+        ("int8", True),
+        ("nf4", False),
+        pytest.param("int4", True, marks=pytest.mark.slow),
+    ],
 )
 def test_it_computes_what_the_rounded_weights_do_adapter_and_gradients_included(
     source, form, unroll
