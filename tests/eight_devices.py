@@ -16,7 +16,14 @@ PROGRAMS = [
     "reference log-probabilities",
     "DPO step",
     "exact search",
+    "rewards",
+    "retriever restored",
+    "adapter restored",
+    "base to the engine",
+    "adapter merged, to export",
 ]
+# Those that have nothing of a model's to compute.
+MOVES = PROGRAMS[8:11]
 CHIP = chips.Chip("cpu", 8 * chips.GIB, 1e12, 1e11, 1e10, "made up")
 QUIET = Console(quiet=True)
 

@@ -25,7 +25,7 @@ from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology, find_topology
 from expandr_jax.runtime import chips
 from tests.commands import ROOT, command, finish
-from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
+from tests.eight_devices import CHIP, MOVES, PROGRAMS, QUIET, machine, smoke_on_meshes
 from train import plan
 
 
@@ -48,7 +48,7 @@ def test_every_program_has_a_row_that_fits(planned):
         assert row["bytes_capacity"] == CHIP.capacity
         assert row["roofline_seconds"] > 0
         assert row["bound"] in ("compute", "memory", "network")
-        assert row["model_flops"] > 0
+        assert (row["model_flops"] > 0) == (row["program"] not in MOVES)
     json.dumps(planned)
 
 
@@ -255,7 +255,7 @@ def test_a_mesh_that_does_not_fit_the_workload_is_refused(config):
 def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, planned):
     """Half of the workload each, on half of the devices, as a run of two processes has it."""
     topology = Topology("two hosts", jax.devices("cpu")[:8], CHIP, jax.devices("cpu")[:4])
-    shared = ("corpus encoding", "prefill", "decode")
+    shared = ("corpus encoding", "prefill", "decode", "base to the engine")
     two = plan.plan(config, topology, QUIET)
     rows = {row["program"]: row for row in two["rows"]}
     for one in planned["rows"]:
@@ -266,12 +266,12 @@ def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, plann
         else:
             assert row["mesh"] == one["mesh"]
             assert row["shares"] == 1
-    # Each samples with all of the base, of which it trains a part: blocks of it go around.
+    # Each samples and encodes with all of a model, of which it trains a part: blocks go around.
     fetched = rows.keys() - {row["program"] for row in planned["rows"]}
-    assert fetched == {"base to every host"}
-    row = rows[fetched.pop()]
-    assert set(row["collectives"]) == {"all-gather"}
-    assert row["fits"]
+    assert fetched == {"base to every host", "retriever to every host"}
+    for name in fetched:
+        assert set(rows[name]["collectives"]) == {"all-gather"}
+        assert rows[name]["fits"]
     whole = {row["program"]: row for row in planned["rows"]}
     assert rows["decode"]["rows"] == whole["decode"]["rows"] / 2
     assert rows["decode"]["model_flops"] == whole["decode"]["model_flops"] / 2
@@ -386,7 +386,7 @@ def test_a_device_is_known_by_what_jax_calls_it(kind, peak):
 def test_sigterm_ends_what_has_nothing_to_go_on_from():
     process = command("train.plan", "--config=configs/smoke.py", "--topology=cpu:2")
     first = ""
-    while not first.endswith("exact search\n"):  # The line that says what is compiled.
+    while not first.endswith(f"{PROGRAMS[-1]}\n"):  # The line that says what is compiled.
         first += (line := process.stdout.readline())
         assert line, first
     process.send_signal(signal.SIGTERM)

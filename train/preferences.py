@@ -67,7 +67,7 @@ def make_preferences(
     with run.phase(f"self-answers, {what}"):
         answers = self_answers(run, expander.sampler, adapter, data, place)
     with run.phase(f"rewards, {what}"):
-        temperatures = _temperatures(run)
+        temperatures = run.config.candidates.all_temperatures
 
         def candidate(query: str, i: int) -> Candidate:
             # A row is read once more for what only this reward looks at.
@@ -137,7 +137,8 @@ def _sample_candidates(
     path = run.path("work", place, "candidates.jsonl")
     purpose = f"candidates, {_named(place)}"
     messages = expander.messages(queries, journaled(expander, adapter, path, purpose))
-    requests = requests_of(run.config.candidates, messages, _temperatures(run))
+    candidates = run.config.candidates
+    requests = requests_of(candidates, messages, candidates.all_temperatures)
     requests = expander.shown(queries, requests)
     texts = sample_texts(expander.sampler, adapter, requests, path=path, purpose=purpose)
     return messages, texts
@@ -146,12 +147,6 @@ def _sample_candidates(
 def _named(place: str) -> str:
     """A place in the workdir, as "round-0", in words."""
     return place.replace("-", " ")
-
-
-def _temperatures(run: Run) -> list[float]:
-    """The temperature of each of a query's candidates."""
-    config = run.config.candidates
-    return [t for t in config.temperatures for _ in range(config.per_temperature)]
 
 
 def self_answers(

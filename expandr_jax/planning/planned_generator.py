@@ -1,7 +1,6 @@
 """The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,11 +37,17 @@ from expandr_jax.planning.planned import (
     shape_module,
     untrained,
 )
+from expandr_jax.planning.planned_moves import (
+    gathered,
+    merged,
+    restored,
+    spread_leaves,
+    unstacked,
+)
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import (
     batch_sharding,
     bytes_on_device,
-    gathering,
     replicated,
     with_shardings,
 )
@@ -66,42 +71,46 @@ class GeneratorShapes:
         self.params = param_shapes(self.module, weights)
         self.adapter = adapter_shapes(self.module, self.params)
 
+    @property
+    def _mesh(self) -> Mesh:
+        """The devices that train."""
+        return planned_mesh(self._config, "dpo", self._topology)
+
+    @property
+    def _held(self) -> Any:
+        """The base as the devices that train hold it."""
+        return params_on(self._mesh, self.module, self.params)
+
     def resident(self) -> int:
         """Bytes a device of what a run holds: the base, as DPO has it."""
-        mesh = planned_mesh(self._config, "dpo", self._topology)
-        return bytes_on_device(params_on(mesh, self.module, self.params))
-
-    def _spread(self) -> list[Any]:
-        """Shapes of those parameters of the base of which no chip that trains holds all."""
-        mesh = planned_mesh(self._config, "dpo", self._topology)
-        leaves = jax.tree.leaves(params_on(mesh, self.module, self.params))
-        return [leaf for leaf in leaves if not leaf.sharding.is_fully_replicated]
+        return bytes_on_device(self._held)
 
     @property
     def gathers(self) -> bool:
         """Whether processes fetch the base from each other: they each sample with all of it."""
-        return self._topology.hosts > 1 and bool(self._spread())
+        return self._topology.hosts > 1 and bool(spread_leaves(self._held))
 
     def gather(self) -> Planned:
         """A block of the base's largest parameter, on its way to every host."""
-        mesh = planned_mesh(self._config, "dpo", self._topology)
-        leaf = max(self._spread(), key=lambda leaf: leaf.size)
-        program, block, parts = gathering(leaf)
-        start = jax.ShapeDtypeStruct((len(leaf.shape),), jnp.int32, sharding=replicated(mesh))
-        moved = math.prod(block) * leaf.dtype.itemsize * (len(parts) + 1)
-        return Planned(
-            program=program,
-            arguments=(leaf, start),
-            mesh=mesh,
-            parameters=(leaf,),
-            module=self.module,
-            rows=1,
-            tokens=0,
-            forward_flops=0,
-            moved=moved,
-            change="a smaller expandr_jax.sharding.WHOLE_BYTES",
-            resident=-bytes_on_device(leaf),  # It is of the base that is held.
-        )
+        return gathered(self._held, self._mesh, self.module)
+
+    def to_engine(self) -> Planned:
+        """The base on its way to the devices that sample, where each layer is by itself."""
+        shape, variables = self.engine()
+        shardings = variable_shardings(shape.mesh, shape.module, self.params, self.adapter)
+        stacked = with_shardings(self.params, shardings["params"])["layers"]
+        return unstacked(stacked, variables, shape.mesh, self.module, self._topology.hosts)
+
+    def merge(self) -> Planned:
+        """The export's product of the largest update of the base."""
+        return merged(self.adapter, self._topology, self.module)
+
+    def restore(self) -> Planned:
+        """What DPO trains, read from a checkpoint."""
+        model, config = self.model(), self._config.dpo
+        optimizer = make_optimizer(1.0, 2, accumulation=config.accumulation)
+        state = adapter_setup(model, self._objective, config, optimizer).shapes(self.adapter)
+        return restored(state, model.dpo_mesh, self._topology, self.module)
 
     def engine(
         self, slots: int = 0, new: int = NEW, log_probs: bool = False
@@ -237,9 +246,7 @@ class GeneratorShapes:
 
     def model(self) -> GeneratorModel:
         """The generator as training has it."""
-        mesh = planned_mesh(self._config, "dpo", self._topology)
-        generator = Generator(self.module, None, (), 0, None)
-        base = params_on(mesh, self.module, self.params)
+        generator, mesh, base = Generator(self.module, None, (), 0, None), self._mesh, self._held
         return GeneratorModel(mesh, mesh, generator, base, base, "")
 
     def of_batch(self, batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:

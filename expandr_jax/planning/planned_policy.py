@@ -26,6 +26,7 @@ from expandr_jax.pair import GeneratorModel
 from expandr_jax.planning.flops import FROZEN
 from expandr_jax.planning.planned import PROMPT, Planned, planned_mesh, random_tokens, untrained
 from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_moves import restored
 from expandr_jax.planning.topology import Topology
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.sharding import batch_sharding, bytes_on_device, with_shardings
@@ -75,6 +76,11 @@ class PolicyShapes:
     def state_bytes(self) -> int:
         """Bytes a device of the adapter that is trained, and of its optimizer."""
         return bytes_on_device(self._state())
+
+    def restore(self) -> Planned:
+        """What is learned, read from a checkpoint."""
+        model = self._model
+        return restored(self._state(), model.dpo_mesh, self._topology, self._generator.module)
 
     def learning(self) -> dict[str, Callable[[], Planned]]:
         """What learns of a step's texts, by name; the base is an argument of each.

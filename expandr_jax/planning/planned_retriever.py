@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
@@ -41,6 +41,7 @@ from expandr_jax.planning.planned import (
     shape_module,
     untrained,
 )
+from expandr_jax.planning.planned_moves import gathered, restored, rewarded, spread_leaves
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import TPUS
 from expandr_jax.search.exact import ExactOptions, merge_block
@@ -50,7 +51,7 @@ from expandr_jax.sharding import (
     bytes_on_device,
     with_shardings,
 )
-from expandr_jax.training.setup import section_optimizer
+from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of
 
@@ -76,23 +77,57 @@ class RetrieverShapes:
         self.frozen, self.trained = jax.eval_shape(parts, base)
         self.params = joined(self.frozen, self.trained)
 
+    @property
+    def _mesh(self) -> Mesh:
+        """Step A's devices."""
+        return planned_mesh(self._config, "contrastive", self._topology)
+
+    @property
+    def _held(self) -> Any:
+        """The parameters as step A's devices hold them."""
+        return params_on(self._mesh, self.retriever.module, self.params)
+
     def resident(self) -> int:
         """Bytes a device of what a run holds: the weights before training, and those trained."""
-        mesh = planned_mesh(self._config, "contrastive", self._topology)
-        held = params_on(mesh, self.retriever.module, self.params)
+        held = self._held
         # Adapters have one base between them.
         return bytes_on_device(held) if self.frozen else 2 * bytes_on_device(held)
 
     def beside_training(self) -> int:
         """The same, less what training takes as its own argument: the base of an adapter."""
-        mesh = planned_mesh(self._config, "contrastive", self._topology)
-        held = params_on(mesh, self.retriever.module, self.params)
-        return bytes_on_device(held[COLLECTION]) if self.frozen else self.resident()
+        return bytes_on_device(self._held[COLLECTION]) if self.frozen else self.resident()
+
+    def _training(self) -> tuple[TrainingSetup, Any, Any]:
+        """What step A runs, its state, and what it leaves as it is."""
+        config, mesh = self._config.contrastive, self._mesh
+        optimizer = section_optimizer(config, 2)
+        setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
+        trained = jax.eval_shape(lambda params: with_temperature(params, config), self.trained)
+        return setup, setup.shapes(trained), with_shardings(self.frozen, setup.frozen)
+
+    def restore(self) -> Planned:
+        """Step A's state, read from a checkpoint, beside what it leaves as it is."""
+        _, state, frozen = self._training()
+        check = restored(state, self._mesh, self._topology, self.retriever.module)
+        return check.beside(bytes_on_device(frozen))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether processes fetch what was trained from each other: each encodes with all of it."""
+        return self._topology.hosts > 1 and bool(spread_leaves(self._held))
+
+    def gather(self) -> Planned:
+        """A block of the retriever's largest parameter, on its way to every host."""
+        return gathered(self._held, self._mesh, self.retriever.module)
+
+    def rewards(self) -> Planned:
+        """As of `planned_moves.rewarded`."""
+        module = self.retriever.module
+        return rewarded(self._config, module.config.hidden_size, self._topology, module)
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""
-        config = self._config.contrastive
-        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        config, mesh = self._config.contrastive, self._mesh
         check_rows(QUERIES, mesh, "contrastive", "queries")
         if config.micro_batch and QUERIES % config.micro_batch:
             raise UserError(
@@ -100,11 +135,7 @@ class RetrieverShapes:
             )
         retriever = training_retriever(self.retriever, config)
         batch = _random_batch(self.retriever.module, self._length)
-        optimizer = section_optimizer(config, 2)
-        setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
-        trained = jax.eval_shape(lambda params: with_temperature(params, config), self.trained)
-        state = with_shardings(jax.eval_shape(setup.create, trained), setup.shardings)
-        frozen = with_shardings(self.frozen, setup.frozen)
+        setup, state, frozen = self._training()
         texts = QUERIES * TEXTS
         forward = forward_flops(retriever.module, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
@@ -138,8 +169,7 @@ class RetrieverShapes:
 
     def distillation(self) -> Planned:
         """A step of the query tower: its queries as long as prompts are, with documents to rank."""
-        config = self._config.distill
-        mesh = planned_mesh(self._config, "contrastive", self._topology)
+        config, mesh = self._config.distill, self._mesh
         rows = config.batch_size
         check_rows(rows, mesh, "contrastive", "queries")
         retriever = training_retriever(self.retriever, self._config.contrastive)

@@ -33,6 +33,7 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         policy = PolicyShapes(config, topology, generator)
         # Texts are rewarded, and learned from, while the engine waits for the next step.
         rewarding = (*both, policy.engine_bytes, policy.state_bytes)
+        restore = policy.restore
         learning = {
             POLICY_DECODE: beside(policy.decode, *both, policy.state_bytes),
             **{
@@ -41,6 +42,7 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
             },
         }
     else:
+        restore = generator.restore
         # The base that is held is their own argument.
         learning = {
             "reference log-probabilities": beside(generator.reference, retriever.resident),
@@ -55,6 +57,13 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         "decode": beside(generator.decode, *both),
         **learning,
         "exact search": beside(retriever.search, *rewarding),
+        "rewards": beside(retriever.rewards, *rewarding),
+        "retriever restored": beside(
+            retriever.restore, retriever.beside_training, generator.resident
+        ),
+        "adapter restored": beside(restore, *both),
+        "base to the engine": beside(generator.to_engine, *both),
+        "adapter merged, to export": beside(generator.merge, *both),
     }
     if config.distill.epochs:
         programs["distillation step"] = beside(
@@ -62,4 +71,6 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         )
     if generator.gathers:
         programs["base to every host"] = beside(generator.gather, *both)
+    if retriever.gathers:
+        programs["retriever to every host"] = beside(retriever.gather, *both)
     return programs

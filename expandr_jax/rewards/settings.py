@@ -14,6 +14,11 @@ class CandidatesSettings(SamplingSettings):
     temperatures: Annotated[tuple[float, ...], several(NOT_NEGATIVE)]
     per_temperature: Annotated[int, count(1, MANY)]
 
+    @property
+    def all_temperatures(self) -> list[float]:
+        """The temperature of each of a query's candidates."""
+        return [t for t in self.temperatures for _ in range(self.per_temperature)]
+
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSettings(SamplingSettings):

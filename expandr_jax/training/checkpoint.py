@@ -51,7 +51,7 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _checksum_program(mesh: Mesh | None) -> Callable[..., Any]:
+def checksum_program(mesh: Mesh | None) -> Callable[..., Any]:
     """`_checksum`; with a mesh, of an array that several processes hold: each of them knows it."""
     return jax.jit(_checksum, out_shardings=replicated(mesh) if mesh else None)
 
@@ -66,7 +66,7 @@ def checksum_tree(tree: Any) -> tuple[str, list[str]]:
     digest, bad = hashlib.sha256(), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name, leaf = jax.tree_util.keystr(path), jnp.asarray(leaf)
-        program = _checksum_program(None if leaf.is_fully_addressable else leaf.sharding.mesh)
+        program = checksum_program(None if leaf.is_fully_addressable else leaf.sharding.mesh)
         # One after another: many small programs at once that sum over the same devices can wait
         # for each other without end where the devices are a processor's.
         sums, finite = jax.device_get(program(leaf))
