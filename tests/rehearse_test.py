@@ -21,6 +21,7 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.commands import ROOT, command, error_of
 from tests.eight_devices import QUIET
 from train import rehearse
+from train.counts import full_counts
 from train.launch import EXIT_DOES_NOT_FIT, output_file
 
 COUNTS = Counts(documents=200, retriever_train=30, generator_train=10, dev=4, test=6)
@@ -140,9 +141,9 @@ def test_each_stage_has_what_was_its_own(tmp_path):
 
 
 def test_counts_are_what_is_given_then_the_limits_then_the_papers(config):
-    counts = rehearse.full_counts(config, {"documents": 5000, "dev": None})
+    counts = full_counts(config, {"documents": 5000, "dev": None})
     assert counts == Counts(5000, 32, 8, 8, 16)
-    paper = rehearse.full_counts(read_config(llama3_8b_anchordr.get_config()), {})
+    paper = full_counts(read_config(llama3_8b_anchordr.get_config()), {})
     assert paper == Counts(8_841_823, 637_866, 100_000, 1000, 1000)
 
 

@@ -7,6 +7,8 @@ or devices of this machine ("cpu:8", "gpu:4", "tpu"). No weights are read and no
 With --search it proposes mesh, micro-batch and recomputation for each phase; with --repeats it also
 runs what fits, on devices of this machine, and says how near to the bound that is. Exit status 1
 where something does not fit, 2 for a mistake in what was asked.
+
+A second table has what each stage takes of the hosts: memory, disk, files, network, seconds.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
+from expandr_jax.planning.hosts import host_rows, show_hosts
 from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned
 from expandr_jax.planning.planned_policy import OLD, POLICY_DECODE, POLICY_STEP, REFERENCE
 from expandr_jax.planning.programs import planned_programs
@@ -36,6 +39,7 @@ from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.sharding import batch_divisor, bytes_on_device
+from train.counts import define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
 
 # The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
@@ -288,12 +292,20 @@ def show_proposals(proposals: Sequence[Mapping[str, Any]], console: Console) -> 
 
 
 def misfits(result: Mapping[str, Any]) -> list[str]:
-    """What does not fit, and what to change, a line for each program."""
+    """What does not fit, and what to change, a line for each program and stage of the hosts."""
     return [
-        f"{row['program']}: needs {row['bytes_total'] / GIB:.2f} GiB a device of "
-        f"{row['bytes_capacity'] / GIB:.2f}; try {row['change']}"
-        for row in result["rows"]
-        if not row["fits"]
+        *(
+            f"{row['program']}: needs {row['bytes_total'] / GIB:.2f} GiB a device of "
+            f"{row['bytes_capacity'] / GIB:.2f}; try {row['change']}"
+            for row in result["rows"]
+            if not row["fits"]
+        ),
+        *(
+            f"{row['stage']}: a process needs {row['bytes_memory'] / GIB:.2f} GiB of its host's "
+            f"{row['bytes_capacity'] / GIB:.4g}; try hosts with more memory, or less data"
+            for row in result.get("hosts", ())
+            if not row["fits"]
+        ),
     ]
 
 
@@ -317,9 +329,15 @@ def main(_: Any) -> None:
     log = plain_console(stderr=True)
     result = plan(config, topology, log, values.only, values.repeats)
     proposals = propose(config, topology, log) if values.search else []
+    if not values.only:
+        memory = values.host_memory * GIB
+        hosts = host_rows(config, told_counts(config), topology, memory)
+        result["hosts"] = [{**dataclasses.asdict(row), "fits": row.fits} for row in hosts]
     if out is not None:
         write_json(out, {**result, "proposals": proposals})
     show(result, console)
+    if not values.only:
+        show_hosts(result["hosts"], console)
     if values.search:
         show_proposals(proposals, console)
     for line in lost(result["rows"]):
@@ -331,6 +349,7 @@ def define_flags() -> None:
     define_config()
     flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {FORMS}.")
     flags.DEFINE_list("only", [], "Programs to compile, by their names in the table; all if empty.")
+    define_counts()
     flags.DEFINE_bool("search", False, "Propose meshes, micro-batch and recomputation, too.")
     flags.DEFINE_integer(
         "repeats", 0, "Times to run each program on the devices here; 0: compile only.",

@@ -42,29 +42,16 @@ from expandr_jax.planning.synthetic import Counts, write_collection
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import plain_console
+from train.counts import define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
 from train.policy import PHASE
 
-# The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
-PAPER = Counts(
-    documents=8_841_823, retriever_train=637_866, generator_train=100_000, dev=1000, test=1000
-)
 PROGRAM = "train.rehearsed"
 SECONDS_BETWEEN_LOOKS = 0.5
 LINES_SHOWN = 15  # Of what a process printed that failed.
 # Of on-policy training, whose steps are as large at every scale. The first compiles its programs.
 POLICY_STEPS = 3
 PARTS = ("sampling", "encoding", "search", "update")  # Of such a step, as metrics.jsonl has them.
-
-
-def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
-    """What a run of the config has: what is given, else its own limits, else the paper's."""
-    data = config.data
-    counts = dataclasses.asdict(PAPER)
-    for name in counts:
-        limit = getattr(data, f"max_{name}", 0)
-        counts[name] = given.get(name) or limit or counts[name]
-    return Counts(**counts)
 
 
 def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> None:
@@ -302,8 +289,7 @@ def main(_: Any) -> None:
         scales = [float(text) for text in values.scale]
     except ValueError:
         raise UserError(f"--scale={','.join(values.scale)}: expected numbers") from None
-    given = {name: getattr(values, name) for name in dataclasses.asdict(PAPER)}
-    counts = full_counts(config, given)
+    counts = told_counts(config)
     limits = {
         "memory_bytes": values.host_memory * GIB,
         "device_bytes": values.device_memory * GIB,
@@ -324,14 +310,8 @@ def define_flags() -> None:
     define_config()
     flags.DEFINE_list("scale", ["0.003", "0.01", "0.03"], "Shares of the full counts, rising.")
     flags.DEFINE_integer("processes", 4, "Processes on this machine, a host's each.", lower_bound=1)
-    flags.DEFINE_float("host_memory", 192.0, "GiB of a host; 192 has one of 4 v5e chips.")
+    define_counts()
     flags.DEFINE_float("device_memory", 15.75, "GiB of a device, for one buffer of it; v5e's.")
-    for name, number in dataclasses.asdict(PAPER).items():
-        what = "Documents" if name == "documents" else f"Queries, {name.replace('_', ' ')}"
-        limit = "" if name == "documents" else f"the config's data.max_{name}, or "
-        flags.DEFINE_integer(
-            name, None, f"{what}, at scale 1; if not given: {limit}{number}.", lower_bound=1
-        )
     flags.DEFINE_string("scratch", None, "Where the runs are made; the system's, if not given.")
     flags.DEFINE_string("out", None, "Where to write what was found, as JSON.")
 

@@ -1,0 +1,245 @@
+"""What a run takes of each host, reckoned from its config and how much data it has.
+
+A row a stage: what a process holds at most meanwhile, what the stage leaves in the workdir, what a
+host has to fetch from others, and the seconds that are in no compiled program. They follow from the
+sizes of arrays and texts, and from a few constants. What a process really holds at small scales is
+what `train.rehearse` measures.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from expandr_jax.config import Config
+from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_retriever import RetrieverShapes
+from expandr_jax.planning.synthetic import Counts
+from expandr_jax.planning.topology import Topology
+from expandr_jax.ranking.systems import ALL_LABELS, UNTRAINED, parse_systems
+from expandr_jax.report.tables import Bold, render
+from expandr_jax.rewards.search import BLOCK_ROWS, BLOCKS
+from expandr_jax.runtime.chips import GIB
+from expandr_jax.vectors.encoder import BLOCK
+from expandr_jax.vectors.stored import storage_type
+
+# Bytes.
+START = GIB  # Of a process: its libraries, and the programs that it has compiled.
+TOKEN = 5  # Of a token as text.
+NUMBER = 36  # Of a token's number in a list.
+ENTRY = 300  # Of a text beside its letters, with its id and its place in a mapping.
+LINE = 200  # Of a line of JSON beside its text.
+INDEX = 80  # Of a text in a journal, while it is put in order.
+PLACE = 40  # Of a document, while its store is written.
+FOUND = 60  # Of a line of a ranking, and half of what it is in memory.
+FILES = 16  # In a checkpoint, for each process.
+# Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
+SECONDS = {
+    "document read": 0.03, "text encoded": 0.35, "text sampled": 0.06, "example": 1.1,
+    "candidate rewarded": 0.03, "query ranked": 0.23, "MB exported": 0.71,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRow:
+    """A stage of a run, as its hosts have it.
+
+    Attributes:
+        stage: Its name.
+        bytes_memory: Of a process, at most.
+        bytes_disk: That it adds to the workdir.
+        files: That it adds there.
+        bytes_network: That the host which fetches most has from others, in all.
+        seconds: In no compiled program.
+        bytes_capacity: Memory of a host.
+    """
+
+    stage: str
+    bytes_memory: float
+    bytes_disk: float
+    files: int
+    bytes_network: float
+    seconds: float
+    bytes_capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes_memory <= self.bytes_capacity
+
+
+class _Stages:
+    """Makes the rows, of which each holds what all do."""
+
+    def __init__(self, held: float, hosts: int, memory: float):
+        self.rows: list[HostRow] = []
+        self.hosts, self._held, self._memory = hosts, held, memory
+
+    def add(
+        self,
+        stage: str,
+        *,
+        memory: float = 0,
+        disk: float = 0,
+        files: int = 0,
+        network: float = 0,
+        seconds: float = 0,
+    ) -> None:
+        """`network` is what a host fetches that has nothing yet; with one host nothing is."""
+        network *= (self.hosts - 1) / self.hosts
+        values = self._held + memory, disk, files, network, seconds, self._memory
+        self.rows.append(HostRow(stage, *values))
+
+    def add_sampled(self, stage: str, texts: int, tokens: int, copies: int = 1) -> None:
+        """A stage whose texts are divided, and end in a journal; `copies`: files with all."""
+        size = texts * (tokens * TOKEN + LINE)
+        seconds = SECONDS["text sampled"] * texts / self.hosts / 1000
+        self.add(stage, memory=INDEX * texts, disk=copies * size, files=copies, network=size,
+                 seconds=seconds)  # fmt: skip
+
+
+def host_rows(config: Config, counts: Counts, topology: Topology, memory: float) -> list[HostRow]:
+    """The rows of a run's stages, in their order.
+
+    Args:
+        config: The whole config.
+        counts: What there is of its data.
+        topology: What the hosts are counted by.
+        memory: Bytes that each has.
+
+    Raises:
+        UserError: No shape of a model is found.
+    """
+    retriever, generator = RetrieverShapes(config, topology), GeneratorShapes(config, topology)
+    hosts, longest = topology.hosts, config.retriever.max_length
+    base, encoder = _bytes(generator.params), _bytes(retriever.params)
+    width = retriever.retriever.module.config.hidden_size
+    document, query = longest * TOKEN, config.dpo.prompt_length * TOKEN
+    named = set[str]().union(*(s.retrievers for s in parse_systems(config.evaluation.systems)))
+    baselines = named & {"fine-tuned", ALL_LABELS}
+    trained = config.rounds + len(baselines)
+    encoded = config.rounds + len(baselines)
+    encoded += bool(config.mining.per_query or UNTRAINED in named)
+    all_queries = sum(dataclasses.astuple(counts)[1:])
+    # Queries and judgements, every retriever, and where devices share the base, all of it, too.
+    held = START + all_queries * (query + 2 * ENTRY) + (1 + trained) * encoder
+    stages = _Stages(held + (base if hosts > 1 else 0), hosts, memory)
+    texts = counts.documents * document
+    written = all_queries * (query + 2 * LINE)
+    stages.add(
+        "data", memory=counts.documents * PLACE + all_queries * ENTRY, disk=2 * texts + written,
+        files=9, network=written, seconds=SECONDS["document read"] * counts.documents / 1000,
+    )  # fmt: skip
+    stages.add("models", memory=_largest(generator.params), network=base + encoder)
+    kind, shape = storage_type(config.retriever.vectors, width)
+    vectors = counts.documents * kind.itemsize * math.prod(shape)
+    stages.add(
+        f"corpus, encoded {encoded} times",
+        memory=BLOCK * (document + longest * NUMBER + 3 * 4 * width),
+        disk=encoded * vectors, files=2 * encoded, network=encoded * (texts / hosts + vectors),
+        seconds=encoded * SECONDS["text encoded"] * counts.documents / hosts / 1000,
+    )  # fmt: skip
+    new, samples = config.expansion.max_new_tokens, config.expansion.train_samples
+    expanded = config.rounds * counts.retriever_train * samples
+    stages.add_sampled("expansions", expanded, new, copies=2)
+    each = 1 + samples + config.contrastive.negatives
+    example = (1 + each) * ENTRY + query + each * (document + 4 * longest)
+    kept, state = config.keep + 1, 3 * _bytes(retriever.trained)
+    stages.add(
+        f"step A, {trained} trainings",
+        memory=counts.retriever_train * example + 2 * state / hosts,
+        disk=trained * kept * state, files=trained * kept * FILES * hosts,
+        network=trained * encoder,
+        seconds=trained * SECONDS["example"] * counts.retriever_train / 1000,
+    )  # fmt: skip
+    _add_step_b(stages, config, counts, width, generator)
+    asked = (counts.dev + counts.test) * max(config.evaluation.samples)
+    generators = len({leaf.generator for s in parse_systems(config.evaluation.systems)
+                      for leaf in s.leaves if leaf.strategy})  # fmt: skip
+    stages.add_sampled("expansions for evaluation", generators * asked, new, copies=2)
+    systems, queries = len(config.evaluation.systems), counts.dev + counts.test
+    ranked = systems * queries * config.evaluation.depth
+    stages.add(
+        "evaluation", memory=2 * FOUND * ranked + 3 * 4 * width * (queries + asked),
+        disk=FOUND * ranked, files=systems + 6, network=4 * width * systems * (queries + asked),
+        seconds=SECONDS["query ranked"] * systems * queries / 1000,
+    )  # fmt: skip
+    size = jnp.dtype(config.export.dtype).itemsize
+    exported = _bytes(generator.params, size) + _bytes(retriever.params, size)
+    stages.add("export", memory=3 * _largest(generator.params), disk=exported, files=30,
+               seconds=SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
+    return stages.rows
+
+
+def _add_step_b(
+    stages: _Stages, config: Config, counts: Counts, width: int, generator: GeneratorShapes
+) -> None:
+    """The rows of a run's step B, of all rounds together."""
+    new, kept = config.rewarded.max_new_tokens, config.keep + 1
+    state, text = 3 * _bytes(generator.adapter), new * TOKEN
+    saved = {"disk": config.rounds * kept * state, "files": config.rounds * kept * FILES}
+    if config.step_b == "grpo":
+        texts = config.grpo.queries * config.grpo.samples
+        step = texts * (text + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
+        stages.add("GRPO", memory=step + 2 * state, network=config.grpo.steps * step, **saved)
+        return
+    asked, number = counts.generator_train, len(config.candidates.all_temperatures)
+    texts = config.rounds * asked * number
+    stages.add_sampled("candidates", texts, new)
+    stages.add_sampled("self-answers", config.rounds * asked, config.answer.max_new_tokens)
+    # A block's texts and vectors, and what is found for half of it.
+    block = BLOCKS * BLOCK_ROWS * (text + ENTRY + 6 * 4 * width)
+    block += BLOCK_ROWS * config.reward.depth * 16
+    lines = texts * (text + LINE)
+    stages.add(
+        "rewards", memory=block + INDEX * texts / config.rounds,
+        disk=lines + config.rounds * asked * 2 * (text + LINE), files=2 * config.rounds,
+        network=config.rounds * asked * (number + 2) * 4 * width,
+        seconds=(SECONDS["candidate rewarded"] + SECONDS["text encoded"] / stages.hosts)
+        * texts / 1000,
+    )  # fmt: skip
+    prompt, response = config.dpo.prompt_length, config.dpo.response_length
+    pair = 3 * ENTRY + (prompt + 2 * response) * (TOKEN + 4)
+    stages.add("step B's training", memory=asked * pair + 2 * state,
+               seconds=SECONDS["example"] * config.rounds * asked / 1000, **saved)  # fmt: skip
+
+
+def _bytes(tree: Any, itemsize: int | None = None) -> int:
+    """Bytes of a tree of shapes, in the type of each or in one for all."""
+    return sum(leaf.size * (itemsize or leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+
+
+def _largest(params: Mapping[str, Any]) -> int:
+    """Bytes of a base's largest tensor in float32, of one layer where layers are stacked."""
+    layers = (leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(params["layers"]))
+    others = (tree for name, tree in params.items() if name != "layers")
+    return 4 * max(*layers, *(leaf.size for leaf in jax.tree.leaves([*others])))
+
+
+def show_hosts(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Prints the rows as a table, and what they come to."""
+    header = ("stage", "memory of a process", "fits", "disk", "files", "network of a host",
+              "s outside programs")  # fmt: skip
+    cells = [
+        [
+            row["stage"],
+            f"{row['bytes_memory'] / GIB:.2f}",
+            "yes" if row["fits"] else Bold("NO"),
+            f"{row['bytes_disk'] / GIB:.2f}",
+            f"{row['files']}",
+            f"{row['bytes_network'] / GIB:.2f}",
+            f"{row['seconds']:.0f}",
+        ]
+        for row in rows
+    ]
+    whole = {name: sum(row[name] for row in rows)
+             for name in ("bytes_disk", "files", "bytes_network", "seconds")}  # fmt: skip
+    cells.append(
+        ["all", "", "", f"{whole['bytes_disk'] / GIB:.2f}", f"{whole['files']}",
+         f"{whole['bytes_network'] / GIB:.2f}", f"{whole['seconds']:.0f}"]
+    )  # fmt: skip
+    title = f"hosts: GiB, of {rows[0]['bytes_capacity'] / GIB:.4g} of memory"
+    console.print(render(title, header, cells))

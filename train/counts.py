@@ -1,0 +1,41 @@
+"""How much data a run has at its full size, as the programs that look ahead are told."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from absl import flags
+
+from expandr_jax.config import Config
+from expandr_jax.planning.synthetic import Counts
+
+# The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
+PAPER = Counts(
+    documents=8_841_823, retriever_train=637_866, generator_train=100_000, dev=1000, test=1000
+)
+
+
+def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
+    """What a run of the config has: what is given, else its own limits, else the paper's."""
+    counts = dataclasses.asdict(PAPER)
+    for name in counts:
+        limit = getattr(config.data, f"max_{name}", 0)
+        counts[name] = given.get(name) or limit or counts[name]
+    return Counts(**counts)
+
+
+def told_counts(config: Config) -> Counts:
+    """The same, as the flags have it."""
+    return full_counts(
+        config, {name: flags.FLAGS[name].value for name in dataclasses.asdict(PAPER)}
+    )
+
+
+def define_counts() -> None:
+    """Defines a flag for each number, and the memory of a host."""
+    flags.DEFINE_float("host_memory", 192.0, "GiB of a host; 192 has one of 4 v5e chips.")
+    for name, number in dataclasses.asdict(PAPER).items():
+        what = "Documents" if name == "documents" else f"Queries, {name.replace('_', ' ')}"
+        limit = "" if name == "documents" else f"the config's data.max_{name}, or "
+        flags.DEFINE_integer(
+            name, None, f"{what}, in all; if not given: {limit}{number}.", lower_bound=1
+        )
