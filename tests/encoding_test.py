@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.serving.queries import QueryEncoder
-from expandr_jax.sharding import make_mesh
+from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.vectors import encoder as vectors_encoder
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
@@ -51,6 +51,23 @@ def test_eight_devices_give_the_same_vectors(tiny):
     one = encoder(retriever).encode(params, TEXTS, "document")
     eight = encoder(retriever, 8).encode(params, TEXTS, "document")
     np.testing.assert_allclose(one, eight, atol=1e-6)
+
+
+def test_a_batch_is_on_its_devices_before_a_program_has_it(tiny, monkeypatch):
+    """From several processes, each with several devices, JAX takes no arrays of a host there."""
+    retriever, params = tiny
+    two, seen = encoder(retriever, 2), []
+
+    def embed(params, *arrays):
+        seen.extend(arrays)
+        return retriever.embed(params, *arrays)
+
+    monkeypatch.setattr(two, "_embed", embed)
+    two.encode(params, TEXTS, "document")
+    assert seen
+    for array in seen:
+        assert isinstance(array, jax.Array)
+        assert array.sharding.is_equivalent_to(batch_sharding(two.mesh), 2)
 
 
 def test_queries_are_cut_to_a_length_of_their_own(tiny):

@@ -77,8 +77,10 @@ class TextEncoder:
         """
         # A training step may have spread them over more devices.
         params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
+        rows = batch_sharding(self.mesh)
         running = (
-            ([first + i for i in indices], self._embed(params, ids, mask))
+            # Of several processes none may hand arrays of the host to a program of its devices.
+            ([first + i for i in indices], self._embed(params, *jax.device_put((ids, mask), rows)))
             for first in range(0, len(texts), BLOCK)
             for indices, ids, mask in self._batches(
                 self.retriever.token_ids(texts[first : first + BLOCK], kind, cut)
