@@ -22,6 +22,7 @@ from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, select_pairs
 from expandr_jax.runtime.code import keep_code
+from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import Kind, Progress
@@ -119,6 +120,7 @@ def make_preferences(
                     continue
                 made += judge(block, vectors, write_groups, write_pairs)
                 del vectors  # The next block's come before these would be let go.
+                trim_memory()  # A block's texts leave gaps, of which another one fills a part.
         counts = ", ".join(f"{dropped[reason]} {reason}" for reason in REASONS)
         said = f"{made} pairs of {len(ids)} queries; dropped: {counts}"
         run.processes.once(lambda: run.reporter.say(said))
