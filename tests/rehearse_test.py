@@ -167,6 +167,8 @@ def test_on_policy_steps_are_few_and_their_queries_are_there(config, tmp_path):
         rehearse.check_counts(config, Counts(5000, 320, 80, 80, 80), (0.1, 0.2, 0.3))
     changes = rehearse._changes(config, COUNTS, tmp_path, tmp_path)
     assert changes["grpo.steps"] == 3 < changes["grpo.watch_steps"]
+    assert config.contrastive.epochs == config.dpo.epochs == 2.0
+    assert changes["contrastive.epochs"] == changes["dpo.epochs"] == 1.0
     with_settings(config, changes)  # They are settings that there are.
 
 

@@ -51,6 +51,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 LINES_SHOWN = 15  # Of what a process printed that failed.
 # Of on-policy training, whose steps are as large at every scale. The first compiles its programs.
 POLICY_STEPS = 3
+MOST_EPOCHS = 1.0  # Of a training.
 PARTS = ("sampling", "encoding", "search", "update")  # Of such a step, as metrics.jsonl has them.
 
 
@@ -193,6 +194,9 @@ def _changes(
         "generator.source": str(models / "generator"),
         "generator.sha256": None,
         "generator.server.url": "",
+        # Another pass over the same examples takes nothing but time.
+        "contrastive.epochs": min(config.contrastive.epochs, MOST_EPOCHS),
+        "dpo.epochs": min(config.dpo.epochs, MOST_EPOCHS),
         "grpo.steps": min(config.grpo.steps, POLICY_STEPS),
         # What a random model writes says nothing of a collapse.
         "grpo.watch_steps": POLICY_STEPS + 1,
