@@ -165,7 +165,7 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
     assert written() == whole
     # One for the candidates of a block, one for a vector a query, whatever the number of blocks.
     assert evidence._normalized._cache_size() <= programs + 2
-    candidates = len(preferences._temperatures(run))
+    candidates = len(run.config.candidates.all_temperatures)
     assert max(encoded) == size * (candidates + 1)
     assert len(built) == 1  # BM25's index is for all blocks.
 
