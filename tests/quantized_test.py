@@ -237,6 +237,15 @@ def test_operations_and_adapters_are_those_of_whole_kernels(source):
     assert made["float32"] == made["nf4"]
 
 
+def test_four_bits_of_a_model_are_near_its_weights(source):
+    whole, params = (load_model(source, dtype=dtype)[1] for dtype in (jnp.float32, "nf4"))
+    whole, found = (traverse_util.flatten_dict(t) for t in (whole, dequantized(params, "nf4")))
+    assert found.keys() == whole.keys()
+    for path, leaf in whole.items():
+        greatest = np.abs(leaf).max(axis=-2, keepdims=True) if path[-1] == "kernel" else 0
+        assert (np.abs(found[path] - leaf) <= 0.153 * greatest).all(), path
+
+
 def test_odd_widths_are_refused(source):
     module, _, _ = load_model(source)
     module = module.clone(config=dataclasses.replace(module.config, mlp_dim=33))
