@@ -47,5 +47,5 @@ def get_config(name: str = "scifact") -> ml_collections.ConfigDict:
     config = beir.get_config()
     config.data.url = ADDRESS.format(name)
     config.data.md5 = MD5[name]
-    config.evaluation.drop_identical_ids = name in ("arguana", "quora")  # As BEIR's code does.
+    config.evaluation.drop_identical_ids = name in beir.OF_OWN_DOCUMENTS
     return config

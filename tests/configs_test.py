@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import base, public, pydoc, quickstart, smoke, strategies
+from configs import base, beir, bright, public, pydoc, quickstart, smoke, strategies, table
 from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.search import ExactOptions, ScannOptions
@@ -45,6 +45,21 @@ def test_public_archives_have_an_address_and_a_hash():
     assert len({*public.MD5.values()}) == len(public.MD5)
     with pytest.raises(UserError, match=r"configs/public\.py:x: expected one of msmarco, "):
         public.get_config("x")
+
+
+def test_queries_that_are_documents_do_not_find_themselves():
+    """Those of ArguAna and Quora, as BEIR's authors say of its sets (beir#72)."""
+
+    def leaves_out(config):
+        return config.evaluation.drop_identical_ids
+
+    assert {n for n in public.MD5 if leaves_out(public.get_config(n))} == {"arguana", "quora"}
+    for make in (beir.get_config, table.get_config):
+        found = {n for n in public.MD5 if leaves_out(make(f"data/{n}"))}
+        assert found == {"arguana", "quora"}
+        assert leaves_out(make("data/ArguAna.zip"))
+        assert not leaves_out(make("data/arguana/mine"))
+    assert not leaves_out(bright.get_config("arguana"))
 
 
 def test_every_setting_is_read():

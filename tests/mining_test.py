@@ -99,19 +99,19 @@ class Read(collections.UserList):
         return super().__getitem__(row)
 
 
-def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkeypatch):
-    vectors = np.random.default_rng(0).normal(size=(3_000, 8)).astype(np.float32)
-    ids = [f"d{row}" for row in range(len(vectors))]
+def mined(tmp_path, monkeypatch, ids, vectors, queries, **evaluation):
+    """What is mined for two queries, whose vectors and relevant documents are rows 0 and 1."""
     config = base.get_config()
     config.search.backend = "exact"
     config.mining.update({"per_query": 3, "depth": 20, "first": 0})
+    config.evaluation.update(evaluation)
     config = read_config(config)
     corpus, texts = Corpus(ids, vectors, config.search), Read(f"text of {d}" for d in ids)
     monkeypatch.setattr("train.negatives.texts_of", lambda _: texts)
     data = types.SimpleNamespace(
-        retriever_train=["q0", "q1"],
+        retriever_train=queries,
         queries=list,
-        positives=lambda query: [f"d{query[1:]}"],
+        positives=lambda query: [ids[int(query[1:])]],
         collection=types.SimpleNamespace(corpus=dict.fromkeys(ids, "")),
     )
     reporter = types.SimpleNamespace(
@@ -123,5 +123,23 @@ def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkey
     )
     _mine(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
     rows = [row for _, row in read_jsonl(tmp_path / "triples.jsonl", {"neg": list})]
-    assert [len(row["neg"]) for row in rows] == [3, 3]
+    return [row["neg"] for row in rows], texts
+
+
+def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(3_000, 8)).astype(np.float32)
+    ids = [f"d{row}" for row in range(len(vectors))]
+    found, texts = mined(tmp_path, monkeypatch, ids, vectors, ["q0", "q1"])
+    assert list(map(len, found)) == [3, 3]
     assert len(texts.read) <= 2 * (1 + 3)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_query_is_no_negative_of_itself(tmp_path, monkeypatch, drop):
+    """As in ArguAna, where each query is a document, by its own id."""
+    vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    ids = [f"d{row}" for row in range(30)]
+    ids[20], vectors[20] = "q0", 0.99 * vectors[0]
+    found, _ = mined(tmp_path, monkeypatch, ids, vectors, ["q0", "q1"], drop_identical_ids=drop)
+    assert ("text of q0" in found[0]) != drop
+    assert list(map(len, found)) == [3, 3]

@@ -82,6 +82,10 @@ def _mine(
     def search() -> None:
         row_of = rows_of(data.collection.corpus)
         relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
+        known = relevant
+        if run.config.evaluation.drop_identical_ids:  # A query is no negative of itself.
+            own_rows = ([row_of[query]] if query in row_of else [] for query in ids)
+            known = [rows + more for rows, more in zip(relevant, own_rows, strict=True)]
         scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
         own = corpus.vectors[[documents[0] for documents in relevant]]
         texts = texts_of(data.collection.corpus)
@@ -89,7 +93,7 @@ def _mine(
             scores,
             found,
             np.sum(queries * own, axis=1),
-            relevant,
+            known,
             texts,
             count=config.per_query,
             first=config.first,
