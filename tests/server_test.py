@@ -203,6 +203,8 @@ def test_a_server_that_asks_for_a_pause_gets_it(server, engine):
         (422, "`inputs` must have less than 16 tokens. Given: 20"),
         (400, "The input (20 tokens) is longer than the model's context length (16 tokens)."),
         (413, "no"),
+        (200, json.dumps({"error": {"message": "The prompt is too long for 16 tokens"}})),
+        (200, json.dumps({"object": "error", "message": "maximum context length is 16 tokens"})),
     ],
 )
 def test_a_prompt_that_is_too_long_for_the_server_fails_alone(server, engine, status, complaint):

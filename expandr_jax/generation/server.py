@@ -229,7 +229,10 @@ class ServerEngine:
             with self._opener.open(request, timeout=self._settings.timeout) as response:
                 content = response.read()
         except urllib.error.HTTPError as error:
-            complaint = f"HTTP status {error.code}: {self._shown(error)}"
+            content = b""
+            with contextlib.suppress(OSError, http.client.HTTPException), error:
+                content = error.read()
+            complaint = f"HTTP status {error.code}: {self._shown(content)}"
             if error.code in RETRIED or error.code >= 500:
                 raise _Failure(complaint, _pause(error.headers.get("Retry-After"))) from None
             if error.code == 413 or (error.code in (400, 422) and _TOO_LONG.search(complaint)):
@@ -239,19 +242,21 @@ class ServerEngine:
             reason = getattr(error, "reason", None) or error
             raise _Failure(f"{type(reason).__name__} {reason}".strip()) from None
         try:
-            choice = json.loads(content)["choices"][0]
+            answer = json.loads(content)
+            # Some say so of an error with the status of success.
+            if "choices" not in answer and _TOO_LONG.search(self._shown(content)):
+                return {"text": "", "finished": "refused"}
+            choice = answer["choices"][0]
             text = choice["text"].encode(errors="replace").decode()  # No unpaired surrogates.
             end = choice["finish_reason"]
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise _Failure("an answer that is not a completion") from None
+            what = f"an answer that is not a completion: {self._shown(content)}"
+            raise _Failure(what) from None
         if end not in tuple(ENDS):  # It may be anything that JSON can say.
             raise _Failure(f"a text that is not complete: its finish_reason is {end!r}")
         return {"text": text, "finished": ENDS[end]}
 
-    def _shown(self, error: urllib.error.HTTPError) -> str:
+    def _shown(self, content: bytes) -> str:
         """The beginning of what the server says, on one line and without the key."""
-        content = b""
-        with contextlib.suppress(OSError, http.client.HTTPException), error:
-            content = error.read()
         text = " ".join(content.decode(errors="replace").split())
         return (text.replace(self._key, "***") if self._key else text)[:SHOWN]
