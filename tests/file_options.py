@@ -33,8 +33,8 @@ TEXTS = [
     "how do I invert a matrix quickly, and then store it? " * 3,
 ]  # fmt: skip
 PROMPT = "how do I invert a matrix, and then store it?"
-# What is compared: vectors without and with a Normalize module, or a chat model's logits.
-KINDS = ("vectors", "Normalize", "logits")
+# What is compared: vectors without and with a module behind pooling, or a chat model's logits.
+KINDS = ("vectors", "Normalize", "Dense", "logits")
 TOLERANCE = 1e-4
 
 
@@ -165,6 +165,19 @@ def sentence_options() -> list[Option]:
     ]  # fmt: skip
 
 
+def dense_options() -> list[Option]:
+    """What a Dense module's file may say."""
+    file, torch = "2_Dense/config.json", "torch.nn.modules"
+    activations = (f"{torch}.linear.Identity", f"{torch}.activation.GELU", "mine.Swish")
+    return [
+        *setting(file, "activation_function", *activations),
+        *setting(file, "bias", False), *setting(file, "use_residual", True, False, None),
+        *setting(file, "in_features", 16), *setting(file, "out_features", 16),
+        *setting(file, "module_input_name", "token_embeddings"),
+        *setting(file, "module_output_name", "sentence_embedding", None, "other"),
+    ]  # fmt: skip
+
+
 def chat_options() -> list[Option]:
     """What generation_config.json may say."""
     file = "generation_config.json"
@@ -228,13 +241,14 @@ def combinations(count: int, seed: int) -> list[tuple[str, str, tuple[Option, ..
 
     for number in range(count):
         family = families[number % len(families)]
-        kinds = KINDS if family in tiny_models.DECODERS else KINDS[:2]
+        kinds = KINDS if family in tiny_models.DECODERS else KINDS[:-1]
         kind = draw.choice(kinds)
         fields = [*class_options(family), *model_options(family)]
         if kind == "logits":
             fields += chat_options()
             first = draw.choice(chat_options() if draw.random() < 0.4 else fields)
         else:
+            fields += dense_options() if kind == "Dense" else []
             first = next(filter(fits, turns)) if draw.random() < 0.6 else draw.choice(fields)
             fields += shared
         others = [
@@ -250,7 +264,7 @@ def combinations(count: int, seed: int) -> list[tuple[str, str, tuple[Option, ..
 def write(directory: pathlib.Path, family: str, kind: str, options: Sequence[Option]) -> None:
     """A model of the family and the files beside it, with what options change in the model."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     model = directory / "model"
@@ -261,7 +275,8 @@ def write(directory: pathlib.Path, family: str, kind: str, options: Sequence[Opt
         tiny_models.save(directory / "base", family, **changes)
         transformer = Transformer(str(directory / "base"), max_seq_length=40)
         modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
-        modules += [Normalize()] if kind == "Normalize" else []
+        behind = {"Normalize": Normalize, "Dense": lambda: Dense(32, 24)}
+        modules += [behind[kind]()] if kind in behind else []
         whole = SentenceTransformer(modules=modules, device="cpu")
         whole.save(str(model), create_model_card=False)
 

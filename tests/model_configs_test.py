@@ -2,6 +2,7 @@
 
 import pytest
 
+from expandr_jax.errors import UserError
 from expandr_jax.weights.families import model_config
 from expandr_jax.weights.fields import Fields
 from tests.mutations_test import complaint_of
@@ -56,6 +57,15 @@ def read_config(kind, **fields):
     fields = {**CONFIGS[kind], **fields}
     config = Fields({k: v for k, v in fields.items() if v is not ...}, "model/config.json")
     return model_config(config, kind)
+
+
+def test_a_model_of_its_own_code_is_refused():
+    """transformers takes its own class of that type without a word, where code is not trusted."""
+    for name in ("AutoModel", "AutoModelForCausalLM"):
+        message = r"^model/config.json: auto_map names a class .* 'mine.Model', .* 'qwen2'$"
+        with pytest.raises(UserError, match=message):
+            read_config("qwen2", auto_map={"AutoConfig": "mine.Config", name: "mine.Model"})
+    assert read_config("qwen2", auto_map={"AutoConfig": "mine.Config"})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -89,6 +89,10 @@ def test_dense_layers_that_do_not_fit_are_refused(gtr):
     config.write_text(json.dumps({**settings, "activation_function": "torch.nn.ReLU"}))
     with pytest.raises(UserError, match=r"activation_function 'torch.nn.ReLU' is not supported"):
         load_retriever(str(directory))
+    for name, wrong in (("bias", True), ("in_features", 24), ("out_features", 32)):
+        config.write_text(json.dumps({**settings, name: wrong}))
+        with pytest.raises(UserError, match=f"2_Dense/config.json: {name} is {wrong}; expected"):
+            load_retriever(str(directory))
     config.write_text(json.dumps(settings))
     save_file({"linear.weight": np.zeros((24, 31), np.float32)}, weights)
     with pytest.raises(UserError, match=r"expected linear.weight of width 32 .* \(24, 31\)"):

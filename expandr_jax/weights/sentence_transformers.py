@@ -242,6 +242,7 @@ def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
     file = SafetensorsFile(path)
     arrays = {name: file.read(name) for name in file.entries}
     kernel, bias = arrays.pop("linear.weight", None), arrays.pop("linear.bias", None)
+    config = Fields.read(folder / "config.json")
     if kernel is None or arrays or kernel.ndim != 2 or kernel.shape[1] != width:
         raise UserError(
             f"{path}: expected linear.weight of width {width} and perhaps linear.bias, found "
@@ -249,6 +250,11 @@ def read_dense(folder: Path, width: int) -> dict[str, np.ndarray]:
         )
     if bias is not None and bias.shape != kernel.shape[:1]:
         raise UserError(f"{path}: linear.bias {bias.shape} does not fit {kernel.shape}")
+    for name, value in zip(("out_features", "in_features"), kernel.shape, strict=True):
+        if config.count(name, value) != value:
+            raise config.refuse(name, f"{value}, as linear.weight has it")
+    if config.flag("bias", True) != (bias is not None):
+        raise config.refuse("bias", f"{str(bias is not None).lower()}, as the tensors have it")
     params = {"kernel": np.ascontiguousarray(kernel.T)}
     if bias is not None:
         params["bias"] = bias

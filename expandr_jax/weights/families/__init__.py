@@ -54,6 +54,13 @@ def model_config(hf: Fields, kind: str | None) -> Any:
             f"{hf.where}: quantization_config says that the weights are quantized; take the model "
             "before that, or a GGUF file"
         )
+    own = hf.section("auto_map")
+    if classes := [own.values[name] for name in own.values if name.startswith("AutoModel")]:
+        raise UserError(
+            f"{hf.where}: auto_map names a class of the model's own code, {shown(classes[0])}, "
+            f"which is not run here and may compute something else: without auto_map it is "
+            f"transformers' {shown(kind)}"
+        )
     rope = hf.values.get("rope_scaling"), hf.values.get("rope_parameters")
     if rope[0] != rope[1] and all(rope):
         # transformers 5 drops rope_parameters for rope_scaling, and the base frequency with them.
