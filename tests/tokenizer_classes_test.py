@@ -17,9 +17,11 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer
 
 from eval import tiny_models
+from expandr_jax.errors import UserError
 from expandr_jax.weights.tokenizer import read_tokenizer
 from tests.file_options import edit
 
@@ -85,6 +87,9 @@ def unigrams(style):
         (unigrams, ("spaces",), ("XLMRobertaTokenizerFast",), "bert"),
         (unigrams, ("spaces", "bare"), ("CamembertTokenizer", "PreTrainedTokenizerFast"),
          "camembert"),
+        (unigrams, ("cut", "spaces"), ("LlamaTokenizerFast", "XLMRobertaTokenizer", None),
+         "modernbert"),
+        (pairs, ("old",), ("LlamaTokenizer",), "modernbert"),
     ],
 )  # fmt: skip
 def test_a_class_has_the_ids_of_transformers(tmp_path, make, styles, kinds, model_type):
@@ -105,8 +110,65 @@ def test_a_class_has_the_ids_of_transformers(tmp_path, make, styles, kinds, mode
                 found = read_tokenizer(tmp_path, model_type)
                 assert found(TEXTS)["input_ids"] == right, (style, kind, given)
                 changed += [row.ids for row in backend.encode_batch(TEXTS)] != right
-    if kinds != ("GemmaTokenizer",) and model_type != "mistral":
+    if kinds != ("GemmaTokenizer",) and model_type not in ("mistral", "modernbert"):
         assert changed
+
+
+def letters(_):
+    """Word pieces with letters of both cases, as the file has them."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abcABC", "\u00c9", "\u00e9", "e"]
+    words += [f"##{word}" for word in words[5:]]
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def roberta_bytes(_):
+    """Bytes with a space before each text, as the file has it."""
+    vocab = [*SPECIAL.values(), "<pad>", "<mask>", *sorted(ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(vocab)}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    return backend, ["<s>", "</s>", "<unk>", "<pad>", "<mask>"]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "model_type", "changes"),
+    [
+        (letters, None, "bert", True),
+        (letters, "DistilBertTokenizerFast", "bert", True),
+        (letters, "NoSuchTokenizer", "bert", False),
+        (letters, None, "modernbert", False),
+        (letters, "BertTokenizerFast", "modernbert", False),
+        (roberta_bytes, None, "roberta", True),
+        (roberta_bytes, "TokenizersBackend", "roberta", False),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_which_class_it_is(tmp_path, make, kind, model_type, changes, file):
+    """Named by tokenizer_config.json, else by config.json, else the family's, if it has one."""
+    backend, tokens = make(None)
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path / "tokenizer_config.json", **SPECIAL, **MORE)
+    edit(tmp_path / "config.json", model_type=model_type)
+    edit(tmp_path / file, **({"tokenizer_class": kind} if kind else {}))
+    texts = ["ab", "AB \u00c9 cA", " a"]
+    right = AutoTokenizer.from_pretrained(tmp_path)(texts, add_special_tokens=False)["input_ids"]
+    found = read_tokenizer(tmp_path, model_type)(texts, add_special_tokens=False)["input_ids"]
+    assert found == right
+    assert ([row.ids for row in backend.encode_batch(texts)] != right) == changes
+
+
+def test_unigrams_of_a_llama_are_as_their_file_has_them(tmp_path):
+    """As in version 4 of transformers; of 5, the class has pairs alone."""
+    backend, tokens = unigrams("cut")
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path / "tokenizer_config.json", **SPECIAL, tokenizer_class="LlamaTokenizer")
+    found = read_tokenizer(tmp_path, "llama")(TEXTS, add_special_tokens=False)["input_ids"]
+    assert found == [row.ids for row in backend.encode_batch(TEXTS, add_special_tokens=False)]
 
 
 def test_t5_cuts_at_white_space_whatever_its_file_says(tmp_path):
@@ -122,6 +184,27 @@ def test_t5_cuts_at_white_space_whatever_its_file_says(tmp_path):
     texts = [text for text in TEXTS if "\u00c9" not in text and "\u65e5" not in text]
     right = AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
     assert read_tokenizer(tmp_path, "t5")(texts)["input_ids"] == right
+
+
+def test_mistral_s_mended_pattern_is_in_the_file_or_refused(tmp_path):
+    """transformers patches it into the tokenizer of a config.json that an older version wrote."""
+    words = [*sorted(ByteLevel.alphabet()), *map("<{}>".format, range(100_000))]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    edit(tmp_path / "config.json", model_type="mistral")
+    cut = pre_tokenizers.Split(Regex(r"\p{L}+|."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path / "config.json", transformers_version="4.57.1")
+    edit(tmp_path / "tokenizer_config.json", fix_mistral_regex=False)
+    read_tokenizer(tmp_path, "mistral")
+    edit(tmp_path / "tokenizer_config.json", fix_mistral_regex=True)
+    with pytest.raises(UserError, match="fix_mistral_regex=True is not supported; transformers"):
+        read_tokenizer(tmp_path, "mistral")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    right = theirs(["aBc De fGH 123"])["input_ids"]
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", fix_mistral_regex=True)
+    assert read_tokenizer(tmp_path, "mistral")(["aBc De fGH 123"])["input_ids"] == right
 
 
 def test_a_field_that_nobody_knows_is_said(tmp_path, caplog):

@@ -17,23 +17,26 @@ from expandr_jax.weights.special_tokens import special_tokens
 logger = logging.getLogger(__name__)
 ANY_LENGTH = 2**31 - 1  # Of a text that no file limits; files and transformers have 1e30.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Classes that take tokenizer.json as it is; others make some of it anew, by the settings.
-_PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
-_BYTE_LEVEL = ("RobertaTokenizer", "RobertaTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
-_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
-# Classes of SentencePiece's unigrams, and the families whose class it is where none is named.
-_UNIGRAM = {
+# Classes that make some of tokenizer.json anew, by the settings; all others take it as it is.
+_WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
+_BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer")
+_UNIGRAM = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
+# Families whose class it is where none is named; and those that have none, whatever files name.
+_OF_FAMILY = {
+    "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
     "t5": "T5Tokenizer",
 }
+_PLAIN_FAMILIES = ("modernbert",)
 # Fields of tokenizer_config.json that are obeyed here, and those that change no ids.
 _KNOWN = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "do_lower_case",
-    "extra_special_tokens", "legacy", "model_input_names", "model_max_length", "padding_side",
-    "split_special_tokens", "strip_accents", "tokenize_chinese_chars", "tokenizer_class",
-    "truncation_side",
+    "extra_special_tokens", "fix_mistral_regex", "legacy", "model_input_names",
+    "model_max_length", "padding_side", "split_special_tokens", "strip_accents",
+    "tokenize_chinese_chars", "tokenizer_class", "truncation_side",
 )  # fmt: skip
 _UNREAD = (
     "auto_map", "backend", "chat_control_tokens", "do_basic_tokenize", "errors", "extra_ids",
@@ -44,6 +47,8 @@ _UNREAD = (
     "use_default_system_prompt", "use_fast", "vocab_file", "wordpieces_prefix",
 )  # fmt: skip
 _ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
+# Mistral's mended pattern tells cases apart; it is of tokenizers with more tokens than these.
+_MISTRAL_CUT, _MISTRAL_TOKENS = rb"\\p{Lu}\\p{Lt}", 100_000
 
 
 def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokenizerFast:
@@ -78,7 +83,15 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     unknown = {n for n in settings.values if n in settings and not n.endswith("_token")}
     if unknown := sorted(unknown - {*_KNOWN, *_UNREAD}):
         logger.warning("%s: not known here, and not read: %s", settings.where, ", ".join(unknown))
-    _as_its_class_has_it(backend, settings, model_type)
+    mended = _MISTRAL_CUT in _written(backend) or backend.get_vocab_size() <= _MISTRAL_TOKENS
+    if settings.flag("fix_mistral_regex", False) and not mended:
+        raise UserError(
+            f"{settings.where}: fix_mistral_regex=True is not supported; transformers mends "
+            "tokenizer.json by it: load and save the tokenizer there"
+        )
+    config = Fields.read(directory / "config.json", optional=True)
+    kind = settings.text("tokenizer_class", None) or config.text("tokenizer_class", "")
+    _as_its_class_has_it(backend, settings, kind, model_type)
     inputs = None if model_type == "bert" else ["input_ids", "attention_mask"]
     options = {
         "model_max_length": model_max_length(settings),
@@ -96,14 +109,18 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str | None) -> None:
+def _as_its_class_has_it(
+    backend: Tokenizer, settings: Fields, kind: str, model_type: str | None
+) -> None:
     """Makes anew what a class of transformers does, by its settings, not by tokenizer.json."""
-    kind = settings.text("tokenizer_class", "")
+    if model_type in _PLAIN_FAMILIES:
+        return
+    name = kind.removesuffix("Fast") or _OF_FAMILY.get(model_type)
     own, cut = backend.normalizer, backend.pre_tokenizer
-    if isinstance(cut, ByteLevel) and kind in _BYTE_LEVEL:
+    if isinstance(cut, ByteLevel) and name in _BYTE_LEVEL:
         cut.add_prefix_space = settings.flag("add_prefix_space", False)
         backend.pre_tokenizer = cut
-    if isinstance(own, BertNormalizer) and kind not in _PLAIN:
+    if isinstance(own, BertNormalizer) and name in _WORD_PIECES:
         backend.normalizer = BertNormalizer(
             own.clean_text,
             settings.flag("tokenize_chinese_chars", True),
@@ -111,15 +128,15 @@ def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str |
             settings.flag("do_lower_case", True),
         )
     # Llama 3 has the class's name and bytes for characters; Mistral's files are taken as they are.
-    if kind in _LLAMA and model_type != "mistral" and not _is_byte_level(backend):
+    pairs = isinstance(backend.model, models.BPE) and not _is_byte_level(backend)
+    if name == "LlamaTokenizer" and model_type != "mistral" and pairs:
         prefix, legacy = settings.flag("add_prefix_space", True), settings.flag("legacy", False)
         scheme = ("always" if legacy else "first") if prefix else "never"
         backend.normalizer = None
         backend.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
         parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(parts + [decoders.Strip(" ", left=1)] * prefix)
-    name = kind.removesuffix("Fast") or _UNIGRAM.get(model_type)
-    if name in _UNIGRAM.values() and isinstance(backend.model, models.Unigram):
+    if name in _UNIGRAM and isinstance(backend.model, models.Unigram):
         parts = [*own] if isinstance(own, normalizers.Sequence) else [own]
         letters = [part for part in parts if isinstance(part, normalizers.Precompiled)]
         prefix = name == "T5Tokenizer" or settings.flag("add_prefix_space", True)
@@ -129,8 +146,13 @@ def _as_its_class_has_it(backend: Tokenizer, settings: Fields, model_type: str |
 
 
 def _is_byte_level(backend: Tokenizer) -> bool:
+    return b'"ByteLevel"' in _written(backend)
+
+
+def _written(backend: Tokenizer) -> bytes:
+    """What tokenizer.json says of how text is cut, and of how tokens become text."""
     parts = backend.pre_tokenizer, backend.decoder
-    return any(part is not None and b'"ByteLevel"' in part.__getstate__() for part in parts)
+    return b"".join(part.__getstate__() for part in parts if part is not None)
 
 
 def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
