@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.ranking.results import remarks
 from expandr_jax.weights import source
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.tokenizer import read_tokenizer
@@ -207,23 +206,6 @@ def test_the_hub_is_asked_for_what_loaders_read_alone(tmp_path, monkeypatch):
         "2_Dense/model.safetensors", "chat_template.jinja",
         "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
-
-
-def test_documents_of_their_query_s_id_are_counted():
-    qrels = {"a": {"x": 1}, "b": {"y": 1}}
-    run = {"a": {"a": 2.0, "x": 1.0}, "b": {"y": 1.0}}
-    assert remarks("bm25", run, qrels) == [
-        "bm25: 1 of 2 queries find the document of their own id; without these nDCG@10 is 1.0000, "
-        "not 0.8155 (evaluation.drop_identical_ids)"
-    ]
-
-
-def test_queries_that_find_nothing_are_counted():
-    qrels = {query: {"x": 1} for query in "abc"}
-    assert remarks("bm25", {"a": {"x": 1.0}, "b": {}}, qrels) == [
-        "bm25: 2 of 3 queries find no document"
-    ]
-    assert not remarks("bm25", {"a": {"x": 1.0}, "b": {"x": 1.0}}, qrels)
 
 
 def test_a_given_document_prompt_stands_for_one_that_the_file_misnames(tmp_path):

@@ -169,13 +169,12 @@ def evaluate(
                 advance(1)
 
         def write() -> None:
-            qrels = data.collection.qrels["test"]
+            qrels, said = data.collection.qrels["test"], []
             metrics.write_qrels(directory / "qrels.trec", qrels)
             for system in systems:
                 name = system.name
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
-                for remark in remarks(name, runs[name], qrels):
-                    run.reporter.say(remark)
+                said.extend(remarks(name, runs[name], qrels))
             tried = choices.tried
             for rows in (
                 tried,
@@ -196,7 +195,7 @@ def evaluate(
             made = choices.made
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
-            results = _results(data.collection.name, values, systems, used, samples, told)
+            results = _results(data.collection.name, values, systems, used, samples, told, said)
             if gates:
                 results["gates"] = [gates[name] for name in place if name in gates]
             write_json(path, results)
@@ -304,10 +303,11 @@ def _results(
     choices: Mapping[str, Chosen],
     samples: Sequence[Mapping[str, Any]],
     recalls: Sequence[Mapping[str, Any] | None],
+    said: Sequence[str],
 ) -> dict[str, Any]:
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
-    results = summary(name, values, against, recalls)
+    results = summary(name, values, against, recalls, said)
     tests = results["significance"]
     pair = OURS, f"{OURS}-base-generator"
     if pair in against:

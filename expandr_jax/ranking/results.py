@@ -15,6 +15,7 @@ def summary(
     values: Values,
     pairs: Sequence[tuple[str, str]],
     recalls: Sequence[Mapping[str, Any] | None] = (),
+    said: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The contents of results.json, nothing being chosen.
 
@@ -23,6 +24,7 @@ def summary(
         values: At least one system's.
         pairs: (system, baseline), each tested under every metric.
         recalls: Of indexes that may miss documents; see `Ranker.index_recall`.
+        said: What a reader of the rows has to know; see `remarks`.
     """
     first = next(iter(values.values()))
     return {
@@ -35,6 +37,7 @@ def summary(
         ],
         "significance": compared(values, pairs),
         **({"index_recall": found} if (found := list(filter(None, recalls))) else {}),
+        **({"remarks": [*said]} if said else {}),
     }
 
 

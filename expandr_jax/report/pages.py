@@ -24,11 +24,19 @@ EXPANSION_CHARACTERS = 500  # A query's texts are cut to these.
 
 
 def write_tables(
-    path: pathlib.Path, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+    path: pathlib.Path,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    remarks: Sequence[str] = (),
 ) -> Table:
-    """Writes a table to path.md, .tex and .csv, and returns it as rich text."""
+    """Writes a table to path.md, .tex and .csv, and returns it as rich text.
+
+    What there is to remark on it stands below it in path.md.
+    """
     for form, suffix in SUFFIXES.items():
-        write_text(path.with_suffix(suffix), render(title, header, rows, form))
+        below = "".join(f"\n{remark}\n" for remark in remarks) if form == "markdown" else ""
+        write_text(path.with_suffix(suffix), render(title, header, rows, form) + below)
     return render(title, header, rows)
 
 
@@ -43,7 +51,8 @@ def write_set(
     The directory is the set's own and holds evaluation/expansions.jsonl; `texts` are its queries'.
     """
     title = f"{results['dataset']}, {results['queries']:,} queries"
-    write_tables(directory / "results", title, *results_cells(results["rows"]))
+    told = results.get("remarks", ())
+    write_tables(directory / "results", title, *results_cells(results["rows"]), told)
     _, expansions = read_expansions(directory / "evaluation" / "expansions.jsonl")
     sections = {
         **_sections(results, values, results["rows"][0]["system"], texts, expansions),

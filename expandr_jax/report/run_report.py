@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import rich.table
 from markupsafe import Markup
+from rich.console import Group
+from rich.text import Text
 
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
@@ -81,10 +82,11 @@ def _absent() -> Markup:
     return parts().paragraph("This run holds no data for this section.", "absent")
 
 
-def results_table(results: Mapping[str, Any]) -> rich.table.Table:
-    """The rows of results.json as a table for the terminal, best values in bold."""
+def results_table(results: Mapping[str, Any]) -> Group:
+    """The rows of results.json for the terminal, best values in bold, and remarks on them."""
     title = f"{results['dataset']}, {results['queries']:,} test queries"
-    return render(title, *results_cells(results["rows"]))
+    table = render(title, *results_cells(results["rows"]))
+    return Group(table, *map(Text, results.get("remarks", ())))
 
 
 def _headline(results: Mapping[str, Any]) -> str:
@@ -139,6 +141,7 @@ def results_section(
     ]
     if found:
         caption += f" Of what exact search finds, the index finds: {', '.join(found)}."
+    caption += "".join(f" {remark}." for remark in results.get("remarks", ()))
     return parts().table(caption, header, rows) + parts().figures({note: chart})
 
 
