@@ -34,7 +34,7 @@ from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.choices import as_record
 from expandr_jax.ranking.results import mean_over_sets, remarks, summary
-from expandr_jax.ranking.systems import System, check_stages, parse_systems
+from expandr_jax.ranking.systems import System, check_stages, parse_systems, stage_hashes
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.tables import wide_console
@@ -69,13 +69,12 @@ def evaluate_set(
     made = SetRanker(run, models, collection, tested.split, directory, cache)
     qrels = collection.qrels[tested.split]
     metrics.write_qrels(directory / "qrels.trec", qrels)
-    values, recalls = {}, []
+    values, recalls, said = {}, [], []
     for system in systems:
         scores = made.ranker.rank(system)
         recalls.append(made.ranker.index_recall(system))
         values[system.name] = metrics.evaluate(scores, qrels, measures)
-        for remark in remarks(system.name, scores, qrels):
-            run.reporter.say(remark)
+        said += remarks(system.name, scores, qrels)
     write_jsonl(
         directory / "values.jsonl",
         (
@@ -96,7 +95,7 @@ def evaluate_set(
         ),
     )  # fmt: skip
     pairs = [(name, names[0]) for name in names[1:]]
-    results = summary(collection.name, values, pairs, recalls)
+    results = summary(collection.name, values, pairs, recalls, said)
     parts = dict.fromkeys(part.name for system in systems for part in system.with_parts())
     chosen = made.choices.made
     results["chosen"] = {name: as_record(chosen[name]) for name in parts if name in chosen}
@@ -172,6 +171,7 @@ def evaluate_beir(
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
             sets = _harvested_set(run, split)
+        run.check_models(stage_hashes(systems, config.evaluation))
         models = LazyModels(run, any(system.generators for system in systems))
         texts = cache or run.path("work", "texts")
         results = {}

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.identity import hash_tokenizer
@@ -118,10 +119,18 @@ def adapter_shapes(module: Decoder, params: Any) -> Any:
 
 
 def model_hashes(models: RetrieverModel | GeneratorModel) -> dict[str, str]:
-    """Hashes of weights, with their type, and of tokenizers, by what a message calls them."""
+    """Hashes of all that models' outputs depend on, by what a message calls it.
+
+    Weights with their type, chat template, tokenizer, and the rest that files say: prompts,
+    pooling, lengths, ends of text, options of the module. What is named first is told first.
+    """
     hashes = {}
     for name in ("retriever", "generator"):
         if model := getattr(models, name, None):
             hashes[f"{name}.source, its weights"] = getattr(models, f"{name}_hash")
+            if name == "generator":
+                template = hash_json(model.tokenizer.chat_template)
+                hashes[f"{name}.source, its chat template"] = template
             hashes[f"{name}.source, its tokenizer"] = hash_tokenizer(model.tokenizer)
+            hashes[f"{name}.source, what its files say"] = model.identity
     return hashes

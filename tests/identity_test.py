@@ -22,6 +22,10 @@ from expandr_jax.objectives.packing import Example, hash_examples
 from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
 from expandr_jax.weights.hf import load_generator
+from tests.file_options import edit
+
+GENERATOR_SAYS = "generator.source, what its files say"
+RETRIEVER_SAYS = "retriever.source, what its files say"
 
 
 def begin(workdir: pathlib.Path, models: pathlib.Path) -> None:
@@ -55,6 +59,10 @@ def other_weight(path: pathlib.Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def says(file: str, **fields):
+    return lambda path: edit(path / file, **fields)
+
+
 @pytest.mark.parametrize(
     ("model", "change", "named"),
     [
@@ -62,9 +70,15 @@ def other_weight(path: pathlib.Path) -> None:
         ("tiny-llama", other_weight, "generator.source, its weights"),
         ("tiny-bert", other_word, "retriever.source, its tokenizer"),
         ("tiny-llama", other_word, "generator.source, its tokenizer"),
-        ("tiny-llama", other_template, "generator.source, its tokenizer"),
+        ("tiny-llama", other_template, "generator.source, its chat template"),
+        ("tiny-llama", says("config.json", rms_norm_eps=1e-5), GENERATOR_SAYS),
+        ("tiny-llama", says("generation_config.json", eos_token_id=[2, 5]), GENERATOR_SAYS),
+        ("tiny-bert", says("tokenizer_config.json", truncation_side="left"), RETRIEVER_SAYS),
+        ("tiny-bert", says("1_Pooling/config.json", pooling_mode="cls"), RETRIEVER_SAYS),
+        ("tiny-bert", says("config_sentence_transformers.json", prompts={"query": "q: "}),
+         RETRIEVER_SAYS),
     ],
-)
+)  # fmt: skip
 def test_another_model_or_tokenizer_is_refused(tmp_path, model, change, named):
     models = tmp_path / "models"
     shutil.copytree(smoke.MODELS, models)

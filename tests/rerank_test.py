@@ -1,6 +1,7 @@
 """`rerank:SYSTEM` in eval.beir and train.joint, against sentence-transformers' cross-encoder."""
 
 import json
+import shutil
 
 import pytest
 import sentence_transformers
@@ -11,8 +12,10 @@ from eval.beir import evaluate_beir
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.errors import UserError
+from expandr_jax.ranking import rerank
 from tests.commands import finish, start
 from tests.cross_encoder_test import save
+from tests.file_options import edit
 
 DEPTH = 3
 IDENTITY = {"activation_fn": "torch.nn.modules.linear.Identity"}
@@ -47,6 +50,7 @@ def assert_ranked_again(runs, collection, names, source):
 
 
 def test_it_reads_the_first_documents_of_any_system_and_orders_them_again(tmp_path, source):
+    source = shutil.copytree(source, tmp_path / "model")
     corpus = {f"d{i}": document for i, document in enumerate(DOCUMENTS)}
     queries = {f"q{i}": query for i, query in enumerate(QUERIES)}
     qrels = {"test": {query: {"d0": 1} for query in queries}}
@@ -64,6 +68,11 @@ def test_it_reads_the_first_documents_of_any_system_and_orders_them_again(tmp_pa
     assert [row["system"] for row in found["rows"]] == names
     collection = read_beir(tmp_path / "set")
     assert_ranked_again(tmp_path / "out/runs", collection, ["dense", "rrf:bm25:dense"], source)
+    # Another model by the same name is told, also where nothing is left to do.
+    edit(source / "config.json", sentence_transformers={})
+    rerank._loaded.cache_clear()
+    with pytest.raises(UserError, match=r"^evaluation\.rerank\.source, what its files say: is not"):
+        evaluate(tmp_path / "out")
     config.evaluation.rerank.source = ""
     with pytest.raises(UserError, match=r"evaluation\.rerank\.source is ''; expected a cross-enc"):
         evaluate(tmp_path / "none")

@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.files.records import hash_json
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.encoder import Encoder
+from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.pooling import pool
 from expandr_jax.models.token_ids import check_ids
 
@@ -65,6 +67,12 @@ class CrossEncoder:
     tokenizer: PreTrainedTokenizerFast
     max_length: int
     activation: str
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """sha256 over all that scores depend on, but for the parameters and the texts."""
+        ends = self.max_length, self.activation
+        return hash_json([module_identity(self.module), tokenizer_identity(self.tokenizer), ends])
 
     def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and types of a query with each of its documents.

@@ -12,6 +12,7 @@ from expandr_jax.metrics import RunScores, rank_documents
 from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.settings import count
 from expandr_jax.weights.cross_encoder import load_cross_encoder
+from expandr_jax.weights.trees import hash_tree
 
 Scorer = Callable[[str, Sequence[str]], np.ndarray]  # (query, documents) to scores [documents].
 
@@ -30,11 +31,13 @@ class RerankSettings:
 class Reranker:
     """How a re-ranker is made of the config's section `evaluation.rerank`.
 
-    `check` refuses, by a UserError, settings that cannot work, before anything is ranked.
+    `check` refuses, by a UserError, settings that cannot work, before anything is ranked. `hashes`
+    are of what scores depend on, by what a message calls it.
     """
 
     check: Callable[[RerankSettings], None]
     load: Callable[[RerankSettings], Scorer]
+    hashes: Callable[[RerankSettings], dict[str, str]] = lambda _: {}
 
 
 def check_cross_encoder(settings: RerankSettings) -> None:
@@ -44,6 +47,16 @@ def check_cross_encoder(settings: RerankSettings) -> None:
             "evaluation.rerank.source is ''; expected a cross-encoder, as a system has rerank:"
         )
     load_cross_encoder(settings.source, max_length=settings.max_length)
+
+
+def cross_encoder_hashes(settings: RerankSettings) -> dict[str, str]:
+    """Hashes of its weights, and of all else that its scores depend on."""
+    model, params = _loaded(settings.source, settings.max_length)
+    name = "evaluation.rerank.source"
+    return {
+        f"{name}, its weights": hash_tree(params),
+        f"{name}, what its files say": model.identity,
+    }
 
 
 def load_scorer(settings: RerankSettings) -> Scorer:
@@ -57,7 +70,7 @@ def _loaded(source: str, max_length: int) -> tuple[CrossEncoder, Any]:
     return load_cross_encoder(source, max_length=max_length)
 
 
-RERANKERS = {"rerank": Reranker(check_cross_encoder, load_scorer)}
+RERANKERS = {"rerank": Reranker(check_cross_encoder, load_scorer, cross_encoder_hashes)}
 
 
 def rank_again(

@@ -154,8 +154,21 @@ def parse_systems(names: Sequence[str]) -> list[System]:
 
 def check_stages(systems: Sequence[System], settings: EvaluationSettings) -> None:
     """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
-    for stage in {part.stage for system in systems for part in system.with_parts()} & {*RERANKERS}:
+    for stage in _rerankers(systems):
         RERANKERS[stage].check(settings.rerank)
+
+
+def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dict[str, str]:
+    """Hashes of what the systems' stages depend on beside a run's pair, as of `model_hashes`."""
+    hashes: dict[str, str] = {}
+    for stage in _rerankers(systems):
+        hashes |= RERANKERS[stage].hashes(settings.rerank)
+    return hashes
+
+
+def _rerankers(systems: Sequence[System]) -> list[str]:
+    stages = {part.stage for system in systems for part in system.with_parts()}
+    return [stage for stage in RERANKERS if stage in stages]
 
 
 def row_of_round(round_: int) -> System:
