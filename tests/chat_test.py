@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import re
 import types
 
 import pytest
@@ -68,6 +69,11 @@ TEMPLATES = (
     "llama3", "llama3_1", "llama3_2", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma", "gemma3",
     "phi3", "phi3_5", "deepseek_r1_distill", "glm4moe", "lfm2", "cohere",
 )  # fmt: skip
+OTHERS = [  # All that TRL carries, but for those of images, which take no plain text.
+    pytest.param(path.stem, marks=pytest.mark.slow)
+    for path in sorted((pathlib.Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    if path.stem not in TEMPLATES and not re.match("idefics|llava|smolvlm", path.stem)
+]
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
@@ -98,7 +104,7 @@ def template_of(name):
     return own[name] if name in own else (folder / f"{name}.jinja").read_text()
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral"])
+@pytest.mark.parametrize("name", [*TEMPLATES, *OTHERS, "smollm2", "mistral"])
 def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
     monkeypatch.setattr(tokenizer, "chat_template", template_of(name))
     compared, today = 0, datetime.date.today()
@@ -121,7 +127,7 @@ def test_pairs_have_the_texts_of_trl(tokenizer, monkeypatch, tmp_path, name):
             right = {k: v if k == "prompt" else v.removesuffix(end) for k, v in right.items()}
             assert found == {k: right[k] for k in found}
             compared += 1
-    assert compared >= 4
+    assert compared >= (4 if name in TEMPLATES else 1)
 
 
 NAMED = {name: f"{name} {MISTRAL}" for name in ("default", "tool_use", "rag")}
@@ -185,7 +191,7 @@ SPACED = (
 )
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "smollm2", "mistral", "spaced"])
+@pytest.mark.parametrize("name", [*TEMPLATES, *OTHERS, "smollm2", "mistral", "spaced"])
 @pytest.mark.parametrize("chosen", ["good", "\n good", "<think>\nso\n</think>\n\ngood"])
 def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chosen):
     tokenizer = generator.tokenizer
