@@ -16,6 +16,7 @@ from expandr_jax.weights.tokenizer import read_tokenizer
 from tests import file_options
 
 POOLED = {"pooling": "last", "normalize": True}
+VECTORS = file_options.their_vectors, file_options.our_vectors
 
 
 @pytest.mark.parametrize(("count", "seed"), [(6, 2), pytest.param(40, 0, marks=pytest.mark.slow)])
@@ -146,6 +147,21 @@ def test_a_length_above_the_model_s_own_is_said(tmp_path, caplog):
     caplog.clear()
     load_retriever(str(tmp_path / "model"), max_length=30)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("family", ["qwen3", "modernbert", "bert"])
+def test_a_length_above_the_model_s_positions(tmp_path, family):
+    """Without a table of positions a model reads as far as its file says, as the peer does."""
+    file_options.write(tmp_path, family, "Normalize", [])
+    file_options.edit(tmp_path / "model" / "sentence_bert_config.json", max_seq_length=500)
+    retriever, _ = load_retriever(str(tmp_path / "model"))
+    if family == "bert":
+        assert retriever.max_length == retriever.module.config.max_positions < 500
+        return
+    assert retriever.max_length == 500
+    right, found = (of(tmp_path / "model") for of in VECTORS)
+    for kind in right:
+        np.testing.assert_allclose(found[kind], right[kind], atol=1e-4)
 
 
 def test_texts_that_would_be_put_into_a_chat_template_are_refused(tmp_path):

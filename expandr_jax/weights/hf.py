@@ -119,7 +119,10 @@ def load_retriever(
         params["dense"] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
     said = settings.max_length or tokenizer.model_max_length
-    limits = module.config.max_positions, max_length or said, ANY_LENGTH
+    positions = module.config.max_positions
+    if hasattr(module.config, "rope_theta"):  # It has no table of positions, which would end.
+        positions = max(positions, settings.max_length or 0)
+    limits = positions, max_length or said, ANY_LENGTH
     length = min(limit for limit in limits if limit)
     if said and length > said:
         message = "%s: texts of up to %d tokens are read, as max_length says; its files say %d"
