@@ -27,7 +27,7 @@ from tests.file_options import edit
 
 TEXTS = [
     "ab a  b", " ab", "a </s> b<s>ab", "", "  ", "a\nb \n c ", "\u00c9a b", "ab \u65e5\u672c",
-    "a</s>b ab",
+    "a</s>b ab", "12 a12", "\u00c9 e\u0301",
 ]  # fmt: skip
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 MORE = {"sep_token": "</s>", "cls_token": "<s>", "pad_token": "<pad>", "mask_token": "<mask>"}
@@ -76,6 +76,21 @@ def unigrams(style):
     return backend, ["<s>", "<pad>", "</s>", "<unk>"]
 
 
+def letter_bytes(style):
+    """Bytes, of texts whose digits are cut apart, or whose letters are made alike, or neither."""
+    words = ["<s>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), "12", "\u00c3\u012b"]
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab, [("1", "2"), ("\u00c3", "\u012b")]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=style == "plain")
+    if style == "digits":
+        cut = [pre_tokenizers.Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    if style == "alike":
+        backend.normalizer = normalizers.Lowercase()
+    backend.decoder = decoders.ByteLevel()
+    return backend, ["<s>", "</s>", "<unk>"]
+
+
 @pytest.mark.parametrize(
     ("make", "styles", "kinds", "model_type"),
     [
@@ -90,13 +105,18 @@ def unigrams(style):
         (unigrams, ("cut", "spaces"), ("LlamaTokenizerFast", "XLMRobertaTokenizer", None),
          "modernbert"),
         (pairs, ("old",), ("LlamaTokenizer",), "modernbert"),
+        (pairs, ("old", "late"), ("GemmaTokenizerFast", None), "gemma3_text"),
+        (letter_bytes, ("plain", "digits", "alike"), ("Qwen2Tokenizer", None), "qwen3"),
+        (letter_bytes, ("plain", "digits", "alike"), ("LlamaTokenizerFast", "TokenizersBackend"),
+         "qwen2"),
+        (letter_bytes, ("plain", "alike"), ("TokenizersBackend",), "qwen3"),
     ],
 )  # fmt: skip
 def test_a_class_has_the_ids_of_transformers(tmp_path, make, styles, kinds, model_type):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     settings = [{}, {"add_prefix_space": False}, {"add_prefix_space": True}]
     settings += [{"legacy": True}, {"legacy": False}] if make is pairs else []
-    special = SPECIAL if make is pairs else SPECIAL | MORE
+    special = SPECIAL | MORE if make is unigrams else SPECIAL
     changed = 0
     for style in styles:
         backend, tokens = make(style)
@@ -110,7 +130,8 @@ def test_a_class_has_the_ids_of_transformers(tmp_path, make, styles, kinds, mode
                 found = read_tokenizer(tmp_path, model_type)
                 assert found(TEXTS)["input_ids"] == right, (style, kind, given)
                 changed += [row.ids for row in backend.encode_batch(TEXTS)] != right
-    if kinds != ("GemmaTokenizer",) and model_type not in ("mistral", "modernbert"):
+    plain = ("GemmaTokenizer",), ("TokenizersBackend",)
+    if kinds not in plain and model_type not in ("mistral", "modernbert"):
         assert changed
 
 
@@ -181,7 +202,7 @@ def test_t5_cuts_at_white_space_whatever_its_file_says(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     fields = {**SPECIAL, "pad_token": "<pad>", "extra_ids": 0, "tokenizer_class": "T5Tokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
-    texts = [text for text in TEXTS if "\u00c9" not in text and "\u65e5" not in text]
+    texts = [text for text in TEXTS if not {*text} & {*"\u00c9\u65e512"}]  # All are known.
     right = AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
     assert read_tokenizer(tmp_path, "t5")(texts)["input_ids"] == right
 

@@ -2,35 +2,16 @@
 
 from typing import Any
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-)
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.byte_level import QWEN2, SPLITS, cut_as
 from expandr_jax.weights.fields import Fields, one_line, shown
 from expandr_jax.weights.tokenizer import between
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = ("qwen2", "deepseek-r1-qwen")
-# How text is cut before merging, by tokenizer.ggml.pre; None: as GPT-2 does it.
-SPLITS = {
-    "gpt-2": None,
-    "smollm": None,
-    "llama-bpe": _LLAMA3_SPLIT,
-    **dict.fromkeys(_QWEN2, _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
-}
 # Keys that are read here, and those that llama.cpp does not read for these kinds of tokenizer.
 _KEYS = (
     "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id",
@@ -131,7 +112,7 @@ def ends_of_turn(metadata: Fields) -> list[int]:
     tokens = own.items("tokens", str, [])
     said = [own.count(f"{end}_token_id", None, least=0) for end in ("eot", "eom")]
     # generation_config.json of Qwen's models names this one, SmolLM2's does not.
-    ends = (*_ENDS_OF_TURN, *["<|endoftext|>"] * (own.text("pre", None) in _QWEN2))
+    ends = (*_ENDS_OF_TURN, *["<|endoftext|>"] * (own.text("pre", None) in QWEN2))
     named = [index for index, token in enumerate(tokens) if token in ends]
     more = own.items("eos_token_ids", int, [])
     return list(dict.fromkeys(end for end in (*said, *more, *named) if end is not None))
@@ -145,17 +126,6 @@ def _byte_level(merges: list[str], tokens: list[str], split: str) -> Tokenizer:
     cut_as(backend, split)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def cut_as(backend: Tokenizer, split: str) -> None:
-    """Has a byte-level tokenizer cut texts as one of SPLITS does."""
-    cut = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    if SPLITS[split] is not None:
-        cut = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None)
-    if split in _QWEN2:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])
 
 
 def _sentencepiece(

@@ -13,17 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError, shown
 from expandr_jax.models.generator import Generator
+from expandr_jax.weights.byte_level import SPLITS, cut_as
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
     PREFIX,
-    SPLITS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    cut_as,
     read_gguf_tokenizer,
 )
 

@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
+from expandr_jax.weights.byte_level import cut_as
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
 
@@ -21,15 +22,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 _WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
 _BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer")
 _UNIGRAM = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
-# Families whose class it is where none is named; and those that have none, whatever files name.
+# Families whose class it is where none is named; and those whose files are known to name others.
 _OF_FAMILY = {
     "bert": "BertTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
     "t5": "T5Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "gemma3_text": "GemmaTokenizer",
 }
-_PLAIN_FAMILIES = ("modernbert",)
+_WHATEVER_IS_NAMED = ("modernbert", "qwen2")
 # Fields of tokenizer_config.json that are obeyed here, and those that change no ids.
 _KNOWN = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
@@ -113,9 +117,8 @@ def _as_its_class_has_it(
     backend: Tokenizer, settings: Fields, kind: str, model_type: str | None
 ) -> None:
     """Makes anew what a class of transformers does, by its settings, not by tokenizer.json."""
-    if model_type in _PLAIN_FAMILIES:
-        return
-    name = kind.removesuffix("Fast") or _OF_FAMILY.get(model_type)
+    name = "" if model_type in _WHATEVER_IS_NAMED else kind.removesuffix("Fast")
+    name = name or _OF_FAMILY.get(model_type)
     own, cut = backend.normalizer, backend.pre_tokenizer
     if isinstance(cut, ByteLevel) and name in _BYTE_LEVEL:
         cut.add_prefix_space = settings.flag("add_prefix_space", False)
@@ -128,7 +131,12 @@ def _as_its_class_has_it(
             settings.flag("do_lower_case", True),
         )
     # Llama 3 has the class's name and bytes for characters; Mistral's files are taken as they are.
+    if name == "Qwen2Tokenizer" and _is_byte_level(backend):
+        cut_as(backend, "qwen2", settings.flag("add_prefix_space", False))
     pairs = isinstance(backend.model, models.BPE) and not _is_byte_level(backend)
+    if name == "GemmaTokenizer" and pairs:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     if name == "LlamaTokenizer" and model_type != "mistral" and pairs:
         prefix, legacy = settings.flag("add_prefix_space", True), settings.flag("legacy", False)
         scheme = ("always" if legacy else "first") if prefix else "never"
