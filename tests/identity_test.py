@@ -17,6 +17,7 @@ from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
+from expandr_jax.models.identity import module_identity
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, hash_all
 from expandr_jax.objectives.packing import Example, hash_examples
 from expandr_jax.pair import model_hashes
@@ -122,6 +123,12 @@ def test_a_generator_is_told_by_all_that_its_texts_depend_on():
         generator, module=module.clone(remat="full"), today=datetime.date(2000, 1, 1)
     )
     assert later.identity == generator.identity
+    # Runs that were begun when there were no 4 bits said of 8 that they were "int8".
+    in_bytes = dataclasses.replace(module.config, quantized="int8")
+    (_, before, _), (_, now, _) = (
+        module_identity(module.clone(config=config)) for config in (module.config, in_bytes)
+    )
+    assert now == {**before, "int8": True}
 
 
 def test_step_a_is_told_by_all_of_its_examples():

@@ -50,4 +50,7 @@ def module_identity(module: nn.Module) -> list[Any]:
         for field in dataclasses.fields(config)
         if (value := getattr(config, field.name)) != field.default
     }
+    if options.get("quantized") == "int8":  # So it was written before there were others.
+        del options["quantized"]
+        options["int8"] = True
     return [type(module).__name__, options, jnp.dtype(module.dtype).name]
