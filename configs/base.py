@@ -49,8 +49,9 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     retriever.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
-    retriever.pooling = ""  # "mean", "cls", "last" or "decoder"; "": as the model's files say.
+    retriever.pooling = ""  # "mean", "cls", "last", "decoder" or "splade"; "": as its files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
+    retriever.bidirectional = False  # A decoder is read without its causal mask; or its files say.
     retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
     retriever.query_length = 0  # Tokens of a query, its prompt among them; 0: as max_length.
     # A model's instruction, say; "": nothing. None of these: as its files say.
@@ -133,6 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.kl_weight = 0.0  # Weight of the divergence from the teacher's distribution.
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
     contrastive.invariance_weight = 0.0  # Weight of the KL by which expansion changes a ranking.
+    # Of splade, whose vectors they make sparse: the sum of squared means of each component.
+    contrastive.flops_query_weight = 0.0  # Of queries.
+    contrastive.flops_document_weight = 0.0  # Of documents.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
@@ -285,6 +289,26 @@ def get_config() -> ml_collections.ConfigDict:
     distill.eval_every = 0  # Updates between evaluations on dev, the best is kept; 0: none.
     distill.save_every = 100  # Updates between checkpoints.
 
+    config.reranker = reranker = ml_collections.ConfigDict()  # train.reranker's cross-encoder.
+    reranker.source = ""  # What it begins as: BERT, its kin or ModernBERT; a head is made.
+    reranker.max_length = 256  # Tokens of a pair, its model's at most; the longer text is cut.
+    reranker.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.
+    reranker.remat = "dots"  # What the backward pass recomputes: "none", "dots" or "full".
+    # "binary": each pair's cross-entropy; "listwise": the softmax over a query's documents.
+    reranker.loss = "listwise"  # What is learned of the scores.
+    reranker.negatives = 4  # Given ones a query and step; more are drawn from, fewer masked.
+    reranker.dropout = False  # The module's own rates, in training.
+    reranker.epochs = 1.0  # Passes over the training queries.
+    reranker.batch_size = 16  # Queries a batch, each with its documents.
+    reranker.accumulation = 1  # Batches an update, by their mean gradient.
+    reranker.learning_rate = 2e-5  # Peak.
+    reranker.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
+    reranker.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
+    reranker.clip_norm = 1.0  # Greatest norm of the gradient.
+    reranker.eval_every = 100  # Updates between evaluations on data.dev.
+    reranker.patience = 0  # Evaluations without a gain until it stops; 0: never.
+    reranker.save_every = 100  # Updates between checkpoints.
+
     config.search = search = ml_collections.ConfigDict()
     search.backend = "auto"  # "scann", "exact", or "auto": ScaNN where it is installed.
     # "exact": every document is scored; "index": by the backend, whose recall results.json says.
@@ -322,10 +346,15 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.sample_depth = 1000  # Results of the searches that rank single samples.
     evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).
     evaluation.rerank = rerank = ml_collections.ConfigDict()  # Where systems have rerank:SYSTEM.
-    rerank.source = ""  # A BERT cross-encoder: a directory, hub id or "package:NAME/PATH".
+    rerank.source = ""  # A cross-encoder: a directory, hub id or "package:NAME/PATH".
     rerank.depth = 100  # Documents of a query that it reads; the others follow as they were.
+    rerank.depths = ()  # Depths tried on dev; (): depth is taken.
     rerank.max_length = 512  # Tokens of a pair, its model's at most; the longer one loses its end.
     rerank.rows = 32  # Pairs that are computed at once; TPUs want more.
+
+    evaluation.splade = splade = ml_collections.ConfigDict()  # Where systems have splade.
+    splade.source = ""  # SPLADE's encoder: a directory, hub id or "package:NAME/PATH".
+    splade.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
 
     config.export = export = ml_collections.ConfigDict()
     export.dtype = "float32"  # Type of the exported models' weights.

@@ -34,7 +34,14 @@ from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.choices import as_record
 from expandr_jax.ranking.results import mean_over_sets, remarks, summary
-from expandr_jax.ranking.systems import System, check_stages, parse_systems, stage_hashes
+from expandr_jax.ranking.systems import (
+    BY_TEXTS,
+    SPLADE,
+    System,
+    check_stages,
+    parse_systems,
+    stage_hashes,
+)
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.tables import wide_console
@@ -124,6 +131,11 @@ def _untrained(config: Config, names: Sequence[str]) -> list[System]:
             raise UserError(
                 f"system {system.name!r} needs a training run; train.joint ranks it, with "
                 "evaluation.systems"
+            )
+        if config.retriever.pooling == SPLADE and not system.retrievers <= {*BY_TEXTS}:
+            raise UserError(
+                f"system {system.name!r} searches by vectors, but retriever.pooling is 'splade'; a "
+                "sparse encoder is evaluation.splade.source, and its system splade"
             )
     return systems
 

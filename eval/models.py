@@ -28,7 +28,7 @@ from expandr_jax.files.records import write_text
 from expandr_jax.models.decoder import KVCache, unstack_layers
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.progress import plain_console
-from expandr_jax.weights.export import export_encoder, export_generator
+from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from train.launch import launch
@@ -54,6 +54,14 @@ NAMES = {
     "gemma3": "Gemma 3 text",
     "gemma3-linear": "Gemma 3 text, linear rope",
 }
+# Of a published form: its modules, prompts and pooling.
+SENTENCES = {
+    "e5": "E5 (its vectors)",
+    "xlm-e5": "multilingual E5, XLM-RoBERTa (its vectors)",
+    "qwen3-embedding": "Qwen3-Embedding (its vectors)",
+    "embedding-gemma": "EmbeddingGemma, no causal mask, two layers (its vectors)",
+    "unmasked": "Llama without its causal mask, LLM2Vec (its vectors)",
+}
 GGUF = ("llama", "llama-3.1", "llama-3.2", "qwen2", "qwen3", "gemma3", "gemma3-linear")
 HEADER = ("family", "loads from", "largest value", "difference", "cached", "back")
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]  # Our values and PyTorch's.
@@ -66,6 +74,8 @@ def measure(directory: pathlib.Path) -> Iterator[list[str]]:
     yield from (_anchordr(directory, gated) for gated in (False, True))
     for family in tiny_models.DECODERS:
         yield _decoder(family, directory / family)
+    for name in tiny_models.SENTENCES:
+        yield _sentences(name, directory)
     yield _minilm()
     yield _smollm2()
 
@@ -153,6 +163,18 @@ def _cached(module: nn.Module, params) -> float:
         found, cache = step(cache, jnp.asarray(ids[:, t]))
         worst = max(worst, float(np.abs(found - expected[:, t]).max()))
     return worst
+
+
+def _sentences(name: str, directory: pathlib.Path) -> list[str]:
+    peer = tiny_models.save_sentences(directory / name, name)
+    retriever, params = load_retriever(str(directory / name))
+    texts, pairs = ["pad an array", "sort", "rank and inverse of a matrix"], []
+    for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
+        ids, mask = pad(retriever.token_ids(texts, kind), retriever.tokenizer.pad_token_id)
+        pairs.append((np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(texts)))
+    out = directory / f"{name}-out"
+    export_retriever(out, retriever, params)
+    return _row(SENTENCES[name], "safetensors", pairs, back=_same(directory / name, out))
 
 
 def _minilm() -> list[str]:

@@ -16,7 +16,12 @@ from expandr_jax.expansion.strategies import STRATEGIES, document_message
 from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.loading import load_models, load_retriever_model, make_sampler
+from expandr_jax.loading import (
+    load_models,
+    load_retriever_model,
+    make_sampler,
+    sparse_corpus,
+)
 from expandr_jax.metrics import Qrels
 from expandr_jax.pair import Models, RetrieverModel, model_hashes
 from expandr_jax.ranking.choices import (
@@ -24,7 +29,7 @@ from expandr_jax.ranking.choices import (
     Chosen,
     DevChoices,
     best_of,
-    weight_grid,
+    stage_grid,
 )
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
@@ -100,6 +105,11 @@ class SetRanker:
             )
         )
         self._dense = functools.cache(self._search_by_vectors)
+        self._sparse = functools.cache(
+            lambda documents: sparse_corpus(
+                run.config, self._document_texts(documents), directory / "work", run.reporter
+            )
+        )
         self._written = functools.cache(self._write)
         self._split = split
         self.ranker = self._ranker(
@@ -153,7 +163,13 @@ class SetRanker:
         config = self._run.config
         return Ranker(
             queries,
-            Searches(self._bm25, self._dense, self._collection.corpus, self._document_texts),
+            Searches(
+                self._bm25,
+                self._dense,
+                self._collection.corpus,
+                self._sparse,
+                self._document_texts,
+            ),
             expansions,
             self._choice,
             config.evaluation,
@@ -201,8 +217,7 @@ class SetRanker:
         """What is tried for a system on dev; nothing where there are no dev queries."""
         if not system.parts:
             return [self._fixed(system, way) for way in WAYS] if self._chooses else []
-        steps = self._run.config.evaluation.fusion_steps
-        return weight_grid(len(system.parts), steps) if steps and self._dev_qrels else []
+        return stage_grid(system, self._run.config.evaluation) if self._dev_qrels else []
 
     def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
         timed = self._run.phase(f"{self._collection.name}: texts of {name}")

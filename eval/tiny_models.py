@@ -181,3 +181,38 @@ def save(directory: Path, family: str, *, head: bool = False, **changes: Any) ->
     model.save_pretrained(directory)
     save_tokenizer(directory, chat=head, pad_id=model.config.pad_token_id)
     return model
+
+
+# Sentence encoders as they are published, of other shapes: the family and what its config has
+# beside, pooling, widths of the Dense modules after it, prompts of queries and documents.
+SENTENCES: dict[str, tuple[str, dict[str, Any], str, tuple[int, ...], dict[str, str]]] = {
+    "e5": ("bert", {}, "mean", (), {"query": "query: ", "document": "passage: "}),
+    "xlm-e5": ("xlm-roberta", {}, "mean", (), {"query": "query: ", "document": "passage: "}),
+    "qwen3-embedding": ("qwen3", {}, "lasttoken", (), {"query": "Instruct: X\nQuery:"}),
+    "embedding-gemma": (
+        *("gemma3", {"use_bidirectional_attention": True}, "mean", (80, 24)),
+        {"query": "task: search result | query: ", "document": "title: none | text: "},
+    ),
+    "unmasked": ("llama", {"is_causal": False}, "mean", (), {}),
+}
+
+
+def save_sentences(directory: Path, name: str) -> Any:
+    """Writes a random model of SENTENCES by sentence-transformers, and returns its own reading."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+
+    family, changes, pooling, widths, prompts = SENTENCES[name]
+    inner = directory.with_name(f"{directory.name}-transformer")
+    model = torch_model(family, **changes)
+    model.save_pretrained(inner)
+    save_tokenizer(inner, chat=False, pad_id=model.config.pad_token_id)
+    transformer = Transformer(str(inner))
+    width = model.config.hidden_size
+    modules = [transformer, Pooling(width, pooling_mode=pooling)]
+    for out in widths:
+        modules.append(Dense(width, out, bias=False, activation_function=torch.nn.Identity()))
+        width = out
+    whole = SentenceTransformer(modules=[*modules, Normalize()], prompts=prompts, device="cpu")
+    whole.save(str(directory))
+    return SentenceTransformer(str(directory), device="cpu")

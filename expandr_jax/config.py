@@ -23,6 +23,7 @@ from expandr_jax.objectives.settings import (
     DpoSettings,
     GrpoSettings,
     MiningSettings,
+    RerankerSettings,
 )
 from expandr_jax.objectives.warm_start import WARM_STARTS
 from expandr_jax.ranking.settings import EvaluationSettings
@@ -75,6 +76,7 @@ class Config:
     dpo: DpoSettings
     grpo: GrpoSettings
     distill: DistillSettings
+    reranker: RerankerSettings
     search: SearchSettings
     evaluation: EvaluationSettings
     export: ExportSettings

@@ -1,14 +1,17 @@
 """Loads the models of a config onto its meshes."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from expandr_jax.config import Config
+from expandr_jax.errors import UserError
 from expandr_jax.generation.memory import check_memory, plan_memory
 from expandr_jax.generation.sampler import Sampler, sampling_memory, slots_of_a_process
 from expandr_jax.generation.settings import GeneratorSettings
@@ -23,7 +26,9 @@ from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import bytes_on_device, device_put_shared, whole
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.settings import RetrieverSettings
+from expandr_jax.vectors.sparse import SparseCorpus
 from expandr_jax.weights.hf import load_generator, load_retriever
+from expandr_jax.weights.sparse_encoder import SPLADE, load_sparse_encoder
 from expandr_jax.weights.store import merge_stored
 from expandr_jax.weights.trees import hash_tree
 
@@ -39,6 +44,11 @@ def load_models(config: Config, progress: Callable[[int], None]) -> Models:
         UserError: A model cannot be found, read or verified, the mesh does not fit, or sampling
             would need more memory than there is.
     """
+    if config.retriever.pooling == SPLADE:
+        raise UserError(
+            "retriever.pooling is 'splade', for train.retriever alone; a sparse encoder that "
+            "systems search by is evaluation.splade.source"
+        )
     retriever = load_retriever_model(config)
     progress(1)
     generator = load_generator_model(config)
@@ -54,6 +64,8 @@ def load_retriever_model(config: Config) -> RetrieverModel:
     mesh = phase_mesh(config.mesh, "contrastive")
     retriever, params = _load_retriever(source, mesh=mesh, dtype=source.weights)
     if (lora := config.contrastive.lora).rank:
+        if source.pooling == SPLADE:
+            raise UserError("contrastive.lora is not for sparse vectors; all weights are trained")
         module = retriever.module.clone(lora=lora)
         retriever = dataclasses.replace(retriever, module=module)
         divided(retriever, params, config.seed)  # Settings that do not fit the model are said now.
@@ -83,19 +95,48 @@ def stored_retriever(config: Config) -> tuple[Retriever, Any]:
     return _load_retriever(config.retriever, in_files=True)
 
 
-def _load_retriever(section: RetrieverSettings, **options: Any) -> tuple[Retriever, Any]:
-    return load_retriever(
+def _load_retriever(
+    section: RetrieverSettings,
+    *,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    in_files: bool = False,
+) -> tuple[Retriever, Any]:
+    if section.pooling == SPLADE:
+        if section.bidirectional or section.normalize or section.weights != "float32" or in_files:
+            raise UserError(
+                "retriever.pooling is 'splade': retriever.bidirectional and normalize, weights but "
+                "float32 and adapters are not for sparse vectors"
+            )
+        load: Callable[..., Any] = load_sparse_encoder
+    else:
+        load = functools.partial(
+            load_retriever,
+            pooling=section.pooling or None,
+            normalize=section.normalize,
+            bidirectional=section.bidirectional,
+            dtype=dtype,
+            in_files=in_files,
+        )
+    return load(
         section.source,
-        pooling=section.pooling or None,
-        normalize=section.normalize,
         max_length=section.max_length,
         query_length=section.query_length,
         query_prompt=section.query_prompt,
         document_prompt=section.document_prompt,
         compute_dtype=jnp.dtype(section.compute_dtype),
         sha256=section.sha256,
-        **options,
+        mesh=mesh,
     )
+
+
+def sparse_corpus(
+    config: Config, texts: Sequence[str], directory: pathlib.Path, reporter: Reporter
+) -> SparseCorpus:
+    """Documents as the config's sparse encoder searches them; its index is kept in a directory."""
+    section = config.evaluation.splade
+    with reporter.progress("documents encoded sparsely", len(texts)) as advance:
+        return SparseCorpus(section.source, section.max_length, texts, directory, advance)
 
 
 def load_generator_model(config: Config) -> GeneratorModel:

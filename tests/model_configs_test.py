@@ -141,9 +141,11 @@ LLAMA3 = {
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads is 4; expected a multiple of"),
         ("llama", {"head_dim": 7}, "head_dim is 7; expected an even number"),
         *(
-            (kind, {"is_causal": False}, "is_causal=False is not supported; only True is")
-            for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+            (kind, {"is_causal": 0}, "is_causal is 0; expected true or false")
+            for kind in ("llama", "mistral", "qwen2", "qwen3")
         ),
+        ("gemma3_text", {"is_causal": False}, "is_causal=False is not supported; only True is"),
+        ("llama", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         (
             "llama",

@@ -24,7 +24,9 @@ CORPUS = {f"d{i}": text for i, text in enumerate(
 )}  # fmt: skip
 QUERIES = {"a": "pad array", "b": "sort list"}
 TEXTS = {"a": ["pad it", "", "with zeros"], "b": ["", "", ""]}
-SETTINGS = ConfigDict({"depth": 5, "drop_identical_ids": False, "rerank": {"depth": 2}})
+SETTINGS = ConfigDict(
+    {"depth": 5, "drop_identical_ids": False, "rerank": {"depth": 2, "depths": ()}}
+)
 SEARCH = dataclasses.replace(read_config(base.get_config()).search, backend="exact")
 
 

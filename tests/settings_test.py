@@ -21,7 +21,8 @@ ELSEWHERE = (
     "data.prepared", "data.dev", "data.on_bad", "data.packages", "retriever.source",
     "retriever.shape", "retriever.normalize", "generator.source",
     "generator.shape", "generator.server.url", "generator.server.model",
-    "expansion.template", "log.wandb", "evaluation.rerank.source",
+    "expansion.template", "log.wandb", "evaluation.rerank.source", "evaluation.splade.source",
+    "reranker.source",
 )  # fmt: skip
 MESH = "mesh."
 
@@ -102,7 +103,7 @@ WRONG = [
     ("contrastive.info_nce_weight", 0.0, "or contrastive.invariance_weight above 0"),
     *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or ''")
       for model in ("retriever", "generator") for value in ("00", 64 * "G", 65 * "0")),
-    ("retriever.pooling", "max", "one of mean, cls, last, decoder, or ''"),
+    ("retriever.pooling", "max", "one of mean, cls, last, decoder, splade, or ''"),
     ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
     ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),
     ("generator.compute_dtype", "int8", "one of float32, bfloat16"),

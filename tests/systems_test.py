@@ -96,7 +96,7 @@ def test_what_needs_training():
         ("bm25@q2d", "expected bm25@ one of d2q, d2d"),
         ("dense@", "expected dense@ one of"),
         ("rrf@d2q", "a system begins with"),
-        ("splade", "a system begins with one of bm25, dense, "),
+        ("splada", "a system begins with one of bm25, dense, "),
         ("dense+q2x", r"expected dense\+ one of q2d"),
         ("dense+", r"expected dense\+ one of"),
         ("bm25+prf-average", r"expected bm25\+ one of"),

@@ -12,9 +12,11 @@ from expandr_jax import metrics
 from expandr_jax.config import Config
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.benchmarks import check_relevant, find_benchmarks
+from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
+from expandr_jax.loading import sparse_corpus
 from expandr_jax.metrics import METRICS, RunScores
 from expandr_jax.pair import Models
 from expandr_jax.ranking.choices import (
@@ -22,7 +24,7 @@ from expandr_jax.ranking.choices import (
     DevChoices,
     as_record,
     expansion_grid,
-    weight_grid,
+    stage_grid,
 )
 from expandr_jax.ranking.gate import Gate, write_gates
 from expandr_jax.ranking.gate_features import GATES
@@ -38,7 +40,7 @@ from expandr_jax.ranking.results import (
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
-    BM25,
+    BY_TEXTS,
     CONTROL,
     DISTILLED,
     EXPANSION,
@@ -94,6 +96,11 @@ def evaluate(
         run.checksums.forget(*files)  # Half of the new ones are no damage.
     corpus = data.collection.corpus
     words = run_words(run, corpus, folder)
+    sparse = functools.cache(
+        lambda _: sparse_corpus(
+            run.config, texts_of(corpus), run.path("work", folder), run.reporter
+        )
+    )
     open_now: list[CorpusRetriever] = []
 
     def let_go() -> None:
@@ -133,9 +140,11 @@ def evaluate(
             say=run.reporter.say,
             is_main=run.processes.is_main,
         )
-        rankers = _rankers(run, data, retriever, words, expansions, choices, kept.runs, timed)
+        rankers = _rankers(
+            run, data, retriever, words, sparse, expansions, choices, kept.runs, timed
+        )
         # Those of one retriever after the other, each when all that it rests on is there.
-        order = [BM25, *retrievers]
+        order = [*BY_TEXTS, *retrievers]
         parts = {part.name: part for system in systems for part in system.with_parts()}
         ranked = sorted(parts.values(), key=lambda s: max(map(order.index, s.retrievers)))
         place = {system.name: number for number, system in enumerate(ranked)}
@@ -226,7 +235,7 @@ def systems_of_run(config: Config) -> list[System]:
     rounds = [row_of_round(round_) for round_ in range(config.rounds - 1)]
     towers = [parse_system(name) for name in towers_of(config)]
     systems = parse_systems(config.evaluation.systems)
-    known = {BM25, "zero-shot", "fine-tuned", ALL_LABELS, "expandr"}
+    known = {*BY_TEXTS, "zero-shot", "fine-tuned", ALL_LABELS, "expandr"}
     known |= {row.retriever for row in (*rounds, *towers)}
     for system in systems:
         if lacking := system.retrievers & {*QUERY_TOWERS} - known:
@@ -254,6 +263,7 @@ def _rankers(
     data: TrainingData,
     retriever: Callable[[str], CorpusRetriever],
     words: Callable[[], Index],
+    sparse: Callable[[str | None], Any],
     expansions: Mapping[tuple[str, str, str], Expansions],
     choices: DevChoices,
     runs: Mapping[str, RunScores],
@@ -267,7 +277,9 @@ def _rankers(
     def ranker(split: str) -> Ranker:
         return Ranker(
             {query: data.collection.queries[query] for query in data.collection.qrels[split]},
-            Searches(lambda _: words(), lambda name, _: retriever(name), data.collection.corpus),
+            Searches(
+                lambda _: words(), lambda name, _: retriever(name), data.collection.corpus, sparse
+            ),
             lambda leaf: expansions[split, leaf.generator, leaf.strategy],
             choices,
             run.config.evaluation,
@@ -290,8 +302,7 @@ def _tried(
     """What is tried for a system on the dev queries; nothing where a fusion's parts weigh alike."""
     settings = config.evaluation
     if system.parts:
-        able = settings.fusion_steps and data.collection.qrels["dev"]
-        return weight_grid(len(system.parts), settings.fusion_steps) if able else []
+        return stage_grid(system, settings) if data.collection.qrels["dev"] else []
     asks = len(expansions["dev", system.generator, system.strategy].strategy.asks)
     return expansion_grid(settings, config.expansion.combine, asks)
 

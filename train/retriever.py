@@ -7,26 +7,19 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
-import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import scipy.sparse
 from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.beir import Collection, read_beir, source_hashes
-from expandr_jax.data.benchmarks import benchmark_queries, query_key
-from expandr_jax.data.download import data_path
-from expandr_jax.data.duplicates import near_duplicates
-from expandr_jax.data.places import find_collections
-from expandr_jax.data.training_data import limit_queries
-from expandr_jax.data.triples import Triple, read_triples
-from expandr_jax.errors import UserError
-from expandr_jax.files.records import hash_file, hash_json
+from expandr_jax.files.records import hash_json
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import contrastive_setup
@@ -61,9 +54,12 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import count_updates, section_optimizer
+from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
+from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
+from train.triples import dev_of, say_leaks, triples_of
 
 
 def train_retriever(
@@ -194,9 +190,9 @@ def train_on_triples(
     check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):
-        dev, triples = _read_dev(run), _read_triples(run)
+        dev, triples = dev_of(run), triples_of(run)
         if dev is not None:
-            _say_leaks(run, triples, dev)
+            say_leaks(run, triples, dev)
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
@@ -205,19 +201,27 @@ def train_on_triples(
     def evaluate(params: Any) -> float:
         ids, documents = list(dev.qrels["dev"]), list(dev.corpus.values())
         retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
+        queries = [dev.queries[query] for query in ids]
         with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
-            vectors = retriever.encode(documents, "document", progress=advance)
-        encoded = retriever.encode([dev.queries[query] for query in ids], "query")
+            if models.retriever.pooling == SPLADE:
+                width = models.retriever.module.config.vocab_size
+                index = build_sparse(retriever.encode, documents, width, "dev", advance)
+                encoded = scipy.sparse.vstack([*sparse_vectors(retriever.encode, queries, "query")])
+            else:
+                vectors = retriever.encode(documents, "document", progress=advance)
+                index = build_index(vectors, "exact")
+                encoded = retriever.encode(queries, "query")
 
         def measure() -> float:
             found = search_named(
-                build_index(vectors, "exact").search,
+                index.search,
                 ids,
                 encoded,
                 list(dev.corpus),
                 config.evaluation.depth,
                 drop_identical_ids=config.evaluation.drop_identical_ids,
                 excluded=dev.excluded,
+                above=0.0 if models.retriever.pooling == SPLADE else -math.inf,
             )
             return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
 
@@ -251,85 +255,6 @@ def train_on_triples(
         run.processes.once(export)
     console.print(f"retriever: {run.where(directory)}", soft_wrap=True)
     run.close()
-
-
-def _read_triples(run: Run) -> list[Triple]:
-    """The triples of data.path or data.url; data/SOURCE.json describes them and data.dev.
-
-    Raises:
-        UserError: They cannot be read, or the files are others than those that the run began with.
-    """
-    config = run.config.data
-    # It may have to be downloaded.
-    given = run.processes.main_first(lambda: data_path(config, run.reporter))
-    triples, skipped = read_triples(given, config.on_bad)
-    queries = f"{len(triples)} training queries"
-    if skipped:
-        queries += f"; {len(skipped)} lines skipped, the first: {skipped[0]}"
-    run.reporter.say(queries)
-    source = {"name": given.name, "sha256": hash_file(given),
-              "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
-    # Evaluations before and after a restart are compared, so they must be of the same data.
-    dev = source_hashes(next(iter(find_collections(config.dev).values()))) if config.dev else None
-    kept = _without_tested(run, triples)
-    left_out = {"left_out_for_tests": len(triples) - len(kept)} if config.tests else {}
-    noted = run.noted(
-        run.path("data", "SOURCE.json"), source | left_out | ({"dev": dev} if dev else {})
-    )
-    # A run that was begun before dev was noted has none.
-    other_dev = noted.pop("dev", dev) != dev
-    if {name: noted.get(name) for name in source} != source:
-        raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
-    if other_dev:
-        raise UserError(f"{config.dev}: is not the data this run began with; use a new --workdir")
-    return kept
-
-
-def _without_tested(run: Run, triples: list[Triple]) -> list[Triple]:
-    """The triples whose query is none of `data.tests`, nor nearly one; says how many are not."""
-    if not run.config.data.tests:
-        return triples
-    tested = sorted(benchmark_queries(run.config.data.tests))
-    near = near_duplicates((triple.query for triple in triples), tested)
-    kept = [triple for triple, like in zip(triples, near, strict=True) if not like]
-    if left_out := len(triples) - len(kept):
-        run.reporter.say(f"{left_out} training queries are left out: they are test queries, too")
-    return kept
-
-
-def _read_dev(run: Run) -> Collection | None:
-    """The collection of data.dev with the dev queries that are evaluated; None: there is none.
-
-    Raises:
-        UserError: It cannot be read, or cannot tell good weights from bad ones.
-    """
-    config = run.config.data
-    if not config.dev:
-        return None
-    dev = read_beir(config.dev)
-    if "dev" not in dev.qrels:
-        raise UserError(f"{config.dev}/qrels/dev.tsv: missing; it decides what is kept")
-    judged = {query: dev.qrels["dev"][query]
-              for query in limit_queries(list(dev.qrels["dev"]), config.max_dev)}  # fmt: skip
-    relevant = (d for grades in judged.values() for d, grade in grades.items() if grade > 0)
-    if not any(document in dev.corpus for document in relevant):
-        raise UserError(
-            f"{config.dev}: no dev query has a relevant document, so that all weights rank alike; "
-            "expected a grade above 0 of a document in the corpus"
-        )
-    return dataclasses.replace(dev, qrels={"dev": judged})
-
-
-def _say_leaks(run: Run, triples: Sequence[Triple], dev: Collection) -> None:
-    """Says how many of the dev queries are trained on, if any."""
-    judged = dev.qrels["dev"]
-    trained = {query_key(triple.query) for triple in triples}
-    leaked = sum(query_key(dev.queries[query]) in trained for query in judged)
-    if leaked:
-        run.reporter.say(
-            f"{leaked} of {len(judged)} dev queries are training queries, too: the dev measure "
-            "says nothing of new queries there"
-        )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-NAMES = ("sampling", "dpo", "grpo", "encode", "contrastive", "search", "rewards", "load")
+NAMES = (
+    *("sampling", "dpo", "grpo", "encode", "contrastive", "search", "rewards", "load"),
+    "rerank",
+)
 THREADS = 2  # Each side has so many: OMP_NUM_THREADS of its process, and its cores.
 
 

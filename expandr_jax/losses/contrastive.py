@@ -28,6 +28,8 @@ class ContrastiveLossSettings:
     kl_weight: NotNegative = 0.0
     teacher_temperature: Positive = 1.0
     invariance_weight: NotNegative = 0.0
+    flops_query_weight: NotNegative = 0.0
+    flops_document_weight: NotNegative = 0.0
 
 
 @flax.struct.dataclass
@@ -251,6 +253,29 @@ def invariance_kl(
     )
     given = jnp.ones(by_plain.shape, bool) if excluded is None else ~_others(excluded, rows)
     return distillation_kl(by_plain, by_expanded, given)
+
+
+def flops(vectors: jax.Array, given: jax.Array | None = None) -> jax.Array:
+    """The sum over components of their squared means, of vectors whose numbers are 0 or more.
+
+    It is what an inverted index computes for a pair of such vectors, if components were drawn
+    alike: it makes them rare, and above all the common ones.
+
+    Args:
+        vectors: [count, dim].
+        given: [count] bool, which of them count; None: all.
+
+    Returns:
+        A number, float32.
+
+    References:
+        Paria et al., arXiv 2004.05665; for SPLADE Formal et al., arXiv 2107.05720, equation 4.
+    """
+    vectors = jnp.abs(vectors.astype(jnp.float32))
+    if given is None:
+        return jnp.sum(jnp.square(jnp.mean(vectors, axis=0)))
+    total = jnp.sum(jnp.where(given[:, None], vectors, 0.0), axis=0)
+    return jnp.sum(jnp.square(total / jnp.maximum(jnp.sum(given), 1)))
 
 
 def matryoshka(

@@ -1,7 +1,9 @@
-"""A cross-encoder: BERT reads a query and a document together, and a head gives their score.
+"""A cross-encoder: an encoder reads a query and a document together, a head gives their score.
 
-The head is that of transformers' sequence classification with one label: a dense layer with tanh on
-the first token, which BERT calls its pooler and RoBERTa a part of its classifier, and a linear one.
+The head is that of transformers' sequence classification with one label. Of BERT it is a dense
+layer with tanh on the first token, which BERT calls its pooler and RoBERTa a part of its
+classifier, and a linear one; of ModernBERT a dense layer, a norm and a linear one, on the first
+token or the mean.
 """
 
 import dataclasses
@@ -19,8 +21,10 @@ from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.models.encoder import Encoder
+from expandr_jax.models.encoder import ACTIVATIONS as FUNCTIONS
+from expandr_jax.models.encoder import Encoder, HeadLayer, LayerNorm
 from expandr_jax.models.identity import module_identity, tokenizer_identity
+from expandr_jax.models.modernbert import ModernBert, ModernBertConfig
 from expandr_jax.models.pooling import pool
 from expandr_jax.models.token_ids import check_ids
 
@@ -47,9 +51,44 @@ class PairClassifier(Encoder):
         encoder = Bert(self.config, self.dtype, self.remat, name="encoder")
         hidden = encoder(input_ids, attention_mask, token_types, deterministic=deterministic)
         first = pool(hidden, attention_mask, "cls")
-        first = jnp.tanh(nn.Dense(self.config.hidden_size, name="pooler")(first))
+        first = jnp.tanh(HeadLayer(self.config.hidden_size, name="pooler")(first))
         first = nn.Dropout(self.config.hidden_dropout)(first, deterministic=deterministic)
-        return nn.Dense(1, name="classifier")(first)[:, 0]
+        return HeadLayer(1, axis="norm", name="classifier")(first)[:, 0]
+
+
+class ModernPairClassifier(Encoder):
+    """The same with ModernBERT, whose pairs have no types.
+
+    Attributes:
+        pooling: "cls" or "mean".
+        activation: A key of `encoder.ACTIVATIONS`.
+        use_bias: The head's first layer has one.
+        dropout: Rate before its last.
+    """
+
+    config: ModernBertConfig
+    pooling: str = "cls"
+    activation: str = "gelu"
+    use_bias: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        token_types: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        cfg = self.config
+        encoder = ModernBert(cfg, self.dtype, self.remat, name="encoder")
+        hidden = encoder(input_ids, attention_mask, deterministic=deterministic)
+        x = pool(hidden, attention_mask, self.pooling)
+        x = HeadLayer(cfg.hidden_size, self.use_bias, name="pooler")(x)
+        x = LayerNorm(cfg.norm_eps, cfg.norm_bias, name="head_norm")(FUNCTIONS[self.activation](x))
+        x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
+        return HeadLayer(1, axis="norm", name="classifier")(x)[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +100,14 @@ class CrossEncoder:
         tokenizer: Text to ids.
         max_length: Most tokens of a pair, special ones included.
         activation: A key of `ACTIVATIONS`, applied to the logits.
+        files: The `ModelFiles` that it is from: an export keeps what its config.json says.
     """
 
-    module: PairClassifier
+    module: PairClassifier | ModernPairClassifier
     tokenizer: PreTrainedTokenizerFast
     max_length: int
     activation: str
+    files: Any = None
 
     @functools.cached_property
     def identity(self) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from expandr_jax.models.attention import attend, attend_with_cache
 from expandr_jax.models.lora import LoraConfig, Projection
-from expandr_jax.models.mask import Mask, causal_mask
+from expandr_jax.models.mask import Mask, causal_mask, padding_mask
 from expandr_jax.models.quantized import is_quantized
 from expandr_jax.models.rope import RopeScaling, apply_rope, rope_angles
 from expandr_jax.models.stack import TransformerConfig, parameter, stack
@@ -47,6 +47,8 @@ class DecoderConfig(TransformerConfig):
         layer_is_local: Per layer, whether it attends locally; empty means none does.
         rope_local_theta: Rotary base of local layers (Gemma 3); None means rope_theta.
         quantized: How projections keep their weights, as `lora.Projection` says.
+        causal: No token sees a later one. A decoder that was trained for retrieval may be read
+            without that mask (LLM2Vec, arXiv 2404.05961; EmbeddingGemma, arXiv 2509.20354).
     """
 
     num_kv_heads: int
@@ -67,6 +69,7 @@ class DecoderConfig(TransformerConfig):
     layer_is_local: tuple[bool, ...] = ()
     rope_local_theta: float | None = None
     quantized: str = ""
+    causal: bool = True
 
 
 @flax.struct.dataclass
@@ -218,10 +221,10 @@ class Decoder(nn.Module):
     lora: LoraConfig | None = None
     unroll: bool = False
 
-    @staticmethod
-    def inputs(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
+    def inputs(self, input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
         """As `Encoder.inputs`."""
-        return input_ids, token_positions(attention_mask), causal_mask(attention_mask)
+        mask = causal_mask if self.config.causal else padding_mask
+        return input_ids, token_positions(attention_mask), mask(attention_mask)
 
     @nn.compact
     def __call__(

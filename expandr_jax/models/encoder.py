@@ -111,6 +111,29 @@ class EncoderBlock(nn.Module):
         return self.project("o_proj", self.config.hidden_size, ("heads", "embed"), x, bias)
 
 
+class HeadLayer(nn.Module):
+    """A product with a kernel and, where `use_bias`, a bias: a layer of what stands on an encoder.
+
+    Attributes:
+        features: Width of what it gives.
+        use_bias: Whether there is one.
+        axis: The name of that width, by which it is spread over a mesh.
+    """
+
+    features: int
+    use_bias: bool = True
+    axis: str = "heads"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = parameter(self, "kernel", ("embed", self.axis), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = parameter(self, "bias", (self.axis,), (self.features,), nn.initializers.zeros)
+            y = y + bias.astype(x.dtype)
+        return y
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with a scale and, where `use_bias`, a bias, in float32."""
 

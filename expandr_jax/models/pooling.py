@@ -6,8 +6,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-# "decoder" is for encoder-decoders: their only output is the decoder's first position.
-Pooling = Literal["mean", "cls", "last", "decoder"]
+# "decoder" is for encoder-decoders: their only output is the decoder's first position; "splade" for
+# `SpladeEncoder`, which pools by itself.
+Pooling = Literal["mean", "cls", "last", "decoder", "splade"]
 
 DENSE_ACTIVATIONS = {"identity": lambda x: x, "tanh": jnp.tanh}
 
@@ -19,7 +20,8 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         hidden: [batch, length, width].
         mask: [batch, length], 1 for real tokens.
         kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last;
-            "decoder" for `hidden` of length one, which the mask does not concern.
+            "decoder" for `hidden` of length one, which the mask does not concern; "splade" for
+            what is [batch, width] already.
 
     Returns:
         [batch, width] float32; zeros for a row without tokens, so that its score is 0.
@@ -27,6 +29,8 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     Raises:
         ValueError: If the kind is unknown.
     """
+    if kind == "splade":
+        return hidden.astype(jnp.float32)
     if kind == "decoder":
         return hidden[:, 0].astype(jnp.float32)
     if kind == "mean":
@@ -38,7 +42,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     elif kind == "last":
         place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     else:
-        raise ValueError(f"unknown pooling {kind!r}: mean, cls, last or decoder")
+        raise ValueError(f"unknown pooling {kind!r}: mean, cls, last, decoder or splade")
     found = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     return jnp.where(jnp.any(mask > 0, axis=1, keepdims=True), found, 0.0)
 
@@ -53,6 +57,11 @@ def dense(x: jax.Array, params: Mapping[str, jax.Array], activation: str) -> jax
     if "bias" in params:
         y = y + params["bias"].astype(jnp.float32)
     return DENSE_ACTIVATIONS[activation](y)
+
+
+def dense_name(number: int) -> str:
+    """The key, beside a module's parameters, of those of a layer after pooling, from 0 on."""
+    return f"dense_{number + 1}" if number else "dense"  # Checkpoints of one layer have no number.
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

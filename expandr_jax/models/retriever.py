@@ -11,7 +11,7 @@ import jax
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.lora import COLLECTION, split_adapter
-from expandr_jax.models.pooling import Pooling, dense, l2_normalize, pool
+from expandr_jax.models.pooling import Pooling, dense, dense_name, l2_normalize, pool
 from expandr_jax.models.token_ids import check_ids
 
 Kind = Literal["query", "document"]
@@ -32,8 +32,8 @@ class Retriever:
         files: The `ModelFiles` that it is from: an export keeps what its config.json says.
         query_length: Longest query in tokens, its prompt and special ones included; 0: as the
             others.
-        dense: Activation of the layer between pooling and normalisation, if there is one; its
-            parameters are `params["dense"]`.
+        dense: Activations of the layers between pooling and normalisation; the parameters of each
+            are `params[dense_name(number)]`.
     """
 
     module: nn.Module
@@ -44,7 +44,7 @@ class Retriever:
     document_prompt: str
     tokenizer: Any
     files: Any
-    dense: str | None = None
+    dense: tuple[str, ...] = ()
     query_length: int = 0
 
     @functools.cached_property
@@ -52,7 +52,7 @@ class Retriever:
         """sha256 over all that vectors depend on, but for the parameters and the text."""
         tokenizer = tokenizer_identity(self.tokenizer)
         prompts = self.query_prompt, self.document_prompt
-        ends = self.pooling, self.dense, self.normalize, self.max_length
+        ends = self.pooling, "+".join(self.dense) or None, self.normalize, self.max_length
         lora = self.module.lora
         added = [] if lora is None else [lora.scale]
         if self.query_length:
@@ -130,6 +130,6 @@ class Retriever:
             variables[COLLECTION] = adapter
         hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
         vectors = pool(hidden, attention_mask, self.pooling)
-        if self.dense is not None:
-            vectors = dense(vectors, params["dense"], self.dense)
+        for number, activation in enumerate(self.dense):
+            vectors = dense(vectors, params[dense_name(number)], activation)
         return l2_normalize(vectors) if self.normalize else vectors

@@ -22,6 +22,7 @@ from expandr_jax.losses.contrastive import (
     CONTRASTIVE_LOSSES,
     ContrastiveLossSettings,
     Vectors,
+    flops,
     info_nce,
     loss_weights,
     matryoshka,
@@ -209,9 +210,11 @@ def _loss_of_vectors(
         temperature = jnp.exp(log_temperature + jax.lax.stop_gradient(below))
         metrics["temperature"] = temperature
 
-    texts = batch["positive_texts"]
+    texts, real = batch["positive_texts"], None  # Which passages are there, None: all.
     if compared.negative is not None:
         texts = jnp.concatenate([texts, batch["negative_texts"]])
+        given = jnp.ones(len(batch["given"]), bool), batch["given"][:, 1:].reshape(-1)
+        real = jnp.concatenate(given)
 
     def of_queries(part: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """[rows] losses of some queries, or all, and whether their own documents beat all others
@@ -219,8 +222,7 @@ def _loss_of_vectors(
         rows, negative = part.get("rows"), compared.negative
         masks = {"excluded": same_text(texts, part["relevant"])}
         if negative is not None:  # What stands where a query has no more negatives is excluded.
-            given = jnp.ones(len(batch["given"]), bool), batch["given"][:, 1:].reshape(-1)
-            masks["excluded"] |= ~jnp.concatenate(given)
+            masks["excluded"] |= ~real
         if rows is not None and config.symmetric:
             masks["excluded_queries"] = same_text(part["positive_texts"], batch["relevant"]).T
         some = compared.replace(query=part["query"], plain=part.get("plain"))
@@ -251,7 +253,13 @@ def _loss_of_vectors(
         parts = jax.tree.map(lambda x: _split_rows(x, size), queries)
         loss, beats = jax.tree.map(_join_rows, jax.lax.map(jax.checkpoint(of_queries), parts))
     metrics["in_batch_accuracy"] = jnp.mean(beats)
-    return jnp.mean(loss), metrics
+    loss = jnp.mean(loss)
+    if config.flops_query_weight or config.flops_document_weight:
+        loss += config.flops_query_weight * flops(compared.query)
+        loss += config.flops_document_weight * flops(compared.passages, real)
+        metrics["query_terms"] = jnp.mean(jnp.sum(compared.query > 0, axis=1))
+        metrics["document_terms"] = jnp.mean(jnp.sum(compared.positive > 0, axis=1))
+    return loss, metrics
 
 
 def _queries_at_once(micro_batch: int, queries: int, passages: int) -> int:

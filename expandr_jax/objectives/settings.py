@@ -7,6 +7,7 @@ from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.generation.settings import SamplingSettings
 from expandr_jax.losses.distillation import DistillationLossSettings
 from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
+from expandr_jax.losses.reranking import RERANKING_LOSSES
 from expandr_jax.models.lora import OptionalLora
 from expandr_jax.models.stack import REMATS
 from expandr_jax.objectives.contrastive import ContrastiveConfig
@@ -119,3 +120,18 @@ class DistillSettings(DistillationLossSettings, TrainingSettings):
     queries_per_document: Annotated[int, count(1, MANY)]
     depth: Annotated[int, count(1)]
     control: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RerankerSettings(TrainingSettings):
+    """The section `reranker`, of a cross-encoder that ranks again."""
+
+    source: str
+    max_length: Annotated[int, count(1)]
+    compute_dtype: ComputeType
+    remat: Annotated[str, choice(REMATS)]
+    loss: Annotated[str, choice(RERANKING_LOSSES)]
+    negatives: Annotated[int, count(1)]
+    dropout: bool
+    weight_decay: NotNegative
+    patience: Annotated[int, count(0)]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from expandr_jax.models.lora import init_lora, split_adapter, with_adapter
+from expandr_jax.models.pooling import dense_name
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.trees import model_shardings
 
@@ -68,7 +69,8 @@ def divided(retriever: Retriever, params: Mapping[str, Any], seed: int) -> tuple
         return (), params
     base, adapter = split_adapter(params)
     if adapter is None:
-        own = {name: tree for name, tree in base.items() if name != "dense"}
+        after = {dense_name(number) for number in range(len(retriever.dense))}
+        own = {name: tree for name, tree in base.items() if name not in after}
         adapter = init_lora(jax.random.key(seed), own, lora, "contrastive.lora")
     return (base,), adapter
 

@@ -86,7 +86,7 @@ def write_retriever(directory: pathlib.Path, config: Config) -> None:
         document_prompt="",
         tokenizer=tokenizer,
         files=files,
-        dense="identity",
+        dense=("identity",),
     )
     export_retriever(directory, retriever, params)
 

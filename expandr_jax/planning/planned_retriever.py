@@ -54,6 +54,7 @@ from expandr_jax.sharding import (
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.vectors.encoder import embedder
 from expandr_jax.weights.families import family_of
+from expandr_jax.weights.sparse_encoder import SPLADE
 
 TEXTS = 2 + PASSAGES  # A query, its expansion and its passages.
 
@@ -70,6 +71,8 @@ class RetrieverShapes:
         if config.contrastive.lora.rank:
             module = module.clone(lora=config.contrastive.lora)
         pooling = section.pooling or family_of(module).pooling
+        if pooling == SPLADE:
+            raise UserError("retriever.pooling is 'splade', whose programs no plan has yet")
         self.retriever = Retriever(module, pooling, True, self._length, "", "", None, None)
         base = param_shapes(module, weights)
         base.pop("lm_head", None)  # A decoder's, which only generating needs.

@@ -12,8 +12,9 @@ from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.ranking.gate import Features, Gate, fit_gate
 from expandr_jax.ranking.gate_features import GATES
+from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.ranking.systems import BM25, System
+from expandr_jax.ranking.systems import BY_TEXTS, System
 
 MOST_WEIGHTS = 100  # Ways to weigh the parts of a fusion that are tried on dev, at most.
 
@@ -48,7 +49,24 @@ class PartWeights:
         return f"weights {', '.join(f'{weight:.4g}' for weight in self.weights)}"
 
 
-Chosen = Choice | PartWeights | Gate
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """How many documents of a query a re-ranker reads."""
+
+    depth: int
+
+    def __str__(self) -> str:
+        return f"depth {self.depth}"
+
+
+Chosen = Choice | PartWeights | Gate | Depth
+
+
+def stage_grid(system: System, settings: EvaluationSettings) -> list[Chosen]:
+    """What is tried on dev of a system that has parts; nothing: it is used as it is."""
+    if system.stage in RERANKERS:
+        return [Depth(depth) for depth in settings.rerank.depths]
+    return weight_grid(len(system.parts), steps) if (steps := settings.fusion_steps) else []
 
 
 def as_record(chosen: Chosen) -> dict[str, Any]:
@@ -63,6 +81,8 @@ def as_record(chosen: Chosen) -> dict[str, Any]:
 
 def from_record(record: Mapping[str, Any]) -> Chosen:
     """What `as_record` wrote, of all but a gate."""
+    if "depth" in record:
+        return Depth(record["depth"])
     if "weights" in record:
         return PartWeights(tuple(record["weights"]))
     return Choice(**record)
@@ -121,9 +141,9 @@ def choose(
     """Mean nDCG@10 of each way to use a leaf's expansions, or to weigh a fusion's parts.
 
     Of equal ones the first is to be taken. The ranker and judgements are of the dev queries. For
-    BM25, which weighs no query in one search, each number of samples is tried once.
+    BM25 and SPLADE, which weigh no query in one search, each number of samples is tried once.
     """
-    if system.retriever == BM25:
+    if system.retriever in BY_TEXTS:
         choices = [
             dataclasses.replace(c, query_weight=None) if c.combine == MEAN else c for c in choices
         ]
@@ -200,7 +220,7 @@ class DevChoices:
         """What all processes have to make together before process 0 chooses; what a gate reads."""
         dev = self._dev()
         if not system.parts:
-            if system.retriever != BM25 and dev.ids:
+            if system.retriever not in BY_TEXTS and dev.ids:
                 dev.encoded(system)
         elif system.stage in GATES or self._grid(system):
             for part in system.parts:

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from expandr_jax.data.documents import ids_of, rows_of, texts_of
 from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.strategies import SEPARATOR
 from expandr_jax.metrics import RunScores
-from expandr_jax.ranking.choices import Choice, Chosen, PartWeights
+from expandr_jax.ranking.choices import Choice, Chosen, Depth, PartWeights
 from expandr_jax.ranking.gate import Features, Gate
 from expandr_jax.ranking.gate_features import (
     AFTER,
@@ -24,7 +24,7 @@ from expandr_jax.ranking.gate_features import (
     features_after,
     features_before,
 )
-from expandr_jax.ranking.rerank import RERANKERS, rank_again
+from expandr_jax.ranking.rerank import RERANKERS, Scorer, rank_again
 from expandr_jax.ranking.separate import SeparateSearches
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.sources import Expansions, Searches
@@ -37,7 +37,7 @@ from expandr_jax.ranking.stages import (
     WORD_FEEDBACK_DEPTH,
     WORD_FEEDBACKS,
 )
-from expandr_jax.ranking.systems import BM25, System
+from expandr_jax.ranking.systems import BM25, BY_TEXTS, System
 from expandr_jax.ranking.words import Weights
 from expandr_jax.search import search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
@@ -94,6 +94,7 @@ class Ranker:
         self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
         self._separate = SeparateSearches(self.ids, searches, settings, normalize, excluded)
+        self._scored: dict[tuple[str, str], float] = {}  # By a re-ranker, where depths are tried.
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
     def rank(self, system: System) -> RunScores:
@@ -131,7 +132,8 @@ class Ranker:
         if system.stage in RERANKERS:
             run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings.rerank)
             texts = dict(zip(self.ids, self._queries, strict=True))
-            return rank_again(run, texts, self._searches.corpus, score, settings.rerank.depth)
+            depth = choice.depth if isinstance(choice, Depth) else settings.rerank.depth
+            return rank_again(run, texts, self._searches.corpus, self._remembered(score), depth)
         if dense:
             find, documents = dense.corpus.evaluated.search, dense.corpus.ids
         else:
@@ -147,6 +149,21 @@ class Ranker:
             excluded=self._excluded,
             above=-np.inf if dense else 0.0,
         )
+
+    def _remembered(self, score: Scorer) -> Scorer:
+        """A re-ranker that reads a pair once, though several depths are tried."""
+        if not self._settings.rerank.depths:
+            return score
+
+        def scores(query: str, documents: Sequence[str]) -> np.ndarray:
+            new = [text for text in documents if (query, text) not in self._scored]
+            if new:
+                self._scored |= {
+                    (query, text): one for text, one in zip(new, score(query, new), strict=True)
+                }
+            return np.array([self._scored[query, text] for text in documents], np.float32)
+
+        return scores
 
     def index_recall(self, system: System) -> dict[str, Any] | None:
         """What the index that a system's vectors are searched by finds of what there is to find.
@@ -234,7 +251,7 @@ class Ranker:
     def _dense(self, system: System) -> CorpusRetriever | None:
         """What a leaf, or feedback on one, searches by vectors; None for other systems."""
         leaf = system.leaves[0]
-        if leaf.retriever == BM25 or system.stage not in (None, *FEEDBACKS):
+        if leaf.retriever in BY_TEXTS or system.stage not in (None, *FEEDBACKS):
             return None
         return self._searches.dense(leaf.retriever, leaf.documents)
 
@@ -281,7 +298,7 @@ class Ranker:
 
     def _search_for_words(self, system: System, choice: Choice | None) -> tuple[Any, Any]:
         """How BM25 searches for a leaf's queries, or after feedback on them, and for what."""
-        index = self._searches.bm25(system.leaves[0].documents)
+        index = self._searches.by_texts(system.leaves[0])
         if system.stage is None and system.weighing == BM25:
             return index.search, self._words(system, choice)  # As texts: their words count alike.
         return index.search_weighted, self._weights(system, choice)

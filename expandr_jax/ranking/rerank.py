@@ -10,7 +10,7 @@ import numpy as np
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import RunScores, rank_documents
 from expandr_jax.models.cross_encoder import CrossEncoder
-from expandr_jax.settings import count
+from expandr_jax.settings import count, several
 from expandr_jax.weights.cross_encoder import load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
 
@@ -25,6 +25,7 @@ class RerankSettings:
     depth: Annotated[int, count(1)]
     max_length: Annotated[int, count(1)]
     rows: Annotated[int, count(1)]
+    depths: Annotated[tuple[int, ...], several(count(1), least=0)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +75,18 @@ RERANKERS = {"rerank": Reranker(check_cross_encoder, load_scorer, cross_encoder_
 
 
 def rank_again(
-    run: RunScores, queries: Mapping[str, str], corpus: Mapping[str, str], score: Scorer, depth: int
+    run: RunScores,
+    queries: Mapping[str, str],
+    corpus: Mapping[str, str],
+    score: Scorer,
+    depth: int,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, dict[str, float]]:
     """Orders the first `depth` documents of each query by a re-ranker; the others follow as before.
 
     Scores are the re-ranker's, and below its lowest for documents that it did not read, each 1 less
-    than the one before. Queries and the corpus are texts by their ids.
+    than the one before. Queries and the corpus are texts by their ids; `progress` is called with 1
+    after each query.
     """
     again = {}
     for query, found in run.items():
@@ -90,4 +97,5 @@ def rank_again(
         again[query] = dict(zip(first, scores, strict=True)) | {
             document: low - n for n, document in enumerate(rest, start=1)
         }
+        progress(1)
     return again

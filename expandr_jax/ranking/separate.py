@@ -105,7 +105,7 @@ class SeparateSearches:
 
     def _words(self, leaf: System) -> Callable[[Sequence[str], int], Any]:
         """BM25's search for texts, whose words it weighs as the leaf has it."""
-        index, weigh = self._searches.bm25(leaf.documents), WEIGHINGS[leaf.weighing]
+        index, weigh = self._searches.by_texts(leaf), WEIGHINGS[leaf.weighing]
         if leaf.weighing == BM25:
             return index.search  # Their words count alike.
         return lambda texts, k: index.search_weighted(

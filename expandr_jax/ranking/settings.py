@@ -8,6 +8,14 @@ from expandr_jax.settings import MANY, SHARE, TEXT, count, several
 
 
 @dataclasses.dataclass(frozen=True)
+class SpladeSettings:
+    """The section `evaluation.splade`."""
+
+    source: str
+    max_length: Annotated[int, count(1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The section `evaluation`."""
 
@@ -19,3 +27,4 @@ class EvaluationSettings:
     sample_depth: Annotated[int, count(1)]
     drop_identical_ids: bool
     rerank: RerankSettings
+    splade: SpladeSettings

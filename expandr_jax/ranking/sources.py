@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import Strategy
+from expandr_jax.ranking.systems import SPLADE, System
 from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 
@@ -42,6 +44,7 @@ class Searches:
         dense: Name of a retriever, and the same, to that with its corpus encoded; called whenever
             it is needed. Process 0 alone searches it.
         corpus: Document id -> text.
+        sparse: As `bm25`, to what searches for texts by the sparse encoder, with its `search`.
         texts: How documents are expanded, or None, to what BM25's index has of each, by row; None:
             the corpus as it is.
     """
@@ -49,4 +52,9 @@ class Searches:
     bm25: Callable[[str | None], Index]
     dense: Callable[[str, str | None], CorpusRetriever]
     corpus: Mapping[str, str]
+    sparse: Callable[[str | None], Any] | None = None
     texts: Callable[[str | None], Sequence[str]] | None = None
+
+    def by_texts(self, leaf: System) -> Any:
+        """What a leaf that searches for texts searches."""
+        return (self.sparse if leaf.retriever == SPLADE else self.bm25)(leaf.documents)

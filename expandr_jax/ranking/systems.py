@@ -1,7 +1,8 @@
 """The systems that are compared, by name: what retrieves, what is fused, what is ranked again.
 
     LEAF      bm25, dense, zero-shot, fine-tuned, expandr, ...: a retriever, and whose expansions;
-              bm25q is BM25 that weighs the words of the query, too
+              bm25q is BM25 that weighs the words of the query, too; splade searches by a sparse
+              encoder, evaluation.splade, for texts as BM25 does
     BASE+S    the retriever BASE with the queries expanded by a strategy or, "expansion", as
               the config says; by the generator before training
     BASE@D    over a corpus whose documents are expanded; BASE@D+S likewise
@@ -27,10 +28,13 @@ from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.rerank import RERANKERS
-from expandr_jax.ranking.settings import EvaluationSettings
+from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
+from expandr_jax.weights.sparse_encoder import load_sparse_encoder
 
 BM25 = "bm25"
+SPLADE = "splade"
+BY_TEXTS = (BM25, SPLADE)  # Searched for a query and its passages as one text.
 UNTRAINED = "zero-shot"  # The retriever as the config names it.
 BASE = "base"  # The generator as the config names it.
 ALL_LABELS = "fine-tuned-all"  # Trained, plain, on the queries of step A and of step B.
@@ -46,8 +50,8 @@ class System:
 
     Attributes:
         name: As the user wrote it; its run is runs/NAME.trec.
-        retriever: What a leaf searches with: `BM25`, or whose weights encode: `UNTRAINED`,
-            "fine-tuned", `ALL_LABELS`, "expandr", "round-R" or one of `QUERY_TOWERS`.
+        retriever: What a leaf searches with: one of `BY_TEXTS`, or whose weights encode:
+            `UNTRAINED`, "fine-tuned", `ALL_LABELS`, "expandr", "round-R" or one of `QUERY_TOWERS`.
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
@@ -90,8 +94,8 @@ class System:
 
     @property
     def is_chosen(self) -> bool:
-        """Whether there is a choice in it: of its expansions, its parts' weights, or its gate."""
-        return self.strategy is not None or self.stage in (*WEIGHED, *GATES)
+        """Whether there is a choice in it: of its expansions, weights, depth or gate."""
+        return self.strategy is not None or self.stage in (*WEIGHED, *GATES, *RERANKERS)
 
     @property
     def writer(self) -> str:
@@ -102,12 +106,13 @@ class System:
     @property
     def needs_training(self) -> bool:
         """Whether a training run alone has what it is made of."""
-        return not (self.retrievers <= {BM25, UNTRAINED} and self.generators <= {BASE})
+        return not (self.retrievers <= {*BY_TEXTS, UNTRAINED} and self.generators <= {BASE})
 
 
 RETRIEVERS = {  # What a name may begin with -> what searches.
     BM25: BM25, "dense": UNTRAINED, "zero-shot": UNTRAINED, "fine-tuned": "fine-tuned",
     ALL_LABELS: ALL_LABELS, "expandr-plain": "expandr", **dict.fromkeys(WEIGHINGS, BM25),
+    SPLADE: SPLADE,
 }  # fmt: skip
 ROWS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),
@@ -156,6 +161,17 @@ def check_stages(systems: Sequence[System], settings: EvaluationSettings) -> Non
     """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
     for stage in _rerankers(systems):
         RERANKERS[stage].check(settings.rerank)
+    if any(SPLADE in system.retrievers for system in systems):
+        check_sparse(settings.splade)
+
+
+def check_sparse(settings: SpladeSettings) -> None:
+    """Refuses, by a UserError, a source that is none, or no sparse encoder."""
+    if not settings.source:
+        raise UserError(
+            f"evaluation.splade.source is ''; expected a sparse encoder, as a system has {SPLADE}"
+        )
+    load_sparse_encoder(settings.source, max_length=settings.max_length)
 
 
 def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dict[str, str]:
@@ -235,7 +251,7 @@ def _parse_leaf(name: str) -> System:
         # BM25's queries have no vectors, and vectors no words.
         if part.retrievers == {BM25} and method in WORD_FEEDBACKS:
             return System(name, stage=method, parts=(part,))
-        if BM25 not in part.retrievers and method in FEEDBACKS:
+        if part.retrievers.isdisjoint(BY_TEXTS) and method in FEEDBACKS:
             return System(name, stage=method, parts=(part,))
     where, plus, method = name.partition("+")
     base, at, documents = where.partition("@")
@@ -244,7 +260,8 @@ def _parse_leaf(name: str) -> System:
         raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
     strategies = (*STRATEGIES, EXPANSION)
     if plus and method not in strategies:
-        methods = *strategies, *(WORD_FEEDBACKS if RETRIEVERS[base] == BM25 else FEEDBACKS)
+        feedbacks = {BM25: WORD_FEEDBACKS, SPLADE: ()}.get(RETRIEVERS[base], FEEDBACKS)
+        methods = *strategies, *feedbacks
         raise UserError(f"system {name!r}: expected {base}+ one of {', '.join(methods)}")
     if at and documents not in DOCUMENT_PROMPTS:
         known = ", ".join(DOCUMENT_PROMPTS)

@@ -21,6 +21,7 @@ from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint, wo
 from expandr_jax.search.exact import ExactIndex, ExactOptions
 from expandr_jax.search.index import MANIFEST, Index, read_manifest
 from expandr_jax.search.scann import ScannIndex, ScannOptions
+from expandr_jax.search.sparse import SparseIndex
 from expandr_jax.search.vectors import fingerprint
 from expandr_jax.settings import fields_of
 
@@ -32,6 +33,7 @@ __all__ = [
     "Index",
     "ScannIndex",
     "ScannOptions",
+    "SparseIndex",
     "build_index",
     "fingerprint",
     "kept_bm25",
@@ -45,6 +47,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = {kind.backend: kind for kind in (ExactIndex, ScannIndex, Bm25Index)}
+KEPT = {**BACKENDS, SparseIndex.backend: SparseIndex}  # What a saved index may be of.
 
 
 def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **options) -> Index:
@@ -94,11 +97,11 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
         UserError: no index there, a damaged file, or an index of something else.
     """
     manifest = read_manifest(directory, fingerprint)
-    if manifest.backend not in BACKENDS:
+    if manifest.backend not in KEPT:
         raise UserError(
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
         )
-    return BACKENDS[manifest.backend].load(directory, manifest)
+    return KEPT[manifest.backend].load(directory, manifest)
 
 
 def kept_index(directory: pathlib.Path, build: Callable[[], Index], *, write: bool = True) -> Index:

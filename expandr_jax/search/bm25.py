@@ -2,10 +2,9 @@
 
 Adding up scores by bm25s's NumPy holds Python's lock. Its loop in numba leaves the order of ties
 open, and numba would be one more compiled dependency, for which newer Pythons and NumPys wait.
-SciPy's product of a sparse matrix adds the same numbers in the same order, in a thread a core.
+search/postings.py adds the same numbers in the same order, in a thread a core.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -18,14 +17,14 @@ import pathlib
 import re
 import types
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
-import scipy.sparse
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.search.index import Index
+from expandr_jax.search.postings import Postings
 from expandr_jax.settings import NotNegative, Share, read_section
 
 _LENGTHS = "lengths.json"
@@ -37,7 +36,6 @@ _FILES = (
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 _POSTINGS = "data", "indices", "indptr"  # Of each word: weights and documents; where they end.
 _TEXTS = 4096  # Whose words are in memory as strings at once.
-_MOST_THREADS = 16  # Each has several arrays as long as the corpus.
 # Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
 # the first plane; Hangul has spaces, but between groups of words.
 _UNSPACED = re.compile(
@@ -150,7 +148,7 @@ class Bm25Index(Index):
             UserError: A weight is below 0 or not finite, or k below 1.
         """
         block = [self._numbered(weights) for weights in queries]
-        return self._in_threads([(0, block)], len(queries), self._depth(k))
+        return self._postings.search([(0, block)], len(queries), self._depth(k))
 
     def _numbered(self, weights: Mapping[str, float]) -> tuple[list[int], np.ndarray]:
         """The numbers of a query's words that are known, and their weights."""
@@ -167,51 +165,11 @@ class Bm25Index(Index):
                      for ids in map(self._bm25.get_tokens_ids, _split(texts))))
             for first, texts in _blocks(queries, "BM25 searches for")
         )  # fmt: skip
-        return self._in_threads(blocks, len(queries), k)
+        return self._postings.search(blocks, len(queries), k)
 
-    def _in_threads(
-        self,
-        blocks: Iterable[tuple[int, Iterable[tuple[Sequence[int], np.ndarray]]]],
-        count: int,
-        k: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What `_best` finds for each query of some blocks: the first one's number, and queries."""
-        scores = np.empty((count, k), np.float32)
-        indices = np.empty((count, k), np.int32)
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for first, block in blocks:
-                found = pool.map(lambda query: self._best(*query, k), block)
-                for row, best in enumerate(found, first):
-                    scores[row], indices[row] = best
-        return scores, indices
-
-    def _best(
-        self, words: Sequence[int], of_words: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of the k best documents for words, given by their numbers, and weights.
-
-        A word may stand there more than once.
-        """
-        # NumPy's memory maps are arrays that cost more to slice.
-        weights, rows, ends = (np.asarray(self._bm25.scores[n]) for n in _POSTINGS)
-        parts = [slice(ends[word], ends[word + 1]) for word in words]
-        starts = np.cumsum([0, *(part.stop - part.start for part in parts)])
-        postings = scipy.sparse.csc_array(
-            (
-                np.concatenate([weights[:0], *(weights[part] for part in parts)]),
-                np.concatenate([rows[:0], *(rows[part] for part in parts)]),
-                starts,
-            ),
-            shape=(self.size, len(parts)),
-        )
-        scored = postings @ of_words
-        found = scored[scored > 0]
-        cut = np.partition(found, len(found) - k)[len(found) - k] if len(found) >= k else 0
-        above = np.flatnonzero(scored > cut)
-        above = above[np.argsort(-scored[above], kind="stable")]
-        best = np.concatenate([above, np.flatnonzero(scored == cut)[: k - len(above)]])
-        return scored[best], best
+    @property
+    def _postings(self) -> Postings:
+        return Postings(self.size, *(self._bm25.scores[name] for name in _POSTINGS))
 
     def _write(self, directory: pathlib.Path) -> None:
         self._bm25.save(directory, show_progress=False)  # Not the texts.

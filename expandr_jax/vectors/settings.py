@@ -17,6 +17,7 @@ class RetrieverSettings:
     sha256: Sha256 | None
     pooling: Annotated[str, choice(get_args(Pooling), empty=True)]
     normalize: bool | None
+    bidirectional: bool
     max_length: Annotated[int, count(1)]
     query_length: Annotated[int, count(0)]
     query_prompt: str | None

@@ -1,38 +1,46 @@
-"""Loads cross-encoders: BERT and its kin with the head of a sequence classification."""
+"""Cross-encoders: BERT, its kin and ModernBERT with the head of a sequence classification."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.bert import BertConfig
-from expandr_jax.models.cross_encoder import CrossEncoder, PairClassifier
-from expandr_jax.weights.families import bert, model_config
+from expandr_jax.models.cross_encoder import CrossEncoder, ModernPairClassifier, PairClassifier
+from expandr_jax.weights.export import new_directory, write_model
+from expandr_jax.weights.families import BY_TYPE, bert, model_config, modernbert
+from expandr_jax.weights.families.family import ACTIVATIONS
 from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.hf import open_model, open_tokenizer
-from expandr_jax.weights.load import load_params
-from expandr_jax.weights.names import Weight, linear
+from expandr_jax.weights.load import leaf_shapes, load_params
+from expandr_jax.weights.names import PREFIXES, Weight, hf_name, layer_norm, linear
 from expandr_jax.weights.sentence_transformers import read_modules, transformer_length
 from expandr_jax.weights.source import locate
 
+_OLDER = "sbert_ce_default_activation_function"
+KNOWN = (*bert.FAMILY.classes, *modernbert.FAMILY.classes)  # Types of models that it can be of.
 # The names of PyTorch's classes in the files of sentence-transformers.
-_ACTIVATIONS = {
+_CLASSES = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.modules.linear.Identity": "identity",
 }
 
 
 def load_cross_encoder(
-    source: str, *, max_length: int | None = None
+    source: str, *, max_length: int | None = None, seed: int | None = None
 ) -> tuple[CrossEncoder, dict[str, Any]]:
     """Loads a re-ranker as sentence-transformers' CrossEncoder has it.
 
     Args:
         source: A directory, "package:NAME/PATH", or a hub id.
         max_length: Most tokens of a pair; None: what the model and its tokenizer allow.
+        seed: What a head is drawn by where the files have none, for training; None: one is wanted.
 
     Returns:
         The cross-encoder and its parameters, float32.
@@ -44,26 +52,33 @@ def load_cross_encoder(
     files = open_model(source)
     where = files.config.where
     # A type may be anything that JSON can say.
-    if files.adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
-        known = ", ".join(bert.FAMILY.classes)
+    kind, known = files.model_type, ", ".join(KNOWN)
+    if files.adapter is not None or kind not in KNOWN:
         raise UserError(f"{source}: a cross-encoder is a whole model of type {known}")
     labels = files.config.section("id2label").values or {}
-    if "id2label" in files.config and len(labels) != 1:
+    config = model_config(files.config, kind)
+    weights = _weights(config, kind, files.config)
+    own = [weight for weight in weights if weight.name.startswith("classifier")]
+    fresh = seed is not None and not any(weight.name in files.tensors for weight in own)
+    if "id2label" in files.config and len(labels) != 1 and not fresh:
         raise UserError(f"{where}: id2label has {len(labels)} labels; expected the one of a score")
-    config = model_config(files.config, files.model_type)
-    has_pooler = any("pooler" in name.split(".") for name in files.tensors)
-    module = PairClassifier(config)
-    params = load_params(files, module, _weights(config, has_pooler), jnp.float32)
+    module = _module(files.config, config, kind)
+    if fresh:
+        lacking = {w.path for w in weights if not _there(w, files)} & _head(weights)
+        weights = [weight for weight in weights if weight.path not in lacking]
+    params = load_params(files, module, weights, jnp.float32)
+    if fresh:
+        params = _with_head(params, leaf_shapes(module), lacking, seed)
     tokenizer = open_tokenizer(files, config)
     directory = locate(source)
-    activation, own_length = _settings(files.config, directory)
+    activation, own_length = ("identity", None) if fresh else _settings(files.config, directory)
     limits = (config.max_positions, max_length, own_length or tokenizer.model_max_length)
     length = min(limit for limit in limits if limit)
     if length <= tokenizer.num_special_tokens_to_add(pair=True) + 1:
         raise UserError(f"{source}: max_length is {length}; no pair of texts fits into it")
-    encoder = CrossEncoder(module, tokenizer, length, activation)
+    encoder = CrossEncoder(module, tokenizer, length, activation, files)
     ((_, types),) = encoder.token_ids("a", ["b"])
-    if max(types) >= config.num_token_types:
+    if max(types) >= getattr(config, "num_token_types", 1):
         raise UserError(
             f"{where}: type_vocab_size is {config.num_token_types}, but the tokenizer marks the "
             f"second text of a pair by {max(types)}: one of the two is another model's"
@@ -71,13 +86,52 @@ def load_cross_encoder(
     return encoder, params
 
 
-def _weights(config: BertConfig, has_pooler: bool) -> Sequence[Weight]:
-    """BERT's tensors and those of its head, or RoBERTa's, whose head has the pooler's layer."""
+def _there(weight: Weight, files: ModelFiles) -> bool:
+    return any(hf_name(weight, 0, prefix) in files.tensors for prefix in PREFIXES)
+
+
+def _head(weights: Sequence[Weight]) -> set[str]:
+    return {weight.path for weight in weights if not weight.path.startswith("encoder/")}
+
+
+def _module(hf: Fields, config: Any, kind: str) -> PairClassifier | ModernPairClassifier:
+    """The module with the head that config.json says."""
+    if kind in bert.FAMILY.classes:
+        return PairClassifier(config)
+    return ModernPairClassifier(
+        config,
+        pooling=hf.choice("classifier_pooling", ("cls", "mean"), "cls"),
+        activation=ACTIVATIONS[hf.choice("classifier_activation", tuple(ACTIVATIONS), "gelu")],
+        use_bias=hf.flag("classifier_bias", False),
+        dropout=hf.rate("classifier_dropout", 0.0),
+    )
+
+
+def _with_head(
+    params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], paths: Collection[str], seed: int
+) -> dict[str, Any]:
+    """Parameters with a head as transformers draws one: kernels by a normal of deviation 0.02."""
+    rng, flat = np.random.default_rng(seed), traverse_util.flatten_dict(params, sep="/")
+    for path in sorted(paths):
+        draw = {"kernel": lambda s: rng.normal(0, 0.02, s), "scale": np.ones, "bias": np.zeros}
+        flat[path] = jnp.asarray(draw[path.rpartition("/")[2]](shapes[path]), jnp.float32)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _weights(config: Any, kind: str, hf: Fields) -> Sequence[Weight]:
+    """An encoder's tensors and those of its head; RoBERTa's head has the layer of BERT's pooler."""
     encoder = [
         dataclasses.replace(weight, path=f"encoder/{weight.path}")
-        for weight in bert.FAMILY.weights(config, False)
+        for weight in BY_TYPE[kind].weights(config, False)
     ]
-    if has_pooler:
+    if kind not in bert.FAMILY.classes:
+        return [
+            *encoder,
+            *linear("pooler", "head.dense", hf.flag("classifier_bias", False), bare=True),
+            *layer_norm("head_norm", "head.norm", config.norm_bias, bare=True),
+            *linear("classifier", "classifier", True, bare=True),
+        ]
+    if kind == "bert":
         first, last = list(linear("pooler", "pooler.dense", True)), "classifier"
     else:
         first = list(linear("pooler", "classifier.dense", True, bare=True))
@@ -105,8 +159,47 @@ def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
     for fields, name in (
         (own, "activation_fn"),
         (config.section("sentence_transformers"), "activation_fn"),
-        (config, "sbert_ce_default_activation_function"),
+        (config, _OLDER),
     ):
         if name in fields:
-            return _ACTIVATIONS[fields.choice(name, tuple(_ACTIVATIONS))], length
+            return _CLASSES[fields.choice(name, tuple(_CLASSES))], length
     return "sigmoid", length  # What sentence-transformers does with one label.
+
+
+def export_cross_encoder(
+    directory: str | os.PathLike,
+    encoder: CrossEncoder,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+) -> None:
+    """Writes a directory that sentence-transformers' CrossEncoder and `load_cross_encoder` load.
+
+    transformers loads it as a sequence classification. Arguments and errors are those of
+    `export_retriever`.
+    """
+    files, kind = encoder.files, encoder.files.model_type
+    name = next(name for name, kind in _CLASSES.items() if kind == encoder.activation)
+    # Its own field, which all versions from 4 on read; one of older ones would stand against it.
+    config = {n: v for n, v in files.config.values.items() if n != _OLDER}
+    config |= {
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "sentence_transformers": {"activation_fn": name},
+    }
+    written = dataclasses.replace(
+        encoder, files=dataclasses.replace(files, config=Fields(config, files.config.where))
+    )
+    shape = encoder.module.config
+    with new_directory(directory) as new:
+        write_model(
+            new,
+            written,
+            params,
+            dtype,
+            encoder.max_length,
+            weights=_weights(shape, kind, files.config),
+            prefix=bert.PREFIXES.get(kind, "model."),
+            architecture=BY_TYPE[kind]
+            .classes[kind][1]
+            .replace("ForMaskedLM", "ForSequenceClassification"),
+        )

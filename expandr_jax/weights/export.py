@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
+from expandr_jax.models.pooling import dense_name
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.names import PREFIXES
-from expandr_jax.weights.sentence_transformers import ModuleSettings, write_dense, write_settings
+from expandr_jax.weights.names import PREFIXES, Weight
+from expandr_jax.weights.sentence_transformers import write_dense, write_settings
 from expandr_jax.weights.store import named_tensors, write_model_files
 
 # A directory with one of these is a model, and may be replaced by another.
@@ -78,10 +79,10 @@ def export_retriever(
             "cannot load it; export it in its own layout (train.export --format=encoder)"
         )
     with new_directory(directory) as new:
-        _write_model(new, retriever, params, dtype, retriever.max_length)
-        if retriever.dense is not None:
-            write_dense(new / ModuleSettings.dense_folder, params["dense"], retriever.dense)
-        write_settings(new, retriever)
+        write_model(new, retriever, params, dtype, retriever.max_length)
+        folders = write_settings(new, retriever)
+        for number, (folder, activation) in enumerate(zip(folders, retriever.dense, strict=True)):
+            write_dense(folder, params[dense_name(number)], activation)
 
 
 def export_encoder(
@@ -96,7 +97,7 @@ def export_encoder(
         UserError: If the directory cannot be written.
     """
     with new_directory(directory) as new:
-        _write_model(new, retriever, params, dtype, retriever.max_length)
+        write_model(new, retriever, params, dtype, retriever.max_length)
 
 
 def export_trained(
@@ -134,7 +135,7 @@ def export_generator(
         **generator.files.generation_config.values,
     }
     with new_directory(directory) as new:
-        _write_model(new, generator, params, dtype, generator.tokenizer.model_max_length)
+        write_model(new, generator, params, dtype, generator.tokenizer.model_max_length)
         _write_json(new / "generation_config.json", generation)
 
 
@@ -175,14 +176,22 @@ def _is_replaceable(path: Path) -> bool:
     return not names or not names.isdisjoint(_WEIGHTS)
 
 
-def _write_model(
+def write_model(
     directory: Path,
-    model: Retriever | Generator,
+    model: Any,
     params: Mapping[str, Any],
     dtype: Any,
     max_length: int,
+    *,
+    weights: Sequence[Weight] | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
 ) -> None:
-    """Writes the weights, config.json, and the tokenizer with the longest input it says."""
+    """Writes the weights, config.json, and the tokenizer with the longest input it says.
+
+    A model with another head than a language model's names its `weights`, the `prefix` of all but
+    the head's, and transformers' class.
+    """
     shape, family = model.module.config, family_of(model.module)
     if form := getattr(shape, "quantized", ""):
         raise UserError(f"weights in {form} are not exported: load the model in float32 for that")
@@ -197,15 +206,15 @@ def _write_model(
     # transformers keeps a bare model's names without a prefix.
     tensors = named_tensors(
         params,
-        family.weights(shape, with_head),
-        "model." if with_head else "",
+        family.weights(shape, with_head) if weights is None else weights,
+        ("model." if with_head else "") if prefix is None else prefix,
         dtype_of,
         with_copies=not family.is_stock,
     )
     write_model_files(directory, tensors, MAX_SHARD_BYTES)
     config = {key: value for key, value in model.files.config.values.items() if key != "dtype"}
     if family.is_stock:
-        config["architectures"] = [family.classes[config["model_type"]][with_head]]
+        config["architectures"] = [architecture or family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
     model.tokenizer.save_pretrained(directory)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import merge_lora
-from expandr_jax.models.pooling import Pooling
+from expandr_jax.models.pooling import Pooling, dense_name
 from expandr_jax.models.quantized import kept_in
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.token_ids import check_ids
@@ -22,6 +22,7 @@ from expandr_jax.sharding import device_put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import find_family, model_config
+from expandr_jax.weights.families.family import Family
 from expandr_jax.weights.fields import Fields, is_count, one_line, shown
 from expandr_jax.weights.files import ModelFiles, open_directory
 from expandr_jax.weights.gguf import open_gguf
@@ -57,6 +58,7 @@ def load_retriever(
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
     in_files: bool = False,
+    bidirectional: bool = False,
 ) -> tuple[Retriever, Params]:
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
 
@@ -74,6 +76,7 @@ def load_retriever(
         mesh: Devices to spread the parameters over by `sharding.RULES`; None means the default one.
         dtype: Type of the parameters, as in `load_generator`.
         in_files: Parameters stay in the files, as `stored_params` has them: for an export.
+        bidirectional: A decoder is read without its causal mask, whatever its files say.
 
     Returns:
         The retriever and its parameters.
@@ -86,6 +89,8 @@ def load_retriever(
     settings = read_settings(path, document_prompt) if path.is_dir() else None
     files = open_model(source, sha256)
     family = find_family(files.config.where, files.model_type)
+    if bidirectional:
+        files = _unmasked(files, family)
     if settings is None:
         if not family.is_stock:  # No library writes a modules.json for it.
             settings = ModuleSettings(family.pooling, False)
@@ -98,25 +103,19 @@ def load_retriever(
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
-    check_ids(tokenizer, (specials := tokenizer([""])["input_ids"]), config.vocab_size)
-    added = len(specials[0])
-    for name, most in (("max_length", max_length), ("query_length", query_length)):
-        if most and most <= added:
-            # The tokenizer would cut nothing.
-            raise UserError(
-                f"{path}: {name} is {most}; expected more than the {added} tokens that stand "
-                "beside each text"
-            )
+    check_length(str(path), tokenizer, config, max_length, query_length)
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
     placed = mesh, in_files
     module, params = load_module(files, config, False, dtype, compute_dtype, *placed)
-    if settings.dense is not None:
-        dense = read_dense(path / settings.dense_folder, module.config.hidden_size)
+    width = module.config.hidden_size
+    for number, (_, folder) in enumerate(settings.dense):
+        dense = read_dense(folder, width)
+        width = dense["kernel"].shape[1]
         if not in_files:
             dense = jax.device_put(dense) if mesh is None else device_put(dense, replicated(mesh))
-        params["dense"] = dense
+        params[dense_name(number)] = dense
     # What sentence-transformers' own file says is in the place of the tokenizer's.
     said = settings.max_length or tokenizer.model_max_length
     positions = module.config.max_positions
@@ -136,7 +135,7 @@ def load_retriever(
         document_prompt=settings.document_prompt if document_prompt is None else document_prompt,
         tokenizer=tokenizer,
         files=files,
-        dense=settings.dense,
+        dense=tuple(activation for activation, _ in settings.dense),
         query_length=query_length,
     )
     return retriever, params
@@ -183,6 +182,8 @@ def load_generator(
     Fields(given, files.generation_config.where).only(
         guidance_scale=1.0, no_repeat_ngram_size=0, **dict.fromkeys(_CHOOSING)
     )
+    if not config.causal:
+        raise UserError(f"{source}: it is read without a causal mask, and so cannot generate text")
     eos_ids = _eos_ids(files, tokenizer, config.vocab_size)
     if not eos_ids:
         raise UserError(f"{source}: neither the model nor its tokenizer names an eos token")
@@ -191,6 +192,32 @@ def load_generator(
     _check_template(generator, source)
     module, params = load_module(files, config, True, dtype, compute_dtype, mesh, in_files)
     return dataclasses.replace(generator, module=module), params
+
+
+def _unmasked(files: ModelFiles, family: Family) -> ModelFiles:
+    """The same files, whose config.json says that no causal mask is wanted."""
+    if family.unmasked is None:
+        raise UserError(
+            f"{files.config.where}: retriever.bidirectional is for decoders; a {files.model_type} "
+            "model has no causal mask"
+        )
+    values = {**files.config.values, **family.unmasked(files.model_type)}
+    return dataclasses.replace(files, config=Fields(values, files.config.where))
+
+
+def check_length(
+    where: str, tokenizer: Any, config: Any, max_length: int | None, query_length: int
+) -> None:
+    """Refuses lengths that no text fits into, and a tokenizer of other tokens than the model's."""
+    check_ids(tokenizer, (specials := tokenizer([""])["input_ids"]), config.vocab_size)
+    added = len(specials[0])
+    for name, most in (("max_length", max_length), ("query_length", query_length)):
+        if most and most <= added:
+            # The tokenizer would cut nothing.
+            raise UserError(
+                f"{where}: {name} is {most}; expected more than the {added} tokens that stand "
+                "beside each text"
+            )
 
 
 def open_tokenizer(files: ModelFiles, config: Any) -> PreTrainedTokenizerFast | FairseqTokenizer:

@@ -42,11 +42,11 @@ def linear(path: str, name: str, bias: bool, **options: Any) -> Iterator[Weight]
         yield Weight(f"{path}/bias", f"{name}.bias", **options)
 
 
-def layer_norm(path: str, name: str, bias: bool = True, *, first: int = 0) -> Iterator[Weight]:
-    """The scale of a layer norm and, if it has one, its bias."""
-    yield Weight(f"{path}/scale", f"{name}.weight", first=first)
+def layer_norm(path: str, name: str, bias: bool = True, **options: Any) -> Iterator[Weight]:
+    """The scale of a layer norm and, if it has one, its bias; the options are `Weight`'s."""
+    yield Weight(f"{path}/scale", f"{name}.weight", **options)
     if bias:
-        yield Weight(f"{path}/bias", f"{name}.bias", first=first)
+        yield Weight(f"{path}/bias", f"{name}.bias", **options)
 
 
 # Prefixes under which published files keep the names above. The head never has one.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _ACTIVATIONS = {
 _VECTOR = "sentence_embedding"
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _NEEDED = _ORDER[:2]
+_REPEATED = ("Dense",)
 _SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # The names that the Transformer's file has had; the first that is there counts.
 _TRANSFORMER_FILES = tuple(
@@ -58,8 +60,7 @@ class ModuleSettings:
         max_length: In tokens, or None if not said.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
-        dense: Activation of the layer after pooling, if there is one.
-        dense_folder: Where its weights are.
+        dense: Of each layer after pooling its activation, and the folder of its weights.
     """
 
     pooling: Pooling
@@ -67,8 +68,7 @@ class ModuleSettings:
     max_length: int | None = None
     query_prompt: str = ""
     document_prompt: str = ""
-    dense: str | None = None
-    dense_folder: str = "2_Dense"
+    dense: tuple[tuple[str, Path], ...] = ()
 
 
 def read_settings(directory: Path, document_prompt: str | None = None) -> ModuleSettings | None:
@@ -88,7 +88,8 @@ def read_settings(directory: Path, document_prompt: str | None = None) -> Module
     listing = directory / "modules.json"
     if not listing.is_file():
         return None
-    modules = read_modules(listing)
+    every = read_modules(listing)
+    modules = {kind: paths[0] for kind, paths in every.items() if paths}
     more = Fields.read(directory / "config_sentence_transformers.json", optional=True)
     if "truncate_dim" in more:
         # Cut after they are brought to unit length, vectors would have no length that fits a score.
@@ -106,10 +107,9 @@ def read_settings(directory: Path, document_prompt: str | None = None) -> Module
         max_length=transformer_length(
             modules["Transformer"], "feature-extraction", "last_hidden_state", "token_embeddings"
         ),
-        query_prompt=_prompt(more, "query"),
-        document_prompt=_prompt(more, "document") if document_prompt is None else document_prompt,
-        dense=_dense_activation(modules["Dense"]) if "Dense" in modules else None,
-        dense_folder=str(modules.get("Dense", directory / "2_Dense").relative_to(directory)),
+        query_prompt=prompt_of(more, "query"),
+        document_prompt=prompt_of(more, "document") if document_prompt is None else document_prompt,
+        dense=tuple((_dense_activation(path), path) for path in every["Dense"]),
     )
 
 
@@ -121,9 +121,16 @@ def module_folders(listing: Path) -> list[str]:
 
 
 def read_modules(
-    listing: Path, order: Sequence[str] = _ORDER, needed: Sequence[str] = _NEEDED
-) -> dict[str, Path]:
-    """The folder of each module that modules.json lists, by its kind and in its order."""
+    listing: Path,
+    order: Sequence[str] = _ORDER,
+    needed: Sequence[str] = _NEEDED,
+    older: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, list[Path]]:
+    """The folders of the modules that modules.json lists, by their kinds, all of `order`.
+
+    They come in this order; there may be several of `_REPEATED`, one of the others. `older` are
+    names that kinds have had.
+    """
     entries = read_json(listing)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{listing}: expected a list of JSON objects, one for each module")
@@ -131,7 +138,9 @@ def read_modules(
     kinds = [entry.text("type") for entry in entries]
     # A model's own code may call its class Transformer, too, and compute something else by it.
     kinds = [k.rsplit(".", 1)[-1] if k.startswith("sentence_transformers.") else k for k in kinds]
-    if kinds != [kind for kind in order if kind in {*kinds, *needed}]:
+    kinds = [older.get(kind, kind) for kind in kinds]
+    counts = {kind: kinds.count(kind) if kind in _REPEATED else 1 for kind in order}
+    if kinds != [k for k in order if k in {*kinds, *needed} for _ in range(counts[k])]:
         optional = " and ".join(kind for kind in order if kind not in needed)
         raise UserError(
             f"{listing}: modules are {shown(', '.join(kinds))}; supported: {', '.join(needed)}"
@@ -144,7 +153,8 @@ def read_modules(
             f"{listing}: its Transformer is in {shown(names[0])}; only one in the model's own "
             "directory is supported: load and save such a model with sentence-transformers first"
         )
-    return dict(zip(kinds, paths, strict=True))
+    found = list(zip(kinds, paths, strict=True))
+    return {kind: [path for own, path in found if own == kind] for kind in order}
 
 
 def transformer_length(folder: Path, task: str, method_output: str, output: str) -> int | None:
@@ -306,7 +316,7 @@ def _pooling(path: Path) -> Pooling:
     return _NAMES[kinds[0]]
 
 
-def _prompt(config: Fields, name: str) -> str:
+def prompt_of(config: Fields, name: str) -> str:
     """What encode_query and encode_document put before a text.
 
     They ask for the prompt of that name and never fall back on the default one: a name that is not
@@ -326,15 +336,18 @@ def _prompt(config: Fields, name: str) -> str:
     return prompts.text(name, "")
 
 
-def write_settings(directory: Path, retriever: Retriever) -> None:
+def write_settings(directory: Path, retriever: Retriever) -> list[Path]:
     """Writes modules.json and its kin, in the form that versions 2 to 6 read.
 
     Args:
         directory: Where the Transformer's own files are.
-        retriever: What to write; `write_dense` makes the folder of its dense layer.
+        retriever: What to write.
+
+    Returns:
+        The folders of its dense layers, which `write_dense` makes.
     """
-    wanted = {"Dense": retriever.dense is not None, "Normalize": retriever.normalize}
-    modules = [kind for kind in _ORDER if wanted.get(kind, True)]
+    wanted = {"Dense": len(retriever.dense), "Normalize": int(retriever.normalize)}
+    modules = [kind for kind in _ORDER for _ in range(wanted.get(kind, 1))]
     listing = [
         {
             "idx": index,
@@ -365,3 +378,4 @@ def write_settings(directory: Path, retriever: Retriever) -> None:
     (directory / "1_Pooling").mkdir()
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [directory / entry["path"] for entry in listing if entry["type"].endswith("Dense")]

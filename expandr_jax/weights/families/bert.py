@@ -45,6 +45,8 @@ def _weights(config: BertConfig, with_head: bool) -> list[Weight]:
     ]
 
 
+# What stands before the encoder's names in files that have a head.
+PREFIXES = {"bert": "bert.", **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "roberta.")}
 _ROBERTA = {"layer_norm_eps": 1e-12, "type_vocab_size": 2}
 FAMILY = Family(
     classes={

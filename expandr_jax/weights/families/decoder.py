@@ -45,8 +45,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def _read(hf: Fields, kind: str) -> DecoderConfig:
     gemma = kind == "gemma3_text"
     hf.only(mlp_bias=False, final_logit_softcapping=None, attn_logit_softcapping=None)
-    hf.only(attention_bias=False, use_bidirectional_attention=False, is_causal=True)
-    hf.only(partial_rotary_factor=1.0)
+    hf.only(attention_bias=False, partial_rotary_factor=1.0)
+    for name in {"is_causal", "use_bidirectional_attention"} - unmasked(kind).keys():
+        hf.only(**{name: name == "is_causal"})
+    causal = all(hf.flag(name, not said) != said for name, said in unmasked(kind).items())
     heads = hf.count("num_attention_heads")
     if "num_key_value_heads" in hf:
         hf.quotient("num_attention_heads", "num_key_value_heads")
@@ -57,7 +59,7 @@ def _read(hf: Fields, kind: str) -> DecoderConfig:
         raise UserError(
             f"{hf.where}: head_dim is {width}; expected an even number: its halves rotate together"
         )
-    window, is_local = _sliding(hf, kind)
+    window, is_local = _sliding(hf, kind, causal)
     activation = "hidden_activation" if gemma else "hidden_act"
     return DecoderConfig(
         vocab_size=hf.count("vocab_size"),
@@ -79,11 +81,19 @@ def _read(hf: Fields, kind: str) -> DecoderConfig:
         query_scale=hf.number("query_pre_attn_scalar", above=0) ** -0.5 if gemma else None,
         sliding_window=window,
         layer_is_local=is_local,
+        causal=causal,
         **_rope(hf, gemma),
     )
 
 
-def _sliding(hf: Fields, kind: str) -> tuple[int | None, tuple[bool, ...]]:
+def unmasked(kind: str) -> dict[str, bool]:
+    """What config.json says of a decoder that transformers is to read without its causal mask."""
+    if kind == "gemma3_text":
+        return {"use_bidirectional_attention": True}
+    return {"is_causal": False}
+
+
+def _sliding(hf: Fields, kind: str, causal: bool) -> tuple[int | None, tuple[bool, ...]]:
     """Width of the local attention and which layers use it."""
     layers = hf.count("num_hidden_layers", most=MOST_LAYERS)
     types = layer_types(hf, layers)
@@ -92,6 +102,9 @@ def _sliding(hf: Fields, kind: str) -> tuple[int | None, tuple[bool, ...]]:
         window = None
     if window is None or kind == "llama":
         return None, ()
+    if not causal:
+        # To both sides: Gemma's is all that is seen, another's what is seen to each.
+        window = window // 2 + 1 if kind == "gemma3_text" else window + 1
     if types is not None:
         return window, tuple(kind == "sliding_attention" for kind in types)
     if kind == "mistral":
@@ -161,4 +174,5 @@ FAMILY = Family(
     weights=decoder_weights,
     pooling="last",
     generates=True,
+    unmasked=unmasked,
 )

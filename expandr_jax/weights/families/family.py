@@ -53,6 +53,8 @@ class Family:
         ignored: Prefixes of tensors that its files may hold and the module does not use.
         marker: A tensor by which the family is told where config.json has another's model_type.
         tokenizer: Reads a directory's tokenizer; None where it is one of transformers.
+        unmasked: model_type -> what config.json says where the model is read without its causal
+            mask; None where it has none.
     """
 
     classes: Mapping[str, tuple[str, str]]
@@ -68,6 +70,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     marker: str | None = None
     tokenizer: Callable[[Path], Any] | None = None
+    unmasked: Callable[[str], Mapping[str, bool]] | None = None
 
     @property
     def is_stock(self) -> bool:

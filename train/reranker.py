@@ -1,0 +1,225 @@
+"""Trains a re-ranker, a cross-encoder, on a file of triples: those that a run has mined, say.
+
+    python -m train.reranker --config=configs/reranker.py --workdir=DIR \
+        --config.data.path=RUN/round-0/triples.jsonl --config.data.dev=RUN/data
+
+With a dev collection the weights are kept that best rank what BM25 finds first there. They are
+written to DIR/export/reranker; the rows `rerank:SYSTEM` take it as evaluation.rerank.source. The
+same command again continues.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from expandr_jax import metrics
+from expandr_jax.config import Config, read_config
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.triples import Triple
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
+from expandr_jax.metrics import CHOSEN_BY, RunScores
+from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.models.identity import module_identity, tokenizer_identity
+from expandr_jax.objectives.reranking import RerankingBatches, reranking_setup
+from expandr_jax.pair import check_meshes, phase_mesh
+from expandr_jax.planning.flops import TRAINING, forward_flops
+from expandr_jax.ranking.rerank import rank_again
+from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.search import search_named
+from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.early_stopping import train_with_dev
+from expandr_jax.training.loop import fit
+from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
+from expandr_jax.weights.trees import hash_tree
+from train.encoding import run_words
+from train.launch import launch_training
+from train.triples import dev_of, say_leaks, triples_of
+
+PHASE = "reranker"
+
+
+def train_reranker(
+    config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
+) -> None:
+    """Trains a cross-encoder, or continues; writes it to export/reranker of the workdir.
+
+    Args and errors are as of `train.joint.train_joint`, the config as from configs/reranker.py.
+    """
+    config = read_config(config)
+    check_meshes(config.mesh, ("contrastive",))
+    run, settings = Run(workdir, config, console), config.reranker
+    if not settings.source:
+        raise UserError("reranker.source is ''; expected the model that the re-ranker begins as")
+    with run.phase("data"):
+        dev, triples = dev_of(run), triples_of(run)
+        if dev is not None:
+            say_leaks(run, triples, dev)
+        triples = _with_negatives(run, triples)
+    with run.phase("models"):
+        encoder, params = load_cross_encoder(
+            settings.source, max_length=settings.max_length, seed=config.seed
+        )
+        identity = {
+            "reranker.source": hash_tree(params),
+            "re-ranker's tokenizer": tokenizer_identity(encoder.tokenizer),
+        }
+        run.check_models(identity)
+    evaluate = None if dev is None else _on_dev(run, encoder, dev)
+    with run.phase(PHASE):
+        params = _train(run, encoder, params, triples, evaluate)
+    directory = run.path("export", PHASE)
+
+    def export() -> None:
+        if not run.checksums.intact(f"export/{PHASE}"):
+            export_cross_encoder(directory, encoder, params, jnp.dtype(config.export.dtype))
+            run.checksums.record(f"export/{PHASE}")
+
+    with run.phase("export"):
+        run.processes.once(export)
+    console.print(f"reranker: {run.where(directory)}", soft_wrap=True)
+    run.close()
+
+
+def _with_negatives(run: Run, triples: Sequence[Triple]) -> list[Triple]:
+    """The triples that have negatives; says how many have none."""
+    kept = [triple for triple in triples if triple.negatives]
+    if not kept:
+        raise UserError(
+            f"{run.config.data.path}: no training query has a negative; those that a run mined are "
+            "in its round-0/triples.jsonl"
+        )
+    if left_out := len(triples) - len(kept):
+        run.reporter.say(f"{left_out} training queries have no negative, and are left out")
+    if len(kept) < run.config.reranker.batch_size:
+        raise UserError(
+            f"{len(kept)} training queries do not fill one batch of "
+            f"{run.config.reranker.batch_size}; lower reranker.batch_size"
+        )
+    return kept
+
+
+def _train(
+    run: Run,
+    encoder: CrossEncoder,
+    params: Any,
+    triples: Sequence[Triple],
+    evaluate: Callable[[Any], float] | None,
+) -> Any:
+    """The trained parameters, as each process can read them all."""
+    settings, seed = run.config.reranker, run.config.seed
+    mesh, size = phase_mesh(run.config.mesh, "contrastive"), settings.batch_size
+    check_batch_size("reranker.batch_size", size, mesh)
+    updates = count_updates(settings, len(triples) // size)
+    steps = updates * settings.accumulation
+    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    setup = reranking_setup(mesh, encoder.module, params, settings, optimizer)
+    start = device_put(params, setup.shardings.params)
+    file = os.path.basename(run.config.data.path or run.config.data.url)
+    names = [f"{file}:{triple.line}" for triple in triples]
+    batches = RerankingBatches(triples, encoder, size, settings.negatives, seed, names)
+    rows = rows_here(mesh, size)
+    key = jax.random.key(seed) if settings.dropout else None
+    identity = {
+        "model": hash_tree(params),
+        "module": hash_json([module_identity(encoder.module), encoder.max_length]),
+        "settings": hash_json(identity_of("reranker", settings)),
+        "examples": hash_json([dataclasses.astuple(triple) for triple in triples]),
+        "steps": steps,
+    }
+
+    def checkpoints(name: str, **kept: int) -> Checkpoints:
+        return Checkpoints(run.checkpoints(name), identity, agree=run.processes.all, **kept)
+
+    every, log = (
+        checkpoints(PHASE, keep=run.config.keep, keep_period=steps),
+        run.training_log(PHASE, 0),
+    )
+
+    @functools.cache
+    def flops(length: int) -> int:
+        return TRAINING * forward_flops(encoder.module, params, 1, length)
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        arrays, contents = batches.batch(step, rows, flops)
+        if run.processes.count > 1:  # Each has made the rows of its own devices.
+            arrays = device_put_rows(arrays, mesh, rows, size)
+        return arrays, contents
+
+    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
+    def train(last: int) -> Any:
+        return fit(
+            log,
+            setup.create(start),
+            lambda state, batch: setup.step(state, batch, key),
+            batch,
+            first_step=0,
+            steps=last,
+            checkpoints=every,
+            save_every=settings.save_every * settings.accumulation,
+        ).params
+
+    if evaluate is None:
+        return whole(train(steps))
+    best = train_with_dev(
+        log,
+        CommonJournal(run.path("work", "round-0", f"{PHASE}-dev.jsonl"), run.processes),
+        start,
+        train,
+        evaluate,
+        best=checkpoints(f"{PHASE}-best", keep=1),
+        steps=steps,
+        every=settings.eval_every * settings.accumulation,
+        patience=settings.patience,
+    )
+    return whole(best)
+
+
+def _on_dev(run: Run, encoder: CrossEncoder, dev: Collection) -> Callable[[Any], float]:
+    """Parameters to nDCG@10 of the dev queries, whose first documents by BM25 they rank again."""
+    evaluation, qrels = run.config.evaluation, dev.qrels["dev"]
+    queries = {query: dev.queries[query] for query in qrels}
+    words = run_words(run, dev.corpus, "dev")
+
+    @functools.cache
+    def found() -> RunScores:
+        return search_named(
+            words().search,
+            list(queries),
+            list(queries.values()),
+            list(dev.corpus),
+            evaluation.rerank.depth,
+            drop_identical_ids=evaluation.drop_identical_ids,
+            excluded=dev.excluded,
+            above=0.0,
+        )
+
+    def evaluate(params: Any) -> float:
+        params = whole(params)
+
+        def measure() -> float:
+            score = functools.partial(encoder.scores, params, rows=evaluation.rerank.rows)
+            with run.reporter.progress("dev: queries ranked again", len(queries)) as advance:
+                again = rank_again(
+                    found(), queries, dev.corpus, score, evaluation.rerank.depth, advance
+                )
+            return metrics.mean(metrics.evaluate(again, qrels, (CHOSEN_BY,))[CHOSEN_BY])
+
+        return run.processes.once(measure)
+
+    return evaluate
+
+
+if __name__ == "__main__":
+    launch_training(train_reranker)
