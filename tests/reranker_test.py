@@ -165,6 +165,8 @@ def data(tmp_path_factory):
     judged = {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}
     splits = {"dev": dict([*judged.items()][:12]), "test": dict([*judged.items()][12:])}
     write_beir(directory / "set", Collection("set", corpus, queries, splits))
+    identity = {"activation_fn": "torch.nn.modules.linear.Identity"}
+    save(directory / "model", "bert", initializer_range=0.2, sentence_transformers=identity)
     return directory
 
 
@@ -172,7 +174,7 @@ def config_of(data, **settings):
     config = base.get_config()
     config.data.kind, config.data.path = "triples", str(data / "triples.jsonl")
     config.data.dev = str(data / "set")
-    config.retriever.source = config.reranker.source = TINY
+    config.retriever.source, config.reranker.source = TINY, str(data / "model")
     config.evaluation.rerank.update(depth=56, max_length=32, rows=56)
     config.reranker.update(
         {"max_length": 32, "batch_size": 8, "epochs": 30.0, "learning_rate": 3e-3, "negatives": 3,
