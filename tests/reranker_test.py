@@ -30,7 +30,7 @@ from train.reranker import train_reranker
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 # The model that its runs begin as, and their rate and passages: it learns in seconds.
-DEVIATION, RATE, EPOCHS = 0.2, 1e-3, 40.0
+DEVIATION, RATE, EPOCHS = 0.2, 0.001, 40.0
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count"]
 OTHER = dict(zip(WORDS, WORDS[3:] + WORDS[:3], strict=True))
 # All documents have the word "note", by which BM25 finds them; what they say else tells them apart.
