@@ -68,8 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
     generator.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     generator.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
     generator.compute_dtype = "bfloat16"  # In sampling and step B; the adapter stays in float32.
-    # The frozen base: "float32", "bfloat16", "int8", "int4" or "nf4"; "": compute_dtype.
-    generator.weights = ""
+    # "float32", "bfloat16", "int8", "int4" or "nf4"; "": compute_dtype.
+    generator.weights = ""  # What the frozen base is kept in.
     generator.remat = "none"  # What DPO's backward pass recomputes: "none", "dots" or "full".
     generator.thinking = False  # Whether a model that can reasons before it answers.
     generator.today = ""  # What chat templates are told, as "2026-11-28"; "": the first day.
