@@ -236,6 +236,7 @@ def test_documents_texts_are_learned_with_those_of_queries(tmp_path):
         "reward.answer": 0.0, "reward.corpus": 0.0, "reward.group": 1.0, "reward.group_sets": 8,
         "grpo.queries": 4, "grpo.documents": 3, "grpo.samples": 4, "grpo.steps": 4,
         "grpo.max_new_tokens": 8, "grpo.learning_rate": 1e-2, "grpo.save_every": 2,
+        "retriever.max_length": 64,
     }  # fmt: skip
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     finish(start(tmp_path / "run", *overrides, module="train.policy"))
