@@ -93,7 +93,7 @@ def test_what_needs_training():
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("bm25@q2d", "expected bm25@ one of d2q, d2d"),
+        ("bm25@q2d", "expected bm25@ one of d2q, d2e, d2d"),
         ("dense@", "expected dense@ one of"),
         ("rrf@d2q", "a system begins with"),
         ("splada", "a system begins with one of bm25, dense, "),

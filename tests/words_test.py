@@ -48,7 +48,9 @@ def index():
 def ranked(index, name, queries=QUERIES, texts=None):
     ranker = Ranker(
         queries,
-        Searches(lambda _: index, None, {f"d{i}": text for i, text in enumerate(TEXTS)}, texts),
+        Searches(
+            lambda _: index, None, {f"d{i}": text for i, text in enumerate(TEXTS)}, texts=texts
+        ),
         lambda _: Expansions(STRATEGIES["q2e"], [[["w5 w7"]] for _ in queries]),
         lambda _: Choice(None, 1),
         SETTINGS,
