@@ -1,5 +1,6 @@
 """`train.rehearsed` with two stages made wrong: "data" holds all texts, "export" is quadratic."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ def wrong(prepare: Any, export: Any) -> tuple[Any, Any]:
         return data
 
     def square(*args: Any, **kwargs: Any) -> Any:
-        assert np.ones(SQUARED * documents**2, np.uint8)[-1]
+        pairs = np.ones(SQUARED * documents**2, np.uint8)
+        time.sleep(1)  # Memory is looked at now and then, and other work may be beside it.
+        assert pairs[-1]
+        del pairs
         return export(*args, **kwargs)
 
     return hold, square
