@@ -296,3 +296,21 @@ def test_a_spoilt_file_of_trec_ends_in_one_line_or_is_read(tmp_path, read, text,
             refused += 1
             check_complaint(str(error), path)
     assert refused > 20
+
+
+def refused_mutations(directory, names, load):
+    """How many of 200 changes of a model's files its loader refuses, each in one line."""
+    rng, refused = random.Random(0), 0
+    for _ in range(200):
+        file = directory / rng.choice(names)
+        data = file.read_bytes()
+        # A weights file's header says where everything is.
+        head = min(len(data), 3000 if file.suffix == ".safetensors" else len(data))
+        file.write_bytes(mutate(data[:head], rng) + data[head:])
+        try:
+            load(str(directory))
+        except UserError as error:
+            refused += 1
+            check_complaint(str(error), directory)
+        file.write_bytes(data)
+    return refused

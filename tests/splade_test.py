@@ -2,7 +2,7 @@
 
 import json
 import logging
-import random
+import types
 
 import jax
 import numpy as np
@@ -19,11 +19,12 @@ from eval import tiny_models
 from expandr_jax.data.batches import pad
 from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import flops
+from expandr_jax.ranking.settings import SpladeSettings
+from expandr_jax.ranking.systems import parse_systems, stage_hashes
 from expandr_jax.search import SparseIndex, load_index
 from expandr_jax.weights.hf import load_retriever
 from expandr_jax.weights.sparse_encoder import export_sparse_encoder, load_sparse_encoder
-from tests.beir_test import mutate
-from tests.mutations_test import check_complaint
+from tests.mutations_test import refused_mutations
 
 TEXTS = ["pad an array", "sort", "the inverse of a matrix, and its rank", ""]
 
@@ -121,22 +122,26 @@ def test_other_heads_and_poolings_are_refused(tmp_path):
 
 def test_200_mutations_of_its_files_end_in_one_line_or_load(tmp_path):
     save(tmp_path / "in", "bert", "older")
-    path, rng, refused = tmp_path / "in", random.Random(0), 0
+    path = tmp_path / "in"
     names = ["modules.json", "1_SpladePooling/config.json", "sentence_bert_config.json",
              "config_sentence_transformers.json", "config.json", "model.safetensors"]  # fmt: skip
-    for _ in range(200):
-        file = path / rng.choice(names)
-        data = file.read_bytes()
-        # A weights file's header says where everything is.
-        head = min(len(data), 3000 if file.suffix == ".safetensors" else len(data))
-        file.write_bytes(mutate(data[:head], rng) + data[head:])
-        try:
-            load_sparse_encoder(str(path))
-        except UserError as error:
-            refused += 1
-            check_complaint(str(error), path)
-        file.write_bytes(data)
-    assert refused > 100
+    assert refused_mutations(path, names, load_sparse_encoder) > 100
+
+
+def test_another_encoder_is_told_by_its_hashes(tmp_path):
+    systems, found = parse_systems(["bm25", "exp4fuse:splade:bm25"]), []
+    for form in ("older", "bare"):
+        save(tmp_path / form, "bert", form)
+        settings = types.SimpleNamespace(splade=SpladeSettings(str(tmp_path / form), 32))
+        found.append(stage_hashes(systems, settings))
+        assert not stage_hashes(systems[:1], settings)
+    # The weights are the same, and one has a prompt.
+    weights, said = (
+        f"evaluation.splade.source, {of}" for of in ("its weights", "what its files say")
+    )
+    assert {*found[0]} == {*found[1]} == {weights, said}
+    assert found[0][weights] == found[1][weights]
+    assert found[0][said] != found[1][said]
 
 
 def test_flops_are_those_of_sentence_transformers_and_by_hand():

@@ -112,8 +112,11 @@ class CrossEncoder:
     @functools.cached_property
     def identity(self) -> str:
         """sha256 over all that scores depend on, but for the parameters and the texts."""
-        ends = self.max_length, self.activation
-        return hash_json([module_identity(self.module), tokenizer_identity(self.tokenizer), ends])
+        module, ends = self.module, (self.max_length, self.activation)
+        head = []
+        if isinstance(module, ModernPairClassifier):
+            head = [module.pooling, module.activation, module.use_bias]
+        return hash_json([module_identity(module), tokenizer_identity(self.tokenizer), ends, *head])
 
     def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and types of a query with each of its documents.

@@ -52,8 +52,11 @@ def check_cross_encoder(settings: RerankSettings) -> None:
 
 def cross_encoder_hashes(settings: RerankSettings) -> dict[str, str]:
     """Hashes of its weights, and of all else that its scores depend on."""
-    model, params = _loaded(settings.source, settings.max_length)
-    name = "evaluation.rerank.source"
+    return named_hashes("evaluation.rerank.source", *_loaded(settings.source, settings.max_length))
+
+
+def named_hashes(name: str, model: Any, params: Any) -> dict[str, str]:
+    """Hashes of a model's weights and of its `identity`, by what a message calls them."""
     return {
         f"{name}, its weights": hash_tree(params),
         f"{name}, what its files say": model.identity,

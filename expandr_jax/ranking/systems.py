@@ -27,7 +27,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.gate_features import GATES
-from expandr_jax.ranking.rerank import RERANKERS
+from expandr_jax.ranking.rerank import RERANKERS, named_hashes
 from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
 from expandr_jax.weights.sparse_encoder import load_sparse_encoder
@@ -175,10 +175,14 @@ def check_sparse(settings: SpladeSettings) -> None:
 
 
 def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dict[str, str]:
-    """Hashes of what the systems' stages depend on beside a run's pair, as of `model_hashes`."""
+    """Hashes of the models that systems have beside a run's pair, as of `model_hashes`."""
     hashes: dict[str, str] = {}
     for stage in _rerankers(systems):
         hashes |= RERANKERS[stage].hashes(settings.rerank)
+    if any(SPLADE in system.retrievers for system in systems):
+        splade = settings.splade
+        loaded = load_sparse_encoder(splade.source, max_length=splade.max_length)
+        hashes |= named_hashes("evaluation.splade.source", *loaded)
     return hashes
 
 
