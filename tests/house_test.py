@@ -26,6 +26,13 @@ ROOMS = (
 )  # fmt: skip
 
 FLAGS = ("absl", "ml_collections")
+# Libraries that take long to import, which is done where they are used, so that no mistyped option
+# waits for them.
+SLOW = {
+    "grain", "huggingface_hub", "matplotlib", "orbax", "scann", "tensorflow",
+    "tensorflow_datasets", "torch", "transformers",
+}  # fmt: skip
+MAKERS = ("eval/models.py", "train/rehearse.py")  # They make models, whatever they are asked.
 LAUNCHER = "train.launch"  # It starts every program.
 RUN = "expandr_jax.runtime.run"  # The workdir: the library takes what it needs of it.
 
@@ -85,6 +92,32 @@ def test_no_product_imports_tests():
 
 def test_the_library_reads_no_flags():
     assert not [i for i in imports() if top(i[0]) == PRODUCT[0] and top(i[1]) in FLAGS]
+
+
+def imports_at_once(path: str) -> Iterator[str]:
+    """What a file imports when it is imported: not in its functions, nor for types alone."""
+    for node in ast.parse((ROOT / path).read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (module(f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def test_programs_start_without_slow_libraries():
+    programs = {path for path, text in sources("train", "eval") if "__main__" in text}
+    assert programs > {*MAKERS, "train/joint.py", "eval/beir.py"}
+    left, seen = programs - {*MAKERS}, set()
+    slow = set()
+    while left:
+        seen.add(path := left.pop())
+        for name in imports_at_once(path):
+            if top(name) in SLOW:
+                slow.add((path, name))
+            if top(name) in PRODUCT:
+                file = name.replace(".", "/")
+                files = {f"{file}.py", f"{file}/__init__.py"}
+                left |= {file for file in files - seen if (ROOT / file).is_file()}
+    assert not slow
 
 
 def test_every_room_has_its_floor():

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-import grain
-
 from expandr_jax.errors import UserError
 
 T = TypeVar("T")
@@ -46,6 +44,8 @@ class Ahead(Generic[T]):
             ) from None
 
     def _begin(self, first: int) -> Iterator[T]:
+        import grain  # Here, for Orbax comes with it.
+
         steps = grain.MapDataset.range(first, self.last).map(self.make)
         # One thread in each process: more would only wait for each other.
         steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

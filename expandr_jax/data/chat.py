@@ -1,11 +1,15 @@
 """Chat templates, rendered the same on any day."""
 
+from __future__ import annotations
+
 import datetime
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _FLAGS = ["-", "_", "0", "^", "#"]  # What may stand before a code's letter.
 # In the place of transformers' function, which asks the clock. Templates are given data alone.

@@ -1,5 +1,7 @@
 """Reads what step B learns: preference pairs in the formats of TRL, or candidates with rewards."""
 
+from __future__ import annotations
+
 import collections
 import contextlib
 import datetime
@@ -7,13 +9,14 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Row, read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("chosen", "rejected")
 Template = Callable[..., str]  # `apply_template` of a tokenizer, on a day.

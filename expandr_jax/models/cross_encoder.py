@@ -6,16 +6,17 @@ classifier, and a linear one; of ModernBERT a dense layer, a norm and a linear o
 token or the mean.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
@@ -27,6 +28,9 @@ from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.modernbert import ModernBert, ModernBertConfig
 from expandr_jax.models.pooling import pool
 from expandr_jax.models.token_ids import check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 

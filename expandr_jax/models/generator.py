@@ -1,18 +1,21 @@
 """A chat model with what it takes to prompt it."""
 
+from __future__ import annotations
+
 import dataclasses
 import datetime
 import functools
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.token_ids import check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _ANSWER = "the assistant's answer"
 

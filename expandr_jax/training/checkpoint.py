@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -107,6 +106,9 @@ class Checkpoints:
         self._in_bucket = os.fspath(directory).startswith("gs://")
         self.directory = epath.Path(directory if self._in_bucket else os.path.abspath(directory))
         self.identity = dict(identity)
+        import orbax.checkpoint as ocp  # Here, for it takes a fifth of a second.
+
+        self._ocp = ocp
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period,
@@ -130,7 +132,7 @@ class Checkpoints:
         """
         if jax.process_index() == 0 and self.directory.exists():
             for step in list(self.directory.iterdir()):
-                done = step / ocp.path.atomicity.COMMIT_SUCCESS_FILE
+                done = step / self._ocp.path.atomicity.COMMIT_SUCCESS_FILE
                 if step.is_dir() and not done.exists():
                     step.rmtree()
         self._agree(True)  # The others look when that is done.
@@ -152,8 +154,8 @@ class Checkpoints:
         try:
             saved = self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardSave(tree), record=self._ocp.args.JsonSave(record)
                 ),
                 force=True,
             )
@@ -191,7 +193,7 @@ class Checkpoints:
                 one cannot be read for a reason that is no damage.
         """
         self.wait()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, template)
         for step in sorted(self._manager.all_steps(), reverse=True):
             if step <= after or (at_most is not None and step > at_most):
                 continue
@@ -227,7 +229,7 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was written beside a step's state."""
-        record = ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
+        record = self._ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
         if record.pop("record") != hash_json(record):
             raise ValueError("its record does not match its hash")
         return record
@@ -235,8 +237,8 @@ class Checkpoints:
     def _state(self, step: int, abstract: Any) -> Any:
         # Not by the manager, which waits for all processes when it has read: where one of them
         # finds damage, the others would wait without end.
-        return ocp.StandardCheckpointHandler().restore(
-            self.directory / str(step) / "state", args=ocp.args.StandardRestore(abstract)
+        return self._ocp.StandardCheckpointHandler().restore(
+            self.directory / str(step) / "state", args=self._ocp.args.StandardRestore(abstract)
         )
 
     def _attempt(self, read: Callable[..., Any], *of: Any) -> tuple[Any, str | None]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
@@ -217,6 +216,8 @@ def write_model(
         config["architectures"] = [architecture or family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
+    from transformers import PreTrainedTokenizerFast
+
     model.tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

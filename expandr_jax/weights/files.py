@@ -1,12 +1,14 @@
 """A model's files as one object: configuration, tokenizer, and tensors read by rows."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
@@ -15,6 +17,9 @@ from expandr_jax.weights.families import BY_TYPE, find_family
 from expandr_jax.weights.fields import Fields, path_inside, shown
 from expandr_jax.weights.safetensors_file import SafetensorsFile
 from expandr_jax.weights.tokenizer import read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclasses.dataclass(frozen=True)

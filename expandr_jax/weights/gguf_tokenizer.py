@@ -1,14 +1,18 @@
 """The tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.byte_level import QWEN2, SPLITS, cut_as
 from expandr_jax.weights.fields import Fields, one_line, shown
 from expandr_jax.weights.tokenizer import between
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -43,6 +47,8 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If it is of another kind, or damaged.
     """
+    from transformers import PreTrainedTokenizerFast
+
     own = metadata.under(PREFIX)
     kind, split = own.text("model"), own.text("pre", None)
     if kind != "llama" and (kind != "gpt2" or split not in SPLITS):

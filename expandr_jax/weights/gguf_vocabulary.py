@@ -3,13 +3,14 @@
 What is written must cut texts as llama.cpp knows to: a tokenizer of another kind is refused.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError, shown
 from expandr_jax.models.generator import Generator
@@ -25,6 +26,9 @@ from expandr_jax.weights.gguf_tokenizer import (
     USER_DEFINED,
     read_gguf_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Texts on which tokenizers differ: digits, spaces, lines, contractions, scripts, compositions.
 _PROBES = (

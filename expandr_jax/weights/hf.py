@@ -1,15 +1,16 @@
 """Loads models: Hugging Face and sentence-transformers directories, hub ids, and GGUF files."""
 
+from __future__ import annotations
+
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.generator import Generator
@@ -32,6 +33,9 @@ from expandr_jax.weights.source import check_hash, locate
 from expandr_jax.weights.store import merge_stored, stored_params
 from expandr_jax.weights.tokenizer import ANY_LENGTH, TOKENIZER_FILES, read_tokenizer
 from expandr_jax.weights.trees import module_shardings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from expandr_jax.files.records import write_json
 from expandr_jax.models.lora import LoraConfig
@@ -152,6 +151,8 @@ def write_model_files(directory: Path, tensors: Mapping[str, Tensor], max_shard_
 
     Each has tensors of `max_shard_bytes` at most, or a single one, for none is divided.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     split = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.num_bytes,

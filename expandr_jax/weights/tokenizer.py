@@ -1,19 +1,24 @@
 """Tokenizers from a model directory, without transformers' AutoTokenizer, which imports PyTorch."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.byte_level import cut_as
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 ANY_LENGTH = 2**31 - 1  # Of a text that no file limits; files and transformers have 1e30.
@@ -69,6 +74,8 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     Raises:
         UserError: If a file is missing or cannot be read.
     """
+    from transformers import PreTrainedTokenizerFast
+
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(
