@@ -7,6 +7,11 @@ results are compared first; then they take turns, --repeats times, and medians a
 above 1 means that this project is quicker. The machine's peaks of matrix products and of reading
 memory are measured too: "share" is what part of the former a side reaches, and "floor" the rate at
 which the row's operations and bytes would pass at both peaks.
+
+    python -m eval.speed --only=encode --against=../before --out=speed.json
+
+has this project's own side in another checkout, such as the commit before a change, in the place of
+the other library.
 """
 
 import importlib.metadata
@@ -31,14 +36,19 @@ from expandr_jax.report.tables import render
 from expandr_jax.runtime.progress import plain_console
 from train.launch import launch
 
+AGAINST = "against"  # Where the other checkout's sides read and write.
 
-def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, Any]:
+
+def measure(
+    names: Sequence[str], repeats: int, console: Console, against: pathlib.Path | None = None
+) -> dict[str, Any]:
     """Runs benchmarks.
 
     Args:
         names: Some of `eval.benchmarks.NAMES`, or full names of such modules.
         repeats: Times that each side does the work.
         console: Where progress is shown.
+        against: Another checkout of this project, in the place of each row's peer.
 
     Returns:
         What `--out` holds: {"machine", "rows"}. A row whose sides failed, or differ in their
@@ -52,12 +62,18 @@ def measure(names: Sequence[str], repeats: int, console: Console) -> dict[str, A
         console.print("measuring the machine")
         machine = _description() | _only_answer(SideProcess(directory, MACHINE, MACHINE))
         rows = []
+        if against is not None:  # What it reads may be written in another way.
+            (directory / AGAINST).mkdir()
         for name in names:
             console.print(f"{name}: preparing")
+            if against is not None:
+                _only_answer(SideProcess(directory / AGAINST, name, PREPARE, tree=against))
             costs = _only_answer(SideProcess(directory, name, PREPARE))["costs"]
             for number, comparison in enumerate(benchmark(name).ROWS):
                 try:
-                    row = measure_row(directory, name, number, comparison, repeats, console)
+                    row = measure_row(
+                        directory, name, number, comparison, repeats, console, against
+                    )
                 except UserError as error:  # The other rows took long to measure, and are kept.
                     console.print(f"{error}", markup=False)
                     rows.append(_empty_row(comparison) | {"failed": str(error)})
@@ -73,26 +89,40 @@ def measure_row(
     comparison: Comparison,
     repeats: int,
     console: Console,
+    against: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Measures one row; its peer is null, with the reason, where it is not installed."""
     row = _empty_row(comparison)
-    missing = [package for package in comparison.packages if _version(package) is None]
-    if not missing:
-        row["peer_name"] += f" {_version(comparison.packages[0])}"
+    packages = comparison.packages if against is None else ()
+    missing = [package for package in packages if _version(package) is None]
+    # Each side's directory, what it is asked for, and whose code it runs.
+    places = {"ours": (directory, "ours", None), "peer": (directory, "peer", None)}
+    if against is not None:
+        places["peer"] = (directory / AGAINST, "ours", against)
+        row["peer_name"] = str(against)
+    elif missing:
+        del places["peer"]
+    else:
+        row["peer_name"] += f" {_version(packages[0])}"
     sides, measured = {}, {}
     try:
-        for side in ("ours",) if missing else ("ours", "peer"):
+        for side, (place, what, tree) in places.items():
             console.print(f"{comparison.name}: {side} loads, compiles and warms up")
-            sides[side] = SideProcess(directory, name, side, number)
+            sides[side] = SideProcess(place, name, what, number, tree)
             row[f"setting_{side}"] = sides[side].answer()["setting"]
             setting = row[f"setting_{side}"] and f" ({row[f'setting_{side}']})"
             console.print(f"{comparison.name}: {side} is ready{setting}")
             measured[side] = []
         if not missing:
-            row["checked"] = _checked(directory, name, number, comparison)
+            row["checked"] = _checked(
+                [outputs_path(place, name, what, number) for place, what, _ in places.values()],
+                comparison,
+                row["peer_name"],
+            )
             console.print(f"{comparison.name}: {row['checked']}")
         for repeat in range(repeats):
-            for side, process in sides.items():
+            for side in list(sides)[:: -1 if repeat % 2 else 1]:  # A B, B A: what drifts is shared.
+                process = sides[side]
                 measured[side].append(process.measure())
                 rate = f"{measured[side][-1]['rate']:.4g} {comparison.unit}"
                 console.print(f"{comparison.name}: {repeat + 1}/{repeats}, {side}: {rate}")
@@ -116,17 +146,16 @@ def _empty_row(comparison: Comparison) -> dict[str, Any]:
     return names | dict.fromkeys(measured)
 
 
-def _checked(directory: pathlib.Path, name: str, number: int, comparison: Comparison) -> str:
+def _checked(paths: Sequence[pathlib.Path], comparison: Comparison, peer_name: str) -> str:
     outputs = []
-    for side in ("ours", "peer"):
-        with np.load(outputs_path(directory, name, side, number), allow_pickle=False) as file:
+    for path in paths:
+        with np.load(path, allow_pickle=False) as file:
             outputs.append(dict(file))
     try:
         return comparison.check(*outputs)
     except Different as difference:
         raise UserError(
-            f"{comparison.name}: not measured, {comparison.peer_name} came to something else: "
-            f"{difference}"
+            f"{comparison.name}: not measured, {peer_name} came to something else: {difference}"
         ) from None
 
 
@@ -215,8 +244,11 @@ def main(_: Sequence[str]) -> None:
     out = pathlib.Path(values.out)
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out={out}: there is no directory {out.absolute().parent}")
+    against = values.against and pathlib.Path(values.against).absolute()
+    if against and not (against / "eval" / "benchmarks" / "process.py").is_file():
+        raise UserError(f"--against={values.against}: not a checkout of this project")
     console = plain_console(soft_wrap=True)
-    result = measure(values.only, values.repeats, console)
+    result = measure(values.only, values.repeats, console, against)
     write_json(out, result)
     console.print(speed_table(result))
     failed = [row["failed"] for row in result["rows"] if "failed" in row]
@@ -227,6 +259,7 @@ def main(_: Sequence[str]) -> None:
 def define_flags() -> None:
     flags.DEFINE_list("only", list(NAMES), f"Benchmarks to run, of {', '.join(NAMES)}.")
     flags.DEFINE_string("out", None, "The JSON file to write.")
+    flags.DEFINE_string("against", None, "Another checkout of this project, to be the peer.")
     flags.DEFINE_integer("repeats", 5, "Times that each side does the work.", lower_bound=1)
 
 

@@ -38,13 +38,22 @@ class SideProcess:
         name: Name of the benchmark.
         what: "ours", "peer", PREPARE or MACHINE.
         row: Index among the benchmark's rows.
+        tree: Another checkout of this project, whose code is run; None: this one's.
     """
 
-    def __init__(self, directory: pathlib.Path, name: str, what: str, row: int = 0):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        name: str,
+        what: str,
+        row: int = 0,
+        tree: pathlib.Path | None = None,
+    ):
         self._log = directory / f"{name}-{row}-{what}.log"
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(directory), name, what, str(row)],
+                cwd=tree,  # Python looks for modules there first.
                 env={
                     **os.environ,
                     "MKL_NUM_THREADS": str(THREADS),
