@@ -9,6 +9,8 @@ import pytest
 
 from configs import base
 from expandr_jax.config import read_config
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import read_triples
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
@@ -99,7 +101,7 @@ class Read(collections.UserList):
         return super().__getitem__(row)
 
 
-def mined(tmp_path, monkeypatch, ids, vectors, queries, **evaluation):
+def mined(tmp_path, monkeypatch, ids, vectors, queries, excluded=(), **evaluation):
     """What is mined for two queries, whose vectors and relevant documents are rows 0 and 1."""
     config = base.get_config()
     config.search.backend = "exact"
@@ -108,12 +110,11 @@ def mined(tmp_path, monkeypatch, ids, vectors, queries, **evaluation):
     config = read_config(config)
     corpus, texts = Corpus(ids, vectors, config.search), Read(f"text of {d}" for d in ids)
     monkeypatch.setattr("train.negatives.texts_of", lambda _: texts)
-    data = types.SimpleNamespace(
-        retriever_train=queries,
-        queries=list,
-        positives=lambda query: [ids[int(query[1:])]],
-        collection=types.SimpleNamespace(corpus=dict.fromkeys(ids, "")),
-    )
+    qrels = {"train": {query: {ids[int(query[1:])]: 1} for query in queries}}
+    texts_of_queries = {query: query for query in queries}
+    collection = Collection("c", dict.fromkeys(ids, ""), texts_of_queries, qrels)
+    collection.excluded["q1"] = excluded
+    data = TrainingData(collection, queries, [])
     reporter = types.SimpleNamespace(
         progress=lambda *_: contextlib.nullcontext(lambda _: None), say=lambda _: None
     )
@@ -143,3 +144,13 @@ def test_a_query_is_no_negative_of_itself(tmp_path, monkeypatch, drop):
     found, _ = mined(tmp_path, monkeypatch, ids, vectors, ["q0", "q1"], drop_identical_ids=drop)
     assert ("text of q0" in found[0]) != drop
     assert list(map(len, found)) == [3, 3]
+
+
+def test_what_is_excluded_for_a_query_is_no_negative_of_it(tmp_path, monkeypatch):
+    vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    vectors[7], vectors[8] = 0.99 * vectors[1], 0.98 * vectors[1]
+    ids = [f"d{row}" for row in range(30)]
+    excluded = "d7", "d8"
+    found, _ = mined(tmp_path, monkeypatch, ids, vectors, ["q0", "q1"], excluded)
+    assert len(found[1]) == 3
+    assert not {"text of d7", "text of d8"} & {*found[1]}

@@ -1,5 +1,7 @@
 """Rewards of a search in the corpus and in samples of it, against plain loops over documents."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -49,8 +51,8 @@ def fused(vectors, seed=1):
 def corpus_reward(config, index, fused, judged):
     """The reward `corpus`, as evaluation computes it, too."""
     reward = config.reward
-    search = vector_search(index, fused, reward.depth)
-    how = reward.corpus_measure, reward.corpus_temperature, Answers(COLLECTION)
+    search = vector_search(index, fused, reward.depth + judged.left_out.shape[1])
+    how = reward.corpus_measure, reward.corpus_temperature, Answers(COLLECTION), reward.depth
     return measure_searches(search, judged, fused.shape[1], *how)
 
 
@@ -88,6 +90,40 @@ def plain(measure, order, grades, scores):
     ideal = sorted(grades.values(), reverse=True)
     total = sum(grades.get(d, 0) / np.log2(i + 2) for i, d in enumerate(order))
     return total / sum(g / np.log2(i + 2) for i, g in enumerate(ideal))
+
+
+def test_documents_that_evaluation_leaves_out_count_in_no_reward(vectors):
+    """A query's own document, and what is excluded for it, as if the corpus were without them."""
+    queries = {"d5": {"d3": 1, "d40": 2}, "q1": {"d11": 1}}
+    collection = dataclasses.replace(
+        COLLECTION, qrels={"train": queries}, queries=dict.fromkeys(queries, "text"),
+        excluded={"d5": ("d6", "none of the corpus")},
+    )  # fmt: skip
+    data = TrainingData(collection, [], [*queries])
+    assert data.left_out("d5", True) == ["d5", "d6"]
+    assert data.left_out("d5", False) == ["d6"]
+    judged = judged_documents(data, [*queries], PLACE, drop_identical_ids=True)
+    np.testing.assert_array_equal(judged.left_out, [[5, 6], [-1, -1]])
+    x = fused(vectors)
+    x[0, 1:3] = vectors[5:7]  # They are found first, if they are found.
+    corpus = vectors[:49]
+    rows = np.delete(np.arange(49), [5, 6])
+    for measure in ("reciprocal_rank", "ndcg", "softmax_share"):
+        for depth in (3, 10, 49):
+            config = make_config(corpus_measure=measure, corpus_temperature=0.3, depth=depth)
+            found = corpus_reward(config, build_index(corpus, "exact"), x, judged)
+            for q, (grades, own) in enumerate([({40: 2, 3: 1}, rows), ({11: 1}, np.arange(49))]):
+                for c in range(4):
+                    scores = corpus @ x[q, c]
+                    order = [i for i in np.argsort(-scores).tolist() if i in own][:depth]
+                    expected = plain(measure, order, grades, scores)
+                    np.testing.assert_allclose(found[q, c], expected, rtol=1e-5)
+    config = make_config(group_size=1000, group_sets=1)
+    sets = group_reward(config, corpus, x, judged)
+    documents = corpus[[*np.delete(rows, [38, 3]), 40, 3]]  # Without rows 40 and 3, which are last.
+    order = np.argsort(-(documents @ x[0, 1]), kind="stable").tolist()[:10]
+    expected = plain("ndcg", order, {45: 2, 46: 1}, None)
+    np.testing.assert_allclose(sets[0, 1], expected, rtol=1e-6)
 
 
 RIGHT = [{40: 2, 3: 1, 8: 1}, {11: 1}]
@@ -138,7 +174,9 @@ def test_the_group_reward_depends_on_seed_and_query_alone(vectors, judged):
     np.testing.assert_array_equal(
         group_reward(config, corpus, x[:, order], judged), found[:, order]
     )
-    alone = type(judged)(judged.queries[1:], judged.documents[1:], judged.grades[1:])
+    alone = dataclasses.replace(
+        judged, **{f.name: getattr(judged, f.name)[1:] for f in dataclasses.fields(judged)}
+    )
     np.testing.assert_array_equal(group_reward(config, corpus, x[1:], alone), found[1:])
     config.seed = 1
     assert (group_reward(config, corpus, x, judged) != found).any()

@@ -82,10 +82,11 @@ def _mine(
     def search() -> None:
         row_of = rows_of(data.collection.corpus)
         relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
-        known = relevant
-        if run.config.evaluation.drop_identical_ids:  # A query is no negative of itself.
-            own_rows = ([row_of[query]] if query in row_of else [] for query in ids)
-            known = [rows + more for rows, more in zip(relevant, own_rows, strict=True)]
+        drop = run.config.evaluation.drop_identical_ids
+        known = [  # What leaves a query's rankings is no negative of it.
+            rows + [row_of[document] for document in data.left_out(query, drop)]
+            for query, rows in zip(ids, relevant, strict=True)
+        ]
         scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
         own = corpus.vectors[[documents[0] for documents in relevant]]
         texts = texts_of(data.collection.corpus)

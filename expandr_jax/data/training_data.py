@@ -40,6 +40,12 @@ class TrainingData:
         irrelevant = sorted(d for d, grade in grades.items() if grade <= 0 and d in corpus)
         return [corpus[document] for document in irrelevant]
 
+    def left_out(self, query_id: str, drop_identical_ids: bool) -> list[str]:
+        """Ids of the documents that leave a query's rankings: what is excluded, or has its id."""
+        out = {*self.collection.excluded.get(query_id, ())}
+        out |= {query_id} if drop_identical_ids else set()
+        return sorted(document for document in out if document in self.collection.corpus)
+
     def positive(self, query_id: str) -> str:
         """The first of `positives`."""
         return self.positives(query_id)[0]

@@ -100,8 +100,17 @@ class Evidence:
         """The queries' relevant documents."""
         own, context = [group.query_id for group in self.groups], self.context
         # As wide for a block as for all, so that sums over them are rounded alike.
-        size = {"width": context.most_relevant}
-        return judged_documents(context.data, own, context.rows, split=context.split, **size)
+        how = {
+            "width": context.most_relevant,
+            "split": context.split,
+            "drop_identical_ids": context.config.evaluation.drop_identical_ids,
+        }
+        return judged_documents(context.data, own, context.rows, **how)
+
+    @property
+    def depth(self) -> int:
+        """For how many documents the corpus is searched: those that count, and what is left out."""
+        return self.context.config.reward.depth + self.judged.left_out.shape[1]
 
     def given_by(self, function: RewardFunction) -> np.ndarray:
         """What a function of the user's own gives for the candidates, [queries, candidates]."""

@@ -42,7 +42,8 @@ def sample_rows(
         vectors = part.queries, part.expansions, part.present
         alone = fuse_each(*vectors, query_weight=0.0, normalize=normalize)
         _, found = corpus.evaluated.search(alone.reshape(-1, alone.shape[-1]), depth)
-        judged = judged_documents(data, part.ids, row_of, split=split)
+        drop = config.evaluation.drop_identical_ids
+        judged = judged_documents(data, part.ids, row_of, split=split, drop_identical_ids=drop)
         documents = np.repeat(judged.documents, samples, axis=0)
         ranks = rewards.ranks_in_results(found, documents)
         first = np.where(part.present, rewards.best_rank(ranks).reshape(-1, samples), 0)
@@ -50,8 +51,9 @@ def sample_rows(
         reward = config.reward
         if reward.corpus > 0 and reward.search == "dense":
             fused = fuse_each(*vectors, query_weight=reward.query_weight, normalize=normalize)
-            search = vector_search(corpus.evaluated, fused, reward.depth)
-            how = reward.corpus_measure, reward.corpus_temperature, answers
+            deep = reward.depth + judged.left_out.shape[1]
+            search = vector_search(corpus.evaluated, fused, deep)
+            how = reward.corpus_measure, reward.corpus_temperature, answers, reward.depth
             values[REWARD] = measure_searches(search, judged, samples, *how)
         rows += [
             {"query_id": query, "split": split, "system": name, "sample": sample}

@@ -25,11 +25,14 @@ class Judged:
         queries: Ids of the queries.
         documents: [queries, count] rows of the index, the first one's grade the highest; -1 fills.
         grades: [queries, count] relevance; 0 fills.
+        left_out: [queries, count] rows of the index that leave the query's rankings before these
+            are cut, as in evaluation; -1 fills.
     """
 
     queries: Sequence[str]
     documents: np.ndarray
     grades: np.ndarray
+    left_out: np.ndarray
 
 
 def judged_documents(
@@ -39,10 +42,12 @@ def judged_documents(
     *,
     split: str = "train",
     width: int = 0,
+    drop_identical_ids: bool = False,
 ) -> Judged:
     """The relevant documents of some of a split's queries.
 
-    `rows` is document id -> its row; there are `width` columns, or as many as it takes.
+    `rows` is document id -> its row; there are `width` columns, or as many as it takes. With
+    `drop_identical_ids`, a document with a query's id is left out for it.
     """
     positives = [data.positives(query, split) for query in queries]
     shape = len(queries), width or max(map(len, positives), default=1)
@@ -51,7 +56,14 @@ def judged_documents(
         judged = data.collection.qrels[split][query]
         documents[row, : len(ids)] = [rows[document] for document in ids]
         grades[row, : len(ids)] = [judged[document] for document in ids]
-    return Judged(queries, documents, grades)
+    without = [
+        [rows[document] for document in data.left_out(query, drop_identical_ids)]
+        for query in queries
+    ]
+    left_out = np.full((len(queries), max(map(len, without), default=0)), -1)
+    for row, own in enumerate(without):
+        left_out[row, : len(own)] = own
+    return Judged(queries, documents, grades, left_out)
 
 
 def queries_at_once(candidates: int) -> int:
@@ -111,28 +123,44 @@ def measure_searches(
     measure: str,
     temperature: float,
     answers: Answers,
+    depth: int,
 ) -> np.ndarray:
     """What each of several searches for each query is worth: [queries, each] float64.
 
     Args:
-        search: Searches for all of some queries at once.
+        search: Searches for all of some queries at once, for `depth` documents and as many more
+            as `judged.left_out` has columns.
         judged: The queries' relevant documents.
         each: Searches of a query.
         measure: One of `SEARCH_MEASURES`.
         temperature: Divides the scores, for a measure that looks at them.
         answers: Of the collection, for a measure that looks for them.
+        depth: Documents of a search that count.
     """
     result = np.zeros((len(judged.queries), each))
     rows = max(1, BLOCK_ROWS // max(1, each))
     for start in range(0, len(result), rows):
         part = slice(start, start + rows)
         relevant = (np.repeat(x[part], each, axis=0) for x in (judged.documents, judged.grades))
-        scores, found = search(part)
+        left_out = np.repeat(judged.left_out[part], each, axis=0)
+        scores, found = _ranked(*search(part), left_out, depth)
         queries = [query for query in judged.queries[part] for _ in range(each)]
         held = functools.partial(answers.held, queries, found)
         worth = SEARCH_MEASURES[measure](Searched(scores, found, *relevant, temperature, held))
         result[part] = worth.reshape(-1, each)
     return result
+
+
+def _ranked(
+    scores: np.ndarray, found: np.ndarray, left_out: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `depth` results of those that are not left out."""
+    if not left_out.shape[1]:
+        return scores, found
+    gone = (found[:, :, None] == left_out[:, None]).any(axis=-1) & (found >= 0)
+    kept = np.argsort(gone, axis=1, kind="stable")[:, :depth]
+    found = np.where(gone, -1, found)
+    return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(found, kept, axis=1)
 
 
 def vector_search(index: Index, vectors: np.ndarray, depth: int) -> Search:
@@ -156,7 +184,8 @@ def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Ju
     result = np.zeros(fused.shape[:2])
     for row, query in enumerate(judged.queries):
         relevant = judged.documents[row][judged.documents[row] >= 0]
-        sets = _draw_sets(config, query, relevant, len(vectors))
+        left_out = judged.left_out[row][judged.left_out[row] >= 0]
+        sets = _draw_sets(config, query, relevant, left_out, len(vectors))
         grades = np.zeros(sets.shape)
         # The relevant documents stand last, so that a tie counts against them.
         grades[:, sets.shape[1] - len(relevant) :] = judged.grades[row, : len(relevant)]
@@ -165,14 +194,17 @@ def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Ju
     return result
 
 
-def _draw_sets(config: Any, query: str, relevant: np.ndarray, total: int) -> np.ndarray:
+def _draw_sets(
+    config: Any, query: str, relevant: np.ndarray, left_out: np.ndarray, total: int
+) -> np.ndarray:
     """[sets, documents] rows of the corpus: other documents than the relevant ones, then these."""
+    others_than = np.union1d(relevant, left_out)
     digest = hashlib.sha256(query.encode()).digest()
     generator = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "big")])
-    size = min(config.reward.group_size, total - len(relevant))
+    size = min(config.reward.group_size, total - len(others_than))
     sets = []
     for _ in range(config.reward.group_sets):
-        drawn = generator.choice(total, size + len(relevant), replace=False)
-        others = drawn[~np.isin(drawn, relevant)][:size]
+        drawn = generator.choice(total, size + len(others_than), replace=False)
+        others = drawn[~np.isin(drawn, others_than)][:size]
         sets.append(np.concatenate([others, relevant]))
     return np.stack(sets)

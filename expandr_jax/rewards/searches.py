@@ -19,7 +19,7 @@ def dense_search(evidence: Evidence, plain: bool) -> Search:
         alone = evidence.fuse(queries, np.zeros_like(queries)[:, None], absent, query_weight=1.0)
         vectors = np.concatenate([alone, vectors], axis=1)
     context = evidence.context
-    return vector_search(context.corpus.index, vectors, context.config.reward.depth)
+    return vector_search(context.corpus.index, vectors, evidence.depth)
 
 
 def bm25_search(evidence: Evidence, plain: bool) -> Search:
@@ -32,7 +32,7 @@ def bm25_search(evidence: Evidence, plain: bool) -> Search:
         for group in evidence.groups[part]:
             expanded = (sparse(group.query, [text] if text else []) for text in group.texts)
             queries += [*([group.query] if plain else []), *expanded]
-        scores, found = index.search(queries, config.reward.depth)
+        scores, found = index.search(queries, evidence.depth)
         return scores, np.where(scores > 0, found, -1)  # The others share no word with the query.
 
     return search
@@ -82,4 +82,5 @@ def _worth(evidence: Evidence, measure: str, plain: bool) -> np.ndarray:
         measure,
         settings.corpus_temperature,
         evidence.context.answers,
+        settings.depth,
     )
