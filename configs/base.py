@@ -134,9 +134,9 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.kl_weight = 0.0  # Weight of the divergence from the teacher's distribution.
     contrastive.teacher_temperature = 1.0  # Divides the teacher's scores in that divergence.
     contrastive.invariance_weight = 0.0  # Weight of the KL by which expansion changes a ranking.
-    # Of splade, whose vectors they make sparse: the sum of squared means of each component.
-    contrastive.flops_query_weight = 0.0  # Of queries.
-    contrastive.flops_document_weight = 0.0  # Of documents.
+    # FLOPS terms, which make splade's vectors sparse: the sum of squared means of each component.
+    contrastive.flops_query_weight = 0.0  # Weight of the queries' term.
+    contrastive.flops_document_weight = 0.0  # Weight of the documents' term.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.
@@ -233,7 +233,7 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.steps = 300  # Steps of a round; each samples, rewards and updates.
     grpo.queries = 16  # Queries a step.
     grpo.samples = 8  # Candidates of each, which are compared with one another.
-    grpo.temperature = 1.0  # Of sampling, and of the probabilities that are learned.
+    grpo.temperature = 1.0  # Divides logits in sampling and in what is learned.
     # Queries whose candidates have equal rewards teach nothing, and are left out.
     grpo.resample = 0  # Times at most that others are drawn in their place.
     # Co-augmentation: texts of documents are sampled and learned, too, and every text is worth the
@@ -241,7 +241,7 @@ def get_config() -> ml_collections.ConfigDict:
     # reward.group_sets draws, each of one text a document.
     grpo.documents = 0  # Documents a query and step: half relevant, a quarter irrelevant, others.
     grpo.document_prompt = "d2e"  # What is asked for them: "d2q", "d2e" (keywords) or "d2d".
-    grpo.document_weights = (0.2, 0.1)  # Of a relevant document's advantages, and of another's.
+    grpo.document_weights = (0.2, 0.1)  # A relevant document's advantages, and another's.
     grpo.mask_cut = False  # Nothing is learned from texts that were cut for their length.
     grpo.minibatches = 1  # Updates that a step's queries are divided among.
     grpo.passes = 1  # Times that a step's queries are learned from.
@@ -272,7 +272,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.distill = distill = ml_collections.ConfigDict()  # Expanded queries' vectors, learned.
     distill.epochs = 0.0  # Passes over its queries; 0: no query tower is distilled.
-    distill.train_queries = 0  # Of the run's training queries at most; 0: all.
+    distill.train_queries = 0  # The run's training queries at most; 0: all.
     distill.documents = 4096  # Documents at most that the generator writes further queries for.
     distill.queries_per_document = 1  # For each of them; what is nearly a test query is left out.
     distill.batch_size = 32  # Queries a batch.
@@ -341,7 +341,7 @@ def get_config() -> ml_collections.ConfigDict:
     evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)  # Tried on dev.
     evaluation.samples = (1,)  # How many expansions are averaged; tried on dev.
     # interpolation's parts: weights tried on dev are multiples of 1 / fusion_steps; 0: equal ones.
-    evaluation.fusion_steps = 10  # Of more than two parts fewer, as 100 ways are tried at most.
+    evaluation.fusion_steps = 10  # Fewer for more than two parts, as 100 ways are tried at most.
     evaluation.depth = 100  # Documents a query in runs/.
     evaluation.sample_depth = 1000  # Results of the searches that rank single samples.
     evaluation.drop_identical_ids = False  # Leave out a document with its query's id (ArguAna).

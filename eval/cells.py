@@ -26,7 +26,7 @@ from expandr_jax.report.grid import COSTS, DIGITS, Measured
 from expandr_jax.report.page import clip
 from expandr_jax.runtime.formats import FORMAT, read_record, translated
 
-MOST_BYTES = 200_000  # Of a file.
+MOST_BYTES = 200_000  # A file's.
 SUFFIX = ".json.gz"
 _TEXT_CHARACTERS = 240
 _ROUNDED = 2e-6  # What means may differ by, when they and their parts are rounded.
@@ -49,10 +49,10 @@ class Cell:
 
     Attributes:
         collection, seed: Which it is.
-        revision: Of the code that began the run: a commit, or the version of the package.
+        revision: The code that began the run: a commit, or the version of the package.
         format: The number of the config's format.
         config: Every setting; of paths, the last part.
-        versions: Of the libraries.
+        versions: The libraries'.
         device: What the run was begun on.
         source: Where the data came from, with checksums.
         results: results.json.

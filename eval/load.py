@@ -45,7 +45,7 @@ MOST_CLIENTS = 1024
 WARM = 2.0  # Seconds that nobody counts.
 BATCH = 100  # Documents of a write.
 UNCACHED = 24  # Queries whose passages are timed.
-COLUMNS = {  # Of what is printed, and what each has of a row.
+COLUMNS = {  # What is printed, and what each has of a row.
     "mode": "mode", "clients": "clients", "p50 ms": "p50_ms", "p99 ms": "p99_ms",
     "a second": "queries_per_second", "errors": "errors", "peer p50": "peer_p50_ms",
     "peer a second": "peer_queries_per_second",

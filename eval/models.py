@@ -54,7 +54,7 @@ NAMES = {
     "gemma3": "Gemma 3 text",
     "gemma3-linear": "Gemma 3 text, linear rope",
 }
-# Of a published form: its modules, prompts and pooling.
+# Published forms, with their modules, prompts and pooling.
 SENTENCES = {
     "e5": "E5 (its vectors)",
     "xlm-e5": "multilingual E5, XLM-RoBERTa (its vectors)",

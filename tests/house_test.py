@@ -6,6 +6,7 @@ Everything here is read from the sources, none of which is run.
 import ast
 import functools
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -138,6 +139,17 @@ def test_rooms_import_from_those_below_them():
 def test_the_library_knows_no_run():
     found = {path for path, name in imports() if top(path) == PRODUCT[0] and name == RUN}
     assert {room(path) for path in found} <= {"runtime"}
+
+
+def test_comments_are_whole_phrases():
+    """None begins with an "Of" whose noun the reader has to guess."""
+    dangling = re.compile(r'(# |"""|: )Of ')
+    assert not [
+        f"{path}:{number}"
+        for path, text in sources(*PRODUCT)
+        for number, line in enumerate(text.splitlines(), 1)
+        if dangling.search(line)
+    ]
 
 
 def test_no_file_is_long():

@@ -72,7 +72,9 @@ def test_sides_that_differ_or_fail_are_not_measured(tmp_path):
     process.close()
     different, failing = benchmark(name).ROWS
     console = Console(file=io.StringIO())
-    with pytest.raises(UserError, match=r"numpy [\d.]+ came to something else: values differ by 0\.5"):
+    with pytest.raises(
+        UserError, match=r"numpy [\d.]+ came to something else: values differ by 0\.5"
+    ):
         measure_row(tmp_path, name, 0, different, 1, console)
     with pytest.raises(UserError, match=r"peer: failed: .*RuntimeError: no such thing"):
         measure_row(tmp_path, name, 1, failing, 1, console)

@@ -107,7 +107,7 @@ def evaluate(
         while open_now:
             open_now.pop().release()
 
-    @functools.lru_cache(maxsize=1)  # Of a further collection, one's vectors are in memory.
+    @functools.lru_cache(maxsize=1)  # One's vectors of a further collection are in memory.
     def retriever(name: str) -> CorpusRetriever:
         let_go()  # One index is in memory, not those of all.
         whose = OURS if name in QUERY_TOWERS else name  # The documents that are searched.

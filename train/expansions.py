@@ -26,7 +26,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 
 SPLITS = ("dev", "test")
-FIELDS = "query_id", "split", "system", "sample", "query", "expansion"  # Of an expansions.jsonl.
+FIELDS = "query_id", "split", "system", "sample", "query", "expansion"  # In expansions.jsonl.
 
 
 def run_expander(
@@ -171,7 +171,7 @@ def _with_tokens(
     What an `Ask` wrote whose texts are not used counts to the first text of the one after it.
     """
     used: list[SampledTexts] = []
-    before: list[list[SampledTexts]] = [[]]  # Of each that is used, and of the next.
+    before: list[list[SampledTexts]] = [[]]  # Before each that is used, and the next.
 
     def kept(step: Ask, requests: Requests) -> SampledTexts:
         made = sample(step, requests)

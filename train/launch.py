@@ -30,7 +30,7 @@ from expandr_jax.runtime.formats import RENAMED
 from expandr_jax.runtime.progress import plain_console
 from expandr_jax.runtime.stopping import Stopped, end_on_sigterm, ignore_sigterm, notice_again
 
-EXIT_DOES_NOT_FIT = 1  # Of a plan or a rehearsal.
+EXIT_DOES_NOT_FIT = 1  # What a plan or a rehearsal says.
 EXIT_USER_ERROR = 2
 EXIT_TERMINATED = 143  # By SIGTERM, as shells have it, where there is nothing to go on from.
 CPU_DEVICES = 2

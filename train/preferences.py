@@ -27,7 +27,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import Kind, Progress
 
-CANDIDATES = "candidates.jsonl"  # Of a round: texts with their rewards.
+CANDIDATES = "candidates.jsonl"  # A round's texts with their rewards.
 ANSWER = -1  # Stands for a query's answer, where its candidates count from 0.
 
 
@@ -93,7 +93,7 @@ def make_preferences(
         size = queries_at_once(len(temperatures))
         most = run.config.candidates.max_new_tokens
         context = RewardContext(run.config, data, corpus, ids, size, most, functions=functions)
-        # Of others the query alone gives the prompt.
+        # Others' prompts are given by the query alone.
         shows_more = not expander.strategy.asks[-1].prompt.of_query_alone
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
 

@@ -52,7 +52,7 @@ IMPORTANCES = ("taylor", "random")
 LOSSES = ("likelihood", "step_b")
 _ROWS = 4  # Examples of a batch of gradients.
 _PASSAGES = 64  # By which perplexity is told.
-_SYSTEM = "zero-shot+expansion"  # Of the run's models, which are not trained any more.
+_SYSTEM = "zero-shot+expansion"  # The run's models, which are not trained any more.
 HEADER = (
     "keep", "importance", "parameters", "share", "heads", "channels", "perplexity before",
     "perplexity", "tokens/s", "ndcg@10",
@@ -67,7 +67,7 @@ class Options:
         importance: One of IMPORTANCES.
         loss: One of LOSSES, that importance is of.
         examples: So many of the run's examples it is of.
-        epochs: Of recovery by step B; None: as the run had it; 0: none.
+        epochs: How long step B recovers what was lost; None: as the run had it; 0: not at all.
         evaluate: Whether the run's test queries are expanded and searched, too.
     """
 
@@ -185,7 +185,7 @@ def _passages(workdir: pathlib.Path, pairs_alone: bool) -> Iterator[str]:
 
 
 def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Of each layer's key-value groups and channels, as `importances` gives them."""
+    """Those of each layer's key-value groups and channels, as `importances` gives them."""
     config, generator = whole.config, whole.generator
     shape = generator.module.config
     if options.importance == "random":

@@ -48,11 +48,11 @@ from train.policy import PHASE
 
 PROGRAM = "train.rehearsed"
 SECONDS_BETWEEN_LOOKS = 0.5
-LINES_SHOWN = 15  # Of what a process printed that failed.
-# Of on-policy training, whose steps are as large at every scale. The first compiles its programs.
+LINES_SHOWN = 15  # The end of what a process printed that failed.
+# On-policy steps, which are as large at every scale. The first compiles its programs.
 POLICY_STEPS = 3
-MOST_EPOCHS = 1.0  # Of a training.
-PARTS = ("sampling", "encoding", "search", "update")  # Of such a step, as metrics.jsonl has them.
+MOST_EPOCHS = 1.0  # How long a training lasts.
+PARTS = ("sampling", "encoding", "search", "update")  # As metrics.jsonl names such a step's.
 
 
 def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> None:

@@ -62,8 +62,8 @@ def run_load(
     """Asks again and again.
 
     Args:
-        port: Of this machine.
-        path: Of each request, a POST.
+        port: This machine's.
+        path: Each request's, a POST.
         contents: Bodies, which are sent in turn.
         clients: Connections, each of which waits for its answer before it asks again.
         goes_on: Called before each request.

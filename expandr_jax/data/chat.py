@@ -42,7 +42,7 @@ def apply_template(
     Raises:
         jinja2.TemplateError: The template refuses the messages.
     """
-    # Of several templates, as transformers: "tool_use" where there are tools, else "default".
+    # Which of several templates, as transformers: "tool_use" where there are tools, else "default".
     template = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
     if "strftime_now" in template:
         start = datetime.datetime.combine(today, datetime.time())

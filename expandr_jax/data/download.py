@@ -19,7 +19,7 @@ from expandr_jax.runtime.progress import QUIET, Reporter
 
 CACHE = "~/.cache/expandr-jax"
 _BLOCK = 1 << 20
-_DIGITS = {"sha256": 64, "md5": 32}  # Of a hash, in hex.
+_DIGITS = {"sha256": 64, "md5": 32}  # How many a hash has, in hex.
 _TIMEOUT = 60.0  # Seconds without a byte.
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-MEAN = "mean"  # Of vectors; one search.
+MEAN = "mean"  # The mean of vectors; one search.
 DEV = "dev"  # The best of all of them on the dev queries.
 _RRF = 60.0  # As in `ranking.stages.reciprocal_rank_fusion`.
 
@@ -123,7 +123,7 @@ def combined(
 
     Args:
         several: What was found for each query.
-        weights: Of each query's searches.
+        weights: What each query's searches count.
         how: A key of `COMBINES`.
         depth: Documents a query at most.
     """

@@ -95,7 +95,7 @@ class Requests:
     """What is asked for many queries: a query's requests are made whenever they are looked at.
 
     Attributes:
-        ids: Of the queries, each once.
+        ids: The queries' ids, each once.
         counts: How many requests each has.
         make: A query's id to its requests.
     """

@@ -16,7 +16,7 @@ from expandr_jax.losses.language import response_sums
 from expandr_jax.settings import NotNegative, Share
 
 DEVIATION_FLOOR = 1e-4  # Added to a group's deviation, as in TRL.
-MOST_LOG_RATIO = 20.0  # Of a response's sum, exp overflows; 0 times inf would be the slope there.
+MOST_LOG_RATIO = 20.0  # Above it exp overflows, and the slope would be 0 times inf.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

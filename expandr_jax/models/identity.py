@@ -10,7 +10,7 @@ from expandr_jax.files.records import hash_json
 
 # Words, cases, accents, digits, spaces, lines, another script: what tokenizers treat differently.
 PROBES = ("Naïve CAFÉ  state-of-the-art", "x = 3.14159 # 1,000\n\treturn", "検索 поиск 🔍", "")
-_WORDS = 1000  # Of a vocabulary, by which a tokenizer is told from others.
+_WORDS = 1000  # Words of a vocabulary, by which a tokenizer is told from others.
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -28,7 +28,7 @@ from expandr_jax.models.quantized import (
 from expandr_jax.models.stack import parameter
 from expandr_jax.settings import PATTERN, Positive, count, number, several
 
-COLLECTION = "lora"  # Of an adapter's variables.
+COLLECTION = "lora"  # The name of an adapter's variables.
 
 
 @dataclasses.dataclass(frozen=True)

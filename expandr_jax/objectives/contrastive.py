@@ -46,7 +46,7 @@ from expandr_jax.vectors.query import Normalize, expanded_query
 
 # Arrays of a batch with a row a query that the loss needs.
 BY_QUERY = ("relevant", "positive_texts", "given", "teacher_scores")
-SCORE_BYTES = 2**28  # Of the scores that are in memory at once, where there are micro-batches.
+SCORE_BYTES = 2**28  # Scores that are in memory at once, where there are micro-batches.
 TOWERS = ("query", "positive", "negative", "expansion")  # Kinds of text that a batch has.
 LEAST_TEMPERATURE = 0.01  # A learned temperature does not fall below it, as CLIP's does not.
 LEAST_LOG_TEMPERATURE = np.float32(np.log(LEAST_TEMPERATURE))

@@ -49,7 +49,7 @@ class Rollout:
 
     Attributes:
         groups: As many as the settings say, those that teach nothing at the end.
-        statistics: Of the rewards and texts, for the step's metrics.
+        statistics: What the rewards and texts were like, for the step's metrics.
         seconds: What sampling and rewards took, by name.
     """
 
@@ -79,7 +79,7 @@ class Rollouts:
         """Makes the engine.
 
         Args:
-            sampler: Of the generator that is trained.
+            sampler: It has the generator that is trained.
             adapter: Any of the shapes of those to come.
             messages: Query id -> what is asked for it; of these queries steps are drawn.
             group: Query id -> its group, which has no candidates yet.

@@ -28,14 +28,14 @@ from expandr_jax.vectors.encoder import BLOCK
 from expandr_jax.vectors.stored import storage_type
 
 # Bytes.
-START = GIB  # Of a process: its libraries, and the programs that it has compiled.
-TOKEN = 5  # Of a token as text.
-NUMBER = 36  # Of a token's number in a list.
-ENTRY = 300  # Of a text beside its letters, with its id and its place in a mapping.
-LINE = 200  # Of a line of JSON beside its text.
-INDEX = 80  # Of a text in a journal, while it is put in order.
-PLACE = 40  # Of a document, while its store is written.
-FOUND = 60  # Of a line of a ranking, and half of what it is in memory.
+START = GIB  # What a process begins with: libraries, and the programs that it has compiled.
+TOKEN = 5  # A token as text.
+NUMBER = 36  # A token's number in a list.
+ENTRY = 300  # A text beside its letters, with its id and its place in a mapping.
+LINE = 200  # A line of JSON beside its text.
+INDEX = 80  # A text in a journal, while it is put in order.
+PLACE = 40  # A document, while its store is written.
+FOUND = 60  # A line of a ranking, and half of what it is in memory.
 FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 SECONDS = {
@@ -50,7 +50,7 @@ class HostRow:
 
     Attributes:
         stage: Its name.
-        bytes_memory: Of a process, at most.
+        bytes_memory: What a process needs at most.
         bytes_disk: That it adds to the workdir.
         files: That it adds there.
         bytes_network: That the host which fetches most has from others, in all.

@@ -24,7 +24,7 @@ class Counts:
     """How much of everything a run has.
 
     Attributes:
-        documents: Of the corpus.
+        documents: How many the corpus has.
         retriever_train: Queries of step A.
         generator_train: Queries of step B.
         dev: Queries that settings are chosen on.

@@ -17,7 +17,7 @@ from expandr_jax.objectives.log_probs import packed_log_probs
 from expandr_jax.objectives.objective import Objective, ObjectiveSettings
 
 Loss = Literal["likelihood", "step_b"]
-# Of a group's key-value heads, and of channels: which axis of a layer's leaf they lie along.
+# The axis of a layer's leaf that a group's key-value heads lie along, and that channels do.
 HEADS = {
     "self_attn/q_proj/kernel": 1, "self_attn/k_proj/kernel": 1, "self_attn/v_proj/kernel": 1,
     "self_attn/o_proj/kernel": 0, "self_attn/q_proj/bias": 0, "self_attn/k_proj/bias": 0,
@@ -84,7 +84,7 @@ def importances(
 
     Args:
         layers: The stacked parameters of all layers.
-        gradients: Of the same form.
+        gradients: A tree of the same form.
         config: The decoder's shape.
 
     Returns:

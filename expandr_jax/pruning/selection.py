@@ -51,7 +51,7 @@ def taken(
 
 
 def _units(leaf: Any, axis: int, count: int, kept: np.ndarray) -> Any:
-    """Of `count` equal pieces along an axis of a stack, those that each layer keeps."""
+    """Those of `count` equal pieces along an axis of a stack that each layer keeps."""
     width = leaf.shape[axis] // count
     places = (kept[:, :, None] * width + np.arange(width)).reshape(len(kept), -1)
     shape = [1] * leaf.ndim

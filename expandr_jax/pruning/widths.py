@@ -10,7 +10,7 @@ import jax
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import DecoderConfig
 
-# Of wide models so many channels go together: a row of llama.cpp's q8_0 has blocks of 32.
+# So many channels of wide models go together: a row of llama.cpp's q8_0 has blocks of 32.
 _STEP, _WIDE = 32, 1024
 
 
@@ -42,7 +42,7 @@ def pruned_config(config: DecoderConfig, params: Mapping[str, Any], keep: float)
     of_group = config.head_dim * ((2 * group + 2) * config.hidden_size + bias * (group + 2))
     of_channel = 3 * config.hidden_size
     of_layer = config.num_kv_heads * of_group + config.mlp_dim * of_channel
-    left = of_layer - (1 - keep) * total / config.num_layers  # Of a layer's own.
+    left = of_layer - (1 - keep) * total / config.num_layers  # Parameters of a layer.
     step = _STEP if config.mlp_dim >= _WIDE else 1
     divides = config.hidden_size % config.num_heads == 0
     wanted = left / of_layer * config.num_kv_heads

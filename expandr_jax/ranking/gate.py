@@ -40,9 +40,9 @@ class Gate:
     Attributes:
         features: Names of what it reads.
         means, deviations: By which each is standardised.
-        weights, intercept: Of the log-odds that expanding helps.
+        weights, intercept: They give the log-odds that expanding helps.
         threshold: `ALWAYS` and `NEVER` included.
-        share: Of the dev queries, the share expanded; of out-of-fold probabilities.
+        share: How many of the dev queries are expanded, by out-of-fold probabilities.
         dev: What it was fitted on: "queries", and mean nDCG@10 there, "never", "always" and
             "gated", the last with thresholds chosen without the query.
     """
@@ -85,7 +85,7 @@ def fit_gate(features: Features, plain: Mapping[str, float], expanded: Mapping[s
     not better than expanding always and than expanding never, the better of these two it is.
 
     Args:
-        features: Of each query, the same ones, finite.
+        features: The same ones for each query, all finite.
         plain: Each query's value on dev as it is.
         expanded: Each query's value expanded.
     """

@@ -107,7 +107,7 @@ def _of_scores(name: str, first: Ranking) -> dict[str, float]:
 
 
 def _entropy(scores: np.ndarray) -> float:
-    """Of the softmax of scores, in nats.
+    """The entropy of the softmax of scores, in nats.
 
     They are in deviations: cosines lie so near each other, and BM25's scores so far apart, that
     their own softmax would be even in the one case and one document's in the other.

@@ -67,8 +67,8 @@ class Ranker:
         excluded: Query id -> documents that leave its rankings before these are cut.
 
     Attributes:
-        ids: Of the queries.
-        chances: Of each gated system that it has ranked, query -> probability that expanding helps.
+        ids: The queries' ids.
+        chances: Gated system that it has ranked -> query -> probability that expanding helps.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Ranker:
         ]
 
     def _gated(self, system: System, gate: Gate, features: Features) -> RunScores:
-        """Of each query the run of one part or of the other; `chances` says why."""
+        """Each query's run, of one part or of the other; `chances` says why."""
         plain, expanded, _ = (self.rank(part) for part in system.parts)
         chances = {query: gate.probability(features[query]) for query in self.ids}
         self.chances[system.name] = chances

@@ -23,7 +23,7 @@ def summary(
         dataset: Its name.
         values: At least one system's.
         pairs: (system, baseline), each tested under every metric.
-        recalls: Of indexes that may miss documents; see `Ranker.index_recall`.
+        recalls: What indexes find that may miss documents; see `Ranker.index_recall`.
         said: What a reader of the rows has to know; see `remarks`.
     """
     first = next(iter(values.values()))
@@ -69,7 +69,7 @@ def gate_entry(
 
     Args:
         system: Its name.
-        expanded: Of each query, whether the gate had it expanded.
+        expanded: Whether the gate had each query expanded.
         gated, always, never: Values of `CHOSEN_BY` by query.
 
     Returns:

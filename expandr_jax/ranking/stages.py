@@ -103,5 +103,5 @@ FUSIONS: dict[str, Callable[[Sequence[Mapping[str, float]]], dict[str, float]]] 
     "exp4fuse": _by_rank(exp4fuse),
     "interpolation": lambda runs: interpolate(runs, [1 / len(runs)] * len(runs)),
 }
-# Of these, the fusions whose parts may have other weights than equal ones.
+# The fusions whose parts may have other weights than equal ones.
 WEIGHED = {"interpolation": interpolate}

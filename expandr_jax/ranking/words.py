@@ -15,7 +15,7 @@ RM3_DOCUMENTS = 10  # Documents found first, which RM3 takes to be relevant.
 RM3_TERMS = 10  # Words that it takes of each, and of all of them.
 RM3_QUERY = 0.5  # Share of the query as it was.
 RM3_SHARE = 0.1  # A word that more of the documents have says nothing.
-RM3_LETTERS = range(2, 21)  # Of a word that is taken.
+RM3_LETTERS = range(2, 21)  # How many a word has that is taken.
 
 
 def counted(words: Sequence[str], index: Bm25Index) -> dict[str, float]:

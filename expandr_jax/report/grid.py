@@ -28,11 +28,11 @@ class Measured:
 
     Attributes:
         name: Its name.
-        seeds: Of the trainings, in the order of the values.
+        seeds: The trainings' seeds, in the order of the values.
         queries: Ids of the test queries, likewise.
         values: System -> metric -> [seeds, queries].
-        costs: Of each seed, system -> what `COSTS` names.
-        trainings: Of each seed, what its run took and was made with, as `TRAINING` names it.
+        costs: For each seed, system -> what `COSTS` names.
+        trainings: What each seed's run took and was made with, as `TRAINING` names it.
         texts: The queries.
         writers: System -> whose passages its queries are expanded with, as of `System.writer`.
         writer: Who wrote the `expansions`.

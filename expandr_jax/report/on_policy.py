@@ -29,7 +29,7 @@ _SECONDS = {
     "sampling": "sampling_seconds", "encoding": "encoding_seconds",
     "search and rewards": "search_seconds", "update": "update_seconds",
 }  # fmt: skip
-_MODELS = ("sampling", "encoding", "update")  # Of these, what the models compute.
+_MODELS = ("sampling", "encoding", "update")  # Those that the models compute.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Steps:
     """All steps of a run, one round after the other.
 
     Attributes:
-        rows: Of metrics.jsonl.
+        rows: The lines of metrics.jsonl.
         x: Their numbers, counted on over the rounds.
         begins: The numbers at which further rounds begin.
     """

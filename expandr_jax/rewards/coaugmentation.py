@@ -14,7 +14,7 @@ from expandr_jax.data.documents import ids_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.rewards.ranks import ndcg, ranks
 
-CUTOFF = 10  # Of nDCG.
+CUTOFF = 10  # The lowest rank that counts in nDCG.
 GRADE_WEIGHT = 10.0  # A pair of query and document counts 1 + so many times its grade.
 
 

@@ -33,7 +33,7 @@ FUNCTIONS = Check(
     ),
 )
 SETTING = "reward.functions"
-PREFIX = "function:"  # Of its names among the rewards of a candidate.
+PREFIX = "function:"  # What its names begin with among the rewards of a candidate.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RewardFunction:
         name: As "my.module:function".
         call: The function.
         file: Where its module lies.
-        sha256: Of that file; what the module imports is not looked at.
+        sha256: That file's; what the module imports is not looked at.
     """
 
     name: str

@@ -134,7 +134,7 @@ def measure_searches(
         each: Searches of a query.
         measure: One of `SEARCH_MEASURES`.
         temperature: Divides the scores, for a measure that looks at them.
-        answers: Of the collection, for a measure that looks for them.
+        answers: The collection's, for a measure that looks for them.
         depth: Documents of a search that count.
     """
     result = np.zeros((len(judged.queries), each))

@@ -43,7 +43,7 @@ class DividedIndex:
 
     Args:
         name: What the processes know it by; all of them make this index.
-        size, dimension: Of the corpus's vectors.
+        size, dimension: How many vectors the corpus has, and how wide they are.
         spans: The parts of this process.
         part: Opens or makes the index of a span; called when something is searched.
         query_rows: Queries of a batch of exact search.

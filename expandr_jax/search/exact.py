@@ -21,7 +21,7 @@ from expandr_jax.search.vectors import check_queries, check_vectors, fingerprint
 from expandr_jax.settings import count, read_section
 
 _FILE = "vectors.npy"
-_BATCHES = 64  # Of queries, which one pass over the corpus serves.
+_BATCHES = 64  # So many of queries does one pass over the corpus serve.
 
 
 @dataclasses.dataclass(frozen=True)

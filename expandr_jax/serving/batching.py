@@ -20,7 +20,7 @@ class Batcher:
         work: Items to their results, in order; what it raises, each of them gets.
         most: Items of a call.
         capacity: Items that wait, at most.
-        name: Of the thread.
+        name: The thread's.
     """
 
     def __init__(

@@ -7,9 +7,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 MOST_QUERY = 2000  # Characters.
 MOST_TEXT = 100_000  # Characters of a document.
 MOST_ID = 256
-MOST_DOCUMENTS = 1000  # Of a request.
+MOST_DOCUMENTS = 1000  # A request's.
 MOST_RESULTS = 1000
-MOST_IDS = 1000  # Of a filter.
+MOST_IDS = 1000  # A filter's.
 MOST_MS = 120_000
 DEFAULT_MS = 10_000
 
@@ -149,6 +149,6 @@ class Problem(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Of every request that was not answered."""
+    """What is said to a request that was not answered."""
 
     error: Problem

@@ -15,7 +15,7 @@ from expandr_jax.errors import UserError
 
 _FORMAT = 1
 _TOUCH = 3600.0  # Seconds after which a use is noted again: a look-up seldom writes.
-_ROOM = 0.9  # Of the bound, what is left when room was made.
+_ROOM = 0.9  # What part of the bound is left when room was made.
 _ROW = 64  # Bytes that a row takes beside its columns, about.
 _TABLE = """
 CREATE TABLE IF NOT EXISTS expansions (
@@ -45,7 +45,7 @@ class Cache:
 
     Args:
         path: The file, made if absent; what another version wrote there is thrown away.
-        most_bytes: Of all rows together.
+        most_bytes: What all rows together may have.
         seconds: Rows that are older count for nothing.
         now: The time, in seconds.
 

@@ -54,7 +54,7 @@ class View:
 
     Attributes:
         base: The base; `dead` marks its rows that are gone.
-        ids, texts, vectors: Of what came on top, in that order, with rows behind the base's; the
+        ids, texts, vectors: What came on top, in that order, with rows behind the base's; the
             first `count` of them count, and `gone` marks those that are gone again.
     """
 

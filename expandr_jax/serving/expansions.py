@@ -24,7 +24,7 @@ class SlotSampler:
     Args:
         sampler: The generator and how it samples.
         settings: The config's section `expansion`.
-        slots: Of the larger engine, about: a multiple of the devices'.
+        slots: How many the larger engine has, about: a multiple of the devices'.
     """
 
     def __init__(self, sampler: Sampler, settings: Any, slots: int):

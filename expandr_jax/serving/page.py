@@ -14,7 +14,7 @@ from expandr_jax.serving.service import Answer, Refused, Service
 
 SHOWN = 10  # Documents of a ranking.
 SECONDS = 30.0  # That a page waits for a passage.
-_CHARACTERS = 320  # Of a document.
+_CHARACTERS = 320  # A document's beginning.
 _LEAST = 3  # Letters of a word that is marked.
 _WORDS = re.compile(r"\w+")
 _COMMON = frozenset(  # Marked, they would hide the others.

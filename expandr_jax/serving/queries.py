@@ -120,7 +120,7 @@ def split(lengths: Sequence[int]) -> list[tuple[int, int]]:
     A batch is as long as its last text, and filled up to the next number of rows.
 
     Args:
-        lengths: Of the texts, in rising order.
+        lengths: The texts' lengths, in rising order.
     """
     best = [(0, 0)]  # Tokens of all batches up to each text, and where the last of them begins.
     for end in range(1, len(lengths) + 1):

@@ -23,7 +23,7 @@ class Refused(Exception):
     """A request that is not answered.
 
     Attributes:
-        status: Of HTTP.
+        status: HTTP's number.
         reason: One word.
         retry: Seconds after which it may be tried again; None: it would be refused again.
     """

@@ -149,7 +149,7 @@ def write_snapshot(
         number: The snapshot's.
         rows: Ids and texts, in order; one at least.
         vectors: Blocks of the file's rows, in the same order.
-        shape, dtype: Of the vectors' file.
+        shape, dtype: What the vectors' file has.
     """
     directory, part = state / f"snapshot-{number}", state / f".snapshot-{number}"
     shutil.rmtree(part, ignore_errors=True)

@@ -79,7 +79,7 @@ class TextEncoder:
         params = jax.device_put(params, model_shardings(self.mesh, self.retriever.module, params))
         rows = batch_sharding(self.mesh)
         running = (
-            # Of several processes none may hand arrays of the host to a program of its devices.
+            # Where there are several processes, none may hand a program arrays of its host.
             ([first + i for i in indices], self._embed(params, *jax.device_put((ids, mask), rows)))
             for first in range(0, len(texts), BLOCK)
             for indices, ids, mask in self._batches(

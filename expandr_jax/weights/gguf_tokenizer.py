@@ -38,7 +38,7 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
 
     Args:
         metadata: The file's metadata.
-        rows: Of the table of embeddings. Special tokens may lie beyond it, such as Gemma's for
+        rows: The embedding table's. Special tokens may lie beyond it, such as Gemma's for
             images.
 
     Returns:

@@ -60,7 +60,7 @@ class ModuleSettings:
         max_length: In tokens, or None if not said.
         query_prompt: Put before queries.
         document_prompt: Put before documents.
-        dense: Of each layer after pooling its activation, and the folder of its weights.
+        dense: Each layer after pooling: its activation, and the folder of its weights.
     """
 
     pooling: Pooling

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-ANY_LENGTH = 2**31 - 1  # Of a text that no file limits; files and transformers have 1e30.
+ANY_LENGTH = 2**31 - 1  # A text that no file limits; files and transformers have 1e30.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Classes that make some of tokenizer.json anew, by the settings; all others take it as it is.
 _WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
