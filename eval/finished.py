@@ -37,9 +37,9 @@ from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Index, ScannIndex, kept_bm25, kept_index
 from expandr_jax.serving.cache import Cache
 from expandr_jax.serving.documents import MERGE_FROM, LiveDocuments
-from expandr_jax.serving.expansions import Expansions, SlotSampler
+from expandr_jax.serving.expansions import ServedExpansions, SlotSampler
 from expandr_jax.serving.gate import QueryGate
-from expandr_jax.serving.pair import Pair, Searched
+from expandr_jax.serving.pair import Pair, Searchable
 from expandr_jax.serving.queries import QueryEncoder
 from expandr_jax.serving.snapshots import Base, Vectors
 from expandr_jax.sharding import batch_divisor, device_put_shared, make_mesh
@@ -165,7 +165,7 @@ class Finished:
         work = self.workdir / "work"
         return QueryGate(gate, functools.partial(kept_bm25, work, write=False))
 
-    def pair(self, documents: Searched, gate: QueryGate | None = None) -> Pair:
+    def pair(self, documents: Searchable, gate: QueryGate | None = None) -> Pair:
         """The pair, with the query encoder that train.distill made, if it has."""
         encoder, distilled = QueryEncoder(*self.retriever), None
         if self.distilled_path.exists():
@@ -184,7 +184,7 @@ class Finished:
         slots: int,
         temperature: float | None = None,
         cache: Cache | None = None,
-    ) -> Expansions:
+    ) -> ServedExpansions:
         """What expands queries.
 
         Args:
@@ -203,7 +203,7 @@ class Finished:
         asks = len(expander.strategy.asks)
         samples = 1 if temperature == 0 else self.chosen.samples // asks
         content = hash_json([self.retriever_key, self.corpus_key])
-        return Expansions(expander, sampling, samples, pair.passages, content, cache)
+        return ServedExpansions(expander, sampling, samples, pair.passages, content, cache)
 
     def sampler(self, console: Console, hashed: bool = False) -> Sampler:
         """Samples with the exported generator, as the run did for its evaluation.

@@ -22,7 +22,7 @@ from expandr_jax.runtime.progress import plain_console
 from expandr_jax.serving import bodies
 from expandr_jax.serving.cache import Cache
 from expandr_jax.serving.documents import LiveDocuments, View
-from expandr_jax.serving.expansions import Expansions
+from expandr_jax.serving.expansions import ServedExpansions
 from expandr_jax.serving.pair import Asked, Pair
 from expandr_jax.serving.state import take
 from train.launch import define_workdir, launch
@@ -35,7 +35,7 @@ Expand = Annotated[
 ]
 
 
-class Found(bodies.BaseModel):
+class FoundDocuments(bodies.BaseModel):
     """What was found; the expansion is what a model wrote, and no fact."""
 
     expansion: list[str]
@@ -54,10 +54,12 @@ class Tools:
         self._run, self._state = run, state
         self._lock = threading.Lock()
         self._pair: Pair | None = None
-        self._expansions: Expansions | None = None
+        self._expansions: ServedExpansions | None = None
         self._documents: LiveDocuments | None = None
 
-    async def search(self, query: bodies.Query, k: Count = 5, expand: Expand = True) -> Found:
+    async def search(
+        self, query: bodies.Query, k: Count = 5, expand: Expand = True
+    ) -> FoundDocuments:
         """Finds the documents that answer a query best."""
         return await asyncio.to_thread(self._search, query, k, expand)
 
@@ -78,13 +80,13 @@ class Tools:
         if self._documents is not None:
             self._documents.close()
 
-    def _search(self, query: str, k: int, expand: bool) -> Found:
+    def _search(self, query: str, k: int, expand: bool) -> FoundDocuments:
         with self._lock:
             pair = self._loaded()
             expansion = self._expanded(pair, query) if expand else None
             (answer,) = pair.search([Asked(query, k, expansion)])
         results = [bodies.Result(id=h.id, score=h.score, text=h.text) for h in answer.hits]
-        return Found(expansion=list(expansion.texts) if expansion else [], results=results)
+        return FoundDocuments(expansion=list(expansion.texts) if expansion else [], results=results)
 
     def _write(self, write: Any) -> int:
         with self._lock:

@@ -19,7 +19,7 @@ from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit, View
-from expandr_jax.serving.expansions import Expansions
+from expandr_jax.serving.expansions import ServedExpansions
 from expandr_jax.serving.pair import Asked, Pair
 from train.launch import define_workdir, launch
 
@@ -62,7 +62,7 @@ def ask(run: Finished, questions: Iterator[str], count: int, console: Console) -
 
 
 def answer(
-    pair: Pair, expansions: Expansions, query: str, count: int, console: Console, times: Times
+    pair: Pair, expansions: ServedExpansions, query: str, count: int, console: Console, times: Times
 ) -> None:
     """Answers one question."""
     with times.step("write passages"):

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from expandr_jax.data.answers import holds_answer, words_of
+from expandr_jax.data.answers import holds_answer, normalized_words
 from expandr_jax.data.beir import (
     Collection,
     judgements,
@@ -63,13 +63,13 @@ def test_answers_are_read_where_there_are_any_and_written_again(tmp_path):
 
 
 def test_answers_in_a_text_are_whole_words_in_any_case_and_punctuation():
-    text = words_of("It was The  Who's: first (U.S.) tour,\nin caf\u00e9s -- 1967!")
+    text = normalized_words("It was The  Who's: first (U.S.) tour,\nin caf\u00e9s -- 1967!")
     assert text == "it was the whos first us tour in cafés 1967"
     for answer, holds in {
         "the who": False, "THE WHO'S": True, "u.s": True, "tour in": True, "196": False,
         "cafe\u0301s": True,
     }.items():  # fmt: skip
-        assert holds_answer(text, ["no such", words_of(answer)]) == holds, answer
+        assert holds_answer(text, ["no such", normalized_words(answer)]) == holds, answer
     assert not holds_answer(text, [])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from expandr_jax.expansion.demonstrations import (
-    Example,
+    Demonstration,
     best_draws,
     draw_examples,
     message_with_examples,
@@ -20,7 +20,7 @@ from tests.commands import finish, start, step_figures
 from tests.rewrite_run_test import collection  # noqa: F401
 
 PROMPT = STRATEGIES["rewrite"].asks[-1].prompt
-POOL = [Example(f"q{i}", f"query {i}", f"text {i}") for i in range(5)]
+POOL = [Demonstration(f"q{i}", f"query {i}", f"text {i}") for i in range(5)]
 
 
 def test_a_message_shows_examples_as_they_would_be_asked_and_answered():

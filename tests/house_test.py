@@ -152,6 +152,18 @@ def test_comments_are_whole_phrases():
     ]
 
 
+def test_a_class_has_a_name_of_its_own():
+    """But for the parts of models, which each family calls as all do: `Block`, `Attention`."""
+    names = [
+        node.name
+        for path, text in sources(*PRODUCT)
+        if room(path) != "models"
+        for node in ast.parse(text).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) == len({*names})
+
+
 def test_no_file_is_long():
     long = {path for path, text in sources(*PRODUCT, "tests") if text.count("\n") > MOST_LINES}
     assert not long

@@ -13,8 +13,8 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.planning.figures import MEASURES, misfits, rows_of, show
-from expandr_jax.planning.narrow import words_of, write_generator, write_retriever
+from expandr_jax.planning.figures import MEASURES, figure_rows, misfits, show
+from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, draw_words, write_collection
 from expandr_jax.runtime.measures import BETWEEN, START
 from expandr_jax.weights.hf import load_generator, load_retriever
@@ -81,7 +81,7 @@ def test_models_have_the_vocabulary_and_the_width_of_the_config(config, tmp_path
     (ids,) = retriever.token_ids(["w1 w2-w3-w4"])
     assert len(ids) == 6
     assert len(set(ids)) == 6
-    assert words_of(config) == 296
+    assert count_words(config) == 296
 
 
 def test_the_generator_writes_a_passage_and_ends(config, tmp_path):
@@ -185,7 +185,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
         "GRPO, a step's sampling": {"seconds": 2.0},
         "GRPO, a step's update": {"seconds": 4.0},
     }
-    rows = rows_of((0.1, 0.2, 0.3), [[found]] * 3, {})
+    rows = figure_rows((0.1, 0.2, 0.3), [[found]] * 3, {})
     assert not misfits(rows)
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines[:1]))
     assert rehearse.parts_of_a_step(path) == {}
@@ -228,11 +228,11 @@ def figures(*values):
 
 def test_what_does_not_fit_is_named_with_why():
     scales, gib = (0.01, 0.03, 0.1), 2**30
-    rows = rows_of(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
+    rows = figure_rows(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
     assert misfits(rows) == ["stage: memory of a process: 100 GiB at the full counts, of 48"]
-    rows = rows_of(scales, figures(gib, 9 * gib, 100 * gib), {})
+    rows = figure_rows(scales, figures(gib, 9 * gib, 100 * gib), {})
     assert misfits(rows) == ["stage: memory of a process: grows worse than linearly, to 1e+04 GiB"]
-    rows = rows_of(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
+    rows = figure_rows(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
     assert not misfits(rows)
     show(scales, rows, QUIET)
 

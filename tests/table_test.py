@@ -19,7 +19,7 @@ from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.baselines import baselines
-from expandr_jax.report.grid import Measured, comparisons_of, rows_of
+from expandr_jax.report.grid import Measured, comparisons_of, grid_rows
 from expandr_jax.runtime.progress import QUIET
 from tests.commands import command, error_of, finish, until
 from train.launch import config_of
@@ -119,7 +119,7 @@ def toy(name, seed, gain):
 
 def test_intervals_and_deviations_are_those_of_scipy_and_numpy():
     one = toy("one", 1, 0.05)
-    for row in rows_of([one]):
+    for row in grid_rows([one]):
         values = one.values[row["system"]]["ndcg@10"]
         assert row["mean"] == pytest.approx(values.mean(), abs=1e-6)
         assert row["seeds"] == pytest.approx(values.mean(axis=1), abs=1e-6)
@@ -133,7 +133,7 @@ def test_intervals_and_deviations_are_those_of_scipy_and_numpy():
     single = dataclasses.replace(
         one, seeds=(0,), values={s: {"ndcg@10": of["ndcg@10"][:1]} for s, of in one.values.items()}
     )
-    assert {row["deviation"] for row in rows_of([single])} == {None}
+    assert {row["deviation"] for row in grid_rows([single])} == {None}
 
 
 def test_tests_are_over_queries_and_adjusted_over_the_collections():

@@ -7,7 +7,7 @@ import numpy as np
 
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.demonstrations import Example, best_draws, draw_examples
+from expandr_jax.expansion.demonstrations import Demonstration, best_draws, draw_examples
 from expandr_jax.expansion.expand import Expander, requests_of
 from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import read_jsonl, write_jsonl
@@ -50,7 +50,7 @@ def with_demonstrations(
             _choose(run, models, expander, retriever, data, functions)
     rows = [row for _, row in read_jsonl(run.path(PROMPTS), {}) if row["chosen"]]
     return dataclasses.replace(
-        expander, examples=tuple(tuple(Example(**e) for e in row["examples"]) for row in rows)
+        expander, examples=tuple(tuple(Demonstration(**e) for e in row["examples"]) for row in rows)
     )
 
 
@@ -71,7 +71,7 @@ def _choose(
     make_preferences(run, models.generator, expander, None, retriever, some, PLACE, functions)
     groups, _ = read_groups(run.path(PLACE, CANDIDATES), models.generator, run.config, own=True)
     pool = [
-        Example(group.query_id, group.query, group.candidates[0].text)
+        Demonstration(group.query_id, group.query, group.candidates[0].text)
         for group in filter(None, map(best_alone, groups))
     ]
     if not pool:

@@ -35,9 +35,9 @@ from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.pair import OF_ONE_PROCESS
-from expandr_jax.planning.figures import misfits, rows_of, show
+from expandr_jax.planning.figures import figure_rows, misfits, show
 from expandr_jax.planning.growth import FEWEST
-from expandr_jax.planning.narrow import words_of, write_generator, write_retriever
+from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, write_collection
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
@@ -123,7 +123,7 @@ def rehearse(
         _run(config, counts.at(scale), count, console, directory, f"scale {scale:g}")
         for scale in scales
     ]
-    return rows_of(scales, figures, limits)
+    return figure_rows(scales, figures, limits)
 
 
 def _run(
@@ -141,7 +141,7 @@ def _run(
         write_collection(
             place / "collection",
             counts,
-            words=words_of(config),
+            words=count_words(config),
             document=config.retriever.max_length - 2,
             query=query,
         )

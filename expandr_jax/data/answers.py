@@ -20,7 +20,7 @@ def answers_of(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(answers, list):
         raise UserError(f'{where}: field "answers" is {shown(answers)}; expected a list of strings')
     for answer in answers:
-        if not isinstance(answer, str) or not words_of(answer):
+        if not isinstance(answer, str) or not normalized_words(answer):
             raise UserError(
                 f'{where}: field "answers" has {shown(answer)}; expected strings with a letter or '
                 "digit"
@@ -28,7 +28,7 @@ def answers_of(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(answers)
 
 
-def words_of(text: str) -> str:
+def normalized_words(text: str) -> str:
     """A text in lower case, without punctuation, one space between words.
 
     So SQuAD's evaluation compares answers (Rajpurkar et al., EMNLP 2016), but for articles, which
@@ -39,5 +39,5 @@ def words_of(text: str) -> str:
 
 
 def holds_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether a text has one of the answers, as whole words; both are of `words_of`."""
+    """Whether a text has one of the answers, as whole words; both are of `normalized_words`."""
     return any(f" {answer} " in f" {text} " for answer in answers)

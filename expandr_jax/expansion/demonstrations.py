@@ -25,7 +25,7 @@ class DemonstrationsSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class Demonstration:
     """A query, and a text that was good for it."""
 
     query_id: str
@@ -34,8 +34,8 @@ class Example:
 
 
 def draw_examples(
-    pool: Sequence[Example], size: int, draws: int, seed: int
-) -> list[tuple[Example, ...]]:
+    pool: Sequence[Demonstration], size: int, draws: int, seed: int
+) -> list[tuple[Demonstration, ...]]:
     """So many draws of `size` examples, or all there are, in an order; equal draws are one."""
     size = min(size, len(pool))
     made = (
@@ -49,7 +49,7 @@ def draw_examples(
 
 def message_with_examples(
     prompt: Prompt,
-    examples: Sequence[Example],
+    examples: Sequence[Demonstration],
     query_id: str,
     query: str,
     fits: Callable[[str], bool],

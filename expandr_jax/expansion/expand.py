@@ -10,7 +10,7 @@ import numpy as np
 from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.demonstrations import Example, message_with_examples
+from expandr_jax.expansion.demonstrations import Demonstration, message_with_examples
 from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
 from expandr_jax.generation.requests import Request, Requests
@@ -68,7 +68,7 @@ class Expander:
     settings: Any
     most_characters: int
     search: Callable[[Search, Mapping[str, str], int], Mapping[str, Sequence[str]]]
-    examples: Sequence[Sequence[Example]] = ()
+    examples: Sequence[Sequence[Demonstration]] = ()
 
     def texts(
         self, queries: Mapping[str, str], samples: int, sample: Sample

@@ -39,7 +39,7 @@ MEASURES = {
 }
 
 
-def rows_of(
+def figure_rows(
     scales: Sequence[float],
     figures: Sequence[Sequence[Mapping[str, Mapping[str, float]]]],
     limits: Mapping[str, float | None],

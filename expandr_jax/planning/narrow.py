@@ -38,14 +38,14 @@ _TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Files:
+class MadeFiles:
     """What an export asks of the `ModelFiles` that a model is from."""
 
     config: Fields
     generation_config: Fields
 
 
-def words_of(config: Config) -> int:
+def count_words(config: Config) -> int:
     """Different words of the texts that a config's retriever has tokens for."""
     return _vocabulary(config, "retriever") - len(SPECIAL)
 
@@ -66,7 +66,7 @@ def write_retriever(directory: pathlib.Path, config: Config) -> None:
         "layer_norm_eps": 1e-12,
     }
     family, files, module = _made(values)
-    words = {word(i): i + len(SPECIAL) for i in range(words_of(config))}
+    words = {word(i): i + len(SPECIAL) for i in range(count_words(config))}
     splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.CharDelimiterSplit("-")]
     )
@@ -117,7 +117,7 @@ def write_generator(directory: pathlib.Path, config: Config) -> None:
     words = {word(i): i + len(SPECIAL) for i in range(first - len(SPECIAL))}
     rng = np.random.default_rng(SEED)
     longest = max(config.expansion.max_new_tokens, config.rewarded.max_new_tokens)
-    known = words_of(config)
+    known = count_words(config)
     for i in range(count):
         # Short ones, too: the number before them tells all of them apart.
         numbers = draw_words(rng, known, max(2, longest - i % (longest // 4 + 1)))
@@ -139,11 +139,11 @@ def _vocabulary(config: Config, name: str) -> int:
     return shape_module(getattr(config, name), name, "float32").config.vocab_size
 
 
-def _made(values: dict[str, Any]) -> tuple[Family, Files, nn.Module]:
+def _made(values: dict[str, Any]) -> tuple[Family, MadeFiles, nn.Module]:
     fields, kind = Fields(values, "a rehearsal's model"), values["model_type"]
     family = find_family(fields.where, kind)
     module = family.module(model_config(fields, kind), dtype=jnp.float32)
-    return family, Files(fields, Fields({}, fields.where)), module
+    return family, MadeFiles(fields, Fields({}, fields.where)), module
 
 
 def _init(module: nn.Module, family: Family) -> dict[str, Any]:

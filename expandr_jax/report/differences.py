@@ -17,7 +17,7 @@ MOVED_HEADER = ("run", "query", "baseline", "value", "difference", "text", "expa
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """One run under one measure; what follows `mean` is None for the baseline.
 
     On `win`, `tie` and `loss` queries the run is better than the baseline, the same and worse.
@@ -44,7 +44,7 @@ class Comparison:
         return [*head, f"{self.difference:+.4f}", *counts, *(f"{p:.4g}" for q in pairs for p in q)]
 
 
-def compare(values: Values, baseline: str) -> list[Comparison]:
+def compare(values: Values, baseline: str) -> list[RunComparison]:
     """Every run under every measure, measure by measure, the baseline first."""
     rows = []
     order = [baseline, *(run for run in values if run != baseline)]
@@ -61,7 +61,7 @@ def compare(values: Values, baseline: str) -> list[Comparison]:
                     "loss": sum(d < 0 for d in differences),
                     "p_values": tuple(test["p_value"] for test in tests),
                 }
-            rows.append(Comparison(measure, run, metrics.mean(mine), **differing))
+            rows.append(RunComparison(measure, run, metrics.mean(mine), **differing))
     compared = [row for row in rows if row.p_values is not None]
     by_test = zip(*(row.p_values for row in compared), strict=True)
     adjusted = iter(list(zip(*map(metrics.holm, by_test), strict=True)))

@@ -64,7 +64,7 @@ class Measured:
         }
 
 
-def rows_of(collections: Sequence[Measured]) -> list[dict[str, Any]]:
+def grid_rows(collections: Sequence[Measured]) -> list[dict[str, Any]]:
     """A row for each collection, system and metric.
 
     Returns:

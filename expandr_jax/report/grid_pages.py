@@ -16,8 +16,8 @@ from expandr_jax.report.grid import (
     Measured,
     comparisons_of,
     costs_of,
+    grid_rows,
     moved_most,
-    rows_of,
     trainings_of,
 )
 from expandr_jax.report.page import parts
@@ -38,7 +38,7 @@ def write_grid(
 
     `missing` names cells that belong to the table and are not there.
     """
-    rows, tests = rows_of(collections), comparisons_of(collections)
+    rows, tests = grid_rows(collections), comparisons_of(collections)
     costs, trainings = costs_of(collections), trainings_of(collections)
     contents = {"rows": rows, "tests": tests, "costs": costs, "cells": trainings,
                 "missing": list(missing)}  # fmt: skip

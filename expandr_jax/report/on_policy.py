@@ -13,7 +13,7 @@ from markupsafe import Markup
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.report import plots
-from expandr_jax.report.page import Sampled, clip, parts
+from expandr_jax.report.page import SampledText, clip, parts
 
 PHASE = "GRPO"  # In metrics.jsonl.
 _TEXTS = 12  # Queries that are shown at most.
@@ -183,12 +183,12 @@ def _first_of_each(path: pathlib.Path) -> list[Mapping[str, Any]]:
     return [*first.values()]
 
 
-def _cell(row: Mapping[str, Any]) -> Sampled:
+def _cell(row: Mapping[str, Any]) -> SampledText:
     terms = row.get("reward_terms")
     terms = terms if isinstance(terms, dict) and len(terms) > 1 else {}
     named = ", ".join(f"{name} {_number(value):.3g}" for name, value in terms.items())
     reward = f"reward {row['reward']:.4g}" + (f" ({named})" if named else "")
-    return Sampled(row["query"], clip(row["text"], _TEXT_CHARACTERS) or "(empty)", reward)
+    return SampledText(row["query"], clip(row["text"], _TEXT_CHARACTERS) or "(empty)", reward)
 
 
 def _number(value: Any) -> float:

@@ -31,7 +31,7 @@ class Card:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampled:
+class SampledText:
     """A text as a generator wrote it.
 
     Attributes:

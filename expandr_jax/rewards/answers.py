@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.answers import holds_answer, words_of
+from expandr_jax.data.answers import holds_answer, normalized_words
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import TrainingData
@@ -22,8 +22,10 @@ class Answers:
     def __init__(self, collection: Collection):
         texts, answers = texts_of(collection.corpus), collection.answers
         # Candidates of one query find the same documents, and queries often do.
-        words = functools.lru_cache(KEPT // 10)(lambda row: words_of(texts[row]))
-        wanted = functools.lru_cache(KEPT // 10)(lambda q: [*map(words_of, answers.get(q, ()))])
+        words = functools.lru_cache(KEPT // 10)(lambda row: normalized_words(texts[row]))
+        wanted = functools.lru_cache(KEPT // 10)(
+            lambda q: [*map(normalized_words, answers.get(q, ()))]
+        )
         self._holds = functools.lru_cache(KEPT)(
             lambda query, row: holds_answer(words(row), wanted(query))
         )

@@ -84,7 +84,7 @@ class SlotSampler:
         )
 
 
-class Expansions:
+class ServedExpansions:
     """Expands queries by a run's strategy, or finds what was written for them before.
 
     Args:

@@ -47,7 +47,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class RankingColumn:
     """A ranking."""
 
     title: str
@@ -55,13 +55,13 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Shown:
     """What the page shows of an answer; `without` says why there is no expansion."""
 
     expansions: list[Pieces]
     without: str
     times: str
-    columns: list[Column]
+    columns: list[RankingColumn]
 
 
 def file_text(name: str) -> str:
@@ -128,7 +128,7 @@ def _template() -> Any:
     return jinja2.Environment(loader=loader, **options).get_template("search.html")
 
 
-async def _found(service: Service, query: str) -> Found:
+async def _found(service: Service, query: str) -> Shown:
     plain = await service.search(query, SHOWN, "plain", SECONDS)
     answer, without = plain, "This service does not expand queries."
     if service.expands:
@@ -144,7 +144,7 @@ async def _found(service: Service, query: str) -> Found:
                 "Query and expansion", answer.hits, asked, written, moves(plain.hits, answer.hits)
             )
         )
-    return Found(
+    return Shown(
         [marked(text or "(nothing)", asked, ()) for text in texts], without, _times(answer), columns
     )
 
@@ -155,13 +155,13 @@ def _column(
     asked: Collection[str],
     written: Collection[str],
     moved: Sequence[tuple[str, str]] = (),
-) -> Column:
+) -> RankingColumn:
     rows = []
     for place, hit in enumerate(hits):
         text = clip(" ".join(hit.text.split()), _CHARACTERS)
         said, trend = moved[place] if moved else ("", "")
         rows.append(Row(hit.id, f"{hit.score:.3f}", marked(text, asked, written), said, trend))
-    return Column(title, rows)
+    return RankingColumn(title, rows)
 
 
 def _words(texts: Sequence[str]) -> set[str]:

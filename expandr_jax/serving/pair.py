@@ -18,7 +18,7 @@ from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.query import Normalize, fuse, separate
 
 
-class Searched(Protocol):
+class Searchable(Protocol):
     """Documents, as `View` or `LiveDocuments` has them."""
 
     def search(self, queries: np.ndarray, k: int, among: Sequence[Any] = ()) -> list[list[Hit]]:
@@ -80,7 +80,7 @@ class Pair:
     """
 
     encoder: QueryEncoder
-    documents: Searched
+    documents: Searchable
     query_weight: float
     normalize: Normalize
     distilled: QueryEncoder | None = None

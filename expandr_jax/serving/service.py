@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from expandr_jax.serving.batching import Batcher, Busy
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit, LiveDocuments
-from expandr_jax.serving.expansions import Expansions
+from expandr_jax.serving.expansions import ServedExpansions
 from expandr_jax.serving.measures import Measures
 from expandr_jax.serving.pair import Answered, Asked, Pair
 
@@ -80,7 +80,7 @@ class Service:
         self.measures, self.limits, self.expands = measures, limits, expands
         self.documents: LiveDocuments | None = None
         self._pair: Pair | None = None
-        self._expansions: Expansions | None = None
+        self._expansions: ServedExpansions | None = None
         self._searches: Batcher | None = None
         self._passages: Batcher | None = None
         self._writers = concurrent.futures.ThreadPoolExecutor(WRITERS, "writer")
@@ -97,7 +97,7 @@ class Service:
         own.watch(own.writes, lambda: documents.writes)
         own.watch(own.waiting.labels("search"), lambda: len(self._searches))
 
-    def begin_expanding(self, expansions: Expansions) -> None:
+    def begin_expanding(self, expansions: ServedExpansions) -> None:
         """Answers with expansions, too."""
         self._expansions, most = expansions, self.limits.expansions
         self._passages = Batcher(self._expand, expansions.at_once, most, "expand")
