@@ -46,6 +46,11 @@ class Triple:
     teacher_scores: tuple[float, ...] | None = None
     line: int = field(default=0, compare=False)
 
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """Its positives, then its negatives."""
+        return (*self.positives, *self.negatives)
+
 
 def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[Triple], list[str]]:
     """Reads a file of triples, gzip-compressed if its name ends in ".gz"; blank lines are skipped.

@@ -91,13 +91,20 @@ class Search:
 def document_message(
     name: str, document: str, most_characters: int, fits: Callable[[str], bool]
 ) -> str:
-    """The user's message that has a document expanded by one of `DOCUMENT_PROMPTS`.
+    """`fitted_message` of one of `DOCUMENT_PROMPTS`, which has a document expanded."""
+    return fitted_message(DOCUMENT_PROMPTS[name], document, most_characters, fits)
 
-    The document is cut as the passages of `Ask.message` are.
-    """
-    prompt = DOCUMENT_PROMPTS[name]
+
+def fitted_message(
+    prompt: Prompt,
+    document: str,
+    most_characters: int,
+    fits: Callable[[str], bool],
+    query: str = "",
+) -> str:
+    """The user's message that shows a document, cut as the passages of `Ask.message` are."""
     return _fitting(
-        lambda most: prompt.message(document=_cut([document], most)[0]), most_characters, fits
+        lambda most: prompt.message(query, _cut([document], most)[0]), most_characters, fits
     )
 
 
