@@ -52,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.pooling = ""  # "mean", "cls", "last", "decoder" or "splade"; "": as its files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.bidirectional = False  # A decoder is read without its causal mask; or its files say.
+    retriever.end_token = False  # The end-of-text token stands behind each text; or its files say.
     retriever.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.
     retriever.query_length = 0  # Tokens of a query, its prompt among them; 0: as max_length.
     # A model's instruction, say; "": nothing. None of these: as its files say.
@@ -137,6 +138,10 @@ def get_config() -> ml_collections.ConfigDict:
     # FLOPS terms, which make splade's vectors sparse: the sum of squared means of each component.
     contrastive.flops_query_weight = 0.0  # Weight of the queries' term.
     contrastive.flops_document_weight = 0.0  # Weight of the documents' term.
+    # LLM-QL, which has the end token of a document foretell its query, where the model is a decoder.
+    contrastive.query_likelihood_weight = 0.0  # Weight of its negative log-likelihood a token.
+    contrastive.query_likelihood_mask = True  # The query sees of the document that token alone.
+    contrastive.query_likelihood_corruption = 0.6  # Share of the document's words left blank.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
     contrastive.patience = 0  # Evaluations without a gain until it stops; 0: never.

@@ -40,7 +40,7 @@ from expandr_jax.weights.settings import ExportSettings
 
 # At least one of these is above 0, or nothing would be learned.
 WEIGHED = (
-    tuple(f"contrastive.{n}_weight" for n in CONTRASTIVE_LOSSES),
+    tuple(f"contrastive.{n}_weight" for n in (*CONTRASTIVE_LOSSES, "query_likelihood")),
     tuple(f"reward.{name}" for name in (*REWARDS, "functions")),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
     ("distill.cosine_weight", "distill.kl_weight"),

@@ -62,7 +62,10 @@ def load_retriever_model(config: Config) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
     mesh = phase_mesh(config.mesh, "contrastive")
-    retriever, params = _load_retriever(source, mesh=mesh, dtype=source.weights)
+    likelihood = config.contrastive.query_likelihood_weight > 0
+    retriever, params = _load_retriever(
+        source, mesh=mesh, dtype=source.weights, with_head=likelihood
+    )
     if (lora := config.contrastive.lora).rank:
         if source.pooling == SPLADE:
             raise UserError("contrastive.lora is not for sparse vectors; all weights are trained")
@@ -101,12 +104,14 @@ def _load_retriever(
     mesh: Mesh | None = None,
     dtype: Any = jnp.float32,
     in_files: bool = False,
+    with_head: bool = False,
 ) -> tuple[Retriever, Any]:
     if section.pooling == SPLADE:
-        if section.bidirectional or section.normalize or section.weights != "float32" or in_files:
+        other = section.bidirectional, section.normalize, section.end_token, in_files
+        if any(other) or section.weights != "float32":
             raise UserError(
-                "retriever.pooling is 'splade': retriever.bidirectional and normalize, weights but "
-                "float32 and adapters are not for sparse vectors"
+                "retriever.pooling is 'splade': retriever.bidirectional, normalize and end_token, "
+                "weights but float32 and adapters are not for sparse vectors"
             )
         load: Callable[..., Any] = load_sparse_encoder
     else:
@@ -117,6 +122,8 @@ def _load_retriever(
             bidirectional=section.bidirectional,
             dtype=dtype,
             in_files=in_files,
+            end_token=section.end_token,
+            with_head=with_head,
         )
     return load(
         section.source,

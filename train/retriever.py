@@ -34,6 +34,7 @@ from expandr_jax.objectives.contrastive_checks import (
     check_contrastive_examples,
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.llm_ql import corruption_of
 from expandr_jax.objectives.stored_examples import made_ahead
 from expandr_jax.objectives.trained import (
     divided,
@@ -106,8 +107,9 @@ def train_retriever(
     steps = updates * config.accumulation
     numbers = range(round_ * steps, (round_ + 1) * steps)
     pad_id = retriever.tokenizer.pad_token_id
+    corruption = corruption_of(retriever, config)
     batches = ContrastiveBatches(
-        examples, config, samples, seed, pad_id, retriever.max_length, numbers
+        examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption
     )
     rows = rows_here(mesh, config.batch_size)
     optimizer = section_optimizer(config, updates, weight_decay=config.weight_decay)

@@ -30,6 +30,7 @@ class ContrastiveLossSettings:
     invariance_weight: NotNegative = 0.0
     flops_query_weight: NotNegative = 0.0
     flops_document_weight: NotNegative = 0.0
+    query_likelihood_weight: NotNegative = 0.0
 
 
 @flax.struct.dataclass

@@ -36,7 +36,7 @@ class Mask:
 
     def prepared(self, queries: int) -> "Mask":
         """The same with its array, to be made once for all layers."""
-        return self.replace(array=self._allowed(queries))
+        return self.replace(array=self._whole(queries))
 
     def within(self, window: int, positions: jax.Array, key_positions: jax.Array) -> "Mask":
         """Adds a window: keys `window` positions or more before or after a query are not seen.

@@ -122,14 +122,25 @@ class Retriever:
         Returns:
             [batch, width] float32, of length one where `normalize` is set.
         """
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
         inputs = self.module.inputs(input_ids, attention_mask)
-        params, adapter = split_adapter(params)
-        variables = {"params": params}
-        if adapter is not None:
-            variables[COLLECTION] = adapter
-        hidden = self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
+        hidden = self.states(params, *inputs, dropout_key=dropout_key)
         vectors = pool(hidden, attention_mask, self.pooling)
         for number, activation in enumerate(self.dense):
             vectors = dense(vectors, params[dense_name(number)], activation)
         return l2_normalize(vectors) if self.normalize else vectors
+
+    def states(
+        self, params: Mapping[str, Any], *inputs: Any, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """What the module makes of `inputs` of its own; the other arguments are as of `embed`."""
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        params, adapter = split_adapter(params)
+        variables = {"params": params}
+        if adapter is not None:
+            variables[COLLECTION] = adapter
+        return self.module.apply(variables, *inputs, deterministic=dropout_key is None, rngs=rngs)
+
+    def logits(self, params: Mapping[str, Any], hidden: jax.Array) -> jax.Array:
+        """A decoder's logits [..., vocab_size] float32 of such states [..., width]."""
+        variables = {"params": split_adapter(params)[0]}
+        return self.module.apply(variables, hidden, method="logits")

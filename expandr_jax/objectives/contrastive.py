@@ -29,6 +29,7 @@ from expandr_jax.losses.contrastive import (
     same_text,
 )
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.llm_ql import READ, query_losses
 from expandr_jax.objectives.trained import (
     Frozen,
     adapter_step,
@@ -61,6 +62,8 @@ class ContrastiveConfig(ContrastiveLossSettings):
     learn_temperature: bool = False
     dimensions: Annotated[tuple[int, ...], several(count(1), least=0)] = ()
     micro_batch: Annotated[int, count(0)] = 0
+    query_likelihood_mask: bool = True
+    query_likelihood_corruption: Share = 0.0
 
 
 def contrastive_setup(
@@ -105,11 +108,17 @@ def contrastive_loss(
 
     Returns:
         The loss; "in_batch_accuracy", the share of queries whose own document beats all others
-        together; "temperature" where it is learned.
+        together; "temperature" where it is learned; "query_likelihood", in nats a token, where it
+        is weighed.
     """
     model, log_temperature = split_temperature(params, config)
-    vectors = _embed_batch(joined(frozen, model), batch, retriever, config, dropout_key)
-    return _loss_of_vectors(vectors, log_temperature, batch, config)
+    model = joined(frozen, model)
+    vectors = _embed_batch(model, batch, retriever, config, dropout_key)
+    loss, metrics = _loss_of_vectors(vectors, log_temperature, batch, config)
+    if weight := config.query_likelihood_weight:
+        likelihood = _likelihood(model, *_read(batch, dropout_key), retriever, config)
+        loss, metrics = loss + weight * likelihood, {**metrics, "query_likelihood": likelihood}
+    return loss, metrics
 
 
 def contrastive_gradients(
@@ -150,9 +159,47 @@ def contrastive_gradients(
         chunks = _join(_chunks(batch, t, config.micro_batch, dropout_key) for t in towers)
         vector_grads = _join(_split_rows(cotangents[t], config.micro_batch) for t in towers)
         grads, _ = jax.lax.scan(add, grads, (chunks, vector_grads))
+    loss, metrics = result
+    if weight := config.query_likelihood_weight:
+        rows, key = _read(batch, dropout_key)
+        parts = jax.tree.map(lambda x: _split_rows(x, config.micro_batch), rows)
+        count = len(parts["query_ids"])
+        keys = None if key is None else jax.random.split(key, count)
+
+        def add_likelihood(total, part):
+            of_part = jax.value_and_grad(
+                lambda m: _likelihood(joined(frozen, m), *part, retriever, config) / count
+            )(model)
+            return jax.tree.map(jnp.add, total, of_part), None
+
+        none = jnp.float32(0), jax.tree.map(jnp.zeros_like, model)
+        (likelihood, more), _ = jax.lax.scan(add_likelihood, none, (parts, keys))
+        grads = jax.tree.map(lambda a, b: a + weight * b, grads, more)
+        loss, metrics = loss + weight * likelihood, {**metrics, "query_likelihood": likelihood}
     if config.learn_temperature:
         grads = {"retriever": grads, "log_temperature": log_temperature_grad}
-    return result, grads
+    return (loss, metrics), grads
+
+
+def _read(
+    batch: Mapping[str, jax.Array], key: jax.Array | None
+) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """What query likelihood reads of a batch, words uncorrupted where none are, and its key."""
+    rows = {"corrupted_ids": batch["positive_ids"], **batch}
+    key = None if key is None else jax.random.fold_in(key, len(TOWERS))
+    return {name: rows[name] for name in READ}, key
+
+
+def _likelihood(
+    model: Any,
+    rows: Mapping[str, jax.Array],
+    key: jax.Array | None,
+    retriever: Retriever,
+    config: ContrastiveConfig,
+) -> jax.Array:
+    blocked = config.query_likelihood_mask
+    own = query_losses(model, rows, retriever=retriever, blocked=blocked, dropout_key=key)
+    return jnp.mean(own)
 
 
 def contrastive_step(

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.batches import TRAINING_LENGTHS, batch_indices, fewest_sizes
+from expandr_jax.data.batches import TRAINING_LENGTHS, batch_indices, fewest_sizes, pad
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
     known_texts,
     make_batch,
     texts_by_kind,
 )
+from expandr_jax.objectives.llm_ql import Corruption
 from expandr_jax.runtime.telemetry import Contents
 
 MOST_SIZES = 6  # Different sizes of batches in a training: each is a program to compile.
@@ -58,6 +59,7 @@ class ContrastiveBatches:
         pad_id: Fills up rows.
         longest: No text has more tokens.
         steps: Numbers of the steps that are trained, counted from the first round's first.
+        corruption: What becomes of documents whose queries are foretold; None: none are.
     """
 
     examples: Sequence[ContrastiveExample]
@@ -67,6 +69,7 @@ class ContrastiveBatches:
     pad_id: int
     longest: int
     steps: range
+    corruption: Corruption | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -112,6 +115,15 @@ class ContrastiveBatches:
             relevant=self._relevant,
         )
         tokens = [len(ids) for example in drawn.values() for ids in self._used(example)]
+        if self.corruption is not None:
+            read = [
+                # The fourth number as in `stays_plain`.
+                self.corruption.of(example.positive.ids, [self.seed, number, i, 2])
+                for i, example in drawn.items()
+            ]
+            length = arrays["positive_ids"].shape[1]
+            arrays["corrupted_ids"], _ = pad(read, self.pad_id, length)
+            tokens += [len(e.positive.ids) + len(e.query) for e in drawn.values()]
         return arrays, np.array(tokens, np.int32)
 
     def contents(

@@ -75,7 +75,8 @@ class RetrieverShapes:
             raise UserError("retriever.pooling is 'splade', whose programs no plan has yet")
         self.retriever = Retriever(module, pooling, True, self._length, "", "", None, None)
         base = param_shapes(module, weights)
-        base.pop("lm_head", None)  # A decoder's, which only generating needs.
+        if not config.contrastive.query_likelihood_weight:
+            base.pop("lm_head", None)  # A decoder's, which no vector needs.
         parts = functools.partial(divided, self.retriever, seed=0)
         self.frozen, self.trained = jax.eval_shape(parts, base)
         self.params = joined(self.frozen, self.trained)
@@ -142,6 +143,10 @@ class RetrieverShapes:
         texts = QUERIES * TEXTS
         forward = forward_flops(retriever.module, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * retriever.module.config.hidden_size
+        if config.query_likelihood_weight:
+            sizes = QUERIES, 2 * self._length
+            logits = QUERIES * self._length
+            forward += forward_flops(retriever.module, self.params, *sizes, logits=logits)
         needed = FROZEN if frozen else TRAINING
         passes = needed + (config.remat == "full") + bool(config.micro_batch)
         turns = texts // config.micro_batch if config.micro_batch else 1

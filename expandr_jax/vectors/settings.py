@@ -18,6 +18,7 @@ class RetrieverSettings:
     pooling: Annotated[str, choice(get_args(Pooling), empty=True)]
     normalize: bool | None
     bidirectional: bool
+    end_token: bool
     max_length: Annotated[int, count(1)]
     query_length: Annotated[int, count(0)]
     query_prompt: str | None

@@ -31,7 +31,12 @@ from expandr_jax.weights.load import load_params
 from expandr_jax.weights.sentence_transformers import ModuleSettings, read_dense, read_settings
 from expandr_jax.weights.source import check_hash, locate
 from expandr_jax.weights.store import merge_stored, stored_params
-from expandr_jax.weights.tokenizer import ANY_LENGTH, TOKENIZER_FILES, read_tokenizer
+from expandr_jax.weights.tokenizer import (
+    ANY_LENGTH,
+    TOKENIZER_FILES,
+    end_texts,
+    read_tokenizer,
+)
 from expandr_jax.weights.trees import module_shardings
 
 if TYPE_CHECKING:
@@ -63,6 +68,8 @@ def load_retriever(
     dtype: Any = jnp.float32,
     in_files: bool = False,
     bidirectional: bool = False,
+    end_token: bool = False,
+    with_head: bool = False,
 ) -> tuple[Retriever, Params]:
     """Loads a text encoder; what is not given is read from a sentence-transformers directory.
 
@@ -81,6 +88,8 @@ def load_retriever(
         dtype: Type of the parameters, as in `load_generator`.
         in_files: Parameters stay in the files, as `stored_params` has them: for an export.
         bidirectional: A decoder is read without its causal mask, whatever its files say.
+        end_token: The tokenizer puts its end token behind each text, whatever its files say.
+        with_head: A decoder's output head is loaded, too, which makes no vectors.
 
     Returns:
         The retriever and its parameters.
@@ -107,12 +116,14 @@ def load_retriever(
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
+    if end_token:
+        end_texts(tokenizer, files.config.where)
     check_length(str(path), tokenizer, config, max_length, query_length)
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
     placed = mesh, in_files
-    module, params = load_module(files, config, False, dtype, compute_dtype, *placed)
+    module, params = load_module(files, config, with_head, dtype, compute_dtype, *placed)
     width = module.config.hidden_size
     for number, (_, folder) in enumerate(settings.dense):
         dense = read_dense(folder, width)

@@ -196,6 +196,13 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
     tokenizer.backend_tokenizer.post_processor = between(*special)
 
 
+def end_texts(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """Puts the end token behind each text; UserError, naming the file, where that cannot be."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise UserError(f"{where}: retriever.end_token is set, but no eos token is named here")
+    _add_ends(tokenizer, Fields({"add_eos_token": True}, where))
+
+
 def between(bos: Mapping[str, int], eos: Mapping[str, int]) -> TemplateProcessing:
     """Puts special tokens, by their ids, before each text and behind it."""
     return TemplateProcessing(
