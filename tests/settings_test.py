@@ -100,7 +100,7 @@ WRONG = [
     ("contrastive.compute_dtype", "float", "one of float32, bfloat16"),
     ("contrastive.dimensions", (8, 0), f"values that each are {COUNT}"),
     ("contrastive.dimensions", (8.5,), f"values that each are {COUNT}"),
-    ("contrastive.info_nce_weight", 0.0, "or contrastive.invariance_weight above 0"),
+    ("contrastive.info_nce_weight", 0.0, "or contrastive.query_likelihood_weight above 0"),
     *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or ''")
       for model in ("retriever", "generator") for value in ("00", 64 * "G", 65 * "0")),
     ("retriever.pooling", "max", "one of mean, cls, last, decoder, splade, or ''"),
