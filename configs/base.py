@@ -138,7 +138,7 @@ def get_config() -> ml_collections.ConfigDict:
     # FLOPS terms, which make splade's vectors sparse: the sum of squared means of each component.
     contrastive.flops_query_weight = 0.0  # Weight of the queries' term.
     contrastive.flops_document_weight = 0.0  # Weight of the documents' term.
-    # LLM-QL, which has the end token of a document foretell its query, where the model is a decoder.
+    # LLM-QL, of decoders: the end token of a document is to foretell the query.
     contrastive.query_likelihood_weight = 0.0  # Weight of its negative log-likelihood a token.
     contrastive.query_likelihood_mask = True  # The query sees of the document that token alone.
     contrastive.query_likelihood_corruption = 0.6  # Share of the document's words left blank.

@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.models.mask import Mask
-from expandr_jax.objectives import query_likelihood
+from expandr_jax.objectives import llm_ql
 from expandr_jax.objectives.contrastive import (
     ContrastiveConfig,
     contrastive_gradients,
@@ -104,7 +104,7 @@ def test_no_path_leads_from_words_to_the_query_but_through_the_end_token(tiny, m
         end = likelihood_mask(batch["positive_mask"], batch["query_mask"])[1]
         altered = Mask(array=allowed), end
         with monkeypatch.context() as patch:
-            patch.setattr(query_likelihood, "likelihood_mask", lambda *_, **__: altered)
+            patch.setattr(llm_ql, "likelihood_mask", lambda *_, **__: altered)
             losses = lambda p: jnp.sum(query_losses(p, batch, retriever=retriever))  # noqa: E731
             grads = jax.grad(losses)(params)
         return jnp.abs(grads["embedding"])[jnp.array(WORDS)].max(axis=1)
