@@ -33,7 +33,7 @@ class Corruption:
     """How documents are corrupted.
 
     Attributes:
-        share: Of a document's tokens, special ones left out.
+        share: How many of a document's tokens, special ones left out.
         blank: The token that takes their place.
         kept: Special tokens, which stay.
     """
