@@ -198,7 +198,7 @@ def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
 
 def end_texts(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
     """Puts the end token behind each text; UserError, naming the file, where that cannot be."""
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+    if not hasattr(tokenizer, "backend_tokenizer") or tokenizer.eos_token_id is None:
         raise UserError(f"{where}: retriever.end_token is set, but no eos token is named here")
     _add_ends(tokenizer, Fields({"add_eos_token": True}, where))
 
