@@ -115,6 +115,8 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
     contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
+    # By a triple's margin, or its least positive teacher score less its greatest negative one.
+    contrastive.curriculum = False  # Each pass goes from easy to hard triples.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.

@@ -219,6 +219,8 @@ def _check(config: Config) -> None:
         raise _refuse(
             config, "retriever.weights", "'float32', as contrastive.lora.rank is 0: all are trained"
         )
+    if step_a.curriculum and step_a.length_window:
+        raise _refuse(config, "contrastive.length_window", "0, as contrastive.curriculum is set")
     # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
         raise _refuse(

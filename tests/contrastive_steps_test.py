@@ -50,7 +50,7 @@ def examples(count, spread, seed=0):
 
 def batches_of(given, steps=None, **settings):
     settings = {"batch_size": SIZE, "negatives": 2, "plain_share": 0.3, "length_window": 0,
-                **settings}  # fmt: skip
+                "curriculum": False, **settings}  # fmt: skip
     return ContrastiveBatches(
         examples=given,
         settings=types.SimpleNamespace(**settings),

@@ -135,7 +135,8 @@ def _train(
         "model": hash_tree(params),
         "module": hash_json([module_identity(encoder.module), encoder.max_length]),
         "settings": hash_json(identity_of("reranker", settings)),
-        "examples": hash_json([dataclasses.astuple(triple) for triple in triples]),
+        # Without their margins, which older runs did not have and nobody reads here.
+        "examples": hash_json([dataclasses.astuple(triple)[:-1] for triple in triples]),
         "steps": steps,
     }
 

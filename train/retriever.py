@@ -134,6 +134,8 @@ def train_retriever(
         "all": hash_all(examples),
         "steps": steps,
     }
+    if config.curriculum:
+        identity["ease"] = hash_json([example.ease for example in examples])
 
     def checkpoints(name: str, **kept: int) -> Checkpoints:
         return Checkpoints(run.checkpoints(name), identity, agree=run.processes.all, **kept)

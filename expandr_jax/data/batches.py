@@ -160,6 +160,12 @@ def batch_indices(
     return order[start : start + batch_size].copy()  # Not a view, which keeps the epoch's order.
 
 
+def epoch_order(seed: int, epoch: int, count: int, batch_size: int) -> np.ndarray:
+    """The examples of an epoch, [n] int64, as `batch_indices` shuffles them; no remainder."""
+    per_epoch = count // batch_size
+    return _epoch_order(seed, epoch, count, per_epoch)[0][: per_epoch * batch_size]
+
+
 @functools.lru_cache(maxsize=2)  # Batches are made ahead: those of the next epoch, too.
 def _epoch_order(
     seed: int, epoch: int, count: int, per_epoch: int

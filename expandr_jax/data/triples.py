@@ -1,8 +1,9 @@
 """Training queries with positive and negative passages, a JSON object a line.
 
 {"query": "...", "pos": "..." or ["...", ...]} and, where there are any, "neg" (likewise),
-"expansion" (likewise; "" is an empty generation) and "teacher_scores" (numbers, one a passage:
-those of "pos", then those of "neg"). "positive" and "negative" are other names of "pos" and "neg".
+"expansion" (likewise; "" is an empty generation), "teacher_scores" (numbers, one a passage: those
+of "pos", then those of "neg") and "margin" (a number: the greater, the easier). "positive" and
+"negative" are other names of "pos" and "neg".
 What other programs' files say of these in further fields ("negative_2", "neg_scores", "prompt") is
 refused; ids and whatever else there is are let through.
 """
@@ -37,6 +38,7 @@ class Triple:
         expansions: texts that a language model wrote for the query; empty ones are left out.
         teacher_scores: of the positives, then of the negatives; or None.
         line: where it stands in its file, from 1; 0: in none.
+        margin: how much better its positives are than its negatives; None: as its scores say.
     """
 
     query: str
@@ -45,11 +47,23 @@ class Triple:
     expansions: tuple[str, ...] = ()
     teacher_scores: tuple[float, ...] | None = None
     line: int = field(default=0, compare=False)
+    margin: float | None = None
 
     @property
     def passages(self) -> tuple[str, ...]:
         """Its positives, then its negatives."""
         return (*self.positives, *self.negatives)
+
+    @property
+    def ease(self) -> float | None:
+        """How easy it is: its margin, or its least positive score less its greatest negative one.
+
+        None where it has neither.
+        """
+        if self.margin is not None or self.teacher_scores is None or not self.negatives:
+            return self.margin
+        count = len(self.positives)
+        return min(self.teacher_scores[:count]) - max(self.teacher_scores[count:])
 
 
 def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[Triple], list[str]]:
@@ -134,6 +148,7 @@ def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
         _texts(where, "expansion", row.get("expansion", []), may_be_empty=True),
         _scores(where, row.get("teacher_scores")),
         line,
+        _margin(where, row.get("margin")),
     )
     count = len(triple.positives) + len(triple.negatives)
     if not triple.positives:
@@ -170,12 +185,19 @@ def _texts(where: str, name: str, value: Any, may_be_empty: bool = False) -> tup
     return tuple(sys.intern(text) for text in texts if text.strip())
 
 
+def _margin(where: str, value: Any) -> float | None:
+    if value is not None and not _is_score(value):
+        raise UserError(f'{where}: field "margin" is no finite number')
+    return None if value is None else float(value)
+
+
 def _scores(where: str, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not all(
-        isinstance(score, (int, float)) and not isinstance(score, bool) and abs(score) < 1e30
-        for score in value
-    ):
+    if not isinstance(value, list) or not all(map(_is_score, value)):
         raise UserError(f'{where}: field "teacher_scores" is no array of finite numbers')
     return tuple(map(float, value))
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30

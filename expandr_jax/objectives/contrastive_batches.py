@@ -40,6 +40,7 @@ class ContrastiveExample:
         negatives: Documents that were given as irrelevant.
         other_positives: Further relevant documents, of which `draw_passages` may take one instead.
         known: Texts of documents that are relevant as well and must not count as negatives.
+        ease: How easy it is, where something says so; `Triple.ease`.
     """
 
     query: Sequence[int]
@@ -48,6 +49,7 @@ class ContrastiveExample:
     negatives: Sequence[Passage] = ()
     other_positives: Sequence[Passage] = ()
     known: Collection[str] = ()
+    ease: float | None = None
 
 
 def triple_examples(
@@ -67,7 +69,7 @@ def triple_examples(
         known.setdefault(triple.query, set()).update(triple.positives)
     examples = []
     for triple in triples:
-        texts = (*triple.positives, *triple.negatives)
+        texts = triple.passages
         scores = triple.teacher_scores or [None] * len(texts)
         passages = [Passage(documents[x], x, score) for x, score in zip(texts, scores, strict=True)]
         count = len(triple.positives)
@@ -79,6 +81,7 @@ def triple_examples(
                 negatives=passages[count:],
                 other_positives=passages[1:count],
                 known=known[triple.query],
+                ease=triple.ease,
             )
         )
     return examples

@@ -75,3 +75,10 @@ def check_contrastive_examples(
                     f"training query {name} has no teacher's scores; without them set "
                     "contrastive.margin_mse_weight and kl_weight to 0"
                 )
+    if settings.curriculum:
+        for name, example in zip(names, examples, strict=True):
+            if example.ease is None:
+                raise UserError(
+                    f"training query {name} has neither a margin nor teacher_scores of a positive "
+                    "and a negative; without them set contrastive.curriculum to False"
+                )

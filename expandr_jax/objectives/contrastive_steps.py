@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.batches import TRAINING_LENGTHS, batch_indices, fewest_sizes, pad
+from expandr_jax.data.batches import (
+    TRAINING_LENGTHS,
+    batch_indices,
+    epoch_order,
+    fewest_sizes,
+    pad,
+)
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
     known_texts,
@@ -146,10 +152,32 @@ class ContrastiveBatches:
 
     def _indices(self, number: int) -> np.ndarray:
         settings = self.settings
+        if settings.curriculum:
+            epoch, batch = divmod(number, self.per_epoch)
+            first = batch * settings.batch_size
+            return self._from_easy(epoch)[first : first + settings.batch_size].copy()
         return batch_indices(
             self.seed, number, len(self.examples), settings.batch_size, self._lengths,
             settings.length_window,
         )  # fmt: skip
+
+    def _from_easy(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch from easy to hard; those that are alike are shuffled."""
+        if (order := self._orders.get(epoch)) is None:
+            order = epoch_order(self.seed, epoch, len(self.examples), self.settings.batch_size)
+            order = order[np.argsort(-self._eases[order], kind="stable")]
+            for old in [*self._orders][:-1]:  # Batches are made ahead: those of the next, too.
+                self._orders.pop(old, None)
+            self._orders[epoch] = order
+        return order
+
+    @functools.cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}
+
+    @functools.cached_property
+    def _eases(self) -> np.ndarray:
+        return np.array([example.ease for example in self.examples], np.float64)
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray | None:

@@ -35,6 +35,7 @@ class ContrastiveSettings(ContrastiveConfig, TrainingSettings):
     lora: OptionalLora
     compute_dtype: ComputeType
     length_window: Annotated[int, count(0)]
+    curriculum: bool
     weight_decay: NotNegative
     negatives: Annotated[int, count(0)]
     plain_share: Share

@@ -20,7 +20,7 @@ from expandr_jax.objectives.contrastive_batches import (
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 
-_ARRAYS = ("tokens", "texts", "hashes", "scores", "counts", "firsts")
+_ARRAYS = ("tokens", "texts", "hashes", "scores", "counts", "firsts", "eases")
 
 
 class StoredExamples(Sequence[ContrastiveExample]):
@@ -52,6 +52,7 @@ class StoredExamples(Sequence[ContrastiveExample]):
         hashes = [h.tobytes() for h in arrays["hashes"][hash_ : hash_ + count + known]]
         scores = arrays["scores"][passage : passage + count].tolist()
         scores = [None if score != score else score for score in scores]
+        ease = arrays["eases"][index].item()
         passages = [*map(Passage, ids[1 + expansions :], hashes[:count], scores)]
         return ContrastiveExample(
             query=ids[0],
@@ -60,6 +61,7 @@ class StoredExamples(Sequence[ContrastiveExample]):
             negatives=passages[1 + others :],
             other_positives=passages[1 : 1 + others],
             known=hashes[count:],
+            ease=None if ease != ease else ease,
         )
 
 
@@ -79,9 +81,10 @@ def store_examples(
         arrays["tokens"] += [np.asarray(ids, np.int32) for ids in texts]
         arrays["hashes"].append(text_hashes([*(passage.text for passage in passages), *known]))
         arrays["scores"] += [np.nan if p.score is None else p.score for p in passages]
+        arrays["eases"].append(np.nan if example.ease is None else example.ease)
         firsts += len(texts), len(passages) + len(known), len(passages)
     arrays["texts"] = [*ends, *np.cumsum([len(ids) for ids in arrays["tokens"]])]
-    types = {"counts": np.int32, "scores": np.float64}
+    types = {"counts": np.int32, "scores": np.float64, "eases": np.float64}
     for name, values in arrays.items():
         joined = np.concatenate(values) if name in ("tokens", "hashes") else np.array(values)
         np.save(Path(directory) / f"{name}.npy", joined.astype(types.get(name, joined.dtype)))

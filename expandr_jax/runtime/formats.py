@@ -47,6 +47,7 @@ ABSENT: dict[str, Any] = {
         "weight_decay": 0.0, "clip_norm": 1.0, "cosine_weight": 1.0, "kl_weight": 0.0,
         "temperature": 0.05, "depth": 16, "control": False, "eval_every": 0, "save_every": 100,
     },
+    "contrastive.curriculum": False,
     "contrastive.flops_query_weight": 0.0,
     "contrastive.flops_document_weight": 0.0,
     "contrastive.query_likelihood_weight": 0.0,
