@@ -72,6 +72,8 @@ def test_ranks_of_several_documents():
     documents = np.array([[1, 9, -1], [2, 6, 4]])
     found = rewards.ranks_in_results(results, documents)
     np.testing.assert_array_equal(found, [[3, 0, 0], [1, 3, 2]])
+    found = rewards.ranks_in_results(np.array([[5, -1, -1]]), np.array([[1, 5, -1]]))
+    np.testing.assert_array_equal(found, [[0, 1, 0]])  # What fills both up is no document.
 
 
 def test_softmax_share_of_a_worked_example():

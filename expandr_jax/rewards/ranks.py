@@ -55,7 +55,8 @@ def ranks_in_results(results: np.ndarray, documents: np.ndarray) -> np.ndarray:
     found = []
     # A column at a time: all at once would take count times the memory of the results.
     for column in np.asarray(documents).T:
-        hit = np.asarray(results) == column[:, None]
+        # What fills documents up must not be found in what fills results up.
+        hit = (np.asarray(results) == column[:, None]) & (column >= 0)[:, None]
         found.append(np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0))
     return np.stack(found, axis=1)
 
