@@ -385,7 +385,7 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def _sampling() -> ml_collections.ConfigDict:
-    """What expansion, candidates and answer have in common: how their texts are drawn."""
+    """What all sections that sample texts have in common: how these are drawn."""
     section = ml_collections.ConfigDict()
     section.top_p = 0.9  # Probability mass that is sampled from.
     section.top_k = 0  # Tokens that are sampled from, the likeliest; 0: all.

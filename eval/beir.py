@@ -243,7 +243,7 @@ def define_flags() -> None:
     flags.DEFINE_list("measures", [], "Further ones, as ir-measures spells them: P@5,Rprec.")
     flags.DEFINE_string("split", "", "Whose judgements are used; test, and dev of a set called "
                         "msmarco.")  # fmt: skip
-    flags.DEFINE_float("query_weight", 0.5, "Of the query's vector, where a strategy weighs it.",
+    flags.DEFINE_float("query_weight", 0.5, "The query's own, where a strategy weighs it.",
                        lower_bound=0.0, upper_bound=1.0)  # fmt: skip
     flags.DEFINE_integer("samples", 0, "Texts of each request; 0: as a strategy's authors have it.",
                          lower_bound=0)  # fmt: skip

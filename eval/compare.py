@@ -104,7 +104,7 @@ def define_flags() -> None:
     flags.DEFINE_string("qrels", None, "Judgements: TREC's four columns, or .tsv as in BEIR.")
     flags.DEFINE_list("measures", ["ndcg@10", "mrr@10", "recall@100", "map"], "As ir-measures'.")
     flags.DEFINE_string("baseline", None, "Name of the run to compare with; the first.")
-    flags.DEFINE_enum("format", "text", FORMATS, "Of the tables.")
+    flags.DEFINE_enum("format", "text", FORMATS, "How tables are printed.")
     flags.DEFINE_integer("moved", 0, "Queries that moved most, for each run.", lower_bound=0)
     flags.DEFINE_string("expansions", None, "expansions.jsonl whose texts to show with them.")
     flags.DEFINE_string("published", None, "Means to compare with: a CSV or JSON table.")

@@ -273,7 +273,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("soak", 0, "Requests after which the memory is compared; 0: none.", 0)
     flags.DEFINE_integer("writes", 0, "Documents added, and half removed, under load; 0: none.", 0)
     flags.DEFINE_boolean("peer", True, "Measure the peer, too.")
-    flags.DEFINE_integer("slots", 8, "Of the sampler that expanded search is compared with.", 1)
+    flags.DEFINE_integer("slots", 8, "Those of the sampler beside expanded search.", 1)
     flags.DEFINE_string("out", None, "A file for the results, as JSON.")
 
 

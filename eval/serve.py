@@ -181,7 +181,7 @@ def define_flags() -> None:
     flags.DEFINE_list("names", [], "Further names that it is called by, as in Host headers.")
     flags.DEFINE_string("state", None, "What it writes; default: serve/ in the workdir.")
     flags.DEFINE_boolean("expand", True, "Load the generator, too.")
-    flags.DEFINE_float("temperature", 0.0, "Of passages; 0: the likeliest.", lower_bound=0.0)
+    flags.DEFINE_float("temperature", 0.0, "The passages'; 0: the likeliest.", lower_bound=0.0)
     flags.DEFINE_integer("slots", 8, "Passages that are written at once.", lower_bound=1)
     flags.DEFINE_enum("cache", "on", ["on", "off"], "Keep expansions, with their queries.")
     flags.DEFINE_integer("cache_mb", 256, "Most that they take.", lower_bound=1)

@@ -143,7 +143,7 @@ def test_the_library_knows_no_run():
 
 def test_comments_are_whole_phrases():
     """None begins with an "Of" whose noun the reader has to guess."""
-    dangling = re.compile(r'(# |"""|: )Of ')
+    dangling = re.compile(r'(# |"|: )Of ')
     assert not [
         f"{path}:{number}"
         for path, text in sources(*PRODUCT)

@@ -350,7 +350,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("importance", "taylor", IMPORTANCES, "By what heads and channels are ranked.")
     flags.DEFINE_enum("loss", "likelihood", LOSSES, "Whose importance it is.")
     flags.DEFINE_integer("examples", 64, "So many of the run's pairs it is of.", lower_bound=1)
-    flags.DEFINE_float("epochs", None, "Of recovery by step B; none said: the run's; 0: none.",
+    flags.DEFINE_float("epochs", None, "Recovery's, by step B; none said: the run's; 0: none.",
                        lower_bound=0.0)  # fmt: skip
     flags.DEFINE_boolean("evaluate", False, "Have the run's test queries expanded and searched.")
 

@@ -20,6 +20,7 @@ from expandr_jax.pair import RetrieverModel
 from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.ranking.ranker import Ranker, Searches
 from expandr_jax.ranking.systems import DISTILLED, parse_system
+from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
@@ -83,7 +84,7 @@ def train_query_tower(
     rows = rows_here(mesh, settings.batch_size)
     identity = {
         "model": hash_tree(ours.params),
-        "settings": hash_json(dataclasses.asdict(settings)),
+        "settings": hash_json(identity_of("distill", settings)),
         "retriever": retriever.identity,
         "learned": hash_json([*of]),
         "steps": steps,
