@@ -358,7 +358,12 @@ def get_config() -> ml_collections.ConfigDict:
     rerank.depths = ()  # Depths tried on dev; (): depth is taken.
     rerank.max_length = 512  # Tokens of a pair, its model's at most; the longer one loses its end.
     rerank.rows = 32  # Pairs that are computed at once; TPUs want more.
-
+    evaluation.listwise = listwise = ml_collections.ConfigDict()  # Where systems have listwise:S.
+    listwise.depth = 20  # Documents of a query that are ordered; the others follow as they were.
+    listwise.depths = ()  # Depths tried on dev; (): depth is taken.
+    listwise.window = 10  # Passages that one prompt shows.
+    listwise.stride = 5  # How far the window moves to the top each time; less than window.
+    listwise.passage_tokens = 100  # Tokens of each, or as many as generator.prompt_buckets allow.
     evaluation.splade = splade = ml_collections.ConfigDict()  # Where systems have splade.
     splade.source = ""  # SPLADE's encoder: a directory, hub id or "package:NAME/PATH".
     splade.max_length = 512  # Tokens of a text, its model's at most; longer ones lose their end.

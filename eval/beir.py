@@ -4,9 +4,10 @@ Systems are `bm25`, `dense` (the config's retriever), either with a strategy of
 expandr_jax/expansion/strategies.py (`dense+q2d`, `bm25+query2doc`), `dense+prf-average`,
 `dense+prf-rocchio`, the same over a corpus whose documents are expanded (`bm25@d2q`,
 `dense@d2d+q2d`), fusions of any of these (`rrf:bm25:dense`), and any of them ranked again by a
-cross-encoder (`rerank:dense`); see expandr_jax/ranking/systems.py. `all` is the table of
-docs/strategies.md, without expanded documents. What the parts of an interpolation weigh is chosen
-on a set's dev queries, where it has some beside those that it is tested on. Each set gets
+cross-encoder (`rerank:dense`) or the generator (`listwise:dense`); see
+expandr_jax/ranking/systems.py. `all` is the table of docs/strategies.md, without expanded
+documents. What the parts of an interpolation weigh is chosen on a set's dev queries, where it has
+some beside those that it is tested on. Each set gets
 results.json, results.md, .tex and .csv, report.html, values.jsonl, runs/ and qrels.trec, in OUT or,
 where there are several, in OUT/NAME. The same command goes on where it stopped; with other systems
 it adds what is missing, and what was generated serves every system that asks for the same.
@@ -102,8 +103,10 @@ def evaluate_set(
         ),
     )  # fmt: skip
     pairs = [(name, names[0]) for name in names[1:]]
-    results = summary(collection.name, values, pairs, recalls, said)
     parts = dict.fromkeys(part.name for system in systems for part in system.with_parts())
+    counted = made.ranker.answers
+    answers = [{"system": name, **counted[name]} for name in parts if name in counted]
+    results = summary(collection.name, values, pairs, recalls, said, answers)
     chosen = made.choices.made
     results["chosen"] = {name: as_record(chosen[name]) for name in parts if name in chosen}
     write_set(directory, results, values, made.queries)

@@ -31,6 +31,7 @@ from expandr_jax.ranking.choices import (
     best_of,
     stage_grid,
 )
+from expandr_jax.ranking.listwise import ListRanker, list_ranker
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.systems import EXPANSION, UNTRAINED, System
 from expandr_jax.runtime.run import Run
@@ -175,8 +176,14 @@ class SetRanker:
             config.evaluation,
             config.contrastive.normalize,
             excluded=self._collection.excluded,
+            lists=lambda: self._lists,
             **options,
         )
+
+    @functools.cached_property
+    def _lists(self) -> ListRanker:
+        settings = self._run.config.evaluation.listwise
+        return list_ranker(self._models.sampler, settings, self._cache)
 
     def _write(self, name: str, split: str = "") -> Expansions:
         config = self._run.config

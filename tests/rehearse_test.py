@@ -193,7 +193,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
 
 def test_a_reranker_is_refused(config, tmp_path):
     config = with_settings(config, {"evaluation.systems": ("rerank:expandr",)})
-    with pytest.raises(UserError, match="rerank:expandr reads with a model of its own"):
+    with pytest.raises(UserError, match="rerank:expandr reads documents again"):
         rehearse.rehearse(config, COUNTS, (1, 2, 3), 1, {}, QUIET, tmp_path)
 
 

@@ -28,6 +28,7 @@ from expandr_jax.ranking.choices import (
 )
 from expandr_jax.ranking.gate import Gate, write_gates
 from expandr_jax.ranking.gate_features import GATES
+from expandr_jax.ranking.listwise import ListRanker, list_ranker
 from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.results import (
     Values,
@@ -56,6 +57,7 @@ from expandr_jax.ranking.systems import (
 from expandr_jax.report.pages import write_mean
 from expandr_jax.report.run_report import results_table
 from expandr_jax.rewards.samples import sample_rows
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
@@ -127,9 +129,15 @@ def evaluate(
 
     expander = run_expander(run, models, data, words, lambda *asked: retriever(OURS).find(*asked))
     expansions = evaluation_expansions(run, data, expander, adapters, systems, folder)
+
+    @functools.cache
+    def lists() -> ListRanker:  # Process 0 alone ranks.
+        alone = dataclasses.replace(expander.sampler, processes=Processes())
+        return list_ranker(alone, run.config.evaluation.listwise, run.path("work", "texts"))
+
     with run.phase("evaluation"):
         samples, recalls, runs = kept.samples, kept.recalls, dict(kept.runs)
-        gated, gates = kept.gated, kept.gates
+        gated, gates, answers = kept.gated, kept.gates, dict(kept.answers)
         given = read_chosen(run, chosen or {})
         choices = DevChoices(
             lambda: rankers["dev"],
@@ -141,7 +149,7 @@ def evaluate(
             is_main=run.processes.is_main,
         )
         rankers = _rankers(
-            run, data, retriever, words, sparse, expansions, choices, kept.runs, timed
+            run, data, retriever, words, sparse, expansions, choices, kept.runs, timed, lists
         )
         # Those of one retriever after the other, each when all that it rests on is there.
         order = [*BY_TEXTS, *retrievers]
@@ -165,6 +173,8 @@ def evaluate(
                 runs[system.name] = rankers["test"].rank(system)
                 if recall := rankers["test"].index_recall(system):
                     recalls[system.name] = recall
+                if counted := rankers["test"].answers.get(system.name):
+                    answers[system.name] = {"system": system.name, **counted}
                 if system.stage in GATES and run.processes.is_main:
                     rows = gated_rows(system, rankers["test"], choices)
                     gated = [row for row in gated if row["system"] != system.name] + rows
@@ -204,7 +214,10 @@ def evaluate(
             made = choices.made
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
-            results = _results(data.collection.name, values, systems, used, samples, told, said)
+            asked = [answers[name] for name in place if name in answers]
+            results = _results(
+                data.collection.name, values, systems, used, samples, told, said, asked
+            )
             if gates:
                 results["gates"] = [gates[name] for name in place if name in gates]
             write_json(path, results)
@@ -268,6 +281,7 @@ def _rankers(
     choices: DevChoices,
     runs: Mapping[str, RunScores],
     timed: Callable[[System], contextlib.AbstractContextManager],
+    lists: Callable[[], ListRanker],
 ) -> dict[str, Ranker]:
     """A ranker of each split; `runs` are those of test that there are already.
 
@@ -288,6 +302,7 @@ def _rankers(
             timed=timed if split == "test" else contextlib.nullcontext,
             is_main=run.processes.is_main,
             excluded=data.collection.excluded,
+            lists=lists,
         )
 
     return {split: ranker(split) for split in SPLITS}
@@ -315,10 +330,11 @@ def _results(
     samples: Sequence[Mapping[str, Any]],
     recalls: Sequence[Mapping[str, Any] | None],
     said: Sequence[str],
+    answers: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
-    results = summary(name, values, against, recalls, said)
+    results = summary(name, values, against, recalls, said, answers)
     tests = results["significance"]
     pair = OURS, f"{OURS}-base-generator"
     if pair in against:

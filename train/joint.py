@@ -27,7 +27,13 @@ from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
-from expandr_jax.ranking.systems import ALL_LABELS, DISTILLED, System, stage_hashes
+from expandr_jax.ranking.systems import (
+    ALL_LABELS,
+    DISTILLED,
+    System,
+    check_prompts,
+    stage_hashes,
+)
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.functions import RewardFunction
@@ -99,6 +105,7 @@ def train_joint(
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models) | stage_hashes(systems, config.evaluation))
+    check_prompts(systems, models.generator, config)
     check_contrastive_batch(
         config.contrastive,
         models.retriever,

@@ -25,6 +25,7 @@ class Kept:
             process 0.
         recalls: System -> its entry of `index_recall`.
         gates: System -> its entry of `gates`.
+        answers: System -> its entry of `listwise`.
     """
 
     runs: dict[str, RunScores] = dataclasses.field(default_factory=dict)
@@ -34,6 +35,7 @@ class Kept:
     recalls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     gated: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     gates: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    answers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def kept_results(
@@ -75,6 +77,7 @@ def kept_results(
         {e["system"]: e for e in results.get("index_recall", []) if e["system"] in standing},
         read("gated.jsonl"),
         {e["system"]: e for e in results.get("gates", []) if e["system"] in standing},
+        {e["system"]: e for e in results.get("listwise", []) if e["system"] in standing},
     )
 
 

@@ -39,6 +39,7 @@ from expandr_jax.planning.figures import figure_rows, misfits, show
 from expandr_jax.planning.growth import FEWEST
 from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, write_collection
+from expandr_jax.ranking.systems import AGAIN
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import plain_console
@@ -109,10 +110,11 @@ def rehearse(
         UserError: A run ended before its end; it says how.
     """
     config = read_config(config)
-    if reranked := [name for name in config.evaluation.systems if "rerank:" in name]:
+    again = [n for n in config.evaluation.systems if {*AGAIN} & {*n.split(":")}]
+    if again:
         raise UserError(
-            f"evaluation.systems: {reranked[0]} reads with a model of its own, which is not "
-            "rehearsed; leave it out with --config.evaluation.systems"
+            f"evaluation.systems: {again[0]} reads documents again, which is not rehearsed; leave "
+            "it out with --config.evaluation.systems"
         )
     check_counts(config, counts, scales)
     console.print("models: one narrow layer each, and random")

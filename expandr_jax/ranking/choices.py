@@ -12,9 +12,8 @@ from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.ranking.gate import Features, Gate, fit_gate
 from expandr_jax.ranking.gate_features import GATES
-from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.ranking.systems import BY_TEXTS, System
+from expandr_jax.ranking.systems import AGAIN, BY_TEXTS, System
 
 MOST_WEIGHTS = 100  # Ways to weigh the parts of a fusion that are tried on dev, at most.
 
@@ -64,8 +63,8 @@ Chosen = Choice | PartWeights | Gate | Depth
 
 def stage_grid(system: System, settings: EvaluationSettings) -> list[Chosen]:
     """What is tried on dev of a system that has parts; nothing: it is used as it is."""
-    if system.stage in RERANKERS:
-        return [Depth(depth) for depth in settings.rerank.depths]
+    if system.stage in AGAIN:
+        return [Depth(depth) for depth in getattr(settings, system.stage).depths]
     return weight_grid(len(system.parts), steps) if (steps := settings.fusion_steps) else []
 
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from expandr_jax import metrics
 from expandr_jax.data.documents import ids_of, rows_of, texts_of
 from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.strategies import SEPARATOR
+from expandr_jax.files.records import write_json
 from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Choice, Chosen, Depth, PartWeights
 from expandr_jax.ranking.gate import Features, Gate
@@ -24,6 +26,7 @@ from expandr_jax.ranking.gate_features import (
     features_after,
     features_before,
 )
+from expandr_jax.ranking.listwise import LISTWISE, ListRanker
 from expandr_jax.ranking.rerank import RERANKERS, Scorer, rank_again
 from expandr_jax.ranking.separate import SeparateSearches
 from expandr_jax.ranking.settings import EvaluationSettings
@@ -37,7 +40,7 @@ from expandr_jax.ranking.stages import (
     WORD_FEEDBACK_DEPTH,
     WORD_FEEDBACKS,
 )
-from expandr_jax.ranking.systems import BM25, BY_TEXTS, System
+from expandr_jax.ranking.systems import AGAIN, BM25, BY_TEXTS, System
 from expandr_jax.ranking.words import Weights
 from expandr_jax.search import search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
@@ -65,9 +68,11 @@ class Ranker:
         timed: What a system is searched within.
         is_main: Whether this is process 0.
         excluded: Query id -> documents that leave its rankings before these are cut.
+        lists: What ranks lists again; called where a system needs it, in process 0.
 
     Attributes:
         ids: The queries' ids.
+        answers: Listwise system that it has ranked -> what `ListRanker.rank` counts.
         chances: Gated system that it has ranked -> query -> probability that expanding helps.
     """
 
@@ -85,14 +90,17 @@ class Ranker:
         timed: Callable[[System], contextlib.AbstractContextManager] = contextlib.nullcontext,
         is_main: bool = True,
         excluded: Mapping[str, Collection[str]] | None = None,
+        lists: Callable[[], ListRanker] | None = None,
     ):
         self.ids = list(queries)
+        self.answers: dict[str, dict[str, int]] = {}
         self.chances: dict[str, dict[str, float]] = {}
         self._queries, self._searches = list(queries.values()), searches
         self._expansions, self._choice = expansions, choice
         self._settings, self._normalize = settings, normalize
         self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
+        self._lists = lists
         self._separate = SeparateSearches(self.ids, searches, settings, normalize, excluded)
         self._scored: dict[tuple[str, str], float] = {}  # By a re-ranker, where depths are tried.
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
@@ -100,6 +108,7 @@ class Ranker:
     def rank(self, system: System) -> RunScores:
         """The system's run, as a file of it has it; empty in other processes than 0."""
         path = self._directory / f"{system.name}.trec" if self._directory else None
+        counted = path.with_suffix(".answers.json") if path else None
         if system.name not in self._runs and not (path and path.exists()):
             for part in system.parts:
                 self.rank(part)
@@ -108,9 +117,13 @@ class Ranker:
             with self._timed(system):
                 run = self.search(system, choice)
                 if path:
+                    if system.stage == LISTWISE:
+                        write_json(counted, self.answers[system.name])
                     metrics.write_trec(path, run, system.name)
                 else:
                     self._runs[system.name] = metrics.as_written(run)
+        if counted and counted.exists():
+            self.answers[system.name] = json.loads(counted.read_text(encoding="utf-8"))
         return metrics.read_trec(path) if path else self._runs[system.name]
 
     def search(self, system: System, choice: Chosen | None) -> RunScores:
@@ -129,11 +142,8 @@ class Ranker:
             return self._separate.rank(system, choice, expansions, used, encoded)
         if system.stage in FUSIONS:
             return self._fused(system, choice)
-        if system.stage in RERANKERS:
-            run, score = self.rank(system.parts[0]), RERANKERS[system.stage].load(settings.rerank)
-            texts = dict(zip(self.ids, self._queries, strict=True))
-            depth = choice.depth if isinstance(choice, Depth) else settings.rerank.depth
-            return rank_again(run, texts, self._searches.corpus, self._remembered(score), depth)
+        if system.stage in AGAIN:
+            return self._ranked_again(system, choice)
         if dense:
             find, documents = dense.corpus.evaluated.search, dense.corpus.ids
         else:
@@ -149,6 +159,17 @@ class Ranker:
             excluded=self._excluded,
             above=-np.inf if dense else 0.0,
         )
+
+    def _ranked_again(self, system: System, choice: Chosen | None) -> RunScores:
+        settings = getattr(self._settings, system.stage)
+        depth = choice.depth if isinstance(choice, Depth) else settings.depth
+        texts = dict(zip(self.ids, self._queries, strict=True))
+        asked = self.rank(system.parts[0]), texts, self._searches.corpus
+        if system.stage == LISTWISE:
+            run, self.answers[system.name] = self._lists().rank(*asked, depth)
+            return run
+        score = RERANKERS[system.stage].load(settings)
+        return rank_again(*asked, self._remembered(score), depth)
 
     def _remembered(self, score: Scorer) -> Scorer:
         """A re-ranker that reads a pair once, though several depths are tried."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax import metrics
+from expandr_jax.ranking.listwise import answers_remark
 
 Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # system -> metric -> query -> value
 
@@ -16,6 +17,7 @@ def summary(
     pairs: Sequence[tuple[str, str]],
     recalls: Sequence[Mapping[str, Any] | None] = (),
     said: Sequence[str] = (),
+    answers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The contents of results.json, nothing being chosen.
 
@@ -25,7 +27,9 @@ def summary(
         pairs: (system, baseline), each tested under every metric.
         recalls: What indexes find that may miss documents; see `Ranker.index_recall`.
         said: What a reader of the rows has to know; see `remarks`.
+        answers: Counts of listwise systems, {"system", "answers", ...}; remarked on, too.
     """
+    said = [*said, *map(answers_remark, answers)]
     first = next(iter(values.values()))
     return {
         "dataset": dataset,
@@ -37,7 +41,8 @@ def summary(
         ],
         "significance": compared(values, pairs),
         **({"index_recall": found} if (found := list(filter(None, recalls))) else {}),
-        **({"remarks": [*said]} if said else {}),
+        **({"listwise": [*answers]} if answers else {}),
+        **({"remarks": said} if said else {}),
     }
 
 

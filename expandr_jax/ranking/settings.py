@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Annotated
 
+from expandr_jax.ranking.listwise import ListwiseSettings
 from expandr_jax.ranking.rerank import RerankSettings
 from expandr_jax.settings import MANY, SHARE, TEXT, count, several
 
@@ -27,4 +28,5 @@ class EvaluationSettings:
     sample_depth: Annotated[int, count(1)]
     drop_identical_ids: bool
     rerank: RerankSettings
+    listwise: ListwiseSettings
     splade: SpladeSettings

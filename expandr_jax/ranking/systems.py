@@ -9,7 +9,7 @@
     LEAF+F    feedback: the query's vector, or for BM25 the weights of its words, moved towards the
               documents that LEAF finds first
     F:A:B     a fusion of all systems that follow
-    R:A       A's documents ranked again
+    R:A       A's first documents ranked again: by rerank, or by listwise, the untrained generator
 
 expandr-gated and expandr-gated-after are, of each query, expandr-plain or expandr, as a gate says
 (expandr_jax/ranking/gate.py).
@@ -22,15 +22,20 @@ expandr_jax/expansion/strategies.py.
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.gate_features import GATES
+from expandr_jax.ranking.listwise import LISTWISE, ListPrompts, check_listwise
 from expandr_jax.ranking.rerank import RERANKERS, named_hashes
 from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
 from expandr_jax.weights.sparse_encoder import load_sparse_encoder
+
+if TYPE_CHECKING:
+    from expandr_jax.models.generator import Generator
 
 BM25 = "bm25"
 SPLADE = "splade"
@@ -41,6 +46,7 @@ ALL_LABELS = "fine-tuned-all"  # Trained, plain, on the queries of step A and of
 OURS = "expandr"  # The row that others are compared with, and the retriever that is ranked by.
 DISTILLED, CONTROL = "expandr-distilled", "expandr-distilled-control"
 QUERY_TOWERS = (DISTILLED, CONTROL)  # They encode queries alone, and search `OURS`'s documents.
+AGAIN = (*RERANKERS, LISTWISE)  # Stages that rank the first documents of a system again.
 EXPANSION = "expansion"  # The strategy, template and limits of the config's `expansion` section.
 
 
@@ -55,7 +61,7 @@ class System:
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
-        stage: A key of `FUSIONS`, `FEEDBACKS`, `WORD_FEEDBACKS` or `RERANKERS`, or one of `GATES`;
+        stage: A key of `FUSIONS`, `FEEDBACKS` or `WORD_FEEDBACKS`, or one of `AGAIN` or `GATES`;
             None for a leaf.
         parts: What the stage works on; of a gate the plain row, the expanded one and BM25.
         weighing: How BM25 weighs the words of a leaf's queries, a key of `WEIGHINGS`.
@@ -88,14 +94,15 @@ class System:
 
     @property
     def generators(self) -> frozenset[str]:
-        """Whoever writes for its leaves, of queries or documents."""
+        """Whoever writes for it: of queries or documents, or orders of these."""
         of_queries = {leaf.generator for leaf in self.leaves if leaf.generator}
-        return frozenset(of_queries | {BASE for leaf in self.leaves if leaf.documents})
+        asked = any(part.documents or part.stage == LISTWISE for part in self.with_parts())
+        return frozenset(of_queries | ({BASE} if asked else set()))
 
     @property
     def is_chosen(self) -> bool:
         """Whether there is a choice in it: of its expansions, weights, depth or gate."""
-        return self.strategy is not None or self.stage in (*WEIGHED, *GATES, *RERANKERS)
+        return self.strategy is not None or self.stage in (*WEIGHED, *GATES, *AGAIN)
 
     @property
     def writer(self) -> str:
@@ -161,6 +168,8 @@ def check_stages(systems: Sequence[System], settings: EvaluationSettings) -> Non
     """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
     for stage in _rerankers(systems):
         RERANKERS[stage].check(settings.rerank)
+    if _stages(systems) & {LISTWISE}:
+        check_listwise(settings.listwise)
     if any(SPLADE in system.retrievers for system in systems):
         check_sparse(settings.splade)
 
@@ -186,9 +195,22 @@ def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dic
     return hashes
 
 
+def check_prompts(systems: Sequence[System], generator: "Generator", config: Any) -> None:
+    """Refuses, by a UserError, lists of passages that the generator's prompts have no room for.
+
+    `config` is the whole config.
+    """
+    if _stages(systems) & {LISTWISE}:
+        ListPrompts(generator, config.evaluation.listwise, config.generator.prompt_buckets)
+
+
 def _rerankers(systems: Sequence[System]) -> list[str]:
-    stages = {part.stage for system in systems for part in system.with_parts()}
+    stages = _stages(systems)
     return [stage for stage in RERANKERS if stage in stages]
+
+
+def _stages(systems: Sequence[System]) -> set[str | None]:
+    return {part.stage for system in systems for part in system.with_parts()}
 
 
 def row_of_round(round_: int) -> System:
@@ -227,7 +249,7 @@ def _differ_by_ours(one: System, other: System) -> bool:
 def _parse(words: Sequence[str], whole: str) -> tuple[System, Sequence[str]]:
     """The system that begins with the first of some words, and the words that are left."""
     stage, rest = words[0], words[1:]
-    if stage in RERANKERS:
+    if stage in AGAIN:
         if not rest:
             raise UserError(f"system {whole!r}: expected a system to rank again, {stage}:dense")
         part, left = _parse(rest, whole)
@@ -260,7 +282,7 @@ def _parse_leaf(name: str) -> System:
     where, plus, method = name.partition("+")
     base, at, documents = where.partition("@")
     if base not in RETRIEVERS:
-        known = ", ".join((*RETRIEVERS, *ROWS, *FUSIONS, *RERANKERS))
+        known = ", ".join((*RETRIEVERS, *ROWS, *FUSIONS, *AGAIN))
         raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
     strategies = (*STRATEGIES, EXPANSION)
     if plus and method not in strategies:

@@ -85,6 +85,9 @@ ABSENT: dict[str, Any] = {
     "evaluation.rerank": {
         "source": "", "depth": 100, "depths": [], "max_length": 512, "rows": 32,
     },
+    "evaluation.listwise": {
+        "depth": 20, "depths": [], "window": 10, "stride": 5, "passage_tokens": 100,
+    },
     # Older runs searched by the index, whatever it missed; what is left of them is exact.
     "search.evaluation": "exact",
     "search.exact": {"block_rows": 8192, "query_rows": 1024, "resident_mib": 512},
