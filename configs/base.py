@@ -49,7 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     retriever.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
-    retriever.pooling = ""  # "mean", "cls", "last", "decoder" or "splade"; "": as its files say.
+    # "mean", "cls", "last", "block" (of eight tokens, as LLaRA's), "decoder" or "splade".
+    retriever.pooling = ""  # From token vectors to the text's; "": as its files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.bidirectional = False  # A decoder is read without its causal mask; or its files say.
     retriever.end_token = False  # The end-of-text token stands behind each text; or its files say.
@@ -103,6 +104,20 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.combine = "mean"  # When a system is ranked; step A and rewards have the mean.
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
+
+    # train.retriever, before step A: the blocks of a decoder (retriever.pooling "block") learn from
+    # documents alone which words a passage has, and which the one that follows it (LLaRA).
+    config.llara = llara = ml_collections.ConfigDict()
+    llara.epochs = 0.0  # Passes over the pairs; 0: the stage is left out.
+    llara.passage_words = 32  # Words of a passage, half of a text that is shorter than two.
+    llara.pairs = 100_000  # Pairs at most, drawn by the seed; 0: all.
+    llara.batch_size = 32  # Pairs a batch.
+    llara.accumulation = 1  # Batches an update, by their mean gradient.
+    llara.learning_rate = 1e-5  # Peak.
+    llara.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
+    llara.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
+    llara.clip_norm = 1.0  # Greatest norm of the gradient.
+    llara.save_every = 100  # Updates between checkpoints.
 
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
     contrastive.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.

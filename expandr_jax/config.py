@@ -16,6 +16,7 @@ from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
+from expandr_jax.objectives.llara import LlaraSettings
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.settings import (
     ContrastiveSettings,
@@ -67,6 +68,7 @@ class Config:
     generator: GeneratorSettings
     lora: LoraConfig
     expansion: ExpansionSettings
+    llara: LlaraSettings
     contrastive: ContrastiveSettings
     mining: MiningSettings
     candidates: CandidatesSettings
@@ -221,6 +223,9 @@ def _check(config: Config) -> None:
         )
     if step_a.curriculum and step_a.length_window:
         raise _refuse(config, "contrastive.length_window", "0, as contrastive.curriculum is set")
+    if config.llara.epochs and step_a.query_likelihood_weight:
+        expected = "0, as llara.epochs is above 0: vectors are of eight tokens, not of the end's"
+        raise _refuse(config, "contrastive.query_likelihood_weight", expected)
     # The first update would raise a learned temperature to its floor, whatever the gradient says.
     if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
         raise _refuse(

@@ -49,6 +49,11 @@ def load_models(config: Config, progress: Callable[[int], None]) -> Models:
             "retriever.pooling is 'splade', for train.retriever alone; a sparse encoder that "
             "systems search by is evaluation.splade.source"
         )
+    if config.llara.epochs:
+        raise UserError(
+            "llara.epochs is above 0, for train.retriever alone; take its export/retriever as "
+            "retriever.source"
+        )
     retriever = load_retriever_model(config)
     progress(1)
     generator = load_generator_model(config)
@@ -62,9 +67,9 @@ def load_retriever_model(config: Config) -> RetrieverModel:
     """The config's retriever; errors as of `load_models`."""
     source = config.retriever
     mesh = phase_mesh(config.mesh, "contrastive")
-    likelihood = config.contrastive.query_likelihood_weight > 0
+    foretells = config.contrastive.query_likelihood_weight > 0 or config.llara.epochs > 0
     retriever, params = _load_retriever(
-        source, mesh=mesh, dtype=source.weights, with_head=likelihood
+        source, mesh=mesh, dtype=source.weights, with_head=foretells
     )
     if (lora := config.contrastive.lora).rank:
         if source.pooling == SPLADE:

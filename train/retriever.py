@@ -60,6 +60,8 @@ from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
+from train.llara import PHASE as LLARA
+from train.llara import train_blocks
 from train.triples import dev_of, say_leaks, triples_of
 
 
@@ -231,12 +233,16 @@ def train_on_triples(
 
         return run.processes.once(measure)
 
+    params = models.retriever_params
+    if config.llara.epochs:
+        with run.phase(LLARA):
+            params = train_blocks(run, models, triples)
     file = os.path.basename(config.data.path or config.data.url)
     with run.phase("retriever"):
         params = train_retriever(
             run,
             models,
-            models.retriever_params,
+            params,
             examples,
             phase="retriever",
             round_=0,

@@ -36,3 +36,25 @@ def response_sums(
     sums = [jnp.sum(jnp.where(mine, log_probs, 0.0), axis=1) for mine in own]
     tokens = [jnp.sum(mine, axis=1).astype(jnp.float32) for mine in own]
     return jnp.stack(sums, axis=1), jnp.stack(tokens, axis=1)
+
+
+def bag_of_words_loss(logits: jax.Array, words: jax.Array, given: jax.Array) -> jax.Array:
+    """How well a block of tokens, together, foretells which words a text has.
+
+    Of the block's rows each word's greatest logit counts; the loss is the mean of -log softmax of
+    these over the text's words, in float32.
+
+    Args:
+        logits: [..., rows, vocab].
+        words: [..., count] int32, each word of the text once.
+        given: [..., count] bool, False where there are no more.
+
+    Returns:
+        [...] float32; 0 for a text without words.
+
+    References:
+        LLaRA, arXiv 2312.15503; its code leaves stop words out and divides by 10.
+    """
+    log_probs = token_log_probs(jnp.max(logits.astype(jnp.float32), axis=-2)[..., None, :], words)
+    total = jnp.sum(jnp.where(given, log_probs, 0.0), axis=-1)
+    return -total / jnp.maximum(jnp.sum(given, axis=-1), 1)

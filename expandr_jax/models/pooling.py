@@ -6,9 +6,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+BLOCK = 8  # Tokens at a text's end that a block has (LLaRA, arXiv 2312.15503).
 # "decoder" is for encoder-decoders: their only output is the decoder's first position; "splade" for
 # `SpladeEncoder`, which pools by itself.
-Pooling = Literal["mean", "cls", "last", "decoder", "splade"]
+Pooling = Literal["mean", "cls", "last", "decoder", "splade", "block"]
 
 DENSE_ACTIVATIONS = {"identity": lambda x: x, "tanh": jnp.tanh}
 
@@ -19,7 +20,8 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     Args:
         hidden: [batch, length, width].
         mask: [batch, length], 1 for real tokens.
-        kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last;
+        kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last, "block"
+            for the mean of the last `BLOCK`;
             "decoder" for `hidden` of length one, which the mask does not concern; "splade" for
             what is [batch, width] already.
 
@@ -33,8 +35,11 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         return hidden.astype(jnp.float32)
     if kind == "decoder":
         return hidden[:, 0].astype(jnp.float32)
-    if kind == "mean":
-        weights = mask.astype(jnp.float32)
+    if kind in ("mean", "block"):
+        weights = (mask > 0).astype(jnp.float32)
+        if kind == "block":
+            left = jnp.cumsum(weights[:, ::-1], axis=1)[:, ::-1]  # Real tokens from here on.
+            weights = weights * (left <= BLOCK)
         total = jnp.einsum("btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32)
         return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     if kind == "cls":
@@ -42,7 +47,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
     elif kind == "last":
         place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     else:
-        raise ValueError(f"unknown pooling {kind!r}: mean, cls, last, decoder or splade")
+        raise ValueError(f"unknown pooling {kind!r}: mean, cls, last, block, decoder or splade")
     found = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     return jnp.where(jnp.any(mask > 0, axis=1, keepdims=True), found, 0.0)
 

@@ -32,6 +32,8 @@ class Retriever:
         files: The `ModelFiles` that it is from: an export keeps what its config.json says.
         query_length: Longest query in tokens, its prompt and special ones included; 0: as the
             others.
+        query_suffix: Token ids behind each query, which are never cut.
+        document_suffix: The same of documents and passages.
         dense: Activations of the layers between pooling and normalisation; the parameters of each
             are `params[dense_name(number)]`.
     """
@@ -46,6 +48,8 @@ class Retriever:
     files: Any
     dense: tuple[str, ...] = ()
     query_length: int = 0
+    query_suffix: tuple[int, ...] = ()
+    document_suffix: tuple[int, ...] = ()
 
     @functools.cached_property
     def identity(self) -> str:
@@ -57,6 +61,8 @@ class Retriever:
         added = [] if lora is None else [lora.scale]
         if self.query_length:
             added.append(["query_length", self.query_length])
+        if self.query_suffix or self.document_suffix:
+            added.append(["suffixes", self.query_suffix, self.document_suffix])
         return hash_json([module_identity(self.module), tokenizer, prompts, ends, *added])
 
     def prompt(self, kind: Kind) -> str:
@@ -73,7 +79,7 @@ class Retriever:
 
         Args:
             texts: Any strings; white space around them counts, as the tokenizer has it.
-            kind: Decides the prompt before each text, and its length; None: no prompt.
+            kind: Decides what stands before and behind each text, and its length; None: nothing.
             cut: Called with how many of the texts are too long.
 
         Returns:
@@ -87,10 +93,11 @@ class Retriever:
             return []
         prompt = self.prompt(kind) if kind else ""
         shorter = self.query_length if kind == "query" else 0
+        suffix = {"query": self.query_suffix, "document": self.document_suffix}.get(kind, ())
         encoded = self.tokenizer(
             [prompt + text for text in texts],
             truncation=True,
-            max_length=min(self.max_length, shorter or self.max_length),
+            max_length=min(self.max_length, shorter or self.max_length) - len(suffix),
             return_attention_mask=False,
             return_token_type_ids=False,
         )
@@ -100,7 +107,7 @@ class Retriever:
                 lost = [len(row.overflowing) for row in encoded.encodings]
             cut(sum(map(bool, lost)))
         check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
-        return encoded["input_ids"]
+        return [[*ids, *suffix] for ids in encoded["input_ids"]] if suffix else encoded["input_ids"]
 
     def embed(
         self,

@@ -1,12 +1,9 @@
-"""Query likelihood: a document's end token has to foretell the document's query (LLM-QL).
+"""LLM-QL (arXiv 2504.05216): a document's end token has to foretell the document's query.
 
 A decoder reads the document and then the query, whose tokens see of the document its end token
 alone. What they are foretold by has to be in that token's states then, and the last of these is the
 document's vector. Part of the document's words are blanks, so that it cannot be copied. The
 released code learns the document's own tokens, too; here the query's alone are learned.
-
-References:
-    LLM-QL, arXiv 2504.05216, section 3.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.token_ids import check_ids
 from expandr_jax.sharding import device_put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
+from expandr_jax.weights.blocks import ASKED, suffix_ids, with_blocks
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import find_family, model_config
 from expandr_jax.weights.families.family import Family
@@ -114,11 +115,16 @@ def load_retriever(
     pooling = pooling or settings.pooling
     if (pooling == "decoder") != (family.pooling == "decoder"):
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
+    files = with_blocks(files) if pooling == "block" else files
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
     if end_token:
         end_texts(tokenizer, files.config.where)
-    check_length(str(path), tokenizer, config, max_length, query_length)
+    suffixes: dict[str, tuple[int, ...]] = {}
+    if pooling == "block":
+        suffixes = {f"{kind}_suffix": suffix_ids(tokenizer, kind) for kind in ASKED}
+    behind = max(map(len, suffixes.values()), default=0)
+    check_length(str(path), tokenizer, config, max_length, query_length, behind)
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
@@ -152,6 +158,7 @@ def load_retriever(
         files=files,
         dense=tuple(activation for activation, _ in settings.dense),
         query_length=query_length,
+        **suffixes,
     )
     return retriever, params
 
@@ -221,11 +228,19 @@ def _unmasked(files: ModelFiles, family: Family) -> ModelFiles:
 
 
 def check_length(
-    where: str, tokenizer: Any, config: Any, max_length: int | None, query_length: int
+    where: str,
+    tokenizer: Any,
+    config: Any,
+    max_length: int | None,
+    query_length: int,
+    behind: int = 0,
 ) -> None:
-    """Refuses lengths that no text fits into, and a tokenizer of other tokens than the model's."""
+    """Refuses lengths that no text fits into, and a tokenizer of other tokens than the model's.
+
+    `behind`: tokens of a text beside those that the tokenizer adds.
+    """
     check_ids(tokenizer, (specials := tokenizer([""])["input_ids"]), config.vocab_size)
-    added = len(specials[0])
+    added = len(specials[0]) + behind
     for name, most in (("max_length", max_length), ("query_length", query_length)):
         if most and most <= added:
             # The tokenizer would cut nothing.

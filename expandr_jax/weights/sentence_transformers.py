@@ -22,7 +22,8 @@ _POOLING = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
-_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+# The last is our own, which sentence-transformers refuses: it puts nothing behind texts.
+_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last", "block": "block"}
 _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.Tanh": "tanh",
@@ -359,6 +360,8 @@ def write_settings(directory: Path, retriever: Retriever) -> list[Path]:
     ]
     pooling: dict[str, Any] = {"word_embedding_dimension": retriever.module.config.hidden_size}
     pooling |= {key: kind == retriever.pooling for key, kind in _POOLING.items()}
+    if retriever.pooling == "block":
+        pooling["pooling_mode"] = "block"
     prompts = {"query": retriever.query_prompt, "document": retriever.document_prompt}
     files = {
         "modules.json": listing,

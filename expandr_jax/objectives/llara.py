@@ -1,0 +1,178 @@
+"""A decoder learns from texts alone to say in eight states what they say (LLaRA, arXiv 2312.15503).
+
+Behind a passage stand two blocks, which see the passage and themselves and not each other. The
+first is to foretell the passage's own words, the second those of the passage that follows it: these
+blocks are what step A then reads passages and queries by (`pooling.BLOCK`). The released code adds
+the usual loss of the next token, which is left out here.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from expandr_jax.data.batches import batch_indices, pad
+from expandr_jax.losses.language import bag_of_words_loss
+from expandr_jax.models.mask import Mask
+from expandr_jax.models.pooling import BLOCK
+from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.trained import Frozen, adapter_step, joined, placed
+from expandr_jax.settings import MANY, NotNegative, Positive, count, number
+from expandr_jax.training.setup import TrainingSetup, set_up
+from expandr_jax.training.train_state import TrainState
+
+TEXTS = ("own", "next")  # Whose words each block foretells.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlaraSettings:
+    """The section `llara`, of the stage before step A."""
+
+    epochs: Annotated[float, number(least=0, most=MANY)]
+    passage_words: Annotated[int, count(1)]
+    pairs: Annotated[int, count(0)]
+    batch_size: Annotated[int, count(1)]
+    accumulation: Annotated[int, count(1, MANY)]
+    learning_rate: Positive
+    warmup_steps: Annotated[int, count(0)]
+    weight_decay: NotNegative
+    clip_norm: Positive
+    save_every: Annotated[int, count(1)]
+
+
+def passage_pairs(texts: Iterable[str], words: int) -> Iterator[tuple[str, str]]:
+    """Each passage of the texts with the one that follows it in the same text.
+
+    Passages have so many words, or half of a text's where it has fewer than two of them; the last
+    one of a text may be shorter. A text of one word has no pair.
+    """
+    for text in texts:
+        every = text.split()
+        size = min(words, -(-len(every) // 2))
+        starts = range(0, len(every), max(size, 1))
+        passages = (" ".join(every[start : start + size]) for start in starts)
+        yield from itertools.pairwise(passages)
+
+
+@dataclasses.dataclass(frozen=True)
+class LlaraBatches:
+    """The batches of the stage; each is a function of the seed and the step's number alone.
+
+    Attributes:
+        pairs: From `passage_pairs`.
+        retriever: Reads them.
+        batch_size: Pairs a batch.
+        seed: What the order depends on.
+    """
+
+    pairs: Sequence[tuple[str, str]]
+    retriever: Retriever
+    batch_size: int
+    seed: int
+
+    def indices(self, number: int) -> np.ndarray:
+        """Which pairs a step has."""
+        return batch_indices(self.seed, number, len(self.pairs), self.batch_size)
+
+    def batch(
+        self, number: int, rows: np.ndarray | slice = slice(None)
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Some rows of a step's arrays, padded as all are, and tokens of all.
+
+        Of the arrays "tokens", "positions" and "segments" are [rows, length] int32: a passage, 1,
+        the first block, 2, and the second, 3, which is where it would be without the first; 0 is
+        padding. "places" [rows, 2 * BLOCK] are those of the blocks' own tokens, "words" and "given"
+        [2 * rows, count] the words of passages and of what follows, a pair's side by side.
+        """
+        retriever = self.retriever
+        pairs = [self.pairs[i] for i in self.indices(number)]
+        behind = retriever.document_suffix, retriever.query_suffix
+        texts = [
+            ids[: -len(behind[0])]
+            for ids in retriever.token_ids([own for own, _ in pairs], "document")
+        ]
+        both = [text for pair in pairs for text in pair]
+        found = retriever.tokenizer(both, add_special_tokens=False)["input_ids"]
+        words, given = pad([sorted({*ids}) for ids in found], 0)
+        sizes = [*map(len, behind)]
+        parts = {
+            "tokens": [[*ids, *behind[0], *behind[1]] for ids in texts],
+            "positions": [
+                [*range(len(ids) + sizes[0]), *range(len(ids), len(ids) + sizes[1])]
+                for ids in texts
+            ],
+            "segments": [[1] * len(ids) + [2] * sizes[0] + [3] * sizes[1] for ids in texts],
+        }
+        padding = {"tokens": retriever.tokenizer.pad_token_id, "positions": 0, "segments": 0}
+        arrays = {name: pad(part, padding[name])[0] for name, part in parts.items()}
+        ends = np.array([[len(ids) + sizes[0], len(ids) + sum(sizes)] for ids in texts])
+        places = ends[..., None] + np.arange(-BLOCK, 0)
+        arrays["places"] = places.reshape(len(texts), -1).astype(np.int32)
+        arrays = {name: array[rows] for name, array in arrays.items()}
+        for name, array in (("words", words), ("given", given > 0)):
+            arrays[name] = array.reshape(len(texts), 2, -1)[rows].reshape(-1, array.shape[1])
+        return arrays, np.array([len(ids) for ids in parts["tokens"]], np.int32)
+
+
+def llara_losses(
+    params: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    *,
+    retriever: Retriever,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """`bag_of_words_loss` of both blocks: [rows, 2] float32, as `TEXTS` has them.
+
+    Args:
+        params: As of `Retriever.embed`, with the head.
+        batch: From `LlaraBatches`.
+        retriever: Pooled by "block".
+        dropout_key: Turns dropout on.
+    """
+    mask = Mask(batch["segments"], causal=True, responses=2)
+    inputs = batch["tokens"], batch["positions"], mask
+    hidden = retriever.states(params, *inputs, dropout_key=dropout_key)
+    states = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    shape = len(states), 2, -1
+    logits = retriever.logits(params, states).reshape(*shape[:2], BLOCK, -1)
+    return bag_of_words_loss(logits, batch["words"].reshape(shape), batch["given"].reshape(shape))
+
+
+def llara_step(
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    key: jax.Array | None = None,
+    *,
+    retriever: Retriever,
+    optimizer: optax.GradientTransformation,
+    frozen: Frozen = (),
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update: (state, batch, key) -> (state, metrics), dropout drawn from (key, step)."""
+    key = None if key is None else jax.random.fold_in(key, state.step)
+
+    def mean_loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        model = joined(frozen, params)
+        means = jnp.mean(llara_losses(model, batch, retriever=retriever, dropout_key=key), axis=0)
+        return jnp.sum(means), means
+
+    (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics |= {f"{text}_words": mean for text, mean in zip(TEXTS, means, strict=True)}
+    return state.apply(grads, optimizer), metrics
+
+
+def llara_setup(
+    mesh: Mesh, retriever: Retriever, params: Any, optimizer: optax.GradientTransformation
+) -> TrainingSetup:
+    """Sets the stage up; the retriever is from `training_retriever`, with parameters or shapes."""
+    held, trained, shardings = placed(mesh, retriever, params)
+    step = adapter_step(llara_step) if held else llara_step
+    step = functools.partial(step, retriever=retriever)
+    return set_up(mesh, step, trained, shardings, optimizer, *held)

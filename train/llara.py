@@ -1,0 +1,102 @@
+"""The stage before step A in which a decoder learns what its blocks say of a text (LLaRA)."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from expandr_jax.data.triples import Triple
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
+from expandr_jax.objectives.llara import LlaraBatches, llara_setup, passage_pairs
+from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
+from expandr_jax.pair import RetrieverModel
+from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
+from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
+from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.loop import fit
+from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+
+PHASE = "llara"
+
+
+def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) -> Any:
+    """The retriever's parameters after the stage, as each process can read them all.
+
+    Args:
+        run: The workdir; checkpoints go to checkpoints/llara.
+        models: The retriever's module and mesh.
+        triples: Their documents are learned from, each once; no query is.
+
+    Raises:
+        UserError: The retriever has no blocks, there are too few texts, or training diverges.
+    """
+    settings, seed, mesh = run.config.llara, run.config.seed, models.contrastive_mesh
+    step_a, size = run.config.contrastive, settings.batch_size
+    retriever = training_retriever(models.retriever, step_a)
+    if retriever.pooling != "block":
+        raise UserError(
+            f"llara.epochs is {settings.epochs}, but the retriever's pooling is "
+            f"{retriever.pooling!r}; expected retriever.pooling 'block'"
+        )
+    check_batch_size("llara.batch_size", size, mesh)
+    texts = [*dict.fromkeys(text for t in triples for text in (*t.positives, *t.negatives))]
+    drawn = (texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
+    every = passage_pairs(drawn, settings.passage_words)
+    pairs = [*itertools.islice(every, settings.pairs or None)]
+    if len(pairs) < size:
+        raise UserError(
+            f"{len(pairs)} pairs of passages do not fill one batch of {size}; lower "
+            "llara.batch_size or llara.passage_words"
+        )
+    run.reporter.say(f"{PHASE}: {len(pairs)} pairs of passages, of {len(texts)} documents")
+    batches = LlaraBatches(pairs, retriever, size, seed)
+    updates = count_updates(settings, len(pairs) // size)
+    steps = updates * settings.accumulation
+    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    params = models.retriever_params
+    setup = llara_setup(mesh, retriever, params, optimizer)
+    held, trained = divided(retriever, params, seed)
+    frozen = device_put(held, setup.frozen)
+    rows = rows_here(mesh, size)
+    key = jax.random.key(seed) if drops_out(retriever, step_a) else None
+    identity = {
+        "model": models.retriever_hash,
+        "settings": hash_json(dataclasses.asdict(settings)),
+        "pairs": hash_json(pairs),
+        "retriever": retriever.identity,
+        "steps": steps,
+    }
+
+    @functools.cache
+    def flops(length: int) -> int:
+        passes = FROZEN if held else TRAINING
+        return passes * forward_flops(retriever.module, params, 1, length)
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        arrays, tokens = batches.batch(step, rows)
+        names = [f"pair {i}" for i in batches.indices(step)]
+        contents = Contents(names, int(tokens.sum()), sum(map(flops, tokens.tolist())))
+        if run.processes.count > 1:  # Each has made the rows of its own devices.
+            arrays = device_put_rows(arrays, mesh, rows, size)
+        return arrays, contents
+
+    state = fit(
+        run.training_log(PHASE, 0),
+        setup.create(device_put(trained, setup.shardings.params)),
+        lambda state, batch: setup.step(state, *frozen, batch, key),
+        batch,
+        first_step=0,
+        steps=steps,
+        checkpoints=Checkpoints(
+            run.checkpoints(PHASE), identity, agree=run.processes.all, keep=1, keep_period=steps
+        ),
+        save_every=settings.save_every * settings.accumulation,
+    )
+    return joined(held, whole(state.params))
