@@ -49,8 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
     retriever.source = ""  # Directory, hub id, or "package:NAME/PATH".
     retriever.shape = ""  # train.plan: a config.json of the model; "": the source's own.
     retriever.sha256 = placeholder(str)  # The weights file's sha256; none or "": not checked.
-    # "mean", "cls", "last", "block" (of eight tokens, as LLaRA's), "decoder" or "splade".
-    retriever.pooling = ""  # From token vectors to the text's; "": as its files say.
+    retriever.pooling = ""  # "mean", "cls", "last", "block", "decoder", "splade"; "": as files say.
     retriever.normalize = placeholder(bool)  # Vectors to unit length; none: as its files say.
     retriever.bidirectional = False  # A decoder is read without its causal mask; or its files say.
     retriever.end_token = False  # The end-of-text token stands behind each text; or its files say.
@@ -105,19 +104,10 @@ def get_config() -> ml_collections.ConfigDict:
     expansion.train_samples = 1  # Expansions of each training query; 0: step A is plain.
     expansion.strip_train_lead_ins = True  # The released code keeps "Here is a passage ..." here.
 
-    # train.retriever, before step A: the blocks of a decoder (retriever.pooling "block") learn from
-    # documents alone which words a passage has, and which the one that follows it (LLaRA).
-    config.llara = llara = ml_collections.ConfigDict()
-    llara.epochs = 0.0  # Passes over the pairs; 0: the stage is left out.
+    config.llara = llara = ml_collections.ConfigDict()  # LLaRA's stage before train.retriever's.
+    llara.epochs = 0.0  # Passes over pairs of passages; 0: none. The rest as in step A.
     llara.passage_words = 32  # Words of a passage, half of a text that is shorter than two.
     llara.pairs = 100_000  # Pairs at most, drawn by the seed; 0: all.
-    llara.batch_size = 32  # Pairs a batch.
-    llara.accumulation = 1  # Batches an update, by their mean gradient.
-    llara.learning_rate = 1e-5  # Peak.
-    llara.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
-    llara.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
-    llara.clip_norm = 1.0  # Greatest norm of the gradient.
-    llara.save_every = 100  # Updates between checkpoints.
 
     config.contrastive = contrastive = ml_collections.ConfigDict()  # Step A.
     contrastive.compute_dtype = "float32"  # "float32" or "bfloat16"; weights stay in float32.
@@ -155,9 +145,8 @@ def get_config() -> ml_collections.ConfigDict:
     # FLOPS terms, which make splade's vectors sparse: the sum of squared means of each component.
     contrastive.flops_query_weight = 0.0  # Weight of the queries' term.
     contrastive.flops_document_weight = 0.0  # Weight of the documents' term.
-    # LLM-QL, of decoders: the end token of a document is to foretell the query.
-    contrastive.query_likelihood_weight = 0.0  # Weight of its negative log-likelihood a token.
-    contrastive.query_likelihood_mask = True  # The query sees of the document that token alone.
+    contrastive.query_likelihood_weight = 0.0  # Weight of LLM-QL's loss, nats a token; of decoders.
+    contrastive.query_likelihood_mask = True  # The query sees of the document its end token alone.
     contrastive.query_likelihood_corruption = 0.6  # Share of the document's words left blank.
     contrastive.dimensions = ()  # Matryoshka: the loss's mean over vectors cut to these lengths.
     contrastive.eval_every = 100  # Updates between evaluations on train.retriever's data.dev.
@@ -220,9 +209,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dpo = dpo = ml_collections.ConfigDict()  # Step B, training.
     dpo.loss = "sigmoid"  # step_b="dpo": "sigmoid", "hinge", "ipo", "robust" or "simpo".
-    dpo.reward_temperature = (
-        0.5  # reward-sft: in units of the reward; near 0 the best alone counts.
-    )
+    dpo.reward_temperature = 0.5  # reward-sft: in the reward's units; near 0 the best alone counts.
     dpo.beta = 0.1  # Strength of the tie to the reference.
     # "base", as in the paper; "start": the model that the round begins with, after a warm start.
     dpo.reference = "base"  # What the log-probabilities of pairs are compared with.

@@ -26,7 +26,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.contrastive.micro_batch = 8
     config.contrastive.learning_rate = 2e-4
     config.contrastive.warmup_steps = 8
-    config.llara.batch_size = 8
-    config.llara.accumulation = 4
-    config.llara.learning_rate = 2e-4
     return config

@@ -77,7 +77,7 @@ def slopes(tiny, batch, block):
     return np.abs(grads["embedding"]).max(axis=1)
 
 
-@pytest.mark.parametrize("block", [0, 1])
+@pytest.mark.parametrize("block", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_blocks_see_the_text_and_not_each_other(tiny, batch, block):
     tokenizer = tiny[0].tokenizer
     kinds = list(ASKED)
@@ -91,6 +91,7 @@ def test_blocks_see_the_text_and_not_each_other(tiny, batch, block):
     assert (counts[other] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_block_has_the_states_that_step_a_reads_it_by(tiny, batch):
     """It stands where it would without the other."""
     retriever, params = tiny
@@ -215,7 +216,7 @@ def test_rows_are_those_of_the_whole_batch(tiny):
 def blocks_config(directory, **settings):
     config = llama_config(directory, **settings)
     config.retriever.update({"end_token": False, "pooling": "block", "max_length": 64})
-    config.llara.update({"epochs": 4.0, "batch_size": 16, "learning_rate": 1e-2})
+    config.llara.epochs = 8.0
     return config
 
 
@@ -228,7 +229,7 @@ def write_triples(directory):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_learns_both_stages_and_its_export_loads(tmp_path, rank):
     write_triples(tmp_path)
-    config = blocks_config(tmp_path, epochs=1.0)
+    config = blocks_config(tmp_path, epochs=1.0, micro_batch=8)
     config.contrastive.lora.rank = rank
     train(config, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -259,10 +260,13 @@ def test_a_run_learns_both_stages_and_its_export_loads(tmp_path, rank):
         ({"retriever.bidirectional": True}, "is for decoders with a causal mask"),
         (
             {"retriever.pooling": "last"},
-            r"llara\.epochs is 4\.0, but the retriever's pooling is 'l",
+            r"llara\.epochs is 8\.0, but the retriever's pooling is 'l",
         ),
         ({"retriever.max_length": 20}, "max_length is 20; expected more than the "),
-        ({"llara.batch_size": 4096}, "pairs of passages do not fill one batch of 4096; lower"),
+        (
+            {"contrastive.batch_size": 4096},
+            "pairs of passages do not fill one batch of 4096; lower",
+        ),
         ({"llara.passage_words": 0}, r"llara\.passage_words is 0; expected a whole number"),
         (
             {"contrastive.query_likelihood_weight": 1.0},

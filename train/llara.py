@@ -12,16 +12,18 @@ import numpy as np
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
+from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.llara import LlaraBatches, llara_setup, passage_pairs
 from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
+from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
-from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.training.setup import count_updates, section_optimizer
 
 PHASE = "llara"
 
@@ -37,23 +39,27 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
     Raises:
         UserError: The retriever has no blocks, there are too few texts, or training diverges.
     """
-    settings, seed, mesh = run.config.llara, run.config.seed, models.contrastive_mesh
-    step_a, size = run.config.contrastive, settings.batch_size
+    own, seed, mesh = run.config.llara, run.config.seed, models.contrastive_mesh
+    step_a = run.config.contrastive
+    # Losses of rows are apart from each other, so that a micro-batch is a batch.
+    size = step_a.micro_batch or step_a.batch_size
+    parts = step_a.accumulation * step_a.batch_size // size
+    settings = dataclasses.replace(step_a, epochs=own.epochs, accumulation=parts)
     retriever = training_retriever(models.retriever, step_a)
     if retriever.pooling != "block":
         raise UserError(
             f"llara.epochs is {settings.epochs}, but the retriever's pooling is "
             f"{retriever.pooling!r}; expected retriever.pooling 'block'"
         )
-    check_batch_size("llara.batch_size", size, mesh)
+    check_contrastive_batch(step_a, retriever, models.retriever_params, mesh, len(triples))
     texts = [*dict.fromkeys(text for t in triples for text in (*t.positives, *t.negatives))]
     drawn = (texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
-    every = passage_pairs(drawn, settings.passage_words)
-    pairs = [*itertools.islice(every, settings.pairs or None)]
+    every = passage_pairs(drawn, own.passage_words)
+    pairs = [*itertools.islice(every, own.pairs or None)]
     if len(pairs) < size:
         raise UserError(
             f"{len(pairs)} pairs of passages do not fill one batch of {size}; lower "
-            "llara.batch_size or llara.passage_words"
+            "llara.passage_words or contrastive.batch_size"
         )
     run.reporter.say(f"{PHASE}: {len(pairs)} pairs of passages, of {len(texts)} documents")
     batches = LlaraBatches(pairs, retriever, size, seed)
@@ -68,7 +74,7 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
     key = jax.random.key(seed) if drops_out(retriever, step_a) else None
     identity = {
         "model": models.retriever_hash,
-        "settings": hash_json(dataclasses.asdict(settings)),
+        "settings": hash_json([dataclasses.asdict(own), identity_of("contrastive", settings)]),
         "pairs": hash_json(pairs),
         "retriever": retriever.identity,
         "steps": steps,

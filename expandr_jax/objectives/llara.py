@@ -24,7 +24,7 @@ from expandr_jax.models.mask import Mask
 from expandr_jax.models.pooling import BLOCK
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.trained import Frozen, adapter_step, joined, placed
-from expandr_jax.settings import MANY, NotNegative, Positive, count, number
+from expandr_jax.settings import MANY, count, number
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 
@@ -33,18 +33,11 @@ TEXTS = ("own", "next")  # Whose words each block foretells.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlaraSettings:
-    """The section `llara`, of the stage before step A."""
+    """The section `llara`, of the stage before step A; the rest is as there."""
 
     epochs: Annotated[float, number(least=0, most=MANY)]
     passage_words: Annotated[int, count(1)]
     pairs: Annotated[int, count(0)]
-    batch_size: Annotated[int, count(1)]
-    accumulation: Annotated[int, count(1, MANY)]
-    learning_rate: Positive
-    warmup_steps: Annotated[int, count(0)]
-    weight_decay: NotNegative
-    clip_norm: Positive
-    save_every: Annotated[int, count(1)]
 
 
 def passage_pairs(texts: Iterable[str], words: int) -> Iterator[tuple[str, str]]:

@@ -48,11 +48,7 @@ ABSENT: dict[str, Any] = {
         "temperature": 0.05, "depth": 16, "control": False, "eval_every": 0, "save_every": 100,
     },
     "contrastive.curriculum": False,
-    "llara": {
-        "epochs": 0.0, "passage_words": 32, "pairs": 100_000, "batch_size": 32, "accumulation": 1,
-        "learning_rate": 1e-5, "warmup_steps": 0, "weight_decay": 0.0, "clip_norm": 1.0,
-        "save_every": 100,
-    },
+    "llara": {"epochs": 0.0, "passage_words": 32, "pairs": 100_000},
     "contrastive.flops_query_weight": 0.0,
     "contrastive.flops_document_weight": 0.0,
     "contrastive.query_likelihood_weight": 0.0,
