@@ -263,10 +263,7 @@ def test_a_run_learns_both_stages_and_its_export_loads(tmp_path, rank):
             r"llara\.epochs is 8\.0, but the retriever's pooling is 'l",
         ),
         ({"retriever.max_length": 20}, "max_length is 20; expected more than the "),
-        (
-            {"contrastive.batch_size": 4096},
-            "pairs of passages do not fill one batch of 4096; lower",
-        ),
+        ({"llara.pairs": 9}, "9 pairs of passages do not fill one batch of 16; lower"),
         ({"llara.passage_words": 0}, r"llara\.passage_words is 0; expected a whole number"),
         (
             {"contrastive.query_likelihood_weight": 1.0},
