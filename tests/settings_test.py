@@ -103,7 +103,7 @@ WRONG = [
     ("contrastive.info_nce_weight", 0.0, "or contrastive.query_likelihood_weight above 0"),
     *((f"{model}.sha256", value, "the 64 hexadecimal digits of a sha256, or ''")
       for model in ("retriever", "generator") for value in ("00", 64 * "G", 65 * "0")),
-    ("retriever.pooling", "max", "one of mean, cls, last, decoder, splade, or ''"),
+    ("retriever.pooling", "max", "one of mean, cls, last, decoder, splade, block, or ''"),
     ("retriever.compute_dtype", "int8", "one of float32, bfloat16"),
     ("retriever.vectors", "int4", "one of float32, float16, bfloat16, int8"),
     ("generator.compute_dtype", "int8", "one of float32, bfloat16"),
