@@ -211,8 +211,7 @@ def get_config() -> ml_collections.ConfigDict:
     dpo.loss = "sigmoid"  # step_b="dpo": "sigmoid", "hinge", "ipo", "robust" or "simpo".
     dpo.reward_temperature = 0.5  # reward-sft: in the reward's units; near 0 the best alone counts.
     dpo.beta = 0.1  # Strength of the tie to the reference.
-    # "base", as in the paper; "start": the model that the round begins with, after a warm start.
-    dpo.reference = "base"  # What the log-probabilities of pairs are compared with.
+    dpo.reference = "base"  # What pairs are compared with; "start": as a warm start leaves it.
     dpo.gamma = 0.5  # simpo: margin between the rewards of both, for which beta should be near 2.
     dpo.label_smoothing = 0.0  # Share of pairs, below 0.5, whose chosen text counts as the worse.
     dpo.length_normalized = False  # Mean instead of summed log-probabilities of tokens.
@@ -275,8 +274,7 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.watch_repetitive = 0.5  # Share of repetitive texts above the start's.
     grpo.watch_reward = 1.0  # Below the start's, in deviations within a group at the start.
     grpo.watch_steps = 10  # Steps in turn.
-    # "stop": the program ends with the last good adapter; "back": it goes on from that one with
-    # half the rate.
+    # "stop": it ends with the last good adapter; "back": it goes on from that one at half the rate.
     grpo.on_collapse = "stop"  # What is done then.
 
     config.distill = distill = ml_collections.ConfigDict()  # Expanded queries' vectors, learned.
