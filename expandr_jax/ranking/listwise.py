@@ -108,7 +108,7 @@ def ask_for_order(query: str, passages: Sequence[str]) -> str:
     """The message that asks for the order of passages."""
     return (
         f"{shown(query, passages)}Write the numbers of all {len(passages)} passages, the most "
-        "relevant first, as [2] > [1]."
+        "relevant first, as [1] > [2]."
     )
 
 
