@@ -207,7 +207,9 @@ def base_type(section: GeneratorSettings) -> str:
 
 def sampling_stages(config: Config) -> tuple[str, ...]:
     """Sections of the whole config that sample texts."""
-    return ("expansion", config.rewarded_stage, "answer")
+    before = config.warm_start == "best" or config.demonstrations.prompts
+    also = ("candidates",) if before and config.rewarded_stage != "candidates" else ()
+    return ("expansion", *also, config.rewarded_stage, "answer")
 
 
 def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
@@ -224,7 +226,7 @@ def _check_sampling(config: Config, model: GeneratorModel) -> None:
         settings = config.grpo
         setup = PolicyTrainer(model, settings, policy_optimizer(settings)).setup
         state = setup.shapes(adapter_shapes(model.generator.module, model.generator_params))
-        texts = settings.queries * settings.samples
+        texts = settings.groups * settings.samples
         # It stays while texts are sampled, and so do the engine's weights while it learns.
         beside = {"adapter and optimizer": bytes_on_device(state)}
         _check_engine(config, model, ["grpo"], texts, beside)

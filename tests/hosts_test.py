@@ -77,6 +77,8 @@ def test_on_policy_and_other_systems_have_their_own_rows(paper):
     assert "candidates" not in rows
     assert "corpus, encoded 2 times" in rows
     assert "step A, 2 trainings" in rows
+    together = hosts(with_settings(paper, {**changes, "grpo.documents": 3}))
+    assert together["GRPO"].bytes_network == 4 * rows["GRPO"].bytes_network
 
 
 def test_files_of_a_run_are_as_large_as_planned(smoke):

@@ -10,17 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.generation import engine as engines
 from expandr_jax.generation.engine import Engine
-from expandr_jax.generation.requests import Request
-from expandr_jax.generation.sampler import slots_of_a_process
-from expandr_jax.loading import load_models
+from expandr_jax.generation.requests import Extent, Request
+from expandr_jax.generation.sampler import Sampler, slots_of_a_process
+from expandr_jax.loading import _check_sampling, load_generator_model, load_models
 from expandr_jax.models.decoder import cast_weights
 from expandr_jax.runtime.host_memory import release_memory
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
+from expandr_jax.serving.expansions import SlotSampler
 from expandr_jax.sharding import device_put_shared, make_mesh
 from expandr_jax.weights.hf import load_generator
 from expandr_jax.weights.trees import model_shardings
@@ -78,6 +82,46 @@ def test_a_penalty_of_any_stage_is_in_the_plan_of_a_run(monkeypatch, stage):
         models = load_models(read_config(config), lambda _: None)
     rows = slots_of_a_process(config.generator, models.sampling_mesh) // 8
     assert plans[1] - plans[0] == rows * models.generator.module.config.vocab_size
+
+
+def test_on_policy_all_that_samples_is_in_the_plan_of_a_run(monkeypatch):
+    """The texts of a step's documents, too, and the candidates that a warm start learns from."""
+    config, plans = smoke.get_config(), []
+    monkeypatch.setattr("expandr_jax.loading.check_memory", lambda plan, _: plans.append(plan))
+    config.generator.slots, config.step_b = 64, "grpo"
+    config.reward.update({"positive": 0.0, "answer": 0.0, "corpus": 0.0, "group": 1.0})
+    config.grpo.update({"queries": 4, "samples": 2, "max_new_tokens": 8})
+    config.candidates.max_new_tokens = 100
+    model = load_generator_model(read_config(config))
+
+    def planned(documents=0, warm_start=""):
+        config.grpo.documents, config.warm_start = documents, warm_start
+        _check_sampling(read_config(config), model)
+        before, step = (plan["slots"] for plan in plans[-2:])
+        return before, step
+
+    before, step = planned()
+    assert planned(documents=7) == (before, 8 * step)
+    longer = before * (max(config.generator.prompt_buckets) + 100)
+    most = max(config[stage].max_new_tokens for stage in ("expansion", "answer"))
+    longer //= max(config.generator.prompt_buckets) + most
+    assert planned(warm_start="best") == (longer, step)
+
+
+def test_what_stays_to_answer_questions_keeps_to_the_limit_too():
+    generator, params = load_generator(TINY)
+    config = read_config(smoke.get_config())
+    asked = Extent.of([Request("", 0, (5, 6), 1.0, 1.0, 4)])
+
+    def sampler(limit):
+        settings = dataclasses.replace(config.generator, memory_limit=limit)
+        quiet = Reporter(Console(quiet=True))
+        return Sampler(generator, params, "", make_mesh(), settings, 0, Processes(), quiet)
+
+    assert SlotSampler(sampler(1.0), config.expansion, 8).slots == 8
+    assert sampler(1.0).engine(None, asked).shape.max_new_tokens == 4
+    with pytest.raises(UserError, match=r"sampling needs 0\.000.* and may use 0\.0001"):
+        SlotSampler(sampler(1e-4), config.expansion, 8)
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,11 @@ def test_the_command_ends_with_one_and_says_what_to_change_where_something_does_
     assert not row["fits"]
 
 
+def test_a_search_is_planned_with_the_blocks_that_it_would_have(config):
+    smaller = with_settings(config, {"search.exact.block_rows": 1000})
+    assert RetrieverShapes(smaller, machine()).search().arguments[3].shape[0] == 1000
+
+
 def test_only_what_was_asked_for_is_compiled(config):
     topology = machine()
     result = plan.plan(config, topology, QUIET, only=["exact search"])

@@ -148,24 +148,35 @@ class Sampler:
                 f"prompts and texts may have {room} tokens together; the generator was made for "
                 f"{made_for}"
             )
-        return Engine(
-            self.generator.module,
-            self.params,
+        return self.engine_here(
             adapter=adapter,
             slots=slots_of_a_process(settings, self.mesh, extent.count),
             prompt_buckets=buckets[: bisect.bisect_left(buckets, longest) + 1],
             max_new_tokens=extent.most,
-            eos_ids=self.generator.eos_ids,
-            pad_id=self.generator.pad_id,
-            seed=self.seed,
             prefix=prefix,
-            mesh=self.mesh,
             repetition_penalty=extent.penalty,
+        )
+
+    def engine_here(self, **options: Any) -> Engine:
+        """An engine on this process's devices; options are those that differ between engines.
+
+        Raises:
+            UserError: As `Engine`.
+        """
+        generator, settings = self.generator, self.settings
+        return Engine(
+            generator.module,
+            self.params,
+            eos_ids=generator.eos_ids,
+            pad_id=generator.pad_id,
+            seed=self.seed,
+            mesh=self.mesh,
             log_probs=self.log_probs,
             stop=settings.stop,
-            decode=self.generator.decode,
+            decode=generator.decode,
             memory_limit_bytes=sampling_memory(settings),
             held=self.held,
+            **options,
         )
 
     def fits(self, message: str) -> bool:

@@ -182,7 +182,7 @@ def _add_step_b(
     state, text = 3 * _bytes(generator.adapter), new * TOKEN
     saved = {"disk": config.rounds * kept * state, "files": config.rounds * kept * FILES}
     if config.step_b == "grpo":
-        texts = config.grpo.queries * config.grpo.samples
+        texts = config.grpo.groups * config.grpo.samples
         step = texts * (text + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
         stages.add("GRPO", memory=step + 2 * state, network=config.grpo.steps * step, **saved)
         return

@@ -44,7 +44,7 @@ from expandr_jax.planning.planned import (
 from expandr_jax.planning.planned_moves import gathered, restored, rewarded, spread_leaves
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import TPUS
-from expandr_jax.search.exact import ExactOptions, merge_block
+from expandr_jax.search.exact import merge_block
 from expandr_jax.sharding import (
     batch_divisor,
     batch_sharding,
@@ -249,7 +249,7 @@ class RetrieverShapes:
 
     def search(self) -> Planned:
         """A block of the corpus against QUERIES; it runs on one device."""
-        rows, block = QUERIES, ExactOptions().block_rows
+        rows, block = QUERIES, self._config.search.exact.block_rows
         width = self.retriever.module.config.hidden_size
         sharding = SingleDeviceSharding(self._topology.devices[0])
 

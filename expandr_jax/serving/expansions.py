@@ -66,21 +66,11 @@ class SlotSampler:
         return dataclasses.replace(request, prompt=tuple(ids))
 
     def _engine(self, slots: int) -> Engine:
-        own, generator = self.sampler, self.sampler.generator
-        return Engine(
-            generator.module,
-            own.params,
+        return self.sampler.engine_here(
             slots=slots,
-            prompt_buckets=own.settings.prompt_buckets,
+            prompt_buckets=self.sampler.settings.prompt_buckets,
             max_new_tokens=self._settings.max_new_tokens,
-            eos_ids=generator.eos_ids,
-            pad_id=generator.pad_id,
-            seed=own.seed,
-            mesh=own.mesh,
             repetition_penalty=self._settings.repetition_penalty != 1,
-            stop=own.settings.stop,
-            decode=generator.decode,
-            held=own.held,
         )
 
 
