@@ -135,6 +135,10 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"qrels": QRELS + "q9\td2\t1"}, "test.tsv:4: query 'q9' is not among the queries"),
         ({"qrels": QRELS + "q1\td1\t1"}, "test.tsv:4: .* judged otherwise"),
         ({"qrels": "query-id\tcorpus-id\tscore\n"}, "test.tsv: no judgements"),
+        (
+            {"queries": '{"_id": "q1", "text": "a", "instruction": "b"}'},
+            'queries.jsonl:1: field "instruction" is not read',
+        ),
         ({"qrels": b"q1\t\xe9\t1"}, "test.tsv:1: not UTF-8"),
     ],
 )

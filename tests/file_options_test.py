@@ -139,6 +139,24 @@ def test_a_space_before_a_text_is_as_roberta_s_class_has_it(tmp_path, says, file
     assert len(right) == 2 + bool(says)
 
 
+@pytest.mark.parametrize(
+    "said", [{"max_len": 9}, {"max_len": 9, "model_max_length": 20}, {"model_max_length": None}]
+)
+def test_a_length_by_its_older_name(llama, said):
+    config = json.loads((llama / "tokenizer_config.json").read_text())
+    config = {name: value for name, value in config.items() if name != "model_max_length"}
+    (llama / "tokenizer_config.json").write_text(json.dumps({"max_len": 9, **config, **said}))
+    right = AutoTokenizer.from_pretrained(llama).model_max_length
+    assert read_tokenizer(llama, "llama").model_max_length == right
+
+
+def test_a_tokenizer_that_cuts_by_chance_is_refused(tmp_path):
+    model = models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], dropout=0.5)
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer.json: model.dropout=0.5 is not supported"):
+        read_tokenizer(tmp_path, None)
+
+
 def test_a_length_above_the_model_s_own_is_said(tmp_path, caplog):
     file_options.write(tmp_path, "bert", "Normalize", [])
     retriever, _ = load_retriever(str(tmp_path / "model"), max_length=50)

@@ -76,6 +76,7 @@ BROKEN = [
     ({"prompt": [{"role": "user"}], "chosen": [GOOD], "rejected": [BAD]}, "wrong type", "content"),
     ({"prompt": [FIRST], "chosen": [GOOD], "rejected": [BAD]}, "wrong type", "ends with"),
     ({"prompt": [USER], "chosen": [GOOD, USER], "rejected": [BAD]}, "wrong type", "one assistant"),
+    ({**FINE, "images": ["a.png"]}, "wrong type", 'field "images" is not supported'),
     ({**FINE, "chosen": " \n"}, "empty", "chosen is empty"),
     ({**FINE, "prompt": ""}, "empty", "prompt is empty"),
     ({**FINE, "rejected": "b"}, "nothing preferred", "same text"),
@@ -97,7 +98,7 @@ def test_bad_pairs_are_dropped_and_counted_where_that_is_asked_for(read):
     rows = [row for row, reason, _ in BROKEN if reason != "prompt too long"]
     pairs, dropped = read(FINE, *rows, FINE, on_bad_pair="drop")
     assert pairs == [FINE, FINE]
-    assert dropped == {"missing field": 3, "wrong type": 7, "empty": 2, "nothing preferred": 2}
+    assert dropped == {"missing field": 3, "wrong type": 8, "empty": 2, "nothing preferred": 2}
 
 
 def test_a_prompt_of_exactly_the_limit_is_used(read, tokenizer):

@@ -26,8 +26,8 @@ from expandr_jax.runtime.run import Run
 KEY = "sk-do-not-show"
 
 
-def completion(text, reason="stop"):
-    return json.dumps({"choices": [{"text": text, "finish_reason": reason}]})
+def completion(text, reason="stop", **more):
+    return json.dumps({"choices": [{"text": text, "finish_reason": reason}], **more})
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -205,6 +205,7 @@ def test_a_server_that_asks_for_a_pause_gets_it(server, engine):
         (413, "no"),
         (200, json.dumps({"error": {"message": "The prompt is too long for 16 tokens"}})),
         (200, json.dumps({"object": "error", "message": "maximum context length is 16 tokens"})),
+        (200, completion("of half a prompt", usage={"prompt_tokens": 2})),
     ],
 )
 def test_a_prompt_that_is_too_long_for_the_server_fails_alone(server, engine, status, complaint):
@@ -227,6 +228,22 @@ def test_a_prompt_that_is_too_long_for_the_server_fails_alone(server, engine, st
 def test_a_setting_that_the_server_refuses_ends_the_stage(server, engine, complaint):
     server.script = lambda *_: (400, complaint)
     with pytest.raises(UserError, match=r"refused a request with HTTP status 400"):
+        list(engine().generate([request()]))
+
+
+CACHED = {"prompt_tokens": 1, "prompt_tokens_details": {"cached_tokens": 2}}
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": 3}, CACHED, {"prompt_tokens": 0}, None])
+def test_a_prompt_that_was_read_whole(server, engine, usage):
+    server.script = lambda *_: (200, completion("fine", usage=usage))
+    (answer,) = engine().generate([request()])
+    assert (answer.text, answer.finished) == ("fine", "eos")
+
+
+def test_a_server_that_adds_tokens_to_a_prompt_ends_the_stage(server, engine):
+    server.script = lambda *_: (200, completion("another", usage={"prompt_tokens": 4}))
+    with pytest.raises(UserError, match="read a prompt of 3 tokens as 4: it adds some of its own"):
         list(engine().generate([request()]))
 
 

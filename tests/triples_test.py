@@ -33,6 +33,26 @@ def test_what_a_file_holds(tmp_path):
     assert read_triples(tmp_path / "t.jsonl.gz", "skip") == (TRIPLES, [])
 
 
+UNREAD = (
+    "hard_negatives", "hard_neg", "negs", "neg1", "negative 1", "Negative", "neg_docs",
+    "positive_texts", "hard_negative_ctxs", "query_prompt", "query_instruction", "margin",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_fields_of_other_programs_are_refused(tmp_path, name):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"query": "one", "pos": "first", name: ["x"]}))
+    with pytest.raises(UserError, match=f't.jsonl:1: field "{name}" would not be read'):
+        read_triples(tmp_path / "t.jsonl")
+
+
+def test_ids_and_other_words_are_let_through(tmp_path):
+    other = ("neg_ids", "positive_id", "position", "negation", "posted", "query_id", "source")
+    row = {"query": "one", "pos": "first", **{name: ["x"] for name in other}}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    assert read_triples(tmp_path / "t.jsonl") == ([Triple("one", ("first",))], [])
+
+
 WRONG = [None, 3, 1.5, True, {"text": "x"}, [["x"]], [None], ["x", 2]]
 
 

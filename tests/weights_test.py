@@ -352,7 +352,9 @@ def test_eos_ids_come_from_the_generation_config(llama):
     assert generator.decode([10, 11, 5, 12]) == generator.decode([10, 11])
 
 
-@pytest.mark.parametrize("name", ["suppress_tokens", "bad_words_ids", "stop_strings"])
+@pytest.mark.parametrize(
+    "name", ["suppress_tokens", "bad_words_ids", "stop_strings", "token_healing"]
+)
 def test_what_forbids_tokens_is_refused(llama, name):
     change_json(llama / "generation_config.json", **{name: [5], "temperature": 0.5, "top_k": 20})
     with pytest.raises(UserError, match=rf"generation_config.json: {name}=\[5\] is not supported"):

@@ -11,7 +11,7 @@ default/test/0000.parquet), is read as well, and so is BRIGHT's layout (data/bri
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +44,10 @@ from expandr_jax.files.records import (
     write_text,
 )
 
-_COLUMNS = ("_id", "id", "title", "text", *HEADER)
+_COLUMNS = ("_id", "id", "title", "text", "instruction", *HEADER)
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
+# What sets of MTEB's may have besides: candidates of each query, and what to search them for.
+_UNREAD = re.compile(r"(top_ranked|instructions?)(/.*)?\.(jsonl?|tsv|parquet)(\.gz)?")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Collection:
     Attributes:
         name: what results call it.
         corpus: document id -> title + " " + text, stripped; on disk as `read_beir` gives it.
-        queries: query id -> text.
+        queries: query id -> text, white space around it included; a title is no part of it.
         qrels: split -> query id -> document id -> grade. A judged document may be absent from
             the corpus, as in several public sets: it counts as a relevant document that no
             system can find, which is what trec_eval does.
@@ -96,6 +98,11 @@ def read_beir(
             it names file and line.
     """
     files = source if isinstance(source, Files) else only_collection(source)
+    if unread := next(filter(_UNREAD.fullmatch, files.names), None):
+        raise UserError(
+            f"{files.path(unread)}: is not supported: queries are ranked against the whole corpus, "
+            "by their texts alone; remove it to have that"
+        )
     corpus = _read_corpus(files, mistakes, store)
     answers: dict[str, tuple[str, ...]] = {}
     excluded: dict[str, tuple[str, ...]] = {}
@@ -141,7 +148,7 @@ def read_texts(
     answers: dict[str, tuple[str, ...]] | None = None,
     excluded: dict[str, tuple[str, ...]] | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Reads documents or queries one by one: (id, title + " " + text), as `read_beir` checks them.
+    """Reads documents, (id, title + " " + text), or queries, (id, text), one by one, checked.
 
     Args:
         files, kind, mistakes: what is read, and as `read_beir`.
@@ -159,12 +166,12 @@ def read_texts(
             try:
                 if task:
                     row = bright.as_beir(where, row, kind == "queries")
-                key, text = _text(where, row)
+                key, text = _text(where, row, kind)
                 if task and kind == "corpus" and seen.get(key) == text:
                     continue  # A document that BRIGHT's files have twice counts once.
                 if key in seen:
                     raise UserError(f'{where}: "_id" {key!r} appears a second time; make it unique')
-                if not text and kind == "queries":
+                if not text.strip() and kind == "queries":
                     raise UserError(f"{where}: query {key!r} is empty; give it a text or remove it")
                 if answers is not None and (own := answers_of(where, row)):
                     answers[key] = own
@@ -257,14 +264,14 @@ def _parts(files: Files, kind: str) -> list[str]:
     """The files that hold the corpus or the queries."""
     if bright.task_name(files):
         return bright.parts(files, kind)
-    for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz"):
-        if name in files.names:
-            return [name]
+    if whole := [name for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz") if name in files.names]:
+        return [_only(files, whole)]
     tables = [
         name for name in files.names if re.fullmatch(rf"{kind}/({kind}/)?[^/]+\.parquet", name)
     ]
     if kind == "queries" and not tables:
-        tables = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)][:1]
+        topics = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)]
+        tables = [_only(files, topics)] if topics else []
     if not tables:
         raise UserError(
             f"{files.path(kind + '.jsonl')}: cannot read it: No such file; expected it, "
@@ -281,7 +288,7 @@ def _splits(files: Files) -> dict[str, list[str]]:
     for kind in (r"\.tsv", r"\.tsv\.gz", r"\.trec"):
         for name in files.names:
             if found := re.fullmatch(rf"qrels/([^/.]+){kind}", name):
-                splits.setdefault(found[1], [name])
+                splits[found[1]] = [_only(files, [*splits.get(found[1], ()), name])]
     for folder in () if splits else _TABLES:
         for name in files.names:
             if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+|/\d+)?\.parquet", name):
@@ -291,10 +298,22 @@ def _splits(files: Files) -> dict[str, list[str]]:
     return dict(sorted(splits.items()))
 
 
-def _text(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
+def _only(files: Files, names: Sequence[str]) -> str:
+    """The one file that has something; UserError where another says it, too."""
+    if len(names) > 1:
+        raise UserError(f"{files.path(names[1])}: stands beside {names[0]}; remove one of them")
+    return names[0]
+
+
+def _text(where: str, row: Mapping[str, Any], kind: str) -> tuple[str, str]:
     for name in ("_id", "text"):
         check_field(where, row, name, str)
     key, title = row["_id"], row.get("title") or ""
+    if kind == "queries":
+        if row.get("instruction"):
+            raise UserError(f'{where}: field "instruction" is not read; put it into "text"')
+        check_id(where, key)
+        return key, row["text"]
     if not isinstance(title, str):
         raise UserError(f'{where}: field "title" is not a string')
     check_id(where, key)

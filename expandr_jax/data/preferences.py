@@ -166,6 +166,10 @@ def _texts(row: Row, template: Template, start: str, end: str) -> dict[str, str]
     for name in SIDES:
         if name not in row:
             raise _BadPair("missing field", f'no field "{name}"; expected prompt, chosen, rejected')
+    if name := next((name for name in ("image", "images") if row.get(name)), None):
+        raise _BadPair(
+            "wrong type", f'field "{name}" is not supported: models here read text alone'
+        )
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         if "prompt" not in row:

@@ -22,8 +22,11 @@ from expandr_jax.files.records import check_field, note, parse_row, read_lines
 SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
+# "hard_negatives", "neg1", "positive_docs" and the like, but no ids; scores, labels and prompts.
 _UNREAD = re.compile(
-    r"(pos|neg)(itives?|atives?)?(_\d+|_scores?|_passages)?|(\w+_)?scores?|prompt|instruction|labels?"
+    r"(?!.*ids?$)(\w+_)?(pos|neg)(s|itives?|atives?)?([\W\d_].*)?"
+    r"|(\w+_)?(scores?|prompt|instruct|instruction)|labels?|margins?",
+    re.IGNORECASE,
 )
 
 

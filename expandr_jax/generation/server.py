@@ -21,6 +21,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal, hash_json
 from expandr_jax.generation.requests import Completion, Request
 from expandr_jax.generation.settings import ServerSettings
+from expandr_jax.weights.fields import is_count
 
 API_KEY_VARIABLE = "EXPANDR_SERVER_KEY"  # In the environment; no paid service's name.
 RETRIED = (408, 425, 429)  # Besides all of 500 and above.
@@ -70,6 +71,15 @@ def _pause(wish: str | None) -> float:
         until = email.utils.parsedate_to_datetime(wish)
         return min(max(0.0, until.timestamp() - time.time()), LONGEST_WAIT)
     return 0.0
+
+
+def _tokens_read(answer: dict[str, Any], sent: int) -> int:
+    """How many of a prompt's tokens the server says that it read; all where it does not say."""
+    usage = answer.get("usage") or {}
+    count, cached = usage.get("prompt_tokens"), usage.get("prompt_tokens_details") or {}
+    if not is_count(count, 1, 2**31) or count + (cached.get("cached_tokens") or 0) == sent:
+        return sent  # Some count what they had from another request apart.
+    return count
 
 
 def _is_usable(url: str) -> bool:
@@ -214,7 +224,7 @@ class ServerEngine:
             if stopped.wait(max(delay, pause)):
                 break
             try:
-                return {"key": key, **self._post(data)}
+                return {"key": key, **self._post(data, len(request.prompt))}
             except _Failure as failure:
                 reason, pause = str(failure), failure.pause
         raise UserError(
@@ -222,8 +232,8 @@ class ServerEngine:
             f"{self._settings.retries + 1} tries; the last: {reason}"
         )
 
-    def _post(self, data: bytes) -> dict[str, str]:
-        """One try: the text, and why it ended."""
+    def _post(self, data: bytes, sent: int) -> dict[str, str]:
+        """One try with a prompt of `sent` tokens: the text, and why it ended."""
         request = urllib.request.Request(f"{self._url}/completions", data, self._headers)
         try:
             with self._opener.open(request, timeout=self._settings.timeout) as response:
@@ -249,9 +259,16 @@ class ServerEngine:
             choice = answer["choices"][0]
             text = choice["text"].encode(errors="replace").decode()  # No unpaired surrogates.
             end = choice["finish_reason"]
+            read = _tokens_read(answer, sent)
         except (ValueError, LookupError, TypeError, AttributeError):
             what = f"an answer that is not a completion: {self._shown(content)}"
             raise _Failure(what) from None
+        if read < sent:  # Some cut what is too long, and continue another text.
+            return {"text": "", "finished": "refused"}
+        if read > sent:
+            raise UserError(
+                f"{self._url}: read a prompt of {sent} tokens as {read}: it adds some of its own"
+            )
         if end not in tuple(ENDS):  # It may be anything that JSON can say.
             raise _Failure(f"a text that is not complete: its finish_reason is {end!r}")
         return {"text": text, "finished": ENDS[end]}

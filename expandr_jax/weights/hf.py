@@ -202,7 +202,7 @@ def load_generator(
     given = files.generation_config.values.items()
     given = {name: value for name, value in given if value not in ([], {})}
     Fields(given, files.generation_config.where).only(
-        guidance_scale=1.0, no_repeat_ngram_size=0, **dict.fromkeys(_CHOOSING)
+        guidance_scale=1.0, no_repeat_ngram_size=0, token_healing=False, **dict.fromkeys(_CHOOSING)
     )
     if not config.causal:
         raise UserError(f"{source}: it is read without a causal mask, and so cannot generate text")

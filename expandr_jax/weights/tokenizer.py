@@ -43,13 +43,13 @@ _WHATEVER_IS_NAMED = ("modernbert", "qwen2")
 _KNOWN = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "do_lower_case",
-    "extra_special_tokens", "fix_mistral_regex", "legacy", "model_input_names",
+    "extra_special_tokens", "fix_mistral_regex", "legacy", "max_len", "model_input_names",
     "model_max_length", "padding_side", "split_special_tokens", "strip_accents",
     "tokenize_chinese_chars", "tokenizer_class", "truncation_side",
 )  # fmt: skip
 _UNREAD = (
     "auto_map", "backend", "chat_control_tokens", "do_basic_tokenize", "errors", "extra_ids",
-    "from_slow", "is_local", "local_files_only", "max_len", "max_length", "name_or_path",
+    "from_slow", "is_local", "local_files_only", "max_length", "name_or_path",
     "never_split", "pad_to_multiple_of", "pad_token_type_id", "processor_class", "response_schema",
     "response_template", "sp_model_kwargs", "spaces_between_special_tokens",
     "special_tokens_map_file", "stride", "tokenizer_file", "trim_offsets", "truncation_strategy",
@@ -87,6 +87,11 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         backend.encode(_ODD_TEXT)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
+    if dropout := getattr(backend.model, "dropout", None):
+        raise UserError(
+            f"{path}: model.dropout={dropout:g} is not supported: it cuts a text otherwise each "
+            "time; null cuts it as the merges say"
+        )
     side = (backend.truncation or {}).get("direction", "right").lower()
     backend.no_truncation()
     backend.no_padding()
@@ -214,9 +219,11 @@ def between(bos: Mapping[str, int], eos: Mapping[str, int]) -> TemplateProcessin
 
 def model_max_length(settings: Fields) -> int | None:
     """Longest input in tokens, by tokenizer_config.json; files have 1e30 for any length."""
-    length = settings.number("model_max_length", None, above=0)
+    # Its older name counts where the newer is not there at all.
+    name = "model_max_length" if "model_max_length" in settings.values else "max_len"
+    length = settings.number(name, None, above=0)
     if length is not None and length % 1:
-        raise settings.refuse("model_max_length", "a whole number")
+        raise settings.refuse(name, "a whole number")
     return None if length is None else int(length)
 
 
