@@ -296,6 +296,12 @@ def get_config() -> ml_collections.ConfigDict:
     distill.eval_every = 0  # Updates between evaluations on dev, the best is kept; 0: none.
     distill.save_every = 100  # Updates between checkpoints.
 
+    config.figret = figret = ml_collections.ConfigDict()  # A last turn on what the retriever fails.
+    figret.rank = 0  # On training queries whose relevant documents it ranks below; 0: none.
+    figret.queries = 1024  # Of these at most; 0: all.
+    figret.epochs = 1.0  # Passes over the triples that the generator writes; the rest as in step A.
+    figret.hardest = 0.25  # Share of test queries, BM25's worst, that results.json tells of alone.
+
     config.reranker = reranker = ml_collections.ConfigDict()  # train.reranker's cross-encoder.
     reranker.source = ""  # What it begins as: BERT, its kin or ModernBERT; a head is made.
     reranker.max_length = 256  # Tokens of a pair, its model's at most; the longer text is cut.

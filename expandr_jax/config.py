@@ -22,6 +22,7 @@ from expandr_jax.objectives.settings import (
     ContrastiveSettings,
     DistillSettings,
     DpoSettings,
+    FigretSettings,
     GrpoSettings,
     MiningSettings,
     RerankerSettings,
@@ -46,6 +47,11 @@ WEIGHED = (
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
     ("distill.cosine_weight", "distill.kl_weight"),
 )
+# Stages for which the trained adapter writes, which a server does not have.
+_BY_THE_ADAPTER = {
+    "distill.epochs": "the trained adapter expands its queries",
+    "figret.rank": "the trained adapter writes its passages",
+}
 # What a query weighs beside texts that stand in its place.
 _NO_WEIGHT = {
     "contrastive.query_weight": 0.0,
@@ -78,6 +84,7 @@ class Config:
     dpo: DpoSettings
     grpo: GrpoSettings
     distill: DistillSettings
+    figret: FigretSettings
     reranker: RerankerSettings
     search: SearchSettings
     evaluation: EvaluationSettings
@@ -210,12 +217,9 @@ def _check(config: Config) -> None:
     if len(grpo.document_weights) != 2:
         expected = "two numbers: of relevant documents and of others"
         raise _refuse(config, "grpo.document_weights", expected)
-    if config.distill.epochs and config.generator.server.url:
-        raise _refuse(
-            config,
-            "generator.server.url",
-            "'', as distill.epochs is above 0: the trained adapter expands its queries",
-        )
+    for name, why in _BY_THE_ADAPTER.items():
+        if operator.attrgetter(name)(config) and config.generator.server.url:
+            raise _refuse(config, "generator.server.url", f"'', as {name} is above 0: {why}")
     step_a = config.contrastive
     if config.retriever.weights != "float32" and not step_a.lora.rank:
         raise _refuse(

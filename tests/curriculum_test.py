@@ -1,5 +1,9 @@
-"""Triples from easy to hard: how easy they are, the order of batches, what is refused."""
+"""Triples from easy to hard, what FiGRet makes of failed queries, and the queries that are hard."""
 
+import json
+import shutil
+import signal
+import time
 import types
 
 import numpy as np
@@ -14,7 +18,10 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.figret import easier_triples, failed_queries, with_margin
 from expandr_jax.objectives.stored_examples import store_examples
+from expandr_jax.ranking.results import hardest, of_some
+from tests.commands import finish, start, step_figures
 from tests.retriever_training_test import TINY
 from train.retriever import train_on_triples
 
@@ -117,3 +124,98 @@ def test_a_retriever_is_trained_in_this_order(tmp_path, monkeypatch):
     for order in (ids[:24], ids[24:]):
         assert sorted(order) == [*range(24)]
         assert (np.diff([i % 5 for i in order]) <= 0).all()
+
+
+def test_queries_fail_whose_documents_are_all_below_the_rank():
+    found = np.array([[5, 1, 7], [2, 3, 4], [9, 8, 0]])
+    relevant = [[1, 9], [6], [0]]
+    assert failed_queries(found, relevant, 3) == [1]
+    assert failed_queries(found, relevant, 2) == [1, 2]
+    assert failed_queries(found, relevant, 1) == [0, 1, 2]
+
+
+def test_what_is_written_becomes_triples_with_margins():
+    own = Triple("q", ("right", "also right"), ("wrong",))
+    made = easier_triples(own, ["easy", "half", "noise"])
+    assert made == {
+        "relevance": Triple("q", ("easy",), ("wrong",)),
+        "completeness": Triple("q", ("easy",), ("half",)),
+        "purity": Triple("q", ("easy",), ("noise",)),
+        "judged": own,
+    }
+    assert [*easier_triples(own, ["", "half", "noise"])] == ["judged"]
+    assert [*easier_triples(own, ["easy", "", "easy"])] == ["relevance", "judged"]
+    assert easier_triples(Triple("q", ("right",)), ["easy", "half", "noise"]) == {}
+    vectors = {"easy": [1.0, 0.0], "wrong": [0.5, 1.0], "right": [0.0, 2.0], "also right": [0.2, 0]}
+    vectors = {text: np.array(vector) for text, vector in vectors.items()}
+    query = {"q": np.array([1.0, 0.5])}
+    assert with_margin(made["relevance"], query, vectors).ease == 1.0 - 1.0
+    assert with_margin(own, query, vectors).ease == pytest.approx(0.2 - 1.0)
+
+
+def test_the_hardest_queries_are_those_whose_documents_a_run_ranks_last():
+    run = {
+        "a": {"d1": 3.0, "d2": 2.0},
+        "b": {"d1": 3.0, "d2": 2.0},
+        "c": {"d1": 1.0},
+        "d": {"d4": 1.0, "d1": 2.0, "d2": 1.5},
+    }
+    qrels = {"a": {"d1": 1}, "b": {"d2": 1, "d1": 0}, "c": {"d2": 1}, "d": {"d4": 2}, "e": {"d": 1}}
+    assert hardest(run, qrels, 1.0) == {"c": None, "e": None, "d": 3, "b": 2, "a": 1}
+    assert [*hardest(run, qrels, 0.6)] == ["c", "e", "d"]
+    assert [*hardest(run, qrels, 0.01)] == ["c"]
+    values = {name: {"mrr": {q: x * i for i, q in enumerate("abc")}} for name, x in
+              (("one", 1.0), ("two", 2.0))}  # fmt: skip
+    some = of_some(values, {"b", "c"}, [("two", "one")])
+    assert some["queries"] == 2
+    assert some["rows"] == [{"system": "one", "mrr": 1.5}, {"system": "two", "mrr": 3.0}]
+    assert [(t["system"], t["difference"]) for t in some["significance"]] == [("two", 1.5)]
+
+
+FIGRET = ("--config.figret.rank=1", "--config.figret.epochs=2.0")
+SAME = ("results.json", "round-0/figret.jsonl", "evaluation/hardest.jsonl",
+        "runs/expandr-figret.trec", "runs/expandr-figret-control.trec")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_given_the_turn_and_a_kill_changes_nothing(smoke, tmp_path):
+    """The rows that there were stay. It is killed while texts are written, and in each turn."""
+    whole, workdir = tmp_path / "whole", tmp_path / "run"
+    for copy in (whole, workdir):
+        shutil.copytree(smoke[0], copy)
+    printed = finish(start(whole, *FIGRET))
+    assert "queries have no relevant document above the rank" in printed
+    before, after = (json.loads((w / "results.json").read_text()) for w in (smoke[0], whole))
+    count = len(before["rows"])
+    assert after["rows"][:count] == before["rows"]
+    added = [row["system"] for row in after["rows"][count:]]
+    assert added == ["expandr-figret", "expandr-figret-control"]
+    assert [row["system"] for row in after["hardest"]["rows"]] == [
+        row["system"] for row in after["rows"]
+    ]
+    assert after["hardest"]["queries"] == round(0.25 * after["queries"])
+    pairs = {(t["system"], t["baseline"]) for t in after["hardest"]["significance"]}
+    assert pairs >= {(added[0], added[1]), (added[0], "expandr-plain"), ("expandr", "bm25")}
+
+    lines = [json.loads(line) for line in (whole / "round-0/figret.jsonl").read_text().splitlines()]
+    assert {line["aim"] for line in lines} == {"relevance", "completeness", "purity", "judged"}
+    steps = [m["phase"] for m in step_figures(whole)]
+    turns = [steps.count(f"{name}-0") for name in added]
+    assert turns[0] == turns[1] == 2 * (len(lines) // 8)
+
+    for there in (
+        "work/round-0/figret-texts.jsonl*", "checkpoints/expandr-figret-0/[0-9]*",
+        "checkpoints/expandr-figret-control-0/[0-9]*",
+    ):  # fmt: skip
+        process, limit = start(workdir, *FIGRET), time.monotonic() + 240
+        while not any(workdir.glob(there)):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    finish(start(workdir, *FIGRET))
+    for name in SAME:
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
+    assert step_figures(workdir) == step_figures(whole)
+    assert "all is done" in finish(start(workdir, *FIGRET))

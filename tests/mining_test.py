@@ -16,7 +16,7 @@ from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.corpus import Corpus
-from train.negatives import _mine
+from train.negatives import mine_triples
 
 DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
 
@@ -122,7 +122,7 @@ def mined(tmp_path, monkeypatch, ids, vectors, queries, excluded=(), **evaluatio
     retriever = types.SimpleNamespace(
         corpus=corpus, encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]]
     )
-    _mine(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
+    mine_triples(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
     rows = [row for _, row in read_jsonl(tmp_path / "triples.jsonl", {"neg": list})]
     return [row["neg"] for row in rows], texts
 

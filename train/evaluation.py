@@ -5,7 +5,7 @@ The same systems are scored on the collections of `data.tests`, which are not tr
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from expandr_jax import metrics
@@ -33,7 +33,9 @@ from expandr_jax.ranking.ranker import Expansions, Ranker, Searches
 from expandr_jax.ranking.results import (
     Values,
     compared,
+    hardest,
     mean_over_sets,
+    of_some,
     paired,
     remarks,
     summary,
@@ -41,12 +43,16 @@ from expandr_jax.ranking.results import (
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
+    BM25,
     BY_TEXTS,
     CONTROL,
     DISTILLED,
     EXPANSION,
+    FIGRET,
+    FIGRET_CONTROL,
     OURS,
     QUERY_TOWERS,
+    TURNS,
     System,
     check_stages,
     counterparts,
@@ -186,6 +192,8 @@ def evaluate(
                         samples = [row for row in samples if row["system"] != name]
                         samples += sample_rows(run.config, name, here, data, encoded)
                 advance(1)
+        share = run.config.figret.hardest if run.config.figret.rank else 0.0
+        by_words = rankers["test"].rank(parse_system(BM25)) if share else {}
 
         def write() -> None:
             qrels, said = data.collection.qrels["test"], []
@@ -195,11 +203,7 @@ def evaluate(
                 metrics.write_trec(directory / "runs" / f"{name}.trec", runs[name], name)
                 said.extend(remarks(name, runs[name], qrels))
             tried = choices.tried
-            for rows in (
-                tried,
-                samples,
-                gated,
-            ):  # What was kept of them is as if it had been made now.
+            for rows in (tried, samples, gated):  # What was kept is as if it had been made now.
                 rows.sort(key=lambda row: place[row["system"]])
             if tried:
                 write_jsonl(directory / "evaluation" / "choices.jsonl", tried)
@@ -215,9 +219,11 @@ def evaluate(
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
             asked = [answers[name] for name in place if name in answers]
-            results = _results(
-                data.collection.name, values, systems, used, samples, told, said, asked
-            )
+            if hard := hardest(by_words, qrels, share) if share else {}:
+                rows = ({"query_id": query, "bm25_rank": rank} for query, rank in hard.items())
+                write_jsonl(directory / "evaluation" / "hardest.jsonl", rows)
+            name = data.collection.name
+            results = _results(name, values, systems, used, samples, told, said, asked, hard)
             if gates:
                 results["gates"] = [gates[name] for name in place if name in gates]
             write_json(path, results)
@@ -240,21 +246,23 @@ def are_of(results: Mapping[str, Any], systems: Sequence[System]) -> bool:
 
 
 def systems_of_run(config: Config) -> list[System]:
-    """The config's systems, one for each query tower that it has, and for each round but the last.
+    """The config's systems, and one for each query tower, last turn, and round but the last.
 
     Raises:
         UserError: A run cannot make one of them.
     """
     rounds = [row_of_round(round_) for round_ in range(config.rounds - 1)]
-    towers = [parse_system(name) for name in towers_of(config)]
+    turns = TURNS if config.figret.rank else ()
+    towers = [parse_system(name) for name in (*towers_of(config), *turns)]
     systems = parse_systems(config.evaluation.systems)
     known = {*BY_TEXTS, "zero-shot", "fine-tuned", ALL_LABELS, "expandr"}
     known |= {row.retriever for row in (*rounds, *towers)}
     for system in systems:
-        if lacking := system.retrievers & {*QUERY_TOWERS} - known:
-            setting = "control" if config.distill.epochs else "epochs"
+        if lacking := system.retrievers & {*QUERY_TOWERS, *TURNS} - known:
+            setting = "distill.control" if config.distill.epochs else "distill.epochs"
+            setting = "figret.rank" if min(lacking) in TURNS else setting
             raise UserError(f"evaluation.systems: {system.name} rests on {min(lacking)}, which "
-                            f"there is with distill.{setting} alone")  # fmt: skip
+                            f"there is with {setting} alone")  # fmt: skip
         if not system.retrievers <= known:
             raise UserError(f"evaluation.systems: {system.name} is of a round that is none before "
                             f"the last; rounds is {config.rounds}")  # fmt: skip
@@ -331,6 +339,7 @@ def _results(
     recalls: Sequence[Mapping[str, Any] | None],
     said: Sequence[str],
     answers: Sequence[Mapping[str, Any]],
+    hard: Collection[str],
 ) -> dict[str, Any]:
     """The contents of results.json."""
     against = [(OURS, other) for other in values if other != OURS] if OURS in values else []
@@ -342,9 +351,12 @@ def _results(
             ours, base = (mean_by_query(samples, system, "test", field) for system in pair)
             if ours:
                 tests.append(paired(*pair, metric, ours, base))
-    towers = [(DISTILLED, other) for other in (f"{OURS}-plain", CONTROL)]
-    towers = [pair for pair in towers if values.keys() >= {*pair}]
-    tests += compared(values, [*counterparts(systems), *towers])
+    plain = f"{OURS}-plain"
+    learned = [(DISTILLED, plain), (DISTILLED, CONTROL), (FIGRET, plain), (FIGRET, FIGRET_CONTROL)]
+    learned = [pair for pair in learned if values.keys() >= {*pair}]
+    tests += compared(values, [*counterparts(systems), *learned])
+    if hard:
+        results["hardest"] = of_some(values, hard, [*against, *learned])
     return results | {"chosen": {name: as_record(chosen) for name, chosen in choices.items()}}
 
 

@@ -2,9 +2,9 @@
 
 One round: expand the training queries with the current generator; train the retriever on them
 (step A); encode the corpus and rebuild the index; sample candidates, reward them and train the
-generator by DPO, or on-policy (step B). Then distill a query tower, if the config asks for one,
-choose settings on dev, score every system on test, export, report. The same command again continues
-where it stopped.
+generator by DPO, or on-policy (step B). Then distill a query tower and learn queries that the
+retriever fails, where the config asks for it, choose settings on dev, score every system on test,
+export, report. The same command again continues where it stopped.
 """
 
 import functools
@@ -52,6 +52,7 @@ from train.evaluation import (
 )
 from train.expansions import run_expander, training_expansions
 from train.export import export_run, exports_of
+from train.figret import figret
 from train.generator import train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, negatives_of, training_negatives
@@ -148,6 +149,8 @@ def train_joint(
 
     if config.distill.epochs:
         retrievers |= distill(run, models, data, words, current, adapter)
+    if config.figret.rank:
+        retrievers |= figret(run, models, data, expander.sampler, current, adapter)
     results = evaluate(run, models, data, retrievers, adapters)
     evaluate_benchmarks(run, models, retrievers, adapters, results["chosen"])
 

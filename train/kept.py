@@ -10,7 +10,7 @@ from expandr_jax.metrics import RunScores
 from expandr_jax.ranking.choices import Chosen, from_record
 from expandr_jax.ranking.gate import read_gates
 from expandr_jax.ranking.gate_features import GATES
-from expandr_jax.ranking.systems import OURS, QUERY_TOWERS, System, row_of_round
+from expandr_jax.ranking.systems import OURS, QUERY_TOWERS, TURNS, System, row_of_round
 from expandr_jax.runtime.run import Run
 
 
@@ -56,7 +56,7 @@ def kept_results(
     parts = {part.name: part for system in systems for part in system.with_parts()}
 
     def stands(system: System) -> bool:
-        latest = {OURS, *QUERY_TOWERS}
+        latest = {OURS, *QUERY_TOWERS, *TURNS}
         return same or not (latest & system.retrievers or "trained" in system.generators)
 
     directory, main = run.path(folder), run.processes.is_main

@@ -60,21 +60,24 @@ def negatives_of(
     if not run.checksums.intact(name):
         _ = retriever.corpus  # All processes encode it, as a phase of its own.
         with run.phase(what):
-            _mine(run, retriever, data, ids, run.path(name))
+            mine_triples(run, retriever, data, ids, run.path(name))
         retriever.release()
         run.checksums.record(name)
     fields = {"query_id": str, "neg": list}
     return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
 
 
-def _mine(
+def mine_triples(
     run: Run,
     retriever: CorpusRetriever,
     data: TrainingData,
     ids: Sequence[str],
     path: pathlib.Path,
 ) -> None:
-    """Writes a file of triples."""
+    """Writes a file of triples, with negatives that a retriever mines for some training queries.
+
+    All processes call it together; the retriever has encoded the corpus.
+    """
     config, corpus = run.config.mining, retriever.corpus
     with run.reporter.progress("training queries encoded", len(ids)) as advance:
         queries = retriever.encode(data.queries(ids), "query", progress=advance)
@@ -96,7 +99,7 @@ def _mine(
             np.sum(queries * own, axis=1),
             known,
             texts,
-            count=config.per_query,
+            count=max(1, config.per_query),
             first=config.first,
             absolute_margin=config.absolute_margin,
             relative_margin=config.relative_margin,

@@ -35,6 +35,7 @@ from expandr_jax.objectives.contrastive_checks import (
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.llm_ql import corruption_of
+from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.objectives.stored_examples import made_ahead
 from expandr_jax.objectives.trained import (
     divided,
@@ -77,6 +78,7 @@ def train_retriever(
     ids: Sequence[str],
     evaluate: Callable[[Any], float] | None = None,
     updates: int | None = None,
+    settings: ContrastiveSettings | None = None,
 ) -> Any:
     """One round of step A.
 
@@ -92,6 +94,7 @@ def train_retriever(
         evaluate: Weights to a dev measure, called every `config.eval_every` updates and at the end;
             None trains all steps.
         updates: How many; None: those of `config.epochs` passes over the examples.
+        settings: How it is trained; None: as the config's section `contrastive` has it.
 
     Returns:
         The trained parameters, as each process can read them all; with `evaluate`, those that it
@@ -100,7 +103,7 @@ def train_retriever(
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    config, seed = run.config.contrastive, run.config.seed
+    config, seed = settings or run.config.contrastive, run.config.seed
     mesh, retriever = models.contrastive_mesh, models.retriever
     check_contrastive_batch(config, retriever, params, mesh, len(examples))
     check_contrastive_examples(config, examples, samples, ids)

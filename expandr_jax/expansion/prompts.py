@@ -75,6 +75,7 @@ def _instructed(system: str, user: str, source: str) -> Prompt:
     return Prompt(f"{system}\n\n{user}", source)
 
 
+_FIGRET = "FiGRet's three aims, arXiv 2411.03957, in words of our own"
 _KEYWORDS_ALONE = "You output only comma-separated keywords. No sentences."
 _RELEVANT = (  # CSQE's, of its example and of the query.
     "You will begin by examining the initially retrieved documents and identifying the ones that "
@@ -195,6 +196,21 @@ PROMPTS = {
         '"In the hive they pass nectar from mouth to mouth until most of its water is gone."\n\n'
         f'Query: "{{query}}"\nRetrieved documents:\n{{passages}}\n\n{_RELEVANT}',
         "CSQE, arXiv 2402.18031, with an example of our own",
+    ),
+    "figret-easier": Prompt(
+        "Write a short passage that answers the query plainly and in its own words, by what the "
+        "document says.\nQuery: {query}\nDocument: {document}\nPassage:",
+        _FIGRET,
+    ),
+    "figret-half": Prompt(
+        "Write a short passage that answers one half of the query by what the document says, and "
+        "nothing of the other half.\nQuery: {query}\nDocument: {document}\nPassage:",
+        _FIGRET,
+    ),
+    "figret-noise": Prompt(
+        "Write a passage in which one sentence answers the query by what the document says, and "
+        "all others are about something else.\nQuery: {query}\nDocument: {document}\nPassage:",
+        _FIGRET,
     ),
     "genqr": _instructed(
         _KEYWORDS_ALONE,

@@ -123,6 +123,16 @@ class DistillSettings(DistillationLossSettings, TrainingSettings):
     control: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class FigretSettings:
+    """The section `figret`, of the turn on queries that the trained retriever fails."""
+
+    rank: Annotated[int, count(0)]
+    queries: Annotated[int, count(0)]
+    epochs: Annotated[float, number(above=0, most=MANY)]
+    hardest: Share
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RerankerSettings(TrainingSettings):
     """The section `reranker`, of a cross-encoder that ranks again."""

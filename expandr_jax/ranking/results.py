@@ -1,6 +1,7 @@
 """What results.json says of systems: means, over several sets too, and tests between pairs."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,36 @@ def paired(
     """An entry of "significance", of both systems' values by query."""
     test = metrics.paired_test(ours, theirs)
     return {"system": system, "baseline": baseline, "metric": metric, **test}
+
+
+def hardest(
+    run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]], share: float
+) -> dict[str, int | None]:
+    """The share of all judged queries, one at least, that a run ranks worst, the worst first.
+
+    Each with the rank of its first relevant document; queries without one in the run, None, are
+    the worst, and ids decide between equal ones.
+    """
+
+    def rank(query: str) -> int | None:
+        ranked = enumerate(metrics.rank_documents(run.get(query, {})), start=1)
+        return next((i for i, (found, _) in ranked if qrels[query].get(found, 0) > 0), None)
+
+    ranks = {query: rank(query) for query in qrels}
+    worst = sorted(ranks, key=lambda query: (-(ranks[query] or math.inf), query))
+    return {query: ranks[query] for query in worst[: max(1, round(share * len(worst)))]}
+
+
+def of_some(
+    values: Values, queries: Collection[str], pairs: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """ "queries", "rows" and "significance" as in results.json, of some of the queries."""
+    part = {
+        system: {metric: {q: of[metric][q] for q in queries} for metric in of}
+        for system, of in values.items()
+    }
+    results = summary("", part, pairs)
+    return {name: results[name] for name in ("queries", "rows", "significance")}
 
 
 def gate_entry(

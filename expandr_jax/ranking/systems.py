@@ -47,6 +47,8 @@ OURS = "expandr"  # The row that others are compared with, and the retriever tha
 DISTILLED, CONTROL = "expandr-distilled", "expandr-distilled-control"
 QUERY_TOWERS = (DISTILLED, CONTROL)  # They encode queries alone, and search `OURS`'s documents.
 AGAIN = (*RERANKERS, LISTWISE)  # Stages that rank the first documents of a system again.
+FIGRET, FIGRET_CONTROL = "expandr-figret", "expandr-figret-control"
+TURNS = (FIGRET, FIGRET_CONTROL)  # `OURS` after a last turn.
 EXPANSION = "expansion"  # The strategy, template and limits of the config's `expansion` section.
 
 
@@ -57,7 +59,8 @@ class System:
     Attributes:
         name: As the user wrote it; its run is runs/NAME.trec.
         retriever: What a leaf searches with: one of `BY_TEXTS`, or whose weights encode:
-            `UNTRAINED`, "fine-tuned", `ALL_LABELS`, "expandr", "round-R" or one of `QUERY_TOWERS`.
+            `UNTRAINED`, "fine-tuned", `ALL_LABELS`, "expandr", "round-R", or one of `QUERY_TOWERS`
+            or `TURNS`.
         generator: Who expands a leaf's queries: `BASE`, "trained" or "round-R"; None for nobody.
         strategy: How it does: a key of `STRATEGIES`, or `EXPANSION`; None where nobody does.
         documents: How a leaf's corpus is expanded, a key of `DOCUMENT_PROMPTS`, or None.
@@ -125,7 +128,7 @@ ROWS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),
     "expandr-base-generator": System("expandr-base-generator", "expandr", BASE, EXPANSION),
     "bm25+expansion": System("bm25+expansion", BM25, "trained", EXPANSION),
-    **{name: System(name, name) for name in QUERY_TOWERS},
+    **{name: System(name, name) for name in (*QUERY_TOWERS, *TURNS)},
 }
 _GATED = System("expandr-plain", OURS), ROWS[OURS], System(BM25, BM25)
 ROWS |= {name: System(name, stage=name, parts=_GATED) for name in GATES}

@@ -43,6 +43,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     sections = {
         "Results": results_section(results, _values(workdir, results), _OURS),
         "Significance": _significance(results),
+        **({"The hardest queries": _hardest(results)} if "hardest" in results else {}),
         **({"Gates": _gates(results)} if "gates" in results else {}),
         "Training": _training(workdir),
         _ON_POLICY if on_policy else "Rewards of the candidates": (
@@ -85,8 +86,11 @@ def _absent() -> Markup:
 def results_table(results: Mapping[str, Any]) -> Group:
     """The rows of results.json for the terminal, best values in bold, and remarks on them."""
     title = f"{results['dataset']}, {results['queries']:,} test queries"
-    table = render(title, *results_cells(results["rows"]))
-    return Group(table, *map(Text, results.get("remarks", ())))
+    tables = [render(title, *results_cells(results["rows"]))]
+    if "hardest" in results:
+        title = f"the {results['hardest']['queries']:,} of them that BM25 ranks worst"
+        tables.append(render(title, *results_cells(results["hardest"]["rows"])))
+    return Group(*tables, *map(Text, results.get("remarks", ())))
 
 
 def _headline(results: Mapping[str, Any]) -> str:
@@ -171,6 +175,13 @@ def _significance(results: Mapping[str, Any]) -> Markup:
     header = ["systems", "metric", "difference", "p", "test"]
     caption = "Paired over the test queries, two-sided, each on its own; p below 0.05 is bold."
     return parts().table(caption, header, rows)
+
+
+def _hardest(results: Mapping[str, Any]) -> Markup:
+    hardest = results["hardest"]
+    caption = f"Mean over the {hardest['queries']:,} test queries that BM25 ranks worst."
+    table = parts().table(caption, *results_cells(hardest["rows"]))
+    return table + _significance(hardest)
 
 
 def _gates(results: Mapping[str, Any]) -> Markup:

@@ -12,7 +12,7 @@ from expandr_jax.runtime.formats import find_setting
 FREE = ("log", "mesh")  # Sections that do not decide results, but for rounding.
 GROWING = ("rounds", "data.tests", "evaluation.systems")
 # Sections that do nothing while a setting of theirs is 0: with it, all of one may change.
-OFF = {"distill": "epochs"}
+OFF = {"distill": "epochs", "figret": "rank"}
 
 
 def grown_settings(

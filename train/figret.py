@@ -1,0 +1,189 @@
+"""FiGRet in a run: after its last round, an extra turn on queries that the retriever fails.
+
+The trained generator writes easier passages for them, and the turn goes from easy to hard. Another
+turn beside it, the control, has as many ordinary triples of the same queries in no order.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expandr_jax.data.documents import rows_of
+from expandr_jax.data.training_data import TrainingData, limit_queries
+from expandr_jax.data.triples import Triple
+from expandr_jax.expansion.expand import drawing
+from expandr_jax.expansion.prompts import PROMPTS
+from expandr_jax.expansion.sampled import Texts, sample_texts
+from expandr_jax.expansion.strategies import fitted_message
+from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.generation.requests import Request, Requests
+from expandr_jax.generation.sampler import Sampler
+from expandr_jax.objectives.contrastive_batches import triple_examples
+from expandr_jax.objectives.figret import (
+    ASKED,
+    JUDGED,
+    easier_triples,
+    failed_queries,
+    with_margin,
+)
+from expandr_jax.pair import Models
+from expandr_jax.ranking.systems import FIGRET, FIGRET_CONTROL
+from expandr_jax.runtime.run import Run
+from expandr_jax.sharding import batch_divisor
+from expandr_jax.vectors.corpus import CorpusRetriever
+from train.encoding import run_retriever
+from train.negatives import mine_triples
+from train.retriever import train_retriever
+
+
+def figret(
+    run: Run,
+    models: Models,
+    data: TrainingData,
+    sampler: Sampler,
+    ours: CorpusRetriever,
+    adapter: Any,
+) -> dict[str, CorpusRetriever]:
+    """The retrievers after the turn and after the control's, by their rows.
+
+    Writes round-R/figret.jsonl, the turn's triples.
+
+    Args:
+        run, models, data: The run, when all of its rounds are done.
+        sampler: Writes, by the config's section `expansion`.
+        ours: The trained retriever.
+        adapter: The trained generator's.
+    """
+    place = f"round-{run.config.rounds - 1}"
+    failed, name = f"work/{place}/figret-failed.jsonl", f"{place}/figret.jsonl"
+    if not run.checksums.intact(failed):
+        _ = ours.corpus  # All processes encode it, as a phase of its own.
+        with run.phase("queries that fail"):
+            _find_failed(run, data, ours, failed)
+        run.checksums.record(failed)
+    own = _read(run, failed)
+    run.reporter.say(f"{len(own)} queries have no relevant document above the rank")
+    if not run.checksums.intact(name):
+        with run.phase("easier passages"):
+            texts = _texts(run, sampler, adapter, own, place) if own else {}
+            _write(run, ours, own, texts, name)
+        run.checksums.record(name)
+    ours.release()
+    given = _read(run, name)
+    ids = [row["query_id"] for row in given]
+    judged = {row["query_id"]: _triple(row) for row in given if row["aim"] == JUDGED}
+    turns = {FIGRET: [*map(_triple, given)], FIGRET_CONTROL: [judged[query] for query in ids]}
+    retrievers = {}
+    for row, triples in turns.items():
+        params = _turn(run, models, ours.params, ids, triples, row)
+        retrievers[row] = run_retriever(run, models, data.collection.corpus, params, row)
+    return retrievers
+
+
+def _read(run: Run, name: str) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(run.path(name), {"query_id": str})]
+
+
+def _triple(row: Mapping[str, Any]) -> Triple:
+    return Triple(row["query"], tuple(row["pos"]), tuple(row["neg"]), margin=row.get("margin"))
+
+
+def _find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) -> None:
+    """Writes the failed queries' ordinary triples, with negatives as `mining` has them."""
+    settings, ids = run.config.figret, data.retriever_train
+    with run.reporter.progress("training queries encoded", len(ids)) as advance:
+        queries = ours.encode(data.queries(ids), "query", progress=advance)
+
+    def search() -> list[str]:
+        row_of = rows_of(data.collection.corpus)
+        relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
+        depth = min(len(ours.corpus.ids), settings.rank)
+        _, found = ours.corpus.index.search(queries, depth)
+        failed = failed_queries(found, relevant, settings.rank)
+        return limit_queries([ids[i] for i in failed], settings.queries)
+
+    if failed := run.processes.once(search):
+        mine_triples(run, ours, data, failed, run.path(name))
+    else:
+        run.processes.once(lambda: write_jsonl(run.path(name), []))
+
+
+def _texts(
+    run: Run, sampler: Sampler, adapter: Any, own: Sequence[Mapping[str, Any]], place: str
+) -> Texts:
+    """(Query id, number) -> what the generator writes when it is asked for that one of `ASKED`."""
+    settings, rows = run.config.expansion, {row["query_id"]: row for row in own}
+    drawn, most = drawing(settings), run.config.answer.max_characters
+
+    def requests(query: str) -> list[Request]:
+        row = rows[query]
+        messages = (
+            fitted_message(PROMPTS[name], row["pos"][0], most, sampler.fits, row["query"])
+            for name in ASKED
+        )
+        return [
+            Request(query, number, message, settings.temperature, **drawn)
+            for number, message in enumerate(messages)
+        ]
+
+    asked = Requests([*rows], [len(ASKED)] * len(rows), requests)
+    path, purpose = run.path("work", place, "figret-texts.jsonl"), "easier passages"
+    return sample_texts(sampler, adapter, asked, path=path, purpose=purpose)
+
+
+def _write(
+    run: Run, ours: CorpusRetriever, own: Sequence[Mapping[str, Any]], texts: Texts, name: str
+) -> None:
+    """Writes the triples of failed queries, with the margins that the retriever gives them."""
+    made = []
+    for row in own:
+        written = [texts[row["query_id"], number] for number in range(len(ASKED))]
+        made += [(row["query_id"], *of) for of in easier_triples(_triple(row), written).items()]
+    passages = [*dict.fromkeys(text for *_, triple in made for text in triple.passages)]
+    queries = [*dict.fromkeys(triple.query for *_, triple in made)]
+    encoded = [(), ()]
+    if made:
+        with run.reporter.progress("texts encoded", len(passages)) as advance:
+            encoded = [
+                ours.encode(queries, "query"),
+                ours.encode(passages, "document", progress=advance),
+            ]
+    vectors = [
+        dict(zip(t, v, strict=True)) for t, v in zip((queries, passages), encoded, strict=True)
+    ]
+    rows = (
+        {"query_id": query, "aim": aim, "query": t.query, "pos": [*t.positives],
+         "neg": [*t.negatives], "margin": t.margin}
+        for query, aim, t in ((query, aim, with_margin(t, *vectors)) for query, aim, t in made)
+    )  # fmt: skip
+    run.processes.once(lambda: write_jsonl(run.path(name), rows))
+    counts = collections.Counter(aim for _, aim, _ in made)
+    run.reporter.say(f"triples: {', '.join(f'{n} {aim}' for aim, n in counts.items()) or 'none'}")
+
+
+def _turn(
+    run: Run, models: Models, start: Any, ids: Sequence[str], triples: Sequence[Triple], row: str
+) -> Any:
+    """A retriever's parameters after a turn on triples, the control's in no order."""
+    config = run.config.contrastive
+    unit = config.micro_batch or batch_divisor(models.contrastive_mesh)
+    size = min(config.batch_size, len(triples) // unit * unit)
+    if not size:
+        run.reporter.say(f"{row}: {len(triples)} triples fill no batch; it is expandr's retriever")
+        return start
+    settings = dataclasses.replace(
+        config,
+        batch_size=size,
+        epochs=run.config.figret.epochs,
+        negatives=max(1, config.negatives),
+        curriculum=row == FIGRET,
+        length_window=0,
+    )
+    examples = triple_examples(triples, models.encoder)
+    phase = f"{row}-{run.config.rounds - 1}"
+    with run.phase(row):
+        return train_retriever(
+            run, models, start, examples, phase=phase, round_=0, samples=0, ids=ids,
+            settings=settings,
+        )  # fmt: skip
