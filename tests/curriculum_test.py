@@ -145,7 +145,8 @@ def test_what_is_written_becomes_triples_with_margins():
     }
     assert [*easier_triples(own, ["", "half", "noise"])] == ["judged"]
     assert [*easier_triples(own, ["easy", "", "easy"])] == ["relevance", "judged"]
-    assert easier_triples(Triple("q", ("right",)), ["easy", "half", "noise"]) == {}
+    alone = easier_triples(Triple("q", ("right",)), ["easy", "half", "noise"])
+    assert [*alone] == ["completeness", "purity"]  # Nothing is known to be wrong.
     vectors = {"easy": [1.0, 0.0], "wrong": [0.5, 1.0], "right": [0.0, 2.0], "also right": [0.2, 0]}
     vectors = {text: np.array(vector) for text, vector in vectors.items()}
     query = {"q": np.array([1.0, 0.5])}

@@ -22,7 +22,6 @@ from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.figret import (
     ASKED,
-    JUDGED,
     easier_triples,
     failed_queries,
     with_margin,
@@ -72,8 +71,8 @@ def figret(
     ours.release()
     given = _read(run, name)
     ids = [row["query_id"] for row in given]
-    judged = {row["query_id"]: _triple(row) for row in given if row["aim"] == JUDGED}
-    turns = {FIGRET: [*map(_triple, given)], FIGRET_CONTROL: [judged[query] for query in ids]}
+    ordinary = {row["query_id"]: _triple(row) for row in own}
+    turns = {FIGRET: [*map(_triple, given)], FIGRET_CONTROL: [ordinary[query] for query in ids]}
     retrievers = {}
     for row, triples in turns.items():
         params = _turn(run, models, ours.params, ids, triples, row)
@@ -176,7 +175,7 @@ def _turn(
         config,
         batch_size=size,
         epochs=run.config.figret.epochs,
-        negatives=max(1, config.negatives),
+        negatives=max(1, config.negatives) * any(triple.negatives for triple in triples),
         curriculum=row == FIGRET,
         length_window=0,
     )

@@ -18,7 +18,6 @@ import numpy as np
 from expandr_jax.data.triples import Triple
 
 ASKED = ("figret-easier", "figret-half", "figret-noise")  # Names in `PROMPTS`.
-JUDGED = "judged"  # The query's own documents, where the others are aims.
 
 
 def failed_queries(found: np.ndarray, relevant: Sequence[Collection[int]], rank: int) -> list[int]:
@@ -37,21 +36,18 @@ def easier_triples(own: Triple, written: Sequence[str]) -> dict[str, Triple]:
     """A query's triples by their aims.
 
     Args:
-        own: The query with its relevant documents, and wrong ones as negatives.
+        own: The query with its relevant documents, and wrong ones as negatives, if it has any.
         written: The text of each of `ASKED`; "" where the generator said nothing. A triple that
-            needs such a one, or would have the same text twice, is left out, and so is a query
-            without wrong documents.
+            needs such a one, or would have the same text twice, is left out.
     """
     easier, *worse = written
     found = {}
-    if not own.negatives:
-        return found
-    if easier:
+    if easier and own.negatives:
         found["relevance"] = Triple(own.query, (easier,), own.negatives)
     for aim, text in zip(("completeness", "purity"), worse, strict=True):
         if easier and text and text != easier:
             found[aim] = Triple(own.query, (easier,), (text,))
-    return found | {JUDGED: own}
+    return found | ({"judged": own} if own.negatives else {})
 
 
 def with_margin(
