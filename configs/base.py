@@ -298,7 +298,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.figret = figret = ml_collections.ConfigDict()  # A last turn on what the retriever fails.
     figret.rank = 0  # On training queries whose relevant documents it ranks below; 0: none.
-    figret.queries = 1024  # Of these at most; 0: all.
+    figret.queries = 1024  # How many of these at most; 0: all.
     figret.epochs = 1.0  # Passes over the triples that the generator writes; the rest as in step A.
     figret.hardest = 0.25  # Share of test queries, BM25's worst, that results.json tells of alone.
 
