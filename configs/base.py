@@ -79,8 +79,7 @@ def get_config() -> ml_collections.ConfigDict:
     generator.memory_limit = 0.0  # GiB of a device that sampling may take; 0: what the device has.
     # Lengths in tokens that prompts are padded to; longer prompts than the last lose their start.
     generator.prompt_buckets = (64, 128, 256, 512)
-    # An OpenAI-compatible completion server with the same base; it cannot sample with the adapter.
-    # Its key, if it wants one, is in the environment variable EXPANDR_SERVER_KEY.
+    # An OpenAI-compatible server of the same base, unadapted; its key is in EXPANDR_SERVER_KEY.
     generator.server = server = ml_collections.ConfigDict()
     server.url = ""  # As http://127.0.0.1:8000/v1; "": texts are sampled here.
     server.model = ""  # The base's name there.
@@ -120,8 +119,7 @@ def get_config() -> ml_collections.ConfigDict:
     contrastive.batch_size = 64  # Queries a batch; each one's document is a negative of others.
     contrastive.accumulation = 1  # Batches an update, by their mean gradient.
     contrastive.length_window = 0  # Batches sorted by length together, to pad less; 0: none are.
-    # By a triple's margin, or its least positive teacher score less its greatest negative one.
-    contrastive.curriculum = False  # Each pass goes from easy to hard triples.
+    contrastive.curriculum = False  # From easy to hard triples, by margins or teacher scores.
     contrastive.learning_rate = 3e-5  # Peak.
     contrastive.warmup_steps = 0  # Updates from 0 to the peak; at most half of all.
     contrastive.weight_decay = 0.0  # Decoupled, on matrices; not on biases and norms.
@@ -244,9 +242,8 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.temperature = 1.0  # Divides logits in sampling and in what is learned.
     # Queries whose candidates have equal rewards teach nothing, and are left out.
     grpo.resample = 0  # Times at most that others are drawn in their place.
-    # Co-augmentation: texts of documents are sampled and learned, too, and every text is worth the
-    # nDCG@10 of searches among a step's documents: reward.group, its one reward, over
-    # reward.group_sets draws, each of one text a document.
+    # Co-augmentation: texts of documents are learned, too; each is worth the nDCG@10 of searches
+    # among a step's documents (reward.group alone), over reward.group_sets draws of a text each.
     grpo.documents = 0  # Documents a query and step: half relevant, a quarter irrelevant, others.
     grpo.document_prompt = "d2e"  # What is asked for them: "d2q", "d2e" (keywords) or "d2d".
     grpo.document_weights = (0.2, 0.1)  # A relevant document's advantages, and another's.
@@ -267,8 +264,7 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.importance_cap = 0.0  # For programs that round otherwise; 0: they are taken for the same.
     grpo.chunk = 256  # Tokens whose logits are in memory at once.
     grpo.save_every = 10  # Steps between checkpoints.
-    # Training has collapsed where each of watch_steps steps in turn is beyond one of these limits;
-    # the start is the mean of the first five steps.
+    # Collapsed: watch_steps steps in turn beyond a limit; the start is the mean of the first five.
     grpo.watch_kl = 1.0  # Nats a token: texts that the base would hardly ever write.
     grpo.watch_entropy = (0.1, 3.0)  # Shares of the start's: one text for all, or noise.
     grpo.watch_repetitive = 0.5  # Share of repetitive texts above the start's.
@@ -299,8 +295,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.figret = figret = ml_collections.ConfigDict()  # A last turn on what the retriever fails.
     figret.rank = 0  # On training queries whose relevant documents it ranks below; 0: none.
     figret.queries = 1024  # How many of these at most; 0: all.
-    figret.epochs = 1.0  # Passes over the triples that the generator writes; the rest as in step A.
-    figret.hardest = 0.25  # Share of test queries, BM25's worst, that results.json tells of alone.
 
     config.reranker = reranker = ml_collections.ConfigDict()  # train.reranker's cross-encoder.
     reranker.source = ""  # What it begins as: BERT, its kin or ModernBERT; a head is made.

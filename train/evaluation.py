@@ -192,8 +192,8 @@ def evaluate(
                         samples = [row for row in samples if row["system"] != name]
                         samples += sample_rows(run.config, name, here, data, encoded)
                 advance(1)
-        share = run.config.figret.hardest if run.config.figret.rank else 0.0
-        by_words = rankers["test"].rank(parse_system(BM25)) if share else {}
+        told_alone = bool(run.config.figret.rank)
+        by_words = rankers["test"].rank(parse_system(BM25)) if told_alone else {}
 
         def write() -> None:
             qrels, said = data.collection.qrels["test"], []
@@ -219,7 +219,7 @@ def evaluate(
             used = made if chosen else {name: made[name] for name in place if name in made}
             told = [recalls[name] for name in place if name in recalls]
             asked = [answers[name] for name in place if name in answers]
-            if hard := hardest(by_words, qrels, share) if share else {}:
+            if hard := hardest(by_words, qrels) if told_alone else {}:
                 rows = ({"query_id": query, "bm25_rank": rank} for query, rank in hard.items())
                 write_jsonl(directory / "evaluation" / "hardest.jsonl", rows)
             name = data.collection.name

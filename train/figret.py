@@ -174,7 +174,6 @@ def _turn(
     settings = dataclasses.replace(
         config,
         batch_size=size,
-        epochs=run.config.figret.epochs,
         negatives=max(1, config.negatives) * any(triple.negatives for triple in triples),
         curriculum=row == FIGRET,
         length_window=0,

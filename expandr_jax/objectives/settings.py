@@ -129,8 +129,6 @@ class FigretSettings:
 
     rank: Annotated[int, count(0)]
     queries: Annotated[int, count(0)]
-    epochs: Annotated[float, number(above=0, most=MANY)]
-    hardest: Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from expandr_jax import metrics
 from expandr_jax.ranking.listwise import answers_remark
 
 Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # system -> metric -> query -> value
+HARDEST = 0.25  # Share of the test queries that are told of alone.
 
 
 def summary(
@@ -65,7 +66,9 @@ def paired(
 
 
 def hardest(
-    run: Mapping[str, Mapping[str, float]], qrels: Mapping[str, Mapping[str, int]], share: float
+    run: Mapping[str, Mapping[str, float]],
+    qrels: Mapping[str, Mapping[str, int]],
+    share: float = HARDEST,
 ) -> dict[str, int | None]:
     """The share of all judged queries, one at least, that a run ranks worst, the worst first.
 
