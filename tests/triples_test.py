@@ -35,7 +35,7 @@ def test_what_a_file_holds(tmp_path):
 
 UNREAD = (
     "hard_negatives", "hard_neg", "negs", "neg1", "negative 1", "Negative", "neg_docs",
-    "positive_texts", "hard_negative_ctxs", "query_prompt", "query_instruction", "margin",
+    "positive_texts", "hard_negative_ctxs", "query_prompt", "query_instruction", "margins",
 )  # fmt: skip
 
 

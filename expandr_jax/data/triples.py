@@ -135,7 +135,7 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
 
 
 def _triple(where: str, row: dict[str, Any], line: int) -> Triple:
-    known = {"teacher_scores", *_NAMES["pos"], *_NAMES["neg"]}
+    known = {"teacher_scores", "margin", *_NAMES["pos"], *_NAMES["neg"]}
     given = [name for name in row if name not in known and row[name] not in (None, "", [])]
     if unread := next(filter(_UNREAD.fullmatch, given), None):
         raise UserError(
