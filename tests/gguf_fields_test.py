@@ -1,11 +1,15 @@
 """What the metadata of a GGUF file say is obeyed, as in llama.cpp, or refused by name."""
 
+import struct
+
 import gguf
 import pytest
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.weights import gguf_tokenizer
+from expandr_jax.weights.fields import Fields
+from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.gguf_test import DEEP, write_gguf
 
@@ -124,6 +128,32 @@ def test_positions_are_scaled_as_in_llama_cpp(written, values, factor):
     path = written("llama", {f"llama.{name}": value for name, value in values.items()})
     scaling = load_generator(path)[0].module.config.rope_scaling
     assert (scaling and (scaling.kind, scaling.factor)) == (factor and ("linear", factor))
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])  # A word, a control token, one of the user's.
+def test_a_token_that_ends_turns_is_one_whatever_its_type(kind):
+    tokens = [*"<|im_end>a", "<|im_end|>"]
+    values = {"model": "gpt2", "pre": "gpt-2", "tokens": tokens, "merges": []}
+    values |= {"token_type": [1] * (len(tokens) - 1) + [kind]}
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in values.items()}
+    metadata |= {"general.architecture": "llama", "llama.context_length": 64}
+    tokenizer = gguf_tokenizer.read_gguf_tokenizer(Fields(metadata, "model.gguf"), len(tokens))
+    ids = tokenizer("a<|im_end|>").input_ids
+    assert ids == [tokens.index("a"), len(tokens) - 1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a"
+
+
+def test_what_stands_twice_is_refused(tmp_path):
+    """As in llama.cpp and the gguf package; which of the two holds would be chance."""
+    key, tensor = b"a" + struct.pack("<II", 4, 7), b"a" + struct.pack("<IQIQ", 1, 1, 0, 0)
+    for counts, entry, message in (
+        ((0, 2), key, "key 'a' is there twice"),
+        ((2, 0), tensor, "it has two tensors of one name"),
+    ):
+        header = b"GGUF" + struct.pack("<IQQ", 3, *counts)
+        (tmp_path / "a.gguf").write_bytes(header + 2 * (struct.pack("<Q", 1) + entry) + bytes(64))
+        with pytest.raises(UserError, match=message):
+            GgufReader(tmp_path / "a.gguf")
 
 
 def test_every_tokenizer_key_of_the_package_is_known(written):

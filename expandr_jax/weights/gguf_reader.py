@@ -91,6 +91,8 @@ class GgufReader:
         self.metadata = {}
         for _ in range(num_keys):
             key = self._string()
+            if key in self.metadata:
+                raise ValueError(f"key {shown(key)} is there twice")
             self.metadata[key] = self._value(*self._unpack("I"))
         headers = []
         for _ in range(num_tensors):
@@ -104,6 +106,8 @@ class GgufReader:
             name: GgufTensor(shape, gguf.GGMLQuantizationType(kind), start + offset)
             for name, shape, kind, offset in headers
         }
+        if len(self.tensors) < num_tensors:
+            raise ValueError("it has two tensors of one name")
         place = start
         for name, tensor in sorted(self.tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset < place:

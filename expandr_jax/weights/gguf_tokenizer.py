@@ -59,6 +59,8 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     own.strict(*_KEYS, *_UNREAD)
     tokens = own.items("tokens", str)
     types = _of_tokens(own, "token_type", int, tokens)
+    # As in llama.cpp: converters that took them for words are known.
+    types = [CONTROL if t in _ENDS_OF_TURN else n for t, n in zip(tokens, types, strict=True)]
     known = len(tokens)
     while known > rows and types[known - 1] in (CONTROL, USER_DEFINED):
         known -= 1
