@@ -11,14 +11,12 @@ from expandr_jax.expansion.demonstrations import Demonstration, best_draws, draw
 from expandr_jax.expansion.expand import Expander, requests_of
 from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import read_jsonl, write_jsonl
-from expandr_jax.objectives.reward_sft import read_groups
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.selection import best_alone
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.preferences import CANDIDATES, make_preferences
+from train.preferences import best_groups
 from train.scores import make_score
 
 PLACE = "demonstrations"  # Its files in the workdir.
@@ -68,15 +66,11 @@ def _choose(
         raise UserError("demonstrations.prompts: there are no dev queries to choose prompts on")
     own = limit_queries(data.generator_train, settings.queries)
     some = dataclasses.replace(data, generator_train=own)
-    make_preferences(run, models.generator, expander, None, retriever, some, PLACE, functions)
-    groups, _ = read_groups(run.path(PLACE, CANDIDATES), models.generator, run.config, own=True)
-    pool = [
-        Demonstration(group.query_id, group.query, group.candidates[0].text)
-        for group in filter(None, map(best_alone, groups))
-    ]
+    best, total = best_groups(run, models.generator, expander, retriever, some, PLACE, functions)
+    pool = [Demonstration(g.query_id, g.query, g.candidates[0].text) for g in best]
     if not pool:
         raise UserError(
-            f"demonstrations.prompts: no text of {len(groups)} queries is worth more than 0, so "
+            f"demonstrations.prompts: no text of {total} queries is worth more than 0, so "
             "there is no example; raise demonstrations.queries or set demonstrations.prompts to 0"
         )
     draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)

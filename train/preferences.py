@@ -15,12 +15,13 @@ from expandr_jax.expansion.sampled import MadeWhenAsked, SampledTexts, sample_te
 from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
+from expandr_jax.objectives.reward_sft import read_groups
 from expandr_jax.rewards.evidence import RewardContext, evidence_of
 from expandr_jax.rewards.functions import RewardFunction, load_functions
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import reward_groups
 from expandr_jax.rewards.search import queries_at_once
-from expandr_jax.rewards.selection import REASONS, select_pairs
+from expandr_jax.rewards.selection import REASONS, best_alone, select_pairs
 from expandr_jax.runtime.code import keep_code
 from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.runtime.run import Run
@@ -42,6 +43,25 @@ def run_functions(run: Run, used: bool) -> tuple[RewardFunction, ...]:
     replace = run.processes.is_main and not used
     run.processes.main_first(lambda: keep_code(run.path("config.json"), hashes, replace))
     return functions
+
+
+def best_groups(
+    run: Run,
+    generator: Generator,
+    expander: Expander,
+    retriever: CorpusRetriever,
+    data: TrainingData,
+    place: str,
+    functions: Sequence[RewardFunction],
+) -> tuple[list[Group], int]:
+    """The groups of `make_preferences` that have a text worth more than 0, with their best alone.
+
+    Returns:
+        They, and how many groups there are.
+    """
+    make_preferences(run, generator, expander, None, retriever, data, place, functions)
+    groups, _ = read_groups(run.path(place, CANDIDATES), generator, run.config, own=True)
+    return [group for group in map(best_alone, groups) if group], len(groups)
 
 
 def make_preferences(

@@ -8,15 +8,14 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.objectives.objective import Objective
-from expandr_jax.objectives.reward_sft import REWARD_SFT, read_groups
+from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.objectives.warm_start import WARM_START
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.functions import RewardFunction
-from expandr_jax.rewards.selection import best_alone
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.generator import train_generator
-from train.preferences import CANDIDATES, make_preferences
+from train.preferences import best_groups
 
 PLACE = "warm-start"  # Its files in the workdir, and the name of its checkpoints.
 
@@ -67,10 +66,8 @@ def _best(
     data: TrainingData,
     functions: Sequence[RewardFunction],
 ) -> tuple[list[Any], Objective, Any]:
-    make_preferences(run, models.generator, expander, None, retriever, data, PLACE, functions)
-    groups, _ = read_groups(run.path(PLACE, CANDIDATES), models.generator, run.config, own=True)
-    best = [group for group in map(best_alone, groups) if group]
-    run.reporter.say(f"{len(best)} of {len(groups)} queries have a text that is worth more than 0")
+    best, total = best_groups(run, models.generator, expander, retriever, data, PLACE, functions)
+    run.reporter.say(f"{len(best)} of {total} queries have a text that is worth more than 0")
     if not best:
         raise UserError(
             "warm_start 'best': no text of any query is worth more than 0, so there is nothing to "
