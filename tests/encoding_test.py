@@ -91,6 +91,23 @@ def test_queries_are_cut_to_a_length_of_their_own(tiny):
     assert short.identity != dataclasses.replace(short, query_length=0).identity
 
 
+def test_few_texts_are_tokenized_at_once(tiny, monkeypatch):
+    """What the tokenizer says of a text beside its ids is fifty times as large as the text."""
+    retriever, at_once, lost = tiny[0], [], []
+    whole = retriever.token_ids(TEXTS, "document", lost.append)
+
+    def tokenizer(texts, **options):
+        at_once.append(len(texts))
+        return retriever.tokenizer(texts, **options)
+
+    monkeypatch.setattr("expandr_jax.models.retriever.TOKENIZED", 7)
+    counted = dataclasses.replace(retriever, tokenizer=tokenizer)
+    cut = []
+    assert counted.token_ids(TEXTS, "document", cut.append) == whole
+    assert at_once == [7, 7, 7, 4]
+    assert sum(cut) == sum(lost)
+
+
 def test_a_query_length_that_holds_no_query_is_refused():
     with pytest.raises(UserError, match="query_length is 2; expected more than the 2 tokens"):
         load_retriever(TINY, query_length=2)
