@@ -163,11 +163,8 @@ def test_a_generator_learns_to_write_orders_and_its_row_shows_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_missing_file_is_a_line(tmp_path):
-    for arguments, told in (
-        ([f"--to={tmp_path / 'o'}"], "--triples is missing: a file of JSON lines"),
-        ([f"--to={tmp_path / 'o'}", "--triples=none.jsonl"], "none.jsonl: "),
-    ):
-        process = command("train.orders", "--config=configs/listwise.py", *arguments)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 2, output
-        assert told in error_of(output)
+    arguments = f"--to={tmp_path / 'orders.jsonl'}", f"--triples={tmp_path / 'none.jsonl'}"
+    process = command("train.orders", "--config=configs/listwise.py", *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert f"{tmp_path / 'none.jsonl'}: " in error_of(output)

@@ -143,6 +143,8 @@ WRONG = [
     ("evaluation.query_weights", (0.5, 1.5), SHARE),
     ("evaluation.query_weights", (), SHARE),
     ("evaluation.samples", (1, 0), MANY),
+    ("evaluation.listwise.window", 1, "a whole number from 2 to 2147483647"),
+    ("evaluation.listwise.depths", (10, 0), COUNT),
     ("evaluation.samples", (), MANY),
     ("export.dtype", "int8", "one of float32, bfloat16"),
 ]  # fmt: skip
