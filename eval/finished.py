@@ -41,7 +41,7 @@ from expandr_jax.serving.expansions import ServedExpansions, SlotSampler
 from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.pair import Pair, Searchable
 from expandr_jax.serving.queries import QueryEncoder
-from expandr_jax.serving.snapshots import Base, Vectors
+from expandr_jax.serving.snapshots import Base, BaseVectors
 from expandr_jax.sharding import batch_divisor, device_put_shared, make_mesh
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.encoder import TextEncoder
@@ -295,7 +295,7 @@ def _type_of(path: pathlib.Path) -> str:
     return kind.name if kind.names is None else kind.names[-1]
 
 
-def _scann(options: Any, vectors: Vectors, directory: pathlib.Path) -> Index:
+def _scann(options: Any, vectors: BaseVectors, directory: pathlib.Path) -> Index:
     """ScaNN's index of a snapshot, which is kept beside it."""
     key = hash_json(vars(options))[:16]
     return kept_index(directory / f"vectors.index-{key}", lambda: ScannIndex(vectors, options))

@@ -37,10 +37,10 @@ SAMPLES = {
     RANK: "1 / rank of the relevant document for a single fresh passage searched on its own",
     REWARD: "Reward in the corpus (reward.corpus_measure) of a single fresh passage",
 }
-Values = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
+SeedValues = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 
 
-def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[Values, int]:
+def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[SeedValues, int]:
     """Per-query values of every system in every run, and the number of test queries.
 
     Raises:

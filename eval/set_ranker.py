@@ -22,7 +22,7 @@ from expandr_jax.loading import (
     make_sampler,
     sparse_corpus,
 )
-from expandr_jax.metrics import Qrels
+from expandr_jax.metrics import Judgements
 from expandr_jax.pair import Models, RetrieverModel, model_hashes
 from expandr_jax.ranking.choices import (
     Choice,
@@ -140,7 +140,7 @@ class SetRanker:
         )
 
     @functools.cached_property
-    def _dev_qrels(self) -> Qrels:
+    def _dev_qrels(self) -> Judgements:
         """Judgements of the dev queries; none where there are none, or these are tested."""
         if self._split == "dev":
             return {}

@@ -41,7 +41,7 @@ from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
 
 # At least one of these is above 0, or nothing would be learned.
-WEIGHED = (
+AT_LEAST_ONE = (
     tuple(f"contrastive.{n}_weight" for n in (*CONTRASTIVE_LOSSES, "query_likelihood")),
     tuple(f"reward.{name}" for name in (*REWARDS, "functions")),
     tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
@@ -159,7 +159,7 @@ def _with(section: Any, name: str, value: Any) -> Any:
 
 def _check(config: Config) -> None:
     """Refuses settings that do not go together."""
-    for names in WEIGHED:
+    for names in AT_LEAST_ONE:
         if not any(operator.attrgetter(*names)(config)):
             raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
     total = math.fsum(dataclasses.astuple(config.data.shares))

@@ -18,7 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import decode, read_lines, write_text
 
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
-Qrels = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance, 0 is not relevant
+Judgements = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance; 0 is none
 
 METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")  # Every table has them.
 CHOSEN_BY = "ndcg@10"  # The metric that settings are chosen by, on dev.
@@ -31,7 +31,7 @@ _RESAMPLES_AT_ONCE = 1 << 22  # values drawn at a time: 32 MiB
 
 def evaluate(
     run: RunScores,
-    qrels: Qrels,
+    qrels: Judgements,
     names: Sequence[str] = METRICS,
 ) -> dict[str, dict[str, float]]:
     """Scores a run against judgements, by ir-measures.
@@ -158,7 +158,7 @@ def read_trec(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     return run
 
 
-def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
+def write_qrels(path: str | os.PathLike, qrels: Judgements) -> None:
     """Writes judgements as "qid 0 docid relevance" lines, atomically.
 
     Raises:

@@ -152,16 +152,24 @@ def test_comments_are_whole_phrases():
     ]
 
 
-def test_a_class_has_a_name_of_its_own():
+def types_named(text: str) -> Iterator[str]:
+    """Classes and other names for types that a module defines, those it has for itself apart."""
+    for node in ast.parse(text).body:
+        named = [node.name] if isinstance(node, ast.ClassDef) else []
+        if isinstance(node, ast.Assign):
+            named = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        yield from (name for name in named if re.fullmatch(r"[A-Z][a-z]\w*", name))
+
+
+def test_a_type_has_a_name_of_its_own():
     """But for the parts of models, which each family calls as all do: `Block`, `Attention`."""
     names = [
-        node.name
+        name
         for path, text in sources(*PRODUCT)
         if room(path) != "models"
-        for node in ast.parse(text).body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        for name in types_named(text)
     ]
-    assert len(names) == len({*names})
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def test_no_file_is_long():

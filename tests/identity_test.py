@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
 from expandr_jax.models.identity import module_identity
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, hash_all
-from expandr_jax.objectives.packing import Example, hash_examples
+from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
 from expandr_jax.weights.hf import load_generator
@@ -153,6 +153,6 @@ def test_step_b_is_told_by_all_of_its_examples():
         Example([1, 2], [[3], [4]]), Example([1], [[2, 3], [4]]), Example([1, 2], [[4], [3]]),
         Example([1, 2], [[3], [4], []]), Example([1, 2], [[3], [4]], {"weight": 0.5}),
     ]  # fmt: skip
-    told = {hash_examples([example]) for example in examples}
-    assert len(told | {hash_examples(examples)}) == 1 + len(examples)
-    assert hash_examples([dataclasses.replace(examples[0], name="x")]) in told
+    told = {hash_response_examples([example]) for example in examples}
+    assert len(told | {hash_response_examples(examples)}) == 1 + len(examples)
+    assert hash_response_examples([dataclasses.replace(examples[0], name="x")]) in told

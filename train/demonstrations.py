@@ -20,7 +20,7 @@ from train.preferences import best_groups
 from train.scores import make_score
 
 PLACE = "demonstrations"  # Its files in the workdir.
-PROMPTS = f"{PLACE}/prompts.jsonl"
+CHOSEN_PROMPTS = f"{PLACE}/prompts.jsonl"
 
 
 def with_demonstrations(
@@ -43,10 +43,10 @@ def with_demonstrations(
     settings = run.config.demonstrations
     if not settings.prompts:
         return expander
-    if not run.checksums.intact(PROMPTS):
+    if not run.checksums.intact(CHOSEN_PROMPTS):
         with run.phase("examples for prompts"):
             _choose(run, models, expander, retriever, data, functions)
-    rows = [row for _, row in read_jsonl(run.path(PROMPTS), {}) if row["chosen"]]
+    rows = [row for _, row in read_jsonl(run.path(CHOSEN_PROMPTS), {}) if row["chosen"]]
     return dataclasses.replace(
         expander, examples=tuple(tuple(Demonstration(**e) for e in row["examples"]) for row in rows)
     )
@@ -92,8 +92,8 @@ def _choose(
         f"{means.min():.4f} to {means.max():.4f}, {means[chosen].mean():.4f} of the "
         f"{len(chosen)} that are kept"
     )
-    run.processes.once(lambda: write_jsonl(run.path(PROMPTS), rows))
-    run.checksums.record(PROMPTS)
+    run.processes.once(lambda: write_jsonl(run.path(CHOSEN_PROMPTS), rows))
+    run.checksums.record(CHOSEN_PROMPTS)
 
 
 def _rewards(

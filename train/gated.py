@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from expandr_jax import metrics
-from expandr_jax.metrics import CHOSEN_BY, Qrels, RunScores
+from expandr_jax.metrics import CHOSEN_BY, Judgements, RunScores
 from expandr_jax.ranking.choices import DevChoices
 from expandr_jax.ranking.ranker import Ranker
 from expandr_jax.ranking.results import gate_entry
@@ -29,7 +29,7 @@ def gate_of(
     gated: System,
     rows: Sequence[Mapping[str, Any]],
     runs: Mapping[str, RunScores],
-    qrels: Qrels,
+    qrels: Judgements,
 ) -> dict[str, Any]:
     """Its entry of results.json's "gates", by its `gated_rows` and the runs of it and its parts."""
     plain, expanded, _ = gated.parts

@@ -27,7 +27,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
 from expandr_jax.objectives.objective import Objective
-from expandr_jax.objectives.packing import Example, hash_examples
+from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
@@ -114,7 +114,7 @@ def train_generator(
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
         "generator": models.generator.identity,
-        "examples": hash_examples([*examples, *dev]),
+        "examples": hash_response_examples([*examples, *dev]),
     }
     # Rounds differ in their number of examples: their steps cannot be numbered through.
     directory = run.checkpoints(f"{name}-{round_}" if round_ else name)

@@ -12,7 +12,7 @@ from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.distillation import (
     Compared,
     DistillationBatches,
-    Losses,
+    DistillationLoss,
     distillation_setup,
 )
 from expandr_jax.objectives.trained import divided, joined, training_retriever
@@ -41,7 +41,7 @@ def train_query_tower(
     queries: Mapping[str, str],
     compared: Compared,
     *,
-    losses: Losses,
+    losses: DistillationLoss,
     phase: str,
     name: str,
     of: Sequence[str],

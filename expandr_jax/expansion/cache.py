@@ -16,7 +16,7 @@ from expandr_jax.runtime.progress import Reporter
 
 FIELDS = {"query_id": str, "sample": int, "prompt": str, "text": str}
 _HASH_LENGTH = 16  # Hex digits.
-Key = tuple[str, int, str]  # Query id, sample, hash of the prompt and of how it is answered.
+CacheKey = tuple[str, int, str]  # Query id, sample, hash of the prompt and of how it is answered.
 
 
 def kept_texts(
@@ -94,7 +94,7 @@ def _locked(path: pathlib.Path, reporter: Reporter) -> Iterator[None]:
         yield
 
 
-def _key(request: Request) -> Key:
+def _key(request: Request) -> CacheKey:
     asked = [request.prompt, request.temperature, request.top_p, request.max_new_tokens]
     rest = [request.top_k, request.min_p, request.repetition_penalty]
     if rest != [0, 0.0, 1.0]:  # Left out where they change nothing, so that kept texts still serve.
@@ -102,7 +102,7 @@ def _key(request: Request) -> Key:
     return request.id, request.sample, hash_json(asked)[:_HASH_LENGTH]
 
 
-def _read(path: pathlib.Path) -> dict[Key, str]:
+def _read(path: pathlib.Path) -> dict[CacheKey, str]:
     if not path.exists():
         return {}
     rows = (row for _, row in read_jsonl(path, FIELDS))

@@ -15,7 +15,7 @@ MEAN = "mean"  # The mean of vectors; one search.
 DEV = "dev"  # The best of all of them on the dev queries.
 _RRF = 60.0  # As in `ranking.stages.reciprocal_rank_fusion`.
 
-Search = Callable[[Any, int], tuple[np.ndarray, np.ndarray]]  # As `search.Index.search`.
+SearchFunction = Callable[[Any, int], tuple[np.ndarray, np.ndarray]]  # As `search.Index.search`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def text_weights(query_weight: float, texts: int) -> np.ndarray:
 
 
 def found_by_vectors(
-    search: Search, documents: Any, asked: Sequence[np.ndarray], depth: int
+    search: SearchFunction, documents: Any, asked: Sequence[np.ndarray], depth: int
 ) -> list[Found]:
     """What is found for each query, whose own vector and those of its texts are [searches, dim].
 
@@ -97,7 +97,9 @@ def found_by_vectors(
     return several
 
 
-def found_by_words(search: Search, asked: Sequence[Sequence[str]], depth: int) -> list[Found]:
+def found_by_words(
+    search: SearchFunction, asked: Sequence[Sequence[str]], depth: int
+) -> list[Found]:
     """The same by BM25, for each query's own words and those of each of its texts.
 
     Scores of searches for more or fewer words are no measure of one another, so that they are

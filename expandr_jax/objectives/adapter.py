@@ -17,7 +17,7 @@ from expandr_jax.objectives.objective import (
     adapter_losses,
     adapter_step,
 )
-from expandr_jax.objectives.packing import Example, RowSize, hash_examples, pack, row_sizes
+from expandr_jax.objectives.packing import Example, RowSize, hash_response_examples, pack, row_sizes
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.runtime.progress import Reporter
@@ -149,7 +149,7 @@ class AdapterBatches:
     def reference_identity(self, examples: Sequence[Example]) -> str:
         """A hash of all that `reference` depends on: the examples, the base and its adapter."""
         model = self._model
-        of = model.generator_hash, model.generator.identity, hash_examples(examples)
+        of = model.generator_hash, model.generator.identity, hash_response_examples(examples)
         return hash_json(of if self._start is None else [*of, hash_tree(self._start)])
 
     def reference(

@@ -32,11 +32,11 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.llm_ql import READ, query_losses
 from expandr_jax.objectives.trained import (
     Frozen,
-    adapter_step,
     joined,
     placed,
     split_temperature,
     training_retriever,
+    with_frozen_base,
     with_temperature,
 )
 from expandr_jax.settings import Share, choice, count, several
@@ -83,7 +83,7 @@ def contrastive_setup(
     if settings.learn_temperature:
         shardings = {"retriever": shardings, "log_temperature": replicated(mesh)}
     trained = jax.eval_shape(lambda params: with_temperature(params, settings), trained)
-    step = adapter_step(contrastive_step) if held else contrastive_step
+    step = with_frozen_base(contrastive_step) if held else contrastive_step
     step = functools.partial(step, retriever=retriever, config=settings)
     return set_up(mesh, step, trained, shardings, optimizer, *held)
 

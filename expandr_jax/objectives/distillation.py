@@ -21,13 +21,13 @@ from expandr_jax.losses.contrastive import info_nce
 from expandr_jax.losses.distillation import cosine_distance, ranking_kl
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.trained import Frozen, adapter_step, joined, placed
+from expandr_jax.objectives.trained import Frozen, joined, placed, with_frozen_base
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 
 # Vectors of a batch's queries, its arrays and the settings -> losses [rows], metrics [rows].
-Losses = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+DistillationLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 # Which queries a batch has, and which of these rows are made -> the arrays that they learn from.
 Compared = Callable[[np.ndarray, Any], dict[str, np.ndarray]]
 
@@ -72,7 +72,7 @@ def distillation_step(
     key: jax.Array | None = None,
     *,
     retriever: Retriever,
-    losses: Losses,
+    losses: DistillationLoss,
     settings: Any,
     optimizer: optax.GradientTransformation,
     frozen: Frozen = (),
@@ -96,7 +96,7 @@ def distillation_setup(
     mesh: Mesh,
     retriever: Retriever,
     params: Any,
-    losses: Losses,
+    losses: DistillationLoss,
     settings: Any,
     optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
@@ -111,7 +111,7 @@ def distillation_setup(
         optimizer: From `section_optimizer`.
     """
     held, trained, shardings = placed(mesh, retriever, params)
-    step = adapter_step(distillation_step) if held else distillation_step
+    step = with_frozen_base(distillation_step) if held else distillation_step
     step = functools.partial(step, retriever=retriever, losses=losses, settings=settings)
     return set_up(mesh, step, trained, shardings, optimizer, *held)
 

@@ -54,7 +54,7 @@ class Example:
         return len(self.prompt) + max(map(len, self.responses))
 
 
-def hash_examples(examples: Sequence[Example]) -> str:
+def hash_response_examples(examples: Sequence[Example]) -> str:
     """sha256 over the ids and numbers of examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:

@@ -91,7 +91,7 @@ def placed(
     return (base,), trained, adapter
 
 
-def adapter_step(step: Callable[..., Any]) -> Callable[..., Any]:
+def with_frozen_base(step: Callable[..., Any]) -> Callable[..., Any]:
     """(state, base, batch, key) of a step (state, batch, key) that takes `frozen`, too."""
 
     def of_adapter(state: Any, base: Any, batch: Any, key: Any = None, **settings: Any) -> Any:

@@ -7,10 +7,10 @@ START = 5  # Steps at the beginning whose mean is what later ones are compared w
 # Metrics of a step that the watch looks at.
 WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation")
 
-Row = Mapping[str, float]
+StepMetrics = Mapping[str, float]
 
 
-def collapsed(rows: Sequence[Row], settings: Any) -> str | None:
+def collapsed(rows: Sequence[StepMetrics], settings: Any) -> str | None:
     """Why training has collapsed, or None.
 
     A limit counts where each of the last `watch_steps` steps was beyond it: single steps are noisy.
@@ -27,7 +27,7 @@ def collapsed(rows: Sequence[Row], settings: Any) -> str | None:
     repetitive = start["repetitive"] + settings.watch_repetitive
     reward = start["reward"] - settings.watch_reward * start["reward_deviation"]
     now = last[-1]
-    limits: dict[str, Callable[[Row], bool]] = {
+    limits: dict[str, Callable[[StepMetrics], bool]] = {
         f"KL to the base {now['kl']:.3g} nats a token, above {settings.watch_kl:g} "
         "(grpo.watch_kl)": lambda row: row["kl"] > settings.watch_kl,
         f"entropy {now['entropy']:.3g} nats a token, {start['entropy']:.3g} at the start; "

@@ -16,7 +16,7 @@ from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.objectives.log_probs import packed_log_probs
 from expandr_jax.objectives.objective import Objective, ObjectiveSettings
 
-Loss = Literal["likelihood", "step_b"]
+ImportanceLoss = Literal["likelihood", "step_b"]
 # The axis of a layer's leaf that a group's key-value heads lie along, and that channels do.
 HEADS = {
     "self_attn/q_proj/kernel": 1, "self_attn/k_proj/kernel": 1, "self_attn/v_proj/kernel": 1,
@@ -33,7 +33,7 @@ def pruning_loss(
     module: Decoder,
     objective: Objective,
     settings: ObjectiveSettings,
-    loss: Loss,
+    loss: ImportanceLoss,
 ) -> jax.Array:
     """The mean loss of a packed batch, by the decoder's own parameters.
 

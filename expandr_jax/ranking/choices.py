@@ -135,7 +135,7 @@ class Searcher(Protocol):
 
 
 def choose(
-    ranker: Searcher, system: System, qrels: metrics.Qrels, choices: Sequence[Chosen]
+    ranker: Searcher, system: System, qrels: metrics.Judgements, choices: Sequence[Chosen]
 ) -> list[tuple[Chosen, float]]:
     """Mean nDCG@10 of each way to use a leaf's expansions, or to weigh a fusion's parts.
 
@@ -176,7 +176,7 @@ class DevChoices:
     def __init__(
         self,
         dev: Callable[[], Searcher],
-        qrels: metrics.Qrels,
+        qrels: metrics.Judgements,
         grid: Callable[[System], Sequence[Chosen]],
         *,
         made: Mapping[str, Chosen],

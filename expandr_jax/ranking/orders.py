@@ -18,9 +18,9 @@ from expandr_jax.ranking.listwise import ask_for_order, shown, written
 
 ORDER, COMPARE = TASKS = ("order", "compare")
 _LETTERS = "A", "B"
-Ask = Callable[[str, Sequence[str]], str]
+AskOrder = Callable[[str, Sequence[str]], str]
 # (query, passages, what asks) to a prompt; passages may be cut.
-MakePrompt = Callable[[str, Sequence[str], Ask], str]
+MakePrompt = Callable[[str, Sequence[str], AskOrder], str]
 
 
 @dataclasses.dataclass(frozen=True)

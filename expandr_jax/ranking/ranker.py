@@ -35,7 +35,7 @@ from expandr_jax.ranking.stages import (
     FEEDBACK_DEPTH,
     FEEDBACKS,
     FUSIONS,
-    WEIGHED,
+    WEIGHED_FUSIONS,
     WEIGHINGS,
     WORD_FEEDBACK_DEPTH,
     WORD_FEEDBACKS,
@@ -383,7 +383,7 @@ class Ranker:
     def _fused(self, system: System, weights: PartWeights | None) -> RunScores:
         combine, runs = FUSIONS[system.stage], [self.rank(part) for part in system.parts]
         if weights is not None:
-            combine = functools.partial(WEIGHED[system.stage], weights=weights.weights)
+            combine = functools.partial(WEIGHED_FUSIONS[system.stage], weights=weights.weights)
         fused = {query: combine([run.get(query, {}) for run in runs]) for query in self.ids}
         # A fusion's order is that of its scores, whichever run a document was first met in.
         return {

@@ -104,4 +104,4 @@ FUSIONS: dict[str, Callable[[Sequence[Mapping[str, float]]], dict[str, float]]] 
     "interpolation": lambda runs: interpolate(runs, [1 / len(runs)] * len(runs)),
 }
 # The fusions whose parts may have other weights than equal ones.
-WEIGHED = {"interpolation": interpolate}
+WEIGHED_FUSIONS = {"interpolation": interpolate}

@@ -31,7 +31,13 @@ from expandr_jax.ranking.gate_features import GATES
 from expandr_jax.ranking.listwise import LISTWISE, ListPrompts, check_listwise
 from expandr_jax.ranking.rerank import RERANKERS, named_hashes
 from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
-from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHED, WEIGHINGS, WORD_FEEDBACKS
+from expandr_jax.ranking.stages import (
+    FEEDBACKS,
+    FUSIONS,
+    WEIGHED_FUSIONS,
+    WEIGHINGS,
+    WORD_FEEDBACKS,
+)
 from expandr_jax.weights.sparse_encoder import load_sparse_encoder
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ class System:
     @property
     def is_chosen(self) -> bool:
         """Whether there is a choice in it: of its expansions, weights, depth or gate."""
-        return self.strategy is not None or self.stage in (*WEIGHED, *GATES, *AGAIN)
+        return self.strategy is not None or self.stage in (*WEIGHED_FUSIONS, *GATES, *AGAIN)
 
     @property
     def writer(self) -> str:

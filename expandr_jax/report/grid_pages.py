@@ -27,7 +27,7 @@ from expandr_jax.report.tables import Bold, render
 MOVED = 6  # Queries that are shown as those that gained most, and that lost most.
 LEVEL = 0.05  # p-values below it stand out.
 _NONE = "–"  # What nobody knows.
-Rows = Sequence[Mapping[str, Any]]
+GridRows = Sequence[Mapping[str, Any]]
 Drawn = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # Title, header and cells of a table.
 
 
@@ -54,7 +54,7 @@ def write_grid(
     return render(*tables[0])
 
 
-def _means(collections: Sequence[Measured], rows: Rows, missing: Sequence[str]) -> Drawn:
+def _means(collections: Sequence[Measured], rows: GridRows, missing: Sequence[str]) -> Drawn:
     """Systems x collections: means with intervals, and deviations over seeds."""
     found = {(r["collection"], r["system"]): r for r in rows if r["metric"] == CHOSEN_BY}
     names = [one.name for one in collections]
@@ -82,7 +82,7 @@ def _means(collections: Sequence[Measured], rows: Rows, missing: Sequence[str]) 
     return title, ["system", *names], cells
 
 
-def _tests(tests: Rows) -> Drawn:
+def _tests(tests: GridRows) -> Drawn:
     title = (
         f"Against the rows without expansions, {CHOSEN_BY}: paired tests over queries, each its "
         "mean over the seeds; Holm's method over the collections"
@@ -107,7 +107,7 @@ def _test_cells(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _costs(costs: Rows) -> Drawn:
+def _costs(costs: GridRows) -> Drawn:
     title = "What a query takes: tokens that are generated for it, and seconds"
     header = ["collection", "system", "tokens", "seconds"]
     cells = [
@@ -118,7 +118,7 @@ def _costs(costs: Rows) -> Drawn:
     return title, header, cells
 
 
-def _trainings(trainings: Rows) -> Drawn:
+def _trainings(trainings: GridRows) -> Drawn:
     title = "What a cell took, and what it was made with"
     header = ["collection", "seed", "training, s", "in all, s", "peak memory, GB", "device",
               "revision"]  # fmt: skip
@@ -135,7 +135,9 @@ def _number(value: float | None, form: str, unit: float = 1.0) -> str:
     return _NONE if value is None else f"{value / unit:{form}}"
 
 
-def _long(collections: Sequence[Measured], rows: Rows) -> tuple[Sequence[str], list[Sequence[str]]]:
+def _long(
+    collections: Sequence[Measured], rows: GridRows
+) -> tuple[Sequence[str], list[Sequence[str]]]:
     """Header and cells of a line for each row of results.json, a column for each seed."""
     seeds = list(dict.fromkeys(seed for one in collections for seed in one.seeds))
     of = {one.name: one.seeds for one in collections}

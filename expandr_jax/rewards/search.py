@@ -113,11 +113,11 @@ SEARCH_MEASURES: dict[str, Callable[[Searched], np.ndarray]] = {
 
 # Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
 # rows; the searches of a query follow one another.
-Search = Callable[[slice], tuple[np.ndarray, np.ndarray]]
+BlockSearch = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 
 
 def measure_searches(
-    search: Search,
+    search: BlockSearch,
     judged: Judged,
     each: int,
     measure: str,
@@ -163,7 +163,7 @@ def _ranked(
     return np.take_along_axis(scores, kept, axis=1), np.take_along_axis(found, kept, axis=1)
 
 
-def vector_search(index: Index, vectors: np.ndarray, depth: int) -> Search:
+def vector_search(index: Index, vectors: np.ndarray, depth: int) -> BlockSearch:
     """Searches an index for some vectors of each query, [queries, searches of a query, dim]."""
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:

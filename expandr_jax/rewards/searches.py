@@ -8,10 +8,10 @@ import numpy as np
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
-from expandr_jax.rewards.search import Search, measure_searches, vector_search
+from expandr_jax.rewards.search import BlockSearch, measure_searches, vector_search
 
 
-def dense_search(evidence: Evidence, plain: bool) -> Search:
+def dense_search(evidence: Evidence, plain: bool) -> BlockSearch:
     """Searches for vectors, those of expanded queries with `reward.query_weight`."""
     vectors, queries = evidence.fused, evidence.queries
     if plain:
@@ -22,7 +22,7 @@ def dense_search(evidence: Evidence, plain: bool) -> Search:
     return vector_search(context.corpus.index, vectors, evidence.depth)
 
 
-def bm25_search(evidence: Evidence, plain: bool) -> Search:
+def bm25_search(evidence: Evidence, plain: bool) -> BlockSearch:
     """Searches for words, those of expanded queries as the strategy writes them for BM25."""
     config, index = evidence.context.config, evidence.context.words
     sparse = STRATEGIES[config.expansion.strategy].sparse
@@ -38,7 +38,7 @@ def bm25_search(evidence: Evidence, plain: bool) -> Search:
     return search
 
 
-def fused_search(evidence: Evidence, plain: bool) -> Search:
+def fused_search(evidence: Evidence, plain: bool) -> BlockSearch:
     """Reciprocal rank fusion of both."""
     searches = dense_search(evidence, plain), bm25_search(evidence, plain)
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.files.records import Journal, Rows
+from expandr_jax.files.records import Journal, Row, Rows
 from expandr_jax.runtime.processes import Processes
 
-Row = dict[str, Any]
 Key = tuple[str, int]  # Tells rows apart; the number is 0 or more, and below 2 to the 32nd.
 
 BLOCK = 4096  # Rows in memory while files are put together.

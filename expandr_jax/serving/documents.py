@@ -17,12 +17,12 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.search import Index
-from expandr_jax.serving.flat import Found, merge, search_flat, search_rows
+from expandr_jax.serving.flat import Results, merge, search_flat, search_rows
 from expandr_jax.serving.log import Log
 from expandr_jax.serving.snapshots import (
     Base,
+    BaseVectors,
     Current,
-    Vectors,
     decoded,
     open_snapshot,
     read_current,
@@ -91,7 +91,7 @@ class View:
 
     def find(
         self, queries: np.ndarray, k: int, among: Sequence[np.ndarray | None] = ()
-    ) -> list[Found]:
+    ) -> list[Results]:
         """As `search`, in rows."""
         if any(rows is not None for rows in among):
             return [
@@ -106,7 +106,7 @@ class View:
             for below, (scores, rows) in zip(found, on_top, strict=True)
         ]
 
-    def best_of(self, rows: np.ndarray, query: np.ndarray, k: int) -> Found:
+    def best_of(self, rows: np.ndarray, query: np.ndarray, k: int) -> Results:
         """The best of some rows, in rising order, for a query [D]."""
         first = len(self.base)
         below, above = rows[rows < first], rows[rows >= first]
@@ -114,7 +114,7 @@ class View:
         parts = [self.base.search_among(below, query, k), (scores, places + first)]
         return merge(parts, k)
 
-    def hits(self, found: Found) -> list[Hit]:
+    def hits(self, found: Results) -> list[Hit]:
         """What was found, with ids and texts."""
         hits = []
         for score, row in zip(*(part.tolist() for part in found), strict=True):
@@ -157,7 +157,7 @@ class LiveDocuments:
         base: Base,
         encode: Callable[[Sequence[str]], np.ndarray],
         dtype: str = "float32",
-        index: Callable[[Vectors, pathlib.Path], Index] | None = None,
+        index: Callable[[BaseVectors, pathlib.Path], Index] | None = None,
         merge_from: int = MERGE_FROM,
         merged: Callable[["LiveDocuments"], None] = lambda documents: None,
     ):
@@ -234,7 +234,7 @@ class LiveDocuments:
         """The k best documents of each query [Q, D], fewer where there are fewer.
 
         Args:
-            queries: Vectors.
+            queries: BaseVectors.
             k: Most documents of a query.
             among: For each query, ids to which its results are limited, or None.
         """
@@ -377,7 +377,7 @@ class LiveDocuments:
             self._touched, self._merge_from = None, 2 * self._merge_from
 
 
-def _stored(vectors: Vectors) -> np.ndarray:
+def _stored(vectors: BaseVectors) -> np.ndarray:
     return vectors.records if isinstance(vectors, StoredVectors) else vectors
 
 

@@ -13,12 +13,12 @@ from expandr_jax.vectors.stored import StoredVectors
 
 BLOCK = 1 << 16  # Rows whose scores are in memory at once.
 
-Found = tuple[np.ndarray, np.ndarray]  # Scores float32 and rows, the best first.
+Results = tuple[np.ndarray, np.ndarray]  # Scores float32 and rows, the best first.
 
 
 def search_flat(
     vectors: np.ndarray | StoredVectors, queries: np.ndarray, k: int, dead: np.ndarray | None = None
-) -> list[Found]:
+) -> list[Results]:
     """The best rows of each query by inner product; equal scores come in the order of the rows.
 
     Args:
@@ -28,7 +28,7 @@ def search_flat(
         dead: [N] bool, rows that are left out.
     """
     queries = check_queries(queries, vectors.shape[1])
-    parts: list[list[Found]] = [[] for _ in queries]
+    parts: list[list[Results]] = [[] for _ in queries]
     for start in range(0, len(vectors), BLOCK):
         block = np.asarray(vectors[start : start + BLOCK], np.float32)
         scores = queries @ block.T
@@ -42,14 +42,14 @@ def search_flat(
 
 def search_rows(
     vectors: np.ndarray | StoredVectors, rows: np.ndarray, query: np.ndarray, k: int
-) -> Found:
+) -> Results:
     """The best among some rows, in rising order, for a query [D]."""
     scores = np.asarray(vectors[rows], np.float32) @ query
     best = _best(scores, k)
     return scores[best], rows[best]
 
 
-def merge(parts: Sequence[Found], k: int) -> Found:
+def merge(parts: Sequence[Results], k: int) -> Results:
     """The best k of several parts, whose rows rise from part to part."""
     if not parts:
         return np.zeros(0, np.float32), np.zeros(0, np.int64)

@@ -36,7 +36,7 @@ Pieces = list[tuple[str, str]]  # Parts of a text, and how each is marked: "", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class RankingRow:
     """A document in a ranking."""
 
     id: str
@@ -51,7 +51,7 @@ class RankingColumn:
     """A ranking."""
 
     title: str
-    rows: list[Row]
+    rows: list[RankingRow]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,9 @@ def _column(
     for place, hit in enumerate(hits):
         text = clip(" ".join(hit.text.split()), _CHARACTERS)
         said, trend = moved[place] if moved else ("", "")
-        rows.append(Row(hit.id, f"{hit.score:.3f}", marked(text, asked, written), said, trend))
+        rows.append(
+            RankingRow(hit.id, f"{hit.score:.3f}", marked(text, asked, written), said, trend)
+        )
     return RankingColumn(title, rows)
 
 

@@ -21,7 +21,7 @@ from expandr_jax.data.documents import Documents, ids_of, rows_of, texts_of, wri
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.search import Index
-from expandr_jax.serving.flat import Found, search_flat, search_rows
+from expandr_jax.serving.flat import Results, search_flat, search_rows
 from expandr_jax.serving.log import sync_directory
 from expandr_jax.vectors.stored import StoredVectors, from_storage, open_vectors
 
@@ -29,7 +29,7 @@ _CURRENT = "current.json"
 _VECTORS = "vectors.npy"
 _ROWS = 8192  # Vectors that are copied at once.
 
-Vectors = np.ndarray | StoredVectors
+BaseVectors = np.ndarray | StoredVectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +46,20 @@ class Base:
     ids: Sequence[str]
     texts: Sequence[str]
     rows: Mapping[str, int]
-    vectors: Vectors
+    vectors: BaseVectors
     index: Index | None = None
 
     @classmethod
-    def of(cls, corpus: Mapping[str, str], vectors: Vectors, index: Index | None = None) -> "Base":
+    def of(
+        cls, corpus: Mapping[str, str], vectors: BaseVectors, index: Index | None = None
+    ) -> "Base":
         """Documents, id -> text, and their vectors in the same order."""
         return cls(ids_of(corpus), texts_of(corpus), rows_of(corpus), vectors, index)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def search(self, queries: np.ndarray, k: int, dead: np.ndarray) -> list[Found]:
+    def search(self, queries: np.ndarray, k: int, dead: np.ndarray) -> list[Results]:
         """The best rows of each query [Q, D] that are not dead."""
         if self.index is None:
             return search_flat(self.vectors, queries, k, dead)
@@ -72,7 +74,7 @@ class Base:
                 return found
             fetch = min(len(self), 4 * fetch)
 
-    def search_among(self, rows: np.ndarray, query: np.ndarray, k: int) -> Found:
+    def search_among(self, rows: np.ndarray, query: np.ndarray, k: int) -> Results:
         """The best of some rows, in rising order."""
         return search_rows(self.vectors, rows, query, k)
 
@@ -169,7 +171,7 @@ def write_snapshot(
     sync_directory(state)
 
 
-def open_snapshot(state: pathlib.Path, number: int) -> tuple[Documents, Vectors]:
+def open_snapshot(state: pathlib.Path, number: int) -> tuple[Documents, BaseVectors]:
     """The documents of a snapshot and their vectors.
 
     Raises:
@@ -186,7 +188,7 @@ def open_snapshot(state: pathlib.Path, number: int) -> tuple[Documents, Vectors]
     return documents, vectors
 
 
-def stored_rows(vectors: Vectors, alive: np.ndarray) -> Iterator[np.ndarray]:
+def stored_rows(vectors: BaseVectors, alive: np.ndarray) -> Iterator[np.ndarray]:
     """Rows of vectors that are alive, as they are in their file, a block at a time."""
     stored = vectors.records if isinstance(vectors, StoredVectors) else vectors
     for start in range(0, len(stored), _ROWS):
