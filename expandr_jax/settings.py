@@ -1,7 +1,8 @@
 """What settings may be, as metadata of their types, and how a section of a config is read.
 
-A section is a frozen dataclass without defaults, which are in configs/base.py. Its fields have
-types such as `Annotated[int, count(1)]`; `X | None` may be None, too.
+A section is a frozen dataclass whose fields have types such as `Annotated[int, count(1)]`;
+`X | None` may be None, too. A config says all of them; a default is for code that has no config,
+and is that of configs/base.py.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Wrong settings are refused by name, at once; those of every config pass."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -251,6 +252,22 @@ def checks_of(section, prefix=""):
             yield from checks_of(check, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", check
+
+
+def defaults_of(section, prefix=""):
+    """(name, default, value) of every setting that has a default."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from defaults_of(value, f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            yield f"{prefix}{field.name}", field.default, value
+
+
+def test_what_code_has_without_a_config_is_what_base_says():
+    found = [*defaults_of(read_config(base.get_config()))]
+    assert {name for name, *_ in found} > {"dpo.beta", "search.scann.reorder"}
+    assert not [name for name, default, value in found if default != value]
 
 
 def test_a_setting_that_base_lacks_or_that_is_missing_is_named():

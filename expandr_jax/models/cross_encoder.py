@@ -43,6 +43,11 @@ class PairClassifier(Encoder):
 
     config: BertConfig
 
+    @property
+    def head(self) -> list[Any]:
+        """What the head can be beside its weights; nothing."""
+        return []
+
     @nn.compact
     def __call__(
         self,
@@ -75,6 +80,11 @@ class ModernPairClassifier(Encoder):
     activation: str = "gelu"
     use_bias: bool = False
     dropout: float = 0.0
+
+    @property
+    def head(self) -> list[Any]:
+        """What the head can be beside its weights."""
+        return [self.pooling, self.activation, self.use_bias]
 
     @nn.compact
     def __call__(
@@ -117,10 +127,8 @@ class CrossEncoder:
     def identity(self) -> str:
         """sha256 over all that scores depend on, but for the parameters and the texts."""
         module, ends = self.module, (self.max_length, self.activation)
-        head = []
-        if isinstance(module, ModernPairClassifier):
-            head = [module.pooling, module.activation, module.use_bias]
-        return hash_json([module_identity(module), tokenizer_identity(self.tokenizer), ends, *head])
+        parts = module_identity(module), tokenizer_identity(self.tokenizer), ends, *module.head
+        return hash_json([*parts])
 
     def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """Token ids and types of a query with each of its documents.

@@ -57,6 +57,8 @@ class OptionalLora(LoraConfig):
     """An adapter where `rank` is above 0, and else none."""
 
     rank: Annotated[int, count(0)] = 0
+    dropout: Annotated[float, number(least=0, below=1)] = 0.0
+    targets: Annotated[tuple[str, ...], several(PATTERN)] = ("_proj$",)
 
 
 class Projection(nn.Module):

@@ -15,7 +15,7 @@ from expandr_jax.models.pooling import Pooling, dense, dense_name, l2_normalize,
 from expandr_jax.models.token_ids import check_ids
 
 Kind = Literal["query", "document"]
-TOKENIZED = 1024  # Texts at once: what a tokenizer says of one takes a fifty times its letters.
+TOKENIZED = 1024  # Texts at once: what a tokenizer says of one takes fifty times its letters.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,7 +63,7 @@ class ContrastiveConfig(ContrastiveLossSettings):
     dimensions: Annotated[tuple[int, ...], several(count(1), least=0)] = ()
     micro_batch: Annotated[int, count(0)] = 0
     query_likelihood_mask: bool = True
-    query_likelihood_corruption: Share = 0.0
+    query_likelihood_corruption: Share = 0.6
 
 
 def contrastive_setup(
