@@ -1,7 +1,6 @@
 """The stage before step A in which a decoder learns what its blocks say of a text (LLaRA)."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -16,14 +15,12 @@ from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.llara import LlaraBatches, llara_setup, passage_pairs
 from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
-from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
-from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.loop import fit
+from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
+from train.steps import on_devices, row_flops, train_steps
 
 PHASE = "llara"
 
@@ -80,29 +77,24 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
         "steps": steps,
     }
 
-    @functools.cache
-    def flops(length: int) -> int:
-        passes = FROZEN if held else TRAINING
-        return passes * forward_flops(retriever.module, params, 1, length)
+    flops = row_flops(retriever.module, params, bool(held))
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         arrays, tokens = batches.batch(step, rows)
         names = [f"pair {i}" for i in batches.indices(step)]
-        contents = Contents(names, int(tokens.sum()), sum(map(flops, tokens.tolist())))
-        if run.processes.count > 1:  # Each has made the rows of its own devices.
-            arrays = device_put_rows(arrays, mesh, rows, size)
-        return arrays, contents
+        return arrays, Contents(names, int(tokens.sum()), sum(map(flops, tokens.tolist())))
 
-    state = fit(
-        run.training_log(PHASE, 0),
-        setup.create(device_put(trained, setup.shardings.params)),
-        lambda state, batch: setup.step(state, *frozen, batch, key),
-        batch,
-        first_step=0,
+    trained = train_steps(
+        run,
+        setup,
+        device_put(trained, setup.shardings.params),
+        on_devices(run, batch, mesh, rows, size),
+        name=PHASE,
+        identity=identity,
+        settings=settings,
         steps=steps,
-        checkpoints=Checkpoints(
-            run.checkpoints(PHASE), identity, agree=run.processes.all, keep=1, keep_period=steps
-        ),
-        save_every=settings.save_every * settings.accumulation,
+        keep=1,
+        frozen=frozen,
+        key=key,
     )
-    return joined(held, whole(state.params))
+    return joined(held, whole(trained))

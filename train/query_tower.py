@@ -17,20 +17,15 @@ from expandr_jax.objectives.distillation import (
 )
 from expandr_jax.objectives.trained import divided, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
-from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.ranking.ranker import Ranker, Searches
 from expandr_jax.ranking.systems import DISTILLED, parse_system
 from expandr_jax.runtime.formats import identity_of
-from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
-from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.early_stopping import train_with_dev
-from expandr_jax.training.loop import fit
+from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.weights.trees import hash_tree
+from train.steps import on_devices, row_flops, train_steps
 
 
 def train_query_tower(
@@ -90,53 +85,25 @@ def train_query_tower(
         "steps": steps,
     }
 
-    def checkpoints(which: str, **kept: int) -> Checkpoints:
-        return Checkpoints(run.checkpoints(which), identity, agree=run.processes.all, **kept)
-
-    every = checkpoints(name, keep=run.config.keep, keep_period=steps)
-    log = run.training_log(phase, round_)
-
-    @functools.cache
-    def flops(length: int) -> int:
-        passes = FROZEN if held else TRAINING
-        return passes * forward_flops(retriever.module, ours.params, 1, length)
-
-    def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        arrays, contents = batches.batch(step, rows, flops)
-        if run.processes.count > 1:  # Each has made the rows of its own devices.
-            arrays = device_put_rows(arrays, mesh, rows, settings.batch_size)
-        return arrays, contents
-
-    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
-    def train(last: int) -> Any:
-        """What is trained, after so many steps."""
-        state = fit(
-            log,
-            setup.create(start),
-            lambda state, batch: setup.step(state, *frozen, batch, None),
-            batch,
-            first_step=0,
-            steps=last,
-            checkpoints=every,
-            save_every=settings.save_every * settings.accumulation,
-        )
-        return state.params
-
-    if not settings.eval_every:
-        return joined(held, whole(train(steps)))
-    path = run.path("work", f"round-{round_}", f"{name}-dev.jsonl")
-    best = train_with_dev(
-        log,
-        CommonJournal(path, run.processes),
+    flops = row_flops(retriever.module, ours.params, bool(held))
+    make = functools.partial(batches.batch, rows=rows, flops=flops)
+    trained = train_steps(
+        run,
+        setup,
         start,
-        train,
-        lambda trained: _on_dev(run, data, ours, joined(held, trained)),
-        best=checkpoints(f"{name}-best", keep=1),
+        on_devices(run, make, mesh, rows, settings.batch_size),
+        name=name,
+        identity=identity,
+        settings=settings,
         steps=steps,
-        every=settings.eval_every * settings.accumulation,
-        patience=0,
+        phase=phase,
+        round_=round_,
+        frozen=frozen,
+        evaluate=(lambda trained: _on_dev(run, data, ours, joined(held, trained)))
+        if settings.eval_every
+        else None,
     )
-    return joined(held, whole(best))
+    return joined(held, whole(trained))
 
 
 def _on_dev(run: Run, data: TrainingData, ours: CorpusRetriever, params: Any) -> float:

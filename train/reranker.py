@@ -29,22 +29,17 @@ from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.objectives.reranking import RerankingBatches, reranking_setup
 from expandr_jax.pair import check_meshes, phase_mesh
-from expandr_jax.planning.flops import TRAINING, forward_flops
 from expandr_jax.ranking.rerank import rank_again
 from expandr_jax.runtime.formats import identity_of
-from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import search_named
-from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
-from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.early_stopping import train_with_dev
-from expandr_jax.training.loop import fit
+from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
 from train.encoding import run_words
 from train.launch import launch_training
+from train.steps import on_devices, row_flops, train_steps
 from train.triples import dev_of, say_leaks, triples_of
 
 PHASE = "reranker"
@@ -140,51 +135,21 @@ def _train(
         "steps": steps,
     }
 
-    def checkpoints(name: str, **kept: int) -> Checkpoints:
-        return Checkpoints(run.checkpoints(name), identity, agree=run.processes.all, **kept)
-
-    every, log = (
-        checkpoints(PHASE, keep=run.config.keep, keep_period=steps),
-        run.training_log(PHASE, 0),
-    )
-
-    @functools.cache
-    def flops(length: int) -> int:
-        return TRAINING * forward_flops(encoder.module, params, 1, length)
-
-    def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        arrays, contents = batches.batch(step, rows, flops)
-        if run.processes.count > 1:  # Each has made the rows of its own devices.
-            arrays = device_put_rows(arrays, mesh, rows, size)
-        return arrays, contents
-
-    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
-    def train(last: int) -> Any:
-        return fit(
-            log,
-            setup.create(start),
-            lambda state, batch: setup.step(state, batch, key),
-            batch,
-            first_step=0,
-            steps=last,
-            checkpoints=every,
-            save_every=settings.save_every * settings.accumulation,
-        ).params
-
-    if evaluate is None:
-        return whole(train(steps))
-    best = train_with_dev(
-        log,
-        CommonJournal(run.path("work", "round-0", f"{PHASE}-dev.jsonl"), run.processes),
+    flops = row_flops(encoder.module, params, frozen=False)
+    trained = train_steps(
+        run,
+        setup,
         start,
-        train,
-        evaluate,
-        best=checkpoints(f"{PHASE}-best", keep=1),
+        on_devices(run, lambda step: batches.batch(step, rows, flops), mesh, rows, size),
+        name=PHASE,
+        identity=identity,
+        settings=settings,
         steps=steps,
-        every=settings.eval_every * settings.accumulation,
+        key=key,
+        evaluate=evaluate,
         patience=settings.patience,
     )
-    return whole(best)
+    return whole(trained)
 
 
 def _on_dev(run: Run, encoder: CrossEncoder, dev: Collection) -> Callable[[Any], float]:

@@ -7,7 +7,6 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
-import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -45,16 +44,11 @@ from expandr_jax.objectives.trained import (
     with_temperature,
 )
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
-from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.runtime.formats import identity_of
-from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
-from expandr_jax.sharding import device_put, device_put_rows, rows_here, whole
-from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.early_stopping import train_with_dev
-from expandr_jax.training.loop import fit
+from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
 from expandr_jax.weights.sparse_encoder import SPLADE
@@ -63,6 +57,7 @@ from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
 from train.llara import PHASE as LLARA
 from train.llara import train_blocks
+from train.steps import on_devices, row_flops, train_steps
 from train.triples import dev_of, say_leaks, triples_of
 
 
@@ -126,11 +121,7 @@ def train_retriever(
     if drops_out(retriever, config):
         key = jax.random.fold_in(jax.random.key(seed), round_)
 
-    @functools.cache
-    def flops(length: int) -> int:
-        passes = FROZEN if held else TRAINING
-        return passes * forward_flops(retriever.module, params, 1, length)
-
+    flops = row_flops(retriever.module, params, bool(held))
     identity = {
         "model": models.retriever_hash,
         "settings": hash_json(identity_of("contrastive", config)),
@@ -142,50 +133,29 @@ def train_retriever(
     if config.curriculum:
         identity["ease"] = hash_json([example.ease for example in examples])
 
-    def checkpoints(name: str, **kept: int) -> Checkpoints:
-        return Checkpoints(run.checkpoints(name), identity, agree=run.processes.all, **kept)
-
-    every = checkpoints(phase, keep=run.config.keep, keep_period=steps)
-    log = run.training_log(phase, round_)
-
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         arrays, tokens = make(numbers[step])
-        contents = batches.contents(numbers[step], len(rows), tokens, ids, flops)
-        if run.processes.count > 1:  # Each has made the rows of its own devices.
-            arrays = device_put_rows(arrays, mesh, rows, config.batch_size)
-        return arrays, contents
-
-    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
-    def train(last: int) -> Any:
-        """What is trained, after step `last` of this round."""
-        state = fit(
-            log,
-            setup.create(start),
-            lambda state, batch: setup.step(state, *frozen, batch, key),
-            batch,
-            first_step=round_ * steps,
-            steps=last,
-            checkpoints=every,
-            save_every=config.save_every * config.accumulation,
-        )
-        return split_temperature(state.params, config)[0]
+        return arrays, batches.contents(numbers[step], len(rows), tokens, ids, flops)
 
     with made_ahead(batches, rows, run.config.mesh.workers) as make:
-        if evaluate is None:
-            return joined(held, whole(train(steps)))
-        journal = run.path("work", f"round-{round_}", f"{phase}-dev.jsonl")
-        best = train_with_dev(
-            log,
-            CommonJournal(journal, run.processes),
-            split_temperature(start, config)[0],
-            train,
-            lambda trained: evaluate(joined(held, trained)),
-            best=checkpoints(f"{phase}-best", keep=1),
+        trained = train_steps(
+            run,
+            setup,
+            start,
+            on_devices(run, batch, mesh, rows, config.batch_size),
+            name=phase,
+            identity=identity,
+            settings=config,
             steps=steps,
-            every=config.eval_every * config.accumulation,
+            round_=round_,
+            first=round_ * steps,
+            frozen=frozen,
+            key=key,
+            weights=lambda trained: split_temperature(trained, config)[0],
+            evaluate=evaluate and (lambda trained: evaluate(joined(held, trained))),
             patience=config.patience,
         )
-        return joined(held, whole(best))
+        return joined(held, whole(trained))
 
 
 def train_on_triples(
