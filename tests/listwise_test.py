@@ -278,7 +278,7 @@ def test_a_generator_that_never_errs_puts_what_is_relevant_first(tmp_path, monke
             made[request.id, 0] = f"{written(places)} are relevant" if places else "none"
         return made
 
-    monkeypatch.setattr(cache, "kept_texts", kept)
+    monkeypatch.setattr("expandr_jax.ranking.listwise.kept_texts", kept)
     config, names = small(), ["dense", "listwise:dense"]
     config.evaluation.listwise.depth = 12
     data, console = [str(tmp_path / "set")], Console(quiet=True)

@@ -27,6 +27,7 @@ from expandr_jax.files.records import write_jsonl
 from expandr_jax.ranking.listwise import ListPrompts, check_listwise
 from expandr_jax.ranking.orders import ORDER, TASKS, order_rows
 from expandr_jax.runtime.progress import Reporter, plain_console
+from expandr_jax.weights.hf import load_generator
 from train.launch import define_config, launch
 
 
@@ -54,8 +55,6 @@ def make_orders(
     Raises:
         UserError: A file or a setting is wrong, or no query has negatives.
     """
-    from expandr_jax.weights.hf import load_generator  # With transformers.
-
     config, reporter = read_config(config), Reporter(console)
     settings, source = config.evaluation.listwise, config.generator
     check_listwise(settings)

@@ -12,16 +12,15 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.generation.requests import Request
+from expandr_jax.generation.sampler import Sampler
 from expandr_jax.metrics import RunScores, rank_documents
+from expandr_jax.models.generator import Generator
 from expandr_jax.settings import count, several
-
-if TYPE_CHECKING:
-    from expandr_jax.generation.sampler import Sampler
-    from expandr_jax.models.generator import Generator
 
 LISTWISE = "listwise"  # The stage, and its section of `evaluation`.
 KINDS = {  # What may be wrong with an answer, in words; the first excludes the others.
@@ -125,7 +124,7 @@ class ListPrompts:
         UserError: A prompt has no room for so many passages.
     """
 
-    generator: "Generator"
+    generator: Generator
     settings: ListwiseSettings
     buckets: Sequence[int]
 
@@ -238,7 +237,7 @@ class ListRanker:
 
 
 def list_ranker(
-    sampler: "Sampler", settings: ListwiseSettings, directory: pathlib.Path
+    sampler: Sampler, settings: ListwiseSettings, directory: pathlib.Path
 ) -> ListRanker:
     """A re-ranker by the sampler's base model, which answers greedily, whoever asks.
 
@@ -249,8 +248,6 @@ def list_ranker(
     Raises:
         UserError: As of `ListPrompts`.
     """
-    from expandr_jax.expansion.cache import kept_texts  # With transformers.
-
     prompts = ListPrompts(sampler.generator, settings, sampler.settings.prompt_buckets)
 
     def answers(messages: Mapping[str, str]) -> Mapping[str, str]:

@@ -191,6 +191,8 @@ def write_model(
     A model with another head than a language model's names its `weights`, the `prefix` of all but
     the head's, and transformers' class.
     """
+    from transformers import PreTrainedTokenizerFast
+
     shape, family = model.module.config, family_of(model.module)
     if form := getattr(shape, "quantized", ""):
         raise UserError(f"weights in {form} are not exported: load the model in float32 for that")
@@ -216,8 +218,6 @@ def write_model(
         config["architectures"] = [architecture or family.classes[config["model_type"]][with_head]]
     config["torch_dtype"] = next(iter(tensors.values())).dtype.name
     _write_json(directory / "config.json", config)
-    from transformers import PreTrainedTokenizerFast
-
     model.tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
