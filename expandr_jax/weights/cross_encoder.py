@@ -11,20 +11,19 @@ import numpy as np
 from flax import traverse_util
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.cross_encoder import CrossEncoder, ModernPairClassifier, PairClassifier
+from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.weights.export import new_directory, write_model
-from expandr_jax.weights.families import BY_TYPE, bert, model_config, modernbert
-from expandr_jax.weights.families.family import ACTIVATIONS
+from expandr_jax.weights.families import BY_TYPE, model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.hf import open_model, open_tokenizer
 from expandr_jax.weights.load import leaf_shapes, load_params
-from expandr_jax.weights.names import PREFIXES, Weight, hf_name, layer_norm, linear
+from expandr_jax.weights.names import PREFIXES, Weight, hf_name
 from expandr_jax.weights.sentence_transformers import read_modules, transformer_length
 from expandr_jax.weights.source import locate
 
 _OLDER = "sbert_ce_default_activation_function"
-KNOWN = (*bert.FAMILY.classes, *modernbert.FAMILY.classes)  # Types of models that it can be of.
+KNOWN = tuple(kind for kind, family in BY_TYPE.items() if family.pair_head)  # What it can be of.
 # The names of PyTorch's classes in the files of sentence-transformers.
 _CLASSES = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
@@ -62,7 +61,7 @@ def load_cross_encoder(
     fresh = seed is not None and not any(weight.name in files.tensors for weight in own)
     if "id2label" in files.config and len(labels) != 1 and not fresh:
         raise UserError(f"{where}: id2label has {len(labels)} labels; expected the one of a score")
-    module = _module(files.config, config, kind)
+    module = BY_TYPE[kind].pair_head.module(config, files.config)
     if fresh:
         lacking = {w.path for w in weights if not _there(w, files)} & _head(weights)
         weights = [weight for weight in weights if weight.path not in lacking]
@@ -94,19 +93,6 @@ def _head(weights: Sequence[Weight]) -> set[str]:
     return {weight.path for weight in weights if not weight.path.startswith("encoder/")}
 
 
-def _module(hf: Fields, config: Any, kind: str) -> PairClassifier | ModernPairClassifier:
-    """The module with the head that config.json says."""
-    if kind in bert.FAMILY.classes:
-        return PairClassifier(config)
-    return ModernPairClassifier(
-        config,
-        pooling=hf.choice("classifier_pooling", ("cls", "mean"), "cls"),
-        activation=ACTIVATIONS[hf.choice("classifier_activation", tuple(ACTIVATIONS), "gelu")],
-        use_bias=hf.flag("classifier_bias", False),
-        dropout=hf.rate("classifier_dropout", 0.0),
-    )
-
-
 def _with_head(
     params: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], paths: Collection[str], seed: int
 ) -> dict[str, Any]:
@@ -119,24 +105,13 @@ def _with_head(
 
 
 def _weights(config: Any, kind: str, hf: Fields) -> Sequence[Weight]:
-    """An encoder's tensors and those of its head; RoBERTa's head has the layer of BERT's pooler."""
+    """An encoder's tensors and those of its head."""
+    family = BY_TYPE[kind]
     encoder = [
         dataclasses.replace(weight, path=f"encoder/{weight.path}")
-        for weight in BY_TYPE[kind].weights(config, False)
+        for weight in family.weights(config, False)
     ]
-    if kind not in bert.FAMILY.classes:
-        return [
-            *encoder,
-            *linear("pooler", "head.dense", hf.flag("classifier_bias", False), bare=True),
-            *layer_norm("head_norm", "head.norm", config.norm_bias, bare=True),
-            *linear("classifier", "classifier", True, bare=True),
-        ]
-    if kind == "bert":
-        first, last = list(linear("pooler", "pooler.dense", True)), "classifier"
-    else:
-        first = list(linear("pooler", "classifier.dense", True, bare=True))
-        last = "classifier.out_proj"
-    return [*encoder, *first, *linear("classifier", last, True, bare=True)]
+    return [*encoder, *family.pair_head.weights(config, hf, kind)]
 
 
 def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
@@ -189,7 +164,7 @@ def export_cross_encoder(
     written = dataclasses.replace(
         encoder, files=dataclasses.replace(files, config=Fields(config, files.config.where))
     )
-    shape = encoder.module.config
+    shape, family = encoder.module.config, BY_TYPE[kind]
     with new_directory(directory) as new:
         write_model(
             new,
@@ -198,8 +173,8 @@ def export_cross_encoder(
             dtype,
             encoder.max_length,
             weights=_weights(shape, kind, files.config),
-            prefix=bert.PREFIXES.get(kind, "model."),
-            architecture=BY_TYPE[kind]
-            .classes[kind][1]
-            .replace("ForMaskedLM", "ForSequenceClassification"),
+            prefix=family.pair_head.prefixes[kind],
+            architecture=family.classes[kind][1].replace(
+                "ForMaskedLM", "ForSequenceClassification"
+            ),
         )

@@ -1,7 +1,8 @@
 """BERT and its kin: RoBERTa, XLM-RoBERTa, CamemBERT."""
 
 from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.weights.families.family import ACTIVATIONS, MOST_LAYERS, Family
+from expandr_jax.models.cross_encoder import PairClassifier
+from expandr_jax.weights.families.family import ACTIVATIONS, MOST_LAYERS, Family, PairHead
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, layer_norm, linear
 
@@ -45,6 +46,16 @@ def _weights(config: BertConfig, with_head: bool) -> list[Weight]:
     ]
 
 
+def _head(config: BertConfig, hf: Fields, kind: str) -> list[Weight]:
+    """RoBERTa's head has the layer of BERT's pooler."""
+    if kind == "bert":
+        first, last = linear("pooler", "pooler.dense", True), "classifier"
+    else:
+        first = linear("pooler", "classifier.dense", True, bare=True)
+        last = "classifier.out_proj"
+    return [*first, *linear("classifier", last, True, bare=True)]
+
+
 # What stands before the encoder's names in files that have a head.
 PREFIXES = {"bert": "bert.", **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "roberta.")}
 _ROBERTA = {"layer_norm_eps": 1e-12, "type_vocab_size": 2}
@@ -60,4 +71,5 @@ FAMILY = Family(
     config=BertConfig,
     module=Bert,
     weights=_weights,
+    pair_head=PairHead(lambda config, hf: PairClassifier(config), _head, PREFIXES),
 )

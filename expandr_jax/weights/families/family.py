@@ -33,6 +33,21 @@ def attention_flops(config: Any, length: int, keys: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairHead:
+    """The head with which a family's models score pairs, and how files have it.
+
+    Attributes:
+        module: (configuration of the model, config.json) -> the module with the head.
+        weights: (configuration, config.json, its model_type) -> where the head's tensors belong.
+        prefixes: model_type -> what stands before the names of the other tensors.
+    """
+
+    module: Callable[[Any, Fields], nn.Module]
+    weights: Callable[[Any, Fields, str], Sequence[Weight]]
+    prefixes: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Models that one module computes.
 
@@ -55,6 +70,7 @@ class Family:
         tokenizer: Reads a directory's tokenizer; None where it is one of transformers.
         unmasked: model_type -> what config.json says where the model is read without its causal
             mask; None where it has none.
+        pair_head: With the head of a sequence classification it scores pairs; None where it cannot.
     """
 
     classes: Mapping[str, tuple[str, str]]
@@ -71,6 +87,7 @@ class Family:
     marker: str | None = None
     tokenizer: Callable[[Path], Any] | None = None
     unmasked: Callable[[str], Mapping[str, bool]] | None = None
+    pair_head: PairHead | None = None
 
     @property
     def is_stock(self) -> bool:

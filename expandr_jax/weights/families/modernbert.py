@@ -1,6 +1,7 @@
 """ModernBERT."""
 
 from expandr_jax.errors import UserError
+from expandr_jax.models.cross_encoder import ModernPairClassifier
 from expandr_jax.models.modernbert import ModernBert, ModernBertConfig
 from expandr_jax.models.rope import RopeScaling
 from expandr_jax.weights.families.family import (
@@ -8,6 +9,7 @@ from expandr_jax.weights.families.family import (
     LAYER_TYPES,
     MOST_LAYERS,
     Family,
+    PairHead,
     layer_types,
     rope_scaling,
     rope_theta,
@@ -105,6 +107,25 @@ def _weights(config: ModernBertConfig, with_head: bool) -> list[Weight]:
     return weights
 
 
+def _with_head(config: ModernBertConfig, hf: Fields) -> ModernPairClassifier:
+    """The module with the head that config.json says."""
+    return ModernPairClassifier(
+        config,
+        pooling=hf.choice("classifier_pooling", ("cls", "mean"), "cls"),
+        activation=ACTIVATIONS[hf.choice("classifier_activation", tuple(ACTIVATIONS), "gelu")],
+        use_bias=hf.flag("classifier_bias", False),
+        dropout=hf.rate("classifier_dropout", 0.0),
+    )
+
+
+def _head(config: ModernBertConfig, hf: Fields, kind: str) -> list[Weight]:
+    return [
+        *linear("pooler", "head.dense", hf.flag("classifier_bias", False), bare=True),
+        *layer_norm("head_norm", "head.norm", config.norm_bias, bare=True),
+        *linear("classifier", "classifier", True, bare=True),
+    ]
+
+
 FAMILY = Family(
     classes={"modernbert": ("ModernBertModel", "ModernBertForMaskedLM")},
     defaults={"modernbert": _DEFAULTS},
@@ -113,4 +134,5 @@ FAMILY = Family(
     module=ModernBert,
     weights=_weights,
     ignored=("head.", "decoder."),
+    pair_head=PairHead(_with_head, _head, {"modernbert": "model."}),
 )
