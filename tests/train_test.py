@@ -15,8 +15,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from expandr_jax.rewards import ranks as rewards
-from expandr_jax.runtime.metrics_log import COST_FIELDS
-from tests.commands import finish, start
+from tests.commands import COST_FIELDS, finish, start
 
 SYSTEMS = [
     "bm25", "zero-shot", "zero-shot+expansion", "fine-tuned", "fine-tuned+expansion",

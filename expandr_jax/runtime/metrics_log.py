@@ -12,11 +12,6 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json, write_text
 
 SECONDS_BETWEEN_FLUSHES = 30.0  # TensorBoard's file; metrics.jsonl has each step at once.
-# What a step cost, which differs from run to run; everything else in a line depends on the config.
-COST_FIELDS = (
-    "step_seconds", "tokens_per_second", "model_flops_utilisation", "memory_bytes",
-    "sampling_seconds", "encoding_seconds", "search_seconds", "rollout_seconds", "update_seconds",
-)  # fmt: skip
 
 
 class MetricsLog:
@@ -55,7 +50,7 @@ class MetricsLog:
         values: Mapping[str, float],
         costs: Mapping[str, float] | None = None,
     ) -> None:
-        """Appends {"phase", "round", "step", ...} with values and costs (COST_FIELDS) as floats.
+        """Appends {"phase", "round", "step", ...} with values and costs as floats.
 
         Raises:
             UserError: The file cannot be written.

@@ -30,7 +30,7 @@ class Contents:
         ids: The ids of its examples.
         tokens: Number of tokens of its texts, without padding.
         flops: Operations of the model in this step; 0 where nobody has counted them.
-        seconds: What parts of the step took, by names of `metrics_log.COST_FIELDS`.
+        seconds: What parts of the step took, by their fields in metrics.jsonl, "update_seconds".
     """
 
     ids: Sequence[str]
@@ -45,7 +45,7 @@ class Contents:
 
 
 class Costs:
-    """Time, speed and memory of each step; see `metrics_log.COST_FIELDS`."""
+    """Time, speed and memory of each step: what differs from run to run."""
 
     def __init__(self, peak_flops: float | None):
         """`peak_flops`: operations a second of one device; None: as `runtime.chips` has."""
