@@ -208,9 +208,8 @@ def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
     """The docstrings that the config names, as `train.joint` has them, in the workdir's data/."""
     with run.phase("data"):
         data = prepare_data(
-            run.config.data, run.path("data"), run.path("work", "prepared"),
-            run.path("work", "documents", "data"),
-            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+            run.config.data, run.workdir, processes=run.processes, reporter=run.reporter,
+            checksums=run.checksums,
         )  # fmt: skip
     (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
     return {data.collection.name: harvested}

@@ -109,7 +109,6 @@ def error_of(output: str) -> str:
 def data_of(run: Run) -> TrainingData:
     """The data of a run, as train.joint prepares them."""
     return prepare_data(
-        run.config.data, run.path("data"), run.path("work", "prepared"),
-        run.path("work", "documents", "data"),
-        processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+        run.config.data, run.workdir, processes=run.processes, reporter=run.reporter,
+        checksums=run.checksums,
     )  # fmt: skip

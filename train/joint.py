@@ -91,9 +91,8 @@ def train_joint(
     functions = run_functions(run, used=has_begun(run))
     with run.phase("data"):
         data = prepare_data(
-            config.data, run.path("data"), run.path("work", "prepared"),
-            run.path("work", "documents", "data"),
-            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+            config.data, run.workdir, processes=run.processes, reporter=run.reporter,
+            checksums=run.checksums,
         )  # fmt: skip
     qrels = data.collection.qrels
     run.reporter.say(

@@ -329,9 +329,8 @@ def train_alone(
     config, functions = run.config, run_functions(run, used=has_begun(run))
     with run.phase("data"):
         data = prepare_data(
-            config.data, run.path("data"), run.path("work", "prepared"),
-            run.path("work", "documents", "data"),
-            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+            config.data, run.workdir, processes=run.processes, reporter=run.reporter,
+            checksums=run.checksums,
         )  # fmt: skip
     check_answers(config, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:

@@ -287,9 +287,8 @@ def _searched(
     run = Run(directory / "evaluation", settled, console)
     with run.phase("data"):
         data = prepare_data(
-            settled.data, run.path("data"), run.path("work", "prepared"),
-            run.path("work", "documents", "data"),
-            processes=run.processes, reporter=run.reporter, checksums=run.checksums,
+            settled.data, run.workdir, processes=run.processes, reporter=run.reporter,
+            checksums=run.checksums,
         )  # fmt: skip
     models = load_models(settled, lambda _: None)
     run.check_models(model_hashes(models))

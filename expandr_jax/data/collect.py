@@ -34,9 +34,7 @@ SPLITS = ("train", "dev", "test")
 
 def prepare_data(
     config: DataSettings,
-    directory: pathlib.Path,
-    prepared_in: pathlib.Path,
-    store: pathlib.Path,
+    workdir: pathlib.Path,
     *,
     processes: Processes,
     reporter: Reporter,
@@ -48,18 +46,18 @@ def prepare_data(
 
     Args:
         config: The config's section `data`.
-        directory: The workdir's data/.
-        prepared_in: Where triples are prepared, unless the config says where.
-        store: Where documents are kept.
+        workdir: That of a run, to which `checksums` belong. Beside data/, triples are prepared in
+            work/prepared, unless the config says where, and documents kept in work/documents/data.
         processes: All that share the workdir; the first one writes.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
+    directory, store = workdir / "data", workdir / "work" / "documents" / "data"
 
     def make() -> None:
         if not checksums.intact("data"):
-            data = collect_data(config, prepared_in, store, reporter)
+            data = collect_data(config, workdir / "work" / "prepared", store, reporter)
             write_beir(directory, data.collection)
             trained = {"retriever_train": data.retriever_train,
                        "generator_train": data.generator_train}  # fmt: skip
@@ -92,8 +90,13 @@ def collect_data(
 
     Training queries that are dev or test queries, too, or queries of a further collection, are left
     out, and so are those nearly the same, as `near_duplicates` has it. Docstrings are divided here,
-    by documents, so that of their own held-out queries equal ones alone are looked for. The
-    directories are those of `prepare_data`.
+    by documents, so that of their own held-out queries equal ones alone are looked for.
+
+    Args:
+        config: The config's section `data`.
+        prepared_in: Where triples are prepared, unless the config says where.
+        store: Where documents are kept.
+        reporter: Shows progress.
 
     Raises:
         UserError: The source is missing, empty or malformed.
