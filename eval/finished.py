@@ -27,8 +27,9 @@ from expandr_jax.expansion.combine import WAYS
 from expandr_jax.expansion.expand import Expander, SearchTexts, make_expander
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
+from expandr_jax.loading import make_sampler
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.pair import phase_mesh
+from expandr_jax.pair import GeneratorModel, phase_mesh
 from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.gate import read_gates
 from expandr_jax.ranking.gate_features import BEFORE
@@ -220,10 +221,9 @@ class Finished:
         divisor = batch_divisor(mesh)  # This machine's devices may not divide the run's slots.
         slots = math.ceil(settings.slots / divisor) * divisor
         weights = hash_tree(params) if hashed else ""
-        return Sampler(
-            generator, params, weights, mesh, dataclasses.replace(settings, slots=slots),
-            self.config.seed, Processes(), Reporter(console),
-        )  # fmt: skip
+        model = GeneratorModel(mesh, mesh, generator, params, params, weights)
+        config = with_settings(self.config, {"generator.slots": slots})
+        return make_sampler(model, config, Processes(), Reporter(console))
 
     def _expander(self, sampler: Sampler, pair: Pair, config: Config) -> Expander:
         """Expands queries by a config; steps that search see the run's own documents."""

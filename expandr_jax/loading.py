@@ -183,9 +183,13 @@ def make_sampler(
     config: Config,
     processes: Processes,
     reporter: Reporter,
-    directory: pathlib.Path,
+    directory: pathlib.Path | None = None,
 ) -> Sampler:
-    """The sampler of a generator; what a server writes is kept in the directory."""
+    """The sampler of a generator.
+
+    What a server writes is kept in the directory; without one texts are sampled here, even where
+    the config names a server.
+    """
     return Sampler(
         models.generator,
         models.sampling_params,
@@ -195,7 +199,7 @@ def make_sampler(
         config.seed,
         processes,
         reporter,
-        directory / f"server{processes.suffix}.jsonl",
+        directory and directory / f"server{processes.suffix}.jsonl",
         held=models.generator_params,
     )
 

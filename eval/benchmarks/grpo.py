@@ -109,17 +109,14 @@ class _Ours:
     def _made_rollouts(self, directory: pathlib.Path, config: Any, adapter: Any) -> Any:
         from rich.console import Console
 
-        from expandr_jax.generation.sampler import Sampler
+        from expandr_jax.loading import make_sampler
         from expandr_jax.objectives.rollouts import Rollouts
         from expandr_jax.rewards.group import Group
         from expandr_jax.runtime.processes import Processes
         from expandr_jax.runtime.progress import Reporter
 
-        model = self._model
-        sampler = Sampler(
-            model.generator, model.sampling_params, "", model.sampling_mesh, config.generator, 0,
-            Processes(), Reporter(Console(quiet=True)),
-        )  # fmt: skip
+        quiet = Reporter(Console(quiet=True))
+        sampler = make_sampler(self._model, config, Processes(), quiet)
         messages = {f"{i}": text for i, text in enumerate(_inputs(directory)["messages"])}
 
         def score(groups: Sequence[Group]) -> tuple[list[Group], dict[str, float]]:
