@@ -184,8 +184,12 @@ def define_flags() -> None:
     flags.DEFINE_float("temperature", 0.0, "The passages'; 0: the likeliest.", lower_bound=0.0)
     flags.DEFINE_integer("slots", 8, "Passages that are written at once.", lower_bound=1)
     flags.DEFINE_enum("cache", "on", ["on", "off"], "Keep expansions, with their queries.")
-    flags.DEFINE_integer("cache_mb", 256, "Most that they take.", lower_bound=1)
-    flags.DEFINE_float("cache_days", 90.0, "Older ones are made again.", lower_bound=0.0)
+    flags.DEFINE_integer(
+        "cache_mb", 256, "Most that they take.", lower_bound=1, upper_bound=1 << 20
+    )
+    flags.DEFINE_float(
+        "cache_days", 90.0, "Older ones are forgotten.", lower_bound=0.01, upper_bound=36_500.0
+    )
     flags.DEFINE_integer("merge_from", 4096, "Writes that start a merge.", lower_bound=1)
     flags.DEFINE_integer("waiting_searches", 256, "More get 429.", lower_bound=1)
     flags.DEFINE_integer("waiting_expansions", 64, "More get 429.", lower_bound=1)

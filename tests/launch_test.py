@@ -64,6 +64,12 @@ def test_a_switch_that_is_neither():
     assert found == "error: flag --search=maybe: expected true or false\n"
 
 
+def test_a_number_beyond_its_range():
+    found = refused("eval.serve", "--workdir=run", "--cache_days=0")
+    assert found.startswith("error: flag --cache_days=0: ")
+    assert "[0.01, 36500" in found
+
+
 def test_a_workdir_without_a_name():
     message = refused("train.joint", "--config=configs/smoke.py", "--workdir=")
     assert message.startswith("error: --workdir is missing")

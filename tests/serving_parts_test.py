@@ -119,6 +119,30 @@ def test_expansions_are_kept_for_a_time(tmp_path):
     assert (tmp_path / "c").stat().st_mode & 0o077 == 0
 
 
+def test_what_is_too_old_does_not_stay_in_the_file(tmp_path):
+    clock = [1000.0]
+
+    def opened():
+        return Cache(tmp_path / "c", 3000, 50.0, lambda: clock[0])
+
+    cache = opened()
+    cache.put("old", "a query", expansion("x" * 1000))
+    clock[0] += 3601  # It looks for them once an hour of use.
+    assert cache.get("another") is None
+    assert len(cache) == 0
+    cache.put("old", "a query", expansion("x" * 1000))
+    cache.close()
+    cache = opened()
+    assert len(cache) == 1
+    cache.close()
+    clock[0] += 51
+    cache = opened()
+    assert len(cache) == 0
+    for name in ("one", "two"):  # There is room for both, since those are counted no more.
+        cache.put(name, "a query", expansion("x" * 1000))
+    assert len(cache) == 2
+
+
 def test_those_used_least_recently_make_room(tmp_path):
     clock = [0.0]
     cache = Cache(tmp_path / "c", 20_000, 10**9, lambda: clock[0])

@@ -14,7 +14,7 @@ import numpy as np
 from expandr_jax.errors import UserError
 
 _FORMAT = 1
-_TOUCH = 3600.0  # Seconds after which a use is noted again: a look-up seldom writes.
+_SELDOM = 3600.0  # Seconds after which a use is noted again, and what is too old is looked for.
 _ROOM = 0.9  # What part of the bound is left when room was made.
 _ROW = 64  # Bytes that a row takes beside its columns, about.
 _TABLE = """
@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS expansions (
     key TEXT PRIMARY KEY, query TEXT, texts TEXT, vectors BLOB, bytes INTEGER, made REAL, used REAL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_use ON expansions (used);
+CREATE INDEX IF NOT EXISTS by_age ON expansions (made);
 """
 
 
@@ -46,7 +47,8 @@ class Cache:
     Args:
         path: The file, made if absent; what another version wrote there is thrown away.
         most_bytes: What all rows together may have.
-        seconds: Rows that are older count for nothing.
+        seconds: Rows that are older count for nothing. They are removed when the file is opened,
+            and within an hour of use after they have grown too old.
         now: The time, in seconds.
 
     Raises:
@@ -72,6 +74,7 @@ class Cache:
                 self._file.execute(f"PRAGMA user_version = {_FORMAT}")
             self._file.executescript(_TABLE)
             self._bytes = self._file.execute("SELECT total(bytes) FROM expansions").fetchone()[0]
+            self._forget_old(now())
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{path}: cannot be used: {error}; remove it, or --cache=off") from None
 
@@ -83,12 +86,14 @@ class Cache:
         """An expansion that is kept and not too old."""
         now = self._now()
         with self._lock, contextlib.suppress(sqlite3.Error):  # It is made again then.
+            if now - self._looked > _SELDOM:
+                self._forget_old(now)
             row = self._file.execute(
                 "SELECT texts, vectors, made, used FROM expansions WHERE key = ?", (key,)
             ).fetchone()
             if row is None or row[2] < now - self._seconds:
                 return None
-            if row[3] < now - _TOUCH:
+            if row[3] < now - _SELDOM:
                 self._file.execute("UPDATE expansions SET used = ? WHERE key = ?", (now, key))
             texts = tuple(json.loads(row[0]))
             vectors = np.frombuffer(row[1], np.float32).reshape(len(texts), -1)
@@ -109,7 +114,7 @@ class Cache:
             self._file.execute("INSERT INTO expansions VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             self._bytes += size
             if self._bytes > self._most:
-                self._make_room(now)
+                self._make_room()
 
     def close(self) -> None:
         """Ends the file's use."""
@@ -122,12 +127,17 @@ class Cache:
         ).fetchone()
         self._bytes -= row[0] if row else 0
 
-    def _make_room(self, now: float) -> None:
+    def _forget_old(self, now: float) -> None:
+        self._looked = now
+        old = self._file.execute(
+            "DELETE FROM expansions WHERE made < ? RETURNING bytes", (now - self._seconds,)
+        )
+        self._bytes -= sum(size for (size,) in old)
+
+    def _make_room(self) -> None:
         oldest = "SELECT key FROM expansions ORDER BY used LIMIT 256"
         self._file.execute("BEGIN")
         try:
-            self._file.execute("DELETE FROM expansions WHERE made < ?", (now - self._seconds,))
-            self._bytes = self._file.execute("SELECT total(bytes) FROM expansions").fetchone()[0]
             while self._bytes > _ROOM * self._most:
                 for (key,) in self._file.execute(oldest).fetchall():
                     if self._bytes > _ROOM * self._most:
