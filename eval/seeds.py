@@ -4,6 +4,7 @@ The runs must have the same test queries and, but for the seed, the same config.
 compared by two paired t-tests. The one over queries, each with its mean over the runs, asks whether
 these trainings differ on other queries; seeds are not counted as new queries. The one over runs,
 each with its mean over the queries, asks whether other trainings would differ on these queries.
+The interval is the percentile bootstrap's of the mean difference, over queries as the first test.
 """
 
 import collections
@@ -112,21 +113,24 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
             means = values[system][measure].mean(axis=1)
             spread = means.std(ddof=1) if len(means) > 1 else 0.0
             cells.append(f"{means.mean():.4f} ({spread:.4f})")
-        last = ["", "", ""]
+        last = [""] * 4
         if system != reference:
             ours, theirs = (values[name][METRICS[0]] for name in (reference, system))
             test = metrics.paired_test(ours.mean(axis=0), theirs.mean(axis=0))
-            last = [f"{test['difference']:+.4f}", f"{test['p_value']:.2g}", ""]
+            low, high = metrics.bootstrap_interval(ours.mean(axis=0) - theirs.mean(axis=0))
+            last = [f"{test['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}"]
+            last += [f"{test['p_value']:.2g}", ""]
             if len(workdirs) > 1:
                 test = metrics.paired_test(ours.mean(axis=1), theirs.mean(axis=1))
-                last[2] = f"{test['p_value']:.2g}"
+                last[3] = f"{test['p_value']:.2g}"
         rows.append([system, *cells, *last])
     title = (
         f"{results['dataset']}, {queries} test queries, {len(workdirs)} runs: mean (standard "
-        f"deviation over runs); p: {reference} against the row, paired t-tests over queries and "
-        "over runs"
+        f"deviation over runs); {reference} against the row: the bootstrap's interval, over "
+        "queries, and paired t-tests over queries and over runs"
     )
-    header = ["system", *METRICS, f"difference in {METRICS[0]}", "p, queries", "p, runs"]
+    difference = f"difference in {METRICS[0]}"
+    header = ["system", *METRICS, difference, "95 %", "p, queries", "p, runs"]
     text = render(title, header, rows, "markdown")
     pair = reference, f"{reference}-base-generator"
     for field, measure in SAMPLE_METRICS.items():
