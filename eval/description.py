@@ -69,8 +69,7 @@ def token_lengths(source: str) -> Lengths:
     settings = read_settings(path) if path.is_dir() else None
 
     def lengths(texts: Sequence[str]) -> list[int]:
-        # Not verbose: it would warn of texts over the limit, which are what is counted here.
-        encoded = tokenizer(list(texts), truncation=False, verbose=False)
+        encoded = tokenizer(list(texts))
         return [len(ids) for ids in encoded["input_ids"]]
 
     limit = min(tokenizer.model_max_length, (settings and settings.max_length) or UNLIMITED)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, tokenization_utils_base
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
@@ -278,3 +278,15 @@ def test_a_text_that_no_file_limits_is_read_whole(tmp_path):
         (right,) = AutoTokenizer.from_pretrained(tmp_path)([text])["input_ids"]
         assert retriever.token_ids([text]) == [right]
         assert len(right) > 1000
+
+
+def test_a_text_beyond_the_model_s_length_is_no_warning(llama, monkeypatch):
+    """Whoever encodes it cuts it, as transformers, which warns, does not."""
+    said = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    ours, theirs = read_tokenizer(llama, "llama"), AutoTokenizer.from_pretrained(llama)
+    text = "how do I pad an array " * 100
+    assert len(found := ours(text)["input_ids"]) > ours.model_max_length
+    assert not said
+    assert theirs(text)["input_ids"] == found
+    assert len(said) == 1

@@ -276,7 +276,7 @@ def _check_prompt(
         raise _BadPair("empty", "prompt is empty")
     if prompt_length is None:
         return
-    count = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    count = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if count > prompt_length:
         raise _BadPair(
             "prompt too long", f"the prompt has {count} tokens; at most {prompt_length} are allowed"

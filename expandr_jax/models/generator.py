@@ -90,8 +90,7 @@ class Generator:
         Raises:
             UserError: A text has a token that the model has no row for.
         """
-        # Not verbose: whoever asks for long texts says what was cut.
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         check_ids(self.tokenizer, rows, self.module.config.vocab_size)
         return rows
 

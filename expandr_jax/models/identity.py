@@ -34,7 +34,7 @@ def tokenizer_identity(tokenizer: Any) -> str:
     plain = " ".join(words)
     accented = "".join(f"{letter}\u0301" for letter in plain)
     texts = plain, plain.upper(), plain.title(), accented, "".join(words), " \t\n".join(words)
-    ids = [[int(i) for i in tokenizer([text], verbose=False)["input_ids"][0]] for text in texts]
+    ids = [[int(i) for i in tokenizer([text])["input_ids"][0]] for text in texts]
     side = getattr(tokenizer, "truncation_side", "")
     return hash_json([hash_tokenizer(tokenizer), ids, side])
 

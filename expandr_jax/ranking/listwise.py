@@ -159,7 +159,7 @@ class ListPrompts:
         most = self.settings.passage_tokens
         lines = [" ".join(text.split())[: most * _CHARACTERS] for text in (query, *passages)]
         spans = self.generator.tokenizer(
-            lines, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            lines, add_special_tokens=False, return_offsets_mapping=True
         )["offset_mapping"]
         most = min(most, max(map(len, spans)))
         while True:

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from expandr_jax.errors import UserError
 from expandr_jax.weights.byte_level import QWEN2, SPLITS, cut_as
 from expandr_jax.weights.fields import Fields, one_line, shown
-from expandr_jax.weights.tokenizer import between
+from expandr_jax.weights.tokenizer import between, fast_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -47,8 +47,6 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If it is of another kind, or damaged.
     """
-    from transformers import PreTrainedTokenizerFast
-
     own = metadata.under(PREFIX)
     kind, split = own.text("model"), own.text("pre", None)
     if kind != "llama" and (kind != "gpt2" or split not in SPLITS):
@@ -94,8 +92,8 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
             ends[end] = {tokens[index]: index}
     backend.post_processor = between(**ends)
     architecture = metadata.text("general.architecture")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return fast_tokenizer(
+        backend,
         chat_template=_templates(metadata),
         model_max_length=metadata.count(f"{architecture}.context_length"),
         model_input_names=["input_ids", "attention_mask"],

@@ -222,5 +222,5 @@ def _of_vocabulary(
 
 def _same(ours: Any, theirs: PreTrainedTokenizerFast, texts: Sequence[str]) -> bool:
     """Whether two tokenizers give the same ids, with special tokens around."""
-    found, expected = (of(list(texts), verbose=False)["input_ids"] for of in (ours, theirs))
+    found, expected = (of(list(texts))["input_ids"] for of in (ours, theirs))
     return found == expected

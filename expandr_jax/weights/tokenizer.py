@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.normalizers import BertNormalizer
@@ -58,6 +58,7 @@ _UNREAD = (
 _ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
 # Mistral's mended pattern tells cases apart; it is of tokenizers with more tokens than these.
 _MISTRAL_CUT, _MISTRAL_TOKENS = rb"\\p{Lu}\\p{Lt}", 100_000
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name for it.
 
 
 def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokenizerFast:
@@ -74,8 +75,6 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     Raises:
         UserError: If a file is missing or cannot be read.
     """
-    from transformers import PreTrainedTokenizerFast
-
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(
@@ -120,8 +119,21 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     }
     options["chat_template"] = _templates(directory, settings)
     options = {name: value for name, value in options.items() if value is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    tokenizer = fast_tokenizer(backend, **options)
     _add_ends(tokenizer, settings)
+    return tokenizer
+
+
+def fast_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer of these parts.
+
+    It does not warn of texts beyond its model's length: whoever encodes such a text cuts it, and
+    says so where that matters.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+    tokenizer.deprecation_warnings[_TOO_LONG] = True  # As if it had been said.
     return tokenizer
 
 
