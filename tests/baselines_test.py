@@ -26,12 +26,11 @@ STEP_A, STEP_B = list(QUERIES)[:16], list(QUERIES)[16:]
 def test_a_baseline_has_its_queries_and_as_many_updates_as_step_a(monkeypatch, tmp_path, name):
     told = []
 
-    def train(run, models, start, examples, **options):
-        told.append((start, examples, options))
+    def train(run, models, start, triples, **options):
+        told.append((start, [*triples], options))
         return "trained"
 
     monkeypatch.setattr(joint, "train_retriever", train)
-    monkeypatch.setattr(joint, "triple_examples", lambda triples, *_: triples)
     vectors = encode(list(CORPUS.values()), "document", list(CORPUS))
     retriever = types.SimpleNamespace(
         corpus=Corpus(list(CORPUS), vectors, SEARCH), params="before training",

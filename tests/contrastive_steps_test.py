@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import tracemalloc
 import types
 
 import numpy as np
@@ -9,10 +10,18 @@ import psutil
 import pytest
 from absl import flags
 
+from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.losses.contrastive import same_text
-from expandr_jax.objectives import contrastive_steps
-from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
+from expandr_jax.objectives import contrastive_batches, contrastive_steps
+from expandr_jax.objectives.contrastive_batches import (
+    ContrastiveExample,
+    ExampleHashes,
+    Passage,
+    make_batch,
+    triple_examples,
+)
 from expandr_jax.objectives.contrastive_steps import (
     MOST_SIZES,
     ContrastiveBatches,
@@ -146,7 +155,7 @@ def same_batch(ours, theirs):
 def test_stored_examples_make_the_same_batches(tmp_path):
     given = examples(40, 150)
     given[3] = dataclasses.replace(given[3], positive=Passage(given[3].positive.ids, "text", 0.5))
-    stored = pickle.loads(pickle.dumps(store_examples(tmp_path, given)))
+    stored = pickle.loads(pickle.dumps(store_examples(given, tmp_path)))
     assert len(stored) == 40
     assert stored[3].positive.score == 0.5
     assert stored[4].positive.score is None
@@ -155,6 +164,72 @@ def test_stored_examples_make_the_same_batches(tmp_path):
         (arrays, tokens), (expected, expected_tokens) = ours.batch(number), theirs.batch(number)
         same_batch(arrays, expected)
         np.testing.assert_array_equal(tokens, expected_tokens)
+
+
+def test_stored_examples_are_read_when_their_files_have_no_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    given = examples(20, 50)
+    stored = store_examples(iter(given))
+    assert len([*tmp_path.glob("*/*")]) == 7
+    stored.unlink()
+    assert not any(tmp_path.iterdir())
+    same_batch(batches_of(stored).batch(2)[0], batches_of(given).batch(2)[0])
+    with pytest.raises(UserError, match=r"absent: cannot write step A's examples: No such file"):
+        store_examples(given, tmp_path / "absent")
+
+
+class Encoder:
+    """Texts of numbers, as their tokens."""
+
+    def tokenize(self, texts, kind):
+        return [[300 + len(kind), *map(int, text.split())] for text in texts]
+
+
+def triples(count, words=3):
+    def text(i):
+        return " ".join(str(1000 * i + j) for j in range(words))
+
+    def make(i):
+        # Some queries stand twice, far from each other, and so do some documents.
+        more = (text(i % 7),) if i % 3 == 0 else ()
+        return Triple(queries[i], (text(i), *more), (text(i + 1), text(i % 5)), (text(i + 2),))
+
+    queries = [text(i % (count - 4)) for i in range(count)]
+    return MadeTriples(queries, make)
+
+
+def test_examples_are_the_same_however_many_are_made_at_once(monkeypatch):
+    """Also from triples that are made when they are asked for, and as older runs knew them."""
+    made = triples(50)
+    whole, told = [*triple_examples([*made], Encoder(), "query")], []
+    monkeypatch.setattr(contrastive_batches, "TRIPLES_AT_ONCE", 8)
+    hashes, before = ExampleHashes(), ExampleHashes()
+    assert [*hashes.passing(triple_examples(made, Encoder(), "query", told.append))] == whole
+    assert told == [8] * 6 + [2]
+    assert [*before.passing(whole)] == whole
+    rows = [[e.positive.text, e.query, [n.text for n in e.negatives]] for e in whole]
+    assert hashes.older == before.older == hash_json([*map(hash_json, rows)])
+    assert hashes.all == before.all
+    assert ExampleHashes().older == hash_json([])
+    assert whole[1].known == whole[47].known == {*made[1].positives, *made[47].positives}
+    assert whole[9].known == {*made[9].positives}
+    assert whole[1].expansions == Encoder().tokenize(made[1].expansions, "query")
+
+
+def test_of_examples_places_alone_are_in_memory(monkeypatch):
+    """All of them, with their texts, were in the memory of every process."""
+    monkeypatch.setattr(contrastive_batches, "TRIPLES_AT_ONCE", 100)
+    peaks, counts = [], (200, 600)
+    for count in counts:
+        made = triples(count, words=60)
+        tracemalloc.start()
+        stored = store_examples(ExampleHashes().passing(triple_examples(made, Encoder())))
+        batches_of(stored).prepare()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(stored) == count
+    # Tokens alone are 1,200 bytes an example as they are on disk.
+    assert peaks[1] - peaks[0] < 200 * (counts[1] - counts[0])
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_each_pass_goes_from_wide_to_narrow_margins():
 
 def test_examples_in_files_are_as_easy(tmp_path):
     batches = batches_of([0.1, None, -2.0], 2)
-    stored = store_examples(tmp_path, batches.examples)
+    stored = store_examples(batches.examples, tmp_path)
     assert [example.ease for example in stored] == [0.1, None, -2.0]
 
 

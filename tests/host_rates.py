@@ -20,11 +20,11 @@ from expandr_jax.data.triples import Triple
 from expandr_jax.files.records import Journal, open_jsonl
 from expandr_jax.metrics import evaluate, write_trec
 from expandr_jax.objectives.contrastive_batches import (
-    hash_all,
-    hash_examples,
+    ExampleHashes,
     make_batch,
     triple_examples,
 )
+from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.planning.narrow import _tokenizer
 from expandr_jax.planning.synthetic import Counts, draw_words, word, write_collection
 from expandr_jax.rewards.group import Candidate, Group
@@ -77,12 +77,12 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
     def train() -> None:
         thirds = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
         triples = [Triple(f"w{i}", (a,), (b,), (c,)) for i, (a, b, c) in enumerate(thirds)]
-        examples = triple_examples(triples, encoder)
-        hash_examples(examples)
-        hash_all(examples)
+        hashes = ExampleHashes()
+        examples = store_examples(hashes.passing(triple_examples(triples, encoder)))
         for first in range(0, EPOCHS * len(examples), 100):
             at = first % len(examples)
-            make_batch(examples[at : at + 100], 0, 1, 1, LENGTH)
+            some = [examples[i] for i in range(at, min(at + 100, len(examples)))]
+            make_batch(some, 0, 1, 1, LENGTH)
 
     def reward() -> None:
         candidates = [Candidate(text, 1.0, total=1.0, rewards={"corpus": 1.0}) for text in texts]

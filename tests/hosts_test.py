@@ -9,7 +9,7 @@ import pytest
 from configs import llama3_8b_anchordr
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
-from expandr_jax.planning.hosts import INDEX, LINE, PLACE, TOKEN, host_rows, show_hosts
+from expandr_jax.planning.hosts import ENTRY, INDEX, LINE, PLACE, TOKEN, host_rows, show_hosts
 from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
@@ -58,6 +58,7 @@ def test_of_texts_an_index_alone_grows_in_memory(paper):
         ("rewards", 3_200_000),
     ):
         assert grown[stage] == pytest.approx(INDEX * texts), stage
+    assert grown["step A, 2 trainings"] == pytest.approx((ENTRY + INDEX) * 637_866)
     assert grown["data"] > PLACE * 8_841_823
     assert grown["corpus, encoded 3 times"] == pytest.approx(0, abs=1)
     assert twice["candidates"].bytes_disk == 2 * once["candidates"].bytes_disk

@@ -18,7 +18,7 @@ from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
 from expandr_jax.models.identity import module_identity
-from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, hash_all
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, ExampleHashes, Passage
 from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
@@ -141,6 +141,12 @@ def test_step_a_is_told_by_all_of_its_examples():
         {"other_positives": ()}, {"negatives": (), "other_positives": passages[1:3]},
         {"known": {"1"}},
     ]  # fmt: skip
+
+    def hash_all(examples):
+        hashes = ExampleHashes()
+        assert [*hashes.passing(examples)] == examples
+        return hashes.all
+
     told = {hash_all([dataclasses.replace(example, **change)]) for change in ({}, *changes)}
     assert len(told) == 1 + len(changes)
     arrays = dataclasses.replace(example, query=np.array([1], np.int32), known=frozenset())

@@ -15,6 +15,7 @@ from expandr_jax.data.triples import read_triples
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.processes import Processes
+from expandr_jax.search import ExactIndex
 from expandr_jax.vectors.corpus import Corpus
 from train.negatives import mine_triples
 
@@ -154,3 +155,19 @@ def test_what_is_excluded_for_a_query_is_no_negative_of_it(tmp_path, monkeypatch
     found, _ = mined(tmp_path, monkeypatch, ids, vectors, ["q0", "q1"], excluded)
     assert len(found[1]) == 3
     assert not {"text of d7", "text of d8"} & {*found[1]}
+
+
+def test_queries_are_mined_some_at_a_time(tmp_path, monkeypatch):
+    """Vectors of all of them, and what was found, were in the memory of each process at once."""
+    vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    ids, queries = [f"d{row}" for row in range(30)], [f"q{i}" for i in range(7)]
+    found, _ = mined(tmp_path, monkeypatch, ids, vectors, queries)
+    whole = (tmp_path / "triples.jsonl").read_bytes()
+    monkeypatch.setattr("train.negatives.QUERIES_AT_ONCE", 3)
+    searched, search = [], ExactIndex.search
+    monkeypatch.setattr(
+        ExactIndex, "search", lambda self, q, k: searched.append(len(q)) or search(self, q, k)
+    )
+    assert mined(tmp_path, monkeypatch, ids, vectors, queries)[0] == found
+    assert (tmp_path / "triples.jsonl").read_bytes() == whole
+    assert searched == [3, 3, 1]

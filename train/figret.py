@@ -6,8 +6,11 @@ turn beside it, the control, has as many ordinary triples of the same queries in
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData, limit_queries
@@ -19,7 +22,6 @@ from expandr_jax.expansion.strategies import fitted_message
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.figret import (
     ASKED,
     easier_triples,
@@ -32,7 +34,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever
-from train.negatives import mine_triples
+from train.negatives import QUERIES_AT_ONCE, mine_triples
 from train.retriever import train_retriever
 
 
@@ -91,18 +93,20 @@ def _triple(row: Mapping[str, Any]) -> Triple:
 def _find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) -> None:
     """Writes the failed queries' ordinary triples, with negatives as `mining` has them."""
     settings, ids = run.config.figret, data.retriever_train
-    with run.reporter.progress("training queries encoded", len(ids)) as advance:
-        queries = ours.encode(data.queries(ids), "query", progress=advance)
+    corpus, failed = ours.corpus, []
 
-    def search() -> list[str]:
+    def search(some: Sequence[str], queries: np.ndarray) -> list[str]:
         row_of = rows_of(data.collection.corpus)
-        relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
-        depth = min(len(ours.corpus.ids), settings.rank)
-        _, found = ours.corpus.index.search(queries, depth)
-        failed = failed_queries(found, relevant, settings.rank)
-        return limit_queries([ids[i] for i in failed], settings.queries)
+        relevant = [[row_of[document] for document in data.positives(query)] for query in some]
+        _, found = corpus.index.search(queries, min(len(corpus.ids), settings.rank))
+        return [some[i] for i in failed_queries(found, relevant, settings.rank)]
 
-    if failed := run.processes.once(search):
+    with run.reporter.progress("training queries encoded", len(ids)) as advance:
+        for first in range(0, len(ids), QUERIES_AT_ONCE):
+            some = ids[first : first + QUERIES_AT_ONCE]
+            queries = ours.encode(data.queries(some), "query", progress=advance)
+            failed += run.processes.once(functools.partial(search, some, queries))
+    if failed := limit_queries(failed, settings.queries):
         mine_triples(run, ours, data, failed, run.path(name))
     else:
         run.processes.once(lambda: write_jsonl(run.path(name), []))
@@ -178,10 +182,9 @@ def _turn(
         curriculum=row == FIGRET,
         length_window=0,
     )
-    examples = triple_examples(triples, models.encoder)
     phase = f"{row}-{run.config.rounds - 1}"
     with run.phase(row):
         return train_retriever(
-            run, models, start, examples, phase=phase, round_=0, samples=0, ids=ids,
+            run, models, start, triples, phase=phase, round_=0, samples=0, ids=ids,
             settings=settings,
         )  # fmt: skip

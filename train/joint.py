@@ -7,6 +7,7 @@ retriever fails, where the config asks for it, choose settings on dev, score eve
 export, report. The same command again continues where it stopped.
 """
 
+import collections
 import functools
 import os
 import shutil
@@ -19,11 +20,10 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.collect import check_added_tests, prepare_data
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.data.triples import Triple
+from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.loading import load_models
-from expandr_jax.objectives.contrastive_batches import triple_examples
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
@@ -277,7 +277,8 @@ def _baseline(
     if name == ALL_LABELS:
         more, path = data.generator_train, f"work/{name}/triples.jsonl"
         what = f"hard negatives, {name}"
-        negatives = {**negatives, **negatives_of(run, retriever, data, more, path, what)}
+        own = negatives_of(run, retriever, data, more, path, what)
+        negatives = collections.ChainMap(own, negatives)
         ids = [*ids, *more]
     with run.phase(f"{name} baseline"):
         return _train(run, models, data, {}, negatives, retriever.params, phase=name, ids=ids)
@@ -300,20 +301,23 @@ def _train(
     Without `ids` they are its own; there are as many updates with others.
     """
     ids, settings = data.retriever_train if ids is None else ids, run.config.contrastive
-    triples = [
-        Triple(
+    corpus = data.collection.corpus
+
+    def triple(number: int) -> Triple:
+        query = ids[number]
+        return Triple(
             data.collection.queries[query],
-            tuple(data.collection.corpus[document] for document in data.positives(query)),
+            tuple(corpus[document] for document in data.positives(query)),
             tuple(negatives.get(query, ())),
             tuple(filter(None, expansions.get(query, ()))),
         )
-        for query in ids
-    ]
+
     return train_retriever(
         run,
         models,
         start,
-        triple_examples(triples, models.encoder, run.config.expansion.kind),
+        MadeTriples(data.queries(ids), triple),
+        kind=run.config.expansion.kind,
         phase=phase,
         round_=round_,
         samples=len(next(iter(expansions.values()), ())),

@@ -1,7 +1,10 @@
 """Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
+import contextlib
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,10 +12,14 @@ from expandr_jax.config import Config
 from expandr_jax.data.documents import rows_of, texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.expansion.sampled import MadeWhenAsked
+from expandr_jax.files.named_rows import NamedRows
+from expandr_jax.files.records import open_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.vectors.corpus import Corpus, CorpusRetriever
+
+QUERIES_AT_ONCE = 1 << 16  # Searched for in one pass over the corpus, and in memory.
 
 
 def check_negatives(config: Config, data: TrainingData) -> None:
@@ -28,7 +35,7 @@ def check_negatives(config: Config, data: TrainingData) -> None:
 
 def training_negatives(
     run: Run, retriever: CorpusRetriever, data: TrainingData, round_: int
-) -> dict[str, list[str]]:
+) -> Mapping[str, list[str]]:
     """Hard negatives of a round of step A, as `negatives_of`; round-R/triples.jsonl has them."""
     what = f"hard negatives, round {round_}"
     return negatives_of(
@@ -43,7 +50,7 @@ def negatives_of(
     ids: Sequence[str],
     name: str,
     what: str,
-) -> dict[str, list[str]]:
+) -> Mapping[str, list[str]]:
     """Hard negatives of some training queries; none if the config asks for none.
 
     Where they are to be mined, the corpus is searched for each query, unexpanded, by the retriever
@@ -51,20 +58,20 @@ def negatives_of(
     where not, they are those that the data name.
 
     Returns:
-        Query id -> texts of its negatives, hardest first.
+        Query id -> texts of its negatives, hardest first; read when they are asked for.
     """
     if not run.config.contrastive.negatives:
         return {}
     if not run.config.mining.per_query:
-        return {query: data.negatives(query) for query in ids}
+        return MadeWhenAsked(dict.fromkeys(ids), data.negatives)
     if not run.checksums.intact(name):
         _ = retriever.corpus  # All processes encode it, as a phase of its own.
         with run.phase(what):
             mine_triples(run, retriever, data, ids, run.path(name))
         retriever.release()
         run.checksums.record(name)
-    fields = {"query_id": str, "neg": list}
-    return {row["query_id"]: row["neg"] for _, row in read_jsonl(run.path(name), fields)}
+    rows = NamedRows(run.path(name), "query_id", {"neg": list})
+    return MadeWhenAsked(rows, lambda query: rows[query]["neg"])
 
 
 def mine_triples(
@@ -78,36 +85,49 @@ def mine_triples(
 
     All processes call it together; the retriever has encoded the corpus.
     """
-    config, corpus = run.config.mining, retriever.corpus
-    with run.reporter.progress("training queries encoded", len(ids)) as advance:
-        queries = retriever.encode(data.queries(ids), "query", progress=advance)
+    counts = 0, 0
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(run.reporter.progress("training queries encoded", len(ids)))
+        write = stack.enter_context(open_jsonl(path)) if run.processes.is_main else None
+        for first in range(0, len(ids), QUERIES_AT_ONCE):
+            some = ids[first : first + QUERIES_AT_ONCE]
+            queries = retriever.encode(data.queries(some), "query", progress=advance)
+            mine = functools.partial(_mined, run, retriever.corpus, data, some, queries, write)
+            counts = [a + b for a, b in zip(counts, run.processes.once(mine), strict=True)]
+    found, without = counts
+    run.reporter.say(f"{found} negatives; {without} queries have none")
 
-    def search() -> None:
-        row_of = rows_of(data.collection.corpus)
-        relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
-        drop = run.config.evaluation.drop_identical_ids
-        known = [  # What leaves a query's rankings is no negative of it.
-            rows + [row_of[document] for document in data.left_out(query, drop)]
-            for query, rows in zip(ids, relevant, strict=True)
-        ]
-        scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
-        own = corpus.vectors[[documents[0] for documents in relevant]]
-        texts = texts_of(data.collection.corpus)
-        mined = mine_negatives(
-            scores,
-            found,
-            np.sum(queries * own, axis=1),
-            known,
-            texts,
-            count=max(1, config.per_query),
-            first=config.first,
-            absolute_margin=config.absolute_margin,
-            relative_margin=config.relative_margin,
-        )
-        rows = zip(ids, triple_rows(data.queries(ids), relevant, mined, texts), strict=True)
-        named = ({"query_id": query, **row} for query, row in rows if row["pos"])
-        write_jsonl(path, named)
-        count = sum(map(len, mined))
-        run.reporter.say(f"{count} negatives; {sum(not m for m in mined)} queries have none")
 
-    run.processes.once(search)
+def _mined(
+    run: Run,
+    corpus: Corpus,
+    data: TrainingData,
+    ids: Sequence[str],
+    queries: np.ndarray,
+    write: Callable[[Iterable[Mapping[str, Any]]], None],
+) -> tuple[int, int]:
+    """Writes the triples of queries: how many negatives they have, and how many have none."""
+    config, row_of = run.config.mining, rows_of(data.collection.corpus)
+    relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
+    drop = run.config.evaluation.drop_identical_ids
+    known = [  # What leaves a query's rankings is no negative of it.
+        rows + [row_of[document] for document in data.left_out(query, drop)]
+        for query, rows in zip(ids, relevant, strict=True)
+    ]
+    scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
+    own = corpus.vectors[[documents[0] for documents in relevant]]
+    texts = texts_of(data.collection.corpus)
+    mined = mine_negatives(
+        scores,
+        found,
+        np.sum(queries * own, axis=1),
+        known,
+        texts,
+        count=max(1, config.per_query),
+        first=config.first,
+        absolute_margin=config.absolute_margin,
+        relative_margin=config.relative_margin,
+    )
+    rows = zip(ids, triple_rows(data.queries(ids), relevant, mined, texts), strict=True)
+    write({"query_id": query, **row} for query, row in rows if row["pos"])
+    return sum(map(len, mined)), sum(not m for m in mined)

@@ -18,16 +18,12 @@ from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
+from expandr_jax.data.triples import Triple
 from expandr_jax.files.records import hash_json
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import contrastive_setup
-from expandr_jax.objectives.contrastive_batches import (
-    ContrastiveExample,
-    hash_all,
-    hash_examples,
-    triple_examples,
-)
+from expandr_jax.objectives.contrastive_batches import ExampleHashes, triple_examples
 from expandr_jax.objectives.contrastive_checks import (
     check_contrastive_batch,
     check_contrastive_examples,
@@ -35,7 +31,7 @@ from expandr_jax.objectives.contrastive_checks import (
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.llm_ql import corruption_of
 from expandr_jax.objectives.settings import ContrastiveSettings
-from expandr_jax.objectives.stored_examples import made_ahead
+from expandr_jax.objectives.stored_examples import made_ahead, store_examples
 from expandr_jax.objectives.trained import (
     divided,
     drops_out,
@@ -50,6 +46,7 @@ from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
+from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
 from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
@@ -65,12 +62,13 @@ def train_retriever(
     run: Run,
     models: RetrieverModel,
     params: Any,
-    examples: Sequence[ContrastiveExample],
+    triples: Sequence[Triple],
     *,
     phase: str,
     round_: int,
     samples: int,
     ids: Sequence[str],
+    kind: Kind = "document",
     evaluate: Callable[[Any], float] | None = None,
     updates: int | None = None,
     settings: ContrastiveSettings | None = None,
@@ -81,7 +79,8 @@ def train_retriever(
         run: The workdir; checkpoints go to checkpoints/PHASE.
         models: The retriever's module and mesh.
         params: Weights to start from.
-        examples: Training queries with their documents and expansions.
+        triples: Training queries with their documents and expansions.
+        kind: How the latter are read.
         phase: "retriever", or the name of a baseline on plain queries.
         round_: Counts from 0.
         samples: Expansions a query; 0 trains on plain queries.
@@ -100,7 +99,13 @@ def train_retriever(
     """
     config, seed = settings or run.config.contrastive, run.config.seed
     mesh, retriever = models.contrastive_mesh, models.retriever
-    check_contrastive_batch(config, retriever, params, mesh, len(examples))
+    check_contrastive_batch(config, retriever, params, mesh, len(triples))
+    hashes = ExampleHashes()
+    with run.reporter.progress("examples made", len(triples)) as advance:
+        made = triple_examples(triples, models.encoder, kind, advance)
+        examples = store_examples(hashes.passing(made))
+    if not run.config.mesh.workers:
+        examples.unlink()
     check_contrastive_examples(config, examples, samples, ids)
     if updates is None:
         updates = count_updates(config, len(examples) // config.batch_size)
@@ -125,9 +130,9 @@ def train_retriever(
     identity = {
         "model": models.retriever_hash,
         "settings": hash_json(identity_of("contrastive", config)),
-        "examples": hash_examples(examples),
+        "examples": hashes.older,
         "retriever": retriever.identity,
-        "all": hash_all(examples),
+        "all": hashes.all,
         "steps": steps,
     }
     if config.curriculum:
@@ -175,7 +180,6 @@ def train_on_triples(
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
-        examples = triple_examples(triples, models.encoder)
 
     def evaluate(params: Any) -> float:
         ids, documents = list(dev.qrels["dev"]), list(dev.corpus.values())
@@ -216,7 +220,7 @@ def train_on_triples(
             run,
             models,
             params,
-            examples,
+            triples,
             phase="retriever",
             round_=0,
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,

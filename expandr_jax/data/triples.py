@@ -11,7 +11,7 @@ refused; ids and whatever else there is are let through.
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,31 @@ class Triple:
             return self.margin
         count = len(self.positives)
         return min(self.teacher_scores[:count]) - max(self.teacher_scores[count:])
+
+
+class MadeTriples(Sequence[Triple]):
+    """Triples of queries that are known, each of which a function makes when it is asked for.
+
+    Attributes:
+        queries: Text of each one's query.
+    """
+
+    def __init__(self, queries: Sequence[str], make: Callable[[int], Triple]):
+        self.queries, self._make = queries, make
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, at: Any) -> Any:
+        numbers = range(len(self))[at]
+        return [*map(self._make, numbers)] if isinstance(numbers, range) else self._make(numbers)
+
+
+def queries_of(triples: Sequence[Triple]) -> Sequence[str]:
+    """Texts of the triples' queries; triples that are made when asked for are not made for it."""
+    if isinstance(triples, MadeTriples):
+        return triples.queries
+    return [triple.query for triple in triples]
 
 
 def read_triples(path: str | os.PathLike, on_bad: str = "error") -> tuple[list[Triple], list[str]]:

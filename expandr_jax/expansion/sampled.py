@@ -32,6 +32,9 @@ class MadeWhenAsked(Mapping):
             raise KeyError(key)
         return self._make(key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys  # Without making it.
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self._keys)
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from expandr_jax.data.batches import pad
-from expandr_jax.data.triples import Triple
+from expandr_jax.data.triples import Triple, queries_of
 from expandr_jax.files.records import hash_json
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 
-TEXTS_AT_ONCE = 4096  # Tokenized in one call.
+TRIPLES_AT_ONCE = 1024  # Whose texts are tokenized in one call.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,70 +53,99 @@ class ContrastiveExample:
 
 
 def triple_examples(
-    triples: Sequence[Triple], encoder: TextEncoder, expansions: Kind = "document"
-) -> list[ContrastiveExample]:
-    """Tokenizes triples; a query's positives on other lines are known, too.
+    triples: Sequence[Triple],
+    encoder: TextEncoder,
+    expansions: Kind = "document",
+    progress: Callable[[int], None] = lambda count: None,
+) -> Iterator[ContrastiveExample]:
+    """Tokenizes triples, some at a time; a query's positives on other lines are known, too.
 
-    Its expansions are read as `expansions` says.
+    Its expansions are read as `expansions` says. `progress` is told of how many more are done.
     """
-    queries = _tokens(encoder, (t.query for t in triples), "query")
-    documents = _tokens(
-        encoder, (x for t in triples for x in (*t.positives, *t.negatives)), "document"
-    )
-    written = _tokens(encoder, (x for t in triples for x in t.expansions), expansions)
+    known = _known_elsewhere(triples)
+    for start in range(0, len(triples), TRIPLES_AT_ONCE):
+        block = triples[start : start + TRIPLES_AT_ONCE]
+        yield from _examples(block, known, encoder, expansions)
+        progress(len(block))
+
+
+def _known_elsewhere(triples: Sequence[Triple]) -> dict[str, set[str]]:
+    """All positives of each query that several triples have."""
+    hashes = np.fromiter(map(hash, queries_of(triples)), np.int64, len(triples))
+    found, counts = np.unique(hashes, return_counts=True)
     known: dict[str, set[str]] = {}
-    for triple in triples:
-        known.setdefault(triple.query, set()).update(triple.positives)
-    examples = []
+    for number in np.flatnonzero(np.isin(hashes, found[counts > 1])).tolist():
+        known.setdefault(triples[number].query, set()).update(triples[number].positives)
+    return known
+
+
+def _examples(
+    triples: Sequence[Triple],
+    known: Mapping[str, Collection[str]],
+    encoder: TextEncoder,
+    expansions: Kind,
+) -> Iterator[ContrastiveExample]:
+    queries = _tokens(encoder, (t.query for t in triples), "query")
+    documents = _tokens(encoder, (x for t in triples for x in t.passages), "document")
+    written = _tokens(encoder, (x for t in triples for x in t.expansions), expansions)
     for triple in triples:
         texts = triple.passages
         scores = triple.teacher_scores or [None] * len(texts)
         passages = [Passage(documents[x], x, score) for x, score in zip(texts, scores, strict=True)]
         count = len(triple.positives)
-        examples.append(
-            ContrastiveExample(
-                query=queries[triple.query],
-                expansions=[written[x] for x in triple.expansions],
-                positive=passages[0],
-                negatives=passages[count:],
-                other_positives=passages[1:count],
-                known=known[triple.query],
-                ease=triple.ease,
-            )
+        yield ContrastiveExample(
+            query=queries[triple.query],
+            expansions=[written[x] for x in triple.expansions],
+            positive=passages[0],
+            negatives=passages[count:],
+            other_positives=passages[1:count],
+            known=known.get(triple.query) or {*triple.positives},
+            ease=triple.ease,
         )
-    return examples
 
 
-def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, np.ndarray]:
-    """Text -> token ids; equal texts are kept once, as arrays, which are a fifth of a list."""
+def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, list[int]]:
+    """Text -> token ids; equal texts are tokenized once."""
     unique = list(dict.fromkeys(texts))
-    result = {}
-    for start in range(0, len(unique), TEXTS_AT_ONCE):
-        block = unique[start : start + TEXTS_AT_ONCE]
-        for text, ids in zip(block, encoder.tokenize(block, kind), strict=True):
-            result[text] = np.array(ids, np.int32)
-    return result
+    return dict(zip(unique, encoder.tokenize(unique, kind), strict=True)) if unique else {}
 
 
-def hash_examples(examples: Sequence[ContrastiveExample]) -> str:
-    """sha256 over their queries, positives' and negatives' texts, which older runs recorded."""
-    parts = (
-        [e.positive.text, [*map(int, e.query)], [n.text for n in e.negatives]] for e in examples
-    )
-    return hash_json([*map(hash_json, parts)])
+class ExampleHashes:
+    """What checkpoints know a training's examples by: hashes of those that pass by."""
 
+    def __init__(self):
+        self._all, self._older = hashlib.sha256(), hashlib.sha256()
+        self._between = b"["
 
-def hash_all(examples: Sequence[ContrastiveExample]) -> str:
-    """sha256 over all that is in a training's examples, expansions and scores among it."""
-    digest = hashlib.sha256()
-    for example in examples:
+    def passing(self, examples: Iterable[ContrastiveExample]) -> Iterator[ContrastiveExample]:
+        """The examples, each when it has been counted in."""
+        for example in examples:
+            self._add(example)
+            yield example
+
+    @property
+    def all(self) -> str:
+        """sha256 over all that is in them, expansions and scores among it."""
+        return self._all.hexdigest()
+
+    @property
+    def older(self) -> str:
+        """sha256 over their queries and documents' texts, which older runs recorded."""
+        digest = self._older.copy()
+        digest.update(b"]" if self._between == b"," else b"[]")
+        return digest.hexdigest()
+
+    def _add(self, example: ContrastiveExample) -> None:
+        negatives = [passage.text for passage in example.negatives]
+        row = hash_json([example.positive.text, [*map(int, example.query)], negatives])
+        self._older.update(self._between + f'"{row}"'.encode())  # JSON, without all of it at once.
+        self._between = b","
         passages = (example.positive, *example.negatives, *example.other_positives)
         counts = [len(x) for x in (example.expansions, example.negatives, example.other_positives)]
         texts = [[passage.text, passage.score] for passage in passages]
-        digest.update(hash_json([counts, texts, sorted(example.known)]).encode())
+        self._all.update(hash_json([counts, texts, sorted(example.known)]).encode())
         for ids in (example.query, *example.expansions, *(passage.ids for passage in passages)):
-            digest.update(np.array([len(ids), *ids], np.int32).tobytes())
-    return digest.hexdigest()
+            self._all.update(np.array([len(ids), *ids], np.int32).tobytes())
 
 
 def make_batch(

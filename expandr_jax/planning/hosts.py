@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from expandr_jax.config import Config
+from expandr_jax.objectives.contrastive_batches import TRIPLES_AT_ONCE
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.synthetic import Counts
@@ -146,11 +147,14 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     expanded = config.rounds * counts.retriever_train * samples
     stages.add_sampled("expansions", expanded, new, copies=2)
     each = 1 + samples + config.contrastive.negatives
-    example = (1 + each) * ENTRY + query + each * (document + 4 * longest)
+    # Those that are tokenized together; of the others, where they are on disk; two batches.
+    example = (1 + each) * ENTRY + query + each * (document + longest * NUMBER)
+    batch = config.contrastive.batch_size * (1 + each) * longest * 8 / hosts
+    made = TRIPLES_AT_ONCE * example + counts.retriever_train * (ENTRY + samples * INDEX)
     kept, state = config.keep + 1, 3 * _bytes(retriever.trained)
     stages.add(
         f"step A, {trained} trainings",
-        memory=counts.retriever_train * example + 2 * state / hosts,
+        memory=made + 2 * batch + 2 * state / hosts,
         disk=trained * kept * state, files=trained * kept * FILES * hosts,
         network=trained * encoder,
         seconds=trained * SECONDS["example"] * counts.retriever_train / 1000,
