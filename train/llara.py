@@ -62,7 +62,7 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
     batches = LlaraBatches(pairs, retriever, size, seed)
     updates = count_updates(settings, len(pairs) // size)
     steps = updates * settings.accumulation
-    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    optimizer = section_optimizer(settings, updates)
     params = models.retriever_params
     setup = llara_setup(mesh, retriever, params, optimizer)
     held, trained = divided(retriever, params, seed)

@@ -71,7 +71,7 @@ def train_query_tower(
     )
     updates = count_updates(settings, len(queries) // settings.batch_size)
     steps = updates * settings.accumulation
-    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    optimizer = section_optimizer(settings, updates)
     setup = distillation_setup(mesh, retriever, ours.params, losses, settings, optimizer)
     held, trained = divided(retriever, ours.params, seed)
     frozen = device_put(held, setup.frozen)

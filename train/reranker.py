@@ -118,7 +118,7 @@ def _train(
     check_batch_size("reranker.batch_size", size, mesh)
     updates = count_updates(settings, len(triples) // size)
     steps = updates * settings.accumulation
-    optimizer = section_optimizer(settings, updates, weight_decay=settings.weight_decay)
+    optimizer = section_optimizer(settings, updates)
     setup = reranking_setup(mesh, encoder.module, params, settings, optimizer)
     start = device_put(params, setup.shardings.params)
     file = os.path.basename(run.config.data.path or run.config.data.url)

@@ -117,7 +117,7 @@ def train_retriever(
         examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption
     )
     rows = rows_here(mesh, config.batch_size)
-    optimizer = section_optimizer(config, updates, weight_decay=config.weight_decay)
+    optimizer = section_optimizer(config, updates)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
     held, trained = divided(retriever, params, seed)
     frozen = device_put(held, setup.frozen)

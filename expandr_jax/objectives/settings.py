@@ -68,6 +68,11 @@ class DpoSettings(ObjectiveSettings, TrainingSettings):
     dev_share: Annotated[float, number(least=0, below=1)]
     keep_best: bool
 
+    @property
+    def weight_decay(self) -> float:
+        """None, as in the paper: no setting is asked for it."""
+        return 0.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrpoSettings(PolicySettings, SamplingSettings):

@@ -33,6 +33,7 @@ ENCODED = 4096  # Texts of LENGTH that are encoded at once.
 ROWS, PROMPT, NEW = 512, 100, 512  # Texts sampled at once.
 PAIRS = 16  # A step of B: PROMPT tokens and NEW for each response.
 DEPTH = 100  # Documents found for each of QUERIES queries.
+UPDATES = 2  # How many a training has changes no program of it.
 
 
 @dataclasses.dataclass(frozen=True)

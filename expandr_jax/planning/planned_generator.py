@@ -28,6 +28,7 @@ from expandr_jax.planning.planned import (
     PAIRS,
     PROMPT,
     ROWS,
+    UPDATES,
     Planned,
     check_rows,
     param_shapes,
@@ -51,7 +52,7 @@ from expandr_jax.sharding import (
     replicated,
     with_shardings,
 )
-from expandr_jax.training.train_state import make_optimizer
+from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
@@ -105,11 +106,15 @@ class GeneratorShapes:
         """The export's product of the largest update of the base."""
         return merged(self.adapter, self._topology, self.module)
 
+    def _setup(self, model: GeneratorModel) -> TrainingSetup:
+        config = self._config.dpo
+        optimizer = section_optimizer(config, UPDATES)
+        return adapter_setup(model, self._objective, config, optimizer)
+
     def restore(self) -> Planned:
         """What DPO trains, read from a checkpoint."""
-        model, config = self.model(), self._config.dpo
-        optimizer = make_optimizer(1.0, 2, accumulation=config.accumulation)
-        state = adapter_setup(model, self._objective, config, optimizer).shapes(self.adapter)
+        model = self.model()
+        state = self._setup(model).shapes(self.adapter)
         return restored(state, model.dpo_mesh, self._topology, self.module)
 
     def engine(
@@ -278,9 +283,7 @@ class GeneratorShapes:
     def dpo(self) -> Planned:
         """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
         model, batch, common = self._pairs()
-        base, mesh, config = model.generator_params, model.dpo_mesh, self._config.dpo
-        optimizer = make_optimizer(1.0, 2, accumulation=config.accumulation)
-        setup = adapter_setup(model, self._objective, config, optimizer)
+        base, mesh, setup = model.generator_params, model.dpo_mesh, self._setup(model)
         state = setup.shapes(self.adapter)
         if self._objective.reference:
             batch["reference"] = jax.ShapeDtypeStruct(

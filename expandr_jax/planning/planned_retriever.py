@@ -32,6 +32,7 @@ from expandr_jax.planning.planned import (
     PASSAGES,
     PROMPT,
     QUERIES,
+    UPDATES,
     Planned,
     check_rows,
     param_shapes,
@@ -104,7 +105,7 @@ class RetrieverShapes:
     def _training(self) -> tuple[TrainingSetup, Any, Any]:
         """What step A runs, its state, and what it leaves as it is."""
         config, mesh = self._config.contrastive, self._mesh
-        optimizer = section_optimizer(config, 2)
+        optimizer = section_optimizer(config, UPDATES)
         setup = contrastive_setup(mesh, self.retriever, self.params, config, optimizer)
         trained = jax.eval_shape(lambda params: with_temperature(params, config), self.trained)
         return setup, setup.shapes(trained), with_shardings(self.frozen, setup.frozen)
@@ -188,7 +189,7 @@ class RetrieverShapes:
         documents = rows * config.depth if config.kl_weight else 0
         if documents:
             batch["documents"] = np.ones((documents, width), np.float32)
-        optimizer = section_optimizer(config, 2, weight_decay=config.weight_decay)
+        optimizer = section_optimizer(config, UPDATES)
         setup = distillation_setup(
             mesh, retriever, self.params, distilled_losses, config, optimizer
         )

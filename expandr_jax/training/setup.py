@@ -83,16 +83,14 @@ def count_updates(settings: TrainingSettings, batches: int) -> int:
     return max(1, round(settings.epochs * batches / settings.accumulation))
 
 
-def section_optimizer(
-    settings: TrainingSettings, updates: int, *, weight_decay: float = 0.0
-) -> optax.GradientTransformation:
+def section_optimizer(settings: TrainingSettings, updates: int) -> optax.GradientTransformation:
     """The optimizer of a round of so many updates, at most half of which are the warm-up."""
     return make_optimizer(
         settings.learning_rate,
         updates,
         warmup=min(settings.warmup_steps, updates // 2),
         clip_norm=settings.clip_norm,
-        weight_decay=weight_decay,
+        weight_decay=settings.weight_decay,
         accumulation=settings.accumulation,
     )
 
