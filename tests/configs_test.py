@@ -17,7 +17,8 @@ from expandr_jax.search import ExactOptions, ScannOptions
 from train.launch import unpin
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
-NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("__init__", "base"))
+PARTS = ("base", "stages")  # Every setting, of which the others change some.
+NAMES = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", *PARTS))
 SOURCES = [
     path for d in ("expandr_jax", "train", "eval") for path in (CONFIGS.parent / d).rglob("*.py")
 ]
@@ -79,7 +80,8 @@ def test_the_options_of_an_index_are_the_library_s():
 
 
 def test_every_setting_has_its_meaning_beside_it():
-    for line in (CONFIGS / "base.py").read_text().splitlines():
+    lines = [line for part in PARTS for line in (CONFIGS / f"{part}.py").read_text().splitlines()]
+    for line in lines:
         setting = re.match(r"    (config|\w+)\.\w+ = ", line)
         if setting and "ConfigDict()" not in line and "= (" not in line:
             assert "  # " in line, line

@@ -1,4 +1,4 @@
-"""The settings of what is learned in steps A and B; configs/base.py says what each means."""
+"""The settings of what steps A and B learn by; configs/base.py and stages.py explain each."""
 
 import dataclasses
 from typing import Annotated
