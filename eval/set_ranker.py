@@ -174,7 +174,6 @@ class SetRanker:
             expansions,
             self._choice,
             config.evaluation,
-            config.contrastive.normalize,
             excluded=self._collection.excluded,
             lists=lambda: self._lists,
             **options,
@@ -259,6 +258,7 @@ class SetRanker:
             processes=run.processes,
             reporter=run.reporter,
             shares=self._directory / "work" / "shares",
+            normalize=model.normalize,
             timed=functools.partial(run.phase, f"{self._collection.name}: encode {name}"),
         )
         _ = found.corpus.evaluated  # Encoded by now, so that only the search is timed.

@@ -83,7 +83,8 @@ def load_retriever_model(config: Config) -> RetrieverModel:
         phase_mesh(config.mesh, "encoding"),
         tokens_per_batch=source.tokens_per_batch // jax.process_count(),
     )
-    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder)
+    normalize = config.contrastive.normalize
+    return RetrieverModel(mesh, retriever, params, hash_tree(params), encoder, normalize)
 
 
 def merged_retriever(config: Config, retriever: Retriever, params: Any) -> tuple[Retriever, Any]:

@@ -18,6 +18,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.sharding import adapter_shardings, make_mesh
 from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.vectors.query import Normalize
 
 PHASES = ("contrastive", "encoding", "sampling", "dpo")  # Each may have a mesh of its own.
 OF_ONE_PROCESS = ("encoding", "sampling")  # Each process does its share of the texts by itself.
@@ -33,6 +34,8 @@ class RetrieverModel:
         retriever_params: Its weights before any training, as this process can read them all.
         retriever_hash: sha256 of those weights.
         encoder: Texts to vectors, on a mesh of this process's devices.
+        normalize: Where vectors of expanded queries are brought to unit length, in training as in
+            all searches; see `expanded_query`.
     """
 
     contrastive_mesh: Mesh
@@ -40,6 +43,7 @@ class RetrieverModel:
     retriever_params: Any
     retriever_hash: str
     encoder: TextEncoder
+    normalize: Normalize
 
 
 @dataclasses.dataclass(frozen=True)

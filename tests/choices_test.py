@@ -147,8 +147,9 @@ def evaluated(monkeypatch, workdir, systems, qrels, chosen=None, folder="", sett
             return encode(texts, kind, ids)
 
         return types.SimpleNamespace(
-            corpus=corpus, encode=encoded, separator="", params=None, release=lambda: None
-        )
+            corpus=corpus, encode=encoded, separator="", params=None, release=lambda: None,
+            normalize="both",
+        )  # fmt: skip
 
     def expansions(run, data, own, adapters, systems, folder):
         of = STRATEGIES["q2d"]

@@ -130,7 +130,7 @@ def test_words_of_other_texts_weigh_as_in_the_corpus():
 class Encoder:
     """Every text has a vector of its own, of unit length."""
 
-    separator = "[SEP]"
+    separator, normalize = "[SEP]", "both"
 
     def encode(self, texts, kind, *_):
         rows = [np.random.default_rng([*f"{kind} {t}".encode()]).normal(size=8) for t in texts]

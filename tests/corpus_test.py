@@ -29,7 +29,7 @@ TEXTS = {"d-first": "the loss of an array", "d-bad": "a gradient", "d-last": "th
 def model():
     """A retriever, with weights that make no finite vector of "a gradient" alone."""
     retriever, params = load_retriever(TINY, max_length=16)
-    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()))
+    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()), normalize="both")
     ids = {
         name: set(tokens)
         for name, tokens in zip(TEXTS, retriever.token_ids([*TEXTS.values()], ""), strict=True)
@@ -61,10 +61,11 @@ def test_a_document_without_a_finite_vector_is_named_with_the_last_checkpoint(mo
 
 def test_documents_that_are_cut_are_told(run):
     retriever, params = load_retriever(TINY, max_length=6)
-    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()))
+    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()), normalize="before")
     texts = {"short": "the loss", "long": "the loss of an array of the norm", "longer": "norm " * 9}
     for _ in range(2):  # Also where they are encoded already.
-        _ = run_retriever(run, models, texts, params, "zero-shot").corpus
+        corpus = run_retriever(run, models, texts, params, "zero-shot").corpus
+        assert corpus.normalize == "before"
         printed = " ".join(run.console.file.getvalue().split())
         assert "2 of 3 documents (66.7 %) are longer than retriever.max_length, 6" in printed
         run.console.file.truncate(0)

@@ -64,7 +64,7 @@ def make(tmp_path, monkeypatch):
     collection = Collection("c", texts_of_documents, QUERIES, {"train": QRELS})
     data = TrainingData(collection, [], list(QUERIES))
     run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
-    models = types.SimpleNamespace(encoder=Encoder())
+    models = types.SimpleNamespace(encoder=Encoder(), normalize="both")
     retriever = run_retriever(run, models, texts_of_documents, None, "expandr")
     retriever.__dict__["corpus"] = corpus
     generator = types.SimpleNamespace(chat_text=lambda text: text)

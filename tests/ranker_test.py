@@ -51,14 +51,13 @@ ALL = Choice(0.7, 3)
 def ranker(choice=ALL, strategy="q2d", search=SEARCH, **options):
     index = Bm25Index(list(CORPUS.values()))
     corpus = Corpus(list(CORPUS), DOCUMENTS, search)
-    dense = types.SimpleNamespace(encode=encode, corpus=corpus, separator="")
+    dense = types.SimpleNamespace(encode=encode, corpus=corpus, separator="", normalize="both")
     return Ranker(
         QUERIES,
         Searches(lambda _: index, lambda *_: dense, CORPUS),
         lambda _: Expansions(STRATEGIES[strategy], [[TEXTS[query]] for query in QUERIES]),
         lambda system: None if system.parts else choice,  # Parts of a fusion weigh the same.
         SETTINGS,
-        "both",
         **options,
     )
 

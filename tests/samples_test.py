@@ -32,7 +32,6 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
     config = base.get_config()
     config.reward.update(corpus=1.0, corpus_measure="softmax_share", query_weight=0.7, depth=30)
     config.reward.corpus_temperature = 0.1
-    config.contrastive.normalize = "both"
     config.evaluation.sample_depth = 20
     vectors = unit(40)
     config.search.backend = "exact"

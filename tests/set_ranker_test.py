@@ -38,7 +38,6 @@ def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_
         expansion=SimpleNamespace(strategy="q2d", template=""),
         answer=SimpleNamespace(max_characters=100),
         evaluation=SimpleNamespace(samples=(1,), drop_identical_ids=False, depth=10),
-        contrastive=SimpleNamespace(normalize="before"),
     )
     run, models = SimpleNamespace(config=config), SimpleNamespace(sampler=None)
     collection = Collection("set", {"d": "text"}, {"q": "query"}, {"test": {"q": {"d": 1}}})

@@ -73,7 +73,7 @@ def measure(count: int, directory: str) -> dict[str, float]:
     encoder = Encoder()
     vectors = encoder.encode(None, documents.values(), "document")
     search = SearchSettings("exact", "exact", ExactOptions(), ScannOptions())
-    models = types.SimpleNamespace(encoder=encoder)
+    models = types.SimpleNamespace(encoder=encoder, normalize="both")
     retriever = run_retriever(run, models, documents, None, "expandr")
     retriever.__dict__["corpus"] = Corpus(list(documents), vectors, search)
     generator = types.SimpleNamespace(

@@ -54,7 +54,6 @@ def ranked(index, name, queries=QUERIES, texts=None):
         lambda _: Expansions(STRATEGIES["q2e"], [[["w5 w7"]] for _ in queries]),
         lambda _: Choice(None, 1),
         SETTINGS,
-        "both",
     )
     return ranker.rank(parse_system(name))
 

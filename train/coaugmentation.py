@@ -113,8 +113,8 @@ def score_together(run: Run, retriever: CorpusRetriever, data: TrainingData) -> 
         if flat:
             vectors[present] = retriever.encode(flat, strategy.kind)
         weight = read[0][0].query_weight
-        normalize = config.contrastive.normalize
-        fused = fuse_each(own, vectors, present, query_weight=weight, normalize=normalize)
+        how = {"query_weight": weight, "normalize": retriever.normalize}
+        fused = fuse_each(own, vectors, present, **how)
         found = retriever.encode([t for g in documents for t in _expanded(g)], "document")
         return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
 

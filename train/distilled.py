@@ -264,7 +264,6 @@ def _ranker(
         lambda _: expansions,
         lambda _: None,
         run.config.evaluation,
-        run.config.contrastive.normalize,
         **{"is_main": run.processes.is_main, **options},
     )
 
@@ -290,7 +289,7 @@ def _targets(
     """The file of the teacher's vectors, [queries, dim] of unit length; process 0 makes it."""
     path = run.path("work", f"round-{run.config.rounds - 1}", "distilled-targets.npy")
     alone, every = dataclasses.replace(ours, processes=Processes()), [*queries.texts]
-    used = [*dataclasses.astuple(choice), run.config.contrastive.normalize]
+    used = [*dataclasses.astuple(choice), ours.normalize]
 
     def vectors(first: int, last: int) -> np.ndarray:
         some = {query: queries.texts[query] for query in every[first:last]}

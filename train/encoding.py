@@ -24,6 +24,7 @@ def run_retriever(
         processes=run.processes,
         reporter=run.reporter,
         shares=run.path("work", "shares"),
+        normalize=models.normalize,
         timed=functools.partial(run.phase, f"encode the corpus, {name}"),
     )
 

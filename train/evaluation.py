@@ -305,7 +305,6 @@ def _rankers(
             lambda leaf: expansions[split, leaf.generator, leaf.strategy],
             choices,
             run.config.evaluation,
-            run.config.contrastive.normalize,
             runs=runs if split == "test" else {},
             timed=timed if split == "test" else contextlib.nullcontext,
             is_main=run.processes.is_main,

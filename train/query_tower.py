@@ -116,7 +116,6 @@ def _on_dev(run: Run, data: TrainingData, ours: CorpusRetriever, params: Any) ->
         lambda _: None,
         lambda _: None,
         run.config.evaluation,
-        run.config.contrastive.normalize,
         is_main=run.processes.is_main,
         excluded=data.collection.excluded,
     )

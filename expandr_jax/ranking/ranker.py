@@ -44,7 +44,7 @@ from expandr_jax.ranking.systems import AGAIN, BM25, BY_TEXTS, System
 from expandr_jax.ranking.words import Weights
 from expandr_jax.search import search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
-from expandr_jax.vectors.query import EncodedQueries, Normalize, fuse
+from expandr_jax.vectors.query import EncodedQueries, fuse
 
 RECALL_QUERIES = 100  # By which an index's recall is told.
 
@@ -62,7 +62,6 @@ class Ranker:
         choice: A leaf with a strategy to how it uses that, a fusion to what its parts weigh, None:
             all the same; None in other processes than 0.
         settings: The config's section `evaluation`.
-        normalize: Where expanded vectors are brought to unit length.
         runs: Those that were made before, by system.
         directory: Where runs are kept, a file each, and found again; None: in memory.
         timed: What a system is searched within.
@@ -83,7 +82,6 @@ class Ranker:
         expansions: Callable[[System], Expansions],
         choice: Callable[[System], Chosen | None],
         settings: EvaluationSettings,
-        normalize: Normalize,
         *,
         runs: Mapping[str, RunScores] | None = None,
         directory: pathlib.Path | None = None,
@@ -97,11 +95,11 @@ class Ranker:
         self.chances: dict[str, dict[str, float]] = {}
         self._queries, self._searches = list(queries.values()), searches
         self._expansions, self._choice = expansions, choice
-        self._settings, self._normalize = settings, normalize
+        self._settings = settings
         self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
         self._lists = lists
-        self._separate = SeparateSearches(self.ids, searches, settings, normalize, excluded)
+        self._separate = SeparateSearches(self.ids, searches, settings, excluded)
         self._scored: dict[tuple[str, str], float] = {}  # By a re-ranker, where depths are tried.
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
@@ -313,7 +311,7 @@ class Ranker:
                 encoded.expansions[:, columns],
                 encoded.present[:, columns],
                 query_weight=np.array(weights, np.float32),
-                normalize=self._normalize,
+                normalize=self._dense(system).normalize,
             )
         )
 

@@ -20,7 +20,7 @@ from expandr_jax.ranking.sources import Expansions, Searches
 from expandr_jax.ranking.stages import WEIGHINGS
 from expandr_jax.ranking.systems import BM25, System
 from expandr_jax.search import search_named, words_of
-from expandr_jax.vectors.query import EncodedQueries, Normalize, separate
+from expandr_jax.vectors.query import EncodedQueries, separate
 
 QUERIES_AT_ONCE = 512  # All that is found for them and their texts is in memory.
 
@@ -33,11 +33,10 @@ class SeparateSearches:
         ids: Sequence[str],
         searches: Searches,
         settings: EvaluationSettings,
-        normalize: Normalize,
         excluded: Mapping[str, Collection[str]] | None,
     ):
         self._ids, self._searches, self._settings = ids, searches, settings
-        self._normalize, self._excluded = normalize, excluded
+        self._excluded = excluded
         self._found: tuple[Any, list[Found]] = None, []  # By the searches that were made last.
 
     def rank(
@@ -95,10 +94,11 @@ class SeparateSearches:
         self, leaf: System, encoded: EncodedQueries, columns: Sequence[int], part: slice, k: int
     ) -> list[Found]:
         """What is found for some of the queries and each of their texts."""
-        corpus = self._searches.dense(leaf.retriever, leaf.documents).corpus
+        retriever = self._searches.dense(leaf.retriever, leaf.documents)
+        corpus = retriever.corpus
         each = encoded.queries, encoded.expansions[:, columns], encoded.present[:, columns]
         asked = [
-            separate(query, texts[present], self._normalize)
+            separate(query, texts[present], retriever.normalize)
             for query, texts, present in zip(*(values[part] for values in each), strict=True)
         ]
         return found_by_vectors(corpus.evaluated.search, corpus.vectors, asked, k)

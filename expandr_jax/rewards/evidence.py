@@ -154,8 +154,8 @@ class Evidence:
         return self.fuse(self.queries, self.candidates, present, query_weight=weight)
 
     def fuse(self, *vectors: np.ndarray, query_weight: float) -> np.ndarray:
-        """`fuse_each` as the config says."""
-        normalize = self.context.config.contrastive.normalize
+        """`fuse_each` as the corpus is searched."""
+        normalize = self.context.corpus.normalize
         fuse = functools.partial(fuse_each, query_weight=query_weight, normalize=normalize)
         return self.in_one_shape(fuse, *vectors)
 

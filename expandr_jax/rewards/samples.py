@@ -34,7 +34,7 @@ def sample_rows(
         data: Has the judgements.
         encoded: Split -> its queries with their passages.
     """
-    rows, normalize, answers = [], config.contrastive.normalize, Answers(data.collection)
+    rows, normalize, answers = [], corpus.normalize, Answers(data.collection)
     depth = min(config.evaluation.sample_depth, len(corpus.ids))
     row_of = rows_of(data.collection.corpus)
     for split, part in encoded.items():

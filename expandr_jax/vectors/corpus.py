@@ -25,6 +25,7 @@ from expandr_jax.search.divided import (
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
 from expandr_jax.vectors.file import content_key, count_cut, encode_to_file
+from expandr_jax.vectors.query import Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
 
@@ -40,12 +41,15 @@ class Corpus:
         writes: Whether an index that is made is kept, or only one that is there opened.
         processes: Those that search together; each of them sees the file, and has this corpus.
         shares: Where they hand each other what they find.
+        normalize: Where an expanded query's vector is brought to unit length that it is searched
+            for; see `expanded_query`.
     """
 
     ids: Sequence[str]
     vectors: np.ndarray | StoredVectors | None
     search: SearchSettings
     path: pathlib.Path | None = None
+    normalize: Normalize = "both"
     writes: bool = True
     processes: Processes = dataclasses.field(default_factory=Processes)
     shares: pathlib.Path | None = None
@@ -156,6 +160,7 @@ class CorpusRetriever:
         processes: Those that encode.
         reporter: Shows progress.
         shares: Where processes hand each other vectors that are in no file.
+        normalize: As `Corpus` has it.
         timed: What the corpus is encoded within.
         documents: The retriever whose corpus is searched, where this one encodes queries alone.
     """
@@ -169,6 +174,7 @@ class CorpusRetriever:
     processes: Processes
     reporter: Reporter
     shares: pathlib.Path
+    normalize: Normalize
     timed: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     documents: "CorpusRetriever | None" = None
 
@@ -192,7 +198,9 @@ class CorpusRetriever:
                     f"are longer than retriever.max_length, {length} tokens, and lost the rest"
                 )
             vectors = open_vectors(self.path) if main else None
-            corpus = Corpus(ids_of(self.texts), vectors, self.search, self.path)
+            corpus = Corpus(
+                ids_of(self.texts), vectors, self.search, self.path, normalize=self.normalize
+            )
             # They must agree on how they search; without the file process 0 searches alone.
             able = [self.path.exists(), corpus.is_exact]
             if self.processes.count > 1 and self.processes.gather(able) == (
