@@ -20,6 +20,12 @@ def test_a_query_is_its_text_alone_as_in_beir_s_own_reader(tmp_path):
         ("queries.jsonl.gz", "queries.jsonl.gz: stands beside queries.jsonl; remove one"),
         ("qrels/test.tsv.gz", "test.tsv.gz: stands beside qrels/test.tsv; remove one"),
         ("qrels/test.trec", "test.trec: stands beside qrels/test.tsv; remove one"),
+        ("corpus.parquet", "corpus.parquet: stands beside corpus.jsonl; remove one"),
+        ("corpus/corpus/0000.parquet", "0000.parquet: stands beside corpus.jsonl; remove one"),
+        ("queries/q.parquet", "queries/q.parquet: stands beside queries.jsonl; remove one"),
+        ("topics.tsv", "topics.tsv: stands beside queries.jsonl; remove one"),
+        ("qrels/test-00000-of-00001.parquet", "parquet: stands beside qrels/test.tsv; remove one"),
+        ("data/test.parquet", "data/test.parquet: stands beside qrels/test.tsv; remove one"),
         ("top_ranked.jsonl", "top_ranked.jsonl: is not supported: queries are ranked against the"),
         ("top_ranked/test-00000-of-00001.parquet", "parquet: is not supported"),
         ("instruction/test-00000-of-00001.parquet", "parquet: is not supported"),
@@ -27,7 +33,7 @@ def test_a_query_is_its_text_alone_as_in_beir_s_own_reader(tmp_path):
 )
 def test_a_file_that_would_not_be_read_is_refused(tmp_path, name, complaint):
     make(tmp_path / "tiny")
-    (tmp_path / "tiny" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "tiny" / name).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / "tiny" / name).touch()
     with pytest.raises(UserError, match=complaint):
         read_beir(tmp_path / "tiny")

@@ -11,6 +11,7 @@ from sentence_transformers import CrossEncoder as Peer
 from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -18,6 +19,7 @@ from transformers import (
 
 from expandr_jax.errors import UserError
 from expandr_jax.weights.cross_encoder import load_cross_encoder
+from tests.file_options import edit
 
 TINY = pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert"
 QUERY = "clip the norm of the gradient"
@@ -79,6 +81,21 @@ def test_scores_are_those_of_sentence_transformers(tmp_path, kind):
     np.testing.assert_allclose(encoder.scores(params, QUERY, DOCUMENTS), logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["BertTokenizer", "DistilBertTokenizer", "TokenizersBackend"])
+def test_token_types_are_those_of_the_tokenizer_s_class(tmp_path, kind):
+    """Most files of BERT's do not say them by model_input_names."""
+    settings = save(tmp_path, "bert") / "tokenizer_config.json"
+    fields = {**json.loads(settings.read_text()), "tokenizer_class": kind}
+    del fields["model_input_names"]
+    settings.write_text(json.dumps(fields))
+    right = AutoTokenizer.from_pretrained(tmp_path)([QUERY], [DOCUMENTS[0]])
+    encoder, _ = load_cross_encoder(str(tmp_path))
+    ((ids, types),) = encoder.token_ids(QUERY, DOCUMENTS[:1])
+    assert [ids] == right["input_ids"]
+    assert [types] == right.get("token_type_ids", [[0] * len(ids)])
+    assert (max(types) == 1) == (kind == "BertTokenizer")
+
+
 def test_a_score_does_not_depend_on_what_is_scored_with_it(tmp_path):
     encoder, params = load_cross_encoder(str(save(tmp_path, "bert")))
     together = encoder.scores(params, QUERY, DOCUMENTS)
@@ -96,17 +113,26 @@ def test_other_heads_and_activations_are_refused(tmp_path):
     directory = save(tmp_path / "odd", "bert")
     own = directory / "config_sentence_transformers.json"
     own.write_text(json.dumps({"activation_fn": "my.Function"}))
+    edit(directory / "sentence_bert_config.json", max_seq_length=12)
+    encoder, _ = load_cross_encoder(str(directory))  # There is no list that has these files read.
+    assert (encoder.activation, encoder.max_length) == ("sigmoid", 48)
+    (directory / "sentence_bert_config.json").unlink()
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    (directory / "modules.json").write_text(json.dumps([module]))
+    kind = {"model_type": "CrossEncoder"}
+    own.write_text(json.dumps({"activation_fn": "my.Function"} | kind))
     with pytest.raises(
         UserError, match=r"activation_fn 'my.Function' is not supported; supported: t"
     ):
         load_cross_encoder(str(directory))
-    own.write_text(json.dumps({"activation_fn": {"name": "Sigmoid"}}))
+    own.write_text(json.dumps({"activation_fn": {"name": "Sigmoid"}} | kind))
     with pytest.raises(UserError, match=r"activation_fn {'name': 'Sigmoid'} is not supported"):
         load_cross_encoder(str(directory))
-    own.write_text(json.dumps({"prompts": {"q": "query: "}, "default_prompt_name": "q"}))
+    own.write_text(json.dumps({"prompts": {"q": "query: "}, "default_prompt_name": "q"} | kind))
     with pytest.raises(UserError, match="default_prompt_name='q' is not supported; only None is"):
         load_cross_encoder(str(directory))
     own.unlink()
+    (directory / "modules.json").unlink()
     shape = (directory / "config.json").read_text()
     (directory / "config.json").write_text(json.dumps(json.loads(shape) | {"model_type": ["bert"]}))
     with pytest.raises(UserError, match="a cross-encoder is a whole model of type bert"):

@@ -202,6 +202,9 @@ def test_t5_cuts_at_white_space_whatever_its_file_says(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     fields = {**SPECIAL, "pad_token": "<pad>", "extra_ids": 0, "tokenizer_class": "T5Tokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(fields))
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["model"]["unk_id"] = 2  # As the class has it.
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     texts = [text for text in TEXTS if not {*text} & {*"\u00c9\u65e512"}]  # All are known.
     right = AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
     assert read_tokenizer(tmp_path, "t5")(texts)["input_ids"] == right

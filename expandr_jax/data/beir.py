@@ -11,7 +11,7 @@ default/test/0000.parquet), is read as well, and so is BRIGHT's layout (data/bri
 
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -264,20 +264,22 @@ def _parts(files: Files, kind: str) -> list[str]:
     """The files that hold the corpus or the queries."""
     if bright.task_name(files):
         return bright.parts(files, kind)
-    if whole := [name for name in (f"{kind}.jsonl", f"{kind}.jsonl.gz") if name in files.names]:
-        return [_only(files, whole)]
+    # One parquet file by this name is not read, but would say the same again.
+    whole = [f"{kind}.{ending}" for ending in ("jsonl", "jsonl.gz", "parquet")]
+    whole = [name for name in whole if name in files.names]
     tables = [
         name for name in files.names if re.fullmatch(rf"{kind}/({kind}/)?[^/]+\.parquet", name)
     ]
-    if kind == "queries" and not tables:
-        topics = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)]
-        tables = [_only(files, topics)] if topics else []
-    if not tables:
+    topics = [name for name in files.names if re.fullmatch(r"topics\.\w+", name)]
+    found = [*whole, *tables[:1], *(topics if kind == "queries" else ())]
+    if len(found) > 1:
+        raise _beside(files, *found[:2])
+    if not found or found == [f"{kind}.parquet"]:
         raise UserError(
             f"{files.path(kind + '.jsonl')}: cannot read it: No such file; expected it, "
             f"{kind}.jsonl.gz or {kind}/*.parquet"
         )
-    return tables
+    return tables or found
 
 
 def _splits(files: Files) -> dict[str, list[str]]:
@@ -288,21 +290,23 @@ def _splits(files: Files) -> dict[str, list[str]]:
     for kind in (r"\.tsv", r"\.tsv\.gz", r"\.trec"):
         for name in files.names:
             if found := re.fullmatch(rf"qrels/([^/.]+){kind}", name):
-                splits[found[1]] = [_only(files, [*splits.get(found[1], ()), name])]
-    for folder in () if splits else _TABLES:
+                if found[1] in splits:
+                    raise _beside(files, *splits[found[1]], name)
+                splits[found[1]] = [name]
+    for folder in _TABLES:
+        before = {*splits}  # Of one folder, several are parts of a split.
         for name in files.names:
             if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+|/\d+)?\.parquet", name):
+                if found[1] in before:
+                    raise _beside(files, splits[found[1]][0], name)
                 splits.setdefault(found[1], []).append(name)
     if not splits:
         raise UserError(f"{files.path('qrels')}: no .tsv file; expected judgements as SPLIT.tsv")
     return dict(sorted(splits.items()))
 
 
-def _only(files: Files, names: Sequence[str]) -> str:
-    """The one file that has something; UserError where another says it, too."""
-    if len(names) > 1:
-        raise UserError(f"{files.path(names[1])}: stands beside {names[0]}; remove one of them")
-    return names[0]
+def _beside(files: Files, one: str, other: str) -> UserError:
+    return UserError(f"{files.path(other)}: stands beside {one}; remove one of them")
 
 
 def _text(where: str, row: Mapping[str, Any], kind: str) -> tuple[str, str]:

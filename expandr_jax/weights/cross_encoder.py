@@ -118,18 +118,16 @@ def _settings(config: Fields, directory: Path) -> tuple[str, int | None]:
     """What is applied to a logit, and the longest pair if said, by sentence-transformers' files."""
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
     listing, length = directory / "modules.json", None
-    kind = "SentenceTransformer" if listing.is_file() else "CrossEncoder"
-    if own.text("model_type", kind) == "CrossEncoder":
+    if listing.is_file() and own.text("model_type", None) == "CrossEncoder":
         # The default prompt would stand before every query.
         own.strict(
             *("__version__", "activation_fn", "keep_in_fp32_modules", "model_type", "prompts"),
             "requirements",
             default_prompt_name=None,
         )
-        if listing.is_file():
-            read_modules(listing, ("Transformer",), ("Transformer",))
+        read_modules(listing, ("Transformer",), ("Transformer",))
         length = transformer_length(directory, "sequence-classification", "logits", "scores")
-    else:  # It takes the transformer's own files of such a model, and nothing else.
+    else:  # It takes the transformer's own files of another model, or where there is no list.
         own = Fields({}, own.where)
     for fields, name in (
         (own, "activation_fn"),

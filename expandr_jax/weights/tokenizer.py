@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.byte_level import cut_as
 from expandr_jax.weights.fields import Fields, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
+from expandr_jax.weights.tokenizer_classes import (
+    CLASSES,
+    class_name,
+    is_known,
+    written_parts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,22 +27,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 ANY_LENGTH = 2**31 - 1  # A text that no file limits; files and transformers have 1e30.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Classes that make some of tokenizer.json anew, by the settings; all others take it as it is.
-_WORD_PIECES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
-_BYTE_LEVEL = ("RobertaTokenizer", "GPT2Tokenizer")
-_UNIGRAM = ("XLMRobertaTokenizer", "CamembertTokenizer", "T5Tokenizer")
-# Families whose class it is where none is named; and those whose files are known to name others.
-_OF_FAMILY = {
-    "bert": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "camembert": "CamembertTokenizer",
-    "t5": "T5Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "gemma3_text": "GemmaTokenizer",
-}
-_WHATEVER_IS_NAMED = ("modernbert", "qwen2")
 # Fields of tokenizer_config.json that are obeyed here, and those that change no ids.
 _KNOWN = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
@@ -67,7 +55,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     Args:
         directory: Holds tokenizer.json and, optionally, tokenizer_config.json,
             special_tokens_map.json, added_tokens.json and chat_template.jinja.
-        model_type: As in config.json; only BERT takes token types.
+        model_type: As in config.json.
 
     Returns:
         The tokenizer; lengths of truncation and padding that the file sets are dropped.
@@ -81,11 +69,8 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
             f"{path}: no such file; write it with "
             "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    try:
+    with _readable(path):
         backend = Tokenizer.from_file(str(path))
-        backend.encode(_ODD_TEXT)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
     if dropout := getattr(backend.model, "dropout", None):
         raise UserError(
             f"{path}: model.dropout={dropout:g} is not supported: it cuts a text otherwise each "
@@ -98,7 +83,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
     unknown = {n for n in settings.values if n in settings and not n.endswith("_token")}
     if unknown := sorted(unknown - {*_KNOWN, *_UNREAD}):
         logger.warning("%s: not known here, and not read: %s", settings.where, ", ".join(unknown))
-    mended = _MISTRAL_CUT in _written(backend) or backend.get_vocab_size() <= _MISTRAL_TOKENS
+    mended = _MISTRAL_CUT in written_parts(backend) or backend.get_vocab_size() <= _MISTRAL_TOKENS
     if settings.flag("fix_mistral_regex", False) and not mended:
         raise UserError(
             f"{settings.where}: fix_mistral_regex=True is not supported; transformers mends "
@@ -106,8 +91,23 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         )
     config = Fields.read(directory / "config.json", optional=True)
     kind = settings.text("tokenizer_class", None) or config.text("tokenizer_class", "")
-    _as_its_class_has_it(backend, settings, kind, model_type)
-    inputs = None if model_type == "bert" else ["input_ids", "attention_mask"]
+    name = class_name(kind, model_type, backend)
+    if not is_known(name):
+        logger.warning(
+            "%s: tokenizer_class %s is not known here: tokenizer.json is taken as it is",
+            settings.where, name,
+        )  # fmt: skip
+    own = CLASSES.get(name)
+    types = ["token_type_ids"] if own is not None and own.has_types else []
+    own = own if own is not None and own.fits(backend) else None
+    special = special_tokens(directory, settings, backend)
+    if own is not None:
+        known = {n: t for n, t in own.special.items() if backend.token_to_id(t) is not None}
+        special = {**known, **special}
+        own.make_anew(backend, settings, special.get("unk_token"), str(path))
+    with _readable(path):
+        backend.encode(_ODD_TEXT)
+    inputs = ["input_ids", *types, "attention_mask"]
     options = {
         "model_max_length": model_max_length(settings),
         "model_input_names": settings.items("model_input_names", str, inputs),
@@ -115,12 +115,21 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
         "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
         "split_special_tokens": settings.flag("split_special_tokens", None),
-        **special_tokens(directory, settings, backend),
+        **special,
     }
     options["chat_template"] = _templates(directory, settings)
     options = {name: value for name, value in options.items() if value is not None}
     tokenizer = fast_tokenizer(backend, **options)
-    _add_ends(tokenizer, settings)
+    if own is not None and "added_tokens_decoder" in settings.values:
+        kept = {*map(str, special["added_tokens_decoder"].values()), *tokenizer.all_special_tokens}
+        _refuse_lost(backend, kept, settings.where)
+    if own is not None and own.bare:
+        tokenizer.add_tokens([AddedToken(t, special=True) for t in tokenizer.all_special_tokens])
+    if own is not None and own.ends:
+        ends = own.post_processor(tokenizer, settings.where)
+        tokenizer.backend_tokenizer.post_processor = ends
+    else:
+        _add_ends(tokenizer, settings)
     return tokenizer
 
 
@@ -137,54 +146,25 @@ def fast_tokenizer(backend: Tokenizer, **options: Any) -> PreTrainedTokenizerFas
     return tokenizer
 
 
-def _as_its_class_has_it(
-    backend: Tokenizer, settings: Fields, kind: str, model_type: str | None
-) -> None:
-    """Makes anew what a class of transformers does, by its settings, not by tokenizer.json."""
-    name = "" if model_type in _WHATEVER_IS_NAMED else kind.removesuffix("Fast")
-    name = name or _OF_FAMILY.get(model_type)
-    own, cut = backend.normalizer, backend.pre_tokenizer
-    if isinstance(cut, ByteLevel) and name in _BYTE_LEVEL:
-        cut.add_prefix_space = settings.flag("add_prefix_space", False)
-        backend.pre_tokenizer = cut
-    if isinstance(own, BertNormalizer) and name in _WORD_PIECES:
-        backend.normalizer = BertNormalizer(
-            own.clean_text,
-            settings.flag("tokenize_chinese_chars", True),
-            settings.flag("strip_accents", None),
-            settings.flag("do_lower_case", True),
-        )
-    # Llama 3 has the class's name and bytes for characters; Mistral's files are taken as they are.
-    if name == "Qwen2Tokenizer" and _is_byte_level(backend):
-        cut_as(backend, "qwen2", settings.flag("add_prefix_space", False))
-    pairs = isinstance(backend.model, models.BPE) and not _is_byte_level(backend)
-    if name == "GemmaTokenizer" and pairs:
-        backend.normalizer = normalizers.Replace(" ", "▁")
-        backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    if name == "LlamaTokenizer" and model_type != "mistral" and pairs:
-        prefix, legacy = settings.flag("add_prefix_space", True), settings.flag("legacy", False)
-        scheme = ("always" if legacy else "first") if prefix else "never"
-        backend.normalizer = None
-        backend.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
-        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(parts + [decoders.Strip(" ", left=1)] * prefix)
-    if name in _UNIGRAM and isinstance(backend.model, models.Unigram):
-        parts = [*own] if isinstance(own, normalizers.Sequence) else [own]
-        letters = [part for part in parts if isinstance(part, normalizers.Precompiled)]
-        prefix = name == "T5Tokenizer" or settings.flag("add_prefix_space", True)
-        backend.normalizer = letters[0] if letters else None
-        marks = Metaspace(prepend_scheme="always" if prefix else "never")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([WhitespaceSplit(), marks])
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """UserError, naming tokenizer.json, for whatever tokenizers raises of it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # Its panics are no Exception.
+        raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
 
 
-def _is_byte_level(backend: Tokenizer) -> bool:
-    return b'"ByteLevel"' in _written(backend)
-
-
-def _written(backend: Tokenizer) -> bytes:
-    """What tokenizer.json says of how text is cut, and of how tokens become text."""
-    parts = backend.pre_tokenizer, backend.decoder
-    return b"".join(part.__getstate__() for part in parts if part is not None)
+def _refuse_lost(backend: Tokenizer, kept: Container[str], where: str) -> None:
+    """Refuses tokens that tokenizer.json adds and a class that makes it anew would not."""
+    for token in backend.get_added_tokens_decoder().values():
+        if token.content not in kept:
+            raise UserError(
+                f"{where}: added_tokens_decoder lacks {shown(token.content)}, which tokenizer.json "
+                "adds and this tokenizer_class would leave out: name it in both"
+            )
 
 
 def _add_ends(tokenizer: PreTrainedTokenizerFast, settings: Fields) -> None:
