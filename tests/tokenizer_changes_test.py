@@ -320,6 +320,20 @@ def test_every_change_of_a_class(tmp_path, name):
     assert found.count("equal") > 0.7 * len(CHANGES)
 
 
+def test_a_text_alone_has_one_token_type(tmp_path):
+    make(tmp_path, "BertTokenizer")
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = around.TemplateProcessing(single="$A:1", special_tokens=[])
+    tokenizer.save(str(file))
+    read_tokenizer(tmp_path, "bert")  # They are no input of this class.
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    edit(tmp_path / "tokenizer_config.json", model_input_names=names)
+    with pytest.raises(UserError, match="post_processor gives a text alone a token type that is n"):
+        read_tokenizer(tmp_path, "bert")
+
+
 def test_a_class_that_is_not_known_is_said(tmp_path, caplog):
     make(tmp_path, "BertTokenizer")
     edit(tmp_path / "tokenizer_config.json", tokenizer_class="FunnelTokenizerFast")

@@ -130,6 +130,8 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         tokenizer.backend_tokenizer.post_processor = ends
     else:
         _add_ends(tokenizer, settings)
+    if any(tokenizer("a").get("token_type_ids", ())):  # Retrievers have none but 0.
+        raise UserError(f"{path}: post_processor gives a text alone a token type that is not 0")
     return tokenizer
 
 
