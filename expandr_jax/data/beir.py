@@ -294,7 +294,7 @@ def _splits(files: Files) -> dict[str, list[str]]:
                     raise _beside(files, *splits[found[1]], name)
                 splits[found[1]] = [name]
     for folder in _TABLES:
-        before = {*splits}  # Of one folder, several are parts of a split.
+        before = {*splits}  # Several of one folder are parts of a split.
         for name in files.names:
             if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+|/\d+)?\.parquet", name):
                 if found[1] in before:
