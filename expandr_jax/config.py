@@ -17,7 +17,8 @@ from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.models.lora import LoraConfig
 from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.objectives.llara import LlaraSettings
-from expandr_jax.objectives.registry import STEP_B
+from expandr_jax.objectives.objective import Objective
+from expandr_jax.objectives.registry import STEP_B, StepB
 from expandr_jax.objectives.settings import (
     ContrastiveSettings,
     DistillSettings,
@@ -93,14 +94,25 @@ class Config:
     mesh: MeshSettings
 
     @property
-    def rewarded_stage(self) -> str:
-        """The section whose texts step B rewards."""
-        return "grpo" if self.step_b == "grpo" else "candidates"
+    def step_b_kind(self) -> StepB:
+        """What `step_b` names."""
+        return STEP_B[self.step_b]
+
+    @property
+    def learned(self) -> DpoSettings | GrpoSettings:
+        """The section that step B learns by."""
+        return getattr(self, self.step_b_kind.section)
 
     @property
     def rewarded(self) -> CandidatesSettings | GrpoSettings:
-        """That section."""
-        return getattr(self, self.rewarded_stage)
+        """The section whose texts step B rewards."""
+        return getattr(self, self.step_b_kind.rewarded)
+
+    @property
+    def objective(self) -> Objective | None:
+        """What step B learns of a file of each round; None on-policy."""
+        of = self.step_b_kind.objective
+        return None if of is None else of(self.learned)
 
 
 def read_config(values: Mapping[str, Any] | Config) -> Config:
@@ -189,20 +201,19 @@ def _check(config: Config) -> None:
     if config.reward.function_weights and len(config.reward.function_weights) != len(own):
         one_each = f"() or a weight for each of reward.functions, {len(own)}"
         raise _refuse(config, "reward.function_weights", one_each)
-    grpo = config.grpo
-    rewarded, most = config.rewarded_stage, config.rewarded.max_new_tokens
+    grpo, kind = config.grpo, config.step_b_kind
+    most = config.rewarded.max_new_tokens
     if config.reward.length > 0 and config.reward.length_cache > most:
-        longest = f"at most {rewarded}.max_new_tokens, {most}"
+        longest = f"at most {kind.rewarded}.max_new_tokens, {most}"
         raise _refuse(config, "reward.length_cache", longest)
     if grpo.top_k == 1:
         raise _refuse(config, "grpo.top_k", "0 or above 1: texts of a query must differ")
     if len(grpo.watch_entropy) != 2 or grpo.watch_entropy[0] >= grpo.watch_entropy[1]:
         raise _refuse(config, "grpo.watch_entropy", "two shares, the lower one first")
-    if config.step_b == "grpo" and config.generator.server.url:
-        raise _refuse(
-            config, "generator.server.url", "'', as step_b is 'grpo': texts are sampled here"
-        )
-    if grpo.documents and config.step_b == "grpo":
+    if kind.on_policy and config.generator.server.url:
+        expected = f"'', as step_b is {config.step_b!r}: texts are sampled here"
+        raise _refuse(config, "generator.server.url", expected)
+    if grpo.documents and config.learned is grpo:
         for name, weight in reward_weights(config.reward).items():
             if (weight > 0) is not (name == "group"):
                 expected = "()" if name not in REWARDS else "above 0" if name == "group" else "0"

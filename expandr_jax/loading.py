@@ -18,7 +18,6 @@ from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.generation.slots import EngineShape
 from expandr_jax.models.lora import split_adapter
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.policy import PolicyTrainer, policy_optimizer
 from expandr_jax.objectives.trained import divided
 from expandr_jax.pair import GeneratorModel, Models, RetrieverModel, adapter_shapes, phase_mesh
 from expandr_jax.runtime.processes import Processes
@@ -213,8 +212,9 @@ def base_type(section: GeneratorSettings) -> str:
 def sampling_stages(config: Config) -> tuple[str, ...]:
     """Sections of the whole config that sample texts."""
     before = config.warm_start == "best" or config.demonstrations.prompts
-    also = ("candidates",) if before and config.rewarded_stage != "candidates" else ()
-    return ("expansion", *also, config.rewarded_stage, "answer")
+    rewarded = config.step_b_kind.rewarded
+    also = ("candidates",) if before and rewarded != "candidates" else ()
+    return ("expansion", *also, rewarded, "answer")
 
 
 def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
@@ -225,16 +225,15 @@ def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
 
 def _check_sampling(config: Config, model: GeneratorModel) -> None:
     """Refuses, before hours of work, texts that are too many or too long for the memory."""
-    by_themselves = [stage for stage in sampling_stages(config) if stage != "grpo"]
+    kind, settings = config.step_b_kind, config.learned
+    by_themselves = [stage for stage in sampling_stages(config) if stage != kind.section]
     _check_engine(config, model, by_themselves)
-    if config.step_b == "grpo":
-        settings = config.grpo
-        setup = PolicyTrainer(model, settings, policy_optimizer(settings)).setup
+    if kind.on_policy:
+        setup = kind.trainer(model, settings).setup
         state = setup.shapes(adapter_shapes(model.generator.module, model.generator_params))
-        texts = settings.groups * settings.samples
         # It stays while texts are sampled, and so do the engine's weights while it learns.
         beside = {"adapter and optimizer": bytes_on_device(state)}
-        _check_engine(config, model, ["grpo"], texts, beside)
+        _check_engine(config, model, [kind.section], settings.texts, beside)
 
 
 def _check_engine(

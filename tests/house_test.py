@@ -152,6 +152,12 @@ def test_comments_are_whole_phrases():
     ]
 
 
+def test_no_program_asks_for_the_name_of_step_b():
+    """What it has to know of it the record says, `objectives.registry.StepB`."""
+    asked = re.compile(r"step_b (==|!=|in|not in) ")
+    assert not [path for path, text in sources(*PRODUCT) if asked.search(text)]
+
+
 def types_named(text: str) -> Iterator[str]:
     """Classes and other names for types that a module defines, those it has for itself apart."""
     for node in ast.parse(text).body:

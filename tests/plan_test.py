@@ -161,11 +161,11 @@ def test_the_slowest_of_three_is_the_roofline():
     assert compiled.roofline(CHIP, 2, 1e10, 1e9, send) == (0.2, "network")
 
 
-def test_chip_hours_follow_the_paper():
+def test_chip_hours_follow_the_paper(config):
     names = ["prefill", "decode", "reference log-probabilities", "DPO step", "contrastive step"]
     rows = {name: {"roofline_seconds": 0.0, "rows": 128, "shares": 4} for name in names}
     rows["decode"]["roofline_seconds"] = 0.01
-    hours = plan.paper_chip_hours(rows, 16)
+    hours = plan.paper_chip_hours(rows, 16, config)
     # 3.2 million texts, 128 at once on each of four hosts, 512 tokens each.
     assert hours["all"] == hours["candidates"] == pytest.approx(6250 * 512 * 0.01 * 16 / 3600)
 

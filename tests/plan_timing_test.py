@@ -15,6 +15,7 @@ from expandr_jax.losses.contrastive import same_text
 from expandr_jax.objectives.packing import PADDING
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import TIMED, GeneratorShapes
+from expandr_jax.planning.planned_pairs import PAIR_STEP, PairShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.timing import made_up, time_program
 from expandr_jax.runtime import chips
@@ -100,7 +101,8 @@ def test_what_is_timed_is_the_work_that_was_planned(config):
     assert (slots.count == TIMED).sum() > 0.9 * decode.rows  # Some may have ended: 512 tokens.
     assert (slots.cache.length == 100 + TIMED).sum() > 0.9 * decode.rows
 
-    batch = shapes.dpo().values(*jax.tree.map(made_up, tuple(shapes.dpo().arguments)))[2]
+    step = PairShapes(config, machine(), shapes).learning()[PAIR_STEP]()
+    batch = step.values(*jax.tree.map(made_up, tuple(step.arguments)))[2]
     assert (batch["segments"] != PADDING).sum() == 16 * (100 + 2 * 512)
     assert len(np.unique(batch["tokens"])) > 50
     chosen, rejected = (batch["tokens"][batch["segments"] == i] for i in (1, 2))

@@ -10,6 +10,7 @@ import pytest
 from expandr_jax.config import with_settings
 from expandr_jax.planning import compiled
 from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_pairs import PairShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.sharding import bytes_on_device
@@ -62,7 +63,8 @@ def test_candidates_are_fused_a_block_at_a_time_as_they_are_rewarded(config):
     config = with_settings(
         config, {"candidates.temperatures": (0.8, 1.0), "reward.query_weight": 0.3}
     )
-    (query, each, present) = RetrieverShapes(config, machine()).rewards().arguments
+    planned = planned_programs(config, machine())["rewards"]()
+    (query, each, present) = planned.arguments
     # Blocks of 16,384 candidates, whatever number a query has of them.
     count = len(config.candidates.all_temperatures)
     assert count == 2 * config.candidates.per_temperature
@@ -72,8 +74,7 @@ def test_candidates_are_fused_a_block_at_a_time_as_they_are_rewarded(config):
     drawn = np.random.default_rng(0)
     vectors = drawn.normal(size=query.shape), drawn.normal(size=each.shape)
     vectors = [np.asarray(x, np.float32) for x in vectors]
-    program = RetrieverShapes(config, machine()).rewards().program
-    found = program(*vectors, np.ones(present.shape, bool))
+    found = planned.program(*vectors, np.ones(present.shape, bool))
     expected = fuse_each(
         vectors[0], vectors[1], np.ones(present.shape, bool),
         query_weight=0.3, normalize=config.contrastive.normalize,
@@ -98,7 +99,8 @@ def test_what_stays_on_the_devices_is_beside_them(config):
     both = retriever.resident() + generator.resident()
     programs = planned_programs(config, topology)
     assert programs["adapter merged, to export"]().resident == both
-    beside = programs["adapter restored"]().resident - generator.restore().resident
+    pairs = PairShapes(config, topology, generator)
+    beside = programs["adapter restored"]().resident - pairs.restore().resident
     assert beside == both
     rewarded = programs["rewards"]().resident - both
     assert rewarded == config.search.exact.held_bytes(32, 100)

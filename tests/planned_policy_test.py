@@ -1,5 +1,6 @@
 """The programs of on-policy training, planned: what they gather, sum and hold beside them."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,17 +9,20 @@ import pytest
 from configs import smoke
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.errors import UserError
-from expandr_jax.loading import load_models
+from expandr_jax.loading import load_models, sampling_stages
+from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.pair import adapter_shapes
 from expandr_jax.planning import compiled
-from expandr_jax.planning.planned import PROMPT
+from expandr_jax.planning.hosts import host_rows
+from expandr_jax.planning.planned import PROMPT, REFERENCE
 from expandr_jax.planning.planned_generator import GeneratorShapes
-from expandr_jax.planning.planned_policy import OLD, POLICY_DECODE, POLICY_STEP, REFERENCE
+from expandr_jax.planning.planned_policy import OLD, POLICY_DECODE, POLICY_STEP
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.training.train_state import TrainState
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
 from tests.planned_generator_test import wide_model
 from train import plan
+from train.counts import PAPER
 
 SAMPLES, NEW = 4, 16
 GRPO = {
@@ -113,12 +117,12 @@ def test_queries_that_the_mesh_cannot_divide_are_refused(config):
 
 
 def test_chip_hours_are_those_of_as_many_queries(config):
-    grpo = with_settings(config, {"grpo.passes": 2, "grpo.minibatches": 4}).grpo
+    config = with_settings(config, {"grpo.passes": 2, "grpo.minibatches": 4})
     names = ["prefill", POLICY_DECODE, REFERENCE, OLD, POLICY_STEP, "contrastive step"]
     rows = {name: {"roofline_seconds": 0.0, "rows": 16, "shares": 2} for name in names}
     rows[POLICY_STEP]["roofline_seconds"] = 0.5
     rows[POLICY_DECODE]["roofline_seconds"] = 0.01
-    hours = plan.paper_chip_hours(rows, 8, grpo)
+    hours = plan.paper_chip_hours(rows, 8, config)
     # 6,250 steps of 16 queries; four updates twice each; 64 texts, 32 at once, of 16 tokens.
     assert hours["GRPO"] == pytest.approx(6250 * 8 * 0.5 * 8 / 3600)
     assert hours["candidates"] == pytest.approx(6250 * 2 * 16 * 0.01 * 8 / 3600)
@@ -140,3 +144,20 @@ def test_a_run_knows_before_it_begins_what_sampling_on_policy_takes(monkeypatch)
     adapter = size(adapter_shapes(models.generator.module, models.generator_params))
     # With both moments of AdamW and a few counters.
     assert 0 < own["adapter and optimizer"] - 3 * adapter < 100
+
+
+@pytest.mark.parametrize("like", ["grpo", "reward-sft"])
+def test_another_kind_of_step_b_is_a_record(config, monkeypatch, like):
+    """Read, planned and counted as the kind that it is like, whatever it is called."""
+    monkeypatch.setitem(STEP_B, "mine", dataclasses.replace(STEP_B[like], phase="MINE"))
+    theirs = with_settings(config, {"step_b": like})
+    mine = read_config(dataclasses.asdict(with_settings(config, {"step_b": "mine"})))
+    topology = machine()
+    assert [*planned_programs(mine, topology)] == [*planned_programs(theirs, topology)]
+    own, others = (
+        [dataclasses.astuple(row) for row in host_rows(each, PAPER, topology, 1)]
+        for each in (mine, theirs)
+    )
+    renamed = [("MINE" if stage == "GRPO" else stage, *rest) for stage, *rest in others]
+    assert own == renamed
+    assert sampling_stages(mine) == sampling_stages(theirs)

@@ -8,6 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from configs import base
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.expansion.combine import COMBINES, Found
 from expandr_jax.losses.policy import (
     ADVANTAGES,
@@ -17,12 +19,13 @@ from expandr_jax.losses.policy import (
     token_weights,
 )
 from expandr_jax.losses.reranking import RERANKING_LOSSES
+from expandr_jax.objectives.registry import OBJECTIVES, STEP_B
 from expandr_jax.rewards.search import SEARCH_MEASURES, Searched
 from tests.registries_test import jitted_too
 
 HERE = pathlib.Path(__file__).parent
 # Of names, texts and programs, which have nothing to be worked out; and what stands for a name.
-NOT_OF_NUMBERS = {"STEP_B", "PROMPTS", "MODES", "ABSENT", "NAME"}
+NOT_OF_NUMBERS = {"PROMPTS", "MODES", "ABSENT", "NAME"}
 ELSEWHERE = {"WEIGHED"}  # Fusions once more, with weights: tests/fusion_test.py.
 
 
@@ -38,6 +41,17 @@ def test_no_registry_is_left_out():
     run = set(re.findall(r'parametrize\("\w+", ([A-Z_]+)\)', tests))
     assert named > {"STRATEGIES", *NOT_OF_NUMBERS, *ELSEWHERE}
     assert not (named | declared) - NOT_OF_NUMBERS - ELSEWHERE - run
+
+
+@pytest.mark.parametrize("name", STEP_B)
+def test_kinds_of_step_b(name):
+    """Each has sections that there are, and learns either of files or by a trainer."""
+    config, kind = with_settings(read_config(base.get_config()), {"step_b": name}), STEP_B[name]
+    assert config.learned is getattr(config, kind.section)
+    assert config.rewarded is getattr(config, kind.rewarded)
+    assert min(config.learned.batch_size, config.rewarded.max_new_tokens) > 0
+    assert (kind.objective is None) == (kind.trainer is not None) == kind.on_policy
+    assert kind.on_policy or OBJECTIVES[config.objective.name] is config.objective
 
 
 RANKED = {  # Of a relevant document's score 2 beside a 1; a third document is not there.

@@ -28,7 +28,6 @@ from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, hash_response_examples
-from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
@@ -76,11 +75,7 @@ def train_generator(
         UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
             finite.
     """
-    config, learned = settings or run.config.dpo, objective_name(run.config)
-    if objective is None:
-        objective = OBJECTIVES[learned]
-    else:
-        learned = objective.phase
+    config, objective = settings or run.config.learned, objective or run.config.objective
     dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
     accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
     check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
@@ -110,7 +105,7 @@ def train_generator(
         adapter = init_lora(jax.random.key(seed), params, lora)
     identity = {
         "model": models.generator_hash,
-        "settings": hash_json(identity_of("dpo", config) | {"loss": learned}),
+        "settings": hash_json(identity_of("dpo", config) | {"loss": objective.name}),
         "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
         "steps": steps,
         "generator": models.generator.identity,
@@ -240,7 +235,7 @@ def train_adapter(
             f"data.kind is {config.data.kind!r}; train.generator reads 'preferences', "
             "as configs/dpo.py has it"
         )
-    if objective_name(config) not in OBJECTIVES:
+    if config.objective is None:
         raise UserError(
             f"step_b is {config.step_b!r}, which learns from no file: python -m train.policy"
         )
@@ -253,7 +248,7 @@ def train_adapter(
         run.check_models(model_hashes(model))
     with run.phase("data"):
         rows = _read(run, model.generator, own)
-    with run.phase(OBJECTIVES[objective_name(config)].phase):
+    with run.phase(config.step_b_kind.phase):
         adapter = train_generator(run, model, None, rows, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
@@ -266,7 +261,7 @@ def train_adapter(
 def _read(run: Run, generator: Generator, own: bool) -> list[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
-    path, objective = pathlib.Path(config.data.path), OBJECTIVES[objective_name(config)]
+    path, objective = pathlib.Path(config.data.path), config.objective
     rows, dropped = objective.read(path, generator, config, own=own)
     run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:

@@ -25,7 +25,6 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
-from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
@@ -174,16 +173,15 @@ def _step_b(
     functions: Sequence[RewardFunction],
 ) -> Any:
     """The adapter after a round of step B, as the config has it."""
-    config = run.config
-    if config.step_b == "grpo":
-        with run.phase(f"GRPO, round {round_}"):
+    config, phase = run.config, f"{run.config.step_b_kind.phase}, round {round_}"
+    objective, place = config.objective, f"round-{round_}"
+    if objective is None:
+        with run.phase(phase):
             return train_policy(
                 run, models, expander, retriever, data, adapter, functions, round_=round_
             )
-    objective = OBJECTIVES[objective_name(config)]
-    place = f"round-{round_}"
     make_preferences(run, models.generator, expander, adapter, retriever, data, place, functions)
-    with run.phase(f"{objective.phase}, round {round_}"):
+    with run.phase(phase):
         path = run.path(place, objective.file)
         rows, dropped = objective.read(path, models.generator, config, own=True)
         run.reporter.say(objective.counted(len(rows), dropped))

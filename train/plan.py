@@ -16,7 +16,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -29,9 +29,8 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.hosts import host_rows, show_hosts
-from expandr_jax.planning.planned import NEW, PAIRS, QUERIES, Planned
-from expandr_jax.planning.planned_policy import OLD, POLICY_DECODE, POLICY_STEP, REFERENCE
-from expandr_jax.planning.programs import planned_programs
+from expandr_jax.planning.planned import PAPER, QUERIES, Planned
+from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.proposals import PHASES, config_flags, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
@@ -41,10 +40,6 @@ from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.sharding import batch_divisor, bytes_on_device
 from train.counts import define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
-
-# The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
-PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
-         "examples": 709_000, "contrastive_epochs": 3}  # fmt: skip
 
 
 def plan(
@@ -115,13 +110,12 @@ def plan(
         console.print(f"running {name}")
         row |= _measured(planned, needs, topology, row, repeats)
         del planned, needs
-    grpo = config.grpo if config.step_b == "grpo" else None
     return {
         "topology": topology.name,
         "chip": dataclasses.asdict(topology.chip),
         "rows": list(rows.values()),
         # Where only some programs were asked for, the run's hours are not known.
-        "paper_chip_hours": None if only else paper_chip_hours(rows, len(topology.devices), grpo),
+        "paper_chip_hours": None if only else paper_chip_hours(rows, len(topology.devices), config),
     }
 
 
@@ -169,13 +163,12 @@ def _measured(
 
 
 def paper_chip_hours(
-    rows: Mapping[str, Mapping[str, Any]], devices: int, grpo: Any | None = None
+    rows: Mapping[str, Mapping[str, Any]], devices: int, config: Config
 ) -> dict[str, float]:
     """Chip-hours of the paper's run at the rooflines, which no real run reaches.
 
-    `rows` are those of `plan` by program, `devices` is the number of chips. `grpo`, the section of
-    that name, takes the place of DPO where the generator learns on-policy: as many queries as the
-    paper has, each in one step.
+    `rows` are those of `plan` by program, `devices` is the number of chips. The generator learns as
+    the config has it.
     """
 
     def calls(program: str, texts: int) -> int:
@@ -184,36 +177,13 @@ def paper_chip_hours(
     examples = math.ceil(PAPER["examples"] / QUERIES)
     counted = [
         ("candidates", "prefill", calls("prefill", PAPER["queries"])),
-        *(_dpo_calls(calls) if grpo is None else _policy_calls(calls, grpo)),
+        *step_b_shapes(config).paper_calls(calls, config.learned),
         ("contrastive", "contrastive step", PAPER["contrastive_epochs"] * examples),
     ]
     hours = {part: 0.0 for part, _, _ in counted}
     for part, program, count in counted:
         hours[part] += rows[program]["roofline_seconds"] * count * devices / 3600
     return {**hours, "all": sum(hours.values())}
-
-
-def _dpo_calls(calls: Callable[[str, int], int]) -> list[tuple[str, str, int]]:
-    """(part, program, calls) of step B with DPO."""
-    pairs = math.ceil(PAPER["pairs"] / PAIRS)
-    return [
-        ("candidates", "decode", calls("decode", PAPER["queries"] * PAPER["candidates"]) * NEW),
-        ("DPO", REFERENCE, pairs),
-        ("DPO", "DPO step", PAPER["dpo_epochs"] * pairs),
-    ]
-
-
-def _policy_calls(calls: Callable[[str, int], int], grpo: Any) -> list[tuple[str, str, int]]:
-    """The same on-policy."""
-    steps = math.ceil(PAPER["queries"] / grpo.queries)
-    parts = steps * grpo.minibatches * grpo.accumulation
-    decoded = calls(POLICY_DECODE, grpo.groups * grpo.samples) * grpo.max_new_tokens
-    return [
-        ("candidates", POLICY_DECODE, steps * decoded),
-        ("GRPO", REFERENCE, parts if grpo.kl_weight else steps),
-        *([("GRPO", OLD, parts)] if grpo.updates > 1 else []),
-        ("GRPO", POLICY_STEP, grpo.passes * parts),
-    ]
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:

@@ -29,8 +29,8 @@ from expandr_jax.objectives.policy import (
     PolicyTrainer,
     micro_rows,
     pack_sampled,
-    policy_optimizer,
 )
+from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.rollouts import Rollouts
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
@@ -65,7 +65,7 @@ from train.preferences import CANDIDATES, run_functions, self_answers
 from train.scores import make_score
 from train.warm_start import PLACE, warm_start
 
-PHASE = "GRPO"
+PHASE = STEP_B["grpo"].phase
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
 MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends all the same.
 
@@ -110,14 +110,16 @@ def train_policy(
         UserError: A setting does not fit the data or the mesh, a reward cannot be had, a loss is
             not finite, or training has collapsed.
     """
-    settings, seed = run.config.grpo, run.config.seed
+    kind, seed = run.config.step_b_kind, run.config.seed
+    kind = kind if kind.on_policy else STEP_B["grpo"]  # train.policy with a config for files.
+    settings = getattr(run.config, kind.section)
     _check(settings, data, models)
     params, lora = models.generator_params, models.generator.module.lora
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     messages, group = _asked(run, expander, data, adapter, round_)
     beside = documents_beside(run, expander.sampler, data) if settings.documents else None
-    trainer = PolicyTrainer(models, settings, policy_optimizer(settings))
+    trainer = kind.trainer(models, settings)
 
     @functools.cache  # Where all steps are done, nothing is sampled.
     def rollouts() -> Rollouts:

@@ -29,7 +29,6 @@ from expandr_jax.loading import load_models
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.adapter import hold_out
 from expandr_jax.objectives.packing import pack, row_sizes
-from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import model_hashes
 from expandr_jax.pruning.importance import drawn, importances, layer_gradients, pruning_loss
 from expandr_jax.pruning.measures import decoding_speed, perplexity
@@ -147,7 +146,7 @@ def prune(
 def _whole(workdir: pathlib.Path) -> Whole:
     """A run's generator with its adapter merged, its examples' file and its held-out passages."""
     config = read_run_config(workdir / "config.json")
-    if objective_name(config) not in OBJECTIVES:
+    if config.objective is None:
         raise UserError(
             f"{workdir}: step_b is {config.step_b!r}, which leaves no file of pairs to prune by"
         )
@@ -163,8 +162,7 @@ def _whole(workdir: pathlib.Path) -> Whole:
     generator = dataclasses.replace(generator, **config.generator.chat)
     file = pathlib.Path(config.data.path)
     if not pairs_alone:
-        name = OBJECTIVES[objective_name(config)].file
-        file = workdir / f"round-{config.rounds - 1}" / name
+        file = workdir / f"round-{config.rounds - 1}" / config.objective.file
     source = "".join(map(hash_file, generator.files.files))
     return Whole(config, file, generator, params, source, [*_passages(workdir, pairs_alone)])
 
@@ -190,7 +188,7 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
     shape = generator.module.config
     if options.importance == "random":
         return drawn(shape, config.seed)
-    objective = OBJECTIVES[objective_name(config)]
+    objective = config.objective
     own = config.data.kind != "preferences"
     rows, _ = objective.read(whole.file, generator, config, own=own)
     _, rows = hold_out(rows, config.dpo.dev_share, objective.prompt)

@@ -65,9 +65,7 @@ def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> Non
     least = {
         "documents": 64,
         "retriever_train": config.contrastive.batch_size,
-        "generator_train": max(
-            8, config.grpo.queries if config.step_b == "grpo" else config.dpo.batch_size
-        ),
+        "generator_train": max(8, config.learned.batch_size),
         "dev": 2,
         "test": 2,
     }

@@ -73,7 +73,7 @@ def _best(
             "warm_start 'best': no text of any query is worth more than 0, so there is nothing to "
             "learn; sample more (section candidates), or set warm_start to 'positives' or ''"
         )
-    return best, dataclasses.replace(REWARD_SFT, phase="warm start"), run.config.dpo
+    return best, dataclasses.replace(REWARD_SFT, name="warm start"), run.config.dpo
 
 
 def positive_rows(

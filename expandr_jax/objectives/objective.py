@@ -33,7 +33,7 @@ class Objective:
     """How the generator learns from what was sampled and rewarded.
 
     Attributes:
-        phase: What its training is called in messages and timings.
+        name: What is learned, by which checkpoints are known.
         rows: What the rows of its files are called.
         examples: What it makes of them is called.
         file: Name of the file of a round that it learns from.
@@ -51,7 +51,7 @@ class Objective:
         extras: Names of the numbers that the losses need of each example.
     """
 
-    phase: str
+    name: str
     rows: str
     examples: str
     file: str

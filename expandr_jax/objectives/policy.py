@@ -257,6 +257,11 @@ class PolicyTrainer:
         return state, {**means, "largest_mismatch": columns["largest_mismatch"].max()}
 
 
+def policy_trainer(model: GeneratorModel, settings: Any) -> PolicyTrainer:
+    """What learns in a round, by the config's section `grpo`."""
+    return PolicyTrainer(model, settings, policy_optimizer(settings))
+
+
 def _log_probs(module, samples, chunk, temperature, variables, batch):
     return sampled_log_probs(
         module, variables, batch, responses=samples, chunk=chunk, temperature=temperature

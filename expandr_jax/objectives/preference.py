@@ -82,7 +82,7 @@ def preference_losses(
 
 PREFERENCE_OBJECTIVES = {
     name: Objective(
-        phase="DPO",
+        name=name,
         rows="pairs",
         examples="preference pairs",
         file="preferences.jsonl",

@@ -104,7 +104,7 @@ def weighted_losses(
 
 
 REWARD_SFT = Objective(
-    phase="reward-sft",
+    name="reward-sft",
     rows="queries with candidates",
     examples="candidates",
     file="candidates.jsonl",

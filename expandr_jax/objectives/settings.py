@@ -105,9 +105,19 @@ class GrpoSettings(PolicySettings, SamplingSettings):
     on_collapse: Annotated[str, choice(("stop", "back"))]
 
     @property
+    def batch_size(self) -> int:
+        """Queries of a step, as other trainings call them."""
+        return self.queries
+
+    @property
     def groups(self) -> int:
         """Queries of a step, and documents, if it has any."""
         return self.queries * (1 + self.documents)
+
+    @property
+    def texts(self) -> int:
+        """Texts of a step."""
+        return self.groups * self.samples
 
     @property
     def updates(self) -> int:

@@ -37,7 +37,7 @@ def tokenize_beginnings(
 
 WARM_START = dataclasses.replace(
     REWARD_SFT,
-    phase="warm start",
+    name="warm start",
     rows="relevant documents",
     examples="relevant documents",
     tokenize=tokenize_beginnings,

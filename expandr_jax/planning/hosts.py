@@ -159,7 +159,8 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
         network=trained * encoder,
         seconds=trained * SECONDS["example"] * counts.retriever_train / 1000,
     )  # fmt: skip
-    _add_step_b(stages, config, counts, width, generator)
+    add = _add_on_policy if config.step_b_kind.on_policy else _add_from_files
+    add(stages, config, counts, width, generator)
     asked = (counts.dev + counts.test) * max(config.evaluation.samples)
     generators = len({leaf.generator for s in parse_systems(config.evaluation.systems)
                       for leaf in s.leaves if leaf.strategy})  # fmt: skip
@@ -178,18 +179,29 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     return stages.rows
 
 
-def _add_step_b(
+def _saved(config: Config, generator: GeneratorShapes) -> tuple[int, dict[str, int]]:
+    """Bytes of step B's state, and what its checkpoints take, of all rounds together."""
+    state, number = 3 * _bytes(generator.adapter), config.rounds * (config.keep + 1)
+    return state, {"disk": number * state, "files": number * FILES}
+
+
+def _add_on_policy(
+    stages: _Stages, config: Config, _: Counts, width: int, generator: GeneratorShapes
+) -> None:
+    """The row of a step B that samples in its steps, of all rounds together."""
+    settings, (state, saved) = config.learned, _saved(config, generator)
+    new = settings.max_new_tokens
+    step = settings.texts * (new * TOKEN + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
+    name, network = config.step_b_kind.phase, settings.steps * step
+    stages.add(name, memory=step + 2 * state, network=network, **saved)
+
+
+def _add_from_files(
     stages: _Stages, config: Config, counts: Counts, width: int, generator: GeneratorShapes
 ) -> None:
-    """The rows of a run's step B, of all rounds together."""
-    new, kept = config.rewarded.max_new_tokens, config.keep + 1
-    state, text = 3 * _bytes(generator.adapter), new * TOKEN
-    saved = {"disk": config.rounds * kept * state, "files": config.rounds * kept * FILES}
-    if config.step_b == "grpo":
-        texts = config.grpo.groups * config.grpo.samples
-        step = texts * (text + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
-        stages.add("GRPO", memory=step + 2 * state, network=config.grpo.steps * step, **saved)
-        return
+    """The rows of a step B that learns from files, of all rounds together."""
+    new, (state, saved) = config.rewarded.max_new_tokens, _saved(config, generator)
+    text = new * TOKEN
     asked, number = counts.generator_train, len(config.candidates.all_temperatures)
     texts = config.rounds * asked * number
     stages.add_sampled("candidates", texts, new)

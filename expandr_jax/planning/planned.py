@@ -34,6 +34,11 @@ ROWS, PROMPT, NEW = 512, 100, 512  # Texts sampled at once.
 PAIRS = 16  # A step of B: PROMPT tokens and NEW for each response.
 DEPTH = 100  # Documents found for each of QUERIES queries.
 UPDATES = 2  # How many a training has changes no program of it.
+# The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
+PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
+         "examples": 709_000, "contrastive_epochs": 3}  # fmt: skip
+REFERENCE = "reference log-probabilities"  # A program of every step B.
+Calls = Callable[[str, int], int]  # (a program, texts) -> how often it is called for so many.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""The generator's programs, as shapes: sampling, reference log-probabilities and DPO."""
+"""The generator's programs, as shapes: sampling, and how its base moves."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,18 +16,12 @@ from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.quantized import kept_in
-from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
-from expandr_jax.objectives.objective import Objective
-from expandr_jax.objectives.packing import Example, pack, row_sizes
-from expandr_jax.objectives.registry import OBJECTIVES, objective_name
 from expandr_jax.pair import GeneratorModel, adapter_shapes
-from expandr_jax.planning.flops import FROZEN, forward_flops
+from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import (
     NEW,
-    PAIRS,
     PROMPT,
     ROWS,
-    UPDATES,
     Planned,
     check_rows,
     param_shapes,
@@ -36,12 +29,10 @@ from expandr_jax.planning.planned import (
     planned_mesh,
     random_tokens,
     shape_module,
-    untrained,
 )
 from expandr_jax.planning.planned_moves import (
     gathered,
     merged,
-    restored,
     spread_leaves,
     unstacked,
 )
@@ -52,7 +43,6 @@ from expandr_jax.sharding import (
     replicated,
     with_shardings,
 )
-from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
@@ -105,17 +95,6 @@ class GeneratorShapes:
     def merge(self) -> Planned:
         """The export's product of the largest update of the base."""
         return merged(self.adapter, self._topology, self.module)
-
-    def _setup(self, model: GeneratorModel) -> TrainingSetup:
-        config = self._config.dpo
-        optimizer = section_optimizer(config, UPDATES)
-        return adapter_setup(model, self._objective, config, optimizer)
-
-    def restore(self) -> Planned:
-        """What DPO trains, read from a checkpoint."""
-        model = self.model()
-        state = self._setup(model).shapes(self.adapter)
-        return restored(state, model.dpo_mesh, self._topology, self.module)
 
     def engine(
         self, slots: int = 0, new: int = NEW, log_probs: bool = False
@@ -226,29 +205,6 @@ class GeneratorShapes:
             units=timed,
         )
 
-    @property
-    def _objective(self) -> Objective:
-        """What DPO or its kin learns from; on-policy training has none."""
-        return OBJECTIVES[objective_name(self._config)]
-
-    @functools.cached_property
-    def _batch(self) -> dict[str, np.ndarray]:
-        """PAIRS examples of random tokens."""
-        responses = self._objective.responses
-        extras = dict.fromkeys(self._objective.extras, 1.0)
-        examples = []
-        for row in random_tokens(self.module, PAIRS, PROMPT + responses * NEW):
-            prompt, *parts = np.split(row, range(PROMPT, len(row), NEW))
-            examples.append(Example(prompt, parts, extras))
-        return pack(examples, 0, row_sizes([examples[0].size], 1))
-
-    def _pairs(self) -> tuple[GeneratorModel, dict[str, Any], dict[str, Any]]:
-        """The model and a batch on DPO's mesh, and what both programs of DPO say of themselves."""
-        model = self.model()
-        check_rows(PAIRS, model.dpo_mesh, "dpo", "pairs")
-        batch = with_shardings(self._batch, batch_sharding(model.dpo_mesh))
-        return model, batch, self.of_batch(batch, model.dpo_mesh)
-
     def model(self) -> GeneratorModel:
         """The generator as training has it."""
         generator, mesh, base = Generator(self.module, None, (), 0, None), self._mesh, self._held
@@ -265,45 +221,3 @@ class GeneratorShapes:
             "tokens": rows * length,
             "forward_flops": forward_flops(self.module, self.params, rows, length, logits=logits),
         }
-
-    def reference(self) -> Planned:
-        """Log-probabilities of PAIRS under the base."""
-        model, batch, common = self._pairs()
-        base = model.generator_params
-        return Planned(
-            program=AdapterBatches(model, self._objective, self._config.dpo, PAIRS).log_probs,
-            arguments=({"params": base}, batch),
-            parameters=base,
-            moved=bytes_on_device(base) * model.dpo_mesh.shape["fsdp"],
-            change="a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo",
-            values=lambda variables, batch: (variables, batch | self._batch),
-            **common,
-        )
-
-    def dpo(self) -> Planned:
-        """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
-        model, batch, common = self._pairs()
-        base, mesh, setup = model.generator_params, model.dpo_mesh, self._setup(model)
-        state = setup.shapes(self.adapter)
-        if self._objective.reference:
-            batch["reference"] = jax.ShapeDtypeStruct(
-                (PAIRS, self._objective.responses), jnp.float32, sharding=batch_sharding(mesh)
-            )
-        passes = FROZEN + (self.module.remat == "full")
-        return Planned(
-            program=setup.step,
-            arguments=(state, base, batch, jax.eval_shape(jax.random.key, 0)),
-            parameters=(base, state.params),
-            passes=passes,
-            needed=FROZEN,
-            moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
-            change="generator.remat=full, a smaller dpo.batch_size or dpo.chunk, or more fsdp in "
-            "mesh.dpo",
-            values=lambda state, base, batch, key: (
-                untrained(state),
-                base,
-                batch | self._batch,
-                key,
-            ),
-            **common,
-        )

@@ -17,7 +17,6 @@ from expandr_jax.config import Config
 from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.planning.planned import DEPTH, Planned
 from expandr_jax.planning.topology import Topology
-from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.sharding import batch_divisor, bytes_on_device, gathering, replicated
 from expandr_jax.training.checkpoint import checksum_program
 from expandr_jax.vectors.query import fuse
@@ -100,13 +99,10 @@ def merged(adapter: Any, topology: Topology, module: nn.Module) -> Planned:
     )
 
 
-def rewarded(config: Config, width: int, topology: Topology, module: nn.Module) -> Planned:
-    """Queries that are rewarded together, each fused with each of its candidates, on one device."""
-    if config.step_b == "grpo":
-        rows = config.grpo.queries * config.grpo.samples
-    else:
-        each = len(config.candidates.all_temperatures)
-        rows = queries_at_once(each) * each
+def rewarded(
+    config: Config, rows: int, width: int, topology: Topology, module: nn.Module
+) -> Planned:
+    """So many candidates that are rewarded together, each fused with its query, on one device."""
     on_one = SingleDeviceSharding(topology.devices[0])
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -4,6 +4,7 @@ Sampling and training alternate, so that each is planned beside what the other o
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,21 @@ from expandr_jax.objectives.policy import (
     kl_rows,
     micro_rows,
     pack_sampled,
-    policy_optimizer,
     row_sizes_of,
 )
+from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.planning.flops import FROZEN
-from expandr_jax.planning.planned import PROMPT, Planned, planned_mesh, random_tokens, untrained
+from expandr_jax.planning.planned import (
+    PAPER,
+    PROMPT,
+    REFERENCE,
+    Calls,
+    Planned,
+    planned_mesh,
+    random_tokens,
+    untrained,
+)
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_moves import restored
 from expandr_jax.planning.topology import Topology
@@ -32,29 +42,63 @@ from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.sharding import batch_sharding, bytes_on_device, with_shardings
 
 POLICY_DECODE, POLICY_STEP = "policy decode", "policy step"
-REFERENCE, OLD = "reference log-probabilities", "old log-probabilities"
+OLD = "old log-probabilities"
 CHANGE = "a larger grpo.accumulation or a smaller grpo.chunk, or more fsdp in mesh.dpo"
 
 
 class PolicyShapes:
-    """Makes the programs of on-policy training with the config's generator for a topology."""
+    """Makes the programs of on-policy training with the config's generator for a topology.
+
+    Attributes:
+        update: The program that stands for it.
+    """
+
+    update = POLICY_STEP
 
     def __init__(self, config: Config, topology: Topology, generator: GeneratorShapes):
         self._config, self._topology, self._generator = config, topology, generator
+        self._settings = config.learned
+
+    @property
+    def rewarded_rows(self) -> int:
+        """Candidates that are rewarded together."""
+        return self._settings.queries * self._settings.samples
+
+    def held(self) -> int:
+        """Bytes a device that stay for it, beside both models, while texts are rewarded: the engine
+        waits for the next step."""
+        return self._engine_bytes() + self._state_bytes()
+
+    def sampling(self) -> dict[str, Callable[[], Planned]]:
+        """What samples its texts otherwise than the generator's own programs do, by name."""
+        return {POLICY_DECODE: self._decode}
+
+    @staticmethod
+    def paper_calls(calls: Calls, settings: GrpoSettings) -> list[tuple[str, str, int]]:
+        """(part, program, calls) of its programs in the paper's run: each query in one step."""
+        steps = math.ceil(PAPER["queries"] / settings.queries)
+        parts = steps * settings.minibatches * settings.accumulation
+        decoded = calls(POLICY_DECODE, settings.texts) * settings.max_new_tokens
+        return [
+            ("candidates", POLICY_DECODE, steps * decoded),
+            ("GRPO", REFERENCE, parts if settings.kl_weight else steps),
+            *([("GRPO", OLD, parts)] if settings.updates > 1 else []),
+            ("GRPO", POLICY_STEP, settings.passes * parts),
+        ]
 
     def _engine(self) -> tuple[int, int, bool]:
         """Slots of a process, tokens of a text, and that log-probabilities are kept."""
-        settings, hosts = self._config.grpo, self._topology.hosts
+        settings, hosts = self._settings, self._topology.hosts
         mesh = planned_mesh(self._config, "sampling", self._topology)
-        texts = settings.groups * settings.samples
-        slots = slots_of_a_process(self._config.generator, mesh, texts, hosts)
+        slots = slots_of_a_process(self._config.generator, mesh, settings.texts, hosts)
         return slots, settings.max_new_tokens, True
 
-    def decode(self) -> Planned:
+    def _decode(self) -> Planned:
         """One token for each slot that a step's texts have, beside the base as training has it."""
-        return self._generator.decode(*self._engine(), fewer="grpo.queries or grpo.samples")
+        fewer = "grpo.queries or grpo.samples"
+        return self._generator.decode(*self._engine(), fewer=fewer).beside(self._state_bytes())
 
-    def engine_bytes(self) -> int:
+    def _engine_bytes(self) -> int:
         """Bytes a device of what stays of sampling while a step is rewarded and learned from.
 
         The slots are made anew for each step; the weights, layer by layer, are not.
@@ -67,13 +111,12 @@ class PolicyShapes:
 
     @functools.cached_property
     def _trainer(self) -> PolicyTrainer:
-        settings = self._config.grpo
-        return PolicyTrainer(self._model, settings, policy_optimizer(settings))
+        return self._config.step_b_kind.trainer(self._model, self._settings)
 
     def _state(self) -> Any:
         return self._trainer.setup.shapes(self._generator.adapter)
 
-    def state_bytes(self) -> int:
+    def _state_bytes(self) -> int:
         """Bytes a device of the adapter that is trained, and of its optimizer."""
         return bytes_on_device(self._state())
 
@@ -87,15 +130,18 @@ class PolicyShapes:
 
         The KL to the base is looked at where nothing is learned of it, of a part of an update.
         """
-        programs = {REFERENCE: self._reference}
-        if self._config.grpo.updates > 1:
-            programs[OLD] = self._old
-        return {**programs, POLICY_STEP: self._step}
+        old = {OLD: self._old} if self._settings.updates > 1 else {}
+        programs = {REFERENCE: self._reference, **old, POLICY_STEP: self._step}
+
+        def beside(make: Callable[[], Planned]) -> Callable[[], Planned]:
+            return lambda: make().beside(self._engine_bytes())
+
+        return {name: beside(make) for name, make in programs.items()}
 
     @functools.cached_property
     def _micro_batch(self) -> dict[str, np.ndarray]:
         """Texts of random tokens, all as long as they may be."""
-        settings, module = self._config.grpo, self._generator.module
+        settings, module = self._settings, self._generator.module
         rows = micro_rows(settings, self._model.dpo_mesh)
         new, samples = settings.max_new_tokens, settings.samples
         rewards = np.random.default_rng(0).random((rows, samples))
@@ -134,21 +180,21 @@ class PolicyShapes:
         )
 
     def _reference(self) -> Planned:
-        settings, mesh = self._config.grpo, self._model.dpo_mesh
+        settings, mesh = self._settings, self._model.dpo_mesh
         rows = micro_rows(settings, mesh)
         if not settings.kl_weight:
             rows = kl_rows(settings.groups // settings.minibatches, mesh)
-        return self._log_probs(rows, None).beside(self.state_bytes())
+        return self._log_probs(rows, None).beside(self._state_bytes())
 
     def _old(self) -> Planned:
         state = self._state()
-        planned = self._log_probs(micro_rows(self._config.grpo, self._model.dpo_mesh), state.params)
+        planned = self._log_probs(micro_rows(self._settings, self._model.dpo_mesh), state.params)
         # The adapter is the state's own.
         return planned.beside(bytes_on_device(state) - bytes_on_device(state.params))
 
     def _step(self) -> Planned:
         """An update's part: a micro-batch of prompts, each with all of its texts."""
-        settings, model = self._config.grpo, self._model
+        settings, model = self._settings, self._model
         base, mesh, state = model.generator_params, model.dpo_mesh, self._state()
         numbers = dict(self._micro_batch)
         lacking = ["reference"] * (settings.kl_weight > 0) + ["old"] * (settings.updates > 1)

@@ -125,10 +125,10 @@ class RetrieverShapes:
         """A block of the retriever's largest parameter, on its way to every host."""
         return gathered(self._held, self._mesh, self.retriever.module)
 
-    def rewards(self) -> Planned:
+    def rewards(self, rows: int) -> Planned:
         """As of `planned_moves.rewarded`."""
         module = self.retriever.module
-        return rewarded(self._config, module.config.hidden_size, self._topology, module)
+        return rewarded(self._config, rows, module.config.hidden_size, self._topology, module)
 
     def contrastive(self) -> Planned:
         """A step of A: QUERIES, each with an expansion and PASSAGES."""

@@ -10,9 +10,15 @@ from collections.abc import Callable
 from expandr_jax.config import Config
 from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.planned_generator import GeneratorShapes
-from expandr_jax.planning.planned_policy import POLICY_DECODE, PolicyShapes
+from expandr_jax.planning.planned_pairs import PairShapes
+from expandr_jax.planning.planned_policy import PolicyShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology
+
+
+def step_b_shapes(config: Config) -> type[PairShapes] | type[PolicyShapes]:
+    """What makes the programs of a config's step B."""
+    return PolicyShapes if config.step_b_kind.on_policy else PairShapes
 
 
 def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[], Planned]]:
@@ -28,26 +34,8 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         return lambda: make().beside(sum(part() for part in held))
 
     both = retriever.resident, generator.resident
-    rewarding = both
-    if config.step_b == "grpo":
-        policy = PolicyShapes(config, topology, generator)
-        # Texts are rewarded, and learned from, while the engine waits for the next step.
-        rewarding = (*both, policy.engine_bytes, policy.state_bytes)
-        restore = policy.restore
-        learning = {
-            POLICY_DECODE: beside(policy.decode, *both, policy.state_bytes),
-            **{
-                name: beside(make, retriever.resident, policy.engine_bytes)
-                for name, make in policy.learning().items()
-            },
-        }
-    else:
-        restore = generator.restore
-        # The base that is held is their own argument.
-        learning = {
-            "reference log-probabilities": beside(generator.reference, retriever.resident),
-            "DPO step": beside(generator.dpo, retriever.resident),
-        }
+    step = step_b_shapes(config)(config, topology, generator)
+    rewarding = *both, step.held
     programs = {
         "contrastive step": beside(
             retriever.contrastive, retriever.beside_training, generator.resident
@@ -55,13 +43,15 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, Callable[[
         "corpus encoding": beside(retriever.encoding, *rewarding),
         "prefill": beside(generator.prefill, *both),
         "decode": beside(generator.decode, *both),
-        **learning,
+        **{name: beside(make, *both) for name, make in step.sampling().items()},
+        # The base that is held is their own argument.
+        **{name: beside(make, retriever.resident) for name, make in step.learning().items()},
         "exact search": beside(retriever.search, *rewarding),
-        "rewards": beside(retriever.rewards, *rewarding),
+        "rewards": beside(lambda: retriever.rewards(step.rewarded_rows), *rewarding),
         "retriever restored": beside(
             retriever.restore, retriever.beside_training, generator.resident
         ),
-        "adapter restored": beside(restore, *both),
+        "adapter restored": beside(step.restore, *both),
         "base to the engine": beside(generator.to_engine, *both),
         "adapter merged, to export": beside(generator.merge, *both),
     }

@@ -18,19 +18,17 @@ from expandr_jax.pair import OF_ONE_PROCESS
 from expandr_jax.planning.collectives import Collectives
 from expandr_jax.planning.compiled import compile_program, roofline
 from expandr_jax.planning.planned import QUERIES, Planned
-from expandr_jax.planning.planned_policy import POLICY_STEP
-from expandr_jax.planning.programs import planned_programs
+from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import bytes_on_device
 
 TRIES = 4  # Settings of a phase that are compiled at most.
-# Phase, the program that stands for it (the policy's step on-policy), and where its recomputation
-# is set.
+# Phase, the program that stands for it (None: as step B has it), where its recomputation is set.
 PHASES = {
     "contrastive": ("contrastive step", "contrastive.remat"),
     "encoding": ("corpus encoding", None),
     "sampling": ("decode", None),
-    "dpo": ("DPO step", "generator.remat"),
+    "dpo": (None, "generator.remat"),
 }
 
 
@@ -76,8 +74,7 @@ def _estimates(
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Planned]]:
     """(what to sort by, its time first; settings; the program with them) of all that may fit."""
     program, remat_name = PHASES[phase]
-    if phase == "dpo" and config.step_b == "grpo":
-        program = POLICY_STEP
+    program = program or step_b_shapes(config).update
     micro_batches = [0]
     if phase == "contrastive":
         micro_batches += [QUERIES // 2**i for i in range(3)]
