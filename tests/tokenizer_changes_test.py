@@ -16,7 +16,7 @@ from tests.file_options import edit
 TEXTS = [
     "E \u00e9 a\u00e9 \u65e5\u672c", "  a  e ", "ee-ae aee", "<mask> e", "[MASK] e<mask>e",
     "a\x00e\u200be", "", "e" * 6, "a'e <new> e", "\u2168 \ufb01 e\u0301", "12 a12", "a\ne\r\n\n e",
-    "<s>a</s> e", "ze \U0010ffff", "E" * 101,
+    "<s>a</s> e", "ze \U0010ffff", "E" * 101, "a e . e , a 's",
 ]  # fmt: skip
 PAIR = "a E", "e 1"
 BERT = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -184,6 +184,8 @@ CHANGES = {
     "model byte_fallback": model(byte_fallback=False),
     "model unk_token": model(unk_token="a"),
     "model unk_id": model(unk_id=0),
+    "decoder none": part("decoder", None),
+    "decoder BPE": part("decoder", decoders.BPEDecoder()),
     "post-processor none": part("post_processor", None),
     "post-processor one side": part("post_processor", around.TemplateProcessing(
         "a $A", "a $A $B", [("a", 5)])),
@@ -212,6 +214,10 @@ CHANGES = {
     "strip_accents": config(strip_accents=False),
     "tokenize_chinese_chars": config(tokenize_chinese_chars=False),
     "legacy": config(legacy=True),
+    "clean_up": config(clean_up_tokenization_spaces=True),
+    "clean_up of BPE": config(
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True),
     "wordpieces_prefix": config(wordpieces_prefix="@@"),
     "never_split": config(never_split=["ae"]),
     "added": added("<new>"),
@@ -257,7 +263,8 @@ FEW = (
     ("RobertaTokenizer", "no add_bos_token"), ("RobertaTokenizer", "listed, but for one"),
     ("GPT2Tokenizer", "normalizer lower"), ("GPT2Tokenizer", "cut digits"),
     ("Qwen2Tokenizer", "model end_of_word_suffix"), ("Qwen2Tokenizer", "mask_token with spaces"),
-    ("LlamaTokenizer", "model byte_fallback"), ("XLMRobertaTokenizer", "model unk_id"),
+    ("LlamaTokenizer", "model byte_fallback"), ("GemmaTokenizer", "decoder none"),
+    ("Qwen2Tokenizer", "clean_up of BPE"), ("XLMRobertaTokenizer", "model unk_id"),
     ("CamembertTokenizer", "sep_token"), ("T5Tokenizer", "post-processor BERT's"),
 )  # fmt: skip
 
@@ -273,15 +280,20 @@ def verdict(directory, name, change):
     model_type = TYPE.get(name, "bert")
 
     def seen(made):
-        pair = made(*PAIR)
-        return [*made(TEXTS)["input_ids"], pair["input_ids"], pair.get("token_type_ids")]
+        pair, rows = made(*PAIR), made(TEXTS)["input_ids"]
+        texts = [made.decode(row, skip_special_tokens=True) for row in rows]
+        return [*rows, *texts, pair["input_ids"], pair.get("token_type_ids")]
 
     try:
         right, failure = seen(AutoTokenizer.from_pretrained(directory)), None
     except BaseException as error:  # A panic of tokenizers is no Exception.
         right, failure = None, f"{type(error).__name__}: {error}"
     try:
-        found = seen(read_tokenizer(directory, model_type))
+        own = read_tokenizer(directory, model_type)
+        found = seen(own)
+        own.save_pretrained(directory / "export")
+        edit(directory / "export" / "config.json", model_type=model_type)
+        assert seen(read_tokenizer(directory / "export", model_type)) == found
     except UserError as error:
         return ("refused" if right else "peer"), f"{error} [{failure}]"
     if right is None:

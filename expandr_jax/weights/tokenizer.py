@@ -31,6 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 _KNOWN = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "added_tokens_decoder",
     "additional_special_tokens", "chat_template", "clean_up_tokenization_spaces", "do_lower_case",
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
     "extra_special_tokens", "fix_mistral_regex", "legacy", "max_len", "model_input_names",
     "model_max_length", "padding_side", "split_special_tokens", "strip_accents",
     "tokenize_chinese_chars", "tokenizer_class", "truncation_side",
@@ -113,7 +114,7 @@ def read_tokenizer(directory: Path, model_type: str | None) -> PreTrainedTokeniz
         "model_input_names": settings.items("model_input_names", str, inputs),
         "padding_side": settings.choice("padding_side", ("left", "right"), None),
         "truncation_side": settings.choice("truncation_side", ("left", "right"), side),
-        "clean_up_tokenization_spaces": settings.flag("clean_up_tokenization_spaces", None),
+        **{name: settings.flag(name, None) for name in _KNOWN if name.startswith("clean_up_")},
         "split_special_tokens": settings.flag("split_special_tokens", None),
         **special,
     }

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MARK, _BYTE = "\u2581", "\u0120"  # A space as SentencePiece writes it, and as a byte.
+# How SentencePiece's pairs become text.
+_TEXT = [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
 # Families whose class it is where none is named; and those whose files are known to name others.
 _OF_FAMILY = {
     "bert": "BertTokenizer",
@@ -85,6 +87,7 @@ def _bert(parts: _Parts) -> None:
         lowercase=settings.flag("do_lower_case", True),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
 
 
 def _pairs(parts: _Parts, pieces: bool, unknown: str | None = None) -> None:
@@ -120,6 +123,7 @@ def _gpt2(parts: _Parts) -> None:
     if isinstance(cut, ByteLevel):
         cut.add_prefix_space = parts.settings.flag("add_prefix_space", False)
         parts.backend.pre_tokenizer = cut
+    parts.backend.decoder = decoders.ByteLevel()
 
 
 def _qwen2(parts: _Parts) -> None:
@@ -132,6 +136,7 @@ def _gemma(parts: _Parts) -> None:
     _pairs(parts, pieces=True, unknown=parts.unknown)
     parts.backend.normalizer = normalizers.Replace(" ", _MARK)
     parts.backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    parts.backend.decoder = decoders.Sequence([*_TEXT])
 
 
 def _llama(parts: _Parts) -> None:
@@ -141,8 +146,7 @@ def _llama(parts: _Parts) -> None:
     scheme = ("always" if legacy else "first") if prefix else "never"
     parts.backend.normalizer = None
     parts.backend.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
-    steps = [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    parts.backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", left=1)] * prefix)
+    parts.backend.decoder = decoders.Sequence(_TEXT + [decoders.Strip(" ", left=1)] * prefix)
 
 
 def _unigrams(parts: _Parts, unknown: int | None, prefix: bool) -> None:
@@ -157,8 +161,10 @@ def _unigrams(parts: _Parts, unknown: int | None, prefix: bool) -> None:
     steps = [*own] if isinstance(own, normalizers.Sequence) else [own]
     letters = [step for step in steps if isinstance(step, normalizers.Precompiled)]
     backend.normalizer = letters[0] if letters else None
-    marks = Metaspace(prepend_scheme="always" if prefix else "never")
+    scheme = "always" if prefix else "never"
+    marks = Metaspace(prepend_scheme=scheme)
     backend.pre_tokenizer = pre_tokenizers.Sequence([WhitespaceSplit(), marks])
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
 
 
 def _xlm_roberta(parts: _Parts) -> None:
