@@ -1,15 +1,19 @@
 """BM25 against Lucene's formula, behind the same functions as the other indexes."""
 
+import errno
 import json
+import os
 import tracemalloc
 import unicodedata
 
+import bm25s
 import numpy as np
 import pytest
 
 from expandr_jax import search
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
+from expandr_jax.search import word_counts
 
 TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]
 
@@ -223,8 +227,24 @@ def test_bm25_finds_what_bm25s_own_sums_do_to_the_bit(k, tmp_path):
             np.testing.assert_array_equal(found, expected)
 
 
-def test_bm25_keeps_no_text_and_four_bytes_of_a_word(monkeypatch):
+def test_the_matrix_is_bm25ss_own_to_the_bit_whatever_its_parts(monkeypatch):
+    texts = [*zipf(300, 12, 300, 0), "", "w1 w1 w1 w299", *zipf(50, 90, 40, 2), "w9"]
+    for k1, b, at_once in ((0.9, 0.4, 7), (1.2, 0.75, 1000), (0.0, 1.0, 2**22)):
+        monkeypatch.setattr(word_counts, "_AT_ONCE", at_once)
+        monkeypatch.setattr(search.bm25, "_TEXTS", 64)
+        ours = search.Bm25Index(texts, search.Bm25Options(k1=k1, b=b))._bm25
+        theirs = bm25s.BM25(method="lucene", k1=k1, b=b)
+        numbers = [[ours.vocab_dict[word] for word in text.split()] for text in texts]
+        words = {word: number for word, number in ours.vocab_dict.items() if word}
+        theirs.index((numbers, words), show_progress=False)
+        assert ours.vocab_dict == theirs.vocab_dict
+        for name in ("data", "indices", "indptr", "num_docs"):
+            np.testing.assert_array_equal(ours.scores[name], theirs.scores[name])
+
+
+def test_bm25_keeps_neither_texts_nor_words_in_memory(monkeypatch):
     monkeypatch.setattr(search.bm25, "_TEXTS", 256)
+    monkeypatch.setattr(word_counts, "_AT_ONCE", 4096)
     held = []
     for count in (1_000, 2_000, 4_000, 8_000):
         texts = Written(count, lambda row: [f"w{row % 7}", f"w{row % 11}"] * 100)
@@ -236,5 +256,18 @@ def test_bm25_keeps_no_text_and_four_bytes_of_a_word(monkeypatch):
     # The first one imports bm25s. A text has 200 words, 600 letters at least and two scores.
     for smaller, larger, count in zip(held[1:], held[2:], (2_000, 4_000), strict=False):
         left, peak = (larger - smaller) / count
-        assert left < 50
-        assert peak < 2 * 4 * 200 + 200, held
+        assert left < 5
+        assert peak < 100, held
+
+
+def test_a_place_for_the_index_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"none: BM25's index is made .* No such file"):
+        search.Bm25Index(TEXTS, scratch=tmp_path / "none")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(UserError, match=f"{tmp_path}: BM25's index .* No space left"):
+        search.Bm25Index(TEXTS, scratch=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high"]
 
 @pytest.fixture
 def no_building(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("an index is built")
 
     def call():

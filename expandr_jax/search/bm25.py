@@ -1,8 +1,9 @@
-"""BM25 over texts, by bm25s, which counts and weighs the words; the search is our own.
+"""BM25 over texts: bm25s splits them and has the files; what grows with them is our own.
 
-Adding up scores by bm25s's NumPy holds Python's lock. Its loop in numba leaves the order of ties
-open, and numba would be one more compiled dependency, for which newer Pythons and NumPys wait.
-search/postings.py adds the same numbers in the same order, in a thread a core.
+Its matrix is made in search/word_counts.py, which says why. Adding up scores by bm25s's NumPy holds
+Python's lock. Its loop in numba leaves the order of ties open, and numba would be one more compiled
+dependency, for which newer Pythons and NumPys wait. search/postings.py adds the same numbers in the
+same order, in a thread a core.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.search.index import Index
 from expandr_jax.search.postings import Postings
+from expandr_jax.search.word_counts import WordCounts
 from expandr_jax.settings import NotNegative, Share, read_section
 
 _LENGTHS = "lengths.json"
@@ -78,8 +80,17 @@ class Bm25Index(Index):
     backend, options_type, file_names = "bm25", Bm25Options, _FILES
     mean_length: float
 
-    def __init__(self, texts: Collection[str], options: Bm25Options = Bm25Options()):
+    def __init__(
+        self,
+        texts: Collection[str],
+        options: Bm25Options = Bm25Options(),
+        *,
+        scratch: str | os.PathLike | None = None,
+    ):
         """Indexes `texts`, one a document, in order; none of them is kept.
+
+        The index lies in files without a name in directory `scratch`; None: where the system has
+        its temporary files.
 
         Raises:
             UserError: there is no text, or no word in any of them, or an option is out of range.
@@ -87,17 +98,21 @@ class Bm25Index(Index):
         # NumPy's numbers would not go into the manifest.
         plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in vars(options).items()}
         self.options = read_section(Bm25Options, plain, "BM25 option ")
-        vocabulary: dict[str, int] = {}
-        numbers = _numbers_of_words(_blocks(texts), vocabulary)
+        counts, vocabulary = WordCounts(scratch), dict[str, int]()
+        for _, block in _blocks(texts):
+            _count_words(block, vocabulary, counts)
         if not vocabulary:
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
-        self.mean_length = numbers.total / len(numbers)
+        self.mean_length = sum(int(n.sum()) for n in counts.lengths) / self.size
         self.fingerprint = text_fingerprint(texts)
         self._bm25 = _bm25s().BM25(method="lucene", **vars(self.options))
-        # As what bm25s's tokenizer returns has them.
-        tokens = types.SimpleNamespace(ids=numbers, vocab=vocabulary)
-        self._bm25.index(tokens, show_progress=False)
+        names = (*_POSTINGS, "num_docs")
+        matrix = dict(zip(names, (*counts.matrix(**vars(self.options)), self.size), strict=True))
+        # As bm25s lets its matrix be built otherwise; what its tokenizer returns has ids and words.
+        self._bm25.build_index_from_ids = lambda **_: matrix
+        self._bm25.nonoccurrence_array = None  # Of other methods than Lucene's.
+        self._bm25.index(types.SimpleNamespace(ids=(), vocab=vocabulary), show_progress=False)
         self.dimension = len(vocabulary) - ("" in vocabulary)  # bm25s adds "", which no text has.
 
     def frequency(self, word: str) -> int:
@@ -227,35 +242,12 @@ def _split(texts: Sequence[str]) -> list[list[str]]:
     return _bm25s().tokenize(_spaced(texts), return_ids=False, **_WORDS)
 
 
-class _Numbers:
-    """The words of texts by their numbers, 4 bytes a word; gives a list of ints for each text."""
-
-    def __init__(self, numbers: np.ndarray, ends: np.ndarray):
-        self._numbers, self._ends = numbers, ends
-        self.total = len(numbers)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = 0
-        for end in self._ends.tolist():
-            yield self._numbers[start:end].tolist()
-            start = end
-
-
-def _numbers_of_words(
-    blocks: Iterator[tuple[int, tuple[str, ...]]], vocabulary: dict[str, int]
-) -> _Numbers:
-    """Numbers the words of texts in the order in which they come; `vocabulary` takes them."""
-    parts, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-    for _, texts in blocks:
-        tokens = _bm25s().tokenize(_spaced(texts), return_ids=True, **_WORDS)
-        numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in tokens.vocab]
-        flat = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
-        parts.append(np.array(numbers, np.int32)[flat])
-        lengths.append(np.array([len(ids) for ids in tokens.ids]))
-    return _Numbers(np.concatenate(parts), np.cumsum(np.concatenate(lengths)))
+def _count_words(texts: Sequence[str], vocabulary: dict[str, int], counts: WordCounts) -> None:
+    """Counts the words of texts; `vocabulary` numbers them in the order in which they come."""
+    tokens = _bm25s().tokenize(_spaced(texts), return_ids=True, **_WORDS)
+    numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in tokens.vocab]
+    words = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
+    counts.add(np.array(numbers, np.int32)[words], np.array([len(ids) for ids in tokens.ids]))
 
 
 def _bm25s() -> types.ModuleType:

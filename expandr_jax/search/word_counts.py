@@ -1,0 +1,112 @@
+"""How often texts have their words, and what BM25 makes of it, in files instead of memory.
+
+bm25s builds its matrix from lists of all words and copies of all its entries: some 80 bytes for
+each document that a word has, which is 100 GB for MS MARCO's passages if they have 150 words each.
+The same numbers are made here a part at a time, to the bit. The matrix itself, 8 bytes an entry,
+lies in files, too, so that the system may take its pages back.
+"""
+
+import contextlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from expandr_jax.errors import UserError
+
+_COUNT = np.dtype([("word", np.int32), ("times", np.int32)])
+_AT_ONCE = 2**22  # Counts, of which some 80 bytes each are in memory.
+
+
+class WordCounts:
+    """Takes texts whose words are numbers, in their order; then has BM25's matrix of them.
+
+    Attributes:
+        lengths: Words of each text, of each block.
+    """
+
+    def __init__(self, scratch: str | os.PathLike | None = None):
+        """Files without a name lie in directory `scratch`; None: where the system has its own."""
+        self._scratch = scratch
+        with self._written():
+            self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  As long as this.
+        self.lengths: list[np.ndarray] = []
+        self._different: list[np.ndarray] = []
+        self._having = np.zeros(0, np.int64)
+
+    def add(self, words: np.ndarray, lengths: np.ndarray) -> None:
+        """Counts a block of texts: their words [words] int32 one after the other, and lengths."""
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        pairs, times = np.unique(rows << 32 | words, return_counts=True)
+        counts = np.empty(len(pairs), _COUNT)
+        counts["word"], counts["times"] = pairs & 0xFFFFFFFF, times
+        with self._written():
+            counts.tofile(self._file)
+        self.lengths.append(lengths)
+        self._different.append(np.bincount(pairs >> 32, minlength=len(lengths)))
+        having = np.bincount(counts["word"], minlength=len(self._having))
+        having[: len(self._having)] += self._having
+        self._having = having
+
+    def matrix(self, k1: float, b: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lucene's BM25 of every word in every text that has it.
+
+        A word that n of N texts have counts log(1 + (N - n + 0.5) / (n + 0.5)) in each, times
+        t / (t + k1 (1 - b + b l / L)), where it stands t times in a text of l words, L being the
+        average. Types and the order of operations are bm25s's.
+
+        Returns:
+            Weights [entries] float32, of a word side by side; the texts' numbers [entries] int32,
+            rising; and where each word's begin, and the last one's end [words + 1] int64.
+        """
+        lengths = np.concatenate(self.lengths)
+        norms = k1 * ((1 - b) + b * lengths / lengths.mean())
+        having = self._having.tolist()
+        rarity = np.array([math.log(1 + (len(lengths) - n + 0.5) / (n + 0.5)) for n in having],
+                          np.float32)  # fmt: skip
+        ends = np.concatenate([[0], np.cumsum(self._having)])
+        of_texts = np.cumsum(np.concatenate(self._different))
+        with self._written():
+            weights, rows = (_array(ends[-1], t, self._scratch) for t in (np.float32, np.int32))
+        next_ones = ends[:-1].copy()
+        self._file.seek(0)
+        for start in range(0, int(ends[-1]), _AT_ONCE):
+            counts = np.fromfile(self._file, _COUNT, _AT_ONCE)
+            numbers = np.arange(start, start + len(counts))
+            texts = np.searchsorted(of_texts, numbers, side="right")
+            order = np.argsort(counts["word"], kind="stable")
+            words, times, texts = counts["word"][order], counts["times"][order], texts[order]
+            firsts = np.flatnonzero(np.diff(words, prepend=-1))
+            each, many = words[firsts], np.diff(firsts, append=len(words))
+            places = np.repeat(next_ones[each] - firsts, many) + np.arange(len(words))
+            weights[places] = rarity[words] * (times / (norms[texts] + times))
+            rows[places] = texts
+            next_ones[each] += many
+        return weights, rows, ends
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = self._scratch or tempfile.gettempdir()
+            raise UserError(
+                f"{where}: BM25's index is made in files there, which cannot be written: "
+                f"{error.strerror or error}"
+            ) from error
+
+
+def _array(count: int, dtype: type, scratch: str | os.PathLike | None) -> np.ndarray:
+    """An array in a file that has no name."""
+    if not count:
+        return np.empty(0, dtype)
+    size = int(count) * np.dtype(dtype).itemsize
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        # A full disk is told now; a page that finds no room later would end the program.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
+        return np.memmap(file, dtype, "r+", shape=(int(count),))
