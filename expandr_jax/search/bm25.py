@@ -111,7 +111,7 @@ class Bm25Index(Index):
         matrix = dict(zip(names, (*counts.matrix(**vars(self.options)), self.size), strict=True))
         # As bm25s lets its matrix be built otherwise; what its tokenizer returns has ids and words.
         self._bm25.build_index_from_ids = lambda **_: matrix
-        self._bm25.nonoccurrence_array = None  # Of other methods than Lucene's.
+        self._bm25.nonoccurrence_array = None  # Lucene's method has none.
         self._bm25.index(types.SimpleNamespace(ids=(), vocab=vocabulary), show_progress=False)
         self.dimension = len(vocabulary) - ("" in vocabulary)  # bm25s adds "", which no text has.
 
