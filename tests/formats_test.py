@@ -1,6 +1,9 @@
 """What older versions wrote is read as the present one has it."""
 
+import dataclasses
 import json
+import pathlib
+import re
 import tarfile
 
 import pytest
@@ -13,6 +16,7 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.runtime import formats
 from tests.configs_test import flatten
 from tests.recorded_test import STOPPED
+from train.policy import policy_settings
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,55 @@ def test_a_setting_that_is_new_or_renamed(recorded, monkeypatch):
     before["config"]["dpo"]["chunk"] = 64
     other = read_config(formats.translated(before))
     assert hash_json(formats.identity_of("dpo", other.dpo)) != identity
+
+
+def identified():
+    """The sections whose settings checkpoints are told apart by."""
+    train = pathlib.Path(__file__).parent.parent / "train"
+    texts = (path.read_text() for path in sorted(train.glob("*.py")))
+    return sorted({name for text in texts for name in re.findall(r'identity_of\("(\w+)"', text)})
+
+
+def grown(settings, value):
+    """A section with a field more."""
+    fields = {"bases": (type(settings),), "frozen": True, "kw_only": True}
+    kind = dataclasses.make_dataclass("Grown", [("another", int)], **fields)
+    return kind(**vars(settings), another=value)
+
+
+@pytest.mark.parametrize("section", identified())
+def test_a_setting_that_comes_to_be_changes_no_identity(section, monkeypatch):
+    settings = getattr(read_config(base.get_config()), section)
+    before = formats.identity_of(section, settings)
+    new = {f"{section}.another": 3, "contrastive.lora.another": 3}
+    monkeypatch.setattr(formats, "ABSENT", {**formats.ABSENT, **new})
+    assert formats.identity_of(section, settings) == before
+    assert formats.identity_of(section, grown(settings, 3)) == before
+    assert formats.identity_of(section, grown(settings, 4)) == {**before, "another": 4}
+    if section == "contrastive":
+        for lora in (settings.lora, dataclasses.replace(settings.lora, rank=2)):
+            one, two, three = (
+                formats.identity_of(section, dataclasses.replace(settings, lora=adapter))
+                for adapter in (lora, grown(lora, 3), grown(lora, 4))
+            )
+            assert one == two != three
+
+
+def test_on_policy_checkpoints_are_told_apart_as_they_always_were(monkeypatch):
+    config = read_config(base.get_config())
+    given = {"gain": 0.5, "search": "bm25", "functions": ("my.module:f",)}
+    for reward in (config.reward, dataclasses.replace(config.reward, **given)):
+        config = dataclasses.replace(config, reward=reward)
+        rewards = dataclasses.asdict(reward)
+        of_old = hash_json([formats.identity_of("grpo", config.grpo), rewards])
+        assert policy_settings(config) == of_old
+        with monkeypatch.context() as later:
+            later.setattr(formats, "ABSENT", {**formats.ABSENT, "reward.another": 3})
+            same, other = (
+                policy_settings(dataclasses.replace(config, reward=grown(reward, value)))
+                for value in (3, 4)
+            )
+        assert same == of_old != other
 
 
 def test_a_run_from_before_searches_had_options(recorded):

@@ -71,7 +71,7 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
     key = jax.random.key(seed) if drops_out(retriever, step_a) else None
     identity = {
         "model": models.retriever_hash,
-        "settings": hash_json([dataclasses.asdict(own), identity_of("contrastive", settings)]),
+        "settings": hash_json([identity_of("llara", own), identity_of("contrastive", settings)]),
         "pairs": hash_json(pairs),
         "retriever": retriever.identity,
         "steps": steps,

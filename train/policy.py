@@ -136,9 +136,7 @@ def train_policy(
     keep = max(run.config.keep, 2 + settings.watch_steps // settings.save_every)
     identity = {
         "model": models.generator_hash,
-        "settings": hash_json(
-            [identity_of("grpo", settings), dataclasses.asdict(run.config.reward)]
-        ),
+        "settings": policy_settings(run.config),
         "lora": hash_json([lora.rank, lora.alpha, list(lora.targets)]),
         "generator": models.generator.identity,
         "queries": hash_json([*messages]),
@@ -152,6 +150,11 @@ def train_policy(
             return whole(loop.fit(adapter, checkpoints))
         except Collapsed as collapse:
             adapter = loop.after(collapse, adapter, checkpoints)
+
+
+def policy_settings(config: Config) -> str:
+    """Hash of the settings that checkpoints are told apart by, as older ones were."""
+    return hash_json([identity_of("grpo", config.grpo), identity_of("reward", config.reward)])
 
 
 class _Loop:

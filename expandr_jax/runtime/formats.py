@@ -108,6 +108,15 @@ KEPT = ("evaluation.fusion_steps",)
 REPLACED = ("q2a", "csqe")
 # Setting -> its present name.
 RENAMED: dict[str, str] = {"reward.gain_search": "reward.search"}
+# Those of `ABSENT` and `RENAMED` that identities have all the same, by their present names: older
+# than the first checkpoints that are told apart by their section.
+IN_IDENTITIES = frozenset(
+    f"reward.{name}"
+    for name in (
+        "gain", "gain_measure", "search", "length", "length_cache", "format", "format_pattern",
+        "functions", "function_weights", "function_seconds",
+    )
+)  # fmt: skip
 
 
 def translated(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,18 +192,32 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
 def identity_of(section: str, settings: Any) -> dict[str, Any]:
     """The settings of a section that checkpoints are told apart by, as those of older runs were.
 
-    `section` is its name in the config, `settings` the dataclass that it was read into.
+    Settings that have come since are left out where they mean the old behaviour.
+
+    Args:
+        section: Its name in the config.
+        settings: The dataclass that it was read into.
     """
-    values = json.loads(json.dumps(dataclasses.asdict(settings)))
-    for setting, value in ABSENT.items():
-        inside, _, name = setting.rpartition(".")
-        if inside == section and values[name] == value:
-            del values[name]
+    values = _without_absent(section, json.loads(json.dumps(dataclasses.asdict(settings))))
     for old, new in RENAMED.items():
         inside, _, name = new.rpartition(".")
-        if inside == section and name in values:
+        if inside == section and name in values and new not in IN_IDENTITIES:
             values[old.rpartition(".")[2]] = values.pop(name)
     return values
+
+
+def _without_absent(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a section, and those within it, have beside the values of `ABSENT`."""
+    left = {}
+    for name, value in values.items():
+        setting = f"{section}.{name}"
+        absent = ABSENT.get(setting, ...)
+        if isinstance(value, dict):
+            value = _without_absent(setting, value)
+            absent = _without_absent(setting, absent) if isinstance(absent, dict) else absent
+        if value != absent or setting in IN_IDENTITIES:
+            left[name] = value
+    return left
 
 
 def find_setting(config: dict[str, Any], setting: str) -> tuple[dict[str, Any], str]:
