@@ -19,6 +19,7 @@ from expandr_jax.sharding import device_put_rows
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import train_with_dev
 from expandr_jax.training.loop import fit
+from expandr_jax.training.settings import TrainingSettings
 from expandr_jax.training.setup import TrainingSetup
 
 Make = Callable[[int], tuple[Mapping[str, Any], Contents]]
@@ -53,7 +54,7 @@ def train_steps(
     *,
     name: str,
     identity: Mapping[str, Any],
-    settings: Any,
+    settings: TrainingSettings,
     steps: int,
     phase: str | None = None,
     round_: int = 0,

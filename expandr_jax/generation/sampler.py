@@ -14,6 +14,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Completion, Extent, Request
 from expandr_jax.generation.server import ServerEngine
+from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.models.generator import Generator
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -44,7 +45,7 @@ class Sampler:
     params: Any
     weights_hash: str
     mesh: Mesh
-    settings: Any
+    settings: GeneratorSettings
     seed: int
     processes: Processes
     reporter: Reporter
@@ -184,7 +185,7 @@ class Sampler:
         return not self.generator.chat_ids(message, max(self.settings.prompt_buckets))[1]
 
 
-def sampling_memory(settings: Any) -> int:
+def sampling_memory(settings: GeneratorSettings) -> int:
     """Bytes of each device that sampling may take, by the config's section `generator`."""
     if settings.memory_limit:
         return int(settings.memory_limit * 2**30)
@@ -194,7 +195,7 @@ def sampling_memory(settings: Any) -> int:
 
 
 def slots_of_a_process(
-    settings: Any, mesh: Mesh, texts: int | None = None, processes: int | None = None
+    settings: GeneratorSettings, mesh: Mesh, texts: int | None = None, processes: int | None = None
 ) -> int:
     """Slots of a stage in each process; halved while all of its texts fit, so a small one is quick.
 

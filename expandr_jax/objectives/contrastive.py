@@ -10,7 +10,7 @@ all passages are in memory one part at a time.
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,9 @@ from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.query import Normalize, expanded_query
 
+if TYPE_CHECKING:
+    from expandr_jax.objectives.settings import ContrastiveSettings
+
 # Arrays of a batch with a row a query that the loss needs.
 BY_QUERY = ("relevant", "positive_texts", "given", "teacher_scores")
 SCORE_BYTES = 2**28  # Scores that are in memory at once, where there are micro-batches.
@@ -70,7 +73,7 @@ def contrastive_setup(
     mesh: Mesh,
     retriever: Retriever,
     params: Any,
-    settings: Any,
+    settings: "ContrastiveSettings",
     optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
     """Sets step A up, as the config's section `contrastive` has it.

@@ -11,11 +11,12 @@ from expandr_jax.errors import UserError
 from expandr_jax.losses.contrastive import LEARNED_FROM_A_TEACHER, loss_weights
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample
+from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.sharding import batch_divisor
 
 
 def check_contrastive_batch(
-    settings: Any, retriever: Retriever, params: Any, mesh: Mesh, queries: int
+    settings: ContrastiveSettings, retriever: Retriever, params: Any, mesh: Mesh, queries: int
 ) -> None:
     """Refuses sizes that the model, its mesh or the number of training queries do not allow.
 
@@ -48,7 +49,10 @@ def check_contrastive_batch(
 
 
 def check_contrastive_examples(
-    settings: Any, examples: Sequence[ContrastiveExample], samples: int, names: Sequence[str]
+    settings: ContrastiveSettings,
+    examples: Sequence[ContrastiveExample],
+    samples: int,
+    names: Sequence[str],
 ) -> None:
     """Refuses examples, with so many expansions a query, that do not have what step A is to learn.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from expandr_jax.objectives.contrastive_batches import (
     texts_by_kind,
 )
 from expandr_jax.objectives.llm_ql import Corruption
+from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.runtime.telemetry import Contents
 
 MOST_SIZES = 6  # Different sizes of batches in a training: each is a program to compile.
@@ -69,7 +69,7 @@ class ContrastiveBatches:
     """
 
     examples: Sequence[ContrastiveExample]
-    settings: Any
+    settings: ContrastiveSettings
     samples: int
     seed: int
     pad_id: int

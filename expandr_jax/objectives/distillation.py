@@ -21,6 +21,7 @@ from expandr_jax.losses.contrastive import info_nce
 from expandr_jax.losses.distillation import cosine_distance, ranking_kl
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.objectives.settings import DistillSettings
 from expandr_jax.objectives.trained import Frozen, joined, placed, with_frozen_base
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
@@ -33,7 +34,7 @@ Compared = Callable[[np.ndarray, Any], dict[str, np.ndarray]]
 
 
 def distilled_losses(
-    query: jax.Array, batch: Mapping[str, jax.Array], settings: Any
+    query: jax.Array, batch: Mapping[str, jax.Array], settings: DistillSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the student is from its teacher: "targets" [rows, dim] of a batch from `targets_of`.
 
@@ -50,7 +51,7 @@ def distilled_losses(
 
 
 def contrastive_losses(
-    query: jax.Array, batch: Mapping[str, jax.Array], settings: Any
+    query: jax.Array, batch: Mapping[str, jax.Array], settings: DistillSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The control's, which has no teacher: `info_nce` over the documents of a batch's queries.
 
@@ -73,7 +74,7 @@ def distillation_step(
     *,
     retriever: Retriever,
     losses: DistillationLoss,
-    settings: Any,
+    settings: DistillSettings,
     optimizer: optax.GradientTransformation,
     frozen: Frozen = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -97,7 +98,7 @@ def distillation_setup(
     retriever: Retriever,
     params: Any,
     losses: DistillationLoss,
-    settings: Any,
+    settings: DistillSettings,
     optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
     """Sets the training of a query tower up; what is trained of it is as in step A.

@@ -8,7 +8,7 @@ released code learns the document's own tokens, too; here the query's alone are 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from expandr_jax.losses.language import token_log_probs
 from expandr_jax.models.decoder import Decoder, token_positions
 from expandr_jax.models.mask import Mask
 from expandr_jax.models.retriever import Retriever
+
+if TYPE_CHECKING:
+    from expandr_jax.objectives.settings import ContrastiveSettings
 
 # Arrays of a batch that it needs, with a row a query.
 READ = ("corrupted_ids", "positive_mask", "query_ids", "query_mask")
@@ -48,7 +51,7 @@ class Corruption:
         return corrupted
 
 
-def corruption_of(retriever: Retriever, settings: Any) -> Corruption | None:
+def corruption_of(retriever: Retriever, settings: "ContrastiveSettings") -> Corruption | None:
     """How the config's section `contrastive` has documents corrupted; None: nothing reads them.
 
     Raises:

@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from expandr_jax.data.batches import best_lengths, bucket_length
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.generator import Generator
+
+if TYPE_CHECKING:
+    from expandr_jax.objectives.settings import DpoSettings
 
 PADDING, PROMPT = -1, 0  # Segments of a row; its responses are 1, 2 and so on.
 RowSize = tuple[int, int]  # Tokens of a row, and those of them that are its responses'.
@@ -69,7 +72,7 @@ def tokenized(
     generator: Generator,
     prompt: str,
     responses: Sequence[str],
-    settings: Any,
+    settings: "DpoSettings",
     *,
     joined: bool = False,
 ) -> tuple[list[int], list[list[int]], int]:

@@ -16,6 +16,7 @@ from expandr_jax.data.batches import batch_indices, pad
 from expandr_jax.data.triples import Triple
 from expandr_jax.losses.reranking import RERANKING_LOSSES
 from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.objectives.settings import RerankerSettings
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
@@ -28,7 +29,7 @@ def reranking_step(
     key: jax.Array | None = None,
     *,
     module: nn.Module,
-    settings: Any,
+    settings: RerankerSettings,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update: (state, batch of `RerankingBatches`, key) -> (state, metrics).
@@ -57,7 +58,7 @@ def reranking_setup(
     mesh: Mesh,
     module: nn.Module,
     params: Any,
-    settings: Any,
+    settings: RerankerSettings,
     optimizer: optax.GradientTransformation,
 ) -> TrainingSetup:
     """Sets the training up, as the config's section `reranker` has it; `params` may be shapes."""

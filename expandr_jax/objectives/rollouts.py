@@ -19,6 +19,7 @@ from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
 from expandr_jax.generation.requests import Completion, Extent, Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.policy import Sampled, row_sizes_of
+from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.rewards.group import Candidate, Group
 
 PROBES = 12  # Queries that are looked at before, midway and after.
@@ -72,7 +73,7 @@ class Rollouts:
         messages: Mapping[str, str],
         group: Callable[[str], Group],
         score: Score,
-        settings: Any,
+        settings: GrpoSettings,
         first_step: int = 0,
         beside: Beside | None = None,
     ):

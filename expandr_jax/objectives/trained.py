@@ -7,7 +7,7 @@ that costs is two thin products beside each of the adapted ones.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ from expandr_jax.models.pooling import dense_name
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.trees import model_shardings
 
+if TYPE_CHECKING:
+    from expandr_jax.objectives.settings import ContrastiveSettings
+
 Frozen = tuple[Mapping[str, Any], ...]  # The base where an adapter is trained; else nothing.
 
 
-def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
+def training_retriever(retriever: Retriever, settings: "ContrastiveSettings") -> Retriever:
     """The retriever as the config's section `contrastive` trains it.
 
     What is trained stays float32. Where that is an adapter with dropout of its own, the module's
@@ -35,13 +38,13 @@ def training_retriever(retriever: Retriever, settings: Any) -> Retriever:
     return dataclasses.replace(retriever, module=module)
 
 
-def drops_out(retriever: Retriever, settings: Any) -> bool:
+def drops_out(retriever: Retriever, settings: "ContrastiveSettings") -> bool:
     """Whether anything is dropped in training."""
     lora = retriever.module.lora
     return settings.dropout or (lora is not None and lora.dropout > 0)
 
 
-def with_temperature(params: Any, settings: Any) -> Any:
+def with_temperature(params: Any, settings: "ContrastiveSettings") -> Any:
     """What is trained: the retriever's parameters; where the temperature is learned as well,
     {"retriever": these, "log_temperature": scalar}."""
     if not settings.learn_temperature:
@@ -49,7 +52,7 @@ def with_temperature(params: Any, settings: Any) -> Any:
     return {"retriever": params, "log_temperature": jnp.log(jnp.float32(settings.temperature))}
 
 
-def split_temperature(params: Any, settings: Any) -> tuple[Any, jax.Array | None]:
+def split_temperature(params: Any, settings: "ContrastiveSettings") -> tuple[Any, jax.Array | None]:
     """The retriever's parameters and the logarithm of the temperature, None where it is fixed."""
     if not settings.learn_temperature:
         return params, None

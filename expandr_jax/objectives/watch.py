@@ -1,7 +1,8 @@
 """Whether on-policy training has collapsed: what users of others find out from worthless texts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+
+from expandr_jax.objectives.settings import GrpoSettings
 
 START = 5  # Steps at the beginning whose mean is what later ones are compared with.
 # Metrics of a step that the watch looks at.
@@ -10,7 +11,7 @@ WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation")
 StepMetrics = Mapping[str, float]
 
 
-def collapsed(rows: Sequence[StepMetrics], settings: Any) -> str | None:
+def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None:
     """Why training has collapsed, or None.
 
     A limit counts where each of the last `watch_steps` steps was beyond it: single steps are noisy.

@@ -9,6 +9,7 @@ import numpy as np
 
 from expandr_jax.expansion.expand import Expander, by_sample
 from expandr_jax.expansion.prompts import strip_lead_in
+from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import Ask
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.engine import Engine
@@ -27,7 +28,7 @@ class SlotSampler:
         slots: How many the larger engine has, about: a multiple of the devices'.
     """
 
-    def __init__(self, sampler: Sampler, settings: Any, slots: int):
+    def __init__(self, sampler: Sampler, settings: ExpansionSettings, slots: int):
         self.sampler, self._settings = sampler, settings
         divisor = batch_divisor(sampler.mesh)
         most = -(-slots // divisor) * divisor
