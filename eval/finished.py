@@ -233,7 +233,15 @@ class Finished:
         def words() -> Index:
             return kept_bm25(self.workdir / "work", corpus.values(), write=False)
 
-        return make_expander(config, sampler, corpus, words, self._dense(pair, corpus))
+        return make_expander(
+            config.expansion,
+            sampler,
+            corpus,
+            words,
+            self._dense(pair, corpus),
+            most_characters=config.answer.max_characters,
+            drop_identical_ids=config.evaluation.drop_identical_ids,
+        )
 
     def _dense(self, pair: Pair, corpus: Documents) -> SearchTexts:
         """Searches the run's documents by vectors."""

@@ -187,12 +187,14 @@ class SetRanker:
     def _write(self, name: str, split: str = "") -> Expansions:
         config = self._run.config
         expander = make_expander(
-            config,
+            config.expansion,
             self._models.sampler,
             self._collection.corpus,
             lambda: self._bm25(None),
             lambda *asked: self._dense(UNTRAINED, None).find(*asked),
-            self._collection.excluded,
+            most_characters=config.answer.max_characters,
+            drop_identical_ids=config.evaluation.drop_identical_ids,
+            excluded=self._collection.excluded,
         )
         chosen = expander.strategy if name == EXPANSION else STRATEGIES[name]
         expander = dataclasses.replace(expander, strategy=chosen)

@@ -144,11 +144,10 @@ def test_no_stage_sees_an_excluded_document(name, monkeypatch):
 def test_the_generator_is_not_shown_an_excluded_document():
     corpus = {"d1": "cat", "d2": "cat sat", "d3": "cat sat down", "d4": "cat sat down there"}
     index = Bm25Index(corpus.values())
-    config = smoke.get_config()
-    config.evaluation.depth = 2
     search = make_expander(
-        config, None, corpus, lambda: index, None, {"q": ("d1", "d3", "unknown")}
-    ).search
+        smoke.get_config().expansion, None, corpus, lambda: index, None,
+        most_characters=100, drop_identical_ids=False, excluded={"q": ("d1", "d3", "unknown")},
+    ).search  # fmt: skip
     found = search(Search(), {"q": "cat", "p": "cat"}, 2)
     assert found == {"q": ["cat sat", "cat sat down there"], "p": ["cat", "cat sat"]}
 

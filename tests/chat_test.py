@@ -203,7 +203,7 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
     (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
     own = dataclasses.replace(generator, today=datetime.date.today())  # `end_id` is the template's.
     section = types.SimpleNamespace(prompt_length=10**6, response_length=10**6, on_bad_pair="error")
-    rows, _ = read_pairs(path, own, types.SimpleNamespace(dpo=section), own=False)
+    rows, _ = read_pairs(path, own, section, None, 0.0, own=False)
     ((found,), cut) = tokenize_pairs(own, rows, section)
     # As in TRL's DPOTrainer, which has it in a closure.
     prompt, *whole = (
@@ -236,7 +236,7 @@ def test_prompts_that_are_text_begin_as_the_tokenizer_has_it(generator, tmp_path
     for prompt in ("Q: a query\nA:", f"{start}user\na query"):
         row = {"prompt": prompt, "chosen": " good", "rejected": " bad"}
         (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
-        rows, _ = read_pairs(path, own, types.SimpleNamespace(dpo=section), own=False)
+        rows, _ = read_pairs(path, own, section, None, 0.0, own=False)
         ((found,), _) = tokenize_pairs(own, rows, section)
         # Of a prompt that has the token, TRL's ids begin with it twice.
         twice = starts and prompt.startswith(start)

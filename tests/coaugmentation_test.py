@@ -144,7 +144,8 @@ def test_a_step_s_texts_are_rewarded_by_their_searches(search):
         read_config(coaug.get_config()), {"reward.search": search, "grpo.documents": 2}
     )
     run = types.SimpleNamespace(config=config, processes=Processes())
-    score = score_together(run, Encoder(), data())
+    texts_of_documents = data().collection.corpus.values()
+    score = score_together(run, Encoder(), data(), lambda: Bm25Index(texts_of_documents))
     beside = documents_beside(run, types.SimpleNamespace(fits=lambda _: True), data())
     names = beside.draw(["a", "b"], 3)
     assert len(names) == len({*names}) == 4

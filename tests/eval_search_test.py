@@ -47,7 +47,7 @@ def test_it_samples_as_the_run_s_evaluation_did(smoke):
     settings = config.expansion
     requests = [
         Request(
-            f"evaluation/{row['query_id']}", row["sample"], expansion_text(config, row["query"]),
+            f"evaluation/{row['query_id']}", row["sample"], expansion_text(settings, row["query"]),
             settings.temperature, **drawing(settings),
         )
         for row in rows

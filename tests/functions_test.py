@@ -18,7 +18,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.report.run_report import write_report
-from expandr_jax.rewards.evidence import Evidence, RewardContext
+from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.functions import RewardFunction, function_rewards, load_functions
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import score_groups
@@ -27,6 +27,7 @@ from tests.commands import start
 from tests.house_test import PRODUCT, sources
 from train.export import export_one
 from train.preferences import run_functions
+from train.scores import RewardTools, reward_context
 
 IDS = ["q0", "q1"]
 TEXTS = [["a", "bb", "ccc"], ["dddd", "", "ee"]]
@@ -73,10 +74,9 @@ def test_it_gets_queries_texts_and_judgements_and_its_numbers_count_with_their_w
         "c", {f"d{i}": "text" for i in range(9)}, dict(zip(IDS, ["first", "second"], strict=True)),
         {"train": dict(zip(IDS, JUDGED, strict=True))},
     )  # fmt: skip
-    loaded = load_functions(config.reward.functions)
-    context = RewardContext(
-        config, TrainingData(collection, [], IDS), None, IDS, 8, functions=loaded
-    )
+    tools = RewardTools(lambda: None, load_functions(config.reward.functions))
+    data = TrainingData(collection, [], IDS)
+    context = reward_context(config, tools, data, None, IDS, 8, 0)
     groups = [
         Group(query, collection.queries[query], "d3", "", [*map(Candidate, own)])
         for query, own in zip(IDS, TEXTS, strict=True)

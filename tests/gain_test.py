@@ -10,12 +10,14 @@ from configs import base
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.rewards.evidence import Evidence, RewardContext
+from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import needs_vectors, reward_groups, score_groups
 from expandr_jax.rewards.search import SEARCH_MEASURES
 from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
+from expandr_jax.search import Bm25Index
 from expandr_jax.vectors.corpus import Corpus
+from train.scores import RewardTools, reward_context
 
 ANSWERS = {"axis norm": ("no such", "Loss,  matrix!"), "loss shape": ("(tensor) norm",)}
 WORDS = ["axis", "norm", "loss", "array", "scalar", "matrix", "tensor", "shape"]
@@ -40,7 +42,8 @@ def make_evidence(config, documents, qrels, texts, queries, candidates):
     vectors = np.array([vector for _, vector in documents.values()], np.float32)
     corpus = Corpus(list(documents), vectors, dataclasses.replace(config.search, backend="exact"))
     queries, candidates = (np.array(x, np.float32) for x in (queries, candidates))
-    context = RewardContext(config, data, corpus, list(texts), 100)
+    tools = RewardTools(lambda: Bm25Index(collection.corpus.values()))
+    context = reward_context(config, tools, data, corpus, list(texts), 100, 0)
     return Evidence(context, groups, queries, candidates, queries)
 
 
@@ -202,7 +205,7 @@ def test_what_has_a_weight_is_all_that_is_computed(arguments):
     words = make_config(**{**weights, "positive": 0.0}, search="bm25")
     assert needs_vectors(make_config(**weights).reward)
     assert not needs_vectors(words.reward)
-    context = dataclasses.replace(evidence.context, config=words)
+    context = dataclasses.replace(evidence.context, settings=words.reward)
     expected = score_groups(dataclasses.replace(evidence, context=context))
     found = score_groups(Evidence(dataclasses.replace(context, corpus=None), evidence.groups))
     assert [g.to_row()["candidates"][0]["reward_terms"] for g in found] == [

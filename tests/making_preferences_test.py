@@ -20,12 +20,13 @@ from expandr_jax.rewards import evidence, registry
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import ExactOptions, ScannOptions, build_index
+from expandr_jax.search import Bm25Index, ExactOptions, ScannOptions, kept_bm25
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
-from train import preferences
-from train.encoding import run_retriever
+from train import encoding, preferences
+from train.encoding import run_retriever, run_words
 from train.preferences import self_answers
+from train.scores import RewardTools
 
 IDS = [f"d{i}" for i in range(20)]
 QUERIES = {"q0": "first", "q1": "second", **{f"q{i}": f"query {i}" for i in range(2, 8)}}
@@ -69,11 +70,13 @@ def make(tmp_path, monkeypatch):
     retriever.__dict__["corpus"] = corpus
     generator = types.SimpleNamespace(chat_text=lambda text: text)
 
-    expander = make_expander(config, None, texts_of_documents, None, None)
+    limits = {"most_characters": 100, "drop_identical_ids": False}
+    expander = make_expander(config.expansion, None, texts_of_documents, None, None, **limits)
 
     def make_preferences(*functions):
+        tools = RewardTools(run_words(run, texts_of_documents), functions)
         return preferences.make_preferences(
-            run, generator, expander, None, retriever, data, "round-0", functions
+            run, generator, expander, None, retriever, data, "round-0", tools
         )
 
     yield make_preferences, run
@@ -153,13 +156,15 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
         return [[*map(rounded, lines)] for lines in found]
 
     whole = written()
-    encoded, built, real = [], [], Encoder.encode
+    encoded, opened, real = [], [], Encoder.encode
     monkeypatch.setattr(
         Encoder, "encode", lambda self, p, t, *a: encoded.append(len(t)) or real(self, p, t, *a)
     )
     monkeypatch.setattr(
-        "expandr_jax.rewards.evidence.build_index", lambda *a: built.append(a) or build_index(*a)
+        encoding, "kept_bm25", lambda *a, **how: opened.append(a) or kept_bm25(*a, **how)
     )
+    # What the run keeps is opened, and not made again.
+    monkeypatch.setattr(Bm25Index, "__init__", None)
     monkeypatch.setattr(preferences, "queries_at_once", lambda candidates: size)
     programs = evidence._normalized._cache_size()
     assert written() == whole
@@ -167,7 +172,7 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
     assert evidence._normalized._cache_size() <= programs + 2
     candidates = len(run.config.candidates.all_temperatures)
     assert max(encoded) == size * (candidates + 1)
-    assert len(built) == 1  # BM25's index is for all blocks.
+    assert len(opened) == 1  # BM25's index is for all blocks.
 
 
 def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):
@@ -201,7 +206,10 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         run.config = with_settings(run.config, given)
     collection = Collection("c", {"d3": "a", "d5": "b"}, QUERIES, {"train": {"q0": {"d3": 1}}})
     data = TrainingData(collection, [], ["q0"])
-    expander = make_expander(run.config, sampler, collection.corpus, None, None)
+    expander = make_expander(
+        run.config.expansion, sampler, collection.corpus, None, None,
+        most_characters=100, drop_identical_ids=False,
+    )  # fmt: skip
     preferences._sample_candidates(run, expander, None, data, "round-0")
     preferences.self_answers(run, None, None, data, "round-0")
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))

@@ -20,7 +20,7 @@ from expandr_jax.weights.hf import load_generator
 from tests.commands import command, error_of
 from tests.listwise_test import WORDS, write_set
 from train.export import export_one
-from train.generator import train_adapter
+from train.generator import read_rows, train_adapter
 from train.orders import make_orders
 
 QUIET = Console(quiet=True)
@@ -121,7 +121,7 @@ def test_the_file_is_read_whole_by_what_trains(tmp_path, step_b):
     config.step_b = step_b
     config, generator = read_config(config), load_generator(str(smoke.MODELS / "tiny-llama"))[0]
     objective = OBJECTIVES["reward-sft" if step_b != "dpo" else "sigmoid"]
-    rows, dropped = objective.read(to, generator, config, own=False)
+    rows, dropped = read_rows(objective, config, to, generator, own=False)
     assert (len(rows), dropped) == (24, {})
     examples, cut = objective.tokenize(generator, rows, config.dpo)
     assert (len(examples), cut) == (24, 0)  # Of candidates the better ones alone.

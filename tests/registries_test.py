@@ -27,7 +27,7 @@ from expandr_jax.objectives.packing import Example, pack
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.ranking.rerank import RERANKERS, RerankSettings
 from expandr_jax.ranking.stages import FEEDBACKS, FUSIONS, WEIGHINGS, WORD_FEEDBACKS
-from expandr_jax.rewards.evidence import Evidence, RewardContext
+from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import REWARDS
 from expandr_jax.search import Bm25Index
@@ -35,6 +35,7 @@ from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.weights.families import BY_TYPE, model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.load import leaf_shapes
+from train.scores import RewardTools, reward_context
 
 POLICY = np.array([[-10.0, -9.0], [-3.0, -5.0], [-2.0, -2.0]], np.float32)
 REFERENCE = np.array([[-12.0, -8.0], [-4.0, -3.0], [-2.0, -2.0]], np.float32)
@@ -179,8 +180,10 @@ def evidence(texts, vectors):
     candidates = [Candidate(text, length=LENGTHS[text]) for text in texts]
     group = Group("q", "axis", "d2", "an answer", candidates)
     data = TrainingData(collection, [], ["q"])
+    tools = RewardTools(lambda: Bm25Index(collection.corpus.values()))
+    most = config.candidates.max_new_tokens
     return Evidence(
-        RewardContext(config, data, corpus, ["q"], 100, config.candidates.max_new_tokens), [group],
+        reward_context(config, tools, data, corpus, ["q"], 100, most), [group],
         queries=np.array([[1.0, 0.0]], np.float32),
         candidates=np.array([vectors], np.float32),
         answers=np.array([[0.6, 0.8]], np.float32),

@@ -237,8 +237,8 @@ def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_pa
     file = tmp_path / "candidates.jsonl"
     write_jsonl(file, rows)
     config = make_config(file)
-    config.reward.threshold = 0.6
-    kept, dropped = read_rewarded(file, tiny[0], config, own=True)
+    sections = config.dpo, config.expansion
+    kept, dropped = read_rewarded(file, tiny[0], *sections, 0.6, own=True)
     assert [group.query for group in kept] == ["kept"]
     assert kept[0].prompt == tiny[0].chat_text("kept?")
     assert dropped == {"below the similarity threshold": 1, "nothing preferred": 2, "empty": 1}

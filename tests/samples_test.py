@@ -1,5 +1,6 @@
 """What fresh samples are worth, one by one, and the table of several runs that tests them."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from scipy import stats
 from configs import base
 from eval import seeds
 from expandr_jax import metrics
-from expandr_jax.config import read_config, with_settings
+from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -50,7 +51,8 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
         for split, judged in QRELS.items()
     }
     encoded["test"].present[0, 1] = False
-    rows = sample_rows(config, "expandr", corpus, data, encoded)
+    how = config.reward, config.evaluation
+    rows = sample_rows("expandr", corpus, data, encoded, *how)
     assert [(r["query_id"], r["sample"]) for r in rows] == [(q, i) for q in "abc" for i in range(3)]
     for row in rows:
         part, sample = encoded[row["split"]], row["sample"]
@@ -69,8 +71,8 @@ def test_samples_are_ranked_alone_and_rewarded_with_their_query():
         assert row[REWARD] == pytest.approx(share / np.exp(np.array(found) / 0.1).sum(), rel=1e-4)
     means = mean_by_query(rows, "expandr", "test", RANK)
     assert means == {"b": pytest.approx(np.mean([r[RANK] for r in rows[3:6]])), "c": 0.0}
-    config = with_settings(config, {"reward.corpus": 0.0})
-    rows = sample_rows(config, "expandr", corpus, data, encoded)
+    how = dataclasses.replace(config.reward, corpus=0.0), config.evaluation
+    rows = sample_rows("expandr", corpus, data, encoded, *how)
     assert REWARD not in rows[0]
     assert mean_by_query(rows, "expandr", "test", REWARD) == {}
 

@@ -56,6 +56,12 @@ def corpus_reward(config, index, fused, judged):
     return measure_searches(search, judged, fused.shape[1], *how)
 
 
+def group(config, vectors, fused, judged):
+    """The reward `group`."""
+    sizes = {"sets": config.reward.group_sets, "size": config.reward.group_size}
+    return group_reward(vectors, fused, judged, seed=config.seed, **sizes)
+
+
 def make_config(**reward):
     config = base.get_config()
     config.reward.update(reward)
@@ -119,7 +125,7 @@ def test_documents_that_evaluation_leaves_out_count_in_no_reward(vectors):
                     expected = plain(measure, order, grades, scores)
                     np.testing.assert_allclose(found[q, c], expected, rtol=1e-5)
     config = make_config(group_size=1000, group_sets=1)
-    sets = group_reward(config, corpus, x, judged)
+    sets = group(config, corpus, x, judged)
     documents = corpus[[*np.delete(rows, [38, 3]), 40, 3]]  # Without rows 40 and 3, which are last.
     order = np.argsort(-(documents @ x[0, 1]), kind="stable").tolist()[:10]
     expected = plain("ndcg", order, {45: 2, 46: 1}, None)
@@ -166,25 +172,23 @@ def test_the_corpus_reward_is_the_same_whatever_is_in_memory_at_once(
 def test_the_group_reward_depends_on_seed_and_query_alone(vectors, judged):
     corpus, x = vectors[:49], fused(vectors)
     config = make_config(group_size=20, group_sets=3)
-    found = group_reward(config, corpus, x, judged)
+    found = group(config, corpus, x, judged)
     assert found.shape == (2, 4)
     assert ((found >= 0) & (found <= 1)).all()
-    np.testing.assert_array_equal(group_reward(config, corpus, x, judged), found)
+    np.testing.assert_array_equal(group(config, corpus, x, judged), found)
     order = [2, 0, 3, 1]
-    np.testing.assert_array_equal(
-        group_reward(config, corpus, x[:, order], judged), found[:, order]
-    )
+    np.testing.assert_array_equal(group(config, corpus, x[:, order], judged), found[:, order])
     alone = dataclasses.replace(
         judged, **{f.name: getattr(judged, f.name)[1:] for f in dataclasses.fields(judged)}
     )
-    np.testing.assert_array_equal(group_reward(config, corpus, x[1:], alone), found[1:])
+    np.testing.assert_array_equal(group(config, corpus, x[1:], alone), found[1:])
     config.seed = 1
-    assert (group_reward(config, corpus, x, judged) != found).any()
+    assert (group(config, corpus, x, judged) != found).any()
 
 
 def test_a_group_of_the_whole_corpus_gives_its_ndcg(vectors, judged):
     corpus, x = vectors[:49], fused(vectors)
-    found = group_reward(make_config(group_size=1000, group_sets=2), corpus, x, judged)
+    found = group(make_config(group_size=1000, group_sets=2), corpus, x, judged)
     for q in range(2):
         for c in range(4):
             scores = corpus @ x[q, c]

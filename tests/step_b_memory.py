@@ -32,9 +32,10 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactOptions, ScannOptions
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
-from train.encoding import run_retriever
+from train.encoding import run_retriever, run_words
 from train.expansions import training_expansions
 from train.preferences import make_preferences
+from train.scores import RewardTools
 
 DOCUMENTS, WIDTH, CHARACTERS, CANDIDATES = 1000, 256, 1000, 8
 
@@ -86,13 +87,17 @@ def measure(count: int, directory: str) -> dict[str, float]:
     )
     Sampler.engine = lambda self, adapter, extent: Engine()
     sampled.COMPLETIONS_PER_WRITE = 2048  # A disk is not what is measured.
-    expander = make_expander(config, sampler, documents, None, None)
+    expander = make_expander(
+        config.expansion, sampler, documents, None, None,
+        most_characters=config.answer.max_characters, drop_identical_ids=False,
+    )  # fmt: skip
+    tools = RewardTools(run_words(run, documents))
     stages = (
         ("expansions", functools.partial(training_expansions, run, data, expander, None, 0)),
         (
             "rewards",
             functools.partial(
-                make_preferences, run, generator, expander, None, retriever, data, "round-0"
+                make_preferences, run, generator, expander, None, retriever, data, "round-0", tools
             ),
         ),
     )
@@ -104,7 +109,7 @@ def measure(count: int, directory: str) -> dict[str, float]:
             [*few],
         )
         training_expansions(run, small, expander, None, 1)
-        make_preferences(run, generator, expander, None, retriever, small, "round-1")
+        make_preferences(run, generator, expander, None, retriever, small, "round-1", tools)
     start = psutil.Process().memory_info().rss
     for name, stage in stages:
         with run.phase(name):

@@ -264,13 +264,18 @@ def test_a_search_sees_the_texts_so_far_and_may_pass_over_what_was_shown():
     ]
 
 
+def passages_of(corpus, index, drop_identical_ids=False):
+    return make_expander(
+        smoke.get_config().expansion, None, corpus, lambda: index, None,
+        most_characters=100, drop_identical_ids=drop_identical_ids,
+    ).search  # fmt: skip
+
+
 def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
     corpus = {"q": "the cat sat", "d1": "a dog ran", "d2": "the cat ran", "d3": "cat cat"}
     index = Bm25Index(list(corpus.values()))
     for drop, expected in ((False, {"q", "d2", "d3"}), (True, {"d2", "d3"})):
-        config = smoke.get_config()
-        config.evaluation.drop_identical_ids = drop
-        search = make_expander(config, None, corpus, lambda: index, None).search
+        search = passages_of(corpus, index, drop)
         found = search(Search(), {"q": "cat", "p": "bird"}, 10)
         assert {*found["q"]} == {corpus[document] for document in expected}
         assert found["p"] == []  # No word in common.
@@ -282,10 +287,7 @@ def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
 
 def test_ten_passages_are_shown_however_few_a_ranking_has():
     corpus = {f"d{i}": f"cat {i}" for i in range(15)}
-    config = smoke.get_config()
-    config.evaluation.depth = 3
-    index = Bm25Index(corpus.values())
-    search = make_expander(config, None, corpus, lambda: index, None).search
+    search = passages_of(corpus, Bm25Index(corpus.values()))
     assert len(search(Search(), {"q": "cat"}, Search().depth)["q"]) == 10
 
 

@@ -1,14 +1,13 @@
 """On-policy training of texts for queries and documents together: what is asked, and rewards."""
 
 import dataclasses
-import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from expandr_jax.data.documents import ids_of, texts_of
+from expandr_jax.data.documents import ids_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.sampled import MadeWhenAsked
@@ -16,6 +15,7 @@ from expandr_jax.expansion.strategies import SEPARATOR, STRATEGIES, document_mes
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.rollouts import Beside, Score
+from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.rewards.coaugmentation import (
     coaugmentation_rewards,
     draw_documents,
@@ -23,7 +23,7 @@ from expandr_jax.rewards.coaugmentation import (
 )
 from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import build_index
+from expandr_jax.search import Bm25Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import fuse_each
 
@@ -31,7 +31,7 @@ DOCUMENT = "document/"  # A document's name begins with it; a query's must not.
 PROBE = 2**31  # What the probe draws by: no step has this number.
 
 
-def check_documents(settings: Any, data: TrainingData) -> None:
+def check_documents(settings: GrpoSettings, data: TrainingData) -> None:
     """Refuses `grpo.documents` that the collection cannot give, or cannot be told from queries."""
     documents, corpus = settings.queries * settings.documents, data.collection.corpus
     if documents > len(corpus):
@@ -85,14 +85,16 @@ def document_group(data: TrainingData, name: str) -> Group:
     return Group(name, data.collection.corpus[document], document, "", [])
 
 
-def score_together(run: Run, retriever: CorpusRetriever, data: TrainingData) -> Score:
+def score_together(
+    run: Run, retriever: CorpusRetriever, data: TrainingData, words: Callable[[], Bm25Index]
+) -> Score:
     """What rewards the texts of a step's queries and documents; all processes call it together.
 
     A query is searched for as the strategy's authors have it, and a document found by its text
-    followed by what was written for it: as `eval.beir` ranks dense@d2e+q2e.
+    followed by what was written for it: as `eval.beir` ranks dense@d2e+q2e. `words` gives BM25's
+    index of the corpus.
     """
     config = run.config
-    index = functools.cache(lambda: build_index(texts_of(data.collection.corpus), "bm25"))
 
     def encoded(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
         """[queries, texts, documents, versions] products of their vectors, in each process."""
@@ -118,11 +120,11 @@ def score_together(run: Run, retriever: CorpusRetriever, data: TrainingData) -> 
         found = retriever.encode([t for g in documents for t in _expanded(g)], "document")
         return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
 
-    def words(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
+    def by_words(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
         """The same of BM25's scores, in process 0."""
         sparse = STRATEGIES[config.expansion.strategy].sparse
         asked = [sparse(g.query, [text] if text else []) for g in queries for text in g.texts]
-        scores = index().score_texts(asked, [text for g in documents for text in _expanded(g)])
+        scores = words().score_texts(asked, [text for g in documents for text in _expanded(g)])
         return scores.reshape(len(queries), -1, len(documents), len(documents[0].candidates))
 
     def score(groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
@@ -133,7 +135,7 @@ def score_together(run: Run, retriever: CorpusRetriever, data: TrainingData) -> 
         between = time.perf_counter()
 
         def rewards() -> list[Any]:
-            scores = words(queries, documents) if vectors is None else vectors
+            scores = by_words(queries, documents) if vectors is None else vectors
             grades = _grades(data, queries, documents)
             names = hash_json([group.query_id for group in groups])
             sizes = len(documents), scores.shape[3], config.reward.group_sets

@@ -12,12 +12,11 @@ from expandr_jax.expansion.expand import Expander, requests_of
 from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.pair import GeneratorModel
-from expandr_jax.rewards.functions import RewardFunction
-from expandr_jax.rewards.group import Candidate, Group
+from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.preferences import best_groups
-from train.scores import make_score
+from train.preferences import best_groups, sampled_candidates
+from train.scores import RewardTools, make_score
 
 PLACE = "demonstrations"  # Its files in the workdir.
 CHOSEN_PROMPTS = f"{PLACE}/prompts.jsonl"
@@ -29,7 +28,7 @@ def with_demonstrations(
     expander: Expander,
     retriever: CorpusRetriever,
     data: TrainingData,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> Expander:
     """The expander with the prompts that candidates are sampled with, if the config wants any.
 
@@ -45,7 +44,7 @@ def with_demonstrations(
         return expander
     if not run.checksums.intact(CHOSEN_PROMPTS):
         with run.phase("examples for prompts"):
-            _choose(run, models, expander, retriever, data, functions)
+            _choose(run, models, expander, retriever, data, tools)
     rows = [row for _, row in read_jsonl(run.path(CHOSEN_PROMPTS), {}) if row["chosen"]]
     return dataclasses.replace(
         expander, examples=tuple(tuple(Demonstration(**e) for e in row["examples"]) for row in rows)
@@ -58,7 +57,7 @@ def _choose(
     expander: Expander,
     retriever: CorpusRetriever,
     data: TrainingData,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> None:
     settings, collection = run.config.demonstrations, data.collection
     dev = limit_queries([*collection.qrels["dev"]], settings.queries)
@@ -66,7 +65,7 @@ def _choose(
         raise UserError("demonstrations.prompts: there are no dev queries to choose prompts on")
     own = limit_queries(data.generator_train, settings.queries)
     some = dataclasses.replace(data, generator_train=own)
-    best, total = best_groups(run, models.generator, expander, retriever, some, PLACE, functions)
+    best, total = best_groups(run, models.generator, expander, retriever, some, PLACE, tools)
     pool = [Demonstration(g.query_id, g.query, g.candidates[0].text) for g in best]
     if not pool:
         raise UserError(
@@ -75,7 +74,7 @@ def _choose(
         )
     draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)
     rewards = _rewards(
-        run, dataclasses.replace(expander, examples=draws), retriever, data, dev, functions
+        run, dataclasses.replace(expander, examples=draws), retriever, data, dev, tools
     )
     chosen = best_draws(rewards, settings.prompts)
     rows = [
@@ -102,32 +101,27 @@ def _rewards(
     retriever: CorpusRetriever,
     data: TrainingData,
     dev: Sequence[str],
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> np.ndarray:
     """[queries, prompts] what a text of each of the expander's prompts is worth for dev queries."""
     config, count = run.config, len(expander.examples)
     queries: Mapping[str, str] = {query: data.collection.queries[query] for query in dev}
-    temperature = config.candidates.temperatures[0]
-    requests = requests_of(config.candidates, queries, [temperature] * count)
+    temperatures = [config.candidates.temperatures[0]] * count
+    requests = requests_of(config.candidates, queries, temperatures)
     requests = expander.shown(queries, requests)
     texts = sample_texts(
         expander.sampler, None, requests, path=run.path("work", PLACE, "dev.jsonl"),
         purpose=f"{PLACE}, dev",
     )  # fmt: skip
 
-    def candidate(query: str, number: int) -> Candidate:
-        row = texts.row((query, number))
-        known = {"length": row["tokens"], "finished": row["finished"]}
-        return Candidate(texts[query, number], temperature, **known)
-
     groups = [
         Group(
             query, queries[query], data.positives(query, "dev")[0], "",
-            [candidate(query, number) for number in range(count)],
+            sampled_candidates(texts, query, temperatures, config.reward),
         )
         for query in dev
     ]  # fmt: skip
     most = config.candidates.max_new_tokens
-    score = make_score(run, retriever, data, dev, functions, len(dev), most, split="dev")
+    score = make_score(run, retriever, data, dev, tools, len(dev), most, split="dev")
     rewarded, _ = score(groups)
     return np.array([[c.total for c in group.candidates] for group in rewarded])

@@ -6,7 +6,7 @@ from typing import Any
 
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import Index, kept_bm25
+from expandr_jax.search import Bm25Index, kept_bm25
 from expandr_jax.vectors.corpus import CorpusRetriever
 
 
@@ -29,7 +29,7 @@ def run_retriever(
     )
 
 
-def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> Callable[[], Index]:
+def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> Callable[[], Bm25Index]:
     """Gives BM25's index of a corpus, id -> text, opened or made when it is first called.
 
     It is kept under work/, and there in `folder`: "tests/NAME" for a further collection.

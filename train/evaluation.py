@@ -190,7 +190,8 @@ def evaluate(
                     if run.processes.is_main:
                         here, name = retriever(OURS).corpus, system.name
                         samples = [row for row in samples if row["system"] != name]
-                        samples += sample_rows(run.config, name, here, data, encoded)
+                        sections = run.config.reward, run.config.evaluation
+                        samples += sample_rows(name, here, data, encoded, *sections)
                 advance(1)
         told_alone = bool(run.config.figret.rank)
         by_words = rankers["test"].rank(parse_system(BM25)) if told_alone else {}

@@ -43,8 +43,17 @@ def run_expander(
         return bm25()
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
-    collection = data.collection
-    return make_expander(run.config, sampler, collection.corpus, words, dense, collection.excluded)
+    config, collection = run.config, data.collection
+    return make_expander(
+        config.expansion,
+        sampler,
+        collection.corpus,
+        words,
+        dense,
+        most_characters=config.answer.max_characters,
+        drop_identical_ids=config.evaluation.drop_identical_ids,
+        excluded=collection.excluded,
+    )
 
 
 def training_expansions(

@@ -258,11 +258,19 @@ def train_adapter(
     return directory
 
 
+def read_rows(
+    objective: Objective, config: Config, path: pathlib.Path, generator: Generator, *, own: bool
+) -> tuple[list[Any], dict[str, int]]:
+    """What an objective reads of a file, and what it leaves out: `Objective.read`."""
+    threshold = config.reward.threshold
+    return objective.read(path, generator, config.dpo, config.expansion, threshold, own=own)
+
+
 def _read(run: Run, generator: Generator, own: bool) -> list[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
     path, objective = pathlib.Path(config.data.path), config.objective
-    rows, dropped = objective.read(path, generator, config, own=own)
+    rows, dropped = read_rows(objective, config, path, generator, own=own)
     run.reporter.say(objective.counted(len(rows), dropped))
     if not rows:
         raise UserError(f"{path}: has nothing to train on")

@@ -35,7 +35,6 @@ from expandr_jax.ranking.systems import (
 )
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
-from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
@@ -52,12 +51,13 @@ from train.evaluation import (
 from train.expansions import run_expander, training_expansions
 from train.export import export_run, exports_of
 from train.figret import figret
-from train.generator import train_generator
+from train.generator import read_rows, train_generator
 from train.launch import launch_training
 from train.negatives import check_negatives, negatives_of, training_negatives
 from train.policy import has_begun, train_policy
 from train.preferences import make_preferences, run_functions
 from train.retriever import train_retriever
+from train.scores import RewardTools
 from train.warm_start import warm_start
 
 
@@ -100,11 +100,12 @@ def train_joint(
         f"{len(qrels['test'])} test"
     )
     check_negatives(config, data)
-    check_answers(config, data)
+    check_answers(config.reward, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models) | stage_hashes(systems, config.evaluation))
-    check_prompts(systems, models.generator, config)
+    lists, buckets = config.evaluation.listwise, config.generator.prompt_buckets
+    check_prompts(systems, models.generator, lists, buckets)
     check_contrastive_batch(
         config.contrastive,
         models.retriever,
@@ -117,6 +118,7 @@ def train_joint(
 
     corpus = data.collection.corpus
     words = run_words(run, corpus)
+    tools = RewardTools(words, functions)
     retriever = functools.partial(run_retriever, run, models, corpus)
     current, adapter = retriever(models.retriever_params, "zero-shot"), None
     retrievers, adapters = {"zero-shot": current}, {"base": adapter}
@@ -131,9 +133,9 @@ def train_joint(
             negatives = training_negatives(run, current, data, round_)
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current.find)
-            expander = with_demonstrations(run, models, expander, current, data, functions)
+            expander = with_demonstrations(run, models, expander, current, data, tools)
             if round_ == 0:
-                adapter = warm_start(run, models, expander, current, data, functions)
+                adapter = warm_start(run, models, expander, current, data, tools)
             expansions = training_expansions(run, data, expander, adapter, round_)
             current.release()
         with run.phase(f"retriever, round {round_}"):
@@ -142,7 +144,7 @@ def train_joint(
         last = round_ == config.rounds - 1
         name = "expandr" if last else f"round-{round_}"
         retrievers[name] = current = retriever(params, name)
-        adapter = _step_b(run, models, expander, adapter, current, data, round_, functions)
+        adapter = _step_b(run, models, expander, adapter, current, data, round_, tools)
         adapters["trained" if last else name] = adapter
 
     if config.distill.epochs:
@@ -170,7 +172,7 @@ def _step_b(
     retriever: CorpusRetriever,
     data: TrainingData,
     round_: int,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> Any:
     """The adapter after a round of step B, as the config has it."""
     config, phase = run.config, f"{run.config.step_b_kind.phase}, round {round_}"
@@ -178,12 +180,12 @@ def _step_b(
     if objective is None:
         with run.phase(phase):
             return train_policy(
-                run, models, expander, retriever, data, adapter, functions, round_=round_
+                run, models, expander, retriever, data, adapter, tools, round_=round_
             )
-    make_preferences(run, models.generator, expander, adapter, retriever, data, place, functions)
+    make_preferences(run, models.generator, expander, adapter, retriever, data, place, tools)
     with run.phase(phase):
         path = run.path(place, objective.file)
-        rows, dropped = objective.read(path, models.generator, config, own=True)
+        rows, dropped = read_rows(objective, config, path, models.generator, own=True)
         run.reporter.say(objective.counted(len(rows), dropped))
         return train_generator(run, models, adapter, rows, round_=round_)
 

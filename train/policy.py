@@ -11,7 +11,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,13 +32,13 @@ from expandr_jax.objectives.policy import (
 )
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.rollouts import Rollouts
+from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
-from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
@@ -62,7 +62,7 @@ from train.expansions import run_expander
 from train.generator import write_adapter
 from train.launch import launch_training
 from train.preferences import CANDIDATES, run_functions, self_answers
-from train.scores import make_score
+from train.scores import RewardTools, make_score
 from train.warm_start import PLACE, warm_start
 
 PHASE = STEP_B["grpo"].phase
@@ -86,7 +86,7 @@ def train_policy(
     retriever: CorpusRetriever,
     data: TrainingData,
     adapter: Any | None,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
     *,
     round_: int,
 ) -> Any:
@@ -100,7 +100,7 @@ def train_policy(
         retriever: Encodes and searches for the rewards.
         data: Has the queries of step B.
         adapter: The adapter to start from; None starts a new one.
-        functions: From `run_functions`.
+        tools: What rewards are made with.
         round_: Counts from 0.
 
     Returns:
@@ -124,10 +124,10 @@ def train_policy(
     @functools.cache  # Where all steps are done, nothing is sampled.
     def rollouts() -> Rollouts:
         if beside:
-            score = score_together(run, retriever, data)
+            score = score_together(run, retriever, data, tools.words)
         else:
             limits = settings.queries, settings.max_new_tokens
-            score = make_score(run, retriever, data, [*messages], functions, *limits)
+            score = make_score(run, retriever, data, [*messages], tools, *limits)
         first = round_ * settings.steps
         return Rollouts(expander.sampler, adapter, messages, group, score, settings, first, beside)
 
@@ -164,7 +164,7 @@ class _Loop:
         self,
         run: Run,
         models: Models,
-        settings: Any,
+        settings: GrpoSettings,
         trainer: PolicyTrainer,
         rollouts: Callable[[], Rollouts],
         round_: int,
@@ -286,7 +286,7 @@ def has_begun(run: Run) -> bool:
     return any(path.exists() for path in candidates) or any(steps)
 
 
-def _check(settings: Any, data: TrainingData, models: Models) -> None:
+def _check(settings: GrpoSettings, data: TrainingData, models: Models) -> None:
     """Refuses a section `grpo` that does not fit the data and the devices."""
     micro_rows(settings, models.dpo_mesh)
     if settings.queries > len(data.generator_train):
@@ -337,17 +337,18 @@ def train_alone(
             config.data, run.workdir, processes=run.processes, reporter=run.reporter,
             checksums=run.checksums,
         )  # fmt: skip
-    check_answers(config, data)
+    check_answers(config.reward, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)
     run.check_models(model_hashes(models))
     corpus = data.collection.corpus
     retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
-    expander = run_expander(run, models, data, run_words(run, corpus), retriever.find)
-    expander = with_demonstrations(run, models, expander, retriever, data, functions)
-    adapter = warm_start(run, models, expander, retriever, data, functions)
+    tools = RewardTools(run_words(run, corpus), functions)
+    expander = run_expander(run, models, data, tools.words, retriever.find)
+    expander = with_demonstrations(run, models, expander, retriever, data, tools)
+    adapter = warm_start(run, models, expander, retriever, data, tools)
     with run.phase(f"{PHASE}, round 0"):
-        adapter = train_policy(run, models, expander, retriever, data, adapter, functions, round_=0)
+        adapter = train_policy(run, models, expander, retriever, data, adapter, tools, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):
         write_adapter(run, models.generator, adapter, "export/adapter")

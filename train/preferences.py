@@ -16,10 +16,10 @@ from expandr_jax.files.records import open_jsonl
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.reward_sft import read_groups
-from expandr_jax.rewards.evidence import RewardContext, evidence_of
+from expandr_jax.rewards.evidence import evidence_of
 from expandr_jax.rewards.functions import RewardFunction, load_functions
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.registry import reward_groups
+from expandr_jax.rewards.registry import RewardSettings, reward_groups
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, best_alone, select_pairs
 from expandr_jax.runtime.code import keep_code
@@ -27,6 +27,7 @@ from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import Kind, Progress
+from train.scores import RewardTools, reward_context
 
 CANDIDATES = "candidates.jsonl"  # A round's texts with their rewards.
 ANSWER = -1  # Stands for a query's answer, where its candidates count from 0.
@@ -52,15 +53,16 @@ def best_groups(
     retriever: CorpusRetriever,
     data: TrainingData,
     place: str,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> tuple[list[Group], int]:
     """The groups of `make_preferences` that have a text worth more than 0, with their best alone.
 
     Returns:
         They, and how many groups there are.
     """
-    make_preferences(run, generator, expander, None, retriever, data, place, functions)
-    groups, _ = read_groups(run.path(place, CANDIDATES), generator, run.config, own=True)
+    make_preferences(run, generator, expander, None, retriever, data, place, tools)
+    path, config = run.path(place, CANDIDATES), run.config
+    groups, _ = read_groups(path, generator, config.dpo, config.expansion, own=True)
     return [group for group in map(best_alone, groups) if group], len(groups)
 
 
@@ -72,12 +74,9 @@ def make_preferences(
     retriever: CorpusRetriever,
     data: TrainingData,
     place: str,
-    functions: Sequence[RewardFunction] = (),
+    tools: RewardTools,
 ) -> None:
-    """Writes candidates.jsonl and preferences.jsonl to a place in the workdir, as "round-0".
-
-    `functions` are as of `run_functions`.
-    """
+    """Writes candidates.jsonl and preferences.jsonl to a place in the workdir, as "round-0"."""
     what, files = _named(place), [f"{place}/{name}" for name in (CANDIDATES, "preferences.jsonl")]
     candidates_path, path = (run.path(name) for name in files)
     if run.checksums.intact(*files):
@@ -90,19 +89,13 @@ def make_preferences(
     with run.phase(f"rewards, {what}"):
         temperatures = run.config.candidates.all_temperatures
 
-        def candidate(query: str, i: int) -> Candidate:
-            # A row is read once more for what only this reward looks at.
-            row = candidates.row((query, i)) if run.config.reward.length > 0 else {}
-            known = {"length": row["tokens"], "finished": row["finished"]} if row else {}
-            return Candidate(candidates[query, i], temperatures[i], **known)
-
         def group(query: str) -> Group:
             return Group(
                 query,
                 data.collection.queries[query],
                 data.positive(query),
                 answers[query],
-                [candidate(query, i) for i in range(len(temperatures))],
+                sampled_candidates(candidates, query, temperatures, run.config.reward),
                 generator.chat_text(prompts[query]),
             )
 
@@ -112,7 +105,7 @@ def make_preferences(
         ids, kind = [q for q in data.generator_train if q in answers], run.config.expansion.kind
         size = queries_at_once(len(temperatures))
         most = run.config.candidates.max_new_tokens
-        context = RewardContext(run.config, data, corpus, ids, size, most, functions=functions)
+        context = reward_context(run.config, tools, data, corpus, ids, size, most)
         # Others' prompts are given by the query alone.
         shows_more = not expander.strategy.asks[-1].prompt.of_query_alone
         texts, dropped, made = 1 + len(temperatures), collections.Counter(), 0
@@ -146,6 +139,19 @@ def make_preferences(
         run.processes.once(lambda: run.reporter.say(said))
         retriever.release()
         run.checksums.record(*files)
+
+
+def sampled_candidates(
+    texts: SampledTexts, query: str, temperatures: Sequence[float], reward: RewardSettings
+) -> list[Candidate]:
+    """A query's texts, one sampled at each temperature."""
+    made = []
+    for i, temperature in enumerate(temperatures):
+        # A row is read once more for what only this reward looks at.
+        row = texts.row((query, i)) if reward.length > 0 else {}
+        known = {"length": row["tokens"], "finished": row["finished"]} if row else {}
+        made.append(Candidate(texts[query, i], temperature, **known))
+    return made
 
 
 def _sample_candidates(

@@ -44,7 +44,7 @@ from expandr_jax.weights.hf import load_generator
 from train.encoding import run_retriever
 from train.evaluation import evaluate
 from train.export import export_one
-from train.generator import train_adapter
+from train.generator import read_rows, train_adapter
 from train.launch import define_workdir, launch
 
 IMPORTANCES = ("taylor", "random")
@@ -190,7 +190,7 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
         return drawn(shape, config.seed)
     objective = config.objective
     own = config.data.kind != "preferences"
-    rows, _ = objective.read(whole.file, generator, config, own=own)
+    rows, _ = read_rows(objective, config, whole.file, generator, own=own)
     _, rows = hold_out(rows, config.dpo.dev_share, objective.prompt)
     examples, _ = objective.tokenize(generator, rows[: options.examples], config.dpo)
     examples = examples[: options.examples]

@@ -2,19 +2,62 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.objectives.rollouts import Score
 from expandr_jax.rewards.evidence import Evidence, RewardContext, evidence_of
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.registry import needs_vectors, score_groups
 from expandr_jax.runtime.run import Run
-from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.search import Bm25Index
+from expandr_jax.vectors.corpus import Corpus, CorpusRetriever
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTools:
+    """What the rewards of a run have beside its retriever, its data and its settings.
+
+    Attributes:
+        words: Gives BM25's index of the corpus, as `run_words`.
+        functions: Those of `reward.functions`, from `run_functions`.
+    """
+
+    words: Callable[[], Bm25Index]
+    functions: Sequence[RewardFunction] = ()
+
+
+def reward_context(
+    config: Config,
+    tools: RewardTools,
+    data: TrainingData,
+    corpus: Corpus | None,
+    queries: Sequence[str],
+    block: int,
+    most_tokens: int,
+    split: str = "train",
+) -> RewardContext:
+    """What candidates are judged by as a config says; the rest is as of `RewardContext`."""
+    return RewardContext(
+        settings=config.reward,
+        seed=config.seed,
+        strategy=STRATEGIES[config.expansion.strategy],
+        drop_identical_ids=config.evaluation.drop_identical_ids,
+        data=data,
+        corpus=corpus,
+        words=tools.words,
+        queries=queries,
+        block=block,
+        most_tokens=most_tokens,
+        split=split,
+        functions=tools.functions,
+    )
 
 
 def make_score(
@@ -22,7 +65,7 @@ def make_score(
     retriever: CorpusRetriever,
     data: TrainingData,
     queries: Sequence[str],
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
     block: int,
     most_tokens: int,
     split: str = "train",
@@ -33,9 +76,7 @@ def make_score(
     """
     looks = needs_vectors(run.config.reward)
     corpus = retriever.corpus if looks else None
-    context = RewardContext(
-        run.config, data, corpus, queries, block, most_tokens, split, functions=functions
-    )
+    context = reward_context(run.config, tools, data, corpus, queries, block, most_tokens, split)
 
     def vectors(groups: Sequence[Group]) -> list[np.ndarray | None]:
         """Those of the queries, the candidates and, where they count, the self-answers."""

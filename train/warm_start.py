@@ -1,7 +1,7 @@
 """Before step B: the generator learns what a search finds relevant documents by, if asked to."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
@@ -11,11 +11,11 @@ from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.objectives.warm_start import WARM_START
 from expandr_jax.pair import GeneratorModel
-from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.generator import train_generator
 from train.preferences import best_groups
+from train.scores import RewardTools
 
 PLACE = "warm-start"  # Its files in the workdir, and the name of its checkpoints.
 
@@ -26,7 +26,7 @@ def warm_start(
     expander: Expander,
     retriever: CorpusRetriever,
     data: TrainingData,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> Any | None:
     """The adapter that training begins with, as `warm_start` has it; None for a new one.
 
@@ -40,7 +40,7 @@ def warm_start(
         return None
     with run.phase("warm start"):
         make = {"positives": _positives, "best": _best}[how]
-        rows, objective, settings = make(run, models, expander, retriever, data, functions)
+        rows, objective, settings = make(run, models, expander, retriever, data, tools)
         settings = dataclasses.replace(settings, epochs=1.0, dev_share=0.0)
         return train_generator(
             run, models, None, rows, round_=0, name=PLACE, objective=objective, settings=settings
@@ -64,9 +64,9 @@ def _best(
     expander: Expander,
     retriever: CorpusRetriever,
     data: TrainingData,
-    functions: Sequence[RewardFunction],
+    tools: RewardTools,
 ) -> tuple[list[Any], Objective, Any]:
-    best, total = best_groups(run, models.generator, expander, retriever, data, PLACE, functions)
+    best, total = best_groups(run, models.generator, expander, retriever, data, PLACE, tools)
     run.reporter.say(f"{len(best)} of {total} queries have a text that is worth more than 0")
     if not best:
         raise UserError(

@@ -12,29 +12,30 @@ from expandr_jax.data.documents import ids_of
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.demonstrations import Demonstration, message_with_examples
 from expandr_jax.expansion.sampled import MadeWhenAsked, Texts, sample_texts
+from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
+from expandr_jax.generation.settings import SamplingSettings
 from expandr_jax.search import Index, search_named
 
 SEARCHED_AT_ONCE = 1024  # Queries whose results are in memory with all their scores.
 LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
 
 
-def drawing(section: Any) -> dict[str, Any]:
+def drawing(section: SamplingSettings) -> dict[str, Any]:
     """Arguments of a `Request`, all but the temperature, from a config's section that samples."""
     names = ("top_p", "max_new_tokens", "top_k", "min_p", "repetition_penalty")
     return {name: getattr(section, name) for name in names}
 
 
-def expansion_text(config: Any, query: str) -> str:
-    """The user's message that asks for a query's expansion; `config` is the whole config.
+def expansion_text(settings: ExpansionSettings, query: str) -> str:
+    """The user's message that asks for a query's expansion as the config's section has it.
 
     Raises:
         UserError: The strategy's prompt shows passages, or what was written before, which a query
             alone does not have.
     """
-    settings = config.expansion
     prompt = strategy(settings.strategy, settings.template).asks[-1].prompt
     if not prompt.of_query_alone:
         shown = "passages" if prompt.shows_passages else "what was written before"
@@ -65,7 +66,7 @@ class Expander:
 
     strategy: Strategy
     sampler: Sampler
-    settings: Any
+    settings: ExpansionSettings
     most_characters: int
     search: Callable[[Search, Mapping[str, str], int], Mapping[str, Sequence[str]]]
     examples: Sequence[Sequence[Demonstration]] = ()
@@ -212,21 +213,33 @@ def journaled(
 
 
 def make_expander(
-    config: Any,
+    settings: ExpansionSettings,
     sampler: Sampler,
     corpus: Mapping[str, str],
     bm25: Callable[[], Index],
     dense: SearchTexts,
+    *,
+    most_characters: int,
+    drop_identical_ids: bool,
     excluded: Mapping[str, Collection[str]] | None = None,
 ) -> Expander:
-    """Expands queries as the whole config says, with passages of a corpus, document id -> text.
+    """Expands queries with passages of a corpus.
 
-    BM25's index of it is asked for when a step first needs it; `dense` searches it by vectors. No
-    query is shown documents that are `excluded` for it. Raises UserError of a wrong strategy or
-    template.
+    Args:
+        settings: The config's section `expansion`.
+        sampler: The generator.
+        corpus: Document id -> text.
+        bm25: Gives BM25's index of it, when a step first needs that.
+        dense: Searches it by vectors.
+        most_characters: Characters of a passage that a prompt shows, at most.
+        drop_identical_ids: No query is shown the document that has its id.
+        excluded: Query id -> documents that it is not shown.
+
+    Raises:
+        UserError: The strategy or the template is wrong.
     """
     searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
-    ids, drop = ids_of(corpus), config.evaluation.drop_identical_ids
+    ids, drop = ids_of(corpus), drop_identical_ids
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
         run = search_named(
@@ -245,17 +258,22 @@ def make_expander(
             for query, found in run.items()
         }
 
-    asked = strategy(config.expansion.strategy, config.expansion.template)
-    return Expander(asked, sampler, config.expansion, config.answer.max_characters, search)
+    asked = strategy(settings.strategy, settings.template)
+    return Expander(asked, sampler, settings, most_characters, search)
 
 
-def expansion_requests(settings: Any, messages: Mapping[str, str], samples: int) -> Requests:
+def expansion_requests(
+    settings: ExpansionSettings, messages: Mapping[str, str], samples: int
+) -> Requests:
     """Requests for several texts of each message, drawn as the config's `expansion` says."""
     return requests_of(settings, messages, [settings.temperature] * samples)
 
 
 def requests_of(
-    section: Any, messages: Mapping[str, str], temperatures: Sequence[float], first: int = 0
+    section: SamplingSettings,
+    messages: Mapping[str, str],
+    temperatures: Sequence[float],
+    first: int = 0,
 ) -> Requests:
     """Requests for a text of each message, query id -> message, at each temperature.
 

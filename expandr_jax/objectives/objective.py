@@ -37,9 +37,9 @@ class Objective:
         rows: What the rows of its files are called.
         examples: What it makes of them is called.
         file: Name of the file of a round that it learns from.
-        read: (path, generator, config, own) -> rows of such a file, and how many were left out for
-            what reason. `own`: the file is one that a run has written, which has no bad lines and
-            whose prompts may be cut.
+        read: (path, generator, the config's sections `dpo` and `expansion`, its `reward.threshold`,
+            own) -> rows of such a file, and how many were left out for what reason. `own`: the file
+            is one that a run has written, which has no bad lines and whose prompts may be cut.
         tokenize: (generator, rows, the config's section `dpo`) -> examples, and how many texts had
             to be cut to its limits.
         prompt: A row to its prompt.

@@ -4,11 +4,12 @@ import functools
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from expandr_jax.data.preferences import read_preferences
+from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.losses.language import response_sums
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, preference_metrics
@@ -16,15 +17,24 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
 
+if TYPE_CHECKING:
+    from expandr_jax.objectives.settings import DpoSettings
+
 
 def read_pairs(
-    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+    path: str | os.PathLike,
+    generator: Generator,
+    settings: "DpoSettings",
+    expansion: ExpansionSettings,
+    threshold: float,
+    *,
+    own: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl: `Objective.read`.
 
-    Rows are {"prompt", "chosen", "rejected"}; "joined" as in `packing.tokenized`.
+    They say all themselves: no query is asked for, and no threshold kept. Rows are {"prompt",
+    "chosen", "rejected"}; "joined" as in `packing.tokenized`.
     """
-    settings = config.dpo
     if own:
         fields = {"prompt": str, "chosen": str, "rejected": str}
         return [row for _, row in read_jsonl(path, fields)], {}
@@ -45,7 +55,7 @@ def read_pairs(
 
 
 def tokenize_pairs(
-    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: Any
+    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: "DpoSettings"
 ) -> tuple[list[Example], int]:
     """Rows {"prompt", "chosen", "rejected"} to pairs, chosen first: `Objective.tokenize`."""
     pairs, cut = [], 0

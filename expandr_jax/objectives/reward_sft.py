@@ -9,30 +9,36 @@ import dataclasses
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from expandr_jax.data.preferences import read_candidates
 from expandr_jax.expansion.expand import expansion_text
+from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.losses.language import response_sums
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
+from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
 
 def read_groups(
-    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+    path: str | os.PathLike,
+    generator: Generator,
+    settings: DpoSettings,
+    expansion: ExpansionSettings,
+    *,
+    own: bool,
 ) -> tuple[list[Group], dict[str, int]]:
     """The groups of a file that `read_candidates` takes, and how many were left out, and why."""
-    limits = {"prompt_length": config.dpo.prompt_length, "on_bad_pair": config.dpo.on_bad_pair}
+    limits = {"prompt_length": settings.prompt_length, "on_bad_pair": settings.on_bad_pair}
     rows, dropped = read_candidates(
         path,
         generator.tokenizer,
-        lambda query: generator.chat_text(expansion_text(config, query)),
+        lambda query: generator.chat_text(expansion_text(expansion, query)),
         today=generator.today,
         **({} if own else limits),
     )
@@ -40,17 +46,23 @@ def read_groups(
 
 
 def read_rewarded(
-    path: str | os.PathLike, generator: Generator, config: Any, own: bool
+    path: str | os.PathLike,
+    generator: Generator,
+    settings: DpoSettings,
+    expansion: ExpansionSettings,
+    threshold: float,
+    *,
+    own: bool,
 ) -> tuple[list[Group], dict[str, int]]:
     """The groups of `read_groups` that something is to be learned of: `Objective.read`.
 
     Left out are those whose candidates are all empty, have one reward or one text, or, where the
-    file has their similarities, are all below `reward.threshold`.
+    file has their similarities, are all below the threshold.
     """
-    groups, left_out = read_groups(path, generator, config, own)
+    groups, left_out = read_groups(path, generator, settings, expansion, own=own)
     kept, dropped = [], collections.Counter(left_out)
     for group in groups:
-        reason = nothing_to_learn(group, config.reward.threshold)
+        reason = nothing_to_learn(group, threshold)
         if reason is None:
             kept.append(group)
         else:
@@ -59,7 +71,7 @@ def read_rewarded(
 
 
 def tokenize_candidates(
-    generator: Generator, groups: Sequence[Group], settings: Any
+    generator: Generator, groups: Sequence[Group], settings: DpoSettings
 ) -> tuple[list[Example], int]:
     """An example for each candidate of a group that has a share: `Objective.tokenize`.
 

@@ -22,13 +22,13 @@ expandr_jax/expansion/strategies.py.
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
 from expandr_jax.ranking.gate_features import GATES
-from expandr_jax.ranking.listwise import LISTWISE, ListPrompts, check_listwise
+from expandr_jax.ranking.listwise import LISTWISE, ListPrompts, ListwiseSettings, check_listwise
 from expandr_jax.ranking.rerank import RERANKERS, named_hashes
 from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
 from expandr_jax.ranking.stages import (
@@ -204,13 +204,15 @@ def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dic
     return hashes
 
 
-def check_prompts(systems: Sequence[System], generator: "Generator", config: Any) -> None:
-    """Refuses, by a UserError, lists of passages that the generator's prompts have no room for.
-
-    `config` is the whole config.
-    """
+def check_prompts(
+    systems: Sequence[System],
+    generator: "Generator",
+    settings: ListwiseSettings,
+    prompt_buckets: Sequence[int],
+) -> None:
+    """Refuses, by a UserError, lists of passages that the generator's prompts have no room for."""
     if _stages(systems) & {LISTWISE}:
-        ListPrompts(generator, config.evaluation.listwise, config.generator.prompt_buckets)
+        ListPrompts(generator, settings, prompt_buckets)
 
 
 def _rerankers(systems: Sequence[System]) -> list[str]:

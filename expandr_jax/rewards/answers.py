@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from expandr_jax.rewards.registry import RewardSettings
 
 HIT = "hit"  # The measure.
 KEPT = 100_000  # Texts, and documents of a query, that are not looked at again.
@@ -44,11 +47,10 @@ class Answers:
         ).reshape(found.shape)
 
 
-def check_answers(config: Any, data: TrainingData) -> None:
+def check_answers(settings: "RewardSettings", data: TrainingData) -> None:
     """Refuses to look for answers where no query that the generator is trained on has any."""
-    reward = config.reward
     for name in ("corpus", "gain"):
-        asked = getattr(reward, name) > 0 and getattr(reward, f"{name}_measure") == HIT
+        asked = getattr(settings, name) > 0 and getattr(settings, f"{name}_measure") == HIT
         if asked and not any(query in data.collection.answers for query in data.generator_train):
             raise UserError(
                 f"reward.{name}_measure is {HIT!r}, and no query that trains the generator has "

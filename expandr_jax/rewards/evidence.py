@@ -3,35 +3,43 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from expandr_jax.data.documents import rows_of, texts_of
+from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.expansion.strategies import Strategy
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.functions import RewardFunction, function_rewards
 from expandr_jax.rewards.group import SIDES, Group
 from expandr_jax.rewards.ranks import ranks
 from expandr_jax.rewards.search import Judged, judged_documents
-from expandr_jax.search import Index, build_index
+from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import fuse_each
+
+if TYPE_CHECKING:
+    from expandr_jax.rewards.registry import RewardSettings
 
 _normalized = jax.jit(l2_normalize)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardContext:
     """What all candidates of a round are judged by. No reward looks at two queries at once.
 
     Attributes:
-        config: The whole config.
+        settings: The config's section `reward`.
+        seed: Seed of all draws.
+        strategy: Says what BM25 is asked for a query with a candidate.
+        drop_identical_ids: A document with a query's id leaves its rankings.
         data: Has the documents and the judgements.
         corpus: The documents as the retriever encodes them; None where no reward with a weight
             looks at vectors, as `registry.needs_vectors` says.
+        words: Opens BM25's index of the documents, when a reward first searches it.
         queries: Ids of all queries that have candidates.
         block: How many of them are judged together, at most.
         most_tokens: Longest candidate that was asked for, in tokens.
@@ -39,9 +47,13 @@ class RewardContext:
         functions: Those of `reward.functions`, imported.
     """
 
-    config: Any
+    settings: "RewardSettings"
+    seed: int
+    strategy: Strategy
+    drop_identical_ids: bool
     data: TrainingData
     corpus: Corpus | None
+    words: Callable[[], Index]
     queries: Sequence[str]
     block: int
     most_tokens: int = 0
@@ -63,11 +75,6 @@ class RewardContext:
     def answers(self) -> Answers:
         """Which documents hold answers to which queries."""
         return Answers(self.data.collection)
-
-    @functools.cached_property
-    def words(self) -> Index:
-        """BM25 over the documents."""
-        return build_index(texts_of(self.data.collection.corpus), "bm25")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +110,14 @@ class Evidence:
         how = {
             "width": context.most_relevant,
             "split": context.split,
-            "drop_identical_ids": context.config.evaluation.drop_identical_ids,
+            "drop_identical_ids": context.drop_identical_ids,
         }
         return judged_documents(context.data, own, context.rows, **how)
 
     @property
     def depth(self) -> int:
         """For how many documents the corpus is searched: those that count, and what is left out."""
-        return self.context.config.reward.depth + self.judged.left_out.shape[1]
+        return self.context.settings.depth + self.judged.left_out.shape[1]
 
     def given_by(self, function: RewardFunction) -> np.ndarray:
         """What a function of the user's own gives for the candidates, [queries, candidates]."""
@@ -121,7 +128,7 @@ class Evidence:
             [group.query for group in groups],
             [group.texts for group in groups],
             [qrels[group.query_id] for group in groups],
-            self.context.config.reward.function_seconds,
+            self.context.settings.function_seconds,
         )
 
     @functools.cached_property
@@ -150,14 +157,13 @@ class Evidence:
     def fused(self) -> np.ndarray:
         """[queries, candidates, dim] a query's vector with each of its candidates."""
         present = np.array([[bool(text) for text in group.texts] for group in self.groups])
-        weight = self.context.config.reward.query_weight
+        weight = self.context.settings.query_weight
         return self.fuse(self.queries, self.candidates, present, query_weight=weight)
 
     def fuse(self, *vectors: np.ndarray, query_weight: float) -> np.ndarray:
         """`fuse_each` as the corpus is searched."""
-        normalize = self.context.corpus.normalize
-        fuse = functools.partial(fuse_each, query_weight=query_weight, normalize=normalize)
-        return self.in_one_shape(fuse, *vectors)
+        how = {"query_weight": query_weight, "normalize": self.context.corpus.normalize}
+        return self.in_one_shape(functools.partial(fuse_each, **how), *vectors)
 
     def in_one_shape(self, function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
         """A function of this block's rows, compiled once for all blocks.

@@ -33,7 +33,7 @@ def length_reward(evidence: Evidence) -> np.ndarray:
     context = evidence.context
     lengths = [[_length(group.query_id, c) for c in group.candidates] for group in evidence.groups]
     cut = [[c.finished == "length" for c in group.candidates] for group in evidence.groups]
-    most, cache = context.most_tokens, context.config.reward.length_cache
+    most, cache = context.most_tokens, context.settings.length_cache
     return soft_overlong(np.array(lengths), np.array(cut), most, cache)
 
 
@@ -50,7 +50,7 @@ def format_reward(evidence: Evidence) -> np.ndarray:
 
     [queries, candidates].
     """
-    pattern = re.compile(evidence.context.config.reward.format_pattern, re.DOTALL)
+    pattern = re.compile(evidence.context.settings.format_pattern, re.DOTALL)
     return np.array(
         [
             [float(bool(pattern.fullmatch(text))) for text in group.texts]

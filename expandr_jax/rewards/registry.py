@@ -34,7 +34,12 @@ REWARDS: dict[str, Reward] = {
     "answer": lambda evidence: reciprocal_rank(evidence.ranks["answer"]),
     "corpus": corpus_reward,
     "group": lambda evidence: group_reward(
-        evidence.context.config, evidence.context.corpus.vectors, evidence.fused, evidence.judged
+        evidence.context.corpus.vectors,
+        evidence.fused,
+        evidence.judged,
+        sets=evidence.context.settings.group_sets,
+        size=evidence.context.settings.group_size,
+        seed=evidence.context.seed,
     ),
     "gain": gain_reward,
     "length": length_reward,
@@ -119,7 +124,7 @@ def score_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
 def _rewarded(evidence: Evidence, what: str, always: Sequence[str]) -> list[Group]:
     """The groups with the rewards that have a weight, or that are `always` there."""
     context = evidence.context
-    weights = reward_weights(context.config.reward)
+    weights = reward_weights(context.settings)
     own = {f"{PREFIX}{function.name}": function for function in context.functions}
     rewards = REWARDS | {
         name: functools.partial(Evidence.given_by, function=function)

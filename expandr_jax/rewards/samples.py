@@ -8,19 +8,22 @@ import numpy as np
 from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.ranking.samples import RANK, REWARD
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.answers import Answers
+from expandr_jax.rewards.registry import RewardSettings
 from expandr_jax.rewards.search import judged_documents, measure_searches, vector_search
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries, fuse_each
 
 
 def sample_rows(
-    config: Any,
     name: str,
     corpus: Corpus,
     data: TrainingData,
     encoded: Mapping[str, EncodedQueries],
+    reward: RewardSettings,
+    evaluation: EvaluationSettings,
 ) -> list[dict[str, Any]]:
     """Rows of samples.jsonl: a passage's rank of a relevant document, and its reward in the corpus.
 
@@ -33,22 +36,22 @@ def sample_rows(
         corpus: As the system's retriever encodes it.
         data: Has the judgements.
         encoded: Split -> its queries with their passages.
+        reward, evaluation: The sections of the config.
     """
     rows, normalize, answers = [], corpus.normalize, Answers(data.collection)
-    depth = min(config.evaluation.sample_depth, len(corpus.ids))
+    depth = min(evaluation.sample_depth, len(corpus.ids))
     row_of = rows_of(data.collection.corpus)
     for split, part in encoded.items():
         samples = part.expansions.shape[1]
         vectors = part.queries, part.expansions, part.present
         alone = fuse_each(*vectors, query_weight=0.0, normalize=normalize)
         _, found = corpus.evaluated.search(alone.reshape(-1, alone.shape[-1]), depth)
-        drop = config.evaluation.drop_identical_ids
+        drop = evaluation.drop_identical_ids
         judged = judged_documents(data, part.ids, row_of, split=split, drop_identical_ids=drop)
         documents = np.repeat(judged.documents, samples, axis=0)
         ranks = rewards.ranks_in_results(found, documents)
         first = np.where(part.present, rewards.best_rank(ranks).reshape(-1, samples), 0)
         values = {RANK: rewards.reciprocal_rank(first)}
-        reward = config.reward
         if reward.corpus > 0 and reward.search == "dense":
             fused = fuse_each(*vectors, query_weight=reward.query_weight, normalize=normalize)
             deep = reward.depth + judged.left_out.shape[1]

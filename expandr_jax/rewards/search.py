@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -172,38 +171,48 @@ def vector_search(index: Index, vectors: np.ndarray, depth: int) -> BlockSearch:
     return search
 
 
-def group_reward(config: Any, vectors: np.ndarray, fused: np.ndarray, judged: Judged) -> np.ndarray:
+def group_reward(
+    vectors: np.ndarray, fused: np.ndarray, judged: Judged, *, sets: int, size: int, seed: int
+) -> np.ndarray:
     """`ranks.group_ndcg` over sets drawn by (seed, query id): [queries, candidates].
 
     Args:
-        config: The whole config.
         vectors: [documents, dim] of the corpus.
         fused: [queries, candidates, dim] a query's vector with each of its candidates.
         judged: The same queries' relevant documents.
+        sets: How many are drawn for a query.
+        size: Documents of a set beside the relevant ones, or all others where there are fewer.
+        seed: What they are drawn by.
     """
     result = np.zeros(fused.shape[:2])
     for row, query in enumerate(judged.queries):
         relevant = judged.documents[row][judged.documents[row] >= 0]
         left_out = judged.left_out[row][judged.left_out[row] >= 0]
-        sets = _draw_sets(config, query, relevant, left_out, len(vectors))
-        grades = np.zeros(sets.shape)
+        drawn = _draw_sets(query, relevant, left_out, len(vectors), sets, size, seed)
+        grades = np.zeros(drawn.shape)
         # The relevant documents stand last, so that a tie counts against them.
-        grades[:, sets.shape[1] - len(relevant) :] = judged.grades[row, : len(relevant)]
-        documents = np.asarray(vectors[sets.ravel()], np.float32).reshape(*sets.shape, -1)
+        grades[:, drawn.shape[1] - len(relevant) :] = judged.grades[row, : len(relevant)]
+        documents = np.asarray(vectors[drawn.ravel()], np.float32).reshape(*drawn.shape, -1)
         result[row] = ranks.group_ndcg(fused[row], documents, grades)
     return result
 
 
 def _draw_sets(
-    config: Any, query: str, relevant: np.ndarray, left_out: np.ndarray, total: int
+    query: str,
+    relevant: np.ndarray,
+    left_out: np.ndarray,
+    total: int,
+    count: int,
+    size: int,
+    seed: int,
 ) -> np.ndarray:
     """[sets, documents] rows of the corpus: other documents than the relevant ones, then these."""
     others_than = np.union1d(relevant, left_out)
     digest = hashlib.sha256(query.encode()).digest()
-    generator = np.random.default_rng([config.seed, int.from_bytes(digest[:8], "big")])
-    size = min(config.reward.group_size, total - len(others_than))
+    generator = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+    size = min(size, total - len(others_than))
     sets = []
-    for _ in range(config.reward.group_sets):
+    for _ in range(count):
         drawn = generator.choice(total, size + len(others_than), replace=False)
         others = drawn[~np.isin(drawn, others_than)][:size]
         sets.append(np.concatenate([others, relevant]))

@@ -5,7 +5,6 @@ Each takes evidence, and whether a query is searched for alone before it is with
 
 import numpy as np
 
-from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.search import BlockSearch, measure_searches, vector_search
@@ -24,8 +23,7 @@ def dense_search(evidence: Evidence, plain: bool) -> BlockSearch:
 
 def bm25_search(evidence: Evidence, plain: bool) -> BlockSearch:
     """Searches for words, those of expanded queries as the strategy writes them for BM25."""
-    config, index = evidence.context.config, evidence.context.words
-    sparse = STRATEGIES[config.expansion.strategy].sparse
+    sparse, index = evidence.context.strategy.sparse, evidence.context.words()
 
     def search(part: slice) -> tuple[np.ndarray, np.ndarray]:
         queries = []
@@ -60,7 +58,7 @@ REWARD_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_se
 
 def corpus_reward(evidence: Evidence) -> np.ndarray:
     """`reward.corpus_measure` of each expanded query's search: [queries, candidates] float64."""
-    return _worth(evidence, evidence.context.config.reward.corpus_measure, plain=False)
+    return _worth(evidence, evidence.context.settings.corpus_measure, plain=False)
 
 
 def gain_reward(evidence: Evidence) -> np.ndarray:
@@ -68,13 +66,13 @@ def gain_reward(evidence: Evidence) -> np.ndarray:
 
     [queries, candidates] float64, below 0 where the plain query does better.
     """
-    worth = _worth(evidence, evidence.context.config.reward.gain_measure, plain=True)
+    worth = _worth(evidence, evidence.context.settings.gain_measure, plain=True)
     return worth[:, 1:] - worth[:, :1]
 
 
 def _worth(evidence: Evidence, measure: str, plain: bool) -> np.ndarray:
     """[queries, searches of a query] what they are worth."""
-    settings = evidence.context.config.reward
+    settings = evidence.context.settings
     return measure_searches(
         REWARD_SEARCHES[settings.search](evidence, plain),
         evidence.judged,

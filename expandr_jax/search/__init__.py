@@ -136,7 +136,7 @@ def kept_index(directory: pathlib.Path, build: Callable[[], Index], *, write: bo
 
 def kept_bm25(
     directory: pathlib.Path, texts: Collection[str], *, name: str = "bm25", write: bool = True
-) -> Index:
+) -> Bm25Index:
     """`kept_index` of texts for BM25, in NAME.index-KEY of a directory."""
     key = text_fingerprint(texts)[:16]
     where = directory / f"{name}.index-{key}"
