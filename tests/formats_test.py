@@ -13,6 +13,7 @@ from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import strategies
 from expandr_jax.files.records import hash_json
+from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.runtime import formats
 from tests.configs_test import flatten
 from tests.recorded_test import STOPPED
@@ -63,7 +64,8 @@ def identified():
     """The sections whose settings checkpoints are told apart by."""
     train = pathlib.Path(__file__).parent.parent / "train"
     texts = (path.read_text() for path in sorted(train.glob("*.py")))
-    return sorted({name for text in texts for name in re.findall(r'identity_of\("(\w+)"', text)})
+    named = {name for text in texts for name in re.findall(r'identity_of\("(\w+)"', text)}
+    return sorted(named | {kind.section for kind in STEP_B.values()})
 
 
 def grown(settings, value):
@@ -98,11 +100,11 @@ def test_on_policy_checkpoints_are_told_apart_as_they_always_were(monkeypatch):
         config = dataclasses.replace(config, reward=reward)
         rewards = dataclasses.asdict(reward)
         of_old = hash_json([formats.identity_of("grpo", config.grpo), rewards])
-        assert policy_settings(config) == of_old
+        assert policy_settings(config, "grpo") == of_old
         with monkeypatch.context() as later:
             later.setattr(formats, "ABSENT", {**formats.ABSENT, "reward.another": 3})
             same, other = (
-                policy_settings(dataclasses.replace(config, reward=grown(reward, value)))
+                policy_settings(dataclasses.replace(config, reward=grown(reward, value)), "grpo")
                 for value in (3, 4)
             )
         assert same == of_old != other

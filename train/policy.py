@@ -136,7 +136,7 @@ def train_policy(
     keep = max(run.config.keep, 2 + settings.watch_steps // settings.save_every)
     identity = {
         "model": models.generator_hash,
-        "settings": policy_settings(run.config),
+        "settings": policy_settings(run.config, kind.section),
         "lora": hash_json([lora.rank, lora.alpha, list(lora.targets)]),
         "generator": models.generator.identity,
         "queries": hash_json([*messages]),
@@ -152,9 +152,10 @@ def train_policy(
             adapter = loop.after(collapse, adapter, checkpoints)
 
 
-def policy_settings(config: Config) -> str:
-    """Hash of the settings that checkpoints are told apart by, as older ones were."""
-    return hash_json([identity_of("grpo", config.grpo), identity_of("reward", config.reward)])
+def policy_settings(config: Config, section: str) -> str:
+    """Hash of the settings that checkpoints of such a section's training are told apart by."""
+    learned = identity_of(section, getattr(config, section))
+    return hash_json([learned, identity_of("reward", config.reward)])
 
 
 class _Loop:

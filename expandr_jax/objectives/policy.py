@@ -26,6 +26,7 @@ from expandr_jax.losses.policy import (
 from expandr_jax.models.decoder import Decoder
 from expandr_jax.objectives.log_probs import sampled_log_probs
 from expandr_jax.objectives.packing import Example, RowSize, pack
+from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.rewards.group import Group
 from expandr_jax.sharding import batch_divisor, batch_sharding, device_put, on_mesh, whole
@@ -59,7 +60,7 @@ def row_sizes_of(longest_prompt: int, candidates: int, most_tokens: int) -> list
     return [(longest_prompt + width, width) for width in widths]
 
 
-def policy_optimizer(settings: Any) -> optax.GradientTransformation:
+def policy_optimizer(settings: GrpoSettings) -> optax.GradientTransformation:
     """The optimizer of a round, by the config's section `grpo`."""
     return make_optimizer(
         settings.learning_rate,
@@ -71,7 +72,7 @@ def policy_optimizer(settings: Any) -> optax.GradientTransformation:
     )
 
 
-def micro_rows(settings: Any, mesh: Mesh) -> int:
+def micro_rows(settings: GrpoSettings, mesh: Mesh) -> int:
     """Groups of a micro-batch; raises UserError where the mesh cannot divide them."""
     parts, devices = settings.minibatches * settings.accumulation, batch_divisor(mesh)
     if settings.groups % (parts * devices):
@@ -91,7 +92,7 @@ def kl_rows(rows: int, mesh: Mesh) -> int:
 
 def pack_sampled(
     rows: Sequence[Sampled],
-    settings: Any,
+    settings: GrpoSettings,
     pad_id: int,
     sizes: Sequence[RowSize],
 ) -> dict[str, np.ndarray]:
@@ -142,7 +143,7 @@ def policy_step(
     optimizer: optax.GradientTransformation,
     module: Decoder,
     loss: PolicyLoss,
-    settings: Any,
+    settings: GrpoSettings,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One micro-batch's part in an update of the adapter: the state after it, and metrics.
 
@@ -187,7 +188,7 @@ class PolicyTrainer:
     """
 
     def __init__(
-        self, model: GeneratorModel, settings: Any, optimizer: optax.GradientTransformation
+        self, model: GeneratorModel, settings: GrpoSettings, optimizer: optax.GradientTransformation
     ):
         """`settings` are the config's section `grpo`; parameters may be shapes."""
         module, self._params = model.generator.module, model.generator_params
@@ -257,7 +258,7 @@ class PolicyTrainer:
         return state, {**means, "largest_mismatch": columns["largest_mismatch"].max()}
 
 
-def policy_trainer(model: GeneratorModel, settings: Any) -> PolicyTrainer:
+def policy_trainer(model: GeneratorModel, settings: GrpoSettings) -> PolicyTrainer:
     """What learns in a round, by the config's section `grpo`."""
     return PolicyTrainer(model, settings, policy_optimizer(settings))
 

@@ -7,12 +7,13 @@ from typing import Any
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.reward_sft import REWARD_SFT
+from expandr_jax.objectives.settings import DpoSettings
 
 WARM_STARTS = ("positives", "best")  # What `warm_start` takes, beside "" for none.
 
 
 def tokenize_beginnings(
-    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: Any
+    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: DpoSettings
 ) -> tuple[list[Example], int]:
     """Rows {"prompt", "response", "query_id"} to examples of one response: `Objective.tokenize`.
 
