@@ -37,7 +37,7 @@ _KNOWN = (
     "tokenize_chinese_chars", "tokenizer_class", "truncation_side",
 )  # fmt: skip
 _UNREAD = (
-    "auto_map", "backend", "chat_control_tokens", "do_basic_tokenize", "errors", "extra_ids",
+    "backend", "chat_control_tokens", "do_basic_tokenize", "errors", "extra_ids",
     "from_slow", "is_local", "local_files_only", "max_length", "name_or_path",
     "never_split", "pad_to_multiple_of", "pad_token_type_id", "processor_class", "response_schema",
     "response_template", "sp_model_kwargs", "spaces_between_special_tokens",

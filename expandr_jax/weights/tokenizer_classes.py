@@ -267,12 +267,14 @@ _QWEN2_S = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>
 _MPNET_S = {**_ROBERTA_S, "unk_token": "[UNK]"}
 _WORDS = TokenizerClass(models.WordPiece, _bert, _BERT_S, "bert")
 _XLM = TokenizerClass(models.Unigram, _xlm_roberta, _ROBERTA_S, "eos")
+_BERTS = ("Bert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+_ROBERTAS = ("Roberta", "Bart", "LED", "Longformer", "Mvp")
+_ROBERTA = TokenizerClass(models.BPE, _roberta, _ROBERTA_S, "roberta", marked=False)
 CLASSES = {
-    "BertTokenizer": dataclasses.replace(_WORDS, has_types=True),
-    "ElectraTokenizer": dataclasses.replace(_WORDS, has_types=True),
+    **{f"{name}Tokenizer": dataclasses.replace(_WORDS, has_types=True) for name in _BERTS},
+    **{f"{name}Tokenizer": _ROBERTA for name in _ROBERTAS},
     "DistilBertTokenizer": _WORDS,
     "MPNetTokenizer": TokenizerClass(models.WordPiece, _bert, _MPNET_S, "roberta"),
-    "RobertaTokenizer": TokenizerClass(models.BPE, _roberta, _ROBERTA_S, "roberta", marked=False),
     "GPT2Tokenizer": TokenizerClass(models.BPE, _gpt2, _GPT2_S, marked=False),
     "Qwen2Tokenizer": TokenizerClass(models.BPE, _qwen2, _QWEN2_S, marked=False, bare=True),
     "GemmaTokenizer": TokenizerClass(models.BPE, _gemma, _GEMMA_S, marked=True),
