@@ -40,6 +40,7 @@ from expandr_jax.settings import MANY, choice, count, read_section
 from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
+from expandr_jax.weights.sparse_encoder import SPLADE
 
 # At least one of these is above 0, or nothing would be learned.
 AT_LEAST_ONE = (
@@ -238,6 +239,9 @@ def _check(config: Config) -> None:
         )
     if step_a.curriculum and step_a.length_window:
         raise _refuse(config, "contrastive.length_window", "0, as contrastive.curriculum is set")
+    if config.retriever.pooling == SPLADE and step_a.lora.rank:
+        expected = "0, as retriever.pooling is 'splade': all weights are trained"
+        raise _refuse(config, "contrastive.lora.rank", expected)
     if config.llara.epochs and step_a.query_likelihood_weight:
         expected = "0, as llara.epochs is above 0: vectors are of eight tokens, not of the end's"
         raise _refuse(config, "contrastive.query_likelihood_weight", expected)

@@ -71,8 +71,6 @@ def load_retriever_model(config: Config) -> RetrieverModel:
         source, mesh=mesh, dtype=source.weights, with_head=foretells
     )
     if (lora := config.contrastive.lora).rank:
-        if source.pooling == SPLADE:
-            raise UserError("contrastive.lora is not for sparse vectors; all weights are trained")
         module = retriever.module.clone(lora=lora)
         retriever = dataclasses.replace(retriever, module=module)
         divided(retriever, params, config.seed)  # Settings that do not fit the model are said now.

@@ -36,7 +36,7 @@ def test_names_of_its_rows():
 def test_what_a_sparse_retriever_cannot_be_is_said(data, tmp_path):  # noqa: F811
     for changes, message in (
         ({"retriever.bidirectional": True}, "are not for sparse vectors"),
-        ({"contrastive.lora.rank": 2}, "lora is not for sparse vectors; all weights are trained"),
+        ({"contrastive.lora.rank": 2}, r"lora\.rank is 2; expected 0, as retriever\.pooling"),
     ):
         config = splade(data)
         with config.unlocked():

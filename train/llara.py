@@ -12,7 +12,12 @@ from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
-from expandr_jax.objectives.llara import LlaraBatches, llara_setup, passage_pairs
+from expandr_jax.objectives.llara import (
+    LlaraBatches,
+    llara_setup,
+    passage_pairs,
+    stage_settings,
+)
 from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.runtime.formats import identity_of
@@ -38,10 +43,7 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
     """
     own, seed, mesh = run.config.llara, run.config.seed, models.contrastive_mesh
     step_a = run.config.contrastive
-    # Losses of rows are apart from each other, so that a micro-batch is a batch.
-    size = step_a.micro_batch or step_a.batch_size
-    parts = step_a.accumulation * step_a.batch_size // size
-    settings = dataclasses.replace(step_a, epochs=own.epochs, accumulation=parts)
+    settings, size = stage_settings(own, step_a)
     retriever = training_retriever(models.retriever, step_a)
     if retriever.pooling != "block":
         raise UserError(

@@ -29,9 +29,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
 from expandr_jax.planning.hosts import host_rows, show_hosts
-from expandr_jax.planning.planned import PAPER, QUERIES, Planned
+from expandr_jax.planning.planned import PAPER, QUERIES, Planned, of_retriever_alone
 from expandr_jax.planning.programs import planned_programs, step_b_shapes
-from expandr_jax.planning.proposals import PHASES, config_flags, propose
+from expandr_jax.planning.proposals import config_flags, phases_of, propose
 from expandr_jax.planning.timing import time_program
 from expandr_jax.planning.topology import FORMS, Topology, find_topology
 from expandr_jax.report.tables import Bold, render, wide_console
@@ -114,8 +114,10 @@ def plan(
         "topology": topology.name,
         "chip": dataclasses.asdict(topology.chip),
         "rows": list(rows.values()),
-        # Where only some programs were asked for, the run's hours are not known.
-        "paper_chip_hours": None if only else paper_chip_hours(rows, len(topology.devices), config),
+        # They are of all programs that the paper's run has.
+        "paper_chip_hours": None
+        if only or of_retriever_alone(config)
+        else paper_chip_hours(rows, len(topology.devices), config),
     }
 
 
@@ -243,8 +245,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
-def show_proposals(proposals: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Prints what `propose` found, as a table and as flags."""
+def show_proposals(
+    proposals: Sequence[Mapping[str, Any]], phases: Sequence[str], console: Console
+) -> None:
+    """Prints what `propose` found for the phases, as a table and as flags."""
     rows = [
         [
             row["phase"],
@@ -256,7 +260,7 @@ def show_proposals(proposals: Sequence[Mapping[str, Any]], console: Console) -> 
     ]
     title = "Settings by estimate, compiled until one fits"
     console.print(render(title, ("phase", "settings", "total GiB", "at least"), rows))
-    for phase in PHASES:
+    for phase in phases:
         if phase not in {row["phase"] for row in proposals}:
             console.print(f"{phase}: nothing that was tried fits")
 
@@ -309,7 +313,7 @@ def main(_: Any) -> None:
     if not values.only:
         show_hosts(result["hosts"], console)
     if values.search:
-        show_proposals(proposals, console)
+        show_proposals(proposals, phases_of(config, topology), console)
     for line in lost(result["rows"]):
         console.print(line, soft_wrap=True)
     end_by_misfits(misfits(result), console)

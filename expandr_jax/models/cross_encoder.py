@@ -179,7 +179,7 @@ class CrossEncoder:
             filled = part + part[:1] * (rows - len(part))
             ids, mask = pad([tokens[i][0] for i in filled], self.tokenizer.pad_token_id, length)
             types, _ = pad([tokens[i][1] for i in filled], 0, length)
-            logits = _logits(self.module, params, ids, mask, types)
+            logits = pair_logits(self.module, params, ids, mask, types)
             result[part] = np.asarray(ACTIVATIONS[self.activation](logits))[: len(part)]
         if not np.isfinite(result).all():
             raise NotFiniteError(
@@ -190,5 +190,6 @@ class CrossEncoder:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(module, params, ids, mask, types):
+def pair_logits(module, params, ids, mask, types):
+    """A head's logits [rows] of pairs as tokens, [rows, length] each."""
     return module.apply({"params": params}, ids, mask, types)

@@ -54,6 +54,50 @@ def passage_pairs(texts: Iterable[str], words: int) -> Iterator[tuple[str, str]]
         yield from itertools.pairwise(passages)
 
 
+def stage_settings(own: LlaraSettings, step_a: Any) -> tuple[Any, int]:
+    """The stage's settings, which are step A's but for its epochs, and the pairs of a batch.
+
+    Losses of rows are apart from each other, so that a micro-batch is a batch.
+    """
+    size = step_a.micro_batch or step_a.batch_size
+    parts = max(1, step_a.accumulation * step_a.batch_size // size)
+    return dataclasses.replace(step_a, epochs=own.epochs, accumulation=parts), size
+
+
+def pair_arrays(
+    passages: Sequence[Sequence[int]],
+    words: Sequence[Sequence[int]],
+    behind: tuple[Sequence[int], Sequence[int]],
+    pad_id: int,
+) -> dict[str, np.ndarray]:
+    """The arrays of a batch, as `LlaraBatches.batch` has them.
+
+    Args:
+        passages: Token ids of each, without suffixes.
+        words: Distinct ids of each passage and of what follows it, a pair's side by side.
+        behind: The suffixes of both blocks.
+        pad_id: Fills texts up.
+    """
+    sizes = [*map(len, behind)]
+    parts = {
+        "tokens": ([[*ids, *behind[0], *behind[1]] for ids in passages], pad_id),
+        "positions": (
+            [
+                [*range(len(ids) + sizes[0]), *range(len(ids), len(ids) + sizes[1])]
+                for ids in passages
+            ],
+            0,
+        ),
+        "segments": ([[1] * len(ids) + [2] * sizes[0] + [3] * sizes[1] for ids in passages], 0),
+    }
+    arrays = {name: pad(*part)[0] for name, part in parts.items()}
+    ends = np.array([[len(ids) + sizes[0], len(ids) + sum(sizes)] for ids in passages])
+    places = ends[..., None] + np.arange(-BLOCK, 0)
+    arrays["places"] = places.reshape(len(passages), -1).astype(np.int32)
+    arrays["words"], given = pad(words, 0)
+    return arrays | {"given": given > 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class LlaraBatches:
     """The batches of the stage; each is a function of the seed and the step's number alone.
@@ -93,25 +137,15 @@ class LlaraBatches:
         ]
         both = [text for pair in pairs for text in pair]
         found = retriever.tokenizer(both, add_special_tokens=False)["input_ids"]
-        words, given = pad([sorted({*ids}) for ids in found], 0)
-        sizes = [*map(len, behind)]
-        parts = {
-            "tokens": [[*ids, *behind[0], *behind[1]] for ids in texts],
-            "positions": [
-                [*range(len(ids) + sizes[0]), *range(len(ids), len(ids) + sizes[1])]
-                for ids in texts
-            ],
-            "segments": [[1] * len(ids) + [2] * sizes[0] + [3] * sizes[1] for ids in texts],
-        }
-        padding = {"tokens": retriever.tokenizer.pad_token_id, "positions": 0, "segments": 0}
-        arrays = {name: pad(part, padding[name])[0] for name, part in parts.items()}
-        ends = np.array([[len(ids) + sizes[0], len(ids) + sum(sizes)] for ids in texts])
-        places = ends[..., None] + np.arange(-BLOCK, 0)
-        arrays["places"] = places.reshape(len(texts), -1).astype(np.int32)
-        arrays = {name: array[rows] for name, array in arrays.items()}
-        for name, array in (("words", words), ("given", given > 0)):
-            arrays[name] = array.reshape(len(texts), 2, -1)[rows].reshape(-1, array.shape[1])
-        return arrays, np.array([len(ids) for ids in parts["tokens"]], np.int32)
+        words = [sorted({*ids}) for ids in found]
+        arrays = pair_arrays(texts, words, behind, retriever.tokenizer.pad_token_id)
+        for name, array in arrays.items():
+            if len(array) == len(texts):
+                arrays[name] = array[rows]
+            else:
+                arrays[name] = array.reshape(len(texts), 2, -1)[rows].reshape(-1, array.shape[1])
+        tokens = [len(ids) + len(behind[0]) + len(behind[1]) for ids in texts]
+        return arrays, np.array(tokens, np.int32)
 
 
 def llara_losses(

@@ -17,15 +17,28 @@ from rich.console import Console
 
 from expandr_jax.config import Config
 from expandr_jax.objectives.contrastive_batches import TRIPLES_AT_ONCE
+from expandr_jax.objectives.figret import ASKED
+from expandr_jax.planning.planned import LENGTH, of_retriever_alone
+from expandr_jax.planning.planned_encoding import sparse_encoding
+from expandr_jax.planning.planned_generator import PLACE as PLACE_IN_ORDER
 from expandr_jax.planning.planned_generator import GeneratorShapes
-from expandr_jax.planning.planned_retriever import RetrieverShapes
+from expandr_jax.planning.planned_retriever import WORD, RetrieverShapes
 from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
-from expandr_jax.ranking.systems import ALL_LABELS, UNTRAINED, parse_systems
+from expandr_jax.ranking.listwise import LISTWISE, windows
+from expandr_jax.ranking.systems import (
+    ALL_LABELS,
+    SPLADE,
+    TURNS,
+    UNTRAINED,
+    System,
+    parse_systems,
+)
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.rewards.search import BLOCK_ROWS, BLOCKS
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.vectors.encoder import BLOCK
+from expandr_jax.vectors.sparse import TEXTS as SPARSE_TEXTS
 from expandr_jax.vectors.stored import storage_type
 
 # Bytes.
@@ -37,6 +50,7 @@ LINE = 200  # A line of JSON beside its text.
 INDEX = 80  # A text in a journal, while it is put in order.
 PLACE = 40  # A document, while its store is written.
 FOUND = 60  # A line of a ranking, and half of what it is in memory.
+TERMS = 256  # Components of a text in a sparse index, about.
 FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 SECONDS = {
@@ -107,26 +121,29 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
 
     Args:
         config: The whole config.
-        counts: What there is of its data.
+        counts: What there is of its data; of a retriever's own training the triples, as
+            `retriever_train`, and the documents of data.dev.
         topology: What the hosts are counted by.
         memory: Bytes that each has.
 
     Raises:
         UserError: No shape of a model is found.
     """
-    retriever, generator = RetrieverShapes(config, topology), GeneratorShapes(config, topology)
-    hosts, longest = topology.hosts, config.retriever.max_length
+    retriever, hosts = RetrieverShapes(config, topology), topology.hosts
+    if of_retriever_alone(config):
+        return _of_retriever(config, counts, retriever, hosts, memory)
+    generator, longest = GeneratorShapes(config, topology), config.retriever.max_length
     base, encoder = _bytes(generator.params), _bytes(retriever.params)
-    width = retriever.retriever.module.config.hidden_size
+    width, turns = retriever.width, len(TURNS) if config.figret.rank else 0
     document, query = longest * TOKEN, config.dpo.prompt_length * TOKEN
-    named = set[str]().union(*(s.retrievers for s in parse_systems(config.evaluation.systems)))
+    systems = parse_systems(config.evaluation.systems)
+    named = set[str]().union(*(s.retrievers for s in systems))
     baselines = named & {"fine-tuned", ALL_LABELS}
     trained = config.rounds + len(baselines)
-    encoded = config.rounds + len(baselines)
-    encoded += bool(config.mining.per_query or UNTRAINED in named)
+    encoded = trained + turns + bool(config.mining.per_query or UNTRAINED in named)
     all_queries = sum(dataclasses.astuple(counts)[1:])
     # Queries and judgements, every retriever, and where devices share the base, all of it, too.
-    held = START + all_queries * (query + 2 * ENTRY) + (1 + trained) * encoder
+    held = START + all_queries * (query + 2 * ENTRY) + (1 + trained + turns) * encoder
     stages = _Stages(held + (base if hosts > 1 else 0), hosts, memory)
     texts = counts.documents * document
     written = all_queries * (query + 2 * LINE)
@@ -147,25 +164,27 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     expanded = config.rounds * counts.retriever_train * samples
     stages.add_sampled("expansions", expanded, new, copies=2)
     each = 1 + samples + config.contrastive.negatives
-    # Those that are tokenized together; of the others, where they are on disk; two batches.
-    example = (1 + each) * ENTRY + query + each * (document + longest * NUMBER)
-    batch = config.contrastive.batch_size * (1 + each) * longest * 8 / hosts
-    made = TRIPLES_AT_ONCE * example + counts.retriever_train * (ENTRY + samples * INDEX)
-    kept, state = config.keep + 1, 3 * _bytes(retriever.trained)
-    stages.add(
-        f"step A, {trained} trainings",
-        memory=made + 2 * batch + 2 * state / hosts,
-        disk=trained * kept * state, files=trained * kept * FILES * hosts,
-        network=trained * encoder,
-        seconds=trained * SECONDS["example"] * counts.retriever_train / 1000,
-    )  # fmt: skip
+    rows = counts.retriever_train
+    _add_training(stages, "step A", config, retriever, trained, rows, each, samples)
     add = _add_on_policy if config.step_b_kind.on_policy else _add_from_files
     add(stages, config, counts, width, generator)
+    if turns:
+        failed = min(config.figret.queries or math.inf, counts.retriever_train)
+        found = 4 * width + min(config.figret.rank, counts.documents) * 8
+        stages.add(
+            "queries that fail", memory=counts.retriever_train * found, files=1,
+            disk=failed * (query + each * document),
+            seconds=SECONDS["text encoded"] * counts.retriever_train / hosts / 1000,
+        )  # fmt: skip
+        stages.add_sampled("easier passages", len(ASKED) * failed, new)
+        triples = (1 + len(ASKED)) * failed
+        each = 1 + max(1, config.contrastive.negatives)
+        _add_training(stages, "FiGRet", config, retriever, turns, triples, each)
     asked = (counts.dev + counts.test) * max(config.evaluation.samples)
-    generators = len({leaf.generator for s in parse_systems(config.evaluation.systems)
-                      for leaf in s.leaves if leaf.strategy})  # fmt: skip
+    generators = len({leaf.generator for s in systems for leaf in s.leaves if leaf.strategy})
     stages.add_sampled("expansions for evaluation", generators * asked, new, copies=2)
-    systems, queries = len(config.evaluation.systems), counts.dev + counts.test
+    _add_ranking(stages, config, counts, topology, systems)
+    systems, queries = len(systems) + turns, counts.dev + counts.test
     ranked = systems * queries * config.evaluation.depth
     stages.add(
         "evaluation", memory=2 * FOUND * ranked + 3 * 4 * width * (queries + asked),
@@ -173,10 +192,97 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
         seconds=SECONDS["query ranked"] * systems * queries / 1000,
     )  # fmt: skip
     size = jnp.dtype(config.export.dtype).itemsize
-    exported = _bytes(generator.params, size) + _bytes(retriever.params, size)
+    exported = _bytes(generator.params, size) + (1 + bool(turns)) * _bytes(retriever.params, size)
     stages.add("export", memory=3 * _largest(generator.params), disk=exported, files=30,
                seconds=SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
     return stages.rows
+
+
+def _of_retriever(
+    config: Config, counts: Counts, retriever: RetrieverShapes, hosts: int, memory: float
+) -> list[HostRow]:
+    """The rows of a run that trains a retriever and nothing else."""
+    document, query = config.retriever.max_length * TOKEN, config.dpo.prompt_length * TOKEN
+    encoder, triples = _bytes(retriever.params), counts.retriever_train
+    each = 1 + config.contrastive.negatives
+    texts = triples * (query + ENTRY + each * (document + ENTRY))
+    held, size = START + texts + 2 * encoder, jnp.dtype(config.export.dtype).itemsize
+    if config.data.dev:
+        held += counts.documents * (document + ENTRY)
+    stages = _Stages(held, hosts, memory)
+    stages.add("data", files=1, seconds=SECONDS["document read"] * (1 + each) * triples / 1000)
+    stages.add("models", memory=_largest(retriever.params), network=encoder)
+    if config.llara.epochs:
+        words = config.llara.passage_words * WORD
+        pairs = triples * each * max(1, config.retriever.max_length // words - 1)
+        pairs = min(pairs, config.llara.pairs or math.inf)
+        state, pair = 3 * _bytes(retriever.trained), 2 * (words * TOKEN + ENTRY)
+        stages.add(
+            "LLaRA", memory=pairs * pair + 2 * state / hosts, disk=2 * state,
+            files=2 * FILES * hosts, network=encoder,
+            seconds=SECONDS["example"] * config.llara.epochs * pairs * words / LENGTH / 1000,
+        )  # fmt: skip
+    _add_training(stages, "step A", config, retriever, 1, triples, each)
+    if config.data.dev:
+        kept = 8 * TERMS if retriever.retriever.pooling == SPLADE else 4 * retriever.width
+        stages.add(
+            "each evaluation on dev", memory=counts.documents * kept,
+            seconds=SECONDS["text encoded"] * counts.documents / 1000,
+        )  # fmt: skip
+    exported = _bytes(retriever.params, size)
+    stages.add("export", memory=3 * _largest(retriever.params), disk=exported, files=12,
+               seconds=SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
+    return stages.rows
+
+
+def _add_training(
+    stages: _Stages, name: str, config: Config, retriever: RetrieverShapes,
+    times: int, examples: int, each: int, samples: int = 0,
+) -> None:  # fmt: skip
+    """The row of a retriever's trainings on so many examples, with `each` texts beside a query.
+
+    In memory are those that are tokenized together; of the others, where they are on disk; two
+    batches. `samples` of the texts are expansions.
+    """
+    longest, hosts = config.retriever.max_length, stages.hosts
+    document, query = longest * TOKEN, config.dpo.prompt_length * TOKEN
+    example = (1 + each) * ENTRY + query + each * (document + longest * NUMBER)
+    batch = config.contrastive.batch_size * (1 + each) * longest * 8 / hosts
+    made = TRIPLES_AT_ONCE * example + examples * (ENTRY + samples * INDEX)
+    kept, state = config.keep + 1, 3 * _bytes(retriever.trained)
+    stages.add(
+        f"{name}, {times} training{'s' * (times > 1)}",
+        memory=made + 2 * batch + 2 * state / hosts,
+        disk=times * kept * state, files=times * kept * FILES * hosts,
+        network=times * _bytes(retriever.params),
+        seconds=times * SECONDS["example"] * examples / 1000,
+    )  # fmt: skip
+
+
+def _add_ranking(
+    stages: _Stages, config: Config, counts: Counts, topology: Topology, systems: Sequence[System]
+) -> None:
+    """The rows of what the systems need beside vectors of the corpus; one process has it all."""
+    parts = {part.name: part for system in systems for part in system.with_parts()}
+    lists = sum(part.stage == LISTWISE for part in parts.values())
+    if lists:
+        section = config.evaluation.listwise
+        queries, depth = counts.test, max(section.depth, *section.depths, 0)
+        queries += counts.dev if section.depths else 0
+        texts = lists * queries * len(windows(depth, section.window, section.stride))
+        prompt = max(config.generator.prompt_buckets) * TOKEN
+        stages.add(
+            "orders of passages", memory=queries * (prompt + ENTRY) + INDEX * texts, files=1,
+            disk=texts * (PLACE_IN_ORDER * section.window * TOKEN + LINE),
+            seconds=SECONDS["text sampled"] * texts / 1000,
+        )  # fmt: skip
+    if any(SPLADE in part.retrievers for part in parts.values()):
+        wide = sparse_encoding(config, topology).module.config.vocab_size
+        stages.add(
+            "sparse index", memory=4 * wide * SPARSE_TEXTS, files=4,
+            disk=8 * TERMS * counts.documents,
+            seconds=SECONDS["text encoded"] * counts.documents / 1000,
+        )  # fmt: skip
 
 
 def _saved(config: Config, generator: GeneratorShapes) -> tuple[int, dict[str, int]]:

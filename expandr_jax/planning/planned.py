@@ -25,6 +25,7 @@ from expandr_jax.weights.families import example_inputs, find_family, model_conf
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model
 from expandr_jax.weights.source import locate
+from expandr_jax.weights.sparse_encoder import SPLADE
 from expandr_jax.weights.trees import model_shardings
 
 # The workload: counts of texts and their tokens, of all processes together.
@@ -117,6 +118,12 @@ def untrained(state: TrainState) -> TrainState:
     return state.replace(opt_state=jax.tree.map(jnp.zeros_like, state.opt_state))
 
 
+def of_retriever_alone(config: Config) -> bool:
+    """Whether a config is `train.retriever`'s: it has no generator, or `train.joint` refuses it."""
+    named = config.generator.source or config.generator.shape
+    return not named or config.retriever.pooling == SPLADE or config.llara.epochs > 0
+
+
 def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:
     """A phase's mesh on a topology, as `phase_mesh` makes it and refuses it."""
     return phase_mesh(config.mesh, phase, topology.devices, topology.host_devices)
@@ -160,12 +167,12 @@ def shape_module(
         found = Fields.read(Path(section.shape))
         kind = found.values.get("model_type")
     else:
-        found, kind = _shape_of_source(section.source, name)
+        found, kind = shape_of_source(section.source, name)
     config = model_config(found, kind)
     return find_family(found.where, kind).module(config, dtype=jnp.dtype(dtype))
 
 
-def _shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
+def shape_of_source(source: str, name: str) -> tuple[Fields, str | None]:
     """config.json and kind of a model that is here; nothing is fetched."""
     path = Path(source).expanduser()
     if not source or not (source.startswith("package:") or path.exists()):

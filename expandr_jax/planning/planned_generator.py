@@ -1,6 +1,7 @@
 """The generator's programs, as shapes: sampling, and how its base moves."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,7 @@ from expandr_jax.sharding import (
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
+PLACE, LEAD = 6, 10  # Tokens of a passage's place in an order that is written, and of all else.
 
 
 class GeneratorShapes:
@@ -97,14 +99,21 @@ class GeneratorShapes:
         return merged(self.adapter, self._topology, self.module)
 
     def engine(
-        self, slots: int = 0, new: int = NEW, log_probs: bool = False
+        self,
+        slots: int = 0,
+        new: int = NEW,
+        log_probs: bool = False,
+        prompt: int = PROMPT,
+        adapted: bool = True,
     ) -> tuple[EngineShape, dict[str, Any]]:
-        """What the engine of a process is compiled for, and its variables, an adapter's too.
+        """What the engine of a process is compiled for, and its variables.
 
         Args:
             slots: 0: the process's part of ROWS.
             new: Tokens that a text may have.
             log_probs: Whether their log-probabilities are kept.
+            prompt: Tokens that a prompt may have.
+            adapted: Whether there is an adapter.
         """
         mesh = planned_mesh(self._config, "sampling", self._topology)
         slots = slots or max(1, ROWS // self._topology.hosts)
@@ -113,7 +122,7 @@ class GeneratorShapes:
         shape = EngineShape(
             module=module,
             slots=slots,
-            length=PROMPT + new,
+            length=prompt + new,
             max_new_tokens=new,
             seed=self._config.seed,
             eos_ids=(0,),
@@ -128,44 +137,57 @@ class GeneratorShapes:
                 unstack_shardings(shardings[name], module.config.num_layers),
             )
             for name, tree in (("params", self.params), ("lora", self.adapter))
+            if adapted or name == "params"
         }
         return shape, variables
 
-    def prefill(self) -> Planned:
-        """Prompts of PROMPT tokens, as many as the engine runs together."""
-        shape, variables = self.engine()
-        rows, mesh = shape.prefill_rows(PROMPT), shape.mesh
+    def prefill(self, shares: int = 0, **engine: Any) -> Planned:
+        """Prompts as long as they may be, as many as the engine runs together.
+
+        Args:
+            shares: Processes that run it; 0: all.
+            engine: As of `engine`.
+        """
+        shape, variables = self.engine(**engine)
+        length = shape.length - shape.max_new_tokens
+        rows, mesh = shape.prefill_rows(length), shape.mesh
         by_row = batch_sharding(mesh)
-        tokens = jax.ShapeDtypeStruct((rows, PROMPT), jnp.int32, sharding=by_row)
-        length = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=by_row)
+        lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
         return Planned(
             program=make_programs(shape).prefill,
-            arguments=(variables, tokens, length, None),
+            arguments=(variables, tokens, lengths, None),
             mesh=mesh,
             parameters=variables,
             module=self.module,
             rows=rows,
-            tokens=rows * PROMPT,
-            forward_flops=forward_flops(self.module, self.params, rows, PROMPT),
+            tokens=rows * length,
+            forward_flops=forward_flops(self.module, self.params, rows, length),
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
             change="a larger tensor axis in mesh.sampling",
-            shares=self._topology.hosts,
+            shares=shares or self._topology.hosts,
             values=lambda variables, _, __, prefix: (
                 variables,
-                random_tokens(self.module, rows, PROMPT),
-                np.full(rows, PROMPT, np.int32),
+                random_tokens(self.module, rows, length),
+                np.full(rows, length, np.int32),
                 prefix,
             ),
         )
 
-    def decode(self, *args: Any, fewer: str = "generator.slots") -> Planned:
+    def decode(
+        self, *args: Any, fewer: str = "generator.slots", shares: int = 0, **engine: Any
+    ) -> Planned:
         """One token for each of a process's slots, each with room for a prompt and a text.
 
-        `args` are those of `engine`; `fewer`: what to have less of where it does not fit.
+        Args:
+            args, engine: As of `engine`.
+            fewer: What to have less of where it does not fit.
+            shares: Processes that run it; 0: all.
         """
-        shape, variables = self.engine(*args)
+        shape, variables = self.engine(*args, **engine)
         rows, mesh, programs = shape.slots, shape.mesh, make_programs(shape)
         new = shape.max_new_tokens
+        prompt = shape.length - new
         slots = with_shardings(jax.eval_shape(programs.empty, None), programs.shardings)
         everywhere = replicated(mesh)
         cancelled = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=everywhere)
@@ -178,7 +200,7 @@ class GeneratorShapes:
             stream = np.arange(rows, dtype=np.uint32)
             begun = slots.replace(
                 settings=empty_settings(rows).replace(limit=whole + new, stream=stream),
-                cache=slots.cache.replace(length=whole + PROMPT),
+                cache=slots.cache.replace(length=whole + prompt),
                 token=random_tokens(self.module, rows),
                 active=np.ones(rows, bool),
                 count=whole,
@@ -200,10 +222,26 @@ class GeneratorShapes:
             ),
             moved=weights + bytes_on_device(slots.cache),
             change=f"fewer {fewer}, or a larger tensor axis in mesh.sampling",
-            shares=self._topology.hosts,
+            shares=shares or self._topology.hosts,
             values=all_active,
             units=timed,
         )
+
+    def lists(self) -> dict[str, Callable[[], Planned]]:
+        """The programs of rows that are ranked again by lists, by name.
+
+        One process ranks, with the base alone, and has all slots. A prompt fills the largest
+        bucket; an answer names each passage of a window.
+        """
+        new = PLACE * self._config.evaluation.listwise.window + LEAD
+        longest = max(self._config.generator.prompt_buckets)
+        room = (self.module.config.max_positions or longest + new) - new
+        engine = {"slots": ROWS, "new": new, "prompt": min(longest, room), "adapted": False}
+        fewer = "generator.slots, a smaller generator.prompt_buckets"
+        return {
+            "listwise prefill": functools.partial(self.prefill, shares=1, **engine),
+            "listwise decode": functools.partial(self.decode, shares=1, fewer=fewer, **engine),
+        }
 
     def model(self) -> GeneratorModel:
         """The generator as training has it."""

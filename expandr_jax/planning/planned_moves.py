@@ -78,7 +78,7 @@ def unstacked(stacked: Any, variables: Any, mesh: Mesh, module: nn.Module, share
     )
 
 
-def merged(adapter: Any, topology: Topology, module: nn.Module) -> Planned:
+def merged(adapter: Any, topology: Topology, module: nn.Module, name: str = "lora.rank") -> Planned:
     """The product of the largest pair of an adapter's matrices, for a tensor that is exported."""
     sides = [leaf.shape[-2:] for leaf in jax.tree.leaves(adapter)]
     rank = min(min(shape) for shape in sides)
@@ -94,7 +94,7 @@ def merged(adapter: Any, topology: Topology, module: nn.Module) -> Planned:
         mesh=None,
         module=module,
         moved=4 * width * (2 * rank + width),
-        change="a smaller lora.rank",
+        change=f"a smaller {name}",
         forward_flops=2 * width * rank * width,
     )
 

@@ -50,7 +50,7 @@ def propose(config: Config, topology: Topology, console: Console) -> list[dict[s
         that has such settings; of the others nothing tried fits.
     """
     found = []
-    for phase in PHASES:
+    for phase in phases_of(config, topology):
         console.print(f"{phase}: estimating settings")
         ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
         for number, (order, settings, planned) in enumerate(ordered[:TRIES], start=1):
@@ -69,12 +69,22 @@ def propose(config: Config, topology: Topology, console: Console) -> list[dict[s
     return found
 
 
+def phases_of(config: Config, topology: Topology) -> list[str]:
+    """The phases that the config's run has."""
+    programs = planned_programs(config, topology)
+    return [phase for phase in PHASES if _program(config, phase) in programs]
+
+
+def _program(config: Config, phase: str) -> str:
+    """The program that stands for a phase."""
+    return PHASES[phase][0] or step_b_shapes(config).update
+
+
 def _estimates(
     config: Config, topology: Topology, phase: str
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Planned]]:
     """(what to sort by, its time first; settings; the program with them) of all that may fit."""
-    program, remat_name = PHASES[phase]
-    program = program or step_b_shapes(config).update
+    program, (_, remat_name) = _program(config, phase), PHASES[phase]
     micro_batches = [0]
     if phase == "contrastive":
         micro_batches += [QUERIES // 2**i for i in range(3)]

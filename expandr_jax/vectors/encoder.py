@@ -14,6 +14,7 @@ from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
 from expandr_jax.weights.trees import model_shardings
 
 BLOCK = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
+TOKENS_PER_BATCH = 2048  # Rows times length of a batch, where nothing else is said.
 
 Progress = Callable[[int], None]
 
@@ -37,7 +38,9 @@ class TextEncoder:
             are slower on CPU, where a layer's results no longer stay in the caches.
     """
 
-    def __init__(self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = 2048):
+    def __init__(
+        self, retriever: Retriever, mesh: Mesh, *, tokens_per_batch: int = TOKENS_PER_BATCH
+    ):
         self.retriever = retriever
         self.mesh = mesh
         self.tokens_per_batch = tokens_per_batch
