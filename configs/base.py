@@ -156,7 +156,7 @@ def get_config() -> ml_collections.ConfigDict:
     mining.per_query = 4  # Kept of a query, to draw from; 0: none, the data's (judged 0) are used.
     mining.first = 0  # Results left out at the top: relevant documents nobody judged may be there.
     mining.depth = 50  # Results looked at.
-    mining.absolute_margin = placeholder(float)  # At least so far below the positive's score.
+    mining.absolute_margin = placeholder(float)  # So far below the positive, but for figret's.
     mining.relative_margin = placeholder(float)  # The same as a share of that score.
 
     config.candidates = candidates = _sampling()  # Step B, sampling; _sampling has the rest.

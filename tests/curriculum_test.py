@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 from rich.console import Console
+from sentence_transformers import SentenceTransformer
 
 from configs import base
 from expandr_jax.config import read_config
@@ -21,7 +22,8 @@ from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.figret import easier_triples, failed_queries, with_margin
 from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.ranking.results import hardest, of_some
-from tests.commands import finish, start, step_figures
+from expandr_jax.vectors.stored import open_vectors
+from tests.commands import command, finish, start, step_figures
 from tests.retriever_training_test import TINY
 from train.retriever import train_on_triples
 
@@ -180,7 +182,7 @@ SAME = ("results.json", "round-0/figret.jsonl", "evaluation/hardest.jsonl",
 
 @pytest.mark.slow
 def test_a_finished_run_is_given_the_turn_and_a_kill_changes_nothing(smoke, tmp_path):
-    """The rows that there were stay. It is killed while texts are written, and in the turn."""
+    """The rows that there were stay. It is killed in the turn."""
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     for copy in (whole, workdir):
         shutil.copytree(smoke[0], copy)
@@ -204,16 +206,36 @@ def test_a_finished_run_is_given_the_turn_and_a_kill_changes_nothing(smoke, tmp_
     turns = [steps.count(f"{name}-0") for name in added]
     assert turns[0] == turns[1] == 2 * (len(lines) // 8)
 
-    for there in ("work/round-0/figret-texts.jsonl*", "checkpoints/expandr-figret-0/[0-9]*"):
-        process, limit = start(workdir, *FIGRET), time.monotonic() + 240
-        while not any(workdir.glob(there)):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < limit
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+    _check_export(whole, smoke[0])
+    process, limit = start(workdir, *FIGRET), time.monotonic() + 240
+    while not any(workdir.glob("checkpoints/expandr-figret-0/[0-9]*")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
     finish(start(workdir, *FIGRET))
     for name in SAME:
         assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
     assert step_figures(workdir) == step_figures(whole)
     assert "all is done" in finish(start(workdir, *FIGRET))
+
+
+def _check_export(workdir, plain):
+    """sentence-transformers has of the turn's export the vectors that its row was ranked by."""
+    export = workdir / "export" / "retriever-figret"
+    peer = SentenceTransformer(str(export), device="cpu")
+    rows = [json.loads(line) for line in (workdir / "data/corpus.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in rows[:40]]
+    vectors = open_vectors(workdir / "work/vectors/expandr-figret.npy")
+    np.testing.assert_allclose(peer.encode_document(texts), vectors[:40], atol=2e-4)
+    before = open_vectors(workdir / "work/vectors/expandr.npy")
+    assert np.abs(before[:40] - vectors[:40]).max() > 1e-3
+    for name in ("retriever", "adapter"):  # What was there is as it was.
+        for path in (plain / "export" / name).rglob("*.safetensors"):
+            again = workdir / path.relative_to(plain)
+            assert again.read_bytes() == path.read_bytes(), path
+    to = workdir.parent / "exported"
+    finish(command("train.export", f"--workdir={workdir}", f"--to={to}",
+                   "--format=retriever-figret"))  # fmt: skip
+    assert (to / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()

@@ -17,6 +17,7 @@ from expandr_jax.mining import mine_negatives, triple_rows
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import ExactIndex
 from expandr_jax.vectors.corpus import Corpus
+from train.figret import find_failed
 from train.negatives import mine_triples
 
 DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
@@ -102,12 +103,12 @@ class Read(collections.UserList):
         return super().__getitem__(row)
 
 
-def mined(tmp_path, monkeypatch, ids, vectors, queries, excluded=(), **evaluation):
-    """What is mined for two queries, whose vectors and relevant documents are rows 0 and 1."""
+def world(monkeypatch, ids, vectors, queries, excluded=(), settings=()):
+    """A run, its data, a retriever and texts: queries' vectors and relevant documents are rows."""
     config = base.get_config()
     config.search.backend = "exact"
     config.mining.update({"per_query": 3, "depth": 20, "first": 0})
-    config.evaluation.update(evaluation)
+    config.update_from_flattened_dict(dict(settings))
     config = read_config(config)
     corpus, texts = Corpus(ids, vectors, config.search), Read(f"text of {d}" for d in ids)
     monkeypatch.setattr("train.negatives.texts_of", lambda _: texts)
@@ -123,9 +124,19 @@ def mined(tmp_path, monkeypatch, ids, vectors, queries, excluded=(), **evaluatio
     retriever = types.SimpleNamespace(
         corpus=corpus, encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]]
     )
+    return run, data, retriever, texts
+
+
+def mined(tmp_path, monkeypatch, *args, **evaluation):
+    """What is mined for two queries, and the texts."""
+    settings = {f"evaluation.{name}": value for name, value in evaluation.items()}
+    run, data, retriever, texts = world(monkeypatch, *args, settings=settings)
     mine_triples(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
-    rows = [row for _, row in read_jsonl(tmp_path / "triples.jsonl", {"neg": list})]
-    return [row["neg"] for row in rows], texts
+    return negatives(tmp_path / "triples.jsonl"), texts
+
+
+def negatives(path):
+    return [row["neg"] for _, row in read_jsonl(path, {"neg": list})]
 
 
 def test_mining_reads_the_documents_that_it_takes_and_no_others(tmp_path, monkeypatch):
@@ -171,3 +182,19 @@ def test_queries_are_mined_some_at_a_time(tmp_path, monkeypatch):
     assert mined(tmp_path, monkeypatch, ids, vectors, queries)[0] == found
     assert (tmp_path / "triples.jsonl").read_bytes() == whole
     assert searched == [3, 3, 1]
+
+
+@pytest.mark.parametrize("margin", ["relative_margin", "absolute_margin"])
+def test_a_query_that_fails_has_wrong_documents_whatever_the_margin(tmp_path, monkeypatch, margin):
+    """All that is looked at scores above its relevant document, from which a margin is counted."""
+    vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    ids = [f"d{row}" for row in range(30)]
+    settings = {f"mining.{margin}": 0.0, "figret.rank": 5}
+    run, data, retriever, _ = world(monkeypatch, ids, vectors, ["q0"], settings=settings)
+    retriever.encode = lambda queries, *_, **__: -vectors[[int(q[1:]) for q in queries]]
+    run.path = tmp_path.joinpath
+    mine_triples(run, retriever, data, ["q0"], tmp_path / "all.jsonl")
+    assert negatives(tmp_path / "all.jsonl") == [[]]
+    find_failed(run, data, retriever, "failed.jsonl")
+    found = np.argsort(vectors @ vectors[0])[:3]
+    assert negatives(tmp_path / "failed.jsonl") == [[f"text of d{row}" for row in found]]

@@ -6,9 +6,10 @@ FORMAT is "base" (the generator's unmerged base, which export/adapter names), "g
 "gguf" (that in one file for llama.cpp, OUT.gguf), "adapter", "retriever" (for
 sentence-transformers), "encoder" (the retriever's model alone, the only form that AnchorDR has),
 "retriever-adapter" (where contrastive.lora.rank is above 0), "retriever-base" (the unmerged base
-that this names) or "query-encoder" (a distilled query tower, see docs/distill.md). `train.joint`
-writes generator, adapter and retriever by itself, `train.generator` the adapter, which "generator"
-and "gguf" merge, and `train.retriever` the retriever.
+that this names), "retriever-figret" (after the last turn that figret.rank above 0 adds) or
+"query-encoder" (a distilled query tower, see docs/distill.md). `train.joint` writes generator,
+adapter and retriever by itself, `train.generator` the adapter, which "generator" and "gguf" merge,
+and `train.retriever` the retriever.
 """
 
 import dataclasses
@@ -48,10 +49,11 @@ from train.launch import define_workdir, launch
 OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes of each run.
 ADAPTER = "retriever-adapter"  # And of one whose step A trains an adapter.
 TOWER = "query-encoder"  # And of one that has distilled a query tower.
+TURNED = "retriever-figret"  # And of one with a last turn on queries that fail.
 DTYPES = ("float32", "bfloat16", "source")
 _BASE = "retriever-base"
 _WHOLE = ("generator", "gguf")  # Those that have the adapter merged.
-FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER)
+FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER, TURNED)
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {
     "triples": {"retriever": "train.retriever or train.joint"},
@@ -62,7 +64,8 @@ _PROGRAMS = {
 def exports_of(config: Config) -> tuple[str, ...]:
     """What `export_run` writes of a run, from its export/."""
     adapter = (ADAPTER,) if config.contrastive.lora.rank else ()
-    return (*OF_RUN, *adapter, *((TOWER,) if config.distill.epochs else ()))
+    tower = (TOWER,) if config.distill.epochs else ()
+    return (*OF_RUN, *adapter, *tower, *((TURNED,) if config.figret.rank else ()))
 
 
 def export_run(
@@ -71,11 +74,13 @@ def export_run(
     params: Any,
     adapter: Any,
     tower: Any | None,
+    turned: Any | None,
     progress: Callable[[int], None],
 ) -> None:
     """Writes what `exports_of` names, under export/; retriever and generator are merged.
 
-    Those that are whole stay. `params` are the retriever's, `tower` the query tower's.
+    Those that are whole stay. `params` are the retriever's, `tower` the query tower's, `turned` the
+    retriever's after its last turn.
     """
     source, lora = run.config.generator, run.config.lora
     dtype = jnp.dtype(run.config.export.dtype)
@@ -96,6 +101,7 @@ def export_run(
         "generator": lambda to: export_generator(
             to, base()[0], merge_stored(base()[1], adapter, lora), dtype
         ),
+        TURNED: lambda to: write_retriever(run.config, to, retriever, turned),
         TOWER: lambda to: export_query_encoder(
             to, *merged_retriever(run.config, retriever, tower), dtype
         ),
@@ -144,7 +150,7 @@ def export_one(
         UserError: The run is not there or not finished, or the model has no such format.
     """
     config = read_run_config(workdir / "config.json")
-    of_retriever = ("retriever", "encoder", _BASE, ADAPTER, TOWER)
+    of_retriever = ("retriever", "encoder", _BASE, ADAPTER, TOWER, TURNED)
     model = "retriever" if kind in of_retriever else "generator"
     pairs_alone = config.data.kind == "preferences"
     if not getattr(config, model).source or (model == "retriever" and pairs_alone):
@@ -155,6 +161,8 @@ def export_one(
     if kind not in bases and not made.exists():
         if kind == ADAPTER and not config.contrastive.lora.rank:
             raise UserError(f"{made}: not there; contrastive.lora.rank is 0, so all is trained")
+        if kind == TURNED and not config.figret.rank:
+            raise UserError(f"{made}: not there; figret.rank is 0, so there was no last turn")
         if kind == TOWER:
             raise UserError(f"{made}: not there; let train.distill make it")
         program = _PROGRAMS.get(config.data.kind, {}).get(model, "train.joint")

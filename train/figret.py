@@ -61,7 +61,7 @@ def figret(
     if not run.checksums.intact(failed):
         _ = ours.corpus  # All processes encode it, as a phase of its own.
         with run.phase("queries that fail"):
-            _find_failed(run, data, ours, failed)
+            find_failed(run, data, ours, failed)
         run.checksums.record(failed)
     own = _read(run, failed)
     run.reporter.say(f"{len(own)} queries have no relevant document above the rank")
@@ -90,8 +90,12 @@ def _triple(row: Mapping[str, Any]) -> Triple:
     return Triple(row["query"], tuple(row["pos"]), tuple(row["neg"]), margin=row.get("margin"))
 
 
-def _find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) -> None:
-    """Writes the failed queries' ordinary triples, with negatives as `mining` has them."""
+def find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) -> None:
+    """Writes the failed queries' ordinary triples, with negatives as `mining` has them.
+
+    Its margins do not count: they trust the relevant document's score, which is what failed, and
+    would leave out all that was found before it.
+    """
     settings, ids = run.config.figret, data.retriever_train
     corpus, failed = ours.corpus, []
 
@@ -107,7 +111,7 @@ def _find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str)
             queries = ours.encode(data.queries(some), "query", progress=advance)
             failed += run.processes.once(functools.partial(search, some, queries))
     if failed := limit_queries(failed, settings.queries):
-        mine_triples(run, ours, data, failed, run.path(name))
+        mine_triples(run, ours, data, failed, run.path(name), margins=False)
     else:
         run.processes.once(lambda: write_jsonl(run.path(name), []))
 

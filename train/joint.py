@@ -29,6 +29,7 @@ from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
     DISTILLED,
+    FIGRET,
     System,
     check_prompts,
     stage_hashes,
@@ -154,11 +155,15 @@ def train_joint(
     results = evaluate(run, models, data, retrievers, adapters)
     evaluate_benchmarks(run, models, retrievers, adapters, results["chosen"])
 
-    tower = retrievers[DISTILLED].params if DISTILLED in retrievers else None
+    tower, turned = (
+        retrievers[name].params if name in retrievers else None for name in (DISTILLED, FIGRET)
+    )
     count = len(exports_of(config))
     with run.phase("export"), run.reporter.progress("models exported", count) as advance:
         run.processes.once(
-            lambda: export_run(run, models.retriever, current.params, adapter, tower, advance)
+            lambda: export_run(
+                run, models.retriever, current.params, adapter, tower, turned, advance
+            )
         )
     run.checksums.record(*_written(config))
     return _end(run, results)

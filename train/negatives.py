@@ -1,6 +1,7 @@
 """Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.files.named_rows import NamedRows
 from expandr_jax.files.records import open_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
+from expandr_jax.objectives.settings import MiningSettings
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus, CorpusRetriever
 
@@ -80,19 +82,25 @@ def mine_triples(
     data: TrainingData,
     ids: Sequence[str],
     path: pathlib.Path,
+    *,
+    margins: bool = True,
 ) -> None:
     """Writes a file of triples, with negatives that a retriever mines for some training queries.
 
-    All processes call it together; the retriever has encoded the corpus.
+    All processes call it together; the retriever has encoded the corpus. Without `margins` what
+    scores above the relevant document is a negative, too, whatever the section `mining` says.
     """
-    counts = 0, 0
+    settings, counts = run.config.mining, (0, 0)
+    if not margins:
+        settings = dataclasses.replace(settings, absolute_margin=None, relative_margin=None)
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(run.reporter.progress("training queries encoded", len(ids)))
         write = stack.enter_context(open_jsonl(path)) if run.processes.is_main else None
         for first in range(0, len(ids), QUERIES_AT_ONCE):
             some = ids[first : first + QUERIES_AT_ONCE]
             queries = retriever.encode(data.queries(some), "query", progress=advance)
-            mine = functools.partial(_mined, run, retriever.corpus, data, some, queries, write)
+            asked = retriever.corpus, some, queries
+            mine = functools.partial(_mined, run, data, settings, *asked, write)
             counts = [a + b for a, b in zip(counts, run.processes.once(mine), strict=True)]
     found, without = counts
     run.reporter.say(f"{found} negatives; {without} queries have none")
@@ -100,21 +108,22 @@ def mine_triples(
 
 def _mined(
     run: Run,
-    corpus: Corpus,
     data: TrainingData,
+    settings: MiningSettings,
+    corpus: Corpus,
     ids: Sequence[str],
     queries: np.ndarray,
     write: Callable[[Iterable[Mapping[str, Any]]], None],
 ) -> tuple[int, int]:
     """Writes the triples of queries: how many negatives they have, and how many have none."""
-    config, row_of = run.config.mining, rows_of(data.collection.corpus)
+    row_of = rows_of(data.collection.corpus)
     relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
     drop = run.config.evaluation.drop_identical_ids
     known = [  # What leaves a query's rankings is no negative of it.
         rows + [row_of[document] for document in data.left_out(query, drop)]
         for query, rows in zip(ids, relevant, strict=True)
     ]
-    scores, found = corpus.index.search(queries, min(len(corpus.ids), config.depth))
+    scores, found = corpus.index.search(queries, min(len(corpus.ids), settings.depth))
     own = corpus.vectors[[documents[0] for documents in relevant]]
     texts = texts_of(data.collection.corpus)
     mined = mine_negatives(
@@ -123,10 +132,10 @@ def _mined(
         np.sum(queries * own, axis=1),
         known,
         texts,
-        count=max(1, config.per_query),
-        first=config.first,
-        absolute_margin=config.absolute_margin,
-        relative_margin=config.relative_margin,
+        count=max(1, settings.per_query),
+        first=settings.first,
+        absolute_margin=settings.absolute_margin,
+        relative_margin=settings.relative_margin,
     )
     rows = zip(ids, triple_rows(data.queries(ids), relevant, mined, texts), strict=True)
     write({"query_id": query, **row} for query, row in rows if row["pos"])

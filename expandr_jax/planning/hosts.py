@@ -51,6 +51,7 @@ INDEX = 80  # A text in a journal, while it is put in order.
 PLACE = 40  # A document, while its store is written.
 FOUND = 60  # A line of a ranking, and half of what it is in memory.
 TERMS = 256  # Components of a text in a sparse index, about.
+MINED = 1 << 16  # Queries that are searched for at once.
 FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 SECONDS = {
@@ -172,7 +173,7 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
         failed = min(config.figret.queries or math.inf, counts.retriever_train)
         found = 4 * width + min(config.figret.rank, counts.documents) * 8
         stages.add(
-            "queries that fail", memory=counts.retriever_train * found, files=1,
+            "queries that fail", memory=min(counts.retriever_train, MINED) * found, files=1,
             disk=failed * (query + each * document),
             seconds=SECONDS["text encoded"] * counts.retriever_train / hosts / 1000,
         )  # fmt: skip
