@@ -67,6 +67,8 @@ def test_what_is_read_after_generation_by_hand():
             "expanded_overlap_bm25": 0.1, "first_kept": 0, "expanded_first": 0.8,
         }
     )  # fmt: skip
+    told = features_after(SEARCH, dataclasses.replace(written, log_probs=[-1.0, -2.5, -4.0]))
+    assert told == after | {"log_probability": -2.5}
     none = dataclasses.replace(written, passages=passages[:0], words=[], expanded=SEARCH.dense)
     nothing = features_after(SEARCH, none)
     assert nothing["passages"] == nothing["agreement"] == nothing["query_cosine"] == 0
@@ -293,6 +295,37 @@ def test_a_collection_of_which_half_is_helped(monkeypatch, tmp_path):
     assert len(rows) == 2 * len(qrels["test"])
     pairs = {(r["system"], r["baseline"]) for r in results["significance"]}
     assert {(BEFORE, "expandr-plain"), ("expandr", BEFORE)} <= pairs
+
+
+@pytest.mark.parametrize("way", ["max", "rrf"])
+def test_a_gate_reads_and_passes_on_what_was_found_together(monkeypatch, tmp_path, way):
+    """However a query and its texts are searched for, the gated row is one of both rows."""
+    qrels, systems = synthetic(monkeypatch), ("expandr", "expandr-plain", AFTER)
+    settings = {"expansion.combine": way}
+    results, _ = evaluated(monkeypatch, tmp_path, systems, qrels, settings=settings)
+    chosen, (entry,) = results["chosen"]["expandr"], results["gates"]
+    assert chosen["combine"] == way
+    runs = {n: metrics.read_trec(tmp_path / "runs" / f"{n}.trec") for n in systems}
+    rows = [r for _, r in read_jsonl(tmp_path / "evaluation" / "gated.jsonl", {"system": str})]
+    assert {row["query_id"] for row in rows} == {*qrels["test"]}
+    for row in rows:
+        query, part = row["query_id"], "expandr" if row["expanded"] else "expandr-plain"
+        assert [*runs[AFTER][query]] == [*runs[part][query]]
+    means = {row["system"]: row["ndcg@10"] for row in results["rows"]}
+    assert (entry["always"], entry["never"]) == (means["expandr"], means["expandr-plain"])
+    assert entry["gated"] == means[AFTER]
+    if way != "max":
+        return
+    gate = read_gates(tmp_path / "evaluation" / "gates.json", [AFTER])[AFTER]
+    documents = np.stack([choices_test.vector(f"text{i}") for i in range(200)])
+    weight, firsts = chosen["query_weight"], []
+    for query in qrels["dev"]:
+        name = choices_test.QUERIES[query]
+        texts = [f"of {name}", "text1"][: chosen["samples"]]
+        best = np.max([documents @ choices_test.vector(text) for text in texts], axis=0)
+        firsts.append(np.max(weight * documents @ choices_test.vector(name) + (1 - weight) * best))
+    mean = gate.means[gate.features.index("expanded_first")]
+    assert mean == pytest.approx(np.mean(firsts), abs=1e-5)
 
 
 def test_test_judgements_change_no_gate(monkeypatch, tmp_path):

@@ -231,7 +231,7 @@ def _choice(
     strategy = expander.strategy.in_a_run
     if not run.processes.once(path.exists):
         written = written_for(run, data, expander, adapter, leaf.generator, leaf.strategy)
-        strategy, texts, _ = written
+        strategy, texts, *_ = written
         judged = data.collection.qrels["dev"]
         dev = {query: data.collection.queries[query] for query in judged}
         expansions = Expansions(strategy, [texts[query] for query in dev])

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.expand import (
     Expander,
@@ -20,8 +22,9 @@ from expandr_jax.files.records import write_jsonl
 from expandr_jax.generation.requests import Requests
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
+from expandr_jax.ranking.gate_features import AFTER
 from expandr_jax.ranking.ranker import Expansions
-from expandr_jax.ranking.systems import EXPANSION, System
+from expandr_jax.ranking.systems import EXPANSION, System, parse_systems
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 
@@ -133,8 +136,12 @@ def evaluation_expansions(
     fields = *FIELDS[:4], "tokens"
     _write(run, run.path(folder, "evaluation", "tokens.jsonl"), fields, counts)
     return {
-        (split, *key): Expansions(strategy, [texts[query] for query in qrels[split]])
-        for key, (strategy, texts, _) in made.items()
+        (split, *key): Expansions(
+            strategy,
+            [texts[query] for query in qrels[split]],
+            [told[query] for query in qrels[split]] if told is not None else None,
+        )
+        for key, (strategy, texts, _, told) in made.items()
         for split in SPLITS
     }
 
@@ -147,13 +154,22 @@ def written_for(
     generator: str,
     name: str,
     folder: str = "",
-) -> tuple[Strategy, Mapping[str, list[list[str]]], Mapping[str, list[list[int]]]]:
+) -> tuple[
+    Strategy,
+    Mapping[str, list[list[str]]],
+    Mapping[str, list[list[int]]],
+    Mapping[str, list[list[float]]] | None,
+]:
     """What a generator writes for the dev and test queries by a strategy.
 
-    Query id -> texts [asks][samples], and to how many tokens it wrote for each. Arguments are as of
-    `evaluation_expansions`, `name` as of `System.strategy`.
+    Query id -> texts [asks][samples], to how many tokens it wrote for each, and to the means of
+    their log-probabilities; None in place of these where nobody reads or has them. Arguments are
+    as of `evaluation_expansions`, `name` as of `System.strategy`.
     """
     expander, strategy = own, own.strategy.in_a_run
+    if _read_by_a_gate(run, generator, name):
+        sampler = dataclasses.replace(own.sampler, log_probs=True)
+        own = expander = dataclasses.replace(own, sampler=sampler)
     where, what = generator, f"{generator} generator"
     if name != EXPANSION:
         strategy = STRATEGIES[name]
@@ -168,16 +184,23 @@ def written_for(
         purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
         sample = journaled(expander, adapter, journal, purpose)
         samples = max(run.config.evaluation.samples)
-        texts, tokens = _with_tokens(expander, queries, samples, sample)
-    return strategy, texts, tokens
+        return strategy, *_with_figures(expander, queries, samples, sample)
 
 
-def _with_tokens(
+def _read_by_a_gate(run: Run, generator: str, name: str) -> bool:
+    """Whether a gate after generation reads of what a generator writes by a strategy."""
+    systems = parse_systems(run.config.evaluation.systems)
+    gates = (p for system in systems for p in system.with_parts() if p.stage == AFTER)
+    return (generator, name) in {(g.parts[1].generator, g.parts[1].strategy) for g in gates}
+
+
+def _with_figures(
     expander: Expander, queries: Mapping[str, str], samples: int, sample: Sample
-) -> tuple[Mapping[str, list[list[str]]], Mapping[str, list[list[int]]]]:
-    """What `Expander.texts` makes, and how many tokens each text took.
+) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None]:
+    """What `Expander.texts` makes, how many tokens each text took, and their mean log-probability.
 
-    What an `Ask` wrote whose texts are not used counts to the first text of the one after it.
+    What an `Ask` wrote whose texts are not used counts to the first text of the one after it. The
+    last is None where texts lack it: a server's do, and those that are older than the gate.
     """
     used: list[SampledTexts] = []
     before: list[list[SampledTexts]] = [[]]  # Before each that is used, and the next.
@@ -198,4 +221,10 @@ def _with_tokens(
     def tokens(query: str) -> list[list[int]]:
         return [counts(*of, query) for of in zip(used, before, strict=False)]
 
-    return expander.texts(queries, samples, kept), MadeWhenAsked(queries, tokens)
+    def log_probs(query: str) -> list[list[float]]:
+        rows = [[texts.row((query, number)) for number in range(samples)] for texts in used]
+        return [[float(np.mean(row["log_probs"] or [0.0])) for row in of] for of in rows]
+
+    made = expander.texts(queries, samples, kept), MadeWhenAsked(queries, tokens)
+    whole = all("log_probs" in row for texts in used for row in texts.rows)
+    return *made, MadeWhenAsked(queries, log_probs) if whole else None

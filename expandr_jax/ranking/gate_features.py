@@ -43,13 +43,16 @@ class Written:
         query: [dim] the query's vector.
         passages: [passages, dim] vectors of its passages that are not empty.
         words: How many words each of them has.
-        expanded: What the expanded query found by its vector.
+        expanded: What the expanded query found.
+        log_probs: The mean log-probability of each passage's tokens as they were sampled; None
+            where nobody kept them.
     """
 
     query: np.ndarray
     passages: np.ndarray
     words: Sequence[int]
     expanded: Ranking
+    log_probs: Sequence[float] | None = None
 
 
 def features_before(search: PlainSearch) -> dict[str, float]:
@@ -69,6 +72,7 @@ def features_after(search: PlainSearch, written: Written) -> dict[str, float]:
     cosines = _cosines(np.concatenate([written.query[None], written.passages]))
     with_query, count = cosines[0, 1:], len(written.passages)
     pairs = cosines[1:, 1:][np.triu_indices(count, 1)]
+    told = written.log_probs
     return {
         **features_before(search),
         "passages": float(count),
@@ -81,6 +85,7 @@ def features_after(search: PlainSearch, written: Written) -> dict[str, float]:
         "expanded_overlap_bm25": _overlap(first_of(search.bm25), expanded),
         "first_kept": float([*first_of(search.dense)][:1] == [*expanded][:1]),
         "expanded_first": max(expanded.values(), default=0.0),
+        **({} if told is None else {"log_probability": _mean(told)}),
     }
 
 

@@ -250,6 +250,7 @@ class Ranker:
                 encoded.expansions[number, columns][encoded.present[number, columns]],
                 [*map(len, words_of(texts))],
                 run.get(self.ids[number], {}),
+                expansions.used_log_probs(number, columns),
             )
             for number, (_, texts) in enumerate(self._used(expansions, choice))
         ]

@@ -19,10 +19,13 @@ class Expansions:
     Attributes:
         strategy: What becomes of it.
         texts: [queries][asks][samples], "" where nothing was said.
+        log_probs: The same, the mean log-probability of each text's tokens as they were sampled;
+            None where nobody kept them.
     """
 
     strategy: Strategy
     texts: Sequence[Sequence[Sequence[str]]]
+    log_probs: Sequence[Sequence[Sequence[float]]] | None = None
 
     @functools.cached_property
     def by_sample(self) -> list[list[str]]:
@@ -33,6 +36,13 @@ class Expansions:
         """Which of `by_sample` the first so many are, those of the first `Ask` first."""
         asks = len(self.strategy.asks)
         return [column for ask in range(asks) for column in range(ask, count, asks)]
+
+    def used_log_probs(self, number: int, columns: Sequence[int]) -> list[float] | None:
+        """What `log_probs` has of the texts of a query, by number, in some columns; "" has none."""
+        if self.log_probs is None:
+            return None
+        told, texts = by_sample(self.log_probs[number]), self.by_sample[number]
+        return [told[column] for column in columns if texts[column]]
 
 
 @dataclasses.dataclass(frozen=True)
