@@ -131,26 +131,34 @@ def _last_part(value: Any) -> Any:
     return pathlib.PurePath(value).name.removesuffix(".zip")
 
 
-def cell_of_run(workdir: pathlib.Path, collection: str) -> Cell:
+def cell_of_run(workdir: pathlib.Path, collection: str, test: str = "") -> Cell:
     """The cell of a finished run.
+
+    Args:
+        workdir: The run.
+        collection: What the cell is called.
+        test: A collection of data.tests whose results it has; "": the run's own.
 
     Raises:
         UserError: A file of the run cannot be read.
     """
     config = read_record(workdir / "config.json")
     record = _json(workdir / "config.json")
-    results, timings = _json(workdir / "results.json"), _json(workdir / "timings.json")
-    source = _json(workdir / "data" / "SOURCE.json")
-    queries = sorted(read_qrels(workdir / "qrels.trec"))
-    texts = dict(read_texts(only_collection(workdir / "data"), "queries"))
+    own, timings = workdir / "tests" / test if test else workdir, _json(workdir / "timings.json")
+    results, source = _json(own / "results.json"), _json(workdir / "data" / "SOURCE.json")
+    queries = sorted(read_qrels(own / "qrels.trec"))
     systems = [row["system"] for row in results["rows"]]
-    values = run_values(workdir, queries)
+    values = run_values(own, queries)
     if lacking := [system for system in systems if system not in values]:
-        raise UserError(f"{workdir / 'runs'}: there is no {lacking[0]}.trec; train.joint makes it")
-    written = _by_leaf(workdir / "evaluation" / "expansions.jsonl", {"expansion": str})
-    tokens = _by_leaf(workdir / "evaluation" / "tokens.jsonl", {"tokens": int})
+        raise UserError(f"{own / 'runs'}: there is no {lacking[0]}.trec; train.joint makes it")
+    written = _by_leaf(own / "evaluation" / "expansions.jsonl", {"expansion": str})
+    tokens = _by_leaf(own / "evaluation" / "tokens.jsonl", {"tokens": int})
     shown = OURS if OURS in written else next(iter(written), "")
     first = {row["query_id"]: row["expansion"] for row in reversed(written.get(shown, []))}
+    if test:  # Its own files may be elsewhere by now.
+        texts = {row["query_id"]: row.get("query", "") for of in written.values() for row in of}
+    else:
+        texts = dict(read_texts(only_collection(workdir / "data"), "queries"))
     return Cell(
         collection=collection,
         seed=config["seed"],
@@ -170,7 +178,9 @@ def cell_of_run(workdir: pathlib.Path, collection: str) -> Cell:
             system: {m: np.round(of, DIGITS).tolist() for m, of in values[system].items()}
             for system in systems
         },
-        costs=_costs(systems, results, timings, tokens, _expanded(workdir), len(queries)),
+        costs=_costs(
+            systems, results, {} if test else timings, tokens, _expanded(own), len(queries)
+        ),
     )
 
 

@@ -5,7 +5,8 @@
 A cell is a collection and a seed: a run of `train.joint --config=configs/table.py:DIR`, a program
 of its own, in OUT/cells/COLLECTION/seed-S, begun where it is missing and gone on with where it was
 stopped. DIR is a directory in BEIR layout, or a name of configs/public.py, which is downloaded;
-`pydoc` stands for the docstrings of packages. OUT gets
+`pydoc` stands for the docstrings of packages. With --config.data.tests each run is tested on
+further collections, too, which the table calls COLLECTION-to-TEST. OUT gets
 results.json and results.md, .tex, .csv and .html: means over seeds with intervals over queries,
 tests against the rows without expansions, costs, and the queries that gained and lost most. What
 the table needs of a cell is kept in OUT/cells/COLLECTION-seed-S.json.gz, so that a run's directory
@@ -40,6 +41,7 @@ from eval.cells import (
 )
 from expandr_jax.config import read_config
 from expandr_jax.data.benchmarks import find_benchmarks
+from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
 from expandr_jax.report.grid_pages import write_grid
 from expandr_jax.runtime.formats import read_record
@@ -65,6 +67,7 @@ class Wanted:
         overrides: Setting -> value, beside those of the file.
         config: Its whole config, but for where things lie.
         directory: Where its run is made, if it has to be.
+        test: The collection of data.tests that it is about; "": the one that its run trains on.
     """
 
     collection: str
@@ -74,6 +77,7 @@ class Wanted:
     overrides: Mapping[str, Any]
     config: Mapping[str, Any]
     directory: pathlib.Path
+    test: str = ""
 
     @property
     def name(self) -> str:
@@ -134,9 +138,24 @@ def wanted_cells(
                 raise UserError(f"--config={of_file}: {error}") from None
             settings = without_places(dataclasses.asdict(config))
             directory = workdir / "cells" / name / f"seed-{seed}"
-            read = config.data.path
-            wanted.append(Wanted(name, seed, read, of_file, overrides, settings, directory))
+            run = seed, config.data.path, of_file, overrides, settings, directory
+            wanted.append(Wanted(name, *run))
+            tests = names_of(config.data.tests)
+            wanted += (Wanted(f"{name}-to-{t.replace('/', '-')}", *run, t) for t in tests)
     return wanted
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """Names of the collections at some paths, which need not be there where cells are given."""
+    return [
+        name
+        for path in paths
+        for name in (
+            find_collections(path)
+            if os.path.exists(path)
+            else [pathlib.Path(path).name.removesuffix(".zip")]
+        )
+    ]
 
 
 def given_cells(directories: Sequence[str]) -> dict[tuple[str, int], tuple[pathlib.Path, Cell]]:
@@ -200,7 +219,9 @@ def finished_cell(wanted: Wanted) -> Cell | None:
         return None
     if other_settings(without_places(read_record(made[0])), wanted.config):
         return None
-    cell = cell_of_run(wanted.directory, wanted.collection)
+    if wanted.test and not (wanted.directory / "tests" / wanted.test / "results.json").exists():
+        return None
+    cell = cell_of_run(wanted.directory, wanted.collection, wanted.test)
     if not set(wanted.config["evaluation"]["systems"]) <= set(cell.values):
         return None  # Rows were added, and the run was stopped before it had them.
     write_cell(wanted.packed, cell)
@@ -295,7 +316,11 @@ def make_table(
     with reporter.progress("cells", len(wanted), len(cells)) as advance:
         for number, one in enumerate(missing, start=1):
             reporter.say(f"{one.name}: {number} of {len(missing)} to make; log {one.log}")
-            cell = make_cell(one, reporter)
+            # The run of a further test is that of the cell before it.
+            tried = any(one.directory == other.directory for other in failed)
+            cell = (one.test and finished_cell(one)) or None
+            if cell is None and not tried:
+                cell = make_cell(one, reporter)
             if cell is None:
                 failed.append(one)
             else:
