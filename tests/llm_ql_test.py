@@ -79,7 +79,42 @@ def of_pytorch(model, document, query, blocked):
     return -np.mean([logs[first + i, token] for i, token in enumerate(query)])
 
 
-@pytest.mark.parametrize("blocked", [True, pytest.param(False, marks=pytest.mark.slow)])
+class Table:
+    """Stands for a decoder whose tokens see nothing: a state is a row, logits are its products."""
+
+    def states(self, params, tokens, *_, **__):
+        return params[tokens]
+
+    def logits(self, params, hidden):
+        return hidden @ params.T
+
+
+def test_a_token_is_foretold_by_the_one_before_it_and_the_first_by_the_end():
+    table = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    corrupted = [[20, 9, 9, 23, 2], [9, 25, 1]]
+    found = query_losses(table, batch_of(corrupted=corrupted), retriever=Table())
+    for loss, document, query in zip(found, corrupted, QUERIES, strict=True):
+        logits = (table[[document[-1], *query[:-1]]] @ table.T).astype(np.float64)
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        expected = -np.mean([row[token] for row, token in zip(logs, query, strict=True)])
+        np.testing.assert_allclose(loss, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("blocked", [True, False])
+def test_a_query_sees_itself_and_of_its_document_the_end(blocked):
+    documents, queries = np.array([[1, 1, 1, 0], [1, 1, 1, 1]]), np.array([[1, 1], [1, 0]])
+    mask, ends = likelihood_mask(documents, queries, blocked=blocked)
+    assert ends.tolist() == [2, 3]
+    for row, end in enumerate(ends.tolist()):
+        real = [*documents[row], *queries[row]]
+        for place in range(6):
+            words = {k for k in range(4) if place < 4 or not blocked or k == end} | {4, 5}
+            seen = [k for k in range(place + 1) if real[k] and k in words]
+            assert np.flatnonzero(mask.array[row, place]).tolist() == seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocked", [True, False])
 def test_losses_equal_pytorch(tiny, blocked):
     reference, retriever, params = tiny
     corrupted = [[20, 9, 9, 23, 2], [9, 25, 2]]
@@ -94,6 +129,7 @@ def test_losses_equal_pytorch(tiny, blocked):
     np.testing.assert_allclose(found, 4.564348, atol=1e-5)  # log 96
 
 
+@pytest.mark.slow
 def test_no_path_leads_from_words_to_the_query_but_through_the_end_token(tiny, monkeypatch):
     _, retriever, params = tiny
     batch = batch_of()
