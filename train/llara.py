@@ -1,6 +1,5 @@
 """The stage before step A in which a decoder learns what its blocks say of a text (LLaRA)."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
