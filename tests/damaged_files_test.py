@@ -23,6 +23,7 @@ from tests.commands import command, error_of
 from tests.llm_ql_test import TINY_LLAMA
 from tests.mutations_test import check_complaint, complaint_of, refused_mutations, spoil_json
 from tests.orders_test import QUIET, small, write_triples
+from train.generator import read_rows
 from train.orders import make_orders
 
 BLOCK_FILES = ("config.json", "modules.json", "1_Pooling/config.json", "tokenizer_config.json",
@@ -62,7 +63,7 @@ def read_orders(path, step_b):
     config = small()
     config.step_b = step_b
     objective = OBJECTIVES["reward-sft" if step_b != "dpo" else "sigmoid"]
-    return objective.read(path, generator(), read_config(config), own=False)
+    return read_rows(objective, read_config(config), path, generator(), own=False)
 
 
 # What is read -> its file, its reader, and the least number of 200 changes that are refused.
