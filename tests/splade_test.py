@@ -24,6 +24,7 @@ from expandr_jax.ranking.systems import parse_systems, stage_hashes
 from expandr_jax.search import SparseIndex, load_index
 from expandr_jax.weights.hf import load_retriever
 from expandr_jax.weights.sparse_encoder import export_sparse_encoder, load_sparse_encoder
+from tests.file_options import edit
 from tests.mutations_test import refused_mutations
 
 TEXTS = ["pad an array", "sort", "the inverse of a matrix, and its rank", ""]
@@ -44,6 +45,9 @@ def save(directory, family, form):
         modules = [MLMTransformer(str(plain), max_seq_length=48), SpladePooling()]
         peer = SparseEncoder(modules=modules, prompts={"query": "q: "}, device="cpu")
     else:
+        # Without a list of modules these files are not read.
+        edit(plain / "config_sentence_transformers.json", prompts={"query": "q: "})
+        edit(plain / "sentence_bert_config.json", max_seq_length=9)
         peer = SparseEncoder(str(plain), device="cpu")
     if form != "bare":
         peer.save_pretrained(str(directory))

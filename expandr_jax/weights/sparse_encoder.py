@@ -140,10 +140,10 @@ def _settings(directory: Path) -> tuple[dict[str, str], int | None]:
         # A retriever of the dense kind, whose encoder is taken.
         dense = read_settings(directory)
         return {"query": dense.query_prompt, "document": dense.document_prompt}, dense.max_length
+    if not listing.is_file():  # Then sentence-transformers reads none of its own files.
+        return {"query": "", "document": ""}, None
     own = Fields.read(directory / "config_sentence_transformers.json", optional=True)
     prompts = {name: prompt_of(own, name) for name in ("query", "document")}
-    if not listing.is_file():
-        return prompts, None
     modules = read_modules(listing, _ORDER, _ORDER, {_MODULES[0]: _ORDER[0]})
     own.strict(
         *("__version__", "default_prompt_name", "prompts", "requirements"),
