@@ -23,12 +23,15 @@ COST_FIELDS = (
 )  # fmt: skip
 
 
-def command(module: str, *arguments: str) -> subprocess.Popen:
-    """`python -m MODULE ...` from the repository's root, on the devices that it takes by itself."""
+def command(module: str, *arguments: str, flags: str = "") -> subprocess.Popen:
+    """`python -m MODULE ...` from the repository's root; XLA's flags say on what devices.
+
+    Without any, it is on those that it takes by itself.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": flags},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -40,9 +43,10 @@ def start(
     *overrides: str,
     config: str = "configs/smoke.py",
     module: str = "train.joint",
+    flags: str = "",
 ) -> subprocess.Popen:
     """A trainer as a user starts it."""
-    return command(module, f"--config={config}", f"--workdir={workdir}", *overrides)
+    return command(module, f"--config={config}", f"--workdir={workdir}", *overrides, flags=flags)
 
 
 def start_processes(
@@ -52,7 +56,7 @@ def start_processes(
     of_one: dict[int, tuple[str, ...]] | None = None,
     **program: str,
 ) -> list[subprocess.Popen]:
-    """A trainer as several processes on this machine, each with a device of its own.
+    """A trainer as several processes on this machine, each with a device, or as `flags` say.
 
     `of_one` has further arguments of single processes, by their numbers; `program` is as of
     `start`.
