@@ -38,14 +38,14 @@ def suffix_ids(tokenizer: "PreTrainedTokenizerFast", kind: Kind) -> tuple[int, .
     return (*asked, *tokenizer.convert_tokens_to_ids(block_tokens(kind)))
 
 
-def with_blocks(files: ModelFiles) -> ModelFiles:
+def with_blocks(files: ModelFiles, trained: bool = False) -> ModelFiles:
     """A decoder's files as if they had the tokens of both suffixes.
 
     Tokens that are there stay. The row of a new one is the mean of some others, the same ones each
     time; the files themselves stay as they are.
 
     Raises:
-        UserError: The model is no decoder with a causal mask.
+        UserError: The model is no decoder with a causal mask, or `trained` and lacks one of them.
     """
     from transformers import AddedToken
 
@@ -54,6 +54,11 @@ def with_blocks(files: ModelFiles) -> ModelFiles:
         raise UserError(f"{where}: retriever.pooling 'block' is for decoders with a causal mask")
     tokenizer = files.tokenizer()
     tokens = [token for kind in ASKED for token in block_tokens(kind)]
+    if trained and (missing := [token for token in tokens if token not in tokenizer.get_vocab()]):
+        raise UserError(
+            f"{where}: the pooling is 'block', but the tokenizer lacks {missing[0]}: it is another "
+            "model's"
+        )
     added = [AddedToken(token, special=True, normalized=False) for token in tokens]
     tokenizer.add_tokens(added, special_tokens=True)
     before = config.vocab_size

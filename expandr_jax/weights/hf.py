@@ -101,6 +101,7 @@ def load_retriever(
     """
     path = locate(source)
     settings = read_settings(path, document_prompt) if path.is_dir() else None
+    has_blocks = settings is not None and settings.pooling == "block"
     files = open_model(source, sha256)
     family = find_family(files.config.where, files.model_type)
     if bidirectional:
@@ -115,7 +116,7 @@ def load_retriever(
     pooling = pooling or settings.pooling
     if (pooling == "decoder") != (family.pooling == "decoder"):
         raise UserError(f"{path}: pooling {pooling!r} and a {files.model_type} model do not fit")
-    files = with_blocks(files) if pooling == "block" else files
+    files = with_blocks(files, has_blocks) if pooling == "block" else files
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
     if end_token:
