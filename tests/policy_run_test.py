@@ -107,6 +107,11 @@ def test_stopped_within_a_rollout_it_ends_as_if_it_had_not_been(whole, tmp_path,
         train(workdir)
     assert not (workdir / ADAPTER).exists()
     monkeypatch.undo()
+    # Of a program that has ended nothing writes any more: so it is to be here.
+    deadline = time.monotonic() + 60
+    while list(workdir.glob("checkpoints/**/*.orbax-checkpoint-tmp")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     train(workdir)
     same(workdir, whole)
 
