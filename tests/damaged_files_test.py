@@ -74,7 +74,14 @@ GIVEN = {
 }
 
 
-@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize(
+    "kind",
+    ["triples with margins"]
+    + [
+        pytest.param(f"orders as {rows}", marks=pytest.mark.slow)
+        for rows in ("pairs", "candidates")
+    ],
+)
 def test_a_spoilt_file_that_is_given_ends_in_one_line_or_is_read(tmp_path, kind):
     make, read, least = GIVEN[kind]
     path = make(tmp_path)
@@ -101,6 +108,7 @@ def test_a_file_of_another_kind_is_refused_by_name(tmp_path):
         assert f":{len(path.read_bytes().splitlines())}: " in complaint_of(read, path)
 
 
+@pytest.mark.slow
 def test_whatever_is_done_to_a_turn_s_files_they_are_made_again(tmp_path):
     """Damaged, cut, exchanged and removed: none is taken for whole, and each is named once."""
     place, work = tmp_path / "round-0", tmp_path / "work" / "round-0"

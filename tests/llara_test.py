@@ -155,6 +155,7 @@ def test_new_tokens_have_rows_and_others_keep_theirs(tiny):
     assert retriever.query_suffix[-BLOCK:] == (*range(ROWS + BLOCK, ROWS + 2 * BLOCK),)
 
 
+@pytest.mark.slow
 def test_an_export_comes_back_with_equal_vectors(tiny, tmp_path):
     """sentence-transformers puts nothing behind a text, and refuses it."""
     retriever, params = tiny
