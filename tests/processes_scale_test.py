@@ -3,13 +3,17 @@
 .venv/bin/python -m pytest tests/processes_scale_test.py -m slow
 """
 
+import json
 import pathlib
+import shutil
 import signal
 
 import pytest
 
+from configs import smoke as smoke_config
+from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.runtime.processes import EXIT_LOST
-from tests.commands import ended, finish, start_processes
+from tests.commands import SPREAD, ended, finish, start, start_processes
 from tests.processes_trainers_test import same_results, same_steps
 
 pytestmark = pytest.mark.slow
@@ -64,3 +68,27 @@ def test_two_processes_killed_in_each_stage_come_to_what_one_does(smoke, tmp_pat
     for process in start_processes(workdir, 2, *EXACT):
         finish(process)
     same_run(workdir, smoke[0])
+
+
+def test_two_processes_add_to_a_run_what_one_adds(smoke, tmp_path):
+    """A system, a test set and a round come to a finished run."""
+    corpus = {f"d{i}": f"a text of number {i} and {i * i}" for i in range(30)}
+    queries = {f"q{i}": f"which text has {i}" for i in range(6)}
+    qrels = {"test": {f"q{i}": {f"d{i}": 1} for i in range(6)}}
+    write_beir(tmp_path / "more", Collection("more", corpus, queries, qrels))
+    systems = (*smoke_config.get_config().evaluation.systems, "rrf:bm25:expandr")
+    settings = [
+        f"--config.evaluation.systems={systems}", "--config.rounds=2",
+        f"--config.data.tests={(str(tmp_path / 'more'),)}",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    for workdir in (one, two):
+        shutil.copytree(smoke[0], workdir)
+    finish(start(one, *settings))
+    for process in start_processes(two, 2, *settings, *SPREAD):
+        assert "made again" not in finish(process)
+    same_run(two, one)
+    assert same_results(two, one) >= {"rrf:bm25:expandr", "expandr-round0"}
+    assert "rrf:bm25:expandr" in same_results(*(w / "tests" / "more" for w in (two, one)))
+    chosen = [json.loads((w / "results.json").read_text())["chosen"] for w in (one, two)]
+    assert chosen[0] == chosen[1]
