@@ -228,7 +228,7 @@ def write_triples(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [4])
+@pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_learns_both_stages_and_its_export_loads(tmp_path, rank):
     write_triples(tmp_path)
     config = blocks_config(tmp_path, epochs=1.0, micro_batch=8)
