@@ -15,6 +15,7 @@ from expandr_jax import sharding
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig, token_positions
 from expandr_jax.models.mask import causal_mask
+from expandr_jax.models.stack import initial_shapes
 from expandr_jax.sharding import (
     batch_divisor,
     batch_sharding,
@@ -65,6 +66,18 @@ def test_parameters_follow_their_logical_axes():
         if not any(spec)
     ]
     assert all("norm" in name for name in replicated)
+
+
+def test_shapes_are_those_of_init_whose_numbers_stay():
+    mask = jnp.ones((1, 4), jnp.int32)
+    inputs = jnp.zeros((1, 4), jnp.int32), token_positions(mask), causal_mask(mask)
+    module, key = Decoder(CONFIG), jax.random.key(0)
+    before = module.init(key, *inputs)
+    shapes = initial_shapes(module, *inputs)
+    assert jax.tree.structure(shapes) == jax.tree.structure(before)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, before)
+    after = jax.jit(module.init)(key, *inputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), before, after)
 
 
 def test_an_axis_that_stays_whole_is_said(caplog):

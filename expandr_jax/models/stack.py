@@ -1,5 +1,6 @@
 """What all models are made of: sizes, parameters with named axes, and layers as one program."""
 
+import contextvars
 import dataclasses
 from typing import Any
 
@@ -13,6 +14,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+_shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,19 @@ def parameter(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
+def initial_shapes(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Shapes of a module's variables, in their boxes, for what it is called with.
+
+    They are those of `module.init`; blocks are traced once for them, not twice.
+    """
+    token = _shapes_alone.set(True)
+    try:
+        # JAX keeps traces by function, and no other use of `init` may have this one.
+        return jax.eval_shape(lambda *a: module.init(*a, **kwargs), jax.random.key(0), *args)
+    finally:
+        _shapes_alone.reset(token)
+
+
 def stack(
     block: type[nn.Module],
     length: int,
@@ -74,5 +89,7 @@ def stack(
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
+        # Flax's check traces a block once more, by which random numbers of blocks are others.
+        check_constancy_invariants=not _shapes_alone.get(),
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

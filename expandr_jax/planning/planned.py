@@ -16,6 +16,7 @@ from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.generation.settings import GeneratorSettings
 from expandr_jax.models.decoder import cast_weights
+from expandr_jax.models.stack import initial_shapes
 from expandr_jax.pair import phase_mesh
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import batch_divisor, with_shardings
@@ -151,7 +152,7 @@ def param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _param_shapes(module: nn.Module, dtype: Any) -> dict[str, Any]:
-    variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
+    variables = initial_shapes(module, *example_inputs(module))
     return jax.eval_shape(lambda params: cast_weights(params, dtype), nn.unbox(variables["params"]))
 
 

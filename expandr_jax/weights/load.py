@@ -17,6 +17,7 @@ from jax.sharding import Sharding
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.quantized import kept_shapes, kept_type, quantize, whole_shape
+from expandr_jax.models.stack import initial_shapes
 from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
@@ -75,7 +76,7 @@ def load_params(
 
 def leaf_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of a module's parameters by path, keys joined by "/"; those of whole kernels."""
-    variables = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module))
+    variables = initial_shapes(module, *example_inputs(module))
     flat = traverse_util.flatten_dict(nn.unbox(variables["params"]), sep="/")
     return {p: whole_shape(x) if p.endswith("/kernel") else x.shape for p, x in flat.items()}
 
