@@ -20,7 +20,6 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.stack import initial_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +273,8 @@ def param_shardings(mesh: Mesh, module: nn.Module, *args: Any, **kwargs: Any) ->
         A tree like the module's "params" with a NamedSharding for each leaf. An axis that does not
         divide evenly is replicated, which is said once.
     """
-    boxed = initial_shapes(module, *args, **kwargs)["params"]
+    init = functools.partial(module.init, **kwargs)
+    boxed = jax.eval_shape(init, jax.random.key(0), *args)["params"]
     whole_axes = set()
 
     def sharding_of(leaf: Any) -> NamedSharding:

@@ -48,7 +48,7 @@ def parameter(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
-def initial_shapes(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def initial_shapes(module: nn.Module, *args: Any) -> Any:
     """Shapes of a module's variables, in their boxes, for what it is called with.
 
     They are those of `module.init`; blocks are traced once for them, not twice.
@@ -56,7 +56,7 @@ def initial_shapes(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     token = _shapes_alone.set(True)
     try:
         # JAX keeps traces by function, and no other use of `init` may have this one.
-        return jax.eval_shape(lambda *a: module.init(*a, **kwargs), jax.random.key(0), *args)
+        return jax.eval_shape(lambda *a: module.init(*a), jax.random.key(0), *args)
     finally:
         _shapes_alone.reset(token)
 
