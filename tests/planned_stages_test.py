@@ -49,7 +49,7 @@ def config():
         (FIGRET, [*PROGRAMS, "FiGRet step"]),
         (LISTS, [*PROGRAMS, "listwise prefill", "listwise decode"]),
         (BY_SPLADE, [*PROGRAMS, "sparse encoding"]),
-        (PAIRS, [*PROGRAMS, "pairs scored"]),
+        (PAIRS, [*PROGRAMS, "pairs scored by rerank"]),
         (ADAPTED, [*PROGRAMS, "retriever merged, to export"]),
         (ALONE, [*RETRIEVER, "exact search"]),
         (ALONE | ADAPTED, [*RETRIEVER, "exact search", "retriever merged, to export"]),
@@ -147,7 +147,7 @@ def test_one_process_has_all_slots_for_lists(config):
 
 
 def test_pairs_are_scored_on_one_device(config):
-    planned = planned_programs(with_settings(config, PAIRS), machine())["pairs scored"]()
+    planned = planned_programs(with_settings(config, PAIRS), machine())["pairs scored by rerank"]()
     assert (planned.rows, planned.tokens, planned.devices) == (8, 8 * 32, 1)
     plain = RetrieverShapes(config, machine())
     module = plain.retriever.module
@@ -212,7 +212,7 @@ def test_hosts_of_a_retriever_s_own_run(config):
         (SPARSE, ("corpus encoding", "retriever restored")),
         (FIGRET | BY_SPLADE, ("sparse encoding",)),
         (LISTS, ("listwise prefill", "listwise decode")),
-        (PAIRS, ("pairs scored",)),
+        (PAIRS, ("pairs scored by rerank",)),
     ],
 )
 def test_they_are_compiled_and_run(config, settings, only):

@@ -26,7 +26,7 @@ from tests.registries_test import jitted_too
 HERE = pathlib.Path(__file__).parent
 # Of names, texts and programs, which have nothing to be worked out; and what stands for a name.
 NOT_OF_NUMBERS = {"PROMPTS", "MODES", "ABSENT", "NAME"}
-ELSEWHERE = {"WEIGHED"}  # Fusions once more, with weights: tests/fusion_test.py.
+ELSEWHERE = {"WEIGHED_FUSIONS"}  # Fusions once more, with weights: tests/fusion_test.py.
 
 
 def test_no_registry_is_left_out():

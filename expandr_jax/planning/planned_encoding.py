@@ -49,10 +49,10 @@ def sparse_encoding(config: Config, topology: Topology) -> Planned:
     return encoded(retriever, params, mesh, TOKENS_PER_BATCH // length, change)
 
 
-def scored_pairs(config: Config, topology: Topology) -> Planned:
-    """A batch of pairs of a row `rerank:SYSTEM`, as long as they may be, on one device."""
-    section = config.evaluation.rerank
-    found, kind = shape_of_source(section.source, "evaluation.rerank")
+def scored_pairs(config: Config, stage: str, topology: Topology) -> Planned:
+    """A batch of pairs of a row `STAGE:SYSTEM`, as long as they may be, on one device."""
+    section = getattr(config.evaluation, stage)
+    found, kind = shape_of_source(section.source, f"evaluation.{stage}")
     head = find_family(found.where, kind).pair_head
     if head is None:
         raise UserError(f"{found.where}: model_type {kind!r} scores no pairs")
@@ -74,7 +74,7 @@ def scored_pairs(config: Config, topology: Topology) -> Planned:
         tokens=rows * length,
         forward_flops=forward + 2 * rows * shape.hidden_size * (shape.hidden_size + 1),
         moved=bytes_on_device(params),
-        change="a smaller evaluation.rerank.rows",
+        change=f"a smaller evaluation.{stage}.rows",
         values=lambda params, *_: (
             params,
             random_tokens(module, rows, length),

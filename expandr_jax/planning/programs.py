@@ -5,6 +5,7 @@ functions that make a run's batches. The workload is the same for every config, 
 a time mean the same; model, meshes, types, micro-batch and recomputation are the config's.
 """
 
+import functools
 from collections.abc import Callable
 
 from expandr_jax.config import Config
@@ -69,8 +70,9 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, MakePlanne
     stages = {part.stage for system in systems for part in system.with_parts()}
     if LISTWISE in stages:
         programs |= {name: _beside(make, *both) for name, make in generator.lists().items()}
-    if stages & RERANKERS.keys():
-        programs["pairs scored"] = _beside(lambda: scored_pairs(config, topology), *both)
+    for stage in RERANKERS.keys() & stages:
+        scored = functools.partial(scored_pairs, config, stage, topology)
+        programs[f"pairs scored by {stage}"] = _beside(scored, *both)
     if any(SPLADE in system.retrievers for system in systems):
         programs["sparse encoding"] = _beside(lambda: sparse_encoding(config, topology), *both)
     if generator.gathers:

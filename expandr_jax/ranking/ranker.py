@@ -100,7 +100,8 @@ class Ranker:
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
         self._lists = lists
         self._separate = SeparateSearches(self.ids, searches, settings, excluded)
-        self._scored: dict[tuple[str, str], float] = {}  # By a re-ranker, where depths are tried.
+        # By re-rankers, each a stage, where depths are tried: of queries and texts.
+        self._scored: dict[tuple[str, str, str], float] = {}
         self._encoded: dict[tuple[str, ...], EncodedQueries] = {}
 
     def rank(self, system: System) -> RunScores:
@@ -167,20 +168,18 @@ class Ranker:
             run, self.answers[system.name] = self._lists().rank(*asked, depth)
             return run
         score = RERANKERS[system.stage].load(settings)
-        return rank_again(*asked, self._remembered(score), depth)
+        if settings.depths:
+            score = self._remembered(score, system.stage)
+        return rank_again(*asked, score, depth)
 
-    def _remembered(self, score: Scorer) -> Scorer:
+    def _remembered(self, score: Scorer, stage: str) -> Scorer:
         """A re-ranker that reads a pair once, though several depths are tried."""
-        if not self._settings.rerank.depths:
-            return score
 
         def scores(query: str, documents: Sequence[str]) -> np.ndarray:
-            new = [text for text in documents if (query, text) not in self._scored]
-            if new:
-                self._scored |= {
-                    (query, text): one for text, one in zip(new, score(query, new), strict=True)
-                }
-            return np.array([self._scored[query, text] for text in documents], np.float32)
+            new = [text for text in documents if (stage, query, text) not in self._scored]
+            for text, one in zip(new, score(query, new) if new else (), strict=True):
+                self._scored[stage, query, text] = one
+            return np.array([self._scored[stage, query, text] for text in documents], np.float32)
 
         return scores
 

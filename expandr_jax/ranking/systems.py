@@ -176,7 +176,7 @@ def parse_systems(names: Sequence[str]) -> list[System]:
 def check_stages(systems: Sequence[System], settings: EvaluationSettings) -> None:
     """Refuses, by a UserError, systems that the config's section `evaluation` has no means for."""
     for stage in _rerankers(systems):
-        RERANKERS[stage].check(settings.rerank)
+        RERANKERS[stage].check(getattr(settings, stage))
     if _stages(systems) & {LISTWISE}:
         check_listwise(settings.listwise)
     if any(SPLADE in system.retrievers for system in systems):
@@ -196,7 +196,7 @@ def stage_hashes(systems: Sequence[System], settings: EvaluationSettings) -> dic
     """Hashes of the models that systems have beside a run's pair, as of `model_hashes`."""
     hashes: dict[str, str] = {}
     for stage in _rerankers(systems):
-        hashes |= RERANKERS[stage].hashes(settings.rerank)
+        hashes |= RERANKERS[stage].hashes(getattr(settings, stage))
     if any(SPLADE in system.retrievers for system in systems):
         splade = settings.splade
         loaded = load_sparse_encoder(splade.source, max_length=splade.max_length)

@@ -209,6 +209,17 @@ def _gates(results: Mapping[str, Any]) -> Markup:
     return parts().table(caption, header, rows)
 
 
+# How the phases of trainings begin, and what is drawn of them; "" is of those that none begins.
+_LOSSES = {
+    "": "Contrastive loss of the retriever",
+    "llara": "Loss of the retriever's tokens of other passages (LLaRA)",
+    "distill": "Loss of the query towers",
+    "reranker": "Loss of the re-ranker",
+    "warm-start": "Loss of the generator's warm start",
+    "generator": "Loss of the generator in step B",
+}
+
+
 def _training(workdir: pathlib.Path) -> Markup | None:
     path = workdir / "metrics.jsonl"
     if not path.exists():
@@ -231,22 +242,20 @@ def _training(workdir: pathlib.Path) -> Markup | None:
         title = f"{ylabel} by step: {', '.join(series)}"
         return plots.lines(title, series, xlabel="step", ylabel=ylabel) if series else None
 
-    def generator(name: str) -> bool:
-        return name.startswith("generator")
-
-    def tower(name: str) -> bool:
-        return name.startswith("distill")
+    def of(kind: str) -> Callable[[str], bool]:
+        others = [name for name in _LOSSES if name.startswith(kind) and name != kind]
+        return lambda name: name.startswith(kind) and not name.startswith(tuple(others))
 
     charts = {
-        "Contrastive loss of the retriever": draw(
-            "loss", lambda n: not (generator(n) or tower(n)), "loss"
-        ),
+        **{caption: draw("loss", of(kind), "loss") for kind, caption in _LOSSES.items()},
         "nDCG@10 on dev while training": draw("dev_ndcg@10", lambda _: True, "dev nDCG@10"),
-        "Loss of the query towers": draw("loss", tower, "loss"),
-        "Cosine of a query tower's vectors and its teacher's": draw("cosine", tower, "cosine"),
-        "DPO loss of the generator": draw("loss", generator, "DPO loss"),
-        "Preference margin over DPO steps": draw("margin", generator, "margin"),
-        "Share of pairs that the generator ranks right": draw("accuracy", generator, "accuracy"),
+        "Cosine of a query tower's vectors and its teacher's": draw(
+            "cosine", of("distill"), "cosine"
+        ),
+        "Preference margin over DPO steps": draw("margin", of("generator"), "margin"),
+        "Share of pairs that the generator ranks right": draw(
+            "accuracy", of("generator"), "accuracy"
+        ),
     }
     return parts().figures({caption: chart for caption, chart in charts.items() if chart})
 
