@@ -252,17 +252,17 @@ def _costs(
     return costs
 
 
-def write_cell(path: pathlib.Path, cell: Cell) -> None:
-    """Writes a cell, the same bytes each time.
+def write_cell(path: pathlib.Path, cell: Cell, most: float = MOST_BYTES) -> None:
+    """Writes a cell of so many bytes at most, the same ones each time.
 
     Raises:
-        UserError: It is larger than a cell may be, or the file cannot be written.
+        UserError: It is larger than that, or the file cannot be written.
     """
     data = _packed(cell)
-    if len(data) > MOST_BYTES:  # The page shows no passages of this one, then.
+    if len(data) > most:  # The page shows no passages of this one, then.
         data = _packed(dataclasses.replace(cell, writer="", expansions=[]))
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{path}: would be {len(data):,} bytes; expected at most {MOST_BYTES:,}: "
+    if len(data) > most:
+        raise UserError(f"{path}: would be {len(data):,} bytes; expected at most {most:,}: "
                         "take fewer test queries (data.max_test) or systems")  # fmt: skip
     write_bytes(path, data)
 

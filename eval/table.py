@@ -18,12 +18,13 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -147,15 +148,13 @@ def wanted_cells(
 
 def names_of(paths: Sequence[str]) -> list[str]:
     """Names of the collections at some paths, which need not be there where cells are given."""
-    return [
-        name
-        for path in paths
-        for name in (
-            find_collections(path)
-            if os.path.exists(path)
-            else [pathlib.Path(path).name.removesuffix(".zip")]
-        )
-    ]
+    return [name for path in paths for name in _names_at(path)]
+
+
+def _names_at(path: str) -> list[str]:
+    with contextlib.suppress(UserError):
+        return list(find_collections(path))
+    return [pathlib.Path(path).name.removesuffix(".zip")]
 
 
 def given_cells(directories: Sequence[str]) -> dict[tuple[str, int], tuple[pathlib.Path, Cell]]:
@@ -175,6 +174,12 @@ def given_cells(directories: Sequence[str]) -> dict[tuple[str, int], tuple[pathl
             if other != path:
                 raise UserError(f"{path}: {cell.name} is in {other}, too; remove one")
     return found
+
+
+def collections_of(given: Iterable[tuple[str, int]]) -> list[str]:
+    """Whose runs given cells are of: a further test's are of the collection before its name."""
+    names = dict.fromkeys(name for name, _ in given)
+    return [n for n in names if not any(n.startswith(f"{name}-to-") for name in names)]
 
 
 def check_given(
@@ -224,7 +229,7 @@ def finished_cell(wanted: Wanted) -> Cell | None:
     cell = cell_of_run(wanted.directory, wanted.collection, wanted.test)
     if not set(wanted.config["evaluation"]["systems"]) <= set(cell.values):
         return None  # Rows were added, and the run was stopped before it had them.
-    write_cell(wanted.packed, cell)
+    write_cell(wanted.packed, cell, most=math.inf)
     return read_cell(wanted.packed)
 
 
@@ -336,7 +341,7 @@ def main(_: Any) -> None:
     flag, reporter = settings["config"], Reporter(console)
     seeds = read_seeds(settings.seeds)
     given = given_cells(settings.cells)
-    data = settings.data or list(dict.fromkeys(name for name, _ in given))
+    data = settings.data or collections_of(given)
     if not data:
         raise UserError("--data is missing: --data=DIR,DIR, directories in BEIR layout, or pydoc")
     workdir = pathlib.Path(settings.workdir)
@@ -344,11 +349,11 @@ def main(_: Any) -> None:
     taken = check_given(wanted, given, reporter.say)
     cells, failed = make_table(wanted, taken, reporter)
     if cells:
-        for cell in cells if settings.pack else ():
-            write_cell(pathlib.Path(settings.pack) / f"{cell.name}{SUFFIX}", cell)
         missing = [one.name for one in failed]
         console.print(write_grid(workdir, measured(cells), missing))
         console.print(f"page: {workdir / 'results.html'}")
+        for cell in cells if settings.pack else ():
+            write_cell(pathlib.Path(settings.pack) / f"{cell.name}{SUFFIX}", cell)
     if failed:
         names = "; ".join(f"{one.name} (log: {one.log})" for one in failed)
         raise UserError(f"{len(failed)} of {len(wanted)} cells failed: {names}")

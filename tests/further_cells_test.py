@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import pytest
+
 from eval import table
 from eval.cells import measured, write_cell
 from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
+from expandr_jax.errors import UserError
 from expandr_jax.metrics import METRICS
 from expandr_jax.runtime.progress import QUIET
 from tests.table_test import config  # noqa: F401
@@ -53,5 +56,8 @@ def test_further_collections_of_a_run_are_cells_of_their_own(smoke, config, tmp_
     assert [one.name for one in measured(cells)] == ["pydoc", "pydoc-to-other"]
     for one in cells:
         write_cell(tmp_path / "packed" / f"{one.name}.json.gz", one)
+    with pytest.raises(UserError, match="expected at most 99: take fewer test queries"):
+        write_cell(tmp_path / "packed" / "small.json.gz", cells[1], most=99)
     given = table.given_cells([tmp_path / "packed"])
+    assert table.collections_of(given) == ["pydoc"]
     assert len(table.check_given(wanted, given, print)) == 2

@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 
 from expandr_jax import search
+from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal
 from expandr_jax.search import Bm25Index, ScannIndex, kept_bm25, kept_index, scann
 from expandr_jax.vectors.corpus import Corpus
@@ -100,6 +102,14 @@ def test_what_comes_out_the_same_is_not_kept(tmp_path, backend):
     vectors = write(path, 30)
     _ = Corpus([], vectors, section(**{"search.backend": backend}), path).index
     assert not list(tmp_path.glob("*.index-*"))
+
+
+def test_bm25_is_made_where_it_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    index = kept_bm25(tmp_path / "new" / "work", TEXTS)
+    assert index.size == len(TEXTS)
+    with pytest.raises(UserError, match=r"none: BM25's index is made .* another place by TMPDIR"):
+        kept_bm25(tmp_path / "other", TEXTS, write=False)
 
 
 def test_bm25_is_kept_by_its_texts(tmp_path, no_building):

@@ -314,6 +314,25 @@ def test_results_alone_make_a_page(tmp_path):
         report.write_report(tmp_path)
 
 
+def test_losses_of_different_kinds_are_drawn_apart(tmp_path):
+    row = {"system": "bm25", "ndcg@10": 0.25, "mrr@10": 0.5, "recall@100": 1.0, "map": 0.0}
+    results = {"dataset": "a", "queries": 1, "chosen": {}, "rows": [row], "significance": []}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    phases = ("fine-tuned", "expandr-figret", "llara", "distill", "distill-control", "warm-start",
+              "generator")  # fmt: skip
+    write_rows(
+        tmp_path / "metrics.jsonl",
+        [{"phase": phase, "step": n, "loss": 1.5} for phase in phases for n in (0, 1)],
+    )
+    text = report.write_report(tmp_path).read_text()
+    assert {*re.findall(r"loss by step: ([a-z, -]+)", text)} == {
+        "fine-tuned, expandr-figret", "llara", "distill, distill-control", "warm-start",
+        "generator",
+    }  # fmt: skip
+    for caption in ("LLaRA", "warm start", "in step B"):
+        assert caption in text
+
+
 def test_the_terminal_table_holds_every_row(workdir):
     results = json.loads((workdir / "results.json").read_text())
     console = rich.console.Console(width=120, record=True, file=io.StringIO())

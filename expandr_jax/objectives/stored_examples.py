@@ -103,7 +103,10 @@ def store_examples(
     temporary, firsts, end = None, np.zeros(3, np.int64), 0
     try:
         if directory is None:
-            temporary = tempfile.TemporaryDirectory(prefix="expandr-examples-")
+            # What is open keeps a name where TMPDIR is on a server's disk.
+            temporary = tempfile.TemporaryDirectory(
+                prefix="expandr-examples-", ignore_cleanup_errors=True
+            )
             directory = temporary.name
         with contextlib.ExitStack() as stack:
             files = {n: stack.enter_context(open(Path(directory, n), "wb")) for n in _ARRAYS}

@@ -140,8 +140,9 @@ def kept_bm25(
     """`kept_index` of texts for BM25, in NAME.index-KEY of a directory."""
     key = text_fingerprint(texts)[:16]
     where = directory / f"{name}.index-{key}"
-    # Made where there is room for it.
-    scratch = directory if write and directory.is_dir() else None
+    if write:  # Made where there is to be room for it.
+        directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory if write else None
     return kept_index(where, lambda: Bm25Index(texts, scratch=scratch), write=write)
 
 

@@ -43,7 +43,7 @@ class WordCounts:
         counts = np.empty(len(pairs), _COUNT)
         counts["word"], counts["times"] = pairs & 0xFFFFFFFF, times
         with self._written():
-            counts.tofile(self._file)
+            self._file.write(counts.tobytes())  # Whose errors are told, as `tofile`'s are not.
         self.lengths.append(lengths)
         self._different.append(np.bincount(pairs >> 32, minlength=len(lengths)))
         having = np.bincount(counts["word"], minlength=len(self._having))
@@ -69,11 +69,13 @@ class WordCounts:
         ends = np.concatenate([[0], np.cumsum(self._having)])
         of_texts = np.cumsum(np.concatenate(self._different))
         with self._written():
+            self._file.flush()
             weights, rows = (_array(ends[-1], t, self._scratch) for t in (np.float32, np.int32))
         next_ones = ends[:-1].copy()
         self._file.seek(0)
         for start in range(0, int(ends[-1]), _AT_ONCE):
-            counts = np.fromfile(self._file, _COUNT, _AT_ONCE)
+            size = min(_AT_ONCE, int(ends[-1]) - start) * _COUNT.itemsize
+            counts = np.frombuffer(self._file.read(size), _COUNT)
             numbers = np.arange(start, start + len(counts))
             texts = np.searchsorted(of_texts, numbers, side="right")
             order = np.argsort(counts["word"], kind="stable")
@@ -94,7 +96,7 @@ class WordCounts:
             where = self._scratch or tempfile.gettempdir()
             raise UserError(
                 f"{where}: BM25's index is made in files there, which cannot be written: "
-                f"{error.strerror or error}"
+                f"{error.strerror or error}; make room, or name another place by TMPDIR"
             ) from error
 
 

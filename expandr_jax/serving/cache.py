@@ -139,7 +139,10 @@ class Cache:
         self._file.execute("BEGIN")
         try:
             while self._bytes > _ROOM * self._most:
-                for (key,) in self._file.execute(oldest).fetchall():
+                found = self._file.execute(oldest).fetchall()
+                if not found:
+                    break
+                for (key,) in found:
                     if self._bytes > _ROOM * self._most:
                         self._forget(key)
         finally:
