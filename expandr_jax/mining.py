@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+QUERIES_AT_ONCE = 1 << 16  # Searched for in one pass over the corpus, and in memory.
+
 
 def mine_negatives(
     scores: np.ndarray,

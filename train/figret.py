@@ -34,7 +34,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.sharding import batch_divisor
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.encoding import run_retriever
-from train.negatives import QUERIES_AT_ONCE, mine_triples
+from train.negatives import encoded_queries, mine_triples
 from train.retriever import train_retriever
 
 
@@ -105,11 +105,8 @@ def find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) 
         _, found = corpus.index.search(queries, min(len(corpus.ids), settings.rank))
         return [some[i] for i in failed_queries(found, relevant, settings.rank)]
 
-    with run.reporter.progress("training queries encoded", len(ids)) as advance:
-        for first in range(0, len(ids), QUERIES_AT_ONCE):
-            some = ids[first : first + QUERIES_AT_ONCE]
-            queries = ours.encode(data.queries(some), "query", progress=advance)
-            failed += run.processes.once(functools.partial(search, some, queries))
+    for some, queries in encoded_queries(run, ours, data, ids):
+        failed += run.processes.once(functools.partial(search, some, queries))
     if failed := limit_queries(failed, settings.queries):
         mine_triples(run, ours, data, failed, run.path(name), margins=False)
     else:

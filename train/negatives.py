@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,10 @@ from expandr_jax.errors import UserError
 from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.files.named_rows import NamedRows
 from expandr_jax.files.records import open_jsonl
-from expandr_jax.mining import mine_negatives, triple_rows
+from expandr_jax.mining import QUERIES_AT_ONCE, mine_negatives, triple_rows
 from expandr_jax.objectives.settings import MiningSettings
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus, CorpusRetriever
-
-QUERIES_AT_ONCE = 1 << 16  # Searched for in one pass over the corpus, and in memory.
 
 
 def check_negatives(config: Config, data: TrainingData) -> None:
@@ -94,16 +92,23 @@ def mine_triples(
     if not margins:
         settings = dataclasses.replace(settings, absolute_margin=None, relative_margin=None)
     with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(run.reporter.progress("training queries encoded", len(ids)))
         write = stack.enter_context(open_jsonl(path)) if run.processes.is_main else None
-        for first in range(0, len(ids), QUERIES_AT_ONCE):
-            some = ids[first : first + QUERIES_AT_ONCE]
-            queries = retriever.encode(data.queries(some), "query", progress=advance)
+        for some, queries in encoded_queries(run, retriever, data, ids):
             asked = retriever.corpus, some, queries
             mine = functools.partial(_mined, run, data, settings, *asked, write)
             counts = [a + b for a, b in zip(counts, run.processes.once(mine), strict=True)]
     found, without = counts
     run.reporter.say(f"{found} negatives; {without} queries have none")
+
+
+def encoded_queries(
+    run: Run, retriever: CorpusRetriever, data: TrainingData, ids: Sequence[str]
+) -> Iterator[tuple[Sequence[str], np.ndarray]]:
+    """So many training queries at a time, and their vectors; all processes encode them."""
+    with run.reporter.progress("training queries encoded", len(ids)) as advance:
+        for first in range(0, len(ids), QUERIES_AT_ONCE):
+            some = ids[first : first + QUERIES_AT_ONCE]
+            yield some, retriever.encode(data.queries(some), "query", progress=advance)
 
 
 def _mined(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from expandr_jax.config import Config
+from expandr_jax.mining import QUERIES_AT_ONCE
 from expandr_jax.objectives.contrastive_batches import TRIPLES_AT_ONCE
 from expandr_jax.objectives.figret import ASKED
 from expandr_jax.planning.planned import LENGTH, of_retriever_alone
@@ -51,7 +52,6 @@ INDEX = 80  # A text in a journal, while it is put in order.
 PLACE = 40  # A document, while its store is written.
 FOUND = 60  # A line of a ranking, and half of what it is in memory.
 TERMS = 256  # Components of a text in a sparse index, about.
-MINED = 1 << 16  # Queries that are searched for at once.
 FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 SECONDS = {
@@ -170,12 +170,12 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     add = _add_on_policy if config.step_b_kind.on_policy else _add_from_files
     add(stages, config, counts, width, generator)
     if turns:
-        failed = min(config.figret.queries or math.inf, counts.retriever_train)
+        failed = min(config.figret.queries or math.inf, rows)
         found = 4 * width + min(config.figret.rank, counts.documents) * 8
         stages.add(
-            "queries that fail", memory=min(counts.retriever_train, MINED) * found, files=1,
+            "queries that fail", memory=min(rows, QUERIES_AT_ONCE) * found, files=1,
             disk=failed * (query + each * document),
-            seconds=SECONDS["text encoded"] * counts.retriever_train / hosts / 1000,
+            seconds=SECONDS["text encoded"] * rows / hosts / 1000,
         )  # fmt: skip
         stages.add_sampled("easier passages", len(ASKED) * failed, new)
         triples = (1 + len(ASKED)) * failed

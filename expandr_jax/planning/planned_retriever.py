@@ -164,7 +164,7 @@ class RetrieverShapes:
             )
         retriever = training_retriever(self.retriever, config)
         batch = _random_batch(self.retriever.module, self._length, samples)
-        setup, state, frozen = self._training()
+        setup, state, _ = self._training()
         texts = QUERIES * (1 + samples + PASSAGES)
         forward = vector_flops(retriever, self.params, texts, self._length)
         forward += 2 * QUERIES * QUERIES * PASSAGES * self.width
@@ -175,7 +175,6 @@ class RetrieverShapes:
         return self._step(
             setup,
             state,
-            frozen,
             batch,
             retriever,
             rows=QUERIES,
@@ -215,7 +214,6 @@ class RetrieverShapes:
         return self._step(
             setup,
             setup.shapes(self.trained),
-            with_shardings(self.frozen, setup.frozen),
             batch,
             retriever,
             rows=rows,
@@ -246,7 +244,6 @@ class RetrieverShapes:
         return self._step(
             setup,
             setup.shapes(self.trained),
-            with_shardings(self.frozen, setup.frozen),
             batch,
             retriever,
             rows=rows,
@@ -260,7 +257,6 @@ class RetrieverShapes:
         self,
         setup: TrainingSetup,
         state: Any,
-        frozen: Any,
         batch: dict[str, np.ndarray],
         retriever: Retriever,
         *,
@@ -271,6 +267,7 @@ class RetrieverShapes:
     ) -> Planned:
         """A training step, as the plan has it; `again`: all is computed twice, to save memory."""
         config, mesh = self._config.contrastive, self._mesh
+        frozen = with_shardings(self.frozen, setup.frozen)
         needed = FROZEN if frozen else TRAINING
         passes = needed + (config.remat == "full") + again
         weights = bytes_on_device((*frozen, state.params)) * mesh.shape["fsdp"]
