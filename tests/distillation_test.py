@@ -11,8 +11,11 @@ from sentence_transformers import SentenceTransformer
 from configs import base
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.generated import (
+    COPIED,
     EMPTY,
+    HEADING,
     REPEATED,
+    SHORT,
     TESTED,
     drawn_documents,
     first_query,
@@ -45,6 +48,7 @@ QUERIES = ["compute the gradient", "return an array", "scale the norm", "count t
 PASSAGES = [["gradient of parameters", "a loss"], ["an array, returned", "shape"], ["a clip factor",
             "norm"], ["count by one", "steps"], ["the shape of an array", "axes"], ["zeros", "all"],
             ["within a range", "clipped"], ["squares, summed", "a norm"]]  # fmt: skip
+ASKED = "Write questions that the following document answers.\nDocument: \nQuestions:"
 BASE = read_config(base.get_config())
 SETTINGS = dataclasses.replace(BASE.distill, batch_size=8, learning_rate=3e-3, kl_weight=0.5)
 
@@ -192,11 +196,14 @@ def test_queries_that_nearly_are_test_queries_are_left_out_and_say_why():
         "empty": " \n- \n",
         "again": "- sort a LIST of names",
         "trained": "What is a norm",
+        "label": "Question 1.",
+        "asked": "Questions that the following document answers",
     }  # fmt: skip
-    found = {name: why for name, _, why in sorted_out(texts.items(), ["what is a norm?"], tested)}
+    sorted_ = sorted_out(texts.items(), ["what is a norm?"], tested, ASKED)
+    found = {name: why for name, _, why in sorted_}
     assert found == {
         "same": TESTED, "near": TESTED, "far": "", "short": TESTED, "longer": "", "empty": EMPTY,
-        "again": REPEATED, "trained": REPEATED,
+        "again": REPEATED, "trained": REPEATED, "label": SHORT, "asked": COPIED,
     }  # fmt: skip
 
 
@@ -210,11 +217,50 @@ def test_queries_that_nearly_are_test_queries_are_left_out_and_say_why():
         ("2D arrays of zeros", "2D arrays of zeros"),
         ("1.5 is what of 3?", "1.5 is what of 3?"),
         ("Questions:\n 1) What is a norm?", "What is a norm?"),
-        ("", ""),
+        ("1. 1. What is a norm?", "What is a norm?"),
+        ("**Question 2:** What is a norm?", "What is a norm?"),
+        ("Question 1.\nHow is it padded?", "How is it padded?"),
+        ("====\nHow is it padded?", "How is it padded?"),
+        ("# Questions on norms of arrays\n- What is a norm?", "What is a norm?"),
+        ("## What is a norm?", "What is a norm?"),
+        ("```python\nimport numpy as np\n```\nWhat does it import?", "What does it import?"),
+        ("```\nWhat is a norm?\n```", "What is a norm?"),
+        ("Write questions that the document answers.\nIs it padded?", "Is it padded?"),
+        ("What questions does a user of norms ask?", "What questions does a user of norms ask?"),
+        (
+            "\u6c42\u6570\u7ec4\u5143\u7d20\u7684\u548c",
+            "\u6c42\u6570\u7ec4\u5143\u7d20\u7684\u548c",
+        ),
     ],
 )
 def test_the_first_question_of_a_list(text, query):
-    assert first_query(text) == query
+    assert first_query(text, ASKED) == (query, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("", "", EMPTY),
+        ("====\n{\n", "", EMPTY),
+        ("```python\nimport numpy as np\nnp.zeros(3)", "", EMPTY),
+        ("1.", "1.", SHORT),
+        ("Question 1.", "Question 1.", SHORT),
+        ("Question: 4", "4", SHORT),
+        ("2023-02-24 12 30 5", "2023-02-24 12 30 5", SHORT),
+        ("python", "python", SHORT),
+        ("jax.numpy.linalg.norm", "jax.numpy.linalg.norm", SHORT),
+        ("Is a\nYes.", "Is a", SHORT),
+        ("Answer: the array", "Answer: the array", SHORT),
+        ("\u6570\u7ec4", "\u6570\u7ec4", SHORT),
+        ("Questions a user may have:", "Questions a user may have:", HEADING),
+        ("### Questions on norms of arrays", "Questions on norms of arrays", HEADING),
+        ("Questions on the following document", "Questions on the following document", COPIED),
+        ("The following document answers many questions.",
+         "The following document answers many questions.", COPIED),
+    ],
+)  # fmt: skip
+def test_what_is_no_query(text, line, why):
+    assert first_query(text, ASKED) == (line, why)
 
 
 def test_documents_are_drawn_by_themselves():

@@ -21,6 +21,7 @@ from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.expand import Expander, expansion_requests, journaled
+from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.sampled import MadeWhenAsked, sample_texts
 from expandr_jax.expansion.strategies import Strategy, document_message
 from expandr_jax.files.records import hash_json, read_jsonl, write_json, write_jsonl
@@ -204,6 +205,7 @@ def _generate(run: Run, data: TrainingData, expander: Expander) -> None:
              for document, sample in keys),
             data.queries([*data.retriever_train, *data.generator_train]),
             tested,
+            DOCUMENT_PROMPTS[PROMPT].message(document=""),
         )  # fmt: skip
         rows, counts = [], collections.Counter()
         for (document, _), (name, query, why) in zip(keys, sorted_, strict=True):
