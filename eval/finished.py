@@ -237,7 +237,7 @@ class Finished:
             config.expansion,
             sampler,
             corpus,
-            words,
+            lambda *asked: words().search(*asked),
             self._dense(pair, corpus),
             most_characters=config.answer.max_characters,
             drop_identical_ids=config.evaluation.drop_identical_ids,

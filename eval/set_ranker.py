@@ -190,7 +190,7 @@ class SetRanker:
             config.expansion,
             self._models.sampler,
             self._collection.corpus,
-            lambda: self._bm25(None),
+            lambda *asked: self._bm25(None).search(*asked),
             lambda *asked: self._dense(UNTRAINED, None).find(*asked),
             most_characters=config.answer.max_characters,
             drop_identical_ids=config.evaluation.drop_identical_ids,

@@ -57,7 +57,7 @@ def load_models(config: Config, progress: Callable[[int], None]) -> Models:
     progress(1)
     generator = load_generator_model(config)
     if not config.generator.server.url:
-        _check_sampling(config, generator)
+        _check_sampling(config, generator, retriever.retriever_params)
     progress(1)
     return Models(**{**vars(retriever), **vars(generator)})
 
@@ -221,27 +221,35 @@ def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
     return any(getattr(config, stage).repetition_penalty != 1 for stage in stages)
 
 
-def _check_sampling(config: Config, model: GeneratorModel) -> None:
+def _check_sampling(config: Config, model: GeneratorModel, retriever_params: Any) -> None:
     """Refuses, before hours of work, texts that are too many or too long for the memory."""
     kind, settings = config.step_b_kind, config.learned
     by_themselves = [stage for stage in sampling_stages(config) if stage != kind.section]
-    _check_engine(config, model, by_themselves)
+    # The retriever as it came stays beside the trained one, which shares a frozen base with it.
+    copies = 1 if config.contrastive.lora.rank else 2
+    beside = {"retrievers": copies * _bytes_held(retriever_params)}
+    _check_engine(config, model, by_themselves, beside)
     if kind.on_policy:
         setup = kind.trainer(model, settings).setup
         state = setup.shapes(adapter_shapes(model.generator.module, model.generator_params))
         # It stays while texts are sampled, and so do the engine's weights while it learns.
-        beside = {"adapter and optimizer": bytes_on_device(state)}
-        _check_engine(config, model, [kind.section], settings.texts, beside)
+        beside["adapter and optimizer"] = bytes_on_device(state)
+        _check_engine(config, model, [kind.section], beside, settings.texts)
+
+
+def _bytes_held(params: Any) -> int:
+    """Bytes of a device that parameters take; what lies on the host takes none."""
+    return bytes_on_device([p for p in jax.tree.leaves(params) if isinstance(p, jax.Array)])
 
 
 def _check_engine(
     config: Config,
     model: GeneratorModel,
     stages: Sequence[str],
+    beside: Mapping[str, int],
     texts: int | None = None,
-    beside: Mapping[str, int] | None = None,
 ) -> None:
-    """Refuses what some stages sample, so many texts at most, with so much memory taken beside."""
+    """Refuses what some stages sample, with so much memory taken beside, so many texts at most."""
     settings = config.generator
     longest = max(getattr(config, stage).max_new_tokens for stage in stages)
     shape = EngineShape(
@@ -255,4 +263,4 @@ def _check_engine(
         penalize=penalizes(config, stages),
     )
     plan = plan_memory(shape, model.generator_params, settings.prompt_buckets)
-    check_memory({**plan, **(beside or {})}, sampling_memory(settings))
+    check_memory({**plan, **beside}, sampling_memory(settings))

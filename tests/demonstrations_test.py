@@ -61,7 +61,7 @@ def test_a_query_s_texts_are_divided_among_the_prompts():
             return True
 
     examples = ((POOL[0],), (POOL[1],))
-    expander = Expander(STRATEGIES["rewrite"], Sampler(), None, 100, None, examples)
+    expander = Expander(STRATEGIES["rewrite"], Sampler(), None, 100, None, {}, examples)
     plain = Requests(["q"], [5], lambda q: [Request(q, i, "-", 1.0, 1.0, 8) for i in range(5)])
     shown = expander.shown({"q": "asked"}, plain)
     assert len(shown) == 5

@@ -1,14 +1,27 @@
 """Search that processes divide: what one finds, to the bit, each in its part of the memory."""
 
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from expandr_jax.runtime.processes import Processes
-from expandr_jax.search import ExactIndex, ExactOptions, ScannIndex, scann
+from expandr_jax.search import (
+    Bm25Index,
+    ExactIndex,
+    ExactOptions,
+    ScannIndex,
+    kept_bm25,
+    scann,
+)
 from expandr_jax.search import divided as divided_module
-from expandr_jax.search.divided import DividedIndex, share_of_blocks
+from expandr_jax.search.divided import (
+    DividedIndex,
+    divided_words,
+    found_by_all,
+    share_of_blocks,
+)
 from expandr_jax.vectors import corpus as corpus_module
 from expandr_jax.vectors.corpus import Corpus
 from tests.commands import ended, finish, start_processes, until
@@ -94,6 +107,36 @@ def test_the_last_of_many_queries_are_found_as_the_first(tmp_path, vectors, monk
     for ours, theirs in zip(found, ExactIndex(vectors, options).search(queries, 5), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert divided(alone, vectors, options, tmp_path).search(queries[:0], 5)[0].shape == (0, 5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+def test_queries_for_words_are_shared_and_find_what_one_finds(group, tmp_path, count):  # noqa: F811
+    texts = [f"cat {i % 7} dog {i % 11} ran" for i in range(90)]
+    queries = [f"dog {i % 5} cat {i % 3}" for i in range(count)]
+    expected = kept_bm25(tmp_path / "work", texts).search(queries, 30)
+    searched = Counter()
+
+    def function(member: Processes):
+        index = kept_bm25(tmp_path / "work", texts, write=member.is_main)
+
+        def counted(asked, k):
+            searched[member.index] += len(asked)
+            return Bm25Index._search(index, asked, k)
+
+        index._search = counted
+        words = divided_words("", lambda: index, member, tmp_path / "shares")
+        member.barrier()
+        found = found_by_all(lambda: words().search(queries, 30), member, tmp_path / "shares")
+        assert words().frequency("cat") == 90
+        return found
+
+    for found in together(group, function):
+        for ours, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+            assert ours.dtype == wanted.dtype
+    assert searched.total() == count
+    assert len(searched) == min(count, 3)
+    assert not list((tmp_path / "shares").iterdir())
 
 
 @pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")

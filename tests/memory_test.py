@@ -96,7 +96,7 @@ def test_on_policy_all_that_samples_is_in_the_plan_of_a_run(monkeypatch):
 
     def planned(documents=0, warm_start=""):
         config.grpo.documents, config.warm_start = documents, warm_start
-        _check_sampling(read_config(config), model)
+        _check_sampling(read_config(config), model, {})
         before, step = (plan["slots"] for plan in plans[-2:])
         return before, step
 
@@ -106,6 +106,20 @@ def test_on_policy_all_that_samples_is_in_the_plan_of_a_run(monkeypatch):
     most = max(config[stage].max_new_tokens for stage in ("expansion", "answer"))
     longer //= max(config.generator.prompt_buckets) + most
     assert planned(warm_start="best") == (longer, step)
+
+
+def test_the_retrievers_that_stay_on_the_devices_are_in_the_plan_of_a_run(monkeypatch):
+    config, plans = smoke.get_config(), []
+    monkeypatch.setattr("expandr_jax.loading.check_memory", lambda plan, _: plans.append(plan))
+    models = load_models(read_config(config), lambda _: None)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(models.retriever_params))
+    assert plans[-1]["retrievers"] == 2 * size  # As it came, and trained.
+    config.contrastive.lora.rank = 2
+    _check_sampling(read_config(config), models, models.retriever_params)
+    assert plans[-1]["retrievers"] == size  # The adapter's base is the same one.
+    on_host = jax.tree.map(np.asarray, models.retriever_params)
+    _check_sampling(read_config(config), models, on_host)
+    assert plans[-1]["retrievers"] == 0
 
 
 def test_what_stays_to_answer_questions_keeps_to_the_limit_too():

@@ -153,6 +153,42 @@ def test_an_adapter_changes_texts_and_compiles_nothing(model, training):
     assert generator.decode(before.groups[0].group.candidates[0].tokens)
 
 
+def test_a_process_reads_its_own_prompts_and_makes_the_engine_of_all(training, monkeypatch):
+    whole, asked = training.rollouts, []
+    generator = whole._sampler.generator
+
+    def ids(self, message, limit):
+        asked.append(message)
+        return original(self, message, limit)
+
+    original = type(generator).chat_ids
+    monkeypatch.setattr(type(generator), "chat_ids", ids)
+    given = []
+
+    class Half(Processes):
+        """One of two, which hears what the other has said before."""
+
+        def __init__(self, index):
+            super().__init__()
+            self.index, self.count, self.others = index, 2, given[:]
+
+        def gather(self, value):
+            given.append(value)
+            return [self.others.pop(0) if self.others else value, value]
+
+    for index in range(2):
+        sampler = dataclasses.replace(whole._sampler, processes=Half(index))
+        half = Rollouts(
+            sampler, training.state.params, QUESTIONS, whole._group, whole._score,
+            training.settings,
+        )  # fmt: skip
+        assert asked == [*QUESTIONS.values()][index::2]
+        asked.clear()
+    assert half.sizes == whole.sizes
+    assert half._engine.shape == whole._engine.shape
+    np.testing.assert_array_equal(half._engine._prefix, whole._engine._prefix)
+
+
 def test_training_has_the_log_probabilities_of_sampling(model, training):
     """The two programs are the sampler's, slot by slot, and the step's, packed rows."""
     moved = jax.tree.map(

@@ -155,9 +155,10 @@ class Asked:
 
         def search(step, asked, count):
             self.log.append((step.by, asked, count))
-            return {query: found[query][:count] for query in asked}
+            return {query: [f"id of {p}" for p in found[query][:count]] for query in asked}
 
-        self.expander = Expander(tested, sampler, settings, 100, search)
+        corpus = {f"id of {p}": p for passages in found.values() for p in passages}
+        self.expander = Expander(tested, sampler, settings, 100, search, corpus)
 
     def sample(self, step, requests):
         self.log.append((step.name, {request.id: request.prompt for request in requests}))
@@ -266,7 +267,7 @@ def test_a_search_sees_the_texts_so_far_and_may_pass_over_what_was_shown():
 
 def passages_of(corpus, index, drop_identical_ids=False):
     return make_expander(
-        smoke.get_config().expansion, None, corpus, lambda: index, None,
+        smoke.get_config().expansion, None, corpus, index.search, None,
         most_characters=100, drop_identical_ids=drop_identical_ids,
     ).search  # fmt: skip
 
@@ -277,11 +278,11 @@ def test_passages_are_those_of_bm25_but_for_the_query_s_own_id():
     for drop, expected in ((False, {"q", "d2", "d3"}), (True, {"d2", "d3"})):
         search = passages_of(corpus, index, drop)
         found = search(Search(), {"q": "cat", "p": "bird"}, 10)
-        assert {*found["q"]} == {corpus[document] for document in expected}
+        assert {*found["q"]} == expected
         assert found["p"] == []  # No word in common.
         _, rows = index.search(["cat"], 4)
-        best = [list(corpus.values())[row] for row in rows[0]]
-        assert found["q"] == [t for t in best if t in found["q"]]
+        best = [list(corpus)[row] for row in rows[0]]
+        assert found["q"] == [d for d in best if d in found["q"]]
         assert search(Search(), {"q": "cat"}, 1)["q"] == found["q"][:1]
 
 

@@ -27,12 +27,12 @@ def test_the_query_stands_for_a_third_of_the_words():
 
 def test_each_round_shows_what_no_round_before_has_shown():
     assert [type(step) for step in THINKQE.steps] == [Search, Ask] * 3
-    corpus = [f"passage {i}" for i in range(25)]
+    corpus = {f"d{i}": f"passage {i}" for i in range(25)}
     searched, shown = [], []
 
     def search(step, asked, count):
         searched.append((asked["q"], count))
-        return {"q": corpus[:count]}
+        return {"q": [*corpus][:count]}
 
     def sample(step, requests):
         lines = next(iter(requests)).prompt.splitlines()
@@ -40,7 +40,8 @@ def test_each_round_shows_what_no_round_before_has_shown():
         return {("q", r.sample): f"{step.name} {r.sample}" for r in requests}
 
     sampler = types.SimpleNamespace(fits=lambda _: True)
-    expander = Expander(THINKQE, sampler, smoke.get_config().expansion, 100, search)
+    settings = smoke.get_config().expansion
+    expander = Expander(THINKQE, sampler, settings, 100, search, corpus)
     texts = expander.texts({"q": "Who"}, 2, sample)
     assert searched == [
         ("Who", 10),

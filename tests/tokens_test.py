@@ -32,7 +32,7 @@ def test_tokens_of_what_is_not_used_count_to_the_first_text(samples):
     options = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "top_k": 0, "min_p": 0.0}
     settings = types.SimpleNamespace(**options, repetition_penalty=1.0)
     sampler = types.SimpleNamespace(fits=lambda message: True)
-    expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None)
+    expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None, {})
     texts, tokens, told = _with_figures(expander, {"q": "why"}, samples, sample)
     assert told is None
     assert tokens["q"] == [[15, 4][:samples]]
@@ -56,7 +56,7 @@ def test_log_probabilities_are_a_text_s_own_mean(kept):
     options = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 8, "top_k": 0, "min_p": 0.0}
     settings = types.SimpleNamespace(**options, repetition_penalty=1.0)
     sampler = types.SimpleNamespace(fits=lambda message: True)
-    expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None)
+    expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None, {})
     *_, told = _with_figures(expander, {"q": "why", "r": "how"}, 2, sample)
     assert told is None or dict(told) == {query: [[-2.0, -2.5]] for query in "qr"}
     assert (told is not None) == kept

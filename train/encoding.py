@@ -7,6 +7,7 @@ from typing import Any
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Bm25Index, kept_bm25
+from expandr_jax.search.divided import divided_words
 from expandr_jax.vectors.corpus import CorpusRetriever
 
 
@@ -32,7 +33,13 @@ def run_retriever(
 def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> Callable[[], Bm25Index]:
     """Gives BM25's index of a corpus, id -> text, opened or made when it is first called.
 
-    It is kept under work/, and there in `folder`: "tests/NAME" for a further collection.
+    It is kept under work/, and there in `folder`: "tests/NAME" for a further collection. All
+    processes call this; process 0 alone searches, and the others for their share of its queries.
     """
     main, where = run.processes.is_main, run.path("work", folder)
-    return functools.cache(lambda: kept_bm25(where, texts.values(), write=main))
+    return divided_words(
+        folder,
+        lambda: kept_bm25(where, texts.values(), write=main),
+        run.processes,
+        run.path("work", "shares"),
+    )

@@ -27,6 +27,7 @@ from expandr_jax.ranking.ranker import Expansions
 from expandr_jax.ranking.systems import EXPANSION, System, parse_systems
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
+from expandr_jax.search.divided import found_by_all
 
 SPLITS = ("dev", "test")
 FIELDS = "query_id", "split", "system", "sample", "query", "expansion"  # In expansions.jsonl.
@@ -39,11 +40,14 @@ def run_expander(
     bm25: Callable[[], Index],
     dense: SearchTexts,
 ) -> Expander:
-    """Expands queries of a run by the config's strategy; the rest is as of `make_expander`."""
+    """Expands queries of a run by the config's strategy, in all processes.
 
-    def words() -> Index:
-        run.processes.once(lambda: bm25() and None)  # Made by one, opened by all.
-        return bm25()
+    `bm25` is `run_words`'s, which process 0 alone asks; the rest is as of `make_expander`.
+    """
+
+    def words(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        shares = run.path("work", "shares")
+        return found_by_all(lambda: bm25().search(queries, k), run.processes, shares)
 
     sampler = make_sampler(models, run.config, run.processes, run.reporter, run.path("work"))
     config, collection = run.config, data.collection

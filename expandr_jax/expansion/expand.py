@@ -17,7 +17,7 @@ from expandr_jax.expansion.strategies import Ask, Search, Strategy, strategy
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.generation.settings import SamplingSettings
-from expandr_jax.search import Index, search_named
+from expandr_jax.search import search_named
 
 SEARCHED_AT_ONCE = 1024  # Queries whose results are in memory with all their scores.
 LEAST_RANKED = 100  # Results among which those of equal scores are put in order, as in runs/.
@@ -60,7 +60,9 @@ class Expander:
         sampler: The generator.
         settings: How texts are drawn: the config's section `expansion`.
         most_characters: Characters of a passage that a prompt shows, at most.
-        search: (step, query id -> what is searched for, n) to query id -> its n best passages.
+        search: (step, query id -> what is searched for, n) to query id -> ids of its n best
+            passages.
+        corpus: Document id -> text, of which passages are shown.
         examples: What prompts show that several texts of a query are asked for by, if they do.
     """
 
@@ -69,6 +71,7 @@ class Expander:
     settings: ExpansionSettings
     most_characters: int
     search: Callable[[Search, Mapping[str, str], int], Mapping[str, Sequence[str]]]
+    corpus: Mapping[str, str]
     examples: Sequence[Sequence[Demonstration]] = ()
 
     def texts(
@@ -88,7 +91,7 @@ class Expander:
         made: list[Texts] = []
         written: Texts = {}
         shown: dict[str, Sequence[str]] = {}
-        seen: dict[str, set[str]] = {}
+        seen: dict[str, set[int]] = {}
         for step in self.strategy.steps:
             if isinstance(step, Ask):
                 messages = self._messages(step, queries, shown, written)
@@ -147,7 +150,8 @@ class Expander:
 
         def message(query: str) -> str:
             before = written[query, 0] if step.shown else ""
-            return step.message(queries[query], shown.get(query, ()), *limits, before)
+            passages = [self.corpus[document] for document in shown.get(query, ())]
+            return step.message(queries[query], passages, *limits, before)
 
         return MadeWhenAsked(queries, message)
 
@@ -156,11 +160,16 @@ class Expander:
         step: Search,
         queries: Mapping[str, str],
         texts: Mapping[str, list[list[str]]],
-        seen: dict[str, set[str]],
+        seen: dict[str, set[int]],
     ) -> dict[str, Sequence[str]]:
-        """Query id -> the passages that a step shows of it; they are added to those `seen`."""
-        shown = {}
+        """Query id -> ids of the passages that a step shows of it.
+
+        Hashes of their texts are added to those `seen`, if a step asks for what is not among them:
+        passages of hundreds of thousands of queries are too much to keep.
+        """
+        shown: dict[str, Sequence[str]] = {}
         depth = step.depth
+        looks = any(isinstance(each, Search) and each.unseen for each in self.strategy.steps)
         if step.unseen:
             depth += max(map(len, seen.values()), default=0)
         every = [*queries]
@@ -171,10 +180,13 @@ class Expander:
                 made = {q: [t for several in texts[q] for t in several if t] for q in ids}
                 asked = {q: step.query(text, made[q]) for q, text in asked.items()}
             for query, found in self.search(step, asked, depth).items():
-                before = seen.setdefault(query, set())
-                new = [p for p in found if not (step.unseen and p in before)]
-                shown[query] = new[: step.depth]
-                before.update(shown[query])
+                shown[query] = found[: step.depth]
+                if looks:
+                    before = seen.setdefault(query, set())
+                    marks = {document: hash(self.corpus[document]) for document in found}
+                    new = [d for d in found if not (step.unseen and marks[d] in before)]
+                    shown[query] = new[: step.depth]
+                    before.update(marks[document] for document in shown[query])
         return shown
 
 
@@ -216,7 +228,7 @@ def make_expander(
     settings: ExpansionSettings,
     sampler: Sampler,
     corpus: Mapping[str, str],
-    bm25: Callable[[], Index],
+    bm25: SearchTexts,
     dense: SearchTexts,
     *,
     most_characters: int,
@@ -229,8 +241,7 @@ def make_expander(
         settings: The config's section `expansion`.
         sampler: The generator.
         corpus: Document id -> text.
-        bm25: Gives BM25's index of it, when a step first needs that.
-        dense: Searches it by vectors.
+        bm25, dense: Search it by words and by vectors.
         most_characters: Characters of a passage that a prompt shows, at most.
         drop_identical_ids: No query is shown the document that has its id.
         excluded: Query id -> documents that it is not shown.
@@ -238,7 +249,7 @@ def make_expander(
     Raises:
         UserError: The strategy or the template is wrong.
     """
-    searches = {"bm25": lambda queries, k: bm25().search(queries, k), "dense": dense}
+    searches = {"bm25": bm25, "dense": dense}
     ids, drop = ids_of(corpus), drop_identical_ids
 
     def search(step: Search, asked: Mapping[str, str], count: int) -> dict[str, list[str]]:
@@ -254,12 +265,12 @@ def make_expander(
             above=0.0 if step.by == "bm25" else -np.inf,
         )
         return {
-            query: [corpus[document] for document, _ in metrics.rank_documents(found)[:count]]
+            query: [document for document, _ in metrics.rank_documents(found)[:count]]
             for query, found in run.items()
         }
 
     asked = strategy(settings.strategy, settings.template)
-    return Expander(asked, sampler, settings, most_characters, search)
+    return Expander(asked, sampler, settings, most_characters, search, corpus)
 
 
 def expansion_requests(

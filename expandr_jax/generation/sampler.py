@@ -85,7 +85,7 @@ class Sampler:
         extent = Extent.of(measured())
         if cut := sum(self.processes.gather(cut)):
             self.reporter.say(f"{cut} prompts lost their beginning (over {limit} tokens)")
-        engine = self.engine(adapter, self._of_all(extent))
+        engine = self.engine(adapter, self.of_all(extent))
         refused = set()
         for completion in engine.generate(request for request, _ in self._prompted(left, limit)):
             if completion.finished == "refused":
@@ -116,8 +116,8 @@ class Sampler:
             else:
                 yield request, False
 
-    def _of_all(self, own: Extent) -> Extent:
-        """The extent of the requests of all processes."""
+    def of_all(self, own: Extent) -> Extent:
+        """The extent of the requests of all processes, which call it together."""
         several = self.processes.gather(dataclasses.asdict(own))
         return Extent.joined(
             Extent(**{**extent, "ends": tuple(map(tuple, extent["ends"]))}) for extent in several

@@ -215,22 +215,24 @@ class Rollouts:
         return self._sampler.generator.chat_ids(messages[name], self._limit)
 
     def _extent(self) -> tuple[Extent, int]:
-        """What the engine is made for, and how many prompts are cut."""
+        """What the engine is made for, and how many prompts are cut; a process looks at its own."""
         settings, cut = self._settings, 0
+        processes = self._sampler.processes
 
         def requests() -> Iterator[Request]:
             nonlocal cut
-            for name in itertools.chain(self._ids, some):
+            own = self._ids[processes.index :: processes.count]
+            for name in itertools.chain(own, some if processes.index == 0 else ()):
                 prompt, was_cut = self._prompt(name)
                 cut += was_cut
                 yield Request(name, 0, tuple(prompt), settings.temperature, **drawing(settings))
 
         documents = self._beside.messages if self._beside else ()
         some = itertools.islice(documents, 1)  # All of them begin as one does where queries end.
-        extent = Extent.of(requests())
+        extent = self._sampler.of_all(Extent.of(requests()))
         longest = self._limit if documents else extent.longest
         count = settings.groups * settings.samples
-        return dataclasses.replace(extent, count=count, longest=longest), cut
+        return dataclasses.replace(extent, count=count, longest=longest), sum(processes.gather(cut))
 
 
 def _statistics(rows: Sequence[Sampled]) -> dict[str, float]:

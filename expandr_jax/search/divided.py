@@ -1,21 +1,25 @@
-"""Search by all processes of a run, each over its parts of the corpus's vectors.
+"""Search by all processes of a run, each over its part of the vectors or for its share of queries.
 
 Process 0 asks, while the others wait for it: see `Processes.call`. Queries and what is found go
 through files that all of them see. What is found does not depend on how many processes there are.
 Exact search's parts are whole blocks, so that a product of vectors has the same shape and the same
 place in it whoever computes it: that is what one index finds, to the last bit. ScaNN's are of
-SHARD_ROWS vectors, each with an index of its own.
+SHARD_ROWS vectors, each with an index of its own. BM25's index is one, whose files each process
+maps; its queries are shared.
 """
 
 import contextlib
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.runtime.processes import Processes
+from expandr_jax.search.bm25 import Bm25Index
 from expandr_jax.search.exact import merge_found
 from expandr_jax.search.index import Index
 from expandr_jax.search.vectors import check_queries
@@ -102,14 +106,7 @@ class DividedIndex:
         self._shares.mkdir(parents=True, exist_ok=True)
         asked = self._shares / "queries.npy"
         np.save(asked, queries)
-        paths = [self._shares / n for n in self._processes.call(self._name, [asked.name, k]) if n]
-        parts = []
-        for path in paths:
-            with np.load(path, allow_pickle=False) as file:
-                parts.append((file["scores"], file["rows"]))
-        for path in (asked, *paths):
-            with contextlib.suppress(OSError):
-                path.unlink()
+        parts = _ask(self._processes, self._name, asked, k)
         return merge_found(parts, k)
 
     def _answer(self, asked: list) -> str | None:
@@ -117,7 +114,109 @@ class DividedIndex:
         name, k = asked
         if not self.spans:
             return None
-        scores, rows = self._own(np.load(self._shares / name, allow_pickle=False), k)
-        found = f"found.process-{self._processes.index}.npz"
-        np.savez(self._shares / found, scores=scores, rows=rows)
-        return found
+        found = self._own(np.load(self._shares / name, allow_pickle=False), k)
+        return _answered(self._processes, self._shares, found)
+
+
+def divided_words(
+    name: str, open_index: Callable[[], Bm25Index], processes: Processes, shares: pathlib.Path
+) -> Callable[[], Bm25Index]:
+    """Gives BM25's index, whose queries several processes share; process 0 alone searches it.
+
+    All processes call this; each opens the index when it first has something to search for.
+
+    Args:
+        name: What they know it by.
+        open_index: Opens it; process 0 does before the others, and makes what is not there.
+        processes: Those that search.
+        shares: A directory where they hand each other files.
+    """
+    name, opened = f"search bm25 {name}", functools.cache(open_index)
+    if processes.count == 1:
+        return opened
+
+    def answer(asked: list) -> str | None:
+        where, k = asked
+        queries = json.loads((shares / where).read_text("utf-8"))
+        start, end = (len(queries) * (processes.index + i) // processes.count for i in (0, 1))
+        if start == end:
+            return None
+        return _answered(processes, shares, opened().search(queries[start:end], k))
+
+    def together(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        shares.mkdir(parents=True, exist_ok=True)
+        asked = shares / "queries.json"
+        found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int32))]
+        for first in range(0, len(queries), _QUERIES):
+            write_json(asked, [*queries[first : first + _QUERIES]])
+            found += _ask(processes, name, asked, k)
+        scores, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+        return scores, rows
+
+    processes.serve(name, answer)
+    return functools.cache(lambda: _DividedWords(opened(), together))
+
+
+class _DividedWords(Bm25Index):
+    """An index whose searches are another function's."""
+
+    def __init__(
+        self,
+        index: Bm25Index,
+        search: Callable[[Sequence[str], int], tuple[np.ndarray, np.ndarray]],
+    ):
+        vars(self).update(vars(index))
+        self._search = search
+
+
+def found_by_all(
+    search: Callable[[], tuple[np.ndarray, np.ndarray]],
+    processes: Processes,
+    shares: pathlib.Path,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows that process 0 alone searches for, in each process; all call it together."""
+    if processes.count == 1:
+        return search()
+    path = shares / "results.npz"
+
+    def searched() -> None:
+        shares.mkdir(parents=True, exist_ok=True)
+        _save(path, search())
+
+    processes.once(searched)
+    found = _load(path)
+    processes.barrier()  # Nobody writes the next ones before all have read these.
+    if processes.is_main:
+        path.unlink()
+    return found
+
+
+def _ask(
+    processes: Processes, name: str, asked: pathlib.Path, k: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """What each process finds for the queries of a file, by its number; the file is removed."""
+    answers = processes.call(name, [asked.name, k])
+    paths = [asked.with_name(answer) for answer in answers if answer]
+    parts = [*map(_load, paths)]
+    for path in (asked, *paths):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return parts
+
+
+def _answered(
+    processes: Processes, shares: pathlib.Path, found: tuple[np.ndarray, np.ndarray]
+) -> str:
+    """The name of the file that hands process 0 what this one has found."""
+    path = shares / f"found.process-{processes.index}.npz"
+    _save(path, found)
+    return path.name
+
+
+def _save(path: pathlib.Path, found: tuple[np.ndarray, np.ndarray]) -> None:
+    np.savez(path, scores=found[0], rows=found[1])
+
+
+def _load(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return file["scores"], file["rows"]

@@ -19,6 +19,7 @@ from expandr_jax.search import ExactIndex, Index, ScannIndex, kept_index, scann
 from expandr_jax.search.divided import (
     SHARD_ROWS,
     DividedIndex,
+    found_by_all,
     share_of_blocks,
     share_of_shards,
 )
@@ -258,22 +259,7 @@ class CorpusRetriever:
     def find(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores and rows of the corpus, [queries, k] each, in each process."""
         vectors, corpus = self.encode(queries, "query"), self.corpus
-        if self.processes.count == 1:
-            return corpus.index.search(vectors, k)
-        path = self.shares / "results.npz"
-
-        def search() -> None:
-            self.shares.mkdir(parents=True, exist_ok=True)
-            scores, rows = corpus.index.search(vectors, k)
-            np.savez(path, scores=scores, rows=rows)
-
-        self.processes.once(search)
-        with np.load(path, allow_pickle=False) as file:
-            found = file["scores"], file["rows"]
-        self.processes.barrier()  # Nobody writes the next ones before all have read these.
-        if self.processes.is_main:
-            path.unlink()
-        return found
+        return found_by_all(lambda: corpus.index.search(vectors, k), self.processes, self.shares)
 
     def _encode_corpus(self, progress: Progress) -> int:
         """Makes a file of vectors, where there are several processes of what each has encoded.
