@@ -10,6 +10,7 @@ from rich.console import Console
 from configs import echo
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.documents import Documents
 from expandr_jax.data.prepared import part_of
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
@@ -112,6 +113,20 @@ def test_a_second_run_has_the_same_data_and_reuses_what_is_prepared(source, tmp_
     second = prepare(source, tmp_path / "b", prepared=str(prepared))
     assert first == second
     assert {file: file.stat().st_mtime_ns for file in prepared.rglob("*.array_record*")} == files
+
+
+def test_passages_go_to_the_store_of_documents_one_by_one(source, tmp_path, monkeypatch):
+    """No text of the hundreds of thousands is held, and they are written once."""
+
+    def refuse(*_):
+        raise AssertionError("the documents are written a second time")
+
+    monkeypatch.setattr("expandr_jax.data.collect.write_documents", refuse)
+    corpus = prepare(source, tmp_path / "run").collection.corpus
+    assert isinstance(corpus, Documents)
+    passages = {text for row in rows(source) for text in (row["positive"], row["negative"])}
+    assert {*corpus.values()} <= passages
+    assert len({*corpus.values()}) == len(corpus) == len({*corpus})
 
 
 def test_limits_and_weights(source, tmp_path):

@@ -112,7 +112,7 @@ def collect_data(
         # Imported where it is used: tensorflow-datasets takes a quarter of a second.
         from expandr_jax.data.echo import read_echo
 
-        data = read_echo(config, prepared_in, reporter)
+        data = read_echo(config, prepared_in, store, reporter)
     else:
         raise UserError(f"data.kind is {config.kind!r}; expected 'pydoc', 'beir' or 'triples'")
     collection = data.collection

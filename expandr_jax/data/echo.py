@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.benchmarks import query_key
+from expandr_jax.data.documents import write_documents
 from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.prepared import Triples, read_split, shuffled, split_name
@@ -24,7 +27,10 @@ JACCARD = 0.5  # Similarity of word 5-grams above which a document is a near-dup
 
 
 def read_echo(
-    config: DataSettings, prepared_in: str | os.PathLike, reporter: Reporter
+    config: DataSettings,
+    prepared_in: str | os.PathLike,
+    store: str | os.PathLike,
+    reporter: Reporter,
 ) -> TrainingData:
     """Makes a collection of the config's triples; their passages are the corpus.
 
@@ -32,8 +38,9 @@ def read_echo(
     on the files alone. Training queries are left out where the held-out share has the same query,
     or where their document is nearly that of a held-out query.
 
-    They are prepared in `prepared_in`, unless the config says where. Raises UserError where the
-    files or the config's weights cannot be used.
+    They are prepared in `prepared_in`, unless the config says where, and read one by one; the
+    passages go to a store of documents, unsealed. Raises UserError where the files or the config's
+    weights cannot be used.
     """
     path = data_path(config, reporter)
     root = config.prepared or prepared_in
@@ -42,44 +49,59 @@ def read_echo(
     builder = Triples(path, data_dir=root, shares=shares)
     with reporter.progress("triples prepared", _lines(builder)) as advance:
         prepared = builder.prepare(advance)
-    parts = (*TRAINING, *HELD_OUT)
-    taken = {part: list(_take(config, reporter, builder, prepared, part)) for part in parts}
-    held_out = [triple for part in HELD_OUT for triple in taken[part]]
+    held_out = [t for part in HELD_OUT for t in _take(config, reporter, builder, prepared, part)]
     known = {query_key(triple.query) for triple in held_out}
     documents = list({text for triple in held_out for text in triple.positives})
-    corpus: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
-    ids: dict[str, dict[str, None]] = {part: {} for part in taken}
+    ids: dict[str, dict[str, None]] = {part: {} for part in (*TRAINING, *HELD_OUT)}
+    rows: Counter[str] = Counter()
     left_out = 0
-    for part, triples in taken.items():
-        dropped = _leaks(triples, known, documents) if part in TRAINING else [False] * len(triples)
-        left_out += sum(dropped)
-        judged = qrels["train" if part in TRAINING else part]
-        for triple, drop in zip(triples, dropped, strict=True):
-            if drop:
-                continue
-            query = _id(triple.query)
-            queries[query] = triple.query.strip()
-            ids[part][query] = None
-            grades = judged.setdefault(query, {})
-            for text in triple.negatives:
-                grades.setdefault(_id(text), 0)
-            for text in triple.positives:  # Relevant in one line is relevant in all.
-                grades[_id(text)] = 1
-            for text in (*triple.positives, *triple.negatives):
-                corpus[_id(text)] = text.strip()
+
+    def kept() -> Iterator[Triple]:
+        """Those that are not left out, whose queries and judgements are noted."""
+        nonlocal left_out
+        for part in ids:
+            triples = _take(config, reporter, builder, prepared, part)
+            judged = qrels["train" if part in TRAINING else part]
+            flagged = _leaks(triples, known, documents) if part in TRAINING else _all(triples)
+            for triple, drop in flagged:
+                rows[part] += 1
+                left_out += drop
+                if drop:
+                    continue
+                query = _id(triple.query)
+                queries[query] = triple.query.strip()
+                ids[part][query] = None
+                grades = judged.setdefault(query, {})
+                for text in triple.negatives:
+                    grades.setdefault(_id(text), 0)
+                for text in triple.positives:  # Relevant in one line is relevant in all.
+                    grades[_id(text)] = 1
+                yield triple
+
+    corpus = write_documents(_passages(kept()), store)
     reporter.say(f"{left_out} training queries left out: a held-out query is like them")
     name = path.resolve().name
     source = {
         "name": name,
         **builder.identity,
         "weights": dict(config.weights),
-        "rows": {part: len(triples) for part, triples in taken.items()},
+        "rows": {part: rows[part] for part in ids},
         "left_out": left_out,
     }
     trained = (list(ids[part]) for part in TRAINING)
     return TrainingData(Collection(name, corpus, queries, qrels), *trained, source)
+
+
+def _passages(triples: Iterable[Triple]) -> Iterator[tuple[str, str]]:
+    """(Id, text) of each different passage, where it first stands."""
+    seen = set()
+    for triple in triples:
+        for text in (*triple.positives, *triple.negatives):
+            if (document := _id(text)) not in seen:
+                seen.add(document)
+                yield document, text.strip()
 
 
 def _take(
@@ -119,13 +141,19 @@ def _lines(builder: Triples) -> int:
     return total
 
 
-def _leaks(triples: list[Triple], known: set[str], documents: list[str]) -> list[bool]:
-    near = near_duplicates((x for t in triples for x in t.positives), documents, JACCARD)
-    flags = []
+def _leaks(
+    triples: Iterable[Triple], known: set[str], documents: Sequence[str]
+) -> Iterator[tuple[Triple, bool]]:
+    """Triples, and whether each is like a held-out query's."""
+    triples, ahead = itertools.tee(triples)
+    near = near_duplicates((x for t in ahead for x in t.positives), documents, JACCARD)
     for triple in triples:
         hits = [next(near) for _ in triple.positives]  # All of them, so that the next's come next.
-        flags.append(any(hits) or query_key(triple.query) in known)
-    return flags
+        yield triple, any(hits) or query_key(triple.query) in known
+
+
+def _all(triples: Iterable[Triple]) -> Iterator[tuple[Triple, bool]]:
+    return ((triple, False) for triple in triples)
 
 
 def _id(text: str) -> str:
