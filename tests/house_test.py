@@ -45,12 +45,15 @@ def sources(*directories: str) -> Iterator[tuple[str, str]]:
             yield path.relative_to(ROOT).as_posix(), path.read_text()
 
 
+parsed = functools.cache(ast.parse)
+
+
 @functools.cache
 def imports() -> tuple[tuple[str, str], ...]:
     """Every import of the product, those inside functions too: the file, the module imported."""
     found = []
     for path, text in sources(*PRODUCT):
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(text)):
             if isinstance(node, ast.Import):
                 found += [(path, alias.name) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -158,9 +161,73 @@ def test_no_program_asks_for_the_name_of_step_b():
     assert not [path for path, text in sources(*PRODUCT) if asked.search(text)]
 
 
+# Files that hold a family's name and mean another thing by it, or are about one model by intent.
+NAMED_ELSEWHERE = {
+    "expandr_jax/planning/narrow.py": "a rehearsal's two models are of two families",
+    "expandr_jax/weights/byte_level.py": "a tokenizer's cut, by its name in GGUF files",
+    "expandr_jax/weights/gguf_tokenizer.py": "a kind of tokenizers, by its name in GGUF files",
+    "expandr_jax/weights/gguf_vocabulary.py": "the same, written",
+    "expandr_jax/weights/sentence_transformers.py": "names that a file of settings has had",
+    "eval/models.py": "a table with a row a family",
+    "eval/tiny_anchordr.py": "a model of one family, for tests",
+    "eval/tiny_models.py": "the same of each",
+}
+
+
+def family_names() -> set[str]:
+    """What records of families call their models: types in config.json, classes, GGUF's names."""
+    names = set()
+    for _, text in sources("expandr_jax/weights/families"):
+        for node in ast.walk(parsed(text)):
+            if isinstance(node, ast.keyword) and node.arg == "classes":
+                names |= {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "GgufForm":
+                names |= {leaf.value for leaf in node.args if isinstance(leaf, ast.Constant)}
+    return names - {""}
+
+
+def test_families_are_named_in_their_own_files_alone():
+    """What a family is, its record says: `weights.families.family`."""
+    names, found = family_names(), set()
+    assert names > {"bert", "llama", "T5EncoderModel", "qwen3"}
+    for path, text in sources(*PRODUCT[:3]):
+        if not path.startswith(("expandr_jax/weights/families/", "expandr_jax/models/")):
+            leaves = (x for x in ast.walk(parsed(text)) if isinstance(x, ast.Constant))
+            found |= {(path, x.value) for x in leaves if isinstance(x.value, str)}
+    assert {path for path, name in found if name in names} == {*NAMED_ELSEWHERE}
+
+
+def test_modules_of_families_are_taken_from_their_records():
+    """But for the decoder, which is what generation is made of."""
+    stems = [
+        {pathlib.Path(path).stem for path, _ in sources(f"expandr_jax/{directory}")}
+        for directory in ("weights/families", "models")
+    ]
+    own = {f"expandr_jax.models.{stem}" for stem in set.intersection(*stems) - {"decoder"}}
+    own |= {f"expandr_jax.weights.families.{stem}" for stem in stems[0] - {"family"}}
+    inside = ("expandr_jax/weights/families/", "expandr_jax/models/")
+    assert not [i for i in imports() if i[1] in own and not i[0].startswith(inside)]
+
+
+def test_no_type_is_asked_for_a_family():
+    """A module's record is found by `family_of`, and says what it can."""
+    for path, text in sources(*PRODUCT[:3]):
+        tree = parsed(text)
+        models = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("expandr_jax.models")
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type"):
+                asked = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+                assert not asked & models, f"{path}:{node.lineno}"
+
+
 def types_named(text: str) -> Iterator[str]:
     """Classes and other names for types that a module defines, those it has for itself apart."""
-    for node in ast.parse(text).body:
+    for node in parsed(text).body:
         named = [node.name] if isinstance(node, ast.ClassDef) else []
         if isinstance(node, ast.Assign):
             named = [target.id for target in node.targets if isinstance(target, ast.Name)]

@@ -35,6 +35,7 @@ from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.weights.families import BY_TYPE, model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.load import leaf_shapes
+from expandr_jax.weights.tokenizer_classes import CLASSES
 from train.scores import RewardTools, reward_context
 
 POLICY = np.array([[-10.0, -9.0], [-3.0, -5.0], [-2.0, -2.0]], np.float32)
@@ -355,6 +356,8 @@ COMPUTED = {
 @pytest.mark.parametrize("kind", BY_TYPE)
 def test_families(kind):
     family = BY_TYPE[kind]
+    assert {*family.tokenizer_classes.values()} <= CLASSES.keys()
+    assert {*family.tokenizer_classes, *family.misnamed, *family.gguf} <= family.classes.keys()
     config = model_config(Fields(SHAPE, "config.json"), kind)
     module = family.module(config)
     assert {weight.path for weight in family.weights(config, True)} == leaf_shapes(module).keys()

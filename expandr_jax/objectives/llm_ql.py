@@ -16,9 +16,10 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.losses.language import token_log_probs
-from expandr_jax.models.decoder import Decoder, token_positions
+from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import Mask
 from expandr_jax.models.retriever import Retriever
+from expandr_jax.weights.families import family_of
 
 if TYPE_CHECKING:
     from expandr_jax.objectives.settings import ContrastiveSettings
@@ -60,7 +61,8 @@ def corruption_of(retriever: Retriever, settings: "ContrastiveSettings") -> Corr
     if not settings.query_likelihood_weight:
         return None
     name, module = "contrastive.query_likelihood_weight is above 0", retriever.module
-    if not (isinstance(module, Decoder) and module.config.causal and retriever.pooling == "last"):
+    writes = family_of(module).generates and module.config.causal
+    if not (writes and retriever.pooling == "last"):
         raise UserError(
             f"{name}, which is for causal decoders with retriever.pooling 'last'; this retriever "
             f"is a {type(module).__name__} with {retriever.pooling!r}"

@@ -12,10 +12,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
-from expandr_jax.models.bert import Bert
 from expandr_jax.models.cross_encoder import pair_logits
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.models.splade import SpladeEncoder
 from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import (
     Planned,
@@ -33,8 +31,8 @@ from expandr_jax.sharding import (
     with_shardings,
 )
 from expandr_jax.vectors.encoder import TOKENS_PER_BATCH, embedder
-from expandr_jax.weights.families import find_family, model_config
-from expandr_jax.weights.sparse_encoder import SPLADE
+from expandr_jax.weights.families import family_of, find_family, model_config
+from expandr_jax.weights.sparse_encoder import KNOWN, SPLADE
 
 
 def sparse_encoding(config: Config, topology: Topology) -> Planned:
@@ -83,12 +81,13 @@ def scored_pairs(config: Config, stage: str, topology: Topology) -> Planned:
     )
 
 
-def sparse_module(module: nn.Module) -> SpladeEncoder:
+def sparse_module(module: nn.Module) -> nn.Module:
     """The sparse encoder of an encoder's shape."""
-    if not isinstance(module, Bert):
-        kind = type(module).__name__
-        raise UserError(f"a sparse encoder is a BERT or one of its kin; this shape is a {kind}'s")
-    return SpladeEncoder(module.config, dtype=module.dtype)
+    head = family_of(module).masked_head
+    if head is None:
+        kind, known = type(module).__name__, ", ".join(KNOWN)
+        raise UserError(f"a sparse encoder is of type {known}; this shape is a {kind}'s")
+    return head.module(module.config, module.dtype)
 
 
 def encoded(

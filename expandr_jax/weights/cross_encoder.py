@@ -18,7 +18,7 @@ from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.hf import open_model, open_tokenizer
 from expandr_jax.weights.load import leaf_shapes, load_params
-from expandr_jax.weights.names import PREFIXES, Weight, hf_name
+from expandr_jax.weights.names import Weight, hf_name
 from expandr_jax.weights.sentence_transformers import read_modules, transformer_length
 from expandr_jax.weights.source import locate
 
@@ -86,7 +86,8 @@ def load_cross_encoder(
 
 
 def _there(weight: Weight, files: ModelFiles) -> bool:
-    return any(hf_name(weight, 0, prefix) in files.tensors for prefix in PREFIXES)
+    prefixes = BY_TYPE[files.model_type].prefixes
+    return any(hf_name(weight, 0, prefix) in files.tensors for prefix in prefixes)
 
 
 def _head(weights: Sequence[Weight]) -> set[str]:

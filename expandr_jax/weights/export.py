@@ -19,7 +19,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.pooling import dense_name
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.names import PREFIXES, Weight
+from expandr_jax.weights.names import Weight
 from expandr_jax.weights.sentence_transformers import write_dense, write_settings
 from expandr_jax.weights.store import named_tensors, write_model_files
 
@@ -134,7 +134,8 @@ def export_generator(
         **generator.files.generation_config.values,
     }
     with new_directory(directory) as new:
-        write_model(new, generator, params, dtype, generator.tokenizer.model_max_length)
+        length = generator.tokenizer.model_max_length
+        write_model(new, generator, params, dtype, length, with_head=True)
         _write_json(new / "generation_config.json", generation)
 
 
@@ -182,14 +183,23 @@ def write_model(
     dtype: Any,
     max_length: int,
     *,
+    with_head: bool = False,
     weights: Sequence[Weight] | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
 ) -> None:
     """Writes the weights, config.json, and the tokenizer with the longest input it says.
 
-    A model with another head than a language model's names its `weights`, the `prefix` of all but
-    the head's, and transformers' class.
+    Args:
+        directory: It is there.
+        model: A `Retriever`, a `Generator` or a `CrossEncoder`.
+        params: Its parameters, adapters merged.
+        dtype: As of `export_retriever`.
+        max_length: Most tokens of a text.
+        with_head: A language model is written with its head.
+        weights: Where the tensors belong, of a model with another head.
+        prefix: What stands before its names, but for the head's.
+        architecture: transformers' class of it.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -199,11 +209,10 @@ def write_model(
 
     def dtype_of(name: str, present: np.dtype) -> np.dtype:
         if dtype == "source":
-            found = (model.files.tensors.get(prefix + name) for prefix in PREFIXES)
+            found = (model.files.tensors.get(prefix + name) for prefix in family.prefixes)
             return next((tensor.dtype for tensor in found if tensor is not None), present)
         return present if dtype is None else np.dtype(dtype)
 
-    with_head = isinstance(model, Generator)
     # transformers keeps a bare model's names without a prefix.
     tensors = named_tensors(
         params,

@@ -11,8 +11,7 @@ import sentencepiece
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import decode, write_json
-from expandr_jax.weights.fields import Fields
-from expandr_jax.weights.tokenizer import model_max_length
+from expandr_jax.weights.fields import Fields, model_max_length
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _BOS, _PAD, _EOS, _UNK = range(4)

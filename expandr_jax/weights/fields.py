@@ -147,6 +147,16 @@ class Fields:
         return default[0]
 
 
+def model_max_length(settings: Fields) -> int | None:
+    """Longest input in tokens, by tokenizer_config.json; files have 1e30 for any length."""
+    # Its older name counts where the newer is not there at all.
+    name = "model_max_length" if "model_max_length" in settings.values else "max_len"
+    length = settings.number(name, None, above=0)
+    if length is not None and length % 1:
+        raise settings.refuse(name, "a whole number")
+    return None if length is None else int(length)
+
+
 def is_count(value: Any, least: int, most: int) -> bool:
     """Whether a JSON value is a whole number from `least` to `most`; true and 1.0 are not."""
     return type(value) is int and least <= value <= most

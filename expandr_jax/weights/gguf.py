@@ -11,16 +11,17 @@ import numpy as np
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.rope import RopeScaling, scale_frequencies
+from expandr_jax.weights.families import BY_TYPE
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.files import ModelFiles
 from expandr_jax.weights.gguf_reader import GgufReader
 from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 
+# llama.cpp's architectures -> model_type in config.json; of several the first that a family lists.
 ARCHITECTURES = {
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    family.gguf[kind].architecture: kind
+    for kind, family in reversed(BY_TYPE.items())
+    if kind in family.gguf
 }
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -47,19 +48,11 @@ _UNREAD = (
     "attention.layer_norm_epsilon", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size",
     "rope.scaling.original_context_length",
 )  # fmt: skip
-# What Ollama's converter calls these keys of Gemma 3.
-_OLLAMA = {"rope.global.freq_base": "rope.freq_base", "rope.local.freq_base": "rope.freq_base_swa"}
 _PATTERN = "attention.sliding_window_pattern"  # Each so many layers one sees all; or a list.
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 ROPE_FACTORS = "rope_freqs.weight"
 _SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_)\w+_token_id")
 ROTARY = re.compile(r"[qk]_proj\.weight$")
-# Norms that only Gemma has, or that have another place in it.
-_GEMMA_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 
 
 def open_gguf(path: Path) -> ModelFiles:
@@ -80,15 +73,17 @@ def open_gguf(path: Path) -> ModelFiles:
         raise UserError(
             f"{path}: it is one of {parts} parts: join them by llama-gguf-split --merge"
         )
-    architecture = metadata.choice("general.architecture", tuple(ARCHITECTURES))
-    block = block_names(architecture)
+    architecture = metadata.choice("general.architecture", sorted(ARCHITECTURES))
+    kind = ARCHITECTURES[architecture]
+    form = BY_TYPE[kind].gguf[kind]
+    block = BLOCK | form.tensors
     stored = {_hf_name(name, block): name for name in reader.tensors}
     stored.pop(ROPE_FACTORS, None)
     tensors = {
         name: jax.ShapeDtypeStruct(reader.tensors[key].shape, np.float32)
         for name, key in stored.items()
     }
-    config = Fields(_config(metadata, architecture, tensors, reader), str(path))
+    config = Fields(_config(metadata, kind, tensors, reader), str(path))
     eos = config.values["eos_token_id"]
     ends = [eos, *(end for end in ends_of_turn(metadata) if end != eos)]
     pooling = metadata.count(f"{architecture}.pooling_type", 0, least=0)
@@ -97,9 +92,9 @@ def open_gguf(path: Path) -> ModelFiles:
 
     def read(name: str, rows: slice) -> np.ndarray:
         """In float32, as the original model had it."""
-        if architecture == "gemma3" and name.endswith("norm.weight"):
+        if form.norm_plus_one and name.endswith("norm.weight"):
             return reader.read(stored[name], rows) - 1  # llama.cpp keeps 1 + w
-        if architecture != "llama" or not ROTARY.search(name):
+        if not form.interleaved or not ROTARY.search(name):
             return reader.read(stored[name], rows)
         # llama.cpp interleaves the halves that rotate together.
         array = reader.read(stored[name])
@@ -122,14 +117,15 @@ def open_gguf(path: Path) -> ModelFiles:
 
 def _config(
     metadata: Fields,
-    architecture: str,
+    model_type: str,
     tensors: Mapping[str, jax.ShapeDtypeStruct],
     reader: GgufReader,
 ) -> dict[str, Any]:
     """The metadata as a Hugging Face configuration."""
-    kind, class_name = ARCHITECTURES[architecture]
-    own, tokenizer = metadata.under(f"{architecture}."), metadata.under("tokenizer.ggml.")
-    own = _as_llama_cpp(own, architecture)
+    family = BY_TYPE[model_type]
+    form, (_, class_name) = family.gguf[model_type], family.classes[model_type]
+    own = form.keys(metadata.under(f"{form.architecture}."))
+    tokenizer = metadata.under("tokenizer.ggml.")
     heads, width = own.count("attention.head_count"), own.count("embedding_length")
     head_dim, context = (
         own.count("attention.key_length", width // heads),
@@ -140,7 +136,7 @@ def _config(
         raise UserError(f"{metadata.where}: tensor token_embd.weight is missing")
     config = {
         "architectures": [class_name],
-        "model_type": kind,
+        "model_type": model_type,
         "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
         "hidden_size": width,
         "num_hidden_layers": own.count("block_count"),
@@ -170,20 +166,8 @@ def _config(
         **{f"attention.{name}_length_swa": head_dim for name in ("key", "value")},
         **{"rope.dimension_count_swa": head_dim, _PATTERN: 6 if slides is None else slides},
     )
-    if kind == "gemma3_text":
-        # The largest model scales its scores by its width, the others by the head's; llama.cpp too
-        # knows which is which by the depth alone.
-        largest = config["num_hidden_layers"] == 62
-        config |= {
-            "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": width // heads if largest else config["head_dim"],
-            "rope_local_base_freq": float(own.number("rope.freq_base_swa", 10000.0, above=0)),
-            "sliding_window": own.count("attention.sliding_window"),
-            "sliding_window_pattern": 6,
-        }
-        if slides is not None:
-            types = [f"{'sliding' if local else 'full'}_attention" for local in slides]
-            config["layer_types"] = types
+    if form.read is not None:
+        config |= form.read(own, config)
     elif 0 < own.count("attention.sliding_window", context, least=0) < context:
         raise own.refuse("attention.sliding_window", f"none below the context's length, {context}")
     # As in llama.cpp: linear where no type is said, by the factor's old name where the new is not.
@@ -200,27 +184,6 @@ def _config(
     return config
 
 
-def _as_llama_cpp(own: Fields, architecture: str) -> Fields:
-    """Keys as llama.cpp's converter has them, with what Ollama's leaves to its program."""
-    if architecture != "gemma3" or not any(name in own for name in _OLLAMA):
-        return own
-    values = {
-        "rope.freq_base": 1e6,
-        "attention.layer_norm_rms_epsilon": 1e-6,
-        **{usual: own.values[name] for name, usual in _OLLAMA.items() if name in own},
-        **{name: value for name, value in own.values.items() if name not in _OLLAMA},
-    }
-    for name, usual in _OLLAMA.items():
-        if name in own and values[usual] != own.values[name]:
-            raise own.refuse(name, f"the same as {architecture}.{usual}, {values[usual]}")
-    if own.count("context_length") > 32768 and "rope.scaling.factor" not in own:
-        # Their positions are divided by 8, which this converter does not write.
-        raise own.refuse(
-            "context_length", "at most 32768 where Ollama left out rope.scaling.factor"
-        )
-    return Fields(values, own.where, f"{architecture}.")
-
-
 def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict[str, Any]:
     """Llama 3.1's settings, recovered from what they divided the plain frequencies by."""
     factor = round(float(divisors.max()), 3)  # a division in float32 gave it
@@ -235,11 +198,6 @@ def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_positions,
     }
-
-
-def block_names(architecture: str) -> dict[str, str]:
-    """What a block's tensors are called: llama.cpp's name to Hugging Face's."""
-    return BLOCK | (_GEMMA_NORMS if architecture == "gemma3" else {})
 
 
 def _hf_name(name: str, block: Mapping[str, str]) -> str:

@@ -19,7 +19,8 @@ from expandr_jax.models.decoder import DecoderConfig
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.rope import RopeScaling, scale_frequencies
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.gguf import ARCHITECTURES, ROPE_FACTORS, ROTARY, TOP, block_names
+from expandr_jax.weights.families.family import GgufForm
+from expandr_jax.weights.gguf import BLOCK, ROPE_FACTORS, ROTARY, TOP
 from expandr_jax.weights.gguf_vocabulary import vocabulary
 from expandr_jax.weights.safetensors_file import Tensor
 from expandr_jax.weights.store import named_tensors
@@ -27,9 +28,6 @@ from expandr_jax.weights.store import named_tensors
 _Kind = gguf.GGMLQuantizationType
 # --gguf_type -> how tables are stored, and llama.cpp's number of such a file.
 GGUF_TYPES = {"f16": (_Kind.F16, 1), "q8_0": (_Kind.Q8_0, 7)}
-_NAMES = {kind: name for name, (kind, _) in ARCHITECTURES.items()} | {"mistral": "llama"}
-_EVERY = 6  # llama.cpp has each sixth layer of Gemma 3 see everything.
-_LARGEST = 62  # Layers of the one Gemma 3 that llama.cpp scales by the width, not the head's.
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _TYPES = {
     bool: gguf.GGUFValueType.BOOL,
@@ -56,7 +54,8 @@ def export_gguf(path: str | os.PathLike, generator: Generator, params: Any, kind
     """
     path = Path(path)
     try:
-        metadata, tensors = _metadata(generator, kind), _tensors(generator, params)
+        form = _form(generator)
+        metadata, tensors = _metadata(generator, form, kind), _tensors(generator, form, params)
         kinds = {name: _stored_as(tensor, kind) for name, tensor in tensors.items()}
         metadata["general.name"] = path.stem
         with replacing(path) as file:
@@ -72,13 +71,26 @@ def export_gguf(path: str | os.PathLike, generator: Generator, params: Any, kind
         raise UserError(f"{prefix}{error}") from None
 
 
-def _metadata(generator: Generator, kind: str) -> dict[str, Any]:
-    """All values by key."""
-    config, hf = generator.module.config, generator.files
-    architecture = _NAMES.get(hf.model_type)
-    if architecture is None or config.quantized:
+def _form(generator: Generator) -> GgufForm:
+    """How llama.cpp has a generator, which it must be able to compute."""
+    config, kind = generator.module.config, generator.files.model_type
+    form = family_of(generator.module).gguf.get(kind)
+    if form is None or config.quantized:
         kept = f" in {config.quantized}" if config.quantized else ""
-        raise UserError(f"llama.cpp's form of {hf.model_type}{kept} is not known")
+        raise UserError(f"llama.cpp's form of {kind}{kept} is not known")
+    architecture, scaling = form.architecture, config.rope_scaling
+    if config.activation != form.activation:
+        raise UserError(f"llama.cpp has no {config.activation} in {architecture}")
+    if config.sliding_window is not None and form.write is None:
+        raise UserError(f"llama.cpp has no sliding window in {architecture}")
+    if scaling is not None and scaling.kind != "linear" and not form.stretches:
+        raise UserError(f"llama.cpp stretches no positions of {architecture} as Llama 3.1 does")
+    return form
+
+
+def _metadata(generator: Generator, form: GgufForm, kind: str) -> dict[str, Any]:
+    """All values by key."""
+    config, architecture = generator.module.config, form.architecture
     own = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
@@ -92,13 +104,11 @@ def _metadata(generator: Generator, kind: str) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": float(config.norm_eps),
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
-        **_gemma(config, architecture),
+        **({} if form.write is None else form.write(config)),
     }
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling.factor)}
-    elif scaling is not None and architecture != "llama":
-        raise UserError(f"llama.cpp stretches no positions of {architecture} as Llama 3.1 does")
     quantized = {"general.quantization_version": 2} if kind == "q8_0" else {}
     return {
         "general.type": "model",
@@ -109,32 +119,10 @@ def _metadata(generator: Generator, kind: str) -> dict[str, Any]:
     }
 
 
-def _gemma(config: DecoderConfig, architecture: str) -> dict[str, Any]:
-    """What Gemma 3 alone has; refuses what llama.cpp computes in one way only."""
-    gemma = architecture == "gemma3"
-    if config.activation != ("gelu_tanh" if gemma else "silu"):
-        raise UserError(f"llama.cpp has no {config.activation} in {architecture}")
-    if not gemma:
-        if config.sliding_window is not None:
-            raise UserError(f"llama.cpp has no sliding window in {architecture}")
-        return {}
-    layers = config.num_layers
-    expected = tuple((layer + 1) % _EVERY != 0 for layer in range(layers))
-    if config.sliding_window is None or config.layer_is_local != expected:
-        raise UserError(f"llama.cpp has layers of Gemma 3 see a window, but for each {_EVERY}th")
-    width = config.hidden_size // config.num_heads if layers == _LARGEST else config.head_dim
-    if not math.isclose(config.query_scale, width**-0.5):
-        raise UserError(f"query_pre_attn_scalar is not {width}, by which llama.cpp scales scores")
-    return {
-        "attention.sliding_window": config.sliding_window,
-        "rope.freq_base_swa": float(config.rope_local_theta),
-    }
-
-
-def _tensors(generator: Generator, params: Any) -> dict[str, Tensor]:
+def _tensors(generator: Generator, form: GgufForm, params: Any) -> dict[str, Tensor]:
     """All tensors by llama.cpp's names and in its layout, in float32, none of which is made yet."""
-    config, architecture = generator.module.config, _NAMES[generator.files.model_type]
-    tables = {hf: name for name, hf in (TOP | block_names(architecture)).items()}
+    config = generator.module.config
+    tables = {hf: name for name, hf in (TOP | BLOCK | form.tensors).items()}
     found = {}
     for name, tensor in named_tensors(
         params,
@@ -142,7 +130,7 @@ def _tensors(generator: Generator, params: Any) -> dict[str, Tensor]:
         "model.",
         lambda *_: np.dtype(np.float32),
     ).items():
-        found[_name(name, tables)] = _converted(name, tensor, config, architecture)
+        found[_name(name, tables)] = _converted(name, tensor, config, form)
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         divisors = _divisors(config, config.rope_scaling)
         found[ROPE_FACTORS] = Tensor(divisors.dtype, divisors.shape, lambda: [divisors])
@@ -158,7 +146,7 @@ def _name(name: str, tables: Mapping[str, str]) -> str:
     return f"blk.{layer}.{tables[inner]}.{suffix}"
 
 
-def _converted(name: str, tensor: Tensor, config: DecoderConfig, architecture: str) -> Tensor:
+def _converted(name: str, tensor: Tensor, config: DecoderConfig, form: GgufForm) -> Tensor:
     """A tensor with the numbers that llama.cpp has in its place."""
 
     def shifted() -> Iterator[np.ndarray]:
@@ -170,9 +158,9 @@ def _converted(name: str, tensor: Tensor, config: DecoderConfig, architecture: s
         halves = whole.reshape(-1, 2, config.head_dim // 2, whole.shape[-1])
         yield halves.swapaxes(1, 2).reshape(whole.shape)  # What rotates together stands together.
 
-    if config.norm_plus_one and name.endswith("norm.weight"):
+    if form.norm_plus_one and name.endswith("norm.weight"):
         return Tensor(tensor.dtype, tensor.shape, shifted)
-    if architecture == "llama" and ROTARY.search(name):
+    if form.interleaved and ROTARY.search(name):
         return Tensor(tensor.dtype, tensor.shape, interleaved)
     return tensor
 

@@ -22,7 +22,7 @@ from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
-from expandr_jax.weights.names import IGNORED, PREFIXES, Weight, hf_name
+from expandr_jax.weights.names import IGNORED, Weight, hf_name
 
 # Leaves up to this size are made whole; larger ones are filled by pieces of about this size.
 PIECE_BYTES = 64 * 2**20
@@ -92,9 +92,9 @@ def find_tensors(
     Raises:
         UserError: If a tensor is missing, unknown or wrongly shaped.
     """
-    tensors = files.tensors
+    tensors, family = files.tensors, family_of(module)
     # The one under which the file keeps the most.
-    prefix = max(PREFIXES, key=lambda p: sum(hf_name(w, 0, p) in tensors for w in weights))
+    prefix = max(family.prefixes, key=lambda p: sum(hf_name(w, 0, p) in tensors for w in weights))
     stored, known = {}, set()
     for weight in weights:
         layers = range(expected[weight.path][0]) if weight.stacked else [0]
@@ -106,8 +106,7 @@ def find_tensors(
         known |= {*names, *copies}
     wanted = {name for names in stored.values() for name in names}
     _complain(files.where, "are missing", wanted - tensors.keys())
-    ignored = family_of(module).ignored
-    unknown = (name for name in tensors.keys() - known if not name.startswith(ignored))
+    unknown = (name for name in tensors.keys() - known if not name.startswith(family.ignored))
     _complain(files.where, "are unknown", (n for n in unknown if not IGNORED.fullmatch(n)))
     wrong = []
     for weight in weights:

@@ -49,9 +49,6 @@ def layer_norm(path: str, name: str, bias: bool = True, **options: Any) -> Itera
         yield Weight(f"{path}/bias", f"{name}.bias", **options)
 
 
-# Prefixes under which published files keep the names above. The head never has one.
-PREFIXES = ("", "model.", "bert.", "roberta.")
-
 # Tensors that files may hold and that these models do not use: position ids, poolers, heads of
 # pre-training, a head that is not wanted.
 IGNORED = re.compile(

@@ -1,10 +1,9 @@
 """SPLADE's models as transformers and sentence-transformers' SparseEncoder have them, both ways."""
 
-import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.bert import BertConfig
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.models.splade import SpladeEncoder
 from expandr_jax.sharding import device_put
 from expandr_jax.weights.export import new_directory, write_model
-from expandr_jax.weights.families import bert, model_config
+from expandr_jax.weights.families import BY_TYPE, model_config
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import check_length, open_model, open_tokenizer
 from expandr_jax.weights.load import load_params
-from expandr_jax.weights.names import Weight, layer_norm, linear
 from expandr_jax.weights.sentence_transformers import (
     prompt_of,
     read_modules,
@@ -36,6 +32,7 @@ from expandr_jax.weights.trees import module_shardings
 
 logger = logging.getLogger(__name__)
 
+KNOWN = tuple(kind for kind, family in BY_TYPE.items() if family.masked_head)  # What it can be of.
 SPLADE = "splade"  # The pooling that a retriever of this kind has.
 _ORDER = ("Transformer", "SpladePooling")
 _MODULES = ("MLMTransformer", "SpladePooling")  # As versions before 5.4 call them, and write them.
@@ -62,19 +59,18 @@ def load_sparse_encoder(
     """
     path, files = locate(source), open_model(source, sha256)
     # A type may be anything that JSON can say.
-    if files.adapter is not None or files.model_type not in tuple(bert.FAMILY.classes):
-        known = ", ".join(bert.FAMILY.classes)
+    if files.adapter is not None or files.model_type not in KNOWN:
+        known = ", ".join(KNOWN)
         raise UserError(f"{source}: a sparse encoder is a whole model of type {known}")
     prompts, said = _settings(path)
     files.config.only(tie_word_embeddings=True)
-    if files.model_type != "bert":
-        files.config.only(hidden_act="gelu")  # Which their heads have, whatever the layers do.
+    head = BY_TYPE[files.model_type].masked_head
     config = model_config(files.config, files.model_type)
     tokenizer = open_tokenizer(files, config)
     check_length(str(path), tokenizer, config, max_length, query_length)
-    module = SpladeEncoder(config, dtype=compute_dtype)
+    module = head.module(config, compute_dtype)
     shardings = None if mesh is None else module_shardings(mesh, module)
-    weights = sparse_weights(config, files.model_type)
+    weights = head.weights(config, files.config, files.model_type)
     has_head = weights[-1].name in files.tensors or weights[-1].copies[0] in files.tensors
     if not has_head:
         message = "%s: no head of a masked language model; the embeddings alone take its part"
@@ -82,9 +78,9 @@ def load_sparse_encoder(
         weights = [weight for weight in weights if weight.path.startswith("encoder/")]
     params = load_params(files, module, weights, jnp.float32, shardings)
     if not has_head:
-        head = _plain_head(config)
-        placed = None if shardings is None else {name: shardings[name] for name in head}
-        params |= jax.device_put(head) if placed is None else device_put(head, placed)
+        plain = _plain_head(config)
+        of_head = None if shardings is None else {name: shardings[name] for name in plain}
+        params |= jax.device_put(plain) if of_head is None else device_put(plain, of_head)
     limits = config.max_positions, max_length or said or tokenizer.model_max_length, ANY_LENGTH
     retriever = Retriever(
         module=module,
@@ -100,29 +96,7 @@ def load_sparse_encoder(
     return retriever, params
 
 
-def sparse_weights(config: BertConfig, kind: str) -> Sequence[Weight]:
-    """The tensors of the encoder and of its head; the last one is the head's bias."""
-    head = {"dense": "transform.dense", "norm": "transform.LayerNorm"}
-    where = "cls.predictions."
-    if kind != "bert":
-        head, where = {"dense": "dense", "norm": "layer_norm"}, "lm_head."
-    encoder = [
-        dataclasses.replace(
-            weight,
-            path=f"encoder/{weight.path}",
-            copies=(f"{where}decoder.weight",) if weight.path == "embedding" else (),
-        )
-        for weight in bert.FAMILY.weights(config, False)
-    ]
-    return [
-        *encoder,
-        *linear("head_dense", where + head["dense"], True, bare=True),
-        *layer_norm("head_norm", where + head["norm"], bare=True),
-        Weight("head_bias", f"{where}bias", copies=(f"{where}decoder.bias",), bare=True),
-    ]
-
-
-def _plain_head(config: BertConfig) -> dict[str, Any]:
+def _plain_head(config: Any) -> dict[str, Any]:
     """A head that adds nothing to what the embeddings say."""
     width = config.hidden_size
     zeros = np.zeros(width, np.float32)
@@ -172,6 +146,7 @@ def export_sparse_encoder(
     `export_retriever`.
     """
     config, kind = retriever.module.config, retriever.files.model_type
+    head = BY_TYPE[kind].masked_head
     types = [f"sentence_transformers.sparse_encoder.models.{name}" for name in _MODULES]
     files = {
         "modules.json": [
@@ -201,9 +176,9 @@ def export_sparse_encoder(
             params,
             dtype,
             retriever.max_length,
-            weights=sparse_weights(config, kind),
-            prefix=bert.PREFIXES[kind],
-            architecture=bert.FAMILY.classes[kind][1],
+            weights=head.weights(config, retriever.files.config, kind),
+            prefix=head.prefixes[kind],
+            architecture=BY_TYPE[kind].classes[kind][1],
         )
         (new / "1_SpladePooling").mkdir()
         for name, content in files.items():

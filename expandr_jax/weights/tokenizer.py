@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.fields import Fields, one_line, read_text, shown
+from expandr_jax.weights.fields import Fields, model_max_length, one_line, read_text, shown
 from expandr_jax.weights.special_tokens import special_tokens
 from expandr_jax.weights.tokenizer_classes import (
     CLASSES,
@@ -210,16 +210,6 @@ def between(bos: Mapping[str, int], eos: Mapping[str, int]) -> TemplateProcessin
         pair=[*bos, "$A:0", *eos, *(f"{end}:1" for end in bos), "$B:1", *(f"{e}:1" for e in eos)],
         special_tokens=[*bos.items(), *eos.items()],
     )
-
-
-def model_max_length(settings: Fields) -> int | None:
-    """Longest input in tokens, by tokenizer_config.json; files have 1e30 for any length."""
-    # Its older name counts where the newer is not there at all.
-    name = "model_max_length" if "model_max_length" in settings.values else "max_len"
-    length = settings.number(name, None, above=0)
-    if length is not None and length % 1:
-        raise settings.refuse(name, "a whole number")
-    return None if length is None else int(length)
 
 
 def _templates(directory: Path, settings: Fields) -> str | dict[str, str] | None:

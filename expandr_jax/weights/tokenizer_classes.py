@@ -18,7 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel, Metaspace, WhitespaceSplit
 from tokenizers.processors import PostProcessor, RobertaProcessing, TemplateProcessing
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.byte_level import cut_as
+from expandr_jax.weights.byte_level import QWEN2, cut_as
+from expandr_jax.weights.families import BY_TYPE
 from expandr_jax.weights.fields import Fields, shown
 
 if TYPE_CHECKING:
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
 _MARK, _BYTE = "\u2581", "\u0120"  # A space as SentencePiece writes it, and as a byte.
 # How SentencePiece's pairs become text.
 _TEXT = [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
-# Families whose class it is where none is named; and those whose files are known to name others.
-_OF_FAMILY = {
-    "bert": "BertTokenizer",
-    "roberta": "RobertaTokenizer",
-    "xlm-roberta": "XLMRobertaTokenizer",
-    "camembert": "CamembertTokenizer",
-    "t5": "T5Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "gemma3_text": "GemmaTokenizer",
-}
-_WHATEVER_IS_NAMED = ("mistral", "modernbert", "qwen2")
 _AS_IT_IS = ("", "TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")
 
 
@@ -128,7 +117,7 @@ def _gpt2(parts: _Parts) -> None:
 
 def _qwen2(parts: _Parts) -> None:
     _pairs(parts, pieces=False)
-    cut_as(parts.backend, "qwen2", parts.settings.flag("add_prefix_space", False))
+    cut_as(parts.backend, QWEN2[0], parts.settings.flag("add_prefix_space", False))
     parts.backend.decoder = decoders.ByteLevel()
 
 
@@ -188,8 +177,8 @@ class TokenizerClass:
         model: The kind of model that it has, a class of `tokenizers.models`.
         make: Makes all of tokenizer.json anew but the vocabulary and what stands around texts.
         special: Special tokens that no file names, if they are in the vocabulary.
-        ends: What puts special tokens around texts: "bert" and "roberta" cls and sep, one or two of
-            it between the texts of a pair; "eos" bos and eos; "t5" eos alone; "" the file.
+        ends: What puts special tokens around texts: "sep" and "sep-sep" cls and sep, one or two of
+            it between the texts of a pair; "bos-eos" bos and eos; "eos" eos alone; "" the file.
         marked: Whether a space is written as by SentencePiece, or as a byte; None: no matter.
         has_types: Whether a pair's second text has token types of its own.
         bare: Whether its special tokens take no white space along, whatever a file says.
@@ -234,8 +223,8 @@ class TokenizerClass:
         """
         if not self.ends:
             return None
-        names = ("cls", "sep") if self.ends in ("bert", "roberta") else ("bos", "eos")
-        names = names[self.ends == "t5" :]
+        names = ("cls", "sep") if self.ends in ("sep", "sep-sep") else ("bos", "eos")
+        names = names[self.ends == "eos" :]
         tokens = [getattr(tokenizer, f"{name}_token") for name in names]
         if None in tokens:
             raise UserError(
@@ -244,10 +233,10 @@ class TokenizerClass:
             )
         ids = dict(zip(tokens, tokenizer.convert_tokens_to_ids(tokens), strict=True))
         *first, last = tokens
-        if self.ends == "roberta":
+        if self.ends == "sep-sep":
             return RobertaProcessing((last, ids[last]), (first[0], ids[first[0]]))
         single = [*first, "$A", last]
-        if self.ends == "bert":
+        if self.ends == "sep":
             pair = [*single, "$B:1", f"{last}:1"]
         else:
             pair = [*single, *([last] if first else []), "$B", last]
@@ -265,23 +254,23 @@ _T5_S = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _GPT2_S = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
 _QWEN2_S = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
 _MPNET_S = {**_ROBERTA_S, "unk_token": "[UNK]"}
-_WORDS = TokenizerClass(models.WordPiece, _bert, _BERT_S, "bert")
-_XLM = TokenizerClass(models.Unigram, _xlm_roberta, _ROBERTA_S, "eos")
+_WORDS = TokenizerClass(models.WordPiece, _bert, _BERT_S, "sep")
+_XLM = TokenizerClass(models.Unigram, _xlm_roberta, _ROBERTA_S, "bos-eos")
 _BERTS = ("Bert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 _ROBERTAS = ("Roberta", "Bart", "LED", "Longformer", "Mvp")
-_ROBERTA = TokenizerClass(models.BPE, _roberta, _ROBERTA_S, "roberta", marked=False)
+_ROBERTA = TokenizerClass(models.BPE, _roberta, _ROBERTA_S, "sep-sep", marked=False)
 CLASSES = {
     **{f"{name}Tokenizer": dataclasses.replace(_WORDS, has_types=True) for name in _BERTS},
     **{f"{name}Tokenizer": _ROBERTA for name in _ROBERTAS},
     "DistilBertTokenizer": _WORDS,
-    "MPNetTokenizer": TokenizerClass(models.WordPiece, _bert, _MPNET_S, "roberta"),
+    "MPNetTokenizer": TokenizerClass(models.WordPiece, _bert, _MPNET_S, "sep-sep"),
     "GPT2Tokenizer": TokenizerClass(models.BPE, _gpt2, _GPT2_S, marked=False),
     "Qwen2Tokenizer": TokenizerClass(models.BPE, _qwen2, _QWEN2_S, marked=False, bare=True),
     "GemmaTokenizer": TokenizerClass(models.BPE, _gemma, _GEMMA_S, marked=True),
     "LlamaTokenizer": TokenizerClass(models.BPE, _llama, _LLAMA_S, marked=True),
     "XLMRobertaTokenizer": _XLM,
     "CamembertTokenizer": dataclasses.replace(_XLM, make=_camembert),
-    "T5Tokenizer": TokenizerClass(models.Unigram, _t5, _T5_S, "t5"),
+    "T5Tokenizer": TokenizerClass(models.Unigram, _t5, _T5_S, "eos"),
 }
 
 
@@ -290,8 +279,10 @@ def class_name(kind: str, model_type: str | None, backend: Tokenizer) -> str:
 
     Llama 3 and others have the name of Llama's and characters for bytes, which version 5 sees.
     """
-    named = "" if model_type in _WHATEVER_IS_NAMED else kind.removesuffix("Fast")
-    name = named or _OF_FAMILY.get(model_type, "")
+    family = BY_TYPE.get(model_type)
+    misnamed, usual = (family.misnamed, family.tokenizer_classes) if family else ((), {})
+    named = "" if model_type in misnamed else kind.removesuffix("Fast")
+    name = named or usual.get(model_type, "")
     if name == "LlamaTokenizer":
         parts = written_parts(backend, backend.normalizer, backend.post_processor)
         return "" if b'"ByteLevel"' in parts else name

@@ -1,8 +1,17 @@
 """BERT and its kin: RoBERTa, XLM-RoBERTa, CamemBERT."""
 
+import dataclasses
+
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.cross_encoder import PairClassifier
-from expandr_jax.weights.families.family import ACTIVATIONS, MOST_LAYERS, Family, PairHead
+from expandr_jax.models.splade import SpladeEncoder
+from expandr_jax.weights.families.family import (
+    ACTIVATIONS,
+    MOST_LAYERS,
+    Family,
+    MaskedHead,
+    PairHead,
+)
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, layer_norm, linear
 
@@ -56,8 +65,31 @@ def _head(config: BertConfig, hf: Fields, kind: str) -> list[Weight]:
     return [*first, *linear("classifier", last, True, bare=True)]
 
 
+def _masked(config: BertConfig, hf: Fields, kind: str) -> list[Weight]:
+    """The tensors of the encoder and of the masked language model's head."""
+    if kind == "bert":
+        dense, norm, where = "transform.dense", "transform.LayerNorm", "cls.predictions."
+    else:
+        hf.only(hidden_act="gelu")  # Which their heads have, whatever the layers do.
+        dense, norm, where = "dense", "layer_norm", "lm_head."
+    encoder = [
+        dataclasses.replace(
+            weight,
+            path=f"encoder/{weight.path}",
+            copies=(f"{where}decoder.weight",) if weight.path == "embedding" else (),
+        )
+        for weight in _weights(config, False)
+    ]
+    return [
+        *encoder,
+        *linear("head_dense", where + dense, True, bare=True),
+        *layer_norm("head_norm", where + norm, bare=True),
+        Weight("head_bias", f"{where}bias", copies=(f"{where}decoder.bias",), bare=True),
+    ]
+
+
 # What stands before the encoder's names in files that have a head.
-PREFIXES = {"bert": "bert.", **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "roberta.")}
+_PREFIXES = {"bert": "bert.", **dict.fromkeys(("camembert", "roberta", "xlm-roberta"), "roberta.")}
 _ROBERTA = {"layer_norm_eps": 1e-12, "type_vocab_size": 2}
 FAMILY = Family(
     classes={
@@ -71,5 +103,13 @@ FAMILY = Family(
     config=BertConfig,
     module=Bert,
     weights=_weights,
-    pair_head=PairHead(lambda config, hf: PairClassifier(config), _head, PREFIXES),
+    prefixes=("", "model.", *dict.fromkeys(_PREFIXES.values())),
+    tokenizer_classes={
+        "bert": "BertTokenizer",
+        "camembert": "CamembertTokenizer",
+        "roberta": "RobertaTokenizer",
+        "xlm-roberta": "XLMRobertaTokenizer",
+    },
+    pair_head=PairHead(lambda config, hf: PairClassifier(config), _head, _PREFIXES),
+    masked_head=MaskedHead(SpladeEncoder, _masked, _PREFIXES),
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
+from expandr_jax.weights.families import decoder_gguf
 from expandr_jax.weights.families.family import (
     ACTIVATIONS,
     MOST_LAYERS,
@@ -174,5 +175,12 @@ FAMILY = Family(
     weights=decoder_weights,
     pooling="last",
     generates=True,
+    tokenizer_classes={
+        "gemma3_text": "GemmaTokenizer",
+        "qwen2": "Qwen2Tokenizer",
+        "qwen3": "Qwen2Tokenizer",
+    },
+    misnamed=("mistral", "qwen2"),
     unmasked=unmasked,
+    gguf=decoder_gguf.FORMS,
 )

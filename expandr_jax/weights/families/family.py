@@ -48,6 +48,52 @@ class PairHead:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskedHead:
+    """The head of a family's masked language models, by which they make sparse vectors.
+
+    Attributes:
+        module: (configuration of the model, type of the computation) -> the module with the head,
+            whose encoder is called "encoder".
+        weights: (configuration, config.json, its model_type) -> where all tensors belong, those of
+            the head last, and its bias as the last of them; raises UserError for another head.
+        prefixes: model_type -> what stands before the names of the encoder's tensors.
+    """
+
+    module: Callable[[Any, Any], nn.Module]
+    weights: Callable[[Any, Fields, str], Sequence[Weight]]
+    prefixes: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufForm:
+    """How llama.cpp has a kind of decoders; without options as most of them.
+
+    Attributes:
+        architecture: Its name, general.architecture in a GGUF file.
+        activation: The only one of the feed-forwards that llama.cpp computes there.
+        tensors: Names of a layer's tensors that most kinds lack or have elsewhere: llama.cpp's ->
+            those of Hugging Face.
+        interleaved: Whether the halves of a head that rotate together are stored interleaved.
+        norm_plus_one: Whether of norms 1 + w is stored where Hugging Face stores w.
+        stretches: Whether positions can be stretched as Llama 3.1 does it.
+        keys: The architecture's keys as other converters write them -> as llama.cpp's own does.
+        read: (those keys, config.json without what they say) -> what they say.
+        write: The module's configuration -> keys that no other kind has; raises UserError where
+            llama.cpp computes otherwise. Without these two no layer sees a window alone.
+    """
+
+    architecture: str
+    activation: str = "silu"
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    interleaved: bool = False
+    norm_plus_one: bool = False
+    stretches: bool = False
+    keys: Callable[[Fields], Fields] = lambda own: own
+    read: Callable[[Fields, Mapping[str, Any]], dict[str, Any]] | None = None
+    write: Callable[[Any], dict[str, Any]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Models that one module computes.
 
@@ -65,12 +111,18 @@ class Family:
             each, if nothing else is said.
         pooling: What makes a text's vector where no file says so.
         generates: Whether it writes texts, takes adapters, and may be kept in int8.
+        prefixes: What may stand before the tensors' names in its files, but for those of a head.
         ignored: Prefixes of tensors that its files may hold and the module does not use.
         marker: A tensor by which the family is told where config.json has another's model_type.
         tokenizer: Reads a directory's tokenizer; None where it is one of transformers.
+        tokenizer_classes: model_type -> transformers' class of its tokenizer where no file names
+            one; one that is not listed takes tokenizer.json as it is.
+        misnamed: Each model_type whose files are known to name another class than they are of.
         unmasked: model_type -> what config.json says where the model is read without its causal
             mask; None where it has none.
         pair_head: With the head of a sequence classification it scores pairs; None where it cannot.
+        masked_head: With that of a masked language model it makes sparse vectors; None likewise.
+        gguf: model_type -> how llama.cpp has it; one that is not listed cannot be read or written.
     """
 
     classes: Mapping[str, tuple[str, str]]
@@ -83,11 +135,16 @@ class Family:
     kernel_tokens: Callable[[tuple[str, ...], int], int] = lambda _, length: length
     pooling: Pooling = "mean"
     generates: bool = False
+    prefixes: tuple[str, ...] = ("", "model.")
     ignored: tuple[str, ...] = ()
     marker: str | None = None
     tokenizer: Callable[[Path], Any] | None = None
+    tokenizer_classes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    misnamed: tuple[str, ...] = ()
     unmasked: Callable[[str], Mapping[str, bool]] | None = None
     pair_head: PairHead | None = None
+    masked_head: MaskedHead | None = None
+    gguf: Mapping[str, GgufForm] = dataclasses.field(default_factory=dict)
 
     @property
     def is_stock(self) -> bool:

@@ -134,5 +134,6 @@ FAMILY = Family(
     module=ModernBert,
     weights=_weights,
     ignored=("head.", "decoder."),
+    misnamed=("modernbert",),
     pair_head=PairHead(_with_head, _head, {"modernbert": "model."}),
 )

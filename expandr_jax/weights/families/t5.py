@@ -78,4 +78,5 @@ FAMILY = Family(
     module=T5Encoder,
     weights=_weights,
     ignored=("decoder.",),
+    tokenizer_classes={"t5": "T5Tokenizer"},
 )
