@@ -22,7 +22,7 @@ from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pruning.importance import importances, layer_gradients, pruning_loss
-from expandr_jax.pruning.measures import decoding_speed, perplexity
+from expandr_jax.pruning.quality import decoding_speed, perplexity
 from expandr_jax.pruning.selection import most_important, resized, taken
 from expandr_jax.pruning.widths import count_params, pruned_config
 from expandr_jax.weights.export import export_generator

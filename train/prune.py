@@ -31,7 +31,7 @@ from expandr_jax.objectives.adapter import hold_out
 from expandr_jax.objectives.packing import pack, row_sizes
 from expandr_jax.pair import model_hashes
 from expandr_jax.pruning.importance import drawn, importances, layer_gradients, pruning_loss
-from expandr_jax.pruning.measures import decoding_speed, perplexity
+from expandr_jax.pruning.quality import decoding_speed, perplexity
 from expandr_jax.pruning.selection import most_important, resized, taken
 from expandr_jax.pruning.widths import count_params, pruned_config
 from expandr_jax.report.tables import render, wide_console

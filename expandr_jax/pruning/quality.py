@@ -1,4 +1,4 @@
-"""What a decoder is worth and costs: perplexity of passages, tokens a second."""
+"""A decoder's quality and speed: the perplexity of passages, and tokens a second."""
 
 import functools
 import math
