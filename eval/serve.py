@@ -46,7 +46,7 @@ def serve(run: Finished, state: pathlib.Path, console: Console) -> None:
         UserError: The address is taken or wants a token, or the run or the state cannot be used.
     """
     from expandr_jax.serving.app import make_app
-    from expandr_jax.serving.measures import Measures
+    from expandr_jax.serving.prometheus import ServiceMetrics
     from expandr_jax.serving.service import Limits, Service
 
     sys.setswitchinterval(SWITCH)
@@ -56,7 +56,7 @@ def serve(run: Finished, state: pathlib.Path, console: Console) -> None:
     with take(state):
         cached_programs(state)
         limits = Limits(values.waiting_searches, values.waiting_expansions)
-        service = Service(Measures(), limits, values.expand)
+        service = Service(ServiceMetrics(), limits, values.expand)
         server = _server(make_app(service, access, shown_queries(run.workdir)))
         failed: list[Exception] = []
         host = f"[{values.host}]" if ":" in values.host else values.host

@@ -16,8 +16,8 @@ from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit, View
 from expandr_jax.serving.gate import QueryGate
 from expandr_jax.serving.guard import MOST_BODY, Access
-from expandr_jax.serving.measures import Measures
 from expandr_jax.serving.pair import Answered
+from expandr_jax.serving.prometheus import ServiceMetrics
 from expandr_jax.serving.service import Limits, Refused, Service
 from expandr_jax.serving.snapshots import Base
 
@@ -71,7 +71,7 @@ def models():
 
 @pytest.fixture
 def service(models):
-    service = Service(Measures(), Limits(searches=2, expansions=2, writes=1))
+    service = Service(ServiceMetrics(), Limits(searches=2, expansions=2, writes=1))
     service.begin(models, models)
     service.begin_expanding(models)
     yield service
@@ -237,7 +237,7 @@ def test_a_full_disk_and_a_failure_are_told_without_the_question(service, models
 
 
 def test_nothing_is_answered_before_it_is_there():
-    service = Service(Measures())
+    service = Service(ServiceMetrics())
     app = make_app(service, Access())
     status, headers, answer = asyncio.run(call(app, "POST", "/search", b'{"query": "x"}'))
     assert (status, answer["error"]["reason"]) == (503, "loading")

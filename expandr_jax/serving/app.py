@@ -112,7 +112,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Counts and times, for Prometheus."""
-        return Response(service.measures.text(), media_type="text/plain; version=0.0.4")
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_page(app: FastAPI, service: Service, examples: Sequence[str]) -> None:
@@ -143,7 +143,7 @@ def _count_answers(app: FastAPI, service: Service) -> None:
             async def sent(message: Any) -> None:
                 if message["type"] == "http.response.start":
                     route = getattr(scope.get("route"), "path", "")
-                    service.measures.answers.labels(route, str(message["status"])).inc()
+                    service.metrics.answers.labels(route, str(message["status"])).inc()
                 await send(message)
 
             await self._inner(scope, receive, sent if scope["type"] == "http" else send)

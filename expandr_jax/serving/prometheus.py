@@ -13,7 +13,7 @@ _SECONDS = (
 )  # fmt: skip
 
 
-class Measures:
+class ServiceMetrics:
     """Counters and times; no text of a query or a document is among their labels."""
 
     def __init__(self) -> None:

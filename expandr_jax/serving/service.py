@@ -11,8 +11,8 @@ from expandr_jax.serving.batching import Batcher, Busy
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit, LiveDocuments
 from expandr_jax.serving.expansions import ServedExpansions
-from expandr_jax.serving.measures import Measures
 from expandr_jax.serving.pair import Answered, Asked, Pair
+from expandr_jax.serving.prometheus import ServiceMetrics
 
 MODES = ("plain", "distilled", "expanded", "auto")
 BATCH = 16  # Searches that are encoded together.
@@ -71,13 +71,13 @@ class Service:
     """Searches, expands and writes for many at once; models come when they are loaded.
 
     Args:
-        measures: Where answers are counted.
+        metrics: Where answers are counted.
         limits: What is refused.
         expands: Whether a generator comes at all.
     """
 
-    def __init__(self, measures: Measures, limits: Limits = Limits(), expands: bool = True):
-        self.measures, self.limits, self.expands = measures, limits, expands
+    def __init__(self, metrics: ServiceMetrics, limits: Limits = Limits(), expands: bool = True):
+        self.metrics, self.limits, self.expands = metrics, limits, expands
         self.documents: LiveDocuments | None = None
         self._pair: Pair | None = None
         self._expansions: ServedExpansions | None = None
@@ -86,13 +86,13 @@ class Service:
         self._writers = concurrent.futures.ThreadPoolExecutor(WRITERS, "writer")
         self._writes = 0
         for mode in MODES:
-            measures.watch(measures.ready.labels(mode), lambda mode=mode: self.is_ready(mode))
+            metrics.watch(metrics.ready.labels(mode), lambda mode=mode: self.is_ready(mode))
 
     def begin(self, pair: Pair, documents: LiveDocuments) -> None:
         """Answers without expansions from now on."""
         self._pair, self.documents = pair, documents
         self._searches = Batcher(self._search, BATCH, self.limits.searches, "search")
-        own = self.measures
+        own = self.metrics
         own.watch(own.documents, lambda: len(documents))
         own.watch(own.writes, lambda: documents.writes)
         own.watch(own.waiting.labels("search"), lambda: len(self._searches))
@@ -101,7 +101,7 @@ class Service:
         """Answers with expansions, too."""
         self._expansions, most = expansions, self.limits.expansions
         self._passages = Batcher(self._expand, expansions.at_once, most, "expand")
-        own = self.measures
+        own = self.metrics
         own.watch(own.waiting.labels("expand"), lambda: len(self._passages))
 
     def is_ready(self, mode: str) -> bool:
@@ -139,7 +139,7 @@ class Service:
             found = await self._found(dataclasses.replace(asked, gated=True), seconds)
             seconds["gate"] = found.gate_seconds
             mode = "expanded" if found.expands else "plain"
-            self.measures.gated.labels(mode).inc()
+            self.metrics.gated.labels(mode).inc()
         if mode == "expanded":
             began = time.perf_counter()
             expansion = await self._expansion(query, timeout)
@@ -150,7 +150,7 @@ class Service:
             found = await self._found(asked, seconds)
         seconds["total"] = time.perf_counter() - start
         for step, value in seconds.items():
-            self.measures.seconds.labels(step).observe(value)
+            self.metrics.seconds.labels(step).observe(value)
         return Answer(found.hits, "plain" if late else mode, late, expansion, dict(seconds))
 
     async def _found(self, asked: Asked, seconds: collections.Counter[str]) -> Answered:
@@ -207,7 +207,7 @@ class Service:
 
     async def _expansion(self, query: str, timeout: float) -> Expansion | None:
         """What is written for a query, or None where that takes too long."""
-        count = self.measures.expansions
+        count = self.metrics.expansions
         if (found := self._expansions.find(query)) is not None:
             count.labels("kept").inc()
             return found
@@ -234,7 +234,7 @@ class Service:
             raise Refused(429, "busy", "too many writes are waiting", 1)
         self._writes += 1
         try:
-            with self.measures.timed("write"):
+            with self.metrics.timed("write"):
                 return await asyncio.get_running_loop().run_in_executor(self._writers, write)
         except OSError as error:
             raise Refused(507, "disk", f"nothing was written: {error.strerror}", 60) from None
@@ -242,9 +242,9 @@ class Service:
             self._writes -= 1
 
     def _search(self, asked: Sequence[Asked]) -> list[Answered]:
-        self.measures.batch.labels("search").observe(len(asked))
+        self.metrics.batch.labels("search").observe(len(asked))
         return self._pair.search(asked)
 
     def _expand(self, queries: Sequence[str]) -> list[Expansion]:
-        self.measures.batch.labels("expand").observe(len(queries))
+        self.metrics.batch.labels("expand").observe(len(queries))
         return self._expansions.make(queries)
