@@ -13,10 +13,10 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.planning.figures import MEASURES, figure_rows, misfits, show
 from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, draw_words, write_collection
-from expandr_jax.runtime.measures import BETWEEN, START
+from expandr_jax.planning.usage import MEASURES, misfits, show, usage_rows
+from expandr_jax.runtime.resources import BETWEEN, START
 from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.commands import ROOT, command, error_of
 from tests.eight_devices import QUIET
@@ -105,21 +105,21 @@ def test_the_generator_writes_a_passage_and_ends(config, tmp_path):
 MEASURED = """
 import pathlib, sys, time
 import numpy as np
-from expandr_jax.runtime import measures
+from expandr_jax.runtime import resources
 
 workdir = pathlib.Path(sys.argv[1])
-measures.start(workdir / "figures.json")
+resources.start(workdir / "usage.json")
 import jax, jax.numpy as jnp
 
-with measures.stage("outer", workdir):
-    with measures.stage("inner", workdir):
+with resources.stage("outer", workdir):
+    with resources.stage("inner", workdir):
         held = np.ones(200 * 2**20, np.uint8)
         time.sleep(0.05)
         del held
     (workdir / "file").write_bytes(bytes(3_000_000))
     time.sleep(0.3)
 big = jax.jit(lambda x: jnp.ones(2**20) * x)
-with measures.stage("program", workdir):
+with resources.stage("program", workdir):
     big(2.0)
     big(3.0)
 """
@@ -127,7 +127,7 @@ with measures.stage("program", workdir):
 
 def test_each_stage_has_what_was_its_own(tmp_path):
     subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], cwd=ROOT, check=True)
-    found = json.loads((tmp_path / "figures.json").read_text())
+    found = json.loads((tmp_path / "usage.json").read_text())
     assert list(found) == [START, "outer", "inner", BETWEEN, "program"]
     start = found[START]["memory_bytes"]
     assert 190 * 2**20 < found["inner"]["memory_bytes"] - start < 260 * 2**20
@@ -185,7 +185,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
         "GRPO, a step's sampling": {"seconds": 2.0},
         "GRPO, a step's update": {"seconds": 4.0},
     }
-    rows = figure_rows((0.1, 0.2, 0.3), [[found]] * 3, {})
+    rows = usage_rows((0.1, 0.2, 0.3), [[found]] * 3, {})
     assert not misfits(rows)
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines[:1]))
     assert rehearse.parts_of_a_step(path) == {}
@@ -220,19 +220,19 @@ def test_a_process_has_the_devices_that_its_own_meshes_want(config):
     assert rehearse.devices_of_a_process(both) == 12
 
 
-def figures(*values):
-    """One process's figures at each scale: memory in bytes of a stage."""
+def usage(*values):
+    """One process's usage at each scale: memory in bytes of a stage."""
     row = dict.fromkeys(MEASURES, 0)
     return [[{"stage": {**row, "memory_bytes": value}}] for value in values]
 
 
 def test_what_does_not_fit_is_named_with_why():
     scales, gib = (0.01, 0.03, 0.1), 2**30
-    rows = figure_rows(scales, figures(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
+    rows = usage_rows(scales, usage(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
     assert misfits(rows) == ["stage: memory of a process: 100 GiB at the full counts, of 48"]
-    rows = figure_rows(scales, figures(gib, 9 * gib, 100 * gib), {})
+    rows = usage_rows(scales, usage(gib, 9 * gib, 100 * gib), {})
     assert misfits(rows) == ["stage: memory of a process: grows worse than linearly, to 1e+04 GiB"]
-    rows = figure_rows(scales, figures(gib, gib, gib), {"memory_bytes": 48 * gib})
+    rows = usage_rows(scales, usage(gib, gib, gib), {"memory_bytes": 48 * gib})
     assert not misfits(rows)
     show(scales, rows, QUIET)
 

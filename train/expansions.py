@@ -188,7 +188,7 @@ def written_for(
         purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
         sample = journaled(expander, adapter, journal, purpose)
         samples = max(run.config.evaluation.samples)
-        return strategy, *_with_figures(expander, queries, samples, sample)
+        return strategy, *_with_counts(expander, queries, samples, sample)
 
 
 def _read_by_a_gate(run: Run, generator: str, name: str) -> bool:
@@ -198,7 +198,7 @@ def _read_by_a_gate(run: Run, generator: str, name: str) -> bool:
     return (generator, name) in {(g.parts[1].generator, g.parts[1].strategy) for g in gates}
 
 
-def _with_figures(
+def _with_counts(
     expander: Expander, queries: Mapping[str, str], samples: int, sample: Sample
 ) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None]:
     """What `Expander.texts` makes, how many tokens each text took, and their mean log-probability.

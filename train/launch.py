@@ -323,11 +323,11 @@ def is_full(error: Exception) -> bool:
 
 
 def _check_environment() -> None:
-    """Refuses variables of JAX that change draws or types: figures follow from the config alone."""
+    """Refuses variables of JAX that change draws or types: results follow from the config alone."""
     for name, value in JAX_DEFAULTS.items():
         if (given := getattr(jax.config, name)) != value:
             raise UserError(
-                f"{name.upper()} is set to {given}, and a run's figures would follow from more "
+                f"{name.upper()} is set to {given}, and a run's results would follow from more "
                 "than its config: unset it"
             )
 

@@ -35,10 +35,10 @@ from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.pair import OF_ONE_PROCESS
-from expandr_jax.planning.figures import figure_rows, misfits, show
 from expandr_jax.planning.growth import FEWEST
 from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, write_collection
+from expandr_jax.planning.usage import misfits, show, usage_rows
 from expandr_jax.ranking.systems import AGAIN
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
@@ -119,11 +119,11 @@ def rehearse(
     write_retriever(directory / "retriever", config)
     write_generator(directory / "generator", config)
     # Each compiles its own programs, which takes memory: else the first alone would hold that.
-    figures = [
+    usage = [
         _run(config, counts.at(scale), count, console, directory, f"scale {scale:g}")
         for scale in scales
     ]
-    return figure_rows(scales, figures, limits)
+    return usage_rows(scales, usage, limits)
 
 
 def _run(
@@ -147,7 +147,7 @@ def _run(
         )
         settings = with_settings(config, _changes(config, counts, directory, place))
         write_json(place / "config.json", dataclasses.asdict(settings))
-        paths = [place / f"figures-{i}.json" for i in range(count)]
+        paths = [place / f"usage-{i}.json" for i in range(count)]
         address = f"127.0.0.1:{_free_port()}"
         with contextlib.ExitStack() as stack:
             running = [
@@ -155,9 +155,9 @@ def _run(
                 for i in range(count)
             ]
             _watch(running, paths[0], place, console, what)
-        figures = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        figures[0] |= parts_of_a_step(place / "run" / "metrics.jsonl")
-        return figures
+        usage = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        usage[0] |= parts_of_a_step(place / "run" / "metrics.jsonl")
+        return usage
 
 
 def parts_of_a_step(metrics: pathlib.Path) -> dict[str, dict[str, float]]:
@@ -217,7 +217,7 @@ def _process(
     command = [
         *(sys.executable, "-m", PROGRAM, f"--workdir={place / 'run'}"),
         f"--settings={place / 'config.json'}",
-        f"--figures={paths[index]}",
+        f"--usage={paths[index]}",
     ]
     if len(paths) > 1:
         command += [f"--coordinator={address}", f"--processes={len(paths)}", f"--process={index}"]
@@ -255,7 +255,7 @@ def _free_port() -> int:
 
 def _watch(
     running: Sequence[subprocess.Popen],
-    figures: pathlib.Path,
+    usage: pathlib.Path,
     place: pathlib.Path,
     console: Console,
     what: str,
@@ -269,7 +269,7 @@ def _watch(
     start = time.monotonic()
     while any(process.poll() is None for process in running):
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        for stage in json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else ():
+        for stage in json.loads(usage.read_text(encoding="utf-8")) if usage.exists() else ():
             if stage not in shown:
                 shown.add(stage)
                 console.print(f"{what}: {stage}, {time.monotonic() - start:.0f} s", soft_wrap=True)

@@ -1,6 +1,6 @@
 """One process of a rehearsal: `train.joint`, measured. `train.rehearse` starts it; people need not.
 
-python -m train.rehearsed --settings=CONFIG.json --figures=OUT.json --workdir=DIR
+python -m train.rehearsed --settings=CONFIG.json --usage=OUT.json --workdir=DIR
 """
 
 import json
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from expandr_jax.runtime import measures, processes
+from expandr_jax.runtime import processes, resources
 from expandr_jax.runtime.progress import plain_console
 from train.launch import define_processes, define_workdir, launch
 
@@ -21,7 +21,7 @@ def define_flags() -> None:
     define_workdir()
     define_processes()
     flags.DEFINE_string("settings", None, "The config, as JSON.", required=True)
-    flags.DEFINE_string("figures", None, "Where what was measured goes, as JSON.", required=True)
+    flags.DEFINE_string("usage", None, "Where what was measured goes, as JSON.", required=True)
 
 
 def attend_to_itself(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any, **__: Any) -> jax.Array:
@@ -35,7 +35,7 @@ def attend_to_itself(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any, **__: An
 
 def main(_: Any) -> None:
     values = flags.FLAGS
-    measures.start(pathlib.Path(values.figures))
+    resources.start(pathlib.Path(values.usage))
     # What makes programs is imported when they are timed, and who attends when that is replaced.
     from expandr_jax.models import attention
 

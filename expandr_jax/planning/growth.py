@@ -1,6 +1,6 @@
-"""How a figure grows with the data, by what it was at a few small scales, and what it comes to.
+"""Fits how a measured value grows with the data, at a few small scales, and extrapolates it.
 
-A line is fitted to the figures. Where they differ by no more than chance, they are constant; where
+A line is fitted to the values. Where they differ by no more than chance, they are constant; where
 they rise ever more steeply, they grow worse than linearly, and a square is fitted. n log n counts
 as linear: over the scales of a rehearsal its steepness rises by a tenth or two, and what it comes
 to is up to a fifth more than is said.
@@ -21,7 +21,7 @@ WORSE = 1.3
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What becomes of a figure.
+    """What becomes of a value.
 
     Attributes:
         kind: How it grows with the scale.
@@ -37,17 +37,17 @@ class Growth:
 def fit_growth(
     scales: Sequence[float], values: Sequence[float], by_chance: float = 0.0, share: float = 0.02
 ) -> Growth:
-    """Says how a figure grows, and what it is at scale 1.
+    """Says how a value grows, and what it is at scale 1.
 
-    The error is that of the steepest line, or square, that passes the figures as closely as the one
+    The error is that of the steepest line, or square, that passes the values as closely as the one
     that was fitted: it lies below the first by what that one misses at most, above the last by the
     same, and goes on so.
 
     Args:
         scales: Shares of the full counts, `FEWEST` at least, rising.
-        values: The figure at each, what is there from the start included; 0 or more.
+        values: The value at each, what is there from the start included; 0 or more.
         by_chance: By how much it may differ when the same is done again.
-        share: The same as a share of the figure; the larger of both counts.
+        share: The same as a share of the value; the larger of both counts.
 
     Raises:
         UserError: Too few scales, or they do not rise.

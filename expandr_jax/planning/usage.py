@@ -17,9 +17,9 @@ class Measure:
 
     Attributes:
         name: In the table.
-        unit: What a figure is divided by there, and what that is called.
-        by_chance: By how much a figure differs when the same is done again.
-        share: The same as a share of the figure.
+        unit: What a value is divided by there, and what that is called.
+        by_chance: By how much values differ when the same is done again.
+        share: The same as a share of the value.
     """
 
     name: str
@@ -39,23 +39,23 @@ MEASURES = {
 }
 
 
-def figure_rows(
+def usage_rows(
     scales: Sequence[float],
-    figures: Sequence[Sequence[Mapping[str, Mapping[str, float]]]],
+    usage: Sequence[Sequence[Mapping[str, Mapping[str, float]]]],
     limits: Mapping[str, float | None],
 ) -> list[dict[str, Any]]:
     """A row for each stage and measure, as `train.rehearse` writes them.
 
     Args:
         scales: Shares of the full counts.
-        figures: [scales][processes][stage][measure]; the most of all processes counts.
+        usage: [scales][processes][stage][measure]; the most of all processes counts.
         limits: Measure -> the most that there may be at the full counts; None: any.
     """
-    stages = dict.fromkeys(stage for run in figures for one in run for stage in one)
+    stages = dict.fromkeys(stage for run in usage for one in run for stage in one)
     rows = []
     for stage in stages:
         for name, measure in MEASURES.items():
-            values = [max(one.get(stage, {}).get(name, 0) for one in run) for run in figures]
+            values = [max(one.get(stage, {}).get(name, 0) for one in run) for run in usage]
             growth = fit_growth(scales, values, measure.by_chance, measure.share)
             limit = limits.get(name)
             rows.append(
@@ -109,10 +109,10 @@ def misfits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             continue
         measure = MEASURES[row["measure"]]
         divisor, unit = measure.unit
-        figure = f"{row['at_full_scale'] / divisor:.3g} {unit}".strip()
-        why = f"{figure} at the full counts"
+        value = f"{row['at_full_scale'] / divisor:.3g} {unit}".strip()
+        why = f"{value} at the full counts"
         if row["growth"] == "worse":
-            why = f"grows worse than linearly, to {figure}"
+            why = f"grows worse than linearly, to {value}"
         if row["limit"] is not None:
             why += f", of {row['limit'] / divisor:.3g}"
         lines.append(f"{row['stage']}: {measure.name}: {why}")

@@ -31,14 +31,14 @@ class Meter:
     takes back when it needs them), looked at by a thread. On CPU, arrays on devices are part of it.
 
     Attributes:
-        figures: Stage -> measure -> figure; see `FIGURES`.
+        usage: Stage -> resource -> how much of it; see `RESOURCES`.
     """
 
-    FIGURES = ("memory_bytes", "device_bytes", "disk_bytes", "programs", "seconds")
+    RESOURCES = ("memory_bytes", "device_bytes", "disk_bytes", "programs", "seconds")
 
     def __init__(self, path: pathlib.Path):
-        """Figures go to the file `path`, as JSON, each time a stage is over."""
-        self.figures: dict[str, dict[str, float]] = {}
+        """Usage goes to the file `path`, as JSON, each time a stage is over."""
+        self.usage: dict[str, dict[str, float]] = {}
         self._path, self._stages = path, [START]
         self._process, self._known = psutil.Process(), set[bytes]()
         self._lock, self._peak, self._array = threading.Lock(), 0, 0
@@ -88,14 +88,14 @@ class Meter:
             array, self._array = self._array, 0
         if self._stages != [START]:  # Whoever asks for devices before decides which there are.
             array = max([array, *map(_results, self._new_programs())])
-        figures = self.figures.setdefault(self._stages[-1], dict.fromkeys(self.FIGURES, 0))
-        figures["memory_bytes"] = max(figures["memory_bytes"], peak)
-        figures["device_bytes"] = max(figures["device_bytes"], array)
-        figures["disk_bytes"] = max(figures["disk_bytes"], _bytes_in(workdir))
-        figures["programs"] += self._programs
-        figures["seconds"] += max(0.0, now - self._since - self._inside)
+        usage = self.usage.setdefault(self._stages[-1], dict.fromkeys(self.RESOURCES, 0))
+        usage["memory_bytes"] = max(usage["memory_bytes"], peak)
+        usage["device_bytes"] = max(usage["device_bytes"], array)
+        usage["disk_bytes"] = max(usage["disk_bytes"], _bytes_in(workdir))
+        usage["programs"] += self._programs
+        usage["seconds"] += max(0.0, now - self._since - self._inside)
         self._programs, self._inside, self._since = 0, 0.0, now
-        write_json(self._path, self.figures)
+        write_json(self._path, self.usage)
 
     def _new_programs(self) -> list[Any]:
         """Programs that were not there at the last note; those dropped meanwhile are not seen."""

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.files.records import hash_json, write_json
-from expandr_jax.runtime import measures, processes
+from expandr_jax.runtime import processes, resources
 from expandr_jax.runtime.additions import grown_settings, keep_grown
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.checksums import Checksums
@@ -316,7 +316,7 @@ class Run:
 
         The time of a phase within another counts for the inner one alone.
         """
-        with measures.stage(name, self.workdir), self._timed(name):
+        with resources.stage(name, self.workdir), self._timed(name):
             yield
 
     @contextlib.contextmanager
