@@ -158,11 +158,9 @@ def gathered(leaf: jax.Array) -> np.ndarray:
     are one program's: cut by rows of the whole array, each device would be sent all of it first.
     """
     gather, block, devices = gathering(leaf)
-    places, shape = (
-        leaf.sharding.devices_indices_map(leaf.shape),
-        leaf.sharding.shard_shape(leaf.shape),
-    )
-    corners = [[part.start or 0 for part in places[device]] for device in devices]
+    indices = leaf.sharding.devices_indices_map(leaf.shape)
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    corners = [[part.start or 0 for part in indices[device]] for device in devices]
     result = np.empty(leaf.shape, leaf.dtype)
     for start in itertools.product(*map(range, [0] * leaf.ndim, shape, block)):
         start = np.minimum(start, np.subtract(shape, block))  # The last block overlaps.

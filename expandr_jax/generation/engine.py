@@ -60,7 +60,7 @@ class Engine:
         memory_limit_bytes: int | None = None,
         held: Mapping[str, Any] | None = None,
     ):
-        """Plans the cache's memory, and puts the weights on the devices.
+        """Plans the cache's memory, and transfers the weights to the devices.
 
         Args:
             module: The decoder; its `lora` settings go with `adapter`.
@@ -289,7 +289,7 @@ class Engine:
     def _device_put(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Weights in the compute type, except norms, and the adapter: on the mesh, unstacked."""
         module, on_cpu = self.shape.module, jax.default_backend() == "cpu"
-        places, placed = traverse_util.flatten_dict(self._shardings), {}
+        shardings, on_devices = traverse_util.flatten_dict(self._shardings), {}
         # One by one: of no other is there a stacked copy on this mesh beside its layers.
         for path, leaf in traverse_util.flatten_dict(variables).items():
             collection, first, *rest = path
@@ -297,14 +297,14 @@ class Engine:
                 leaf = cast_weights({path[-1]: leaf}, module.dtype)[path[-1]]
             # Layers of an array of numpy are views of it: there the weights are in memory once.
             # Else spread first: they may come from a mesh of another shape, as training has.
-            leaf = np.asarray(leaf) if on_cpu else jax.device_put(leaf, places[path])
-            tree, where = {first: leaf}, {first: places[path]}
+            leaf = np.asarray(leaf) if on_cpu else jax.device_put(leaf, shardings[path])
+            tree, own = {first: leaf}, {first: shardings[path]}
             if first == "layers":
-                where = unstack_shardings(where, module.config.num_layers)
+                own = unstack_shardings(own, module.config.num_layers)
                 tree = unstack_layers(tree)
-            for name, value in jax.block_until_ready(device_put_shared(tree, where)).items():
-                placed[collection, name, *rest] = value
-        return traverse_util.unflatten_dict(placed)
+            for name, value in jax.block_until_ready(device_put_shared(tree, own)).items():
+                on_devices[collection, name, *rest] = value
+        return traverse_util.unflatten_dict(on_devices)
 
     def _run_prefix(self) -> device.Prefilled | None:
         if not self._prefix:

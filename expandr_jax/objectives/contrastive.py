@@ -33,7 +33,7 @@ from expandr_jax.objectives.llm_ql import READ, query_losses
 from expandr_jax.objectives.trained import (
     Frozen,
     joined,
-    placed,
+    shardings_of,
     split_temperature,
     training_retriever,
     with_frozen_base,
@@ -82,7 +82,7 @@ def contrastive_setup(
     `divided` has it. The retriever is given as it encodes, with its parameters or their shapes.
     """
     retriever = training_retriever(retriever, settings)
-    held, trained, shardings = placed(mesh, retriever, params)
+    held, trained, shardings = shardings_of(mesh, retriever, params)
     if settings.learn_temperature:
         shardings = {"retriever": shardings, "log_temperature": replicated(mesh)}
     trained = jax.eval_shape(lambda params: with_temperature(params, settings), trained)

@@ -22,7 +22,7 @@ from expandr_jax.losses.distillation import cosine_distance, ranking_kl
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.settings import DistillSettings
-from expandr_jax.objectives.trained import Frozen, joined, placed, with_frozen_base
+from expandr_jax.objectives.trained import Frozen, joined, shardings_of, with_frozen_base
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
@@ -111,7 +111,7 @@ def distillation_setup(
         settings: The config's section `distill`.
         optimizer: From `section_optimizer`.
     """
-    held, trained, shardings = placed(mesh, retriever, params)
+    held, trained, shardings = shardings_of(mesh, retriever, params)
     step = with_frozen_base(distillation_step) if held else distillation_step
     step = functools.partial(step, retriever=retriever, losses=losses, settings=settings)
     return set_up(mesh, step, trained, shardings, optimizer, *held)

@@ -23,7 +23,7 @@ from expandr_jax.losses.language import bag_of_words_loss
 from expandr_jax.models.mask import Mask
 from expandr_jax.models.pooling import BLOCK
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.trained import Frozen, joined, placed, with_frozen_base
+from expandr_jax.objectives.trained import Frozen, joined, shardings_of, with_frozen_base
 from expandr_jax.settings import MANY, count, number
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
@@ -199,7 +199,7 @@ def llara_setup(
     mesh: Mesh, retriever: Retriever, params: Any, optimizer: optax.GradientTransformation
 ) -> TrainingSetup:
     """Sets the stage up; the retriever is from `training_retriever`, with parameters or shapes."""
-    held, trained, shardings = placed(mesh, retriever, params)
+    held, trained, shardings = shardings_of(mesh, retriever, params)
     step = with_frozen_base(llara_step) if held else llara_step
     step = functools.partial(step, retriever=retriever)
     return set_up(mesh, step, trained, shardings, optimizer, *held)

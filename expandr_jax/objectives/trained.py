@@ -78,10 +78,10 @@ def divided(retriever: Retriever, params: Mapping[str, Any], seed: int) -> tuple
     return (base,), adapter
 
 
-def placed(
+def shardings_of(
     mesh: Mesh, retriever: Retriever, params: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], Any, Any]:
-    """Where the two parts of `divided` belong on a mesh.
+    """Shardings of the two parts of `divided` on a mesh.
 
     Returns:
         Shardings of what is frozen; shapes of what is trained; its shardings.

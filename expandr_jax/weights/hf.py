@@ -129,8 +129,8 @@ def load_retriever(
     if tokenizer.pad_token is None:
         # Padding is always masked, so any token will do; sentence-transformers wants one named.
         tokenizer.pad_token = tokenizer.eos_token
-    placed = mesh, in_files
-    module, params = load_module(files, config, with_head, dtype, compute_dtype, *placed)
+    options = mesh, in_files
+    module, params = load_module(files, config, with_head, dtype, compute_dtype, *options)
     width = module.config.hidden_size
     for number, (_, folder) in enumerate(settings.dense):
         dense = read_dense(folder, width)
