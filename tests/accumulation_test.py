@@ -29,7 +29,7 @@ from expandr_jax.sharding import batch_sharding, make_mesh
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.weights.hf import load_retriever
-from tests.commands import step_figures
+from tests.commands import step_metrics
 from train import retriever as retriever_training
 from train import steps
 
@@ -159,8 +159,8 @@ def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypat
     run, whole = tmp_path / "run", tmp_path / "whole"
     name = "export/retriever/model.safetensors"
     assert (run / name).read_bytes() == (whole / name).read_bytes()
-    assert step_figures(run) == step_figures(whole)
-    assert len(step_figures(run)) == 6  # Three updates of two batches.
+    assert step_metrics(run) == step_metrics(whole)
+    assert len(step_metrics(run)) == 6  # Three updates of two batches.
 
 
 @dataclasses.dataclass(frozen=True)

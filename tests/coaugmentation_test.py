@@ -23,7 +23,7 @@ from expandr_jax.rewards.coaugmentation import (
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import Bm25Index
-from tests.commands import finish, start, step_figures, until
+from tests.commands import finish, start, step_metrics, until
 from train.coaugmentation import (
     check_documents,
     document_group,
@@ -241,7 +241,7 @@ def test_documents_texts_are_learned_with_those_of_queries(tmp_path):
     }  # fmt: skip
     overrides = [f"--config.{name}={value}" for name, value in settings.items()]
     finish(start(tmp_path / "run", *overrides, module="train.policy"))
-    steps = step_figures(tmp_path / "run")
+    steps = step_metrics(tmp_path / "run")
     assert [row["step"] for row in steps] == [*range(4)]
     for row in steps:
         assert 0 <= row["reward_query"] <= 1
@@ -260,6 +260,6 @@ def test_documents_texts_are_learned_with_those_of_queries(tmp_path):
     again.kill()
     again.wait()
     finish(start(tmp_path / "again", *overrides, module="train.policy"))
-    assert step_figures(tmp_path / "again") == steps
+    assert step_metrics(tmp_path / "again") == steps
     adapter = "export/adapter/adapter_model.safetensors"
     assert (tmp_path / "again" / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()

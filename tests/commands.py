@@ -83,7 +83,7 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def step_figures(workdir: pathlib.Path) -> list[dict]:
+def step_metrics(workdir: pathlib.Path) -> list[dict]:
     """The lines of metrics.jsonl, without what a step cost, which differs from run to run."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{name: line[name] for name in line if name not in COST_FIELDS} for line in lines]

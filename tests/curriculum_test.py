@@ -23,7 +23,7 @@ from expandr_jax.objectives.figret import easier_triples, failed_queries, with_m
 from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.ranking.results import hardest, of_some
 from expandr_jax.vectors.stored import open_vectors
-from tests.commands import command, finish, start, step_figures
+from tests.commands import command, finish, start, step_metrics
 from tests.retriever_training_test import TINY
 from train.retriever import train_on_triples
 
@@ -202,7 +202,7 @@ def test_a_finished_run_is_given_the_turn_and_a_kill_changes_nothing(smoke, tmp_
 
     lines = [json.loads(line) for line in (whole / "round-0/figret.jsonl").read_text().splitlines()]
     assert {line["aim"] for line in lines} == {"relevance", "completeness", "purity", "judged"}
-    steps = [m["phase"] for m in step_figures(whole)]
+    steps = [m["phase"] for m in step_metrics(whole)]
     turns = [steps.count(f"{name}-0") for name in added]
     assert turns[0] == turns[1] == 2 * (len(lines) // 8)
 
@@ -217,7 +217,7 @@ def test_a_finished_run_is_given_the_turn_and_a_kill_changes_nothing(smoke, tmp_
     finish(start(workdir, *FIGRET))
     for name in SAME:
         assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
-    assert step_figures(workdir) == step_figures(whole)
+    assert step_metrics(workdir) == step_metrics(whole)
     assert "all is done" in finish(start(workdir, *FIGRET))
 
 

@@ -16,7 +16,7 @@ from expandr_jax.expansion.expand import Expander
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.generation.requests import Request, Requests
-from tests.commands import finish, start, step_figures
+from tests.commands import finish, start, step_metrics
 from tests.rewrite_run_test import collection  # noqa: F401
 
 PROMPT = STRATEGIES["rewrite"].asks[-1].prompt
@@ -105,7 +105,7 @@ def test_what_is_learned_has_no_examples_in_its_prompt(collection, tmp_path):  #
     assert all(plain[query] != shown[query] for query in plain)
     for _, pair in read_jsonl(run / "round-0" / "preferences.jsonl", {}):
         assert pair["prompt"].count("Search query:") == 1
-    (first, *_) = [row for row in step_figures(run) if row["phase"] == "generator"]
+    (first, *_) = [row for row in step_metrics(run) if row["phase"] == "generator"]
     # Before the first update the policy is its reference: IPO's loss is (1 / (2 beta))^2.
     assert first["loss"] == pytest.approx(25.0, rel=1e-3)
     assert abs(first["margin"]) < 1e-3

@@ -16,7 +16,7 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.files.records import hash_file
 from tests.adding_test import contents
-from tests.commands import command, error_of, finish, start, step_figures
+from tests.commands import command, error_of, finish, start, step_metrics
 
 SETTINGS = {
     "epochs": 2.0, "documents": 24, "batch_size": 8, "learning_rate": 1e-3, "kl_weight": 0.5,
@@ -65,17 +65,17 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
     assert new["chosen"] == old["chosen"]
     compared = {(test["system"], test["baseline"]) for test in new["significance"]}
     assert compared >= {("expandr", added[0]), (added[0], "expandr-plain"), tuple(added)}
-    figures, earlier = step_figures(workdir), step_figures(smoke[0])
-    assert figures[: len(earlier)] == earlier
-    phases = {row["phase"] for row in figures[len(earlier) :]}
+    steps, earlier = step_metrics(workdir), step_metrics(smoke[0])
+    assert steps[: len(earlier)] == earlier
+    phases = {row["phase"] for row in steps[len(earlier) :]}
     assert phases == {"distill", "distill-control"}
-    assert {"loss", "cosine", "kl", "grad_norm"} < figures[len(earlier)].keys()
+    assert {"loss", "cosine", "kl", "grad_norm"} < steps[len(earlier)].keys()
     generated = rows(workdir / "distilled" / "queries.jsonl")
     assert len(generated) == 24
     kept = sum(not row["left_out"] for row in generated)
     assert f"{kept} queries written for 24 documents" in printed
     assert f"{kept + 40} queries, 40 of them with judgements" in printed
-    steps = [row["step"] for row in figures if row["phase"] == "distill"]
+    steps = [row["step"] for row in steps if row["phase"] == "distill"]
     assert steps == [*range(2 * ((kept + 40) // 8))]
     printed = finish(distill(workdir, control=True))
     assert "all is done: no model is loaded" in printed
@@ -161,7 +161,7 @@ def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
     process.communicate()
     finish(distill(workdir, control=True))
     assert contents(workdir, *FILES, TOWER) == contents(distilled[0], *FILES, TOWER)
-    assert step_figures(workdir) == step_figures(distilled[0])
+    assert step_metrics(workdir) == step_metrics(distilled[0])
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from expandr_jax.training import setup
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
-from tests.commands import ROOT, command, finish, step_figures
+from tests.commands import ROOT, command, finish, step_metrics
 from train import generator
 from train.export import export_one
 
@@ -174,7 +174,7 @@ def check_equal(workdir, other):
         "round-0/best-adapter/adapter_model.safetensors",
     ):  # fmt: skip
         assert (workdir / file).read_bytes() == (other / file).read_bytes(), file
-    assert step_figures(workdir) == step_figures(other)
+    assert step_metrics(workdir) == step_metrics(other)
 
 
 @pytest.mark.parametrize("stop", ["killed before a figure is kept", "SIGTERM after a save"])
@@ -353,7 +353,7 @@ def test_a_damaged_best_adapter_is_not_used(preferences, trained, tmp_path):
     gc.collect()
     shutil.rmtree(workdir / "checkpoints" / "generator")
     train(make_config(preferences), workdir)
-    assert step_figures(workdir) == step_figures(trained[0])
+    assert step_metrics(workdir) == step_metrics(trained[0])
     name = "round-0/best-adapter/adapter_model.safetensors"
     assert (workdir / name).read_bytes() == (trained[0] / name).read_bytes()
 

@@ -1,4 +1,4 @@
-"""How figures grow, by worked examples."""
+"""How measured values grow, by worked examples."""
 
 import math
 

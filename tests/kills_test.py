@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.commands import finish, start, step_figures
+from tests.commands import finish, start, step_metrics
 
 # Each stage's work is under way once this is there.
 STAGES: dict[str, Callable[[pathlib.Path], bool]] = {
@@ -47,7 +47,7 @@ def same(workdir: pathlib.Path, whole: pathlib.Path, *, later: bool = False) -> 
     """
     for name in SAME:
         assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
-    steps, expected = step_figures(workdir), step_figures(whole)
+    steps, expected = step_metrics(workdir), step_metrics(whole)
     if later:
         steps.sort(key=lambda line: expected.index(line) if line in expected else -1)
     assert steps == expected
@@ -164,7 +164,7 @@ def test_damaged_lines_are_made_again(smoke, half_done, tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_damaged_figures_of_steps_do_not_change_results(smoke, half_done, tmp_path, way):
+def test_damaged_metrics_of_steps_do_not_change_results(smoke, half_done, tmp_path, way):
     workdir = copy(half_done, tmp_path / "run")
     damage(workdir / "metrics.jsonl", way, 0.5)
     output = finish(start(workdir))

@@ -188,7 +188,7 @@ def test_errors_that_mean_a_full_disk(error, full):
 @pytest.mark.parametrize(
     ("name", "value"), [("JAX_ENABLE_X64", "1"), ("JAX_DEFAULT_PRNG_IMPL", "rbg")]
 )
-def test_an_environment_that_would_change_figures(tmp_path, monkeypatch, name, value):
+def test_an_environment_that_would_change_results(tmp_path, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     found = refused("train.joint", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}")
     assert found.startswith(f"error: {name} is set to ")

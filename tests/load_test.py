@@ -1,4 +1,4 @@
-"""`eval.load` prints what it measures of a service; the figures of a tiny run mean nothing."""
+"""`eval.load` prints what it measures of a service; the numbers of a tiny run mean nothing."""
 
 import json
 

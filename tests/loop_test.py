@@ -27,7 +27,7 @@ from expandr_jax.runtime.telemetry import Contents, SpikeWatch, TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
-from tests.commands import step_figures
+from tests.commands import step_metrics
 from train.generator import train_adapter
 from train.retriever import train_on_triples
 
@@ -108,7 +108,7 @@ def test_killed_after_any_step_it_ends_with_the_same_bits(tmp_path, last):
     assert max(saved, default=0) >= (last - 1) // 3 * 3
     resumed = train(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    assert step_figures(tmp_path / "run") == step_figures(tmp_path / "whole")
+    assert step_metrics(tmp_path / "run") == step_metrics(tmp_path / "whole")
 
 
 def test_a_sigterm_saves_the_step_and_says_so(tmp_path):
@@ -132,7 +132,7 @@ def test_what_is_not_finite_stops_it_with_step_examples_and_checkpoint(tmp_path)
     assert "toy, round 0, step 4: loss is not finite; examples q4a, q4b" in message
     assert f"The last good checkpoint: step 3 in {tmp_path / 'run'}" in message
     assert "\n" not in message
-    assert [line["step"] for line in step_figures(tmp_path / "run")] == [0, 1, 2, 3]
+    assert [line["step"] for line in step_metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
@@ -285,7 +285,7 @@ def test_on_another_mesh_it_goes_on_to_the_same_adapter(tmp_path, monkeypatch):
     for name, value in whole.items():
         np.testing.assert_allclose(resumed[name], value, atol=1e-5, err_msg=name)
     assert all(np.abs(value).max() > 1e-3 for value in whole.values())  # A new one's B is 0.
-    assert len(step_figures(tmp_path / "run")) == 4
+    assert len(step_metrics(tmp_path / "run")) == 4
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from tests.commands import (
     finish,
     start,
     start_processes,
-    step_figures,
+    step_metrics,
 )
 from train import policy
 
@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
 
 def same(workdir, whole):
     assert (workdir / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
-    assert step_figures(workdir) == step_figures(whole)
+    assert step_metrics(workdir) == step_metrics(whole)
     texts = [f"round-0/policy-texts-{step}.jsonl" for step in (0, 3, 6)]
     for name in (*texts, "work/round-0/policy-watch.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes(), name
@@ -66,7 +66,7 @@ def test_each_step_is_logged_and_its_texts_are_kept(whole):
         assert (
             costs["sampling_seconds"] + costs["encoding_seconds"] + costs["search_seconds"] < parts
         )
-    steps = step_figures(whole)
+    steps = step_metrics(whole)
     assert [row["step"] for row in steps] == [*range(6)]
     for row in steps:
         assert row["reward"] == pytest.approx(row["reward_gain"])
@@ -145,7 +145,7 @@ def test_it_goes_back_with_half_the_rate_and_at_last_ends(tmp_path):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     backs = [row for row in rows if "to" in row]
     assert [row["to"] for row in backs] == [4] * policy.MOST_BACKS
-    norms = {row["step"]: row["kl"] for row in step_figures(workdir)}
+    norms = {row["step"]: row["kl"] for row in step_metrics(workdir)}
     assert sorted(norms) == [*range(6)]
 
 
@@ -186,7 +186,7 @@ def test_two_processes_that_share_the_parameters_learn_the_same(tmp_path):
     outputs = ended(several)
     assert [process.returncode for process in several] == [0, 0], outputs
     finish(start(tmp_path / "one", *OVERRIDES, module="train.policy"))
-    one, two = (step_figures(tmp_path / name) for name in ("one", "two"))
+    one, two = (step_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
         assert a.pop("phase") == b.pop("phase") == "GRPO"
@@ -200,7 +200,7 @@ def test_the_whole_of_training_with_it(tmp_path):
     finish(start(workdir, *overrides))
     results = json.loads((workdir / "results.json").read_text())
     assert {"expandr", "expandr-round0"} <= {row["system"] for row in results["rows"]}
-    steps = [row for row in step_figures(workdir) if row["phase"] == "GRPO"]
+    steps = [row for row in step_metrics(workdir) if row["phase"] == "GRPO"]
     assert [row["round"] for row in steps] == [0] * 6 + [1] * 6
     assert all(0 < row["reward_answer"] <= 1 for row in steps)
     assert "all is done" in finish(start(workdir, *overrides))

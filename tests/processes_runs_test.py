@@ -22,7 +22,7 @@ from tests.commands import (
     free_port,
     start,
     start_processes,
-    step_figures,
+    step_metrics,
     until,
 )
 
@@ -63,7 +63,7 @@ def test_two_processes_divide_the_work_and_one_speaks(divided):
 
 @pytest.mark.slow
 def test_two_processes_lose_and_reward_as_one(divided, smoke):
-    ours, theirs = step_figures(divided[0]), step_figures(smoke[0])
+    ours, theirs = step_metrics(divided[0]), step_metrics(smoke[0])
     assert len(ours) == len(theirs) > 20
     for one, other in zip(ours, theirs, strict=True):
         # Norms of gradients are up to 100 times as large as losses.
@@ -212,7 +212,7 @@ def test_a_notice_to_one_process_saves_and_ends_both(tmp_path, divided):
         finish(process)
     for name in ("results.json", "round-0/preferences.jsonl", "runs/expandr.trec"):
         assert (workdir / name).read_bytes() == (divided[0] / name).read_bytes(), name
-    assert step_figures(workdir) == step_figures(divided[0])
+    assert step_metrics(workdir) == step_metrics(divided[0])
 
 
 def test_a_process_with_another_config_ends_all(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.commands import ROOT, SPREAD, finish, start, start_processes, step_figures
+from tests.commands import ROOT, SPREAD, finish, start, start_processes, step_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ DATA = ROOT / "configs" / "tiny"
 
 def same_steps(ours: pathlib.Path, theirs: pathlib.Path) -> None:
     """Asserts that the steps of two runs came to the same, up to rounding."""
-    found, expected = step_figures(ours), step_figures(theirs)
+    found, expected = step_metrics(ours), step_metrics(theirs)
     # Steps that were done again are logged again, after what had followed them.
     for lines in (found, expected):
         lines.sort(key=lambda line: (line["phase"], line["round"], line["step"]))

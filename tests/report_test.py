@@ -210,7 +210,7 @@ def test_the_page_repeats_byte_for_byte(workdir, page_text):
     assert report.write_report(workdir).read_text() == page_text
 
 
-def test_figures_and_intervals_are_those_of_the_files(workdir, page_text):
+def test_metrics_and_intervals_are_those_of_the_files(workdir, page_text):
     results = json.loads((workdir / "results.json").read_text())
     text = " ".join(Page(page_text).text)
     for row in results["rows"]:

@@ -18,7 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.objectives.contrastive_batches import make_batch
 from expandr_jax.training.checkpoint import Checkpoints
-from tests.commands import command, step_figures
+from tests.commands import command, step_metrics
 from train.retriever import train_on_triples
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
@@ -162,7 +162,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(data, finished, tmp_pa
         "work/round-0/retriever-dev.jsonl", "export/retriever/model.safetensors",
     ):  # fmt: skip
         assert (workdir / name).read_bytes() == (finished / name).read_bytes(), name
-    assert step_figures(workdir) == step_figures(finished)
+    assert step_metrics(workdir) == step_metrics(finished)
 
 
 def test_a_finished_run_is_left_as_it_is(data, finished):

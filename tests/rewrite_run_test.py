@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from expandr_jax.files.records import read_jsonl
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.selection import best_alone
-from tests.commands import finish, start, step_figures
+from tests.commands import finish, start, step_metrics
 
 TOPICS = ("stars", "tides", "rocks", "birds", "trees", "rivers", "clouds", "moons")
 DEPTH = 3
@@ -87,5 +87,5 @@ def test_what_hits_is_learned_before_grpo(collection, tmp_path):
     assert checked > hits > 0
     queries = sum(any(c["reward"] for c in row["candidates"]) for row in rows)
     assert f"{queries} of {len(rows)} queries have a text that is worth more than 0" in output
-    phases = [row["phase"] for row in step_figures(run)]
+    phases = [row["phase"] for row in step_metrics(run)]
     assert phases.index("warm-start") < phases.index("retriever") < phases.index("GRPO")

@@ -63,7 +63,7 @@ class Server:
         return answer
 
     def metric(self, name: str) -> float:
-        """One of the service's figures."""
+        """One of the service's metrics."""
         _, text, _ = self.ask("GET", "/metrics")
         (line,) = [line for line in text.decode().splitlines() if line.startswith(f"{name} ")]
         return float(line.split()[-1])

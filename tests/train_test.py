@@ -65,7 +65,7 @@ def test_the_choices_are_the_best_of_those_tried(smoke):
     assert {row["system"] for row in tried} == set(results["chosen"])
 
 
-def test_trec_eval_finds_the_same_figures_in_the_runs(smoke):
+def test_trec_eval_finds_the_same_metrics_in_the_runs(smoke):
     workdir, _ = smoke
     results = json.loads((workdir / "results.json").read_text())
     qrels: dict = {}

@@ -12,7 +12,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.objectives.warm_start import tokenize_beginnings
 from expandr_jax.weights.hf import load_generator
-from tests.commands import finish, start, step_figures
+from tests.commands import finish, start, step_metrics
 from train.warm_start import positive_rows
 
 
@@ -61,11 +61,11 @@ def test_training_begins_with_it(tmp_path, module):
     overrides = [f"--config.{setting}" for setting in settings]
     output = finish(start(tmp_path / "run", *overrides, module=module))
     assert "warm start" in output
-    steps = [row for row in step_figures(tmp_path / "run") if row["phase"] == "warm-start"]
+    steps = [row for row in step_metrics(tmp_path / "run") if row["phase"] == "warm-start"]
     assert [row["step"] for row in steps] == [*range(4)]  # Eight queries, two at a time.
     assert steps[-1]["loss"] < steps[0]["loss"]
     if module == "train.policy":
-        first = next(row for row in step_figures(tmp_path / "run") if row["phase"] == "GRPO")
+        first = next(row for row in step_metrics(tmp_path / "run") if row["phase"] == "GRPO")
         assert first["kl"] > 1e-6  # It is not the base any more.
     else:
         timings = json.loads((tmp_path / "run" / "timings.json").read_text())
