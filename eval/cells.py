@@ -373,7 +373,7 @@ def _measured(cells: Sequence[Cell]) -> Measured:
 
 
 def _training(cell: Cell) -> dict[str, Any]:
-    """What its run took and was made with, by the names of `grid.TRAINING`."""
+    """What its run took and was made with, by the names of `grid.TRAINING_FIELDS`."""
     phases = cell.timings.get("phases", [])
     trained = [row["seconds"] for row in phases if not row["phase"].startswith(_UNTRAINING)]
     return {

@@ -27,7 +27,7 @@ from expandr_jax.report.differences import (
 )
 from expandr_jax.report.published import HEADER as PUBLISHED_HEADER
 from expandr_jax.report.published import published_rows, read_published
-from expandr_jax.report.tables import FORMATS, render, wide_console
+from expandr_jax.report.tables import TABLE_FORMATS, render, wide_console
 from train.launch import launch
 
 
@@ -104,7 +104,7 @@ def define_flags() -> None:
     flags.DEFINE_string("qrels", None, "Judgements: TREC's four columns, or .tsv as in BEIR.")
     flags.DEFINE_list("measures", ["ndcg@10", "mrr@10", "recall@100", "map"], "As ir-measures'.")
     flags.DEFINE_string("baseline", None, "Name of the run to compare with; the first.")
-    flags.DEFINE_enum("format", "text", FORMATS, "How tables are printed.")
+    flags.DEFINE_enum("format", "text", TABLE_FORMATS, "How tables are printed.")
     flags.DEFINE_integer("moved", 0, "Queries that moved most, for each run.", lower_bound=0)
     flags.DEFINE_string("expansions", None, "expansions.jsonl whose texts to show with them.")
     flags.DEFINE_string("published", None, "Means to compare with: a CSV or JSON table.")

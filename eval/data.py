@@ -37,7 +37,7 @@ from expandr_jax.report.tables import render, wide_console
 from train.launch import launch
 
 MOST_ERRORS = 20  # Lines that are printed; all mistakes are counted.
-SHOWN = 60  # Characters of a query in an example.
+SHOWN_CHARACTERS = 60  # Characters of a query in an example.
 PARTS = ("corpus", "queries")
 TRIPLE_PARTS = ("queries", "positives", "negatives")
 
@@ -194,7 +194,9 @@ def report_triples(
                  "test document", any(near_to)),
             ):  # fmt: skip
                 if holds:
-                    found.setdefault(what, []).append(f"{source}: {triple.query[:SHOWN]}")
+                    found.setdefault(what, []).append(
+                        f"{source}: {triple.query[:SHOWN_CHARACTERS]}"
+                    )
             seen.add(hash_json(key))
     if not seen and not errors:
         raise UserError(f'{path}: no triples; expected {{"query", "pos", "neg"}} on each line')

@@ -51,7 +51,7 @@ from expandr_jax.vectors.stored import open_vectors
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.trees import hash_tree
 
-READ = (  # What is read of a run.
+FILES_READ = (  # What is read of a run.
     "config.json", "results.json", "qrels.trec", "data", "export/retriever", "export/generator",
     "export/query-encoder", "work/vectors/expandr.*", "work/documents", "work/bm25.index-*",
     "runs/expandr.trec", "runs/expandr-plain.trec", "evaluation/expansions.jsonl",

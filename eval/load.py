@@ -27,14 +27,14 @@ from absl import flags
 from rich.console import Console
 
 from eval.benchmarks.http_load import Load, bodies, for_requests, for_seconds, run_load
-from eval.finished import READ, Finished, open_finished
+from eval.finished import FILES_READ, Finished, open_finished
 from expandr_jax.data.beir import read_beir, read_qrels
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
-from expandr_jax.serving import TOKEN
+from expandr_jax.serving import TOKEN_VARIABLE
 from train.launch import define_workdir, launch, output_file
 
 PEER_PACKAGES = ("faiss", "sentence_transformers")
@@ -43,7 +43,7 @@ WORDS = {"plain": "are searched", "expanded": "are expanded", "all": "are compil
 K = 10
 MOST_CLIENTS = 1024
 WARM = 2.0  # Seconds that nobody counts.
-BATCH = 100  # Documents of a write.
+DOCUMENTS_A_WRITE = 100  # Documents of a write.
 UNCACHED = 24  # Queries whose passages are timed.
 COLUMNS = {  # What is printed, and what each has of a row.
     "mode": "mode", "clients": "clients", "p50 ms": "p50_ms", "p99 ms": "p99_ms",
@@ -96,7 +96,7 @@ def _server(run: Finished, state: str) -> Iterator[tuple[int, psutil.Process, di
     """A server: its port, its process, and seconds from the start until each mode answered."""
     begun, start = time.perf_counter(), {}
     arguments = [f"--workdir={run.workdir}", f"--state={state}", "--port=0"]
-    open_to_all = {name: value for name, value in os.environ.items() if name != TOKEN}
+    open_to_all = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.serve", *arguments], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env=open_to_all,
@@ -170,8 +170,8 @@ def _writes(port: int, contents: list[bytes], most: int) -> dict:
     searching.start()
     start = time.perf_counter()
     try:
-        for first in range(0, most, BATCH):
-            names = range(first, min(first + BATCH, most))
+        for first in range(0, most, DOCUMENTS_A_WRITE):
+            names = range(first, min(first + DOCUMENTS_A_WRITE, most))
             new = [{"id": f"load-{i}", "text": f"Document {i} of a load."} for i in names]
             _ask(port, "POST", "/documents", {"documents": new})
         added = time.perf_counter()
@@ -255,7 +255,7 @@ def main(_: Sequence[str]) -> None:
     values = flags.FLAGS
     clients = counts(values.clients)
     out, console = output_file(values.out), plain_console()
-    run = open_finished(local_copy(values.workdir, *READ))
+    run = open_finished(local_copy(values.workdir, *FILES_READ))
     results = measure(run, clients, values.seconds, console)
     rows = [[_shown(row.get(name)) for name in COLUMNS.values()] for row in results["rows"]]
     console.print(render("Load", [*COLUMNS], rows))

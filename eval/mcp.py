@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from absl import flags
 from pydantic import Field
 
-from eval.finished import READ, Finished, check_installed, open_finished
+from eval.finished import FILES_READ, Finished, check_installed, open_finished
 from eval.serve import cached_programs, state_of
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.mirror import local_copy
@@ -128,7 +128,7 @@ def main(_: Sequence[str]) -> None:
     if values.state and not values.write:
         raise UserError("--state goes with --write")
     state = state_of(values.workdir, values.state) if values.write else None
-    run = open_finished(local_copy(values.workdir, *READ))
+    run = open_finished(local_copy(values.workdir, *FILES_READ))
     with contextlib.ExitStack() as stack:
         if state is not None:
             stack.enter_context(take(state))

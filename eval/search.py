@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 from rich.console import Console
 
-from eval.finished import READ, Finished, open_finished
+from eval.finished import FILES_READ, Finished, open_finished
 from expandr_jax.errors import UserError
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.runtime.mirror import local_copy
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[1:] and not " ".join(arguments[1:]).strip():
         raise UserError('the query is empty; give it in quotes: eval.search --workdir=DIR "..."')
     console = plain_console()
-    run = open_finished(local_copy(values.workdir, *READ))
+    run = open_finished(local_copy(values.workdir, *FILES_READ))
     ask(run, _questions(arguments[1:], values.interactive, console), values.count, console)
 
 

@@ -23,15 +23,15 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from eval.finished import READ, Finished, check_installed, open_finished
+from eval.finished import FILES_READ, Finished, check_installed, open_finished
 from expandr_jax.errors import UserError
 from expandr_jax.report.expansion_cards import shown_queries
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.mirror import local_copy
 from expandr_jax.runtime.progress import plain_console
-from expandr_jax.serving import TOKEN
+from expandr_jax.serving import TOKEN_VARIABLE
 from expandr_jax.serving.cache import Cache
-from expandr_jax.serving.queries import LONG
+from expandr_jax.serving.queries import LONG_TOKENS
 from expandr_jax.serving.state import take
 from train.launch import EXIT_TERMINATED, define_workdir, launch
 
@@ -90,7 +90,7 @@ def begin(service: Any, run: Finished, state: pathlib.Path, console: Console) ->
     gate = run.gate if values.expand else None
     documents = run.live_documents(state, values.merge_from, gate)
     pair = run.pair(documents, gate)
-    pair.compile(LONG)
+    pair.compile(LONG_TOKENS)
     service.begin(pair, documents)
     yield f"{len(documents)} documents are searched ({time.perf_counter() - start:.1f} s)"
     pair.compile()
@@ -122,13 +122,13 @@ def access_of(host: str, names: Sequence[str]) -> Any:
     """Who may ask; UserError where nobody said whom else to keep out."""
     from expandr_jax.serving.guard import Access
 
-    token = os.environ.get(TOKEN, "").strip()  # A file ends in a newline, too.
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()  # A file ends in a newline, too.
     if host in LOOPBACK:
         return Access((*Access().hosts, *map(str.lower, names)), token)
     if not token:
         raise UserError(
-            f"--host={host}: everybody who reaches it could read and write; set {TOKEN} to a "
-            "secret that requests must have"
+            f"--host={host}: everybody who reaches it could read and write; set {TOKEN_VARIABLE} "
+            "to a secret that requests must have"
         )
     if not names:
         raise UserError(f"--host={host}: add --names=NAME, the names that it is called by")
@@ -161,7 +161,7 @@ def main(_: Sequence[str]) -> None:
     check_installed("serve", "fastapi", "prometheus_client", "uvicorn")
     values = flags.FLAGS
     state = state_of(values.workdir, values.state)
-    serve(open_finished(local_copy(values.workdir, *READ)), state, plain_console())
+    serve(open_finished(local_copy(values.workdir, *FILES_READ)), state, plain_console())
 
 
 def state_of(workdir: str, state: str | None) -> pathlib.Path:
@@ -176,7 +176,9 @@ def state_of(workdir: str, state: str | None) -> pathlib.Path:
 
 def define_flags() -> None:
     define_workdir()
-    flags.DEFINE_string("host", "127.0.0.1", f"Where it listens; beyond it {TOKEN} is wanted.")
+    flags.DEFINE_string(
+        "host", "127.0.0.1", f"Where it listens; beyond it {TOKEN_VARIABLE} is wanted."
+    )
     flags.DEFINE_integer("port", 8000, "0: any that is free.", lower_bound=0, upper_bound=65535)
     flags.DEFINE_list("names", [], "Further names that it is called by, as in Host headers.")
     flags.DEFINE_string("state", None, "What it writes; default: serve/ in the workdir.")

@@ -33,7 +33,7 @@ from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
 
 AT_ONCE = 256  # Triples whose batches are made together, and are lost together by a kill.
-WRITTEN = "export/triples.jsonl"
+TRIPLES_FILE = "export/triples.jsonl"
 
 
 def teach(
@@ -55,7 +55,7 @@ def teach(
     config = read_config(config)
     check_meshes(config.mesh, ("sampling", "dpo"))
     with contextlib.closing(Run(workdir, config, console)) as run:
-        path = run.path(WRITTEN)
+        path = run.path(TRIPLES_FILE)
         with run.phase("data"):
             given = data_path(config.data, run.reporter)
             passages = sum(len(triple.passages) for triple in stream_triples(given))
@@ -68,7 +68,7 @@ def teach(
             if other := [n for n in source if begun.get(n) != source[n]]:
                 told = f"{other[0]} was {begun.get(other[0])!r} when this run began"
                 raise UserError(f"{given}: {told}, now {source[other[0]]!r}; use a new --workdir")
-        if not run.checksums.intact(WRITTEN):
+        if not run.checksums.intact(TRIPLES_FILE):
             with run.phase("model"):
                 model = load_generator_model(run.config)
                 run.check_models(model_hashes(model))
@@ -77,7 +77,7 @@ def teach(
                 rows = zip(read_jsonl(given, {}), journal.rows, strict=True)
                 named = ({**row, "teacher_scores": s["teacher_scores"]} for (_, row), s in rows)
                 write_jsonl(path, named)
-            run.checksums.record(WRITTEN)
+            run.checksums.record(TRIPLES_FILE)
         console.print(f"triples: {run.where(path)}", soft_wrap=True)
     return path
 

@@ -14,7 +14,7 @@ from eval.compare import score
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
-from expandr_jax.report.tables import FORMATS, render
+from expandr_jax.report.tables import TABLE_FORMATS, render
 from tests.commands import command, finish
 
 QRELS = {f"q{i}": {"d1": 1} for i in range(8)}
@@ -100,7 +100,7 @@ def test_queries_that_moved_most_with_their_expansions(paths, tmp_path):
 def test_the_same_cells_in_every_format(paths):
     rows = [row.cells() for row in compare(score(paths, QRELS, ["mrr@10"]), "base")]
     assert all(len(row) == len(HEADER) for row in rows)
-    tables = {form: render("a 100 % title", HEADER, rows, form) for form in FORMATS}
+    tables = {form: render("a 100 % title", HEADER, rows, form) for form in TABLE_FORMATS}
     console = Console(file=io.StringIO(), width=200)
     console.print(tables["text"])
     tables["text"] = console.file.getvalue()

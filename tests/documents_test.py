@@ -13,7 +13,7 @@ import pytest
 from expandr_jax.data import beir
 from expandr_jax.data.beir import read_beir
 from expandr_jax.data.documents import (
-    ROWS,
+    ROWS_AT_ONCE,
     Documents,
     ids_of,
     open_documents,
@@ -30,14 +30,14 @@ def synthetic(count):
 
 
 def test_a_store_is_the_mapping_that_it_was_written_from(tmp_path):
-    expected = {f"é{i}": "ß" * (i % 5) for i in range(ROWS + 3)}
+    expected = {f"é{i}": "ß" * (i % 5) for i in range(ROWS_AT_ONCE + 3)}
     documents = write_documents(expected.items(), tmp_path / "store")
     assert documents == expected
     assert expected == documents
     assert list(documents) == list(ids_of(documents)) == list(expected) == ids_of(expected)
     assert list(texts_of(documents)) == list(documents.values()) == texts_of(expected)
     assert list(documents.items()) == list(expected.items())
-    assert len(documents) == len(documents.values()) == ROWS + 3
+    assert len(documents) == len(documents.values()) == ROWS_AT_ONCE + 3
     assert "é1" in documents
     assert documents.get("gone", "no") == "no"
     assert "d" not in documents
@@ -45,7 +45,12 @@ def test_a_store_is_the_mapping_that_it_was_written_from(tmp_path):
     assert rows_of(documents) == rows_of(expected)
     texts, plain = documents.texts, texts_of(expected)
     assert texts[-1] == plain[-1]
-    for part in (slice(2, ROWS + 2), slice(None, None, 1000), slice(ROWS, None), slice(5, 5)):
+    for part in (
+        slice(2, ROWS_AT_ONCE + 2),
+        slice(None, None, 1000),
+        slice(ROWS_AT_ONCE, None),
+        slice(5, 5),
+    ):
         assert list(texts[part]) == plain[part]
         assert list(texts[part][1:]) == plain[part][1:]
     assert pickle.loads(pickle.dumps(documents)) == expected
@@ -62,7 +67,7 @@ def test_what_a_store_holds_in_memory_does_not_grow(tmp_path):
     """And making it takes 40 bytes a document, besides the batch that is being written."""
     made, read, held = [], [], []
     pool = pyarrow.default_memory_pool()
-    for count in (2 * ROWS, 8 * ROWS, 32 * ROWS):
+    for count in (2 * ROWS_AT_ONCE, 8 * ROWS_AT_ONCE, 32 * ROWS_AT_ONCE):
         gc.collect()
         before = pool.bytes_allocated()
         tracemalloc.start()
@@ -76,7 +81,7 @@ def test_what_a_store_holds_in_memory_does_not_grow(tmp_path):
         read.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         held.append(pool.bytes_allocated() - before)
-    assert max(made) - made[0] < 45 * 32 * ROWS
+    assert max(made) - made[0] < 45 * 32 * ROWS_AT_ONCE
     assert max(read) < 1.1 * read[0] + 1e5
     assert max(held) < 1e6
 
@@ -147,7 +152,7 @@ def test_a_collection_is_read_once(tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from expandr_jax.data.documents import ROWS, Documents, write_documents
+from expandr_jax.data.documents import ROWS_AT_ONCE, Documents, write_documents
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -155,18 +160,18 @@ def anonymous():
 
 def rows(count):
     for i in range(count):
-        if i % (16 * ROWS) == 0:
+        if i % (16 * ROWS_AT_ONCE) == 0:
             peaks.append(anonymous())
         yield f"d{i}", f"Text of document {i}. " * 16
 
 count, peaks = int(sys.argv[1]), []
-write_documents(rows(2 * ROWS), sys.argv[2])
+write_documents(rows(2 * ROWS_AT_ONCE), sys.argv[2])
 start = anonymous()
 documents = write_documents(rows(count), sys.argv[2])
 written = max(peaks) - start
 peaks.clear()
 for row, text in enumerate(documents.values()):
-    if row % (16 * ROWS) == 0:
+    if row % (16 * ROWS_AT_ONCE) == 0:
         assert documents[f"d{row}"] == text
         peaks.append(anonymous())
 print(written, max(peaks) - start)

@@ -139,7 +139,7 @@ def test_a_block_of_texts_is_tokenised_at_once(tiny, monkeypatch):
     whole = encoder(retriever).encode(params, texts, "document")
     asked, peaks = [], []
     real = Retriever.token_ids
-    monkeypatch.setattr(vectors_encoder, "BLOCK", 16)
+    monkeypatch.setattr(vectors_encoder, "TEXTS_AT_ONCE", 16)
     monkeypatch.setattr(
         Retriever, "token_ids", lambda self, t, *a: asked.append(len(t)) or real(self, t, *a)
     )
@@ -156,7 +156,7 @@ def test_a_block_of_texts_is_tokenised_at_once(tiny, monkeypatch):
 
 def test_a_vector_that_is_not_finite_is_named_in_any_block(tiny, monkeypatch):
     retriever, params = tiny
-    monkeypatch.setattr(vectors_encoder, "BLOCK", 2)
+    monkeypatch.setattr(vectors_encoder, "TEXTS_AT_ONCE", 2)
     texts = ["an array", "a norm", "a loss", "scale"]
     (row,) = retriever.token_ids(["scale"])
     word = row[1]

@@ -25,7 +25,7 @@ from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.weights.gguf_tokenizer import SPLITS
+from expandr_jax.weights.byte_level import PRE_TOKENIZERS
 from expandr_jax.weights.gguf_writer import export_gguf
 from expandr_jax.weights.hf import load_generator
 from train.export import export_one, target
@@ -63,9 +63,9 @@ FAMILIES = {
 
 def byte_level(split: str) -> Tokenizer:
     """A byte-level BPE that has learned a few merges."""
-    backend = Tokenizer(models.BPE())
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None)
-    cut = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")] if SPLITS[split] else []
+    backend, pattern = Tokenizer(models.BPE()), PRE_TOKENIZERS[split]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     if split == "smollm":
         cut = [pre_tokenizers.Digits(individual_digits=True)]
     if split == "qwen2":

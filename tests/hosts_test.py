@@ -9,7 +9,15 @@ import pytest
 from configs import llama3_8b_anchordr
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
-from expandr_jax.planning.hosts import ENTRY, INDEX, LINE, PLACE, TOKEN, host_rows, show_hosts
+from expandr_jax.planning.hosts import (
+    DOCUMENT_BYTES,
+    ENTRY,
+    INDEX,
+    LINE,
+    TOKEN_BYTES,
+    host_rows,
+    show_hosts,
+)
 from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
@@ -36,7 +44,7 @@ def test_the_paper_s_run_is_counted(paper):
     # Vectors of the corpus before training, fine-tuned, and as ExpandR trains it.
     assert rows["corpus, encoded 3 times"].bytes_disk == 3 * 8_841_823 * 768 * 4
     # 32 of each query, 512 tokens each; and the answers.
-    candidates = 3_200_000 * (512 * TOKEN + LINE)
+    candidates = 3_200_000 * (512 * TOKEN_BYTES + LINE)
     assert rows["candidates"].bytes_disk == candidates
     assert rows["candidates"].bytes_network == candidates / 2  # The other host's.
     assert rows["rewards"].bytes_disk > candidates
@@ -59,7 +67,7 @@ def test_of_texts_an_index_alone_grows_in_memory(paper):
     ):
         assert grown[stage] == pytest.approx(INDEX * texts), stage
     assert grown["step A, 2 trainings"] == pytest.approx((ENTRY + INDEX) * 637_866)
-    assert grown["data"] > PLACE * 8_841_823
+    assert grown["data"] > DOCUMENT_BYTES * 8_841_823
     assert grown["corpus, encoded 3 times"] == pytest.approx(0, abs=1)
     assert twice["candidates"].bytes_disk == 2 * once["candidates"].bytes_disk
 

@@ -17,7 +17,7 @@ from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.errors import UserError
 from expandr_jax.expansion import cache
 from expandr_jax.ranking.listwise import (
-    KINDS,
+    FAULTS,
     ListPrompts,
     ListRanker,
     ask_for_order,
@@ -68,7 +68,7 @@ def test_any_answer_gives_a_permutation_and_a_whole_one_itself():
         answer = draw.choice(["", " ", " > "]).join(mixed)
         order, wrong = order_of(answer, count)
         assert sorted(order) == list(range(count))
-        assert wrong <= {*KINDS}
+        assert wrong <= {*FAULTS}
         assert wrong == {"none"} or "none" not in wrong
         whole = draw.sample(range(count), count)
         assert order_of(f"Sure: {written(whole)}", count) == (whole, frozenset())
@@ -134,7 +134,7 @@ def test_windows_sort_the_top_as_a_twin_does(window, stride):
         each = [len(windows(min(depth, n), window, stride)) for n in lengths]
         calls = sum(map(len, asked))
         assert (len(asked), calls) == (max(each), sum(each))
-        assert counted == {"answers": calls, **dict.fromkeys(KINDS, 0)}
+        assert counted == {"answers": calls, **dict.fromkeys(FAULTS, 0)}
 
 
 def test_a_window_is_never_without_what_moved_up():

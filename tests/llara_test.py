@@ -19,9 +19,9 @@ from expandr_jax.files.records import write_jsonl
 from expandr_jax.loading import load_models
 from expandr_jax.losses.language import bag_of_words_loss
 from expandr_jax.models.mask import Mask
-from expandr_jax.models.pooling import BLOCK, pool
+from expandr_jax.models.pooling import BLOCK_TOKENS, pool
 from expandr_jax.objectives.llara import LlaraBatches, llara_losses, passage_pairs
-from expandr_jax.weights.blocks import ASKED, block_tokens
+from expandr_jax.weights.blocks import BLOCK_PROMPTS, block_tokens
 from expandr_jax.weights.export import export_retriever
 from expandr_jax.weights.hf import load_retriever
 from tests.llm_ql_test import TINY_LLAMA, llama_config
@@ -81,7 +81,7 @@ def slopes(tiny, batch, block):
 @pytest.mark.parametrize("block", [0, 1])
 def test_blocks_see_the_text_and_not_each_other(tiny, batch, block):
     tokenizer = tiny[0].tokenizer
-    kinds = list(ASKED)
+    kinds = list(BLOCK_PROMPTS)
     own, other = (
         tokenizer.convert_tokens_to_ids(block_tokens(kinds[i])) for i in (block, 1 - block)
     )
@@ -101,10 +101,10 @@ def test_a_block_has_the_states_that_step_a_reads_it_by(tiny, batch):
     states = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     order = LlaraBatches(PASSAGES, retriever, 2, seed=0).indices(0)
     texts = [PASSAGES[i][0] for i in order]
-    for place, kind in enumerate(ASKED):
+    for place, kind in enumerate(BLOCK_PROMPTS):
         ids, real = pad(retriever.token_ids(texts, kind), 0)
         vectors = retriever.embed(params, ids, real)
-        mean = states[:, place * BLOCK : (place + 1) * BLOCK].mean(axis=1)
+        mean = states[:, place * BLOCK_TOKENS : (place + 1) * BLOCK_TOKENS].mean(axis=1)
         np.testing.assert_allclose(vectors, mean, atol=1e-5)
 
 
@@ -119,8 +119,8 @@ def test_losses_equal_pytorch(tiny, batch, tmp_path):
     order = LlaraBatches(PASSAGES, retriever, 2, seed=0).indices(0)
     for row, pair in enumerate(PASSAGES[i] for i in order):
         parts = [tokenizer(pair[0])["input_ids"]]
-        for kind in ASKED:
-            asked = tokenizer(ASKED[kind], add_special_tokens=False)["input_ids"]
+        for kind in BLOCK_PROMPTS:
+            asked = tokenizer(BLOCK_PROMPTS[kind], add_special_tokens=False)["input_ids"]
             parts.append(asked + tokenizer.convert_tokens_to_ids(block_tokens(kind)))
         sizes = [*map(len, parts)]
         part = np.repeat([0, 1, 2], sizes)
@@ -135,7 +135,7 @@ def test_losses_equal_pytorch(tiny, batch, tmp_path):
             ).last_hidden_state[0]
         for block in (1, 2):
             end = sum(sizes[: block + 1])
-            best = (hidden[end - BLOCK : end].double().numpy() @ table.T).max(axis=0)
+            best = (hidden[end - BLOCK_TOKENS : end].double().numpy() @ table.T).max(axis=0)
             logs = best - np.log(np.exp(best).sum())
             words = {*tokenizer(pair[block - 1], add_special_tokens=False)["input_ids"]}
             expected = -np.mean([logs[word] for word in words])
@@ -146,13 +146,15 @@ def test_new_tokens_have_rows_and_others_keep_theirs(tiny):
     retriever, params = tiny
     before = load_file(f"{TINY_LLAMA}/model.safetensors")
     (table,) = (x for name, x in before.items() if name.endswith("embed_tokens.weight"))
-    assert params["embedding"].shape == (ROWS + 2 * BLOCK, 32)
+    assert params["embedding"].shape == (ROWS + 2 * BLOCK_TOKENS, 32)
     np.testing.assert_array_equal(params["embedding"][:ROWS], table)
-    drawn = np.random.default_rng(0).integers(ROWS, size=(2 * BLOCK, 8))
+    drawn = np.random.default_rng(0).integers(ROWS, size=(2 * BLOCK_TOKENS, 8))
     np.testing.assert_allclose(params["embedding"][ROWS:], table[drawn].mean(axis=1), atol=1e-6)
-    assert retriever.module.config.vocab_size == ROWS + 2 * BLOCK
-    assert retriever.document_suffix[-BLOCK:] == (*range(ROWS, ROWS + BLOCK),)
-    assert retriever.query_suffix[-BLOCK:] == (*range(ROWS + BLOCK, ROWS + 2 * BLOCK),)
+    assert retriever.module.config.vocab_size == ROWS + 2 * BLOCK_TOKENS
+    assert retriever.document_suffix[-BLOCK_TOKENS:] == (*range(ROWS, ROWS + BLOCK_TOKENS),)
+    assert retriever.query_suffix[-BLOCK_TOKENS:] == (
+        *range(ROWS + BLOCK_TOKENS, ROWS + 2 * BLOCK_TOKENS),
+    )
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import pytest
 
 from expandr_jax.config import with_settings
 from expandr_jax.errors import UserError
-from expandr_jax.models.pooling import BLOCK
+from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.objectives.llara import LlaraBatches
 from expandr_jax.planning.flops import forward_flops
-from expandr_jax.planning.hosts import INDEX, LINE, TERMS, TOKEN, host_rows
+from expandr_jax.planning.hosts import INDEX, LINE, TERMS, TOKEN_BYTES, host_rows
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.synthetic import Counts
@@ -77,10 +77,10 @@ def test_llara_reads_passages_and_both_blocks(config):
     # 32 words of two tokens, cut to what 64 tokens have room for, and both suffixes.
     assert (planned.rows, planned.tokens) == (rows, rows * 128)
     assert np.sum(np.asarray(planned.values(*planned.arguments)[1]["segments"]) > 0) == rows * (
-        64 - 2 * BLOCK + 2 * 2 * BLOCK
+        64 - 2 * BLOCK_TOKENS + 2 * 2 * BLOCK_TOKENS
     )
     assert batch["words"].shape[0] == 2 * rows
-    logits = rows * 2 * BLOCK
+    logits = rows * 2 * BLOCK_TOKENS
     expected = forward_flops(retriever.module, params, rows, 128, logits=logits)
     assert planned.model_flops == 3 * expected
     with pytest.raises(UserError, match=r"^llara\.epochs is 1\.0, but retriever\.pooling is 'last"):
@@ -167,7 +167,7 @@ def test_hosts_have_rows_for_them(config):
     figret = hosts(config, FIGRET, counts)
     added = {"queries that fail", "easier passages", "FiGRet, 2 trainings"}
     assert added <= figret.keys() - plain.keys()
-    assert figret["easier passages"].bytes_disk == 3 * 100 * (8 * TOKEN + LINE)
+    assert figret["easier passages"].bytes_disk == 3 * 100 * (8 * TOKEN_BYTES + LINE)
     (name,) = (stage for stage in plain if stage.startswith("step A"))
     each = plain[name].bytes_disk / int(name.split()[2])
     assert figret["FiGRet, 2 trainings"].bytes_disk == pytest.approx(2 * each)
@@ -182,7 +182,7 @@ def test_hosts_have_rows_for_them(config):
     each = 1 + math.ceil(10 / stride)
     asked = 40 + 20 * bool(config.evaluation.listwise.depths)
     texts = asked * each
-    assert lists.bytes_disk == texts * (60 * TOKEN + LINE)
+    assert lists.bytes_disk == texts * (60 * TOKEN_BYTES + LINE)
     more = hosts(config, {**LISTS, "evaluation.listwise.depth": 20}, Counts(1000, 320, 80, 20, 80))
     extra = more["orders of passages"].bytes_memory - lists.bytes_memory
     assert extra > 40 * each * INDEX

@@ -15,7 +15,7 @@ from expandr_jax.losses.policy import POLICY_LOSSES
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
 from expandr_jax.objectives.rollouts import Rollouts
-from expandr_jax.objectives.watch import START, collapsed
+from expandr_jax.objectives.watch import FIRST_STEPS, collapsed
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.processes import Processes
@@ -266,7 +266,7 @@ HEALTHY = {"kl": 0.01, "entropy": 2.0, "repetitive": 0.1, "reward": 0.5, "reward
 )
 def test_a_collapse_is_seen_when_it_lasts(changed, why):
     settings = settings_of(watch_steps=4).grpo
-    rows = [HEALTHY] * (START + 10)
+    rows = [HEALTHY] * (FIRST_STEPS + 10)
     assert collapsed(rows, settings) is None
     rows += [{**HEALTHY, **changed}] * 3
     assert collapsed(rows, settings) is None

@@ -210,7 +210,7 @@ def test_keys_say_which_row_they_are_of_and_their_order():
 
 
 def test_putting_shares_together_holds_no_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("expandr_jax.runtime.journals.BLOCK", 50)
+    monkeypatch.setattr("expandr_jax.runtime.journals.ROWS_AT_ONCE", 50)
     peaks = []
     for count in (1000, 2000, 4000):
         path = tmp_path / f"rows-{count}.jsonl"

@@ -103,7 +103,7 @@ def test_four_bits_are_qwixs(form, qtype, inputs, block):
     assert (np.asarray(found)[:block, 3] == 0).all()
 
 
-@pytest.mark.parametrize("form", quantized.FORMS)
+@pytest.mark.parametrize("form", quantized.QUANTIZED_TYPES)
 def test_only_the_bits_are_kept_for_the_backward_pass(form):
     x, (kept, scale) = jnp.ones((4, 64)), quantized.quantize(form, weights(64, 8))
     _, pull_back = jax.vjp(lambda x: quantized.quantized_product(form, x, kept, scale), x)

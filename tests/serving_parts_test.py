@@ -12,9 +12,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.search import build_index
 from expandr_jax.serving.batching import Batcher, Busy
 from expandr_jax.serving.cache import Cache, Expansion
-from expandr_jax.serving.flat import BLOCK, search_flat
+from expandr_jax.serving.flat import ROWS_AT_ONCE, search_flat
 from expandr_jax.serving.guard import MOST_BODY, Access
-from expandr_jax.serving.queries import START, _rows, split
+from expandr_jax.serving.queries import START_TOKENS, _rows, split
 
 JSON = {"host": "localhost:8000", "content-type": "application/json"}
 BASIC = base64.b64encode(b"anyone:secret").decode()
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_cache_is_told(tmp_path):
         Cache(tmp_path / "c", 1, 1)
 
 
-@pytest.mark.parametrize(("rows", "k"), [(7, 3), (7, 9), (BLOCK + 5, 4)])
+@pytest.mark.parametrize(("rows", "k"), [(7, 3), (7, 9), (ROWS_AT_ONCE + 5, 4)])
 def test_exact_search_finds_what_the_index_does(rows, k):
     drawn = np.random.default_rng(0)
     vectors = drawn.integers(-2, 3, (rows, 4)).astype(np.float32)  # Many ties.
@@ -183,7 +183,7 @@ def test_batches_have_the_least_to_compute():
 
     def cost(lengths, parts):
         return sum(
-            START + length * next(r for r in _rows(length) if r >= end - start)
+            START_TOKENS + length * next(r for r in _rows(length) if r >= end - start)
             for start, end in parts
             for length in [lengths[end - 1]]
         )

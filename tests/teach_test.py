@@ -19,7 +19,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal, write_jsonl
 from expandr_jax.loading import load_generator_model
 from expandr_jax.objectives.query_likelihood import (
-    PROMPT,
+    LIKELIHOOD_PROMPT,
     LikelihoodSettings,
     QueryLikelihood,
 )
@@ -71,7 +71,7 @@ def torch_scores(rows, mean):
     for row in rows:
         query = tokenizer(row["query"], add_special_tokens=False)["input_ids"]
         for passage in (row["pos"], *row["negative"]):
-            message = PROMPT.message(document=" ".join(passage.split()))
+            message = LIKELIHOOD_PROMPT.message(document=" ".join(passage.split()))
             chat = tokenizer.apply_chat_template(
                 [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
             )

@@ -50,10 +50,10 @@ OF_RUN = ("retriever", "adapter", "generator")  # What `export_run` writes of ea
 ADAPTER = "retriever-adapter"  # And of one whose step A trains an adapter.
 TOWER = "query-encoder"  # And of one that has distilled a query tower.
 TURNED = "retriever-figret"  # And of one with a last turn on queries that fail.
-DTYPES = ("float32", "bfloat16", "source")
+EXPORT_DTYPES = ("float32", "bfloat16", "source")
 _BASE = "retriever-base"
 _WHOLE = ("generator", "gguf")  # Those that have the adapter merged.
-FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER, TURNED)
+EXPORT_FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER, TURNED)
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {
     "triples": {"retriever": "train.retriever or train.joint"},
@@ -140,7 +140,7 @@ def export_one(
     Args:
         workdir: The run.
         to: The directory to write; of "gguf" the file.
-        kind: One of FORMATS.
+        kind: One of EXPORT_FORMATS.
         dtype: Type of the tensors, or "source" for each tensor's own in the model that the run
             started from; an adapter is always float32.
         address: What the user calls the run, where it is a copy of one in a bucket.
@@ -243,8 +243,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "to", None, "The directory (gguf: the file) to write; a model that is there is replaced."
     )
-    flags.DEFINE_enum("format", "generator", FORMATS, "Which model.")
-    flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of the tensors.")
+    flags.DEFINE_enum("format", "generator", EXPORT_FORMATS, "Which model.")
+    flags.DEFINE_enum("dtype", "float32", EXPORT_DTYPES, "Type of the tensors.")
     flags.DEFINE_enum("gguf_type", "f16", tuple(GGUF_TYPES), "Type of a GGUF file's tables.")
 
 

@@ -23,7 +23,7 @@ from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.figret import (
-    ASKED,
+    PASSAGE_PROMPTS,
     easier_triples,
     failed_queries,
     with_margin,
@@ -116,7 +116,7 @@ def find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) 
 def _texts(
     run: Run, sampler: Sampler, adapter: Any, own: Sequence[Mapping[str, Any]], place: str
 ) -> Texts:
-    """(Query id, number) -> what the generator writes when it is asked for that one of `ASKED`."""
+    """(Query id, number) -> what the generator writes by that one of `PASSAGE_PROMPTS`."""
     settings, rows = run.config.expansion, {row["query_id"]: row for row in own}
     drawn, most = drawing(settings), run.config.answer.max_characters
 
@@ -124,14 +124,14 @@ def _texts(
         row = rows[query]
         messages = (
             fitted_message(PROMPTS[name], row["pos"][0], most, sampler.fits, row["query"])
-            for name in ASKED
+            for name in PASSAGE_PROMPTS
         )
         return [
             Request(query, number, message, settings.temperature, **drawn)
             for number, message in enumerate(messages)
         ]
 
-    asked = Requests([*rows], [len(ASKED)] * len(rows), requests)
+    asked = Requests([*rows], [len(PASSAGE_PROMPTS)] * len(rows), requests)
     path, purpose = run.path("work", place, "figret-texts.jsonl"), "easier passages"
     return sample_texts(sampler, adapter, asked, path=path, purpose=purpose)
 
@@ -142,7 +142,7 @@ def _write(
     """Writes the triples of failed queries, with the margins that the retriever gives them."""
     made = []
     for row in own:
-        written = [texts[row["query_id"], number] for number in range(len(ASKED))]
+        written = [texts[row["query_id"], number] for number in range(len(PASSAGE_PROMPTS))]
         made += [(row["query_id"], *of) for of in easier_triples(_triple(row), written).items()]
     passages = [*dict.fromkeys(text for *_, triple in made for text in triple.passages)]
     queries = [*dict.fromkeys(triple.query for *_, triple in made)]

@@ -33,7 +33,7 @@ from expandr_jax.planning.planned import PAPER, QUERIES, Planned, of_retriever_a
 from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.proposals import config_flags, phases_of, propose
 from expandr_jax.planning.timing import time_program
-from expandr_jax.planning.topology import FORMS, Topology, find_topology
+from expandr_jax.planning.topology import TOPOLOGIES, Topology, find_topology
 from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter, plain_console
@@ -321,7 +321,7 @@ def main(_: Any) -> None:
 
 def define_flags() -> None:
     define_config()
-    flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {FORMS}.")
+    flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {TOPOLOGIES}.")
     flags.DEFINE_list("only", [], "Programs to compile, by their names in the table; all if empty.")
     define_counts()
     flags.DEFINE_bool("search", False, "Propose meshes, micro-batch and recomputation, too.")

@@ -10,7 +10,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
 
 # MS MARCO's test judgements are of few queries; its dev queries are what BEIR's tables report.
-SPLITS = {"msmarco": "dev"}
+TEST_SPLITS = {"msmarco": "dev"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
 
     Args:
         paths: Directories or zips, or folders of several.
-        split: Whose judgements count; "": "test", or what `SPLITS` has for the set's name.
+        split: Whose judgements count; "": "test", or what `TEST_SPLITS` has for the set's name.
 
     Raises:
         UserError: There is none at a path, it lacks the split or has no grade above 0 in it, or two
@@ -42,7 +42,7 @@ def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmar
         for name, files in find_collections(path).items():
             if name in found:
                 raise UserError(f"{path}: a second data set called {name!r}; rename one")
-            found[name] = Benchmark(files, split or SPLITS.get(name, "test"))
+            found[name] = Benchmark(files, split or TEST_SPLITS.get(name, "test"))
             _check_judged(found[name])
     return found
 

@@ -21,7 +21,7 @@ from expandr_jax.files.records import check_field
 
 COLUMNS = ("id", "content", "query")
 LISTS = ("excluded_ids", "gold_ids", "gold_ids_long")
-LONG = "-long"
+LONG_SUFFIX = "-long"
 _EXAMPLES, _DOCUMENTS, _LONG_DOCUMENTS = "examples", "documents", "long_documents"
 _FILE = re.compile(
     rf"({_EXAMPLES}|{_DOCUMENTS}|{_LONG_DOCUMENTS})/([^/]+?)(?:-\d+-of-\d+|/\d+)?"
@@ -44,7 +44,7 @@ def find_tasks(files: Files) -> dict[str, Files]:
         return {}
     tasks = {}
     for task, parts in found.items():
-        for kind, end in ((_DOCUMENTS, ""), (_LONG_DOCUMENTS, LONG)):
+        for kind, end in ((_DOCUMENTS, ""), (_LONG_DOCUMENTS, LONG_SUFFIX)):
             if kind in parts:
                 if _EXAMPLES not in parts:
                     where = files.path(f"{_EXAMPLES}/{task}")
@@ -59,7 +59,7 @@ def task_name(files: Files) -> str:
     matches = [match for name in files.names if (match := _FILE.fullmatch(name))]
     if not any(match[1] == _EXAMPLES for match in matches):
         return ""
-    return matches[0][2] + (LONG if _is_long(files) else "")
+    return matches[0][2] + (LONG_SUFFIX if _is_long(files) else "")
 
 
 def is_examples(name: str) -> bool:

@@ -4,7 +4,7 @@ A store is a directory that `write_documents` fills in one pass over the documen
 whole. What it holds in memory does not grow with them: the operating system reads, and drops, pages
 of the files. Making it takes 40 bytes a document for a while.
 
-    documents.arrow   Arrow IPC: columns id and text, ROWS a batch, in the order they came in
+    documents.arrow   Arrow IPC: columns id and text, in batches, in the order they came in
     ids.npy           [2, documents] uint64: hashes of ids in rising order, and their rows
     sealed.json       written last: what the documents are of, and both files' sha256
 """
@@ -27,7 +27,7 @@ import numpy as np
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, write_json
 
-ROWS = 4096  # A batch: what lies in memory while a store is written.
+ROWS_AT_ONCE = 4096  # A batch: what lies in memory while a store is written.
 _FILES = ("documents.arrow", "ids.npy")
 _SEAL = "sealed.json"
 
@@ -38,7 +38,7 @@ class Column(Sequence[str]):
     """Ids or texts by row; a slice of them is another column. Each is read when it is asked for.
 
     Args:
-        batches: Arrow arrays of strings, `ROWS` in each but the last.
+        batches: Arrow arrays of strings, `ROWS_AT_ONCE` in each but the last.
         rows: Which of them the column has.
     """
 
@@ -52,7 +52,7 @@ class Column(Sequence[str]):
         rows = self._rows[at]
         if isinstance(rows, range):
             return Column(self._batches, rows)
-        return self._batches[rows // ROWS][rows % ROWS].as_py()
+        return self._batches[rows // ROWS_AT_ONCE][rows % ROWS_AT_ONCE].as_py()
 
     def __iter__(self) -> Iterator[str]:
         if self._rows.step != 1:
@@ -60,7 +60,7 @@ class Column(Sequence[str]):
             return
         row, stop = self._rows.start, self._rows.stop
         while row < stop:
-            batch, first = divmod(row, ROWS)
+            batch, first = divmod(row, ROWS_AT_ONCE)
             part = self._batches[batch].slice(first, stop - row)
             yield from part.to_pylist()
             row += len(part)
@@ -194,7 +194,7 @@ def write_documents(
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _SEAL).unlink(missing_ok=True)
         with pa.OSFile(str(parts[0]), "wb") as sink, pa.ipc.new_file(sink, schema) as file:
-            while batch := list(itertools.islice(rows, ROWS)):
+            while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
                 ids, texts = zip(*batch, strict=True)
                 hashes.extend(map(_hash, ids))
                 columns = [pa.array(column, pa.large_string()) for column in (ids, texts)]

@@ -21,7 +21,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.runtime.progress import Reporter
 
 HELD_OUT = ("dev", "test")
-TRAINING = ("retriever_train", "generator_train")
+TRAINING_PARTS = ("retriever_train", "generator_train")
 ID_LENGTH = 24  # Hex digits of a text's hash: 96 bits, so that no two texts share them.
 JACCARD = 0.5  # Similarity of word 5-grams above which a document is a near-duplicate.
 
@@ -54,7 +54,7 @@ def read_echo(
     documents = list({text for triple in held_out for text in triple.positives})
     queries: dict[str, str] = {}
     qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
-    ids: dict[str, dict[str, None]] = {part: {} for part in (*TRAINING, *HELD_OUT)}
+    ids: dict[str, dict[str, None]] = {part: {} for part in (*TRAINING_PARTS, *HELD_OUT)}
     rows: Counter[str] = Counter()
     left_out = 0
 
@@ -63,8 +63,8 @@ def read_echo(
         nonlocal left_out
         for part in ids:
             triples = _take(config, reporter, builder, prepared, part)
-            judged = qrels["train" if part in TRAINING else part]
-            flagged = _leaks(triples, known, documents) if part in TRAINING else _all(triples)
+            judged = qrels["train" if part in TRAINING_PARTS else part]
+            flagged = _leaks(triples, known, documents) if part in TRAINING_PARTS else _all(triples)
             for triple, drop in flagged:
                 rows[part] += 1
                 left_out += drop
@@ -90,7 +90,7 @@ def read_echo(
         "rows": {part: rows[part] for part in ids},
         "left_out": left_out,
     }
-    trained = (list(ids[part]) for part in TRAINING)
+    trained = (list(ids[part]) for part in TRAINING_PARTS)
     return TrainingData(Collection(name, corpus, queries, qrels), *trained, source)
 
 

@@ -12,7 +12,7 @@ from expandr_jax.data import bright
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files, list_files
 
-FAMILIES = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
+COLLECTION_GROUPS = ("cqadupstack",)  # Folders whose collections the field's tables report as one.
 _CORPUS = re.compile(r"(.*?/)??corpus(?:\.jsonl(?:\.gz)?|(?:/corpus)?/[^/]+\.parquet)")
 
 
@@ -21,7 +21,7 @@ def find_collections(path: str | os.PathLike) -> dict[str, Files]:
 
     Returns:
         Name -> files. BRIGHT's are named by their tasks, several others by their folders; those in
-        one of `FAMILIES`, which count as one set together, "cqadupstack/android" and so on.
+        one of `COLLECTION_GROUPS`, which count as one set, "cqadupstack/android" and so on.
 
     Raises:
         UserError: There is no such path or task, the archive cannot be read, or two have the same
@@ -43,7 +43,7 @@ def find_collections(path: str | os.PathLike) -> dict[str, Files]:
     found: dict[str, Files] = {}
     for folder in folders:
         *above, last = name, *Path(folder).parts
-        family = next((f for f in FAMILIES if above[-1].lower() == f), None)
+        family = next((f for f in COLLECTION_GROUPS if above[-1].lower() == f), None)
         label = f"{family}/{last}" if family else last
         if label in found:
             raise UserError(f"{path}: two of its collections are called {label!r}; rename one")
@@ -66,7 +66,7 @@ def _tasks(path: str | os.PathLike, tasks: dict[str, Files], chosen: str) -> dic
     if chosen not in ("", "long"):
         raise UserError(f"{path}: no task {chosen!r}; there are {', '.join(sorted(tasks))}")
     found = {name: files for name, files in tasks.items()
-             if name.endswith(bright.LONG) == bool(chosen)}  # fmt: skip
+             if name.endswith(bright.LONG_SUFFIX) == bool(chosen)}  # fmt: skip
     if not found:
         which = "long documents" if chosen else "documents"
         raise UserError(f"{path}: no {which}; there are {', '.join(sorted(tasks))}")

@@ -14,7 +14,7 @@ from expandr_jax.models.decoder import Decoder
 from expandr_jax.sharding import adapter_shardings, on_mesh
 from expandr_jax.weights.trees import model_shardings
 
-ROWS = PartitionSpec(("data", "fsdp"))
+ROW_SPEC = PartitionSpec(("data", "fsdp"))
 EVERYONE = PartitionSpec(("data", "fsdp", "tensor"))
 
 
@@ -79,14 +79,14 @@ def make_programs(shape: device.EngineShape) -> Programs:
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     heads = PartitionSpec(None, shape.heads_axis)
-    caches = PartitionSpec(*ROWS, shape.heads_axis)
-    slots = jax.tree.map(lambda x: caches if x.ndim == 4 else ROWS, jax.eval_shape(empty, None))
+    caches = PartitionSpec(*ROW_SPEC, shape.heads_axis)
+    slots = jax.tree.map(lambda x: caches if x.ndim == 4 else ROW_SPEC, jax.eval_shape(empty, None))
     prompts = device.Prefilled(heads, heads, PartitionSpec())
     split = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    insert = split(device.insert, in_specs=(slots, prompts, ROWS, ROWS), out_specs=slots)
+    insert = split(device.insert, in_specs=(slots, prompts, ROW_SPEC, ROW_SPEC), out_specs=slots)
     # Devices that share rows take a part of them each: every token is drawn once.
-    rows = EVERYONE if shape.slots % mesh.size == 0 else ROWS
-    sampler = _together(split(sample, in_specs=rows, out_specs=rows), shardings(ROWS))
+    rows = EVERYONE if shape.slots % mesh.size == 0 else ROW_SPEC
+    sampler = _together(split(sample, in_specs=rows, out_specs=rows), shardings(ROW_SPEC))
     decode = functools.partial(device.decode, shape, sampler)
     return Programs(
         jax.jit(empty, out_shardings=shardings(slots)),

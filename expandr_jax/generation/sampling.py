@@ -14,8 +14,8 @@ from expandr_jax.sharding import platform
 
 NEAR_TIE = 1e-4  # Probability, or relative difference of two probabilities.
 UNIT_BITS = 30
-CHUNK = 128  # Tokens summed together by the inverse CDF.
-LEAST_TEMPERATURE = 1e-30  # Colder draws are greedy already, and quotients stay finite.
+CDF_BLOCK = 128  # Tokens summed together by the inverse CDF.
+COLDEST = 1e-30  # Colder draws are greedy already, and quotients stay finite.
 MOST_TURNS = 64  # A bisection has no more; one between integers of 31 bits takes 35 or so at most.
 BROKEN = -1  # The token of a row that has none to draw.
 CPU_BLOCK = 2  # Rows handled at once, so that the passes over them stay in the cache.
@@ -54,7 +54,7 @@ def sample(
         `BROKEN` where a logit is NaN or +inf, or all are -inf: the model's weights are damaged.
     """
     batch, vocabulary = logits.shape
-    padding = -vocabulary % CHUNK
+    padding = -vocabulary % CDF_BLOCK
     if padding:
         logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     arguments = (logits, settings, bits)
@@ -92,7 +92,7 @@ def log_probability(logits: jax.Array, temperature: jax.Array, tokens: jax.Array
 
 
 def _divisor(temperature):
-    return jnp.where(temperature == 0, 1.0, jnp.maximum(temperature, LEAST_TEMPERATURE))
+    return jnp.where(temperature == 0, 1.0, jnp.maximum(temperature, COLDEST))
 
 
 def _sample(logits, settings, bits):
@@ -219,7 +219,7 @@ def _bisect(weigh, units, wanted, low, high):
 def _draw(kept, bits, cut, doubtful):
     """Inverts the CDF in two steps: the chunk, then the token in it."""
     batch, vocabulary = kept.shape
-    chunks = kept.reshape(batch, vocabulary // CHUNK, CHUNK)
+    chunks = kept.reshape(batch, vocabulary // CDF_BLOCK, CDF_BLOCK)
     ends = jnp.cumsum(jnp.sum(chunks, axis=2), axis=1)
     total = ends[:, -1]
     point = _scale_bits(bits, total)
@@ -235,7 +235,7 @@ def _draw(kept, bits, cut, doubtful):
     reach = (NEAR_TIE * total).astype(jnp.int32) + doubtful
     near = ((point - before < reach) & (before > 0)) | ((after - point <= reach) & (after < total))
     near |= (doubtful > 0) & (jnp.abs(mine - cut) <= _tolerance(cut))
-    return (chunk * CHUNK + number).astype(jnp.int32), near
+    return (chunk * CDF_BLOCK + number).astype(jnp.int32), near
 
 
 def _scale_bits(bits, total):

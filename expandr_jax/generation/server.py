@@ -35,7 +35,7 @@ _TOO_LONG = re.compile(
     r"|inputs`? .*must (?:be <=|have less)",
     re.IGNORECASE,
 )
-SHOWN = 200  # Characters of a server's complaint.
+SHOWN_CHARACTERS = 200  # Characters of a server's complaint.
 
 
 class _Failure(Exception):
@@ -276,4 +276,4 @@ class ServerEngine:
     def _shown(self, content: bytes) -> str:
         """The beginning of what the server says, on one line and without the key."""
         text = " ".join(content.decode(errors="replace").split())
-        return (text.replace(self._key, "***") if self._key else text)[:SHOWN]
+        return (text.replace(self._key, "***") if self._key else text)[:SHOWN_CHARACTERS]

@@ -22,8 +22,7 @@ from expandr_jax.data.batches import bucket_length, encoding_lengths, pad
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.bert import Bert, BertConfig
-from expandr_jax.models.encoder import ACTIVATIONS as FUNCTIONS
-from expandr_jax.models.encoder import Encoder, HeadLayer, LayerNorm
+from expandr_jax.models.encoder import ACTIVATIONS, Encoder, HeadLayer, LayerNorm
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.models.modernbert import ModernBert, ModernBertConfig
 from expandr_jax.models.pooling import pool
@@ -32,7 +31,7 @@ from expandr_jax.models.token_ids import check_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
+SCORE_ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
 
 class PairClassifier(Encoder):
@@ -100,7 +99,9 @@ class ModernPairClassifier(Encoder):
         hidden = encoder(input_ids, attention_mask, deterministic=deterministic)
         x = pool(hidden, attention_mask, self.pooling)
         x = HeadLayer(cfg.hidden_size, self.use_bias, name="pooler")(x)
-        x = LayerNorm(cfg.norm_eps, cfg.norm_bias, name="head_norm")(FUNCTIONS[self.activation](x))
+        x = LayerNorm(cfg.norm_eps, cfg.norm_bias, name="head_norm")(
+            ACTIVATIONS[self.activation](x)
+        )
         x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
         return HeadLayer(1, axis="norm", name="classifier")(x)[:, 0]
 
@@ -113,7 +114,7 @@ class CrossEncoder:
         module: The encoder with its head.
         tokenizer: Text to ids.
         max_length: Most tokens of a pair, special ones included.
-        activation: A key of `ACTIVATIONS`, applied to the logits.
+        activation: A key of `SCORE_ACTIVATIONS`, applied to the logits.
         files: The `ModelFiles` that it is from: an export keeps what its config.json says.
     """
 
@@ -180,7 +181,7 @@ class CrossEncoder:
             ids, mask = pad([tokens[i][0] for i in filled], self.tokenizer.pad_token_id, length)
             types, _ = pad([tokens[i][1] for i in filled], 0, length)
             logits = pair_logits(self.module, params, ids, mask, types)
-            result[part] = np.asarray(ACTIVATIONS[self.activation](logits))[: len(part)]
+            result[part] = np.asarray(SCORE_ACTIVATIONS[self.activation](logits))[: len(part)]
         if not np.isfinite(result).all():
             raise NotFiniteError(
                 f"the score of {query[:60]!r} and a document is not finite; the weights of the "

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from expandr_jax.files.records import hash_json
 
 # Words, cases, accents, digits, spaces, lines, another script: what tokenizers treat differently.
-PROBES = ("Naïve CAFÉ  state-of-the-art", "x = 3.14159 # 1,000\n\treturn", "検索 поиск 🔍", "")
+PROBE_TEXTS = ("Naïve CAFÉ  state-of-the-art", "x = 3.14159 # 1,000\n\treturn", "検索 поиск 🔍", "")
 _WORDS = 1000  # Words of a vocabulary, by which a tokenizer is told from others.
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
     """sha256 over its vocabulary, what it makes of some texts, and its chat template."""
-    ids = [[int(i) for i in tokenizer([text])["input_ids"][0]] for text in PROBES]
+    ids = [[int(i) for i in tokenizer([text])["input_ids"][0]] for text in PROBE_TEXTS]
     vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     template = getattr(tokenizer, "chat_template", None)
     return hash_json([sorted(vocabulary.items()), ids, template])

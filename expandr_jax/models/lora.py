@@ -70,7 +70,7 @@ class Projection(nn.Module):
         use_bias: Adds a bias.
         dtype: Compute type; parameters keep theirs.
         lora: Scale and dropout of the update; which projections have one is decided by the tree.
-        quantized: One of `quantized.FORMS`, for a W that is not trained; "": as numbers.
+        quantized: One of `QUANTIZED_TYPES`, for a W that is not trained; "": as numbers.
     """
 
     features: int

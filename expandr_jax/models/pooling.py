@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-BLOCK = 8  # Tokens at a text's end that a block has (LLaRA, arXiv 2312.15503).
+BLOCK_TOKENS = 8  # Tokens at a text's end that a block has (LLaRA, arXiv 2312.15503).
 # "decoder" is for encoder-decoders: their only output is the decoder's first position; "splade" for
 # `SpladeEncoder`, which pools by itself.
 Pooling = Literal["mean", "cls", "last", "decoder", "splade", "block"]
@@ -21,7 +21,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         hidden: [batch, length, width].
         mask: [batch, length], 1 for real tokens.
         kind: "mean" of the real tokens, "cls" for the first of them, "last" for the last, "block"
-            for the mean of the last `BLOCK`;
+            for the mean of the last `BLOCK_TOKENS`;
             "decoder" for `hidden` of length one, which the mask does not concern; "splade" for
             what is [batch, width] already.
 
@@ -39,7 +39,7 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         weights = (mask > 0).astype(jnp.float32)
         if kind == "block":
             left = jnp.cumsum(weights[:, ::-1], axis=1)[:, ::-1]  # Real tokens from here on.
-            weights = weights * (left <= BLOCK)
+            weights = weights * (left <= BLOCK_TOKENS)
         total = jnp.einsum("btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32)
         return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     if kind == "cls":

@@ -1,10 +1,10 @@
 """Frozen weights in 8 or 4 bits: how they are kept, and products with them.
 
-In "int8" a weight is a whole number times a scale for each output. In "int4" and "nf4" each `BLOCK`
-inputs of an output share a scale: the number is one of 15 steps of equal width, or one of NF4's 16
-levels (QLoRA, Dettmers et al., arXiv 2305.14314), which lie closer together where a normal
-distribution has more weights. Two of them are a byte. With their scales in float32 they take 4.5
-bits a weight.
+In "int8" a weight is a whole number times a scale for each output. In "int4" and "nf4" each
+`BLOCK_SIZE` inputs of an output share a scale: the number is one of 15 steps of equal width, or one
+of NF4's 16 levels (QLoRA, Dettmers et al., arXiv 2305.14314), which lie closer together where a
+normal distribution has more weights. Two of them are a byte. With their scales in float32 they take
+4.5 bits a weight.
 
 qwix (0.1.8) has all three, and is what tests compare with. It is not used here: its numbers of 4
 bits take a byte each on the host and on CPUs, its product in int8 writes all of W out in float32
@@ -25,8 +25,8 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 
-FORMS = ("int8", "int4", "nf4")
-BLOCK = 64  # Inputs that share a scale, as in QLoRA.
+QUANTIZED_TYPES = ("int8", "int4", "nf4")
+BLOCK_SIZE = 64  # Inputs that share a scale, as in QLoRA.
 # Appendix E of QLoRA: quantiles of a normal distribution, brought to -1 .. 1, with a 0 among them.
 NF4 = np.array(
     [
@@ -43,8 +43,8 @@ _MIDDLE, _GREATEST = 8, 7  # What stands for 0 in int4, and the most steps eithe
 
 
 def block_of(inputs: int) -> int:
-    """How many of so many inputs share a scale in 4 bits: `BLOCK`, or as many as divide them."""
-    return math.gcd(inputs, BLOCK)
+    """How many of `inputs` share a scale in 4 bits: `BLOCK_SIZE`, or as many as divide them."""
+    return math.gcd(inputs, BLOCK_SIZE)
 
 
 def kept_in(module: nn.Module, weights: str, where: str) -> tuple[nn.Module, Any]:
@@ -52,13 +52,13 @@ def kept_in(module: nn.Module, weights: str, where: str) -> tuple[nn.Module, Any
 
     Args:
         module: As it is with weights of a floating type.
-        weights: One of `FORMS`, or a floating type.
+        weights: One of `QUANTIZED_TYPES`, or a floating type.
         where: What errors are of.
 
     Raises:
         UserError: The module cannot have its weights in this form.
     """
-    if weights not in FORMS:
+    if weights not in QUANTIZED_TYPES:
         return module, jnp.dtype(weights)
     config = module.config
     if not hasattr(config, "quantized"):

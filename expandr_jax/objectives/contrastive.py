@@ -29,7 +29,7 @@ from expandr_jax.losses.contrastive import (
     same_text,
 )
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.llm_ql import READ, query_losses
+from expandr_jax.objectives.llm_ql import LIKELIHOOD_ARRAYS, query_losses
 from expandr_jax.objectives.trained import (
     Frozen,
     joined,
@@ -190,7 +190,7 @@ def _read(
     """What query likelihood reads of a batch, words uncorrupted where none are, and its key."""
     rows = {"corrupted_ids": batch["positive_ids"], **batch}
     key = None if key is None else jax.random.fold_in(key, len(TOWERS))
-    return {name: rows[name] for name in READ}, key
+    return {name: rows[name] for name in LIKELIHOOD_ARRAYS}, key
 
 
 def _likelihood(

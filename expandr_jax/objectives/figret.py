@@ -17,7 +17,7 @@ import numpy as np
 
 from expandr_jax.data.triples import Triple
 
-ASKED = ("figret-easier", "figret-half", "figret-noise")  # Names in `PROMPTS`.
+PASSAGE_PROMPTS = ("figret-easier", "figret-half", "figret-noise")  # Names in `PROMPTS`.
 
 
 def failed_queries(found: np.ndarray, relevant: Sequence[Collection[int]], rank: int) -> list[int]:
@@ -37,8 +37,8 @@ def easier_triples(own: Triple, written: Sequence[str]) -> dict[str, Triple]:
 
     Args:
         own: The query with its relevant documents, and wrong ones as negatives, if it has any.
-        written: The text of each of `ASKED`; "" where the generator said nothing. A triple that
-            needs such a one, or would have the same text twice, is left out.
+        written: The text of each of `PASSAGE_PROMPTS`; "" where the generator wrote nothing. A
+            triple that needs such a text, or would have the same one twice, is left out.
     """
     easier, *worse = written
     found = {}

@@ -2,8 +2,8 @@
 
 Behind a passage stand two blocks, which see the passage and themselves and not each other. The
 first is to foretell the passage's own words, the second those of the passage that follows it: these
-blocks are what step A then reads passages and queries by (`pooling.BLOCK`). The released code adds
-the usual loss of the next token, which is left out here.
+blocks are what step A then reads passages and queries by (`pooling.BLOCK_TOKENS`). The released
+code adds the usual loss of the next token, which is left out here.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from jax.sharding import Mesh
 from expandr_jax.data.batches import batch_indices, pad
 from expandr_jax.losses.language import bag_of_words_loss
 from expandr_jax.models.mask import Mask
-from expandr_jax.models.pooling import BLOCK
+from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.trained import Frozen, joined, shardings_of, with_frozen_base
 from expandr_jax.settings import MANY, count, number
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 
-TEXTS = ("own", "next")  # Whose words each block foretells.
+FORETOLD = ("own", "next")  # Whose words each block foretells.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def pair_arrays(
     }
     arrays = {name: pad(*part)[0] for name, part in parts.items()}
     ends = np.array([[len(ids) + sizes[0], len(ids) + sum(sizes)] for ids in passages])
-    places = ends[..., None] + np.arange(-BLOCK, 0)
+    places = ends[..., None] + np.arange(-BLOCK_TOKENS, 0)
     arrays["places"] = places.reshape(len(passages), -1).astype(np.int32)
     arrays["words"], given = pad(words, 0)
     return arrays | {"given": given > 0}
@@ -125,8 +125,8 @@ class LlaraBatches:
 
         Of the arrays "tokens", "positions" and "segments" are [rows, length] int32: a passage, 1,
         the first block, 2, and the second, 3, which is where it would be without the first; 0 is
-        padding. "places" [rows, 2 * BLOCK] are those of the blocks' own tokens, "words" and "given"
-        [2 * rows, count] the words of passages and of what follows, a pair's side by side.
+        padding. "places" [rows, 2 * BLOCK_TOKENS] are those of the blocks' own tokens, "words" and
+        "given" [2 * rows, count] the words of passages and of what follows, a pair's side by side.
         """
         retriever = self.retriever
         pairs = [self.pairs[i] for i in self.indices(number)]
@@ -155,7 +155,7 @@ def llara_losses(
     retriever: Retriever,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`bag_of_words_loss` of both blocks: [rows, 2] float32, as `TEXTS` has them.
+    """`bag_of_words_loss` of both blocks: [rows, 2] float32, as `FORETOLD` has them.
 
     Args:
         params: As of `Retriever.embed`, with the head.
@@ -168,7 +168,7 @@ def llara_losses(
     hidden = retriever.states(params, *inputs, dropout_key=dropout_key)
     states = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
     shape = len(states), 2, -1
-    logits = retriever.logits(params, states).reshape(*shape[:2], BLOCK, -1)
+    logits = retriever.logits(params, states).reshape(*shape[:2], BLOCK_TOKENS, -1)
     return bag_of_words_loss(logits, batch["words"].reshape(shape), batch["given"].reshape(shape))
 
 
@@ -191,7 +191,7 @@ def llara_step(
 
     (loss, means), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    metrics |= {f"{text}_words": mean for text, mean in zip(TEXTS, means, strict=True)}
+    metrics |= {f"{text}_words": mean for text, mean in zip(FORETOLD, means, strict=True)}
     return state.apply(grads, optimizer), metrics
 
 

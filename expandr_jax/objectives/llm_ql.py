@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from expandr_jax.objectives.settings import ContrastiveSettings
 
 # Arrays of a batch that it needs, with a row a query.
-READ = ("corrupted_ids", "positive_mask", "query_ids", "query_mask")
+LIKELIHOOD_ARRAYS = ("corrupted_ids", "positive_mask", "query_ids", "query_mask")
 _BLANK = "_"
 
 
@@ -115,8 +115,8 @@ def query_losses(
 
     Args:
         params: As of `Retriever.embed`.
-        batch: `READ`, from `make_batch` and `Corruption`: a query's tokens are those that it is
-            read by, its prompt and its own end token among them.
+        batch: `LIKELIHOOD_ARRAYS`, from `make_batch` and `Corruption`: a query's tokens are those
+            that it is read by, its prompt and its own end token among them.
         retriever: A causal decoder.
         blocked: As of `likelihood_mask`.
         dropout_key: Turns dropout on.

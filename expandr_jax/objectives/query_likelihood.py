@@ -25,14 +25,14 @@ from expandr_jax.objectives.packing import Example, RowSize, pack
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.sharding import batch_divisor, batch_sharding, device_put, on_mesh, replicated
 
-PROMPT = Prompt(
+LIKELIHOOD_PROMPT = Prompt(
     "Write a query for a search engine that the following passage answers.\n"
     "Passage: {document}\nQuery:",
     "UPR's request, arXiv 2204.07496, in words of our own",
 )
 LEAST_LENGTH, SHORT_QUERY = 64, 16  # Tokens of the shortest rows, and of queries of most rows.
 CHARACTERS_A_TOKEN = 16  # A passage of more is cut before it is looked at.
-CHUNK = 256  # Query tokens whose logits are in memory at once.
+TOKENS_AT_ONCE = 256  # Query tokens whose logits are in memory at once.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,9 @@ class QueryLikelihood:
         lengths = [n for n in TRAINING_LENGTHS if LEAST_LENGTH <= n < longest] + [longest]
         widths = sorted({min(SHORT_QUERY, settings.query_length), settings.query_length})
         self.sizes: list[RowSize] = [(n, width) for n in lengths for width in widths]
-        scored = functools.partial(response_log_probs, generator.module, responses=1, chunk=CHUNK)
+        scored = functools.partial(
+            response_log_probs, generator.module, responses=1, chunk=TOKENS_AT_ONCE
+        )
         self._program = jax.jit(
             on_mesh(mesh, scored),
             in_shardings=({"params": model.base_shardings}, batch_sharding(mesh)),
@@ -104,7 +106,9 @@ class QueryLikelihood:
     def _prompt(self, passage: str) -> tuple[list[int], bool]:
         """The ids of what is asked of a passage, and whether they show all of it."""
         most = CHARACTERS_A_TOKEN * self._settings.prompt_length
-        message = fitted_message(PROMPT, passage, most, lambda text: not self._chat(text)[1])
+        message = fitted_message(
+            LIKELIHOOD_PROMPT, passage, most, lambda text: not self._chat(text)[1]
+        )
         ids, cut = self._chat(message)
         return ids, not cut and " ".join(passage.split()) in message
 

@@ -22,7 +22,7 @@ from expandr_jax.objectives.policy import Sampled, row_sizes_of
 from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.rewards.group import Candidate, Group
 
-PROBES = 12  # Queries that are looked at before, midway and after.
+PROBE_QUERIES = 12  # Queries that are looked at before, midway and after.
 
 # Groups without rewards to the same with rewards, and seconds by what they were spent on. All
 # processes of a run call it together, each with all groups.
@@ -135,7 +135,7 @@ class Rollouts:
         """
         self._engine.use(adapter)
         order = np.random.default_rng(self._sampler.seed).permutation(len(self._ids))
-        names = [self._ids[i] for i in sorted(order[:PROBES])]
+        names = [self._ids[i] for i in sorted(order[:PROBE_QUERIES])]
         if self._beside:
             names = self._with_documents(names, self._beside.step)
         return self._rewarded(names, "probe", collections.Counter(), samples=1)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from expandr_jax.objectives.settings import GrpoSettings
 
-START = 5  # Steps at the beginning whose mean is what later ones are compared with.
+FIRST_STEPS = 5  # Steps at the beginning whose mean is what later ones are compared with.
 # Metrics of a step that the watch looks at.
 WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation")
 
@@ -21,9 +21,9 @@ def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None
         settings: The config's section `grpo`.
     """
     last = rows[-settings.watch_steps :]
-    if len(rows) < START + settings.watch_steps:
+    if len(rows) < FIRST_STEPS + settings.watch_steps:
         return None
-    start = {name: sum(row[name] for row in rows[:START]) / START for name in WATCHED}
+    start = {name: sum(row[name] for row in rows[:FIRST_STEPS]) / FIRST_STEPS for name in WATCHED}
     low, high = (bound * start["entropy"] for bound in settings.watch_entropy)
     repetitive = start["repetitive"] + settings.watch_repetitive
     reward = start["reward"] - settings.watch_reward * start["reward_deviation"]

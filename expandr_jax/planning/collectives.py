@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8,
           "f64": 8}  # fmt: skip
 # A computation: whether it is the first to run, its name, its lines.
@@ -17,7 +17,7 @@ _HEADER = r"^(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$\n"
 _COMPUTATION = re.compile(
     _HEADER + r"((?:^(?!ENTRY |%?[\w.\-]+\s*\(.*\{\s*$).*\n?)*)", re.MULTILINE
 )
-_COLLECTIVE = re.compile(rf"=\s*(.*?)\s({'|'.join(KINDS)}|ragged-all-to-all)(-start)?\(")
+_COLLECTIVE = re.compile(rf"=\s*(.*?)\s({'|'.join(COLLECTIVES)}|ragged-all-to-all)(-start)?\(")
 _CALLED = re.compile(
     r"(body|to_apply|calls|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
 )
@@ -83,7 +83,7 @@ def count_collectives(hlo: str) -> dict[str, Collectives]:
                 turns = min(times[name], counted[key][2] if key in counted else times[name])
                 counted[key] = kind, _size(types, kind, bool(started), line), turns
     totals = {}
-    for kind in KINDS:
+    for kind in COLLECTIVES:
         own = [(size, turns) for known, size, turns in counted.values() if known == kind]
         if own:
             totals[kind] = Collectives(

@@ -18,11 +18,10 @@ from rich.console import Console
 from expandr_jax.config import Config
 from expandr_jax.mining import QUERIES_AT_ONCE
 from expandr_jax.objectives.contrastive_batches import TRIPLES_AT_ONCE
-from expandr_jax.objectives.figret import ASKED
+from expandr_jax.objectives.figret import PASSAGE_PROMPTS
 from expandr_jax.planning.planned import LENGTH, of_retriever_alone
 from expandr_jax.planning.planned_encoding import sparse_encoding
-from expandr_jax.planning.planned_generator import PLACE as PLACE_IN_ORDER
-from expandr_jax.planning.planned_generator import GeneratorShapes
+from expandr_jax.planning.planned_generator import RANK_TOKENS, GeneratorShapes
 from expandr_jax.planning.planned_retriever import WORD, RetrieverShapes
 from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
@@ -38,23 +37,23 @@ from expandr_jax.ranking.systems import (
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.rewards.search import BLOCK_ROWS, BLOCKS
 from expandr_jax.runtime.chips import GIB
-from expandr_jax.vectors.encoder import BLOCK
-from expandr_jax.vectors.sparse import TEXTS as SPARSE_TEXTS
+from expandr_jax.vectors.encoder import TEXTS_AT_ONCE
+from expandr_jax.vectors.sparse import SPARSE_TEXTS
 from expandr_jax.vectors.stored import storage_type
 
 # Bytes.
-START = GIB  # What a process begins with: libraries, and the programs that it has compiled.
-TOKEN = 5  # A token as text.
+PROCESS_BYTES = GIB  # What a process begins with: libraries, and the programs that it has compiled.
+TOKEN_BYTES = 5  # A token as text.
 NUMBER = 36  # A token's number in a list.
 ENTRY = 300  # A text beside its letters, with its id and its place in a mapping.
 LINE = 200  # A line of JSON beside its text.
 INDEX = 80  # A text in a journal, while it is put in order.
-PLACE = 40  # A document, while its store is written.
+DOCUMENT_BYTES = 40  # A document, while its store is written.
 FOUND = 60  # A line of a ranking, and half of what it is in memory.
 TERMS = 256  # Components of a text in a sparse index, about.
-FILES = 16  # In a checkpoint, for each process.
+CHECKPOINT_FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
-SECONDS = {
+CORE_SECONDS = {
     "document read": 0.03, "text encoded": 0.35, "text sampled": 0.06, "example": 1.1,
     "candidate rewarded": 0.03, "query ranked": 0.23, "MB exported": 0.71,
 }  # fmt: skip
@@ -111,8 +110,8 @@ class _Stages:
 
     def add_sampled(self, stage: str, texts: int, tokens: int, copies: int = 1) -> None:
         """A stage whose texts are divided, and end in a journal; `copies`: files with all."""
-        size = texts * (tokens * TOKEN + LINE)
-        seconds = SECONDS["text sampled"] * texts / self.hosts / 1000
+        size = texts * (tokens * TOKEN_BYTES + LINE)
+        seconds = CORE_SECONDS["text sampled"] * texts / self.hosts / 1000
         self.add(stage, memory=INDEX * texts, disk=copies * size, files=copies, network=size,
                  seconds=seconds)  # fmt: skip
 
@@ -136,7 +135,7 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     generator, longest = GeneratorShapes(config, topology), config.retriever.max_length
     base, encoder = _bytes(generator.params), _bytes(retriever.params)
     width, turns = retriever.width, len(TURNS) if config.figret.rank else 0
-    document, query = longest * TOKEN, config.dpo.prompt_length * TOKEN
+    document, query = longest * TOKEN_BYTES, config.dpo.prompt_length * TOKEN_BYTES
     systems = parse_systems(config.evaluation.systems)
     named = set[str]().union(*(s.retrievers for s in systems))
     baselines = named & {"fine-tuned", ALL_LABELS}
@@ -144,22 +143,23 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     encoded = trained + turns + bool(config.mining.per_query or UNTRAINED in named)
     all_queries = sum(dataclasses.astuple(counts)[1:])
     # Queries and judgements, every retriever, and where devices share the base, all of it, too.
-    held = START + all_queries * (query + 2 * ENTRY) + (1 + trained + turns) * encoder
+    held = PROCESS_BYTES + all_queries * (query + 2 * ENTRY) + (1 + trained + turns) * encoder
     stages = _Stages(held + (base if hosts > 1 else 0), hosts, memory)
     texts = counts.documents * document
     written = all_queries * (query + 2 * LINE)
     stages.add(
-        "data", memory=counts.documents * PLACE + all_queries * ENTRY, disk=2 * texts + written,
-        files=9, network=written, seconds=SECONDS["document read"] * counts.documents / 1000,
+        "data", memory=counts.documents * DOCUMENT_BYTES + all_queries * ENTRY,
+        disk=2 * texts + written, files=9, network=written,
+        seconds=CORE_SECONDS["document read"] * counts.documents / 1000,
     )  # fmt: skip
     stages.add("models", memory=_largest(generator.params), network=base + encoder)
     kind, shape = storage_type(config.retriever.vectors, width)
     vectors = counts.documents * kind.itemsize * math.prod(shape)
     stages.add(
         f"corpus, encoded {encoded} times",
-        memory=BLOCK * (document + longest * NUMBER + 3 * 4 * width),
+        memory=TEXTS_AT_ONCE * (document + longest * NUMBER + 3 * 4 * width),
         disk=encoded * vectors, files=2 * encoded, network=encoded * (texts / hosts + vectors),
-        seconds=encoded * SECONDS["text encoded"] * counts.documents / hosts / 1000,
+        seconds=encoded * CORE_SECONDS["text encoded"] * counts.documents / hosts / 1000,
     )  # fmt: skip
     new, samples = config.expansion.max_new_tokens, config.expansion.train_samples
     expanded = config.rounds * counts.retriever_train * samples
@@ -175,10 +175,10 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
         stages.add(
             "queries that fail", memory=min(rows, QUERIES_AT_ONCE) * found, files=1,
             disk=failed * (query + each * document),
-            seconds=SECONDS["text encoded"] * rows / hosts / 1000,
+            seconds=CORE_SECONDS["text encoded"] * rows / hosts / 1000,
         )  # fmt: skip
-        stages.add_sampled("easier passages", len(ASKED) * failed, new)
-        triples = (1 + len(ASKED)) * failed
+        stages.add_sampled("easier passages", len(PASSAGE_PROMPTS) * failed, new)
+        triples = (1 + len(PASSAGE_PROMPTS)) * failed
         each = 1 + max(1, config.contrastive.negatives)
         _add_training(stages, "FiGRet", config, retriever, turns, triples, each)
     asked = (counts.dev + counts.test) * max(config.evaluation.samples)
@@ -190,12 +190,12 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     stages.add(
         "evaluation", memory=2 * FOUND * ranked + 3 * 4 * width * (queries + asked),
         disk=FOUND * ranked, files=systems + 6, network=4 * width * systems * (queries + asked),
-        seconds=SECONDS["query ranked"] * systems * queries / 1000,
+        seconds=CORE_SECONDS["query ranked"] * systems * queries / 1000,
     )  # fmt: skip
     size = jnp.dtype(config.export.dtype).itemsize
     exported = _bytes(generator.params, size) + (1 + bool(turns)) * _bytes(retriever.params, size)
     stages.add("export", memory=3 * _largest(generator.params), disk=exported, files=30,
-               seconds=SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
+               seconds=CORE_SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
     return stages.rows
 
 
@@ -203,36 +203,37 @@ def _of_retriever(
     config: Config, counts: Counts, retriever: RetrieverShapes, hosts: int, memory: float
 ) -> list[HostRow]:
     """The rows of a run that trains a retriever and nothing else."""
-    document, query = config.retriever.max_length * TOKEN, config.dpo.prompt_length * TOKEN
+    document = config.retriever.max_length * TOKEN_BYTES
+    query = config.dpo.prompt_length * TOKEN_BYTES
     encoder, triples = _bytes(retriever.params), counts.retriever_train
     each = 1 + config.contrastive.negatives
     texts = triples * (query + ENTRY + each * (document + ENTRY))
-    held, size = START + texts + 2 * encoder, jnp.dtype(config.export.dtype).itemsize
+    held, size = PROCESS_BYTES + texts + 2 * encoder, jnp.dtype(config.export.dtype).itemsize
     if config.data.dev:
         held += counts.documents * (document + ENTRY)
     stages = _Stages(held, hosts, memory)
-    stages.add("data", files=1, seconds=SECONDS["document read"] * (1 + each) * triples / 1000)
+    stages.add("data", files=1, seconds=CORE_SECONDS["document read"] * (1 + each) * triples / 1000)
     stages.add("models", memory=_largest(retriever.params), network=encoder)
     if config.llara.epochs:
         words = config.llara.passage_words * WORD
         pairs = triples * each * max(1, config.retriever.max_length // words - 1)
         pairs = min(pairs, config.llara.pairs or math.inf)
-        state, pair = 3 * _bytes(retriever.trained), 2 * (words * TOKEN + ENTRY)
+        state, pair = 3 * _bytes(retriever.trained), 2 * (words * TOKEN_BYTES + ENTRY)
         stages.add(
             "LLaRA", memory=pairs * pair + 2 * state / hosts, disk=2 * state,
-            files=2 * FILES * hosts, network=encoder,
-            seconds=SECONDS["example"] * config.llara.epochs * pairs * words / LENGTH / 1000,
+            files=2 * CHECKPOINT_FILES * hosts, network=encoder,
+            seconds=CORE_SECONDS["example"] * config.llara.epochs * pairs * words / LENGTH / 1000,
         )  # fmt: skip
     _add_training(stages, "step A", config, retriever, 1, triples, each)
     if config.data.dev:
         kept = 8 * TERMS if retriever.retriever.pooling == SPLADE else 4 * retriever.width
         stages.add(
             "each evaluation on dev", memory=counts.documents * kept,
-            seconds=SECONDS["text encoded"] * counts.documents / 1000,
+            seconds=CORE_SECONDS["text encoded"] * counts.documents / 1000,
         )  # fmt: skip
     exported = _bytes(retriever.params, size)
     stages.add("export", memory=3 * _largest(retriever.params), disk=exported, files=12,
-               seconds=SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
+               seconds=CORE_SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
     return stages.rows
 
 
@@ -246,7 +247,7 @@ def _add_training(
     batches. `samples` of the texts are expansions.
     """
     longest, hosts = config.retriever.max_length, stages.hosts
-    document, query = longest * TOKEN, config.dpo.prompt_length * TOKEN
+    document, query = longest * TOKEN_BYTES, config.dpo.prompt_length * TOKEN_BYTES
     example = (1 + each) * ENTRY + query + each * (document + longest * NUMBER)
     batch = config.contrastive.batch_size * (1 + each) * longest * 8 / hosts
     made = TRIPLES_AT_ONCE * example + examples * (ENTRY + samples * INDEX)
@@ -254,9 +255,9 @@ def _add_training(
     stages.add(
         f"{name}, {times} training{'s' * (times > 1)}",
         memory=made + 2 * batch + 2 * state / hosts,
-        disk=times * kept * state, files=times * kept * FILES * hosts,
+        disk=times * kept * state, files=times * kept * CHECKPOINT_FILES * hosts,
         network=times * _bytes(retriever.params),
-        seconds=times * SECONDS["example"] * examples / 1000,
+        seconds=times * CORE_SECONDS["example"] * examples / 1000,
     )  # fmt: skip
 
 
@@ -271,25 +272,25 @@ def _add_ranking(
         queries, depth = counts.test, max(section.depth, *section.depths, 0)
         queries += counts.dev if section.depths else 0
         texts = lists * queries * len(windows(depth, section.window, section.stride))
-        prompt = max(config.generator.prompt_buckets) * TOKEN
+        prompt = max(config.generator.prompt_buckets) * TOKEN_BYTES
         stages.add(
             "orders of passages", memory=queries * (prompt + ENTRY) + INDEX * texts, files=1,
-            disk=texts * (PLACE_IN_ORDER * section.window * TOKEN + LINE),
-            seconds=SECONDS["text sampled"] * texts / 1000,
+            disk=texts * (RANK_TOKENS * section.window * TOKEN_BYTES + LINE),
+            seconds=CORE_SECONDS["text sampled"] * texts / 1000,
         )  # fmt: skip
     if any(SPLADE in part.retrievers for part in parts.values()):
         wide = sparse_encoding(config, topology).module.config.vocab_size
         stages.add(
             "sparse index", memory=4 * wide * SPARSE_TEXTS, files=4,
             disk=8 * TERMS * counts.documents,
-            seconds=SECONDS["text encoded"] * counts.documents / 1000,
+            seconds=CORE_SECONDS["text encoded"] * counts.documents / 1000,
         )  # fmt: skip
 
 
 def _saved(config: Config, generator: GeneratorShapes) -> tuple[int, dict[str, int]]:
     """Bytes of step B's state, and what its checkpoints take, of all rounds together."""
     state, number = 3 * _bytes(generator.adapter), config.rounds * (config.keep + 1)
-    return state, {"disk": number * state, "files": number * FILES}
+    return state, {"disk": number * state, "files": number * CHECKPOINT_FILES}
 
 
 def _add_on_policy(
@@ -298,7 +299,7 @@ def _add_on_policy(
     """The row of a step B that samples in its steps, of all rounds together."""
     settings, (state, saved) = config.learned, _saved(config, generator)
     new = settings.max_new_tokens
-    step = settings.texts * (new * TOKEN + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
+    step = settings.texts * (new * TOKEN_BYTES + ENTRY + 2 * new * NUMBER + 6 * 4 * width)
     name, network = config.step_b_kind.phase, settings.steps * step
     stages.add(name, memory=step + 2 * state, network=network, **saved)
 
@@ -308,7 +309,7 @@ def _add_from_files(
 ) -> None:
     """The rows of a step B that learns from files, of all rounds together."""
     new, (state, saved) = config.rewarded.max_new_tokens, _saved(config, generator)
-    text = new * TOKEN
+    text = new * TOKEN_BYTES
     asked, number = counts.generator_train, len(config.candidates.all_temperatures)
     texts = config.rounds * asked * number
     stages.add_sampled("candidates", texts, new)
@@ -321,13 +322,13 @@ def _add_from_files(
         "rewards", memory=block + INDEX * texts / config.rounds,
         disk=lines + config.rounds * asked * 2 * (text + LINE), files=2 * config.rounds,
         network=config.rounds * asked * (number + 2) * 4 * width,
-        seconds=(SECONDS["candidate rewarded"] + SECONDS["text encoded"] / stages.hosts)
+        seconds=(CORE_SECONDS["candidate rewarded"] + CORE_SECONDS["text encoded"] / stages.hosts)
         * texts / 1000,
     )  # fmt: skip
     prompt, response = config.dpo.prompt_length, config.dpo.response_length
-    pair = 3 * ENTRY + (prompt + 2 * response) * (TOKEN + 4)
+    pair = 3 * ENTRY + (prompt + 2 * response) * (TOKEN_BYTES + 4)
     stages.add("step B's training", memory=asked * pair + 2 * state,
-               seconds=SECONDS["example"] * config.rounds * asked / 1000, **saved)  # fmt: skip
+               seconds=CORE_SECONDS["example"] * config.rounds * asked / 1000, **saved)  # fmt: skip
 
 
 def _bytes(tree: Any, itemsize: int | None = None) -> int:

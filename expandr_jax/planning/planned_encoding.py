@@ -32,7 +32,7 @@ from expandr_jax.sharding import (
 )
 from expandr_jax.vectors.encoder import TOKENS_PER_BATCH, embedder
 from expandr_jax.weights.families import family_of, find_family, model_config
-from expandr_jax.weights.sparse_encoder import KNOWN, SPLADE
+from expandr_jax.weights.sparse_encoder import SPARSE_MODEL_TYPES, SPLADE
 
 
 def sparse_encoding(config: Config, topology: Topology) -> Planned:
@@ -85,7 +85,7 @@ def sparse_module(module: nn.Module) -> nn.Module:
     """The sparse encoder of an encoder's shape."""
     head = family_of(module).masked_head
     if head is None:
-        kind, known = type(module).__name__, ", ".join(KNOWN)
+        kind, known = type(module).__name__, ", ".join(SPARSE_MODEL_TYPES)
         raise UserError(f"a sparse encoder is of type {known}; this shape is a {kind}'s")
     return head.module(module.config, module.dtype)
 

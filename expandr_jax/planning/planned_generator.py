@@ -47,7 +47,8 @@ from expandr_jax.sharding import (
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
-PLACE, LEAD = 6, 10  # Tokens of a passage's place in an order that is written, and of all else.
+RANK_TOKENS = 6  # Of a passage in an order of passages that is written.
+LEAD_TOKENS = 10  # Of all else that is written with it.
 
 
 class GeneratorShapes:
@@ -233,7 +234,7 @@ class GeneratorShapes:
         One process ranks, with the base alone, and has all slots. A prompt fills the largest
         bucket; an answer names each passage of a window.
         """
-        new = PLACE * self._config.evaluation.listwise.window + LEAD
+        new = RANK_TOKENS * self._config.evaluation.listwise.window + LEAD_TOKENS
         longest = max(self._config.generator.prompt_buckets)
         room = (self.module.config.max_positions or longest + new) - new
         engine = {"slots": ROWS, "new": new, "prompt": min(longest, room), "adapted": False}

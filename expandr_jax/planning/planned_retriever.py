@@ -13,14 +13,13 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.models.lora import COLLECTION
-from expandr_jax.models.pooling import BLOCK
+from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.models.quantized import kept_in
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive import contrastive_setup
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.objectives.distillation import distillation_setup, distilled_losses
-from expandr_jax.objectives.llara import TEXTS as TEXTS_OF_PAIR
-from expandr_jax.objectives.llara import llara_setup, pair_arrays, stage_settings
+from expandr_jax.objectives.llara import FORETOLD, llara_setup, pair_arrays, stage_settings
 from expandr_jax.objectives.trained import (
     divided,
     drops_out,
@@ -83,7 +82,7 @@ class RetrieverShapes:
         if pooling == SPLADE:
             module = sparse_module(module)
         if pooling == "block":  # Its own tokens are added to the table.
-            size = module.config.vocab_size + len(TEXTS_OF_PAIR) * BLOCK
+            size = module.config.vocab_size + len(FORETOLD) * BLOCK_TOKENS
             module = module.clone(config=dataclasses.replace(module.config, vocab_size=size))
         if config.contrastive.lora.rank:
             module = module.clone(lora=config.contrastive.lora)
@@ -210,7 +209,7 @@ class RetrieverShapes:
         optimizer = section_optimizer(settings, UPDATES)
         setup = llara_setup(mesh, retriever, self.params, optimizer)
         length = batch["tokens"].shape[1]
-        sizes, logits = (rows, length), rows * len(TEXTS_OF_PAIR) * BLOCK
+        sizes, logits = (rows, length), rows * len(FORETOLD) * BLOCK_TOKENS
         return self._step(
             setup,
             setup.shapes(self.trained),
@@ -347,8 +346,8 @@ def _random_batch(module: nn.Module, length: int, samples: int) -> dict[str, np.
 
 def _random_pairs(module: nn.Module, rows: int, words: int, length: int) -> dict[str, np.ndarray]:
     """Pairs of passages of so many words, with a question before each block that is as long."""
-    behind = random_tokens(module, 2, 2 * BLOCK)
-    passage = max(1, min(WORD * words, length - 2 * BLOCK))
+    behind = random_tokens(module, 2, 2 * BLOCK_TOKENS)
+    passage = max(1, min(WORD * words, length - 2 * BLOCK_TOKENS))
     texts = random_tokens(module, rows, passage)
     foretold = np.arange(passage) * np.ones((2 * rows, 1), int)  # All of them distinct.
     return pair_arrays(texts, foretold, tuple(behind), 0)

@@ -12,7 +12,7 @@ import numpy as np
 
 from expandr_jax.files.records import write_jsonl, write_text
 
-BLOCK = 4096  # Texts that are drawn at once.
+TEXTS_AT_ONCE = 4096  # Texts that are drawn at once.
 # Texts are nearly as long as their limit, and of all lengths: half of them reach 0.84 of it.
 LENGTH_POWER = 0.25
 SEED = 0
@@ -92,9 +92,9 @@ def write_collection(
 def _texts(
     vocabulary: np.ndarray, count: int, longest: int, kind: str
 ) -> Iterator[Mapping[str, str]]:
-    for start in range(0, count, BLOCK):
+    for start in range(0, count, TEXTS_AT_ONCE):
         rng = np.random.default_rng([SEED, len(kind), start])
-        number = min(BLOCK, count - start)
+        number = min(TEXTS_AT_ONCE, count - start)
         lengths = np.ceil(longest * rng.random(number) ** LENGTH_POWER).astype(int)
         drawn = vocabulary[draw_words(rng, len(vocabulary), int(lengths.sum()))]
         for i, text in enumerate(np.split(drawn, np.cumsum(lengths)[:-1])):

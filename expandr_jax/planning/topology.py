@@ -21,7 +21,7 @@ _NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-FORMS = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu, gpu:4, tpu or tpu:4"
+TOPOLOGIES = "v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8, gpu, gpu:4, tpu or tpu:4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_topology(name: str) -> Topology:
         # A slice of its own: the compiler does not take a part of one.
         return Topology(name, devices, chips.TPUS[kind], _slice(name, kind, host))
     if kind not in ("cpu", "gpu", "tpu") or (shape and not re.fullmatch(r"[1-9]\d*", shape)):
-        raise UserError(f"--topology={name}: expected something like {FORMS}")
+        raise UserError(f"--topology={name}: expected something like {TOPOLOGIES}")
     devices = _local(kind, int(shape) if shape else None)
     chip = chips.cpu(len(devices)) if kind == "cpu" else chips.accelerator(devices[0])
     return Topology(name, devices, chip, devices)

@@ -24,7 +24,7 @@ from expandr_jax.ranking.gate_features import PlainSearch, features_before
 
 FOLDS = 5
 PENALTY = 10.0  # As much as ten queries say: of few dev queries little is learned.
-SHARES = 10  # Thresholds that are tried expand so many tenths of the dev queries.
+TRIED_SHARES = 10  # Thresholds that are tried expand so many tenths of the dev queries.
 ALWAYS, NEVER = 0.0, 1.0  # Thresholds. A probability is never NEVER.
 _MOST = 1 - 1e-9
 _NUMBERS = "intercept", "threshold", "share"
@@ -130,9 +130,9 @@ def best_threshold(chances: np.ndarray, gains: np.ndarray) -> float:
     order = np.argsort(-chances, kind="stable")
     sums = np.concatenate([[0.0], np.cumsum(gains[order])])
     best, chosen = 0.0, NEVER
-    for share in range(1, SHARES + 1):
-        count = round(share * len(chances) / SHARES)
-        if share == SHARES:
+    for share in range(1, TRIED_SHARES + 1):
+        count = round(share * len(chances) / TRIED_SHARES)
+        if share == TRIED_SHARES:
             threshold = ALWAYS
         elif not 0 < count < len(chances) or chances[order[count - 1]] == chances[order[count]]:
             continue

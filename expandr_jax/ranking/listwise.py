@@ -23,7 +23,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.settings import count, several
 
 LISTWISE = "listwise"  # The stage, and its section of `evaluation`.
-KINDS = {  # What may be wrong with an answer, in words; the first excludes the others.
+FAULTS = {  # What may be wrong with an answer, in words; the first excludes the others.
     "none": "named no passage (the order given stood)",
     "missing": "lacked some",
     "repeated": "named some twice",
@@ -80,7 +80,7 @@ def order_of(answer: str, passages: int) -> tuple[list[int], frozenset[str]]:
     answer that names none leaves that order as it is.
 
     Returns:
-        A permutation of range(passages), and those of `KINDS` that apply.
+        A permutation of range(passages), and those of `FAULTS` that apply.
     """
     numbers = _NUMBER.findall(" ".join(_INSIDE.findall(answer))) or _NUMBER.findall(answer)
     known = {str(place + 1): place for place in range(passages)}
@@ -210,7 +210,7 @@ class ListRanker:
 
         Returns:
             A run whose scores fall by 1 a rank, to 1; and "answers", how many there were, and how
-            many of them each of `KINDS` applies to.
+            many of them each of `FAULTS` applies to.
         """
         orders = {query: [d for d, _ in rank_documents(found)] for query, found in run.items()}
         size, stride = self.settings.window, self.settings.stride
@@ -233,7 +233,7 @@ class ListRanker:
             query: {document: float(len(found) - rank) for rank, document in enumerate(found)}
             for query, found in orders.items()
         }
-        return again, {name: counted[name] for name in ("answers", *KINDS)}
+        return again, {name: counted[name] for name in ("answers", *FAULTS)}
 
 
 def list_ranker(
@@ -263,5 +263,5 @@ def list_ranker(
 
 def answers_remark(entry: Mapping[str, Any]) -> str:
     """What a reader of a row has to know of an entry {"system", "answers", ...} of its answers."""
-    told = (f"{entry[kind]:,} {said}" for kind, said in KINDS.items())
+    told = (f"{entry[kind]:,} {said}" for kind, said in FAULTS.items())
     return f"{entry['system']}: of {entry['answers']:,} orders that were written {', '.join(told)}"

@@ -130,14 +130,14 @@ RETRIEVERS = {  # What a name may begin with -> what searches.
     ALL_LABELS: ALL_LABELS, "expandr-plain": "expandr", **dict.fromkeys(WEIGHINGS, BM25),
     SPLADE: SPLADE,
 }  # fmt: skip
-ROWS = {  # Rows of train.joint whose names are no more than names.
+NAMED_SYSTEMS = {  # Rows of train.joint whose names are no more than names.
     "expandr": System("expandr", "expandr", "trained", EXPANSION),
     "expandr-base-generator": System("expandr-base-generator", "expandr", BASE, EXPANSION),
     "bm25+expansion": System("bm25+expansion", BM25, "trained", EXPANSION),
     **{name: System(name, name) for name in (*QUERY_TOWERS, *TURNS)},
 }
-_GATED = System("expandr-plain", OURS), ROWS[OURS], System(BM25, BM25)
-ROWS |= {name: System(name, stage=name, parts=_GATED) for name in GATES}
+_GATED = System("expandr-plain", OURS), NAMED_SYSTEMS[OURS], System(BM25, BM25)
+NAMED_SYSTEMS |= {name: System(name, stage=name, parts=_GATED) for name in GATES}
 _ROUND = re.compile(r"expandr-round(\d+)")  # Retriever and generator as they were after a round.
 
 ALL = "all"  # Stands for these. Expanded documents, a text for each, have to be asked for.
@@ -278,8 +278,8 @@ def _parse(words: Sequence[str], whole: str) -> tuple[System, Sequence[str]]:
 
 def _parse_leaf(name: str) -> System:
     """A leaf, or feedback on one."""
-    if name in ROWS:
-        return ROWS[name]
+    if name in NAMED_SYSTEMS:
+        return NAMED_SYSTEMS[name]
     if found := _ROUND.fullmatch(name):
         return row_of_round(int(found[1]))
     inner, _, method = name.rpartition("+")
@@ -293,7 +293,7 @@ def _parse_leaf(name: str) -> System:
     where, plus, method = name.partition("+")
     base, at, documents = where.partition("@")
     if base not in RETRIEVERS:
-        known = ", ".join((*RETRIEVERS, *ROWS, *FUSIONS, *AGAIN))
+        known = ", ".join((*RETRIEVERS, *NAMED_SYSTEMS, *FUSIONS, *AGAIN))
         raise UserError(f"system {name!r} is unknown; a system begins with one of {known}")
     strategies = (*STRATEGIES, EXPANSION)
     if plus and method not in strategies:

@@ -18,7 +18,7 @@ from expandr_jax.report.differences import compare
 
 DIGITS = 6  # As in results.json.
 COSTS = ("tokens_per_query", "seconds_per_query")
-TRAINING = ("training_seconds", "seconds", "peak_memory_bytes", "revision", "device")
+TRAINING_FIELDS = ("training_seconds", "seconds", "peak_memory_bytes", "revision", "device")
 _ENOUGH = 9  # Digits by which means over seeds are the same, in whatever order they are added.
 
 
@@ -32,7 +32,7 @@ class Measured:
         queries: Ids of the test queries, likewise.
         values: System -> metric -> [seeds, queries].
         costs: For each seed, system -> what `COSTS` names.
-        trainings: What each seed's run took and was made with, as `TRAINING` names it.
+        trainings: What each seed's run took and was made with, as `TRAINING_FIELDS` names it.
         texts: The queries.
         writers: System -> whose passages its queries are expanded with, as of `System.writer`.
         writer: Who wrote the `expansions`.
@@ -150,9 +150,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def trainings_of(collections: Sequence[Measured]) -> list[dict[str, Any]]:
-    """{"collection", "seed", ...} with what `TRAINING` names, of each cell."""
+    """{"collection", "seed", ...} with what `TRAINING_FIELDS` names, of each cell."""
     return [
-        {"collection": one.name, "seed": seed, **{name: training[name] for name in TRAINING}}
+        {"collection": one.name, "seed": seed, **{name: training[name] for name in TRAINING_FIELDS}}
         for one in collections
         for seed, training in zip(one.seeds, one.trainings, strict=True)
     ]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from expandr_jax.runtime.progress import plain_console
 
-FORMATS = ("text", "markdown", "latex", "csv")
+TABLE_FORMATS = ("text", "markdown", "latex", "csv")
 WIDE = 200  # Characters of a line where there is no terminal to fit into.
 # A number, a share in per cent, or either with an interval or its spread after it.
 _NUMBER = re.compile(r"[+-]?[\d,.]+(e[+-]?\d+)?( ?%)?( \[[\d., -]+\])?( \([\d.]+\))?")
@@ -46,7 +46,7 @@ def mark_best(names: Sequence[str], *columns: Sequence[float]) -> list[list[str]
 def render(
     title: str, header: Sequence[str], rows: Sequence[Sequence[str]], form: str = "text"
 ) -> str | Table:
-    """A table in one of `FORMATS`; "text" is rich's. Columns of numbers are set to the right."""
+    """A table in one of `TABLE_FORMATS`, "text" by rich; columns of numbers are right-aligned."""
     numbers = [
         all(not row[i] or _NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(header))
     ]

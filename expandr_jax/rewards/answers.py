@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from expandr_jax.rewards.registry import RewardSettings
 
 HIT = "hit"  # The measure.
-KEPT = 100_000  # Texts, and documents of a query, that are not looked at again.
+CACHE_SIZE = 100_000  # Texts, and documents of a query, that are not looked at again.
 
 
 class Answers:
@@ -25,11 +25,11 @@ class Answers:
     def __init__(self, collection: Collection):
         texts, answers = texts_of(collection.corpus), collection.answers
         # Candidates of one query find the same documents, and queries often do.
-        words = functools.lru_cache(KEPT // 10)(lambda row: normalized_words(texts[row]))
-        wanted = functools.lru_cache(KEPT // 10)(
+        words = functools.lru_cache(CACHE_SIZE // 10)(lambda row: normalized_words(texts[row]))
+        wanted = functools.lru_cache(CACHE_SIZE // 10)(
             lambda q: [*map(normalized_words, answers.get(q, ()))]
         )
-        self._holds = functools.lru_cache(KEPT)(
+        self._holds = functools.lru_cache(CACHE_SIZE)(
             lambda query, row: holds_answer(words(row), wanted(query))
         )
 

@@ -14,7 +14,7 @@ from expandr_jax.expansion.strategies import Strategy
 from expandr_jax.models.pooling import l2_normalize
 from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.functions import RewardFunction, function_rewards
-from expandr_jax.rewards.group import SIDES, Group
+from expandr_jax.rewards.group import COMPARED_WITH, Group
 from expandr_jax.rewards.ranks import ranks
 from expandr_jax.rewards.search import Judged, judged_documents
 from expandr_jax.search import Index
@@ -139,7 +139,7 @@ class Evidence:
         rows = self.context.rows
         positives = np.array([rows[group.positive_id] for group in self.groups])
         sides = dict(
-            zip(SIDES, (self.context.corpus.vectors[positives], self.answers), strict=True)
+            zip(COMPARED_WITH, (self.context.corpus.vectors[positives], self.answers), strict=True)
         )
         candidates = self.in_one_shape(_normalized, self.candidates)
         return {

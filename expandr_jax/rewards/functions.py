@@ -33,7 +33,7 @@ FUNCTIONS = Check(
     ),
 )
 SETTING = "reward.functions"
-PREFIX = "function:"  # What its names begin with among the rewards of a candidate.
+FUNCTION_PREFIX = "function:"  # What its names begin with among the rewards of a candidate.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SIDES = ("positive", "answer")  # What candidates are compared with: a line has its cosines of both.
+COMPARED_WITH = ("positive", "answer")  # A line has a candidate's cosines with both.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,4 +109,4 @@ class Group:
 
 
 def _by_side(row: Mapping[str, Any], field: str) -> dict[str, Any]:
-    return {side: row[f"{field}_{side}"] for side in SIDES if f"{field}_{side}" in row}
+    return {side: row[f"{field}_{side}"] for side in COMPARED_WITH if f"{field}_{side}" in row}

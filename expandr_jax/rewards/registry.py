@@ -10,8 +10,8 @@ import numpy as np
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.form import format_reward, length_reward
-from expandr_jax.rewards.functions import FUNCTIONS, PREFIX
-from expandr_jax.rewards.group import SIDES, Group
+from expandr_jax.rewards.functions import FUNCTION_PREFIX, FUNCTIONS
+from expandr_jax.rewards.group import COMPARED_WITH, Group
 from expandr_jax.rewards.ranks import reciprocal_rank
 from expandr_jax.rewards.search import SEARCH_MEASURES, group_reward
 from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
@@ -79,7 +79,7 @@ def reward_weights(settings: RewardSettings) -> dict[str, float]:
 
     All are there, those that weigh nothing as 0.
     """
-    own = [f"{PREFIX}{name}" for name in settings.functions]
+    own = [f"{FUNCTION_PREFIX}{name}" for name in settings.functions]
     weights = settings.function_weights or (1.0,) * len(own)
     return {
         **{name: getattr(settings, name) for name in REWARDS},
@@ -106,7 +106,7 @@ def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     Raises:
         NotFiniteError: A reward is not finite, naming its query after `what`.
     """
-    return _rewarded(evidence, what, SIDES)
+    return _rewarded(evidence, what, COMPARED_WITH)
 
 
 def score_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
@@ -125,7 +125,7 @@ def _rewarded(evidence: Evidence, what: str, always: Sequence[str]) -> list[Grou
     """The groups with the rewards that have a weight, or that are `always` there."""
     context = evidence.context
     weights = reward_weights(context.settings)
-    own = {f"{PREFIX}{function.name}": function for function in context.functions}
+    own = {f"{FUNCTION_PREFIX}{function.name}": function for function in context.functions}
     rewards = REWARDS | {
         name: functools.partial(Evidence.given_by, function=function)
         for name, function in own.items()

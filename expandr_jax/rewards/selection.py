@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from expandr_jax.rewards.group import SIDES, Group
+from expandr_jax.rewards.group import COMPARED_WITH, Group
 
 # Why no pair is made of a group, in the order in which this is looked at.
 REASONS = "below the similarity threshold", "with nothing preferred", "with an empty side"
@@ -97,9 +97,9 @@ def nothing_to_learn(group: Group, threshold: float) -> str | None:
 
 def _is_similar(group: Group, threshold: float) -> bool:
     """Whether it passes the filter, for which its similarities have to be known."""
-    if not all(side in c.similarities for c in group.candidates for side in SIDES):
+    if not all(side in c.similarities for c in group.candidates for side in COMPARED_WITH):
         return True
-    columns = (np.array([c.similarities[side] for c in group.candidates]) for side in SIDES)
+    columns = (np.array([c.similarities[side] for c in group.candidates]) for side in COMPARED_WITH)
     return bool(passes_similarity_filter(*columns, threshold))
 
 

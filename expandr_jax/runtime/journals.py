@@ -14,7 +14,7 @@ from expandr_jax.runtime.processes import Processes
 
 Key = tuple[str, int]  # Tells rows apart; the number is 0 or more, and below 2 to the 32nd.
 
-BLOCK = 4096  # Rows in memory while files are put together.
+ROWS_AT_ONCE = 4096  # Rows in memory while files are put together.
 _BITS = 32
 
 
@@ -138,7 +138,7 @@ class DividedJournal:
             known = Keys(map(self._key, journal.rows))
             rows = (row for part in self._parts() for row in Journal(part).rows)
             new = (row for row in rows if self._key(row) not in known)
-            while block := list(itertools.islice(new, BLOCK)):
+            while block := list(itertools.islice(new, ROWS_AT_ONCE)):
                 journal.append(block)
         self._remove_parts()
         return journal
@@ -168,8 +168,8 @@ class DividedJournal:
 def _taken(sources: Sequence[Rows], numbers: np.ndarray) -> Iterator[Row]:
     """Rows by their numbers in all sources, one behind the other."""
     starts = np.cumsum([0, *map(len, sources)])
-    for first in range(0, len(numbers), BLOCK):
-        block = numbers[first : first + BLOCK]
+    for first in range(0, len(numbers), ROWS_AT_ONCE):
+        block = numbers[first : first + ROWS_AT_ONCE]
         places = np.searchsorted(starts, block, side="right") - 1
         rows: dict[int, Row] = {}
         for place in np.unique(places):

@@ -40,11 +40,11 @@ OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",
     "timings.json", "report.html",
 )  # fmt: skip
-SHARES = "work/shares/"  # What each process reads of every other.
+SHARES_FOLDER = "work/shares/"  # What each process reads of every other.
 SECONDS_BETWEEN = 10.0  # Between pushes of what grows piece by piece; longer where they take long.
 SHARE_OF_TIME = 0.05
 LOOKS = 20  # For a marker and its objects to agree while their process goes on.
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 Version = tuple[int, str]  # Size and sha256.
 Content = dict[str, list[Version]]  # The one that a file has, or before a change both.
@@ -223,7 +223,7 @@ class Mirror(SharedFiles):
         writer = self._writer(name)
         if self._index in (0, writer):
             return True
-        return name.startswith(SHARES) if writer else not name.startswith(OF_MAIN_ALONE)
+        return name.startswith(SHARES_FOLDER) if writer else not name.startswith(OF_MAIN_ALONE)
 
     def _writer(self, name: str) -> int:
         """Which process writes a file; process 0 has taken over from those that are gone."""
@@ -345,7 +345,7 @@ def _versions(path: pathlib.Path, size: int, before: Sequence[Version] = ()) -> 
     found, digest, done = [], hashlib.sha256(), 0
     with open(path, "rb") as file:
         for end in sizes:
-            while done < end and (block := file.read(min(BLOCK, end - done))):
+            while done < end and (block := file.read(min(BLOCK_BYTES, end - done))):
                 digest.update(block)
                 done += len(block)
             if done == end:

@@ -14,12 +14,12 @@ import time
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Connection, listen_on
 
-SECONDS = 300.0  # For all processes to be started.
+START_SECONDS = 300.0  # For all processes to be started.
 SECONDS_TO_ANSWER = 5.0  # For what a connection says first, or closes by.
 SAY_AFTER = 5.0  # Seconds of waiting before it is said.
 
 
-def await_all(host: str, port: int, count: int, index: int, seconds: float = SECONDS) -> None:
+def await_all(host: str, port: int, count: int, index: int, seconds: float = START_SECONDS) -> None:
     """Returns when all processes are at process 0's address, which is free before and after.
 
     Args:

@@ -47,7 +47,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BACKENDS = {kind.backend: kind for kind in (ExactIndex, ScannIndex, Bm25Index)}
-KEPT = {**BACKENDS, SparseIndex.backend: SparseIndex}  # What a saved index may be of.
+SAVED_INDICES = {**BACKENDS, SparseIndex.backend: SparseIndex}  # What a saved index may be of.
 
 
 def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **options) -> Index:
@@ -97,11 +97,11 @@ def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) 
         UserError: no index there, a damaged file, or an index of something else.
     """
     manifest = read_manifest(directory, fingerprint)
-    if manifest.backend not in KEPT:
+    if manifest.backend not in SAVED_INDICES:
         raise UserError(
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"
         )
-    return KEPT[manifest.backend].load(directory, manifest)
+    return SAVED_INDICES[manifest.backend].load(directory, manifest)
 
 
 def kept_index(directory: pathlib.Path, build: Callable[[], Index], *, write: bool = True) -> Index:

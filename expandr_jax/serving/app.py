@@ -128,7 +128,7 @@ def _add_page(app: FastAPI, service: Service, examples: Sequence[str]) -> None:
         async def file() -> Response:
             return Response(content, 200, page.HEADERS, kind)
 
-    for name, kind in page.FILES.items():
+    for name, kind in page.ASSETS.items():
         add_file(name, kind)
 
 

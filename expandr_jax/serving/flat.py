@@ -11,7 +11,7 @@ import numpy as np
 from expandr_jax.search.vectors import check_queries
 from expandr_jax.vectors.stored import StoredVectors
 
-BLOCK = 1 << 16  # Rows whose scores are in memory at once.
+ROWS_AT_ONCE = 1 << 16  # Rows whose scores are in memory at once.
 
 Results = tuple[np.ndarray, np.ndarray]  # Scores float32 and rows, the best first.
 
@@ -29,11 +29,11 @@ def search_flat(
     """
     queries = check_queries(queries, vectors.shape[1])
     parts: list[list[Results]] = [[] for _ in queries]
-    for start in range(0, len(vectors), BLOCK):
-        block = np.asarray(vectors[start : start + BLOCK], np.float32)
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        block = np.asarray(vectors[start : start + ROWS_AT_ONCE], np.float32)
         scores = queries @ block.T
         if dead is not None:
-            scores[:, dead[start : start + BLOCK]] = -np.inf
+            scores[:, dead[start : start + ROWS_AT_ONCE]] = -np.inf
         for found, row in zip(parts, scores, strict=True):
             best = _best(row, k)
             found.append((row[best], best + start))

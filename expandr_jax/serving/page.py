@@ -12,8 +12,8 @@ from expandr_jax.serving import bodies
 from expandr_jax.serving.documents import Hit
 from expandr_jax.serving.service import Answer, Refused, Service
 
-SHOWN = 10  # Documents of a ranking.
-SECONDS = 30.0  # That a page waits for a passage.
+SHOWN_DOCUMENTS = 10  # Documents of a ranking.
+PASSAGE_SECONDS = 30.0  # That a page waits for a passage.
 _CHARACTERS = 320  # A document's beginning.
 _LEAST = 3  # Letters of a word that is marked.
 _WORDS = re.compile(r"\w+")
@@ -21,7 +21,7 @@ _COMMON = frozenset(  # Marked, they would hide the others.
     """and are but can does for from has have how into its not that the their them then they this
     was what when where which who why will with you your""".split()  # noqa: SIM905
 )
-FILES = {"page.css": "text/css", "page.js": "text/javascript"}
+ASSETS = {"page.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; "
@@ -65,7 +65,7 @@ class Shown:
 
 
 def file_text(name: str) -> str:
-    """A file of the page, one of `FILES`."""
+    """A file of the page, one of `ASSETS`."""
     return (importlib.resources.files("expandr_jax.serving") / "templates" / name).read_text(
         "utf-8"
     )
@@ -129,10 +129,10 @@ def _template() -> Any:
 
 
 async def _found(service: Service, query: str) -> Shown:
-    plain = await service.search(query, SHOWN, "plain", SECONDS)
+    plain = await service.search(query, SHOWN_DOCUMENTS, "plain", PASSAGE_SECONDS)
     answer, without = plain, "This service does not expand queries."
     if service.expands:
-        answer = await service.search(query, SHOWN, "expanded", SECONDS)
+        answer = await service.search(query, SHOWN_DOCUMENTS, "expanded", PASSAGE_SECONDS)
         without = "The passage was not there in time; ask again."
     texts = answer.expansion.texts if answer.expansion else ()
     asked = _words([query])

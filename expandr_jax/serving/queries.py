@@ -14,11 +14,11 @@ from expandr_jax.sharding import batch_divisor, make_mesh
 from expandr_jax.vectors.encoder import Kind, embedder
 from expandr_jax.weights.trees import model_shardings
 
-ROWS = (1, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
+BATCH_SIZES = (1, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
 BETWEEN = 24  # Tokens, where encoding many has no length: most questions are about as long.
-START = 48  # Tokens that a batch's start takes as long as.
-LONG = 64  # Tokens; of longer texts there are fewer sizes of batches.
-LONG_ROWS = (1, 4)
+START_TOKENS = 48  # Tokens that a batch's start takes as long as.
+LONG_TOKENS = 64  # Tokens; of longer texts there are fewer sizes of batches.
+LONG_BATCH_SIZES = (1, 4)
 
 
 class QueryEncoder:
@@ -127,7 +127,8 @@ def split(lengths: Sequence[int]) -> list[tuple[int, int]]:
         rows = _rows(lengths[end - 1])
         starts = range(max(0, end - rows[-1]), end)
         costs = [
-            best[i][0] + bucket_length(end - i, rows) * lengths[end - 1] + START for i in starts
+            best[i][0] + bucket_length(end - i, rows) * lengths[end - 1] + START_TOKENS
+            for i in starts
         ]
         least = min(range(len(costs)), key=costs.__getitem__)
         best.append((costs[least], starts[least]))
@@ -139,4 +140,4 @@ def split(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _rows(length: int) -> Sequence[int]:
-    return ROWS if length <= LONG else LONG_ROWS
+    return BATCH_SIZES if length <= LONG_TOKENS else LONG_BATCH_SIZES

@@ -15,7 +15,7 @@ from expandr_jax.serving.pair import Answered, Asked, Pair
 from expandr_jax.serving.prometheus import ServiceMetrics
 
 MODES = ("plain", "distilled", "expanded", "auto")
-BATCH = 16  # Searches that are encoded together.
+SEARCHES_AT_ONCE = 16  # Searches that are encoded together.
 WRITERS = 1  # Writes of documents that are encoded at once.
 
 
@@ -91,7 +91,7 @@ class Service:
     def begin(self, pair: Pair, documents: LiveDocuments) -> None:
         """Answers without expansions from now on."""
         self._pair, self.documents = pair, documents
-        self._searches = Batcher(self._search, BATCH, self.limits.searches, "search")
+        self._searches = Batcher(self._search, SEARCHES_AT_ONCE, self.limits.searches, "search")
         own = self.metrics
         own.watch(own.documents, lambda: len(documents))
         own.watch(own.writes, lambda: documents.writes)

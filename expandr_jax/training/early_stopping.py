@@ -13,7 +13,7 @@ from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.training.checkpoint import Checkpoints
 
-SHOWN = (CHOSEN_BY, "loss", "accuracy", "margin")  # Metrics on dev that people are told.
+SHOWN_METRICS = (CHOSEN_BY, "loss", "accuracy", "margin")  # Metrics on dev that people are told.
 
 
 def watch_dev(
@@ -66,7 +66,9 @@ def watch_dev(
         log.metrics.write(phase, round_, step, metrics)
         # Last, so that a kill before it has all of this done again.
         journal.append([{"step": step, **metrics}])
-        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in SHOWN if name in metrics)
+        shown = ", ".join(
+            f"{name} {metrics[name]:.4f}" for name in SHOWN_METRICS if name in metrics
+        )
         log.reporter.say(f"step {step} of {stops[-1]}: dev {shown}")
     if not journal.finished:
         journal.finish()

@@ -13,7 +13,7 @@ from expandr_jax.models.retriever import Kind, Retriever
 from expandr_jax.sharding import batch_divisor, batch_sharding, on_mesh
 from expandr_jax.weights.trees import model_shardings
 
-BLOCK = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
+TEXTS_AT_ONCE = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
 TOKENS_PER_BATCH = 2048  # Rows times length of a batch, where nothing else is said.
 
 Progress = Callable[[int], None]
@@ -84,9 +84,9 @@ class TextEncoder:
         running = (
             # Where there are several processes, none may hand a program arrays of its host.
             ([first + i for i in indices], self._embed(params, *jax.device_put((ids, mask), rows)))
-            for first in range(0, len(texts), BLOCK)
+            for first in range(0, len(texts), TEXTS_AT_ONCE)
             for indices, ids, mask in self._batches(
-                self.retriever.token_ids(texts[first : first + BLOCK], kind, cut)
+                self.retriever.token_ids(texts[first : first + TEXTS_AT_ONCE], kind, cut)
             )
         )
         vectors = np.zeros((0, 0), np.float32)

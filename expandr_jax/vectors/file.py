@@ -15,7 +15,7 @@ from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.files.records import Journal, hash_json, read_jsonl
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 from expandr_jax.vectors.stored import (
-    DTYPES,
+    VECTOR_DTYPES,
     StoredVectors,
     from_storage,
     open_vectors,
@@ -67,8 +67,8 @@ def encode_to_file(
         UserError: The file cannot be written, or was begun with other weights, texts or settings;
             there are no texts; or a vector is not finite (NotFiniteError; its `row` is the text's).
     """
-    if dtype not in DTYPES:
-        raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(DTYPES)}")
+    if dtype not in VECTOR_DTYPES:
+        raise UserError(f"{path}: vectors of type {dtype!r}; expected {', '.join(VECTOR_DTYPES)}")
     path = pathlib.Path(path)
     journal = Journal(f"{path}.jsonl")
     retriever, of = encoder.retriever, [hash_tree(params), encoder.prompt(kind)]

@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.settings import WEIGHTS, ComputeType, Sha256, choice, count
-from expandr_jax.vectors.stored import DTYPES
+from expandr_jax.vectors.stored import VECTOR_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,5 +25,5 @@ class RetrieverSettings:
     document_prompt: str | None
     compute_dtype: ComputeType
     weights: Annotated[str, choice(WEIGHTS)]
-    vectors: Annotated[str, choice(DTYPES)]
+    vectors: Annotated[str, choice(VECTOR_DTYPES)]
     tokens_per_batch: Annotated[int, count(1)]

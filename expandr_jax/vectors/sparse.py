@@ -17,18 +17,18 @@ from expandr_jax.vectors.encoder import Progress, TextEncoder
 from expandr_jax.weights.sparse_encoder import load_sparse_encoder
 from expandr_jax.weights.trees import hash_tree
 
-TEXTS = 256  # Whose vectors are in memory at once as wide as the vocabulary.
+SPARSE_TEXTS = 256  # Whose vectors are in memory at once as wide as the vocabulary.
 Encode = Callable[[Sequence[str], Kind], np.ndarray]  # Texts to vectors [texts, dimension].
 
 
 def sparse_vectors(
     encode: Encode, texts: Collection[str], kind: Kind, progress: Progress = lambda n: None
 ) -> Iterator[scipy.sparse.csr_array]:
-    """Vectors of texts in their order, `TEXTS` rows at a time."""
+    """Vectors of texts in their order, `SPARSE_TEXTS` rows at a time."""
     several: list[str] = []
     for number, text in enumerate(texts, start=1):
         several.append(text)
-        if len(several) == TEXTS or number == len(texts):
+        if len(several) == SPARSE_TEXTS or number == len(texts):
             yield scipy.sparse.csr_array(encode(several, kind))
             progress(len(several))
             several = []

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-DTYPES = ("float32", "float16", "bfloat16", "int8")
+VECTOR_DTYPES = ("float32", "float16", "bfloat16", "int8")
 _GREATEST = 127  # An int8, either side of zero.
 
 

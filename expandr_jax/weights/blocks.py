@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.models.pooling import BLOCK
+from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.models.retriever import Kind
 from expandr_jax.weights.families import find_family, model_config
 from expandr_jax.weights.fields import Fields
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # A passage is asked what it says; a query, what the text says that follows it.
-ASKED: dict[Kind, str] = {
+BLOCK_PROMPTS: dict[Kind, str] = {
     "document": "\nThis text in eight words:",
     "query": "\nThe text that follows in eight words:",
 }
@@ -28,13 +28,13 @@ _DRAWN = 8  # Rows whose mean a new one begins as.
 
 
 def block_tokens(kind: Kind) -> list[str]:
-    """The `BLOCK` tokens behind texts of a kind."""
-    return [f"<|{_NAMES[kind]}-{number}|>" for number in range(BLOCK)]
+    """The `BLOCK_TOKENS` tokens behind texts of a kind."""
+    return [f"<|{_NAMES[kind]}-{number}|>" for number in range(BLOCK_TOKENS)]
 
 
 def suffix_ids(tokenizer: "PreTrainedTokenizerFast", kind: Kind) -> tuple[int, ...]:
     """All that stands behind texts of a kind, as ids of a tokenizer that has these tokens."""
-    asked = tokenizer(ASKED[kind], add_special_tokens=False)["input_ids"]
+    asked = tokenizer(BLOCK_PROMPTS[kind], add_special_tokens=False)["input_ids"]
     return (*asked, *tokenizer.convert_tokens_to_ids(block_tokens(kind)))
 
 
@@ -53,7 +53,7 @@ def with_blocks(files: ModelFiles, trained: bool = False) -> ModelFiles:
     if not (find_family(where, files.model_type).generates and config.causal):
         raise UserError(f"{where}: retriever.pooling 'block' is for decoders with a causal mask")
     tokenizer = files.tokenizer()
-    tokens = [token for kind in ASKED for token in block_tokens(kind)]
+    tokens = [token for kind in BLOCK_PROMPTS for token in block_tokens(kind)]
     if trained and (missing := [token for token in tokens if token not in tokenizer.get_vocab()]):
         raise UserError(
             f"{where}: the pooling is 'block', but the tokenizer lacks {missing[0]}: it is another "

@@ -8,7 +8,7 @@ _LLAMA3_SPLIT = (
 )
 QWEN2 = ("qwen2", "deepseek-r1-qwen")
 # How text is cut before merging, by tokenizer.ggml.pre; None: as GPT-2 does it.
-SPLITS = {
+PRE_TOKENIZERS = {
     "gpt-2": None,
     "smollm": None,
     "llama-bpe": _LLAMA3_SPLIT,
@@ -17,11 +17,11 @@ SPLITS = {
 
 
 def cut_as(backend: Tokenizer, split: str, add_prefix_space: bool = False) -> None:
-    """Has a byte-level tokenizer cut texts as one of SPLITS does."""
+    """Has a byte-level tokenizer cut texts as one of PRE_TOKENIZERS does."""
     cut = [pre_tokenizers.Digits(individual_digits=True)] if split == "smollm" else []
-    if SPLITS[split] is not None:
-        cut = [pre_tokenizers.Split(Regex(SPLITS[split]), "isolated")]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space, use_regex=SPLITS[split] is None)
+    if PRE_TOKENIZERS[split] is not None:
+        cut = [pre_tokenizers.Split(Regex(PRE_TOKENIZERS[split]), "isolated")]
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space, use_regex=PRE_TOKENIZERS[split] is None)
     if split in QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, to_bytes])

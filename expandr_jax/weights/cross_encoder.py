@@ -23,7 +23,8 @@ from expandr_jax.weights.sentence_transformers import read_modules, transformer_
 from expandr_jax.weights.source import locate
 
 _OLDER = "sbert_ce_default_activation_function"
-KNOWN = tuple(kind for kind, family in BY_TYPE.items() if family.pair_head)  # What it can be of.
+# Each model_type that a cross-encoder can be of.
+PAIR_MODEL_TYPES = tuple(kind for kind, family in BY_TYPE.items() if family.pair_head)
 # The names of PyTorch's classes in the files of sentence-transformers.
 _CLASSES = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
@@ -51,8 +52,8 @@ def load_cross_encoder(
     files = open_model(source)
     where = files.config.where
     # A type may be anything that JSON can say.
-    kind, known = files.model_type, ", ".join(KNOWN)
-    if files.adapter is not None or kind not in KNOWN:
+    kind, known = files.model_type, ", ".join(PAIR_MODEL_TYPES)
+    if files.adapter is not None or kind not in PAIR_MODEL_TYPES:
         raise UserError(f"{source}: a cross-encoder is a whole model of type {known}")
     labels = files.config.section("id2label").values or {}
     config = model_config(files.config, kind)

@@ -23,8 +23,12 @@ ARCHITECTURES = {
     for kind, family in reversed(BY_TYPE.items())
     if kind in family.gguf
 }
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK = {
+OTHER_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -76,7 +80,7 @@ def open_gguf(path: Path) -> ModelFiles:
     architecture = metadata.choice("general.architecture", sorted(ARCHITECTURES))
     kind = ARCHITECTURES[architecture]
     form = BY_TYPE[kind].gguf[kind]
-    block = BLOCK | form.tensors
+    block = LAYER_TENSORS | form.tensors
     stored = {_hf_name(name, block): name for name in reader.tensors}
     stored.pop(ROPE_FACTORS, None)
     tensors = {
@@ -202,8 +206,8 @@ def _llama3_scaling(divisors: np.ndarray, plain: np.ndarray, where: str) -> dict
 
 def _hf_name(name: str, block: Mapping[str, str]) -> str:
     stem, _, suffix = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{suffix}"
+    if stem in OTHER_TENSORS:
+        return f"{OTHER_TENSORS[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if match and match[2] in block:
         return f"model.layers.{match[1]}.{block[match[2]]}.{suffix}"

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from expandr_jax.errors import UserError
-from expandr_jax.weights.byte_level import QWEN2, SPLITS, cut_as
+from expandr_jax.weights.byte_level import PRE_TOKENIZERS, QWEN2, cut_as
 from expandr_jax.weights.fields import Fields, one_line, shown
 from expandr_jax.weights.tokenizer import between, fast_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PREFIX = "tokenizer.ggml."
+TOKENIZER_PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 # Keys that are read here, and those that llama.cpp does not read for these kinds of tokenizer.
 _KEYS = (
@@ -47,12 +47,12 @@ def read_gguf_tokenizer(metadata: Fields, rows: int) -> PreTrainedTokenizerFast:
     Raises:
         UserError: If it is of another kind, or damaged.
     """
-    own = metadata.under(PREFIX)
+    own = metadata.under(TOKENIZER_PREFIX)
     kind, split = own.text("model"), own.text("pre", None)
-    if kind != "llama" and (kind != "gpt2" or split not in SPLITS):
+    if kind != "llama" and (kind != "gpt2" or split not in PRE_TOKENIZERS):
         raise UserError(
             f"{metadata.where}: tokenizer {shown(kind)} with pre {shown(split)} is not supported; "
-            f"supported: llama, and gpt2 with pre {', '.join(SPLITS)}"
+            f"supported: llama, and gpt2 with pre {', '.join(PRE_TOKENIZERS)}"
         )
     own.strict(*_KEYS, *_UNREAD)
     tokens = own.items("tokens", str)
@@ -114,7 +114,7 @@ def _templates(metadata: Fields) -> str | dict[str, str] | None:
 
 def ends_of_turn(metadata: Fields) -> list[int]:
     """Ids of the tokens that end a chat model's turn, by their keys and by their names."""
-    own = metadata.under(PREFIX)
+    own = metadata.under(TOKENIZER_PREFIX)
     tokens = own.items("tokens", str, [])
     said = [own.count(f"{end}_token_id", None, least=0) for end in ("eot", "eom")]
     # generation_config.json of Qwen's models names this one, SmolLM2's does not.
@@ -168,6 +168,7 @@ def _of_tokens(own: Fields, key: str, kind: type, tokens: list[str]) -> list[Any
     values = own.items(key, kind)
     if len(values) != len(tokens):
         raise UserError(
-            f"{own.where}: {PREFIX}{key} has {len(values)} values for {len(tokens)} tokens"
+            f"{own.where}: {TOKENIZER_PREFIX}{key} has {len(values)} values for {len(tokens)} "
+            "tokens"
         )
     return values

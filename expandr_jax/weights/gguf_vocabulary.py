@@ -14,13 +14,13 @@ from tokenizers import Tokenizer, models
 
 from expandr_jax.errors import UserError, shown
 from expandr_jax.models.generator import Generator
-from expandr_jax.weights.byte_level import SPLITS, cut_as
+from expandr_jax.weights.byte_level import PRE_TOKENIZERS, cut_as
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.gguf_tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,
-    PREFIX,
+    TOKENIZER_PREFIX,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
@@ -94,7 +94,7 @@ def vocabulary(generator: Generator, architecture: str) -> dict[str, Any]:
             return tried
     raise UserError(
         "its tokenizer cuts texts otherwise than llama.cpp can be told to, which knows "
-        f"SentencePiece's BPE and byte-level BPE as of {', '.join(SPLITS)}"
+        f"SentencePiece's BPE and byte-level BPE as of {', '.join(PRE_TOKENIZERS)}"
     )
 
 
@@ -114,7 +114,7 @@ def _merges(state: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def _under_prefix(**values: Any) -> dict[str, Any]:
-    return {f"{PREFIX}{name}": value for name, value in values.items()}
+    return {f"{TOKENIZER_PREFIX}{name}": value for name, value in values.items()}
 
 
 def _tokens(backend: Tokenizer, state: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
@@ -185,7 +185,7 @@ def _templates(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 
 
 def _cuts(backend: Tokenizer) -> Iterator[str]:
-    """The names of SPLITS that cut the probes as a tokenizer does, whatever it then merges."""
+    """Names of those PRE_TOKENIZERS that cut the probes as a tokenizer does before it merges."""
 
     def cut(of: Tokenizer) -> list[list[str]]:
         texts = [of.normalizer.normalize_str(x) if of.normalizer else x for x in _PROBES]
@@ -193,7 +193,7 @@ def _cuts(backend: Tokenizer) -> Iterator[str]:
         return [[x for x, _ in pre.pre_tokenize_str(text)] if pre else [text] for text in texts]
 
     expected = cut(backend)
-    for name in SPLITS:
+    for name in PRE_TOKENIZERS:
         twin = Tokenizer(models.BPE())
         cut_as(twin, name)
         if cut(twin) == expected:

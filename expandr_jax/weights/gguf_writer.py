@@ -20,7 +20,7 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.models.rope import RopeScaling, scale_frequencies
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.families.family import GgufForm
-from expandr_jax.weights.gguf import BLOCK, ROPE_FACTORS, ROTARY, TOP
+from expandr_jax.weights.gguf import LAYER_TENSORS, OTHER_TENSORS, ROPE_FACTORS, ROTARY
 from expandr_jax.weights.gguf_vocabulary import vocabulary
 from expandr_jax.weights.safetensors_file import Tensor
 from expandr_jax.weights.store import named_tensors
@@ -122,7 +122,7 @@ def _metadata(generator: Generator, form: GgufForm, kind: str) -> dict[str, Any]
 def _tensors(generator: Generator, form: GgufForm, params: Any) -> dict[str, Tensor]:
     """All tensors by llama.cpp's names and in its layout, in float32, none of which is made yet."""
     config = generator.module.config
-    tables = {hf: name for name, hf in (TOP | BLOCK | form.tensors).items()}
+    tables = {hf: name for name, hf in (OTHER_TENSORS | LAYER_TENSORS | form.tensors).items()}
     found = {}
     for name, tensor in named_tensors(
         params,

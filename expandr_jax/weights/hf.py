@@ -21,7 +21,7 @@ from expandr_jax.models.retriever import Retriever
 from expandr_jax.models.token_ids import check_ids
 from expandr_jax.sharding import device_put, replicated
 from expandr_jax.weights.adapter import adapter_base, load_adapter
-from expandr_jax.weights.blocks import ASKED, suffix_ids, with_blocks
+from expandr_jax.weights.blocks import BLOCK_PROMPTS, suffix_ids, with_blocks
 from expandr_jax.weights.fairseq import FairseqTokenizer
 from expandr_jax.weights.families import find_family, model_config
 from expandr_jax.weights.families.family import Family
@@ -123,7 +123,7 @@ def load_retriever(
         end_texts(tokenizer, files.config.where)
     suffixes: dict[str, tuple[int, ...]] = {}
     if pooling == "block":
-        suffixes = {f"{kind}_suffix": suffix_ids(tokenizer, kind) for kind in ASKED}
+        suffixes = {f"{kind}_suffix": suffix_ids(tokenizer, kind) for kind in BLOCK_PROMPTS}
     behind = max(map(len, suffixes.values()), default=0)
     check_length(str(path), tokenizer, config, max_length, query_length, behind)
     if tokenizer.pad_token is None:
@@ -177,8 +177,8 @@ def load_generator(
 
     Args:
         source: As in `load_retriever`, as are the arguments below.
-        dtype: Type of the parameters, but for those of norms: float32. One of `quantized.FORMS`:
-            projections are rounded to it, and the rest is in `compute_dtype`.
+        dtype: Type of the parameters, but for those of norms: float32. If it is one of
+            `QUANTIZED_TYPES`, projections are rounded to it, and the rest is in `compute_dtype`.
 
     Returns:
         The generator and its parameters.

@@ -32,7 +32,8 @@ from expandr_jax.weights.trees import module_shardings
 
 logger = logging.getLogger(__name__)
 
-KNOWN = tuple(kind for kind, family in BY_TYPE.items() if family.masked_head)  # What it can be of.
+# Each model_type that a sparse encoder can be of.
+SPARSE_MODEL_TYPES = tuple(kind for kind, family in BY_TYPE.items() if family.masked_head)
 SPLADE = "splade"  # The pooling that a retriever of this kind has.
 _ORDER = ("Transformer", "SpladePooling")
 _MODULES = ("MLMTransformer", "SpladePooling")  # As versions before 5.4 call them, and write them.
@@ -59,8 +60,8 @@ def load_sparse_encoder(
     """
     path, files = locate(source), open_model(source, sha256)
     # A type may be anything that JSON can say.
-    if files.adapter is not None or files.model_type not in KNOWN:
-        known = ", ".join(KNOWN)
+    if files.adapter is not None or files.model_type not in SPARSE_MODEL_TYPES:
+        known = ", ".join(SPARSE_MODEL_TYPES)
         raise UserError(f"{source}: a sparse encoder is a whole model of type {known}")
     prompts, said = _settings(path)
     files.config.only(tie_word_embeddings=True)

@@ -6,7 +6,7 @@ from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.cross_encoder import PairClassifier
 from expandr_jax.models.splade import SpladeEncoder
 from expandr_jax.weights.families.family import (
-    ACTIVATIONS,
+    ACTIVATION_NAMES,
     MOST_LAYERS,
     Family,
     MaskedHead,
@@ -29,7 +29,7 @@ def _read(hf: Fields, kind: str) -> BertConfig:
         max_positions=hf.count("max_position_embeddings", least=offset + 1) - offset,
         position_offset=offset,
         num_token_types=hf.count("type_vocab_size"),
-        activation=ACTIVATIONS[hf.choice("hidden_act", tuple(ACTIVATIONS), "gelu")],
+        activation=ACTIVATION_NAMES[hf.choice("hidden_act", tuple(ACTIVATION_NAMES), "gelu")],
         norm_eps=hf.number("layer_norm_eps", above=0),
         hidden_dropout=hf.rate("hidden_dropout_prob", 0.1),
         attention_dropout=hf.rate("attention_probs_dropout_prob", 0.1),

@@ -6,7 +6,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.decoder import Decoder, DecoderConfig
 from expandr_jax.weights.families import decoder_gguf
 from expandr_jax.weights.families.family import (
-    ACTIVATIONS,
+    ACTIVATION_NAMES,
     MOST_LAYERS,
     Family,
     layer_types,
@@ -17,7 +17,7 @@ from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.names import Weight, linear
 
 # The activations of a gated feed-forward.
-_GATES = tuple(name for name in ACTIVATIONS if name not in ("gelu", "relu"))
+_GATES = tuple(name for name in ACTIVATION_NAMES if name not in ("gelu", "relu"))
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 256,
@@ -71,7 +71,7 @@ def _read(hf: Fields, kind: str) -> DecoderConfig:
         head_dim=width,
         mlp_dim=hf.count("intermediate_size"),
         max_positions=hf.count("max_position_embeddings"),
-        activation=ACTIVATIONS[hf.choice(activation, _GATES, "silu")],
+        activation=ACTIVATION_NAMES[hf.choice(activation, _GATES, "silu")],
         norm_eps=hf.number("rms_norm_eps", 1e-6, above=0),
         tie_embeddings=hf.flag("tie_word_embeddings", False),
         qkv_bias=kind == "qwen2",
@@ -182,5 +182,5 @@ FAMILY = Family(
     },
     misnamed=("mistral", "qwen2"),
     unmasked=unmasked,
-    gguf=decoder_gguf.FORMS,
+    gguf=decoder_gguf.GGUF_FORMS,
 )

@@ -70,7 +70,7 @@ def _gemma_keys(own: Fields) -> Fields:
 
 
 _LLAMA = GgufForm("llama", interleaved=True, stretches=True)
-FORMS = {
+GGUF_FORMS = {
     "gemma3_text": GgufForm(
         "gemma3",
         activation="gelu_tanh",

@@ -14,7 +14,7 @@ from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.names import Weight
 
 # The activations of transformers by the names that our modules know them by.
-ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -5,7 +5,7 @@ from expandr_jax.models.cross_encoder import ModernPairClassifier
 from expandr_jax.models.modernbert import ModernBert, ModernBertConfig
 from expandr_jax.models.rope import RopeScaling
 from expandr_jax.weights.families.family import (
-    ACTIVATIONS,
+    ACTIVATION_NAMES,
     LAYER_TYPES,
     MOST_LAYERS,
     Family,
@@ -59,7 +59,9 @@ def _read(hf: Fields, kind: str) -> ModernBertConfig:
         max_positions=hf.count("max_position_embeddings"),
         window=half + 1,
         layer_is_local=tuple(name == _LOCAL for name in types),
-        activation=ACTIVATIONS[hf.choice("hidden_activation", tuple(ACTIVATIONS), "gelu")],
+        activation=ACTIVATION_NAMES[
+            hf.choice("hidden_activation", tuple(ACTIVATION_NAMES), "gelu")
+        ],
         norm_eps=hf.number("norm_eps", above=0),
         norm_bias=hf.flag("norm_bias", False),
         attention_bias=hf.flag("attention_bias", False),
@@ -112,7 +114,9 @@ def _with_head(config: ModernBertConfig, hf: Fields) -> ModernPairClassifier:
     return ModernPairClassifier(
         config,
         pooling=hf.choice("classifier_pooling", ("cls", "mean"), "cls"),
-        activation=ACTIVATIONS[hf.choice("classifier_activation", tuple(ACTIVATIONS), "gelu")],
+        activation=ACTIVATION_NAMES[
+            hf.choice("classifier_activation", tuple(ACTIVATION_NAMES), "gelu")
+        ],
         use_bias=hf.flag("classifier_bias", False),
         dropout=hf.rate("classifier_dropout", 0.0),
     )
