@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its file's, without the suffix."""
+        """The name of the cell's file, without the suffix."""
         return f"{self.collection}-seed-{self.seed}"
 
 

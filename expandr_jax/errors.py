@@ -25,6 +25,6 @@ class NotFiniteError(UserError):
 
 
 def shown(value: Any) -> str:
-    """A value as messages repeat it: on one line, and not at any length."""
+    """A value as messages repeat it: on one line of limited length."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

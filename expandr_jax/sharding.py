@@ -202,7 +202,7 @@ def _block_shape(shape: Sequence[int], most: int) -> tuple[int, ...]:
 def _gather_program(
     mesh: Mesh, spec: PartitionSpec, axes: tuple[str, ...], block: tuple[int, ...]
 ) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    """As of `gathering`."""
+    """The jitted function of `gathering`."""
 
     def gather(part: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.all_gather(jax.lax.dynamic_slice(part, list(start), block), axes)
@@ -345,7 +345,7 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def platform() -> str:
-    """What the program that is being traced will run on: "cpu", "gpu" or "tpu".
+    """The platform that the program being traced will run on: "cpu", "gpu" or "tpu".
 
     It is the mesh's of `on_mesh`, which need not be this machine's: a plan is made for others.
     """

@@ -121,7 +121,7 @@ def score_together(
         return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
 
     def by_words(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
-        """The same of BM25's scores, in process 0."""
+        """BM25's scores, [queries, texts, documents, texts], in process 0."""
         sparse = STRATEGIES[config.expansion.strategy].sparse
         asked = [sparse(g.query, [text] if text else []) for g in queries for text in g.texts]
         scores = words().score_texts(asked, [text for g in documents for text in _expanded(g)])

@@ -24,7 +24,7 @@ def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
 
 
 def told_counts(config: Config) -> Counts:
-    """The same, as the flags have it."""
+    """`full_counts` with the numbers that flags give."""
     return full_counts(
         config, {name: flags.FLAGS[name].value for name in dataclasses.asdict(PAPER)}
     )

@@ -183,7 +183,7 @@ def _passages(workdir: pathlib.Path, pairs_alone: bool) -> Iterator[str]:
 
 
 def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array]:
-    """Those of each layer's key-value groups and channels, as `importances` gives them."""
+    """Importances of each layer's key-value groups and channels, as of `importances`."""
     config, generator = whole.config, whole.generator
     shape = generator.module.config
     if options.importance == "random":

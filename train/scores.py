@@ -79,7 +79,7 @@ def make_score(
     context = reward_context(run.config, tools, data, corpus, queries, block, most_tokens, split)
 
     def vectors(groups: Sequence[Group]) -> list[np.ndarray | None]:
-        """Those of the queries, the candidates and, where they count, the self-answers."""
+        """Vectors of the queries, of the candidates and, where they count, of the self-answers."""
         texts = [text for group in groups for text in group.texts]
         names = [f"candidates of {group.query_id}" for group in groups for _ in group.texts]
         if run.config.reward.answer > 0:

@@ -190,7 +190,7 @@ def _judged_in_both(corpus: Mapping[str, str], qrels: Mapping[str, Qrels]) -> in
 
 
 def _check_parts(kind: str, data: TrainingData) -> None:
-    """Refuses what the run would end on, or end with a table of zeros."""
+    """Refuses data that would make the run fail late, or end with a table of zeros."""
     if not any(text.strip() for text in data.collection.corpus.values()):
         raise UserError(f"{kind} data: no document has a text")
     for split, judged in data.collection.qrels.items():

@@ -215,7 +215,7 @@ def write_documents(
 
 
 def seal(directory: str | os.PathLike, key: str) -> None:
-    """Calls a store whole, and of what the key stands for."""
+    """Marks a store as whole and as that of the key."""
     files = {}
     for name in _FILES:
         path = Path(directory, name)
@@ -226,7 +226,7 @@ def seal(directory: str | os.PathLike, key: str) -> None:
 
 
 def open_documents(directory: str | os.PathLike, key: str) -> Documents | None:
-    """A sealed store of this key; None: it is not there, or has another one, or is damaged."""
+    """The sealed store of this key; None where it is absent, of another key, or damaged."""
     path = Path(directory, _SEAL)
     try:
         record = json.loads(path.read_bytes())

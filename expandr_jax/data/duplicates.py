@@ -56,7 +56,7 @@ def near_duplicate_clusters(
 def near_duplicates(
     texts: Iterable[str], of: Sequence[str], threshold: float = 0.5
 ) -> Iterator[list[int]]:
-    """Yields, for each text, which of a few others it is nearly the same as.
+    """Yields, for each text, those of a few others that it nearly equals.
 
     Args:
         texts: As many as there are; one is in memory at a time.

@@ -131,7 +131,7 @@ def _take(
 
 
 def _lines(builder: Triples) -> int:
-    """About how many rows there are, for the progress display."""
+    """An estimate of the number of rows, for the progress display."""
     total = 0
     for file in builder.files.values():
         with open(file, "rb") as stream:

@@ -54,7 +54,7 @@ class Triple:
 
     @property
     def passages(self) -> tuple[str, ...]:
-        """Its positives, then its negatives."""
+        """The texts of its positives, then of its negatives."""
         return (*self.positives, *self.negatives)
 
     @property

@@ -1,4 +1,4 @@
-"""Generated texts that are kept: none is made twice by the same model for the same request."""
+"""A cache of generated texts: no model generates twice for the same request."""
 
 import contextlib
 import dataclasses
@@ -79,7 +79,7 @@ def kept_texts(
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path, reporter: Reporter) -> Iterator[None]:
-    """Keeps other processes from generating the same."""
+    """Locks a file of texts, so that no other process generates the same ones."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_suffix(".lock"), "w")  # noqa: SIM115 (closed below)

@@ -1,4 +1,4 @@
-"""How a query and its texts count together, where each is searched for itself.
+"""Ways to combine the searches for a query and for each of its texts.
 
 The mean of vectors is one search (`vectors.query.expanded_query`). Here are the others: as many
 searches as there are texts and one for the query, whose results are fused. A query with several
@@ -100,7 +100,7 @@ def found_by_vectors(
 def found_by_words(
     search: SearchFunction, asked: Sequence[Sequence[str]], depth: int
 ) -> list[Found]:
-    """The same by BM25, for each query's own words and those of each of its texts.
+    """What BM25 finds for each query's own words and for those of each of its texts.
 
     Scores of searches for more or fewer words are no measure of one another, so that they are
     scaled within each; documents without a word in common are not found.

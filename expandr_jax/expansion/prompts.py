@@ -1,4 +1,4 @@
-"""What the generator is asked, and what is taken off its answers.
+"""The generator's prompts, and how its answers are cleaned.
 
 A prompt is a template: data, chosen by name. `{query}` is the query, `{document}` a related
 document, `{passages}` retrieved passages, numbered, and `{documents}` the same with an empty line
@@ -19,7 +19,7 @@ from expandr_jax.expansion.patterns import PATTERNS_JSON
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One thing to say to the generator.
+    """The template of a message to the generator.
 
     Attributes:
         template: The user's message, with placeholders.
@@ -38,12 +38,12 @@ class Prompt:
 
     @property
     def shows_passages(self) -> bool:
-        """Whether it needs passages."""
+        """Whether the template shows passages."""
         return not self.fields.isdisjoint(("passages", "documents"))
 
     @property
     def of_query_alone(self) -> bool:
-        """Whether a query alone makes it."""
+        """Whether the template shows nothing but the query."""
         return self.fields <= {"query"}
 
     def message(

@@ -120,7 +120,7 @@ class Engine:
         self._shared = self._run_prefix()
 
     def use(self, adapter: Mapping[str, Any]) -> None:
-        """Goes on with another adapter, of the same shapes as the one that it was made with.
+        """Replaces the adapter by another of the same shapes.
 
         The base stays where it is, and nothing is compiled: the prefix alone is run again.
         """
@@ -211,7 +211,7 @@ class Engine:
         near_tie: list[bool],
         log_probs: list[float] | None,
     ) -> Completion | None:
-        """What became of a request, or None if it goes on."""
+        """The finished text of a request; None if it is not finished."""
         if tokens and tokens[-1] == BROKEN:
             raise NotFiniteError(
                 f"request {request.id!r}: the generator's logits are not finite after "

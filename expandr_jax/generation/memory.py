@@ -1,4 +1,4 @@
-"""What sampling takes of each device's memory, known before anything is allocated there."""
+"""Plans the memory that sampling takes on each device, before anything is allocated."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Waiting requests, brought together by prompt and by length."""
+"""The queue of waiting requests, batched by prompt and by length."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

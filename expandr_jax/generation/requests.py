@@ -106,7 +106,7 @@ class Requests:
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> "Requests":
-        """Requests that are made, as they are."""
+        """Wraps a list of requests."""
         if isinstance(requests, cls):
             return requests
         made: dict[str, list[Request]] = {}
@@ -122,7 +122,7 @@ class Requests:
             yield from self.make(query)
 
     def share(self, index: int, count: int) -> "Requests":
-        """Those of every so many-th query: a query's stay together, its prompt is run once."""
+        """The requests of queries `index`, `index + count`, ...: a query's prompt is run once."""
         own = slice(index, None, count)
         return dataclasses.replace(self, ids=self.ids[own], counts=self.counts[own])
 
@@ -148,7 +148,7 @@ class Extent:
 
     @classmethod
     def of(cls, requests: Iterable[Request]) -> "Extent":
-        """That of requests whose prompts are ids; each is looked at once, and none is kept."""
+        """The extent of requests whose prompts are ids, each of which is read once."""
         return cls.joined(
             cls(
                 1,
@@ -163,7 +163,7 @@ class Extent:
 
     @classmethod
     def joined(cls, extents: Iterable["Extent"]) -> "Extent":
-        """That of the requests of all."""
+        """The extent of the requests of several extents together."""
         return functools.reduce(cls._with, extents, cls())
 
     def _with(self, other: "Extent") -> "Extent":
@@ -191,7 +191,7 @@ class Extent:
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """`Extent.prefix` of prompts."""
+    """The tokens that all of some prompts begin with, as `Extent.prefix` has them."""
     if not prompts:
         return ()
     lengths = [*map(len, prompts)]

@@ -97,7 +97,7 @@ class Sampler:
             )
 
     def text(self, completion: Completion) -> str:
-        """What a completion says."""
+        """The text of a completion."""
         text = completion.text
         text = self.generator.decode(completion.tokens) if text is None else text
         # The mark belongs to the text, by which a thought is told from an answer.

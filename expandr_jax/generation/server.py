@@ -39,7 +39,7 @@ SHOWN_CHARACTERS = 200  # Characters of a server's complaint.
 
 
 class _Failure(Exception):
-    """A try that may go better the next time, once the server's wish for a pause is granted."""
+    """A failure that may be retried, after the pause that the server asks for."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -47,7 +47,7 @@ class _Failure(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another address."""
+    """Refuses redirects, which would send the key to another address."""
 
     def redirect_request(self, *_: Any) -> None:
         return None

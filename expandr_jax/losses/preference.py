@@ -106,7 +106,7 @@ PREFERENCE_LOSSES = {
 def preference_metrics(
     policy: jax.Array, reference: jax.Array | None, beta: float
 ) -> dict[str, jax.Array]:
-    """What is looked at while any of these losses falls.
+    """Metrics that are logged with any of these losses.
 
     {"reward_chosen", "reward_rejected", "margin", "accuracy", "kl"}, [batch] each. A reward is beta
     times a response's log-ratio to the reference; "kl" is the mean of both log-ratios, log pi - log

@@ -44,7 +44,7 @@ class PairClassifier(Encoder):
 
     @property
     def head(self) -> list[Any]:
-        """What the head can be beside its weights; nothing."""
+        """The head's options, for identity hashes: it has none."""
         return []
 
     @nn.compact
@@ -65,7 +65,7 @@ class PairClassifier(Encoder):
 
 
 class ModernPairClassifier(Encoder):
-    """The same with ModernBERT, whose pairs have no types.
+    """ModernBERT as a classifier of pairs, which have no token types; as `PairClassifier`.
 
     Attributes:
         pooling: "cls" or "mean".
@@ -82,7 +82,7 @@ class ModernPairClassifier(Encoder):
 
     @property
     def head(self) -> list[Any]:
-        """What the head can be beside its weights."""
+        """The head's options, for identity hashes."""
         return [self.pooling, self.activation, self.use_bias]
 
     @nn.compact

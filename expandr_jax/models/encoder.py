@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 
     @staticmethod
     def inputs(input_ids: jax.Array, attention_mask: jax.Array) -> tuple[Any, ...]:
-        """What a module that makes hidden states of texts is called with."""
+        """The arguments of `__call__` for a batch of texts."""
         return input_ids, attention_mask
 
 
@@ -101,7 +101,7 @@ class EncoderBlock(nn.Module):
         return self.project_out(out, use_bias)
 
     def weights_dropout(self, rate: float) -> nn.Dropout | None:
-        """What `attend` applies to the attention weights."""
+        """Dropout of the attention weights, as `attend` applies it."""
         applied = not self.deterministic and rate > 0
         return nn.Dropout(rate, deterministic=False) if applied else None
 

@@ -35,7 +35,7 @@ class Mask:
     near: jax.Array | None = None
 
     def prepared(self, queries: int) -> "Mask":
-        """The same with its array, to be made once for all layers."""
+        """This mask with its array made, once for all layers."""
         return self.replace(array=self._whole(queries))
 
     def within(self, window: int, positions: jax.Array, key_positions: jax.Array) -> "Mask":
@@ -50,7 +50,7 @@ class Mask:
         return self.replace(window=window, near=near & self._whole(positions.shape[1]))
 
     def after(self, tokens: int) -> "Mask":
-        """The same for rows that so many tokens precede, which all of them see."""
+        """This mask for rows that `tokens` tokens precede, which all queries see."""
         segments = jnp.pad(self.segments, ((0, 0), (tokens, 0)), constant_values=1)
         return self.replace(segments=segments)
 

@@ -31,7 +31,7 @@ def _plain(rows: jax.Array, grads: jax.Array) -> jax.Array:
 
 
 def _copied(rows: jax.Array, grads: jax.Array) -> jax.Array:
-    """The same; the barriers keep XLA from making it `_plain` again."""
+    """`_plain` in a form that is quick on CPU; the barriers keep XLA from undoing it."""
     if rows.shape[1] <= grads.shape[1]:
         return jnp.dot(jax.lax.optimization_barrier(rows.T), grads)
     # The narrower side is written out: there is less of it, and what XLA computes while it writes,

@@ -83,7 +83,7 @@ class ContrastiveBatches:
         return len(self.examples) // self.settings.batch_size
 
     def prepare(self) -> None:
-        """Computes what all steps need to know of all examples, which the first would else."""
+        """Computes in advance what the first step would otherwise compute of all examples."""
         _ = self.sizes, self._relevant
 
     def draw(

@@ -1,4 +1,4 @@
-"""What of a retriever is trained: all of its weights, or an adapter on weights that stay.
+"""The trained part of a retriever: all of its weights, or an adapter on frozen ones.
 
 Frozen and adapted, the weights are never merged: an encoder takes them side by side. All retrievers
 of a run then share one copy of the base, whatever their number, which may be in int8, too; what
@@ -39,7 +39,7 @@ def training_retriever(retriever: Retriever, settings: "ContrastiveSettings") ->
 
 
 def drops_out(retriever: Retriever, settings: "ContrastiveSettings") -> bool:
-    """Whether anything is dropped in training."""
+    """Whether training has dropout."""
     lora = retriever.module.lora
     return settings.dropout or (lora is not None and lora.dropout > 0)
 

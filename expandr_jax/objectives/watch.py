@@ -1,4 +1,4 @@
-"""Whether on-policy training has collapsed: what users of others find out from worthless texts."""
+"""Detects that on-policy training has collapsed, before its texts show it."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,7 +12,7 @@ StepMetrics = Mapping[str, float]
 
 
 def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None:
-    """Why training has collapsed, or None.
+    """The reason why training counts as collapsed, or None.
 
     A limit counts where each of the last `watch_steps` steps was beyond it: single steps are noisy.
 

@@ -15,7 +15,7 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a compiled program takes of each device.
+    """The memory that a compiled program takes on each device.
 
     Attributes:
         argument: Bytes of arguments; of results too, where they do not take an argument's place.

@@ -21,7 +21,7 @@ WORSE = 1.3
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What becomes of a value.
+    """How a value grows.
 
     Attributes:
         kind: How it grows with the scale.

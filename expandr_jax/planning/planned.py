@@ -100,11 +100,11 @@ class Planned:
 
     @property
     def run_flops(self) -> int:
-        """These and what is computed again to save memory."""
+        """`model_flops`, and the operations of what is recomputed to save memory."""
         return self.passes * self.forward_flops
 
     def beside(self, held: int) -> "Planned":
-        """The same where a run holds so many bytes a device more."""
+        """This program in a run that holds `held` more bytes on each device."""
         return dataclasses.replace(self, resident=self.resident + held)
 
 

@@ -69,7 +69,7 @@ class PairShapes:
         return {}
 
     def learning(self) -> dict[str, Callable[[], Planned]]:
-        """What learns, by name; the base is an argument of each."""
+        """The programs that train, by name; the base is an argument of each."""
         return {REFERENCE: self._reference, PAIR_STEP: self._step}
 
     @staticmethod
@@ -83,7 +83,7 @@ class PairShapes:
         ]
 
     def restore(self) -> Planned:
-        """What is learned, read from a checkpoint."""
+        """The check of the trained state when it is read from a checkpoint."""
         model = self._generator.model()
         state = self._setup(model).shapes(self._generator.adapter)
         return restored(state, model.dpo_mesh, self._topology, self._generator.module)

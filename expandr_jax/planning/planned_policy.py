@@ -121,12 +121,12 @@ class PolicyShapes:
         return bytes_on_device(self._state())
 
     def restore(self) -> Planned:
-        """What is learned, read from a checkpoint."""
+        """The check of the trained state when it is read from a checkpoint."""
         model = self._model
         return restored(self._state(), model.dpo_mesh, self._topology, self._generator.module)
 
     def learning(self) -> dict[str, Callable[[], Planned]]:
-        """What learns of a step's texts, by name; the base is an argument of each.
+        """The programs that train on a step's texts, by name; the base is an argument of each.
 
         The KL to the base is looked at where nothing is learned of it, of a part of an update.
         """

@@ -97,7 +97,7 @@ class RetrieverShapes:
 
     @functools.cached_property
     def width(self) -> int:
-        """Numbers of a vector."""
+        """The dimension of a vector."""
         token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         return jax.eval_shape(self.retriever.embed, self.params, token, token).shape[-1]
 
@@ -118,7 +118,7 @@ class RetrieverShapes:
         return bytes_on_device(held) if self.frozen else 2 * bytes_on_device(held)
 
     def beside_training(self) -> int:
-        """The same, less what training takes as its own argument: the base of an adapter."""
+        """`resident` without an adapter's base, which is an argument of the training step."""
         return bytes_on_device(self._held[COLLECTION]) if self.frozen else self.resident()
 
     def _training(self) -> tuple[TrainingSetup, Any, Any]:
@@ -150,7 +150,7 @@ class RetrieverShapes:
         return merged(self.trained, self._topology, self.retriever.module, name)
 
     def rewards(self, rows: int) -> Planned:
-        """As of `planned_moves.rewarded`."""
+        """The program of `planned_moves.rewarded`, for this retriever."""
         return rewarded(self._config, rows, self.width, self._topology, self.retriever.module)
 
     def contrastive(self, samples: int = 1) -> Planned:

@@ -38,7 +38,7 @@ class Counts:
     test: int
 
     def at(self, scale: float) -> "Counts":
-        """So large a share of each, and one at least."""
+        """These counts times `scale`, each 1 or more."""
         return Counts(*(max(1, round(n * scale)) for n in dataclasses.astuple(self)))
 
 

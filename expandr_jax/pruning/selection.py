@@ -51,7 +51,7 @@ def taken(
 
 
 def _units(leaf: Any, axis: int, count: int, kept: np.ndarray) -> Any:
-    """Those of `count` equal pieces along an axis of a stack that each layer keeps."""
+    """The pieces that each layer keeps, of `count` equal ones along an axis of a stack."""
     width = leaf.shape[axis] // count
     places = (kept[:, :, None] * width + np.arange(width)).reshape(len(kept), -1)
     shape = [1] * leaf.ndim

@@ -11,7 +11,7 @@ _OURS = re.compile(rf"(?!{PLAIN}\b)expandr(-[\w.-]+)?")
 
 
 def baselines(system: str, systems: Iterable[str]) -> list[str]:
-    """Those of some systems that a system is compared with, the most telling one first.
+    """The systems that a system is compared with, of those given, the most telling one first.
 
     They are made as it is, by the same stages, but of plain queries: for a row of the trained pair
     `UNEXPANDED`, for BASE+S the row BASE, for documents expanded (BASE@D) those as they are.
@@ -26,7 +26,7 @@ def baselines(system: str, systems: Iterable[str]) -> list[str]:
 
 
 def _without(word: str) -> Sequence[str]:
-    """What stands for a leaf, or feedback on one, in its baselines; itself where nothing does."""
+    """What a leaf, or feedback on one, is replaced by in baselines; itself where by nothing."""
     base, plus, method = word.partition("+")
     base, at, _ = base.partition("@")
     if _OURS.fullmatch(base):  # Feedback on it is feedback on these.

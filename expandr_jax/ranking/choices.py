@@ -69,7 +69,7 @@ def stage_grid(system: System, settings: EvaluationSettings) -> list[Chosen]:
 
 
 def as_record(chosen: Chosen) -> dict[str, Any]:
-    """What results.json and choices.jsonl have of it: of how texts count, what is no mean."""
+    """Its record in results.json and choices.jsonl, which names `combine` unless it is the mean."""
     if isinstance(chosen, Gate):  # Its file has the rest.
         return {"threshold": chosen.threshold, "share": chosen.share}
     record = dataclasses.asdict(chosen)

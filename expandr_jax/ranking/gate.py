@@ -57,7 +57,7 @@ class Gate:
     dev: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def probability(self, values: Mapping[str, float]) -> float:
-        """That expanding a query helps, by its features; UserError if one is missing."""
+        """The probability that expansion helps, by features; UserError if one is missing."""
         if missing := [name for name in self.features if name not in values]:
             raise UserError(f"the gate reads {missing[0]}, which this search does not tell")
         row = np.array([[values[name] for name in self.features]])
@@ -117,7 +117,7 @@ def fit_gate(features: Features, plain: Mapping[str, float], expanded: Mapping[s
 
 
 def fold_of(query: str) -> int:
-    """Which fold a query is in, whatever the others are."""
+    """The fold of a query, which does not depend on the other queries."""
     return int.from_bytes(hashlib.sha256(query.encode()).digest()[:8], "big") % FOLDS
 
 

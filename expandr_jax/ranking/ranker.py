@@ -268,7 +268,7 @@ class Ranker:
         return self._choice(system) if system.is_chosen else None
 
     def _dense(self, system: System) -> CorpusRetriever | None:
-        """What a leaf, or feedback on one, searches by vectors; None for other systems."""
+        """The corpus that a leaf, or feedback on one, searches by vectors; None for others."""
         leaf = system.leaves[0]
         if leaf.retriever in BY_TEXTS or system.stage not in (None, *FEEDBACKS):
             return None
@@ -277,7 +277,7 @@ class Ranker:
     def _with_texts(
         self, plain: EncodedQueries, expansions: Expansions, search: CorpusRetriever
     ) -> EncodedQueries:
-        """The same with vectors of what was written, [queries, texts, dim]."""
+        """The encoded queries `plain` with the vectors of their texts, [queries, texts, dim]."""
         strategy, texts = expansions.strategy, expansions.by_sample
         present = np.array([[bool(text) for text in several] for several in texts])
         flat, names = [], []

@@ -66,5 +66,5 @@ class Searches:
     texts: Callable[[str | None], Sequence[str]] | None = None
 
     def by_texts(self, leaf: System) -> Any:
-        """What a leaf that searches for texts searches."""
+        """What a leaf searches for texts: BM25's index, or the corpus of a sparse encoder."""
         return (self.sparse if leaf.retriever == SPLADE else self.bm25)(leaf.documents)

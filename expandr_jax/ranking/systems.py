@@ -86,7 +86,7 @@ class System:
     weighing: str = BM25
 
     def with_parts(self) -> Iterator["System"]:
-        """What has to be ranked for it, each after its own parts; itself last."""
+        """The systems to rank for it, each after its own parts; itself last."""
         for part in self.parts:
             yield from part.with_parts()
         yield self
@@ -98,12 +98,12 @@ class System:
 
     @property
     def retrievers(self) -> frozenset[str]:
-        """Whatever its leaves search with."""
+        """The retrievers that its leaves search with."""
         return frozenset(leaf.retriever for leaf in self.leaves)
 
     @property
     def generators(self) -> frozenset[str]:
-        """Whoever writes for it: of queries or documents, or orders of these."""
+        """The generators that write for it: expansions of queries or documents, or orders."""
         of_queries = {leaf.generator for leaf in self.leaves if leaf.generator}
         asked = any(part.documents or part.stage == LISTWISE for part in self.with_parts())
         return frozenset(of_queries | ({BASE} if asked else set()))
@@ -250,7 +250,7 @@ def counterparts(systems: Sequence[System]) -> list[tuple[str, str]]:
 
 
 def _differ_by_ours(one: System, other: System) -> bool:
-    """Whether the second is the first with whatever it be in the place of `OURS`."""
+    """Whether the second is the first with something else in the place of `OURS`."""
     if one.name == OURS or one == other:
         return True
     alike = one.stage == other.stage and len(one.parts) == len(other.parts) > 0

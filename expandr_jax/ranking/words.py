@@ -71,13 +71,13 @@ def rm3(
 
 
 def _idf(index: Bm25Index, word: str) -> float:
-    """Lucene's, which BM25's index weighs documents by; 0 for a word that no document has."""
+    """Lucene's inverse document frequency, as BM25 has it; 0 for a word of no document."""
     frequency = index.frequency(word)
     return math.log(1 + (index.size - frequency + 0.5) / (frequency + 0.5)) if frequency else 0.0
 
 
 def _tells(word: str, index: Bm25Index) -> bool:
-    """Whether RM3 takes a word."""
+    """Whether RM3 may take a word into the query."""
     rare = index.frequency(word) <= RM3_SHARE * index.size
     return len(word) in RM3_LETTERS and word.isalnum() and rare
 

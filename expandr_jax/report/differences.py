@@ -1,4 +1,4 @@
-"""What two systems differ in, query by query, and whether that could be chance."""
+"""Differences between systems, query by query, and tests of their significance."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""What the candidates of a round are judged by: their vectors, the corpus, what is relevant."""
+"""The evidence that rewards read: candidates' vectors, searches, judgements."""
 
 import dataclasses
 import functools

@@ -72,7 +72,7 @@ def queries_at_once(candidates: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """What some searches have found.
+    """The results of some searches.
 
     Attributes:
         scores, found: [searches, depth] of the documents found, and their rows; -1 fills.

@@ -84,7 +84,7 @@ def best_alone(group: Group) -> Group | None:
 
 
 def nothing_to_learn(group: Group, threshold: float) -> str | None:
-    """Why nothing is to be learned of a rewarded group, or None."""
+    """The reason why a rewarded group is left out of training, or None."""
     if not _is_similar(group, threshold):
         return "below the similarity threshold"
     usable = [candidate for candidate in group.candidates if candidate.text.strip()]

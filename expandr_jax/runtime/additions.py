@@ -1,4 +1,4 @@
-"""Settings that a run may be continued with more of: what is done stays, and the rest is added."""
+"""Settings that may grow when a run is continued: finished work stays, and the rest is added."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ def grown_settings(
 
 
 def keep_grown(path: pathlib.Path, names: Iterable[str], values: Mapping[str, Any]) -> None:
-    """Writes what settings have grown to into a config.json, which is otherwise left as it was."""
+    """Writes settings that have grown to a config.json, all else of which stays as it is."""
     record = json.loads(path.read_bytes())
     for setting in names:
         first = setting.partition(".")[0]

@@ -59,17 +59,17 @@ class Bucket:
         return self._try(name, lambda: self._files.cat_file(self.path(name)), needed=False)
 
     def write(self, name: str, content: bytes) -> None:
-        """Makes an object, or puts another in its place."""
+        """Writes an object, and replaces one of this name."""
         path = self.path(name)
         self._try(name, lambda: self._files.pipe_file(path, content, fixed_key_metadata=FRESH))
 
     def upload(self, file: pathlib.Path, name: str) -> None:
-        """Makes an object of a file."""
+        """Uploads a file as an object."""
         path = self.path(name)
         self._try(name, lambda: self._files.put_file(str(file), path, fixed_key_metadata=FRESH))
 
     def download(self, name: str, path: pathlib.Path) -> bool:
-        """Makes a file of an object; False: it is not there."""
+        """Downloads an object to a file; False: there is no such object."""
 
         def fetch() -> bool:
             self._files.get_file(self.path(name), str(path))

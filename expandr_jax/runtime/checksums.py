@@ -45,7 +45,7 @@ class Checksums:
         self._write()
 
     def forget(self, *names: str) -> None:
-        """Vouches for these no longer: they are about to be made again, of something else."""
+        """Drops the checksums of files that are about to be made again from other inputs."""
 
         def forget() -> None:
             for name in names:
@@ -59,15 +59,15 @@ class Checksums:
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
 
     def intact(self, *names: str) -> bool:
-        """Whether all of these were finished and are as they were; if not, all are removed."""
+        """Whether all of these are recorded and unchanged; if not, all of them are removed."""
         return self._processes.once(lambda: self._intact(names))
 
     def unchanged(self, *names: str) -> bool:
-        """Whether all of these were finished and are as they were; if not, they stay."""
+        """Whether all of these are recorded and unchanged; if not, they stay as they are."""
         return self._processes.once(lambda: not self._bad(names))
 
     def _bad(self, names: Sequence[str]) -> list[str]:
-        """Those that were not finished, or are not as they were."""
+        """The names whose files are not recorded, or have changed since."""
         return [n for n in names if not self._known(n) or self._known(n) != self._found(n)]
 
     def _intact(self, names: Sequence[str]) -> bool:
@@ -87,7 +87,7 @@ class Checksums:
         return False
 
     def _known(self, name: str) -> dict[str, str]:
-        """The checksums of the file of this name, or of those of the directory of this name."""
+        """Recorded checksums by file: of a file, or of all files in a directory."""
         return {
             file: checksum
             for file, checksum in self._files.items()
@@ -95,7 +95,7 @@ class Checksums:
         }
 
     def _found(self, name: str) -> dict[str, str]:
-        """The same of what is there."""
+        """Checksums of the files that are there now, as `_known` has the recorded ones."""
         path = self._workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return {

@@ -77,7 +77,7 @@ class Connection:
         return message if isinstance(message, dict) else {}
 
     def listen(self) -> dict[str, Any] | None:
-        """Takes messages in until the other end has gone; its last words, if it had any."""
+        """Receives messages until the other end closes; returns its last words, if it had any."""
         try:
             for line in self._lines:
                 message = json.loads(line)
@@ -91,11 +91,11 @@ class Connection:
         return None
 
     def fileno(self) -> int:
-        """What selectors know it by."""
+        """The file descriptor, for `selectors`."""
         return self._tcp.fileno()
 
     def close(self) -> None:
-        """Ends it; nothing more is sent or received."""
+        """Closes the connection; nothing more is sent or received."""
         self._lines.close()
         self._tcp.close()
 

@@ -1,4 +1,4 @@
-"""Memory of the host that was freed goes back to the system."""
+"""Returns the host's freed memory to the system."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import gc
 
 
 def trim_memory() -> None:
-    """Has the C library return what is free.
+    """Has the C library return free memory to the system.
 
     glibc keeps it for allocations to come, in an arena for each of XLA's threads, so that another
     thread does not find it: a second cache of keys and values then stands beside the first, freed
@@ -17,6 +17,6 @@ def trim_memory() -> None:
 
 
 def release_memory() -> None:
-    """The same, after what only refers to itself was freed, too."""
+    """Frees objects that only refer to each other, and then does as `trim_memory`."""
     gc.collect()
     trim_memory()

@@ -43,7 +43,7 @@ class CommonJournal:
         self.rows, self.finished = self.rows[:count], False
 
     def finish(self) -> None:
-        """Says that this is all."""
+        """Marks the journal as finished."""
         self._processes.once(lambda: self._journal.finish())
         self.finished = True
 

@@ -80,7 +80,7 @@ class MetricsLog:
             self._drop_unless(stays)
 
     def _drop_unless(self, stays: Callable[[bytes], bool]) -> list[bytes]:
-        """Takes lines out of metrics.jsonl; returns them."""
+        """Removes lines from metrics.jsonl, and returns them."""
         lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
         kept: list[bytes] = []
         dropped: list[bytes] = []

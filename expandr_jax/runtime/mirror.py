@@ -86,7 +86,7 @@ class Mirror(SharedFiles):
         self._rested, self._took = 0.0, 0.0
 
     def start(self) -> None:
-        """Makes the directory what the markers vouch for; process 0 first."""
+        """Brings the directory to the state that the markers vouch for; process 0 goes first."""
         markers = self._markers()
         if self._index == 0 and 0 not in markers:
             self._write_marker({})  # What cannot be written to is told before hours of work.
@@ -122,7 +122,7 @@ class Mirror(SharedFiles):
                 self._bucket.remove(_marker(i))
 
     def _markers(self) -> dict[int, tuple[int, Content]]:
-        """Those that this process reads."""
+        """The markers that this process reads, by the number of the process that wrote each."""
         found = {}
         for name in self._bucket.names(f"{MARKERS}/process-*.json"):
             i = int(name.rpartition("-")[2].removesuffix(".json"))
@@ -131,7 +131,7 @@ class Mirror(SharedFiles):
         return found
 
     def push(self, *, later: bool = False) -> int:
-        """Puts what has changed here into the bucket.
+        """Writes what has changed in the directory to the bucket.
 
         Args:
             later: It may wait for another call, where the last one was not long ago.
@@ -262,7 +262,7 @@ def read_marker(bucket: Bucket, index: int = 0) -> tuple[int, Content]:
 def fetch(
     bucket: Bucket, name: str, versions: Sequence[Version], path: pathlib.Path
 ) -> Version | None:
-    """Makes a file what it is in the bucket.
+    """Brings a file to the state that it has in the bucket.
 
     Args:
         bucket: Has the object.

@@ -86,7 +86,7 @@ class Processes:
         return [item for item in items if numbers[key(item)] % self.count == self.index]
 
     def once(self, function: Callable[[], T]) -> T:
-        """What a function returns that process 0 alone calls, while the others wait.
+        """The result of a function that process 0 alone calls, while the others wait.
 
         Its files are there for all of them afterwards. Within the function, process 0 counts as
         being by itself.
@@ -113,7 +113,7 @@ class Processes:
         return value
 
     def main_first(self, function: Callable[[], T]) -> T:
-        """What a function returns that all call, process 0 before the others: it may mend files.
+        """The result of a function that all call, process 0 before the others: it may mend files.
 
         None goes on before all have called it, and so finds what process 0 changes later.
         """
@@ -140,7 +140,7 @@ class Processes:
         return values
 
     def serve(self, name: str, function: Callable[[Any], Any]) -> None:
-        """Has this process take its part in what process 0 does by `call`.
+        """Registers this process's part in what process 0 asks of all by `call`.
 
         Args:
             name: What all processes know it by; a later function of this name takes its place.

@@ -27,7 +27,7 @@ def plain_console(**options: Any) -> Console:
 
 @dataclasses.dataclass(frozen=True)
 class Reporter:
-    """Where a stage tells people what it does.
+    """Prints what a stage does, and its progress.
 
     Attributes:
         console: Where it is shown.

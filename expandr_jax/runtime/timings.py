@@ -31,7 +31,7 @@ def add_phase(path: pathlib.Path, name: str, seconds: float, peak: int) -> None:
 
 
 def add_search(path: pathlib.Path, system: str, queries: int, seconds: float) -> None:
-    """Notes what a system's search took, in place of what it took before."""
+    """Records the seconds of a system's search, and replaces those recorded before."""
     timings = _read(path)
     found = {row["system"]: row for row in timings.get("searches", [])}
     found[system] = {"system": system, "queries": queries, "seconds": seconds}
@@ -39,7 +39,7 @@ def add_search(path: pathlib.Path, system: str, queries: int, seconds: float) ->
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    """What there is so far. Absent, or damaged: times are counted anew."""
+    """The timings so far; none where the file is absent or damaged."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         timings = json.loads(path.read_bytes().decode())
         phases = {

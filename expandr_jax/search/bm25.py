@@ -50,7 +50,7 @@ _WIDE = re.compile("[\uff01-\uffdc]+")  # Latin letters as wide as Han, and narr
 
 @dataclasses.dataclass(frozen=True)
 class Bm25Options:
-    """Lucene's two; the defaults are those usual on BEIR (Anserini).
+    """BM25's k1 and b as in Lucene; the defaults are those usual on BEIR (Anserini).
 
     Attributes:
         k1: how slowly further occurrences of a word count less, 0 or more.

@@ -38,7 +38,7 @@ def share_of_blocks(size: int, block_rows: int, index: int, count: int) -> list[
 
 
 def share_of_shards(size: int, index: int, count: int) -> list[Span]:
-    """Every so many-th span of SHARD_ROWS."""
+    """Spans of SHARD_ROWS rows, from `index` on each `count`-th of them."""
     return [(i, min(i + SHARD_ROWS, size)) for i in range(0, size, SHARD_ROWS)][index::count]
 
 
@@ -96,7 +96,7 @@ class DividedIndex:
         return [(start, self._part(start, end)) for start, end in self.spans]
 
     def _own(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """What this process's parts have."""
+        """The best results of this process's parts."""
         found = ((start, *part.search(queries, k)) for start, part in self._parts)
         return merge_found([(scores, rows + np.int32(start)) for start, scores, rows in found], k)
 

@@ -99,17 +99,17 @@ class ScannIndex(Index):
 
     @functools.cached_property
     def method(self) -> str:
-        """As of `method_of`."""
+        """How this index searches, as `method_of` says."""
         return method_of(self.options, self.size)
 
     @property
     def is_kept(self) -> bool:
-        """Brute force comes out the same every time, and what it saves is a copy."""
+        """Whether it is saved: brute force builds the same each time, and would save a copy."""
         return self.method != "brute"
 
     @functools.cached_property
     def leaves(self) -> int:
-        """Leaves of its tree, if that is how it searches."""
+        """The number of leaves, where it searches by a tree."""
         return min(self.options.leaves or max(1, math.isqrt(self.size)), self.size)
 
     def _build(self, library, vectors: np.ndarray):

@@ -18,7 +18,7 @@ _ARRAYS = ("weights", "rows", "ends")
 
 @dataclasses.dataclass(frozen=True)
 class SparseOptions:
-    """There are none."""
+    """The options of a sparse index, which has none."""
 
 
 class SparseIndex(Index):

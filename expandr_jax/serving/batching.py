@@ -1,4 +1,4 @@
-"""Requests that come together are worked off together, by one thread, in the order they came."""
+"""Batches concurrent requests for one worker thread, in the order in which they came."""
 
 import collections
 import concurrent.futures
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Busy(Exception):
-    """There are too many requests already."""
+    """Raised where too many requests are waiting already."""
 
 
 class Batcher:
@@ -67,7 +67,7 @@ class Batcher:
                 self._answer(*zip(*wanted, strict=True))
 
     def _next(self) -> list[tuple[Any, concurrent.futures.Future]] | None:
-        """What is worked off next; None when it is closed."""
+        """The next batch; None when the queue is closed."""
         with self._changed:
             while not self._items and not self._closed:
                 self._changed.wait()

@@ -1,4 +1,4 @@
-"""What requests and answers of the HTTP API hold; it stands in /openapi.json so."""
+"""The bodies of the HTTP API's requests and answers, as /openapi.json describes them."""
 
 from typing import Annotated, Literal
 
@@ -40,13 +40,13 @@ class _Body(BaseModel):
 
 
 class Filter(_Body):
-    """To what results are limited."""
+    """A filter of results."""
 
     ids: Annotated[list[Id], Field(max_length=MOST_IDS)]
 
 
 class SearchBody(_Body):
-    """A question."""
+    """The body of a search request."""
 
     query: Query
     k: Annotated[int, Field(ge=1, le=MOST_RESULTS)] = 10
@@ -76,7 +76,7 @@ class Document(_Body):
 
 
 class DocumentsBody(_Body):
-    """Documents to add, or to put in the place of those of the same ids."""
+    """Documents to add, or that replace those of the same ids."""
 
     documents: Annotated[list[Document], Field(min_length=1, max_length=MOST_DOCUMENTS)]
 

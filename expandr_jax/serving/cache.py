@@ -117,7 +117,7 @@ class Cache:
                 self._make_room()
 
     def close(self) -> None:
-        """Ends the file's use."""
+        """Closes the file."""
         with self._lock:
             self._file.close()
 

@@ -67,13 +67,13 @@ class View:
 
     @classmethod
     def of(cls, base: Base) -> "View":
-        """A base with nothing on top."""
+        """The view of a base without changes."""
         empty = np.empty((64, base.vectors.shape[1]), np.float32)
         return cls(base, np.zeros(len(base), bool), [], [], empty, np.zeros(0, bool))
 
     @property
     def count(self) -> int:
-        """How many came on top."""
+        """The number of documents added since the base was made."""
         return len(self.gone)
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class View:
         return [self.hits(found) for found in self.find(queries, k, among)]
 
     def at(self, among: np.ndarray | None) -> tuple["View", np.ndarray | None]:
-        """Itself, and the rows that results are limited to, if they are."""
+        """This view, and the rows that results are limited to; None: all."""
         return self, among
 
     def find(
@@ -244,12 +244,12 @@ class LiveDocuments:
         return view.search(queries, k, rows)
 
     def at(self, among: Sequence[str] | None) -> tuple[View, np.ndarray | None]:
-        """All documents as of now, and the rows of ids there, if results are limited to these."""
+        """The present view, and the rows there of the ids that limit results; None: all."""
         with self._changing:
             return self._view, None if among is None else self._places(among)
 
     def merge(self) -> None:
-        """Makes a new base of all documents, of which there are some; searches and writes go on."""
+        """Merges all documents, one at least, into a new base; searches and writes go on."""
         with self._writing:
             segment, view, writes = self._log.rotate(), self._view, self._writes
             self._touched = set()
@@ -355,7 +355,7 @@ class LiveDocuments:
             return len(places)
 
     def _stand_on(self, base: Base, merged: int) -> None:
-        """Goes on with a base that has the first so many of what was on top."""
+        """Replaces the base by one that has the first `merged` documents added to the old one."""
         with self._changing:
             view, touched = self._view, self._touched
             dead = np.zeros(len(base), bool)

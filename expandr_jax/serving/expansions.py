@@ -107,7 +107,7 @@ class ServedExpansions:
         return max(1, self._slots.slots // self._samples)
 
     def compile(self, engines: int | None = None) -> None:
-        """As `SlotSampler` does."""
+        """Warms the engines up, as `SlotSampler` does."""
         self._slots.compile(engines)
 
     @property
@@ -116,7 +116,7 @@ class ServedExpansions:
         return self._samples * len(self._expander.strategy.asks)
 
     def find(self, query: str) -> Expansion | None:
-        """What is kept of a query."""
+        """The kept expansion of a query, or None."""
         return None if self._cache is None else self._cache.get(self._key(query))
 
     def make(self, queries: Sequence[str]) -> list[Expansion]:
@@ -151,7 +151,7 @@ class ServedExpansions:
 
 
 def _sampled_by(expander: Expander, sampler: Sampler) -> list[Any]:
-    """All that texts depend on beside the query, its documents and the number of the sample."""
+    """What texts depend on beside the query, its documents and the sample, as JSON."""
     settings, own = expander.settings, sampler.settings
     asks = [
         [ask.name, ask.message("query", ["passage"], expander.most_characters, lambda _: True)]

@@ -61,7 +61,7 @@ def merge(parts: Sequence[Results], k: int) -> Results:
 
 
 def _best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Places of the k best scores, in order; none of those that are -inf."""
+    """The indices of the k best scores, best first, without those of -inf."""
     if k < len(scores):
         # All that tie with the last one, of which the first rows are taken.
         places = np.flatnonzero(scores >= np.partition(scores, -k)[-k])

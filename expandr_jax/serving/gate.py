@@ -34,7 +34,7 @@ class QueryGate:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it has counted words."""
+        """Whether the words of the documents have been counted."""
         return self._words is not None
 
     def count_words(self, documents: HasView) -> None:

@@ -1,4 +1,4 @@
-"""What stands before the API: who may ask, from where, with how much.
+"""Access control in front of the API: tokens, hosts and origins, and sizes of bodies.
 
 A web page that somebody opens can send requests to a service on the same machine. None is answered
 that comes under a foreign name (Host), from a foreign page (Origin), or as a form would send it
@@ -25,7 +25,7 @@ Scope, Receive, Send = Mapping[str, Any], Callable[[], Awaitable[Any]], Callable
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """The rules of access.
 
     Attributes:
         hosts: Names that the service is called by, without a port; (): any.

@@ -92,7 +92,7 @@ class Log:
         self._segments = [number for number in self._segments if number >= first]
 
     def close(self) -> None:
-        """Ends writing."""
+        """Closes the log."""
         self._file.close()
 
     def _open(self) -> BinaryIO:
@@ -122,7 +122,7 @@ class Log:
 
 
 def sync_directory(directory: pathlib.Path) -> None:
-    """Has the names in a directory outlast a loss of power."""
+    """Flushes a directory's entries to disk, so that they survive a loss of power."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -109,7 +109,7 @@ class Pair:
         ]
 
     def compile(self, longest: int | None = None) -> None:
-        """Has no request wait for a program, if its texts have so many tokens at most."""
+        """Compiles the programs of texts of up to `longest` tokens, so that no request waits."""
         for encoder in filter(None, (self.encoder, self.distilled)):
             encoder.compile(longest)
 

@@ -1,4 +1,4 @@
-"""What a service counts of itself, for Prometheus."""
+"""The metrics of a service, for Prometheus."""
 
 import contextlib
 import time
@@ -56,7 +56,7 @@ class ServiceMetrics:
         self.seconds.labels(step).observe(time.perf_counter() - start)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus's format."""
+        """All metrics, in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def _heard(self, event: str, _: float, **__: object) -> None:

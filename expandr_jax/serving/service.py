@@ -35,7 +35,7 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much waits, at most, before requests are refused.
+    """How many requests may wait before more are refused.
 
     Attributes:
         searches: Searches.
@@ -50,7 +50,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of a question.
+    """The answer to a query.
 
     Attributes:
         hits: The documents, the best first.
@@ -89,7 +89,7 @@ class Service:
             metrics.watch(metrics.ready.labels(mode), lambda mode=mode: self.is_ready(mode))
 
     def begin(self, pair: Pair, documents: LiveDocuments) -> None:
-        """Answers without expansions from now on."""
+        """Starts to answer, without expansions."""
         self._pair, self.documents = pair, documents
         self._searches = Batcher(self._search, SEARCHES_AT_ONCE, self.limits.searches, "search")
         own = self.metrics
@@ -98,7 +98,7 @@ class Service:
         own.watch(own.waiting.labels("search"), lambda: len(self._searches))
 
     def begin_expanding(self, expansions: ServedExpansions) -> None:
-        """Answers with expansions, too."""
+        """Starts to answer with expansions, too."""
         self._expansions, most = expansions, self.limits.expansions
         self._passages = Batcher(self._expand, expansions.at_once, most, "expand")
         own = self.metrics
@@ -181,7 +181,7 @@ class Service:
         return self.documents.get(name)
 
     def close(self) -> None:
-        """Gives up what waits, and leaves the documents as they are on disk."""
+        """Cancels what waits, and closes the documents."""
         for batcher in (self._passages, self._searches):
             if batcher is not None:
                 batcher.close()

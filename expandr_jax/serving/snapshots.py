@@ -81,7 +81,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Current:
-    """Where a state stands.
+    """The current snapshot, and where the log goes on from it.
 
     Attributes:
         snapshot: The one that counts; 0 is the run itself.
@@ -124,7 +124,7 @@ def read_current(state: pathlib.Path, key: str) -> Current:
 
 
 def write_current(state: pathlib.Path, key: str, current: Current) -> None:
-    """Has a snapshot count from now on."""
+    """Makes a snapshot the current one."""
     write_json(state / _CURRENT, {"of": key, **dataclasses.asdict(current)})
     sync_directory(state)
 

@@ -126,7 +126,7 @@ class Checkpoints:
             raise UserError(f"{self.directory}: cannot be used for checkpoints: {error}") from None
 
     def _clean_bucket(self) -> None:
-        """Removes what saves that were killed have left.
+        """Removes the remains of saves that were killed.
 
         Orbax would while it looks for steps, and a directory whose last object goes is none then.
         """
@@ -224,11 +224,11 @@ class Checkpoints:
         self._manager.reload()
 
     def _has(self, identity: Mapping[str, Any]) -> bool:
-        """Whether it is this one. Older versions named less in theirs, all of which must agree."""
+        """Whether an identity equals this one; one of an older version may lack some entries."""
         return self.identity.items() >= identity.items()
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What was written beside a step's state."""
+        """The metadata that was saved with a step's state."""
         record = self._ocp.JsonCheckpointHandler().restore(self.directory / str(step) / "record")
         if record.pop("record") != hash_json(record):
             raise ValueError("its record does not match its hash")
@@ -242,7 +242,7 @@ class Checkpoints:
         )
 
     def _attempt(self, read: Callable[..., Any], *of: Any) -> tuple[Any, str | None]:
-        """What was read, and what is wrong with it, if anything is in any process."""
+        """What `read` returns, and what went wrong in any process; None where nothing did."""
         value = problem = None
         try:
             value = read(*of)
@@ -275,7 +275,7 @@ _NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOME
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether an error is of the way to a checkpoint, or of what there is room for here."""
+    """Whether an error is about access or room, and so no sign of a damaged checkpoint."""
     modules = ("aiohttp", "requests", "google.auth", "gcsfs")
     return (
         isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""Training watched on dev: the best weights are kept, and it stops when nothing is gained."""
+"""Early stopping on dev: keeps the best weights, and stops when the score stops rising."""
 
 import math
 import operator

@@ -57,7 +57,7 @@ class Corpus:
 
     @property
     def is_exact(self) -> bool:
-        """Whether search finds the best, and not nearly the best."""
+        """Whether search is exact, and not approximate."""
         backend = self.search.backend
         return backend == "exact" or (backend == "auto" and not scann.installed())
 
@@ -132,13 +132,13 @@ class Corpus:
 
     @functools.cached_property
     def exact(self) -> "Corpus":
-        """The same corpus, of which every document is scored."""
+        """This corpus with exact search, which scores every document."""
         search = dataclasses.replace(self.search, backend="exact")
         return dataclasses.replace(self, search=search) if self.approximate else self
 
     @property
     def evaluated(self) -> Index | DividedIndex:
-        """What results are searched by."""
+        """The index that evaluation searches."""
         return (self if self.misses_some else self.exact).index
 
     def recall(self, queries: np.ndarray, k: int) -> float:

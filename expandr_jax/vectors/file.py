@@ -105,7 +105,7 @@ def encode_to_file(
 
 
 def content_key(path: str | os.PathLike) -> str:
-    """Tells a finished file of vectors from all others, without reading it."""
+    """The identity of a finished file of vectors, found without reading its vectors."""
     rows = read_jsonl(f"{path}.jsonl", {"sha256": str})
     return hash_json([row["sha256"] for _, row in rows])
 

@@ -180,7 +180,7 @@ def load_adapter(source: str, config: TransformerConfig) -> tuple[LoraConfig, di
 
 
 def _kernels(config: TransformerConfig) -> dict[str, Weight]:
-    """Projections inside layers, by our path: the place of each kernel."""
+    """Our paths of the projections inside layers, with their weights in the family's table."""
     weights = family_of_config(config).weights(config, False)
     kernels = [weight for weight in weights if weight.path.endswith("/kernel") and weight.stacked]
     return {weight.path.removesuffix("/kernel"): weight for weight in kernels}

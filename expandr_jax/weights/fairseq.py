@@ -94,7 +94,7 @@ class FairseqTokenizer:
 
 
 def clean(text: str, lower_case: bool) -> str:
-    """Puts ASCII quotes and dashes, cuts words at punctuation, rejoins English contractions."""
+    """Makes quotes and dashes ASCII, cuts words at punctuation, rejoins English contractions."""
     text = text.strip().replace("``", '"').replace("''", '"').translate(_ASCII_FORMS)
     text = " ".join(part for token in text.split() for part in _cut(token))
     for pattern, replacement in _REJOIN:

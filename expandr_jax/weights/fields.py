@@ -175,7 +175,7 @@ def _is_number(value: Any) -> bool:
 
 
 def one_line(message: Any) -> str:
-    """What an exception says, or names from a file, on one line and not at any length."""
+    """A message of an exception, or names from a file, on one line of limited length."""
     text = " ".join(str(message).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

@@ -95,7 +95,7 @@ def open_gguf(path: Path) -> ModelFiles:
         raise metadata.refuse(f"{architecture}.pooling_type", "1 (mean), 2 (cls) or 3 (last)")
 
     def read(name: str, rows: slice) -> np.ndarray:
-        """In float32, as the original model had it."""
+        """Reads rows of a tensor in float32, in the original model's layout."""
         if form.norm_plus_one and name.endswith("norm.weight"):
             return reader.read(stored[name], rows) - 1  # llama.cpp keeps 1 + w
         if not form.interleaved or not ROTARY.search(name):

@@ -218,7 +218,7 @@ def load_generator(
 
 
 def _unmasked(files: ModelFiles, family: Family) -> ModelFiles:
-    """The same files, whose config.json says that no causal mask is wanted."""
+    """The files with a config.json that asks for no causal mask."""
     if family.unmasked is None:
         raise UserError(
             f"{files.config.where}: retriever.bidirectional is for decoders; a {files.model_type} "

@@ -14,7 +14,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def special_tokens(directory: Path, settings: Fields, backend: Tokenizer) -> dict[str, Any]:
-    """What a tokenizer is to be made with, so that it knows tokens which tokenizer.json may lack.
+    """Options that a tokenizer is made with, so that it knows tokens which its file may lack.
 
     Where tokenizer_config.json has no `added_tokens_decoder`, it is of the time when
     special_tokens_map.json and added_tokens.json stood beside it; then the former's fields hold,

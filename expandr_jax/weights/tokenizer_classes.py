@@ -1,4 +1,4 @@
-"""What classes of transformers make anew of a tokenizer.json, by the settings beside it.
+"""Tokenizer classes of transformers that rebuild a tokenizer.json by the settings beside it.
 
 In its version 5 such a class takes the vocabulary and the merges of the file and has all else from
 itself and from tokenizer_config.json; any other class takes the file as it is. So is here, too, a
