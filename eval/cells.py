@@ -299,7 +299,7 @@ def read_cell(path: pathlib.Path) -> Cell:
 
 
 def _wrong(cell: Cell) -> Iterator[str]:
-    """What does not fit together in a cell."""
+    """The contradictions within a cell."""
     count = len(cell.queries)
     if not count or len(set(cell.queries)) < count:
         yield f"{count} queries, {len(set(cell.queries))} of them different"
@@ -373,7 +373,7 @@ def _measured(cells: Sequence[Cell]) -> Measured:
 
 
 def _training(cell: Cell) -> dict[str, Any]:
-    """What its run took and was made with, by the names of `grid.TRAINING_FIELDS`."""
+    """What the cell's run took and was made with, by the names of `grid.TRAINING_FIELDS`."""
     phases = cell.timings.get("phases", [])
     trained = [row["seconds"] for row in phases if not row["phase"].startswith(_UNTRAINING)]
     return {

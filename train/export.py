@@ -52,7 +52,7 @@ TOWER = "query-encoder"  # And of one that has distilled a query tower.
 TURNED = "retriever-figret"  # And of one with a last turn on queries that fail.
 EXPORT_DTYPES = ("float32", "bfloat16", "source")
 _BASE = "retriever-base"
-_WHOLE = ("generator", "gguf")  # Those that have the adapter merged.
+_WHOLE = ("generator", "gguf")  # Formats that have the adapter merged.
 EXPORT_FORMATS = ("base", *_WHOLE, "adapter", "retriever", "encoder", _BASE, ADAPTER, TOWER, TURNED)
 # By data.kind, what other programs than train.joint train.
 _PROGRAMS = {

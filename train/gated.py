@@ -1,4 +1,4 @@
-"""What a run tells of its gated systems."""
+"""What a run writes about its gated systems."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

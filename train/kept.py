@@ -41,7 +41,7 @@ class Kept:
 def kept_results(
     run: Run, folder: str, results: Mapping[str, Any], systems: Sequence[System]
 ) -> Kept:
-    """What still stands of results, which are whole, where systems are others now.
+    """The results that stay valid when the systems of a run have changed.
 
     After further rounds the last retriever and the trained generator are not what they were.
 

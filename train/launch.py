@@ -308,7 +308,7 @@ def output_file(value: str | None) -> pathlib.Path | None:
 
 
 def end_by_misfits(problems: Sequence[str], console: Console) -> None:
-    """Says what does not fit, and ends with `EXIT_DOES_NOT_FIT` if anything does not."""
+    """Prints what does not fit, and exits with `EXIT_DOES_NOT_FIT` if there is anything."""
     for problem in problems:
         console.print(f"does not fit: {problem}", soft_wrap=True)
     if problems:

@@ -50,7 +50,7 @@ from train.launch import define_workdir, launch
 IMPORTANCES = ("taylor", "random")
 LOSSES = ("likelihood", "step_b")
 _ROWS = 4  # Examples of a batch of gradients.
-_PASSAGES = 64  # By which perplexity is told.
+_PASSAGES = 64  # Passages whose perplexity is measured.
 _SYSTEM = "zero-shot+expansion"  # The run's models, which are not trained any more.
 HEADER = (
     "keep", "importance", "parameters", "share", "heads", "channels", "perplexity before",
@@ -214,7 +214,7 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
 
 
 def _check_same(path: pathlib.Path, made: Mapping[str, Any]) -> None:
-    """Refuses a directory that was made otherwise."""
+    """Refuses a directory that was made with other settings."""
     if path.exists() and (found := read_json(path)) != made:
         name = next(key for key in made if found.get(key) != made[key])
         raise UserError(
@@ -225,7 +225,7 @@ def _check_same(path: pathlib.Path, made: Mapping[str, Any]) -> None:
 def _recover(
     whole: Whole, directory: pathlib.Path, options: Options, console: Console
 ) -> pathlib.Path:
-    """Step B on what is left; the generator with that adapter merged."""
+    """Trains the pruned generator by step B, and merges the adapter."""
     to = directory / "generator"
     config = whole.config
     epochs = config.dpo.epochs if options.epochs is None else options.epochs
@@ -251,7 +251,7 @@ def _recover(
 
 
 def _measured(whole: Whole, directory: pathlib.Path) -> dict[str, Any]:
-    """A row of the table, but for what it is of."""
+    """The measured values of a row of the table."""
     before = perplexity(*load_generator(str(directory / "before")), whole.passages)
     generator, params = load_generator(str(directory / "generator"))
     shape, parameters = generator.module.config, count_params(params)
@@ -330,7 +330,7 @@ def main(_: Any) -> None:
 
 
 def shares(given: Sequence[str]) -> list[float]:
-    """What --keep says."""
+    """The shares that --keep names."""
     try:
         found = [float(share) for share in given]
     except ValueError:

@@ -174,7 +174,7 @@ def parts_of_a_step(metrics: pathlib.Path) -> dict[str, dict[str, float]]:
 def _changes(
     config: Config, counts: Counts, models: pathlib.Path, place: pathlib.Path
 ) -> dict[str, Any]:
-    """The settings that a rehearsal has otherwise than its config."""
+    """The settings in which a rehearsal differs from its config."""
     trained = counts.retriever_train + counts.generator_train
     return {
         "data.kind": "beir",
@@ -239,7 +239,7 @@ def _process(
 
 
 def devices_of_a_process(config: Config) -> int:
-    """As few as the meshes that lie within one process want."""
+    """The fewest devices that the meshes within one process need."""
     fixed = []
     for phase in OF_ONE_PROCESS:
         mesh = config.mesh

@@ -17,7 +17,7 @@ from train.launch import define_processes, define_workdir, launch
 
 
 def define_flags() -> None:
-    """Defines what `train.rehearse` says."""
+    """Defines the flags that `train.rehearse` gives."""
     define_workdir()
     define_processes()
     flags.DEFINE_string("settings", None, "The config, as JSON.", required=True)

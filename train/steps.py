@@ -32,7 +32,7 @@ def row_flops(module: Any, params: Any, frozen: bool) -> Callable[[int], int]:
 
 
 def on_devices(run: Run, make: Make, mesh: Mesh, rows: slice, size: int) -> Make:
-    """Has batches of so many rows lie on the mesh where there are several processes.
+    """Transfers batches of `size` rows to the mesh where there are several processes.
 
     Each process has made the rows of its own devices.
     """

@@ -1,4 +1,4 @@
-"""What a training is fed with, made ahead by processes of their own (grain)."""
+"""Batches made ahead of training by worker processes (grain)."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar

@@ -1,4 +1,4 @@
-"""Queries that a generator wrote for documents: which are trained on, and why others are not."""
+"""Filters queries that a generator wrote for documents, and says why some are left out."""
 
 import difflib
 import hashlib

@@ -1,4 +1,4 @@
-"""Where collections are: those of a directory or zip, by their names.
+"""Finds the collections of a directory or zip by their names.
 
 A directory in BRIGHT's layout holds one for each task, of its documents: those of the long ones are
 DIR:long, one task DIR:biology or DIR:biology-long.

@@ -23,7 +23,7 @@ Template = Callable[..., str]  # `apply_template` of a tokenizer, on a day.
 
 
 class _BadPair(Exception):
-    """A pair that cannot be trained on: a reason to count it under, and the mistake in it."""
+    """Raised for a pair that cannot be trained on, with the reason that it counts under."""
 
 
 def read_preferences(

@@ -291,7 +291,7 @@ LEAD_INS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(?s:.*)</think>\s*",  # A reasoning model's thoughts.
-        r"<think>(?s:.*)",  # Those that the text's greatest length has cut: there is no answer.
+        r"<think>(?s:.*)",  # A thought that the longest text has cut off: there is no answer.
         r"(?:sure(?: thing)?|certainly|of course|absolutely)"
         r"(?:!|[.,:](?=\s+(?:here|i'd|i would|below|the following)\b))\s*",
         rf"i(?:'d| would) be (?:happy|glad) to [^\n.!:]*[.!:]\s+(?=here\b|\**{_KINDS}\b)",

@@ -164,7 +164,7 @@ class Engine:
                 slots = self._refill(slots, ready, running)
             if not running:
                 return
-            cancelled[list(running)] = False  # Its text was stopped, but a new one moved in.
+            cancelled[list(running)] = False  # A new text may be in a slot whose text was stopped.
             enough = len(running) - 1 - self.shape.slots // 16 if ready or batch else 0
             slots = self._programs.decode(
                 self._variables, slots, cancelled, self._steps_per_call, max(enough, 0)

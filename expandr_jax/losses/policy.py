@@ -1,4 +1,4 @@
-"""Losses of on-policy training: what a policy that has sampled texts learns from their rewards.
+"""Losses of on-policy training, by the rewards of texts that the policy has sampled.
 
 Arrays of tokens are [rows, tokens]. A row holds the responses to one prompt, one after the other;
 `responses` says which one a token belongs to, from 1 on, and other numbers stand for padding.

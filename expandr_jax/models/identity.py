@@ -1,4 +1,4 @@
-"""What a model's outputs depend on beside its parameters, for the keys of files that keep them."""
+"""Hashes of what a model's outputs depend on beside its parameters, for keys of kept files."""
 
 import dataclasses
 from typing import Any

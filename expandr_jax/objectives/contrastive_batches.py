@@ -11,7 +11,7 @@ from expandr_jax.data.triples import Triple, queries_of
 from expandr_jax.files.records import hash_json
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 
-TRIPLES_AT_ONCE = 1024  # Whose texts are tokenized in one call.
+TRIPLES_AT_ONCE = 1024  # Triples whose texts are tokenized in one call.
 
 
 @dataclasses.dataclass(frozen=True)

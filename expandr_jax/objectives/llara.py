@@ -28,7 +28,7 @@ from expandr_jax.settings import MANY, count, number
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
 
-FORETOLD = ("own", "next")  # Whose words each block foretells.
+FORETOLD = ("own", "next")  # The text whose words each block foretells.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

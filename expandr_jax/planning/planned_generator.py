@@ -47,8 +47,8 @@ from expandr_jax.sharding import (
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.
-RANK_TOKENS = 6  # Of a passage in an order of passages that is written.
-LEAD_TOKENS = 10  # Of all else that is written with it.
+RANK_TOKENS = 6  # Tokens that a passage takes in an order of passages, as it is written.
+LEAD_TOKENS = 10  # Tokens of everything else in such an answer.
 
 
 class GeneratorShapes:

@@ -1,4 +1,4 @@
-"""What a run computes between its steps, as shapes: parameters that move, restores, rewards.
+"""Programs between a run's steps, as shapes: moves of parameters, restores, rewards.
 
 Of trees whose leaves go through one by one, the largest leaf is planned, beside all others.
 """
@@ -73,7 +73,7 @@ def unstacked(stacked: Any, variables: Any, mesh: Mesh, module: nn.Module, share
         module=module,
         moved=2 * bytes_on_device(leaf),
         change="a larger tensor axis in mesh.sampling",
-        resident=bytes_on_device(variables) - bytes_on_device(leaf),  # Its layers are a result.
+        resident=bytes_on_device(variables) - bytes_on_device(leaf),  # Its layers are results.
         shares=shares,
     )
 

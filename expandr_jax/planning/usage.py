@@ -1,4 +1,4 @@
-"""What a rehearsal measured of each stage, and whether that fits at the full counts."""
+"""Tables of what a rehearsal measured of each stage, and whether it fits at the full counts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

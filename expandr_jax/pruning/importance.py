@@ -1,4 +1,4 @@
-"""What heads and channels are worth: first-order Taylor importance, as LLM-Pruner has it.
+"""The importance of heads and channels: first-order Taylor, as in LLM-Pruner.
 
 A weight's importance is how much the loss would change, to first order, without it: |w dL/dw|, with
 the gradient over all examples. A head goes with all that only it uses, so importances are summed
@@ -116,7 +116,7 @@ def at(tree: Mapping[str, Any], name: str) -> Any | None:
 
 
 def drawn(config: DecoderConfig, seed: int) -> tuple[jax.Array, jax.Array]:
-    """Importances that say nothing, of the same form: what ranking is compared with."""
+    """Random importances of the same form, as a baseline."""
     key = jax.random.key(seed)
     shapes = config.num_kv_heads, config.mlp_dim
     return tuple(

@@ -1,4 +1,4 @@
-"""What a row with expansions has to be above: the same row without them."""
+"""The baseline of a row with expansions: the same row without them."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -46,7 +46,7 @@ from expandr_jax.search import search_named, words_of
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import EncodedQueries, fuse
 
-RECALL_QUERIES = 100  # By which an index's recall is told.
+RECALL_QUERIES = 100  # Queries by which an index's recall is estimated.
 
 
 class Ranker:

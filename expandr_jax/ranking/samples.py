@@ -1,4 +1,4 @@
-"""What single fresh passages are worth, query by query: evaluation/samples.jsonl and its means."""
+"""The worth of single fresh passages, query by query: evaluation/samples.jsonl and its means."""
 
 import os
 from collections.abc import Iterable, Mapping

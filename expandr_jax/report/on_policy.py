@@ -29,7 +29,7 @@ _SECONDS = {
     "sampling": "sampling_seconds", "encoding": "encoding_seconds",
     "search and rewards": "search_seconds", "update": "update_seconds",
 }  # fmt: skip
-_MODELS = ("sampling", "encoding", "update")  # Those that the models compute.
+_MODELS = ("sampling", "encoding", "update")  # Parts of a step that the models compute.
 
 
 @dataclasses.dataclass(frozen=True)

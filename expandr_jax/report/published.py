@@ -1,4 +1,4 @@
-"""Means that others have published, and which of our runs are above them.
+"""Published means, and how our runs compare with them.
 
 A table of them has the fields system, collection, metric and value, as CSV with a header or as a
 JSON list of objects. Values are shares of 1, as 0.645; as many digits as they have are compared.

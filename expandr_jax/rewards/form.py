@@ -1,4 +1,4 @@
-"""What a candidate's form is worth, whatever it says: its length, and whether it fits a pattern."""
+"""Rewards of a candidate's form: of its length, and of a pattern that it matches."""
 
 import re
 

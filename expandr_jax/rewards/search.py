@@ -1,4 +1,4 @@
-"""What a candidate is worth as the expansion of its query's search: in the corpus, in a sample."""
+"""Rewards of a candidate as its query's expansion in a search of the corpus, or of a sample."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What each kind of chip can do: the one place for its peaks, each with its source.
+"""Peak rates of each kind of chip, each with its source.
 
 Google's pages give peak compute (bf16), HBM bandwidth and the interconnect's bandwidth of a chip in
 both directions together, in bits; what a program may use of the HBM is what libtpu's compiler

@@ -118,7 +118,7 @@ class DividedJournal:
         return self._journal.finished
 
     def keys(self) -> Keys:
-        """Where the rows are that are known now."""
+        """The index of the rows that are known now, by their keys."""
         return Keys(map(self._key, self.rows))
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:

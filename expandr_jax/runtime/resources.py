@@ -1,4 +1,4 @@
-"""What each stage of a run takes, where a rehearsal asks for it: nothing is measured otherwise.
+"""Measures the resources of each stage of a run, where a rehearsal asks for it.
 
 A stage is a phase of a run, without those within it; what lies between phases counts as `BETWEEN`.
 """

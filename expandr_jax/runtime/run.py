@@ -103,7 +103,7 @@ class Run:
         if self.metrics.dropped:
             self.reporter.say(f"metrics.jsonl: {self.metrics.dropped} damaged lines were dropped")
         self.last_good = "there is none yet"
-        self._seconds_inside = 0.0  # Those of phases that ran within the present one.
+        self._seconds_inside = 0.0  # Seconds of phases that ran within the present one.
         if self._grown:
             self.processes.once(lambda: self._grow(grow))
 

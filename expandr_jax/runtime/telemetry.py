@@ -1,4 +1,4 @@
-"""What a step costs, where it goes wrong, and a profile of it."""
+"""The costs of a training step, spikes of its loss, and profiles."""
 
 import collections
 import contextlib
@@ -24,7 +24,7 @@ STEPS_BEFORE_PROFILE = 2  # The first of a phase compile.
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a batch is made of.
+    """The contents of a batch.
 
     Attributes:
         ids: The ids of its examples.

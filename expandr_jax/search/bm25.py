@@ -37,7 +37,7 @@ _FILES = (
 )  # fmt: skip
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 _POSTINGS = "data", "indices", "indptr"  # Each word's weights and documents; where they end.
-_TEXTS = 4096  # Whose words are in memory as strings at once.
+_TEXTS = 4096  # Texts whose words are in memory as strings at once.
 # Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
 # the first plane; Hangul has spaces, but between groups of words.
 _UNSPACED = re.compile(

@@ -43,7 +43,7 @@ class WordCounts:
         counts = np.empty(len(pairs), _COUNT)
         counts["word"], counts["times"] = pairs & 0xFFFFFFFF, times
         with self._written():
-            self._file.write(counts.tobytes())  # Whose errors are told, as `tofile`'s are not.
+            self._file.write(counts.tobytes())  # It reports errors, and `tofile` does not.
         self.lengths.append(lengths)
         self._different.append(np.bincount(pairs >> 32, minlength=len(lengths)))
         having = np.bincount(counts["word"], minlength=len(self._having))

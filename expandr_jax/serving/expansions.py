@@ -33,7 +33,7 @@ class SlotSampler:
         divisor = batch_divisor(sampler.mesh)
         most = -(-slots // divisor) * divisor
         self._engines = [self._engine(count) for count in sorted({divisor, most})]
-        self._ready: list[Engine] = []  # Those whose programs are compiled.
+        self._ready: list[Engine] = []  # Engines whose programs are compiled.
 
     @property
     def slots(self) -> int:

@@ -13,7 +13,7 @@ from expandr_jax.serving.documents import Hit
 from expandr_jax.serving.service import Answer, Refused, Service
 
 SHOWN_DOCUMENTS = 10  # Documents of a ranking.
-PASSAGE_SECONDS = 30.0  # That a page waits for a passage.
+PASSAGE_SECONDS = 30.0  # How long a page waits for a passage.
 _CHARACTERS = 320  # A document's beginning.
 _LEAST = 3  # Letters of a word that is marked.
 _WORDS = re.compile(r"\w+")

@@ -45,7 +45,7 @@ class TrainingSetup:
 
     def shapes(self, trained: Any) -> TrainState:
         """The state of what is trained, as shapes with their shardings."""
-        # Nothing is put anywhere: where there are several processes, that takes arrays.
+        # Without shardings: device_put over several processes takes arrays, and these are shapes.
         create = functools.partial(self.create, shardings=None)
         return with_shardings(jax.eval_shape(create, trained), self.shardings)
 

@@ -1,4 +1,4 @@
-"""What training changes, and how: parameters, optimizer state and step."""
+"""The training state: parameters, optimizer state and step, and how an update changes it."""
 
 from typing import Any
 

@@ -210,7 +210,7 @@ class CorpusRetriever:
                 corpus = dataclasses.replace(corpus, processes=self.processes, shares=self.shares)
                 for each in (corpus, corpus.exact):
                     if each.is_divided:
-                        _ = each.index  # By which this process answers.
+                        _ = each.index  # Opened now: this process answers searches by it.
         return corpus
 
     def release(self) -> None:

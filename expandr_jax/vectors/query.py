@@ -1,4 +1,4 @@
-"""Vectors of queries, and how they and those of their expansions become one."""
+"""Vectors of queries, and how they are fused with the vectors of their expansions."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from expandr_jax.vectors.encoder import Progress, TextEncoder
 from expandr_jax.weights.sparse_encoder import load_sparse_encoder
 from expandr_jax.weights.trees import hash_tree
 
-SPARSE_TEXTS = 256  # Whose vectors are in memory at once as wide as the vocabulary.
+SPARSE_TEXTS = 256  # Texts whose vectors, as wide as the vocabulary, are in memory at once.
 Encode = Callable[[Sequence[str], Kind], np.ndarray]  # Texts to vectors [texts, dimension].
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from expandr_jax.errors import UserError, shown
 
 _LARGEST = 2**31 - 1
-_LONGEST = 400  # Those of another library's message, or of names.
+_LONGEST = 400  # Characters of another library's message, or of names.
 _LONGEST_PATH = 255
 
 

@@ -98,7 +98,7 @@ def merge_stored(
 def _rows(leaf: Any, weight: Weight, layer: int) -> Iterator[np.ndarray]:
     """The rows of one tensor in the Hugging Face layout, fetched when they are asked for."""
     shape = leaf.shape[1:] if weight.stacked else leaf.shape
-    axis = len(shape) - 1 if weight.transpose else 0  # That of the tensor's rows.
+    axis = len(shape) - 1 if weight.transpose else 0  # The axis of the tensor's rows.
     step = max(1, _PART_BYTES * shape[axis] // (leaf.dtype.itemsize * math.prod(shape)))
     for start in range(0, shape[axis], step):
         part = [slice(None)] * len(shape)

@@ -44,7 +44,7 @@ _UNREAD = (
     "special_tokens_map_file", "stride", "tokenizer_file", "trim_offsets", "truncation_strategy",
     "use_default_system_prompt", "use_fast", "vocab_file", "wordpieces_prefix",
 )  # fmt: skip
-_ODD_TEXT = "a \U0010ffff"  # Its end is in no vocabulary.
+_ODD_TEXT = "a \U0010ffff"  # Its last character is in no vocabulary.
 # Mistral's mended pattern tells cases apart; it is of tokenizers with more tokens than these.
 _MISTRAL_CUT, _MISTRAL_TOKENS = rb"\\p{Lu}\\p{Lt}", 100_000
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # transformers' name for it.
@@ -156,7 +156,7 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # Its panics are no Exception.
+    except BaseException as error:  # A panic of the library is no Exception.
         raise UserError(f"{path}: not a readable tokenizer: {one_line(error)}") from None
 
 

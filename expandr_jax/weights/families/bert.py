@@ -70,7 +70,7 @@ def _masked(config: BertConfig, hf: Fields, kind: str) -> list[Weight]:
     if kind == "bert":
         dense, norm, where = "transform.dense", "transform.LayerNorm", "cls.predictions."
     else:
-        hf.only(hidden_act="gelu")  # Which their heads have, whatever the layers do.
+        hf.only(hidden_act="gelu")  # Their heads have it, whatever the layers have.
         dense, norm, where = "dense", "layer_norm", "lm_head."
     encoder = [
         dataclasses.replace(

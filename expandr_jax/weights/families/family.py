@@ -1,4 +1,4 @@
-"""What a family of models is: the meaning of its files, and how its module is run."""
+"""The record of a family of models: the meaning of its files, and how its module is run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
