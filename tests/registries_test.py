@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from gguf import MODEL_ARCH_NAMES
 from safetensors.numpy import load_file, save_file
 
 from configs import base
@@ -358,7 +359,12 @@ def test_families(kind):
     family = BY_TYPE[kind]
     assert {*family.tokenizer_classes.values()} <= CLASSES.keys()
     assert {*family.tokenizer_classes, *family.misnamed, *family.gguf} <= family.classes.keys()
-    config = model_config(Fields(SHAPE, "config.json"), kind)
+    assert {form.architecture for form in family.gguf.values()} <= {*MODEL_ARCH_NAMES.values()}
+    shape = Fields(SHAPE, "config.json")
+    config = model_config(shape, kind)
+    if head := family.masked_head:
+        paths = {weight.path for weight in head.weights(config, shape, kind)}
+        assert paths == leaf_shapes(head.module(config, jnp.float32)).keys()
     module = family.module(config)
     assert {weight.path for weight in family.weights(config, True)} == leaf_shapes(module).keys()
     vector, flops = COMPUTED[kind]
