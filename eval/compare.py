@@ -18,15 +18,14 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Qrels, read_qrels
 from expandr_jax.errors import UserError
 from expandr_jax.report.differences import (
-    HEADER,
+    DIFFERENCES_HEADER,
     MOVED_HEADER,
     Values,
     compare,
     moved,
     read_expansions,
 )
-from expandr_jax.report.published import HEADER as PUBLISHED_HEADER
-from expandr_jax.report.published import published_rows, read_published
+from expandr_jax.report.published import PUBLISHED_HEADER, published_rows, read_published
 from expandr_jax.report.tables import TABLE_FORMATS, render, wide_console
 from train.launch import launch
 
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--baseline={baseline}: no such run; there are {', '.join(values)}")
     title = f"{len(qrels)} queries, against {baseline}; Holm's method over all comparisons"
     rows = [row.cells() for row in compare(values, baseline)]
-    tables = [render(title, HEADER, rows, settings.format)]
+    tables = [render(title, DIFFERENCES_HEADER, rows, settings.format)]
     known = ({}, {})
     if settings.expansions:
         known = read_expansions(pathlib.Path(settings.expansions))

@@ -29,7 +29,7 @@ from expandr_jax.data.benchmarks import benchmark_queries, find_benchmarks, quer
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.places import find_collections
-from expandr_jax.data.triples import SUFFIXES, find_sources, stream_triples
+from expandr_jax.data.triples import TRIPLE_SUFFIXES, find_sources, stream_triples
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
 from expandr_jax.files.records import hash_json
@@ -148,7 +148,7 @@ def holds_triples(path: pathlib.Path) -> bool:
         names = [file.name for file in path.iterdir() if file.is_file()]
     else:
         names = [path.name]
-    files = [name for name in names if name.endswith(SUFFIXES)]
+    files = [name for name in names if name.endswith(TRIPLE_SUFFIXES)]
     return bool(files) and not any(
         name.startswith(("corpus.jsonl", "queries.jsonl")) for name in files
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 from eval.compare import score
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
-from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
+from expandr_jax.report.differences import DIFFERENCES_HEADER, compare, moved, read_expansions
 from expandr_jax.report.tables import TABLE_FORMATS, render
 from tests.commands import command, finish
 
@@ -99,12 +99,14 @@ def test_queries_that_moved_most_with_their_expansions(paths, tmp_path):
 
 def test_the_same_cells_in_every_format(paths):
     rows = [row.cells() for row in compare(score(paths, QRELS, ["mrr@10"]), "base")]
-    assert all(len(row) == len(HEADER) for row in rows)
-    tables = {form: render("a 100 % title", HEADER, rows, form) for form in TABLE_FORMATS}
+    assert all(len(row) == len(DIFFERENCES_HEADER) for row in rows)
+    tables = {
+        form: render("a 100 % title", DIFFERENCES_HEADER, rows, form) for form in TABLE_FORMATS
+    }
     console = Console(file=io.StringIO(), width=200)
     console.print(tables["text"])
     tables["text"] = console.file.getvalue()
-    assert list(csv.reader(io.StringIO(tables["csv"]))) == [list(HEADER), *rows]
+    assert list(csv.reader(io.StringIO(tables["csv"]))) == [list(DIFFERENCES_HEADER), *rows]
     markdown = tables["markdown"].splitlines()
     assert [cell.strip() for cell in markdown[5].strip("|").split("|")] == rows[1]
     assert r"mrr@10 & better & 0.7812 & +0.4125 & 7 & 1 & 0" in tables["latex"]

@@ -22,10 +22,10 @@ from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
 from tests.eight_devices import CHIP, QUIET, machine
-from train.counts import PAPER
+from train.counts import PAPER_COUNTS
 from train.plan import misfits
 
-TWICE = Counts(*(2 * number for number in dataclasses.astuple(PAPER)))
+TWICE = Counts(*(2 * number for number in dataclasses.astuple(PAPER_COUNTS)))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def paper():
     return read_config(llama3_8b_anchordr.get_config())
 
 
-def hosts(config, counts=PAPER, count=2, memory=192 * GIB):
+def hosts(config, counts=PAPER_COUNTS, count=2, memory=192 * GIB):
     devices = jax.devices("cpu")[:8]
     topology = Topology("hosts", devices, CHIP, devices[: 8 // count])
     return {row.stage: row for row in host_rows(config, counts, topology, memory)}

@@ -22,7 +22,7 @@ from expandr_jax.training.train_state import TrainState
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
 from tests.planned_generator_test import wide_model
 from train import plan
-from train.counts import PAPER
+from train.counts import PAPER_COUNTS
 
 SAMPLES, NEW = 4, 16
 GRPO = {
@@ -155,7 +155,7 @@ def test_another_kind_of_step_b_is_a_record(config, monkeypatch, like):
     topology = machine()
     assert [*planned_programs(mine, topology)] == [*planned_programs(theirs, topology)]
     own, others = (
-        [dataclasses.astuple(row) for row in host_rows(each, PAPER, topology, 1)]
+        [dataclasses.astuple(row) for row in host_rows(each, PAPER_COUNTS, topology, 1)]
         for each in (mine, theirs)
     )
     renamed = [("MINE" if stage == "GRPO" else stage, *rest) for stage, *rest in others]

@@ -8,7 +8,7 @@ import pytest
 
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
-from expandr_jax.report.published import HEADER, published_rows, read_published
+from expandr_jax.report.published import PUBLISHED_HEADER, published_rows, read_published
 from tests.commands import ROOT, command, finish
 from tests.compare_test import QRELS, RANKS, paths, reciprocal  # noqa: F401 (a fixture)
 
@@ -73,7 +73,7 @@ def test_as_a_command(paths, tmp_path):  # noqa: F811
         "--format=csv", f"--published={table}", "--collection=here",
     ))  # fmt: skip
     rows = list(csv.reader(io.StringIO(output)))
-    start = rows.index(list(HEADER))
+    start = rows.index(list(PUBLISHED_HEADER))
     said = {(row[0], row[1], row[3]): row[-1] for row in rows[start + 1 :] if row}
     assert len(said) == 3 * len(RANKS)
     assert said["RR@10", "one", "base"] == "equal"

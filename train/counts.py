@@ -9,14 +9,14 @@ from expandr_jax.config import Config
 from expandr_jax.planning.synthetic import Counts
 
 # The paper's run, and MS MARCO's passages, where a config has no limit and nothing is said.
-PAPER = Counts(
+PAPER_COUNTS = Counts(
     documents=8_841_823, retriever_train=637_866, generator_train=100_000, dev=1000, test=1000
 )
 
 
 def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
     """What a run of the config has: what is given, else its own limits, else the paper's."""
-    counts = dataclasses.asdict(PAPER)
+    counts = dataclasses.asdict(PAPER_COUNTS)
     for name in counts:
         limit = getattr(config.data, f"max_{name}", 0)
         counts[name] = given.get(name) or limit or counts[name]
@@ -26,14 +26,14 @@ def full_counts(config: Config, given: Mapping[str, int | None]) -> Counts:
 def told_counts(config: Config) -> Counts:
     """`full_counts` with the numbers that flags give."""
     return full_counts(
-        config, {name: flags.FLAGS[name].value for name in dataclasses.asdict(PAPER)}
+        config, {name: flags.FLAGS[name].value for name in dataclasses.asdict(PAPER_COUNTS)}
     )
 
 
 def define_counts() -> None:
     """Defines a flag for each number, and the memory of a host."""
     flags.DEFINE_float("host_memory", 192.0, "GiB of a host; 192 has one of 4 v5e chips.")
-    for name, number in dataclasses.asdict(PAPER).items():
+    for name, number in dataclasses.asdict(PAPER_COUNTS).items():
         what = "Documents" if name == "documents" else f"Queries, {name.replace('_', ' ')}"
         limit = "" if name == "documents" else f"the config's data.max_{name}, or "
         flags.DEFINE_integer(

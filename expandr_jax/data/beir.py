@@ -20,7 +20,7 @@ from expandr_jax.data import bright
 from expandr_jax.data.answers import answers_of
 from expandr_jax.data.documents import Documents, open_documents, seal, write_documents
 from expandr_jax.data.judgements import (
-    HEADER,
+    QRELS_HEADER,
     Judgement,
     Mistakes,
     Qrels,
@@ -44,7 +44,7 @@ from expandr_jax.files.records import (
     write_text,
 )
 
-_COLUMNS = ("_id", "id", "title", "text", "instruction", *HEADER)
+_COLUMNS = ("_id", "id", "title", "text", "instruction", *QRELS_HEADER)
 _TABLES = ("qrels", "default", "data")  # Where sets on the Hugging Face hub keep judgements.
 # What sets of MTEB's may have besides: candidates of each query, and what to search them for.
 _UNREAD = re.compile(r"(top_ranked|instructions?)(/.*)?\.(jsonl?|tsv|parquet)(\.gz)?")
@@ -233,7 +233,7 @@ def write_beir(directory: str | os.PathLike, collection: Collection) -> None:
         ),
     )
     for split, qrels in collection.qrels.items():
-        lines = ["\t".join(HEADER)]
+        lines = ["\t".join(QRELS_HEADER)]
         for query, judged in qrels.items():
             lines += [f"{query}\t{document}\t{grade}" for document, grade in judged.items()]
         write_text(directory / "qrels" / f"{split}.tsv", "\n".join(lines) + "\n")
@@ -356,10 +356,10 @@ def _read_judgements(files: Files, name: str, mistakes: Mistakes) -> Iterator[Ju
         where = position if parquet else f"{files.path(name)}:{position}"
         try:
             if parquet:
-                columns = [row.get(column) for column in HEADER]
+                columns = [row.get(column) for column in QRELS_HEADER]
             else:
                 columns = columns_of(where, row, separator)
-                if not columns or (position == 1 and tuple(columns) == HEADER):
+                if not columns or (position == 1 and tuple(columns) == QRELS_HEADER):
                     continue
             judgement = judgement_of(where, columns)
         except UserError as error:

@@ -10,7 +10,7 @@ from expandr_jax.files.records import decode, note
 Qrels = dict[str, dict[str, int]]
 Mistakes = list[UserError] | None
 
-HEADER = ("query-id", "corpus-id", "score")
+QRELS_HEADER = ("query-id", "corpus-id", "score")
 
 
 class Judgement(NamedTuple):

@@ -26,7 +26,7 @@ from expandr_jax.data.triples import Triple, find_sources, stream_triples
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, hash_json
 
-FORMAT = "array_record"  # The one that needs no TensorFlow.
+FILE_FORMAT = "array_record"  # The one that needs no TensorFlow.
 _HASH_LENGTH = 16  # Hex digits in the directory's name; metadata.json has all.
 _ROWS_AT_ONCE = 1000  # Between calls of a progress function.
 _TEXT, _TEXTS = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
@@ -94,7 +94,7 @@ class Triples(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 for left in Path(self.data_path.parent).glob("incomplete.*"):  # After a kill.
                     shutil.rmtree(left)
                 with _quiet():
-                    self.download_and_prepare(file_format=FORMAT)
+                    self.download_and_prepare(file_format=FILE_FORMAT)
         with _quiet():
             return tfds.builder_from_directory(self.data_path)
 

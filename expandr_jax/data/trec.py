@@ -14,7 +14,7 @@ _TOPIC = re.compile(r"<(top(?:ic)?)\b([^>]*)>(.*?)</\1>", re.IGNORECASE | re.DOT
 _NUMBER = re.compile(r"""\bnumber\s*=\s*["']([^"']*)["']""", re.IGNORECASE)
 _PART = re.compile(r"<(\w+)>([^<]*)")  # Older tracks do not close their parts.
 _LABEL = re.compile(r"^\s*(?:number|topic|description|narrative)\s*:", re.IGNORECASE)
-FIELDS = ("title", "query")  # What a search box would be given, as tracks call it.
+TOPIC_FIELDS = ("title", "query")  # What a search box would be given, as tracks call it.
 
 
 def read_topics(path: str | os.PathLike) -> dict[str, str]:
@@ -57,9 +57,11 @@ def _tagged(path: Path, text: str) -> Iterator[tuple[str, str, str]]:
         key = number[1] if number else parts.get("num")
         if key is None:
             raise UserError(f"{where}: the topic has no <num> and no number")
-        query = next((parts[name] for name in FIELDS if name in parts), None)
+        query = next((parts[name] for name in TOPIC_FIELDS if name in parts), None)
         if query is None:
-            raise UserError(f"{where}: the topic has no {' or '.join(f'<{n}>' for n in FIELDS)}")
+            raise UserError(
+                f"{where}: the topic has no {' or '.join(f'<{n}>' for n in TOPIC_FIELDS)}"
+            )
         yield where, _clean(key), _clean(query)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import check_field, note, parse_row, read_lines
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+TRIPLE_SUFFIXES = (".jsonl", ".jsonl.gz")
 MAX_CHARACTERS = 1_000_000  # Longest text; a longer one is taken for files run together.
 _NAMES = {"pos": ("pos", "positive"), "neg": ("neg", "negative")}
 # "hard_negatives", "neg1", "positive_docs" and the like, but no ids; scores, labels and prompts.
@@ -148,7 +148,7 @@ def find_sources(path: str | os.PathLike) -> dict[str, Path]:
     files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
     found: dict[str, Path] = {}
     for file in files:
-        suffix = next((s for s in SUFFIXES if file.name.endswith(s)), None)
+        suffix = next((s for s in TRIPLE_SUFFIXES if file.name.endswith(s)), None)
         if suffix and file.is_file() and not file.name.startswith("."):
             source = file.name.removesuffix(suffix)
             if source in found:

@@ -14,7 +14,7 @@ from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.progress import Reporter
 
-FIELDS = {"query_id": str, "sample": int, "prompt": str, "text": str}
+CACHED_FIELDS = {"query_id": str, "sample": int, "prompt": str, "text": str}
 _HASH_LENGTH = 16  # Hex digits.
 CacheKey = tuple[str, int, str]  # Query id, sample, hash of the prompt and of how it is answered.
 
@@ -66,7 +66,7 @@ def kept_texts(
             write_jsonl(
                 path,
                 (
-                    {**dict(zip(FIELDS, key, strict=False)), "text": text}
+                    {**dict(zip(CACHED_FIELDS, key, strict=False)), "text": text}
                     for key, text in sorted(kept.items())
                 ),
             )
@@ -105,5 +105,5 @@ def _key(request: Request) -> CacheKey:
 def _read(path: pathlib.Path) -> dict[CacheKey, str]:
     if not path.exists():
         return {}
-    rows = (row for _, row in read_jsonl(path, FIELDS))
+    rows = (row for _, row in read_jsonl(path, CACHED_FIELDS))
     return {(row["query_id"], row["sample"], row["prompt"]): row["text"] for row in rows}

@@ -9,7 +9,7 @@ from expandr_jax.files.records import read_jsonl
 from expandr_jax.ranking.results import Values
 
 TESTS = (metrics.paired_test, metrics.randomisation_test)
-HEADER = (
+DIFFERENCES_HEADER = (
     "measure", "run", "mean", "difference", "win", "tie", "loss",
     "t-test p", "t-test p, Holm", "randomisation p", "randomisation p, Holm",
 )  # fmt: skip
@@ -38,7 +38,7 @@ class RunComparison:
         """The row of the table."""
         head = [self.measure, self.run, f"{self.mean:.4f}"]
         if self.difference is None:
-            return head + [""] * (len(HEADER) - len(head))
+            return head + [""] * (len(DIFFERENCES_HEADER) - len(head))
         counts = [str(count) for count in (self.win, self.tie, self.loss)]
         pairs = zip(self.p_values, self.adjusted, strict=True)
         return [*head, f"{self.difference:+.4f}", *counts, *(f"{p:.4g}" for q in pairs for p in q)]

@@ -12,12 +12,12 @@ from expandr_jax.files.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.ranking.results import Values
 from expandr_jax.report import page, plots
-from expandr_jax.report.differences import HEADER, compare, moved, read_expansions
+from expandr_jax.report.differences import DIFFERENCES_HEADER, compare, moved, read_expansions
 from expandr_jax.report.page import parts
 from expandr_jax.report.run_report import results_section, settings_section, time_section
 from expandr_jax.report.tables import mark_best, render, results_cells
 
-SUFFIXES = {"markdown": ".md", "latex": ".tex", "csv": ".csv"}
+TABLE_SUFFIXES = {"markdown": ".md", "latex": ".tex", "csv": ".csv"}
 CURVES = 6  # Systems whose gains by query are drawn: those that differ most from the baseline.
 MOVED = 12  # Queries that are shown.
 EXPANSION_CHARACTERS = 500  # A query's texts are cut to these.
@@ -34,7 +34,7 @@ def write_tables(
 
     What there is to remark on it stands below it in path.md.
     """
-    for form, suffix in SUFFIXES.items():
+    for form, suffix in TABLE_SUFFIXES.items():
         below = "".join(f"\n{remark}\n" for remark in remarks) if form == "markdown" else ""
         write_text(path.with_suffix(suffix), render(title, header, rows, form) + below)
     return render(title, header, rows)
@@ -133,7 +133,8 @@ def _sections(
     gains = {f"Gain in {measure} by query, sorted": _gains(first, baseline, measure)}
     return {
         **sections,
-        f"Against {baseline}": parts().table(caption, HEADER[1:], rows) + parts().figures(gains),
+        f"Against {baseline}": parts().table(caption, DIFFERENCES_HEADER[1:], rows)
+        + parts().figures(gains),
         "Queries that moved most": _moved(first, baseline, texts, expansions),
     }
 

@@ -17,8 +17,8 @@ from expandr_jax.errors import UserError, shown
 from expandr_jax.files.records import decode, read_lines
 from expandr_jax.ranking.results import Values
 
-FIELDS = ("system", "collection", "metric", "value")
-HEADER = (
+PUBLISHED_FIELDS = ("system", "collection", "metric", "value")
+PUBLISHED_HEADER = (
     "measure", "published", "value", "run", "mean", "95 % from", "to", "difference", "the run is",
 )  # fmt: skip
 
@@ -51,7 +51,7 @@ def read_published(path: pathlib.Path, collection: str | None) -> list[Published
             )
     known = sorted({one.collection for one in found.values()})
     if not known:
-        raise UserError(f"{path}: empty; expected rows of {', '.join(FIELDS)}")
+        raise UserError(f"{path}: empty; expected rows of {', '.join(PUBLISHED_FIELDS)}")
     if collection is None and len(known) > 1:
         raise UserError(f"{path}: has {', '.join(known)}; choose one by --collection=NAME")
     chosen = known[0] if collection is None else collection
@@ -61,7 +61,7 @@ def read_published(path: pathlib.Path, collection: str | None) -> list[Published
 
 
 def published_rows(published: Sequence[Published], values: Values) -> list[list[str]]:
-    """Rows of `HEADER`, for each published mean one of each run that has its measure.
+    """Rows of `PUBLISHED_HEADER`, for each published mean one of each run that has its measure.
 
     Means are rounded to the digits of the published one before they are compared. The interval is
     the bootstrap's over the queries; of others' queries nothing is known, so nothing is tested.
@@ -93,12 +93,14 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON: {error}") from None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path}: expected a JSON list of objects with {', '.join(FIELDS)}")
+            raise UserError(
+                f"{path}: expected a JSON list of objects with {', '.join(PUBLISHED_FIELDS)}"
+            )
         yield from ((f"{path}: number {number}", row) for number, row in enumerate(rows, start=1))
         return
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     try:
-        lacking = [field for field in FIELDS if field not in (reader.fieldnames or ())]
+        lacking = [field for field in PUBLISHED_FIELDS if field not in (reader.fieldnames or ())]
         if lacking:
             raise UserError(f"{path}:1: no column {', '.join(lacking)}; expected a header")
         for row in reader:
@@ -108,10 +110,10 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _published(where: str, row: Mapping[str, Any]) -> Published:
-    for field in FIELDS:
+    for field in PUBLISHED_FIELDS:
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise UserError(f"{where}: {field} is {shown(row.get(field))}; expected some text")
-    system, collection, metric, text = (row[field].strip() for field in FIELDS)
+    system, collection, metric, text = (row[field].strip() for field in PUBLISHED_FIELDS)
     try:
         metrics.measure_key(metric)
     except UserError as error:
