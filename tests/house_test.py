@@ -245,6 +245,26 @@ def test_a_type_has_a_name_of_its_own():
     assert not {name for name in names if names.count(name) > 1}
 
 
+# Constants that mean the same in several modules: how much of something is in memory at once, what
+# a thing is called, a limit of two places that have one reason.
+SHARED_CONSTANTS = {
+    "CHANGE", "FAMILY", "JACCARD", "MOST_SIZES", "MOVED", "QUERIES_AT_ONCE",
+    "ROWS_AT_ONCE", "SPLADE", "TEXTS_AT_ONCE",
+}  # fmt: skip
+
+
+def test_a_constant_has_a_name_of_its_own():
+    """A reader who meets `BLOCK` or `TEXTS` in an import knows which one it is."""
+    names = []
+    for _, text in sources("expandr_jax"):
+        own = set()
+        for node in parsed(text).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            own |= {target.id for target in targets if isinstance(target, ast.Name)}
+        names += [name for name in own if re.fullmatch(r"[A-Z][A-Z0-9_]+", name)]
+    assert {name for name in names if names.count(name) > 1} == SHARED_CONSTANTS
+
+
 def test_no_file_is_long():
     long = {path for path, text in sources(*PRODUCT, "tests") if text.count("\n") > MOST_LINES}
     assert not long

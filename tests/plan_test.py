@@ -350,7 +350,7 @@ def test_a_place_that_cannot_take_the_plan_is_refused_before_it_is_made(tmp_path
 
 
 def test_a_search_proposes_settings_that_fit(config, monkeypatch):
-    monkeypatch.setattr(plan_search, "PHASES", {"encoding": plan_search.PHASES["encoding"]})
+    monkeypatch.setattr(plan_search, "SEARCHED", {"encoding": plan_search.SEARCHED["encoding"]})
     [found] = plan_search.propose(config, machine(), QUIET)
     assert 0 < found["bytes_total"] <= machine().chip.capacity
     mesh = found["settings"]["mesh.encoding"]

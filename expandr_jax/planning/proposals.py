@@ -22,9 +22,9 @@ from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import bytes_on_device
 
-TRIES = 4  # Settings of a phase that are compiled at most.
+SETTINGS_TRIED = 4  # Settings of a phase that are compiled at most.
 # Phase, the program that stands for it (None: as step B has it), where its recomputation is set.
-PHASES = {
+SEARCHED = {
     "contrastive": ("contrastive step", "contrastive.remat"),
     "encoding": ("corpus encoding", None),
     "sampling": ("decode", None),
@@ -53,9 +53,10 @@ def propose(config: Config, topology: Topology, console: Console) -> list[dict[s
     for phase in phases_of(config, topology):
         console.print(f"{phase}: estimating settings")
         ordered = sorted(_estimates(config, topology, phase), key=lambda item: item[0])
-        for number, (order, settings, planned) in enumerate(ordered[:TRIES], start=1):
+        for number, (order, settings, planned) in enumerate(ordered[:SETTINGS_TRIED], start=1):
             console.print(
-                f"{phase}: compiling {config_flags(settings)} ({number} of at most {TRIES})",
+                f"{phase}: compiling {config_flags(settings)} ({number} of at most "
+                f"{SETTINGS_TRIED})",
                 soft_wrap=True,
                 markup=False,
             )
@@ -72,19 +73,19 @@ def propose(config: Config, topology: Topology, console: Console) -> list[dict[s
 def phases_of(config: Config, topology: Topology) -> list[str]:
     """The phases that the config's run has."""
     programs = planned_programs(config, topology)
-    return [phase for phase in PHASES if _program(config, phase) in programs]
+    return [phase for phase in SEARCHED if _program(config, phase) in programs]
 
 
 def _program(config: Config, phase: str) -> str:
     """The program that stands for a phase."""
-    return PHASES[phase][0] or step_b_shapes(config).update
+    return SEARCHED[phase][0] or step_b_shapes(config).update
 
 
 def _estimates(
     config: Config, topology: Topology, phase: str
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Planned]]:
     """(what to sort by, its time first; settings; the program with them) of all that may fit."""
-    program, (_, remat_name) = _program(config, phase), PHASES[phase]
+    program, (_, remat_name) = _program(config, phase), SEARCHED[phase]
     micro_batches = [0]
     if phase == "contrastive":
         micro_batches += [QUERIES // 2**i for i in range(3)]

@@ -12,7 +12,7 @@ from expandr_jax.errors import UserError
 
 SCHEME = "gs://"
 FRESH = {"cache_control": "no-store"}  # What anybody may read is otherwise kept for an hour.
-TRIES = 3  # A request that had no answer; gcsfs itself tries those six times that failed.
+REQUEST_TRIES = 3  # A request that had no answer; gcsfs itself tries those six times that failed.
 
 
 def is_bucket(path: str | os.PathLike) -> bool:
@@ -92,7 +92,7 @@ class Bucket:
 
     def _try(self, name: str, request: Callable[[], Any], *, needed: bool = True) -> Any:
         """What a request gives; None where what it is for is not `needed` and not there."""
-        for attempt in range(TRIES):
+        for attempt in range(REQUEST_TRIES):
             try:
                 return request()
             except FileNotFoundError:
@@ -100,7 +100,7 @@ class Bucket:
                     return None
                 raise UserError(f"{self.path(name)}: there is no such bucket") from None
             except TimeoutError as error:
-                if attempt == TRIES - 1:
+                if attempt == REQUEST_TRIES - 1:
                     raise self._refused(name, error) from None
             except Exception as error:  # Those of aiohttp, requests, google.auth and gcsfs.
                 raise self._refused(name, error) from None

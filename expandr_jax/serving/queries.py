@@ -15,7 +15,7 @@ from expandr_jax.vectors.encoder import Kind, embedder
 from expandr_jax.weights.trees import model_shardings
 
 BATCH_SIZES = (1, 4, 8, 16)  # Texts of a batch; those of a number between are filled up.
-BETWEEN = 24  # Tokens, where encoding many has no length: most questions are about as long.
+BETWEEN_TOKENS = 24  # Tokens, where encoding many has no length: most questions are about as long.
 START_TOKENS = 48  # Tokens that a batch's start takes as long as.
 LONG_TOKENS = 64  # Tokens; of longer texts there are fewer sizes of batches.
 LONG_BATCH_SIZES = (1, 4)
@@ -43,7 +43,10 @@ class QueryEncoder:
             jax.device_put(params, model_shardings(mesh, retriever.module, params))
             for mesh in self._meshes
         ]
-        lengths = {*encoding_lengths(retriever.max_length), min(BETWEEN, retriever.max_length)}
+        lengths = {
+            *encoding_lengths(retriever.max_length),
+            min(BETWEEN_TOKENS, retriever.max_length),
+        }
         self._lengths = sorted(lengths)
         self._programs: dict[tuple[int, int], tuple[Callable[..., jax.Array], Any]] = {}
         self._tokenizing = threading.Lock()
