@@ -207,10 +207,7 @@ def evaluate_beir(
 def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
     """The docstrings that the config names, as `train.joint` has them, in the workdir's data/."""
     with run.phase("data"):
-        data = prepare_data(
-            run.config.data, run.workdir, processes=run.processes, reporter=run.reporter,
-            checksums=run.checksums,
-        )  # fmt: skip
+        data = prepare_data(run.config.data, run.checksums, run.reporter)
     (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
     return {data.collection.name: harvested}
 

@@ -112,7 +112,4 @@ def error_of(output: str) -> str:
 
 def data_of(run: Run) -> TrainingData:
     """The data of a run, as train.joint prepares them."""
-    return prepare_data(
-        run.config.data, run.workdir, processes=run.processes, reporter=run.reporter,
-        checksums=run.checksums,
-    )  # fmt: skip
+    return prepare_data(run.config.data, run.checksums, run.reporter)

@@ -90,10 +90,7 @@ def train_joint(
         return _end(run, results)
     functions = run_functions(run, used=has_begun(run))
     with run.phase("data"):
-        data = prepare_data(
-            config.data, run.workdir, processes=run.processes, reporter=run.reporter,
-            checksums=run.checksums,
-        )  # fmt: skip
+        data = prepare_data(config.data, run.checksums, run.reporter)
     qrels = data.collection.qrels
     run.reporter.say(
         f"{len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "

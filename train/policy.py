@@ -334,10 +334,7 @@ def train_alone(
     run = Run(workdir, config, console)
     config, functions = run.config, run_functions(run, used=has_begun(run))
     with run.phase("data"):
-        data = prepare_data(
-            config.data, run.workdir, processes=run.processes, reporter=run.reporter,
-            checksums=run.checksums,
-        )  # fmt: skip
+        data = prepare_data(config.data, run.checksums, run.reporter)
     check_answers(config.reward, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance)

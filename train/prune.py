@@ -284,10 +284,7 @@ def _searched(
     settled = read_config(dataclasses.asdict(with_settings(config, settings)))
     run = Run(directory / "evaluation", settled, console)
     with run.phase("data"):
-        data = prepare_data(
-            settled.data, run.workdir, processes=run.processes, reporter=run.reporter,
-            checksums=run.checksums,
-        )  # fmt: skip
+        data = prepare_data(settled.data, run.checksums, run.reporter)
     models = load_models(settled, lambda _: None)
     run.check_models(model_hashes(models))
     corpus = data.collection.corpus

@@ -26,33 +26,27 @@ from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.runtime.checksums import Checksums
-from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
 SPLITS = ("train", "dev", "test")
 
 
-def prepare_data(
-    config: DataSettings,
-    workdir: pathlib.Path,
-    *,
-    processes: Processes,
-    reporter: Reporter,
-    checksums: Checksums,
-) -> TrainingData:
-    """Reads data/ of a workdir, or makes it where it is not whole, as `checksums` say.
+def prepare_data(config: DataSettings, checksums: Checksums, reporter: Reporter) -> TrainingData:
+    """Reads data/ of a workdir, or makes it where it is not whole, as its checksums say.
 
     Its documents are read from a file of their own, made once, and no text of them is held.
 
     Args:
         config: The config's section `data`.
-        workdir: That of a run, to which `checksums` belong. Beside data/, triples are prepared in
-            work/prepared, unless the config says where, and documents kept in work/documents/data.
-        processes: All that share the workdir; the first one writes.
+        checksums: Those of the workdir, whose first process writes. Beside data/, triples are
+            prepared in work/prepared, unless the config says where, and documents kept in
+            work/documents/data.
+        reporter: Shows progress, and says what is left out.
 
     Raises:
         UserError: The source is missing, empty or malformed.
     """
+    workdir, processes = checksums.workdir, checksums.processes
     directory, store = workdir / "data", workdir / "work" / "documents" / "data"
 
     def make() -> None:

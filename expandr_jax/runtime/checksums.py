@@ -18,11 +18,15 @@ class Checksums:
     Args:
         workdir: The run; paths are relative to it.
         say: Tells the user what is damaged.
+
+    Attributes:
+        workdir: The same.
+        processes: Those that share it.
     """
 
     def __init__(self, workdir: pathlib.Path, say: Callable[[str], None]):
-        self._workdir, self._say = workdir, say
-        self._processes = processes.current()
+        self.workdir, self._say = workdir, say
+        self.processes = processes.current()
         self._path = workdir / "work" / "seals.json"
         self._files: dict[str, str] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -36,7 +40,7 @@ class Checksums:
 
     def record(self, *names: str) -> None:
         """Records files, or all files of directories, as finished; names are from the workdir."""
-        self._processes.once(lambda: self._record(names))
+        self.processes.once(lambda: self._record(names))
 
     def _record(self, names: Sequence[str]) -> None:
         for name in names:
@@ -52,19 +56,19 @@ class Checksums:
                 self._forget(name)
             self._write()
 
-        self._processes.once(forget)
+        self.processes.once(forget)
 
     def _write(self) -> None:
         files = dict(sorted(self._files.items()))
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
 
     def intact(self, *names: str) -> bool:
-        """Whether all of these are recorded and unchanged; if not, all of them are removed."""
-        return self._processes.once(lambda: self._intact(names))
+        """Whether all of these were finished and are as they were; if not, all are removed."""
+        return self.processes.once(lambda: self._intact(names))
 
     def unchanged(self, *names: str) -> bool:
-        """Whether all of these are recorded and unchanged; if not, they stay as they are."""
-        return self._processes.once(lambda: not self._bad(names))
+        """Whether all of these were finished and are as they were; if not, they stay."""
+        return self.processes.once(lambda: not self._bad(names))
 
     def _bad(self, names: Sequence[str]) -> list[str]:
         """The names whose files are not recorded, or have changed since."""
@@ -76,10 +80,10 @@ class Checksums:
             return True
         for name in bad:
             if self._known(name):
-                self._say(f"{self._workdir / name}: is damaged or was removed; it is made again")
+                self._say(f"{self.workdir / name}: is damaged or was removed; it is made again")
         for name in names:
             self._forget(name)
-            path = self._workdir / name
+            path = self.workdir / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -95,11 +99,11 @@ class Checksums:
         }
 
     def _found(self, name: str) -> dict[str, str]:
-        """Checksums of the files that are there now, as `_known` has the recorded ones."""
-        path = self._workdir / name
+        """The same of what is there."""
+        path = self.workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return {
-            file.relative_to(self._workdir).as_posix(): hash_file(file)
+            file.relative_to(self.workdir).as_posix(): hash_file(file)
             for file in files
             if file.is_file()
         }
