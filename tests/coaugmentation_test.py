@@ -14,6 +14,12 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl
+from expandr_jax.objectives.coaugmentation import (
+    check_documents,
+    document_group,
+    documents_beside,
+    score_together,
+)
 from expandr_jax.objectives.policy import Sampled, pack_sampled
 from expandr_jax.rewards.coaugmentation import (
     coaugmentation_rewards,
@@ -23,13 +29,8 @@ from expandr_jax.rewards.coaugmentation import (
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import Bm25Index
-from tests.commands import finish, start, step_metrics, until
-from train.coaugmentation import (
-    check_documents,
-    document_group,
-    documents_beside,
-    score_together,
-)
+from tests.commands import finish, start, step_figures, until
+from train.scores import RewardTools, reward_context
 
 IDS = [f"d{i}" for i in range(30)]
 QRELS = {
@@ -143,10 +144,12 @@ def test_a_step_s_texts_are_rewarded_by_their_searches(search):
     config = with_settings(
         read_config(coaug.get_config()), {"reward.search": search, "grpo.documents": 2}
     )
-    run = types.SimpleNamespace(config=config, processes=Processes())
     texts_of_documents = data().collection.corpus.values()
-    score = score_together(run, Encoder(), data(), lambda: Bm25Index(texts_of_documents))
-    beside = documents_beside(run, types.SimpleNamespace(fits=lambda _: True), data())
+    tools = RewardTools(lambda: Bm25Index(texts_of_documents))
+    context = reward_context(config, tools, data(), None, ["a", "b"], 2, 0)
+    score = score_together(context, Encoder(), config.grpo.document_weights, Processes())
+    sampler = types.SimpleNamespace(fits=lambda _: True, seed=config.seed)
+    beside = documents_beside(data(), config.grpo, sampler, config.answer.max_characters)
     names = beside.draw(["a", "b"], 3)
     assert len(names) == len({*names}) == 4
     document = names[0].removeprefix("document/")

@@ -11,12 +11,14 @@ from expandr_jax.expansion.demonstrations import Demonstration, best_draws, draw
 from expandr_jax.expansion.expand import Expander, requests_of
 from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.objectives.scores import make_score
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.group import Group
+from expandr_jax.rewards.registry import needs_vectors
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.preferences import best_groups, sampled_candidates
-from train.scores import RewardTools, make_score
+from train.scores import RewardTools, reward_context
 
 PLACE = "demonstrations"  # Its files in the workdir.
 CHOSEN_PROMPTS = f"{PLACE}/prompts.jsonl"
@@ -121,7 +123,9 @@ def _rewards(
         )
         for query in dev
     ]  # fmt: skip
-    most = config.candidates.max_new_tokens
-    score = make_score(run, retriever, data, dev, tools, len(dev), most, split="dev")
+    corpus = retriever.corpus if needs_vectors(config.reward) else None
+    limits = len(dev), config.candidates.max_new_tokens
+    context = reward_context(config, tools, data, corpus, dev, *limits, split="dev")
+    score = make_score(context, retriever, config.expansion.kind, run.processes)
     rewarded, _ = score(groups)
     return np.array([[c.total for c in group.candidates] for group in rewarded])

@@ -25,6 +25,13 @@ from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.files.records import hash_json, write_jsonl
 from expandr_jax.loading import load_models
 from expandr_jax.models.lora import init_lora
+from expandr_jax.objectives.coaugmentation import (
+    DOCUMENT,
+    check_documents,
+    document_group,
+    documents_beside,
+    score_together,
+)
 from expandr_jax.objectives.policy import (
     PolicyTrainer,
     micro_rows,
@@ -32,6 +39,7 @@ from expandr_jax.objectives.policy import (
 )
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.rollouts import Rollouts
+from expandr_jax.objectives.scores import make_score
 from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
@@ -40,6 +48,7 @@ from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.group import Group
+from expandr_jax.rewards.registry import needs_vectors
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
@@ -49,20 +58,13 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.coaugmentation import (
-    DOCUMENT,
-    check_documents,
-    document_group,
-    documents_beside,
-    score_together,
-)
 from train.demonstrations import with_demonstrations
 from train.encoding import run_retriever, run_words
 from train.expansions import run_expander
 from train.generator import write_adapter
 from train.launch import launch_training
 from train.preferences import CANDIDATES, run_functions, self_answers
-from train.scores import RewardTools, make_score
+from train.scores import RewardTools, reward_context
 from train.warm_start import PLACE, warm_start
 
 PHASE = STEP_B["grpo"].phase
@@ -118,16 +120,21 @@ def train_policy(
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     messages, group = _asked(run, expander, data, adapter, round_)
-    beside = documents_beside(run, expander.sampler, data) if settings.documents else None
+    beside = None
+    if settings.documents:
+        most = run.config.answer.max_characters
+        beside = documents_beside(data, settings, expander.sampler, most)
     trainer = kind.trainer(models, settings)
 
     @functools.cache  # Where all steps are done, nothing is sampled.
     def rollouts() -> Rollouts:
+        config, limits = run.config, (settings.queries, settings.max_new_tokens)
+        corpus = retriever.corpus if needs_vectors(config.reward) and not beside else None
+        context = reward_context(config, tools, data, corpus, [*messages], *limits)
         if beside:
-            score = score_together(run, retriever, data, tools.words)
+            score = score_together(context, retriever, settings.document_weights, run.processes)
         else:
-            limits = settings.queries, settings.max_new_tokens
-            score = make_score(run, retriever, data, [*messages], tools, *limits)
+            score = make_score(context, retriever, config.expansion.kind, run.processes)
         first = round_ * settings.steps
         return Rollouts(expander.sampler, adapter, messages, group, score, settings, first, beside)
 

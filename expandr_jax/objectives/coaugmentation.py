@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from expandr_jax.data.documents import ids_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.sampled import MadeWhenAsked
-from expandr_jax.expansion.strategies import SEPARATOR, STRATEGIES, document_message
+from expandr_jax.expansion.strategies import SEPARATOR, document_message
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.objectives.rollouts import Beside, Score
@@ -21,9 +21,9 @@ from expandr_jax.rewards.coaugmentation import (
     draw_documents,
     drawn_versions,
 )
+from expandr_jax.rewards.evidence import RewardContext
 from expandr_jax.rewards.group import Group
-from expandr_jax.runtime.run import Run
-from expandr_jax.search import Bm25Index
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import fuse_each
 
@@ -46,19 +46,27 @@ def check_documents(settings: GrpoSettings, data: TrainingData) -> None:
         )
 
 
-def documents_beside(run: Run, sampler: Sampler, data: TrainingData) -> Beside:
-    """The documents beside the queries of a step, and what the generator is asked of each."""
-    config, corpus = run.config, data.collection.corpus
-    name, most = config.grpo.document_prompt, config.answer.max_characters
+def documents_beside(
+    data: TrainingData, settings: GrpoSettings, sampler: Sampler, most: int
+) -> Beside:
+    """The documents beside the queries of a step, and what the generator is asked of each.
+
+    Args:
+        data: Has the documents, and which are relevant to whom.
+        settings: The config's section `grpo`.
+        sampler: Its seed draws the documents, and it knows what fits a prompt.
+        most: Characters of a document in a prompt, at most.
+    """
+    corpus = data.collection.corpus
 
     def draw(queries: Sequence[str], step: int) -> list[str]:
-        each = min(config.grpo.documents, len(corpus) // max(1, len(queries)))
-        drawn = draw_documents(data, queries, each, config.seed, step)
+        each = min(settings.documents, len(corpus) // max(1, len(queries)))
+        drawn = draw_documents(data, queries, each, sampler.seed, step)
         return [f"{DOCUMENT}{document}" for document in drawn]
 
     def message(document: str) -> str:
         text = corpus[document.removeprefix(DOCUMENT)]
-        return document_message(name, text, most, sampler.fits)
+        return document_message(settings.document_prompt, text, most, sampler.fits)
 
     return Beside(draw, MadeWhenAsked(_Names(corpus), message), PROBE)
 
@@ -86,77 +94,94 @@ def document_group(data: TrainingData, name: str) -> Group:
 
 
 def score_together(
-    run: Run, retriever: CorpusRetriever, data: TrainingData, words: Callable[[], Bm25Index]
+    context: RewardContext,
+    retriever: CorpusRetriever,
+    document_weights: tuple[float, float],
+    processes: Processes,
 ) -> Score:
     """What rewards the texts of a step's queries and documents; all processes call it together.
 
     A query is searched for as the strategy's authors have it, and a document found by its text
-    followed by what was written for it: as `eval.beir` ranks dense@d2e+q2e. `words` gives BM25's
-    index of the corpus.
+    followed by what was written for it: as `eval.beir` ranks dense@d2e+q2e.
+
+    Args:
+        context: What texts are judged by; its corpus is not looked at.
+        retriever: Encodes them, where they are searched by vectors.
+        document_weights: What a document's group counts: one that is relevant to a query of the
+            step, any other.
+        processes: Those of the run, of which the first one searches for words and judges.
     """
-    config = run.config
-
-    def encoded(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
-        """[queries, texts, documents, versions] products of their vectors, in each process."""
-        strategy = STRATEGIES[config.expansion.strategy]
-        read = [
-            [strategy.dense(group.query, [text] if text else [], config.reward.query_weight)
-             for text in group.texts]
-            for group in queries
-        ]  # fmt: skip
-        flat = [
-            text.replace(SEPARATOR, retriever.separator)
-            for group in read for one in group for text in one.texts
-        ]  # fmt: skip
-        own = retriever.encode([group.query for group in queries], "query")
-        width = own.shape[1]
-        present = np.array([[bool(one.texts) for one in group] for group in read])
-        vectors = np.zeros((*present.shape, width), np.float32)
-        if flat:
-            vectors[present] = retriever.encode(flat, strategy.kind)
-        weight = read[0][0].query_weight
-        how = {"query_weight": weight, "normalize": retriever.normalize}
-        fused = fuse_each(own, vectors, present, **how)
-        found = retriever.encode([t for g in documents for t in _expanded(g)], "document")
-        return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
-
-    def by_words(queries: Sequence[Group], documents: Sequence[Group]) -> np.ndarray:
-        """BM25's scores, [queries, texts, documents, texts], in process 0."""
-        sparse = STRATEGIES[config.expansion.strategy].sparse
-        asked = [sparse(g.query, [text] if text else []) for g in queries for text in g.texts]
-        scores = words().score_texts(asked, [text for g in documents for text in _expanded(g)])
-        return scores.reshape(len(queries), -1, len(documents), len(documents[0].candidates))
+    settings, dense = context.settings, context.settings.search == "dense"
 
     def score(groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
-        begin, dense = time.perf_counter(), config.reward.search == "dense"
+        begin = time.perf_counter()
         queries = [group for group in groups if not group.query_id.startswith(DOCUMENT)]
         documents = groups[len(queries) :]
-        vectors = encoded(queries, documents) if dense else None
+        vectors = vector_scores(context, retriever, queries, documents) if dense else None
         between = time.perf_counter()
 
         def rewards() -> list[Any]:
-            scores = by_words(queries, documents) if vectors is None else vectors
-            grades = _grades(data, queries, documents)
+            scores = word_scores(context, queries, documents) if vectors is None else vectors
+            grades = _grades(context.data, queries, documents)
             names = hash_json([group.query_id for group in groups])
-            sizes = len(documents), scores.shape[3], config.reward.group_sets
-            draws = drawn_versions(*sizes, config.seed, int(names[:8], 16))
+            sizes = len(documents), scores.shape[3], settings.group_sets
+            draws = drawn_versions(*sizes, context.seed, int(names[:8], 16))
             of_queries, of_documents = coaugmentation_rewards(scores, grades, draws)
-            relevant, others = config.grpo.document_weights
-            weights = np.where(grades.any(axis=0), relevant, others)
+            weights = np.where(grades.any(axis=0), *document_weights)
             return [of_queries.tolist(), of_documents.tolist(), weights.tolist()]
 
-        of_queries, of_documents, weights = run.processes.once(rewards)
+        of_queries, of_documents, weights = processes.once(rewards)
         spent = between - begin, time.perf_counter() - between
-        times = config.reward.group
         made = [
-            *(_rewarded(g, row, "query", 1.0, times)
+            *(_rewarded(g, row, "query", 1.0, settings.group)
               for g, row in zip(queries, of_queries, strict=True)),
-            *(_rewarded(g, row, "document", weight, times)
+            *(_rewarded(g, row, "document", weight, settings.group)
               for g, row, weight in zip(documents, of_documents, weights, strict=True)),
         ]  # fmt: skip
         return made, dict(zip(("encoding_seconds", "search_seconds"), spent, strict=True))
 
     return score
+
+
+def vector_scores(
+    context: RewardContext,
+    retriever: CorpusRetriever,
+    queries: Sequence[Group],
+    documents: Sequence[Group],
+) -> np.ndarray:
+    """[queries, texts, documents, versions] products of their vectors, in each process."""
+    strategy = context.strategy
+    read = [
+        [strategy.dense(group.query, [text] if text else [], context.settings.query_weight)
+         for text in group.texts]
+        for group in queries
+    ]  # fmt: skip
+    flat = [
+        text.replace(SEPARATOR, retriever.separator)
+        for group in read for one in group for text in one.texts
+    ]  # fmt: skip
+    own = retriever.encode([group.query for group in queries], "query")
+    width = own.shape[1]
+    present = np.array([[bool(one.texts) for one in group] for group in read])
+    vectors = np.zeros((*present.shape, width), np.float32)
+    if flat:
+        vectors[present] = retriever.encode(flat, strategy.kind)
+    weight = read[0][0].query_weight
+    how = {"query_weight": weight, "normalize": retriever.normalize}
+    fused = fuse_each(own, vectors, present, **how)
+    found = retriever.encode([t for g in documents for t in _expanded(g)], "document")
+    return np.einsum("qtw,dvw->qtdv", fused, found.reshape(len(documents), -1, width))
+
+
+def word_scores(
+    context: RewardContext, queries: Sequence[Group], documents: Sequence[Group]
+) -> np.ndarray:
+    """[queries, texts, documents, versions] scores by BM25."""
+    sparse = context.strategy.sparse
+    asked = [sparse(g.query, [text] if text else []) for g in queries for text in g.texts]
+    texts = [text for g in documents for text in _expanded(g)]
+    scores = context.words().score_texts(asked, texts)
+    return scores.reshape(len(queries), -1, len(documents), len(documents[0].candidates))
 
 
 def _expanded(group: Group) -> list[str]:
