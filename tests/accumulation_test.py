@@ -26,12 +26,12 @@ from expandr_jax.objectives.contrastive import (
 )
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.sharding import batch_sharding, make_mesh
+from expandr_jax.training import stage
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.weights.hf import load_retriever
 from tests.commands import step_metrics
 from train import retriever as retriever_training
-from train import steps
 
 TINY = str(pathlib.Path(__file__).parent.parent / "configs" / "tiny" / "tiny-bert")
 WORDS = ["array", "gradient", "loss", "norm", "scale", "shape", "step", "count"]
@@ -132,7 +132,7 @@ def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypat
     path = tmp_path / "triples.jsonl"
     write_jsonl(path, [{"query": query, "pos": document} for query, document in PAIRS])
     train(config_of(path), tmp_path / "whole")
-    save, fit, saved = Checkpoints.save, steps.fit, []
+    save, fit, saved = Checkpoints.save, stage.fit, []
 
     def noted(self, step, tree):
         save(self, step, tree)
@@ -150,7 +150,7 @@ def test_stopped_between_two_batches_of_an_update_it_goes_on(tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", noted)
-        patch.setattr(steps, "fit", notified)
+        patch.setattr(stage, "fit", notified)
         with pytest.raises(SystemExit):
             train(config_of(path), tmp_path / "run")
     assert saved == [2, 3]

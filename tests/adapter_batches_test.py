@@ -13,14 +13,13 @@ from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import AdapterBatches
+from expandr_jax.objectives.adapter import AdapterBatches, kept_reference
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import pack
 from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.runtime.run import Run
-from train.generator import kept_reference
 
 DPO, SETTINGS = OBJECTIVES["sigmoid"], ObjectiveSettings(chunk=16)
 LENGTHS = types.SimpleNamespace(prompt_length=32, response_length=9)
@@ -57,7 +56,7 @@ def made(run):
             return program(variables, batch)
 
         batches.log_probs = counted
-        return kept_reference(run, batches, pairs, "reference"), len(calls)
+        return kept_reference(run.checksums, run.reporter, batches, pairs, "reference"), len(calls)
 
     return made
 

@@ -8,6 +8,7 @@ trains it alone, on any file in TRL's formats; `train.joint` calls the same func
 "reward"}]} a line. The same command again continues where it stopped.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -25,9 +26,14 @@ from expandr_jax.files.records import hash_file, hash_json
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
+from expandr_jax.objectives.adapter import (
+    AdapterBatches,
+    adapter_setup,
+    kept_reference,
+    make_examples,
+)
 from expandr_jax.objectives.objective import Objective
-from expandr_jax.objectives.packing import Example, hash_response_examples
+from expandr_jax.objectives.packing import hash_response_examples
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
 from expandr_jax.planning.flops import FROZEN, forward_flops
@@ -36,10 +42,9 @@ from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
-from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.training.early_stopping import watch_dev
-from expandr_jax.training.loop import fit
 from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.training.stage import stage_trainer
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from train.launch import launch_training
 
@@ -99,8 +104,9 @@ def train_generator(
     batches.choose_sizes(examples, map(drawn, range(steps)))
     reference = dev_reference = None
     if objective.reference:
-        reference = kept_reference(run, batches, examples, "reference log-probabilities")
-        dev_reference = kept_reference(run, batches, dev, "reference on dev pairs") if dev else None
+        kept = functools.partial(kept_reference, run.checksums, run.reporter, batches)
+        reference = kept(examples, "reference log-probabilities")
+        dev_reference = kept(dev, "reference on dev pairs") if dev else None
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
     identity = {
@@ -111,12 +117,10 @@ def train_generator(
         "generator": models.generator.identity,
         "examples": hash_response_examples([*examples, *dev]),
     }
-    # Rounds differ in their number of examples: their steps cannot be numbered through.
-    directory = run.checkpoints(f"{name}-{round_}" if round_ else name)
-    checkpoints = Checkpoints(
-        directory, identity, keep=run.config.keep, keep_period=steps, agree=run.processes.all
-    )
-    log = run.training_log(name, round_)
+    stage = run.trained_stage(name, round_)
+    if round_:  # Rounds differ in their number of examples: steps cannot be numbered through.
+        directory = run.checkpoints(f"{name}-{round_}")
+        stage = dataclasses.replace(stage, checkpoints=directory)
     setup = adapter_setup(models, objective, config, section_optimizer(config, updates))
     key = jax.random.fold_in(jax.random.key(seed), round_)
 
@@ -134,20 +138,17 @@ def train_generator(
         )
         return batches.pack(examples, indices, reference), contents
 
-    # Evaluated in between, it goes on from its checkpoint each time, as after a restart.
-    def train(last: int) -> Any:
-        """The adapter after step `last`."""
-        return fit(
-            log,
-            setup.create(adapter),
-            lambda state, batch: setup.step(state, params, batch, key),
-            batch,
-            first_step=0,
-            steps=last,
-            checkpoints=checkpoints,
-            save_every=config.save_every * accumulation,
-        ).params
-
+    train = stage_trainer(
+        stage,
+        setup,
+        adapter,
+        batch,
+        identity=identity,
+        settings=config,
+        steps=steps,
+        frozen=[params],
+        key=key,
+    )
     if not dev:
         if config.dev_share:
             run.reporter.say("too few pairs for dpo.dev_share: the last adapter is used")
@@ -158,10 +159,10 @@ def train_generator(
         write_adapter(run, models.generator, whole(adapter), best_name)
         run.checksums.record(best_name)
 
-    path = run.path("work", f"round-{round_}", "generator-dev.jsonl")
-    journal, every = CommonJournal(path, run.processes), config.eval_every * accumulation or steps
+    journal = CommonJournal(stage.journal, run.processes)
+    every = config.eval_every * accumulation or steps
     best = watch_dev(
-        log,
+        stage.log,
         journal,
         train,
         lambda adapter: batches.evaluate(adapter, dev, dev_reference),
@@ -173,8 +174,8 @@ def train_generator(
     if not run.checksums.intact(best_name):
         journal.keep(0)
         raise UserError(
-            f"{run.path(best_name)}: was damaged; remove {directory}, and the same command trains "
-            "it again"
+            f"{run.path(best_name)}: was damaged; remove {stage.checkpoints}, and the same "
+            "command trains it again"
         )
     run.reporter.say(
         f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(best_name)}"
@@ -188,29 +189,6 @@ def write_adapter(run: Run, generator: Generator, adapter: Any, name: str) -> No
     run.processes.once(
         lambda: export_adapter(run.path(name), adapter, module.lora, module.config, base)
     )
-
-
-def kept_reference(
-    run: Run, batches: AdapterBatches, examples: Sequence[Example], task: str
-) -> np.ndarray:
-    """`AdapterBatches.reference`, made once for the same examples and weights, as `task`.
-
-    It is kept in work/reference-HASH.npy.
-    """
-    name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
-    path = run.path(name)
-    if run.checksums.intact(name):
-        return np.load(path, allow_pickle=False)
-    with run.reporter.progress(task, len(examples)) as advance:
-        result = batches.reference(examples, advance)
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, result)  # Until it is recorded, half a file is taken for none.
-
-    run.processes.once(write)
-    run.checksums.record(name)
-    return result
 
 
 def train_adapter(

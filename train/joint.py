@@ -36,11 +36,12 @@ from expandr_jax.ranking.systems import (
 )
 from expandr_jax.report.run_report import results_table, write_report
 from expandr_jax.rewards.answers import check_answers
+from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.demonstrations import with_demonstrations
-from train.distilled import check_distillation, distill, generated_queries
+from train.distilled import GENERATED, check_distillation, distill, generated_queries
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,
@@ -112,7 +113,8 @@ def train_joint(
         len(data.retriever_train),
     )
     check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
-    check_distillation(run, models)
+    has_vectors = run.processes.count == 1 or not is_bucket(run.address)
+    check_distillation(config.distill, models.contrastive_mesh, has_vectors)
 
     corpus = data.collection.corpus
     words = run_words(run, corpus)
@@ -233,7 +235,7 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
     """
     if "data.tests" in grown:
         added = [path for path in run.config.data.tests if path not in grown["data.tests"]]
-        check_added_tests(added, run.path("data"), generated_queries(run))
+        check_added_tests(added, run.path("data"), generated_queries(run.path(GENERATED)))
     if "rounds" not in grown:
         return
     name = f"round-{grown['rounds'] - 1}"

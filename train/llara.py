@@ -13,35 +13,46 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.objectives.llara import (
     LlaraBatches,
+    LlaraSettings,
     llara_setup,
     passage_pairs,
     stage_settings,
 )
+from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
+from expandr_jax.planning.flops import row_flops
 from expandr_jax.runtime.formats import identity_of
-from expandr_jax.runtime.run import Run
+from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
-from train.steps import on_devices, row_flops, train_steps
+from expandr_jax.training.stage import on_devices, train_stage
 
 PHASE = "llara"
 
 
-def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) -> Any:
+def train_blocks(
+    stage: TrainedStage,
+    models: RetrieverModel,
+    triples: Sequence[Triple],
+    own: LlaraSettings,
+    step_a: ContrastiveSettings,
+    seed: int,
+) -> Any:
     """The retriever's parameters after the stage, as each process can read them all.
 
     Args:
-        run: The workdir; checkpoints go to checkpoints/llara.
+        stage: Where it is recorded and kept.
         models: The retriever's module and mesh.
         triples: Their documents are learned from, each once; no query is.
+        own, step_a: The config's sections `llara` and `contrastive`.
+        seed: Of the order of the documents, and of batches.
 
     Raises:
         UserError: The retriever has no blocks, there are too few texts, or training diverges.
     """
-    own, seed, mesh = run.config.llara, run.config.seed, models.contrastive_mesh
-    step_a = run.config.contrastive
+    mesh = models.contrastive_mesh
     settings, size = stage_settings(own, step_a)
     retriever = training_retriever(models.retriever, step_a)
     if retriever.pooling != "block":
@@ -59,7 +70,7 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
             f"{len(pairs)} pairs of passages do not fill one batch of {size}; lower "
             "llara.passage_words or contrastive.batch_size"
         )
-    run.reporter.say(f"{PHASE}: {len(pairs)} pairs of passages, of {len(texts)} documents")
+    stage.log.reporter.say(f"{PHASE}: {len(pairs)} pairs of passages, of {len(texts)} documents")
     batches = LlaraBatches(pairs, retriever, size, seed)
     updates = count_updates(settings, len(pairs) // size)
     steps = updates * settings.accumulation
@@ -85,16 +96,14 @@ def train_blocks(run: Run, models: RetrieverModel, triples: Sequence[Triple]) ->
         names = [f"pair {i}" for i in batches.indices(step)]
         return arrays, Contents(names, int(tokens.sum()), sum(map(flops, tokens.tolist())))
 
-    trained = train_steps(
-        run,
+    trained = train_stage(
+        stage,
         setup,
         device_put(trained, setup.shardings.params),
-        on_devices(run, batch, mesh, rows, size),
-        name=PHASE,
+        on_devices(stage.log.processes, batch, mesh, rows, size),
         identity=identity,
         settings=settings,
         steps=steps,
-        keep=1,
         frozen=frozen,
         key=key,
     )

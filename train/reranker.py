@@ -29,17 +29,22 @@ from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.objectives.reranking import RerankingBatches, reranking_setup
 from expandr_jax.pair import check_meshes, phase_mesh
+from expandr_jax.planning.flops import row_flops
 from expandr_jax.ranking.rerank import rank_again
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import search_named
+from expandr_jax.runtime.stage import TrainedStage
+from expandr_jax.runtime.telemetry import TrainingLog
+from expandr_jax.search import Index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
 from train.encoding import run_words
 from train.launch import launch_training
-from train.steps import on_devices, row_flops, train_steps
 from train.triples import dev_of, say_leaks, triples_of
 
 PHASE = "reranker"
@@ -58,10 +63,10 @@ def train_reranker(
     if not settings.source:
         raise UserError("reranker.source is ''; expected the model that the re-ranker begins as")
     with run.phase("data"):
-        dev, triples = dev_of(run), triples_of(run)
+        dev, triples = dev_of(run.config.data), triples_of(run)
         if dev is not None:
-            say_leaks(run, triples, dev)
-        triples = _with_negatives(run, triples)
+            say_leaks(triples, dev, run.reporter)
+        triples = _with_negatives(run.config, triples, run.reporter)
     with run.phase("models"):
         encoder, params = load_cross_encoder(
             settings.source, max_length=settings.max_length, seed=config.seed
@@ -71,9 +76,12 @@ def train_reranker(
             "re-ranker's tokenizer": tokenizer_identity(encoder.tokenizer),
         }
         run.check_models(identity)
-    evaluate = None if dev is None else _on_dev(run, encoder, dev)
+    stage, evaluate = run.trained_stage(PHASE), None
+    if dev is not None:
+        words = run_words(run, dev.corpus, "dev")
+        evaluate = _on_dev(encoder, dev, words, run.config.evaluation, stage.log)
     with run.phase(PHASE):
-        params = _train(run, encoder, params, triples, evaluate)
+        params = _train(stage, run.config, encoder, params, triples, evaluate)
     directory = run.path("export", PHASE)
 
     def export() -> None:
@@ -87,41 +95,42 @@ def train_reranker(
     run.close()
 
 
-def _with_negatives(run: Run, triples: Sequence[Triple]) -> list[Triple]:
+def _with_negatives(config: Config, triples: Sequence[Triple], reporter: Reporter) -> list[Triple]:
     """The triples that have negatives; says how many have none."""
     kept = [triple for triple in triples if triple.negatives]
     if not kept:
         raise UserError(
-            f"{run.config.data.path}: no training query has a negative; those that a run mined are "
+            f"{config.data.path}: no training query has a negative; those that a run mined are "
             "in its round-0/triples.jsonl"
         )
     if left_out := len(triples) - len(kept):
-        run.reporter.say(f"{left_out} training queries have no negative, and are left out")
-    if len(kept) < run.config.reranker.batch_size:
+        reporter.say(f"{left_out} training queries have no negative, and are left out")
+    if len(kept) < (size := config.reranker.batch_size):
         raise UserError(
-            f"{len(kept)} training queries do not fill one batch of "
-            f"{run.config.reranker.batch_size}; lower reranker.batch_size"
+            f"{len(kept)} training queries do not fill one batch of {size}; lower "
+            "reranker.batch_size"
         )
     return kept
 
 
 def _train(
-    run: Run,
+    stage: TrainedStage,
+    config: Config,
     encoder: CrossEncoder,
     params: Any,
     triples: Sequence[Triple],
     evaluate: Callable[[Any], float] | None,
 ) -> Any:
     """The trained parameters, as each process can read them all."""
-    settings, seed = run.config.reranker, run.config.seed
-    mesh, size = phase_mesh(run.config.mesh, "contrastive"), settings.batch_size
+    settings, seed = config.reranker, config.seed
+    mesh, size = phase_mesh(config.mesh, "contrastive"), settings.batch_size
     check_batch_size("reranker.batch_size", size, mesh)
     updates = count_updates(settings, len(triples) // size)
     steps = updates * settings.accumulation
     optimizer = section_optimizer(settings, updates)
     setup = reranking_setup(mesh, encoder.module, params, settings, optimizer)
     start = device_put(params, setup.shardings.params)
-    file = os.path.basename(run.config.data.path or run.config.data.url)
+    file = os.path.basename(config.data.path or config.data.url)
     names = [f"{file}:{triple.line}" for triple in triples]
     batches = RerankingBatches(triples, encoder, size, settings.negatives, seed, names)
     rows = rows_here(mesh, size)
@@ -136,12 +145,12 @@ def _train(
     }
 
     flops = row_flops(encoder.module, params, frozen=False)
-    trained = train_steps(
-        run,
+    make = functools.partial(batches.batch, rows=rows, flops=flops)
+    trained = train_stage(
+        stage,
         setup,
         start,
-        on_devices(run, lambda step: batches.batch(step, rows, flops), mesh, rows, size),
-        name=PHASE,
+        on_devices(stage.log.processes, make, mesh, rows, size),
         identity=identity,
         settings=settings,
         steps=steps,
@@ -152,11 +161,16 @@ def _train(
     return whole(trained)
 
 
-def _on_dev(run: Run, encoder: CrossEncoder, dev: Collection) -> Callable[[Any], float]:
+def _on_dev(
+    encoder: CrossEncoder,
+    dev: Collection,
+    words: Callable[[], Index],
+    settings: EvaluationSettings,
+    log: TrainingLog,
+) -> Callable[[Any], float]:
     """Parameters to nDCG@10 of the dev queries, whose first documents by BM25 they rank again."""
-    evaluation, qrels = run.config.evaluation, dev.qrels["dev"]
+    qrels, depth = dev.qrels["dev"], settings.rerank.depth
     queries = {query: dev.queries[query] for query in qrels}
-    words = run_words(run, dev.corpus, "dev")
 
     @functools.cache
     def found() -> RunScores:
@@ -165,8 +179,8 @@ def _on_dev(run: Run, encoder: CrossEncoder, dev: Collection) -> Callable[[Any],
             list(queries),
             list(queries.values()),
             list(dev.corpus),
-            evaluation.rerank.depth,
-            drop_identical_ids=evaluation.drop_identical_ids,
+            depth,
+            drop_identical_ids=settings.drop_identical_ids,
             excluded=dev.excluded,
             above=0.0,
         )
@@ -175,14 +189,12 @@ def _on_dev(run: Run, encoder: CrossEncoder, dev: Collection) -> Callable[[Any],
         params = whole(params)
 
         def measure() -> float:
-            score = functools.partial(encoder.scores, params, rows=evaluation.rerank.rows)
-            with run.reporter.progress("dev: queries ranked again", len(queries)) as advance:
-                again = rank_again(
-                    found(), queries, dev.corpus, score, evaluation.rerank.depth, advance
-                )
+            score = functools.partial(encoder.scores, params, rows=settings.rerank.rows)
+            with log.reporter.progress("dev: queries ranked again", len(queries)) as advance:
+                again = rank_again(found(), queries, dev.corpus, score, depth, advance)
             return metrics.mean(metrics.evaluate(again, qrels, (CHOSEN_BY,))[CHOSEN_BY])
 
-        return run.processes.once(measure)
+        return log.processes.once(measure)
 
     return evaluate
 

@@ -40,12 +40,14 @@ from expandr_jax.objectives.trained import (
     with_temperature,
 )
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
+from expandr_jax.planning.flops import row_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
+from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.vectors.encoder import Kind
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
 from expandr_jax.weights.sparse_encoder import SPLADE
@@ -54,7 +56,6 @@ from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
 from train.llara import PHASE as LLARA
 from train.llara import train_blocks
-from train.steps import on_devices, row_flops, train_steps
 from train.triples import dev_of, say_leaks, triples_of
 
 
@@ -143,16 +144,14 @@ def train_retriever(
         return arrays, batches.contents(numbers[step], len(rows), tokens, ids, flops)
 
     with made_ahead(batches, rows, run.config.mesh.workers) as make:
-        trained = train_steps(
-            run,
+        trained = train_stage(
+            run.trained_stage(phase, round_),
             setup,
             start,
-            on_devices(run, batch, mesh, rows, config.batch_size),
-            name=phase,
+            on_devices(run.processes, batch, mesh, rows, config.batch_size),
             identity=identity,
             settings=config,
             steps=steps,
-            round_=round_,
             first=round_ * steps,
             frozen=frozen,
             key=key,
@@ -174,9 +173,9 @@ def train_on_triples(
     check_meshes(config.mesh, ("contrastive", "encoding"))
     run = Run(workdir, config, console)
     with run.phase("data"):
-        dev, triples = dev_of(run), triples_of(run)
+        dev, triples = dev_of(run.config.data), triples_of(run)
         if dev is not None:
-            say_leaks(run, triples, dev)
+            say_leaks(triples, dev, run.reporter)
     with run.phase("models"):
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
@@ -213,7 +212,8 @@ def train_on_triples(
     params = models.retriever_params
     if config.llara.epochs:
         with run.phase(LLARA):
-            params = train_blocks(run, models, triples)
+            stage, own = run.trained_stage(LLARA, keep=1), run.config
+            params = train_blocks(stage, models, triples, own.llara, own.contrastive, own.seed)
     file = os.path.basename(config.data.path or config.data.url)
     with run.phase("retriever"):
         params = train_retriever(

@@ -8,10 +8,12 @@ from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
 from expandr_jax.data.places import find_collections
+from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.data.triples import Triple, read_triples
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
 
 
@@ -33,7 +35,7 @@ def triples_of(run: Run) -> list[Triple]:
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     # Evaluations before and after a restart are compared, so they must be of the same data.
     dev = source_hashes(next(iter(find_collections(config.dev).values()))) if config.dev else None
-    kept = _without_tested(run, triples)
+    kept = _without_tested(triples, config.tests, run.reporter)
     left_out = {"left_out_for_tests": len(triples) - len(kept)} if config.tests else {}
     noted = run.noted(
         run.path("data", "SOURCE.json"), source | left_out | ({"dev": dev} if dev else {})
@@ -47,25 +49,26 @@ def triples_of(run: Run) -> list[Triple]:
     return kept
 
 
-def _without_tested(run: Run, triples: list[Triple]) -> list[Triple]:
+def _without_tested(
+    triples: list[Triple], tests: Sequence[str], reporter: Reporter
+) -> list[Triple]:
     """The triples whose query is none of `data.tests`, nor nearly one; says how many are not."""
-    if not run.config.data.tests:
+    if not tests:
         return triples
-    tested = sorted(benchmark_queries(run.config.data.tests))
+    tested = sorted(benchmark_queries(tests))
     near = near_duplicates((triple.query for triple in triples), tested)
     kept = [triple for triple, like in zip(triples, near, strict=True) if not like]
     if left_out := len(triples) - len(kept):
-        run.reporter.say(f"{left_out} training queries are left out: they are test queries, too")
+        reporter.say(f"{left_out} training queries are left out: they are test queries, too")
     return kept
 
 
-def dev_of(run: Run) -> Collection | None:
+def dev_of(config: DataSettings) -> Collection | None:
     """The collection of data.dev with the dev queries that are evaluated; None: there is none.
 
     Raises:
         UserError: It cannot be read, or cannot tell good weights from bad ones.
     """
-    config = run.config.data
     if not config.dev:
         return None
     dev = read_beir(config.dev)
@@ -82,13 +85,13 @@ def dev_of(run: Run) -> Collection | None:
     return dataclasses.replace(dev, qrels={"dev": judged})
 
 
-def say_leaks(run: Run, triples: Sequence[Triple], dev: Collection) -> None:
+def say_leaks(triples: Sequence[Triple], dev: Collection, reporter: Reporter) -> None:
     """Says how many of the dev queries are trained on, if any."""
     judged = dev.qrels["dev"]
     trained = {query_key(triple.query) for triple in triples}
     leaked = sum(query_key(dev.queries[query]) in trained for query in judged)
     if leaked:
-        run.reporter.say(
+        reporter.say(
             f"{leaked} of {len(judged)} dev queries are training queries, too: the dev measure "
             "says nothing of new queries there"
         )

@@ -1,14 +1,17 @@
 """Filters queries that a generator wrote for documents, and says why some are left out."""
 
+import dataclasses
 import difflib
+import functools
 import hashlib
 import heapq
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from expandr_jax.data.benchmarks import query_key
 from expandr_jax.data.duplicates import near_duplicates, words
+from expandr_jax.files.records import hash_json
 
 LEAST_WORDS = 3  # "What is expit?"
 COPIED_SHARE = 2 / 3  # A line more of whose words stand in the prompt, in order, is a copy of it.
@@ -22,6 +25,24 @@ _MARKER = re.compile(rf"[\s*]*{_NUMBER}\s*|[-*\u2022#>\s]+", re.IGNORECASE)
 _CODE = re.compile(
     r"^[ \t]*```[ \t]*[\w+#.-]+[ \t]*$.*?(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedQueries:
+    """Queries with what is relevant to each.
+
+    Attributes:
+        texts: Query id -> query.
+        relevant: Ids of the relevant documents of each, the best first, in the same order.
+    """
+
+    texts: Mapping[str, str]
+    relevant: Sequence[Sequence[str]]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """sha256 over all of it."""
+        return hash_json([[*self.texts.items()], [[*of] for of in self.relevant]])
 
 
 def drawn_documents(ids: Iterable[str], count: int, seed: int) -> list[str]:
@@ -114,3 +135,28 @@ def sorted_out(
             why = REPEATED
         seen.add(key)
         yield name, query, why
+
+
+def generated_rows(
+    written: Mapping[tuple[str, int], str],
+    prompt: str,
+    trained: Iterable[str],
+    tested: Collection[str],
+    asked: str = "",
+) -> list[dict[str, str]]:
+    """A row for each generated text: its id, document and query, and why it is left out or "".
+
+    Args:
+        written: (document, sample) -> text.
+        prompt: What the texts were asked by, with which their ids begin.
+        trained, tested, asked: As of `sorted_out`.
+    """
+    named = (
+        (f"{prompt}/{document}/{sample}", text) for (document, sample), text in written.items()
+    )
+    return [
+        {"query_id": name, "document_id": document, "query": query, "left_out": why}
+        for (document, _), (name, query, why) in zip(
+            written, sorted_out(named, trained, tested, asked), strict=True
+        )
+    ]

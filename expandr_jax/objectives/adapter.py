@@ -20,6 +20,7 @@ from expandr_jax.objectives.objective import (
 from expandr_jax.objectives.packing import Example, RowSize, hash_response_examples, pack, row_sizes
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, adapter_shapes
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
@@ -185,3 +186,23 @@ class AdapterBatches:
             for start in range(0, len(order), self._batch_size)
         ]
         return [(part, part + part[:1] * (self._batch_size - len(part))) for part in parts]
+
+
+def kept_reference(
+    checksums: Checksums,
+    reporter: Reporter,
+    batches: AdapterBatches,
+    examples: Sequence[Example],
+    task: str,
+) -> np.ndarray:
+    """`AdapterBatches.reference`, made once for the same examples and weights, as `task`.
+
+    It is kept in work/reference-HASH.npy of the checksums' workdir.
+    """
+
+    def make() -> np.ndarray:
+        with reporter.progress(task, len(examples)) as advance:
+            return batches.reference(examples, advance)
+
+    name = f"work/reference-{batches.reference_identity(examples)[:16]}.npy"
+    return np.load(checksums.array(name, make), allow_pickle=False)

@@ -33,6 +33,23 @@ DistillationLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 Compared = Callable[[np.ndarray, Any], dict[str, np.ndarray]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Lesson:
+    """What a query tower learns.
+
+    Attributes:
+        queries: Query id -> query, of those that it learns from.
+        compared: What these are compared with.
+        losses: What is learned of that.
+        hashes: Those of all this.
+    """
+
+    queries: Mapping[str, str]
+    compared: Compared
+    losses: DistillationLoss
+    hashes: Sequence[str]
+
+
 def distilled_losses(
     query: jax.Array, batch: Mapping[str, jax.Array], settings: DistillSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

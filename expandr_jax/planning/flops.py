@@ -4,8 +4,9 @@ A multiplication with an addition counts as two. Only matrix products count, and
 pairs of tokens, masked or not, as the model-FLOPs utilisation of PaLM (arXiv 2204.02311) has it.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -42,3 +43,9 @@ def forward_flops(
         if path[-1] == "kernel":
             total += 2 * math.prod(whole_shape(leaf)) * rows * family.kernel_tokens(path, length)
     return total + 2 * config.hidden_size * config.vocab_size * logits
+
+
+def row_flops(module: nn.Module, params: Mapping[str, Any], frozen: bool) -> Callable[[int], int]:
+    """Length -> operations of a training step's row of so many tokens."""
+    passes = FROZEN if frozen else TRAINING
+    return functools.cache(lambda length: passes * forward_flops(module, params, 1, length))

@@ -6,6 +6,8 @@ import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from expandr_jax.files.records import hash_file, hash_json, write_json
 from expandr_jax.runtime import processes
 
@@ -61,6 +63,24 @@ class Checksums:
     def _write(self) -> None:
         files = dict(sorted(self._files.items()))
         write_json(self._path, {"files": files, "sha256": hash_json(files)})
+
+    def array(self, name: str, make: Callable[[], np.ndarray | None]) -> pathlib.Path:
+        """The file of an array that is kept under this name, and made where it is not whole.
+
+        All processes call `make` together; what it returns in process 0 is written.
+        """
+        path = self.workdir / name
+        if self.intact(name):
+            return path
+        array = make()
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)  # Until it is recorded, half a file is taken for none.
+
+        self.processes.once(write)
+        self.record(name)
+        return path
 
     def intact(self, *names: str) -> bool:
         """Whether all of these were finished and are as they were; if not, all are removed."""

@@ -30,6 +30,7 @@ from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.mirror import Mirror, scratch
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.revision import revision
+from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Profile, TrainingLog
 from expandr_jax.runtime.timings import add_phase, add_search, peak_memory
 
@@ -309,6 +310,21 @@ class Run:
             saved=functools.partial(setattr, self, "last_good"),
             stopped=self.close,
         )
+
+    def trained_stage(
+        self, name: str, round_: int = 0, *, phase: str = "", keep: int = 0
+    ) -> TrainedStage:
+        """Where a stage of training is recorded and kept.
+
+        Args:
+            name: What its checkpoints and its journal of dev are called.
+            round_: The round that it is of.
+            phase: What metrics call it; "": as the checkpoints are called.
+            keep: How many checkpoints stay; 0: as the config has it.
+        """
+        journal = self.path("work", f"round-{round_}", f"{name}-dev.jsonl")
+        log = self.training_log(phase or name, round_)
+        return TrainedStage(log, self.checkpoints(name), journal, keep or self.config.keep)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,0 +1,103 @@
+"""The teacher of distilled expansion, against numpy, and what is kept of it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import base
+from expandr_jax.config import read_config
+from expandr_jax.data.generated import COPIED, EMPTY, REPEATED, JudgedQueries, generated_rows
+from expandr_jax.expansion.strategies import STRATEGIES
+from expandr_jax.ranking.choices import Choice
+from expandr_jax.ranking.teacher import TAUGHT_AT_ONCE, Teacher, found_by_teacher
+from expandr_jax.runtime.checksums import Checksums
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.search import build_index
+
+SETTINGS = read_config(base.get_config()).evaluation
+TEXTS = {"a": [["one", "two", "three"]], "b": [["four", "", "five"]], "c": [["", "", ""]]}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Every text has a vector of its own, of unit length."""
+
+    processes: Processes
+    separator: str = "[SEP]"
+    normalize: str = "both"
+    texts: tuple = ()
+
+    def encode(self, texts, kind, *_):
+        rows = [np.random.default_rng([*f"{kind} {t}".encode()]).normal(size=8) for t in texts]
+        return unit(np.stack(rows)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("samples", "weight"), [(1, 0.5), (2, 0.3), (3, 0.0)])
+def test_a_teacher_s_vectors_are_means_of_query_and_passages(samples, weight):
+    """Of those passages alone that there are; without any it is the query's own."""
+    encoder = Encoder(Processes(index=1, count=2))  # Of several, the first one makes them alone.
+    teacher = Teacher(encoder, STRATEGIES["q2d"], Choice(weight, samples), SETTINGS)
+    queries = {query: f"query {query}" for query in TEXTS}
+    found = teacher.vectors(queries, TEXTS)
+    expected = []
+    for query, text in queries.items():
+        own = encoder.encode([text], "query")[0]
+        if read := [passage for passage in TEXTS[query][0][:samples] if passage]:
+            passages = encoder.encode(read, "document").mean(axis=0)
+            own = weight * own + (1 - weight) * passages
+        expected.append(unit(own))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_what_teachers_find_first_is_found_block_by_block():
+    rng = np.random.default_rng(0)
+    documents, targets = rng.normal(size=(50, 8)), rng.normal(size=(TAUGHT_AT_ONCE + 3, 8))
+    index, counts = build_index(documents.astype(np.float32), "exact"), []
+    found = found_by_teacher(index, targets.astype(np.float32), 5, counts.append)
+    expected = np.argsort(-targets.astype(np.float32) @ documents.astype(np.float32).T)[:, :5]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, expected)
+    assert counts == [TAUGHT_AT_ONCE, 3]
+
+
+def test_an_array_is_made_once_and_again_when_it_is_damaged(tmp_path):
+    made = []
+
+    def make():
+        made.append(len(made))
+        return np.arange(4) + 10 * len(made)
+
+    path = Checksums(tmp_path, print).array("work/x.npy", make)
+    assert path == tmp_path / "work" / "x.npy"
+    assert Checksums(tmp_path, print).array("work/x.npy", make) == path
+    assert made == [0]
+    path.write_bytes(path.read_bytes()[:-1])
+    Checksums(tmp_path, print).array("work/x.npy", make)
+    np.testing.assert_array_equal(np.load(path, allow_pickle=False), np.arange(4) + 20)
+
+
+def test_generated_queries_have_rows_by_their_documents():
+    written = {
+        ("d1", 0): "What is a norm?", ("d1", 1): "", ("d2", 0): "1. what is a norm",
+        ("d2", 1): "Write a question on it",
+    }  # fmt: skip
+    rows = generated_rows(written, "d2q", [], [], "Write a question on a document")
+    assert [[*row.values()] for row in rows] == [
+        ["d2q/d1/0", "d1", "What is a norm?", ""],
+        ["d2q/d1/1", "d1", "", EMPTY],
+        ["d2q/d2/0", "d2", "what is a norm", REPEATED],
+        ["d2q/d2/1", "d2", "Write a question on it", COPIED],
+    ]
+    assert [*rows[0]] == ["query_id", "document_id", "query", "left_out"]
+
+
+def test_judged_queries_have_a_key_of_texts_and_judgements():
+    queries = JudgedQueries({"a": "query"}, [["d1", "d2"]])
+    assert queries.key == JudgedQueries({"a": "query"}, [("d1", "d2")]).key
+    assert queries.key != JudgedQueries({"a": "query"}, [["d2", "d1"]]).key
+    assert queries.key != JudgedQueries({"a": "another"}, [["d1", "d2"]]).key
