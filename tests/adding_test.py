@@ -21,7 +21,7 @@ from expandr_jax.runtime.run import Run
 from tests.commands import finish, start
 from train.evaluation import systems_of_run
 from train.joint import _grow, _results_if_done, _written
-from train.kept import kept_results
+from train.kept import kept_results, read_chosen
 
 BEFORE = read_config(smoke_config.get_config())
 SYSTEMS = BEFORE.evaluation.systems
@@ -179,7 +179,9 @@ def test_what_still_stands_of_results(tmp_path, rounds):
     for name in ("choices", "samples"):
         rows = [{"system": system} for system in ("zero-shot+expansion", "expandr", "gone")]
         write_jsonl(run.path("evaluation", f"{name}.jsonl"), rows)
-    kept = kept_results(run, "", results, systems_of_run(run.config))
+    chosen = read_chosen(run.path("evaluation", "gates.json"), results["chosen"])
+    systems = systems_of_run(run.config)
+    kept = kept_results(run.workdir, results, systems, rounds, chosen, is_main=True)
     ours = rounds == 1
     names = ["bm25", *["rrf:bm25:expandr"] * ours, "zero-shot+expansion", fused]
     assert kept.runs == {name: {"q": {name: 1.0}} for name in names}
