@@ -30,6 +30,7 @@ from expandr_jax.data.beir import read_beir, source_hashes
 from expandr_jax.data.benchmarks import Benchmark, check_relevant, find_benchmarks
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.download import data_path
+from expandr_jax.data.settings import DataSettings
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.metrics import METRICS
@@ -46,6 +47,7 @@ from expandr_jax.ranking.systems import (
 from expandr_jax.report.pages import write_mean, write_set
 from expandr_jax.report.run_report import results_table
 from expandr_jax.report.tables import wide_console
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
@@ -185,7 +187,8 @@ def evaluate_beir(
     sets = find_benchmarks(data, split)
     with contextlib.closing(Run(workdir, config, console)) as run:
         if harvest:
-            sets = _harvested_set(run, split)
+            with run.phase("data"):
+                sets = _harvested_set(run.config.data, split, run.checksums, run.reporter)
         run.check_models(stage_hashes(systems, config.evaluation))
         models = LazyModels(run, any(system.generators for system in systems))
         texts = cache or run.path("work", "texts")
@@ -204,11 +207,12 @@ def evaluate_beir(
     return results
 
 
-def _harvested_set(run: Run, split: str) -> dict[str, Benchmark]:
+def _harvested_set(
+    config: DataSettings, split: str, checksums: Checksums, reporter: Reporter
+) -> dict[str, Benchmark]:
     """The docstrings that the config names, as `train.joint` has them, in the workdir's data/."""
-    with run.phase("data"):
-        data = prepare_data(run.config.data, run.checksums, run.reporter)
-    (harvested,) = find_benchmarks([str(run.path("data"))], split).values()
+    data = prepare_data(config, checksums, reporter)
+    (harvested,) = find_benchmarks([str(checksums.workdir / "data")], split).values()
     return {data.collection.name: harvested}
 
 

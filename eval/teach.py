@@ -28,7 +28,7 @@ from expandr_jax.files.records import Journal, hash_file, read_jsonl, write_json
 from expandr_jax.loading import load_generator_model
 from expandr_jax.objectives.query_likelihood import LikelihoodSettings, QueryLikelihood
 from expandr_jax.pair import check_meshes, model_hashes
-from expandr_jax.runtime.progress import plain_console
+from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.runtime.run import Run
 from train.launch import define_config, define_workdir, launch
 
@@ -73,7 +73,9 @@ def teach(
                 model = load_generator_model(run.config)
                 run.check_models(model_hashes(model))
             with run.phase("teacher"):
-                journal = _scored(run, QueryLikelihood(model, settings), given, passages)
+                journal = Journal(run.path("work", "teacher-scores.jsonl"))
+                likelihood = QueryLikelihood(model, settings)
+                _score(journal, likelihood, given, passages, run.reporter)
                 rows = zip(read_jsonl(given, {}), journal.rows, strict=True)
                 named = ({**row, "teacher_scores": s["teacher_scores"]} for (_, row), s in rows)
                 write_jsonl(path, named)
@@ -82,15 +84,20 @@ def teach(
     return path
 
 
-def _scored(run: Run, likelihood: QueryLikelihood, path: pathlib.Path, passages: int) -> Journal:
-    """The whole journal of the scores of a file's triples, a row each in their order."""
-    journal = Journal(run.path("work", "teacher-scores.jsonl"))
+def _score(
+    journal: Journal,
+    likelihood: QueryLikelihood,
+    path: pathlib.Path,
+    passages: int,
+    reporter: Reporter,
+) -> None:
+    """Fills the journal of the scores of a file's triples, a row each in their order."""
     if not journal.finished and len(journal.rows) % AT_ONCE:
         # A block is made whole again, by the batches that it would have had.
         journal.keep(len(journal.rows) // AT_ONCE * AT_ONCE)
     left = stream_triples(path)
     before = sum(len(t.passages) for t in itertools.islice(left, len(journal.rows)))
-    with run.reporter.progress("passages scored", passages, before) as advance:
+    with reporter.progress("passages scored", passages, before) as advance:
         for block in iter(lambda: [*itertools.islice(left, AT_ONCE)], []):
             scores, cut = likelihood.scores(block, advance)
             rows = [{"teacher_scores": of, "cut": 0} for of in scores]
@@ -99,8 +106,7 @@ def _scored(run: Run, likelihood: QueryLikelihood, path: pathlib.Path, passages:
     if not journal.finished:
         journal.finish()
     if cut := sum(row["cut"] for row in journal.rows):
-        run.reporter.say(f"{cut} passages or queries were cut to their limits")
-    return journal
+        reporter.say(f"{cut} passages or queries were cut to their limits")
 
 
 def main(_: Any) -> None:

@@ -82,14 +82,14 @@ def training_expansions(
         for query in sorted(texts)
         for number, text in enumerate(texts[query])
     )
-    _write(run, run.path(f"round-{round_}", "expansions.jsonl"), FIELDS, rows)
+    path = run.path(f"round-{round_}", "expansions.jsonl")
+    run.processes.once(lambda: _write(path, FIELDS, rows))
     return texts
 
 
-def _write(run: Run, path: pathlib.Path, fields: Sequence[str], rows: Iterable[tuple]) -> None:
+def _write(path: pathlib.Path, fields: Sequence[str], rows: Iterable[tuple]) -> None:
     """Writes a file of JSON lines; each row has its fields in their order."""
-    named = (dict(zip(fields, row, strict=True)) for row in rows)
-    run.processes.once(lambda: write_jsonl(path, named))
+    write_jsonl(path, (dict(zip(fields, row, strict=True)) for row in rows))
 
 
 def evaluation_expansions(
@@ -131,14 +131,15 @@ def evaluation_expansions(
         for query, split, leaf in asked
         for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
     )
-    _write(run, run.path(folder, "evaluation", "expansions.jsonl"), FIELDS, texts)
+    directory = run.path(folder, "evaluation")
+    run.processes.once(lambda: _write(directory / "expansions.jsonl", FIELDS, texts))
     counts = (
         (query, split, leaf.name, number, count)
         for query, split, leaf in asked
         for number, count in enumerate(by_sample(made[leaf.generator, leaf.strategy][2][query]))
     )
     fields = *FIELDS[:4], "tokens"
-    _write(run, run.path(folder, "evaluation", "tokens.jsonl"), fields, counts)
+    run.processes.once(lambda: _write(directory / "tokens.jsonl", fields, counts))
     return {
         (split, *key): Expansions(
             strategy,
@@ -171,7 +172,8 @@ def written_for(
     as of `evaluation_expansions`, `name` as of `System.strategy`.
     """
     expander, strategy = own, own.strategy.in_a_run
-    if _read_by_a_gate(run, generator, name):
+    systems = parse_systems(run.config.evaluation.systems)
+    if _read_by_a_gate(systems, generator, name):
         sampler = dataclasses.replace(own.sampler, log_probs=True)
         own = expander = dataclasses.replace(own, sampler=sampler)
     where, what = generator, f"{generator} generator"
@@ -191,9 +193,8 @@ def written_for(
         return strategy, *_with_counts(expander, queries, samples, sample)
 
 
-def _read_by_a_gate(run: Run, generator: str, name: str) -> bool:
+def _read_by_a_gate(systems: Sequence[System], generator: str, name: str) -> bool:
     """Whether a gate after generation reads of what a generator writes by a strategy."""
-    systems = parse_systems(run.config.evaluation.systems)
     gates = (p for system in systems for p in system.with_parts() if p.stage == AFTER)
     return (generator, name) in {(g.parts[1].generator, g.parts[1].strategy) for g in gates}
 

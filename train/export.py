@@ -96,7 +96,7 @@ def export_run(
 
     writes = {
         "retriever": lambda to: write_retriever(run.config, to, retriever, params),
-        ADAPTER: lambda to: write_retriever_adapter(run, to, retriever, params),
+        ADAPTER: lambda to: write_retriever_adapter(run.config, to, retriever, params, run.address),
         "adapter": write_adapter,
         "generator": lambda to: export_generator(
             to, base()[0], merge_stored(base()[1], adapter, lora), dtype
@@ -120,9 +120,11 @@ def write_retriever(config: Config, to: pathlib.Path, retriever: Retriever, para
     write(to, *merged_retriever(config, retriever, params), dtype)
 
 
-def write_retriever_adapter(run: Run, to: pathlib.Path, retriever: Retriever, params: Any) -> None:
-    """Writes a trained retriever's adapter in PEFT form."""
-    base = base_name(run.address, run.config.retriever.source, _BASE)
+def write_retriever_adapter(
+    config: Config, to: pathlib.Path, retriever: Retriever, params: Any, address: str
+) -> None:
+    """Writes a trained retriever's adapter in PEFT form, of the run of this address."""
+    base = base_name(address, config.retriever.source, _BASE)
     module = retriever.module
     export_adapter(to, split_adapter(params)[1], module.lora, module.config, base, generates=False)
 

@@ -234,7 +234,8 @@ def train_on_triples(
             run.checksums.record("export/retriever")
         name = f"export/{ADAPTER}"
         if config.contrastive.lora.rank and not run.checksums.intact(name):
-            write_retriever_adapter(run, run.path(name), models.retriever, params)
+            to = run.path(name)
+            write_retriever_adapter(run.config, to, models.retriever, params, run.address)
             run.checksums.record(name)
 
     directory = run.path("export", "retriever")
