@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -65,7 +65,7 @@ def evaluate_set(
         UserError: The set is malformed, or is not the one that the directory was made with.
     """
     path = directory / "results.json"
-    _check_source(run, name, tested, directory)
+    _check_source(run.noted, name, tested, directory)
     names = [system.name for system in systems]
     if path.exists():
         results = run.read_json(path)
@@ -116,13 +116,16 @@ def evaluate_set(
     return results
 
 
-def _check_source(run: Run, name: str, tested: Benchmark, directory: pathlib.Path) -> None:
+def _check_source(
+    noted: Callable[..., dict[str, Any]], name: str, tested: Benchmark, directory: pathlib.Path
+) -> None:
+    """Refuses a set other than that which the directory was made with; `noted`: a run's."""
     files, split = tested.files, tested.split
     path = directory / "data" / "SOURCE.json"
     if files.root == path.parent:
         return  # The harvest, which the workdir's config pins.
     source = {"name": name.rpartition("/")[2], "split": split, "files": source_hashes(files)}
-    if run.noted(path, source) != source:
+    if noted(path, source) != source:
         raise UserError(f"{directory}: was made with other data than {files.path('')}, or for "
                         "another split; use a new --workdir")  # fmt: skip
 

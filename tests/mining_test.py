@@ -104,7 +104,7 @@ class Read(collections.UserList):
 
 
 def world(monkeypatch, ids, vectors, queries, excluded=(), settings=()):
-    """A run, its data, a retriever and texts: queries' vectors and relevant documents are rows."""
+    """A config, data, a retriever and texts: queries' vectors and relevant documents are rows."""
     config = base.get_config()
     config.search.backend = "exact"
     config.mining.update({"per_query": 3, "depth": 20, "first": 0})
@@ -120,18 +120,21 @@ def world(monkeypatch, ids, vectors, queries, excluded=(), settings=()):
     reporter = types.SimpleNamespace(
         progress=lambda *_: contextlib.nullcontext(lambda _: None), say=lambda _: None
     )
-    run = types.SimpleNamespace(config=config, processes=Processes(), reporter=reporter)
     retriever = types.SimpleNamespace(
-        corpus=corpus, encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]]
+        corpus=corpus,
+        processes=Processes(),
+        reporter=reporter,
+        encode=lambda queries, *_, **__: vectors[[int(q[1:]) for q in queries]],
     )
-    return run, data, retriever, texts
+    return config, data, retriever, texts
 
 
 def mined(tmp_path, monkeypatch, *args, **evaluation):
     """What is mined for two queries, and the texts."""
     settings = {f"evaluation.{name}": value for name, value in evaluation.items()}
-    run, data, retriever, texts = world(monkeypatch, *args, settings=settings)
-    mine_triples(run, retriever, data, data.retriever_train, tmp_path / "triples.jsonl")
+    config, data, retriever, texts = world(monkeypatch, *args, settings=settings)
+    ids, drop = data.retriever_train, config.evaluation.drop_identical_ids
+    mine_triples(config.mining, drop, retriever, data, ids, tmp_path / "triples.jsonl")
     return negatives(tmp_path / "triples.jsonl"), texts
 
 
@@ -190,11 +193,10 @@ def test_a_query_that_fails_has_wrong_documents_whatever_the_margin(tmp_path, mo
     vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
     ids = [f"d{row}" for row in range(30)]
     settings = {f"mining.{margin}": 0.0, "figret.rank": 5}
-    run, data, retriever, _ = world(monkeypatch, ids, vectors, ["q0"], settings=settings)
+    config, data, retriever, _ = world(monkeypatch, ids, vectors, ["q0"], settings=settings)
     retriever.encode = lambda queries, *_, **__: -vectors[[int(q[1:]) for q in queries]]
-    run.path = tmp_path.joinpath
-    mine_triples(run, retriever, data, ["q0"], tmp_path / "all.jsonl")
+    mine_triples(config.mining, False, retriever, data, ["q0"], tmp_path / "all.jsonl")
     assert negatives(tmp_path / "all.jsonl") == [[]]
-    find_failed(run, data, retriever, "failed.jsonl")
+    find_failed(config, data, retriever, tmp_path / "failed.jsonl")
     found = np.argsort(vectors @ vectors[0])[:3]
     assert negatives(tmp_path / "failed.jsonl") == [[f"text of d{row}" for row in found]]

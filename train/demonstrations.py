@@ -1,10 +1,12 @@
 """The examples that prompts of candidates show: written by the generator, chosen on dev."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.demonstrations import Demonstration, best_draws, draw_examples
@@ -75,9 +77,9 @@ def _choose(
             "there is no example; raise demonstrations.queries or set demonstrations.prompts to 0"
         )
     draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)
-    rewards = _rewards(
-        run, dataclasses.replace(expander, examples=draws), retriever, data, dev, tools
-    )
+    shown = dataclasses.replace(expander, examples=draws)
+    path = run.path("work", PLACE, "dev.jsonl")
+    rewards = _rewards(run.config, shown, retriever, data, dev, tools, path)
     chosen = best_draws(rewards, settings.prompts)
     rows = [
         {
@@ -98,23 +100,24 @@ def _choose(
 
 
 def _rewards(
-    run: Run,
+    config: Config,
     expander: Expander,
     retriever: CorpusRetriever,
     data: TrainingData,
     dev: Sequence[str],
     tools: RewardTools,
+    path: pathlib.Path,
 ) -> np.ndarray:
-    """[queries, prompts] what a text of each of the expander's prompts is worth for dev queries."""
-    config, count = run.config, len(expander.examples)
+    """[queries, prompts] what a text of each of the expander's prompts is worth for dev queries.
+
+    The texts are kept in a file of this path.
+    """
+    count = len(expander.examples)
     queries: Mapping[str, str] = {query: data.collection.queries[query] for query in dev}
     temperatures = [config.candidates.temperatures[0]] * count
     requests = requests_of(config.candidates, queries, temperatures)
     requests = expander.shown(queries, requests)
-    texts = sample_texts(
-        expander.sampler, None, requests, path=run.path("work", PLACE, "dev.jsonl"),
-        purpose=f"{PLACE}, dev",
-    )  # fmt: skip
+    texts = sample_texts(expander.sampler, None, requests, path=path, purpose=f"{PLACE}, dev")
 
     groups = [
         Group(
@@ -126,6 +129,6 @@ def _rewards(
     corpus = retriever.corpus if needs_vectors(config.reward) else None
     limits = len(dev), config.candidates.max_new_tokens
     context = reward_context(config, tools, data, corpus, dev, *limits, split="dev")
-    score = make_score(context, retriever, config.expansion.kind, run.processes)
+    score = make_score(context, retriever, config.expansion.kind, retriever.processes)
     rewarded, _ = score(groups)
     return np.array([[c.total for c in group.candidates] for group in rewarded])

@@ -45,6 +45,7 @@ from expandr_jax.ranking.teacher import (
     found_by_teacher,
     student_on_dev,
 )
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 from expandr_jax.training.setup import check_batch_size
@@ -123,7 +124,8 @@ def distill(
 
     with run.phase("distillation"):
         of = queries.key, content_key(targets)
-        compared = _compared(run, ours, targets, f"{place}/distilled-found.npy")
+        name = f"{place}/distilled-found.npy"
+        compared = _compared(settings, ours, targets, run.checksums, name)
         lesson = Lesson(queries.texts, compared, distilled_losses, of)
         towers = {DISTILLED: tower("distilled", "distill", lesson)}
     if settings.control:
@@ -233,20 +235,26 @@ def _teacher(
     return Teacher(ours, strategy, Choice(**run.read_json(path)), settings)
 
 
-def _compared(run: Run, ours: CorpusRetriever, targets: pathlib.Path, name: str) -> Compared:
+def _compared(
+    settings: DistillSettings,
+    ours: CorpusRetriever,
+    targets: pathlib.Path,
+    checksums: Checksums,
+    name: str,
+) -> Compared:
     """What the student's batches have of its teacher; `name`: where what that finds is kept."""
-    vectors, settings = open_vectors(targets), run.config.distill
+    vectors = open_vectors(targets)
     if not settings.kl_weight:
         return targets_of(vectors)
 
     def found() -> np.ndarray | None:
         index = ours.corpus.index  # Of which each process has its part.
-        if not run.processes.is_main:
+        if not ours.processes.is_main:
             return None
-        with run.reporter.progress("distillation: queries searched", len(vectors)) as advance:
+        with ours.reporter.progress("distillation: queries searched", len(vectors)) as advance:
             return found_by_teacher(index, vectors, settings.depth, advance)
 
-    rows = np.load(run.checksums.array(name, found), mmap_mode="r", allow_pickle=False)
+    rows = np.load(checksums.array(name, found), mmap_mode="r", allow_pickle=False)
     return targets_of(vectors, _vectors(ours), rows)
 
 

@@ -7,17 +7,20 @@ turn beside it, the control, has as many ordinary triples of the same queries in
 import collections
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from expandr_jax.config import Config
 from expandr_jax.data.documents import rows_of
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.data.triples import Triple
 from expandr_jax.expansion.expand import drawing
 from expandr_jax.expansion.prompts import PROMPTS
 from expandr_jax.expansion.sampled import Texts, sample_texts
+from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import fitted_message
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request, Requests
@@ -56,22 +59,23 @@ def figret(
         ours: The trained retriever.
         adapter: The trained generator's.
     """
-    place = f"round-{run.config.rounds - 1}"
+    config, place = run.config, f"round-{run.config.rounds - 1}"
     failed, name = f"work/{place}/figret-failed.jsonl", f"{place}/figret.jsonl"
     if not run.checksums.intact(failed):
         _ = ours.corpus  # All processes encode it, as a phase of its own.
         with run.phase("queries that fail"):
-            find_failed(run, data, ours, failed)
+            find_failed(config, data, ours, run.path(failed))
         run.checksums.record(failed)
-    own = _read(run, failed)
+    own = _read(run.path(failed))
     run.reporter.say(f"{len(own)} queries have no relevant document above the rank")
     if not run.checksums.intact(name):
         with run.phase("easier passages"):
-            texts = _texts(run, sampler, adapter, own, place) if own else {}
-            _write(run, ours, own, texts, name)
+            path, most = run.path("work", place, "figret-texts.jsonl"), config.answer.max_characters
+            texts = _texts(config.expansion, most, sampler, adapter, own, path) if own else {}
+            _write(ours, own, texts, run.path(name))
         run.checksums.record(name)
     ours.release()
-    given = _read(run, name)
+    given = _read(run.path(name))
     ids = [row["query_id"] for row in given]
     ordinary = {row["query_id"]: _triple(row) for row in own}
     turns = {FIGRET: [*map(_triple, given)], FIGRET_CONTROL: [ordinary[query] for query in ids]}
@@ -82,22 +86,23 @@ def figret(
     return retrievers
 
 
-def _read(run: Run, name: str) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(run.path(name), {"query_id": str})]
+def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(path, {"query_id": str})]
 
 
 def _triple(row: Mapping[str, Any]) -> Triple:
     return Triple(row["query"], tuple(row["pos"]), tuple(row["neg"]), margin=row.get("margin"))
 
 
-def find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) -> None:
+def find_failed(
+    config: Config, data: TrainingData, ours: CorpusRetriever, path: pathlib.Path
+) -> None:
     """Writes the failed queries' ordinary triples, with negatives as `mining` has them.
 
     Its margins do not count: they trust the relevant document's score, which is what failed, and
     would leave out all that was found before it.
     """
-    settings, ids = run.config.figret, data.retriever_train
-    corpus, failed = ours.corpus, []
+    settings, corpus, failed = config.figret, ours.corpus, []
 
     def search(some: Sequence[str], queries: np.ndarray) -> list[str]:
         row_of = rows_of(data.collection.corpus)
@@ -105,20 +110,26 @@ def find_failed(run: Run, data: TrainingData, ours: CorpusRetriever, name: str) 
         _, found = corpus.index.search(queries, min(len(corpus.ids), settings.rank))
         return [some[i] for i in failed_queries(found, relevant, settings.rank)]
 
-    for some, queries in encoded_queries(run, ours, data, ids):
-        failed += run.processes.once(functools.partial(search, some, queries))
+    for some, queries in encoded_queries(ours, data, data.retriever_train):
+        failed += ours.processes.once(functools.partial(search, some, queries))
     if failed := limit_queries(failed, settings.queries):
-        mine_triples(run, ours, data, failed, run.path(name), margins=False)
+        mining = dataclasses.replace(config.mining, absolute_margin=None, relative_margin=None)
+        drop = config.evaluation.drop_identical_ids
+        mine_triples(mining, drop, ours, data, failed, path)
     else:
-        run.processes.once(lambda: write_jsonl(run.path(name), []))
+        ours.processes.once(lambda: write_jsonl(path, []))
 
 
 def _texts(
-    run: Run, sampler: Sampler, adapter: Any, own: Sequence[Mapping[str, Any]], place: str
+    settings: ExpansionSettings,
+    most: int,
+    sampler: Sampler,
+    adapter: Any,
+    own: Sequence[Mapping[str, Any]],
+    path: pathlib.Path,
 ) -> Texts:
-    """(Query id, number) -> what the generator writes by that one of `PASSAGE_PROMPTS`."""
-    settings, rows = run.config.expansion, {row["query_id"]: row for row in own}
-    drawn, most = drawing(settings), run.config.answer.max_characters
+    """(Query id, number) -> what the generator writes when it is asked for that one of `ASKED`."""
+    drawn, rows = drawing(settings), {row["query_id"]: row for row in own}
 
     def requests(query: str) -> list[Request]:
         row = rows[query]
@@ -131,13 +142,12 @@ def _texts(
             for number, message in enumerate(messages)
         ]
 
-    asked = Requests([*rows], [len(PASSAGE_PROMPTS)] * len(rows), requests)
-    path, purpose = run.path("work", place, "figret-texts.jsonl"), "easier passages"
-    return sample_texts(sampler, adapter, asked, path=path, purpose=purpose)
+    asked = Requests([*rows], [len(ASKED)] * len(rows), requests)
+    return sample_texts(sampler, adapter, asked, path=path, purpose="easier passages")
 
 
 def _write(
-    run: Run, ours: CorpusRetriever, own: Sequence[Mapping[str, Any]], texts: Texts, name: str
+    ours: CorpusRetriever, own: Sequence[Mapping[str, Any]], texts: Texts, path: pathlib.Path
 ) -> None:
     """Writes the triples of failed queries, with the margins that the retriever gives them."""
     made = []
@@ -148,7 +158,7 @@ def _write(
     queries = [*dict.fromkeys(triple.query for *_, triple in made)]
     encoded = [(), ()]
     if made:
-        with run.reporter.progress("texts encoded", len(passages)) as advance:
+        with ours.reporter.progress("texts encoded", len(passages)) as advance:
             encoded = [
                 ours.encode(queries, "query"),
                 ours.encode(passages, "document", progress=advance),
@@ -161,9 +171,9 @@ def _write(
          "neg": [*t.negatives], "margin": t.margin}
         for query, aim, t in ((query, aim, with_margin(t, *vectors)) for query, aim, t in made)
     )  # fmt: skip
-    run.processes.once(lambda: write_jsonl(run.path(name), rows))
+    ours.processes.once(lambda: write_jsonl(path, rows))
     counts = collections.Counter(aim for _, aim, _ in made)
-    run.reporter.say(f"triples: {', '.join(f'{n} {aim}' for aim, n in counts.items()) or 'none'}")
+    ours.reporter.say(f"triples: {', '.join(f'{n} {aim}' for aim, n in counts.items()) or 'none'}")
 
 
 def _turn(

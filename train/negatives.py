@@ -1,7 +1,6 @@
 """Hard negatives for step A: documents that the current retriever ranks high, not relevant ones."""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -67,7 +66,8 @@ def negatives_of(
     if not run.checksums.intact(name):
         _ = retriever.corpus  # All processes encode it, as a phase of its own.
         with run.phase(what):
-            mine_triples(run, retriever, data, ids, run.path(name))
+            drop = run.config.evaluation.drop_identical_ids
+            mine_triples(run.config.mining, drop, retriever, data, ids, run.path(name))
         retriever.release()
         run.checksums.record(name)
     rows = NamedRows(run.path(name), "query_id", {"neg": list})
@@ -75,46 +75,42 @@ def negatives_of(
 
 
 def mine_triples(
-    run: Run,
+    settings: MiningSettings,
+    drop_identical_ids: bool,
     retriever: CorpusRetriever,
     data: TrainingData,
     ids: Sequence[str],
     path: pathlib.Path,
-    *,
-    margins: bool = True,
 ) -> None:
     """Writes a file of triples, with negatives that a retriever mines for some training queries.
 
-    All processes call it together; the retriever has encoded the corpus. Without `margins` what
-    scores above the relevant document is a negative, too, whatever the section `mining` says.
+    All processes call it together; the retriever has encoded the corpus.
     """
-    settings, counts = run.config.mining, (0, 0)
-    if not margins:
-        settings = dataclasses.replace(settings, absolute_margin=None, relative_margin=None)
+    processes, counts = retriever.processes, (0, 0)
     with contextlib.ExitStack() as stack:
-        write = stack.enter_context(open_jsonl(path)) if run.processes.is_main else None
-        for some, queries in encoded_queries(run, retriever, data, ids):
-            asked = retriever.corpus, some, queries
-            mine = functools.partial(_mined, run, data, settings, *asked, write)
-            counts = [a + b for a, b in zip(counts, run.processes.once(mine), strict=True)]
+        write = stack.enter_context(open_jsonl(path)) if processes.is_main else None
+        for some, queries in encoded_queries(retriever, data, ids):
+            asked = data, retriever.corpus, some, queries
+            mine = functools.partial(_mined, settings, drop_identical_ids, *asked, write)
+            counts = [a + b for a, b in zip(counts, processes.once(mine), strict=True)]
     found, without = counts
-    run.reporter.say(f"{found} negatives; {without} queries have none")
+    retriever.reporter.say(f"{found} negatives; {without} queries have none")
 
 
 def encoded_queries(
-    run: Run, retriever: CorpusRetriever, data: TrainingData, ids: Sequence[str]
+    retriever: CorpusRetriever, data: TrainingData, ids: Sequence[str]
 ) -> Iterator[tuple[Sequence[str], np.ndarray]]:
     """So many training queries at a time, and their vectors; all processes encode them."""
-    with run.reporter.progress("training queries encoded", len(ids)) as advance:
+    with retriever.reporter.progress("training queries encoded", len(ids)) as advance:
         for first in range(0, len(ids), QUERIES_AT_ONCE):
             some = ids[first : first + QUERIES_AT_ONCE]
             yield some, retriever.encode(data.queries(some), "query", progress=advance)
 
 
 def _mined(
-    run: Run,
-    data: TrainingData,
     settings: MiningSettings,
+    drop_identical_ids: bool,
+    data: TrainingData,
     corpus: Corpus,
     ids: Sequence[str],
     queries: np.ndarray,
@@ -123,9 +119,8 @@ def _mined(
     """Writes the triples of queries: how many negatives they have, and how many have none."""
     row_of = rows_of(data.collection.corpus)
     relevant = [[row_of[document] for document in data.positives(query)] for query in ids]
-    drop = run.config.evaluation.drop_identical_ids
     known = [  # What leaves a query's rankings is no negative of it.
-        rows + [row_of[document] for document in data.left_out(query, drop)]
+        rows + [row_of[document] for document in data.left_out(query, drop_identical_ids)]
         for query, rows in zip(ids, relevant, strict=True)
     ]
     scores, found = corpus.index.search(queries, min(len(corpus.ids), settings.depth))

@@ -1,14 +1,17 @@
 """Before step B: the generator learns what a search finds relevant documents by, if asked to."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.reward_sft import REWARD_SFT
+from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.objectives.warm_start import WARM_START
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.run import Run
@@ -39,8 +42,13 @@ def warm_start(
     if not how:
         return None
     with run.phase("warm start"):
-        make = {"positives": _positives, "best": _best}[how]
-        rows, objective, settings = make(run, models, expander, retriever, data, tools)
+        if how == "positives":
+            path = run.path("work", f"{PLACE}.jsonl")
+            rows, objective, settings = _positives(run.config, models, expander, data, path)
+        else:
+            rows = _best(run, models, expander, retriever, data, tools)
+            objective = dataclasses.replace(REWARD_SFT, name="warm start")
+            settings = run.config.dpo
         settings = dataclasses.replace(settings, epochs=1.0, dev_share=0.0)
         return train_generator(
             run, models, None, rows, round_=0, name=PLACE, objective=objective, settings=settings
@@ -48,13 +56,17 @@ def warm_start(
 
 
 def _positives(
-    run: Run, models: GeneratorModel, expander: Expander, _: Any, data: TrainingData, *__: Any
-) -> tuple[list[Any], Objective, Any]:
+    config: Config,
+    models: GeneratorModel,
+    expander: Expander,
+    data: TrainingData,
+    path: pathlib.Path,
+) -> tuple[list[Any], Objective, DpoSettings]:
+    """What is learned of relevant documents; `path` has what is asked before its last question."""
     queries = {query: data.collection.queries[query] for query in data.generator_train}
-    path = run.path("work", f"{PLACE}.jsonl")
     messages = expander.messages(queries, journaled(expander, None, path, "before warm start"))
-    most = run.config.expansion.max_new_tokens
-    settings = dataclasses.replace(run.config.dpo, response_length=most)
+    most = config.expansion.max_new_tokens
+    settings = dataclasses.replace(config.dpo, response_length=most)
     return positive_rows(data, messages, models.generator.chat_text), WARM_START, settings
 
 
@@ -65,7 +77,8 @@ def _best(
     retriever: CorpusRetriever,
     data: TrainingData,
     tools: RewardTools,
-) -> tuple[list[Any], Objective, Any]:
+) -> list[Any]:
+    """The best texts of each query that has one worth more than 0."""
     best, total = best_groups(run, models.generator, expander, retriever, data, PLACE, tools)
     run.reporter.say(f"{len(best)} of {total} queries have a text that is worth more than 0")
     if not best:
@@ -73,7 +86,7 @@ def _best(
             "warm_start 'best': no text of any query is worth more than 0, so there is nothing to "
             "learn; sample more (section candidates), or set warm_start to 'positives' or ''"
         )
-    return best, dataclasses.replace(REWARD_SFT, name="warm start"), run.config.dpo
+    return best
 
 
 def positive_rows(
