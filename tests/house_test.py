@@ -36,6 +36,7 @@ SLOW = {
 MAKERS = ("eval/models.py", "train/rehearse.py")  # They make models, whatever they are asked.
 LAUNCHER = "train.launch"  # It starts every program.
 RUN = "expandr_jax.runtime.run"  # The workdir: the library takes what it needs of it.
+MOST_RUNS = 40
 
 
 def sources(*directories: str) -> Iterator[tuple[str, str]]:
@@ -142,6 +143,12 @@ def test_rooms_import_from_those_below_them():
 def test_the_library_knows_no_run():
     found = {path for path, name in imports() if top(path) == PRODUCT[0] and name == RUN}
     assert {room(path) for path in found} <= {"runtime"}
+
+
+def test_few_functions_take_a_whole_run():
+    """Those that order its stages; the others are told what they need, and need no workdir."""
+    takers = (text.count("run: Run") for _, text in sources(*PRODUCT[:3]))
+    assert sum(takers) <= MOST_RUNS
 
 
 def test_comments_are_whole_phrases():

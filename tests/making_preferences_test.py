@@ -210,8 +210,9 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         run.config.expansion, sampler, collection.corpus, None, None,
         most_characters=100, drop_identical_ids=False,
     )  # fmt: skip
-    preferences._sample_candidates(run, expander, None, data, "round-0")
-    preferences.self_answers(run, None, None, data, "round-0")
+    config, directory = run.config, run.path("work", "round-0")
+    preferences._sample_candidates(expander, None, data, config.candidates, directory)
+    preferences.self_answers(None, None, data, config.answer, directory)
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:

@@ -89,7 +89,7 @@ def train_joint(
     if (results := _results_if_done(run)) is not None:
         run.reporter.say("all is done: no model is loaded")
         return _end(run, results)
-    functions = run_functions(run, used=has_begun(run))
+    functions = run_functions(run, used=has_begun(run.workdir))
     with run.phase("data"):
         data = prepare_data(config.data, run.checksums, run.reporter)
     qrels = data.collection.qrels

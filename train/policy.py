@@ -287,10 +287,10 @@ class _Loop:
         self._run.processes.once(lambda: write_jsonl(path, rows))
 
 
-def has_begun(run: Run) -> bool:
+def has_begun(workdir: pathlib.Path) -> bool:
     """Whether texts of a run have been rewarded and learned from."""
-    candidates = (run.path(place, CANDIDATES) for place in (PLACE, "round-0"))
-    steps = run.path("work", "round-0").glob(f"{WATCH}*")
+    candidates = (workdir / place / CANDIDATES for place in (PLACE, "round-0"))
+    steps = (workdir / "work" / "round-0").glob(f"{WATCH}*")
     return any(path.exists() for path in candidates) or any(steps)
 
 
@@ -312,7 +312,8 @@ def _asked(
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     answers: Mapping[str, str] = {}
     if run.config.reward.answer > 0:
-        answers = self_answers(run, expander.sampler, adapter, data, f"round-{round_}")
+        directory = run.path("work", f"round-{round_}")
+        answers = self_answers(expander.sampler, adapter, data, run.config.answer, directory)
         queries = {query: text for query, text in queries.items() if query in answers}
     journal = run.path("work", f"round-{round_}", "policy.jsonl")
     sample = journaled(expander, adapter, journal, f"before {PHASE}, round {round_}")
@@ -339,7 +340,7 @@ def train_alone(
     config = read_config(config)
     check_meshes(config.mesh)
     run = Run(workdir, config, console)
-    config, functions = run.config, run_functions(run, used=has_begun(run))
+    config, functions = run.config, run_functions(run, used=has_begun(run.workdir))
     with run.phase("data"):
         data = prepare_data(config.data, run.checksums, run.reporter)
     check_answers(config.reward, data)

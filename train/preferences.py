@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import RewardSettings, reward_groups
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, best_alone, select_pairs
+from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.code import keep_code
 from expandr_jax.runtime.host_memory import trim_memory
 from expandr_jax.runtime.run import Run
@@ -83,9 +85,10 @@ def make_preferences(
         return
     corpus = retriever.corpus  # All processes encode it, as a phase of its own.
     with run.phase(f"candidates, {what}"):
-        prompts, candidates = _sample_candidates(run, expander, adapter, data, place)
+        own, directory = run.config.candidates, run.path("work", place)
+        prompts, candidates = _sample_candidates(expander, adapter, data, own, directory)
     with run.phase(f"self-answers, {what}"):
-        answers = self_answers(run, expander.sampler, adapter, data, place)
+        answers = self_answers(expander.sampler, adapter, data, run.config.answer, directory)
     with run.phase(f"rewards, {what}"):
         temperatures = run.config.candidates.all_temperatures
 
@@ -155,18 +158,21 @@ def sampled_candidates(
 
 
 def _sample_candidates(
-    run: Run, expander: Expander, adapter: Any, data: TrainingData, place: str
+    expander: Expander,
+    adapter: Any,
+    data: TrainingData,
+    settings: CandidatesSettings,
+    directory: pathlib.Path,
 ) -> tuple[Mapping[str, str], SampledTexts]:
     """Query id -> the message that it asks, and (query id, candidate) -> text.
 
-    Where prompts with examples ask for the texts, the message is still the one without.
+    Where prompts with examples ask for the texts, the message is still the one without. The texts
+    are kept in a directory that is called as the round is.
     """
     queries = {query: data.collection.queries[query] for query in data.generator_train}
-    path = run.path("work", place, "candidates.jsonl")
-    purpose = f"candidates, {_named(place)}"
+    path, purpose = directory / "candidates.jsonl", f"candidates, {_named(directory.name)}"
     messages = expander.messages(queries, journaled(expander, adapter, path, purpose))
-    candidates = run.config.candidates
-    requests = requests_of(candidates, messages, candidates.all_temperatures)
+    requests = requests_of(settings, messages, settings.all_temperatures)
     requests = expander.shown(queries, requests)
     texts = sample_texts(expander.sampler, adapter, requests, path=path, purpose=purpose)
     return messages, texts
@@ -178,18 +184,24 @@ def _named(place: str) -> str:
 
 
 def self_answers(
-    run: Run, sampler: Sampler, adapter: Any, data: TrainingData, place: str
+    sampler: Sampler,
+    adapter: Any,
+    data: TrainingData,
+    settings: AnswerSettings,
+    directory: pathlib.Path,
 ) -> Mapping[str, str]:
     """Query id -> answer; an empty one is tried once more, then its query is left out.
+
+    The texts are kept in a directory that is called as the round is.
 
     Raises:
         UserError: All are empty.
     """
-    config, tries = run.config.answer, []
+    what, tries = _named(directory.name), []
     answered: dict[str, int] = {}  # Query id -> the try.
 
     def message(query: str) -> str:
-        document = data.collection.corpus[data.positive(query)][: config.max_characters]
+        document = data.collection.corpus[data.positive(query)][: settings.max_characters]
         return PROMPTS["q2a"].message(data.collection.queries[query], document=document)
 
     for attempt in range(2):
@@ -197,14 +209,13 @@ def self_answers(
         if not missing:
             break
         asked = MadeWhenAsked(missing, message)
-        requests = requests_of(config, asked, [config.temperature], first=attempt)
-        path = run.path("work", place, f"answers-{attempt}.jsonl")
-        purpose = f"answers, {_named(place)}, try {attempt}"
+        requests = requests_of(settings, asked, [settings.temperature], first=attempt)
+        path, purpose = directory / f"answers-{attempt}.jsonl", f"answers, {what}, try {attempt}"
         tries.append(sample_texts(sampler, adapter, requests, path=path, purpose=purpose))
         answered |= {query: attempt for (query, _), text in tries[-1].items() if text}
     if not answered:
         raise UserError(
-            f"{_named(place)}: the generator left every self-answer empty, twice; no query is left "
+            f"{what}: the generator left every self-answer empty, twice; no query is left "
             "to learn from. Look at the model and at the section answer of the config"
         )
     return MadeWhenAsked(answered, lambda query: tries[answered[query]][query, answered[query]])
