@@ -21,7 +21,7 @@ def kept_results(
     chosen: Mapping[str, Chosen],
     is_main: bool,
 ) -> Evaluated:
-    """What still stands of results, which are whole, where systems are others now.
+    """The results that stay valid when the systems of a run have changed.
 
     Args:
         directory: Where they are.

@@ -30,7 +30,7 @@ def make_score(
     answers = context.settings.answer > 0
 
     def vectors(groups: Sequence[Group]) -> list[np.ndarray | None]:
-        """Those of the queries, the candidates and, where they count, the self-answers."""
+        """Vectors of the queries, of the candidates and, where they count, of the self-answers."""
         texts = [text for group in groups for text in group.texts]
         names = [f"candidates of {group.query_id}" for group in groups for _ in group.texts]
         count = len(texts)

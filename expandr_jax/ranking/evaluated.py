@@ -238,7 +238,7 @@ def gate_of(
     runs: Mapping[str, RunScores],
     qrels: Judgements,
 ) -> dict[str, Any]:
-    """Its entry of results.json's "gates", by its `gated_rows` and the runs of it and its parts."""
+    """A system's entry of "gates" in results.json, by its `gated_rows` and runs of its parts."""
     plain, expanded, _ = gated.parts
     values = [
         metrics.evaluate(runs[system.name], qrels, (CHOSEN_BY,))[CHOSEN_BY]

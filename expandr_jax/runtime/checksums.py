@@ -83,11 +83,11 @@ class Checksums:
         return path
 
     def intact(self, *names: str) -> bool:
-        """Whether all of these were finished and are as they were; if not, all are removed."""
+        """Whether all of these are recorded and unchanged; if not, all of them are removed."""
         return self.processes.once(lambda: self._intact(names))
 
     def unchanged(self, *names: str) -> bool:
-        """Whether all of these were finished and are as they were; if not, they stay."""
+        """Whether all of these are recorded and unchanged; if not, they stay as they are."""
         return self.processes.once(lambda: not self._bad(names))
 
     def _bad(self, names: Sequence[str]) -> list[str]:
@@ -119,7 +119,7 @@ class Checksums:
         }
 
     def _found(self, name: str) -> dict[str, str]:
-        """The same of what is there."""
+        """Checksums of the files that are there now, as `_known` has the recorded ones."""
         path = self.workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return {

@@ -24,7 +24,7 @@ Make = Callable[[int], tuple[Mapping[str, Any], Contents]]
 
 
 def on_devices(processes: Processes, make: Make, mesh: Mesh, rows: slice, size: int) -> Make:
-    """Has batches of so many rows lie on the mesh where there are several processes.
+    """Transfers batches of `size` rows to the mesh where there are several processes.
 
     Each process has made the rows of its own devices.
     """
