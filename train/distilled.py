@@ -248,7 +248,7 @@ def _compared(
         return targets_of(vectors)
 
     def found() -> np.ndarray | None:
-        index = ours.corpus.index  # Of which each process has its part.
+        index = ours.corpus.index  # Each process has its part of it.
         if not ours.processes.is_main:
             return None
         with ours.reporter.progress("distillation: queries searched", len(vectors)) as advance:

@@ -47,7 +47,7 @@ def train_blocks(
         models: The retriever's module and mesh.
         triples: Their documents are learned from, each once; no query is.
         own, step_a: The config's sections `llara` and `contrastive`.
-        seed: Of the order of the documents, and of batches.
+        seed: That of the order of documents and of batches.
 
     Raises:
         UserError: The retriever has no blocks, there are too few texts, or training diverges.

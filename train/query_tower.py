@@ -35,7 +35,7 @@ def train_query_tower(
         params: Those of the retriever that it begins as.
         lesson: What it learns.
         settings: The config's section `distill`.
-        seed: Of the order of the queries.
+        seed: That of the order of the queries.
         evaluate: Parameters to nDCG@10 on dev, as often as the settings say, if at all.
 
     Raises:

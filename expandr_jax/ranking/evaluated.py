@@ -157,7 +157,7 @@ class Evaluation:
                 found.samples = _without(system, found.samples) + self._sampled(system, encoded)
 
     def rows(self) -> dict[str, SystemRows]:
-        """Of each file of evaluation/ its rows, what was kept as if it had been made now."""
+        """The rows of each file of evaluation/, what was kept as if it had been made now."""
         found = {
             "choices": self.choices.tried, "samples": self.found.samples, "gated": self.found.gated,
         }  # fmt: skip
