@@ -29,7 +29,7 @@ from expandr_jax.rewards.coaugmentation import (
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import Bm25Index
-from tests.commands import finish, start, step_figures, until
+from tests.commands import finish, start, step_metrics, until
 from train.scores import RewardTools, reward_context
 
 IDS = [f"d{i}" for i in range(30)]

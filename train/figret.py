@@ -128,7 +128,7 @@ def _texts(
     own: Sequence[Mapping[str, Any]],
     path: pathlib.Path,
 ) -> Texts:
-    """(Query id, number) -> what the generator writes when it is asked for that one of `ASKED`."""
+    """(Query id, number) -> what the generator writes by that one of `PASSAGE_PROMPTS`."""
     drawn, rows = drawing(settings), {row["query_id"]: row for row in own}
 
     def requests(query: str) -> list[Request]:
@@ -142,7 +142,7 @@ def _texts(
             for number, message in enumerate(messages)
         ]
 
-    asked = Requests([*rows], [len(ASKED)] * len(rows), requests)
+    asked = Requests([*rows], [len(PASSAGE_PROMPTS)] * len(rows), requests)
     return sample_texts(sampler, adapter, asked, path=path, purpose="easier passages")
 
 
