@@ -1,6 +1,7 @@
 """The base's log-probabilities of preference pairs: made once, for these pairs and weights."""
 
 import dataclasses
+import functools
 import io
 import types
 
@@ -22,6 +23,9 @@ from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.runtime.run import Run
 
 DPO, SETTINGS = OBJECTIVES["sigmoid"], ObjectiveSettings(chunk=16)
+log_probs_of = jax.jit(
+    functools.partial(response_log_probs, responses=2, chunk=16), static_argnums=0
+)
 LENGTHS = types.SimpleNamespace(prompt_length=32, response_length=9)
 ROWS = [
     {"prompt": f"shape {i}?", "chosen": "axis " * (i + 1), "rejected": f"no {i}"} for i in range(11)
@@ -87,9 +91,7 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
     pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
     module = models.generator.module
     for pair, found in zip(pairs, made(models, pairs)[0], strict=True):
-        expected = response_log_probs(
-            module, {"params": models.generator_params}, pack([pair], 0), responses=2, chunk=16
-        )
+        expected = log_probs_of(module, {"params": models.generator_params}, pack([pair], 0))
         np.testing.assert_allclose(found, expected[0][0], rtol=1e-5)
 
 
@@ -105,7 +107,7 @@ def test_it_is_that_of_an_adapter_where_one_is_given(models):
     assert np.abs(found - plain.reference(pairs)).min() > 1e-3
     for pair, own in zip(pairs, found, strict=True):
         variables = {"params": params, "lora": adapter}
-        expected = response_log_probs(module, variables, pack([pair], 0), responses=2, chunk=16)
+        expected = log_probs_of(module, variables, pack([pair], 0))
         np.testing.assert_allclose(own, expected[0][0], rtol=1e-5)
 
 
@@ -117,13 +119,15 @@ def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
     adapter = init_lora(jax.random.key(0), models.generator_params, models.generator.module.lora)
     adapter = jax.tree.map(lambda leaf: leaf + 0.2, adapter)
     found = batches.evaluate(adapter, pairs, reference)
+    losses_of = jax.jit(
+        functools.partial(
+            adapter_losses, objective=DPO, settings=SETTINGS, module=models.generator.module
+        )
+    )
     alone = []
     for pair, own in zip(pairs, reference, strict=True):
         batch = {**pack([pair], 0), "reference": own[None]}
-        loss, metrics = adapter_losses(
-            adapter, models.generator_params, batch, objective=DPO, settings=SETTINGS,
-            module=models.generator.module,
-        )  # fmt: skip
+        loss, metrics = losses_of(adapter, models.generator_params, batch)
         alone.append({"loss": loss[0], **{name: value[0] for name, value in metrics.items()}})
     assert np.std([row["loss"] for row in alone]) > 1e-2
     assert found.keys() == alone[0].keys()

@@ -164,7 +164,7 @@ def biased_loss(q, k, v, bias, attention_mask):
 
 def test_the_fused_kernel_takes_a_bias_and_any_padding(on_gpu, monkeypatch):
     arrays, attention_mask = biased()
-    step = jax.value_and_grad(biased_loss, (0, 1, 2, 3), has_aux=True)
+    step = jax.jit(jax.value_and_grad(biased_loss, (0, 1, 2, 3), has_aux=True))
     (_, found), gradients = step(*arrays, attention_mask)
     assert on_gpu == ["cudnn"]
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -208,7 +208,9 @@ def test_a_tpus_program_with_a_bias_is_the_plain_form(monkeypatch):
 def test_the_fused_kernel_is_left_alone_where_it_cannot_help(on_gpu, monkeypatch):
     def run(dtype=jnp.bfloat16, length=6, width=8, **options):
         q = k = v = jnp.ones((1, length, 2, width), dtype)
-        attend(q, k, v, Mask(array=jnp.ones((1, 1, length), bool)), scale=1.0, **options)
+        mask = Mask(array=jnp.ones((1, 1, length), bool))
+        # The choice is made while it is traced.
+        jax.eval_shape(lambda *arrays: attend(*arrays, mask, scale=1.0, **options), q, k, v)
         return bool(on_gpu)
 
     assert not run(jnp.float32)

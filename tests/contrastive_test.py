@@ -24,11 +24,7 @@ from expandr_jax.objectives.contrastive import (
     contrastive_loss,
     contrastive_step,
 )
-from expandr_jax.objectives.contrastive_batches import (
-    ContrastiveExample,
-    Passage,
-    make_batch,
-)
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.sharding import batch_sharding, make_mesh, on_mesh
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.weights.hf import load_retriever
@@ -97,7 +93,8 @@ def test_plain_queries_equal_sentence_transformers(tiny, peer):
     retriever, params = tiny
     config = ContrastiveConfig(temperature=TAU, query_weight=1.0, normalize="both")
     loss_fn = functools.partial(contrastive_loss, retriever=retriever, config=config)
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_of(retriever, 0))
+    gradients = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, _), grads = jax.jit(gradients)(params, batch_of(retriever, 0))
 
     peer.zero_grad()
     loss_of = MultipleNegativesRankingLoss(peer, scale=1 / TAU)
@@ -116,7 +113,8 @@ def test_expanded_queries_equal_the_formula_in_pytorch(tiny, peer, preset):
         temperature=TAU if paper else 1.0, query_weight=0.5, normalize="both" if paper else "none"
     )
     loss_fn = functools.partial(contrastive_loss, retriever=retriever, config=config)
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch_of(retriever, 1))
+    gradients = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, _), grads = jax.jit(gradients)(params, batch_of(retriever, 1))
 
     peer.zero_grad()
     queries, documents = embed(peer, QUERIES), embed(peer, DOCUMENTS)
@@ -141,7 +139,8 @@ def test_the_invariance_term_equals_pytorch(tiny, peer, micro_batch):
         invariance_weight=0.7, micro_batch=micro_batch,
     )  # fmt: skip
     batch = batch_of(retriever, 1)
-    (loss, _), grads = contrastive_gradients(params, batch, retriever=retriever, config=config)
+    gradients = functools.partial(contrastive_gradients, retriever=retriever, config=config)
+    (loss, _), grads = jax.jit(gradients)(params, batch)
 
     peer.zero_grad()
     queries, documents = embed(peer, QUERIES), embed(peer, DOCUMENTS)
@@ -212,7 +211,8 @@ def test_given_negatives_equal_pytorch(tiny, peer, micro_batch):
     retriever, params = tiny
     batch = make_batch(examples_with_negatives(retriever), 0, 0, negatives=2)
     config = dataclasses.replace(PLAIN, micro_batch=micro_batch)
-    (loss, _), grads = contrastive_gradients(params, batch, retriever=retriever, config=config)
+    gradients = functools.partial(contrastive_gradients, retriever=retriever, config=config)
+    (loss, _), grads = jax.jit(gradients)(params, batch)
 
     peer.zero_grad()
     texts = DOCUMENTS + [text for row in NEGATIVES for text in row]
@@ -260,7 +260,7 @@ class Bag(Encoder):
 @pytest.fixture(scope="module")
 def bag(tiny):
     ids = jnp.zeros((1, 1), jnp.int32)
-    params = Bag().init(jax.random.key(0), ids, ids)["params"]
+    params = jax.jit(Bag().init)(jax.random.key(0), ids, ids)["params"]
     return dataclasses.replace(tiny[0], module=Bag()), params
 
 

@@ -163,13 +163,20 @@ def test_a_shared_beginning_given_as_keys_and_values_changes_nothing(gemma):
     module, variables = module.clone(unroll=True), {"params": unstack_layers(params)}
     ids, mask = tiny_models.ragged_batch("right", (14, 9, 7))
     ids[:, :6] = ids[0, :6]
-    whole = module.apply(variables, ids, token_positions(mask), causal_mask(mask))
     start, rest = mask[:1, :6], mask[:, 6:]
-    _, past = module.apply(
-        variables, ids[:1, :6], token_positions(start), causal_mask(start), keep_kv=True
-    )
-    attention = causal_mask(rest).after(6)
-    found = module.apply(variables, ids[:, 6:], 6 + token_positions(rest), attention, past=past)
+
+    @jax.jit
+    def run(variables, ids, mask):
+        return module.apply(variables, ids, token_positions(mask), causal_mask(mask), keep_kv=True)
+
+    @jax.jit
+    def behind(variables, past):
+        attention = causal_mask(jnp.asarray(rest)).after(6)
+        places = 6 + token_positions(jnp.asarray(rest))
+        return module.apply(variables, ids[:, 6:], places, attention, past=past)
+
+    whole, _ = run(variables, ids, mask)
+    found = behind(variables, run(variables, ids[:1, :6], start)[1])
     for a, b in zip(
         tiny_models.unpadded(np.asarray(found), rest),
         tiny_models.unpadded(np.asarray(whole[:, 6:]), rest),

@@ -58,9 +58,9 @@ def test_a_batch_is_on_its_devices_before_a_program_has_it(tiny, monkeypatch):
     retriever, params = tiny
     two, seen = encoder(retriever, 2), []
 
-    def embed(params, *arrays):
+    def embed(_, *arrays):
         seen.extend(arrays)
-        return retriever.embed(params, *arrays)
+        return np.zeros((len(arrays[0]), 32), np.float32)
 
     monkeypatch.setattr(two, "_embed", embed)
     two.encode(params, TEXTS, "document")

@@ -35,6 +35,7 @@ SETTINGS = {
 }
 
 
+@functools.cache
 def random_decoder(vocab_size, scale):
     """A small decoder whose distributions are neither flat nor certain."""
     config = DecoderConfig(
@@ -49,7 +50,7 @@ def random_decoder(vocab_size, scale):
     )
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     ids = jnp.zeros((1, 1), jnp.int32)
-    params = module.init(jax.random.key(0), ids, ids, causal_mask(ids))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), ids, ids, causal_mask(ids))["params"]
     return module, jax.tree.map(lambda x: scale * x, nn.meta.unbox(params))
 
 

@@ -18,9 +18,7 @@ from sentence_transformers import SentenceTransformer
 from configs import smoke
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
-from expandr_jax.models.mask import causal_mask
 from expandr_jax.sharding import make_mesh
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from expandr_jax.weights.export import export_generator, export_retriever
@@ -29,13 +27,8 @@ from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest
+from tests.load_model import logits
 from train.export import export_one
-
-
-def logits(module, params, ids):
-    mask = jnp.ones_like(ids)
-    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
-    return module.apply({"params": params}, hidden, method="logits")
 
 
 @pytest.mark.parametrize("family", tiny_models.DECODERS)
@@ -57,7 +50,9 @@ def test_generators_return_to_transformers_bit_equal(family, tmp_path):
             for d in ("out", "in")
         )
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_allclose(logits(generator.module, params, ids), found, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        logits(generator.module, params, ids, np.ones_like(ids)), found, atol=1e-5, rtol=0
+    )
 
 
 def test_generator_settings_and_tokenizer_return(tmp_path):
@@ -138,7 +133,7 @@ def embed(retriever, params, texts, kind=None):
     width = max(map(len, rows))
     ids = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
     mask = (np.arange(width) < np.array([[len(row)] for row in rows])).astype(int)
-    return np.asarray(retriever.embed(params, ids, mask))
+    return np.asarray(jax.jit(retriever.embed)(params, ids, mask))
 
 
 @pytest.mark.slow
@@ -175,7 +170,7 @@ def test_adapters_load_in_peft_on_the_base_they_name(family, tmp_path, monkeypat
     ids = tiny_models.ragged_batch("right", lengths=(12, 12))[0]
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
-    merged = logits(generator.module, merge_lora(params, adapter, lora), ids)
+    merged = logits(generator.module, merge_lora(params, adapter, lora), ids, np.ones_like(ids))
     np.testing.assert_allclose(merged, expected, atol=1e-5, rtol=0)
 
     settings, again = load_adapter(str(tmp_path / "out"), generator.module.config)

@@ -12,8 +12,6 @@ import transformers
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import token_positions
-from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.gguf import open_gguf
 from expandr_jax.weights.gguf_reader import GgufReader
@@ -21,7 +19,7 @@ from expandr_jax.weights.gguf_tokenizer import ends_of_turn, read_gguf_tokenizer
 from expandr_jax.weights.hf import load_generator
 from expandr_jax.weights.source import locate
 from tests import conftest
-from tests.load_model import load_model
+from tests.load_model import load_model, logits
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -130,8 +128,7 @@ def test_models_equal_the_one_that_was_written(family, changes, tmp_path):
     write_gguf(path, reference, family)
     module, params, files = load_model(str(path))
     ids, mask = tiny_models.ragged_batch("right")
-    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
-    found = module.apply({"params": params}, hidden, method="logits")
+    found = logits(module, params, ids, mask)
     with torch.no_grad():
         expected = reference(torch.tensor(ids), torch.tensor(mask)).logits.numpy()
     assert np.abs((found - expected) * mask[..., None]).max() < 1e-4

@@ -23,11 +23,10 @@ from tokenizers import (
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import token_positions
-from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.byte_level import PRE_TOKENIZERS
 from expandr_jax.weights.gguf_writer import export_gguf
 from expandr_jax.weights.hf import load_generator
+from tests.load_model import logits
 from train.export import export_one, target
 
 ROWS = 352  # Some more than there are tokens.
@@ -303,10 +302,7 @@ def test_smollm2_is_the_same_model_again(smollm2, tmp_path):
         tmp_path, gguf_file=path.name, dtype=torch.float32
     )
     ids = np.array([generator.chat_ids("What does numpy.pad do?", 99)[0]])
-    hidden = again.module.apply(
-        {"params": halves}, ids, token_positions(np.ones_like(ids)), causal_mask(np.ones_like(ids))
-    )
-    logits = again.module.apply({"params": halves}, hidden, method="logits")
+    found = logits(again.module, halves, ids, np.ones_like(ids))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    np.testing.assert_allclose(logits, expected, atol=2e-3, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=0)
