@@ -1,8 +1,10 @@
 """Files in and beside the BEIR layout that readers of the field understand otherwise."""
 
+import pyarrow.parquet
 import pytest
 
-from expandr_jax.data.beir import read_beir
+from expandr_jax.data.beir import read_beir, source_hashes
+from expandr_jax.data.places import only_collection
 from expandr_jax.errors import UserError
 from tests.beir_test import make
 
@@ -37,3 +39,17 @@ def test_a_file_that_would_not_be_read_is_refused(tmp_path, name, complaint):
     (tmp_path / "tiny" / name).touch()
     with pytest.raises(UserError, match=complaint):
         read_beir(tmp_path / "tiny")
+
+
+def test_tables_beside_lines_of_judgements_are_splits_or_left_alone(tmp_path):
+    """A table of documents was taken for a split, and its first row refused."""
+    directory, scores = make(tmp_path / "tiny"), ["query-id", "corpus-id", "score"]
+    expected = read_beir(directory)
+    for name, columns in (("data/pages", ["id", "text"]), ("default/train", scores)):
+        path = directory / f"{name}-00000-of-00001.parquet"
+        path.parent.mkdir()
+        table = pyarrow.table([["q1"], ["d1"], [1]][: len(columns)], columns)
+        pyarrow.parquet.write_table(table, path)
+    found = read_beir(directory)
+    assert found.qrels == {**expected.qrels, "train": {"q1": {"d1": 1}}}
+    assert not any("pages" in name for name in source_hashes(only_collection(directory)))

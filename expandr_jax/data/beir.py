@@ -29,7 +29,7 @@ from expandr_jax.data.judgements import (
     columns_of,
     judgement_of,
 )
-from expandr_jax.data.parquet import on_disk, read_parquet
+from expandr_jax.data.parquet import on_disk, parquet_columns, read_parquet
 from expandr_jax.data.places import only_collection
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
@@ -293,12 +293,16 @@ def _splits(files: Files) -> dict[str, list[str]]:
                 if found[1] in splits:
                     raise _beside(files, *splits[found[1]], name)
                 splits[found[1]] = [name]
+    lines = {*splits}
     for folder in _TABLES:
         before = {*splits}  # Several of one folder are parts of a split.
         for name in files.names:
             if found := re.fullmatch(rf"{folder}/([^/]+?)(-\d+-of-\d+|/\d+)?\.parquet", name):
                 if found[1] in before:
                     raise _beside(files, splits[found[1]][0], name)
+                # Beside these, "data" may hold tables of anything.
+                if lines and not {*HEADER} <= {*parquet_columns(files, name)}:
+                    continue
                 splits.setdefault(found[1], []).append(name)
     if not splits:
         raise UserError(f"{files.path('qrels')}: no .tsv file; expected judgements as SPLIT.tsv")
