@@ -20,7 +20,7 @@ PROGRAMS = [
     "retriever restored",
     "adapter restored",
     "base to the engine",
-    "adapter merged, to export",
+    "adapter merged for export",
 ]
 # Those that have nothing of a model's to compute.
 MOVES = PROGRAMS[8:11]

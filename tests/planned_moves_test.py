@@ -98,7 +98,7 @@ def test_what_stays_on_the_devices_is_beside_them(config):
     retriever, generator = RetrieverShapes(config, topology), GeneratorShapes(config, topology)
     both = retriever.resident() + generator.resident()
     programs = planned_programs(config, topology)
-    assert programs["adapter merged, to export"]().resident == both
+    assert programs["adapter merged for export"]().resident == both
     pairs = PairShapes(config, topology, generator)
     beside = programs["adapter restored"]().resident - pairs.restore().resident
     assert beside == both

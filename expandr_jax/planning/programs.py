@@ -58,10 +58,10 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, MakePlanne
         "retriever restored": _beside(retriever.restore, *training),
         "adapter restored": _beside(step.restore, *both),
         "base to the engine": _beside(generator.to_engine, *both),
-        "adapter merged, to export": _beside(generator.merge, *both),
+        "adapter merged for export": _beside(generator.merge, *both),
     }
     if config.contrastive.lora.rank:
-        programs["retriever merged, to export"] = _beside(retriever.merge, *both)
+        programs["retriever merged for export"] = _beside(retriever.merge, *both)
     if config.distill.epochs:
         programs["distillation step"] = _beside(retriever.distillation, *training)
     if config.figret.rank:
@@ -91,7 +91,7 @@ def _of_retriever(config: Config, retriever: RetrieverShapes) -> dict[str, MakeP
     if retriever.retriever.pooling != SPLADE:  # Sparse vectors are searched on the host.
         others["exact search"] = retriever.search
     if config.contrastive.lora.rank:
-        others["retriever merged, to export"] = retriever.merge
+        others["retriever merged for export"] = retriever.merge
     if retriever.gathers:
         others["retriever to every host"] = retriever.gather
     return programs | {name: _beside(make, retriever.resident) for name, make in others.items()}
