@@ -192,7 +192,7 @@ def test_two_processes_killed_while_they_search_go_on(smoke, tmp_path):
     settings = ("--config.search.backend=exact", "--config.search.exact.block_rows=16")
     processes = start_processes(workdir, 2, *settings)
     shares = workdir / "work" / "shares"
-    until(processes, lambda: any(shares.glob("queries.npy")) or any(shares.glob("found.*")))
+    until(processes, lambda: any(shares.glob("queries.npz")) or any(shares.glob("found.*")))
     for process in processes:
         process.kill()
     ended(processes)

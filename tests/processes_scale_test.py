@@ -13,7 +13,7 @@ import pytest
 from configs import smoke as smoke_config
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.runtime.processes import EXIT_LOST
-from tests.commands import SPREAD, ended, finish, start, start_processes
+from tests.commands import SPREAD, ended, error_of, finish, start, start_processes
 from tests.processes_trainers_test import same_results, same_steps
 
 pytestmark = pytest.mark.slow
@@ -68,6 +68,29 @@ def test_two_processes_killed_in_each_stage_come_to_what_one_does(smoke, tmp_pat
     for process in start_processes(workdir, 2, *EXACT):
         finish(process)
     same_run(workdir, smoke[0])
+
+
+# What process 1 has handed to process 0 when a byte of it changes: phase, after what, the file.
+SPOILT = (
+    ("encode the corpus, zero-shot", "vectors in a file", "zero-shot.npy.process-1-of-2"),
+    ("hard negatives, round 0", "vectors for others", "vectors.process-1.npz"),
+    ("hard negatives, round 0", "results for others", "found.process-1.npz"),
+    ("expansions, round 0", "texts in a journal", "expansions.jsonl.process-1.part"),
+)
+
+
+def test_a_share_that_is_damaged_is_named_and_ends_all_processes(tmp_path):
+    workdir = tmp_path / "run"
+    systems = "--config.evaluation.systems=('bm25','expandr')"
+    for phase, call, name in SPOILT:
+        flags = {1: (f"--kill_in={phase}", f"--kill_after={call}", f"--spoil={name}")}
+        processes = start_processes(
+            workdir, 2, *EXACT, systems, of_one=flags, module="tests.killed"
+        )
+        first, second = ended(processes)
+        assert [process.returncode for process in processes] == [2, 2], (first, second)
+        for output in (first, second):  # By itself, or as what ended the other one.
+            assert f"{name}:" in error_of(output), output
 
 
 def test_two_processes_add_to_a_run_what_one_adds(smoke, tmp_path):

@@ -198,6 +198,37 @@ def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_p
     assert together(group, rest) == [[{"n": n} for n in range(5)]] * COUNT
 
 
+class First(Processes):
+    """Process 0 of two, of which the other has written so many rows and waits."""
+
+    def __init__(self, written):
+        super().__init__(0, 2)
+        self._alone, self._written = True, written
+
+    def gather(self, value):
+        return [value, self._written]
+
+
+@pytest.mark.parametrize("way", ["flipped", "cut", "removed"])
+def test_a_damaged_share_is_named_and_no_text_is_left_out(tmp_path, way):
+    """The rows that it lacked were missing from the whole."""
+    journal = DividedJournal(tmp_path / "rows.jsonl", First(5), key)
+    journal.append([{"n": 9}])
+    other = Journal(tmp_path / "rows.jsonl.process-1")
+    other.append({"n": n} for n in range(5))
+    data = other.part.read_bytes()
+    changed = {"flipped": data.replace(b'"n": 3', b'"n": 7'), "cut": data[:-9], "removed": b""}
+    other.part.write_bytes(changed[way])
+    named = r"rows\.jsonl\.process-1\.part:?4?: .*; the same command makes again what it lacks"
+    with pytest.raises(UserError, match=named):
+        journal.finish()
+    again = DividedJournal(tmp_path / "rows.jsonl", Processes(), key)
+    assert {row["n"] for row in again.rows} == {
+        9,
+        *range({"flipped": 3, "cut": 4, "removed": 0}[way]),
+    }
+
+
 def test_keys_say_which_row_they_are_of_and_their_order():
     keys = [("b", 1), ("a", 10), ("b", 0), ("a", 2), ("b", 1)]
     found = Keys(keys)

@@ -255,3 +255,16 @@ def test_a_file_that_others_change_while_it_is_read_is_named(tmp_path):
     journal.part.unlink()
     with pytest.raises(UserError, match=r"work\.part: cannot read it"):
         _ = journal.rows[0]
+
+
+def test_a_file_that_fails_while_another_is_written_is_named(tmp_path):
+    """Its error was said of the file that was written."""
+    path, other = tmp_path / "triples.jsonl", tmp_path / "vectors.npy"
+
+    def rows():
+        yield from ROWS
+        yield {"id": other.read_text()}
+
+    with pytest.raises(UserError, match=rf"^{other}: stopped the writing of {path}: No such file"):
+        write_jsonl(path, rows())
+    assert not any(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from expandr_jax.files.records import Journal, hash_json
 from expandr_jax.search import build_index, fingerprint
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder
-from expandr_jax.vectors.file import count_cut, encode_to_file
+from expandr_jax.vectors.file import check_whole, count_cut, encode_to_file
 from expandr_jax.vectors.stored import from_storage, to_storage
 from expandr_jax.weights.hf import load_retriever
 from expandr_jax.weights.trees import hash_tree
@@ -287,3 +287,28 @@ def test_a_vector_that_is_not_finite_is_placed(tiny, tmp_path):
     broken = {**params, "embedding": params["embedding"].at[:].set(np.nan)}
     with pytest.raises(UserError, match="texts from 0: text 0"):
         write((encoder, broken), tmp_path / "v.npy")
+
+
+def test_a_share_that_is_damaged_is_named(tiny, tmp_path):
+    """Whoever puts shares together took them as they were."""
+    path = tmp_path / "v.npy.process-1-of-2"
+    journal = tmp_path / f"{path.name}.jsonl"
+    write(tiny, path)
+    check_whole(path)
+    whole = {p: p.read_bytes() for p in (path, journal)}
+    middle = len(whole[path]) - 70
+    for file, data, named in (
+        (path, whole[path][:middle] + b"?" + whole[path][middle + 1 :], path),
+        (path, whole[path][:middle], path),
+        (path, None, path),
+        (journal, whole[journal].replace(b'"rows": 4', b'"rows": 5', 1), f"{journal}:1"),
+        (journal, None, journal),
+    ):
+        file.unlink() if data is None else file.write_bytes(data)
+        with pytest.raises(UserError, match=rf"^{named}: .*; the same command makes again"):
+            check_whole(path)
+        for left in tmp_path.iterdir():
+            left.unlink()
+        for kept, content in whole.items():
+            kept.write_bytes(content)
+    check_whole(path)

@@ -364,7 +364,11 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write it: {error.strerror}") from error
+        # What is written may be read elsewhere meanwhile, and that may fail, too.
+        named = Path(error.filename) if isinstance(error.filename, str) else path
+        failed = path if named in (temporary, *path.parents) else named
+        what = "cannot write it" if failed == path else f"stopped the writing of {path}"
+        raise UserError(f"{failed}: {what}: {error.strerror}") from error
     finally:
         with suppress(OSError):  # gone already when all went well
             temporary.unlink()

@@ -1,5 +1,6 @@
 """Journals of work that several processes of a run do together or by shares."""
 
+import functools
 import glob
 import itertools
 import pathlib
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal, Row, Rows
 from expandr_jax.runtime.processes import Processes
 
@@ -127,9 +129,15 @@ class DividedJournal:
         self._processes.files.push(later=True)
 
     def finish(self) -> None:
-        """Waits until all have done their share; then every process has all rows, in order."""
-        self._processes.barrier()
-        self._journal = self._processes.main_first(self._close)
+        """Waits until all have done their share; then every process has all rows, in order.
+
+        Raises:
+            UserError: A share lacks rows that its process wrote: it was damaged since.
+        """
+        processes = self._processes
+        counts = processes.gather(0 if self._own is self._journal else len(self._own.rows))
+        processes.barrier()
+        self._journal = processes.main_first(functools.partial(self._close, counts))
         self._remove_parts()  # Each its own, where they have no directory in common.
 
     def _open(self) -> Journal:
@@ -143,11 +151,16 @@ class DividedJournal:
         self._remove_parts()
         return journal
 
-    def _close(self) -> Journal:
+    def _close(self, counts: Sequence[int]) -> Journal:
         if not self._processes.is_main:
             return Journal(self._path)
         journal = self._journal
-        sources = [journal.rows, *(Journal(part).rows for part in self._parts())]
+        parts = [Journal(self._part(index)) for index, count in enumerate(counts) if count]
+        for part, count in zip(parts, filter(None, counts), strict=True):
+            if len(part.rows) < count:
+                damage = part.damage or f"{part.part}: was cut"
+                raise UserError(f"{damage}; the same command makes again what it lacks")
+        sources = [journal.rows, *(part.rows for part in parts)]
         keys = Keys(self._key(row) for rows in sources for row in rows)
         journal.finish(_taken(sources, keys.in_order()))
         return journal

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import write_json
+from expandr_jax.files.arrays import read_arrays, write_arrays
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search.bm25 import Bm25Index
 from expandr_jax.search.exact import merge_found
@@ -104,8 +104,8 @@ class DividedIndex:
         if self._processes.count == 1:
             return self._own(queries, k)
         self._shares.mkdir(parents=True, exist_ok=True)
-        asked = self._shares / "queries.npy"
-        np.save(asked, queries)
+        asked = self._shares / "queries.npz"
+        write_arrays(asked, queries=queries)
         parts = _ask(self._processes, self._name, asked, k)
         return merge_found(parts, k)
 
@@ -114,7 +114,7 @@ class DividedIndex:
         name, k = asked
         if not self.spans:
             return None
-        found = self._own(np.load(self._shares / name, allow_pickle=False), k)
+        found = self._own(read_arrays(self._shares / name)["queries"], k)
         return _answered(self._processes, self._shares, found)
 
 
@@ -137,7 +137,7 @@ def divided_words(
 
     def answer(asked: list) -> str | None:
         where, k = asked
-        queries = json.loads((shares / where).read_text("utf-8"))
+        queries = json.loads(read_arrays(shares / where)["queries"].tobytes())
         start, end = (len(queries) * (processes.index + i) // processes.count for i in (0, 1))
         if start == end:
             return None
@@ -145,10 +145,11 @@ def divided_words(
 
     def together(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         shares.mkdir(parents=True, exist_ok=True)
-        asked = shares / "queries.json"
+        asked = shares / "queries.npz"
         found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int32))]
         for first in range(0, len(queries), _QUERIES):
-            write_json(asked, [*queries[first : first + _QUERIES]])
+            texts = json.dumps([*queries[first : first + _QUERIES]]).encode()
+            write_arrays(asked, queries=np.frombuffer(texts, np.uint8))
             found += _ask(processes, name, asked, k)
         scores, rows = (np.concatenate(part) for part in zip(*found, strict=True))
         return scores, rows
@@ -214,9 +215,9 @@ def _answered(
 
 
 def _save(path: pathlib.Path, found: tuple[np.ndarray, np.ndarray]) -> None:
-    np.savez(path, scores=found[0], rows=found[1])
+    write_arrays(path, scores=found[0], rows=found[1])
 
 
 def _load(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return file["scores"], file["rows"]
+    found = read_arrays(path)
+    return found["scores"], found["rows"]

@@ -12,6 +12,7 @@ import numpy as np
 
 from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.files.arrays import read_arrays, write_arrays
 from expandr_jax.files.records import hash_json
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -25,7 +26,7 @@ from expandr_jax.search.divided import (
 )
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
-from expandr_jax.vectors.file import content_key, count_cut, encode_to_file
+from expandr_jax.vectors.file import check_whole, content_key, count_cut, encode_to_file
 from expandr_jax.vectors.query import Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
@@ -238,12 +239,12 @@ class CorpusRetriever:
             vectors = self.encoder.encode(self.params, own, kind, progress)
         if processes.count == 1:
             return vectors
-        paths = [self.shares / f"vectors.process-{i}.npy" for i in range(processes.count)]
+        paths = [self.shares / f"vectors.process-{i}.npz" for i in range(processes.count)]
         own_path = paths[processes.index]
         self.shares.mkdir(parents=True, exist_ok=True)
-        np.save(own_path, vectors)
+        write_arrays(own_path, vectors=vectors)
         processes.barrier()
-        parts = [np.load(path, allow_pickle=False) for path in paths]
+        parts = [read_arrays(path)["vectors"] for path in paths]
         processes.barrier()  # Nobody writes the next ones before all have read these.
         with contextlib.suppress(OSError):
             own_path.unlink()
@@ -299,6 +300,10 @@ class CorpusRetriever:
             return np.concatenate(rows)
 
         def join() -> None:
+            if divided:
+                for part, first, last in zip(parts, starts, starts[1:], strict=False):
+                    if first < last:
+                        check_whole(part)
             # What is damaged of a file that was there, process 0 encodes by itself.
             made = {"vectors": known} if divided else {"progress": advance}
             with _naming(ids, "document "):

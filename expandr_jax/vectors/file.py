@@ -104,6 +104,24 @@ def encode_to_file(
     return open_vectors(path)
 
 
+def check_whole(path: str | os.PathLike) -> None:
+    """Refuses a finished file of vectors as float32 that is not as it was written.
+
+    Raises:
+        UserError: It, or the file beside it that says what it has, is damaged or missing.
+    """
+    path, journal = pathlib.Path(path), Journal(f"{path}.jsonl")
+    if not journal.finished:
+        damage = journal.damage or f"{journal.path}: is missing"
+    elif not path.exists() or not _is_whole(path, journal, "float32"):
+        damage = f"{path}: is missing or was cut"
+    elif _intact_blocks(path, journal, "float32") < len(journal.rows):
+        damage = f"{path}: is damaged"
+    else:
+        return
+    raise UserError(f"{damage}; the same command makes again what it lacks")
+
+
 def content_key(path: str | os.PathLike) -> str:
     """The identity of a finished file of vectors, found without reading its vectors."""
     rows = read_jsonl(f"{path}.jsonl", {"sha256": str})
