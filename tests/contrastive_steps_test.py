@@ -1,9 +1,12 @@
 """Step A's batches: few shapes, drawn as ever, and each process makes its own rows."""
 
 import dataclasses
+import hashlib
 import pickle
+import threading
 import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -14,10 +17,9 @@ from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
 from expandr_jax.losses.contrastive import same_text
-from expandr_jax.objectives import contrastive_batches, contrastive_steps
+from expandr_jax.objectives import contrastive_steps, packed_examples, stored_examples
 from expandr_jax.objectives.contrastive_batches import (
     ContrastiveExample,
-    ExampleHashes,
     Passage,
     make_batch,
     triple_examples,
@@ -28,7 +30,13 @@ from expandr_jax.objectives.contrastive_steps import (
     draw_passages,
     stays_plain,
 )
+from expandr_jax.objectives.packed_examples import (
+    ExampleHashes,
+    pack_examples,
+    triple_blocks,
+)
 from expandr_jax.objectives.stored_examples import made_ahead, store_examples
+from expandr_jax.runtime.processes import Processes
 
 SIZE, LONGEST = 4, 200
 KINDS = ("query", "positive", "negative", "expansion")
@@ -152,10 +160,11 @@ def same_batch(ours, theirs):
             np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def test_stored_examples_make_the_same_batches(tmp_path):
+def test_stored_examples_make_the_same_batches():
     given = examples(40, 150)
     given[3] = dataclasses.replace(given[3], positive=Passage(given[3].positive.ids, "text", 0.5))
-    stored = pickle.loads(pickle.dumps(store_examples(given, tmp_path)))
+    whole = store_examples([pack_examples(given[:17]), pack_examples(given[17:])])
+    stored = pickle.loads(pickle.dumps(whole))
     assert len(stored) == 40
     assert stored[3].positive.score == 0.5
     assert stored[4].positive.score is None
@@ -166,22 +175,37 @@ def test_stored_examples_make_the_same_batches(tmp_path):
         np.testing.assert_array_equal(tokens, expected_tokens)
 
 
-def test_stored_examples_are_read_when_their_files_have_no_names(tmp_path, monkeypatch):
+@pytest.mark.parametrize("system", ["with /proc", "without"])
+def test_stored_examples_have_no_names_where_that_can_be(tmp_path, monkeypatch, system):
+    """A kill would leave them behind; with workers, which open them, they had names."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    given = examples(20, 50)
-    stored = store_examples(iter(given))
-    assert len([*tmp_path.glob("*/*")]) == 7
-    stored.unlink()
+    if system == "without":
+        monkeypatch.setattr(stored_examples, "_opens_unnamed", lambda: False)
+    given, seen = examples(20, 50), []
+
+    def blocks():
+        for first in range(0, 20, 10):
+            yield pack_examples(given[first : first + 10])
+            seen.append(len([*tmp_path.iterdir()]))
+
+    stored = store_examples(blocks())
+    assert seen == ([0, 0] if system == "with /proc" else [7, 7])
+    read = pickle.loads(pickle.dumps(stored))
+    same_batch(batches_of(read).batch(2)[0], batches_of(given).batch(2)[0])
+    del stored
     assert not any(tmp_path.iterdir())
-    same_batch(batches_of(stored).batch(2)[0], batches_of(given).batch(2)[0])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     with pytest.raises(UserError, match=r"absent: cannot write step A's examples: No such file"):
-        store_examples(given, tmp_path / "absent")
+        store_examples(blocks())
 
 
 class Encoder:
-    """Texts of numbers, as their tokens."""
+    """Texts of numbers, as their tokens; counts them."""
+
+    texts = 0
 
     def tokenize(self, texts, kind):
+        self.texts += len(texts)
         return [[300 + len(kind), *map(int, text.split())] for text in texts]
 
 
@@ -198,32 +222,84 @@ def triples(count, words=3):
     return MadeTriples(queries, make)
 
 
+def hashes_of(given):
+    """(all, older) over examples, as runs have recorded them: each is hashed behind the other."""
+    whole, rows = hashlib.sha256(), []
+    for e in given:
+        passages = (e.positive, *e.negatives, *e.other_positives)
+        counts = [len(e.expansions), len(e.negatives), len(e.other_positives)]
+        texts = [[passage.text, passage.score] for passage in passages]
+        whole.update(hash_json([counts, texts, sorted(e.known)]).encode())
+        for ids in (e.query, *e.expansions, *(passage.ids for passage in passages)):
+            whole.update(np.array([len(ids), *ids], np.int32).tobytes())
+        rows.append(hash_json([e.positive.text, e.query, [n.text for n in e.negatives]]))
+    return whole.hexdigest(), hash_json(rows)
+
+
+def made_of(triples, processes, told=None):
+    """The examples' (all, older) and their files' bytes, and how many texts were tokenized."""
+    encoder, hashes, told = Encoder(), ExampleHashes(), [] if told is None else told
+    blocks = triple_blocks(triples, encoder, "query", told.append, processes)
+    stored = store_examples(hashes.passing(blocks))
+    arrays = {name: array.tobytes() for name, array in stored._arrays.items()}
+    return (hashes.all, hashes.older), arrays, encoder.texts
+
+
 def test_examples_are_the_same_however_many_are_made_at_once(monkeypatch):
     """Also from triples that are made when they are asked for, and as older runs knew them."""
-    made = triples(50)
-    whole, told = [*triple_examples([*made], Encoder(), "query")], []
-    monkeypatch.setattr(contrastive_batches, "TRIPLES_AT_ONCE", 8)
-    hashes, before = ExampleHashes(), ExampleHashes()
-    assert [*hashes.passing(triple_examples(made, Encoder(), "query", told.append))] == whole
+    made, told = triples(50), []
+    whole = [*triple_examples([*made], Encoder(), "query")]
+    alone = made_of(made, None)
+    monkeypatch.setattr(packed_examples, "TRIPLES_AT_ONCE", 8)
+    again = made_of(made, Processes(), told)
     assert told == [8] * 6 + [2]
-    assert [*before.passing(whole)] == whole
-    rows = [[e.positive.text, e.query, [n.text for n in e.negatives]] for e in whole]
-    assert hashes.older == before.older == hash_json([*map(hash_json, rows)])
-    assert hashes.all == before.all
+    assert alone[:2] == again[:2]
+    assert alone[0] == hashes_of(whole)
     assert ExampleHashes().older == hash_json([])
     assert whole[1].known == whole[47].known == {*made[1].positives, *made[47].positives}
     assert whole[9].known == {*made[9].positives}
     assert whole[1].expansions == Encoder().tokenize(made[1].expansions, "query")
 
 
+class Beside(Processes):
+    """One of several processes, of which each is a thread of this one."""
+
+    def __init__(self, index, count, given, barrier):
+        super().__init__(index, count)
+        self._given, self._barrier = given, barrier
+
+    def exchange(self, arrays):
+        self._given[self.index] = arrays
+        self._barrier.wait(timeout=30)
+        found = [self._given[i] for i in range(self.count)]
+        self._barrier.wait(timeout=30)
+        return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_share_the_tokens_and_all_have_what_one_makes(monkeypatch, count):
+    """Each tokenized all of them."""
+    monkeypatch.setattr(packed_examples, "TRIPLES_AT_ONCE", 8)
+    made, given, barrier = triples(50), {}, threading.Barrier(count)
+    alone, texts = made_of(made, None)[:2], made_of(made, None)[2]
+    with ThreadPoolExecutor(count) as pool:
+        members = [Beside(i, count, given, barrier) for i in range(count)]
+        told = [[] for _ in members]
+        found = [*pool.map(made_of, [made] * count, members, told)]
+    assert all(one[:2] == alone for one in found)
+    assert all(sum(of) == 50 for of in told)
+    # Texts that two parts have are tokenized in both.
+    assert max(one[2] for one in found) < 1.5 * texts / count
+
+
 def test_of_examples_places_alone_are_in_memory(monkeypatch):
     """All of them, with their texts, were in the memory of every process."""
-    monkeypatch.setattr(contrastive_batches, "TRIPLES_AT_ONCE", 100)
+    monkeypatch.setattr(packed_examples, "TRIPLES_AT_ONCE", 100)
     peaks, counts = [], (200, 600)
     for count in counts:
         made = triples(count, words=60)
         tracemalloc.start()
-        stored = store_examples(ExampleHashes().passing(triple_examples(made, Encoder())))
+        stored = store_examples(ExampleHashes().passing(triple_blocks(made, Encoder())))
         batches_of(stored).prepare()
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -235,7 +311,8 @@ def test_of_examples_places_alone_are_in_memory(monkeypatch):
 @pytest.mark.slow
 def test_workers_make_the_same_batches_and_a_killed_one_is_told():
     flags.FLAGS.mark_as_parsed()  # As they are in a program; grain has some.
-    batches, me = batches_of(examples(40, 150)), psutil.Process()
+    given = examples(40, 150)
+    batches, me = batches_of(store_examples([pack_examples(given)])), psutil.Process()
 
     def workers():
         return [child for child in me.children() if "spawn_main" in " ".join(child.cmdline())]

@@ -20,6 +20,7 @@ from expandr_jax.files.records import write_jsonl
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.figret import easier_triples, failed_queries, with_margin
+from expandr_jax.objectives.packed_examples import pack_examples
 from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.ranking.results import hardest, of_some
 from expandr_jax.vectors.stored import open_vectors
@@ -73,9 +74,9 @@ def test_each_pass_goes_from_wide_to_narrow_margins():
     assert [*again.draw(3)] == passes[0][24:32]
 
 
-def test_examples_in_files_are_as_easy(tmp_path):
+def test_examples_in_files_are_as_easy():
     batches = batches_of([0.1, None, -2.0], 2)
-    stored = store_examples(batches.examples, tmp_path)
+    stored = store_examples([pack_examples(batches.examples)])
     assert [example.ease for example in stored] == [0.1, None, -2.0]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import pathlib
 import tempfile
 import time
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -19,11 +20,8 @@ from expandr_jax.data.beir import read_beir, write_beir
 from expandr_jax.data.triples import Triple
 from expandr_jax.files.records import Journal, open_jsonl
 from expandr_jax.metrics import evaluate, write_trec
-from expandr_jax.objectives.contrastive_batches import (
-    ExampleHashes,
-    make_batch,
-    triple_examples,
-)
+from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks
 from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.planning.narrow import _tokenizer
 from expandr_jax.planning.synthetic import Counts, draw_words, word, write_collection
@@ -74,15 +72,25 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
         for _ in range(EPOCHS):  # For its index, a summary, and where they are needed.
             assert len(list(journal.rows)) == COUNT
 
-    def train() -> None:
-        thirds = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
-        triples = [Triple(f"w{i}", (a,), (b,), (c,)) for i, (a, b, c) in enumerate(thirds)]
-        hashes = ExampleHashes()
-        examples = store_examples(hashes.passing(triple_examples(triples, encoder)))
-        for first in range(0, EPOCHS * len(examples), 100):
-            at = first % len(examples)
-            some = [examples[i] for i in range(at, min(at + 100, len(examples)))]
-            make_batch(some, 0, 1, 1, LENGTH)
+    thirds = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
+    triples = [Triple(f"w{i}", (a,), (b,), (c,)) for i, (a, b, c) in enumerate(thirds)]
+    settings = types.SimpleNamespace(
+        batch_size=100, negatives=1, plain_share=0.0, length_window=0, curriculum=False
+    )
+    blocks, kept = [], []
+
+    def make() -> None:
+        blocks.extend(triple_blocks(triples, encoder))
+
+    def keep() -> None:
+        examples = store_examples(ExampleHashes().passing(blocks))
+        steps = range(EPOCHS * len(examples) // settings.batch_size)
+        kept.append(ContrastiveBatches(examples, settings, 1, 0, 0, LENGTH, steps))
+        kept[0].prepare()
+
+    def batch() -> None:
+        for step in kept[0].steps:
+            kept[0].batch(step)
 
     def reward() -> None:
         candidates = [Candidate(text, 1.0, total=1.0, rewards={"corpus": 1.0}) for text in texts]
@@ -105,11 +113,13 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
             hashlib.file_digest(file, "sha256")
 
     read()  # Imports what it needs.
+    example, example_kept = (spent(task, COUNT / 3) for task in (make, keep))
     return {
         "document read": spent(read),
         "text encoded": spent(lambda: pad(encoder.tokenize(texts), 0, LENGTH)),
         "text sampled": spent(sample),
-        "example": spent(train, COUNT / 3),
+        "example": example + spent(batch, COUNT / 3),
+        "example kept": example_kept,
         "candidate rewarded": spent(reward),
         "query ranked": spent(rank),
         "MB exported": spent(export, 4 * 32 * 1.048576),

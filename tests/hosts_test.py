@@ -10,6 +10,7 @@ from configs import llama3_8b_anchordr
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.planning.hosts import (
+    CORE_SECONDS,
     DOCUMENT_BYTES,
     ENTRY,
     INDEX,
@@ -88,6 +89,28 @@ def test_on_policy_and_other_systems_have_their_own_rows(paper):
     assert "step A, 2 trainings" in rows
     together = hosts(with_settings(paper, {**changes, "grpo.documents": 3}))
     assert together["GRPO"].bytes_network == 4 * rows["GRPO"].bytes_network
+
+
+def test_a_baseline_on_all_labels_has_the_generator_s_queries_too(paper):
+    """It was counted as if it had step A's alone."""
+    change = {"evaluation.systems": ("expandr", "fine-tuned")}
+    without = hosts(with_settings(paper, change))["step A, 2 trainings"]
+    change = {"evaluation.systems": ("expandr", "fine-tuned-all")}
+    found = hosts(with_settings(paper, change))["step A, 2 trainings"]
+    assert found.bytes_memory - without.bytes_memory == pytest.approx((ENTRY + INDEX) * 100_000)
+    assert found.seconds / without.seconds == pytest.approx(1 + 100_000 / (2 * 637_866))
+    assert found.bytes_disk == without.bytes_disk
+
+
+def test_hosts_share_the_tokens_of_step_a(paper):
+    """Each took as long as one alone, and sent nothing."""
+    one, four = (hosts(paper, count=count)["step A, 2 trainings"] for count in (1, 4))
+    examples, kept = 2 * 637.866, CORE_SECONDS["example kept"]
+    assert one.seconds == pytest.approx(examples * (CORE_SECONDS["example"] + kept))
+    assert four.seconds == pytest.approx(examples * (CORE_SECONDS["example"] / 4 + kept))
+    each = 2 + paper.expansion.train_samples + paper.contrastive.negatives
+    tokens = 1000 * examples * each * paper.retriever.max_length
+    assert four.bytes_network == pytest.approx(3 / 4 * (4 * tokens + 2 * 4 * 0.223e9), rel=0.01)
 
 
 def test_files_of_a_run_are_as_large_as_planned(smoke):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.commands import finish, start, step_metrics
+from tests.commands import finish, start, step_metrics, until
 
 # Each stage's work is under way once this is there.
 STAGES: dict[str, Callable[[pathlib.Path], bool]] = {
@@ -218,6 +218,18 @@ def test_a_damaged_config_is_refused(smoke, tmp_path, way):
     assert process.returncode == 2, output
     assert output.count("error: ") == 1
     assert "config" in output
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_nothing_where_files_are_temporary(tmp_path, monkeypatch):
+    """Step A's examples stayed behind, with processes that make batches ahead."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.mesh.workers=1")
+    until([process], under_way(workdir, "fine-tuned"))
+    process.kill()
+    process.communicate()
+    assert not list(tmp_path.glob("expandr-*"))
 
 
 @pytest.fixture

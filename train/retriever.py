@@ -23,13 +23,13 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import contrastive_setup
-from expandr_jax.objectives.contrastive_batches import ExampleHashes, triple_examples
 from expandr_jax.objectives.contrastive_checks import (
     check_contrastive_batch,
     check_contrastive_examples,
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.llm_ql import corruption_of
+from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks
 from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.objectives.stored_examples import made_ahead, store_examples
 from expandr_jax.objectives.trained import (
@@ -103,10 +103,8 @@ def train_retriever(
     check_contrastive_batch(config, retriever, params, mesh, len(triples))
     hashes = ExampleHashes()
     with run.reporter.progress("examples made", len(triples)) as advance:
-        made = triple_examples(triples, models.encoder, kind, advance)
+        made = triple_blocks(triples, models.encoder, kind, advance, run.processes)
         examples = store_examples(hashes.passing(made))
-    if not run.config.mesh.workers:
-        examples.unlink()
     check_contrastive_examples(config, examples, samples, ids)
     if updates is None:
         updates = count_updates(config, len(examples) // config.batch_size)

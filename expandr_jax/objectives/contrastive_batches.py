@@ -2,16 +2,13 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from expandr_jax.data.batches import pad
 from expandr_jax.data.triples import Triple, queries_of
-from expandr_jax.files.records import hash_json
 from expandr_jax.vectors.encoder import Kind, TextEncoder
-
-TRIPLES_AT_ONCE = 1024  # Triples whose texts are tokenized in one call.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,35 +53,13 @@ def triple_examples(
     triples: Sequence[Triple],
     encoder: TextEncoder,
     expansions: Kind = "document",
-    progress: Callable[[int], None] = lambda count: None,
+    known: Mapping[str, Collection[str]] | None = None,
 ) -> Iterator[ContrastiveExample]:
-    """Tokenizes triples, some at a time; a query's positives on other lines are known, too.
+    """Tokenizes triples, all in one call; expansions are read as such texts.
 
-    Its expansions are read as `expansions` says. `progress` is told of how many more are done.
+    `known` is `known_elsewhere` of all triples, where these are some of them; None: they are all.
     """
-    known = _known_elsewhere(triples)
-    for start in range(0, len(triples), TRIPLES_AT_ONCE):
-        block = triples[start : start + TRIPLES_AT_ONCE]
-        yield from _examples(block, known, encoder, expansions)
-        progress(len(block))
-
-
-def _known_elsewhere(triples: Sequence[Triple]) -> dict[str, set[str]]:
-    """All positives of each query that several triples have."""
-    hashes = np.fromiter(map(hash, queries_of(triples)), np.int64, len(triples))
-    found, counts = np.unique(hashes, return_counts=True)
-    known: dict[str, set[str]] = {}
-    for number in np.flatnonzero(np.isin(hashes, found[counts > 1])).tolist():
-        known.setdefault(triples[number].query, set()).update(triples[number].positives)
-    return known
-
-
-def _examples(
-    triples: Sequence[Triple],
-    known: Mapping[str, Collection[str]],
-    encoder: TextEncoder,
-    expansions: Kind,
-) -> Iterator[ContrastiveExample]:
+    known = known_elsewhere(triples) if known is None else known
     queries = _tokens(encoder, (t.query for t in triples), "query")
     documents = _tokens(encoder, (x for t in triples for x in t.passages), "document")
     written = _tokens(encoder, (x for t in triples for x in t.expansions), expansions)
@@ -104,48 +79,20 @@ def _examples(
         )
 
 
+def known_elsewhere(triples: Sequence[Triple]) -> dict[str, set[str]]:
+    """All positives of each query that several triples have."""
+    hashes = np.fromiter(map(hash, queries_of(triples)), np.int64, len(triples))
+    found, counts = np.unique(hashes, return_counts=True)
+    known: dict[str, set[str]] = {}
+    for number in np.flatnonzero(np.isin(hashes, found[counts > 1])).tolist():
+        known.setdefault(triples[number].query, set()).update(triples[number].positives)
+    return known
+
+
 def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, list[int]]:
     """Text -> token ids; equal texts are tokenized once."""
     unique = list(dict.fromkeys(texts))
     return dict(zip(unique, encoder.tokenize(unique, kind), strict=True)) if unique else {}
-
-
-class ExampleHashes:
-    """What checkpoints know a training's examples by: hashes of those that pass by."""
-
-    def __init__(self):
-        self._all, self._older = hashlib.sha256(), hashlib.sha256()
-        self._between = b"["
-
-    def passing(self, examples: Iterable[ContrastiveExample]) -> Iterator[ContrastiveExample]:
-        """The examples, each when it has been counted in."""
-        for example in examples:
-            self._add(example)
-            yield example
-
-    @property
-    def all(self) -> str:
-        """sha256 over all that is in them, expansions and scores among it."""
-        return self._all.hexdigest()
-
-    @property
-    def older(self) -> str:
-        """sha256 over their queries and documents' texts, which older runs recorded."""
-        digest = self._older.copy()
-        digest.update(b"]" if self._between == b"," else b"[]")
-        return digest.hexdigest()
-
-    def _add(self, example: ContrastiveExample) -> None:
-        negatives = [passage.text for passage in example.negatives]
-        row = hash_json([example.positive.text, [*map(int, example.query)], negatives])
-        self._older.update(self._between + f'"{row}"'.encode())  # JSON, without all of it at once.
-        self._between = b","
-        passages = (example.positive, *example.negatives, *example.other_positives)
-        counts = [len(x) for x in (example.expansions, example.negatives, example.other_positives)]
-        texts = [[passage.text, passage.score] for passage in passages]
-        self._all.update(hash_json([counts, texts, sorted(example.known)]).encode())
-        for ids in (example.query, *example.expansions, *(passage.ids for passage in passages)):
-            self._all.update(np.array([len(ids), *ids], np.int32).tobytes())
 
 
 def make_batch(

@@ -5,21 +5,17 @@ import functools
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from expandr_jax.data.ahead import Ahead
 from expandr_jax.errors import UserError
-from expandr_jax.objectives.contrastive_batches import (
-    ContrastiveExample,
-    Passage,
-    known_texts,
-    text_hashes,
-)
+from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.packed_examples import Block, text_counts
 
 # File -> type and shape of an entry.
 _ARRAYS = {
@@ -30,41 +26,33 @@ _ARRAYS = {
 
 
 class StoredExamples(Sequence[ContrastiveExample]):
-    """Examples read one at a time from what `store_examples` wrote; pickled, it is a path.
+    """Examples read one at a time from what `store_examples` wrote; pickled, it is paths.
 
     Their passages' texts are hashes, by which batches know equal ones.
 
     Args:
-        directory: Where the files are.
-        keeps: A temporary directory, which is kept as long as this.
+        paths: Where each of the files is.
+        keeps: The files, which are there for as long as this.
     """
 
-    def __init__(
-        self,
-        directory: str | os.PathLike,
-        keeps: tempfile.TemporaryDirectory | None = None,
-    ):
-        self._directory, self._keeps = os.fspath(directory), keeps
-        self._arrays = {name: _opened(Path(directory, name), *_ARRAYS[name]) for name in _ARRAYS}
+    def __init__(self, paths: Mapping[str, str], keeps: Sequence[BinaryIO] = ()):
+        self._paths, self._keeps = paths, keeps
+        self._arrays = {name: _opened(Path(paths[name]), *_ARRAYS[name]) for name in _ARRAYS}
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self._directory,)
-
-    def unlink(self) -> None:
-        """Takes the files' names: what is open stays readable here, and a kill leaves nothing."""
-        self._keeps.cleanup()
+    def __reduce__(self) -> tuple[type, tuple[Mapping[str, str]]]:
+        return type(self), (self._paths,)
 
     def __len__(self) -> int:
         return len(self._arrays["counts"])
 
     def __getitem__(self, index: int) -> ContrastiveExample:
         arrays = self._arrays
-        expansions, others, negatives, known = arrays["counts"][index].tolist()
+        expansions, negatives, others, known = arrays["counts"][index].tolist()
         text, hash_, passage = arrays["firsts"][index].tolist()
-        count = 2 + expansions + others + negatives
+        count = 2 + expansions + negatives + others
         ends = arrays["texts"][text : text + count + 1].tolist()
         ids = [arrays["tokens"][a:b] for a, b in itertools.pairwise(ends)]
-        count = 1 + others + negatives
+        count = 1 + negatives + others
         hashes = [h.tobytes() for h in arrays["hashes"][hash_ : hash_ + count + known]]
         scores = arrays["scores"][passage : passage + count].tolist()
         scores = [None if score != score else score for score in scores]
@@ -74,8 +62,8 @@ class StoredExamples(Sequence[ContrastiveExample]):
             query=ids[0],
             expansions=ids[1 : 1 + expansions],
             positive=passages[0],
-            negatives=passages[1 + others :],
-            other_positives=passages[1 : 1 + others],
+            negatives=passages[1 : 1 + negatives],
+            other_positives=passages[1 + negatives :],
             known=hashes[count:],
             ease=None if ease != ease else ease,
         )
@@ -88,55 +76,67 @@ def _opened(path: Path, kind: type, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(np.memmap(path, kind, mode="r")).reshape(-1, *shape)
 
 
-def store_examples(
-    examples: Iterable[ContrastiveExample], directory: str | os.PathLike | None = None
-) -> StoredExamples:
-    """Writes examples to files: of each text its tokens and a hash.
+def store_examples(blocks: Iterable[Block]) -> StoredExamples:
+    """Writes examples to temporary files: of each text its tokens and a hash.
+
+    Where the system lets files be open that have no name, a kill leaves none behind.
 
     Args:
-        examples: Read once.
-        directory: Is there; None: a temporary one, where the system has such.
+        blocks: As of `pack_examples`; read once, one at a time.
 
     Raises:
         UserError: They cannot be written.
     """
-    temporary, firsts, end = None, np.zeros(3, np.int64), 0
+    with contextlib.ExitStack() as stack:
+        with _writing():
+            unnamed = _opens_unnamed()
+            make = tempfile.TemporaryFile if unnamed else tempfile.NamedTemporaryFile
+            files = {n: stack.enter_context(make(prefix="expandr-examples-")) for n in _ARRAYS}
+
+        def write(**arrays: Any) -> None:
+            with _writing():
+                for name, values in arrays.items():
+                    files[name].write(np.ascontiguousarray(values, _ARRAYS[name][0]))
+
+        write(texts=0)
+        end, firsts = 0, np.zeros(3, np.int64)
+        for block in blocks:
+            write(**{n: block[n] for n in ("tokens", "hashes", "scores", "counts", "eases")})
+            ends = end + np.cumsum(block["lengths"], dtype=np.int64)
+            passages = 1 + block["counts"][:, 1:3].sum(axis=1)
+            parts = text_counts(block), passages + block["counts"][:, 3], passages
+            after = firsts + np.cumsum(np.stack(parts, axis=1), axis=0, dtype=np.int64)
+            write(texts=ends, firsts=np.concatenate([firsts[None], after[:-1]]))
+            end, firsts = int(ends[-1]), after[-1]
+        with _writing():
+            for file in files.values():
+                file.flush()
+        stack.pop_all()  # They are closed with what is returned.
+    paths = {n: _path_of(file) if unnamed else file.name for n, file in files.items()}
+    return StoredExamples(paths, [*files.values()])
+
+
+def _path_of(file: BinaryIO) -> str:
+    """By what other processes can open a file of this one that has no name, on Linux."""
+    return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def _opens_unnamed() -> bool:
+    """Whether the system is one where they can."""
+    with tempfile.TemporaryFile() as file:
+        return os.access(_path_of(file), os.R_OK)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """What fails here are the files, and not what is read for them."""
     try:
-        if directory is None:
-            # What is open keeps a name where TMPDIR is on a server's disk.
-            temporary = tempfile.TemporaryDirectory(
-                prefix="expandr-examples-", ignore_cleanup_errors=True
-            )
-            directory = temporary.name
-        with contextlib.ExitStack() as stack:
-            files = {n: stack.enter_context(open(Path(directory, n), "wb")) for n in _ARRAYS}
-
-            def write(name: str, values: Any) -> None:
-                files[name].write(np.asarray(values, _ARRAYS[name][0]).tobytes())
-
-            write("texts", end)
-            for example in examples:
-                passages = [example.positive, *example.other_positives, *example.negatives]
-                known = known_texts(example)
-                texts = [example.query, *example.expansions, *(passage.ids for passage in passages)]
-                parts = example.expansions, example.other_positives, example.negatives, known
-                write("counts", [*map(len, parts)])
-                write("firsts", firsts)
-                for ids in texts:
-                    write("tokens", ids)
-                ends = end + np.cumsum([*map(len, texts)])
-                write("texts", ends)
-                write("hashes", text_hashes([*(passage.text for passage in passages), *known]))
-                write("scores", [np.nan if p.score is None else p.score for p in passages])
-                write("eases", np.nan if example.ease is None else example.ease)
-                firsts += len(texts), len(passages) + len(known), len(passages)
-                end = int(ends[-1])
+        yield
     except OSError as error:
         raise UserError(
-            f"{directory or tempfile.gettempdir()}: cannot write step A's examples: "
+            f"{tempfile.tempdir or 'TMPDIR'}: cannot write step A's examples: "
             f"{error.strerror or error}; TMPDIR can name a directory with more room"
         ) from error
-    return StoredExamples(directory, temporary)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from expandr_jax.config import Config
 from expandr_jax.mining import QUERIES_AT_ONCE
-from expandr_jax.objectives.contrastive_batches import TRIPLES_AT_ONCE
 from expandr_jax.objectives.figret import PASSAGE_PROMPTS
+from expandr_jax.objectives.packed_examples import TRIPLES_AT_ONCE
 from expandr_jax.planning.planned import LENGTH, of_retriever_alone
 from expandr_jax.planning.planned_encoding import sparse_encoding
 from expandr_jax.planning.planned_generator import RANK_TOKENS, GeneratorShapes
@@ -55,6 +55,7 @@ CHECKPOINT_FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 CORE_SECONDS = {
     "document read": 0.03, "text encoded": 0.35, "text sampled": 0.06, "example": 1.1,
+    "example kept": 0.1,
     "candidate rewarded": 0.03, "query ranked": 0.23, "MB exported": 0.71,
 }  # fmt: skip
 
@@ -166,7 +167,10 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
     stages.add_sampled("expansions", expanded, new, copies=2)
     each = 1 + samples + config.contrastive.negatives
     rows = counts.retriever_train
-    _add_training(stages, "step A", config, retriever, trained, rows, each, samples)
+    # One baseline learns from the generator's queries, too.
+    examples = [rows] * trained
+    examples[0] += counts.generator_train * (ALL_LABELS in named)
+    _add_training(stages, "step A", config, retriever, examples, each, samples)
     add = _add_on_policy if config.step_b_kind.on_policy else _add_from_files
     add(stages, config, counts, width, generator)
     if turns:
@@ -180,7 +184,7 @@ def host_rows(config: Config, counts: Counts, topology: Topology, memory: float)
         stages.add_sampled("easier passages", len(PASSAGE_PROMPTS) * failed, new)
         triples = (1 + len(PASSAGE_PROMPTS)) * failed
         each = 1 + max(1, config.contrastive.negatives)
-        _add_training(stages, "FiGRet", config, retriever, turns, triples, each)
+        _add_training(stages, "FiGRet", config, retriever, turns * [triples], each)
     asked = (counts.dev + counts.test) * max(config.evaluation.samples)
     generators = len({leaf.generator for s in systems for leaf in s.leaves if leaf.strategy})
     stages.add_sampled("expansions for evaluation", generators * asked, new, copies=2)
@@ -224,7 +228,7 @@ def _of_retriever(
             files=2 * CHECKPOINT_FILES * hosts, network=encoder,
             seconds=CORE_SECONDS["example"] * config.llara.epochs * pairs * words / LENGTH / 1000,
         )  # fmt: skip
-    _add_training(stages, "step A", config, retriever, 1, triples, each)
+    _add_training(stages, "step A", config, retriever, [triples], each)
     if config.data.dev:
         kept = 8 * TERMS if retriever.retriever.pooling == SPLADE else 4 * retriever.width
         stages.add(
@@ -239,25 +243,25 @@ def _of_retriever(
 
 def _add_training(
     stages: _Stages, name: str, config: Config, retriever: RetrieverShapes,
-    times: int, examples: int, each: int, samples: int = 0,
+    counts: Sequence[int], each: int, samples: int = 0,
 ) -> None:  # fmt: skip
     """The row of a retriever's trainings on so many examples, with `each` texts beside a query.
 
     In memory are those that are tokenized together; of the others, where they are on disk; two
-    batches. `samples` of the texts are expansions.
+    batches. `samples` of the texts are expansions. Each host tokenizes a share and sends it to all.
     """
-    longest, hosts = config.retriever.max_length, stages.hosts
+    longest, hosts, times = config.retriever.max_length, stages.hosts, len(counts)
     document, query = longest * TOKEN_BYTES, config.dpo.prompt_length * TOKEN_BYTES
     example = (1 + each) * ENTRY + query + each * (document + longest * NUMBER)
     batch = config.contrastive.batch_size * (1 + each) * longest * 8 / hosts
-    made = TRIPLES_AT_ONCE * example + examples * (ENTRY + samples * INDEX)
+    made = TRIPLES_AT_ONCE * example + max(counts) * (ENTRY + samples * INDEX)
     kept, state = config.keep + 1, 3 * _bytes(retriever.trained)
     stages.add(
         f"{name}, {times} training{'s' * (times > 1)}",
         memory=made + 2 * batch + 2 * state / hosts,
         disk=times * kept * state, files=times * kept * CHECKPOINT_FILES * hosts,
-        network=times * _bytes(retriever.params),
-        seconds=times * CORE_SECONDS["example"] * examples / 1000,
+        network=times * _bytes(retriever.params) + sum(counts) * (1 + each) * longest * 4,
+        seconds=(CORE_SECONDS["example"] / hosts + CORE_SECONDS["example kept"]) * sum(counts) / 1000,
     )  # fmt: skip
 
 

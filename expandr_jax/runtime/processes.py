@@ -12,6 +12,7 @@ line, and SIGTERM to one saves and ends all. (tests/kills_test.py kills runs of 
 import contextlib
 import glob
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from expandr_jax.errors import UserError
 from expandr_jax.runtime.connections import Connection, connect_all
@@ -32,6 +35,7 @@ GOES_ON = "the same commands go on from here"
 # a save that it was part of may fail first, and say less.
 SECONDS_FOR_NEWS = 3.0
 SECONDS_TO_STOP = 20.0  # For what a process has in hand when another was stopped by SIGTERM.
+_EXCHANGED = 1 << 20  # Bytes, of which what processes exchange at once is a multiple.
 
 T = TypeVar("T")
 
@@ -138,6 +142,24 @@ class Processes:
         for connection in self._connections.values():
             connection.send({"gathered": values})
         return values
+
+    def exchange(self, arrays: Mapping[str, np.ndarray]) -> list[Mapping[str, np.ndarray]]:
+        """The arrays that each process gives, by its number, to all of them.
+
+        There may be many: they go from device to device, and not through process 0.
+        """
+        if self._alone:
+            return [arrays]
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        data = buffer.getvalue()
+        sizes = self.gather(len(data))
+        # Rounded, so that few sizes are compiled.
+        sent = np.zeros(-(-max(sizes) // _EXCHANGED) * _EXCHANGED, np.uint8)
+        sent[: len(data)] = np.frombuffer(data, np.uint8)
+        found = multihost_utils.process_allgather(sent)
+        parts = (io.BytesIO(part[:size]) for part, size in zip(found, sizes, strict=True))
+        return [{**np.load(part, allow_pickle=False)} for part in parts]
 
     def serve(self, name: str, function: Callable[[Any], Any]) -> None:
         """Registers this process's part in what process 0 asks of all by `call`.
