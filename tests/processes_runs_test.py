@@ -198,6 +198,42 @@ def test_an_error_that_the_end_of_another_process_caused(end):
         assert output.count("stopped by SIGTERM; the same command goes on from here") == 1
 
 
+# Blocks of unlike sizes, and none at all from one of them, as at the end of step A's examples.
+EXCHANGES = """
+import sys
+import numpy as np
+from expandr_jax.runtime import processes
+
+processes.start(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
+own = processes.current()
+for size in (3, 400_000):
+    tokens = np.arange(size * (1 + own.index), dtype=np.int32)
+    found = own.exchange({"tokens": tokens, "keys": np.array(["a" * own.index], "S4")})
+    assert [len(part["tokens"]) for part in found] == [size, 2 * size]
+    assert [part["keys"].tolist() for part in found] == [[b""], [b"a"]]
+    assert all((part["tokens"] == np.arange(len(part["tokens"]))).all() for part in found)
+assert own.exchange({} if own.index else {"x": tokens[:0]})[1] == {}
+own.finish()
+"""
+
+
+def test_two_processes_exchange_arrays():
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXCHANGES, str(i), port],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
+    output = ended(processes, timeout=120)
+    assert [process.returncode for process in processes] == [0, 0], output
+
+
 @pytest.mark.slow
 def test_a_notice_to_one_process_saves_and_ends_both(tmp_path, divided):
     workdir = tmp_path / "run"
