@@ -1,4 +1,4 @@
-"""What hosts take outside compiled programs: the numbers of `planning/hosts.py`, SECONDS.
+"""What hosts take outside compiled programs: the numbers of `planning/hosts.py`, CORE_SECONDS.
 
     python -m tests.host_rates
 

@@ -301,7 +301,7 @@ def _splits(files: Files) -> dict[str, list[str]]:
                 if found[1] in before:
                     raise _beside(files, splits[found[1]][0], name)
                 # Beside these, "data" may hold tables of anything.
-                if lines and not {*HEADER} <= {*parquet_columns(files, name)}:
+                if lines and not {*QRELS_HEADER} <= {*parquet_columns(files, name)}:
                     continue
                 splits.setdefault(found[1], []).append(name)
     if not splits:

@@ -261,7 +261,8 @@ def _add_training(
         memory=made + 2 * batch + 2 * state / hosts,
         disk=times * kept * state, files=times * kept * CHECKPOINT_FILES * hosts,
         network=times * _bytes(retriever.params) + sum(counts) * (1 + each) * longest * 4,
-        seconds=(CORE_SECONDS["example"] / hosts + CORE_SECONDS["example kept"]) * sum(counts) / 1000,
+        seconds=(CORE_SECONDS["example"] / hosts + CORE_SECONDS["example kept"])
+        * sum(counts) / 1000,
     )  # fmt: skip
 
 
