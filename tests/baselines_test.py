@@ -11,6 +11,8 @@ from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import Corpus
 from tests.ranker_test import SEARCH, encode
@@ -34,6 +36,7 @@ def test_a_baseline_has_its_queries_and_as_many_updates_as_step_a(monkeypatch, t
     vectors = encode(list(CORPUS.values()), "document", list(CORPUS))
     retriever = types.SimpleNamespace(
         corpus=Corpus(list(CORPUS), vectors, SEARCH), params="before training",
+        processes=Processes(), reporter=Reporter(Console(file=io.StringIO())),
         encode=lambda texts, kind, progress: encode(texts, kind, texts), release=lambda: None,
     )  # fmt: skip
     settings = {"contrastive.batch_size": 8, "contrastive.epochs": 3.0, "mining.depth": 10}
