@@ -74,7 +74,14 @@ def test_an_update_is_that_of_the_mean_gradient_of_its_batches(tiny):
         functools.partial(contrastive_gradients, retriever=retriever, config=CONFIG)
     )
     plain = make()
-    expected, opt_state = params, plain.init(params)
+    expected, opt_state = params, jax.jit(plain.init)(params)
+
+    @jax.jit
+    def updated(params, opt_state, *gradients):
+        mean = jax.tree.map(lambda *g: sum(g) / 3, *gradients)
+        updates, opt_state = plain.update(mean, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     many = make(accumulation=3)
     step = jax.jit(
         functools.partial(contrastive_step, retriever=retriever, config=CONFIG, optimizer=many)
@@ -83,9 +90,8 @@ def test_an_update_is_that_of_the_mean_gradient_of_its_batches(tiny):
     for update in range(2):
         part = batches[3 * update : 3 * update + 3]
         each = [gradients(expected, batch)[1] for batch in part]
-        mean = jax.tree.map(lambda *g: sum(g) / 3, *each)
-        updates, opt_state = plain.update(mean, opt_state, expected)
-        before, expected = expected, optax.apply_updates(expected, updates)
+        before = expected
+        expected, opt_state = updated(expected, opt_state, *each)
         for number, batch in enumerate(part):
             if number:
                 close(state.params, before, 1e-6)  # Nothing moves before the third.
@@ -103,7 +109,7 @@ def test_batches_of_an_update_are_no_negatives_of_each_other(tiny):
     one = jax.jit(functools.partial(gradients, config=CONFIG))
     large = one(params, batch_of(retriever, 0, 16))[1]
     parts = [one(params, batch_of(retriever, first, 8))[1] for first in (0, 8)]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    mean = jax.tree.map(lambda a, b: (np.asarray(a) + b) / 2, *parts)
     cached = jax.jit(
         functools.partial(gradients, config=dataclasses.replace(CONFIG, micro_batch=8))
     )(params, batch_of(retriever, 0, 16))[1]

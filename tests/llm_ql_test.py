@@ -270,7 +270,7 @@ def test_a_run_learns_it_and_its_export_has_the_end_token(tmp_path):
     retriever, params = load_retriever(str(export))
     ids = retriever.token_ids([PAIRS[0][0]], "query")
     assert ids[0][-1] == retriever.tokenizer.eos_token_id
-    found = retriever.embed(params, np.array(ids), np.ones((1, len(ids[0])), int))
+    found = jax.jit(retriever.embed)(params, np.array(ids), np.ones((1, len(ids[0])), int))
     peer = SentenceTransformer(str(export), device="cpu")
     np.testing.assert_allclose(found, peer.encode_query([PAIRS[0][0]]), atol=2e-4)
 

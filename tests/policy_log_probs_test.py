@@ -100,10 +100,10 @@ def test_they_are_those_that_the_engine_sampled_with(model):
         for group in groups
     ]
     batch = pack(examples, pad_id=0)
-    found, _ = sampled_log_probs(
-        module, {"params": params, "lora": adapter}, batch, responses=3, chunk=CHUNK,
-        temperature=0.7,
-    )  # fmt: skip
+    log_probs = functools.partial(
+        sampled_log_probs, module, responses=3, chunk=CHUNK, temperature=0.7
+    )
+    found, _ = jax.jit(log_probs)({"params": params, "lora": adapter}, batch)
     for row, group in enumerate(groups):
         for number, completion in enumerate(group, start=1):
             own = np.asarray(found)[row, batch["responses"][row] == number]

@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack, row_sizes
@@ -28,14 +27,8 @@ from expandr_jax.pruning.widths import count_params, pruned_config
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator
 from tests.commands import command, finish
+from tests.load_model import logits
 from train.prune import Options, prune, shares
-
-
-def logits(generator, params, ids):
-    mask = jnp.ones_like(ids)
-    module = generator.module
-    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
-    return np.asarray(module.apply({"params": params}, hidden, method="logits"))
 
 
 def torch_logits(model, ids):
@@ -69,7 +62,8 @@ def test_what_is_left_out_is_as_if_masked(family, tmp_path):
         block.mlp.down_proj.register_forward_pre_hook(masking(some))
     ids = tiny_models.ragged_batch("right", lengths=(12, 12))[0]
     expected = torch_logits(model, ids)
-    np.testing.assert_allclose(logits(small, fewer, ids), expected, atol=1e-5, rtol=0)
+    found = logits(small.module, fewer, ids, np.ones_like(ids))
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     export_generator(tmp_path / "out", small, fewer)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     np.testing.assert_allclose(torch_logits(again, ids), expected, atol=1e-5, rtol=0)

@@ -53,7 +53,7 @@ def one_device():
 
 def init(module):
     inputs = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), example_inputs(module))
-    return nn.unbox(module.init(jax.random.key(0), *inputs))["params"]
+    return nn.unbox(jax.jit(module.init)(jax.random.key(0), *inputs))["params"]
 
 
 @pytest.fixture(scope="module", params=["bert", "anchordr"])

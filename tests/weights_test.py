@@ -16,12 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from eval import tiny_models
 from expandr_jax.errors import UserError
-from expandr_jax.models.decoder import token_positions
-from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from tests import conftest
-from tests.load_model import load_model
+from tests.load_model import load_model, logits
 
 
 def padded(rows):
@@ -66,11 +64,6 @@ def torch_smollm2():
     ).eval()
 
 
-def logits(module, params, ids, mask):
-    hidden = module.apply({"params": params}, ids, token_positions(mask), causal_mask(mask))
-    return module.apply({"params": params}, hidden, method="logits")
-
-
 PROMPTS = ["Hi", "Write 123 words about Paris and Rome, please.", "Define numpy.pad in one line."]
 
 
@@ -88,7 +81,7 @@ def test_smollm2_logits_and_greedy_text_equal_transformers(smollm2, torch_smollm
         ids = text.numpy()[None]
         with torch.no_grad():
             expected = torch_smollm2(text[None]).logits.numpy()
-        found = jax.jit(logits, static_argnums=0)(generator.module, params, ids, np.ones_like(ids))
+        found = logits(generator.module, params, ids, np.ones_like(ids))
         assert np.abs(found - expected).max() < 2e-4
         # If ours is the best next token after each of theirs, then our greedy text is theirs.
         answer = text[len(prompt) :].tolist()
@@ -193,7 +186,7 @@ def test_a_retriever_from_a_decoder_has_no_head(llama):
     assert "lm_head" not in params
     ids, mask = padded(retriever.token_ids(["a b", "abc " * 20]))
     assert ids.shape[1] == 10
-    vectors = np.asarray(retriever.embed(params, ids, mask))
+    vectors = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
     reference = transformers.AutoModel.from_pretrained(llama).eval()
     with torch.no_grad():
         hidden = reference(torch.tensor(ids), torch.tensor(mask)).last_hidden_state.numpy()
