@@ -187,7 +187,7 @@ def check_given(
     given: Mapping[tuple[str, int], tuple[pathlib.Path, Cell]],
     say: Callable[[str], None],
 ) -> dict[tuple[str, int], Cell]:
-    """Those of the given cells that are wanted; says which were made by another revision.
+    """The given cells that are wanted; says which were made by another revision.
 
     Raises:
         UserError: Some were made with another config; it names each.

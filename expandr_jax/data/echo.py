@@ -59,7 +59,7 @@ def read_echo(
     left_out = 0
 
     def kept() -> Iterator[Triple]:
-        """Those that are not left out, whose queries and judgements are noted."""
+        """Yields triples that are not left out, and notes their queries and judgements."""
         nonlocal left_out
         for part in ids:
             triples = _take(config, reporter, builder, prepared, part)
