@@ -94,9 +94,9 @@ def make(directory, name):
         first, last = (own.special.get(f"{end}_token") for end in ("cls", "sep"))
         last = last or "</s>"
     ends = [(token, backend.token_to_id(token)) for token in {first, last} if token]
-    if own.ends == "t5" or not own.ends:
+    if own.ends == "eos" or not own.ends:
         backend.post_processor = around.TemplateProcessing(f"$A {last}", None, ends)
-    elif own.ends == "roberta":
+    elif own.ends == "sep-sep":
         backend.post_processor = around.RobertaProcessing(
             (last, dict(ends)[last]), (first, dict(ends)[first])
         )
