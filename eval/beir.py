@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -26,7 +26,7 @@ from rich.console import Console
 from eval.set_ranker import LazyModels, SetRanker
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config, with_settings
-from expandr_jax.data.beir import read_beir, source_hashes
+from expandr_jax.data.beir import read_beir
 from expandr_jax.data.benchmarks import Benchmark, check_relevant, find_benchmarks
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.download import data_path
@@ -65,7 +65,8 @@ def evaluate_set(
         UserError: The set is malformed, or is not the one that the directory was made with.
     """
     path = directory / "results.json"
-    _check_source(run.noted, name, tested, directory)
+    if tested.files.root != directory / "data":  # The harvest is what the workdir's config pins.
+        run.check_source(directory, tested.source(name), tested.files.path(""))
     names = [system.name for system in systems]
     if path.exists():
         results = run.read_json(path)
@@ -114,20 +115,6 @@ def evaluate_set(
     write_set(directory, results, values, made.queries)
     write_json(path, results)
     return results
-
-
-def _check_source(
-    noted: Callable[..., dict[str, Any]], name: str, tested: Benchmark, directory: pathlib.Path
-) -> None:
-    """Refuses a set other than that which the directory was made with; `noted`: a run's."""
-    files, split = tested.files, tested.split
-    path = directory / "data" / "SOURCE.json"
-    if files.root == path.parent:
-        return  # The harvest, which the workdir's config pins.
-    source = {"name": name.rpartition("/")[2], "split": split, "files": source_hashes(files)}
-    if noted(path, source) != source:
-        raise UserError(f"{directory}: was made with other data than {files.path('')}, or for "
-                        "another split; use a new --workdir")  # fmt: skip
 
 
 def _untrained(config: Config, names: Sequence[str]) -> list[System]:

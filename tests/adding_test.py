@@ -19,8 +19,9 @@ from expandr_jax.metrics import read_trec, write_trec
 from expandr_jax.ranking.choices import Choice, PartWeights
 from expandr_jax.runtime.run import Run
 from tests.commands import finish, start
-from train.evaluation import systems_of_run
-from train.joint import _grow, _results_if_done, _written
+from train import evaluation
+from train.evaluation import evaluate_benchmarks, result_files, systems_of_run
+from train.joint import _grow, _note_tests, _results_if_done, _written
 from train.kept import kept_results, read_chosen
 
 BEFORE = read_config(smoke_config.get_config())
@@ -220,6 +221,52 @@ def test_a_run_to_which_something_was_added_is_not_done(tmp_path):
     write_json(run.path("tests", "first", "results.json"), {"rows": [{"system": "bm25"}]})
     run.checksums.record(*_written(run.config))
     assert _results_if_done(run) is None
+
+
+def test_a_test_collection_that_has_changed_is_refused(tmp_path, monkeypatch):
+    """Before vectors and texts of its old rows are taken for those of the new ones."""
+    corpus = {"d": "text", "e": "another"}
+    judged = {"test": {"q": {"d": 1}}}
+    write_beir(tmp_path / "first", Collection("first", corpus, {"q": "query"}, judged))
+    tests = (str(tmp_path / "first"),)
+    run = opened(tmp_path / "run", evaluation__systems=("bm25", "dense"), data__tests=tests)
+    ranked = []
+
+    def evaluate(run, models, data, *_, folder, chosen):
+        ranked.append(list(data.collection.corpus))
+        rows = [{"system": name} for name in run.config.evaluation.systems]
+        write_json(run.path(folder, "results.json"), {"rows": rows})
+        for name in ("qrels.trec", "runs/file", "evaluation/file"):
+            write_json(run.path(folder, name), name)
+        run.checksums.record(*result_files(folder))
+        return {"rows": rows, "dataset": "first", "queries": 1}
+
+    def scored():
+        evaluate_benchmarks(run, None, {}, {}, {})
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "results_table", lambda results: "")
+    _note_tests(run)
+    path = tmp_path / "first" / "corpus.jsonl"
+    before = path.read_text()
+    path.write_text('{"_id": "new", "text": "first of all"}\n' + before)
+    refused = "tests/first: was made with other data than .*first has now.* use a new --workdir"
+    for _ in range(2):
+        with pytest.raises(UserError, match=refused):
+            scored()
+    assert not ranked
+    path.write_text(before)
+    scored()
+    scored()
+    assert ranked == [["d", "e"]]
+    # Nor are systems added whose rows would be of another corpus than those beside them.
+    run.config = with_settings(run.config, {"evaluation.systems": ("bm25", "dense", "zero-shot")})
+    path.write_text(before.replace("another", "changed"))
+    with pytest.raises(UserError, match=refused):
+        scored()
+    path.write_text(before)
+    scored()
+    assert len(ranked) == 2
 
 
 def contents(workdir: pathlib.Path, *names: str) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander
+from expandr_jax.files.records import write_json
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
 from expandr_jax.pair import Models, check_meshes, model_hashes
@@ -92,6 +93,7 @@ def train_joint(
     functions = run_functions(run, used=has_begun(run.workdir))
     with run.phase("data"):
         data = prepare_data(config.data, run.checksums, run.reporter)
+        _note_tests(run)
     qrels = data.collection.qrels
     run.reporter.say(
         f"{len(data.collection.corpus)} documents; queries: {len(data.retriever_train)} train "
@@ -248,6 +250,21 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
                 shutil.rmtree(target)
             path.replace(target)
     run.checksums.forget(*(f"export/{name}" for name in exports_of(run.config)))
+
+
+def _note_tests(run: Run) -> None:
+    """Notes of what files the collections of `data.tests` are that training leaves out."""
+
+    def note() -> None:
+        tests = find_benchmarks(run.config.data.tests)
+        with run.reporter.progress("test collections noted", len(tests)) as advance:
+            for name, benchmark in tests.items():
+                path = run.path("tests", name, "data", "SOURCE.json")
+                if not path.exists():
+                    write_json(path, benchmark.source(name))
+                advance(1)
+
+    run.processes.once(note)
 
 
 def _check_server(config: Config, systems: Sequence[System]) -> None:

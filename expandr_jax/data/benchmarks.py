@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from expandr_jax.data.beir import Collection, judgements, read_texts
+from expandr_jax.data.beir import Collection, judgements, read_texts, source_hashes
 from expandr_jax.data.duplicates import words
 from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
@@ -24,6 +25,11 @@ class Benchmark:
     def queries(self) -> set[str]:
         """Ids of the judged queries."""
         return {judgement.query for judgement in judgements(self.files, self.split)}
+
+    def source(self, name: str) -> dict[str, Any]:
+        """What tells it, by this name, from any other; all of its files are read for that."""
+        files = source_hashes(self.files)
+        return {"name": name.rpartition("/")[2], "split": self.split, "files": files}
 
 
 def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmark]:

@@ -138,6 +138,20 @@ class Run:
 
         return self.processes.main_first(note)
 
+    def check_source(self, directory: pathlib.Path, source: Mapping[str, Any], place: Any) -> None:
+        """Refuses data other than a directory was begun with: its data/SOURCE.json says which.
+
+        Args:
+            directory: Where results of them go, under the workdir.
+            source: What they are, as `Benchmark.source` has it.
+            place: Where they are read.
+        """
+        if self.noted(directory / "data" / "SOURCE.json", source) != source:
+            raise UserError(
+                f"{self.where(directory)}: was made with other data than {place} has now, or for "
+                "another split; put back what was there, or use a new --workdir"
+            )
+
     def close(self) -> None:
         """Ends logging and lets other runs have the workdir."""
         self.metrics.close()
