@@ -1,8 +1,11 @@
 """Search that processes divide: what one finds, to the bit, each in its part of the memory."""
 
+import gc
 import threading
+import time
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +19,7 @@ from expandr_jax.search import (
     scann,
 )
 from expandr_jax.search import divided as divided_module
+from expandr_jax.search import exact as exact_module
 from expandr_jax.search.divided import (
     DividedIndex,
     divided_words,
@@ -97,6 +101,44 @@ def test_each_process_reads_its_part_alone_and_only_for_a_search(group, tmp_path
 
     together(group, function)
     assert sorted(read) == [(0, 150), (150, 300), (300, 500)]
+
+
+def test_processes_that_run_ahead_keep_nothing_when_the_first_has_searched(
+    group,  # noqa: F811
+    tmp_path,
+    vectors,
+    monkeypatch,
+):
+    """On devices with a memory of their own, where blocks stay from one search to the next."""
+    monkeypatch.setattr(exact_module, "shares_memory", lambda device: False)
+    read, lock = [], threading.Lock()
+
+    def blocks() -> int:
+        gc.collect()
+        return sum(array.shape == (50, WIDTH) for array in jax.live_arrays())
+
+    def function(member: Processes):
+        def rows(start, end):
+            with lock:
+                read.append((start, end))
+            return vectors[start:end]
+
+        index = divided(member, vectors, ExactOptions(50), tmp_path, rows)
+        member.barrier()
+        if member.is_main:
+            time.sleep(0.1)  # The others are done with it by now, and wait for what comes next.
+            index.search(vectors[:2], 3)
+            index.search(vectors[:2], 3)
+            held.append(blocks())
+        index.release()
+        member.barrier()
+        return index
+
+    before, held = blocks(), []
+    indexes = together(group, function)
+    assert held == [before + ROWS // 50]
+    assert blocks() == before
+    assert len(read) == len(indexes)  # Each once, for all searches.
 
 
 def test_the_last_of_many_queries_are_found_as_the_first(tmp_path, vectors, monkeypatch):

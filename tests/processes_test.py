@@ -101,6 +101,22 @@ def test_others_answer_calls_of_the_first_while_they_wait(group):
     assert others == [[[0, 7, 14]]] * 2
 
 
+def test_what_the_first_tells_is_done_before_what_it_asks_next(group):
+    def function(member: Processes) -> list:
+        told: list[int] = []
+        member.serve("note", told.append)
+        member.serve("told", lambda _: [*told])
+        answers = []
+        if member.is_main:
+            member.tell("note", 5)
+            member.tell("note", 7)
+            answers = member.call("told", None)
+        member.gather("a")
+        return answers
+
+    assert together(group, function)[0] == [[5, 7]] * COUNT
+
+
 def test_one_process_answers_itself():
     alone = Processes()
     alone.serve("twice", lambda number: 2 * number)

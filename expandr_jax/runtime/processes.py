@@ -162,7 +162,7 @@ class Processes:
         return [{**np.load(part, allow_pickle=False)} for part in parts]
 
     def serve(self, name: str, function: Callable[[Any], Any]) -> None:
-        """Registers this process's part in what process 0 asks of all by `call`.
+        """Registers this process's part in what process 0 asks of all by `call` or tells them by `tell`.
 
         Args:
             name: What all processes know it by; a later function of this name takes its place.
@@ -186,6 +186,15 @@ class Processes:
         self.files.pull(versions)
         return values
 
+    def tell(self, name: str, argument: Any) -> None:
+        """Has each process do what is served by this name, of which nothing is returned.
+
+        Process 0 alone tells, and does not wait: the others do it when they next wait for it.
+        """
+        for connection in self._connections.values():
+            connection.send({"tell": [name, argument]})
+        self._served[name](argument)
+
     def _awaited(self, kind: str) -> Any:
         """The content of process 0's next message of this kind; answers its calls until then."""
         connection = self._connections[0]
@@ -193,6 +202,10 @@ class Processes:
             found, value = connection.take()
             if found == kind:
                 return value
+            if found == "tell":
+                name, argument = value
+                self._served[name](argument)
+                continue
             if found != "call":
                 raise RuntimeError(f"processes are out of step: expected {kind!r}, got {found!r}")
             name, argument, version = value

@@ -69,7 +69,9 @@ class DividedIndex:
         self.size, self.dimension, self.spans = size, dimension, spans
         self._name, self._part, self._processes = f"search {name}", part, processes
         self._query_rows, self._shares = query_rows, shares
+        self._closing = f"release {name}"
         processes.serve(self._name, self._answer)
+        processes.serve(self._closing, lambda _: self._close())
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores [Q, min(k, size)] float32 and rows int32, best first; process 0 alone asks."""
@@ -88,7 +90,16 @@ class DividedIndex:
         return scores, rows
 
     def release(self) -> None:
-        """Lets go of this process's parts; they are opened again when something is searched."""
+        """Lets go of all processes' parts; they are opened again when something is searched.
+
+        All call it, of which those that run ahead may answer searches afterwards: they let go of
+        what these open when process 0, which has asked them, comes here.
+        """
+        self._close()
+        if self._processes.is_main:
+            self._processes.tell(self._closing, None)
+
+    def _close(self) -> None:
         self.__dict__.pop("_parts", None)
 
     @functools.cached_property
