@@ -12,6 +12,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.adapter import AdapterBatches, kept_reference
@@ -85,6 +86,22 @@ def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made)
     assert np.abs(changed - first).min() > 1e-3
     # Those of the first weights are still there.
     assert made(models, pairs)[1] == 0
+
+
+def test_what_is_not_finite_is_told_by_its_pair_and_not_kept(models, made, run):
+    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    batches = AdapterBatches(models, DPO, SETTINGS, 8)
+    program, calls = batches.log_probs, []
+
+    def broken(variables, batch):
+        calls.append(batch)
+        sums, tokens = program(variables, batch)
+        return (sums.at[2, 1].set(np.nan) if len(calls) == 2 else sums), tokens
+
+    batches.log_probs = broken
+    with pytest.raises(NotFiniteError, match=r"^10: the log-probability of the reference is not"):
+        kept_reference(run, batches, pairs, "reference")
+    assert made(models, pairs)[1] == 2
 
 
 def test_it_is_the_base_s_of_each_pair_alone(models, made):

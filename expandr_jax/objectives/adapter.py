@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from expandr_jax.errors import NotFiniteError
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
@@ -156,13 +157,23 @@ class AdapterBatches:
     def reference(
         self, examples: Sequence[Example], advance: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
-        """Summed log-probabilities under the reference: [examples, responses] float32."""
+        """Summed log-probabilities under the reference: [examples, responses] float32.
+
+        Raises:
+            NotFiniteError: One of them is not finite, naming its example.
+        """
         result = np.zeros((len(examples), self._objective.responses), np.float32)
         # Examples of like length share a batch.
         order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
         for indices, filled in self._filled(order):
             sums, _ = self.log_probs(self._reference, self.pack(examples, filled, None))
-            result[indices] = whole(sums)[: len(indices)]
+            found = result[indices] = whole(sums)[: len(indices)]
+            if len(bad := np.flatnonzero(~np.isfinite(found).all(axis=1))):
+                raise NotFiniteError(
+                    f"{examples[indices[bad[0]]].name}: the log-probability of the reference is "
+                    "not finite, before any training: the generator's weights are damaged, or "
+                    "generator.compute_dtype is too narrow for them"
+                )
             advance(len(indices))
         return result
 
