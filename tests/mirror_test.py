@@ -162,14 +162,18 @@ def test_pieces_wait_for_their_time_and_all_is_sent_in_the_end(bucket, open_mirr
 def test_processes_see_what_the_others_wrote(bucket, open_mirror):
     main, second = open_mirror(0, 2), open_mirror(1, 2)
     write_text(main.directory / "data" / "a.txt", "one")
-    write_text(main.directory / "export" / "large.txt", "of no use to others")
+    indexes = "work/splade.index-0a/index.json", "work/tests/set/splade.index-1b/index.json"
+    for name in ("export/large.txt", *indexes):
+        write_text(main.directory / name, "of no use to others")
     write_text(second.directory / "rows.jsonl.process-1", "its share")
     write_text(second.directory / "work" / "shares" / "v.process-1.npy", "its vectors")
     versions = {0: main.push(), 1: second.push()}
     main.pull(versions)
     second.pull(versions)
     assert files(second.directory)["data/a.txt"] == "one"
-    assert "export/large.txt" not in files(second.directory)
+    assert not {"export/large.txt", *indexes} & {*files(second.directory)}
+    assert {*indexes} < {*files(open_mirror(0, 2, disk="new").directory)}
+    assert not {*indexes} & {*files(open_mirror(1, 2, disk="new").directory)}
     assert files(main.directory)["rows.jsonl.process-1"] == "its share"
     # What belongs to another is not pushed, and is gone here when it is gone there.
     bucket.requests.clear()

@@ -40,6 +40,7 @@ OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",
     "timings.json", "report.html",
 )  # fmt: skip
+_SPARSE = re.compile(r"work/(.*/)?splade\.index-[^/]*/")  # Process 0 alone searches those.
 SHARES_FOLDER = "work/shares/"  # What each process reads of every other.
 SECONDS_BETWEEN = 10.0  # Between pushes of what grows piece by piece; longer where they take long.
 SHARE_OF_TIME = 0.05
@@ -223,7 +224,9 @@ class Mirror(SharedFiles):
         writer = self._writer(name)
         if self._index in (0, writer):
             return True
-        return name.startswith(SHARES_FOLDER) if writer else not name.startswith(OF_MAIN_ALONE)
+        if writer:
+            return name.startswith(SHARES_FOLDER)
+        return not (name.startswith(OF_MAIN_ALONE) or _SPARSE.match(name))
 
     def _writer(self, name: str) -> int:
         """Which process writes a file; process 0 has taken over from those that are gone."""

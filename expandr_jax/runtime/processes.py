@@ -162,7 +162,7 @@ class Processes:
         return [{**np.load(part, allow_pickle=False)} for part in parts]
 
     def serve(self, name: str, function: Callable[[Any], Any]) -> None:
-        """Registers this process's part in what process 0 asks of all by `call` or tells them by `tell`.
+        """Registers this process's part in what process 0 asks of all by `call` or `tell`.
 
         Args:
             name: What all processes know it by; a later function of this name takes its place.
