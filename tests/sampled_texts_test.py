@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import types
 
 import pytest
@@ -9,8 +10,10 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.config import read_config
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion import sampled as expansion
-from expandr_jax.expansion.expand import requests_of
+from expandr_jax.expansion.expand import make_expander, requests_of
 from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.files.records import Journal
 from expandr_jax.generation.requests import Completion, Extent, Request
@@ -20,6 +23,7 @@ from expandr_jax.runtime.journals import DividedJournal
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import QUIET
 from expandr_jax.runtime.run import Run
+from train.expansions import training_expansions
 
 # (query, sample): (text, tokens, how it ended, draws near a boundary).
 TEXTS = {
@@ -116,16 +120,74 @@ def sample(tmp_path, monkeypatch):
     run.close()
 
 
-def test_cut_empty_and_repetitive_texts_and_near_ties_are_counted(sample):
+def test_cut_empty_and_repetitive_texts_and_near_ties_are_counted(sample, monkeypatch):
     texts, output, asked = sample()
     assert texts == {key: text.strip() for key, (text, *_) in TEXTS.items()}
     assert output.count(LINE) == 1
     assert asked == len(TEXTS)
-    # A restart finds the texts and says the same of them.
+    # A restart finds the texts and says the same of them, which it does not read for that.
+    monkeypatch.setattr(expansion, "is_repetitive", None)
     again, output, asked = sample()
     assert again == texts
     assert output.count(LINE) == 2
     assert asked == len(TEXTS)
+
+
+def test_what_was_counted_is_of_these_texts(sample, tmp_path, monkeypatch):
+    """Of others, or where it is damaged, they are counted again."""
+    texts, *_ = sample()
+    work = tmp_path / "run" / "work"
+    path = work / "texts.jsonl.counts.json"
+    before = path.read_text()
+    for damaged in (before[:-9], "[]", "{}", before.replace('"key": "', '"key": "0')):
+        path.write_text(damaged)
+        sample()
+        assert path.read_text() == before
+    (work / "texts.jsonl").unlink()
+    monkeypatch.setitem(TEXTS, ("q0", 0), ("Returns nothing.", 2, "stop", 0))
+    assert sample()[0] != texts
+    assert path.read_text() != before
+
+
+def test_expansions_are_written_again_only_of_other_texts(tmp_path, monkeypatch):
+    written = {}
+
+    class Writer:
+        def generate(self, requests):
+            for r in requests:
+                text = written.setdefault(r.id, f"of {r.id}")
+                yield Completion(r.id, r.sample, (9,), "eos", 0, None, text)
+
+    monkeypatch.setattr(Sampler, "engine", lambda *_: Writer())
+    config = read_config(smoke.get_config())
+    run = Run(tmp_path / "run", config, Console(file=io.StringIO()))
+    generator = types.SimpleNamespace(
+        chat_ids=lambda text, limit: ([1, 2], False), opens_thought=False
+    )
+    names = "sampling_params", "generator_params", "sampling_mesh"
+    models = types.SimpleNamespace(generator=generator, generator_hash="", **dict.fromkeys(names))
+    expander = make_expander(
+        config.expansion, sampler_of(run, models), {}, None, None,
+        most_characters=100, drop_identical_ids=False,
+    )  # fmt: skip
+    queries = {f"q{i}": f"query {i}" for i in range(3)}
+    data = TrainingData(Collection("set", {}, queries, {}), [*queries], [])
+    path = run.path("round-0", "expansions.jsonl")
+
+    def made():
+        texts = training_expansions(run, data, expander, None, 0)
+        rows = [json.loads(line)["expansion"] for line in path.read_text().splitlines()]
+        assert rows == [text for query in queries for text in texts[query]]
+        return path.stat().st_ino, path.stat().st_mtime_ns, {q: texts[q] for q in queries}
+
+    first = made()
+    assert made() == first  # The file was not touched.
+    path.write_text(path.read_text()[:-9])
+    assert made()[2] == first[2]
+    run.path("work", "round-0", "expansions.jsonl").unlink()
+    written.update((name, f"another {text}") for name, text in [*written.items()])
+    assert made()[2] != first[2]
+    run.close()
 
 
 def test_thoughts_that_the_template_begins_are_no_texts(tmp_path, monkeypatch):

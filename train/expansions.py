@@ -18,7 +18,7 @@ from expandr_jax.expansion.expand import (
 )
 from expandr_jax.expansion.sampled import MadeWhenAsked, SampledTexts
 from expandr_jax.expansion.strategies import STRATEGIES, Ask, Strategy
-from expandr_jax.files.records import write_jsonl
+from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.generation.requests import Requests
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
@@ -68,22 +68,37 @@ def training_expansions(
 ) -> Mapping[str, list[str]]:
     """Query id -> expansions of step A's queries, read when they are asked for.
 
-    Writes round-R/expansions.jsonl.
+    Writes round-R/expansions.jsonl, which a restart that finds the same texts leaves as it is.
     """
     config, queries = run.config.expansion, data.collection.queries
     journal = run.path("work", f"round-{round_}", "expansions.jsonl")
     strip = config.strip_train_lead_ins
     sample = journaled(expander, adapter, journal, f"expansions, round {round_}", strip)
     asked = {query: queries[query] for query in data.retriever_train}
-    made = expander.texts(asked, config.train_samples, sample)
+    used: list[str] = []  # What tells the texts of each step from others.
+
+    def kept(step: Ask, requests: Requests) -> SampledTexts:
+        made = sample(step, requests)
+        used.append(made.key)
+        return made
+
+    made = expander.texts(asked, config.train_samples, kept)
     texts = MadeWhenAsked(asked, lambda query: by_sample(made[query]))
     rows = (
         (query, "train", "expandr", number, queries[query], text)
         for query in sorted(texts)
         for number, text in enumerate(texts[query])
     )
-    path = run.path(f"round-{round_}", "expansions.jsonl")
-    run.processes.once(lambda: _write(path, FIELDS, rows))
+    name, noted = f"round-{round_}/expansions.jsonl", f"work/round-{round_}/expansions.made.json"
+
+    def write() -> None:
+        same = run.checksums.unchanged(name, noted) and run.read_json(run.path(noted))["of"] == used
+        if not same:
+            _write(run.path(name), FIELDS, rows)
+            write_json(run.path(noted), {"of": used})
+            run.checksums.record(name, noted)
+
+    run.processes.once(write)
     return texts
 
 

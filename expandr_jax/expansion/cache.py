@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import strip_lead_in
-from expandr_jax.expansion.sampled import sample_texts
+from expandr_jax.expansion.sampled import counts_of, sample_texts
 from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
@@ -70,7 +70,8 @@ def kept_texts(
                     for key, text in sorted(kept.items())
                 ),
             )
-            journal.unlink(missing_ok=True)
+            for done in (journal, counts_of(journal)):
+                done.unlink(missing_ok=True)
     if len(missing) < len(requests):
         there = len(requests) - len(missing)
         sampler.reporter.say(f"{there} texts of {name} were there already")

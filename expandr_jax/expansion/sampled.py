@@ -4,16 +4,19 @@ What a run has sampled is on disk. In memory are requests that run, and of each 
 """
 
 import collections
+import contextlib
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
-from expandr_jax.files.records import Rows
+from expandr_jax.files.records import Rows, hash_json, write_json
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.runtime.journals import DividedJournal, Keys
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.stopping import held
 
 COMPLETIONS_PER_WRITE = 32
@@ -66,6 +69,11 @@ class SampledTexts(Mapping):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def key(self) -> str:
+        """Tells them from other texts."""
+        return hash_json([self.rows.key, self._strip, self._begins])
+
     def row(self, key: tuple[str, int]) -> Mapping[str, Any]:
         """The row of a text; KeyError if there is none."""
         number = self._keys.row(key)
@@ -94,8 +102,14 @@ def sample_texts(
     """The texts of `sample_journal`, whose arguments these are, and `SampledTexts`'s."""
     rows = sample_journal(sampler, adapter, requests, path=path, purpose=purpose)
     texts = SampledTexts(rows, strip, sampler.generator.opens_thought)
-    sampler.reporter.say(_summary(texts))
+    if sampler.processes.is_main:  # It speaks for all.
+        sampler.reporter.say(_summary(texts, counts_of(path), sampler.reporter))
     return texts
+
+
+def counts_of(path: pathlib.Path) -> pathlib.Path:
+    """The file beside a journal of texts that has what was counted of them."""
+    return path.with_name(f"{path.name}.counts.json")
 
 
 def sample_journal(
@@ -177,15 +191,16 @@ def _key(row: Mapping[str, Any]) -> tuple[str, int]:
     return row["query_id"], row["sample"]
 
 
-def _summary(texts: SampledTexts) -> str:
+def _summary(texts: SampledTexts, kept: pathlib.Path, reporter: Reporter) -> str:
+    """What is said of texts; a restart says it by what was counted when they were made."""
     counted: collections.Counter[str] = collections.Counter()
-    for row in texts.rows:
-        text = texts.text(row)
-        counted[row["finished"]] += 1
-        counted["tokens"] += row["tokens"]
-        counted["near ties"] += row["near_ties"]
-        counted["empty"] += not text
-        counted["repetitive"] += is_repetitive(text)
+    with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+        record = json.loads(kept.read_bytes())
+        counted.update(record["counts"] if record.get("key") == texts.key else {})
+    if not counted:
+        with reporter.progress("texts counted", len(texts)) as advance:
+            counted = _counts(texts, advance)
+        write_json(kept, {"key": texts.key, "counts": counted})
     # A server's word for a prompt that is too long for it.
     refused = f" ({counted['refused']} of them refused)" if counted["refused"] else ""
     return (
@@ -194,3 +209,16 @@ def _summary(texts: SampledTexts) -> str:
         f"{counted['repetitive']} repetitive; "
         f"{counted['near ties']} draws near a decision boundary"
     )
+
+
+def _counts(texts: SampledTexts, advance: Callable[[int], None]) -> collections.Counter[str]:
+    counted: collections.Counter[str] = collections.Counter()
+    for row in texts.rows:
+        text = texts.text(row)
+        counted[row["finished"]] += 1
+        counted["tokens"] += row["tokens"]
+        counted["near ties"] += row["near_ties"]
+        counted["empty"] += not text
+        counted["repetitive"] += is_repetitive(text)
+        advance(1)
+    return counted

@@ -20,6 +20,7 @@ Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 _CHECK = "check"  # Field of a journal's lines: a checksum.
 _END = "."  # Ends the last line's checksum.
+_KEPT = 12  # Bytes at the end of a finished journal, which have the checksum of all.
 
 # str.splitlines breaks a line at these, so a reader that uses it would see half a record.
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -114,6 +115,17 @@ class Rows(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return self._read(self._starts)
+
+    @property
+    def key(self) -> str:
+        """Tells the rows of a finished journal from others: its size and its last checksum."""
+        try:
+            with open(self._path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _KEPT))
+                return f"{size}:{file.read().hex()}"
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot read it: {error.strerror}") from error
 
     def take(self, numbers: Iterable[int]) -> list[Row]:
         """Several rows by their numbers, in this order."""
