@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -312,6 +313,27 @@ def test_results_alone_make_a_page(tmp_path):
     )
     with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         report.write_report(tmp_path)
+
+
+def test_of_candidates_and_pairs_rewards_alone_are_held(tmp_path):
+    """However long their texts are; the figures are those of the files."""
+    (tmp_path / "results.json").write_text(
+        json.dumps({"dataset": "set", "queries": 1, "chosen": {}, "rows": [], "significance": []})
+    )
+    pair = {"prompt": "p" * 100_000, "chosen": "c" * 100_000, "rejected": "r" * 100_000}
+    rewards = {"reward_chosen": 2, "reward_rejected": 0.25}
+    write_rows(tmp_path / "round-0/preferences.jsonl", [{**pair, **rewards}] * 60)
+    candidates = [{"text": "", "temperature": 0.8 + 0.2 * (i % 2), "reward": i} for i in range(4)]
+    write_rows(tmp_path / "round-0/candidates.jsonl", [{"candidates": candidates}] * 3)
+    report.write_report(tmp_path)  # Matplotlib is there from now on.
+    tracemalloc.start()
+    page = report.write_report(tmp_path).read_text()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6_000_000
+    text = " ".join(Page(page).text)
+    assert "Reward of all candidates, chosen, rejected, round 0" in text
+    assert re.search(r"0\s+0\.8\s+6\s+1\.0000\s+0\s+1\s+6\s+2\.0000", text)
 
 
 def test_losses_of_different_kinds_are_drawn_apart(tmp_path):

@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML page, and the table for the terminal."""
 
+import array
 import collections
 import json
 import pathlib
@@ -263,18 +264,19 @@ def _training(workdir: pathlib.Path) -> Markup | None:
 def _candidates(workdir: pathlib.Path) -> Markup:
     charts, rows = {}, []
     for directory in _rounds(workdir):
-        rewards: dict[float, list[float]] = collections.defaultdict(list)
+        # Floats alone are held: 8 bytes a candidate, and two of them a pair.
+        rewards: dict[float, array.array] = collections.defaultdict(lambda: array.array("d"))
         if (directory / "candidates.jsonl").exists():
             for _, row in read_jsonl(directory / "candidates.jsonl", {"candidates": list}):
                 for candidate in row["candidates"]:
                     rewards[candidate["temperature"]].append(candidate["reward"])
-        samples = {"all candidates": [reward for group in rewards.values() for reward in group]}
+        samples = {"all candidates": np.concatenate([[], *rewards.values()])}
         if (directory / "preferences.jsonl").exists():
             fields = {"reward_chosen": float, "reward_rejected": float}
-            pairs = [row for _, row in read_jsonl(directory / "preferences.jsonl", fields)]
-            samples["chosen"] = [row["reward_chosen"] for row in pairs]
-            samples["rejected"] = [row["reward_rejected"] for row in pairs]
-        samples = {name: values for name, values in samples.items() if values}
+            pairs = read_jsonl(directory / "preferences.jsonl", fields)
+            values = np.fromiter((row[name] for _, row in pairs for name in fields), float)
+            samples |= zip(("chosen", "rejected"), values.reshape(-1, 2).T, strict=True)
+        samples = {name: values for name, values in samples.items() if len(values)}
         number = directory.name.removeprefix("round-")
         if samples:
             title = f"Reward of {', '.join(samples)}, round {number}"
