@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from expandr_jax.data.beir import Collection
-from expandr_jax.data.documents import texts_of
+from expandr_jax.data.documents import texts_of, write_documents
 from expandr_jax.data.training_data import limit_queries
 from expandr_jax.expansion.cache import kept_texts
 from expandr_jax.expansion.combine import DEV, MEAN, WAYS
 from expandr_jax.expansion.expand import expansion_requests, make_expander
+from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.expansion.strategies import STRATEGIES, document_message
-from expandr_jax.files.records import hash_json, read_jsonl, write_jsonl
+from expandr_jax.files.records import hash_json_list, read_jsonl, write_jsonl
 from expandr_jax.generation.requests import Request
 from expandr_jax.generation.sampler import Sampler
 from expandr_jax.loading import (
@@ -97,7 +98,7 @@ class SetRanker:
         self.queries = {query: collection.queries[query] for query in collection.qrels[split]}
         self._run, self._models, self._cache = run, models, cache
         self._collection, self._directory = collection, directory
-        self._document_texts = functools.cache(self._expanded_documents)
+        self._documents = functools.cache(self._expanded_documents)
         self._bm25 = functools.cache(
             lambda documents: kept_bm25(
                 directory / "work",
@@ -227,28 +228,34 @@ class SetRanker:
             return [self._fixed(system, way) for way in WAYS] if self._chooses else []
         return stage_grid(system, self._run.config.evaluation) if self._dev_qrels else []
 
-    def _ask(self, name: str, requests: Sequence[Request]) -> dict[tuple[str, int], str]:
+    def _ask(self, name: str, requests: Iterable[Request]) -> dict[tuple[str, int], str]:
         timed = self._run.phase(f"{self._collection.name}: texts of {name}")
         return kept_texts(self._cache, self._models.sampler, name, requests, timed)
 
-    def _expanded_documents(self, documents: str | None) -> Sequence[str]:
+    def _document_texts(self, documents: str | None) -> Sequence[str]:
+        return texts_of(self._documents(documents))
+
+    def _expanded_documents(self, documents: str | None) -> Mapping[str, str]:
         """Each document followed by what is written for it; an empty text adds nothing."""
         corpus = self._collection.corpus
         if not documents:
-            return texts_of(corpus)
+            return corpus
         most, fits = self._run.config.answer.max_characters, self._models.sampler.fits
-        messages = {i: document_message(documents, t, most, fits) for i, t in corpus.items()}
+        messages = MadeWhenAsked(
+            corpus, lambda i: document_message(documents, corpus[i], most, fits)
+        )
         added = self._ask(documents, expansion_requests(self._run.config.expansion, messages, 1))
         # A retriever reads max_length tokens of the two.
-        return [f"{text} {added[i, 0]}".strip() for i, text in corpus.items()]
+        rows = ((i, f"{text} {added[i, 0]}".strip()) for i, text in corpus.items())
+        # Made anew by each start, so that a bucket does not get them.
+        return write_documents(rows, self._directory / "work" / f".documents-{documents}")
 
     def _search_by_vectors(self, _: str, documents: str | None) -> CorpusRetriever:
         """The config's retriever, the only one that there is."""
         texts, name = self._collection.corpus, "vectors"
         if documents:
-            expanded = self._document_texts(documents)
-            name = f"vectors-{documents}-{hash_json(expanded)[:16]}"
-            texts = dict(zip(texts, expanded, strict=True))
+            texts = self._documents(documents)
+            name = f"vectors-{documents}-{hash_json_list(texts_of(texts))[:16]}"
         model, run = self._models.retriever, self._run
         found = CorpusRetriever(
             model.encoder,

@@ -14,6 +14,7 @@ from expandr_jax.files.records import (
     Journal,
     hash_file,
     hash_json,
+    hash_json_list,
     read_jsonl,
     write_json,
     write_jsonl,
@@ -111,6 +112,8 @@ def test_hashes(tmp_path):
     assert hash_file(tmp_path / "text") == hashlib.sha256("π".encode()).hexdigest()
     expected = hashlib.sha256(b'{"a":[1,null],"b":"\\u03c0"}').hexdigest()
     assert hash_json({"b": "π", "a": [1, None]}) == expected
+    for values in ([], ["π"], ['a, "b"', "", {"b": 1, "a": [None]}, 2.5]):
+        assert hash_json_list(iter(values)) == hash_json(values)
     write_json(tmp_path / "value.json", {"b": "π", "a": [1, None]})
     assert json.loads((tmp_path / "value.json").read_text()) == {"b": "π", "a": [1, None]}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,10 @@ from eval.beir import evaluate_beir
 from expandr_jax import metrics
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
+from expandr_jax.data.documents import write_documents
 from expandr_jax.expansion.combine import WAYS
 from expandr_jax.expansion.expand import Expander
+from expandr_jax.files.records import hash_json
 from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.stages import interpolate
 from expandr_jax.ranking.systems import parse_system
@@ -62,6 +65,38 @@ def test_feedback_on_expanded_documents_reads_what_was_added_to_them(monkeypatch
     assert list(made.ranker.rank(parse_system("bm25@d2q"))["q"]) == ["d0"]
     assert list(made.ranker.rank(parse_system("bm25+rm3"))["q"]) == ["d0"]
     assert list(made.ranker.rank(parse_system("bm25@d2q+rm3"))["q"]) == ["d0", "d9"]
+
+
+def test_expanded_documents_are_read_from_a_disk(monkeypatch, tmp_path):
+    """None of them stays in memory, and their vectors have the name that they had in a list."""
+
+    def ask(self, _, requests):
+        return {(request.id, 0): f"asked {request.id}" for request in requests}
+
+    monkeypatch.setattr(set_ranker.SetRanker, "_ask", ask)
+    made = []
+    monkeypatch.setattr(
+        set_ranker, "CorpusRetriever",
+        lambda *of, **_: made.append(of) or SimpleNamespace(corpus=SimpleNamespace(evaluated=None)),
+    )  # fmt: skip
+    config = read_config(base.get_config())
+    run = SimpleNamespace(config=config, processes=None, reporter=None, phase=None)
+    model = SimpleNamespace(encoder=None, retriever_params=None, normalize="both")
+    models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True), retriever=model)
+    corpus = write_documents((f"d{i}", f"{i} " * 30_000) for i in range(100))
+    collection = Collection("set", corpus, {"q": "apple"}, {"test": {"q": {"d9": 1}}})
+    ranker = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
+    write_documents([("d", "text")], tmp_path / "other")  # Arrow is imported by now.
+    tracemalloc.start()
+    ranker._dense("dense", "d2q")
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    ((_, _, texts, path),) = made
+    assert sum(map(len, texts.values())) > 6_000_000
+    assert held < 1_000_000
+    assert [*texts] == [*corpus]
+    assert [*texts.values()] == [f"{text} asked {i}".strip() for i, text in corpus.items()]
+    assert path.name == f"vectors-d2q-{hash_json([*texts.values()])[:16]}.npy"
 
 
 @pytest.mark.parametrize(

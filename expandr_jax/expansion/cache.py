@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import strip_lead_in
@@ -23,7 +23,7 @@ def kept_texts(
     directory: pathlib.Path,
     sampler: Sampler,
     name: str,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     timed: contextlib.AbstractContextManager,
 ) -> dict[tuple[str, int], str]:
     """The texts of some requests; those that are not kept yet are generated and kept.
@@ -52,10 +52,14 @@ def kept_texts(
     model += [server.model] if server.url else []
     named = [*model, sampler.seed, name, *settings.stop]
     path = directory / f"{name}-{hash_json(named)[:_HASH_LENGTH]}.jsonl"
-    keys = list(map(_key, requests))
+    keys: list[CacheKey] = []
+    missing: list[Request] = []
     with _locked(path, sampler.reporter):
         kept = _read(path)
-        missing = [r for r, key in zip(requests, keys, strict=True) if key not in kept]
+        for request in requests:  # Each may be made for this; those that are kept are not held.
+            keys.append(_key(request))
+            if keys[-1] not in kept:
+                missing.append(request)
         if missing:
             # The same requests go on from there after a kill.
             which = hash_json([dataclasses.astuple(request) for request in missing])[:_HASH_LENGTH]
@@ -72,8 +76,7 @@ def kept_texts(
             )
             for done in (journal, counts_of(journal)):
                 done.unlink(missing_ok=True)
-    if len(missing) < len(requests):
-        there = len(requests) - len(missing)
+    if there := len(keys) - len(missing):
         sampler.reporter.say(f"{there} texts of {name} were there already")
     return {key[:2]: strip_lead_in(kept[key]).strip() for key in keys}
 

@@ -92,8 +92,21 @@ def hash_file(path: str | os.PathLike) -> str:
 
 def hash_json(value: Any) -> str:
     """Returns the sha256 of a value's canonical JSON (sorted keys, no spaces), in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def hash_json_list(values: Iterable[Any]) -> str:
+    """`hash_json` of a list of values, of which one at a time is held."""
+    digest, before = hashlib.sha256(b"["), b""
+    for value in values:
+        digest.update(before + _canonical(value))
+        before = b","
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 class Rows(Sequence[Row]):
