@@ -6,6 +6,7 @@ What a run has sampled is on disk. In memory are requests that run, and of each 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -58,7 +59,11 @@ class SampledTexts(Mapping):
     def __init__(self, rows: Rows, strip: bool, opens_thought: bool = False):
         self.rows, self._strip = rows, strip
         self._begins = "<think>" if opens_thought else ""
-        self._keys = Keys(map(_key, rows))
+
+    @functools.cached_property
+    def _keys(self) -> Keys:
+        """Made when a text is first asked for: a restart may need none."""
+        return Keys(map(_key, self.rows))
 
     def __getitem__(self, key: tuple[str, int]) -> str:
         return self.text(self.row(key))
