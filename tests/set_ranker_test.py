@@ -80,7 +80,7 @@ def test_expanded_documents_are_read_from_a_disk(monkeypatch, tmp_path):
         lambda *of, **_: made.append(of) or SimpleNamespace(corpus=SimpleNamespace(evaluated=None)),
     )  # fmt: skip
     config = read_config(base.get_config())
-    run = SimpleNamespace(config=config, processes=None, reporter=None, phase=None)
+    run = SimpleNamespace(config=config, processes=None, reporter=None, phase=str)
     model = SimpleNamespace(encoder=None, retriever_params=None, normalize="both")
     models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True), retriever=model)
     corpus = write_documents((f"d{i}", f"{i} " * 30_000) for i in range(100))

@@ -16,7 +16,7 @@ from expandr_jax.expansion.prompts import is_repetitive, strip_lead_in
 from expandr_jax.files.records import Rows, hash_json, write_json
 from expandr_jax.generation.requests import Request, Requests
 from expandr_jax.generation.sampler import Sampler
-from expandr_jax.runtime.journals import DividedJournal, Keys
+from expandr_jax.runtime.journals import DividedJournal, Keys, finished_key
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.stopping import held
 
@@ -77,7 +77,7 @@ class SampledTexts(Mapping):
     @property
     def key(self) -> str:
         """Tells them from other texts."""
-        return hash_json([self.rows.key, self._strip, self._begins])
+        return hash_json([finished_key(self.rows.path), self._strip, self._begins])
 
     def row(self, key: tuple[str, int]) -> Mapping[str, Any]:
         """The row of a text; KeyError if there is none."""

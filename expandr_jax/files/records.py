@@ -20,7 +20,6 @@ Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 _CHECK = "check"  # Field of a journal's lines: a checksum.
 _END = "."  # Ends the last line's checksum.
-_KEPT = 12  # Bytes at the end of a finished journal, which have the checksum of all.
 
 # str.splitlines breaks a line at these, so a reader that uses it would see half a record.
 _LINE_BREAKS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -112,11 +111,11 @@ def _canonical(value: Any) -> bytes:
 class Rows(Sequence[Row]):
     """The rows of a journal's file, each read when it is asked for.
 
-    In memory is where their lines begin, eight bytes a row.
+    In memory is where their lines begin, eight bytes a row. `path` is the file.
     """
 
     def __init__(self, path: Path, starts: array) -> None:
-        self._path, self._starts = path, starts
+        self.path, self._starts = path, starts
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -129,17 +128,6 @@ class Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return self._read(self._starts)
 
-    @property
-    def key(self) -> str:
-        """Tells the rows of a finished journal from others: its size and its last checksum."""
-        try:
-            with open(self._path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _KEPT))
-                return f"{size}:{file.read().hex()}"
-        except OSError as error:
-            raise UserError(f"{self._path}: cannot read it: {error.strerror}") from error
-
     def take(self, numbers: Iterable[int]) -> list[Row]:
         """Several rows by their numbers, in this order."""
         return list(self._read([self._starts[number] for number in numbers]))
@@ -148,16 +136,16 @@ class Rows(Sequence[Row]):
         if not starts:  # Nor need there be a file.
             return
         try:
-            with open(self._path, "rb") as file:
+            with open(self.path, "rb") as file:
                 for start in starts:
                     file.seek(start)
                     row = json.loads(file.readline())
                     del row[_CHECK]
                     yield row
         except OSError as error:
-            raise UserError(f"{self._path}: cannot read it: {error.strerror}") from error
+            raise UserError(f"{self.path}: cannot read it: {error.strerror}") from error
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self._path}: was changed by others; start again") from None
+            raise UserError(f"{self.path}: was changed by others; start again") from None
 
 
 class Journal:

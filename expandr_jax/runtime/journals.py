@@ -3,6 +3,7 @@
 import functools
 import glob
 import itertools
+import os
 import pathlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ Key = tuple[str, int]  # Tells rows apart; the number is 0 or more, and below 2 
 
 ROWS_AT_ONCE = 4096  # Rows in memory while files are put together.
 _BITS = 32
+_LAST = 12  # Bytes at the end of a journal that have the checksum of all of it.
 
 
 class CommonJournal:
@@ -176,6 +178,17 @@ class DividedJournal:
         for part in self._parts():
             part.unlink(missing_ok=True)
             part.with_name(f"{part.name}.part").unlink(missing_ok=True)
+
+
+def finished_key(path: pathlib.Path) -> str:
+    """Tells a finished journal from others: the size of its file, and its last checksum."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LAST))
+            return f"{size}:{file.read().hex()}"
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
 
 
 def _taken(sources: Sequence[Rows], numbers: np.ndarray) -> Iterator[Row]:
