@@ -100,7 +100,7 @@ def test_what_is_not_finite_is_told_by_its_pair_and_not_kept(models, made, run):
 
     batches.log_probs = broken
     with pytest.raises(NotFiniteError, match=r"^10: the log-probability of the reference is not"):
-        kept_reference(run, batches, pairs, "reference")
+        kept_reference(run.checksums, run.reporter, batches, pairs, "reference")
     assert made(models, pairs)[1] == 2
 
 
