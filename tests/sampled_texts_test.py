@@ -270,7 +270,7 @@ def test_a_process_asks_for_its_own_queries_each_prompt_when_its_turn_comes(
         path = tmp_path / str(index) / "texts.jsonl"  # As if it were another machine's.
         with monkeypatch.context() as patch:
             patch.setattr(DividedJournal, "append", append)
-            patch.setattr(DividedJournal, "_close", lambda self: self._own)
+            patch.setattr(DividedJournal, "_close", lambda self, counts: self._own)
             patch.setattr(DividedJournal, "_remove_parts", lambda self: None)
             rows = expansion.sample_journal(sampler, None, requests, path=path, purpose="p")
         texts |= expansion.SampledTexts(rows, strip=True)
