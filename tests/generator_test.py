@@ -28,7 +28,7 @@ from expandr_jax.training import setup
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.adapter import load_adapter
 from expandr_jax.weights.hf import load_generator
-from tests.commands import ROOT, command, finish, step_metrics
+from tests.commands import ROOT, SOON, command, finish, step_metrics
 from train import generator
 from train.export import export_one
 
@@ -336,7 +336,7 @@ def test_the_program_drops_bad_pairs_where_it_may(preferences, tmp_path):
     arguments += [f"--config.data.path={path}", f"--workdir={tmp_path / 'run'}"]
     arguments += ["--config.dpo.prompt_length=64", "--config.dpo.epochs=0.2"]
     arguments += ["--config.dpo.on_bad_pair=drop"]
-    output = finish(command("train.generator", *arguments))
+    output = finish(command("train.generator", *arguments, flags=SOON))
     assert f"{COUNT} pairs; 1 dropped: missing field" in output
     assert (tmp_path / "run" / "export" / "adapter" / "adapter_config.json").exists()
 

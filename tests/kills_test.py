@@ -125,7 +125,7 @@ def test_killed_at_forty_random_instants(smoke, tmp_path):
         runs += 1
         while not (workdir / "report.html").exists():
             kind = draw.choice([signal.SIGKILL, signal.SIGTERM])
-            wait = draw.uniform(2.0, 20.0)
+            wait = draw.uniform(2.0, 12.0)
             end = time.monotonic() + wait
             if kills == KILLS or not interrupt(workdir, kind, lambda e=end: time.monotonic() > e):
                 finish(start(workdir))

@@ -24,7 +24,7 @@ from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology, find_topology
 from expandr_jax.runtime import chips
-from tests.commands import ROOT, command, finish
+from tests.commands import ROOT, SOON, command, finish
 from tests.eight_devices import CHIP, MOVES, PROGRAMS, QUIET, machine, smoke_on_meshes
 from train import plan
 
@@ -285,9 +285,8 @@ def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, plann
 
 def test_the_command_writes_the_plan(tmp_path):
     out = tmp_path / "plan.json"
-    printed = finish(
-        command("train.plan", "--config=configs/smoke.py", "--topology=cpu:2", f"--out={out}")
-    )
+    arguments = "--config=configs/smoke.py", "--topology=cpu:2", f"--out={out}"
+    printed = finish(command("train.plan", *arguments, flags=SOON))
     written = json.loads(out.read_text())
     assert written["topology"] == "cpu:2"
     assert [row["program"] for row in written["rows"]] == PROGRAMS
@@ -389,7 +388,8 @@ def test_a_device_is_known_by_what_jax_calls_it(kind, peak):
 
 
 def test_sigterm_ends_what_has_nothing_to_go_on_from():
-    process = command("train.plan", "--config=configs/smoke.py", "--topology=cpu:2")
+    arguments = "--config=configs/smoke.py", "--topology=cpu:2"
+    process = command("train.plan", *arguments, flags=SOON)
     first = ""
     while not first.endswith(f"{PROGRAMS[-1]}\n"):  # The line that says what is compiled.
         first += (line := process.stdout.readline())

@@ -29,8 +29,10 @@ PAIRS = [
 ]
 DPO = OBJECTIVES["sigmoid"]
 dpo_loss = functools.partial(adapter_loss, objective=DPO)
+loss_of = jax.jit(dpo_loss, static_argnames=("module", "settings"))
 dpo_step = functools.partial(adapter_step, objective=DPO)
-pair_log_probs = functools.partial(response_log_probs, responses=2)
+log_probs_of = jax.jit(response_log_probs, static_argnums=0, static_argnames=("responses", "chunk"))
+pair_log_probs = functools.partial(log_probs_of, responses=2)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,9 @@ def model():
     )  # fmt: skip
     module = Decoder(config, lora=LoraConfig(rank=2, dropout=0.0))
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32)
-    variables = module.init(jax.random.key(0), tokens, token_positions(mask), causal_mask(mask))
+    variables = jax.jit(module.init)(
+        jax.random.key(0), tokens, token_positions(mask), causal_mask(mask)
+    )
     params = nn.meta.unbox(variables)["params"]
     adapter = init_lora(jax.random.key(1), params, module.lora)
     return module, params, jax.tree.map(lambda leaf: leaf + 0.05, adapter)
@@ -86,9 +90,7 @@ def test_rows_hold_any_number_of_responses(model):
     variables = {"params": params, "lora": adapter}
     responses = [[8, 9, 2], [10, 2], [2], [11, 12, 13, 2], [10, 2]]
     examples = [Example([5, 6, 7], responses[:count]) for count in (5, 1, 3)]
-    sums, tokens = response_log_probs(
-        module, variables, pack(examples, pad_id=0), responses=5, chunk=8
-    )
+    sums, tokens = log_probs_of(module, variables, pack(examples, pad_id=0), responses=5, chunk=8)
     for row, example in enumerate(examples):
         for column, response in enumerate(responses):
             plain = plain_log_prob(module, variables, example.prompt, response)
@@ -113,9 +115,12 @@ def test_packed_gradients_are_the_plain_ones(model):
 
     batch = pack(PAIRS, pad_id=0)
     batch["reference"] = reference
-    (loss, _), grads = jax.value_and_grad(dpo_loss, has_aux=True)(
-        adapter, params, batch, module=module, settings=ObjectiveSettings(chunk=8)
-    )
+    (loss, _), grads = jax.jit(
+        jax.value_and_grad(
+            functools.partial(dpo_loss, module=module, settings=ObjectiveSettings(chunk=8)),
+            has_aux=True,
+        )
+    )(adapter, params, batch)
     expected, expected_grads = jax.value_and_grad(plain)(adapter)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
@@ -185,7 +190,7 @@ def test_a_new_adapter_starts_at_log_two(model):
     adapter = init_lora(jax.random.key(1), params, module.lora)
     batch = pack(PAIRS, pad_id=0)
     batch["reference"] = pair_log_probs(module, {"params": params}, batch, chunk=8)[0]
-    loss, metrics = dpo_loss(adapter, params, batch, module=module, settings=ObjectiveSettings())
+    loss, metrics = loss_of(adapter, params, batch, module=module, settings=ObjectiveSettings())
     np.testing.assert_allclose(loss, np.log(2), atol=1e-6)
     np.testing.assert_allclose(metrics["margin"], 0, atol=1e-6)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)
@@ -198,7 +203,7 @@ def test_the_kl_estimate_is_that_of_plain_log_probabilities(model, settings):
     module, params, adapter = model
     batch = pack(PAIRS, pad_id=0)
     batch["reference"] = pair_log_probs(module, {"params": params}, batch, chunk=8)[0]
-    _, metrics = dpo_loss(adapter, params, batch, module=module, settings=settings)
+    _, metrics = loss_of(adapter, params, batch, module=module, settings=settings)
     ratios = []
     for pair in PAIRS:
         for response in pair.responses:

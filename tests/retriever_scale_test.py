@@ -116,13 +116,13 @@ from eval.benchmarks.minilm import load
 from eval.benchmarks.process import peak_memory
 from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_step
 from expandr_jax.training.train_state import TrainState, make_optimizer
-retriever, params = load(16)
+retriever, params = load(8)
 rows, generator = 8192, np.random.default_rng(0)
 texts = np.arange(2 * rows, dtype=np.int32).reshape(rows, 2)
 batch = {"positive_texts": texts, "relevant": texts[:, None]}
 for tower in ("query", "positive"):
-    batch[tower + "_ids"] = generator.integers(1000, 20000, (rows, 16)).astype(np.int32)
-    batch[tower + "_mask"] = np.ones((rows, 16), np.int32)
+    batch[tower + "_ids"] = generator.integers(1000, 20000, (rows, 8)).astype(np.int32)
+    batch[tower + "_mask"] = np.ones((rows, 8), np.int32)
 optimizer = make_optimizer(1e-5, 10)
 config = ContrastiveConfig(temperature=0.02, query_weight=1.0, normalize="both", micro_batch=64)
 step = jax.jit(functools.partial(contrastive_step, retriever=retriever, config=config,

@@ -39,8 +39,9 @@ def test_warm_up_counts_updates_not_batches(accumulation):
     rate = make_schedule(1e-2, UPDATES, 4)
     optimizer = make_optimizer(1e-2, UPDATES, warmup=4, accumulation=accumulation)
     state, moved = TrainState.create(jnp.ones((2, 2)), optimizer), []
+    apply = jax.jit(lambda state: state.apply(jnp.full((2, 2), 0.1), optimizer))
     for _ in range(UPDATES * accumulation):
-        after = state.apply(jnp.full((2, 2), 0.1), optimizer)
+        after = apply(state)
         moved.append(float(jnp.max(state.params - after.params)))
         state = after
     expected = np.zeros((UPDATES, accumulation))

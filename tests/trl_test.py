@@ -225,12 +225,18 @@ def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_
     assert theirs[0] + theirs[1] == [*ids("returns"), 2]
 
 
+log_probs_of = jax.jit(
+    functools.partial(response_log_probs, responses=2, chunk=64), static_argnums=0
+)
+STATIC = ("objective", "module", "settings")
+loss_of = jax.jit(adapter_loss, static_argnames=STATIC)
+gradients_of = jax.jit(jax.value_and_grad(adapter_loss, has_aux=True), static_argnames=STATIC)
+
+
 def our_batch(ours, pairs):
     generator, params, _ = ours
     batch = pack(pairs, pad_id=0)
-    batch["reference"] = response_log_probs(
-        generator.module, {"params": params}, batch, responses=2, chunk=64
-    )[0]
+    batch["reference"] = log_probs_of(generator.module, {"params": params}, batch)[0]
     return batch
 
 
@@ -254,7 +260,7 @@ def test_loss_rewards_and_gradients_equal_trl_s(ours, strings, make_trainer, tmp
     kind = name.split(",")[0]
     generator, params, adapter = ours
     batch = our_batch(ours, our_pairs(generator, strings)[0])
-    (loss, metrics), grads = jax.value_and_grad(adapter_loss, has_aux=True)(
+    (loss, metrics), grads = gradients_of(
         adapter, params, batch, objective=OBJECTIVES[kind], module=generator.module,
         settings=settings,
     )  # fmt: skip
@@ -305,7 +311,7 @@ def test_simpo_equals_trl_s_and_needs_no_reference(
 
     generator, params, adapter = ours
     pairs, _ = our_pairs(generator, strings)
-    (loss, metrics), grads = jax.value_and_grad(adapter_loss, has_aux=True)(
+    (loss, metrics), grads = gradients_of(
         adapter, params, pack(pairs, pad_id=0), objective=OBJECTIVES["simpo"],
         module=generator.module, settings=ObjectiveSettings(beta=2.0, gamma=0.5),
     )  # fmt: skip
@@ -341,7 +347,7 @@ def test_an_added_sft_term_equals_trl_s_of_each_pair_alone(ours, strings, make_t
     trainer = make_trainer(strings, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.7])
     for row, pair in enumerate(our_pairs(generator, strings)[0]):
         batch = our_batch(ours, [pair])
-        loss, _ = adapter_loss(
+        loss, _ = loss_of(
             adapter, params, batch, objective=DPO, module=generator.module, settings=settings
         )
         alone = trainer.data_collator([trainer.train_dataset[row]])
