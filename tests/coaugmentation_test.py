@@ -150,20 +150,17 @@ def test_a_step_s_texts_are_rewarded_by_their_searches(search):
     score = score_together(context, Encoder(), config.grpo.document_weights, Processes())
     sampler = types.SimpleNamespace(fits=lambda _: True, seed=config.seed)
     beside = documents_beside(data(), config.grpo, sampler, config.answer.max_characters)
-    names = beside.draw(["a", "b"], 3)
-    assert len(names) == len({*names}) == 4
-    document = names[0].removeprefix("document/")
-    assert f"Document: text of {document}\n" in beside.messages[names[0]]
-    assert names[0] in beside.messages
-    assert "a" not in beside.messages
+    drawn = beside.draw(["a", "b"], 3)
+    assert len({group.query_id for group in drawn}) == len(drawn) == 4
+    assert all(group.query_id == f"document/{group.positive_id}" for group in drawn)
+    assert f"Document: text of {drawn[0].positive_id}\n" in beside.message(drawn[0])
+    assert beside.first == document_group(data(), "d0")
 
     def texts(name):
         return [Candidate(f"text {i} written for {name}"[5 * i :]) for i in range(3)]
 
     of_queries = [Group(q, f"query {q}", "d1", "", texts(q)) for q in ("a", "b")]
-    of_documents = [
-        dataclasses.replace(document_group(data(), name), candidates=texts(name)) for name in names
-    ]
+    of_documents = [dataclasses.replace(g, candidates=texts(g.query_id)) for g in drawn]
     groups, seconds = score([*of_queries, *of_documents])
     assert {*seconds} == {"encoding_seconds", "search_seconds"}
 
@@ -205,6 +202,17 @@ def test_a_group_s_weight_is_its_advantages():
     batch = pack_sampled(rows, settings, 0, [(16, 16)])
     np.testing.assert_allclose(batch["advantages"][0, :4], [-0.5, -0.5, 0.5, 0.5])
     np.testing.assert_allclose(batch["advantages"][1], 0.2 * batch["advantages"][0], rtol=1e-6)
+
+
+def test_a_record_says_whether_it_is_of_a_document_and_older_ones_are_of_queries():
+    group = document_group(data(), "d1")
+    row = group.to_row()
+    assert row["is_document"]
+    assert Group.from_row(row) == group
+    # Whatever the id of a query is like, its line is as earlier versions wrote it.
+    query = Group("document/1", "axis", "d1", "", [])
+    assert "is_document" not in query.to_row()
+    assert Group.from_row(query.to_row()) == query
 
 
 @pytest.mark.parametrize(
@@ -255,7 +263,7 @@ def test_documents_texts_are_learned_with_those_of_queries(tmp_path):
         assert row["largest_mismatch"] < 1e-4
     assert steps[-1]["kl"] > 1e-5
     rows = [row for _, row in read_jsonl(tmp_path / "run/round-0/policy-texts-4.jsonl", {})]
-    documents = [row for row in rows if row["query_id"].startswith("document/")]
+    documents = [row for row in rows if row.get("is_document")]
     assert len(documents) == 3 * (len(rows) - len(documents))
     again = start(tmp_path / "again", *overrides, module="train.policy")
     log = tmp_path / "again" / "metrics.jsonl"

@@ -26,9 +26,7 @@ from expandr_jax.files.records import hash_json, write_jsonl
 from expandr_jax.loading import load_models
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.coaugmentation import (
-    DOCUMENT,
     check_documents,
-    document_group,
     documents_beside,
     score_together,
 )
@@ -279,6 +277,7 @@ class _Loop:
             {
                 "query_id": each.group.query_id, "query": each.group.query, "text": c.text,
                 "reward": c.total, "reward_terms": dict(c.rewards),
+                **({"is_document": True} if each.group.is_document else {}),
             }
             for each in groups
             for c in each.group.candidates
@@ -320,8 +319,6 @@ def _asked(
     messages = expander.messages(queries, sample)
 
     def group(query: str) -> Group:
-        if query.startswith(DOCUMENT):
-            return document_group(data, query)
         return Group(query, queries[query], data.positive(query), answers.get(query, ""), [])
 
     return messages, group

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import numpy as np
 from expandr_jax.data.documents import ids_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
-from expandr_jax.expansion.sampled import MadeWhenAsked
 from expandr_jax.expansion.strategies import SEPARATOR, document_message
 from expandr_jax.files.records import hash_json
 from expandr_jax.generation.sampler import Sampler
@@ -27,7 +26,8 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import fuse_each
 
-DOCUMENT = "document/"  # A document's name begins with it; a query's must not.
+# Texts are drawn by a group's id: a document's begins with this, and no query's may.
+DOCUMENT = "document/"
 PROBE = 2**31  # What the probe draws by: no step has this number.
 
 
@@ -59,38 +59,21 @@ def documents_beside(
     """
     corpus = data.collection.corpus
 
-    def draw(queries: Sequence[str], step: int) -> list[str]:
+    def draw(queries: Sequence[str], step: int) -> list[Group]:
         each = min(settings.documents, len(corpus) // max(1, len(queries)))
         drawn = draw_documents(data, queries, each, sampler.seed, step)
-        return [f"{DOCUMENT}{document}" for document in drawn]
+        return [document_group(data, document) for document in drawn]
 
-    def message(document: str) -> str:
-        text = corpus[document.removeprefix(DOCUMENT)]
-        return document_message(settings.document_prompt, text, most, sampler.fits)
+    def message(group: Group) -> str:
+        return document_message(settings.document_prompt, group.query, most, sampler.fits)
 
-    return Beside(draw, MadeWhenAsked(_Names(corpus), message), PROBE)
-
-
-class _Names:
-    """The names of a corpus's documents."""
-
-    def __init__(self, corpus: Mapping[str, str]):
-        self._corpus = corpus
-
-    def __contains__(self, name: str) -> bool:
-        return name.startswith(DOCUMENT) and name.removeprefix(DOCUMENT) in self._corpus
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{DOCUMENT}{document}" for document in ids_of(self._corpus))
-
-    def __len__(self) -> int:
-        return len(self._corpus)
+    return Beside(draw, message, document_group(data, ids_of(corpus)[0]), PROBE)
 
 
-def document_group(data: TrainingData, name: str) -> Group:
+def document_group(data: TrainingData, document: str) -> Group:
     """The group of a document, which has no texts yet."""
-    document = name.removeprefix(DOCUMENT)
-    return Group(name, data.collection.corpus[document], document, "", [])
+    name, text = f"{DOCUMENT}{document}", data.collection.corpus[document]
+    return Group(name, text, document, "", [], is_document=True)
 
 
 def score_together(
@@ -115,8 +98,8 @@ def score_together(
 
     def score(groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
         begin = time.perf_counter()
-        queries = [group for group in groups if not group.query_id.startswith(DOCUMENT)]
-        documents = groups[len(queries) :]
+        queries = [group for group in groups if not group.is_document]
+        documents = [group for group in groups if group.is_document]
         vectors = vector_scores(context, retriever, queries, documents) if dense else None
         between = time.perf_counter()
 

@@ -34,13 +34,16 @@ class Beside:
     """Documents whose texts are sampled with those of a step's queries, and rewarded with them.
 
     Attributes:
-        draw: (queries, step) to names of documents, a number a query that is always the same.
-        messages: Name -> what is asked for it; no query has such a name.
+        draw: (queries, step) to documents' groups, which have no candidates yet: a number a query
+            that is always the same. No query has an id of theirs.
+        message: A document's group to what is asked for it.
+        first: The group of the corpus's first document.
         step: What the probe draws by, which is no step's.
     """
 
-    draw: Callable[[Sequence[str], int], Sequence[str]]
-    messages: Mapping[str, str]
+    draw: Callable[[Sequence[str], int], Sequence[Group]]
+    message: Callable[[Group], str]
+    first: Group
     step: int
 
 
@@ -120,8 +123,8 @@ class Rollouts:
             if not drawn:
                 break
             number = self._first_step + step
-            every = self._with_documents(drawn, number)
-            for row in self._rewarded(every, f"step {number}", seconds):
+            groups = self._groups(drawn, number)
+            for row in self._rewarded(groups, f"step {number}", seconds):
                 (teaching if row.used else idle).append(row)
         statistics = _statistics([*teaching, *idle])
         groups = [*teaching, *idle][: settings.groups]
@@ -136,13 +139,13 @@ class Rollouts:
         self._engine.use(adapter)
         order = np.random.default_rng(self._sampler.seed).permutation(len(self._ids))
         names = [self._ids[i] for i in sorted(order[:PROBE_QUERIES])]
-        if self._beside:
-            names = self._with_documents(names, self._beside.step)
-        return self._rewarded(names, "probe", collections.Counter(), samples=1)
+        groups = self._groups(names, self._beside.step if self._beside else 0)
+        return self._rewarded(groups, "probe", collections.Counter(), samples=1)
 
-    def _with_documents(self, queries: Sequence[str], step: int) -> list[str]:
-        """Names of queries, and of the documents beside them, if there are any."""
-        return [*queries, *(self._beside.draw(queries, step) if self._beside else ())]
+    def _groups(self, queries: Sequence[str], step: int) -> list[Group]:
+        """Those of queries, and of the documents beside them, if there are any."""
+        documents = self._beside.draw(queries, step) if self._beside else ()
+        return [*map(self._group, queries), *documents]
 
     def _names(self, step: int) -> Iterator[str]:
         """The queries of a step; then all others, in an order of the step's own."""
@@ -154,32 +157,30 @@ class Rollouts:
 
     def _rewarded(
         self,
-        names: Sequence[str],
+        groups: Sequence[Group],
         purpose: str,
         seconds: collections.Counter,
         samples: int = 0,
     ) -> list[Sampled]:
-        """The groups of some queries, with their rewards.
+        """Some groups with their texts and what these are worth.
 
-        The purpose sets draws apart from others'; without `samples`, a query has as many as the
+        The purpose sets draws apart from others'; without `samples`, a group has as many as the
         settings say.
         """
         begin, count = time.perf_counter(), samples or self._settings.samples
-        prompts = {name: self._prompt(name)[0] for name in names}
+        prompts = {group.query_id: self._prompt(self._message(group))[0] for group in groups}
         rows = dict(self._sampled(prompts, f"policy, {purpose}/", count))
         seconds["sampling_seconds"] += time.perf_counter() - begin
-        groups, spent = self._score(
+        rewarded, spent = self._score(
             [
-                dataclasses.replace(
-                    self._group(name), candidates=[rows[name, i] for i in range(count)]
-                )
-                for name in names
+                dataclasses.replace(g, candidates=[rows[g.query_id, i] for i in range(count)])
+                for g in groups
             ]
         )
         seconds.update(spent)
         return [
-            Sampled(group, prompts[name], used=len({c.total for c in group.candidates}) > 1)
-            for name, group in zip(names, groups, strict=True)
+            Sampled(g, prompts[g.query_id], used=len({c.total for c in g.candidates}) > 1)
+            for g in rewarded
         ]
 
     def _sampled(
@@ -209,28 +210,36 @@ class Rollouts:
                     Candidate(text, settings.temperature, tokens, len(tokens), finished, log_probs),
                 )
 
-    def _prompt(self, name: str) -> tuple[list[int], bool]:
-        beside = self._beside is not None and name in self._beside.messages
-        messages = self._beside.messages if beside else self._messages
-        return self._sampler.generator.chat_ids(messages[name], self._limit)
+    def _message(self, group: Group) -> str:
+        if group.is_document:
+            return self._beside.message(group)
+        return self._messages[group.query_id]
+
+    def _prompt(self, message: str) -> tuple[list[int], bool]:
+        return self._sampler.generator.chat_ids(message, self._limit)
 
     def _extent(self) -> tuple[Extent, int]:
         """What the engine is made for, and how many prompts are cut; a process looks at its own."""
         settings, cut = self._settings, 0
-        processes = self._sampler.processes
+        processes, beside = self._sampler.processes, self._beside
+
+        def asked() -> Iterator[tuple[str, str]]:
+            yield from (
+                (name, self._messages[name])
+                for name in self._ids[processes.index :: processes.count]
+            )
+            if beside and processes.index == 0:  # All documents' begin as one's, where queries end.
+                yield beside.first.query_id, beside.message(beside.first)
 
         def requests() -> Iterator[Request]:
             nonlocal cut
-            own = self._ids[processes.index :: processes.count]
-            for name in itertools.chain(own, some if processes.index == 0 else ()):
-                prompt, was_cut = self._prompt(name)
+            for name, message in asked():
+                prompt, was_cut = self._prompt(message)
                 cut += was_cut
                 yield Request(name, 0, tuple(prompt), settings.temperature, **drawing(settings))
 
-        documents = self._beside.messages if self._beside else ()
-        some = itertools.islice(documents, 1)  # All of them begin as one does where queries end.
         extent = self._sampler.of_all(Extent.of(requests()))
-        longest = self._limit if documents else extent.longest
+        longest = self._limit if beside else extent.longest
         count = settings.groups * settings.samples
         return dataclasses.replace(extent, count=count, longest=longest), sum(processes.gather(cut))
 

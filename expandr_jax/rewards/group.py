@@ -50,6 +50,8 @@ class Group:
         candidates: The texts, as they were asked for.
         prompt: What the generator was given, the chat template applied.
         weight: How much on-policy training learns of it beside others.
+        is_document: It is a document of the corpus, for which texts are written, and no query:
+            `query` is the document's text and `positive_id` its id.
     """
 
     query_id: str
@@ -59,6 +61,7 @@ class Group:
     candidates: Sequence[Candidate]
     prompt: str = ""
     weight: float = 1.0
+    is_document: bool = False
 
     @property
     def texts(self) -> list[str]:
@@ -88,6 +91,7 @@ class Group:
                 for c in self.candidates
             ],
             **({"prompt": self.prompt} if with_prompt else {}),
+            **({"is_document": True} if self.is_document else {}),
         }
 
     @classmethod
@@ -105,7 +109,12 @@ class Group:
             )
             for c in row["candidates"]
         ]
-        return cls(*(row.get(name, "") for name in names), candidates, row.get("prompt", ""))
+        return cls(
+            *(row.get(name, "") for name in names),
+            candidates,
+            row.get("prompt", ""),
+            is_document=row.get("is_document", False),
+        )
 
 
 def _by_side(row: Mapping[str, Any], field: str) -> dict[str, Any]:
