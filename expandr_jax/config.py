@@ -112,8 +112,7 @@ class Config:
     @property
     def objective(self) -> Objective | None:
         """What step B learns of a file of each round; None on-policy."""
-        of = self.step_b_kind.objective
-        return None if of is None else of(self.learned)
+        return self.step_b_kind.objective(self.learned)
 
 
 def read_config(values: Mapping[str, Any] | Config) -> Config:

@@ -1,5 +1,6 @@
 """What the report shows of on-policy training, from a workdir that no one trained in."""
 
+import dataclasses
 import json
 import math
 import re
@@ -7,10 +8,11 @@ import re
 import numpy as np
 import pytest
 
+from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.report import run_report as report
 from tests.report_test import HOSTILE, Page, write_rows
-from train.policy import PHASE
 
+PHASE = "GRPO"
 STEPS, LAST = 120, (0, 60, 119)
 CAPTIONS = (
     "Reward; the band is the deviation", "Mean of each reward", "Share of groups that teach",
@@ -125,6 +127,14 @@ def test_rounds_follow_one_another(workdir):
     ]  # fmt: skip
     assert [len(row) for row in cells(text)] == [1, 3] + [1] * 10
     assert [query for query, *_ in cells(text)[1]] == ["What is a?"] * 3
+
+
+def test_a_kind_with_a_name_of_its_own_is_drawn_alike(workdir, monkeypatch):
+    text = drawn(workdir)
+    monkeypatch.setitem(STEP_B, "mine", dataclasses.replace(STEP_B["grpo"], phase="MINE"))
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text().replace(PHASE, "MINE"))
+    assert drawn(workdir) == text
 
 
 def test_the_report_of_a_whole_run_has_it_in_place_of_candidates(workdir):

@@ -116,7 +116,7 @@ def test_queries_that_the_mesh_cannot_divide_are_refused(config):
         planned_programs(wrong, machine())[POLICY_STEP]()
 
 
-def test_chip_hours_are_those_of_as_many_queries(config):
+def test_chip_hours_are_those_of_as_many_queries(config, monkeypatch):
     config = with_settings(config, {"grpo.passes": 2, "grpo.minibatches": 4})
     names = ["prefill", POLICY_DECODE, REFERENCE, OLD, POLICY_STEP, "contrastive step"]
     rows = {name: {"roofline_seconds": 0.0, "rows": 16, "shares": 2} for name in names}
@@ -127,6 +127,9 @@ def test_chip_hours_are_those_of_as_many_queries(config):
     assert hours["GRPO"] == pytest.approx(6250 * 8 * 0.5 * 8 / 3600)
     assert hours["candidates"] == pytest.approx(6250 * 2 * 16 * 0.01 * 8 / 3600)
     assert hours["all"] == pytest.approx(hours["GRPO"] + hours["candidates"])
+    monkeypatch.setitem(STEP_B, "mine", dataclasses.replace(STEP_B["grpo"], phase="MINE"))
+    mine = plan.paper_chip_hours(rows, 8, with_settings(config, {"step_b": "mine"}))
+    assert mine == {"MINE" if part == "GRPO" else part: time for part, time in hours.items()}
 
 
 def test_a_run_knows_before_it_begins_what_sampling_on_policy_takes(monkeypatch):

@@ -1,5 +1,6 @@
 """Runs of train.policy: they end with the same bits however often they are killed, and say why."""
 
+import dataclasses
 import gc
 import json
 import signal
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.errors import UserError
+from expandr_jax.objectives.registry import STEP_B
 from tests.commands import (
     SPREAD,
     ended,
@@ -154,6 +156,23 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
         train(tmp_path / "a", queries=9, accumulation=2)
     with pytest.raises(UserError, match=r"grpo\.queries 64: there are 8 queries"):
         train(tmp_path / "b", queries=64)
+    config = config_of()
+    config.step_b = "dpo"
+    with pytest.raises(UserError, match=r"^step_b is 'dpo', which learns from files; .* 'grpo'"):
+        policy.train_alone(config, tmp_path / "c", Console(quiet=True))
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.slow
+def test_a_kind_of_another_name_is_told_by_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(STEP_B, "mine", dataclasses.replace(STEP_B["grpo"], phase="MINE"))
+    config = config_of(steps=2)
+    config.step_b = "mine"
+    policy.train_alone(config, tmp_path, Console(quiet=True))
+    assert {row["phase"] for row in step_metrics(tmp_path)} == {"MINE"}
+    timings = json.loads((tmp_path / "timings.json").read_text())
+    assert "MINE, round 0" in [row["phase"] for row in timings["phases"]]
+    assert "2 steps" in (tmp_path / "report.html").read_text()
 
 
 OVERRIDES = [

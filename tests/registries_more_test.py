@@ -1,5 +1,6 @@
 """The registries that tests/registries_test.py leaves out; and that no registry is left out."""
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -19,9 +20,11 @@ from expandr_jax.losses.policy import (
     token_weights,
 )
 from expandr_jax.losses.reranking import RERANKING_LOSSES
-from expandr_jax.objectives.registry import OBJECTIVES, STEP_B
+from expandr_jax.objectives.registry import OBJECTIVES, STEP_B, StepB
+from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.rewards.search import SEARCH_MEASURES, Searched
 from tests.registries_test import jitted_too
+from train.generator import read_rows
 
 HERE = pathlib.Path(__file__).parent
 # Of names, texts and programs, which have nothing to be worked out; and what stands for a name.
@@ -50,8 +53,23 @@ def test_kinds_of_step_b(name):
     assert config.learned is getattr(config, kind.section)
     assert config.rewarded is getattr(config, kind.rewarded)
     assert min(config.learned.batch_size, config.rewarded.max_new_tokens) > 0
-    assert (kind.objective is None) == (kind.trainer is not None) == kind.on_policy
-    assert kind.on_policy or OBJECTIVES[config.objective.name] is config.objective
+    assert (not kind.objectives) == (kind.trainer is not None) == kind.on_policy
+    assert kind.on_policy or kind.objectives[config.objective.name] is config.objective
+    assert kind.objectives.items() <= OBJECTIVES.items()
+
+
+def test_a_kind_s_file_is_read_by_its_own_section(monkeypatch):
+    """Not by `dpo`, whatever else is."""
+    given = []
+    mine = dataclasses.replace(
+        REWARD_SFT, name="mine", read=lambda *args, **_: given.append(args) or ([], {})
+    )
+    monkeypatch.setitem(STEP_B, "mine", StepB("MINE", "grpo", "candidates", {"mine": mine}))
+    config = with_settings(read_config(base.get_config()), {"step_b": "mine"})
+    assert config.objective is mine
+    read_rows(mine, config, pathlib.Path("candidates.jsonl"), None, own=True)
+    ((_, _, settings, *_),) = given
+    assert settings is config.grpo
 
 
 RANKED = {  # Of a relevant document's score 2 beside a 1; a third document is not there.

@@ -180,7 +180,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    found = rehearse.parts_of_a_step(path)
+    found = rehearse.parts_of_a_step(path, "GRPO")
     assert found == {
         "GRPO, a step's sampling": {"seconds": 2.0},
         "GRPO, a step's update": {"seconds": 4.0},
@@ -188,7 +188,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
     rows = usage_rows((0.1, 0.2, 0.3), [[found]] * 3, {})
     assert not misfits(rows)
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines[:1]))
-    assert rehearse.parts_of_a_step(path) == {}
+    assert rehearse.parts_of_a_step(path, "GRPO") == {}
 
 
 def test_a_reranker_is_refused(config, tmp_path):

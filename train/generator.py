@@ -241,7 +241,7 @@ def read_rows(
 ) -> tuple[list[Any], dict[str, int]]:
     """What an objective reads of a file, and what it leaves out: `Objective.read`."""
     threshold = config.reward.threshold
-    return objective.read(path, generator, config.dpo, config.expansion, threshold, own=own)
+    return objective.read(path, generator, config.learned, config.expansion, threshold, own=own)
 
 
 def _read(run: Run, generator: Generator, own: bool) -> list[Any]:

@@ -179,7 +179,7 @@ def paper_chip_hours(
     examples = math.ceil(PAPER["examples"] / QUERIES)
     counted = [
         ("candidates", "prefill", calls("prefill", PAPER["queries"])),
-        *step_b_shapes(config).paper_calls(calls, config.learned),
+        *step_b_shapes(config).paper_calls(calls, config),
         ("contrastive", "contrastive step", PAPER["contrastive_epochs"] * examples),
     ]
     hours = {part: 0.0 for part, _, _ in counted}

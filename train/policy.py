@@ -65,7 +65,6 @@ from train.preferences import CANDIDATES, run_functions, self_answers
 from train.scores import RewardTools, reward_context
 from train.warm_start import PLACE, warm_start
 
-PHASE = STEP_B["grpo"].phase
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
 MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends all the same.
 
@@ -110,9 +109,7 @@ def train_policy(
         UserError: A setting does not fit the data or the mesh, a reward cannot be had, a loss is
             not finite, or training has collapsed.
     """
-    kind, seed = run.config.step_b_kind, run.config.seed
-    kind = kind if kind.on_policy else STEP_B["grpo"]  # train.policy with a config for files.
-    settings = getattr(run.config, kind.section)
+    kind, settings, seed = run.config.step_b_kind, run.config.learned, run.config.seed
     _check(settings, data, models)
     params, lora = models.generator_params, models.generator.module.lora
     if adapter is None:
@@ -180,7 +177,8 @@ class _Loop:
         work = run.path("work", f"round-{round_}")
         self._watched = CommonJournal(work / WATCH, run.processes)
         self._collapses = CommonJournal(work / "policy-collapses.jsonl", run.processes)
-        self._log = run.training_log(PHASE, round_)
+        self._phase = run.config.step_b_kind.phase
+        self._log = run.training_log(self._phase, round_)
 
     def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
         """The adapter after the last step, on the mesh; raises Collapsed."""
@@ -207,7 +205,8 @@ class _Loop:
         good = max(0, collapse.step + 1 - self._settings.watch_steps)
         restored = checkpoints.restore(template, at_most=good)
         back_to, state = restored or (0, template)
-        said = f"{PHASE}, round {self._round}, step {collapse.step}: collapsed: {collapse.why}"
+        step = f"{self._phase}, round {self._round}, step {collapse.step}"
+        said = f"{step}: collapsed: {collapse.why}"
         again = self._settings.on_collapse == "back" and len(self._collapses.rows) < MOST_BACKS
         if again:
             run.reporter.say(f"{said}; back to step {back_to}, with half the rate")
@@ -314,8 +313,9 @@ def _asked(
         directory = run.path("work", f"round-{round_}")
         answers = self_answers(expander.sampler, adapter, data, run.config.answer, directory)
         queries = {query: text for query, text in queries.items() if query in answers}
+    phase = run.config.step_b_kind.phase
     journal = run.path("work", f"round-{round_}", "policy.jsonl")
-    sample = journaled(expander, adapter, journal, f"before {PHASE}, round {round_}")
+    sample = journaled(expander, adapter, journal, f"before {phase}, round {round_}")
     messages = expander.messages(queries, sample)
 
     def group(query: str) -> Group:
@@ -336,6 +336,12 @@ def train_alone(
     """
     config = read_config(config)
     check_meshes(config.mesh)
+    if not config.step_b_kind.on_policy:
+        sampling = " or ".join(repr(name) for name, kind in STEP_B.items() if kind.on_policy)
+        raise UserError(
+            f"step_b is {config.step_b!r}, which learns from files; expected {sampling}, which "
+            "samples in its steps; or python -m train.joint"
+        )
     run = Run(workdir, config, console)
     config, functions = run.config, run_functions(run, used=has_begun(run.workdir))
     with run.phase("data"):
@@ -350,7 +356,7 @@ def train_alone(
     expander = run_expander(run, models, data, tools.words, retriever.find)
     expander = with_demonstrations(run, models, expander, retriever, data, tools)
     adapter = warm_start(run, models, expander, retriever, data, tools)
-    with run.phase(f"{PHASE}, round 0"):
+    with run.phase(f"{config.step_b_kind.phase}, round 0"):
         adapter = train_policy(run, models, expander, retriever, data, adapter, tools, round_=0)
     directory = run.path("export", "adapter")
     with run.phase("export"):

@@ -191,8 +191,8 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
     objective = config.objective
     own = config.data.kind != "preferences"
     rows, _ = read_rows(objective, config, whole.file, generator, own=own)
-    _, rows = hold_out(rows, config.dpo.dev_share, objective.prompt)
-    examples, _ = objective.tokenize(generator, rows[: options.examples], config.dpo)
+    _, rows = hold_out(rows, config.learned.dev_share, objective.prompt)
+    examples, _ = objective.tokenize(generator, rows[: options.examples], config.learned)
     examples = examples[: options.examples]
     size = min(_ROWS, len(examples))
     if not size:
@@ -201,7 +201,7 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
 
     def loss_of(params: Any, batch: Any) -> jax.Array:
         return pruning_loss(
-            params, batch, module=generator.module, objective=objective, settings=config.dpo,
+            params, batch, module=generator.module, objective=objective, settings=config.learned,
             loss=options.loss,
         )  # fmt: skip
 

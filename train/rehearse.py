@@ -45,7 +45,6 @@ from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import plain_console
 from train.counts import define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
-from train.policy import PHASE
 
 PROGRAM = "train.rehearsed"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -156,16 +155,17 @@ def _run(
             ]
             _watch(running, paths[0], place, console, what)
         usage = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-        usage[0] |= parts_of_a_step(place / "run" / "metrics.jsonl")
+        phase = config.step_b_kind.phase
+        usage[0] |= parts_of_a_step(place / "run" / "metrics.jsonl", phase)
         return usage
 
 
-def parts_of_a_step(metrics: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Seconds of the parts of a step on-policy, programs' too, as stages; {}: there is none."""
+def parts_of_a_step(metrics: pathlib.Path, phase: str) -> dict[str, dict[str, float]]:
+    """Seconds of the parts of such a phase's steps on-policy, as stages; {}: there are none."""
     lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-    steps = [line for line in lines if line["phase"] == PHASE]
+    steps = [line for line in lines if line["phase"] == phase]
     return {
-        f"{PHASE}, a step's {part}": {"seconds": statistics.mean(seconds)}
+        f"{phase}, a step's {part}": {"seconds": statistics.mean(seconds)}
         for part in PARTS
         if (seconds := [row[f"{part}_seconds"] for row in steps[1:] if f"{part}_seconds" in row])
     }

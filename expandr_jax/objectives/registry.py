@@ -1,7 +1,7 @@
-"""Every kind of step B, and everything that those learn by which read a file of each round."""
+"""Every kind of step B, and with them all that those learn which read a file of each round."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expandr_jax.objectives.objective import Objective
@@ -9,8 +9,6 @@ from expandr_jax.objectives.policy import PolicyTrainer, policy_trainer
 from expandr_jax.objectives.preference import PREFERENCE_OBJECTIVES
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.pair import GeneratorModel
-
-OBJECTIVES = {**PREFERENCE_OBJECTIVES, REWARD_SFT.name: REWARD_SFT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +19,9 @@ class StepB:
         phase: What its training is called in timings, metrics and messages.
         section: The section of the config that it learns by.
         rewarded: The section by which the texts are sampled that are rewarded.
-        objective: The first section -> what is learned of a file of each round; None where texts
-            are sampled, rewarded and learned from in each step.
+        objectives: What it may learn of a file of each round, by name; where there are several, the
+            first section's `loss` says which. None where texts are sampled, rewarded and learned
+            from in each step.
         trainer: (the generator, the first section) -> what learns in such steps; None where it
             reads a file.
     """
@@ -30,18 +29,30 @@ class StepB:
     phase: str
     section: str
     rewarded: str
-    objective: Callable[[Any], Objective] | None = None
+    objectives: Mapping[str, Objective] = dataclasses.field(default_factory=dict)
     trainer: Callable[[GeneratorModel, Any], PolicyTrainer] | None = None
 
     @property
     def on_policy(self) -> bool:
         """Whether it samples in its steps."""
-        return self.objective is None
+        return not self.objectives
+
+    def objective(self, settings: Any) -> Objective | None:
+        """What it learns of a file, by its section of the config; None on-policy."""
+        if len(self.objectives) > 1:
+            return self.objectives[settings.loss]
+        return next(iter(self.objectives.values()), None)
 
 
 # What `step_b` takes.
 STEP_B = {
-    "dpo": StepB("DPO", "dpo", "candidates", lambda settings: PREFERENCE_OBJECTIVES[settings.loss]),
-    "reward-sft": StepB("reward-sft", "dpo", "candidates", lambda _: REWARD_SFT),
+    "dpo": StepB("DPO", "dpo", "candidates", PREFERENCE_OBJECTIVES),
+    "reward-sft": StepB("reward-sft", "dpo", "candidates", {REWARD_SFT.name: REWARD_SFT}),
     "grpo": StepB("GRPO", "grpo", "grpo", trainer=policy_trainer),
 }
+OBJECTIVES = {name: o for kind in STEP_B.values() for name, o in kind.objectives.items()}
+
+
+def on_policy_phases() -> set[str]:
+    """What metrics call the trainings that sample in their steps."""
+    return {kind.phase for kind in STEP_B.values() if kind.on_policy}

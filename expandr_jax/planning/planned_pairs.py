@@ -73,13 +73,13 @@ class PairShapes:
         return {REFERENCE: self._reference, PAIR_STEP: self._step}
 
     @staticmethod
-    def paper_calls(calls: Calls, _: Any) -> list[tuple[str, str, int]]:
+    def paper_calls(calls: Calls, config: Config) -> list[tuple[str, str, int]]:
         """(part, program, calls) of its programs in the paper's run."""
-        pairs = math.ceil(PAPER["pairs"] / PAIRS)
+        phase, pairs = config.step_b_kind.phase, math.ceil(PAPER["pairs"] / PAIRS)
         return [
             ("candidates", "decode", calls("decode", PAPER["queries"] * PAPER["candidates"]) * NEW),
-            ("DPO", REFERENCE, pairs),
-            ("DPO", PAIR_STEP, PAPER["dpo_epochs"] * pairs),
+            (phase, REFERENCE, pairs),
+            (phase, PAIR_STEP, PAPER["dpo_epochs"] * pairs),
         ]
 
     def restore(self) -> Planned:

@@ -22,7 +22,6 @@ from expandr_jax.objectives.policy import (
     pack_sampled,
     row_sizes_of,
 )
-from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.planning.flops import FROZEN
 from expandr_jax.planning.planned import (
@@ -74,16 +73,17 @@ class PolicyShapes:
         return {POLICY_DECODE: self._decode}
 
     @staticmethod
-    def paper_calls(calls: Calls, settings: GrpoSettings) -> list[tuple[str, str, int]]:
+    def paper_calls(calls: Calls, config: Config) -> list[tuple[str, str, int]]:
         """(part, program, calls) of its programs in the paper's run: each query in one step."""
+        phase, settings = config.step_b_kind.phase, config.learned
         steps = math.ceil(PAPER["queries"] / settings.queries)
         parts = steps * settings.minibatches * settings.accumulation
         decoded = calls(POLICY_DECODE, settings.texts) * settings.max_new_tokens
         return [
             ("candidates", POLICY_DECODE, steps * decoded),
-            ("GRPO", REFERENCE, parts if settings.kl_weight else steps),
-            *([("GRPO", OLD, parts)] if settings.updates > 1 else []),
-            ("GRPO", POLICY_STEP, settings.passes * parts),
+            (phase, REFERENCE, parts if settings.kl_weight else steps),
+            *([(phase, OLD, parts)] if settings.updates > 1 else []),
+            (phase, POLICY_STEP, settings.passes * parts),
         ]
 
     def _engine(self) -> tuple[int, int, bool]:

@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl
+from expandr_jax.objectives.registry import on_policy_phases
 from expandr_jax.report import plots
 from expandr_jax.report.page import SampledText, clip, parts
 
-PHASE = "GRPO"  # In metrics.jsonl.
 _TEXTS = 12  # Queries that are shown at most.
 _TEXT_CHARACTERS = 500
 _BEFORE_A_NAME = "reward_"
@@ -70,9 +70,10 @@ def _read_steps(path: pathlib.Path) -> _Steps | None:
     if not path.exists():
         return None
     # A run that was resumed may log a step again: the last line stands.
+    phases = on_policy_phases()
     rounds: dict[int, dict[int, Mapping[str, Any]]] = collections.defaultdict(dict)
     for _, row in read_jsonl(path, {"phase": str, "step": int}):
-        if row["phase"] == PHASE:
+        if row["phase"] in phases:
             rounds[row.get("round", 0)][row["step"]] = row
     rows: list[Mapping[str, Any]] = []
     x: list[int] = []

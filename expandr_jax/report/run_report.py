@@ -16,11 +16,12 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import read_qrels
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl, write_text
+from expandr_jax.objectives.registry import on_policy_phases
 from expandr_jax.ranking.results import Values
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
 from expandr_jax.report import page, plots
 from expandr_jax.report.expansion_cards import expansion_cards
-from expandr_jax.report.on_policy import PHASE, on_policy_section
+from expandr_jax.report.on_policy import on_policy_section
 from expandr_jax.report.page import parts
 from expandr_jax.report.tables import Bold, render, results_cells
 from expandr_jax.weights.fields import read_json
@@ -228,7 +229,7 @@ def _training(workdir: pathlib.Path) -> Markup | None:
     # A run that was resumed may log a step again: the last line stands.
     points: dict[tuple[str, str], dict[int, float]] = collections.defaultdict(dict)
     for _, row in read_jsonl(path, {"phase": str, "step": int}):
-        if row["phase"] == PHASE:  # It has a section of its own.
+        if row["phase"] in on_policy_phases():  # They have a section of their own.
             continue
         name = f"{row['phase']}, round {row['round']}" if "round" in row else row["phase"]
         for field in {"loss", "dev_ndcg@10", "margin", "accuracy", "cosine"} & row.keys():
