@@ -173,7 +173,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.answer = answer = _sampling()  # Step B, the self-answer; likewise.
     answer.temperature = 1.0  # 0: greedy.
-    answer.max_characters = 1500  # Characters of the document that the prompt shows.
+    # Strategies whose prompts show passages cut each of these here, too; so do distill and figret.
+    answer.max_characters = 1500  # Characters of a document that a prompt shows.
 
     config.reward = reward = ml_collections.ConfigDict()
     reward.positive = 1.0  # Weight of 1 / rank among candidates, by similarity to the document.

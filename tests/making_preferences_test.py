@@ -1,5 +1,6 @@
 """From candidates to pairs, as `train.joint` makes them."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -107,6 +108,24 @@ def test_lengths_and_formats_are_those_of_the_texts_as_sampled(make):
             assert found["reward"] == pytest.approx(
                 terms["positive"] + terms["answer"] + terms["length"] / 2 + 2 * terms["format"]
             )
+
+
+def test_a_reward_has_the_lengths_that_its_record_asks_for(make, monkeypatch):
+    make_preferences, run = make
+    run.config = with_settings(run.config, {"reward.format": 1.0, "reward.corpus": 0.0})
+
+    def lengths(evidence):
+        return np.array([[c.length or 0.0 for c in group.candidates] for group in evidence.groups])
+
+    for asks in (False, True):
+        reward = registry.Reward(lengths, lengths=asks)
+        monkeypatch.setitem(registry.REWARDS, "format", reward)
+        make_preferences()
+        path = run.path("round-0", "candidates.jsonl")
+        for _, row in read_jsonl(path, {}):
+            for i, found in enumerate(row["candidates"]):
+                assert found["reward_terms"]["format"] == (i + 1 if asks else 0)
+        path.unlink()
 
 
 def test_a_function_of_one_s_own_that_fails_is_a_line_and_leaves_no_file(make):
@@ -229,11 +248,11 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_query(make, mon
     real = registry.REWARDS["corpus"]
 
     def broken(*args):
-        rewards = np.array(real(*args))
+        rewards = np.array(real.of(*args))
         rewards[1, 2] = value
         return rewards
 
-    monkeypatch.setitem(registry.REWARDS, "corpus", broken)
+    monkeypatch.setitem(registry.REWARDS, "corpus", dataclasses.replace(real, of=broken))
     with pytest.raises(NotFiniteError, match="rewards, round 0: not finite for queries q1;"):
         make_preferences()
     assert not run.path("round-0", "preferences.jsonl").exists()

@@ -23,7 +23,8 @@ from expandr_jax.losses.reranking import RERANKING_LOSSES
 from expandr_jax.objectives.registry import OBJECTIVES, STEP_B, StepB
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.rewards.search import SEARCH_MEASURES, Searched
-from tests.registries_test import jitted_too
+from expandr_jax.rewards.searches import REWARD_SEARCHES
+from tests.registries_test import TEXTS, VECTORS, evidence, jitted_too
 from train.generator import read_rows
 
 HERE = pathlib.Path(__file__).parent
@@ -195,3 +196,31 @@ def test_search_measures(name):
     worth = of([0, 1])
     np.testing.assert_allclose(worth, [MEASURED[name], 0])  # The second search found nothing.
     np.testing.assert_allclose(of([1, 0]), worth[::-1])
+
+
+# Rows found for "axis" alone, with "loss", and with nothing; and the first one's first score. By
+# BM25 the query's word counts five times; d0 has it twice, and is as long as 1.2 mean documents.
+SEARCHED = {
+    "dense": ([[0, 1, 2], [2, 1, 0], [0, 1, 2]], 1.0),
+    "bm25": ([[0, -1, -1], [0, 2, -1], [0, -1, -1]], math.log(1 + 2.5 / 1.5) * 2 / (2 + 0.972)),
+    "fused": ([[0, 1, 2], [2, 0, 1], [0, 1, 2]], 2 / 61),
+}
+
+
+@pytest.mark.parametrize("name", REWARD_SEARCHES)
+def test_reward_searches(name):
+    def of(texts):
+        vectors = [VECTORS[TEXTS.index(text)] for text in texts]
+        return REWARD_SEARCHES[name](evidence(texts, vectors), True)(slice(0, 1))
+
+    rows, first = SEARCHED[name]
+    scores, found = of(["loss", ""])
+    np.testing.assert_array_equal(found, rows)
+    assert scores.shape == found.shape
+    assert np.isfinite(scores[found >= 0]).all()
+    np.testing.assert_allclose(scores[0, 0], first, rtol=1e-6)
+    turned = of(["", "loss"])
+    np.testing.assert_array_equal(turned[1], found[[0, 2, 1]])
+    np.testing.assert_allclose(turned[0], scores[[0, 2, 1]], rtol=1e-6)
+    alone = REWARD_SEARCHES[name](evidence(["loss"], [VECTORS[0]]), False)(slice(0, 1))
+    np.testing.assert_array_equal(alone[1], found[1:2])

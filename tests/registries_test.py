@@ -194,12 +194,12 @@ def evidence(texts, vectors):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_rewards(name):
-    found = REWARDS[name](evidence(TEXTS, VECTORS))
+    found = REWARDS[name].of(evidence(TEXTS, VECTORS))
     assert found.shape == (1, 4)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[0], WORTH[name], atol=1e-6)
     order = [2, 0, 3, 1]  # Keeps candidates of equal cosines in their order.
-    moved = REWARDS[name](evidence([TEXTS[i] for i in order], [VECTORS[i] for i in order]))
+    moved = REWARDS[name].of(evidence([TEXTS[i] for i in order], [VECTORS[i] for i in order]))
     if name in ("positive", "answer"):  # Ties go to the lower index: those two swap ranks.
         order_free = [0, 2] if name == "positive" else [0, 1, 2, 3]
         kept = [order.index(i) for i in order_free]

@@ -46,7 +46,7 @@ from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.group import Group
-from expandr_jax.rewards.registry import needs_vectors
+from expandr_jax.rewards.registry import needs, needs_vectors
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
@@ -309,7 +309,7 @@ def _asked(
     """Query id -> message, and query id -> group without candidates."""
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     answers: Mapping[str, str] = {}
-    if run.config.reward.answer > 0:
+    if needs(run.config.reward, "answers"):
         directory = run.path("work", f"round-{round_}")
         answers = self_answers(expander.sampler, adapter, data, run.config.answer, directory)
         queries = {query: text for query, text in queries.items() if query in answers}

@@ -20,7 +20,7 @@ from expandr_jax.objectives.reward_sft import read_groups
 from expandr_jax.rewards.evidence import evidence_of
 from expandr_jax.rewards.functions import RewardFunction, load_functions
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.registry import RewardSettings, reward_groups
+from expandr_jax.rewards.registry import RewardSettings, needs, reward_groups
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, best_alone, select_pairs
 from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
@@ -148,10 +148,10 @@ def sampled_candidates(
     texts: SampledTexts, query: str, temperatures: Sequence[float], reward: RewardSettings
 ) -> list[Candidate]:
     """A query's texts, one sampled at each temperature."""
-    made = []
+    made, lengths = [], needs(reward, "lengths")
     for i, temperature in enumerate(temperatures):
-        # A row is read once more for what only this reward looks at.
-        row = texts.row((query, i)) if reward.length > 0 else {}
+        # A row is read once more for what few rewards look at.
+        row = texts.row((query, i)) if lengths else {}
         known = {"length": row["tokens"], "finished": row["finished"]} if row else {}
         made.append(Candidate(texts[query, i], temperature, **known))
     return made

@@ -10,7 +10,7 @@ import numpy as np
 from expandr_jax.objectives.rollouts import Score
 from expandr_jax.rewards.evidence import Evidence, RewardContext, evidence_of
 from expandr_jax.rewards.group import Group
-from expandr_jax.rewards.registry import score_groups
+from expandr_jax.rewards.registry import needs, score_groups
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import Kind
@@ -27,7 +27,7 @@ def make_score(
         kind: How the latter are read.
         processes: Those of the run, of which the first one judges.
     """
-    answers = context.settings.answer > 0
+    answers = needs(context.settings, "answers")
 
     def vectors(groups: Sequence[Group]) -> list[np.ndarray | None]:
         """Vectors of the queries, of the candidates and, where they count, of the self-answers."""

@@ -27,23 +27,48 @@ from expandr_jax.settings import (
     several,
 )
 
-Reward = Callable[[Evidence], np.ndarray]  # To [queries, candidates].
 
-REWARDS: dict[str, Reward] = {
-    "positive": lambda evidence: reciprocal_rank(evidence.ranks["positive"]),
-    "answer": lambda evidence: reciprocal_rank(evidence.ranks["answer"]),
-    "corpus": corpus_reward,
-    "group": lambda evidence: group_reward(
-        evidence.context.corpus.vectors,
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A reward, and what has to be there for it beside the candidates' texts.
+
+    Attributes:
+        of: Evidence to [queries, candidates].
+        vectors: It looks at vectors: of candidates, of queries or of the corpus.
+        searches: It searches the corpus as `reward.search` says, which may want vectors, too.
+        answers: It looks at self-answers, which only queries that train have.
+        lengths: It looks at how many tokens were sampled, and what ended them.
+    """
+
+    of: Callable[[Evidence], np.ndarray]
+    vectors: bool = False
+    searches: bool = False
+    answers: bool = False
+    lengths: bool = False
+
+
+def _group_reward(evidence: Evidence) -> np.ndarray:
+    context = evidence.context
+    return group_reward(
+        context.corpus.vectors,
         evidence.fused,
         evidence.judged,
-        sets=evidence.context.settings.group_sets,
-        size=evidence.context.settings.group_size,
-        seed=evidence.context.seed,
+        sets=context.settings.group_sets,
+        size=context.settings.group_size,
+        seed=context.seed,
+    )
+
+
+REWARDS = {
+    "positive": Reward(lambda evidence: reciprocal_rank(evidence.ranks["positive"]), vectors=True),
+    "answer": Reward(
+        lambda evidence: reciprocal_rank(evidence.ranks["answer"]), vectors=True, answers=True
     ),
-    "gain": gain_reward,
-    "length": length_reward,
-    "format": format_reward,
+    "corpus": Reward(corpus_reward, searches=True),
+    "group": Reward(_group_reward, vectors=True),
+    "gain": Reward(gain_reward, searches=True),
+    "length": Reward(length_reward, lengths=True),
+    "format": Reward(format_reward),
 }
 
 
@@ -92,10 +117,16 @@ def total_reward(terms: Mapping[str, np.ndarray], weights: Mapping[str, float]) 
     return sum(weights[name] * np.asarray(value) for name, value in terms.items())
 
 
+def needs(settings: RewardSettings, what: str) -> bool:
+    """Whether a reward with a weight needs something: a field of `Reward`, as "lengths"."""
+    return any(
+        getattr(reward, what) and getattr(settings, name) > 0 for name, reward in REWARDS.items()
+    )
+
+
 def needs_vectors(settings: RewardSettings) -> bool:
     """Whether a reward with a weight looks at vectors: of candidates, of queries, of the corpus."""
-    searched = settings.search != "bm25" and (settings.corpus > 0 or settings.gain > 0)
-    return searched or settings.positive > 0 or settings.answer > 0 or settings.group > 0
+    return needs(settings, "vectors") or (settings.search != "bm25" and needs(settings, "searches"))
 
 
 def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
@@ -112,8 +143,9 @@ def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
 def score_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:
     """The groups with rewards that have a weight, and no others: what on-policy training wants.
 
-    Evidence has answers where `reward.answer` has a weight, and vectors where `needs_vectors`; the
-    groups have no self-answer otherwise. Similarities and ranks are there as far as vectors are.
+    Evidence has answers where the rewards' `needs` are those, and vectors where `needs_vectors`;
+    the groups have no self-answer otherwise. Similarities and ranks are there as far as vectors
+    are.
 
     Raises:
         NotFiniteError: As `reward_groups`.
@@ -127,11 +159,11 @@ def _rewarded(evidence: Evidence, what: str, always: Sequence[str]) -> list[Grou
     weights = reward_weights(context.settings)
     own = {f"{FUNCTION_PREFIX}{function.name}": function for function in context.functions}
     rewards = REWARDS | {
-        name: functools.partial(Evidence.given_by, function=function)
+        name: Reward(functools.partial(Evidence.given_by, function=function))
         for name, function in own.items()
     }
     terms = {
-        name: rewards[name](evidence)
+        name: rewards[name].of(evidence)
         for name, weight in weights.items()
         if name in always or weight > 0
     }

@@ -3,6 +3,8 @@
 Each takes evidence, and whether a query is searched for alone before it is with its candidates.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from expandr_jax.ranking.stages import reciprocal_rank_fusion
@@ -53,7 +55,11 @@ def fused_search(evidence: Evidence, plain: bool) -> BlockSearch:
     return search
 
 
-REWARD_SEARCHES = {"dense": dense_search, "bm25": bm25_search, "fused": fused_search}
+REWARD_SEARCHES: dict[str, Callable[[Evidence, bool], BlockSearch]] = {
+    "dense": dense_search,
+    "bm25": bm25_search,
+    "fused": fused_search,
+}
 
 
 def corpus_reward(evidence: Evidence) -> np.ndarray:
