@@ -1,21 +1,18 @@
 """A whole config, as configs/ makes them, read and checked: a tree of the sections' dataclasses."""
 
 import dataclasses
-import math
 import operator
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from expandr_jax.data.settings import DataSettings
-from expandr_jax.errors import UserError, shown
+from expandr_jax.errors import UserError
 from expandr_jax.expansion.demonstrations import DemonstrationsSettings
 from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.expansion.strategies import strategy
 from expandr_jax.generation.settings import GeneratorSettings
-from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.models.lora import LoraConfig
-from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE
 from expandr_jax.objectives.llara import LlaraSettings
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.registry import STEP_B, StepB
@@ -36,19 +33,12 @@ from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.formats import RENAMED, read_record
 from expandr_jax.runtime.settings import LogSettings
 from expandr_jax.search.settings import SearchSettings
-from expandr_jax.settings import MANY, choice, count, read_section
+from expandr_jax.settings import MANY, Complaints, choice, count, read_section
 from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
 from expandr_jax.weights.sparse_encoder import SPLADE
 
-# At least one of these is above 0, or nothing would be learned.
-AT_LEAST_ONE = (
-    tuple(f"contrastive.{n}_weight" for n in (*CONTRASTIVE_LOSSES, "query_likelihood")),
-    tuple(f"reward.{name}" for name in (*REWARDS, "functions")),
-    tuple(f"data.shares.{name}_train" for name in ("retriever", "generator")),
-    ("distill.cosine_weight", "distill.kl_weight"),
-)
 # Stages for which the trained adapter writes, which a server does not have.
 _BY_THE_ADAPTER = {
     "distill.epochs": "the trained adapter expands its queries",
@@ -94,6 +84,11 @@ class Config:
     log: LogSettings
     mesh: MeshSettings
 
+    def refused(self) -> Complaints:
+        """What does not go with settings of other sections."""
+        for check in _CHECKS:
+            yield from check(self)
+
     @property
     def step_b_kind(self) -> StepB:
         """What `step_b` names."""
@@ -134,14 +129,12 @@ def read_config(values: Mapping[str, Any] | Config) -> Config:
             "called now"
         )
     try:
-        config = read_section(Config, values)
+        return read_section(Config, values)
     except UserError as error:
         name = str(error).partition(":")[0]
         if name in RENAMED:
             raise UserError(f"{name}: is {RENAMED[name]} now") from None
         raise
-    _check(config)
-    return config
 
 
 def read_run_config(path: str | os.PathLike) -> Config:
@@ -169,107 +162,108 @@ def _with(section: Any, name: str, value: Any) -> Any:
     return dataclasses.replace(section, **{first: value})
 
 
-def _check(config: Config) -> None:
-    """Refuses settings that do not go together."""
-    for names in AT_LEAST_ONE:
-        if not any(operator.attrgetter(*names)(config)):
-            raise _refuse(config, names[0], f"it or {' or '.join(names[1:])} above 0")
-    total = math.fsum(dataclasses.astuple(config.data.shares))
-    if config.data.kind == "pydoc" and abs(total - 1) > 1e-9:
-        raise UserError(f"data.shares: its four parts add up to {total:.6g}; expected 1")
-    if config.mining.first >= config.mining.depth:
-        raise _refuse(config, "mining.first", f"less than mining.depth, {config.mining.depth}")
+def _prompts(config: Config) -> Complaints:
+    """Prompts with examples, which candidates and dev queries have to be there for."""
+    prompts, texts = config.demonstrations.prompts, config.candidates
+    candidates = texts.per_temperature * len(texts.temperatures)
+    if prompts > candidates:
+        yield "demonstrations.prompts", f"at most the candidates of a query, {candidates}"
+    for name, reward in REWARDS.items():
+        if prompts and reward.answers and getattr(config.reward, name) > 0:
+            none = "0, as demonstrations.prompts is above 0: dev queries have no self-answers"
+            yield f"reward.{name}", none
+    own = strategy(config.expansion.strategy, config.expansion.template)
+    if prompts and not (len(own.steps) == 1 and own.asks[-1].prompt.of_query_alone):
+        one = "a strategy that asks once, for the query alone, as demonstrations.prompts is above 0"
+        yield "expansion.strategy", one
+
+
+def _candidates(config: Config) -> Complaints:
+    """Candidates of which none can be preferred."""
     texts = config.candidates
     # Greedy decoding gives the same text each time, as does choosing among one token.
     drawn = (
         0 if texts.top_k == 1 else texts.per_temperature * sum(t > 0 for t in texts.temperatures)
     )
-    prompts = config.demonstrations.prompts
-    candidates = texts.per_temperature * len(texts.temperatures)
-    if prompts > candidates:
-        fewer = f"at most the candidates of a query, {candidates}"
-        raise _refuse(config, "demonstrations.prompts", fewer)
-    if prompts and config.reward.answer > 0:
-        expected = "0, as demonstrations.prompts is above 0: dev queries have no self-answers"
-        raise _refuse(config, "reward.answer", expected)
-    if drawn + (0 in texts.temperatures) < 2 and prompts < 2:
-        raise _refuse(
-            config, "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures",
-            "with candidates.per_temperature at least two different texts, to prefer one",
-        )  # fmt: skip
-    own = config.reward.functions
-    if config.reward.function_weights and len(config.reward.function_weights) != len(own):
-        one_each = f"() or a weight for each of reward.functions, {len(own)}"
-        raise _refuse(config, "reward.function_weights", one_each)
-    grpo, kind = config.grpo, config.step_b_kind
-    most = config.rewarded.max_new_tokens
+    if drawn + (0 in texts.temperatures) < 2 and config.demonstrations.prompts < 2:
+        name = "candidates.top_k" if texts.top_k == 1 else "candidates.temperatures"
+        yield name, "with candidates.per_temperature at least two different texts, to prefer one"
+
+
+def _rewards(config: Config) -> Complaints:
+    """Rewards whose settings do not fit the texts, or the vectors, that they are of."""
+    most, section = config.rewarded.max_new_tokens, config.step_b_kind.rewarded
     if config.reward.length > 0 and config.reward.length_cache > most:
-        longest = f"at most {kind.rewarded}.max_new_tokens, {most}"
-        raise _refuse(config, "reward.length_cache", longest)
-    if grpo.top_k == 1:
-        raise _refuse(config, "grpo.top_k", "0 or above 1: texts of a query must differ")
-    if len(grpo.watch_entropy) != 2 or grpo.watch_entropy[0] >= grpo.watch_entropy[1]:
-        raise _refuse(config, "grpo.watch_entropy", "two shares, the lower one first")
-    if kind.on_policy and config.generator.server.url:
-        expected = f"'', as step_b is {config.step_b!r}: texts are sampled here"
-        raise _refuse(config, "generator.server.url", expected)
-    if grpo.documents and config.learned is grpo:
-        for name, weight in reward_weights(config.reward).items():
-            if (weight > 0) is not (name == "group"):
-                expected = "()" if name not in REWARDS else "above 0" if name == "group" else "0"
-                field = name if name in REWARDS else "functions"
-                expected = f"{expected}, as grpo.documents is above 0"
-                raise _refuse(config, f"reward.{field}", expected)
-        if config.reward.search == "fused":
-            expected = "'dense' or 'bm25', as grpo.documents is above 0"
-            raise _refuse(config, "reward.search", expected)
-        if grpo.resample:
-            raise _refuse(config, "grpo.resample", "0, as grpo.documents is above 0")
-    if len(grpo.document_weights) != 2:
-        expected = "two numbers: of relevant documents and of others"
-        raise _refuse(config, "grpo.document_weights", expected)
-    for name, why in _BY_THE_ADAPTER.items():
-        if operator.attrgetter(name)(config) and config.generator.server.url:
-            raise _refuse(config, "generator.server.url", f"'', as {name} is above 0: {why}")
-    step_a = config.contrastive
-    if config.retriever.weights != "float32" and not step_a.lora.rank:
-        raise _refuse(
-            config, "retriever.weights", "'float32', as contrastive.lora.rank is 0: all are trained"
-        )
-    if step_a.curriculum and step_a.length_window:
-        raise _refuse(config, "contrastive.length_window", "0, as contrastive.curriculum is set")
-    if config.retriever.pooling == SPLADE and step_a.lora.rank:
-        expected = "0, as retriever.pooling is 'splade': all weights are trained"
-        raise _refuse(config, "contrastive.lora.rank", expected)
-    if config.llara.epochs and step_a.query_likelihood_weight:
-        expected = "0, as llara.epochs is above 0: vectors are of eight tokens, not of the end's"
-        raise _refuse(config, "contrastive.query_likelihood_weight", expected)
-    # The first update would raise a learned temperature to its floor, whatever the gradient says.
-    if step_a.learn_temperature and step_a.temperature < LEAST_TEMPERATURE:
-        raise _refuse(
-            config, "contrastive.temperature",
-            f"at least {LEAST_TEMPERATURE}, below which none is learned",
-        )  # fmt: skip
+        yield "reward.length_cache", f"at most {section}.max_new_tokens, {most}"
     # Longer vectors would have sharper shares, whatever they say.
     for name in REWARDS:
         graded = getattr(config.reward, f"{name}_measure", None) == "softmax_share"
-        if graded and getattr(config.reward, name) and step_a.normalize not in ("after", "both"):
-            expected = f'"after" or "both", as reward.{name}_measure is "softmax_share"'
-            raise _refuse(config, "contrastive.normalize", expected)
+        any_length = config.contrastive.normalize not in ("after", "both")
+        if graded and getattr(config.reward, name) and any_length:
+            unit = f'"after" or "both", as reward.{name}_measure is "softmax_share"'
+            yield "contrastive.normalize", unit
+
+
+def _server(config: Config) -> Complaints:
+    """A server of the generator as it was, where what is trained has to write."""
+    if not config.generator.server.url:
+        return
+    if config.step_b_kind.on_policy:
+        yield "generator.server.url", f"'', as step_b is {config.step_b!r}: texts are sampled here"
+    for name, why in _BY_THE_ADAPTER.items():
+        if operator.attrgetter(name)(config):
+            yield "generator.server.url", f"'', as {name} is above 0: {why}"
+
+
+def _documents(config: Config) -> Complaints:
+    """Rewards of queries alone, where texts of documents are learned with theirs."""
+    if not config.grpo.documents or config.learned is not config.grpo:
+        return
+    why = "as grpo.documents is above 0"
+    for name, weight in reward_weights(config.reward).items():
+        if (weight > 0) is not (name == "group"):
+            expected = "()" if name not in REWARDS else "above 0" if name == "group" else "0"
+            field = name if name in REWARDS else "functions"
+            yield f"reward.{field}", f"{expected}, {why}"
+    if config.reward.search == "fused":
+        yield "reward.search", f"'dense' or 'bm25', {why}"
+    if config.grpo.resample:
+        yield "grpo.resample", f"0, {why}"
+
+
+def _step_a(config: Config) -> Complaints:
+    """Weights that are trained and kept in too few bits, and losses that a retriever has not."""
+    rank = config.contrastive.lora.rank
+    if config.retriever.weights != "float32" and not rank:
+        all_trained = "'float32', as contrastive.lora.rank is 0: all are trained"
+        yield "retriever.weights", all_trained
+    if config.retriever.pooling == SPLADE and rank:
+        all_trained = "0, as retriever.pooling is 'splade': all weights are trained"
+        yield "contrastive.lora.rank", all_trained
+    if config.llara.epochs and config.contrastive.query_likelihood_weight:
+        none = "0, as llara.epochs is above 0: vectors are of eight tokens, not of the end's"
+        yield "contrastive.query_likelihood_weight", none
+
+
+def _systems(config: Config) -> Complaints:
+    """Names of systems that there are not."""
     try:
         parse_systems(config.evaluation.systems)
     except UserError as error:
         raise UserError(f"evaluation.systems: {error}") from None
-    own = strategy(config.expansion.strategy, config.expansion.template)  # Refuses a wrong one.
-    if prompts and not (len(own.steps) == 1 and own.asks[-1].prompt.of_query_alone):
-        expected = "a strategy that asks once, for the query alone, as demonstrations.prompts is"
-        raise _refuse(config, "expansion.strategy", f"{expected} above 0")
-    if own.replaces:
-        for name, none in _NO_WEIGHT.items():
-            if operator.attrgetter(name)(config) != none:
-                text = f"the text of {config.expansion.strategy!r} stands in the query's place"
-                raise _refuse(config, name, f"{none}, as {text}")
+    yield from ()
 
 
-def _refuse(config: Config, name: str, expected: str) -> UserError:
-    return UserError(f"{name} is {shown(operator.attrgetter(name)(config))}; expected {expected}")
+def _strategy(config: Config) -> Complaints:
+    """A template that no strategy takes; weights of a query in whose place a text stands."""
+    name = config.expansion.strategy
+    if strategy(name, config.expansion.template).replaces:
+        for setting, none in _NO_WEIGHT.items():
+            if operator.attrgetter(setting)(config) != none:
+                yield setting, f"{none}, as the text of {name!r} stands in the query's place"
+
+
+# What no section can see alone.
+_CHECKS = (
+    _prompts, _candidates, _rewards, _server, _documents, _step_a, _systems, _strategy,
+)  # fmt: skip

@@ -2,7 +2,8 @@
 
 A section is a frozen dataclass whose fields have types such as `Annotated[int, count(1)]`;
 `X | None` may be None, too. A config says all of them; a default is for code that has no config,
-and is that of configs/base.py.
+and is that of configs/base.py. What does not go together though each value is one, a section's
+method `refused` tells: the name of a setting in it, and what was expected, of each that is wrong.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import functools
 import operator
 import re
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from expandr_jax.errors import UserError, shown
@@ -18,6 +19,7 @@ from expandr_jax.errors import UserError, shown
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST = 1e38  # What float32 can hold.
 Section = TypeVar("Section")
+Complaints = Iterator[tuple[str, str]]  # Settings of a section, and what was expected of them.
 MANY = 10_000  # More of what is done again and again would not end.
 
 
@@ -165,7 +167,18 @@ def read_section(section: type[Section], values: Mapping[str, Any], prefix: str 
         if not check.holds(value):
             raise UserError(f"{prefix}{name} is {shown(value)}; expected {check.expected}")
         read[name] = value
-    return section(**read)
+    made = section(**read)
+    for name, expected in made.refused() if hasattr(made, "refused") else ():
+        value = operator.attrgetter(name)(made)
+        raise UserError(f"{prefix}{name} is {shown(value)}; expected {expected}")
+    return made
+
+
+def at_least_one(section: str, settings: Any, names: Sequence[str]) -> Complaints:
+    """Refuses, for `refused` of a section, that all of these settings are 0 or empty."""
+    if not any(operator.attrgetter(*names)(settings)):
+        others = " or ".join(f"{section}.{name}" for name in names[1:])
+        yield names[0], f"it or {others} above 0"
 
 
 def _with_tuples(value: Any) -> Any:

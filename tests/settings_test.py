@@ -11,7 +11,8 @@ import pytest
 from configs import base, paper, published, reference_code, strategies
 from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.errors import UserError
-from expandr_jax.settings import fields_of
+from expandr_jax.objectives.settings import MiningSettings
+from expandr_jax.settings import fields_of, read_section
 from tests.commands import command
 from tests.configs_test import CONFIGS, NAMES, flatten
 
@@ -165,6 +166,12 @@ def test_a_wrong_setting_is_named_with_what_was_expected(name, value, expected):
     assert message.startswith(f"{name} is {value!r}; expected ")
     assert expected in message.partition("; expected ")[2]
     assert "\n" not in message
+
+
+def test_a_section_refuses_by_itself_what_does_not_go_together():
+    values = base.get_config().mining.to_dict() | {"first": 50}
+    with pytest.raises(UserError, match=r"^mining\.first is 50; expected less than mining\.depth"):
+        read_section(MiningSettings, values, "mining.")
 
 
 def test_a_system_that_is_none_is_told_in_a_line():

@@ -5,21 +5,24 @@ from typing import Annotated
 
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.generation.settings import SamplingSettings
+from expandr_jax.losses.contrastive import CONTRASTIVE_LOSSES
 from expandr_jax.losses.distillation import DistillationLossSettings
 from expandr_jax.losses.policy import ADVANTAGES, POLICY_LOSSES, PolicySettings
 from expandr_jax.losses.reranking import RERANKING_LOSSES
 from expandr_jax.models.lora import OptionalLora
 from expandr_jax.models.stack import REMATS
-from expandr_jax.objectives.contrastive import ContrastiveConfig
+from expandr_jax.objectives.contrastive import LEAST_TEMPERATURE, ContrastiveConfig
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.preference import PREFERENCE_OBJECTIVES
 from expandr_jax.settings import (
     MANY,
     NOT_NEGATIVE,
+    Complaints,
     ComputeType,
     NotNegative,
     Positive,
     Share,
+    at_least_one,
     choice,
     count,
     number,
@@ -44,6 +47,16 @@ class ContrastiveSettings(ContrastiveConfig, TrainingSettings):
     patience: Annotated[int, count(0)]
     restart: bool
 
+    def refused(self) -> Complaints:
+        """Losses that all weigh nothing, two orders of the batches, a temperature that jumps."""
+        weights = [f"{name}_weight" for name in (*CONTRASTIVE_LOSSES, "query_likelihood")]
+        yield from at_least_one("contrastive", self, weights)
+        if self.curriculum and self.length_window:
+            yield "length_window", "0, as contrastive.curriculum is set"
+        # The first update would raise it to the floor, whatever the gradient says.
+        if self.learn_temperature and self.temperature < LEAST_TEMPERATURE:
+            yield "temperature", f"at least {LEAST_TEMPERATURE}, below which none is learned"
+
 
 @dataclasses.dataclass(frozen=True)
 class MiningSettings:
@@ -54,6 +67,11 @@ class MiningSettings:
     depth: Annotated[int, count(1)]
     absolute_margin: float | None
     relative_margin: float | None
+
+    def refused(self) -> Complaints:
+        """Results of which none is looked at."""
+        if self.first >= self.depth:
+            yield "first", f"less than mining.depth, {self.depth}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +122,15 @@ class GrpoSettings(PolicySettings, SamplingSettings):
     watch_steps: Annotated[int, count(1)]
     on_collapse: Annotated[str, choice(("stop", "back"))]
 
+    def refused(self) -> Complaints:
+        """Texts that are all alike, and pairs of numbers that are none."""
+        if self.top_k == 1:
+            yield "top_k", "0 or above 1: texts of a query must differ"
+        if len(self.watch_entropy) != 2 or self.watch_entropy[0] >= self.watch_entropy[1]:
+            yield "watch_entropy", "two shares, the lower one first"
+        if len(self.document_weights) != 2:
+            yield "document_weights", "two numbers: of relevant documents and of others"
+
     @property
     def batch_size(self) -> int:
         """Queries of a step, as other trainings call them."""
@@ -136,6 +163,10 @@ class DistillSettings(DistillationLossSettings, TrainingSettings):
     queries_per_document: Annotated[int, count(1, MANY)]
     depth: Annotated[int, count(1)]
     control: bool
+
+    def refused(self) -> Complaints:
+        """Losses that all weigh nothing."""
+        yield from at_least_one("distill", self, ("cosine_weight", "kl_weight"))
 
 
 @dataclasses.dataclass(frozen=True)

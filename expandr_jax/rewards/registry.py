@@ -19,9 +19,11 @@ from expandr_jax.settings import (
     MANY,
     PATTERN,
     POSITIVE,
+    Complaints,
     NotNegative,
     Positive,
     Share,
+    at_least_one,
     choice,
     count,
     several,
@@ -97,6 +99,13 @@ class RewardSettings:
     query_weight: Share
     depth: Annotated[int, count(1)]
     threshold: float
+
+    def refused(self) -> Complaints:
+        """Rewards that all weigh nothing, and weights that are not one for each function."""
+        yield from at_least_one("reward", self, (*REWARDS, "functions"))
+        if self.function_weights and len(self.function_weights) != len(self.functions):
+            one_each = f"() or a weight for each of reward.functions, {len(self.functions)}"
+            yield "function_weights", one_each
 
 
 def reward_weights(settings: RewardSettings) -> dict[str, float]:
