@@ -37,6 +37,24 @@ def test_every_setting_is_recorded_or_has_what_its_absence_meant(recorded):
     assert before.dpo == now.dpo
 
 
+def leaves(name, value):
+    """(name, value) of a setting, or of all those in a section."""
+    if not isinstance(value, dict):
+        return [(name, value)]
+    return [leaf for key, inside in value.items() for leaf in leaves(f"{name}.{key}", inside)]
+
+
+def test_a_default_that_has_changed_is_kept_for_runs_from_before():
+    """But for `generator.thinking`, which a run keeps with its chats."""
+    now = json.loads(json.dumps(dataclasses.asdict(read_config(base.get_config()))))
+    changed = set()
+    for setting, value in formats.ABSENT.items():
+        for name, old in leaves(setting, value):
+            section, field = formats.find_setting(now, name)
+            changed |= {name} if section[field] != old else set()
+    assert changed == {*formats.KEPT, "generator.thinking"}
+
+
 def test_checkpoints_are_told_apart_by_what_was_recorded(recorded):
     """The hashes are of the settings as they stand in the old config.json."""
     config = read_config(formats.translated(recorded))

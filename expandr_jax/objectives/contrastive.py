@@ -43,7 +43,7 @@ from expandr_jax.settings import Share, choice, count, several
 from expandr_jax.sharding import constrain, replicated
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
-from expandr_jax.vectors.query import Normalize, expanded_query
+from expandr_jax.vectors.query import NORMALIZE, Normalize, expanded_query
 
 if TYPE_CHECKING:
     from expandr_jax.objectives.settings import ContrastiveSettings
@@ -61,7 +61,7 @@ class ContrastiveConfig(ContrastiveLossSettings):
     """What a step compares, and how. A config's section `contrastive` is one."""
 
     query_weight: Share = 0.5
-    normalize: Annotated[str, choice(get_args(Normalize))]
+    normalize: Annotated[str, choice(get_args(Normalize))] = NORMALIZE
     learn_temperature: bool = False
     dimensions: Annotated[tuple[int, ...], several(count(1), least=0)] = ()
     micro_batch: Annotated[int, count(0)] = 0

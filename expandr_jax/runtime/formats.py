@@ -14,7 +14,9 @@ from expandr_jax.errors import UserError
 
 FORMAT = 1
 
-# Setting that older runs did not have -> the value that means what they did.
+# Setting that older runs did not have -> the value that means what they did. Most are what is the
+# default today, and are written out all the same: when a default changes, they must not, since runs
+# go on as they began, and checkpoints are told apart by what differs from these.
 ABSENT: dict[str, Any] = {
     **{
         f"{section}.{name}": value
@@ -101,7 +103,7 @@ ABSENT: dict[str, Any] = {
         "ah_iterations": 10, "reorder": 400, "storage": "float32",
     },
 }  # fmt: skip
-# Those of them whose default means something else: a run that began without keeps to the old.
+# Those of them whose default is another: a run that began without keeps to the old.
 KEPT = ("evaluation.fusion_steps",)
 # Strategies of runs without a format of which a template left nothing: q2d asks it alone, as they
 # did. The one is no strategy any more, the other asks for a text before it.

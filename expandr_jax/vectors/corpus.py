@@ -27,7 +27,7 @@ from expandr_jax.search.divided import (
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
 from expandr_jax.vectors.file import check_whole, content_key, count_cut, encode_to_file
-from expandr_jax.vectors.query import Normalize
+from expandr_jax.vectors.query import NORMALIZE, Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
 
@@ -51,7 +51,7 @@ class Corpus:
     vectors: np.ndarray | StoredVectors | None
     search: SearchSettings
     path: pathlib.Path | None = None
-    normalize: Normalize = "both"
+    normalize: Normalize = NORMALIZE
     writes: bool = True
     processes: Processes = dataclasses.field(default_factory=Processes)
     shares: pathlib.Path | None = None

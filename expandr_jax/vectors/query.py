@@ -11,6 +11,7 @@ import numpy as np
 from expandr_jax.models.pooling import l2_normalize
 
 Normalize = Literal["none", "before", "after", "both"]
+NORMALIZE: Normalize = "both"  # Where there is no config: the default of `contrastive.normalize`.
 
 
 @dataclasses.dataclass(frozen=True)
