@@ -228,7 +228,7 @@ def test_a_kill_leaves_nothing_where_files_are_temporary(tmp_path, monkeypatch):
     process = start(workdir, "--config.mesh.workers=1")
     until([process], under_way(workdir, "fine-tuned"))
     process.kill()
-    process.wait(timeout=60)  # Its workers have its output open: it does not end with it.
+    process.communicate(timeout=60)  # Its workers end, too, which have its output.
     assert not list(tmp_path.glob("expandr-*"))
 
 

@@ -1,5 +1,9 @@
 """Batches made ahead of training by worker processes (grain)."""
 
+import functools
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -46,7 +50,7 @@ class Ahead(Generic[T]):
     def _begin(self, first: int) -> Iterator[T]:
         import grain  # Here, for Orbax comes with it.
 
-        steps = grain.MapDataset.range(first, self.last).map(self.make)
+        steps = grain.MapDataset.range(first, self.last).map(_InWorker(self.make))
         # One thread in each process: more would only wait for each other.
         steps = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         workers = min(self.workers, self.last - first)
@@ -58,3 +62,29 @@ class Ahead(Generic[T]):
         if hasattr(self._steps, "close"):
             self._steps.close()
         self._next, self._steps = -1, iter(())
+
+
+class _InWorker(Generic[T]):
+    """A function in a process that ends with this one, also where this one is killed.
+
+    Else it would wait for ever to be asked, and keep open what it has read.
+    """
+
+    def __init__(self, make: Callable[[int], T]):
+        self._make, self._parent = make, os.getpid()
+
+    def __call__(self, number: int) -> T:
+        if os.getpid() != self._parent:
+            _watch(self._parent)
+        return self._make(number)
+
+
+@functools.cache
+def _watch(parent: int) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

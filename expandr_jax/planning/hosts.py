@@ -55,7 +55,7 @@ CHECKPOINT_FILES = 16  # In a checkpoint, for each process.
 # Seconds of one core, for a thousand of each, of 512 tokens: `python -m tests.host_rates`.
 CORE_SECONDS = {
     "document read": 0.03, "text encoded": 0.35, "text sampled": 0.06, "example": 1.1,
-    "example kept": 0.1,
+    "example kept": 0.04,
     "candidate rewarded": 0.03, "query ranked": 0.23, "MB exported": 0.71,
 }  # fmt: skip
 
