@@ -165,6 +165,23 @@ def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_keeps_the_queries_that_an_earlier_version_took(distilled, tmp_path):
+    """Its passages, vectors and towers are of these."""
+    workdir = tmp_path / "run"
+    shutil.copytree(distilled[0], workdir)
+    path = workdir / "distilled" / "queries.jsonl"
+    path.write_text(path.read_text().replace('"left_out": ""}', '"left_out": "long ago"}', 1))
+    taken = path.read_bytes()
+    for kept in (workdir / "checkpoints").glob("distilled*"):
+        shutil.rmtree(kept)
+    for journal in (workdir / "work" / "round-0").glob("distilled-*"):
+        journal.unlink()
+    (workdir / "results.json").unlink()
+    finish(distill(workdir, control=True))
+    assert path.read_bytes() == taken
+
+
+@pytest.mark.slow
 def test_a_run_keeps_the_towers_that_it_has(distilled):
     process = distill(distilled[0], control=True, epochs=3.0)
     output, _ = process.communicate(timeout=120)

@@ -7,7 +7,7 @@ row `expandr`. The student encodes plain queries; the documents' vectors are the
 import collections
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,12 @@ from jax.sharding import Mesh
 from expandr_jax.config import Config
 from expandr_jax.data.benchmarks import benchmark_queries
 from expandr_jax.data.documents import ids_of, rows_of
-from expandr_jax.data.generated import JudgedQueries, drawn_documents, generated_rows
+from expandr_jax.data.generated import (
+    JudgedQueries,
+    drawn_documents,
+    generated_names,
+    generated_rows,
+)
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, expansion_requests, journaled
@@ -56,6 +61,7 @@ from train.expansions import SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
 GENERATED = "distilled/queries.jsonl"
+FIELDS = {"query_id": str, "document_id": str, "query": str, "left_out": str}  # Of its lines.
 PROMPT = "d2q"  # What the generator is asked of a document.
 
 
@@ -177,8 +183,20 @@ def generated_queries(path: pathlib.Path) -> dict[str, str]:
 
 def _kept(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Rows of the generated queries that are not left out."""
-    fields = {"query_id": str, "document_id": str, "query": str, "left_out": str}
-    return (row for _, row in read_jsonl(path, fields) if not row["left_out"])
+    return (row for _, row in read_jsonl(path, FIELDS) if not row["left_out"])
+
+
+def _rows_of(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The rows that a file has, if they are of these names.
+
+    Vectors, passages and towers are of the queries that a run once took. A later version may take
+    others of the same texts.
+    """
+    try:
+        rows = [row for _, row in read_jsonl(path, FIELDS)] if path.exists() else []
+    except UserError:  # Damaged: it is written again.
+        return None
+    return rows if [row["query_id"] for row in rows] == [*names] else None
 
 
 def _generate(
@@ -209,8 +227,10 @@ def _generate(
             tested |= {collection.queries[query] for query in collection.qrels[split]}
         trained = data.queries([*data.retriever_train, *data.generator_train])
         asked = DOCUMENT_PROMPTS[PROMPT].message(document="")
-        rows = generated_rows(written, PROMPT, trained, tested, asked)
-        write_jsonl(workdir / GENERATED, rows)
+        rows = _rows_of(workdir / GENERATED, generated_names(written, PROMPT))
+        if rows is None:
+            rows = generated_rows(written, PROMPT, trained, tested, asked)
+            write_jsonl(workdir / GENERATED, rows)
         return dict(sorted(collections.Counter(row["left_out"] for row in rows).items()))
 
     counts = sampler.processes.once(write)

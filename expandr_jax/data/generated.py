@@ -137,6 +137,11 @@ def sorted_out(
         yield name, query, why
 
 
+def generated_names(written: Iterable[tuple[str, int]], prompt: str) -> list[str]:
+    """Ids of generated queries, by (document, sample); `prompt` is what they were asked by."""
+    return [f"{prompt}/{document}/{sample}" for document, sample in written]
+
+
 def generated_rows(
     written: Mapping[tuple[str, int], str],
     prompt: str,
@@ -151,9 +156,7 @@ def generated_rows(
         prompt: What the texts were asked by, with which their ids begin.
         trained, tested, asked: As of `sorted_out`.
     """
-    named = (
-        (f"{prompt}/{document}/{sample}", text) for (document, sample), text in written.items()
-    )
+    named = zip(generated_names(written, prompt), written.values(), strict=True)
     return [
         {"query_id": name, "document_id": document, "query": query, "left_out": why}
         for (document, _), (name, query, why) in zip(
