@@ -32,12 +32,15 @@ from expandr_jax.weights.store import merge_stored
 from expandr_jax.weights.trees import hash_tree
 
 
-def load_models(config: Config, progress: Callable[[int], None]) -> Models:
+def load_models(
+    config: Config, progress: Callable[[int], None], *, trains_retriever: bool = False
+) -> Models:
     """Loads the config's models onto its mesh.
 
     Args:
         config: The whole config.
         progress: Called with 1 after each of the two models.
+        trains_retriever: Whether the retriever as it came will stay beside one that is trained.
 
     Raises:
         UserError: A model cannot be found, read or verified, the mesh does not fit, or sampling
@@ -57,7 +60,9 @@ def load_models(config: Config, progress: Callable[[int], None]) -> Models:
     progress(1)
     generator = load_generator_model(config)
     if not config.generator.server.url:
-        _check_sampling(config, generator, retriever.retriever_params)
+        # A trained one shares a frozen base.
+        copies = 2 if trains_retriever and not config.contrastive.lora.rank else 1
+        _check_sampling(config, generator, copies * _bytes_held(retriever.retriever_params))
     progress(1)
     return Models(**{**vars(retriever), **vars(generator)})
 
@@ -221,13 +226,15 @@ def penalizes(config: Config, stages: Sequence[str] = ()) -> bool:
     return any(getattr(config, stage).repetition_penalty != 1 for stage in stages)
 
 
-def _check_sampling(config: Config, model: GeneratorModel, retriever_params: Any) -> None:
-    """Refuses, before hours of work, texts that are too many or too long for the memory."""
+def _check_sampling(config: Config, model: GeneratorModel, retrievers: int) -> None:
+    """Refuses, before hours of work, texts that are too many or too long for the memory.
+
+    `retrievers` are bytes of each device that retrievers take beside the generator. A limit of the
+    config is what sampling alone may take.
+    """
     kind, settings = config.step_b_kind, config.learned
     by_themselves = [stage for stage in sampling_stages(config) if stage != kind.section]
-    # The retriever as it came stays beside the trained one, which shares a frozen base with it.
-    copies = 1 if config.contrastive.lora.rank else 2
-    beside = {"retrievers": copies * _bytes_held(retriever_params)}
+    beside = {} if config.generator.memory_limit else {"retrievers": retrievers}
     _check_engine(config, model, by_themselves, beside)
     if kind.on_policy:
         setup = kind.trainer(model, settings).setup

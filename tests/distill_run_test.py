@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Router
 from configs import smoke as smoke_config
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
-from expandr_jax.files.records import hash_file
+from expandr_jax.files.records import hash_file, write_jsonl
 from tests.adding_test import contents
 from tests.commands import command, error_of, finish, start, step_metrics
 
@@ -170,7 +170,9 @@ def test_a_run_keeps_the_queries_that_an_earlier_version_took(distilled, tmp_pat
     workdir = tmp_path / "run"
     shutil.copytree(distilled[0], workdir)
     path = workdir / "distilled" / "queries.jsonl"
-    path.write_text(path.read_text().replace('"left_out": ""}', '"left_out": "long ago"}', 1))
+    first, *others = rows(path)
+    assert first["left_out"]  # Which an earlier version did not.
+    write_jsonl(path, [first | {"left_out": ""}, *others])
     taken = path.read_bytes()
     for kept in (workdir / "checkpoints").glob("distilled*"):
         shutil.rmtree(kept)

@@ -19,7 +19,7 @@ from expandr_jax.generation import engine as engines
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Extent, Request
 from expandr_jax.generation.sampler import Sampler, slots_of_a_process
-from expandr_jax.loading import _check_sampling, load_generator_model, load_models
+from expandr_jax.loading import _bytes_held, _check_sampling, load_generator_model, load_models
 from expandr_jax.models.decoder import cast_weights
 from expandr_jax.runtime.host_memory import release_memory
 from expandr_jax.runtime.processes import Processes
@@ -96,7 +96,7 @@ def test_on_policy_all_that_samples_is_in_the_plan_of_a_run(monkeypatch):
 
     def planned(documents=0, warm_start=""):
         config.grpo.documents, config.warm_start = documents, warm_start
-        _check_sampling(read_config(config), model, {})
+        _check_sampling(read_config(config), model, 0)
         before, step = (plan["slots"] for plan in plans[-2:])
         return before, step
 
@@ -111,15 +111,19 @@ def test_on_policy_all_that_samples_is_in_the_plan_of_a_run(monkeypatch):
 def test_the_retrievers_that_stay_on_the_devices_are_in_the_plan_of_a_run(monkeypatch):
     config, plans = smoke.get_config(), []
     monkeypatch.setattr("expandr_jax.loading.check_memory", lambda plan, _: plans.append(plan))
-    models = load_models(read_config(config), lambda _: None)
+    models = load_models(read_config(config), int)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(models.retriever_params))
+    assert plans[-1]["retrievers"] == size
+    load_models(read_config(config), int, trains_retriever=True)
     assert plans[-1]["retrievers"] == 2 * size  # As it came, and trained.
-    config.contrastive.lora.rank = 2
-    _check_sampling(read_config(config), models, models.retriever_params)
-    assert plans[-1]["retrievers"] == size  # The adapter's base is the same one.
     on_host = jax.tree.map(np.asarray, models.retriever_params)
-    _check_sampling(read_config(config), models, on_host)
-    assert plans[-1]["retrievers"] == 0
+    assert _bytes_held(on_host) == 0
+    config.generator.memory_limit = 1.0  # What sampling alone may take.
+    load_models(read_config(config), int, trains_retriever=True)
+    assert "retrievers" not in plans[-1]
+    config.generator.memory_limit, config.contrastive.lora.rank = 0.0, 2
+    load_models(read_config(config), int, trains_retriever=True)
+    assert plans[-1]["retrievers"] == size  # The adapter's base is the same one.
 
 
 def test_what_stays_to_answer_questions_keeps_to_the_limit_too():

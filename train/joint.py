@@ -103,7 +103,7 @@ def train_joint(
     check_negatives(config, data)
     check_answers(config.reward, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
-        models = load_models(config, advance)
+        models = load_models(config, advance, trains_retriever=True)
     run.check_models(model_hashes(models) | stage_hashes(systems, config.evaluation))
     lists, buckets = config.evaluation.listwise, config.generator.prompt_buckets
     check_prompts(systems, models.generator, lists, buckets)
