@@ -61,7 +61,7 @@ from train.expansions import SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
 GENERATED = "distilled/queries.jsonl"
-FIELDS = {"query_id": str, "document_id": str, "query": str, "left_out": str}  # Of its lines.
+FIELDS = {"query_id": str, "document_id": str, "query": str, "left_out": str}  # Each line has them.
 PROMPT = "d2q"  # What the generator is asked of a document.
 
 
