@@ -152,7 +152,8 @@ def test_documents_that_are_judged_in_both_splits_stay_and_are_counted(tmp_path)
 def test_negatives_that_are_nowhere(tmp_path, monkeypatch):
     config = config_of(write(tmp_path / "set"))
     config.contrastive.negatives, config.mining.per_query = 1, 0
-    monkeypatch.setattr(joint, "load_models", lambda *_, **__: pytest.fail("loaded the models first"))
+    refuse = lambda *_, **__: pytest.fail("loaded the models first")  # noqa: E731
+    monkeypatch.setattr(joint, "load_models", refuse)
     with pytest.raises(UserError, match=r"contrastive.negatives is 1, .* mining.per_query"):
         joint.train_joint(config, tmp_path / "run", Console(quiet=True))
 
@@ -163,7 +164,7 @@ def test_answers_that_nobody_gives(tmp_path, monkeypatch, name):
     config = config_of(source)
     config.reward.update({"corpus": 0.0, name: 1.0, f"{name}_measure": "hit"})
 
-    def loads(*_, **_):
+    def loads(*_, **__):
         raise NotImplementedError
 
     monkeypatch.setattr(joint, "load_models", loads)
