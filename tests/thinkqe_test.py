@@ -72,7 +72,7 @@ def test_a_run_trains_it_and_is_asked_with_it(tmp_path):
     assert [row["sample"] for row in expansions] == [0, 1, 2] * 8
     assert results["chosen"]["expandr"]["samples"] in (3, 6)
     for name in ("expansions", "candidates"):
-        journals = {path.name for path in (tmp_path / "work" / "round-0").glob(f"{name}*")}
+        journals = {path.name for path in (tmp_path / "work" / "round-0").glob(f"{name}*.jsonl")}
         expected = {f"{name}-{each}.jsonl" for each in ROUNDS[:2]} | {f"{name}.jsonl"}
         assert journals == expected
     # The candidates are the last round's; their prompt shows what was found for the query.

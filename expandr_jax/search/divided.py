@@ -70,7 +70,7 @@ class DividedIndex:
         self._name, self._part, self._processes = f"search {name}", part, processes
         self._query_rows, self._shares = query_rows, shares
         self._closing = f"release {name}"
-        processes.serve(self._name, self._answer)
+        _serve(processes, self._name, self._answer, shares)
         processes.serve(self._closing, lambda _: self._close())
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,7 +165,7 @@ def divided_words(
         scores, rows = (np.concatenate(part) for part in zip(*found, strict=True))
         return scores, rows
 
-    processes.serve(name, answer)
+    _serve(processes, name, answer, shares)
     return functools.cache(lambda: _DividedWords(opened(), together))
 
 
@@ -203,24 +203,47 @@ def found_by_all(
     return found
 
 
+def _serve(
+    processes: Processes,
+    name: str,
+    answer: Callable[[list], str | None],
+    shares: pathlib.Path | None,
+) -> None:
+    """Has this process answer what `_ask` asks, and remove its file when that has been read.
+
+    It does so itself: of a workdir in a bucket each has its own directory.
+    """
+    processes.serve(name, answer)
+    processes.serve(_read(name), lambda _: _found(processes, shares).unlink(missing_ok=True))
+
+
 def _ask(
     processes: Processes, name: str, asked: pathlib.Path, k: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """What each process finds for the queries of a file, by its number; the file is removed."""
     answers = processes.call(name, [asked.name, k])
-    paths = [asked.with_name(answer) for answer in answers if answer]
-    parts = [*map(_load, paths)]
-    for path in (asked, *paths):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    parts = [_load(asked.with_name(answer)) for answer in answers if answer]
+    with contextlib.suppress(OSError):
+        asked.unlink()
+    processes.tell(_read(name), None)
     return parts
+
+
+def _read(name: str) -> str:
+    """What processes are told by when the answers to a search have been read."""
+    return f"{name}, read"
+
+
+def _found(processes: Processes, shares: pathlib.Path) -> pathlib.Path:
+    """The file of what a process has found."""
+    return shares / f"found.process-{processes.index}.npz"
 
 
 def _answered(
     processes: Processes, shares: pathlib.Path, found: tuple[np.ndarray, np.ndarray]
 ) -> str:
     """The name of the file that hands process 0 what this one has found."""
-    path = shares / f"found.process-{processes.index}.npz"
+    path = _found(processes, shares)
     _save(path, found)
     return path.name
 
