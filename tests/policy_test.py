@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from rich.console import Console
 
 from configs import base
@@ -251,7 +252,10 @@ def test_without_a_difference_nothing_is_learned(training):
     )
 
 
-HEALTHY = {"kl": 0.01, "entropy": 2.0, "repetitive": 0.1, "reward": 0.5, "reward_deviation": 0.2}
+HEALTHY = {
+    "kl": 0.01, "entropy": 2.0, "repetitive": 0.1, "reward": 0.5, "reward_deviation": 0.2,
+    "reward_error": 0.01,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -272,3 +276,37 @@ def test_a_collapse_is_seen_when_it_lasts(changed, why):
     assert collapsed(rows, settings) is None
     assert why in collapsed([*rows, rows[-1]], settings)
     assert collapsed([*rows, HEALTHY, rows[-1]], settings) is None
+
+
+def steps_of(rng, steps, mean, between=0.4, within=0.03, queries=16):
+    """Steps whose queries differ much in what they are worth, and the texts of each but little."""
+    worth = mean + between * rng.normal(size=(steps, queries))
+    return [
+        {**HEALTHY, "reward": row.mean(), "reward_deviation": within,
+         "reward_error": row.std(ddof=1) / np.sqrt(queries)}
+        for row in worth
+    ]  # fmt: skip
+
+
+def test_other_queries_are_no_collapse_and_worse_texts_are():
+    settings, length = settings_of().grpo, settings_of().grpo.watch_steps
+    first = FIRST_STEPS + length
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        rows = steps_of(rng, 300, mean=0.5)
+        assert not any(collapsed(rows[:end], settings) for end in range(first, 301)), seed
+        rows += steps_of(rng, length, mean=0.1, between=0.1)
+        assert "(grpo.watch_reward deviations" in collapsed(rows, settings), seed
+    # Runs of before know no standard errors.
+    older = [{k: v for k, v in row.items() if k != "reward_error"} for row in rows]
+    assert "(grpo.watch_reward deviations" in collapsed(older, settings)
+
+
+def test_a_step_s_standard_error_is_that_of_its_queries(training, monkeypatch):
+    once = dataclasses.replace(training.settings, resample=0)
+    monkeypatch.setattr(training.rollouts, "_settings", once)
+    rollout = training.rollouts.sample(4, training.state.params)
+    means = [np.mean([c.total for c in row.group.candidates]) for row in rollout.groups]
+    expected = scipy.stats.sem(means)
+    assert expected > 0
+    assert rollout.statistics["reward_error"] == pytest.approx(expected)

@@ -248,10 +248,12 @@ def _statistics(rows: Sequence[Sampled]) -> dict[str, float]:
     """What the texts of a step are worth and look like."""
     candidates = [c for row in rows for c in row.group.candidates]
     rewards = np.array([[c.total for c in row.group.candidates] for row in rows])
+    spread = rewards.mean(axis=1).std(ddof=1) if len(rows) > 1 else 0.0
     names = sorted({name for c in candidates for name in c.rewards})
     return {
         "reward": rewards.mean(),
         "reward_deviation": rewards.std(axis=1, ddof=1).mean(),
+        "reward_error": spread / np.sqrt(len(rows)),
         **{
             f"reward_{n}": float(np.mean([c.rewards[n] for c in candidates if n in c.rewards]))
             for n in names

@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from expandr_jax.objectives.settings import GrpoSettings
 
 FIRST_STEPS = 5  # Steps at the beginning whose mean is what later ones are compared with.
+# A step's mean reward may lie so many of its standard errors below the start's: other queries were
+# drawn. Where these differ more than texts of one do, that is more than any deviation of the texts.
+STANDARD_ERRORS = 2
 # Metrics of a step that the watch looks at.
-WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation")
+WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation", "reward_error")
 
 StepMetrics = Mapping[str, float]
 
@@ -23,21 +26,28 @@ def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None
     last = rows[-settings.watch_steps :]
     if len(rows) < FIRST_STEPS + settings.watch_steps:
         return None
-    start = {name: sum(row[name] for row in rows[:FIRST_STEPS]) / FIRST_STEPS for name in WATCHED}
+    # A run that began before there were standard errors goes on without.
+    start = {
+        name: sum(row.get(name, 0.0) for row in rows[:FIRST_STEPS]) / FIRST_STEPS
+        for name in WATCHED
+    }
     low, high = (bound * start["entropy"] for bound in settings.watch_entropy)
     repetitive = start["repetitive"] + settings.watch_repetitive
-    reward = start["reward"] - settings.watch_reward * start["reward_deviation"]
-    now = last[-1]
+    margin = settings.watch_reward * start["reward_deviation"]
+    reward = start["reward"] - max(margin, STANDARD_ERRORS * start["reward_error"])
+    kl, now = start["kl"] + settings.watch_kl, last[-1]
     limits: dict[str, Callable[[StepMetrics], bool]] = {
-        f"KL to the base {now['kl']:.3g} nats a token, above {settings.watch_kl:g} "
-        "(grpo.watch_kl)": lambda row: row["kl"] > settings.watch_kl,
+        f"KL to the base {now['kl']:.3g} nats a token, above {kl:.3g} (grpo.watch_kl over the "
+        "start's)": lambda row: row["kl"] > kl,
         f"entropy {now['entropy']:.3g} nats a token, {start['entropy']:.3g} at the start; "
         f"grpo.watch_entropy allows {low:.3g} to {high:.3g}": (
             lambda row: not low <= row["entropy"] <= high
         ),
         f"share of repetitive texts {now['repetitive']:.3g}, above {repetitive:.3g} "
         "(grpo.watch_repetitive over the start's)": lambda row: row["repetitive"] > repetitive,
-        f"reward {now['reward']:.4g}, below {reward:.4g} (grpo.watch_reward deviations under the "
-        "start's)": lambda row: row["reward"] < reward,
+        f"reward {now['reward']:.4g}, below {reward:.4g} (grpo.watch_reward deviations, and "
+        f"{STANDARD_ERRORS} standard errors, under the start's)": lambda row: (
+            row["reward"] < reward
+        ),
     }
     return next((why for why, beyond in limits.items() if all(map(beyond, last))), None)

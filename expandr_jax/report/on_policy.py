@@ -19,6 +19,7 @@ from expandr_jax.report.page import SampledText, clip, parts
 _TEXTS = 12  # Queries that are shown at most.
 _TEXT_CHARACTERS = 500
 _BEFORE_A_NAME = "reward_"
+_OF_THE_WHOLE = ("reward_deviation", "reward_error")  # What no reward is called.
 
 # Fields of metrics.jsonl by what they are called in a plot.
 _SHARES = {
@@ -119,7 +120,7 @@ def _reward_names(steps: _Steps) -> dict[str, str]:
     """The fields of rewards by name; none where the only one is the whole reward."""
     fields = sorted({
         field for row in steps.rows for field in row
-        if field.startswith(_BEFORE_A_NAME) and field != "reward_deviation"
+        if field.startswith(_BEFORE_A_NAME) and field not in _OF_THE_WHOLE
     })  # fmt: skip
     alone = len(fields) == 1 and all(row.get(fields[0]) == row.get("reward") for row in steps.rows)
     return {} if alone else {field.removeprefix(_BEFORE_A_NAME): field for field in fields}
