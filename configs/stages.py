@@ -16,6 +16,8 @@ def distill() -> ml_collections.ConfigDict:
     """The query tower, which learns the vectors of expanded queries."""
     distill = ml_collections.ConfigDict()
     distill.epochs = 0.0  # Passes over its queries; 0: no query tower is distilled.
+    # The more passages a teacher averages, the less of it is chance, which no query tells.
+    distill.samples = ()  # How many; tried on dev; (): as many as evaluation.samples has.
     distill.train_queries = 0  # The run's training queries at most; 0: all.
     distill.documents = 4096  # Documents at most that the generator writes further queries for.
     distill.queries_per_document = 1  # For each of them; what is nearly a test query is left out.

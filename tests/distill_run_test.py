@@ -14,13 +14,15 @@ from sentence_transformers.sentence_transformer.modules import Router
 from configs import smoke as smoke_config
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
+from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.files.records import hash_file, write_jsonl
 from tests.adding_test import contents
 from tests.commands import command, error_of, finish, start, step_metrics
+from tests.serving import Server
 
 SETTINGS = {
     "epochs": 2.0, "documents": 24, "batch_size": 8, "learning_rate": 1e-3, "kl_weight": 0.5,
-    "depth": 4, "save_every": 2,
+    "depth": 4, "save_every": 2, "samples": (2, 3),
 }  # fmt: skip
 FILES = ("results.json", "runs", "evaluation", "distilled")
 TOWER = "export/query-encoder"
@@ -36,6 +38,10 @@ def hashes(workdir: pathlib.Path) -> dict[str, str]:
     """Of every file that a run has."""
     paths = (path for path in workdir.rglob("*") if path.is_file())
     return {path.relative_to(workdir).as_posix(): hash_file(path) for path in paths}
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def rows(path: pathlib.Path) -> list[dict]:
@@ -111,6 +117,65 @@ def test_the_exported_pair_ranks_as_the_row_does(smoke, distilled):
     )
     readme = (workdir / TOWER / "README.md").read_text()
     assert "for_query_document" in readme
+
+
+@pytest.mark.slow
+def test_its_teacher_is_the_mean_of_as_many_passages_as_dev_chose(distilled):
+    """The vectors that it learns are those of sentence-transformers, averaged by numpy."""
+    workdir, printed = distilled
+    place = workdir / "work" / "round-0"
+    choice = json.loads((place / "distilled-choice.json").read_text())
+    assert choice["samples"] in SETTINGS["samples"]
+    told = f"query weight {choice['query_weight']}, samples {choice['samples']} "
+    assert f"teacher of expandr-distilled: expandr: {told}" in " ".join(printed.split())
+    texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "queries.jsonl")}
+    texts |= {row["query_id"]: row["query"] for row in rows(workdir / "distilled/queries.jsonl")}
+    written = {}
+    for row in rows(place / "distilled-expansions.jsonl"):
+        if "query_id" in row:
+            written.setdefault(row["query_id"], []).append(row)
+    model = SentenceTransformer(str(workdir / "export" / "retriever"), device="cpu")
+    expected, weight = [], choice["query_weight"]
+    for query, several in written.items():
+        assert [row["sample"] for row in several] == [*range(choice["samples"])]
+        own = unit(model.encode_query(texts[query]))
+        if read := [text for row in several if (text := strip_lead_in(row["text"]).strip())]:
+            passages = unit(model.encode_document(read))
+            own = unit(weight * own + (1 - weight) * passages.mean(axis=0))
+        expected.append(own)
+    targets = np.load(place / "distilled-targets.npy")
+    assert len(targets) == len(expected)
+    # Those of a journal stand in the order of ids, targets in that of the data.
+    nearest = (np.stack(expected) @ targets.T).argmax(axis=1)
+    assert len({*nearest}) > 0.9 * len(targets)
+    np.testing.assert_allclose(targets[nearest], expected, atol=1e-5)
+    # Evaluation has two passages of a dev query; the first of three are the same.
+    dev = {(row["query_id"], row["sample"]): row["text"] for row in
+           rows(place / "distilled-dev-expansions.jsonl") if "query_id" in row}  # fmt: skip
+    shared = [row for row in rows(workdir / "evaluation" / "expansions.jsonl")
+              if row["system"] == "expandr" and row["split"] == "dev"]  # fmt: skip
+    assert len(shared) * 3 == len(dev) * 2
+    for row in shared:
+        text = dev[row["query_id"], row["sample"]]
+        assert strip_lead_in(text).strip() == row["expansion"]
+
+
+@pytest.mark.slow
+def test_the_service_s_mode_is_the_row(distilled, tmp_path):
+    workdir, _ = distilled
+    texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "queries.jsonl")}
+    run = metrics.read_trec(workdir / "runs" / "expandr-distilled.trec")
+    server, differ = Server(workdir, tmp_path, "--noexpand"), 0
+    for query, found in run.items():
+        answers = [
+            server.post("/search", query=texts[query], k=10, mode=mode)["results"]
+            for mode in ("distilled", "plain")
+        ]
+        scores = [result["score"] for result in answers[0]]
+        np.testing.assert_allclose(scores, [*found.values()][:10], atol=1e-5)
+        differ += [r["score"] for r in answers[1]] != scores
+    assert differ > 0.9 * len(run)
+    server.stop()
 
 
 @pytest.mark.slow

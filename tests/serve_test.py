@@ -4,8 +4,11 @@ import concurrent.futures
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from expandr_jax.search import build_index
 from expandr_jax.sharding import make_mesh
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
-from tests.commands import command, finish, start
+from tests.commands import ROOT, command, finish, start
 from tests.serving import Server
 
 QUESTION = "Scale the gradient by a factor."
@@ -100,8 +103,10 @@ def test_documents_come_and_go(service, encoded):
     text = "Fits a sinusoid to samples."
     new = {"id": "some/new:one", "title": "Fits", "text": "a sinusoid to samples."}
     replaced = {"id": next(iter(corpus)), "text": "Another text."}
+    before = service.metric("expandr_compilations_total")
     answer = service.post("/documents", documents=[new, replaced])
     assert answer == {"added": 1, "replaced": 1}
+    assert service.metric("expandr_compilations_total") == before
     now = {name: corpus[name] for name in corpus if name != replaced["id"]}
     now |= {new["id"]: text, replaced["id"]: "Another text."}
     found = service.post("/search", query=text, k=20)["results"]
@@ -161,6 +166,16 @@ def test_a_late_passage_leaves_the_plain_result(service):
     assert answer["expansion"]["texts"]
 
 
+def test_the_page_s_client_adds_a_document_and_finds_it(service):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serve.md").read_text(), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) == 10
+    code = code.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")
+    found = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert len(found.stdout.splitlines()) == 10
+    assert service.ask("DELETE", "/documents/mine")[1] == {"removed": True}
+
+
 def test_pages_elsewhere_are_not_answered(service):
     for headers in (
         {"Host": "evil.example"},
@@ -177,18 +192,6 @@ def test_a_second_server_on_one_state_is_refused(service, smoke, tmp_path_factor
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2, output
     assert "another server has this state" in output
-
-
-@pytest.mark.slow
-def test_a_distilled_encoder_searches_at_once(smoke, tmp_path):
-    shutil.copytree(smoke[0], tmp_path / "run")
-    tower = tmp_path / "run" / "export" / "query-encoder"
-    shutil.copytree(tmp_path / "run" / "export" / "retriever", tower)
-    server = Server(tmp_path / "run", tmp_path / "state", "--noexpand")
-    answers = [server.post("/search", query=QUESTION, mode=m) for m in ("plain", "distilled")]
-    assert answers[0]["results"] == answers[1]["results"]
-    assert answers[1]["mode"] == "distilled"
-    server.stop()
 
 
 @pytest.mark.slow

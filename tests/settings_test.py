@@ -91,6 +91,7 @@ WRONG = [
     ("distill.queries_per_document", 0, MANY),
     ("distill.documents", -1, FROM_0),
     ("distill.depth", 0, COUNT),
+    ("distill.samples", (2, 0), "an empty tuple or one of values that each are a whole"),
     ("dpo.label_smoothing", 0.5, "a finite number at least 0 and below 0.5"),
     ("dpo.label_smoothing", -0.1, "a finite number at least 0 and below 0.5"),
     ("dpo.response_length", 1, "a whole number from 2 to 2147483647"),

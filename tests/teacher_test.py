@@ -1,19 +1,23 @@
 """The teacher of distilled expansion, against numpy, and what is kept of it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from configs import base
 from expandr_jax.config import read_config
+from expandr_jax.data.beir import Collection
 from expandr_jax.data.generated import COPIED, EMPTY, REPEATED, JudgedQueries, generated_rows
 from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.ranking.choices import Choice
-from expandr_jax.ranking.teacher import TAUGHT_AT_ONCE, Teacher, found_by_teacher
+from expandr_jax.ranking.sources import Expansions
+from expandr_jax.ranking.teacher import TAUGHT_AT_ONCE, Teacher, best_use, found_by_teacher
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import build_index
+from expandr_jax.vectors.corpus import Corpus
 
 SETTINGS = read_config(base.get_config()).evaluation
 TEXTS = {"a": [["one", "two", "three"]], "b": [["four", "", "five"]], "c": [["", "", ""]]}
@@ -37,6 +41,13 @@ class Encoder:
         return unit(np.stack(rows)).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Searched(Encoder):
+    """The same with documents."""
+
+    corpus: Any = None
+
+
 @pytest.mark.parametrize(("samples", "weight"), [(1, 0.5), (2, 0.3), (3, 0.0)])
 def test_a_teacher_s_vectors_are_means_of_query_and_passages(samples, weight):
     """Of those passages alone that there are; without any it is the query's own."""
@@ -52,6 +63,43 @@ def test_a_teacher_s_vectors_are_means_of_query_and_passages(samples, weight):
             own = weight * own + (1 - weight) * passages
         expected.append(unit(own))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def ndcg(scores, relevant):
+    """nDCG@10 with one relevant document."""
+    rank = int((scores > scores[relevant]).sum()) + 1
+    return 1 / np.log2(1 + rank) if rank <= 10 else 0.0
+
+
+@pytest.mark.parametrize("samples", [(), (1, 2, 4)])
+def test_how_a_teacher_uses_its_passages_is_what_is_best_on_dev(samples):
+    """Of a query's weights and of numbers of passages; the more tell more of what is relevant."""
+    drawn, queries = np.random.default_rng(0), {f"q{i}": f"query {i}" for i in range(8)}
+    texts = [[f"passage {i} of {query}" for i in range(4)] for query in queries]
+    own, passages = Encoder(Processes()).encode([*queries.values()], "query"), []
+    for several in texts:
+        passages.append(Encoder(Processes()).encode(several, "document"))
+    vectors = unit(drawn.normal(size=(60, 8)))
+    # What is relevant is near the mean of all passages, and so much beside it.
+    vectors[:8] = unit(np.stack(passages).mean(axis=1) + 0.15 * drawn.normal(size=(8, 8)))
+    vectors = vectors.astype(np.float32)
+    expected, best = None, -1.0
+    for count in samples or SETTINGS.samples:
+        for weight in SETTINGS.query_weights:
+            mixed = [weight * q + (1 - weight) * p[:count].mean(axis=0)
+                     for q, p in zip(own, passages, strict=True)]  # fmt: skip
+            found = np.mean([ndcg(vectors @ query, row) for row, query in enumerate(mixed)])
+            if round(found, 6) > best:
+                expected, best = Choice(weight, count), round(found, 6)
+    ids = [f"d{i}" for i in range(60)]
+    search = dataclasses.replace(read_config(base.get_config()).search, backend="exact")
+    retriever = Searched(Processes(), corpus=Corpus(ids, vectors, search))
+    qrels = {"dev": {query: {f"d{row}": 1} for row, query in enumerate(queries)}}
+    collection = Collection("", dict.fromkeys(ids, ""), queries, qrels)
+    dev, said = Expansions(STRATEGIES["q2d"], [[several] for several in texts]), []
+    assert best_use(retriever, collection, dev, SETTINGS, samples, said.append) == expected
+    assert said == [f"expandr: {expected} (dev nDCG@10 {best:.4f})"]
+    assert expected.samples == (4 if samples else 1)
 
 
 def test_what_teachers_find_first_is_found_block_by_block():

@@ -242,15 +242,28 @@ def _teacher(
     run: Run, data: TrainingData, expander: Expander, ours: CorpusRetriever, adapter: Any
 ) -> Teacher:
     """The run's teacher, which uses its passages by dev as in the evaluation."""
-    settings = run.config.evaluation
-    path = run.path("work", f"round-{run.config.rounds - 1}", "distilled-choice.json")
+    settings, samples = run.config.evaluation, run.config.distill.samples
+    place, judged = f"round-{run.config.rounds - 1}", data.collection.qrels["dev"]
+    path = run.path("work", place, "distilled-choice.json")
     strategy = expander.strategy.in_a_run
     if not run.processes.once(path.exists):
-        written = written_for(run, data, expander, adapter, TEACHER.generator, TEACHER.strategy)
-        strategy, texts, *_ = written
-        dev = Expansions(strategy, [texts[query] for query in data.collection.qrels["dev"]])
+        if (most := max(samples, default=0)) > max(settings.samples):
+            # The first of them are the evaluation's, drawn again with the same numbers.
+            queries = {query: data.collection.queries[query] for query in judged}
+            journal = run.path("work", place, "distilled-dev-expansions.jsonl")
+            with run.phase("expansions for the teacher's choice"):
+                sample = journaled(expander, adapter, journal, "evaluation")
+                texts = expander.texts(queries, most, sample)
+        else:
+            asked = TEACHER.generator, TEACHER.strategy
+            texts = written_for(run, data, expander, adapter, *asked)[1]
+        dev = Expansions(strategy, [texts[query] for query in judged])
+
+        def say(text: str) -> None:
+            run.reporter.say(f"teacher of {DISTILLED}: {text}")
+
         with run.phase("how expansions are used"):
-            best = best_use(ours, data.collection, dev, settings)
+            best = best_use(ours, data.collection, dev, settings, samples, say)
             run.processes.once(lambda: write_json(path, dataclasses.asdict(best)))
     return Teacher(ours, strategy, Choice(**run.read_json(path)), settings)
 

@@ -158,6 +158,7 @@ class DistillSettings(DistillationLossSettings, TrainingSettings):
 
     epochs: Annotated[float, number(least=0, most=MANY)]
     weight_decay: NotNegative
+    samples: Annotated[tuple[int, ...], several(count(1, MANY), least=0)]
     train_queries: Annotated[int, count(0)]
     documents: Annotated[int, count(0)]
     queries_per_document: Annotated[int, count(1, MANY)]

@@ -7,7 +7,7 @@ student encodes plain queries. Both search the same vectors of the documents.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,8 @@ def best_use(
     collection: Collection,
     expansions: Expansions,
     settings: EvaluationSettings,
+    samples: Sequence[int] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Choice | None:
     """How the teacher uses its passages, by dev as in the evaluation; None but in process 0.
 
@@ -60,13 +62,16 @@ def best_use(
         collection: Has the dev queries.
         expansions: What was written for them, in their order.
         settings: The config's section `evaluation`.
+        samples: How many passages are averaged, each tried; (): as the settings have it.
+        say: Told what is chosen.
     """
     judged, is_main = collection.qrels["dev"], retriever.processes.is_main
     dev = {query: collection.queries[query] for query in judged}
     options = {"is_main": is_main, "excluded": collection.excluded}
     ranker = _ranker(dev, retriever, settings, expansions, **options)
-    grid = expansion_grid(settings, MEAN, len(expansions.strategy.asks))
-    choices = DevChoices(lambda: ranker, judged, lambda _: grid, made={}, is_main=is_main)
+    tried = dataclasses.replace(settings, samples=tuple(samples) or settings.samples)
+    grid = expansion_grid(tried, MEAN, len(expansions.strategy.asks))
+    choices = DevChoices(lambda: ranker, judged, lambda _: grid, made={}, say=say, is_main=is_main)
     _ = retriever.corpus
     return choices(TEACHER)
 

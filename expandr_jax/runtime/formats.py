@@ -49,6 +49,7 @@ ABSENT: dict[str, Any] = {
         "weight_decay": 0.0, "clip_norm": 1.0, "cosine_weight": 1.0, "kl_weight": 0.0,
         "temperature": 0.05, "depth": 16, "control": False, "eval_every": 0, "save_every": 100,
     },
+    "distill.samples": [],
     "figret": {"rank": 0, "queries": 1024},
     "contrastive.curriculum": False,
     "llara": {"epochs": 0.0, "passage_words": 32, "pairs": 100_000},
