@@ -28,7 +28,7 @@ from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator
 from tests.commands import command, finish
 from tests.load_model import logits
-from train.prune import Options, prune, shares
+from train.prune import Options, prune, ranked_by, shares
 
 
 def torch_logits(model, ids):
@@ -188,6 +188,10 @@ def test_shares_are_read_or_refused():
     for wrong in (["a"], ["0"], ["1.5"], []):
         with pytest.raises(UserError, match=r"expected shares above 0 and up to 1"):
             shares(wrong)
+    assert ranked_by(["random", "taylor", "random"]) == ["random", "taylor"]
+    for wrong in (["magnitude"], []):
+        with pytest.raises(UserError, match=r"expected taylor or random or taylor,random"):
+            ranked_by(wrong)
 
 
 @pytest.fixture
@@ -262,12 +266,29 @@ def test_step_b_recovers_and_goes_on(finished):
 
 
 @pytest.mark.slow
-def test_the_whole_ranks_as_the_run_did(smoke, finished):
-    arguments = (f"--workdir={finished}", "--keep=1", "--epochs=0", "--evaluate")
-    finish(command("train.prune", *arguments))
-    (row,) = json.loads((finished / "pruned/results.json").read_text())["rows"]
-    rows = json.loads((smoke[0] / "results.json").read_text())["rows"]
-    assert row["ndcg@10"] == next(r["ndcg@10"] for r in rows if r["system"] == "expandr")
+def test_one_command_makes_the_whole_table(smoke, finished):
+    """The whole is the run's own, which ranks as the run did."""
+    arguments = ("--keep=1,0.75", "--importance=taylor,random", "--epochs=1", "--evaluate")
+    printed = finish(command("train.prune", f"--workdir={finished}", *arguments))
+    rows = json.loads((finished / "pruned/results.json").read_text())["rows"]
+    assert [(row["keep"], row["importance"]) for row in rows] == [
+        (1, "taylor"), (0.75, "taylor"), (0.75, "random"),
+    ]  # fmt: skip
+    whole, *less = rows
+    assert whole["share"] == 1
+    assert whole["perplexity"] == whole["perplexity_before"]
+    before = load_file(finished / "export/generator/model.safetensors")
+    after = load_file(finished / "pruned/taylor-1/generator/model.safetensors")
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    of_run = json.loads((smoke[0] / "results.json").read_text())["rows"]
+    assert whole["ndcg@10"] == next(r["ndcg@10"] for r in of_run if r["system"] == "expandr")
+    for row in less:
+        assert row["parameters"] == less[0]["parameters"] < whole["parameters"]
+        assert row["perplexity"] != row["perplexity_before"]
+    for row in rows:
+        assert row["tokens_per_second"] > 0
+        assert f"{row['ndcg@10']:.4f}" in printed
+        assert str(row["parameters"]) in printed
 
 
 def test_runs_that_cannot_be_pruned_are_refused(finished):

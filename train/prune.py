@@ -4,10 +4,11 @@
 
 ranks the heads, each key-value head with its query heads, and the channels of the run's trained
 generator by first-order Taylor importance on the pairs of the run's step B, leaves as many in every
-layer as a share of all parameters allows, and recovers by step B. Several shares:
---keep=1,0.9,0.75,0.5. RUN/pruned/IMPORTANCE-KEEP/generator/ loads in transformers;
-RUN/pruned/results.json and the table printed have what each costs, with --evaluate also nDCG@10 of
-the run's trained retriever with its passages. The same command again continues where it stopped.
+layer as a share of all parameters allows, and recovers by step B. Several shares, and as much left
+by chance beside each: --keep=1,0.9,0.75,0.5 --importance=taylor,random.
+RUN/pruned/IMPORTANCE-KEEP/generator/ loads in transformers; RUN/pruned/results.json and the table
+printed have what each costs, with --evaluate also nDCG@10 of the run's trained retriever with its
+passages. The same command again continues where it stopped.
 """
 
 import dataclasses
@@ -66,7 +67,8 @@ class Options:
         importance: One of IMPORTANCES.
         loss: One of LOSSES, that importance is of.
         examples: So many of the run's examples it is of.
-        epochs: How long step B recovers what was lost; None: as the run had it; 0: not at all.
+        epochs: How long step B recovers what was lost, if anything was; None: as the run had it; 0:
+            not at all.
         evaluate: Whether the run's test queries are expanded and searched, too.
     """
 
@@ -134,7 +136,8 @@ def prune(
                 params = taken(params, shape, *chosen)
             export_generator(directory / "before", generator, params)
             write_json(directory / "pruned.json", made)
-        _recover(whole, directory, options, console)
+        # The whole has lost nothing: it is the run's own.
+        _recover(whole, directory, 0.0 if keep == 1 else options.epochs, console)
         row = {"keep": keep, "importance": options.importance, **_measured(whole, directory)}
         if options.evaluate:
             row["ndcg@10"] = _searched(workdir, whole.config, directory, console)
@@ -223,12 +226,12 @@ def _check_same(path: pathlib.Path, made: Mapping[str, Any]) -> None:
 
 
 def _recover(
-    whole: Whole, directory: pathlib.Path, options: Options, console: Console
+    whole: Whole, directory: pathlib.Path, epochs: float | None, console: Console
 ) -> pathlib.Path:
     """Trains the pruned generator by step B, and merges the adapter."""
     to = directory / "generator"
     config = whole.config
-    epochs = config.dpo.epochs if options.epochs is None else options.epochs
+    epochs = config.dpo.epochs if epochs is None else epochs
     if to.exists():
         return to
     if not epochs:
@@ -319,10 +322,13 @@ def main(_: Any) -> None:
     values = flags.FLAGS
     if is_bucket(values.workdir):
         raise UserError(f"--workdir={values.workdir}: expected a run on this machine")
-    options = Options(values.importance, values.loss, values.examples, values.epochs,
-                      values.evaluate)  # fmt: skip
     keeps, console = shares(values.keep), plain_console(soft_wrap=True)
-    rows = prune(values.workdir, keeps, options, console)
+    first, *others = ranked_by(values.importance)
+    for importance in (first, *others):
+        options = Options(importance, values.loss, values.examples, values.epochs, values.evaluate)
+        # The whole is one, whatever it is ranked by.
+        some = [keep for keep in keeps if keep != 1 or importance == first]
+        rows = prune(values.workdir, some, options, console)
     wide_console().print(render("pruned generators", HEADER, list(map(_cells, rows))))
 
 
@@ -338,10 +344,18 @@ def shares(given: Sequence[str]) -> list[float]:
     return list(dict.fromkeys(found))
 
 
+def ranked_by(given: Sequence[str]) -> list[str]:
+    """The importances that --importance names."""
+    if not given or not {*given} <= {*IMPORTANCES}:
+        names = " or ".join([*IMPORTANCES, ",".join(IMPORTANCES)])
+        raise UserError(f"--importance={','.join(given)}: expected {names}")
+    return list(dict.fromkeys(given))
+
+
 def define_flags() -> None:
     define_workdir()
     flags.DEFINE_list("keep", ["0.75"], "Shares of all parameters to keep.")
-    flags.DEFINE_enum("importance", "taylor", IMPORTANCES, "By what heads and channels are ranked.")
+    flags.DEFINE_list("importance", ["taylor"], "By what heads and channels are ranked, or random.")
     flags.DEFINE_enum("loss", "likelihood", LOSSES, "Whose importance it is.")
     flags.DEFINE_integer("examples", 64, "So many of the run's pairs it is of.", lower_bound=1)
     flags.DEFINE_float("epochs", None, "Recovery's, by step B; none said: the run's; 0: none.",
