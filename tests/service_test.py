@@ -12,6 +12,7 @@ import pytest
 from expandr_jax.ranking.gate import Gate
 from expandr_jax.ranking.gate_features import PlainSearch, features_before
 from expandr_jax.search import Bm25Index
+from expandr_jax.serving import guard
 from expandr_jax.serving.cache import Expansion
 from expandr_jax.serving.documents import Hit, View
 from expandr_jax.serving.gate import QueryGate
@@ -87,8 +88,8 @@ async def until(condition):
         await asyncio.sleep(0.002)
 
 
-async def call(app, method, path, *parts: bytes, **headers):
-    """Status, headers and answer of a request to an ASGI application."""
+async def call(app, method, path, *parts: bytes, waits=None, **headers):
+    """Status, headers and answer of a request to an ASGI application; `waits` holds its end up."""
     names = {"host": "localhost", "content-type": "application/json", **headers}
     received = [{"type": "http.request", "body": p, "more_body": True} for p in parts]
     received.append({"type": "http.request", "body": b"", "more_body": False})
@@ -98,6 +99,8 @@ async def call(app, method, path, *parts: bytes, **headers):
         sent.append(message)
 
     async def receive():
+        if waits and len(received) == 1:
+            await waits.wait()
         return received.pop(0)
 
     scope = {
@@ -105,10 +108,7 @@ async def call(app, method, path, *parts: bytes, **headers):
         "query_string": b"", "scheme": "http", "http_version": "1.1", "root_path": "",
         "headers": [(k.encode(), v.encode()) for k, v in names.items()],
     }  # fmt: skip
-    try:
-        await app(scope, receive, send)
-    except RuntimeError:
-        assert sent  # Starlette raises what it has answered, for the log.
+    await app(scope, receive, send)
     start, *bodies = sent
     content = json.loads(b"".join(message["body"] for message in bodies))
     return start["status"], dict(start["headers"]), content
@@ -234,6 +234,20 @@ def test_a_full_disk_and_a_failure_are_told_without_the_question(service, models
     status, _, answer = asyncio.run(call(app, "POST", "/search", b'{"query": "a secret question"}'))
     assert (status, answer["error"]["reason"]) == (500, "failed")
     assert "secret" not in json.dumps(answer) + caplog.text
+    assert "a request failed: RuntimeError" in caplog.text
+    assert "service_test.py" in caplog.text  # Where it came from.
+
+
+def test_a_websocket_is_refused(service):
+    """Without an answer the server would have it fail, and log that."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/search", "headers": []}
+    asyncio.run(make_app(service, Access())(scope, None, send))
+    assert [message["type"] for message in sent] == ["websocket.close"]
 
 
 def test_nothing_is_answered_before_it_is_there():
@@ -251,6 +265,25 @@ def test_a_body_without_a_length_is_bounded(service):
     parts = [b" " * (1 << 20)] * (MOST_BODY // (1 << 20) + 1)
     status, _, answer = asyncio.run(call(app, "POST", "/search", *parts))
     assert (status, answer["error"]["reason"]) == (413, "size")
+
+
+def test_all_bodies_that_are_read_at_once_are_bounded(service, monkeypatch):
+    monkeypatch.setattr(guard, "MOST_BODIES", 30)
+    app = make_app(service, Access())
+
+    async def run():
+        goes_on = asyncio.Event()
+        body = b'{"query": "of bytes"}'
+        slow = asyncio.create_task(call(app, "POST", "/search", body, waits=goes_on))
+        await until(lambda: app._held)
+        refused = await call(app, "POST", "/search", body)
+        goes_on.set()
+        return refused, await slow, await call(app, "POST", "/search", body)
+
+    (status, headers, answer), slow, again = asyncio.run(run())
+    assert (status, answer["error"]["reason"]) == (429, "busy")
+    assert int(headers[b"retry-after"]) >= 1
+    assert (slow[0], again[0], app._held) == (200, 200, 0)
 
 
 def test_the_token_is_wanted_before_anything_is_read(service):

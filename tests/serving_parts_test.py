@@ -1,17 +1,24 @@
 """Parts of the service, without models: who may ask, the queue, the cache, exact search."""
 
 import base64
+import dataclasses
 import itertools
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
 
+from configs import base
+from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
+from expandr_jax.expansion.expand import Expander
+from expandr_jax.expansion.strategies import STRATEGIES
 from expandr_jax.search import build_index
 from expandr_jax.serving.batching import Batcher, Busy
 from expandr_jax.serving.cache import Cache, Expansion
+from expandr_jax.serving.expansions import ServedExpansions
 from expandr_jax.serving.flat import ROWS_AT_ONCE, search_flat
 from expandr_jax.serving.guard import MOST_BODY, Access
 from expandr_jax.serving.queries import START_TOKENS, _rows, split
@@ -155,6 +162,59 @@ def test_those_used_least_recently_make_room(tmp_path):
     assert cache.get("k1") is None
     cache.put("large", "query", expansion("x" * 30_000))
     assert cache.get("large") is None
+
+
+def served(cache, asked: list, samples=1, content="content", strategy="q2d", most=100, **changed):
+    """Expansions by a generator that says what it is asked; `changed` are settings of it."""
+    config = read_config(base.get_config())
+    settings = {name: value for name, value in changed.items() if name in vars(config.expansion)}
+    own = {name: value for name, value in changed.items() if name in vars(config.generator)}
+    generator = types.SimpleNamespace(
+        identity=changed.get("identity", "module"), today=changed.get("today", "2026-11-28")
+    )
+    sampler = types.SimpleNamespace(
+        settings=dataclasses.replace(config.generator, **own), generator=generator,
+        weights_hash=changed.get("weights", "hash"), seed=changed.get("seed", 0), fits=bool,
+    )  # fmt: skip
+
+    def texts(requests):
+        asked.extend(request.id for request in requests)
+        return {(request.id, request.sample): f"about {request.id}" for request in requests}
+
+    slots = types.SimpleNamespace(sampler=sampler, slots=4, texts=texts)
+    expansion = dataclasses.replace(config.expansion, **settings)
+    expander = Expander(STRATEGIES[strategy], sampler, expansion, most, None, {})
+    encode = lambda passages: np.full((len(passages), 2), 0.5, np.float32)  # noqa: E731
+    return ServedExpansions(expander, slots, samples, encode, content, cache)
+
+
+def test_what_was_kept_meanwhile_is_not_written_again(tmp_path):
+    """As where a query is asked again while its passage is being written."""
+    asked = []
+    expansions = served(Cache(tmp_path / "c", 10**6, 50.0), asked)
+    first, same = expansions.make(["a", "a"])
+    assert first is same
+    again, other = expansions.make(["a", "b"])
+    assert expansions.make(["b"])[0].cached
+    assert asked == ["a", "b"]
+    assert (again.cached, again.texts, other.cached) == (True, first.texts, False)
+    served(None, asked).make(["a"])
+    assert asked == ["a", "b", "a"]  # Without a cache.
+
+
+def test_a_kept_expansion_is_found_by_all_that_it_depends_on(tmp_path):
+    cache = Cache(tmp_path / "c", 10**6, 50.0)
+    served(cache, []).make(["a"])
+    assert served(cache, []).find("a").cached
+    assert served(cache, []).find("b") is None
+    changes = {
+        "samples": 2, "content": "other", "strategy": "query2doc", "most": 99, "temperature": 0.5,
+        "top_p": 0.5, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "max_new_tokens": 9,
+        "template": "{query}", "identity": "other", "today": "2026-11-29", "weights": "other",
+        "seed": 1, "prompt_buckets": (32,), "stop": ("x",),
+    }  # fmt: skip
+    for name, value in changes.items():
+        assert served(cache, [], **{name: value}).find("a") is None, name
 
 
 def test_a_file_that_is_no_cache_is_told(tmp_path):

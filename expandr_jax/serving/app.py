@@ -1,7 +1,6 @@
 """The HTTP API of a service, by FastAPI."""
 
 import json
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any
 
@@ -32,8 +31,6 @@ DESCRIPTION = "Searches the documents of a finished run of expandr-jax; docs/ser
 _STATUSES = (400, 401, 403, 404, 409, 413, 415, 422, 429, 503, 507)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in _STATUSES}
 Name = Annotated[str, Path(min_length=1, max_length=bodies.MOST_ID)]
-
-logger = logging.getLogger(__name__)
 
 
 def make_app(service: Service, access: Access, examples: Sequence[str] = ()) -> Guard:
@@ -174,12 +171,11 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, why: HTTPException) -> Response:
-        reason = {413: "size"}.get(why.status_code, "http")
+        reason = {413: "size", 429: "busy"}.get(why.status_code, "http")
         return error(why.status_code, reason, str(why.detail)[:300], **(why.headers or {}))
 
     @app.exception_handler(Exception)
-    async def failed(_: Request, why: Exception) -> Response:
-        logger.error("a request failed: %s", type(why).__name__)
+    async def failed(_: Request, why: Exception) -> Response:  # The guard has it logged.
         return error(500, "failed", "the service failed; its log says how")
 
 

@@ -120,16 +120,21 @@ class ServedExpansions:
         return None if self._cache is None else self._cache.get(self._key(query))
 
     def make(self, queries: Sequence[str]) -> list[Expansion]:
-        """Writes passages for several queries, and keeps them; those asked twice are made once."""
-        passages = self.written(queries)
-        vectors = self._encode([text for several in passages.values() for text in several])
-        made, start = {}, 0
-        for query, several in passages.items():
-            end = start + len(several)
-            made[query] = Expansion(tuple(several), vectors[start:end])
-            start = end
-            if self._cache is not None:
-                self._cache.put(self._key(query), query, made[query])
+        """Writes passages for several queries, and keeps them; those asked twice are made once.
+
+        Those that were made and kept while these waited for their turn are not made again.
+        """
+        made = {query: kept for query in queries if (kept := self.find(query)) is not None}
+        if new := [query for query in queries if query not in made]:
+            passages = self.written(new)
+            vectors = self._encode([text for several in passages.values() for text in several])
+            start = 0
+            for query, several in passages.items():
+                end = start + len(several)
+                made[query] = Expansion(tuple(several), vectors[start:end])
+                start = end
+                if self._cache is not None:
+                    self._cache.put(self._key(query), query, made[query])
         return [made[query] for query in queries]
 
     def written(self, queries: Sequence[str]) -> dict[str, list[str]]:

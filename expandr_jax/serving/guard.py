@@ -10,17 +10,23 @@ import binascii
 import dataclasses
 import hmac
 import json
+import logging
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
 MOST_BODY = 16 << 20  # Bytes.
+MOST_BODIES = 16 * MOST_BODY  # Bytes of all requests that are being answered.
 OPEN = ("/health",)  # Paths that want no token.
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _BODIES = ("POST", "PUT", "PATCH")
+_NONE_HERE = 1008  # Of WebSockets: against the service's policy.
 
 Scope, Receive, Send = Mapping[str, Any], Callable[[], Awaitable[Any]], Callable[..., Awaitable]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +82,38 @@ class Guard:
     """An ASGI application around another one, which refuses by `Access`."""
 
     def __init__(self, app: Callable, access: Access):
-        self._app, self._access = app, access
+        self._app, self._access, self._held = app, access, 0  # Bytes of bodies.
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": _NONE_HERE})
+            return
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self._app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
         if (refused := self._refused(scope)) is not None:
             await _refuse(send, *refused)
             return
-        await self._app(scope, _bounded(receive), send)
+        got = 0
+
+        async def receive_some() -> Any:
+            """Receives a bounded body, whatever its length is said to be."""
+            nonlocal got
+            message = await receive()
+            size = len(message.get("body", b""))
+            got, self._held = got + size, self._held + size
+            if got > MOST_BODY:
+                raise HTTPException(413, "the body is too large")
+            if self._held > MOST_BODIES:
+                raise HTTPException(429, "too many bodies are being read", {"Retry-After": "1"})
+            return message
+
+        try:
+            await self._app(scope, receive_some, send)
+        except Exception as error:  # It was answered. A server would log what it says, too.
+            logger.error("a request failed: %s", where_from(error))
+        finally:
+            self._held -= got
 
     def _refused(self, scope: Scope) -> tuple[int, str, str] | None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
@@ -94,24 +121,16 @@ class Guard:
         return self._access.refuses(scope["method"], scope["path"], headers, query)
 
 
+def where_from(error: Exception) -> str:
+    """An error's kind and where it came from, without its message, which may have a text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+    return " < ".join([type(error).__name__, *reversed(places)])
+
+
 def error_body(reason: str, message: str) -> bytes:
     """What every refusal says."""
     return json.dumps({"error": {"reason": reason, "message": message}}).encode()
-
-
-def _bounded(receive: Receive) -> Receive:
-    """Receives a body of at most `MOST_BODY` bytes, whatever its length is said to be."""
-    got = 0
-
-    async def receive_some() -> Any:
-        nonlocal got
-        message = await receive()
-        got += len(message.get("body", b""))
-        if got > MOST_BODY:
-            raise HTTPException(413, "the body is too large")
-        return message
-
-    return receive_some
 
 
 async def _refuse(send: Send, status: int, reason: str, message: str) -> None:
