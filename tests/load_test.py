@@ -1,6 +1,7 @@
 """`eval.load` prints what it measures of a service; the numbers of a tiny run mean nothing."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,12 +10,14 @@ from tests.commands import command, finish
 
 @pytest.mark.slow
 def test_it_measures_a_service(smoke, tmp_path):
-    out = tmp_path / "load.json"
+    run, out = tmp_path / "run", tmp_path / "load.json"
+    shutil.copytree(smoke[0], run)
+    shutil.copytree(run / "export" / "retriever", run / "export" / "query-encoder")
     arguments = ["--clients=1,4", "--seconds=0.5", "--soak=100", "--writes=300", "--nopeer"]
-    printed = finish(command("eval.load", f"--workdir={smoke[0]}", *arguments, f"--out={out}"))
+    printed = finish(command("eval.load", f"--workdir={run}", *arguments, f"--out={out}"))
     results = json.loads(out.read_text())
     rows = {(row["mode"], row["clients"]): row for row in results["rows"]}
-    for mode in ("plain", "expanded, kept"):
+    for mode in ("plain", "distilled", "expanded, kept"):
         for clients in (1, 4):
             row = rows[mode, clients]
             assert row["errors"] == 0

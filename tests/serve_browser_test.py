@@ -1,5 +1,6 @@
 """The service's page in a real browser: texts stay texts, keys and phones suffice, both themes."""
 
+import json
 import pathlib
 import shutil
 
@@ -87,8 +88,11 @@ def test_a_page_elsewhere_gets_nothing(browser, service, tmp_path):
     page = browser.new_page()
     page.goto(pathlib.Path(tmp_path / "evil.html").as_uri())
     url = f"http://127.0.0.1:{service.port}"
-    post = "(url) => fetch(url, {method: 'POST', mode: 'no-cors', body: '{\"query\": \"x\"}'})"
-    page.evaluate(f"{post}.then(() => 1, () => 0)", f"{url}/search")
+    body = json.dumps({"documents": [{"id": "elsewhere", "text": "x"}]})
+    # A form's kind of request, of which a browser asks the service for no leave.
+    post = "([url, body]) => fetch(url, {method: 'POST', mode: 'no-cors', body})"
+    page.evaluate(f"{post}.then(() => 1, () => 0)", [f"{url}/documents", body])
+    assert service.ask("GET", "/documents/elsewhere")[0] == 404
     read = page.evaluate("(url) => fetch(url).then(() => 'read', () => 'refused')", f"{url}/health")
     assert read == "refused"
     page.close()
