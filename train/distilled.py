@@ -1,7 +1,7 @@
 """Distilled expansion in a run: its queries, what their teacher says, and the towers that learn it.
 
-The teacher is the run's retriever with the trained generator's passages, used as dev chose for the
-row `expandr`. The student encodes plain queries; the documents' vectors are the retriever's own.
+The teacher is the run's retriever with the trained generator's passages, used as is best on dev.
+The student encodes plain queries; the documents' vectors are the retriever's own.
 """
 
 import collections
@@ -241,7 +241,7 @@ def _generate(
 def _teacher(
     run: Run, data: TrainingData, expander: Expander, ours: CorpusRetriever, adapter: Any
 ) -> Teacher:
-    """The run's teacher, which uses its passages by dev as in the evaluation."""
+    """The run's teacher, which uses its passages as is best on dev."""
     settings, samples = run.config.evaluation, run.config.distill.samples
     place, judged = f"round-{run.config.rounds - 1}", data.collection.qrels["dev"]
     path = run.path("work", place, "distilled-choice.json")
