@@ -99,7 +99,7 @@ def test_how_a_teacher_uses_its_passages_is_what_is_best_on_dev(samples):
     dev, said = Expansions(STRATEGIES["q2d"], [[several] for several in texts]), []
     assert best_use(retriever, collection, dev, SETTINGS, samples, said.append) == expected
     assert said == [f"expandr: {expected} (dev nDCG@10 {best:.4f})"]
-    assert expected.samples == (4 if samples else 1)
+    assert (expected.samples > 1) == bool(samples)
 
 
 def test_what_teachers_find_first_is_found_block_by_block():

@@ -22,7 +22,7 @@ MOST_BODIES = 16 * MOST_BODY  # Bytes of all requests that are being answered.
 OPEN = ("/health",)  # Paths that want no token.
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _BODIES = ("POST", "PUT", "PATCH")
-_NONE_HERE = 1008  # Of WebSockets: against the service's policy.
+_POLICY = 1008  # WebSockets are closed with this code: the service has none.
 
 Scope, Receive, Send = Mapping[str, Any], Callable[[], Awaitable[Any]], Callable[..., Awaitable]
 
@@ -86,7 +86,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": _NONE_HERE})
+            await send({"type": "websocket.close", "code": _POLICY})
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
