@@ -215,10 +215,10 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
         )
     )
     shared = min(common_prefix_length(prompt, ids) for ids in whole)
-    assert (found.prompt, cut) == (prompt[:shared], 0)
+    assert (found.ids[0], cut) == (prompt[:shared], 0)
     if (name, chosen) == ("spaced", "good"):
         assert shared < len(prompt)
-    for ours, theirs_ids in zip(found.responses, (ids[shared:] for ids in whole), strict=True):
+    for ours, theirs_ids in zip(found.ids[1:], (ids[shared:] for ids in whole), strict=True):
         # A template that puts no end behind an answer gets one.
         assert ours in (theirs_ids, [*theirs_ids, own.end_id])
 
@@ -240,4 +240,4 @@ def test_prompts_that_are_text_begin_as_the_tokenizer_has_it(generator, tmp_path
         ((found,), _) = tokenize_pairs(own, rows, section)
         # Of a prompt that has the token, TRL's ids begin with it twice.
         twice = starts and prompt.startswith(start)
-        assert found.prompt == tokenizer(prompt)["input_ids"][twice:]
+        assert found.ids[0] == tokenizer(prompt)["input_ids"][twice:]

@@ -126,7 +126,7 @@ def test_the_file_is_read_whole_by_what_trains(tmp_path, step_b):
     examples, cut = objective.tokenize(generator, rows, config.dpo)
     assert (len(examples), cut) == (24, 0)  # Of candidates the better ones alone.
     first = json.loads(to.read_text().splitlines()[0])
-    answer = generator.decode(examples[0].responses[0])
+    answer = generator.decode(examples[0].ids[1])
     assert answer.strip() == first["chosen"]
 
 

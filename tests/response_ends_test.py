@@ -109,11 +109,11 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
         cut = text.startswith(sentence)
         row = {"prompt": "a?", "chosen": text, "rejected": "no"}
         (pair,), was_cut = tokenize_pairs(generator, [row], SETTINGS)
-        assert (pair.responses[0], was_cut) == (ids, cut), text
+        assert (pair.ids[1], was_cut) == (ids, cut), text
         assert pair.responses[1][-1] == TURN_END
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
         (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS)
-        assert (one.responses[0], was_cut) == (ids, cut), text
+        assert (one.ids[1], was_cut) == (ids, cut), text
 
 
 def test_what_stands_behind_the_end_of_a_response(load):

@@ -200,9 +200,8 @@ def test_of_messages_what_the_template_puts_behind_the_end_is_learned_too(
     for pair, (prompt, chosen, rejected) in zip(
         our_pairs(generator, rows)[0], fed(collated(make_trainer(messages))), strict=True
     ):
-        assert pair.prompt == prompt
-        assert [*pair.responses] == [chosen, rejected]
-        assert all(response[-2:] == [generator.end_id, *behind] for response in pair.responses)
+        assert pair.ids == [prompt, chosen, rejected]
+        assert all(part[-2:] == [generator.end_id, *behind] for part in pair.ids[1:])
 
 
 def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_trainer):
@@ -219,8 +218,7 @@ def test_a_prompt_keeps_its_last_token_where_trl_lets_the_text_merge(ours, make_
     assert len(ids("returns")) < len(ids("retur")) + len(ids("ns"))
     theirs = fed(collated(make_trainer([row] * len(PAIRS))))[0]
     (pair,), _ = our_pairs(generator, [row])
-    assert pair.prompt == ids("retur")
-    assert pair.responses[0] == [*ids("ns"), 2]
+    assert pair.ids[:2] == [ids("retur"), [*ids("ns"), 2]]
     assert len(theirs[0]) < len(pair.prompt)
     assert theirs[0] + theirs[1] == [*ids("returns"), 2]
 

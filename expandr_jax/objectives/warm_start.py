@@ -1,6 +1,7 @@
 """The objective of a warm start: to write what relevant documents begin with."""
 
 import dataclasses
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ def tokenize_beginnings(
             response, _ = generator.response_ids(response, settings.response_length)
         examples.append(
             Example(
-                prompt[-settings.prompt_length :],
-                (response[: settings.response_length],),
+                array("i", prompt[-settings.prompt_length :]),
+                (array("i", response[: settings.response_length]),),
                 {"weight": 1.0},
                 row["query_id"],
             )
