@@ -230,7 +230,7 @@ def test_bm25_finds_what_bm25s_own_sums_do_to_the_bit(k, tmp_path):
 def test_the_matrix_is_bm25ss_own_to_the_bit_whatever_its_parts(monkeypatch):
     texts = [*zipf(300, 12, 300, 0), "", "w1 w1 w1 w299", *zipf(50, 90, 40, 2), "w9"]
     for k1, b, at_once in ((0.9, 0.4, 7), (1.2, 0.75, 1000), (0.0, 1.0, 2**22)):
-        monkeypatch.setattr(word_counts, "_AT_ONCE", at_once)
+        monkeypatch.setattr(word_counts, "COUNTS_AT_ONCE", at_once)
         monkeypatch.setattr(search.bm25, "_TEXTS", 64)
         ours = search.Bm25Index(texts, search.Bm25Options(k1=k1, b=b))._bm25
         theirs = bm25s.BM25(method="lucene", k1=k1, b=b)
@@ -244,7 +244,7 @@ def test_the_matrix_is_bm25ss_own_to_the_bit_whatever_its_parts(monkeypatch):
 
 def test_bm25_keeps_neither_texts_nor_words_in_memory(monkeypatch):
     monkeypatch.setattr(search.bm25, "_TEXTS", 256)
-    monkeypatch.setattr(word_counts, "_AT_ONCE", 4096)
+    monkeypatch.setattr(word_counts, "COUNTS_AT_ONCE", 4096)
     held = []
     for count in (1_000, 2_000, 4_000, 8_000):
         texts = Written(count, lambda row: [f"w{row % 7}", f"w{row % 11}"] * 100)

@@ -1,4 +1,4 @@
-"""What hosts take outside compiled programs: the numbers of `planning/hosts.py`, CORE_SECONDS.
+"""What hosts take outside compiled programs: CORE_SECONDS of `planning/host_stages.py`.
 
     python -m tests.host_rates
 
@@ -26,10 +26,12 @@ from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.planning.narrow import _tokenizer
 from expandr_jax.planning.synthetic import Counts, draw_words, word, write_collection
 from expandr_jax.rewards.group import Candidate, Group
+from expandr_jax.search import Bm25Index, ScannIndex
 from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
 
 COUNT, WORDS, LENGTH = 900, 32_000, 510
 EPOCHS = 3
+VECTORS, WIDTH = 120_000, 768  # So many have a tree.
 
 
 class Encoder:
@@ -112,8 +114,10 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
         with open(path, "rb") as file:
             hashlib.file_digest(file, "sha256")
 
+    vectors = rng.standard_normal((VECTORS, WIDTH), np.float32)
     read()  # Imports what it needs.
     example, example_kept = (spent(task, COUNT / 3) for task in (make, keep))
+    Bm25Index(texts[:1])
     return {
         "document read": spent(read),
         "text encoded": spent(lambda: pad(encoder.tokenize(texts), 0, LENGTH)),
@@ -123,6 +127,8 @@ def measure(directory: pathlib.Path) -> dict[str, float]:
         "candidate rewarded": spent(reward),
         "query ranked": spent(rank),
         "MB exported": spent(export, 4 * 32 * 1.048576),
+        "text in BM25": spent(lambda: Bm25Index(texts)),
+        "vector indexed": spent(lambda: ScannIndex(vectors), VECTORS),
     }
 
 

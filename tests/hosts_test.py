@@ -1,6 +1,7 @@
 """What a plan says of the hosts, against numbers counted by hand and files of a real run."""
 
 import dataclasses
+import tracemalloc
 
 import jax
 import numpy as np
@@ -9,21 +10,28 @@ import pytest
 from configs import llama3_8b_anchordr
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
-from expandr_jax.planning.hosts import (
+from expandr_jax.errors import UserError
+from expandr_jax.objectives.preference import tokenize_pairs
+from expandr_jax.planning.host_stages import (
     CORE_SECONDS,
     DOCUMENT_BYTES,
     ENTRY,
     INDEX,
     LINE,
+    STORED_EXAMPLE,
+    STORED_TEXT,
+    TERMS,
     TOKEN_BYTES,
-    host_rows,
-    show_hosts,
+    WORKER,
 )
+from expandr_jax.planning.hosts import host_rows, most_disk, show_hosts
 from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
+from expandr_jax.search import Bm25Index, ScannIndex, ScannOptions, scann
+from expandr_jax.weights.hf import load_generator
 from tests.eight_devices import CHIP, QUIET, machine
-from train.counts import PAPER_COUNTS
+from train.counts import PAPER_COUNTS, counts_of_tests
 from train.plan import misfits
 
 TWICE = Counts(*(2 * number for number in dataclasses.astuple(PAPER_COUNTS)))
@@ -34,10 +42,10 @@ def paper():
     return read_config(llama3_8b_anchordr.get_config())
 
 
-def hosts(config, counts=PAPER_COUNTS, count=2, memory=192 * GIB):
+def hosts(config, counts=PAPER_COUNTS, count=2, memory=192 * GIB, tests=()):
     devices = jax.devices("cpu")[:8]
     topology = Topology("hosts", devices, CHIP, devices[: 8 // count])
-    return {row.stage: row for row in host_rows(config, counts, topology, memory)}
+    return {row.stage: row for row in host_rows(config, counts, topology, memory, tests)}
 
 
 def test_the_paper_s_run_is_counted(paper):
@@ -113,6 +121,128 @@ def test_hosts_share_the_tokens_of_step_a(paper):
     assert four.bytes_network == pytest.approx(3 / 4 * (4 * tokens + 2 * 4 * 0.223e9), rel=0.01)
 
 
+def test_indexes_are_counted_where_there_are_any(paper):
+    rows = hosts(paper)
+    words, documents = rows["BM25's index"], 8_841_823
+    assert words.bytes_disk == documents * TERMS * 8
+    assert words.bytes_scratch == 2 * words.bytes_disk  # What it is made of, and how it is made.
+    # Lengths and scores of all passages, for as many queries as there may be threads.
+    assert words.bytes_memory - rows["self-answers"].bytes_memory > 16 * 32 * documents
+    # The paper's negatives are given, and its results searched exactly.
+    assert not any(stage.startswith("ScaNN") for stage in rows)
+    negatives = {"mining.per_query": 4}
+    mined = hosts(with_settings(paper, negatives))["ScaNN, 1 index"]
+    assert mined.bytes_disk == documents * (768 * 4 + 384 + 8)
+    both = hosts(with_settings(paper, {**negatives, "reward.corpus": 1.0}))["ScaNN, 2 indexes"]
+    assert both.bytes_disk == 2 * mined.bytes_disk
+    exact = hosts(with_settings(paper, {**negatives, "search.backend": "exact"}))
+    assert exact.keys() == rows.keys()
+    results = hosts(with_settings(paper, {"search.evaluation": "index"}))
+    assert "ScaNN, 3 indexes" in results
+    plain = hosts(with_settings(paper, {"evaluation.systems": ("expandr",)}))
+    assert "BM25's index" not in plain
+    shown = {"evaluation.systems": ("expandr",), "expansion.strategy": "lamer"}
+    assert "BM25's index" in hosts(with_settings(paper, shown))
+
+
+def test_what_lies_beside_for_a_while_is_counted(paper):
+    rows, alone = hosts(paper), hosts(paper, count=1)
+    # A file of the vectors that each process encoded, until they are one.
+    assert rows["corpus, encoded 3 times"].bytes_scratch == 8_841_823 * 768 * 4
+    assert alone["corpus, encoded 3 times"].bytes_scratch == 0
+    small = hosts(with_settings(paper, {"retriever.vectors": "int8"}))["corpus, encoded 3 times"]
+    assert small.bytes_scratch == 8_841_823 * 768 * 4 > small.bytes_disk
+    # A query, its expansion, its document and a negative, in each process's temporary files.
+    examples = 637_866 * (4 * (512 * 4 + STORED_TEXT) + STORED_EXAMPLE)
+    assert rows["step A, 2 trainings"].bytes_scratch == examples
+    assert rows["candidates"].bytes_scratch == rows["candidates"].bytes_disk
+    # One process puts together what all have sampled.
+    assert rows["candidates"].seconds == alone["candidates"].seconds
+
+
+def test_processes_that_make_batches_have_some_each(paper):
+    step = "step A, 2 trainings"
+    made = hosts(with_settings(paper, {"mesh.workers": 3}))[step].bytes_memory
+    batches = 2 * 1024 * 4 * 512 * 8 / 2  # Two, of a half of their rows.
+    assert made - hosts(paper)[step].bytes_memory == 3 * (WORKER + batches)
+
+
+def test_a_pair_takes_what_is_planned_for_it(paper):
+    generator, _ = load_generator("configs/tiny/tiny-llama")
+    limits = dataclasses.replace(paper.dpo, prompt_length=100, response_length=400)
+    rows = [{name: f"{name} axis " * 300 for name in ("prompt", "chosen", "rejected")}] * 50
+    tokenize_pairs(generator, rows[:1], limits)
+    tracemalloc.start()
+    pairs, _ = tokenize_pairs(generator, rows, limits)
+    held = tracemalloc.get_traced_memory()[0] / len(pairs)
+    tracemalloc.stop()
+    assert pairs[0].tokens == 900
+    planned = hosts(with_settings(paper, {"dpo.prompt_length": 100, "dpo.response_length": 400}))
+    none = dataclasses.replace(PAPER_COUNTS, generator_train=0)
+    without = hosts(with_settings(paper, {"dpo.response_length": 400}), none)
+    training = "step B's training"
+    each = planned[training].bytes_memory - without[training].bytes_memory
+    always = planned["export"].bytes_memory - without["export"].bytes_memory
+    # The texts are as they were read.
+    assert held < (each - always) / PAPER_COUNTS.generator_train - 900 * TOKEN_BYTES
+    assert held > 900 * 4
+
+
+def test_further_tests_are_counted(paper):
+    paths = paper.data.tests
+    numbers = "8841823", *14 * ("1786298",)
+    tests = counts_of_tests(paths, numbers, PAPER_COUNTS)
+    assert len(tests) == 15
+    documents = sum(test.documents for test in tests)
+    assert documents == pytest.approx(33.85e6, rel=1e-3)  # As docs/paper.md has it.
+    once, rows = hosts(paper), hosts(paper, tests=tests)
+    assert rows.keys() - once.keys() == {"15 further tests"}
+    row = rows["15 further tests"]
+    # Three retrievers' vectors, the store and BM25's index stay, beside what is sampled and ranked.
+    stays = documents * (3 * 768 * 4 + 512 * TOKEN_BYTES + TERMS * 8)
+    queries = sum(test.test for test in tests)
+    written = 2 * 2 * queries * (512 * TOKEN_BYTES + LINE)  # By both generators, in two files.
+    assert row.bytes_disk == pytest.approx(stays + written, rel=0.01)
+    assert row.seconds > 3 * once["corpus, encoded 3 times"].seconds
+    assert row.bytes_memory < 1.1 * max(r.bytes_memory for r in once.values())
+    assert row.bytes_network > 3 * documents * 768 * 4 / 2
+    apart = hosts(paper, tests=tests[:1])["1 further test"].bytes_disk
+    apart += hosts(paper, tests=tests[1:])["14 further tests"].bytes_disk
+    assert row.bytes_disk == pytest.approx(apart)
+
+
+def test_documents_of_further_tests_can_be_told():
+    untold = counts_of_tests(("a/scifact.zip", "b"), (), PAPER_COUNTS)
+    assert [(t.documents, t.test) for t in untold] == 2 * [(8_841_823, 1000)]
+    told = counts_of_tests(("a/scifact", "b"), ("10", "20"), PAPER_COUNTS)
+    assert [(t.documents, t.test) for t in told] == [(10, 1000), (20, 1000)]
+    all_alike = counts_of_tests(("a", "b"), ("10",), PAPER_COUNTS)
+    assert [t.documents for t in all_alike] == [10, 10]
+    assert counts_of_tests((), (), PAPER_COUNTS) == []
+    for wrong in (("10", "20", "30"), ("0",), ("10", "some")):
+        with pytest.raises(UserError, match=r"each of data\.tests, of which there are 2"):
+            counts_of_tests(("a", "b"), wrong, PAPER_COUNTS)
+    with pytest.raises(UserError, match=r"of which there are 0"):
+        counts_of_tests((), ("10",), PAPER_COUNTS)
+
+
+def test_saved_indexes_are_as_large_as_planned(paper, tmp_path):
+    rng, count = np.random.default_rng(0), 400
+    texts = [" ".join(f"w{n}" for n in rng.permutation(1000)[:TERMS]) for _ in range(count)]
+    Bm25Index(texts).save(tmp_path / "words")
+    counts = dataclasses.replace(PAPER_COUNTS, documents=count)
+    planned = {"words": hosts(paper, counts)["BM25's index"].bytes_disk}
+    if scann.installed():
+        changes = {"mining.per_query": 4, "search.scann.method": "ah"}
+        vectors = rng.standard_normal((count, 768)).astype(np.float32)
+        ScannIndex(vectors, ScannOptions(method="ah")).save(tmp_path / "vectors")
+        rows = hosts(with_settings(paper, changes), counts)
+        planned["vectors"] = rows["ScaNN, 1 index"].bytes_disk
+    for name, size in planned.items():
+        saved = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+        assert size == pytest.approx(saved, rel=0.15), name
+
+
 def test_files_of_a_run_are_as_large_as_planned(smoke):
     workdir, _ = smoke
     config = read_config(smoke_config.get_config())
@@ -134,3 +264,14 @@ def test_hosts_that_are_too_small_are_named(paper):
     assert any(line.startswith("step A, 2 trainings: a process needs ") for line in lines)
     assert "of its host's 16; try hosts with more memory" in lines[0]
     show_hosts(made, QUIET)
+    assert not misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, 4096 * GIB)
+    (line,) = misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, GIB)
+    assert line.startswith("disk: a run needs ")
+    assert " GiB at one time, of 1; try less" in line
+    # The most is not all that is left, but that of the stage where least room is.
+    left = [
+        {"bytes_disk": 5, "bytes_scratch": 0},
+        {"bytes_disk": 1, "bytes_scratch": 9},
+        {"bytes_disk": 2, "bytes_scratch": 1},
+    ]
+    assert most_disk(left) == 15

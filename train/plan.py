@@ -28,8 +28,8 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.planning.compiled import Needs, compile_program, roofline
-from expandr_jax.planning.hosts import host_rows, show_hosts
-from expandr_jax.planning.planned import PAPER, QUERIES, Planned, of_retriever_alone
+from expandr_jax.planning.hosts import host_rows, most_disk, show_hosts
+from expandr_jax.planning.planned import PAPER, Planned, of_retriever_alone
 from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.proposals import config_flags, phases_of, propose
 from expandr_jax.planning.timing import time_program
@@ -38,7 +38,7 @@ from expandr_jax.report.tables import Bold, render, wide_console
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter, plain_console
 from expandr_jax.sharding import batch_divisor, bytes_on_device
-from train.counts import define_counts, told_counts
+from train.counts import counts_of_tests, define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
 
 
@@ -176,7 +176,7 @@ def paper_chip_hours(
     def calls(program: str, texts: int) -> int:
         return math.ceil(texts / (rows[program]["rows"] * rows[program]["shares"]))
 
-    examples = math.ceil(PAPER["examples"] / QUERIES)
+    examples = calls("contrastive step", PAPER["examples"])
     counted = [
         ("candidates", "prefill", calls("prefill", PAPER["queries"])),
         *step_b_shapes(config).paper_calls(calls, config),
@@ -265,9 +265,13 @@ def show_proposals(
             console.print(f"{phase}: nothing that was tried fits")
 
 
-def misfits(result: Mapping[str, Any]) -> list[str]:
-    """What does not fit, and what to change, a line for each program and stage of the hosts."""
-    return [
+def misfits(result: Mapping[str, Any], disk: float | None = None) -> list[str]:
+    """What does not fit, and what to change, a line for each program and stage of the hosts.
+
+    `disk` is what a host has of it, in bytes; None: any.
+    """
+    hosts = result.get("hosts", ())
+    lines = [
         *(
             f"{row['program']}: needs {row['bytes_total'] / GIB:.2f} GiB a device of "
             f"{row['bytes_capacity'] / GIB:.2f}; try {row['change']}"
@@ -277,10 +281,16 @@ def misfits(result: Mapping[str, Any]) -> list[str]:
         *(
             f"{row['stage']}: a process needs {row['bytes_memory'] / GIB:.2f} GiB of its host's "
             f"{row['bytes_capacity'] / GIB:.4g}; try hosts with more memory, or less data"
-            for row in result.get("hosts", ())
+            for row in hosts
             if not row["fits"]
         ),
     ]
+    if disk is not None and hosts and (most := most_disk(hosts)) > disk:
+        lines.append(
+            f"disk: a run needs {most / GIB:.4g} GiB at one time, of {disk / GIB:.4g}; try less "
+            "data, fewer of data.tests, or retriever.vectors=int8"
+        )
+    return lines
 
 
 def lost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -299,13 +309,14 @@ def main(_: Any) -> None:
         # Slices are compiled for, not used: jax must not look for TPUs.
         jax.config.update("jax_platforms", "cpu")
     topology = find_topology(values.topology)
-    out = output_file(values.out)
+    out, counts = output_file(values.out), told_counts(config)
+    tests = counts_of_tests(config.data.tests, values.test_documents, counts)
     log = plain_console(stderr=True)
     result = plan(config, topology, log, values.only, values.repeats)
     proposals = propose(config, topology, log) if values.search else []
     if not values.only:
         memory = values.host_memory * GIB
-        hosts = host_rows(config, told_counts(config), topology, memory)
+        hosts = host_rows(config, counts, topology, memory, tests)
         result["hosts"] = [{**dataclasses.asdict(row), "fits": row.fits} for row in hosts]
     if out is not None:
         write_json(out, {**result, "proposals": proposals})
@@ -316,7 +327,7 @@ def main(_: Any) -> None:
         show_proposals(proposals, phases_of(config, topology), console)
     for line in lost(result["rows"]):
         console.print(line, soft_wrap=True)
-    end_by_misfits(misfits(result), console)
+    end_by_misfits(misfits(result, values.disk and values.disk * GIB), console)
 
 
 def define_flags() -> None:
@@ -324,6 +335,11 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", "v5e:4x4", f"What to compile for: {TOPOLOGIES}.")
     flags.DEFINE_list("only", [], "Programs to compile, by their names in the table; all if empty.")
     define_counts()
+    flags.DEFINE_list(
+        "test_documents",
+        [],
+        "Documents of each of data.tests, or one number for all; if not given: the run's own.",
+    )
     flags.DEFINE_bool("search", False, "Propose meshes, micro-batch and recomputation, too.")
     flags.DEFINE_integer(
         "repeats", 0, "Times to run each program on the devices here; 0: compile only.",

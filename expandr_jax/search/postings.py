@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import scipy.sparse
 
-_MOST_THREADS = 16  # Each has several arrays as long as the corpus.
+MOST_THREADS = 16  # Each has several arrays as long as the corpus.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Postings:
         """
         scores = np.empty((count, k), np.float32)
         indices = np.empty((count, k), np.int32)
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        threads = min(os.cpu_count() or 1, MOST_THREADS)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for first, block in blocks:
                 found = pool.map(lambda query: self.best(*query, k), block)

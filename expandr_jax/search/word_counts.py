@@ -17,7 +17,7 @@ import numpy as np
 from expandr_jax.errors import UserError
 
 _COUNT = np.dtype([("word", np.int32), ("times", np.int32)])
-_AT_ONCE = 2**22  # Counts, of which some 80 bytes each are in memory.
+COUNTS_AT_ONCE = 2**22  # Counts, of which some 80 bytes each are in memory.
 
 
 class WordCounts:
@@ -73,8 +73,8 @@ class WordCounts:
             weights, rows = (_array(ends[-1], t, self._scratch) for t in (np.float32, np.int32))
         next_ones = ends[:-1].copy()
         self._file.seek(0)
-        for start in range(0, int(ends[-1]), _AT_ONCE):
-            size = min(_AT_ONCE, int(ends[-1]) - start) * _COUNT.itemsize
+        for start in range(0, int(ends[-1]), COUNTS_AT_ONCE):
+            size = min(COUNTS_AT_ONCE, int(ends[-1]) - start) * _COUNT.itemsize
             counts = np.frombuffer(self._file.read(size), _COUNT)
             numbers = np.arange(start, start + len(counts))
             texts = np.searchsorted(of_texts, numbers, side="right")
