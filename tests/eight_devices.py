@@ -12,9 +12,11 @@ PROGRAMS = [
     "contrastive step",
     "corpus encoding",
     "prefill",
+    "prompts to slots",
     "decode",
     "reference log-probabilities",
     "DPO step",
+    "DPO dev losses",
     "exact search",
     "rewards",
     "retriever restored",
@@ -23,7 +25,7 @@ PROGRAMS = [
     "adapter merged for export",
 ]
 # Those that have nothing of a model's to compute.
-MOVES = PROGRAMS[8:11]
+MOVES = ["prompts to slots", *PROGRAMS[10:13]]
 CHIP = chips.Chip("cpu", 8 * chips.GIB, 1e12, 1e11, 1e10, "made up")
 QUIET = Console(quiet=True)
 
@@ -35,9 +37,16 @@ def machine(chip=CHIP):
 
 
 def smoke_on_meshes() -> Config:
-    """The smoke config with a mesh for each phase."""
+    """The smoke config with a mesh for each phase, and as large a workload as those of a slice."""
     config = smoke.get_config()
+    config.retriever.max_length = 64
+    config.contrastive.batch_size = 1024
     config.contrastive.micro_batch = 128
+    config.generator.slots = 512
+    config.candidates.max_new_tokens = 512
+    config.dpo.batch_size = 16
+    config.dpo.prompt_length = 100
+    config.dpo.response_length = 512
     config.mesh.contrastive = (2, 4, 1)
     config.mesh.sampling = (-1, 1, 2)
     config.mesh.dpo = (1, 8, 1)

@@ -255,7 +255,7 @@ def test_a_mesh_that_does_not_fit_the_workload_is_refused(config):
 def test_sampling_and_encoding_are_planned_for_the_chips_of_a_host(config, planned):
     """Half of the workload each, on half of the devices, as a run of two processes has it."""
     topology = Topology("two hosts", jax.devices("cpu")[:8], CHIP, jax.devices("cpu")[:4])
-    shared = ("corpus encoding", "prefill", "decode", "base to the engine")
+    shared = ("corpus encoding", "prefill", "prompts to slots", "decode", "base to the engine")
     two = plan.plan(config, topology, QUIET)
     rows = {row["program"]: row for row in two["rows"]}
     for one in planned["rows"]:

@@ -22,6 +22,9 @@ def wide_model(tmp_path, layers):
     }  # fmt: skip
     (tmp_path / "wide.json").write_text(json.dumps(shape))
     wide = smoke.get_config()
+    wide.generator.slots = 512
+    wide.candidates.max_new_tokens = 512
+    wide.dpo.update(batch_size=16, prompt_length=100, response_length=512)
     wide.mesh.update(sampling=(-1, 1, 2), dpo=(1, 8, 1))
     wide.generator.shape = str(tmp_path / "wide.json")
     return read_config(wide)

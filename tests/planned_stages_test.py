@@ -11,7 +11,8 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.objectives.llara import LlaraBatches
 from expandr_jax.planning.flops import forward_flops
-from expandr_jax.planning.hosts import INDEX, LINE, TERMS, TOKEN_BYTES, host_rows
+from expandr_jax.planning.host_stages import INDEX, LINE, TERMS, TOKEN_BYTES
+from expandr_jax.planning.hosts import host_rows
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.programs import planned_programs
 from expandr_jax.planning.synthetic import Counts
@@ -26,7 +27,8 @@ from train import plan
 
 ALONE = {"generator.source": ""}
 BLOCKS = {"retriever.source": TINY_LLAMA, "retriever.pooling": "block", "retriever.max_length": 64,
-          "llara.epochs": 1.0, "contrastive.micro_batch": 0}  # fmt: skip
+          "llara.epochs": 1.0, "contrastive.micro_batch": 0,
+          "contrastive.batch_size": 16}  # fmt: skip
 SPARSE = {"retriever.pooling": "splade", "contrastive.normalize": "none"}
 LISTS = {"evaluation.systems": ("bm25", "rrf:bm25:listwise:bm25"),
          "generator.prompt_buckets": (96, 160), "evaluation.listwise.window": 10}  # fmt: skip
@@ -59,6 +61,37 @@ def config():
 )
 def test_a_run_s_programs_follow_from_its_config(config, settings, programs):
     assert [*planned_programs(with_settings(config, settings), machine())] == programs
+
+
+def test_batches_lengths_and_slots_are_the_config_s(config):
+    changes = {
+        "retriever.max_length": 32, "contrastive.batch_size": 64, "contrastive.micro_batch": 16,
+        "contrastive.negatives": 3, "expansion.train_samples": 2, "generator.slots": 32,
+        "candidates.max_new_tokens": 40, "dpo.batch_size": 8, "dpo.prompt_length": 20,
+        "dpo.response_length": 30,
+    }  # fmt: skip
+    programs = planned_programs(with_settings(config, changes), machine())
+    step, pairs, decode = (programs[n]() for n in ("contrastive step", "DPO step", "decode"))
+    # While prompts are read, and when they go to their slots, all else of the engine is there.
+    prefill, insert = programs["prefill"](), programs["prompts to slots"]()
+    slots, weights = bytes_on_device(decode.arguments[1]), bytes_on_device(decode.arguments[0])
+    assert prefill.resident - decode.resident == slots == bytes_on_device(insert.arguments[0])
+    assert insert.resident - decode.resident == weights
+    # A query, two expansions, its document and three negatives.
+    assert (step.rows, step.tokens) == (64, 64 * 7 * 32)
+    assert (pairs.rows, pairs.tokens) == (8, 8 * (20 + 2 * 30))
+    assert decode.arguments[1].output.shape == (32, 40)
+    assert decode.rows == 32
+    assert programs["prefill"]().tokens % 20 == 0
+    hours = plan.paper_chip_hours(
+        {name: {"roofline_seconds": 3600.0, "rows": planned.rows, "shares": 1}
+         for name, planned in (("contrastive step", step), ("DPO step", pairs),
+                               ("reference log-probabilities", pairs), ("decode", decode),
+                               ("prefill", decode))},
+        1, config,
+    )  # fmt: skip
+    assert hours["contrastive"] == 3 * math.ceil(709_000 / 64)
+    assert hours["DPO"] == 3 * 30_000 / 8
 
 
 def test_llara_reads_passages_and_both_blocks(config):
@@ -108,11 +141,29 @@ def test_figret_s_queries_are_plain_and_two_retrievers_more_are_there(config):
     assert turn.tokens == step.tokens * 3 // 4  # A query, its document and a negative.
     names = {name for name in step.arguments[1] if name not in turn.arguments[1]}
     assert names == {"expansion_ids", "expansion_mask", "present"}
-    held = RetrieverShapes(config, machine()).resident() / 2
+    held = RetrieverShapes(config, machine()).resident() / 3  # Fine-tuned, and ours.
     assert turn.resident - step.resident == held
     adapted = planned_programs(with_settings(config, FIGRET | ADAPTED), machine())
     step, turn = adapted["contrastive step"](), adapted["FiGRet step"]()
     assert 0 < turn.resident - step.resident < held / 2  # The base is shared.
+
+
+def test_one_process_has_every_retriever_on_its_devices(config):
+    def held(settings, hosts=1):
+        devices = jax.devices("cpu")[:8]
+        topology = Topology("hosts", devices, CHIP, devices[: 8 // hosts])
+        return RetrieverShapes(with_settings(config, settings), topology)
+
+    ours = {"evaluation.systems": ("expandr",)}
+    one = held(ours).resident() / 2
+    assert held({}).resident() == 3 * one
+    assert held({"rounds": 3}).resident() == 5 * one
+    assert held(FIGRET).resident() == 5 * one  # The turn, and the control.
+    assert held({"rounds": 3}).beside_training() == 4 * one
+    assert held({"rounds": 3}, hosts=2).resident() == 2 * one
+    # Adapters share what they were trained on.
+    adapters = held(ADAPTED | {"rounds": 3}).resident() - held(ADAPTED | {"rounds": 2}).resident()
+    assert 0 < adapters < one / 2
 
 
 def test_sparse_vectors_are_as_wide_as_the_vocabulary(config):

@@ -50,6 +50,7 @@ class Programs:
         insert: (slots, prompts, source, settings) -> Slots; the slots are donated.
         decode: (variables, slots, cancelled, steps, enough) -> Slots; the slots are donated.
         shardings: Those of Slots.
+        prompts: Those of Prefilled.
     """
 
     empty: Any
@@ -57,6 +58,7 @@ class Programs:
     insert: Any
     decode: Any
     shardings: device.Slots
+    prompts: device.Prefilled
 
 
 def _together(sampler: Callable[..., Any], rows: NamedSharding) -> Callable[..., Any]:
@@ -94,4 +96,5 @@ def make_programs(shape: device.EngineShape) -> Programs:
         jax.jit(insert, donate_argnums=0, out_shardings=shardings(slots)),
         jax.jit(on_mesh(mesh, decode), donate_argnums=1, out_shardings=shardings(slots)),
         shardings(slots),
+        shardings(prompts),
     )

@@ -1,4 +1,4 @@
-"""What a plan knows of a program before it is compiled, and the workload it is made for."""
+"""What a plan knows of a program before it is compiled."""
 
 import dataclasses
 import functools
@@ -29,15 +29,13 @@ from expandr_jax.weights.source import locate
 from expandr_jax.weights.sparse_encoder import SPLADE
 from expandr_jax.weights.trees import model_shardings
 
-# The workload: counts of texts and their tokens, of all processes together.
-QUERIES, PASSAGES, LENGTH = 1024, 2, 512  # A step of A: each query with its expansion.
-ENCODED = 4096  # Texts of LENGTH that are encoded at once.
-ROWS, PROMPT, NEW = 512, 100, 512  # Texts sampled at once.
-PAIRS = 16  # A step of B: PROMPT tokens and NEW for each response.
-DEPTH = 100  # Documents found for each of QUERIES queries.
+# What no setting says of the workload.
+PROMPT = 100  # Tokens of a prompt that is learned from on-policy, and of a query that is distilled.
+DEPTH = 100  # Documents found for each query.
 UPDATES = 2  # How many a training has changes no program of it.
-# The paper's run: queries of step B and their candidates, pairs and epochs, examples and epochs.
-PAPER = {"queries": 100_000, "candidates": 32, "pairs": 30_000, "dpo_epochs": 2,
+# The paper's run: queries of step B, their candidates and these' tokens, pairs and epochs, examples
+# and epochs.
+PAPER = {"queries": 100_000, "candidates": 32, "tokens": 512, "pairs": 30_000, "dpo_epochs": 2,
          "examples": 709_000, "contrastive_epochs": 3}  # fmt: skip
 REFERENCE = "reference log-probabilities"  # A program of every step B.
 Calls = Callable[[str, int], int]  # (a program, texts) -> how often it is called for so many.

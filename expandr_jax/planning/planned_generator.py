@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.generation.programs import make_programs, unstack_shardings, variable_shardings
+from expandr_jax.generation.sampler import slots_of_a_process
 from expandr_jax.generation.slots import EngineShape, Slots, empty_settings
 from expandr_jax.loading import base_type, penalizes
 from expandr_jax.models.decoder import unstack_layers
@@ -20,9 +21,6 @@ from expandr_jax.models.quantized import kept_in
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import (
-    NEW,
-    PROMPT,
-    ROWS,
     Planned,
     check_rows,
     param_shapes,
@@ -102,22 +100,26 @@ class GeneratorShapes:
     def engine(
         self,
         slots: int = 0,
-        new: int = NEW,
+        new: int = 0,
         log_probs: bool = False,
-        prompt: int = PROMPT,
+        prompt: int = 0,
         adapted: bool = True,
     ) -> tuple[EngineShape, dict[str, Any]]:
         """What the engine of a process is compiled for, and its variables.
 
         Args:
-            slots: 0: the process's part of ROWS.
-            new: Tokens that a text may have.
+            slots: 0: the process's part of the config's.
+            new: Tokens that a text may have; 0: as many as any that is not written on-policy.
             log_probs: Whether their log-probabilities are kept.
-            prompt: Tokens that a prompt may have.
+            prompt: Tokens that a prompt may have; 0: those that step B learns from.
             adapted: Whether there is an adapter.
         """
         mesh = planned_mesh(self._config, "sampling", self._topology)
-        slots = slots or max(1, ROWS // self._topology.hosts)
+        config, hosts = self._config, self._topology.hosts
+        slots = slots or slots_of_a_process(config.generator, mesh, processes=hosts)
+        sections = config.expansion, config.candidates, config.answer
+        new = new or max(section.max_new_tokens for section in sections)
+        prompt = prompt or config.dpo.prompt_length
         check_rows(slots, mesh, "sampling", "slots")
         module = self.module.clone(unroll=True, remat="none")
         shape = EngineShape(
@@ -125,10 +127,10 @@ class GeneratorShapes:
             slots=slots,
             length=prompt + new,
             max_new_tokens=new,
-            seed=self._config.seed,
+            seed=config.seed,
             eos_ids=(0,),
             mesh=mesh,
-            penalize=penalizes(self._config),
+            penalize=penalizes(config),
             log_probs=log_probs,
         )
         shardings = variable_shardings(mesh, module, self.params, self.adapter)
@@ -142,8 +144,43 @@ class GeneratorShapes:
         }
         return shape, variables
 
+    def _slots(self, shape: EngineShape) -> Slots:
+        """All slots of an engine, as shapes."""
+        programs = make_programs(shape)
+        return with_shardings(jax.eval_shape(programs.empty, None), programs.shardings)
+
+    def insert(self) -> Planned:
+        """Prompts on their way into slots, as many as are prefilled together."""
+        shape, variables = self.engine()
+        programs, prefill, slots = make_programs(shape), self.prefill(), self._slots(shape)
+        prompts = jax.eval_shape(programs.prefill, *prefill.arguments)
+        prompts = with_shardings(prompts, programs.prompts)
+        by_row = batch_sharding(shape.mesh)
+        source = jax.ShapeDtypeStruct((shape.slots,), jnp.int32, sharding=by_row)
+        settings = jax.eval_shape(functools.partial(empty_settings, shape.slots))
+        return Planned(
+            program=programs.insert,
+            arguments=(slots, prompts, source, with_shardings(settings, by_row)),
+            mesh=shape.mesh,
+            parameters=(),
+            module=self.module,
+            rows=prefill.rows,
+            tokens=0,
+            forward_flops=0,
+            moved=2 * bytes_on_device(prompts),
+            change=prefill.change,
+            shares=self._topology.hosts,
+            resident=bytes_on_device(variables),
+            values=lambda slots, prompts, *_: (
+                slots,
+                prompts,
+                np.zeros(shape.slots, np.int32),
+                jax.tree.map(np.array, empty_settings(shape.slots)),
+            ),
+        )
+
     def prefill(self, shares: int = 0, **engine: Any) -> Planned:
-        """Prompts as long as they may be, as many as the engine runs together.
+        """Prompts as long as they may be, as many as the engine runs together, beside its slots.
 
         Args:
             shares: Processes that run it; 0: all.
@@ -166,6 +203,7 @@ class GeneratorShapes:
             forward_flops=forward_flops(self.module, self.params, rows, length),
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
             change="a larger tensor axis in mesh.sampling",
+            resident=bytes_on_device(self._slots(shape)),
             shares=shares or self._topology.hosts,
             values=lambda variables, _, __, prefix: (
                 variables,
@@ -189,7 +227,7 @@ class GeneratorShapes:
         rows, mesh, programs = shape.slots, shape.mesh, make_programs(shape)
         new = shape.max_new_tokens
         prompt = shape.length - new
-        slots = with_shardings(jax.eval_shape(programs.empty, None), programs.shardings)
+        slots = self._slots(shape)
         everywhere = replicated(mesh)
         cancelled = jax.ShapeDtypeStruct((rows,), jnp.bool_, sharding=everywhere)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
@@ -237,7 +275,8 @@ class GeneratorShapes:
         new = RANK_TOKENS * self._config.evaluation.listwise.window + LEAD_TOKENS
         longest = max(self._config.generator.prompt_buckets)
         room = (self.module.config.max_positions or longest + new) - new
-        engine = {"slots": ROWS, "new": new, "prompt": min(longest, room), "adapted": False}
+        slots = self._config.generator.slots
+        engine = {"slots": slots, "new": new, "prompt": min(longest, room), "adapted": False}
         fewer = "generator.slots, a smaller generator.prompt_buckets"
         return {
             "listwise prefill": functools.partial(self.prefill, shares=1, **engine),

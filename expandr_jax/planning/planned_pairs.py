@@ -5,13 +5,13 @@ response each.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from expandr_jax.config import Config
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
@@ -19,10 +19,7 @@ from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.planning.flops import FROZEN
 from expandr_jax.planning.planned import (
-    NEW,
-    PAIRS,
     PAPER,
-    PROMPT,
     REFERENCE,
     UPDATES,
     Calls,
@@ -38,7 +35,8 @@ from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.sharding import batch_sharding, bytes_on_device, with_shardings
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 
-PAIR_STEP = "DPO step"
+PAIR_STEP, DEV_LOSSES = "DPO step", "DPO dev losses"
+CHANGE = "a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo"
 
 
 class PairShapes:
@@ -70,14 +68,17 @@ class PairShapes:
 
     def learning(self) -> dict[str, Callable[[], Planned]]:
         """The programs that train, by name; the base is an argument of each."""
-        return {REFERENCE: self._reference, PAIR_STEP: self._step}
+        dev = {DEV_LOSSES: self._losses} if self._settings.dev_share else {}
+        return {REFERENCE: self._reference, PAIR_STEP: self._step, **dev}
 
     @staticmethod
     def paper_calls(calls: Calls, config: Config) -> list[tuple[str, str, int]]:
         """(part, program, calls) of its programs in the paper's run."""
-        phase, pairs = config.step_b_kind.phase, math.ceil(PAPER["pairs"] / PAIRS)
+        phase = config.step_b_kind.phase
+        texts = calls("decode", PAPER["queries"] * PAPER["candidates"])
+        pairs = calls(PAIR_STEP, PAPER["pairs"])
         return [
-            ("candidates", "decode", calls("decode", PAPER["queries"] * PAPER["candidates"]) * NEW),
+            ("candidates", "decode", texts * PAPER["tokens"]),
             (phase, REFERENCE, pairs),
             (phase, PAIR_STEP, PAPER["dpo_epochs"] * pairs),
         ]
@@ -94,45 +95,67 @@ class PairShapes:
 
     @functools.cached_property
     def _batch(self) -> dict[str, np.ndarray]:
-        """PAIRS examples of random tokens."""
-        responses = self._objective.responses
+        """A batch of random tokens, as long as prompts and responses may be."""
+        responses, config = self._objective.responses, self._settings
+        prompt_length, new = config.prompt_length, config.response_length
         extras = dict.fromkeys(self._objective.extras, 1.0)
-        examples = []
-        for row in random_tokens(self._generator.module, PAIRS, PROMPT + responses * NEW):
-            prompt, *parts = np.split(row, range(PROMPT, len(row), NEW))
+        examples, module = [], self._generator.module
+        for row in random_tokens(module, config.batch_size, prompt_length + responses * new):
+            prompt, *parts = np.split(row, range(prompt_length, len(row), new))
             examples.append(Example(prompt, parts, extras))
         return pack(examples, 0, row_sizes([examples[0].size], 1))
 
     def _pairs(self) -> tuple[GeneratorModel, dict[str, Any], dict[str, Any]]:
         """The model and a batch on its mesh, and what both programs say of themselves."""
         model = self._generator.model()
-        check_rows(PAIRS, model.dpo_mesh, "dpo", "pairs")
+        check_rows(self._settings.batch_size, model.dpo_mesh, "dpo", "pairs")
         batch = with_shardings(self._batch, batch_sharding(model.dpo_mesh))
         return model, batch, self._generator.of_batch(batch, model.dpo_mesh)
 
     def _reference(self) -> Planned:
-        """Log-probabilities of PAIRS under the base."""
+        """Log-probabilities of a batch under the base."""
         model, batch, common = self._pairs()
-        base = model.generator_params
+        base, rows = model.generator_params, self._settings.batch_size
         return Planned(
-            program=AdapterBatches(model, self._objective, self._settings, PAIRS).log_probs,
+            program=AdapterBatches(model, self._objective, self._settings, rows).log_probs,
             arguments=({"params": base}, batch),
             parameters=base,
             moved=bytes_on_device(base) * model.dpo_mesh.shape["fsdp"],
-            change="a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo",
+            change=CHANGE,
             values=lambda variables, batch: (variables, batch | self._batch),
             **common,
         )
 
+    def _compared(self, batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+        """A batch with what the reference thinks of it, where that is needed."""
+        if not self._objective.reference:
+            return batch
+        shape = self._settings.batch_size, self._objective.responses
+        sums = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh))
+        return {**batch, "reference": sums}
+
+    def _losses(self) -> Planned:
+        """The losses of a batch that is held out, beside what is trained."""
+        model, batch, common = self._pairs()
+        base, mesh, rows = model.generator_params, model.dpo_mesh, self._settings.batch_size
+        state = self._setup(model).shapes(self._generator.adapter)
+        planned = Planned(
+            program=AdapterBatches(model, self._objective, self._settings, rows).losses,
+            arguments=(state.params, base, self._compared(batch, mesh)),
+            parameters=(base, state.params),
+            moved=bytes_on_device(base) * mesh.shape["fsdp"],
+            change=CHANGE,
+            values=lambda adapter, base, batch: (adapter, base, batch | self._batch),
+            **common,
+        )
+        return planned.beside(bytes_on_device(state) - bytes_on_device(state.params))
+
     def _step(self) -> Planned:
-        """A step of B: PAIRS, each a prompt of PROMPT tokens and its responses of NEW."""
+        """A step of B: a batch of prompts and their responses."""
         model, batch, common = self._pairs()
         base, mesh, setup = model.generator_params, model.dpo_mesh, self._setup(model)
         state = setup.shapes(self._generator.adapter)
-        if self._objective.reference:
-            batch["reference"] = jax.ShapeDtypeStruct(
-                (PAIRS, self._objective.responses), jnp.float32, sharding=batch_sharding(mesh)
-            )
+        batch = self._compared(batch, mesh)
         passes = FROZEN + (self._generator.module.remat == "full")
         return Planned(
             program=setup.step,
@@ -141,8 +164,7 @@ class PairShapes:
             passes=passes,
             needed=FROZEN,
             moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
-            change="generator.remat=full, a smaller dpo.batch_size or dpo.chunk, or more fsdp in "
-            "mesh.dpo",
+            change=f"generator.remat=full, {CHANGE}",
             values=lambda state, base, batch, key: (
                 untrained(state),
                 base,

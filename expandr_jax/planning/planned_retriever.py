@@ -30,14 +30,11 @@ from expandr_jax.objectives.trained import (
 from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.planning.planned import (
     DEPTH,
-    ENCODED,
-    LENGTH,
-    PASSAGES,
     PROMPT,
-    QUERIES,
     UPDATES,
     Planned,
     check_rows,
+    of_retriever_alone,
     param_shapes,
     params_on,
     planned_mesh,
@@ -54,6 +51,7 @@ from expandr_jax.planning.planned_moves import (
     spread_leaves,
 )
 from expandr_jax.planning.topology import Topology
+from expandr_jax.ranking.systems import ALL_LABELS, TURNS, parse_systems
 from expandr_jax.runtime.chips import TPUS
 from expandr_jax.search.exact import merge_block
 from expandr_jax.sharding import (
@@ -69,6 +67,17 @@ WORD = 2  # Tokens of a word of text, at most.
 CHANGE = "contrastive.remat=full, or more fsdp in mesh.contrastive"
 
 
+def kept_retrievers(config: Config) -> int:
+    """How many retrievers a run has before last turns, the one before training among them."""
+    if of_retriever_alone(config):
+        return 2
+    systems = parse_systems(config.evaluation.systems)
+    named = set[str]().union(*(system.retrievers for system in systems))
+    baselines = len(named & {"fine-tuned", ALL_LABELS})
+    towers = (1 + config.distill.control) if config.distill.epochs else 0
+    return 1 + baselines + config.rounds + towers
+
+
 class RetrieverShapes:
     """Makes the programs of the config's retriever for a topology."""
 
@@ -76,7 +85,8 @@ class RetrieverShapes:
         self._config, self._topology = config, topology
         section = config.retriever
         module = shape_module(section, "retriever", section.compute_dtype)
-        self._length = min(LENGTH, module.config.max_positions or LENGTH)
+        longest = section.max_length
+        self._length = min(longest, module.config.max_positions or longest)
         module, weights = kept_in(module, section.weights, "retriever.weights")
         pooling = section.pooling or family_of(module).pooling
         if pooling == SPLADE:
@@ -111,15 +121,30 @@ class RetrieverShapes:
         """The parameters as step A's devices hold them."""
         return params_on(self._mesh, self.retriever.module, self.params)
 
+    def _copies(self, count: int) -> int:
+        """Bytes a device of so many retrievers, of which all but the first were trained.
+
+        Where there are several processes, each has them on its host, and on its devices the first
+        and what it trains.
+        """
+        count, held = count if self._topology.hosts == 1 else 2, self._held
+        if self.frozen:  # Adapters have one base between them.
+            return bytes_on_device(held) + (count - 2) * bytes_on_device(held[COLLECTION])
+        return count * bytes_on_device(held)
+
     def resident(self) -> int:
-        """Bytes a device of what a run holds: the weights before training, and those trained."""
-        held = self._held
-        # Adapters have one base between them.
-        return bytes_on_device(held) if self.frozen else 2 * bytes_on_device(held)
+        """Bytes a device of what a run holds: weights before training, and all those trained."""
+        turns = len(TURNS) if self._config.figret.rank else 0
+        return self._copies(kept_retrievers(self._config) + turns)
 
     def beside_training(self) -> int:
-        """`resident` without an adapter's base, which is an argument of the training step."""
-        return bytes_on_device(self._held[COLLECTION]) if self.frozen else self.resident()
+        """`resident` during the last training before turns, without an adapter's base.
+
+        That is an argument of the training step, as is what is trained.
+        """
+        held = self._held
+        base = bytes_on_device(held) - bytes_on_device(held[COLLECTION]) if self.frozen else 0
+        return self._copies(max(2, kept_retrievers(self._config) - 1)) - base
 
     def _training(self) -> tuple[TrainingSetup, Any, Any]:
         """What step A runs, its state, and what it leaves as it is."""
@@ -153,30 +178,37 @@ class RetrieverShapes:
         """The program of `planned_moves.rewarded`, for this retriever."""
         return rewarded(self._config, rows, self.width, self._topology, self.retriever.module)
 
-    def contrastive(self, samples: int = 1) -> Planned:
-        """A step of A: QUERIES, each with so many expansions and PASSAGES."""
+    def contrastive(self, samples: int | None = None, least: int = 0) -> Planned:
+        """A batch of step A, of which all texts are as long as they may be.
+
+        Args:
+            samples: Expansions of each query; None: as many as the config has.
+            least: Negatives that it has even where the config has fewer.
+        """
         config, mesh = self._config.contrastive, self._mesh
-        check_rows(QUERIES, mesh, "contrastive", "queries")
-        if config.micro_batch and QUERIES % config.micro_batch:
+        queries, passages = config.batch_size, 1 + max(config.negatives, least)
+        samples = self._config.expansion.train_samples if samples is None else samples
+        check_rows(queries, mesh, "contrastive", "queries")
+        if config.micro_batch and queries % config.micro_batch:
             raise UserError(
-                f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {QUERIES}"
+                f"contrastive.micro_batch is {config.micro_batch}; expected a divisor of {queries}"
             )
         retriever = training_retriever(self.retriever, config)
-        batch = _random_batch(self.retriever.module, self._length, samples)
+        batch = _random_batch(self.retriever.module, self._length, queries, samples, passages)
         setup, state, _ = self._training()
-        texts = QUERIES * (1 + samples + PASSAGES)
+        texts = queries * (1 + samples + passages)
         forward = vector_flops(retriever, self.params, texts, self._length)
-        forward += 2 * QUERIES * QUERIES * PASSAGES * self.width
+        forward += 2 * queries * queries * passages * self.width
         if config.query_likelihood_weight:
-            sizes = QUERIES, 2 * self._length
-            logits = QUERIES * self._length
+            sizes = queries, 2 * self._length
+            logits = queries * self._length
             forward += forward_flops(retriever.module, self.params, *sizes, logits=logits)
         return self._step(
             setup,
             state,
             batch,
             retriever,
-            rows=QUERIES,
+            rows=queries,
             tokens=texts * self._length,
             forward_flops=forward,
             again=bool(config.micro_batch),
@@ -187,7 +219,8 @@ class RetrieverShapes:
     def figret(self) -> Planned:
         """A step of the last turns, whose queries are plain; they have a negative at least."""
         held = bytes_on_device(self._held[COLLECTION] if self.frozen else self._held)
-        return self.contrastive(0).beside(held)  # The turn's own, while the control has its turn.
+        turn = self.contrastive(0, least=1)
+        return turn.beside(held)  # The turn's own, while the control has its turn.
 
     def llara(self) -> Planned:
         """A step of LLaRA's stage: a batch of pairs of passages, each as long as it may be."""
@@ -204,7 +237,7 @@ class RetrieverShapes:
             retriever.module,
             rows,
             own.passage_words,
-            min(self._length, self._config.retriever.max_length),
+            self._length,
         )
         optimizer = section_optimizer(settings, UPDATES)
         setup = llara_setup(mesh, retriever, self.params, optimizer)
@@ -292,17 +325,17 @@ class RetrieverShapes:
         )
 
     def encoding(self) -> Planned:
-        """A process's batch of texts: its share of ENCODED, or of what the config takes at once."""
+        """A process's batch of texts: its share of what the config takes at once."""
         hosts = self._topology.hosts
         mesh = planned_mesh(self._config, "encoding", self._topology)
         rows = self._config.retriever.tokens_per_batch // hosts // self._length
-        rows = min(max(1, ENCODED // hosts), rows)
         change = "a smaller retriever.tokens_per_batch"
         return encoded(self.retriever, self.params, mesh, rows, change, hosts)
 
     def search(self) -> Planned:
-        """A block of the corpus against QUERIES; it runs on one device."""
-        rows, block = QUERIES, self._config.search.exact.block_rows
+        """A block of the corpus against a batch of queries; it runs on one device."""
+        options = self._config.search.exact
+        rows, block = options.query_rows, options.block_rows
         width = self.width
         sharding = SingleDeviceSharding(self._topology.devices[0])
 
@@ -324,24 +357,26 @@ class RetrieverShapes:
             passes=6 if self._topology.chip.name in TPUS else 1,
             moved=4 * (rows * width + block * width + 2 * rows * block),
             change="fewer rows in a block (search.exact.block_rows) or a smaller resident_mib",
-            resident=self._config.search.exact.held_bytes(width, DEPTH),
+            resident=options.held_bytes(width, DEPTH),
         )
 
 
 @functools.lru_cache(maxsize=2)  # A search asks for it with many settings.
-def _random_batch(module: nn.Module, length: int, samples: int) -> dict[str, np.ndarray]:
-    """QUERIES of random tokens, each with so many expansions and PASSAGES that nobody shares."""
-    texts = iter(random_tokens(module, QUERIES * (1 + samples + PASSAGES), length))
+def _random_batch(
+    module: nn.Module, length: int, queries: int, samples: int, passages: int
+) -> dict[str, np.ndarray]:
+    """Queries of random tokens, each with so many expansions, and passages that nobody shares."""
+    texts = iter(random_tokens(module, queries * (1 + samples + passages), length))
     examples = [
         ContrastiveExample(
             next(texts),
             [next(texts) for _ in range(samples)],
             Passage(next(texts), f"positive {i}"),
-            [Passage(next(texts), f"negative {i} {j}") for j in range(PASSAGES - 1)],
+            [Passage(next(texts), f"negative {i} {j}") for j in range(passages - 1)],
         )
-        for i in range(QUERIES)
+        for i in range(queries)
     ]
-    return make_batch(examples, 0, samples, PASSAGES - 1)
+    return make_batch(examples, 0, samples, passages - 1)
 
 
 def _random_pairs(module: nn.Module, rows: int, words: int, length: int) -> dict[str, np.ndarray]:

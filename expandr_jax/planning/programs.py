@@ -1,8 +1,8 @@
 """The programs of a run, as shapes: what trainers call with arrays, `train.plan` compiles.
 
 Each comes from the builder that the run uses; only the arguments are made here, and those by the
-functions that make a run's batches. The workload is the same for every config, so that "fits" and
-a time mean the same; model, meshes, types, micro-batch and recomputation are the config's.
+functions that make a run's batches. Batches, lengths and slots are the config's, too: what fits is
+that config's run.
 """
 
 import functools
@@ -49,6 +49,7 @@ def planned_programs(config: Config, topology: Topology) -> dict[str, MakePlanne
         "contrastive step": _beside(retriever.contrastive, *training),
         "corpus encoding": _beside(retriever.encoding, *rewarding),
         "prefill": _beside(generator.prefill, *both),
+        "prompts to slots": _beside(generator.insert, *both),
         "decode": _beside(generator.decode, *both),
         **{name: _beside(make, *both) for name, make in step.sampling().items()},
         # The base that is held is their own argument.

@@ -17,7 +17,7 @@ from expandr_jax.models.stack import REMATS
 from expandr_jax.pair import OF_ONE_PROCESS
 from expandr_jax.planning.collectives import Collectives
 from expandr_jax.planning.compiled import compile_program, roofline
-from expandr_jax.planning.planned import QUERIES, Planned
+from expandr_jax.planning.planned import Planned
 from expandr_jax.planning.programs import planned_programs, step_b_shapes
 from expandr_jax.planning.topology import Topology
 from expandr_jax.sharding import bytes_on_device
@@ -88,7 +88,8 @@ def _estimates(
     program, (_, remat_name) = _program(config, phase), SEARCHED[phase]
     micro_batches = [0]
     if phase == "contrastive":
-        micro_batches += [QUERIES // 2**i for i in range(3)]
+        queries = config.contrastive.batch_size
+        micro_batches += [queries // 2**i for i in range(3) if queries % 2**i == 0]
     remats = REMATS if remat_name else (None,)
     devices = topology.host_devices if phase in OF_ONE_PROCESS else topology.devices
     for mesh, micro, remat in itertools.product(_meshes(len(devices)), micro_batches, remats):
