@@ -102,13 +102,15 @@ def test_the_generator_writes_a_passage_and_ends(config, tmp_path):
         assert len(tokens) == 1
 
 
+DISKS = "parts", "examples", "after"
 MEASURED = """
-import pathlib, sys, time
+import pathlib, subprocess, sys, tempfile, time
 import numpy as np
 from expandr_jax.runtime import resources
 
-workdir = pathlib.Path(sys.argv[1])
-resources.start(workdir / "usage.json")
+workdir, scratch = map(pathlib.Path, sys.argv[1:])
+resources.SECONDS_BETWEEN_DISKS, resources.ARRAYS_BETWEEN_BIRTHS = 0.02, 1
+resources.start(workdir / "usage.json", scratch)
 import jax, jax.numpy as jnp
 
 with resources.stage("outer", workdir):
@@ -122,13 +124,34 @@ big = jax.jit(lambda x: jnp.ones(2**20) * x)
 with resources.stage("program", workdir):
     big(2.0)
     big(3.0)
+with resources.stage("parts", workdir):
+    (workdir / "part").write_bytes(bytes(2_000_000))
+    time.sleep(0.2)
+    (workdir / "part").unlink()
+with resources.stage("examples", workdir), tempfile.TemporaryFile(dir=scratch) as file:
+    file.write(bytes(4_000_000))
+    (scratch / "named").write_bytes(bytes(500_000))
+    time.sleep(0.2)
+    (scratch / "named").unlink()
+with resources.stage("after", workdir):
+    pass
+child = "held = b'x' * 150 * 2**20; print(len(held), flush=True); input()"
+with resources.stage("children", workdir):
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-Sc", child], **pipes)
+    other.stdout.readline()
+    time.sleep(0.5)
+    other.communicate(b"\\n")
 """
 
 
 def test_each_stage_has_what_was_its_own(tmp_path):
-    subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], cwd=ROOT, check=True)
-    found = json.loads((tmp_path / "usage.json").read_text())
-    assert list(found) == [START, "outer", "inner", BETWEEN, "program"]
+    places = tmp_path / "run", tmp_path / "scratch"
+    for place in places:
+        place.mkdir()
+    subprocess.run([sys.executable, "-c", MEASURED, *map(str, places)], cwd=ROOT, check=True)
+    found = json.loads((places[0] / "usage.json").read_text())
+    assert list(found) == [START, "outer", "inner", BETWEEN, "program", *DISKS, "children"]
     start = found[START]["memory_bytes"]
     assert 190 * 2**20 < found["inner"]["memory_bytes"] - start < 260 * 2**20
     assert found["outer"]["memory_bytes"] - start < 100 * 2**20
@@ -138,6 +161,14 @@ def test_each_stage_has_what_was_its_own(tmp_path):
     assert found["program"]["programs"] >= 1
     assert found["inner"]["programs"] == 0
     assert found["program"]["seconds"] < 0.3  # Compiling and running it took longer.
+    children = found["children"]["memory_bytes"] - found["after"]["memory_bytes"]
+    assert 150 * 2**20 < children < 200 * 2**20
+    # What is gone when a stage ends was there, too; usage.json is a few hundred bytes.
+    disk = {stage: used["disk_bytes"] - 3_000_000 for stage, used in found.items()}
+    assert 2_000_000 <= disk["parts"] < 2_010_000
+    if sys.platform == "linux":
+        assert 4_500_000 <= disk["examples"] < 4_510_000
+    assert 0 <= disk["after"] < 10_000
 
 
 def test_counts_are_what_is_given_then_the_limits_then_the_papers(config):
@@ -235,6 +266,9 @@ def test_what_does_not_fit_is_named_with_why():
     rows = usage_rows(scales, usage(gib, gib, gib), {"memory_bytes": 48 * gib})
     assert not misfits(rows)
     show(scales, rows, QUIET)
+    small = [[{"stage": {**dict.fromkeys(MEASURES, 0), "disk_bytes": gib}}]] * 3
+    rows = usage_rows(scales, small, {"disk_bytes": gib / 2})
+    assert misfits(rows) == ["stage: disk: 1 GiB at the full counts, of 0.5"]
 
 
 # With stages of tests/hoarding.py.

@@ -221,8 +221,11 @@ def _process(
     ]
     if len(paths) > 1:
         command += [f"--coordinator={address}", f"--processes={len(paths)}", f"--process={index}"]
+    scratch = place / f"scratch-{index}"
+    scratch.mkdir()
     environment = {
         **os.environ,
+        "TMPDIR": str(scratch),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_of_a_process(config)}",
     }
@@ -297,6 +300,7 @@ def main(_: Any) -> None:
     limits = {
         "memory_bytes": values.host_memory * GIB,
         "device_bytes": values.device_memory * GIB,
+        "disk_bytes": values.disk and values.disk * GIB,
     }
     log = plain_console(stderr=True)
     with tempfile.TemporaryDirectory(dir=values.scratch or None) as directory:
@@ -312,7 +316,7 @@ def main(_: Any) -> None:
 
 def define_flags() -> None:
     define_config()
-    flags.DEFINE_list("scale", ["0.003", "0.01", "0.03"], "Shares of the full counts, rising.")
+    flags.DEFINE_list("scale", ["0.008", "0.012", "0.02"], "Shares of the full counts, rising.")
     flags.DEFINE_integer("processes", 4, "Processes on this machine, a host's each.", lower_bound=1)
     define_counts()
     flags.DEFINE_float("device_memory", 15.75, "GiB of a device, for one buffer of it; v5e's.")

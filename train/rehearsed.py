@@ -5,6 +5,7 @@ python -m train.rehearsed --settings=CONFIG.json --usage=OUT.json --workdir=DIR
 
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ def attend_to_itself(q: jax.Array, k: jax.Array, v: jax.Array, *_: Any, **__: An
 
 def main(_: Any) -> None:
     values = flags.FLAGS
-    resources.start(pathlib.Path(values.usage))
+    # `train.rehearse` gives each process such a directory of its own.
+    resources.start(pathlib.Path(values.usage), pathlib.Path(tempfile.gettempdir()))
     # What makes programs is imported when they are timed, and who attends when that is replaced.
     from expandr_jax.models import attention
 
