@@ -37,8 +37,8 @@ from expandr_jax.vectors.stored import storage_type
 POSTING = 8  # A word in a text that has it: a weight and the text's number.
 COUNTED = 80  # The same while BM25's index is made of it, as search/word_counts.py says.
 LENGTHS = 40  # A text's length meanwhile: five arrays of 8 bytes a number.
-# A text, for each query that is searched for at the same time: its score, and what it takes to find
-# the best ones; an estimate, as if all texts had a word of the query.
+# A text, for each query that is searched for at the same time: an estimate, as if each had one or
+# two words of the query. `Postings.best` takes 24 for one word in every text, and 64 for four.
 SCORED = 32
 HASHED = 8  # A vector's leaf and norm in an index of ScaNN, beside its hash.
 # Different words of all texts, for the root of their words: an estimate by Heaps' law, whose factor
