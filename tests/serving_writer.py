@@ -33,6 +33,8 @@ def open_state(state: pathlib.Path, merge_from: int = 30) -> LiveDocuments:
 
 def main(state: str, seed: str) -> None:
     """Writes; says "BATCH:NUMBER TEXT" of each document, with "-" for one that is removed."""
+    import pyarrow  # noqa: F401  Merges need it; within a quarter of a second none would end else.
+
     documents, drawn = open_state(pathlib.Path(state)), random.Random(int(seed))
     print("begins", flush=True)
     while True:
