@@ -102,7 +102,7 @@ def measure_row(
         row["peer_name"] = str(against)
     elif missing:
         del places["peer"]
-    else:
+    elif packages:
         row["peer_name"] += f" {_version(packages[0])}"
     sides, measured = {}, {}
     try:

@@ -99,4 +99,4 @@ def test_every_benchmark_can_be_loaded_without_its_peer():
     for name in NAMES:
         for row in benchmark(name).ROWS:
             assert row.unit.endswith("/s")
-            assert row.packages
+            assert row.peer_name

@@ -21,7 +21,7 @@ import numpy as np
 
 NAMES = (
     *("sampling", "dpo", "grpo", "encode", "contrastive", "search", "rewards", "load"),
-    "rerank",
+    *("rerank", "lora"),
 )
 THREADS = 2  # Each side has so many: OMP_NUM_THREADS of its process, and its cores.
 
@@ -53,7 +53,8 @@ class Comparison:
         name: Name of the row.
         unit: A rate, as "tokens/s": more is better.
         peer_name: What people call the peer; its version is added.
-        packages: Distributions that the peer needs; the first one's version is shown.
+        packages: Distributions that the peer needs; the first one's version is shown. None: the
+            peer is this project in another setting.
         ours: Starts this project's side.
         peer: Starts the peer's side.
         check: (our outputs, the peer's) -> a sentence on what is equal. Raises `Different`.
