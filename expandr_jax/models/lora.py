@@ -100,7 +100,7 @@ class Projection(nn.Module):
             h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
             a = self.get_variable(COLLECTION, "a").astype(self.dtype)
             b = self.get_variable(COLLECTION, "b").astype(self.dtype)
-            y = y + jnp.dot(jnp.dot(h.astype(self.dtype), a), b) * self.lora.scale
+            y = y + product(product(h.astype(self.dtype), a), b) * self.lora.scale
         return y
 
 
