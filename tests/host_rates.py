@@ -31,7 +31,7 @@ from expandr_jax.weights.safetensors_file import Tensor, write_safetensors
 
 COUNT, WORDS, LENGTH = 900, 32_000, 510
 EPOCHS = 3
-VECTORS, WIDTH = 120_000, 768  # So many have a tree.
+VECTORS, WIDTH = 480_000, 768  # Nearly half of a shard: any tree is trained on 100,000.
 
 
 class Encoder:

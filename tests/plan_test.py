@@ -207,7 +207,7 @@ def test_llama_and_anchordr_fit(topology, tmp_path):
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     rows = {row["program"]: row for row in json.loads(out.read_text())["rows"]}
-    assert list(rows) == PROGRAMS
+    assert list(rows) == [*PROGRAMS, "base to every host", "retriever to every host"]
     assert all(row["fits"] for row in rows.values())
     assert set(rows["decode"]["collectives"]) == {"all-reduce", "all-to-all"}
     # What is gathered at once is never more than the largest single weight, the vocabulary's.
