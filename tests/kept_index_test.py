@@ -108,7 +108,7 @@ def test_bm25_is_made_where_it_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     index = kept_bm25(tmp_path / "new" / "work", TEXTS)
     assert index.size == len(TEXTS)
-    with pytest.raises(UserError, match=r"none: BM25's index is made .* another place by TMPDIR"):
+    with pytest.raises(UserError, match=r"none: cannot write BM25's .* another place by TMPDIR"):
         kept_bm25(tmp_path / "other", TEXTS, write=False)
 
 

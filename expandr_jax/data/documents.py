@@ -26,6 +26,7 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_file, write_json
+from expandr_jax.files.scratch import writing
 
 ROWS_AT_ONCE = 4096  # A batch: what lies in memory while a store is written.
 _FILES = ("documents.arrow", "ids.npy")
@@ -185,7 +186,8 @@ def write_documents(
 
     temporary = None
     if directory is None:
-        temporary = tempfile.TemporaryDirectory(prefix="documents-", ignore_cleanup_errors=True)
+        with writing("documents"):
+            temporary = tempfile.TemporaryDirectory(prefix="documents-", ignore_cleanup_errors=True)
     directory = Path(temporary.name if temporary else directory)
     schema = pa.schema([("id", pa.large_string()), ("text", pa.large_string())])
     rows, hashes = iter(rows), array.array("Q")
@@ -207,7 +209,8 @@ def write_documents(
             os.replace(part, directory / name)
         return Documents(directory, temporary)
     except OSError as error:
-        raise UserError(f"{directory}: cannot write it: {error.strerror or error}") from error
+        room = "; make room, or name another place by TMPDIR" if temporary else ""
+        raise UserError(f"{directory}: cannot write it: {error.strerror or error}{room}") from error
     finally:
         for part in parts:
             with contextlib.suppress(OSError):
@@ -223,6 +226,14 @@ def seal(directory: str | os.PathLike, key: str) -> None:
             os.fsync(file.fileno())
         files[name] = hash_file(path)
     write_json(Path(directory, _SEAL), {"key": key, "files": files})
+
+
+def sealed_key(directory: str | os.PathLike) -> str | None:
+    """What the store there was sealed as that of; None where nothing says so."""
+    try:
+        return str(json.loads(Path(directory, _SEAL).read_bytes())["key"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def open_documents(directory: str | os.PathLike, key: str) -> Documents | None:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from expandr_jax.data.ahead import Ahead
-from expandr_jax.errors import UserError
+from expandr_jax.files.scratch import give_up, writing
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.packed_examples import Block, text_counts
@@ -23,6 +23,7 @@ _ARRAYS = {
     "scores": (np.float64, ()), "counts": (np.int32, (4,)), "firsts": (np.int64, (3,)),
     "eases": (np.float64, ()),
 }  # fmt: skip
+_WHAT = "step A's examples"
 
 
 class StoredExamples(Sequence[ContrastiveExample]):
@@ -88,13 +89,16 @@ def store_examples(blocks: Iterable[Block]) -> StoredExamples:
         UserError: They cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        with _writing():
+        with writing(_WHAT):
             unnamed = _opens_unnamed()
             make = tempfile.TemporaryFile if unnamed else tempfile.NamedTemporaryFile
-            files = {n: stack.enter_context(make(prefix="expandr-examples-")) for n in _ARRAYS}
+            files = {}
+            for name in _ARRAYS:
+                files[name] = make(prefix="expandr-examples-")
+                stack.callback(give_up, files[name])
 
         def write(**arrays: Any) -> None:
-            with _writing():
+            with writing(_WHAT):
                 for name, values in arrays.items():
                     files[name].write(np.ascontiguousarray(values, _ARRAYS[name][0]))
 
@@ -108,7 +112,7 @@ def store_examples(blocks: Iterable[Block]) -> StoredExamples:
             after = firsts + np.cumsum(np.stack(parts, axis=1), axis=0, dtype=np.int64)
             write(texts=ends, firsts=np.concatenate([firsts[None], after[:-1]]))
             end, firsts = int(ends[-1]), after[-1]
-        with _writing():
+        with writing(_WHAT):
             for file in files.values():
                 file.flush()
         stack.pop_all()  # They are closed with what is returned.
@@ -125,18 +129,6 @@ def _opens_unnamed() -> bool:
     """Whether the system is one where they can."""
     with tempfile.TemporaryFile() as file:
         return os.access(_path_of(file), os.R_OK)
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    """What fails here are the files, and not what is read for them."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{tempfile.tempdir or 'TMPDIR'}: cannot write step A's examples: "
-            f"{error.strerror or error}; TMPDIR can name a directory with more room"
-        ) from error
 
 
 @contextlib.contextmanager

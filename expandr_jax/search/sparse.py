@@ -1,5 +1,6 @@
 """An inverted index of sparse vectors, such as SPLADE's; none of their numbers is below 0."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,10 +11,12 @@ import numpy as np
 import scipy.sparse
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.scratch import give_up, scratch_array, writing
 from expandr_jax.search.index import Index
 from expandr_jax.search.postings import Postings
 
 _ARRAYS = ("weights", "rows", "ends")
+_WHAT = "an index of sparse vectors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +44,28 @@ class SparseIndex(Index):
     def __init__(self, blocks: Iterable[scipy.sparse.csr_array], dimension: int, fingerprint: str):
         self.dimension, self.fingerprint, self.options = dimension, fingerprint, SparseOptions()
         counts, self.size = np.zeros(dimension, np.int64), 0
-        with tempfile.TemporaryFile() as file:  # Where they wait until all are counted.
+        with contextlib.ExitStack() as stack:
+            with writing(_WHAT):
+                file = tempfile.TemporaryFile()  # noqa: SIM115  Until all are counted.
+            stack.callback(give_up, file)
             lengths = []
             for block in blocks:
                 block = scipy.sparse.csc_array(block, dtype=np.float32)
                 block.sort_indices()
                 counts += np.diff(block.indptr)
-                for array in (block.data, block.indices, block.indptr):
-                    np.save(file, array)
+                with writing(_WHAT):
+                    for array in (block.data, block.indices, block.indptr):
+                        np.save(file, array)
                 lengths.append(block.shape[0])
                 self.size += block.shape[0]
             if not self.size:
                 raise UserError("a sparse index of no documents")
             ends = np.concatenate([[0], np.cumsum(counts)])
-            weights, rows = (_on_disk(int(ends[-1]), kind) for kind in (np.float32, np.int32))
+            with writing(_WHAT):
+                file.flush()
+            weights, rows = (
+                scratch_array(ends[-1], kind, _WHAT) for kind in (np.float32, np.int32)
+            )
             file.seek(0)
             free, first = ends[:-1].copy(), 0
             for length in lengths:
@@ -83,9 +94,3 @@ class SparseIndex(Index):
 def _rows(queries: scipy.sparse.csr_array) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start, end in zip(queries.indptr[:-1], queries.indptr[1:], strict=True):
         yield queries.indices[start:end], queries.data[start:end]
-
-
-def _on_disk(count: int, dtype: type) -> np.ndarray:
-    """A new array in a file that has no name: what of it is in memory is the system's choice."""
-    with tempfile.TemporaryFile() as file:
-        return np.memmap(file, dtype, "w+", shape=max(1, count))[:count]

@@ -6,18 +6,18 @@ The same numbers are made here a part at a time, to the bit. The matrix itself, 
 lies in files, too, so that the system may take its pages back.
 """
 
-import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+import weakref
 
 import numpy as np
 
-from expandr_jax.errors import UserError
+from expandr_jax.files.scratch import give_up, scratch_array, writing
 
 _COUNT = np.dtype([("word", np.int32), ("times", np.int32)])
 COUNTS_AT_ONCE = 2**22  # Counts, of which some 80 bytes each are in memory.
+_WHAT = "BM25's index"
 
 
 class WordCounts:
@@ -30,8 +30,9 @@ class WordCounts:
     def __init__(self, scratch: str | os.PathLike | None = None):
         """Files without a name lie in directory `scratch`; None: where the system has its own."""
         self._scratch = scratch
-        with self._written():
+        with writing(_WHAT, scratch):
             self._file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115  As long as this.
+        weakref.finalize(self, give_up, self._file)
         self.lengths: list[np.ndarray] = []
         self._different: list[np.ndarray] = []
         self._having = np.zeros(0, np.int64)
@@ -42,7 +43,7 @@ class WordCounts:
         pairs, times = np.unique(rows << 32 | words, return_counts=True)
         counts = np.empty(len(pairs), _COUNT)
         counts["word"], counts["times"] = pairs & 0xFFFFFFFF, times
-        with self._written():
+        with writing(_WHAT, self._scratch):
             self._file.write(counts.tobytes())  # It reports errors, and `tofile` does not.
         self.lengths.append(lengths)
         self._different.append(np.bincount(pairs >> 32, minlength=len(lengths)))
@@ -68,9 +69,11 @@ class WordCounts:
                           np.float32)  # fmt: skip
         ends = np.concatenate([[0], np.cumsum(self._having)])
         of_texts = np.cumsum(np.concatenate(self._different))
-        with self._written():
+        with writing(_WHAT, self._scratch):
             self._file.flush()
-            weights, rows = (_array(ends[-1], t, self._scratch) for t in (np.float32, np.int32))
+        weights, rows = (
+            scratch_array(ends[-1], kind, _WHAT, self._scratch) for kind in (np.float32, np.int32)
+        )
         next_ones = ends[:-1].copy()
         self._file.seek(0)
         for start in range(0, int(ends[-1]), COUNTS_AT_ONCE):
@@ -87,28 +90,3 @@ class WordCounts:
             rows[places] = texts
             next_ones[each] += many
         return weights, rows, ends
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            where = self._scratch or tempfile.gettempdir()
-            raise UserError(
-                f"{where}: BM25's index is made in files there, which cannot be written: "
-                f"{error.strerror or error}; make room, or name another place by TMPDIR"
-            ) from error
-
-
-def _array(count: int, dtype: type, scratch: str | os.PathLike | None) -> np.ndarray:
-    """An array in a file that has no name."""
-    if not count:
-        return np.empty(0, dtype)
-    size = int(count) * np.dtype(dtype).itemsize
-    with tempfile.TemporaryFile(dir=scratch) as file:
-        # A full disk is told now; a page that finds no room later would end the program.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-        return np.memmap(file, dtype, "r+", shape=(int(count),))

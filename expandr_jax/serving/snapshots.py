@@ -20,6 +20,7 @@ import numpy as np
 from expandr_jax.data.documents import Documents, ids_of, rows_of, texts_of, write_documents
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
+from expandr_jax.files.scratch import reserve
 from expandr_jax.search import Index
 from expandr_jax.serving.flat import Results, search_flat, search_rows
 from expandr_jax.serving.log import sync_directory
@@ -157,6 +158,8 @@ def write_snapshot(
     shutil.rmtree(part, ignore_errors=True)
     write_documents(rows(), part)
     file = np.lib.format.open_memmap(part / _VECTORS, "w+", dtype, shape)
+    with open(part / _VECTORS, "r+b") as begun:
+        reserve(begun, begun.seek(0, os.SEEK_END))
     start = 0
     for block in vectors():
         file[start : start + len(block)] = block
