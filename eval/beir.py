@@ -66,7 +66,8 @@ def evaluate_set(
     """
     path = directory / "results.json"
     if tested.files.root != directory / "data":  # The harvest is what the workdir's config pins.
-        run.check_source(directory, tested.source(name), tested.files.path(""))
+        source, place = tested.source(name, "dev"), tested.files.path("")  # Dev chooses weights.
+        run.check_source(directory, source, place, tested.unread("dev"))
     names = [system.name for system in systems]
     if path.exists():
         results = run.read_json(path)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
-from expandr_jax.data.beir import Collection, write_beir
+from expandr_jax.data.beir import Collection, read_beir, source_hashes, write_beir
+from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.collect import check_added_tests
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json, write_jsonl
@@ -267,6 +268,55 @@ def test_a_test_collection_that_has_changed_is_refused(tmp_path, monkeypatch):
     path.write_text(before)
     scored()
     assert len(ranked) == 2
+
+
+def test_documents_tell_a_collection_where_older_runs_noted_nothing_of_it(tmp_path):
+    judged = {"test": {"q": {"d": 1}}}
+    write_beir(tmp_path / "first", Collection("first", {"d": "text"}, {"q": "query"}, judged))
+    run = opened(tmp_path / "run", data__tests=(str(tmp_path / "first"),))
+    noted = run.path("tests", "first", "data", "SOURCE.json")
+    read_beir(tmp_path / "first", store=run.path("work", "documents", "tests", "first"))
+    path = tmp_path / "first" / "corpus.jsonl"
+    before = path.read_text()
+    path.write_text(before.replace("text", "changed"))
+    refused = "tests/first: was made with other documents than .*first has now; put back"
+    for _ in range(2):
+        with pytest.raises(UserError, match=refused):
+            _note_tests(run)
+    assert not noted.exists()
+    path.write_text(before)
+    _note_tests(run)
+    assert noted.exists()
+
+
+def test_of_judgements_those_that_are_read_tell_a_collection(tmp_path):
+    """Also where an older run noted all of them."""
+    judged = {split: {"q": {"d": 1}} for split in ("train", "dev", "test")}
+    write_beir(tmp_path / "first", Collection("first", {"d": "text"}, {"q": "query"}, judged))
+    (benchmark,) = find_benchmarks([str(tmp_path / "first")]).values()
+    files = {"corpus.jsonl", "queries.jsonl", "qrels/test.tsv"}
+    assert benchmark.source("first")["files"].keys() == files
+    assert benchmark.source("first", "dev")["files"].keys() == {*files, "qrels/dev.tsv"}
+    run = opened(tmp_path / "run")
+    noted = {**benchmark.source("first"), "files": source_hashes(benchmark.files)}
+    assert len(noted["files"]) == 5
+    write_json(run.path("tests", "first", "data", "SOURCE.json"), noted)
+
+    def check(*others):
+        source = benchmark.source("first", *others)
+        run.check_source(run.path("tests", "first"), source, "it", benchmark.unread(*others))
+
+    for split in ("train", "dev", "test"):
+        check()
+        path = tmp_path / "first" / "qrels" / f"{split}.tsv"
+        path.write_text(path.read_text().replace("\t1\n", "\t2\n"))
+        if split == "train":
+            check("dev")
+        else:
+            with pytest.raises(UserError, match="was made with other data than it has now"):
+                check("dev")
+    with pytest.raises(UserError, match="was made with other data than it has now"):
+        check()
 
 
 def contents(workdir: pathlib.Path, *names: str) -> dict[str, bytes]:

@@ -249,12 +249,22 @@ def test_dev_data_that_tell_nothing_or_change_are_refused(data, tmp_path):
     # The mistake mended, the same command goes on: nothing was noted of what was refused.
     right = {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))}
     write_dev(tmp_path / "dev", right)
+    (tmp_path / "dev" / "qrels" / "train.tsv").write_text("q1\td1\t1\n")
     evaluated = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "evaluate", lambda run, qrels, names, of=metrics.evaluate: (
             evaluated.append(set(qrels)), of(run, qrels, names))[1])  # fmt: skip
         train(config, tmp_path / "run")
     assert [len(queries) for queries in evaluated] == [2, 2]
+    gc.collect()
+    # Judgements that are not read may change; an older run noted them all.
+    noted = tmp_path / "run" / "data" / "SOURCE.json"
+    source = json.loads(noted.read_text())
+    assert "qrels/train.tsv" not in source["dev"]
+    source["dev"]["qrels/train.tsv"] = "of the file then"
+    noted.write_text(json.dumps(source))
+    (tmp_path / "dev" / "qrels" / "train.tsv").write_text("q2\td2\t1\n")
+    train(config, tmp_path / "run")
     gc.collect()
     write_dev(tmp_path / "dev", {**right, "q1": {"d2": 1}})
     with pytest.raises(UserError, match="dev: is not the data this run began with"):

@@ -333,7 +333,8 @@ def evaluate_benchmarks(
             results[name] = run.read_json(run.path(folder, "results.json"))
         if name not in results or not are_of(results[name], systems):
             # Not before: its corpus may take minutes to read.
-            run.check_source(run.path(folder), benchmark.source(name), benchmark.files.path(""))
+            known, place = benchmark.source(name), benchmark.files.path("")
+            run.check_source(run.path(folder), known, place, benchmark.unread())
             store = run.path("work", "documents", "tests", name)
             collection = run.processes.main_first(
                 functools.partial(read_beir, benchmark.files, store=store)

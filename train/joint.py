@@ -17,8 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
+from expandr_jax.data.beir import corpus_key
 from expandr_jax.data.benchmarks import find_benchmarks
 from expandr_jax.data.collect import check_added_tests, prepare_data
+from expandr_jax.data.documents import sealed_key
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
@@ -253,14 +255,26 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
 
 
 def _note_tests(run: Run) -> None:
-    """Notes of what files the collections of `data.tests` are that training leaves out."""
+    """Notes of what files the collections of `data.tests` are that training leaves out.
+
+    Raises:
+        UserError: A run that began before these were noted has read other documents.
+    """
 
     def note() -> None:
         tests = find_benchmarks(run.config.data.tests)
         with run.reporter.progress("test collections noted", len(tests)) as advance:
             for name, benchmark in tests.items():
-                path = run.path("tests", name, "data", "SOURCE.json")
+                directory = run.path("tests", name)
+                path = directory / "data" / "SOURCE.json"
                 if not path.exists():
+                    read = sealed_key(run.path("work", "documents", "tests", name))
+                    if read and read != corpus_key(benchmark.files):
+                        raise UserError(
+                            f"{run.where(directory)}: was made with other documents than "
+                            f"{benchmark.files.path('')} has now; put back what was there, or use "
+                            "a new --workdir"
+                        )
                     write_json(path, benchmark.source(name))
                 advance(1)
 

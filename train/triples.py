@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from expandr_jax.data.beir import Collection, read_beir, source_hashes
+from expandr_jax.data.beir import Collection, read_beir, source_hashes, unread_judgements
 from expandr_jax.data.benchmarks import benchmark_queries, query_key
 from expandr_jax.data.download import data_path
 from expandr_jax.data.duplicates import near_duplicates
@@ -34,17 +34,22 @@ def triples_of(run: Run) -> list[Triple]:
     source = {"name": given.name, "sha256": hash_file(given),
               "queries": len(triples), "skipped": len(skipped)}  # fmt: skip
     # Evaluations before and after a restart are compared, so they must be of the same data.
-    dev = source_hashes(next(iter(find_collections(config.dev).values()))) if config.dev else None
+    dev, unread = None, set()
+    if config.dev:
+        files = next(iter(find_collections(config.dev).values()))
+        dev, unread = source_hashes(files, ("dev",)), unread_judgements(files, ("dev",))
     kept = _without_tested(triples, config.tests, run.reporter)
     left_out = {"left_out_for_tests": len(triples) - len(kept)} if config.tests else {}
     noted = run.noted(
         run.path("data", "SOURCE.json"), source | left_out | ({"dev": dev} if dev else {})
     )
     # A run that was begun before dev was noted has none.
-    other_dev = noted.pop("dev", dev) != dev
+    noted_dev = noted.pop("dev", dev)
+    if noted_dev is not None:  # Older runs noted all splits.
+        noted_dev = {name: of for name, of in noted_dev.items() if name not in unread}
     if {name: noted.get(name) for name in source} != source:
         raise UserError(f"{given}: is not the file this run began with; use a new --workdir")
-    if other_dev:
+    if noted_dev != dev:
         raise UserError(f"{config.dev}: is not the data this run began with; use a new --workdir")
     return kept
 

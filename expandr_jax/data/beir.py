@@ -125,12 +125,23 @@ def read_beir(
     return Collection(bright.task_name(files) or name, corpus, queries, qrels, answers, excluded)
 
 
-def source_hashes(files: Files) -> dict[str, str]:
-    """The sha256 of each file that `read_beir` reads, or of the archive that holds them."""
+def source_hashes(files: Files, splits: Container[str] | None = None) -> dict[str, str]:
+    """The sha256 of each file that `read_beir` reads, or of the archive that holds them.
+
+    Of judgements, those of these splits alone; None: of all.
+    """
     if not files.root.is_dir():
         return {files.root.name: hash_file(files.root)}
-    parts = [_parts(files, "corpus"), _parts(files, "queries"), *_splits(files).values()]
+    judged = [names for split, names in _splits(files).items() if splits is None or split in splits]
+    parts = [_parts(files, "corpus"), _parts(files, "queries"), *judged]
     return {name: hash_file(files.path(name)) for part in parts for name in part}
+
+
+def unread_judgements(files: Files, splits: Container[str]) -> set[str]:
+    """Names of the files of judgements that `source_hashes` leaves out with these splits."""
+    found = _splits(files)
+    read = {name for split in found if split in splits for name in found[split]}
+    return {name for names in found.values() for name in names} - read
 
 
 def corpus_key(files: Files) -> str:

@@ -4,7 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from expandr_jax.data.beir import Collection, judgements, read_texts, source_hashes
+from expandr_jax.data.beir import (
+    Collection,
+    judgements,
+    read_texts,
+    source_hashes,
+    unread_judgements,
+)
 from expandr_jax.data.duplicates import words
 from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
@@ -26,10 +32,17 @@ class Benchmark:
         """Ids of the judged queries."""
         return {judgement.query for judgement in judgements(self.files, self.split)}
 
-    def source(self, name: str) -> dict[str, Any]:
-        """What tells it, by this name, from any other; all of its files are read for that."""
-        files = source_hashes(self.files)
+    def source(self, name: str, *others: str) -> dict[str, Any]:
+        """What tells it, by this name, from any other; what is read is hashed for that.
+
+        Beside its own split those of the others are read that there are.
+        """
+        files = source_hashes(self.files, (self.split, *others))
         return {"name": name.rpartition("/")[2], "split": self.split, "files": files}
+
+    def unread(self, *others: str) -> set[str]:
+        """The files that `source` leaves out, which older runs noted all the same."""
+        return unread_judgements(self.files, (self.split, *others))
 
 
 def find_benchmarks(paths: Sequence[str], split: str = "") -> dict[str, Benchmark]:

@@ -11,7 +11,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -138,15 +138,20 @@ class Run:
 
         return self.processes.main_first(note)
 
-    def check_source(self, directory: pathlib.Path, source: Mapping[str, Any], place: Any) -> None:
+    def check_source(
+        self, directory: pathlib.Path, source: Mapping[str, Any], place: Any, unread: Container[str]
+    ) -> None:
         """Refuses data other than a directory was begun with: its data/SOURCE.json says which.
 
         Args:
             directory: Where results of them go, under the workdir.
             source: What they are, as `Benchmark.source` has it.
             place: Where they are read.
+            unread: Files of theirs that do not count, though older runs noted them.
         """
-        if self.noted(directory / "data" / "SOURCE.json", source) != source:
+        noted = self.noted(directory / "data" / "SOURCE.json", source)
+        files = {n: hash_ for n, hash_ in noted.get("files", {}).items() if n not in unread}
+        if {**noted, "files": files} != source:
             raise UserError(
                 f"{self.where(directory)}: was made with other data than {place} has now, or for "
                 "another split; put back what was there, or use a new --workdir"
