@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import io
 import json
+import shutil
 import signal
 import time
 
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from configs import smoke
 from expandr_jax.errors import UserError
+from expandr_jax.files.records import write_json
 from expandr_jax.objectives.registry import STEP_B
 from tests.commands import (
     SPREAD,
@@ -157,10 +160,26 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"grpo\.queries 64: there are 8 queries"):
         train(tmp_path / "b", queries=64)
     config = config_of()
-    config.step_b = "dpo"
-    with pytest.raises(UserError, match=r"^step_b is 'dpo', which learns from files; .* 'grpo'"):
+    config.step_b, config.reward.length, config.reward.length_cache = "dpo", 1.0, 8
+    config.grpo.max_new_tokens = 7
+    with pytest.raises(UserError, match=r"^reward\.length_cache: .*grpo\.max_new_tokens, 7"):
         policy.train_alone(config, tmp_path / "c", Console(quiet=True))
     assert not (tmp_path / "c").exists()
+
+
+def test_a_config_for_files_is_taken_as_one_for_steps(whole, tmp_path):
+    """Before kinds of step B had names of their own, any was; and its runs go on."""
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    record["config"]["step_b"] = "dpo"  # As such a run kept it.
+    write_json(workdir / "config.json", record)
+    shutil.rmtree(workdir / "export")
+    config, output = config_of(), io.StringIO()
+    config.step_b = "dpo"
+    policy.train_alone(config, workdir, Console(file=output, width=200))
+    assert "step_b is 'dpo', which learns from files; here it is 'grpo'" in output.getvalue()
+    same(workdir, whole)
+    assert json.loads((workdir / "config.json").read_text()) == record
 
 
 @pytest.mark.slow

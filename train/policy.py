@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from expandr_jax.config import Config, read_config
+from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -324,6 +324,18 @@ def _asked(
     return messages, group
 
 
+def _on_policy(config: Config) -> Config:
+    """The config with a kind of step B that samples in its steps: its own, or else the first.
+
+    Raises:
+        UserError: A setting does not go with that.
+    """
+    if config.step_b_kind.on_policy:
+        return config
+    first = next(name for name, kind in STEP_B.items() if kind.on_policy)
+    return read_config(dataclasses.asdict(with_settings(config, {"step_b": first})))
+
+
 def train_alone(
     config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> pathlib.Path:
@@ -336,13 +348,15 @@ def train_alone(
     """
     config = read_config(config)
     check_meshes(config.mesh)
-    if not config.step_b_kind.on_policy:
-        sampling = " or ".join(repr(name) for name, kind in STEP_B.items() if kind.on_policy)
-        raise UserError(
-            f"step_b is {config.step_b!r}, which learns from files; expected {sampling}, which "
-            "samples in its steps; or python -m train.joint"
-        )
+    _on_policy(config)  # What is wrong with it so is told before there is a workdir.
     run = Run(workdir, config, console)
+    # What its config.json has stays what was given, by which the same command goes on.
+    run.config = _on_policy(run.config)
+    if run.config.step_b != config.step_b:
+        own = run.config.step_b
+        run.reporter.say(
+            f"step_b is {config.step_b!r}, which learns from files; here it is {own!r}"
+        )
     config, functions = run.config, run_functions(run, used=has_begun(run.workdir))
     with run.phase("data"):
         data = prepare_data(config.data, run.checksums, run.reporter)
