@@ -179,6 +179,33 @@ def test_an_older_version_s_checkpoint_names_less_and_is_taken(tmp_path):
         Checkpoints(tmp_path, {**now, "examples": "others"}).restore(TREE)
 
 
+def test_an_older_version_s_checkpoint_may_name_what_follows_from_all_else(tmp_path):
+    """It takes long to find, and is looked for where nothing else tells."""
+    saved, asked = Checkpoints(tmp_path, {"model": "a", "tokens": "t"}), []
+    saved.save(1, TREE)
+    saved.wait()
+
+    def now(tokens, **changed):
+        def older():
+            asked.append(tokens)
+            return {"tokens": tokens}
+
+        return Checkpoints(tmp_path, {"model": "a", "texts": "x", **changed}, older=older)
+
+    assert now("t").restore(TREE)[0] == 1
+    for other in (now("u"), now("t", model="b")):
+        with pytest.raises(UserError, match="another base model or other settings"):
+            other.restore(TREE)
+    newer = now("t")
+    newer.save(2, TREE)
+    newer.wait()
+    asked.clear()
+    assert now("u").restore(TREE)[0] == 2
+    with pytest.raises(UserError, match="another base model or other settings"):
+        now("t", texts="y").restore(TREE)
+    assert not asked
+
+
 def test_another_type_or_shape_is_refused(tmp_path):
     saved = Checkpoints(tmp_path, IDENTITY)
     saved.save(1, TREE)

@@ -15,11 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from configs import smoke
 from expandr_jax.config import read_config
+from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
 from expandr_jax.models.identity import module_identity
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
-from expandr_jax.objectives.packed_examples import ExampleHashes, pack_examples
+from expandr_jax.objectives.packed_examples import ExampleHashes, pack_examples, triples_key
 from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.pair import model_hashes
 from expandr_jax.runtime.run import Run
@@ -153,6 +154,21 @@ def test_step_a_is_told_by_all_of_its_examples():
     arrays = dataclasses.replace(example, query=np.array([1], np.int32), known=frozenset())
     assert hash_all([arrays]) == hash_all([example])
     assert hash_all([example, arrays]) != hash_all([example])
+
+
+def test_step_a_is_told_by_all_that_its_examples_are_made_of():
+    triple = Triple("q", ("p", "r"), ("n",), ("e", "f"), (1.0, 1.0, 0.5))
+    changes = [
+        {"query": "x"}, {"positives": ("r", "p")}, {"negatives": ()}, {"expansions": ("e",)},
+        {"positives": ("p",), "negatives": ("r", "n")}, {"expansions": ("f", "e")},
+        {"teacher_scores": None}, {"teacher_scores": (1.0, 0.9, 0.5)}, {"margin": 2.0},
+        {"negatives": ("n", "e"), "expansions": ("f",)},
+    ]  # fmt: skip
+    told = {triples_key([dataclasses.replace(triple, **change)]) for change in ({}, *changes)}
+    told |= {triples_key([triple, triple]), triples_key([triple], "query"), triples_key([])}
+    assert len(told) == 1 + len(changes) + 3
+    # Where it stands says nothing of it.
+    assert triples_key([dataclasses.replace(triple, line=3)]) in told
 
 
 def test_step_b_is_told_by_all_of_its_examples():

@@ -147,25 +147,51 @@ def test_an_index_that_is_let_go_of_is_opened_when_it_is_asked_for(tmp_path):
 
 RESTART = """
 import runpy, sys
+from expandr_jax.models.retriever import Retriever
 from expandr_jax.search import BACKENDS
 from expandr_jax.vectors import corpus, file
 
 def refuse(*_, **__):
-    raise AssertionError("an index is opened, or vectors read")
+    raise AssertionError("an index is opened, vectors read or texts tokenized")
 
 for kind in BACKENDS.values():
     kind.__init__ = kind.load = refuse
 corpus.encode_to_file = corpus.open_vectors = file._intact_blocks = refuse
+Retriever.token_ids = refuse
 runpy.run_module("train.joint", run_name="__main__")
 """
+
+
+def restart(program, workdir):
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config=configs/smoke.py", f"--workdir={workdir}"],
+        cwd=ROOT, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_a_restart_of_a_finished_run_opens_no_index_and_reads_no_vectors(smoke, tmp_path):
     workdir = shutil.copytree(smoke[0], tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "-c", RESTART, "--config=configs/smoke.py", f"--workdir={workdir}"],
-        cwd=ROOT, text=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    restart(RESTART, workdir)
+    assert (workdir / "results.json").read_bytes() == (smoke[0] / "results.json").read_bytes()
+
+
+MIDWAY = """
+import runpy
+from expandr_jax.objectives import packed_examples
+
+def refuse(*_, **__):
+    raise AssertionError("training texts are tokenized")
+
+packed_examples.triple_examples = refuse
+runpy.run_module("train.joint", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_restart_after_step_a_tokenizes_none_of_its_texts(smoke, tmp_path):
+    workdir = shutil.copytree(smoke[0], tmp_path / "run")
+    (workdir / "results.json").unlink()
+    restart(MIDWAY, workdir)
     assert (workdir / "results.json").read_bytes() == (smoke[0] / "results.json").read_bytes()

@@ -16,8 +16,10 @@ from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
+from expandr_jax.models.retriever import Retriever
 from expandr_jax.objectives.contrastive_batches import make_batch
 from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.stage import train_stage
 from tests.commands import command, step_metrics
 from train.retriever import train_on_triples
 
@@ -165,11 +167,49 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(data, finished, tmp_pa
     assert step_metrics(workdir) == step_metrics(finished)
 
 
-def test_a_finished_run_is_left_as_it_is(data, finished):
+@pytest.fixture
+def tokenized(monkeypatch):
+    """How many texts are tokenized, in a list of its own."""
+    count, token_ids = [0], Retriever.token_ids
+
+    def counted(self, texts, *args):
+        count[0] += len(texts)
+        return token_ids(self, texts, *args)
+
+    monkeypatch.setattr(Retriever, "token_ids", counted)
+    return count
+
+
+def test_a_finished_run_is_left_as_it_is(data, finished, tokenized):
     path = finished / "export" / "retriever" / "model.safetensors"
     before = path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()
     train(config_of(data), finished)
     assert (path.stat().st_mtime_ns, (finished / "metrics.jsonl").read_bytes()) == before
+    assert tokenized == [0]
+
+
+def test_a_run_whose_checkpoints_know_tokens_alone_goes_on(data, tmp_path, monkeypatch, tokenized):
+    config, asked = config_of(data, epochs=1.0), []
+    config.data.dev = ""
+
+    def as_before(*args, identity, older, **how):
+        identity = {name: value for name, value in identity.items() if name != "texts"}
+        asked.append(older())
+        assert asked[0].keys() == {"examples", "all"}
+        return train_stage(*args, identity=identity | asked[0], older=dict, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.retriever.train_stage", as_before)
+        train(config, tmp_path / "run")
+    gc.collect()
+    before, tokenized[0] = (tmp_path / "run" / "metrics.jsonl").read_bytes(), 0
+    train(config, tmp_path / "run")
+    assert tokenized[0] > 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    gc.collect()
+    monkeypatch.setattr("train.retriever.ExampleHashes.all", "of other tokens")
+    with pytest.raises(UserError, match="another base model or other settings"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("way", ["flip", "truncate", "empty", "delete"])

@@ -12,6 +12,7 @@ from expandr_jax.pair import RetrieverModel
 from expandr_jax.planning.flops import row_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.stage import TrainedStage
+from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
@@ -42,15 +43,19 @@ def train_query_tower(
         UserError: Training diverges.
     """
     mesh, retriever = models.contrastive_mesh, models.retriever
-    batches = DistillationBatches(
-        models.encoder.tokenize([*lesson.queries.values()], "query"),
-        [*lesson.queries],
-        lesson.compared,
-        settings.batch_size,
-        seed,
-        retriever.tokenizer.pad_token_id,
-        retriever.max_length,
-    )
+
+    @functools.cache  # Where all steps are done, no query is tokenized.
+    def batches() -> DistillationBatches:
+        return DistillationBatches(
+            models.encoder.tokenize([*lesson.queries.values()], "query"),
+            [*lesson.queries],
+            lesson.compared,
+            settings.batch_size,
+            seed,
+            retriever.tokenizer.pad_token_id,
+            retriever.max_length,
+        )
+
     updates = count_updates(settings, len(lesson.queries) // settings.batch_size)
     steps = updates * settings.accumulation
     optimizer = section_optimizer(settings, updates)
@@ -68,13 +73,17 @@ def train_query_tower(
     }
 
     flops = row_flops(retriever.module, params, bool(held))
-    make = functools.partial(batches.batch, rows=rows, flops=flops)
+
+    def make(step: int) -> tuple[dict[str, Any], Contents]:
+        return batches().batch(step, rows=rows, flops=flops)
+
     trained = train_stage(
         stage,
         setup,
         start,
         on_devices(stage.log.processes, make, mesh, rows, settings.batch_size),
         identity=identity,
+        prepare=batches,
         settings=settings,
         steps=steps,
         frozen=frozen,

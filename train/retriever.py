@@ -7,6 +7,7 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from expandr_jax.objectives.contrastive_checks import (
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
 from expandr_jax.objectives.llm_ql import corruption_of
-from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks
+from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks, triples_key
 from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.objectives.stored_examples import made_ahead, store_examples
 from expandr_jax.objectives.trained import (
@@ -101,20 +102,32 @@ def train_retriever(
     config, seed = settings or run.config.contrastive, run.config.seed
     mesh, retriever = models.contrastive_mesh, models.retriever
     check_contrastive_batch(config, retriever, params, mesh, len(triples))
-    hashes = ExampleHashes()
-    with run.reporter.progress("examples made", len(triples)) as advance:
-        made = triple_blocks(triples, models.encoder, kind, advance, run.processes)
-        examples = store_examples(hashes.passing(made))
-    check_contrastive_examples(config, examples, samples, ids)
     if updates is None:
-        updates = count_updates(config, len(examples) // config.batch_size)
+        updates = count_updates(config, len(triples) // config.batch_size)
     steps = updates * config.accumulation
     numbers = range(round_ * steps, (round_ + 1) * steps)
     pad_id = retriever.tokenizer.pad_token_id
     corruption = corruption_of(retriever, config)
-    batches = ContrastiveBatches(
-        examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption
-    )
+    hashes = ExampleHashes()
+
+    @functools.cache  # Where all steps are done, no text is tokenized.
+    def batches() -> ContrastiveBatches:
+        with run.reporter.progress("examples made", len(triples)) as advance:
+            made = triple_blocks(triples, models.encoder, kind, advance, run.processes)
+            examples = store_examples(hashes.passing(made))
+        check_contrastive_examples(config, examples, samples, ids)
+        return ContrastiveBatches(
+            examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption
+        )
+
+    def older() -> dict[str, str]:
+        """What checkpoints told the examples by that have no hash of their texts."""
+        examples = batches().examples
+        told = {"examples": hashes.older, "all": hashes.all}
+        if config.curriculum:
+            told["ease"] = hash_json([example.ease for example in examples])
+        return told
+
     rows = rows_here(mesh, config.batch_size)
     optimizer = section_optimizer(config, updates)
     setup = contrastive_setup(mesh, retriever, params, config, optimizer)
@@ -126,20 +139,19 @@ def train_retriever(
         key = jax.random.fold_in(jax.random.key(seed), round_)
 
     flops = row_flops(retriever.module, params, bool(held))
+    with run.reporter.progress("training texts read", len(triples)) as advance:
+        texts = triples_key(triples, kind, advance, run.processes)
     identity = {
         "model": models.retriever_hash,
         "settings": hash_json(identity_of("contrastive", config)),
-        "examples": hashes.older,
+        "texts": texts,
         "retriever": retriever.identity,
-        "all": hashes.all,
         "steps": steps,
     }
-    if config.curriculum:
-        identity["ease"] = hash_json([example.ease for example in examples])
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         arrays, tokens = make(numbers[step])
-        return arrays, batches.contents(numbers[step], len(rows), tokens, ids, flops)
+        return arrays, batches().contents(numbers[step], len(rows), tokens, ids, flops)
 
     with made_ahead(batches, rows, run.config.mesh.workers) as make:
         trained = train_stage(
@@ -148,6 +160,8 @@ def train_retriever(
             start,
             on_devices(run.processes, batch, mesh, rows, config.batch_size),
             identity=identity,
+            older=older,
+            prepare=batches,
             settings=config,
             steps=steps,
             first=round_ * steps,

@@ -78,14 +78,44 @@ def triple_blocks(
         progress: Told of how many more are done, by all processes.
         processes: Those of the run; None: this one is alone.
     """
-    processes = processes or Processes()
-    known, size = known_elsewhere(triples), -(-TRIPLES_AT_ONCE // processes.count)
-    for start in range(0, len(triples), size * processes.count):
-        first = start + size * processes.index
-        own = triples[first : first + size]
+    processes, known = processes or Processes(), known_elsewhere(triples)
+    for own, count in _shares(triples, processes):
         made = pack_examples([*triple_examples(own, encoder, expansions, known)]) if own else {}
         yield from filter(None, processes.exchange(made))
-        progress(min(size * processes.count, len(triples) - start))
+        progress(count)
+
+
+def triples_key(
+    triples: Sequence[Triple],
+    expansions: Kind = "document",
+    progress: Callable[[int], None] = lambda count: None,
+    processes: Processes | None = None,
+) -> str:
+    """sha256 over all that `triple_blocks` makes examples of, which no text is tokenized for.
+
+    All processes call it together, of which each reads a share of the triples.
+    """
+    processes, digest = processes or Processes(), hashlib.sha256(expansions.encode())
+    for own, count in _shares(triples, processes):
+        rows = [
+            hash_json([t.query, t.positives, t.negatives, t.expansions, t.teacher_scores, t.ease])
+            for t in own
+        ]
+        made = {"rows": np.array(rows, "S64")} if own else {}
+        for block in filter(None, processes.exchange(made)):
+            digest.update(block["rows"].tobytes())
+        progress(count)
+    return digest.hexdigest()
+
+
+def _shares(
+    triples: Sequence[Triple], processes: Processes
+) -> Iterator[tuple[Sequence[Triple], int]]:
+    """The triples that are this process's share of each block, and how many all have of it."""
+    size = -(-TRIPLES_AT_ONCE // processes.count)
+    for start in range(0, len(triples), size * processes.count):
+        first = start + size * processes.index
+        yield triples[first : first + size], min(size * processes.count, len(triples) - start)
 
 
 class ExampleHashes:

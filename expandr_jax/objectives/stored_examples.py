@@ -133,18 +133,19 @@ def _opens_unnamed() -> bool:
 
 @contextlib.contextmanager
 def made_ahead(
-    batches: ContrastiveBatches, rows: np.ndarray, workers: int
+    batches: Callable[[], ContrastiveBatches], rows: np.ndarray, workers: int
 ) -> Iterator[Callable[[int], tuple[dict[str, np.ndarray], np.ndarray]]]:
-    """`batches.batch` of these rows; workers make it ahead, from the files of stored examples."""
+    """`batches().batch` of these rows; workers make it ahead, from the files of stored examples."""
     if not workers:
-        yield functools.partial(batches.batch, rows=rows)
+        yield lambda number: batches().batch(number, rows=rows)
         return
     with contextlib.ExitStack() as stack:
 
         @functools.cache  # Made with the first step: where all are done there is nothing to do.
         def ahead() -> Ahead:
-            batches.prepare()  # Once, and not in each of them.
-            made = Ahead(functools.partial(batches.batch, rows=rows), batches.steps.stop, workers)
+            own = batches()
+            own.prepare()  # Once, and not in each of them.
+            made = Ahead(functools.partial(own.batch, rows=rows), own.steps.stop, workers)
             stack.callback(made.close)
             return made
 

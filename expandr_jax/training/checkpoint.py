@@ -87,6 +87,8 @@ class Checkpoints:
         directory: Where Orbax keeps them; made if absent. gs://BUCKET/DIRECTORY: in a bucket.
         identity: What a checkpoint belongs to (base weights, settings); restoring one that was
             saved under another identity is refused.
+        older: Further entries that follow from the identity's; asked for where a checkpoint lacks
+            some of these, and may have others in their place, as an older version saved it.
         keep: How many of the latest steps stay.
         keep_period: Steps that are a multiple of this stay as well.
         agree: Whether something is true in every process, where there are several; they save and
@@ -98,6 +100,7 @@ class Checkpoints:
         directory: str | os.PathLike,
         identity: Mapping[str, Any],
         *,
+        older: Callable[[], Mapping[str, Any]] = dict,
         keep: int = 2,
         keep_period: int | None = None,
         agree: Callable[[bool], bool] = bool,
@@ -105,7 +108,7 @@ class Checkpoints:
         self._agree = agree
         self._in_bucket = os.fspath(directory).startswith("gs://")
         self.directory = epath.Path(directory if self._in_bucket else os.path.abspath(directory))
-        self.identity = dict(identity)
+        self.identity, self._older = dict(identity), older
         import orbax.checkpoint as ocp  # Here, for it takes a fifth of a second.
 
         self._ocp = ocp
@@ -225,7 +228,10 @@ class Checkpoints:
 
     def _has(self, identity: Mapping[str, Any]) -> bool:
         """Whether an identity equals this one; one of an older version may lack some entries."""
-        return self.identity.items() >= identity.items()
+        own = self.identity
+        if not own.keys() <= identity.keys():
+            own = {**self._older(), **own}
+        return own.items() >= identity.items()
 
     def _record(self, step: int) -> dict[str, Any]:
         """The metadata that was saved with a step's state."""

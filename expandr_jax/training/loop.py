@@ -26,6 +26,7 @@ def fit(
     steps: int,
     checkpoints: Checkpoints,
     save_every: int,
+    prepare: Callable[[], Any] = lambda: None,
     on_policy: bool = False,
 ) -> TrainState:
     """Runs steps `first_step` to `first_step + steps`, or what a checkpoint leaves of them.
@@ -41,6 +42,7 @@ def fit(
         checkpoints: Where to save; a later step found here is restored.
         save_every: Steps between saves, which go on while training does; the last step is always
             saved.
+        prepare: Called before the first batch, if there is one to be made.
         on_policy: `make_batch` is called with the number and the state, after the step before and
             in this thread, so that a batch can be made with the weights that it trains.
 
@@ -60,6 +62,7 @@ def fit(
         log.saved(f"step {start} in {checkpoints.directory}")
         if start == last:
             return state
+    prepare()
     log.metrics.rewind(log.phase, log.round_, start - first_step)
     costs = Costs(log.peak_flops)
     where = f"{log.phase}, round {log.round_}, step"

@@ -45,6 +45,8 @@ def stage_trainer(
     make: Make,
     *,
     identity: Mapping[str, Any],
+    older: Callable[[], Mapping[str, Any]] = dict,
+    prepare: Callable[[], Any] = lambda: None,
     settings: TrainingSettings,
     steps: int,
     first: int = 0,
@@ -61,7 +63,8 @@ def stage_trainer(
         setup: The compiled step.
         start: What is trained, where it lies.
         make: A step's number, from 0 on, to its batch and what that is made of.
-        identity: What the checkpoints belong to.
+        identity, older: What the checkpoints belong to; see `Checkpoints`.
+        prepare: Called before the first batch is made, if one is.
         settings: The section of the config: when to save.
         steps: How many, micro-batches counted.
         first: Number of its first step among the checkpoints.
@@ -69,7 +72,12 @@ def stage_trainer(
     """
     log = stage.log
     checkpoints = Checkpoints(
-        stage.checkpoints, identity, keep=stage.keep, keep_period=steps, agree=log.processes.all
+        stage.checkpoints,
+        identity,
+        older=older,
+        keep=stage.keep,
+        keep_period=steps,
+        agree=log.processes.all,
     )
 
     def train(last: int) -> Any:
@@ -82,6 +90,7 @@ def stage_trainer(
             steps=last,
             checkpoints=checkpoints,
             save_every=settings.save_every * settings.accumulation,
+            prepare=prepare,
         ).params
 
     return train
@@ -94,6 +103,8 @@ def train_stage(
     make: Make,
     *,
     identity: Mapping[str, Any],
+    older: Callable[[], Mapping[str, Any]] = dict,
+    prepare: Callable[[], Any] = lambda: None,
     settings: TrainingSettings,
     steps: int,
     weights: Callable[[Any], Any] = lambda trained: trained,
@@ -104,8 +115,8 @@ def train_stage(
     """What is trained, on its devices, after all steps, or when it ranked the dev queries best.
 
     Args:
-        stage, setup, start, make, identity, settings, steps: As of `stage_trainer`; the settings
-            also say when to evaluate.
+        stage, setup, start, make, identity, older, prepare, settings, steps: As of
+            `stage_trainer`; the settings also say when to evaluate.
         weights: From what is trained to what is evaluated and returned.
         evaluate: Weights to nDCG@10 on dev; None: the last ones are returned.
         patience: Evaluations without a better one that end it; 0: none do.
@@ -114,19 +125,23 @@ def train_stage(
     Raises:
         UserError: Training diverges.
     """
+    told = {"identity": identity, "older": older}
     trainer = stage_trainer(
-        stage, setup, start, make, identity=identity, settings=settings, steps=steps, **how
+        stage, setup, start, make, **told, prepare=prepare, settings=settings, steps=steps, **how
     )
     if evaluate is None:
         return weights(trainer(steps))
     processes = stage.log.processes
+    journal = CommonJournal(stage.journal, processes)
+    if not journal.rows:  # What is wrong with the examples is told before dev is ranked.
+        prepare()
     return train_with_dev(
         stage.log,
-        CommonJournal(stage.journal, processes),
+        journal,
         weights(start),
         lambda last: weights(trainer(last)),
         evaluate,
-        best=Checkpoints(stage.best, identity, keep=1, agree=processes.all),
+        best=Checkpoints(stage.best, **told, keep=1, agree=processes.all),
         steps=steps,
         every=settings.eval_every * settings.accumulation,
         patience=patience,
