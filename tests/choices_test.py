@@ -29,8 +29,10 @@ from expandr_jax.ranking.choices import (
 )
 from expandr_jax.ranking.ranker import Expansions
 from expandr_jax.ranking.systems import parse_system
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Bm25Index
+from expandr_jax.search.divided import DividedWords
 from expandr_jax.vectors.corpus import Corpus
 from tests.ranker_test import SEARCH, encode, vector
 from train import evaluation
@@ -164,7 +166,8 @@ def evaluated(monkeypatch, workdir, systems, qrels, chosen=None, folder="", sett
     monkeypatch.setattr(evaluation, "run_expander", lambda *_: None)
     monkeypatch.setattr(evaluation, "run_retriever", lambda *a: retriever(a[-1].rpartition("/")[2]))
     index = Bm25Index(list(CORPUS.values()))
-    monkeypatch.setattr(evaluation, "run_words", lambda *_: lambda: index)
+    words = DividedWords("", lambda: index, Processes(), workdir)
+    monkeypatch.setattr(evaluation, "run_words", lambda *_: words)
     monkeypatch.setattr(evaluation, "sample_rows", lambda *_: [])
     settings = {"evaluation.systems": systems, **(settings or {})}
     config = with_settings(read_config(smoke_config.get_config()), settings)

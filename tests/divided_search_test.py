@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 from collections import Counter
 
 import jax
@@ -22,7 +23,7 @@ from expandr_jax.search import divided as divided_module
 from expandr_jax.search import exact as exact_module
 from expandr_jax.search.divided import (
     DividedIndex,
-    divided_words,
+    DividedWords,
     found_by_all,
     share_of_blocks,
 )
@@ -166,7 +167,7 @@ def test_queries_for_words_are_shared_and_find_what_one_finds(group, tmp_path, c
             return Bm25Index._search(index, asked, k)
 
         index._search = counted
-        words = divided_words("", lambda: index, member, tmp_path / "shares")
+        words = DividedWords("", lambda: index, member, tmp_path / "shares")
         member.barrier()
         found = found_by_all(lambda: words().search(queries, 30), member, tmp_path / "shares")
         assert words().frequency("cat") == 90
@@ -178,6 +179,34 @@ def test_queries_for_words_are_shared_and_find_what_one_finds(group, tmp_path, c
             assert ours.dtype == wanted.dtype
     assert searched.total() == count
     assert len(searched) == min(count, 3)
+
+
+def test_an_index_of_words_is_let_go_of_by_all_when_the_first_does(group, tmp_path):  # noqa: F811
+    """Those that run ahead still answer what it asks; further collections' indexes stayed."""
+    texts, lock = [f"cat {i % 7} dog {i % 11} ran" for i in range(90)], threading.Lock()
+    queries, opened = [f"dog {i}" for i in range(6)], []
+
+    def function(member: Processes):
+        def open_index():
+            index = Bm25Index(texts)
+            with lock:
+                opened.append(weakref.ref(index))
+            return index
+
+        words, alive = DividedWords("", open_index, member, tmp_path), []
+        for _ in range(2):
+            if member.is_main:
+                words().search(queries, 5)
+                alive.append(sum(index() is not None for index in opened))
+            words.release()
+            member.barrier()
+            gc.collect()
+            alive.append(sum(index() is not None for index in opened))
+            member.barrier()
+        return alive
+
+    assert together(group, function)[0] == [3, 0] * 2
+    assert len(opened) == 6
     assert not list((tmp_path / "shares").iterdir())
 
 

@@ -1,13 +1,13 @@
 """What a run searches: its retrievers and BM25, with what the workdir has of them."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from expandr_jax.pair import RetrieverModel
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import Bm25Index, kept_bm25
-from expandr_jax.search.divided import divided_words
+from expandr_jax.search import kept_bm25
+from expandr_jax.search.divided import DividedWords
 from expandr_jax.vectors.corpus import CorpusRetriever
 
 
@@ -30,14 +30,14 @@ def run_retriever(
     )
 
 
-def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> Callable[[], Bm25Index]:
+def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> DividedWords:
     """Gives BM25's index of a corpus, id -> text, opened or made when it is first called.
 
     It is kept under work/, and there in `folder`: "tests/NAME" for a further collection. All
     processes call this; process 0 alone searches, and the others for their share of its queries.
     """
     main, where = run.processes.is_main, run.path("work", folder)
-    return divided_words(
+    return DividedWords(
         folder,
         lambda: kept_bm25(where, texts.values(), write=main),
         run.processes,

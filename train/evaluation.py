@@ -140,6 +140,7 @@ def evaluate(
         name, given = data.collection.name, bool(chosen)
         run.processes.once(lambda: _write(directory, name, evaluation, by_words, given))
         dense.release()
+        words.release()
         run.checksums.record(*files)
     return run.read_json(directory / "results.json")
 

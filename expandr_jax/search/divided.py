@@ -129,12 +129,10 @@ class DividedIndex:
         return _answered(self._processes, self._shares, found)
 
 
-def divided_words(
-    name: str, open_index: Callable[[], Bm25Index], processes: Processes, shares: pathlib.Path
-) -> Callable[[], Bm25Index]:
-    """Gives BM25's index, whose queries several processes share; process 0 alone searches it.
+class DividedWords:
+    """BM25's index, whose queries several processes share; process 0 alone searches it.
 
-    All processes call this; each opens the index when it first has something to search for.
+    All processes make this; each opens the index when it first has something to search for.
 
     Args:
         name: What they know it by.
@@ -142,34 +140,69 @@ def divided_words(
         processes: Those that search.
         shares: A directory where they hand each other files.
     """
-    name, opened = f"search bm25 {name}", functools.cache(open_index)
-    if processes.count == 1:
-        return opened
 
-    def answer(asked: list) -> str | None:
+    def __init__(
+        self,
+        name: str,
+        open_index: Callable[[], Bm25Index],
+        processes: Processes,
+        shares: pathlib.Path,
+    ):
+        self._open, self._processes, self._shares = open_index, processes, shares
+        self._name, self._closing = f"search bm25 {name}", f"release bm25 {name}"
+        if processes.count > 1:
+            _serve(processes, self._name, self._answer, shares)
+            processes.serve(self._closing, lambda _: self._close())
+
+    def __call__(self) -> Bm25Index:
+        """The index, as process 0 searches it."""
+        return self._asked
+
+    def release(self) -> None:
+        """Lets go of it in all processes; it is opened again when something is searched.
+
+        All call it, and do so when process 0 is here: until then it may have others search.
+        """
+        if self._processes.count == 1:
+            self._close()
+        elif self._processes.is_main:
+            self._processes.tell(self._closing, None)
+
+    def _close(self) -> None:
+        for name in ("_asked", "_own"):
+            self.__dict__.pop(name, None)
+
+    @functools.cached_property
+    def _own(self) -> Bm25Index:
+        return self._open()
+
+    @functools.cached_property
+    def _asked(self) -> Bm25Index:
+        return self._own if self._processes.count == 1 else _Words(self._own, self._together)
+
+    def _answer(self, asked: list) -> str | None:
+        """Searches for this process's share of the texts in a file, as `DividedIndex` does."""
         where, k = asked
+        processes, shares = self._processes, self._shares
         queries = json.loads(read_arrays(shares / where)["queries"].tobytes())
         start, end = (len(queries) * (processes.index + i) // processes.count for i in (0, 1))
         if start == end:
             return None
-        return _answered(processes, shares, opened().search(queries[start:end], k))
+        return _answered(processes, shares, self._own.search(queries[start:end], k))
 
-    def together(queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        shares.mkdir(parents=True, exist_ok=True)
-        asked = shares / "queries.npz"
+    def _together(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        self._shares.mkdir(parents=True, exist_ok=True)
+        asked = self._shares / "queries.npz"
         found = [(np.empty((0, k), np.float32), np.empty((0, k), np.int32))]
         for first in range(0, len(queries), _QUERIES):
             texts = json.dumps([*queries[first : first + _QUERIES]]).encode()
             write_arrays(asked, queries=np.frombuffer(texts, np.uint8))
-            found += _ask(processes, name, asked, k)
+            found += _ask(self._processes, self._name, asked, k)
         scores, rows = (np.concatenate(part) for part in zip(*found, strict=True))
         return scores, rows
 
-    _serve(processes, name, answer, shares)
-    return functools.cache(lambda: _DividedWords(opened(), together))
 
-
-class _DividedWords(Bm25Index):
+class _Words(Bm25Index):
     """An index whose searches are another function's."""
 
     def __init__(
