@@ -87,6 +87,7 @@ def evaluate_set(
         recalls.append(made.ranker.index_recall(system))
         values[system.name] = metrics.evaluate(scores, qrels, measures)
         said += remarks(system.name, scores, qrels)
+    made.release()
     write_jsonl(
         directory / "values.jsonl",
         (

@@ -98,6 +98,7 @@ class SetRanker:
         self.queries = {query: collection.queries[query] for query in collection.qrels[split]}
         self._run, self._models, self._cache = run, models, cache
         self._collection, self._directory = collection, directory
+        self._retrievers: list[CorpusRetriever] = []
         self._documents = functools.cache(self._expanded_documents)
         self._bm25 = functools.cache(
             lambda documents: kept_bm25(
@@ -120,6 +121,11 @@ class SetRanker:
             directory=directory / "runs",
             timed=lambda system: run.phase(f"{collection.name}: {system.name}"),
         )
+
+    def release(self) -> None:
+        """Lets go of what was searched by vectors; how many texts were cut is said then."""
+        for retriever in self._retrievers:
+            retriever.release()
 
     def expansions(self, leaf: System) -> Expansions:
         """What is written for each query by a leaf's strategy."""
@@ -271,4 +277,5 @@ class SetRanker:
             timed=functools.partial(run.phase, f"{self._collection.name}: encode {name}"),
         )
         _ = found.corpus.evaluated  # Encoded by now, so that only the search is timed.
+        self._retrievers.append(found)
         return found

@@ -6,6 +6,7 @@ import pickle
 import threading
 import tracemalloc
 import types
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -200,13 +201,20 @@ def test_stored_examples_have_no_names_where_that_can_be(tmp_path, monkeypatch, 
         store_examples(blocks())
 
 
+def is_cut(text):
+    """Whether `Encoder` says that it cuts a text: some, of all kinds."""
+    return int(text.split()[0]) % 4000 == 0
+
+
 class Encoder:
     """Texts of numbers, as their tokens; counts them."""
 
     texts = 0
 
-    def tokenize(self, texts, kind):
+    def tokenize(self, texts, kind, cut=None):
         self.texts += len(texts)
+        if cut is not None:
+            cut([*map(is_cut, texts)])
         return [[300 + len(kind), *map(int, text.split())] for text in texts]
 
 
@@ -238,13 +246,13 @@ def hashes_of(given):
 
 
 def made_of(triples, processes, told=None):
-    """The examples' (all, older, key) and their files' bytes, and how many texts were tokenized."""
-    encoder, hashes, told = Encoder(), ExampleHashes(), [] if told is None else told
-    blocks = triple_blocks(triples, encoder, "query", told.append, processes)
+    """(all, older, key, cut) of the examples, their files' bytes, and how many texts were read."""
+    encoder, hashes, cut, told = Encoder(), ExampleHashes(), Counter(), [] if told is None else told
+    blocks = triple_blocks(triples, encoder, "query", told.append, processes, cut)
     stored = store_examples(hashes.passing(blocks))
     arrays = {name: array.tobytes() for name, array in stored._arrays.items()}
     key = triples_key(triples, "query", processes=processes)
-    return (hashes.all, hashes.older, key), arrays, encoder.texts
+    return (hashes.all, hashes.older, key, cut), arrays, encoder.texts
 
 
 def test_examples_are_the_same_however_many_are_made_at_once(monkeypatch):
@@ -257,6 +265,10 @@ def test_examples_are_the_same_however_many_are_made_at_once(monkeypatch):
     assert told == [8] * 6 + [2]
     assert alone[:2] == again[:2]
     assert alone[0][:2] == hashes_of(whole)
+    texts = ([(t.query,) for t in made], [t.passages for t in made], [t.expansions for t in made])
+    lost = [sum(is_cut(text) for of in kind for text in of) for kind in texts]
+    assert alone[0][3] == dict(zip(("queries", "documents", "expansions"), lost, strict=True))
+    assert all(lost)
     assert ExampleHashes().older == hash_json([])
     assert whole[1].known == whole[47].known == {*made[1].positives, *made[47].positives}
     assert whole[9].known == {*made[9].positives}

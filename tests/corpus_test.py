@@ -1,5 +1,6 @@
 """Texts and a corpus as vectors and as an index, as a run has them."""
 
+import dataclasses
 import io
 import pathlib
 import types
@@ -69,6 +70,26 @@ def test_documents_that_are_cut_are_told(run):
         printed = " ".join(run.console.file.getvalue().split())
         assert "2 of 3 documents (66.7 %) are longer than retriever.max_length, 6" in printed
         run.console.file.truncate(0)
+
+
+def test_queries_and_other_texts_that_are_cut_are_told_when_all_is_encoded(run):
+    retriever, params = load_retriever(TINY, max_length=6)
+    (ids,) = retriever.token_ids(["the loss"])  # Of which none is lost.
+    retriever = dataclasses.replace(retriever, query_length=len(ids))
+    models = types.SimpleNamespace(encoder=TextEncoder(retriever, make_mesh()), normalize="before")
+    found = run_retriever(run, models, TEXTS, params, "zero-shot")
+    long = "the loss of an array of the norm"
+    for _ in range(2):
+        found.encode(["the loss", long], "query")
+    found.encode(["the loss", "the loss", long], "document")
+    assert "longer" not in run.console.file.getvalue()
+    found.release()
+    printed = " ".join(run.console.file.getvalue().split())
+    assert "zero-shot: 2 of 4 texts that are read as queries (50.0 %) are longer than" in printed
+    assert "1 of 3 texts that are read as documents, beside the corpus, (33.3 %) are" in printed
+    run.console.file.truncate(0)
+    found.release()
+    assert "longer" not in run.console.file.getvalue()
 
 
 def test_a_query_without_a_finite_vector_is_named(model, run):

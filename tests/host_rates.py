@@ -41,7 +41,9 @@ class Encoder:
         words = {word(i): i + 4 for i in range(WORDS)}
         self._tokenizer = _tokenizer(words, pre_tokenizers.WhitespaceSplit(), LENGTH)
 
-    def tokenize(self, texts, kind=None):
+    def tokenize(self, texts, kind=None, cut=None):
+        if cut is not None:
+            cut([False] * len(texts))
         return self._tokenizer([*texts], truncation=True, max_length=LENGTH)["input_ids"]
 
 

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -189,8 +190,8 @@ def test_a_finished_run_is_left_as_it_is(data, finished, tokenized):
 
 
 def test_a_run_whose_checkpoints_know_tokens_alone_goes_on(data, tmp_path, monkeypatch, tokenized):
-    config, asked = config_of(data, epochs=1.0), []
-    config.data.dev = ""
+    config, asked, output = config_of(data, epochs=1.0), [], io.StringIO()
+    config.data.dev, config.retriever.max_length = "", 4
 
     def as_before(*args, identity, older, **how):
         identity = {name: value for name, value in identity.items() if name != "texts"}
@@ -203,8 +204,10 @@ def test_a_run_whose_checkpoints_know_tokens_alone_goes_on(data, tmp_path, monke
         train(config, tmp_path / "run")
     gc.collect()
     before, tokenized[0] = (tmp_path / "run" / "metrics.jsonl").read_bytes(), 0
-    train(config, tmp_path / "run")
+    train_on_triples(config, tmp_path / "run", Console(file=output, width=200))
     assert tokenized[0] > 0
+    lost = r"\d+ documents, \d+ expansions are longer than the retriever reads, and lose their end"
+    assert re.search(lost, output.getvalue())
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     gc.collect()
     monkeypatch.setattr("train.retriever.ExampleHashes.all", "of other tokens")

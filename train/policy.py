@@ -372,6 +372,7 @@ def train_alone(
     adapter = warm_start(run, models, expander, retriever, data, tools)
     with run.phase(f"{config.step_b_kind.phase}, round 0"):
         adapter = train_policy(run, models, expander, retriever, data, adapter, tools, round_=0)
+    retriever.release()
     directory = run.path("export", "adapter")
     with run.phase("export"):
         write_adapter(run, models.generator, adapter, "export/adapter")

@@ -46,8 +46,13 @@ def train_query_tower(
 
     @functools.cache  # Where all steps are done, no query is tokenized.
     def batches() -> DistillationBatches:
+        cut: list[bool] = []
+        ids = models.encoder.tokenize([*lesson.queries.values()], "query", cut.extend)
+        if any(cut):
+            told = f"{sum(cut)} queries are longer than the retriever reads, and lose their end"
+            stage.log.reporter.say(told)
         return DistillationBatches(
-            models.encoder.tokenize([*lesson.queries.values()], "query"),
+            ids,
             [*lesson.queries],
             lesson.compared,
             settings.batch_size,

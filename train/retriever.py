@@ -10,6 +10,7 @@ it best are kept; they are written to DIR/export/retriever. The same command aga
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -108,13 +109,15 @@ def train_retriever(
     numbers = range(round_ * steps, (round_ + 1) * steps)
     pad_id = retriever.tokenizer.pad_token_id
     corruption = corruption_of(retriever, config)
-    hashes = ExampleHashes()
+    hashes, cut = ExampleHashes(), Counter()
 
     @functools.cache  # Where all steps are done, no text is tokenized.
     def batches() -> ContrastiveBatches:
         with run.reporter.progress("examples made", len(triples)) as advance:
-            made = triple_blocks(triples, models.encoder, kind, advance, run.processes)
+            made = triple_blocks(triples, models.encoder, kind, advance, run.processes, cut)
             examples = store_examples(hashes.passing(made))
+        if told := ", ".join(f"{count} {name}" for name, count in cut.items() if count):
+            run.reporter.say(f"{told} are longer than the retriever reads, and lose their end")
         check_contrastive_examples(config, examples, samples, ids)
         return ContrastiveBatches(
             examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption

@@ -74,14 +74,14 @@ class Retriever:
         self,
         texts: Sequence[str],
         kind: Kind | None = None,
-        cut: Callable[[int], None] | None = None,
+        cut: Callable[[Sequence[bool]], None] | None = None,
     ) -> list[list[int]]:
         """Tokenizes texts as sentence-transformers does, with special tokens, without padding.
 
         Args:
             texts: Any strings; white space around them counts, as the tokenizer has it.
             kind: Decides what stands before and behind each text, and its length; None: nothing.
-            cut: Called with how many of the texts are too long.
+            cut: Called with whether each of the texts, some at a time, is too long.
 
         Returns:
             At most `max_length` ids for each text, of queries `query_length`; of a longer one the
@@ -108,7 +108,7 @@ class Retriever:
                 lost = encoded.get("num_truncated_tokens")  # Tokenizers of our own say so.
                 if lost is None:
                     lost = [len(row.overflowing) for row in encoded.encodings]
-                cut(sum(map(bool, lost)))
+                cut([*map(bool, lost)])
             rows += encoded["input_ids"]
         check_ids(self.tokenizer, rows, self.module.config.vocab_size)
         return [[*ids, *suffix] for ids in rows] if suffix else rows

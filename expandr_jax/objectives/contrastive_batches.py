@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -54,15 +55,24 @@ def triple_examples(
     encoder: TextEncoder,
     expansions: Kind = "document",
     known: Mapping[str, Collection[str]] | None = None,
+    cut: Counter[str] | None = None,
 ) -> Iterator[ContrastiveExample]:
-    """Tokenizes triples, all in one call; expansions are read as such texts.
+    """Tokenizes triples, all in one call.
 
-    `known` is `known_elsewhere` of all triples, where these are some of them; None: they are all.
+    Args:
+        triples: What the examples are made of.
+        encoder: Its tokenizer is used.
+        expansions: As what they are read.
+        known: `known_elsewhere` of all triples, where these are some of them; None: they are all.
+        cut: Gets how many "queries", "documents" and "expansions" are longer than is read.
     """
     known = known_elsewhere(triples) if known is None else known
-    queries = _tokens(encoder, (t.query for t in triples), "query")
-    documents = _tokens(encoder, (x for t in triples for x in t.passages), "document")
-    written = _tokens(encoder, (x for t in triples for x in t.expansions), expansions)
+    cut = Counter() if cut is None else cut
+    queries = _tokens(encoder, [t.query for t in triples], "query", cut, "queries")
+    documents = [x for t in triples for x in t.passages]
+    documents = _tokens(encoder, documents, "document", cut, "documents")
+    written = [x for t in triples for x in t.expansions]
+    written = _tokens(encoder, written, expansions, cut, "expansions")
     for triple in triples:
         texts = triple.passages
         scores = triple.teacher_scores or [None] * len(texts)
@@ -89,10 +99,16 @@ def known_elsewhere(triples: Sequence[Triple]) -> dict[str, set[str]]:
     return known
 
 
-def _tokens(encoder: TextEncoder, texts: Iterable[str], kind: Kind) -> dict[str, list[int]]:
-    """Text -> token ids; equal texts are tokenized once."""
-    unique = list(dict.fromkeys(texts))
-    return dict(zip(unique, encoder.tokenize(unique, kind), strict=True)) if unique else {}
+def _tokens(
+    encoder: TextEncoder, texts: Sequence[str], kind: Kind, cut: Counter[str], name: str
+) -> dict[str, list[int]]:
+    """Text -> token ids; equal texts are tokenized once, and counted as often as they are there."""
+    unique, lost = Counter(texts), []
+    if not unique:
+        return {}
+    ids = dict(zip(unique, encoder.tokenize([*unique], kind, lost.extend), strict=True))
+    cut[name] += sum(times for times, was_cut in zip(unique.values(), lost, strict=True) if was_cut)
+    return ids
 
 
 def make_batch(

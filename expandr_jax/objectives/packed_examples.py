@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 
 TRIPLES_AT_ONCE = 1024  # Which are tokenized together, by all processes.
+CUT_KINDS = "queries", "documents", "expansions"  # Of texts that may be cut.
 
 Block = Mapping[str, np.ndarray]  # As of `pack_examples`.
 
@@ -65,6 +67,7 @@ def triple_blocks(
     expansions: Kind = "document",
     progress: Callable[[int], None] = lambda count: None,
     processes: Processes | None = None,
+    cut: Counter[str] | None = None,
 ) -> Iterator[Block]:
     """The examples of triples in their order, of which each process tokenizes a share.
 
@@ -77,11 +80,19 @@ def triple_blocks(
         expansions: As what they are read.
         progress: Told of how many more are done, by all processes.
         processes: Those of the run; None: this one is alone.
+        cut: As of `triple_examples`, of all processes.
     """
     processes, known = processes or Processes(), known_elsewhere(triples)
     for own, count in _shares(triples, processes):
-        made = pack_examples([*triple_examples(own, encoder, expansions, known)]) if own else {}
-        yield from filter(None, processes.exchange(made))
+        lost: Counter[str] = Counter()
+        made = triple_examples(own, encoder, expansions, known, lost)
+        made = (
+            pack_examples([*made]) | {"cut": np.array([lost[n] for n in CUT_KINDS])} if own else {}
+        )
+        for block in filter(None, processes.exchange(made)):
+            if cut is not None:
+                cut.update(dict(zip(CUT_KINDS, block["cut"].tolist(), strict=True)))
+            yield block
         progress(count)
 
 

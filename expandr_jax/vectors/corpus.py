@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import glob
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
 from expandr_jax.vectors.file import check_whole, content_key, count_cut, encode_to_file
 from expandr_jax.vectors.query import NORMALIZE, Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
+
+# What texts of a kind are called that are no documents of the corpus.
+_READ_AS: dict[Kind, str] = {"query": "queries", "document": "documents, beside the corpus,"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,9 @@ class CorpusRetriever:
     normalize: Normalize
     timed: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     documents: "CorpusRetriever | None" = None
+    _encoded: Counter[tuple[Kind, bool]] = dataclasses.field(
+        default_factory=Counter, init=False, repr=False, compare=False
+    )  # Texts that `encode` was given, by whether they were cut.
 
     @functools.cached_property
     def corpus(self) -> Corpus:
@@ -215,7 +222,21 @@ class CorpusRetriever:
         return corpus
 
     def release(self) -> None:
-        """Lets go of the index that searches made: another retriever's is next, or training."""
+        """Lets go of the index that searches made: another retriever's is next, or training.
+
+        Says how many of the texts that were encoded since the last time were cut.
+        """
+        for kind, name in _READ_AS.items():
+            if cut := self._encoded[kind, True]:
+                of = cut + self._encoded[kind, False]
+                retriever = self.encoder.retriever
+                shorter = retriever.query_length if kind == "query" else 0
+                length = shorter or retriever.max_length
+                self.reporter.say(
+                    f"{self.path.stem}: {cut} of {of} texts that are read as {name} "
+                    f"({100 * cut / of:.1f} %) are longer than {length} tokens, and lost the rest"
+                )
+        self._encoded.clear()
         if "corpus" in self.__dict__:
             self.corpus.release()
 
@@ -236,21 +257,29 @@ class CorpusRetriever:
         share = slice(starts[processes.index], starts[processes.index + 1])
         own = texts[share]
         with _naming(ids[share]):
-            vectors = self.encoder.encode(self.params, own, kind, progress)
+            cut: list[bool] = []
+            vectors = self.encoder.encode(self.params, own, kind, progress, cut.extend)
         if processes.count == 1:
+            self._count(kind, len(texts), sum(cut))
             return vectors
         paths = [self.shares / f"vectors.process-{i}.npz" for i in range(processes.count)]
         own_path = paths[processes.index]
         self.shares.mkdir(parents=True, exist_ok=True)
-        write_arrays(own_path, vectors=vectors)
+        write_arrays(own_path, vectors=vectors, cut=np.array(sum(cut)))
         processes.barrier()
-        parts = [read_arrays(path)["vectors"] for path in paths]
+        read = [read_arrays(path) for path in paths]
+        self._count(kind, len(texts), sum(int(part["cut"]) for part in read))
+        parts = [part["vectors"] for part in read]
         processes.barrier()  # Nobody writes the next ones before all have read these.
         with contextlib.suppress(OSError):
             own_path.unlink()
         if progress is not None:
             progress(len(texts) - len(own))
         return np.concatenate([part for part in parts if len(part)] or [vectors])
+
+    def _count(self, kind: Kind, texts: int, cut: int) -> None:
+        self._encoded[kind, True] += cut
+        self._encoded[kind, False] += texts - cut
 
     @property
     def separator(self) -> str:

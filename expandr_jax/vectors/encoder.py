@@ -17,6 +17,7 @@ TEXTS_AT_ONCE = 16384  # Texts whose token ids, many times as large as they, are
 TOKENS_PER_BATCH = 2048  # Rows times length of a batch, where nothing else is said.
 
 Progress = Callable[[int], None]
+Cut = Callable[[Sequence[bool]], None]
 
 
 def embedder(mesh: Mesh, retriever: Retriever) -> Callable[..., jax.Array]:
@@ -50,9 +51,9 @@ class TextEncoder:
         """What the retriever has put before each text of a kind."""
         return self.retriever.prompt(kind)
 
-    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
-        """Token ids of texts with the prompt for their kind before them, cut as their kind is."""
-        return self.retriever.token_ids(texts, kind)
+    def tokenize(self, texts: Sequence[str], kind: Kind, cut: Cut | None = None) -> list[list[int]]:
+        """Token ids of texts with their kind's prompt, cut as it is; see `Retriever.token_ids`."""
+        return self.retriever.token_ids(texts, kind, cut)
 
     def encode(
         self,
@@ -60,7 +61,7 @@ class TextEncoder:
         texts: Sequence[str],
         kind: Kind,
         progress: Progress | None = None,
-        cut: Progress | None = None,
+        cut: Cut | None = None,
     ) -> np.ndarray:
         """Vectors of texts.
 
@@ -69,7 +70,7 @@ class TextEncoder:
             texts: Any number of texts; beside their vectors, a block of them takes memory.
             kind: Decides the prompt that is put before each text.
             progress: Called with the number of texts done since its last call.
-            cut: Called with how many texts are longer than the retriever reads.
+            cut: Called with whether each text, some at a time, is longer than the retriever reads.
 
         Returns:
             [len(texts), dim] float32.

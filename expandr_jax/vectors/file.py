@@ -91,8 +91,8 @@ def encode_to_file(
             def encode(first: int, chunk: list[str]) -> tuple[np.ndarray, dict[str, int]]:
                 if vectors is not None:
                     return vectors(first, first + len(chunk)), {}
-                cut: list[int] = []
-                made = encoder.encode(params, chunk, kind, progress, cut.append)
+                cut: list[bool] = []
+                made = encoder.encode(params, chunk, kind, progress, cut.extend)
                 return made, {"cut": sum(cut)}
 
             _write_missing(part, encode, texts, dtype, block, journal, identity, progress)
