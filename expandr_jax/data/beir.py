@@ -34,9 +34,9 @@ from expandr_jax.data.places import only_collection
 from expandr_jax.data.trec import read_topics
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
+from expandr_jax.files.hashes import hash_once
 from expandr_jax.files.records import (
     check_field,
-    hash_file,
     hash_json,
     note,
     parse_row,
@@ -131,10 +131,10 @@ def source_hashes(files: Files, splits: Container[str] | None = None) -> dict[st
     Of judgements, those of these splits alone; None: of all.
     """
     if not files.root.is_dir():
-        return {files.root.name: hash_file(files.root)}
+        return {files.root.name: hash_once(files.root)}
     judged = [names for split, names in _splits(files).items() if splits is None or split in splits]
     parts = [_parts(files, "corpus"), _parts(files, "queries"), *judged]
-    return {name: hash_file(files.path(name)) for part in parts for name in part}
+    return {name: hash_once(files.path(name)) for part in parts for name in part}
 
 
 def unread_judgements(files: Files, splits: Container[str]) -> set[str]:
@@ -147,8 +147,8 @@ def unread_judgements(files: Files, splits: Container[str]) -> set[str]:
 def corpus_key(files: Files) -> str:
     """What a store of a collection's documents is told apart by: a hash of their files."""
     if not files.root.is_dir():
-        return hash_json([files.folder, hash_file(files.root)])
-    return hash_json({name: hash_file(files.path(name)) for name in _parts(files, "corpus")})
+        return hash_json([files.folder, hash_once(files.root)])
+    return hash_json({name: hash_once(files.path(name)) for name in _parts(files, "corpus")})
 
 
 def read_texts(

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import hash_file, write_json
+from expandr_jax.files.hashes import hash_once
+from expandr_jax.files.records import write_json
 from expandr_jax.files.scratch import writing
 
 ROWS_AT_ONCE = 4096  # A batch: what lies in memory while a store is written.
@@ -224,7 +225,7 @@ def seal(directory: str | os.PathLike, key: str) -> None:
         path = Path(directory, name)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        files[name] = hash_file(path)
+        files[name] = hash_once(path)
     write_json(Path(directory, _SEAL), {"key": key, "files": files})
 
 
@@ -243,7 +244,7 @@ def open_documents(directory: str | os.PathLike, key: str) -> Documents | None:
         record = json.loads(path.read_bytes())
         if record["key"] != key:
             return None
-        if any(hash_file(path.with_name(name)) != record["files"][name] for name in _FILES):
+        if any(hash_once(path.with_name(name)) != record["files"][name] for name in _FILES):
             raise ValueError
         return Documents(directory)
     except FileNotFoundError:

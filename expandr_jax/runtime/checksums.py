@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from expandr_jax.files.records import hash_file, hash_json, write_json
+from expandr_jax.files.hashes import hash_once
+from expandr_jax.files.records import hash_json, write_json
 from expandr_jax.runtime import processes
 
 
@@ -123,7 +124,7 @@ class Checksums:
         path = self.workdir / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         return {
-            file.relative_to(self.workdir).as_posix(): hash_file(file)
+            file.relative_to(self.workdir).as_posix(): hash_once(file)
             for file in files
             if file.is_file()
         }

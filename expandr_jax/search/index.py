@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.hashes import hash_once
 from expandr_jax.files.records import hash_file, hash_json, write_json
 
 MANIFEST = "index.json"
@@ -139,6 +140,6 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
         )
     for name, expected in manifest.files.items():
         file = path.parent / name
-        if not file.is_file() or hash_file(file) != expected:
+        if not file.is_file() or hash_once(file) != expected:
             raise UserError(f"{file}: missing or damaged; build the index again")
     return manifest

@@ -138,7 +138,11 @@ def count_cut(path: str | os.PathLike) -> int:
 
 
 def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
-    """How many of the journal's first blocks the file holds as they were written."""
+    """How many of the journal's first blocks the file holds as they were written.
+
+    All of it is read, once a start, before a stage searches it: a damaged vector changes rankings
+    without a word, and neither its size nor its time need tell.
+    """
     if not journal.rows or not path.exists():
         return 0
     with open(path, "rb") as file:
