@@ -11,7 +11,7 @@ import pytest
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal
 from expandr_jax.runtime.connections import Connection
-from expandr_jax.runtime.journals import CommonJournal, DividedJournal, Keys
+from expandr_jax.runtime.journals import CommonJournal, DividedJournal, Keys, finished_key
 from expandr_jax.runtime.processes import Processes, check_address
 
 COUNT = 3
@@ -190,6 +190,20 @@ def test_a_divided_journal_is_put_together_in_order(group, tmp_path):
     whole = Journal(tmp_path / "of one")
     whole.finish(rows)
     assert path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_divided_journal_of_nothing_is_whole_for_all(group, tmp_path):
+    """The other processes removed it before the first one knew it by its end."""
+    path = tmp_path / "rows.jsonl"
+
+    def function(member: Processes) -> tuple:
+        journal = DividedJournal(path, member, key)
+        journal.finish()
+        member.barrier()
+        return journal.finished, [*journal.rows], finished_key(journal.rows), path.exists()
+
+    assert together(group, function) == [(True, [], "0:", True)] * COUNT
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_what_killed_processes_had_done_is_taken_over_by_any_number(group, tmp_path):

@@ -77,7 +77,7 @@ class SampledTexts(Mapping):
     @property
     def key(self) -> str:
         """Tells them from other texts."""
-        return hash_json([finished_key(self.rows.path), self._strip, self._begins])
+        return hash_json([finished_key(self.rows), self._strip, self._begins])
 
     def row(self, key: tuple[str, int]) -> Mapping[str, Any]:
         """The row of a text; KeyError if there is none."""

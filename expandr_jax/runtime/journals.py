@@ -155,7 +155,11 @@ class DividedJournal:
 
     def _close(self, counts: Sequence[int]) -> Journal:
         if not self._processes.is_main:
-            return Journal(self._path)
+            if self._path.exists() and self._path.stat().st_size:
+                return Journal(self._path)
+            # A journal takes a file of nothing for none, and would remove process 0's.
+            self._own.finished = True
+            return self._own
         journal = self._journal
         parts = [Journal(self._part(index)) for index, count in enumerate(counts) if count]
         for part, count in zip(parts, filter(None, counts), strict=True):
@@ -180,8 +184,11 @@ class DividedJournal:
             part.with_name(f"{part.name}.part").unlink(missing_ok=True)
 
 
-def finished_key(path: pathlib.Path) -> str:
-    """Tells a finished journal from others: the size of its file, and its last checksum."""
+def finished_key(rows: Rows) -> str:
+    """Tells a finished journal's rows from others: its file's size, and its last checksum."""
+    if not rows:  # Nor need there be a file.
+        return "0:"
+    path = rows.path
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
