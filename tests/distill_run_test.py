@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.modules import Router
 from configs import smoke as smoke_config
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, write_beir
+from expandr_jax.data.generated import drawn_documents
 from expandr_jax.expansion.prompts import strip_lead_in
-from expandr_jax.files.records import hash_file, write_jsonl
+from expandr_jax.files.records import Journal, hash_file, write_jsonl
 from tests.adding_test import contents
 from tests.commands import command, error_of, finish, start, step_metrics
 from tests.serving import Server
@@ -26,6 +27,25 @@ SETTINGS = {
 }  # fmt: skip
 FILES = ("results.json", "runs", "evaluation", "distilled")
 TOWER = "export/query-encoder"
+
+
+def write_queries(workdir: pathlib.Path) -> dict[str, str]:
+    """Writes what a run would find sampled: the tiny generator writes no query of three words.
+
+    Returns document id -> query, of which the first document has none.
+    """
+    texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "corpus.jsonl")}
+    seed = json.loads((workdir / "config.json").read_text())["seed"]
+    first, *others = drawn_documents(texts, SETTINGS["documents"], seed)
+    queries = {i: f"how is {i} used after {' '.join(texts[i].split()[-3:])}?" for i in others}
+    journal = Journal(workdir / "work" / "generated-queries.jsonl")
+    journal.append(
+        {"query_id": i, "sample": 0, "text": f"Questions:\n1. {queries.get(i, 'Loss')}\n2. Or?",
+         "tokens": 9, "finished": "length", "near_ties": 0}
+        for i in (first, *others)
+    )  # fmt: skip
+    journal.finish()
+    return queries
 
 
 def distill(workdir, **settings):
@@ -50,15 +70,19 @@ def rows(path: pathlib.Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def distilled(smoke, tmp_path_factory):
-    """A copy of the smoke run with a query tower and its control: (workdir, what it printed)."""
+    """A copy of the smoke run with a query tower and its control.
+
+    (The workdir, what it printed, and the queries that it found written.)
+    """
     workdir = tmp_path_factory.mktemp("distilled") / "run"
     shutil.copytree(smoke[0], workdir)
-    return workdir, finish(distill(workdir, control=True))
+    queries = write_queries(workdir)
+    return workdir, finish(distill(workdir, control=True)), queries
 
 
 @pytest.mark.slow
 def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
-    workdir, printed = distilled
+    workdir, printed, queries = distilled
     before, after = hashes(smoke[0]), hashes(workdir)
     changed = {name for name in before if after.get(name) != before[name]}
     told = ("results.json", "config.json", "metrics.jsonl", "timings.json", "report.html",
@@ -78,7 +102,10 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
     assert {"loss", "cosine", "kl", "grad_norm"} < steps[len(earlier)].keys()
     generated = rows(workdir / "distilled" / "queries.jsonl")
     assert len(generated) == 24
-    kept = sum(not row["left_out"] for row in generated)
+    kept = {row["document_id"]: row["query"] for row in generated if not row["left_out"]}
+    assert kept == queries
+    kept = len(kept)
+    assert kept == 23
     assert f"{kept} queries written for 24 documents" in printed
     assert f"{kept + 40} queries, 40 of them with judgements" in printed
     steps = [row["step"] for row in steps if row["phase"] == "distill"]
@@ -90,7 +117,7 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
 @pytest.mark.slow
 def test_the_exported_pair_ranks_as_the_row_does(smoke, distilled):
     """sentence-transformers' vectors of queries over the run's own vectors of documents."""
-    workdir, _ = distilled
+    workdir = distilled[0]
     texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "queries.jsonl")}
     corpus = rows(workdir / "data" / "corpus.jsonl")
     vectors = np.load(workdir / "work" / "vectors" / "expandr.npy")
@@ -215,6 +242,7 @@ def test_a_further_collection_is_searched_by_the_documents_vectors_that_the_retr
 def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(smoke[0], workdir)
+    write_queries(workdir)
     under_way = workdir / "checkpoints" / "distilled-0"
     process = distill(workdir, control=True)
     limit = time.monotonic() + 120
