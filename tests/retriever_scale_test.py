@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from sentence_transformers import SentenceTransformer
 from configs import quickstart, retriever
 from expandr_jax import metrics
 from expandr_jax.data.beir import Collection, read_beir, write_beir
+from expandr_jax.data.documents import write_documents
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.files.records import write_jsonl
-from train.retriever import train_on_triples
+from expandr_jax.runtime.processes import Processes
+from train.retriever import kept_vectors, train_on_triples
 
 ROOT = pathlib.Path(__file__).parent.parent
 CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
@@ -54,6 +57,38 @@ def pydoc():
     corpus = {name: text for name, text in collection.corpus.items() if name in kept}
     return Collection("pydoc", corpus | {d: collection.corpus[d] for _, d in pairs},
                       collection.queries, {}), pairs, dev  # fmt: skip
+
+
+class Numbers:
+    """Encodes texts that are numbers, and notes how many at once."""
+
+    processes = Processes()
+
+    def __init__(self):
+        self.seen = []
+
+    def encode(self, texts, kind, progress):
+        self.seen.append((kind, len(texts)))
+        progress(len(texts))
+        return np.repeat(np.array([*map(float, texts)], np.float32)[:, None], 64, axis=1)
+
+
+def test_dev_documents_are_encoded_and_held_a_block_at_a_time(monkeypatch):
+    """All of their texts and vectors were held, by each process."""
+    monkeypatch.setattr("train.retriever.TEXTS_AT_ONCE", 100)
+    peaks, counts = [], (250, 950)
+    for count in counts:
+        texts = write_documents((f"d{i}", str(i)) for i in range(count)).texts
+        encoder, told = Numbers(), []
+        tracemalloc.start()
+        kept = kept_vectors(encoder, texts, told.append)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(kept, np.repeat(np.arange(count)[:, None], 64, axis=1))
+        assert encoder.seen == [("document", 100)] * (count // 100) + [("document", 50)]
+        assert sum(told) == count
+    # A vector alone has 256 bytes.
+    assert peaks[1] - peaks[0] < 16 * (counts[1] - counts[0])
 
 
 def ranking(queries, documents, query_ids, document_ids):

@@ -15,13 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import scipy.sparse
 from rich.console import Console
 
 from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
+from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.data.triples import Triple
 from expandr_jax.files.records import hash_json
+from expandr_jax.files.scratch import scratch_array
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive import contrastive_setup
@@ -50,7 +53,8 @@ from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
-from expandr_jax.vectors.encoder import Kind
+from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.vectors.encoder import TEXTS_AT_ONCE, Kind
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
 from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
@@ -177,6 +181,26 @@ def train_retriever(
         return joined(held, whole(trained))
 
 
+def kept_vectors(
+    retriever: CorpusRetriever, texts: Sequence[str], progress: Callable[[int], None]
+) -> np.ndarray:
+    """Vectors of documents, [texts, dim] float32, for process 0 in a file without a name.
+
+    All processes call it together. None holds more than a block of texts and of vectors.
+    """
+    kept = np.zeros((0, 0), np.float32)
+    for first in range(0, len(texts), TEXTS_AT_ONCE):
+        block = retriever.encode(
+            texts[first : first + TEXTS_AT_ONCE], "document", progress=progress
+        )
+        if retriever.processes.is_main:
+            if not first:
+                shape = len(texts), block.shape[1]
+                kept = scratch_array(math.prod(shape), np.float32, "vectors").reshape(shape)
+            kept[first : first + len(block)] = block
+    return kept
+
+
 def train_on_triples(
     config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> None:
@@ -196,25 +220,25 @@ def train_on_triples(
         run.check_models(model_hashes(models))
 
     def evaluate(params: Any) -> float:
-        ids, documents = list(dev.qrels["dev"]), list(dev.corpus.values())
+        ids, documents = list(dev.qrels["dev"]), texts_of(dev.corpus)
         retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
         queries = [dev.queries[query] for query in ids]
         with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
             if models.retriever.pooling == SPLADE:
                 width = models.retriever.module.config.vocab_size
-                index = build_sparse(retriever.encode, documents, width, "dev", advance)
+                sparse = build_sparse(retriever.encode, documents, width, "dev", advance)
                 encoded = scipy.sparse.vstack([*sparse_vectors(retriever.encode, queries, "query")])
             else:
-                vectors = retriever.encode(documents, "document", progress=advance)
-                index = build_index(vectors, "exact")
+                sparse, vectors = None, kept_vectors(retriever, documents, advance)
                 encoded = retriever.encode(queries, "query")
 
         def measure() -> float:
+            index = build_index(vectors, "exact") if sparse is None else sparse
             found = search_named(
                 index.search,
                 ids,
                 encoded,
-                list(dev.corpus),
+                ids_of(dev.corpus),
                 config.evaluation.depth,
                 drop_identical_ids=config.evaluation.drop_identical_ids,
                 excluded=dev.excluded,
