@@ -20,7 +20,7 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 
 TRIPLES_AT_ONCE = 1024  # Which are tokenized together, by all processes.
-CUT_KINDS = "queries", "documents", "expansions"  # Of texts that may be cut.
+CUT_KINDS = "queries", "documents", "expansions"  # What step A counts that is cut.
 
 Block = Mapping[str, np.ndarray]  # As of `pack_examples`.
 
