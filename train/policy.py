@@ -352,7 +352,7 @@ def train_alone(
     run = Run(workdir, config, console)
     # What its config.json has stays what was given, by which the same command goes on.
     run.config = _on_policy(run.config)
-    if run.config.step_b != config.step_b:
+    if not config.step_b_kind.on_policy:
         own = run.config.step_b
         run.reporter.say(
             f"step_b is {config.step_b!r}, which learns from files; here it is {own!r}"
