@@ -269,10 +269,10 @@ def test_a_vector_that_is_not_finite_stops_the_run_and_names_the_query(
     make_preferences, _ = make
     real = Encoder.encode
 
-    def broken(self, params, texts, kind, progress=None):
+    def broken(self, params, texts, kind, progress=None, cut=None):
         if text in texts:
             raise NotFiniteError("its vector is not finite", row=list(texts).index(text))
-        return real(self, params, texts, kind, progress)
+        return real(self, params, texts, kind, progress, cut)
 
     monkeypatch.setattr(Encoder, "encode", broken)
     with pytest.raises(NotFiniteError, match=f"^{named}its vector is not finite.*checkpoint: "):
