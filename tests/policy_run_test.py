@@ -162,7 +162,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
     config = config_of()
     config.step_b, config.reward.length, config.reward.length_cache = "dpo", 1.0, 8
     config.grpo.max_new_tokens = 7
-    with pytest.raises(UserError, match=r"^reward\.length_cache: .*grpo\.max_new_tokens, 7"):
+    with pytest.raises(UserError, match=r"^reward\.length_cache is 8; .*grpo\.max_new_tokens, 7"):
         policy.train_alone(config, tmp_path / "c", Console(quiet=True))
     assert not (tmp_path / "c").exists()
 
