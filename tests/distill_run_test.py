@@ -29,23 +29,24 @@ FILES = ("results.json", "runs", "evaluation", "distilled")
 TOWER = "export/query-encoder"
 
 
-def write_queries(workdir: pathlib.Path) -> dict[str, str]:
-    """Writes what a run would find sampled: the tiny generator writes no query of three words.
-
-    Returns document id -> query, of which the first document has none.
-    """
+def queries_of(workdir: pathlib.Path) -> dict[str, str]:
+    """Document id -> a query, of the documents that are drawn; the first one has none."""
     texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "corpus.jsonl")}
     seed = json.loads((workdir / "config.json").read_text())["seed"]
     first, *others = drawn_documents(texts, SETTINGS["documents"], seed)
-    queries = {i: f"how is {i} used after {' '.join(texts[i].split()[-3:])}?" for i in others}
+    asked = {i: f"how is {i} used after {' '.join(texts[i].split()[-3:])}?" for i in others}
+    return {first: "", **asked}
+
+
+def write_queries(workdir: pathlib.Path) -> None:
+    """What a run finds sampled then: the tiny generator writes no query of three words."""
     journal = Journal(workdir / "work" / "generated-queries.jsonl")
     journal.append(
-        {"query_id": i, "sample": 0, "text": f"Questions:\n1. {queries.get(i, 'Loss')}\n2. Or?",
+        {"query_id": document, "sample": 0, "text": f"Questions:\n1. {query}\n2. Or?",
          "tokens": 9, "finished": "length", "near_ties": 0}
-        for i in (first, *others)
+        for document, query in queries_of(workdir).items()
     )  # fmt: skip
     journal.finish()
-    return queries
 
 
 def distill(workdir, **settings):
@@ -70,19 +71,16 @@ def rows(path: pathlib.Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def distilled(smoke, tmp_path_factory):
-    """A copy of the smoke run with a query tower and its control.
-
-    (The workdir, what it printed, and the queries that it found written.)
-    """
+    """A copy of the smoke run with a query tower and its control: (workdir, what it printed)."""
     workdir = tmp_path_factory.mktemp("distilled") / "run"
     shutil.copytree(smoke[0], workdir)
-    queries = write_queries(workdir)
-    return workdir, finish(distill(workdir, control=True)), queries
+    write_queries(workdir)
+    return workdir, finish(distill(workdir, control=True))
 
 
 @pytest.mark.slow
 def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
-    workdir, printed, queries = distilled
+    workdir, printed = distilled
     before, after = hashes(smoke[0]), hashes(workdir)
     changed = {name for name in before if after.get(name) != before[name]}
     told = ("results.json", "config.json", "metrics.jsonl", "timings.json", "report.html",
@@ -102,9 +100,9 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
     assert {"loss", "cosine", "kl", "grad_norm"} < steps[len(earlier)].keys()
     generated = rows(workdir / "distilled" / "queries.jsonl")
     assert len(generated) == 24
-    kept = {row["document_id"]: row["query"] for row in generated if not row["left_out"]}
-    assert kept == queries
-    kept = len(kept)
+    taken = {row["document_id"]: row["query"] for row in generated if not row["left_out"]}
+    assert taken == {document: q for document, q in queries_of(workdir).items() if q}
+    kept = len(taken)
     assert kept == 23
     assert f"{kept} queries written for 24 documents" in printed
     assert f"{kept + 40} queries, 40 of them with judgements" in printed
@@ -117,7 +115,7 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
 @pytest.mark.slow
 def test_the_exported_pair_ranks_as_the_row_does(smoke, distilled):
     """sentence-transformers' vectors of queries over the run's own vectors of documents."""
-    workdir = distilled[0]
+    workdir, _ = distilled
     texts = {row["_id"]: row["text"] for row in rows(workdir / "data" / "queries.jsonl")}
     corpus = rows(workdir / "data" / "corpus.jsonl")
     vectors = np.load(workdir / "work" / "vectors" / "expandr.npy")

@@ -1,5 +1,6 @@
 """Indexes that are made once: kept beside the vectors, opened by restarts, let go of after use."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def restart(program, workdir):
     done = subprocess.run(
         [sys.executable, "-c", program, "--config=configs/smoke.py", f"--workdir={workdir}"],
         cwd=ROOT, text=True, capture_output=True, timeout=300,
+        env={**os.environ, "XLA_FLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
