@@ -15,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 from eval import tiny_models
 from expandr_jax.errors import UserError
 from expandr_jax.objectives.contrastive import contrastive_gradients
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.sharding import batch_sharding, make_mesh, param_shardings
+from expandr_jax.training.flops import forward_flops
 from expandr_jax.weights.export import export_encoder
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.hf import load_generator, load_retriever

@@ -18,12 +18,12 @@ from expandr_jax.errors import UserError
 from expandr_jax.planning import compiled
 from expandr_jax.planning import programs as plan_programs
 from expandr_jax.planning import proposals as plan_search
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import param_shapes
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_retriever import RetrieverShapes
 from expandr_jax.planning.topology import Topology, find_topology
 from expandr_jax.runtime import chips
+from expandr_jax.training.flops import forward_flops
 from tests.commands import ROOT, SOON, command, finish
 from tests.eight_devices import CHIP, MOVES, PROGRAMS, QUIET, machine, smoke_on_meshes
 from train import plan

@@ -10,7 +10,6 @@ from expandr_jax.config import with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.objectives.llara import LlaraBatches
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.host_stages import INDEX, LINE, TERMS, TOKEN_BYTES
 from expandr_jax.planning.hosts import host_rows
 from expandr_jax.planning.planned_retriever import RetrieverShapes
@@ -19,6 +18,7 @@ from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.sharding import bytes_on_device
+from expandr_jax.training.flops import forward_flops
 from expandr_jax.weights.hf import load_retriever
 from tests.eight_devices import CHIP, PROGRAMS, QUIET, machine, smoke_on_meshes
 from tests.llm_ql_test import TINY_LLAMA

@@ -19,9 +19,9 @@ from expandr_jax.models import quantized
 from expandr_jax.models.decoder import cast_weights, token_positions, unstack_layers
 from expandr_jax.models.lora import LoraConfig, init_lora, merge_lora
 from expandr_jax.models.mask import causal_mask
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.sharding import make_mesh
+from expandr_jax.training.flops import forward_flops
 from expandr_jax.weights import load
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator

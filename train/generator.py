@@ -36,13 +36,13 @@ from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import hash_response_examples
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
-from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import batch_divisor, whole
 from expandr_jax.training.early_stopping import watch_dev
+from expandr_jax.training.flops import FROZEN, forward_flops
 from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
 from expandr_jax.training.stage import stage_trainer
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter

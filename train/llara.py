@@ -21,11 +21,11 @@ from expandr_jax.objectives.llara import (
 from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.objectives.trained import divided, drops_out, joined, training_retriever
 from expandr_jax.pair import RetrieverModel
-from expandr_jax.planning.flops import row_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import device_put, rows_here, whole
+from expandr_jax.training.flops import row_flops
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
 

@@ -41,7 +41,6 @@ from expandr_jax.objectives.scores import make_score
 from expandr_jax.objectives.settings import GrpoSettings
 from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
-from expandr_jax.planning.flops import FROZEN, forward_flops
 from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.answers import check_answers
@@ -53,6 +52,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import whole
 from expandr_jax.training.checkpoint import Checkpoints
+from expandr_jax.training.flops import FROZEN, forward_flops
 from expandr_jax.training.loop import fit
 from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever

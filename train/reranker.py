@@ -29,7 +29,6 @@ from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.models.identity import module_identity, tokenizer_identity
 from expandr_jax.objectives.reranking import RerankingBatches, reranking_setup
 from expandr_jax.pair import check_meshes, phase_mesh
-from expandr_jax.planning.flops import row_flops
 from expandr_jax.ranking.rerank import rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.runtime.formats import identity_of
@@ -39,6 +38,7 @@ from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.search import Index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
+from expandr_jax.training.flops import row_flops
 from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder

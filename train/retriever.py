@@ -45,12 +45,12 @@ from expandr_jax.objectives.trained import (
     with_temperature,
 )
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
-from expandr_jax.planning.flops import row_flops
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import device_put, rows_here, whole
+from expandr_jax.training.flops import row_flops
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.vectors.corpus import CorpusRetriever

@@ -361,7 +361,7 @@ def flops(directory: pathlib.Path) -> float:
 
     The backward pass has no gradients of the frozen weights. Attention is left out.
     """
-    from expandr_jax.planning.flops import FROZEN, forward_flops
+    from expandr_jax.training.flops import FROZEN, forward_flops
 
     generator, params = smollm2.load(directory)
     texts = TEXTS * NEW_TOKENS

@@ -42,7 +42,7 @@ def spread(texts: Sequence[str], count: int) -> list[str]:
 
 def forward_flops(lengths: Sequence[int]) -> float:
     """Operations of the model's products for texts of so many tokens each, without padding."""
-    from expandr_jax.planning.flops import forward_flops
+    from expandr_jax.training.flops import forward_flops
 
     retriever, params = load(max(lengths))
     return sum(float(forward_flops(retriever.module, params, 1, length)) for length in lengths)

@@ -143,7 +143,7 @@ def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> s
 
 def flops(directory: pathlib.Path) -> float:
     """Operations of a sampled token: products of layers and head, attention to earlier tokens."""
-    from expandr_jax.planning.flops import forward_flops
+    from expandr_jax.training.flops import forward_flops
 
     generator, params = smollm2.load(directory)
     return forward_flops(generator.module, params, 1, 1, keys=_attended(directory), logits=1)

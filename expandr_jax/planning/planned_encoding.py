@@ -14,7 +14,6 @@ from expandr_jax.config import Config
 from expandr_jax.errors import UserError
 from expandr_jax.models.cross_encoder import pair_logits
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import (
     Planned,
     param_shapes,
@@ -30,6 +29,7 @@ from expandr_jax.sharding import (
     make_mesh,
     with_shardings,
 )
+from expandr_jax.training.flops import forward_flops
 from expandr_jax.vectors.encoder import TOKENS_PER_BATCH, embedder
 from expandr_jax.weights.families import family_of, find_family, model_config
 from expandr_jax.weights.sparse_encoder import SPARSE_MODEL_TYPES, SPLADE

@@ -19,7 +19,6 @@ from expandr_jax.models.decoder import unstack_layers
 from expandr_jax.models.generator import Generator
 from expandr_jax.models.quantized import kept_in
 from expandr_jax.pair import GeneratorModel, adapter_shapes
-from expandr_jax.planning.flops import forward_flops
 from expandr_jax.planning.planned import (
     Planned,
     check_rows,
@@ -42,6 +41,7 @@ from expandr_jax.sharding import (
     replicated,
     with_shardings,
 )
+from expandr_jax.training.flops import forward_flops
 from expandr_jax.weights.families import family_of
 
 TIMED = 32  # Tokens that decode makes for each slot in one timed call.

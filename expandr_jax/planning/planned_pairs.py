@@ -17,7 +17,6 @@ from expandr_jax.config import Config
 from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup
 from expandr_jax.objectives.packing import Example, pack, row_sizes
 from expandr_jax.pair import GeneratorModel
-from expandr_jax.planning.flops import FROZEN
 from expandr_jax.planning.planned import (
     PAPER,
     REFERENCE,
@@ -33,6 +32,7 @@ from expandr_jax.planning.planned_moves import restored
 from expandr_jax.planning.topology import Topology
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.sharding import batch_sharding, bytes_on_device, with_shardings
+from expandr_jax.training.flops import FROZEN
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 
 PAIR_STEP, DEV_LOSSES = "DPO step", "DPO dev losses"

@@ -23,7 +23,6 @@ from expandr_jax.objectives.policy import (
     row_sizes_of,
 )
 from expandr_jax.pair import GeneratorModel
-from expandr_jax.planning.flops import FROZEN
 from expandr_jax.planning.planned import (
     PAPER,
     PROMPT,
@@ -39,6 +38,7 @@ from expandr_jax.planning.planned_moves import restored
 from expandr_jax.planning.topology import Topology
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.sharding import batch_sharding, bytes_on_device, with_shardings
+from expandr_jax.training.flops import FROZEN
 
 POLICY_DECODE, POLICY_STEP = "policy decode", "policy step"
 OLD = "old log-probabilities"

@@ -27,7 +27,6 @@ from expandr_jax.objectives.trained import (
     training_retriever,
     with_temperature,
 )
-from expandr_jax.planning.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.planning.planned import (
     DEPTH,
     PROMPT,
@@ -59,6 +58,7 @@ from expandr_jax.sharding import (
     bytes_on_device,
     with_shardings,
 )
+from expandr_jax.training.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.weights.families import family_of
 from expandr_jax.weights.sparse_encoder import SPLADE
