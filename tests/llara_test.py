@@ -98,7 +98,7 @@ def test_a_block_has_the_states_that_step_a_reads_it_by(tiny, batch):
     retriever, params = tiny
     mask = Mask(batch["segments"], causal=True, responses=2)
     hidden = retriever.states(params, batch["tokens"], batch["positions"], mask)
-    states = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    states = jnp.take_along_axis(hidden, batch["block_positions"][..., None], axis=1)
     order = LlaraBatches(PASSAGES, retriever, 2, seed=0).indices(0)
     texts = [PASSAGES[i][0] for i in order]
     for place, kind in enumerate(BLOCK_PROMPTS):

@@ -33,6 +33,7 @@ from expandr_jax.objectives.contrastive_checks import (
     check_contrastive_examples,
 )
 from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.llara import LLARA, train_blocks
 from expandr_jax.objectives.llm_ql import corruption_of
 from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks, triples_key
 from expandr_jax.objectives.settings import ContrastiveSettings
@@ -60,8 +61,6 @@ from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
-from train.llara import PHASE as LLARA
-from train.llara import train_blocks
 from train.triples import dev_of, say_leaks, triples_of
 
 

@@ -19,15 +19,36 @@ import optax
 from jax.sharding import Mesh
 
 from expandr_jax.data.batches import batch_indices, pad
+from expandr_jax.data.triples import Triple
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
 from expandr_jax.losses.language import bag_of_words_loss
 from expandr_jax.models.mask import Mask
 from expandr_jax.models.pooling import BLOCK_TOKENS
 from expandr_jax.models.retriever import Retriever
-from expandr_jax.objectives.trained import Frozen, joined, shardings_of, with_frozen_base
+from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
+from expandr_jax.objectives.settings import ContrastiveSettings
+from expandr_jax.objectives.trained import (
+    Frozen,
+    divided,
+    drops_out,
+    joined,
+    shardings_of,
+    training_retriever,
+    with_frozen_base,
+)
+from expandr_jax.pair import RetrieverModel
+from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.stage import TrainedStage
+from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.settings import MANY, count, number
-from expandr_jax.training.setup import TrainingSetup, set_up
+from expandr_jax.sharding import device_put, rows_here, whole
+from expandr_jax.training.flops import row_flops
+from expandr_jax.training.setup import TrainingSetup, count_updates, section_optimizer, set_up
+from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.training.train_state import TrainState
 
+LLARA = "llara"  # The stage, as its section is called.
 FORETOLD = ("own", "next")  # The text whose words each block foretells.
 
 
@@ -92,8 +113,8 @@ def pair_arrays(
     }
     arrays = {name: pad(*part)[0] for name, part in parts.items()}
     ends = np.array([[len(ids) + sizes[0], len(ids) + sum(sizes)] for ids in passages])
-    places = ends[..., None] + np.arange(-BLOCK_TOKENS, 0)
-    arrays["places"] = places.reshape(len(passages), -1).astype(np.int32)
+    own = ends[..., None] + np.arange(-BLOCK_TOKENS, 0)
+    arrays["block_positions"] = own.reshape(len(passages), -1).astype(np.int32)
     arrays["words"], given = pad(words, 0)
     return arrays | {"given": given > 0}
 
@@ -123,10 +144,11 @@ class LlaraBatches:
     ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Some rows of a step's arrays, padded as all are, and tokens of all.
 
-        Of the arrays "tokens", "positions" and "segments" are [rows, length] int32: a passage, 1,
+        The arrays "tokens", "positions" and "segments" are [rows, length] int32: a passage, 1,
         the first block, 2, and the second, 3, which is where it would be without the first; 0 is
-        padding. "places" [rows, 2 * BLOCK_TOKENS] are those of the blocks' own tokens, "words" and
-        "given" [2 * rows, count] the words of passages and of what follows, a pair's side by side.
+        padding. "block_positions" [rows, 2 * BLOCK_TOKENS] are those of the blocks' own tokens,
+        "words" and "given" [2 * rows, count] the words of passages and of what follows, a pair's
+        side by side.
         """
         retriever = self.retriever
         pairs = [self.pairs[i] for i in self.indices(number)]
@@ -166,7 +188,7 @@ def llara_losses(
     mask = Mask(batch["segments"], causal=True, responses=2)
     inputs = batch["tokens"], batch["positions"], mask
     hidden = retriever.states(params, *inputs, dropout_key=dropout_key)
-    states = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+    states = jnp.take_along_axis(hidden, batch["block_positions"][..., None], axis=1)
     shape = len(states), 2, -1
     logits = retriever.logits(params, states).reshape(*shape[:2], BLOCK_TOKENS, -1)
     return bag_of_words_loss(logits, batch["words"].reshape(shape), batch["given"].reshape(shape))
@@ -203,3 +225,81 @@ def llara_setup(
     step = with_frozen_base(llara_step) if held else llara_step
     step = functools.partial(step, retriever=retriever)
     return set_up(mesh, step, trained, shardings, optimizer, *held)
+
+
+def train_blocks(
+    stage: TrainedStage,
+    models: RetrieverModel,
+    triples: Sequence[Triple],
+    own: LlaraSettings,
+    step_a: ContrastiveSettings,
+    seed: int,
+) -> Any:
+    """The retriever's parameters after the stage, as each process can read them all.
+
+    Args:
+        stage: Where it is recorded and kept.
+        models: The retriever's module and mesh.
+        triples: Their documents are learned from, each once; no query is.
+        own, step_a: The config's sections `llara` and `contrastive`.
+        seed: That of the order of documents and of batches.
+
+    Raises:
+        UserError: The retriever has no blocks, there are too few texts, or training diverges.
+    """
+    mesh = models.contrastive_mesh
+    settings, size = stage_settings(own, step_a)
+    retriever = training_retriever(models.retriever, step_a)
+    if retriever.pooling != "block":
+        raise UserError(
+            f"llara.epochs is {settings.epochs}, but the retriever's pooling is "
+            f"{retriever.pooling!r}; expected retriever.pooling 'block'"
+        )
+    check_contrastive_batch(step_a, retriever, models.retriever_params, mesh, len(triples))
+    texts = [*dict.fromkeys(text for t in triples for text in (*t.positives, *t.negatives))]
+    drawn = (texts[i] for i in np.random.default_rng(seed).permutation(len(texts)))
+    every = passage_pairs(drawn, own.passage_words)
+    pairs = [*itertools.islice(every, own.pairs or None)]
+    if len(pairs) < size:
+        raise UserError(
+            f"{len(pairs)} pairs of passages do not fill one batch of {size}; lower "
+            "llara.passage_words or contrastive.batch_size"
+        )
+    stage.log.reporter.say(f"{LLARA}: {len(pairs)} pairs of passages, of {len(texts)} documents")
+    batches = LlaraBatches(pairs, retriever, size, seed)
+    updates = count_updates(settings, len(pairs) // size)
+    steps = updates * settings.accumulation
+    optimizer = section_optimizer(settings, updates)
+    params = models.retriever_params
+    setup = llara_setup(mesh, retriever, params, optimizer)
+    held, trained = divided(retriever, params, seed)
+    frozen = device_put(held, setup.frozen)
+    rows = rows_here(mesh, size)
+    key = jax.random.key(seed) if drops_out(retriever, step_a) else None
+    identity = {
+        "model": models.retriever_hash,
+        "settings": hash_json([identity_of("llara", own), identity_of("contrastive", settings)]),
+        "pairs": hash_json(pairs),
+        "retriever": retriever.identity,
+        "steps": steps,
+    }
+
+    flops = row_flops(retriever.module, params, bool(held))
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        arrays, tokens = batches.batch(step, rows)
+        names = [f"pair {i}" for i in batches.indices(step)]
+        return arrays, Contents(names, int(tokens.sum()), sum(map(flops, tokens.tolist())))
+
+    trained = train_stage(
+        stage,
+        setup,
+        device_put(trained, setup.shardings.params),
+        on_devices(stage.log.processes, batch, mesh, rows, size),
+        identity=identity,
+        settings=settings,
+        steps=steps,
+        frozen=frozen,
+        key=key,
+    )
+    return joined(held, whole(trained))
