@@ -8,13 +8,11 @@ written to DIR/export/reranker; the rows `rerank:SYSTEM` take it as evaluation.r
 same command again continues.
 """
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from rich.console import Console
 
@@ -23,29 +21,23 @@ from expandr_jax.config import Config, read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import hash_json
 from expandr_jax.metrics import CHOSEN_BY, RunScores
 from expandr_jax.models.cross_encoder import CrossEncoder
-from expandr_jax.models.identity import module_identity, tokenizer_identity
-from expandr_jax.objectives.reranking import RerankingBatches, reranking_setup
+from expandr_jax.models.identity import tokenizer_identity
+from expandr_jax.objectives.reranking import train_pair_scores
 from expandr_jax.pair import check_meshes, phase_mesh
 from expandr_jax.ranking.rerank import rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
-from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import TrainingLog
 from expandr_jax.search import Index, search_named
-from expandr_jax.sharding import device_put, rows_here, whole
-from expandr_jax.training.flops import row_flops
-from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
-from expandr_jax.training.stage import on_devices, train_stage
+from expandr_jax.sharding import whole
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
 from train.encoding import run_words
 from train.launch import launch_training
-from train.triples import dev_of, say_leaks, triples_of
+from train.triples import dev_of, names_of, say_leaks, triples_of
 
 PHASE = "reranker"
 
@@ -81,7 +73,10 @@ def train_reranker(
         words = run_words(run, dev.corpus, "dev")
         evaluate = _on_dev(encoder, dev, words, run.config.evaluation, stage.log)
     with run.phase(PHASE):
-        params = _train(stage, run.config, encoder, params, triples, evaluate)
+        mesh, names = phase_mesh(config.mesh, "contrastive"), names_of(triples, config.data)
+        params = train_pair_scores(
+            stage, mesh, encoder, params, triples, names, settings, config.seed, evaluate
+        )
     directory = run.path("export", PHASE)
 
     def export() -> None:
@@ -111,54 +106,6 @@ def _with_negatives(config: Config, triples: Sequence[Triple], reporter: Reporte
             "reranker.batch_size"
         )
     return kept
-
-
-def _train(
-    stage: TrainedStage,
-    config: Config,
-    encoder: CrossEncoder,
-    params: Any,
-    triples: Sequence[Triple],
-    evaluate: Callable[[Any], float] | None,
-) -> Any:
-    """The trained parameters, as each process can read them all."""
-    settings, seed = config.reranker, config.seed
-    mesh, size = phase_mesh(config.mesh, "contrastive"), settings.batch_size
-    check_batch_size("reranker.batch_size", size, mesh)
-    updates = count_updates(settings, len(triples) // size)
-    steps = updates * settings.accumulation
-    optimizer = section_optimizer(settings, updates)
-    setup = reranking_setup(mesh, encoder.module, params, settings, optimizer)
-    start = device_put(params, setup.shardings.params)
-    file = os.path.basename(config.data.path or config.data.url)
-    names = [f"{file}:{triple.line}" for triple in triples]
-    batches = RerankingBatches(triples, encoder, size, settings.negatives, seed, names)
-    rows = rows_here(mesh, size)
-    key = jax.random.key(seed) if settings.dropout else None
-    identity = {
-        "model": hash_tree(params),
-        "module": hash_json([module_identity(encoder.module), encoder.max_length]),
-        "settings": hash_json(identity_of("reranker", settings)),
-        # Without their margins, which older runs did not have and nobody reads here.
-        "examples": hash_json([dataclasses.astuple(triple)[:-1] for triple in triples]),
-        "steps": steps,
-    }
-
-    flops = row_flops(encoder.module, params, frozen=False)
-    make = functools.partial(batches.batch, rows=rows, flops=flops)
-    trained = train_stage(
-        stage,
-        setup,
-        start,
-        on_devices(stage.log.processes, make, mesh, rows, size),
-        identity=identity,
-        settings=settings,
-        steps=steps,
-        key=key,
-        evaluate=evaluate,
-        patience=settings.patience,
-    )
-    return whole(trained)
 
 
 def _on_dev(

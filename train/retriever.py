@@ -61,7 +61,7 @@ from expandr_jax.weights.sparse_encoder import SPLADE
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
-from train.triples import dev_of, say_leaks, triples_of
+from train.triples import dev_of, names_of, say_leaks, triples_of
 
 
 def train_retriever(
@@ -252,7 +252,6 @@ def train_on_triples(
         with run.phase(LLARA):
             stage, own = run.trained_stage(LLARA, keep=1), run.config
             params = train_blocks(stage, models, triples, own.llara, own.contrastive, own.seed)
-    file = os.path.basename(config.data.path or config.data.url)
     with run.phase("retriever"):
         params = train_retriever(
             run,
@@ -262,7 +261,7 @@ def train_on_triples(
             phase="retriever",
             round_=0,
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
-            ids=[f"{file}:{triple.line}" for triple in triples],
+            ids=names_of(triples, config.data),
             evaluate=None if dev is None else evaluate,
         )
 

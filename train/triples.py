@@ -1,6 +1,7 @@
 """The triples that a program trains on, and the collection that chooses its weights."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from expandr_jax.data.beir import Collection, read_beir, source_hashes, unread_judgements
@@ -100,3 +101,9 @@ def say_leaks(triples: Sequence[Triple], dev: Collection, reporter: Reporter) ->
             f"{leaked} of {len(judged)} dev queries are training queries, too: the dev measure "
             "says nothing of new queries there"
         )
+
+
+def names_of(triples: Sequence[Triple], config: DataSettings) -> list[str]:
+    """What messages call the triples: their file, and the line of each."""
+    file = os.path.basename(config.path or config.url)
+    return [f"{file}:{triple.line}" for triple in triples]

@@ -14,13 +14,26 @@ from jax.sharding import Mesh
 
 from expandr_jax.data.batches import batch_indices, pad
 from expandr_jax.data.triples import Triple
+from expandr_jax.files.records import hash_json
 from expandr_jax.losses.reranking import RERANKING_LOSSES
 from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.models.identity import module_identity
 from expandr_jax.objectives.settings import RerankerSettings
+from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.training.setup import TrainingSetup, set_up
+from expandr_jax.sharding import device_put, rows_here, whole
+from expandr_jax.training.flops import row_flops
+from expandr_jax.training.setup import (
+    TrainingSetup,
+    check_batch_size,
+    count_updates,
+    section_optimizer,
+    set_up,
+)
+from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.training.train_state import TrainState
-from expandr_jax.weights.trees import model_shardings
+from expandr_jax.weights.trees import hash_tree, model_shardings
 
 
 def reranking_step(
@@ -129,3 +142,65 @@ class RerankingBatches:
         positive = triple.positives[rng.integers(len(triple.positives))]
         order = rng.permutation(len(triple.negatives))[: self.negatives]
         return [positive, *(triple.negatives[i] for i in order)]
+
+
+def train_pair_scores(
+    stage: TrainedStage,
+    mesh: Mesh,
+    encoder: CrossEncoder,
+    params: Any,
+    triples: Sequence[Triple],
+    names: Sequence[str],
+    settings: RerankerSettings,
+    seed: int,
+    evaluate: Callable[[Any], float] | None,
+) -> Any:
+    """A cross-encoder's trained parameters, as each process can read them all.
+
+    Args:
+        stage: Where it is recorded and kept.
+        mesh: The devices.
+        encoder, params: What it begins as.
+        triples: At least a batch of them, each with a negative.
+        names: What messages call them.
+        settings: The config's section `reranker`.
+        seed: That of the order of the triples, and of dropout.
+        evaluate: Parameters to nDCG@10 on dev; None: the last ones are returned.
+
+    Raises:
+        UserError: The mesh cannot divide a batch, or training diverges.
+    """
+    size = settings.batch_size
+    check_batch_size("reranker.batch_size", size, mesh)
+    updates = count_updates(settings, len(triples) // size)
+    steps = updates * settings.accumulation
+    optimizer = section_optimizer(settings, updates)
+    setup = reranking_setup(mesh, encoder.module, params, settings, optimizer)
+    start = device_put(params, setup.shardings.params)
+    batches = RerankingBatches(triples, encoder, size, settings.negatives, seed, names)
+    rows = rows_here(mesh, size)
+    key = jax.random.key(seed) if settings.dropout else None
+    identity = {
+        "model": hash_tree(params),
+        "module": hash_json([module_identity(encoder.module), encoder.max_length]),
+        "settings": hash_json(identity_of("reranker", settings)),
+        # Without their margins, which older runs did not have and nobody reads here.
+        "examples": hash_json([dataclasses.astuple(triple)[:-1] for triple in triples]),
+        "steps": steps,
+    }
+
+    flops = row_flops(encoder.module, params, frozen=False)
+    make = functools.partial(batches.batch, rows=rows, flops=flops)
+    trained = train_stage(
+        stage,
+        setup,
+        start,
+        on_devices(stage.log.processes, make, mesh, rows, size),
+        identity=identity,
+        settings=settings,
+        steps=steps,
+        key=key,
+        evaluate=evaluate,
+        patience=settings.patience,
+    )
+    return whole(trained)
