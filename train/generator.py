@@ -15,36 +15,25 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.batches import batch_indices
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import hash_file, hash_json
+from expandr_jax.files.records import hash_file
 from expandr_jax.loading import load_generator_model
 from expandr_jax.models.generator import Generator
-from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import (
-    AdapterBatches,
-    adapter_setup,
-    kept_reference,
-    make_examples,
+from expandr_jax.objectives.adapter import kept_reference
+from expandr_jax.objectives.adapter_stage import (
+    adapter_round,
+    adapter_trainer,
+    lowest_loss_on_dev,
 )
 from expandr_jax.objectives.objective import Objective
-from expandr_jax.objectives.packing import hash_response_examples
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, check_meshes, model_hashes
-from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import Contents
-from expandr_jax.sharding import batch_divisor, whole
-from expandr_jax.training.early_stopping import watch_dev
-from expandr_jax.training.flops import FROZEN, forward_flops
-from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
-from expandr_jax.training.stage import stage_trainer
+from expandr_jax.sharding import whole
 from expandr_jax.weights.adapter import base_name, export_adapter, load_adapter
 from train.launch import launch_training
 
@@ -58,6 +47,7 @@ def train_generator(
     round_: int,
     name: str = "generator",
     objective: Objective | None = None,
+    section: str = "",
     settings: DpoSettings | None = None,
 ) -> Any:
     """One round of step B, or of what comes before it.
@@ -70,7 +60,8 @@ def train_generator(
         rows: What the objective reads.
         round_: Counts from 0.
         name: What it is called in metrics and checkpoints.
-        objective, settings: What is learned and how; None: as the config has it.
+        objective: What is learned; None: as the config has it.
+        section, settings: How, and what the config calls that; "" and None: as it has it.
 
     Returns:
         The trained adapter, as each process can read it all: the last, or the best on dev pairs
@@ -80,97 +71,29 @@ def train_generator(
         UserError: There are no pairs, a setting does not fit them or the mesh, or a loss is not
             finite.
     """
-    config, objective = settings or run.config.learned, objective or run.config.objective
-    dev, examples = make_examples(objective, models.generator, rows, config, run.reporter)
-    accumulation, devices = config.accumulation, batch_divisor(models.dpo_mesh)
-    check_batch_size("dpo.batch_size", config.batch_size, models.dpo_mesh)
-    batch_size = min(config.batch_size, len(examples) // devices * devices)
-    if not batch_size:
-        raise UserError(
-            f"{len(examples)} {objective.examples} to train the generator on; expected {devices} "
-            "or more"
-        )
-    updates = count_updates(config, len(examples) // batch_size)
-    steps = updates * accumulation
-    module, params = models.generator.module, models.generator_params
-    start = adapter if config.reference == "start" else None
-    batches = AdapterBatches(models, objective, config, batch_size, start)
-    lora, seed = module.lora, run.config.seed
-
-    def drawn(step: int) -> np.ndarray:
-        """Which examples a step has."""
-        return batch_indices(seed, round_ * steps + step, len(examples), batch_size)
-
-    batches.choose_sizes(examples, map(drawn, range(steps)))
-    reference = dev_reference = None
-    if objective.reference:
-        kept = functools.partial(kept_reference, run.checksums, run.reporter, batches)
-        reference = kept(examples, "reference log-probabilities")
-        dev_reference = kept(dev, "reference on dev pairs") if dev else None
-    if adapter is None:
-        adapter = init_lora(jax.random.key(seed), params, lora)
-    identity = {
-        "model": models.generator_hash,
-        "settings": hash_json(identity_of("dpo", config) | {"loss": objective.name}),
-        "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
-        "steps": steps,
-        "generator": models.generator.identity,
-        "examples": hash_response_examples([*examples, *dev]),
-    }
+    config, settings = run.config, settings or run.config.learned
+    objective, section = objective or config.objective, section or config.step_b_kind.section
+    own = adapter_round(
+        objective, section, settings, models, rows, config.seed, round_, run.reporter
+    )
     stage = run.trained_stage(name, round_)
     if round_:  # Rounds differ in their number of examples: steps cannot be numbered through.
         directory = run.checkpoints(f"{name}-{round_}")
         stage = dataclasses.replace(stage, checkpoints=directory)
-    setup = adapter_setup(models, objective, config, section_optimizer(config, updates))
-    key = jax.random.fold_in(jax.random.key(seed), round_)
+    reference_of = functools.partial(kept_reference, run.checksums, run.reporter)
+    trainer = adapter_trainer(stage, models, own, adapter, reference_of)
+    if not own.dev:
+        if settings.dev_share:
+            run.reporter.say(f"too few pairs for {section}.dev_share: the last adapter is used")
+        return whole(trainer.train(own.steps))
+    best_name, journal = f"round-{round_}/best-adapter", CommonJournal(stage.journal, run.processes)
 
-    @functools.cache
-    def flops(tokens: int, logits: int) -> int:
-        return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
-
-    def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        indices = drawn(step)
-        taken = [examples[i] for i in indices]
-        contents = Contents(
-            [example.name for example in taken],
-            sum(example.tokens for example in taken),
-            sum(flops(*example.size) for example in taken),
-        )
-        return batches.pack(examples, indices, reference), contents
-
-    train = stage_trainer(
-        stage,
-        setup,
-        adapter,
-        batch,
-        identity=identity,
-        settings=config,
-        steps=steps,
-        frozen=[params],
-        key=key,
-    )
-    if not dev:
-        if config.dev_share:
-            run.reporter.say("too few pairs for dpo.dev_share: the last adapter is used")
-        return whole(train(steps))
-    best_name = f"round-{round_}/best-adapter"
-
-    def keep(_: int, adapter: Any) -> None:
-        write_adapter(run, models.generator, whole(adapter), best_name)
+    def keep(adapter: Any) -> None:
+        write_adapter(run, models.generator, adapter, best_name)
         run.checksums.record(best_name)
 
-    journal = CommonJournal(stage.journal, run.processes)
-    every = config.eval_every * accumulation or steps
-    best = watch_dev(
-        stage.log,
-        journal,
-        train,
-        lambda adapter: batches.evaluate(adapter, dev, dev_reference),
-        keep,
-        stops=[*range(every, steps, every), steps],
-        score=lambda metrics: -metrics["loss"],
-    )
-    trained = whole(train(steps))
+    best = lowest_loss_on_dev(stage, own, trainer, journal, keep)
+    trained = whole(trainer.train(own.steps))
     if not run.checksums.intact(best_name):
         journal.keep(0)
         raise UserError(
@@ -180,7 +103,9 @@ def train_generator(
     run.reporter.say(
         f"lowest dev loss {best['loss']:.4f}, of step {best['step']}: {run.path(best_name)}"
     )
-    return load_adapter(str(run.path(best_name)), module.config)[1] if config.keep_best else trained
+    if not settings.keep_best:
+        return trained
+    return load_adapter(str(run.path(best_name)), models.generator.module.config)[1]
 
 
 def write_adapter(run: Run, generator: Generator, adapter: Any, name: str) -> None:

@@ -51,7 +51,15 @@ def warm_start(
             settings = run.config.dpo
         settings = dataclasses.replace(settings, epochs=1.0, dev_share=0.0)
         return train_generator(
-            run, models, None, rows, round_=0, name=PLACE, objective=objective, settings=settings
+            run,
+            models,
+            None,
+            rows,
+            round_=0,
+            name=PLACE,
+            objective=objective,
+            section="dpo",
+            settings=settings,
         )
 
 

@@ -1,0 +1,209 @@
+"""A round in which the adapter learns of examples: which each step has, and how they are learned.
+
+Batches are `adapter.AdapterBatches`'s; what it learns is an `Objective`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from expandr_jax.data.batches import batch_indices
+from expandr_jax.errors import UserError
+from expandr_jax.files.records import hash_json
+from expandr_jax.models.lora import init_lora
+from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
+from expandr_jax.objectives.objective import Objective
+from expandr_jax.objectives.packing import Example, hash_response_examples
+from expandr_jax.objectives.settings import DpoSettings
+from expandr_jax.pair import GeneratorModel
+from expandr_jax.runtime.formats import identity_of
+from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.progress import Reporter
+from expandr_jax.runtime.stage import TrainedStage
+from expandr_jax.runtime.telemetry import Contents
+from expandr_jax.sharding import batch_divisor, whole
+from expandr_jax.training.early_stopping import watch_dev
+from expandr_jax.training.flops import FROZEN, forward_flops
+from expandr_jax.training.setup import check_batch_size, count_updates, section_optimizer
+from expandr_jax.training.stage import stage_trainer
+
+# (batches, examples, what is done) to `AdapterBatches.reference` of these examples.
+Reference = Callable[[AdapterBatches, Sequence[Example], str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRound:
+    """What an adapter learns in a round, and by which steps.
+
+    Attributes:
+        objective: What is learned.
+        section: What the config calls the settings.
+        settings: How it is learned.
+        examples, dev: What it is learned of, and what is held out, as `make_examples` has them.
+        batch_size: Examples of a step.
+        seed: That of all draws.
+        number: The round's, counted from 0.
+    """
+
+    objective: Objective
+    section: str
+    settings: DpoSettings
+    examples: Sequence[Example]
+    dev: Sequence[Example]
+    batch_size: int
+    seed: int
+    number: int
+
+    @property
+    def updates(self) -> int:
+        """How often the adapter is updated."""
+        return count_updates(self.settings, len(self.examples) // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Its steps, micro-batches counted."""
+        return self.updates * self.settings.accumulation
+
+    def drawn(self, step: int) -> np.ndarray:
+        """Which examples a step has: [batch_size] indices."""
+        number = self.number * self.steps + step
+        return batch_indices(self.seed, number, len(self.examples), self.batch_size)
+
+    def contents(self, indices: Sequence[int], flops: Callable[[int, int], int]) -> Contents:
+        """What a step of these examples is made of; `flops` is of a row's size."""
+        taken = [self.examples[i] for i in indices]
+        return Contents(
+            [example.name for example in taken],
+            sum(example.tokens for example in taken),
+            sum(flops(*example.size) for example in taken),
+        )
+
+    def identity(self, model: GeneratorModel) -> dict[str, Any]:
+        """What its checkpoints belong to."""
+        lora = model.generator.module.lora
+        settings = identity_of(self.section, self.settings) | {"loss": self.objective.name}
+        return {
+            "model": model.generator_hash,
+            "settings": hash_json(settings),
+            "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
+            "steps": self.steps,
+            "generator": model.generator.identity,
+            "examples": hash_response_examples([*self.examples, *self.dev]),
+        }
+
+
+def adapter_round(
+    objective: Objective,
+    section: str,
+    settings: DpoSettings,
+    model: GeneratorModel,
+    rows: Sequence[Any],
+    seed: int,
+    number: int,
+    reporter: Reporter,
+) -> AdapterRound:
+    """Makes a round of the rows that its objective reads; the rest is as of `AdapterRound`.
+
+    Raises:
+        UserError: There are too few rows for the mesh, or it cannot divide a batch.
+    """
+    dev, examples = make_examples(objective, model.generator, rows, settings, reporter)
+    devices = batch_divisor(model.dpo_mesh)
+    check_batch_size(f"{section}.batch_size", settings.batch_size, model.dpo_mesh)
+    batch_size = min(settings.batch_size, len(examples) // devices * devices)
+    if not batch_size:
+        raise UserError(
+            f"{len(examples)} {objective.examples} to train the generator on; expected {devices} "
+            "or more"
+        )
+    return AdapterRound(objective, section, settings, examples, dev, batch_size, seed, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterTrainer:
+    """Trains an adapter in a round.
+
+    Attributes:
+        train: So many steps to the adapter after them, on its devices, as `stage_trainer` has it.
+        evaluate: An adapter to the mean metrics of the examples that are held out.
+    """
+
+    train: Callable[[int], Any]
+    evaluate: Callable[[Any], dict[str, float]]
+
+
+def adapter_trainer(
+    stage: TrainedStage,
+    model: GeneratorModel,
+    own: AdapterRound,
+    adapter: Any | None,
+    reference_of: Reference,
+) -> AdapterTrainer:
+    """Compiles a round's step, and makes what its batches have of the reference.
+
+    Args:
+        stage: Where it is recorded and kept.
+        model: The generator and its mesh.
+        own: What is learned.
+        adapter: The one to start from; None starts a new one.
+        reference_of: Makes the reference's log-probabilities, where the objective needs them.
+    """
+    objective, settings, module = own.objective, own.settings, model.generator.module
+    params, key = model.generator_params, jax.random.key(own.seed)
+    start = adapter if settings.reference == "start" else None
+    batches = AdapterBatches(model, objective, settings, own.batch_size, start)
+    batches.choose_sizes(own.examples, map(own.drawn, range(own.steps)))
+    reference = dev_reference = None
+    if objective.reference:
+        reference = reference_of(batches, own.examples, "reference log-probabilities")
+        if own.dev:
+            dev_reference = reference_of(batches, own.dev, "reference on dev pairs")
+
+    @functools.cache
+    def flops(tokens: int, logits: int) -> int:
+        return FROZEN * forward_flops(module, params, 1, tokens, logits=logits)
+
+    def batch(step: int) -> tuple[dict[str, Any], Contents]:
+        indices = own.drawn(step)
+        return batches.pack(own.examples, indices, reference), own.contents(indices, flops)
+
+    train = stage_trainer(
+        stage,
+        adapter_setup(model, objective, settings, section_optimizer(settings, own.updates)),
+        init_lora(key, params, module.lora) if adapter is None else adapter,
+        batch,
+        identity=own.identity(model),
+        settings=settings,
+        steps=own.steps,
+        frozen=[params],
+        key=jax.random.fold_in(key, own.number),
+    )
+    return AdapterTrainer(train, lambda adapter: batches.evaluate(adapter, own.dev, dev_reference))
+
+
+def lowest_loss_on_dev(
+    stage: TrainedStage,
+    own: AdapterRound,
+    trainer: AdapterTrainer,
+    journal: CommonJournal,
+    keep: Callable[[Any], None],
+) -> dict[str, float]:
+    """The step whose adapter has the lowest loss on what is held out, and its metrics there.
+
+    All steps are trained; `journal` is as of `watch_dev`. `keep` takes each adapter whose loss is
+    the lowest so far, as each process can read it all.
+    """
+    every = own.settings.eval_every * own.settings.accumulation or own.steps
+    return watch_dev(
+        stage.log,
+        journal,
+        trainer.train,
+        trainer.evaluate,
+        lambda _, adapter: keep(whole(adapter)),
+        stops=[*range(every, own.steps, every), own.steps],
+        score=lambda metrics: -metrics["loss"],
+    )
