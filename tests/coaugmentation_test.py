@@ -234,11 +234,11 @@ def test_what_does_not_go_with_documents_is_refused(changed, message):
 
 def test_more_documents_than_there_are_and_names_like_theirs_are_refused():
     settings = read_config(coaug.get_config()).grpo
-    with pytest.raises(UserError, match=r"grpo\.documents 4, with 8 queries a step: there are 30"):
-        check_documents(dataclasses.replace(settings, queries=8), data())
+    with pytest.raises(UserError, match=r"mine\.documents 4, with 8 queries a step: there are 30"):
+        check_documents(dataclasses.replace(settings, queries=8), "mine", data())
     odd = dataclasses.replace(data(), generator_train=["document/7"])
     with pytest.raises(UserError, match="the id of query 'document/7' begins"):
-        check_documents(settings, odd)
+        check_documents(settings, "grpo", odd)
 
 
 @pytest.mark.slow

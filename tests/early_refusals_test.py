@@ -3,15 +3,18 @@
 import contextlib
 import io
 import json
+import types
 
+import jax
 import pytest
 from rich.console import Console
 
 from configs import smoke
-from expandr_jax.config import read_config
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
 from expandr_jax.runtime.run import Run
+from expandr_jax.sharding import make_mesh
 from tests.commands import data_of
 from train import joint
 
@@ -198,3 +201,22 @@ def test_settings_that_do_not_fit_the_generator(setting, value, message):
     config[section][name] = value
     with pytest.raises(UserError, match=message):
         load_models(read_config(config), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dpo.batch_size": 3}, "dpo.batch_size 3 must be a multiple of 2"),
+        ({"step_b": "grpo", "grpo.queries": 3}, "grpo.queries 3 must be a multiple of 2"),
+        ({"step_b": "grpo", "grpo.queries": 8}, "grpo.queries 8: there are 6 queries to train"),
+        ({"step_b": "grpo", "warm_start": "best", "dpo.batch_size": 3}, "dpo.batch_size 3 must"),
+        ({"step_b": "grpo", "dpo.batch_size": 3}, None),  # Nothing is trained by it.
+    ],
+)
+def test_what_step_b_cannot_train_with_is_refused_before_step_a(changes, message):
+    config = with_settings(read_config(smoke.get_config()), {"grpo.queries": 2, **changes})
+    data = types.SimpleNamespace(generator_train=[f"q{i}" for i in range(6)])
+    data.collection = types.SimpleNamespace(corpus={})
+    refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+    with refused:
+        joint.check_step_b(config, data, make_mesh(devices=jax.devices()[:2]))

@@ -255,7 +255,7 @@ def test_a_type_has_a_name_of_its_own():
 # Constants that mean the same in several modules: how much of something is in memory at once, what
 # a thing is called, a limit of two places that have one reason.
 SHARED_CONSTANTS = {
-    "CHANGE", "FAMILY", "JACCARD", "MOST_SIZES", "MOVED", "QUERIES_AT_ONCE",
+    "FAMILY", "JACCARD", "MOST_SIZES", "MOVED", "QUERIES_AT_ONCE",
     "ROWS_AT_ONCE", "SPLADE", "TEXTS_AT_ONCE",
 }  # fmt: skip
 

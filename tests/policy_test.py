@@ -261,21 +261,21 @@ HEALTHY = {
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"kl": 1.5}, "grpo.watch_kl"),
-        ({"entropy": 0.1}, "grpo.watch_entropy allows 0.2 to 6"),
-        ({"entropy": 7.0}, "grpo.watch_entropy"),
-        ({"repetitive": 0.7}, "grpo.watch_repetitive"),
+        ({"kl": 1.5}, "mine.watch_kl"),
+        ({"entropy": 0.1}, "mine.watch_entropy allows 0.2 to 6"),
+        ({"entropy": 7.0}, "mine.watch_entropy"),
+        ({"repetitive": 0.7}, "mine.watch_repetitive"),
         ({"reward": 0.25}, "below 0.3"),
     ],
 )
 def test_a_collapse_is_seen_when_it_lasts(changed, why):
     settings = settings_of(watch_steps=4).grpo
     rows = [HEALTHY] * (FIRST_STEPS + 10)
-    assert collapsed(rows, settings) is None
+    assert collapsed(rows, settings, "mine") is None
     rows += [{**HEALTHY, **changed}] * 3
-    assert collapsed(rows, settings) is None
-    assert why in collapsed([*rows, rows[-1]], settings)
-    assert collapsed([*rows, HEALTHY, rows[-1]], settings) is None
+    assert collapsed(rows, settings, "mine") is None
+    assert why in collapsed([*rows, rows[-1]], settings, "mine")
+    assert collapsed([*rows, HEALTHY, rows[-1]], settings, "mine") is None
 
 
 def steps_of(rng, steps, mean, between=0.4, within=0.03, queries=16):
@@ -294,12 +294,12 @@ def test_other_queries_are_no_collapse_and_worse_texts_are():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         rows = steps_of(rng, 300, mean=0.5)
-        assert not any(collapsed(rows[:end], settings) for end in range(first, 301)), seed
+        assert not any(collapsed(rows[:end], settings, "mine") for end in range(first, 301)), seed
         rows += steps_of(rng, length, mean=0.1, between=0.1)
-        assert "(grpo.watch_reward deviations" in collapsed(rows, settings), seed
+        assert "(mine.watch_reward deviations" in collapsed(rows, settings, "mine"), seed
     # Runs of before know no standard errors.
     older = [{k: v for k, v in row.items() if k != "reward_error"} for row in rows]
-    assert "(grpo.watch_reward deviations" in collapsed(older, settings)
+    assert "(mine.watch_reward deviations" in collapsed(older, settings, "mine")
 
 
 def test_a_step_s_standard_error_is_that_of_its_queries(training, monkeypatch):

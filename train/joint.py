@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.console import Console
 
 from expandr_jax.config import Config, read_config
@@ -28,6 +29,7 @@ from expandr_jax.expansion.expand import Expander
 from expandr_jax.files.records import write_json
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
+from expandr_jax.objectives.policy_checks import check_policy
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
@@ -116,7 +118,7 @@ def train_joint(
         models.contrastive_mesh,
         len(data.retriever_train),
     )
-    check_batch_size("dpo.batch_size", config.dpo.batch_size, models.dpo_mesh)
+    check_step_b(config, data, models.dpo_mesh)
     has_vectors = run.processes.count == 1 or not is_bucket(run.address)
     check_distillation(config.distill, models.contrastive_mesh, has_vectors)
 
@@ -170,6 +172,17 @@ def train_joint(
         )
     run.checksums.record(*_written(config))
     return _end(run, results)
+
+
+def check_step_b(config: Config, data: TrainingData, mesh: Mesh) -> None:
+    """Refuses, before step A, what step B or its warm start cannot be trained with."""
+    kind, sections = config.step_b_kind, {"dpo": config.dpo} if config.warm_start else {}
+    if kind.on_policy:
+        check_policy(config.learned, kind.section, data, mesh)
+    else:
+        sections[kind.section] = config.learned
+    for name, settings in sections.items():
+        check_batch_size(f"{name}.batch_size", settings.batch_size, mesh)
 
 
 def _step_b(

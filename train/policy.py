@@ -25,16 +25,9 @@ from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.files.records import hash_json, write_jsonl
 from expandr_jax.loading import load_models
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.coaugmentation import (
-    check_documents,
-    documents_beside,
-    score_together,
-)
-from expandr_jax.objectives.policy import (
-    PolicyTrainer,
-    micro_rows,
-    pack_sampled,
-)
+from expandr_jax.objectives.coaugmentation import documents_beside, score_together
+from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
+from expandr_jax.objectives.policy_checks import check_policy
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.rollouts import Rollouts
 from expandr_jax.objectives.scores import make_score
@@ -110,7 +103,7 @@ def train_policy(
             not finite, or training has collapsed.
     """
     kind, settings, seed = run.config.step_b_kind, run.config.learned, run.config.seed
-    _check(settings, data, models)
+    check_policy(settings, kind.section, data, models.dpo_mesh)
     params, lora = models.generator_params, models.generator.module.lora
     if adapter is None:
         adapter = init_lora(jax.random.key(seed), params, lora)
@@ -177,7 +170,7 @@ class _Loop:
         work = run.path("work", f"round-{round_}")
         self._watched = CommonJournal(work / WATCH, run.processes)
         self._collapses = CommonJournal(work / "policy-collapses.jsonl", run.processes)
-        self._phase = run.config.step_b_kind.phase
+        self._phase, self._section = run.config.step_b_kind.phase, run.config.step_b_kind.section
         self._log = run.training_log(self._phase, round_)
 
     def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
@@ -218,10 +211,11 @@ class _Loop:
         self._show(collapse.step, collapse.adapter)
         report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
         run.reporter.say(f"report: {report}")
+        section = self._section
         raise UserError(
             f"{said}; the adapter of step {back_to} is in {run.where(run.path(name))}. Lower "
-            "grpo.learning_rate or raise grpo.kl_weight in a new --workdir; or set "
-            "grpo.on_collapse to 'back'"
+            f"{section}.learning_rate or raise {section}.kl_weight in a new --workdir; or set "
+            f"{section}.on_collapse to 'back'"
         )
 
     def _sample(self, step: int, state: TrainState) -> tuple[Any, Contents]:
@@ -264,7 +258,7 @@ class _Loop:
         if len(self._watched.rows) > step:
             self._watched.keep(step)
         self._watched.append([row])
-        why = collapsed(self._watched.rows, self._settings)
+        why = collapsed(self._watched.rows, self._settings, self._section)
         if why:
             raise Collapsed(step, why, state.params)
         return state, metrics
@@ -290,17 +284,6 @@ def has_begun(workdir: pathlib.Path) -> bool:
     candidates = (workdir / place / CANDIDATES for place in (PLACE, "round-0"))
     steps = (workdir / "work" / "round-0").glob(f"{WATCH}*")
     return any(path.exists() for path in candidates) or any(steps)
-
-
-def _check(settings: GrpoSettings, data: TrainingData, models: Models) -> None:
-    """Refuses a section `grpo` that does not fit the data and the devices."""
-    micro_rows(settings, models.dpo_mesh)
-    if settings.queries > len(data.generator_train):
-        raise UserError(
-            f"grpo.queries {settings.queries}: there are {len(data.generator_train)} queries to "
-            "train the generator with"
-        )
-    check_documents(settings, data)
 
 
 def _asked(

@@ -31,18 +31,18 @@ DOCUMENT = "document/"
 PROBE = 2**31  # What the probe draws by: no step has this number.
 
 
-def check_documents(settings: GrpoSettings, data: TrainingData) -> None:
-    """Refuses `grpo.documents` that the collection cannot give, or cannot be told from queries."""
+def check_documents(settings: GrpoSettings, section: str, data: TrainingData) -> None:
+    """Refuses `documents` that the collection cannot give, or cannot be told from queries."""
     documents, corpus = settings.queries * settings.documents, data.collection.corpus
     if documents > len(corpus):
         raise UserError(
-            f"grpo.documents {settings.documents}, with {settings.queries} queries a step: there "
-            f"are {len(corpus)} documents"
+            f"{section}.documents {settings.documents}, with {settings.queries} queries a step: "
+            f"there are {len(corpus)} documents"
         )
     named = [q for q in data.generator_train if settings.documents and q.startswith(DOCUMENT)]
     if named:
         raise UserError(
-            f"grpo.documents: the id of query {named[0]!r} begins as documents are named"
+            f"{section}.documents: the id of query {named[0]!r} begins as documents are named"
         )
 
 

@@ -72,14 +72,19 @@ def policy_optimizer(settings: GrpoSettings) -> optax.GradientTransformation:
     )
 
 
-def micro_rows(settings: GrpoSettings, mesh: Mesh) -> int:
-    """Groups of a micro-batch; raises UserError where the mesh cannot divide them."""
+def micro_rows(settings: GrpoSettings, section: str, mesh: Mesh) -> int:
+    """Groups of a micro-batch, by the settings of a section of the config.
+
+    Raises:
+        UserError: The mesh cannot divide them.
+    """
     parts, devices = settings.minibatches * settings.accumulation, batch_divisor(mesh)
     if settings.groups % (parts * devices):
         beside = f", times {1 + settings.documents} with documents," if settings.documents else ""
         raise UserError(
-            f"grpo.queries {settings.queries}{beside} must be a multiple of {parts * devices} "
-            "(grpo.minibatches times grpo.accumulation times the mesh's data and fsdp)"
+            f"{section}.queries {settings.queries}{beside} must be a multiple of "
+            f"{parts * devices} ({section}.minibatches times {section}.accumulation times the "
+            "mesh's data and fsdp)"
         )
     return settings.groups // parts
 

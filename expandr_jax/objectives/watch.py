@@ -14,14 +14,15 @@ WATCHED = ("kl", "entropy", "repetitive", "reward", "reward_deviation", "reward_
 StepMetrics = Mapping[str, float]
 
 
-def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None:
+def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings, section: str) -> str | None:
     """The reason why training counts as collapsed, or None.
 
     A limit counts where each of the last `watch_steps` steps was beyond it: single steps are noisy.
 
     Args:
         rows: `WATCHED` of all steps so far, the first one's first.
-        settings: The config's section `grpo`.
+        settings: How it is trained, and watched.
+        section: What the config calls that.
     """
     last = rows[-settings.watch_steps :]
     if len(rows) < FIRST_STEPS + settings.watch_steps:
@@ -37,15 +38,17 @@ def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings) -> str | None
     reward = start["reward"] - max(margin, STANDARD_ERRORS * start["reward_error"])
     kl, now = start["kl"] + settings.watch_kl, last[-1]
     limits: dict[str, Callable[[StepMetrics], bool]] = {
-        f"KL to the base {now['kl']:.3g} nats a token, above {kl:.3g} (grpo.watch_kl over the "
+        f"KL to the base {now['kl']:.3g} nats a token, above {kl:.3g} ({section}.watch_kl over the "
         "start's)": lambda row: row["kl"] > kl,
         f"entropy {now['entropy']:.3g} nats a token, {start['entropy']:.3g} at the start; "
-        f"grpo.watch_entropy allows {low:.3g} to {high:.3g}": (
+        f"{section}.watch_entropy allows {low:.3g} to {high:.3g}": (
             lambda row: not low <= row["entropy"] <= high
         ),
         f"share of repetitive texts {now['repetitive']:.3g}, above {repetitive:.3g} "
-        "(grpo.watch_repetitive over the start's)": lambda row: row["repetitive"] > repetitive,
-        f"reward {now['reward']:.4g}, below {reward:.4g} (grpo.watch_reward deviations, and "
+        f"({section}.watch_repetitive over the start's)": (
+            lambda row: row["repetitive"] > repetitive
+        ),
+        f"reward {now['reward']:.4g}, below {reward:.4g} ({section}.watch_reward deviations, and "
         f"{STANDARD_ERRORS} standard errors, under the start's)": lambda row: (
             row["reward"] < reward
         ),

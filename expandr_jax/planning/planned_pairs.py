@@ -36,7 +36,6 @@ from expandr_jax.training.flops import FROZEN
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 
 PAIR_STEP, DEV_LOSSES = "DPO step", "DPO dev losses"
-CHANGE = "a smaller dpo.batch_size or dpo.chunk, or more fsdp in mesh.dpo"
 
 
 class PairShapes:
@@ -51,6 +50,10 @@ class PairShapes:
     def __init__(self, config: Config, topology: Topology, generator: GeneratorShapes):
         self._topology, self._generator = topology, generator
         self._settings, self._objective = config.learned, config.objective
+        section = config.step_b_kind.section
+        self._change = (
+            f"a smaller {section}.batch_size or {section}.chunk, or more fsdp in mesh.dpo"
+        )
         self._candidates = len(config.candidates.all_temperatures)
 
     @property
@@ -121,7 +124,7 @@ class PairShapes:
             arguments=({"params": base}, batch),
             parameters=base,
             moved=bytes_on_device(base) * model.dpo_mesh.shape["fsdp"],
-            change=CHANGE,
+            change=self._change,
             values=lambda variables, batch: (variables, batch | self._batch),
             **common,
         )
@@ -144,7 +147,7 @@ class PairShapes:
             arguments=(state.params, base, self._compared(batch, mesh)),
             parameters=(base, state.params),
             moved=bytes_on_device(base) * mesh.shape["fsdp"],
-            change=CHANGE,
+            change=self._change,
             values=lambda adapter, base, batch: (adapter, base, batch | self._batch),
             **common,
         )
@@ -164,7 +167,7 @@ class PairShapes:
             passes=passes,
             needed=FROZEN,
             moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
-            change=f"generator.remat=full, {CHANGE}",
+            change=f"generator.remat=full, {self._change}",
             values=lambda state, base, batch, key: (
                 untrained(state),
                 base,

@@ -42,7 +42,6 @@ from expandr_jax.training.flops import FROZEN
 
 POLICY_DECODE, POLICY_STEP = "policy decode", "policy step"
 OLD = "old log-probabilities"
-CHANGE = "a larger grpo.accumulation or a smaller grpo.chunk, or more fsdp in mesh.dpo"
 
 
 class PolicyShapes:
@@ -56,7 +55,11 @@ class PolicyShapes:
 
     def __init__(self, config: Config, topology: Topology, generator: GeneratorShapes):
         self._config, self._topology, self._generator = config, topology, generator
-        self._settings = config.learned
+        self._settings, self._section = config.learned, config.step_b_kind.section
+        self._change = (
+            f"a larger {self._section}.accumulation or a smaller {self._section}.chunk, or more "
+            "fsdp in mesh.dpo"
+        )
 
     @property
     def rewarded_rows(self) -> int:
@@ -95,7 +98,7 @@ class PolicyShapes:
 
     def _decode(self) -> Planned:
         """One token for each slot that a step's texts have, beside the base as training has it."""
-        fewer = "grpo.queries or grpo.samples"
+        fewer = f"{self._section}.queries or {self._section}.samples"
         return self._generator.decode(*self._engine(), fewer=fewer).beside(self._state_bytes())
 
     def _engine_bytes(self) -> int:
@@ -142,7 +145,7 @@ class PolicyShapes:
     def _micro_batch(self) -> dict[str, np.ndarray]:
         """Texts of random tokens, all as long as they may be."""
         settings, module = self._settings, self._generator.module
-        rows = micro_rows(settings, self._model.dpo_mesh)
+        rows = micro_rows(settings, self._section, self._model.dpo_mesh)
         new, samples = settings.max_new_tokens, settings.samples
         rewards = np.random.default_rng(0).random((rows, samples))
         sampled = []
@@ -174,21 +177,22 @@ class PolicyShapes:
             arguments=(variables, batch),
             parameters=variables,
             moved=bytes_on_device(variables) * mesh.shape["fsdp"],
-            change=CHANGE,
+            change=self._change,
             values=lambda variables, _: (variables, numbers),
             **self._generator.of_batch(batch, mesh),
         )
 
     def _reference(self) -> Planned:
         settings, mesh = self._settings, self._model.dpo_mesh
-        rows = micro_rows(settings, mesh)
+        rows = micro_rows(settings, self._section, mesh)
         if not settings.kl_weight:
             rows = kl_rows(settings.groups // settings.minibatches, mesh)
         return self._log_probs(rows, None).beside(self._state_bytes())
 
     def _old(self) -> Planned:
         state = self._state()
-        planned = self._log_probs(micro_rows(self._settings, self._model.dpo_mesh), state.params)
+        rows = micro_rows(self._settings, self._section, self._model.dpo_mesh)
+        planned = self._log_probs(rows, state.params)
         # The adapter is the state's own.
         return planned.beside(bytes_on_device(state) - bytes_on_device(state.params))
 
@@ -208,7 +212,7 @@ class PolicyShapes:
             passes=passes,
             needed=FROZEN,
             moved=passes * bytes_on_device(base) * mesh.shape["fsdp"],
-            change=f"generator.remat=full, {CHANGE}",
+            change=f"generator.remat=full, {self._change}",
             values=lambda state, base, _, rate: (untrained(state), base, numbers, rate),
             **self._generator.of_batch(batch, mesh),
         )
