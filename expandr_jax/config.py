@@ -29,6 +29,8 @@ from expandr_jax.objectives.warm_start import WARM_STARTS
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.systems import parse_systems
 from expandr_jax.rewards.registry import REWARDS, RewardSettings, reward_weights
+from expandr_jax.rewards.search import SEARCH_MEASURES
+from expandr_jax.rewards.searches import REWARD_SEARCHES
 from expandr_jax.rewards.settings import AnswerSettings, CandidatesSettings
 from expandr_jax.runtime.formats import RENAMED, read_record
 from expandr_jax.runtime.settings import LogSettings
@@ -196,11 +198,10 @@ def _rewards(config: Config) -> Complaints:
     if config.reward.length > 0 and config.reward.length_cache > most:
         yield "reward.length_cache", f"at most {section}.max_new_tokens, {most}"
     # Longer vectors would have sharper shares, whatever they say.
-    for name in REWARDS:
-        graded = getattr(config.reward, f"{name}_measure", None) == "softmax_share"
+    for name, measure in config.reward.measures.items():
         any_length = config.contrastive.normalize not in ("after", "both")
-        if graded and getattr(config.reward, name) and any_length:
-            unit = f'"after" or "both", as reward.{name}_measure is "softmax_share"'
+        if SEARCH_MEASURES[measure].scores and any_length:
+            unit = f'"after" or "both", as reward.{name}_measure is "{measure}"'
             yield "contrastive.normalize", unit
 
 
@@ -225,7 +226,7 @@ def _documents(config: Config) -> Complaints:
             expected = "()" if name not in REWARDS else "above 0" if name == "group" else "0"
             field = name if name in REWARDS else "functions"
             yield f"reward.{field}", f"{expected}, {why}"
-    if config.reward.search == "fused":
+    if (search := REWARD_SEARCHES[config.reward.search]).vectors and search.words:
         yield "reward.search", f"'dense' or 'bm25', {why}"
     if config.grpo.resample:
         yield "grpo.resample", f"0, {why}"

@@ -2,17 +2,24 @@
 
 import dataclasses
 import itertools
+import types
 
 import numpy as np
 import pytest
 
 from configs import base
-from expandr_jax.config import read_config
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import UserError
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.group import Candidate, Group
-from expandr_jax.rewards.registry import needs_vectors, reward_groups, score_groups
+from expandr_jax.rewards.registry import (
+    check_answers,
+    needs_vectors,
+    reward_groups,
+    score_groups,
+)
 from expandr_jax.rewards.search import SEARCH_MEASURES
 from expandr_jax.rewards.searches import REWARD_SEARCHES, corpus_reward, gain_reward
 from expandr_jax.search import Bm25Index
@@ -228,3 +235,22 @@ def test_vectors_are_asked_for_where_a_reward_looks_at_them(arguments, name):
                 score_groups(bare)
         else:
             assert [g.texts for g in score_groups(bare)] == [g.texts for g in whole.groups]
+
+
+def test_what_a_search_or_a_measure_looks_at_is_asked_of_its_record(monkeypatch):
+    """And not of its name: others may be added."""
+    words = REWARD_SEARCHES["bm25"]
+    monkeypatch.setitem(REWARD_SEARCHES, "mine", words)
+    measure = dataclasses.replace(SEARCH_MEASURES["ndcg"], answers=True, scores=True)
+    monkeypatch.setitem(SEARCH_MEASURES, "ours", measure)
+    given = {"positive": 0.0, "answer": 0.0, "gain": 1.0, "search": "mine", "gain_measure": "ours"}
+    config = with_settings(make_config(), {f"reward.{name}": of for name, of in given.items()})
+    assert not needs_vectors(config.reward)
+    collection = types.SimpleNamespace(answers={})
+    data = types.SimpleNamespace(collection=collection, generator_train=["q"])
+    with pytest.raises(UserError, match=r"^reward\.gain_measure is 'ours', and no query"):
+        check_answers(config.reward, data)
+    collection.answers["q"] = ("yes",)
+    check_answers(config.reward, data)
+    config = with_settings(config, {"contrastive.normalize": "none"})
+    assert [name for name, _ in config.refused()] == ["contrastive.normalize"]

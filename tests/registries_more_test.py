@@ -191,7 +191,7 @@ def test_search_measures(name):
     def of(order):
         held = found[order] == 7  # The document that holds an answer.
         moved = (array[order] for array in arrays)
-        return SEARCH_MEASURES[name](Searched(*moved, temperature=1.0, held=lambda: held))
+        return SEARCH_MEASURES[name].of(Searched(*moved, temperature=1.0, held=lambda: held))
 
     worth = of([0, 1])
     np.testing.assert_allclose(worth, [MEASURED[name], 0])  # The second search found nothing.
@@ -211,7 +211,7 @@ SEARCHED = {
 def test_reward_searches(name):
     def of(texts):
         vectors = [VECTORS[TEXTS.index(text)] for text in texts]
-        return REWARD_SEARCHES[name](evidence(texts, vectors), True)(slice(0, 1))
+        return REWARD_SEARCHES[name].of(evidence(texts, vectors), True)(slice(0, 1))
 
     rows, first = SEARCHED[name]
     scores, found = of(["loss", ""])
@@ -222,5 +222,5 @@ def test_reward_searches(name):
     turned = of(["", "loss"])
     np.testing.assert_array_equal(turned[1], found[[0, 2, 1]])
     np.testing.assert_allclose(turned[0], scores[[0, 2, 1]], rtol=1e-6)
-    alone = REWARD_SEARCHES[name](evidence(["loss"], [VECTORS[0]]), False)(slice(0, 1))
+    alone = REWARD_SEARCHES[name].of(evidence(["loss"], [VECTORS[0]]), False)(slice(0, 1))
     np.testing.assert_array_equal(alone[1], found[1:2])

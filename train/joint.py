@@ -40,7 +40,7 @@ from expandr_jax.ranking.systems import (
     stage_hashes,
 )
 from expandr_jax.report.run_report import results_table, write_report
-from expandr_jax.rewards.answers import check_answers
+from expandr_jax.rewards.registry import check_answers
 from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates

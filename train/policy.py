@@ -36,9 +36,8 @@ from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
-from expandr_jax.rewards.answers import check_answers
 from expandr_jax.rewards.group import Group
-from expandr_jax.rewards.registry import needs, needs_vectors
+from expandr_jax.rewards.registry import check_answers, needs, needs_vectors
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run

@@ -22,6 +22,7 @@ from expandr_jax.rewards.coaugmentation import (
 )
 from expandr_jax.rewards.evidence import RewardContext
 from expandr_jax.rewards.group import Group
+from expandr_jax.rewards.searches import REWARD_SEARCHES
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.query import fuse_each
@@ -94,13 +95,14 @@ def score_together(
             step, any other.
         processes: Those of the run, of which the first one searches for words and judges.
     """
-    settings, dense = context.settings, context.settings.search == "dense"
+    settings = context.settings
+    by_vectors = REWARD_SEARCHES[settings.search].vectors
 
     def score(groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
         begin = time.perf_counter()
         queries = [group for group in groups if not group.is_document]
         documents = [group for group in groups if group.is_document]
-        vectors = vector_scores(context, retriever, queries, documents) if dense else None
+        vectors = vector_scores(context, retriever, queries, documents) if by_vectors else None
         between = time.perf_counter()
 
         def rewards() -> list[Any]:

@@ -2,20 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from expandr_jax.data.answers import holds_answer, normalized_words
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import texts_of
-from expandr_jax.data.training_data import TrainingData
-from expandr_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from expandr_jax.rewards.registry import RewardSettings
-
-HIT = "hit"  # The measure.
 CACHE_SIZE = 100_000  # Texts, and documents of a query, that are not looked at again.
 
 
@@ -45,15 +38,3 @@ class Answers:
             ],
             bool,
         ).reshape(found.shape)
-
-
-def check_answers(settings: "RewardSettings", data: TrainingData) -> None:
-    """Refuses to look for answers where no query that the generator is trained on has any."""
-    for name in ("corpus", "gain"):
-        asked = getattr(settings, name) > 0 and getattr(settings, f"{name}_measure") == HIT
-        if asked and not any(query in data.collection.answers for query in data.generator_train):
-            raise UserError(
-                f"reward.{name}_measure is {HIT!r}, and no query that trains the generator has "
-                'answers; expected "answers", a list of strings, in lines of queries.jsonl, or '
-                "another measure"
-            )

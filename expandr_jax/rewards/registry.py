@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from expandr_jax.errors import NotFiniteError
+from expandr_jax.data.training_data import TrainingData
+from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.rewards.evidence import Evidence
 from expandr_jax.rewards.form import format_reward, length_reward
 from expandr_jax.rewards.functions import FUNCTION_PREFIX, FUNCTIONS
@@ -37,7 +38,8 @@ class Reward:
     Attributes:
         of: Evidence to [queries, candidates].
         vectors: It looks at vectors: of candidates, of queries or of the corpus.
-        searches: It searches the corpus as `reward.search` says, which may want vectors, too.
+        searches: It searches the corpus as `reward.search` says, which may want vectors, too; and
+            what a search is worth is a measure that `reward.NAME_measure` names.
         answers: It looks at self-answers, which only queries that train have.
         lengths: It looks at how many tokens were sampled, and what ended them.
     """
@@ -107,6 +109,15 @@ class RewardSettings:
             one_each = f"() or a weight for each of reward.functions, {len(self.functions)}"
             yield "function_weights", one_each
 
+    @property
+    def measures(self) -> dict[str, str]:
+        """Name of a reward that searches and has a weight -> the measure of its searches."""
+        return {
+            name: getattr(self, f"{name}_measure")
+            for name, reward in REWARDS.items()
+            if reward.searches and getattr(self, name) > 0
+        }
+
 
 def reward_weights(settings: RewardSettings) -> dict[str, float]:
     """The weight of each reward by its name, "function:my.module:name" of those of the user's own.
@@ -135,7 +146,20 @@ def needs(settings: RewardSettings, what: str) -> bool:
 
 def needs_vectors(settings: RewardSettings) -> bool:
     """Whether a reward with a weight looks at vectors: of candidates, of queries, of the corpus."""
-    return needs(settings, "vectors") or (settings.search != "bm25" and needs(settings, "searches"))
+    by_vectors = REWARD_SEARCHES[settings.search].vectors
+    return needs(settings, "vectors") or (by_vectors and needs(settings, "searches"))
+
+
+def check_answers(settings: RewardSettings, data: TrainingData) -> None:
+    """Refuses to look for answers where no query that the generator is trained on has any."""
+    for name, measure in settings.measures.items():
+        asked = SEARCH_MEASURES[measure].answers
+        if asked and not any(query in data.collection.answers for query in data.generator_train):
+            raise UserError(
+                f"reward.{name}_measure is {measure!r}, and no query that trains the generator has "
+                'answers; expected "answers", a list of strings, in lines of queries.jsonl, or '
+                "another measure"
+            )
 
 
 def reward_groups(evidence: Evidence, what: str = "rewards") -> list[Group]:

@@ -13,6 +13,7 @@ from expandr_jax.rewards import ranks as rewards
 from expandr_jax.rewards.answers import Answers
 from expandr_jax.rewards.registry import RewardSettings
 from expandr_jax.rewards.search import judged_documents, measure_searches, vector_search
+from expandr_jax.rewards.searches import REWARD_SEARCHES
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries, fuse_each
 
@@ -29,7 +30,7 @@ def sample_rows(
 
     The former is of a search for the passage alone; the latter, where the config has it, is what
     the generator is trained for: `reward.corpus_measure` of a search for query and passage. It is
-    there where `reward.search` is "dense", as these are searches for vectors.
+    there where `reward.search` is for vectors alone, as these searches are.
 
     Args:
         name: The system whose passages they are.
@@ -40,7 +41,8 @@ def sample_rows(
     """
     rows, normalize, answers = [], corpus.normalize, Answers(data.collection)
     depth = min(evaluation.sample_depth, len(corpus.ids))
-    row_of = rows_of(data.collection.corpus)
+    row_of, searched = rows_of(data.collection.corpus), REWARD_SEARCHES[reward.search]
+    by_vectors_alone = searched.vectors and not searched.words
     for split, part in encoded.items():
         samples = part.expansions.shape[1]
         vectors = part.queries, part.expansions, part.present
@@ -52,7 +54,7 @@ def sample_rows(
         ranks = rewards.ranks_in_results(found, documents)
         first = np.where(part.present, rewards.best_rank(ranks).reshape(-1, samples), 0)
         values = {RANK: rewards.reciprocal_rank(first)}
-        if reward.corpus > 0 and reward.search == "dense":
+        if reward.corpus > 0 and by_vectors_alone:
             fused = fuse_each(*vectors, query_weight=reward.query_weight, normalize=normalize)
             deep = reward.depth + judged.left_out.shape[1]
             search = vector_search(corpus.evaluated, fused, deep)

@@ -9,7 +9,7 @@ import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.rewards import ranks
-from expandr_jax.rewards.answers import HIT, Answers
+from expandr_jax.rewards.answers import Answers
 from expandr_jax.search import Index
 
 BLOCK_ROWS = 8192  # Expanded queries whose results are in memory at once.
@@ -94,20 +94,43 @@ class Searched:
         return ranks.ranks_in_results(self.found, self.documents)
 
 
-# What searches are worth: [searches].
-SEARCH_MEASURES: dict[str, Callable[[Searched], np.ndarray]] = {
-    "reciprocal_rank": lambda searched: ranks.reciprocal_rank(
-        ranks.ranks_in_results(searched.found, searched.documents[:, :1])[:, 0]
+@dataclasses.dataclass(frozen=True)
+class SearchMeasure:
+    """What searches are worth.
+
+    Attributes:
+        of: Searches to [searches].
+        scores: It looks at their scores, which vectors of any length would make sharper.
+        answers: It looks for documents that hold an answer.
+    """
+
+    of: Callable[[Searched], np.ndarray]
+    scores: bool = False
+    answers: bool = False
+
+
+SEARCH_MEASURES = {
+    "reciprocal_rank": SearchMeasure(
+        lambda searched: ranks.reciprocal_rank(
+            ranks.ranks_in_results(searched.found, searched.documents[:, :1])[:, 0]
+        )
     ),
-    "ndcg": lambda searched: ranks.ndcg(searched.ranks, searched.grades),
-    "average_precision": lambda searched: ranks.average_precision(
-        searched.ranks, searched.grades > 0
+    "ndcg": SearchMeasure(lambda searched: ranks.ndcg(searched.ranks, searched.grades)),
+    "average_precision": SearchMeasure(
+        lambda searched: ranks.average_precision(searched.ranks, searched.grades > 0)
     ),
-    "softmax_share": lambda searched: ranks.softmax_share(
-        searched.scores, searched.found, searched.documents, searched.temperature
+    "softmax_share": SearchMeasure(
+        lambda searched: ranks.softmax_share(
+            searched.scores, searched.found, searched.documents, searched.temperature
+        ),
+        scores=True,
     ),
-    "piecewise_rank": lambda searched: ranks.piecewise_rank(ranks.best_rank(searched.ranks)),
-    HIT: lambda searched: searched.held().any(axis=-1).astype(np.float64),
+    "piecewise_rank": SearchMeasure(
+        lambda searched: ranks.piecewise_rank(ranks.best_rank(searched.ranks))
+    ),
+    "hit": SearchMeasure(
+        lambda searched: searched.held().any(axis=-1).astype(np.float64), answers=True
+    ),
 }
 
 # Some of the queries -> scores and rows of the documents found, [searches, depth] each, -1 filling
@@ -145,7 +168,7 @@ def measure_searches(
         scores, found = _ranked(*search(part), left_out, depth)
         queries = [query for query in judged.queries[part] for _ in range(each)]
         held = functools.partial(answers.held, queries, found)
-        worth = SEARCH_MEASURES[measure](Searched(scores, found, *relevant, temperature, held))
+        worth = SEARCH_MEASURES[measure].of(Searched(scores, found, *relevant, temperature, held))
         result[part] = worth.reshape(-1, each)
     return result
 

@@ -3,6 +3,7 @@
 Each takes evidence, and whether a query is searched for alone before it is with its candidates.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -55,10 +56,25 @@ def fused_search(evidence: Evidence, plain: bool) -> BlockSearch:
     return search
 
 
-REWARD_SEARCHES: dict[str, Callable[[Evidence, bool], BlockSearch]] = {
-    "dense": dense_search,
-    "bm25": bm25_search,
-    "fused": fused_search,
+@dataclasses.dataclass(frozen=True)
+class RewardSearch:
+    """A way to search the corpus.
+
+    Attributes:
+        of: (evidence, whether each query is searched for alone, too) to the search.
+        vectors: It searches for vectors.
+        words: It searches for words.
+    """
+
+    of: Callable[[Evidence, bool], BlockSearch]
+    vectors: bool = False
+    words: bool = False
+
+
+REWARD_SEARCHES = {
+    "dense": RewardSearch(dense_search, vectors=True),
+    "bm25": RewardSearch(bm25_search, words=True),
+    "fused": RewardSearch(fused_search, vectors=True, words=True),
 }
 
 
@@ -80,7 +96,7 @@ def _worth(evidence: Evidence, measure: str, plain: bool) -> np.ndarray:
     """[queries, searches of a query] what they are worth."""
     settings = evidence.context.settings
     return measure_searches(
-        REWARD_SEARCHES[settings.search](evidence, plain),
+        REWARD_SEARCHES[settings.search].of(evidence, plain),
         evidence.judged,
         plain + evidence.each,
         measure,
