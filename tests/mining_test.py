@@ -14,11 +14,11 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import read_triples
 from expandr_jax.files.records import read_jsonl, write_jsonl
 from expandr_jax.mining import mine_negatives, triple_rows
+from expandr_jax.objectives.figret import find_failed
+from expandr_jax.objectives.negatives import mine_triples
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.search import ExactIndex
 from expandr_jax.vectors.corpus import Corpus
-from train.figret import find_failed
-from train.negatives import mine_triples
 
 DOCUMENTS = ["right", "near", "near ", "far", "also right", "", "last", "right"]
 
@@ -111,7 +111,7 @@ def world(monkeypatch, ids, vectors, queries, excluded=(), settings=()):
     config.update_from_flattened_dict(dict(settings))
     config = read_config(config)
     corpus, texts = Corpus(ids, vectors, config.search), Read(f"text of {d}" for d in ids)
-    monkeypatch.setattr("train.negatives.texts_of", lambda _: texts)
+    monkeypatch.setattr("expandr_jax.objectives.negatives.texts_of", lambda _: texts)
     qrels = {"train": {query: {ids[int(query[1:])]: 1} for query in queries}}
     texts_of_queries = {query: query for query in queries}
     collection = Collection("c", dict.fromkeys(ids, ""), texts_of_queries, qrels)
@@ -177,7 +177,7 @@ def test_queries_are_mined_some_at_a_time(tmp_path, monkeypatch):
     ids, queries = [f"d{row}" for row in range(30)], [f"q{i}" for i in range(7)]
     found, _ = mined(tmp_path, monkeypatch, ids, vectors, queries)
     whole = (tmp_path / "triples.jsonl").read_bytes()
-    monkeypatch.setattr("train.negatives.QUERIES_AT_ONCE", 3)
+    monkeypatch.setattr("expandr_jax.objectives.negatives.QUERIES_AT_ONCE", 3)
     searched, search = [], ExactIndex.search
     monkeypatch.setattr(
         ExactIndex, "search", lambda self, q, k: searched.append(len(q)) or search(self, q, k)
@@ -192,11 +192,12 @@ def test_a_query_that_fails_has_wrong_documents_whatever_the_margin(tmp_path, mo
     """All that is looked at scores above its relevant document, from which a margin is counted."""
     vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
     ids = [f"d{row}" for row in range(30)]
-    settings = {f"mining.{margin}": 0.0, "figret.rank": 5}
+    settings = {f"mining.{margin}": 0.0}
     config, data, retriever, _ = world(monkeypatch, ids, vectors, ["q0"], settings=settings)
     retriever.encode = lambda queries, *_, **__: -vectors[[int(q[1:]) for q in queries]]
     mine_triples(config.mining, False, retriever, data, ["q0"], tmp_path / "all.jsonl")
     assert negatives(tmp_path / "all.jsonl") == [[]]
-    find_failed(config, data, retriever, tmp_path / "failed.jsonl")
+    drop = config.evaluation.drop_identical_ids
+    find_failed(5, 0, config.mining, drop, data, retriever, tmp_path / "failed.jsonl")
     found = np.argsort(vectors @ vectors[0])[:3]
     assert negatives(tmp_path / "failed.jsonl") == [[f"text of d{row}" for row in found]]

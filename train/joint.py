@@ -29,6 +29,7 @@ from expandr_jax.expansion.expand import Expander
 from expandr_jax.files.records import write_json
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
+from expandr_jax.objectives.negatives import check_negatives
 from expandr_jax.objectives.policy_checks import check_policy
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.ranking.systems import (
@@ -60,7 +61,7 @@ from train.export import export_run, exports_of
 from train.figret import figret
 from train.generator import read_rows, train_generator
 from train.launch import launch_training
-from train.negatives import check_negatives, negatives_of, training_negatives
+from train.negatives import training_negatives
 from train.policy import has_begun, train_policy
 from train.preferences import make_preferences, run_functions
 from train.retriever import train_retriever
@@ -104,7 +105,7 @@ def train_joint(
         f"the retriever, {len(data.generator_train)} the generator, {len(qrels['dev'])} dev, "
         f"{len(qrels['test'])} test"
     )
-    check_negatives(config, data)
+    check_negatives(config.contrastive.negatives, config.mining, data)
     check_answers(config.reward, data)
     with run.phase("models"), run.reporter.progress("models loaded", 2) as advance:
         models = load_models(config, advance, trains_retriever=True)
@@ -128,7 +129,8 @@ def train_joint(
     retriever = functools.partial(run_retriever, run, models, corpus)
     current, adapter = retriever(models.retriever_params, "zero-shot"), None
     retrievers, adapters = {"zero-shot": current}, {"base": adapter}
-    negatives = training_negatives(run, current, data, 0)
+    ids = data.retriever_train
+    negatives = training_negatives(run, current, data, ids, "round-0", "round 0")
     for name in ("fine-tuned", ALL_LABELS):
         if any(name in system.retrievers for system in systems):
             retrievers[name] = retriever(
@@ -136,7 +138,8 @@ def train_joint(
             )
     for round_ in range(config.rounds):
         if round_ > 0:
-            negatives = training_negatives(run, current, data, round_)
+            of_round = f"round-{round_}", f"round {round_}"
+            negatives = training_negatives(run, current, data, ids, *of_round)
         with run.phase(f"expansions, round {round_}"):
             expander = run_expander(run, models, data, words, current.find)
             expander = with_demonstrations(run, models, expander, current, data, tools)
@@ -323,9 +326,8 @@ def _baseline(
     """
     ids = data.retriever_train
     if name == ALL_LABELS:
-        more, path = data.generator_train, f"work/{name}/triples.jsonl"
-        what = f"hard negatives, {name}"
-        own = negatives_of(run, retriever, data, more, path, what)
+        more = data.generator_train
+        own = training_negatives(run, retriever, data, more, f"work/{name}", name)
         negatives = collections.ChainMap(own, negatives)
         ids = [*ids, *more]
     with run.phase(f"{name} baseline"):
