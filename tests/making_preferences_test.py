@@ -17,16 +17,16 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import NotFiniteError, UserError
 from expandr_jax.expansion.expand import expansion_requests, make_expander
 from expandr_jax.files.records import read_jsonl
-from expandr_jax.rewards import evidence, registry
+from expandr_jax.rewards import evidence, registry, sampled
 from expandr_jax.rewards.functions import RewardFunction
 from expandr_jax.rewards.registry import REWARDS
+from expandr_jax.rewards.sampled import sample_candidates, self_answers
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Bm25Index, ExactOptions, ScannOptions, kept_bm25
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.corpus import Corpus
 from train import encoding, preferences
 from train.encoding import run_retriever, run_words
-from train.preferences import self_answers
 from train.scores import RewardTools
 
 IDS = [f"d{i}" for i in range(20)]
@@ -58,7 +58,7 @@ def make(tmp_path, monkeypatch):
     count = len(config.candidates.temperatures) * config.candidates.per_temperature
     texts = Sampled({(q, i): f"{q} text {i}" for q in QUERIES for i in range(count)})
     answers = {query: f"answer of {query}" for query in QUERIES}
-    monkeypatch.setattr(preferences, "_sample_candidates", lambda *_: (QUERIES, texts))
+    monkeypatch.setattr(preferences, "sample_candidates", lambda *_: (QUERIES, texts))
     monkeypatch.setattr(preferences, "self_answers", lambda *_: answers)
     texts_of_documents = {document: f"text of {document}" for document in IDS}
     vectors = Encoder().encode(None, texts_of_documents.values(), "document")
@@ -197,7 +197,7 @@ def test_blocks_of_queries_give_the_same_files(make, monkeypatch, size):
 def test_a_generator_that_answers_nothing_is_a_line(make, monkeypatch):
     make_preferences, run = make
     monkeypatch.setattr(preferences, "self_answers", self_answers)  # The real one.
-    monkeypatch.setattr(preferences, "sample_texts", lambda *_, **__: {})
+    monkeypatch.setattr(sampled, "sample_texts", lambda *_, **__: {})
     with pytest.raises(UserError, match="round 0: the generator left every self-answer empty"):
         make_preferences()
     assert not run.path("round-0", "candidates.jsonl").exists()
@@ -213,7 +213,7 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         return {(request.id, request.sample): "text" for request in requests}
 
     sampler = types.SimpleNamespace(fits=lambda _: True)
-    monkeypatch.setattr(preferences, "sample_texts", sample_texts)
+    monkeypatch.setattr(sampled, "sample_texts", sample_texts)
     sections = {
         "expansion": (0.5, 0.7, 9, 4, 0.1, 1.1),
         "candidates": (None, 0.8, 8, 5, 0.2, 1.2),
@@ -230,8 +230,8 @@ def test_each_stage_draws_as_its_own_section_says(make, monkeypatch):
         most_characters=100, drop_identical_ids=False,
     )  # fmt: skip
     config, directory = run.config, run.path("work", "round-0")
-    preferences._sample_candidates(expander, None, data, config.candidates, directory)
-    preferences.self_answers(None, None, data, config.answer, directory)
+    sample_candidates(expander, None, data, config.candidates, directory)
+    self_answers(None, None, data, config.answer, directory)
     asked.append(expansion_requests(run.config.expansion, QUERIES, 1))
     for prompts, section in zip(asked, ("candidates", "answer", "expansion"), strict=True):
         for prompt in prompts:

@@ -10,10 +10,9 @@ from configs import base
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.objectives.warm_start import tokenize_beginnings
+from expandr_jax.objectives.warm_start import positive_rows, tokenize_beginnings
 from expandr_jax.weights.hf import load_generator
 from tests.commands import finish, start, step_metrics
-from train.warm_start import positive_rows
 
 
 def test_a_beginning_is_left_open_and_a_whole_text_ends():

@@ -17,13 +17,14 @@ from expandr_jax.objectives.scores import make_score
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.registry import needs_vectors
+from expandr_jax.rewards.sampled import sampled_candidates
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
-from train.preferences import best_groups, sampled_candidates
+from train.preferences import best_groups
 from train.scores import RewardTools, reward_context
 
-PLACE = "demonstrations"  # Its files in the workdir.
-CHOSEN_PROMPTS = f"{PLACE}/prompts.jsonl"
+DEMONSTRATIONS = "demonstrations"  # Its files in the workdir.
+CHOSEN_PROMPTS = f"{DEMONSTRATIONS}/prompts.jsonl"
 
 
 def with_demonstrations(
@@ -69,7 +70,9 @@ def _choose(
         raise UserError("demonstrations.prompts: there are no dev queries to choose prompts on")
     own = limit_queries(data.generator_train, settings.queries)
     some = dataclasses.replace(data, generator_train=own)
-    best, total = best_groups(run, models.generator, expander, retriever, some, PLACE, tools)
+    best, total = best_groups(
+        run, models.generator, expander, retriever, some, DEMONSTRATIONS, tools
+    )
     pool = [Demonstration(g.query_id, g.query, g.candidates[0].text) for g in best]
     if not pool:
         raise UserError(
@@ -78,7 +81,7 @@ def _choose(
         )
     draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)
     shown = dataclasses.replace(expander, examples=draws)
-    path = run.path("work", PLACE, "dev.jsonl")
+    path = run.path("work", DEMONSTRATIONS, "dev.jsonl")
     rewards = _rewards(run.config, shown, retriever, data, dev, tools, path)
     chosen = best_draws(rewards, settings.prompts)
     rows = [
@@ -117,7 +120,9 @@ def _rewards(
     temperatures = [config.candidates.temperatures[0]] * count
     requests = requests_of(config.candidates, queries, temperatures)
     requests = expander.shown(queries, requests)
-    texts = sample_texts(expander.sampler, None, requests, path=path, purpose=f"{PLACE}, dev")
+    texts = sample_texts(
+        expander.sampler, None, requests, path=path, purpose=f"{DEMONSTRATIONS}, dev"
+    )
 
     groups = [
         Group(

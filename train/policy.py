@@ -38,6 +38,7 @@ from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.registry import check_answers, needs, needs_vectors
+from expandr_jax.rewards.sampled import self_answers
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
@@ -53,9 +54,9 @@ from train.encoding import run_retriever, run_words
 from train.expansions import run_expander
 from train.generator import write_adapter
 from train.launch import launch_training
-from train.preferences import CANDIDATES, run_functions, self_answers
+from train.preferences import CANDIDATES_FILE, run_functions
 from train.scores import RewardTools, reward_context
-from train.warm_start import PLACE, warm_start
+from train.warm_start import WARM_START_NAME, warm_start
 
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
 MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends all the same.
@@ -280,7 +281,7 @@ class _Loop:
 
 def has_begun(workdir: pathlib.Path) -> bool:
     """Whether texts of a run have been rewarded and learned from."""
-    candidates = (workdir / place / CANDIDATES for place in (PLACE, "round-0"))
+    candidates = (workdir / name / CANDIDATES_FILE for name in (WARM_START_NAME, "round-0"))
     steps = (workdir / "work" / "round-0").glob(f"{WATCH}*")
     return any(path.exists() for path in candidates) or any(steps)
 

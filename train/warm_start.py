@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from expandr_jax.config import Config
@@ -12,7 +11,7 @@ from expandr_jax.expansion.expand import Expander, journaled
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.objectives.settings import DpoSettings
-from expandr_jax.objectives.warm_start import WARM_START
+from expandr_jax.objectives.warm_start import WARM_START, positive_rows
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
@@ -20,7 +19,8 @@ from train.generator import train_generator
 from train.preferences import best_groups
 from train.scores import RewardTools
 
-PLACE = "warm-start"  # Its files in the workdir, and the name of its checkpoints.
+# Of the directory of its files in the workdir, and of its checkpoints.
+WARM_START_NAME = "warm-start"
 
 
 def warm_start(
@@ -43,7 +43,7 @@ def warm_start(
         return None
     with run.phase("warm start"):
         if how == "positives":
-            path = run.path("work", f"{PLACE}.jsonl")
+            path = run.path("work", f"{WARM_START_NAME}.jsonl")
             rows, objective, settings = _positives(run.config, models, expander, data, path)
         else:
             rows = _best(run, models, expander, retriever, data, tools)
@@ -56,7 +56,7 @@ def warm_start(
             None,
             rows,
             round_=0,
-            name=PLACE,
+            name=WARM_START_NAME,
             objective=objective,
             section="dpo",
             settings=settings,
@@ -87,7 +87,9 @@ def _best(
     tools: RewardTools,
 ) -> list[Any]:
     """The best texts of each query that has one worth more than 0."""
-    best, total = best_groups(run, models.generator, expander, retriever, data, PLACE, tools)
+    best, total = best_groups(
+        run, models.generator, expander, retriever, data, WARM_START_NAME, tools
+    )
     run.reporter.say(f"{len(best)} of {total} queries have a text that is worth more than 0")
     if not best:
         raise UserError(
@@ -95,24 +97,3 @@ def _best(
             "learn; sample more (section candidates), or set warm_start to 'positives' or ''"
         )
     return best
-
-
-def positive_rows(
-    data: TrainingData, messages: Mapping[str, str], chat_text: Callable[[str], str]
-) -> list[dict[str, str]]:
-    """A row for each relevant document of a query, for `WARM_START`.
-
-    Args:
-        data: Its `generator_train` are the queries.
-        messages: Query id -> what the generator is asked.
-        chat_text: The prompt that a message becomes.
-    """
-    return [
-        {
-            "query_id": query,
-            "prompt": chat_text(messages[query]),
-            "response": data.collection.corpus[document],
-        }
-        for query in data.generator_train
-        for document in data.positives(query)
-    ]

@@ -2,9 +2,10 @@
 
 import dataclasses
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.reward_sft import REWARD_SFT
@@ -45,3 +46,24 @@ WARM_START = dataclasses.replace(
     tokenize=tokenize_beginnings,
     prompt=lambda row: row["prompt"],
 )
+
+
+def positive_rows(
+    data: TrainingData, messages: Mapping[str, str], chat_text: Callable[[str], str]
+) -> list[dict[str, str]]:
+    """A row for each relevant document of a query, for `WARM_START`.
+
+    Args:
+        data: Its `generator_train` are the queries.
+        messages: Query id -> what the generator is asked.
+        chat_text: The prompt that a message becomes.
+    """
+    return [
+        {
+            "query_id": query,
+            "prompt": chat_text(messages[query]),
+            "response": data.collection.corpus[document],
+        }
+        for query in data.generator_train
+        for document in data.positives(query)
+    ]
