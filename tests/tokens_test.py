@@ -6,11 +6,11 @@ import types
 import numpy as np
 import pytest
 
+from expandr_jax.expansion.counted import texts_with_counts
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.expansion.sampled import SampledTexts
 from expandr_jax.expansion.strategies import STRATEGIES
 from tests.commands import finish, start
-from train.expansions import _with_counts
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -33,7 +33,7 @@ def test_tokens_of_what_is_not_used_count_to_the_first_text(samples):
     settings = types.SimpleNamespace(**options, repetition_penalty=1.0)
     sampler = types.SimpleNamespace(fits=lambda message: True)
     expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None, {})
-    texts, tokens, told = _with_counts(expander, {"q": "why"}, samples, sample)
+    texts, tokens, told = texts_with_counts(expander, {"q": "why"}, samples, sample)
     assert told is None
     assert tokens["q"] == [[15, 4][:samples]]
     assert [len(each) for each in texts["q"]] == [samples]
@@ -57,7 +57,7 @@ def test_log_probabilities_are_a_text_s_own_mean(kept):
     settings = types.SimpleNamespace(**options, repetition_penalty=1.0)
     sampler = types.SimpleNamespace(fits=lambda message: True)
     expander = Expander(STRATEGIES["qa-expand"], sampler, settings, 100, None, {})
-    *_, told = _with_counts(expander, {"q": "why", "r": "how"}, 2, sample)
+    *_, told = texts_with_counts(expander, {"q": "why", "r": "how"}, 2, sample)
     assert told is None or dict(told) == {query: [[-2.0, -2.5]] for query in "qr"}
     assert (told is not None) == kept
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.expansion.counted import texts_with_counts
 from expandr_jax.expansion.expand import (
     Expander,
-    Sample,
     SearchTexts,
     by_sample,
     journaled,
@@ -22,9 +22,8 @@ from expandr_jax.files.records import write_json, write_jsonl
 from expandr_jax.generation.requests import Requests
 from expandr_jax.loading import make_sampler
 from expandr_jax.pair import Models
-from expandr_jax.ranking.gate_features import AFTER
 from expandr_jax.ranking.ranker import Expansions
-from expandr_jax.ranking.systems import EXPANSION, System, parse_systems
+from expandr_jax.ranking.systems import EXPANSION, System, parse_systems, read_by_a_gate
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 from expandr_jax.search.divided import found_by_all
@@ -188,7 +187,7 @@ def written_for(
     """
     expander, strategy = own, own.strategy.in_a_run
     systems = parse_systems(run.config.evaluation.systems)
-    if _read_by_a_gate(systems, generator, name):
+    if read_by_a_gate(systems, generator, name):
         sampler = dataclasses.replace(own.sampler, log_probs=True)
         own = expander = dataclasses.replace(own, sampler=sampler)
     where, what = generator, f"{generator} generator"
@@ -205,46 +204,4 @@ def written_for(
         purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"
         sample = journaled(expander, adapter, journal, purpose)
         samples = max(run.config.evaluation.samples)
-        return strategy, *_with_counts(expander, queries, samples, sample)
-
-
-def _read_by_a_gate(systems: Sequence[System], generator: str, name: str) -> bool:
-    """Whether a gate after generation reads of what a generator writes by a strategy."""
-    gates = (p for system in systems for p in system.with_parts() if p.stage == AFTER)
-    return (generator, name) in {(g.parts[1].generator, g.parts[1].strategy) for g in gates}
-
-
-def _with_counts(
-    expander: Expander, queries: Mapping[str, str], samples: int, sample: Sample
-) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any] | None]:
-    """What `Expander.texts` makes, how many tokens each text took, and their mean log-probability.
-
-    What an `Ask` wrote whose texts are not used counts to the first text of the one after it. The
-    last is None where texts lack it: a server's do, and those that are older than the gate.
-    """
-    used: list[SampledTexts] = []
-    before: list[list[SampledTexts]] = [[]]  # Before each that is used, and the next.
-
-    def kept(step: Ask, requests: Requests) -> SampledTexts:
-        made = sample(step, requests)
-        if step.used:
-            used.append(made)
-            before.append([])
-        else:
-            before[-1].append(made)
-        return made
-
-    def counts(texts: SampledTexts, helpers: Sequence[SampledTexts], query: str) -> list[int]:
-        first, *rest = (texts.row((query, number))["tokens"] for number in range(samples))
-        return [first + sum(of.row((query, 0))["tokens"] for of in helpers), *rest]
-
-    def tokens(query: str) -> list[list[int]]:
-        return [counts(*of, query) for of in zip(used, before, strict=False)]
-
-    def log_probs(query: str) -> list[list[float]]:
-        rows = [[texts.row((query, number)) for number in range(samples)] for texts in used]
-        return [[float(np.mean(row["log_probs"] or [0.0])) for row in of] for of in rows]
-
-    made = expander.texts(queries, samples, kept), MadeWhenAsked(queries, tokens)
-    whole = all("log_probs" in row for texts in used for row in texts.rows)
-    return *made, MadeWhenAsked(queries, log_probs) if whole else None
+        return strategy, *texts_with_counts(expander, queries, samples, sample)

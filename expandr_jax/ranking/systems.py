@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.prompts import DOCUMENT_PROMPTS
 from expandr_jax.expansion.strategies import PUBLISHED, STRATEGIES
-from expandr_jax.ranking.gate_features import GATES
+from expandr_jax.ranking.gate_features import AFTER, GATES
 from expandr_jax.ranking.listwise import LISTWISE, ListPrompts, ListwiseSettings, check_listwise
 from expandr_jax.ranking.rerank import RERANKERS, named_hashes
 from expandr_jax.ranking.settings import EvaluationSettings, SpladeSettings
@@ -305,3 +305,9 @@ def _parse_leaf(name: str) -> System:
         raise UserError(f"system {name!r}: expected {base}@ one of {known}")
     return System(name, RETRIEVERS[base], BASE if method else None, method or None,
                   documents or None, weighing=base if base in WEIGHINGS else BM25)  # fmt: skip
+
+
+def read_by_a_gate(systems: Sequence[System], generator: str, strategy: str) -> bool:
+    """Whether a gate after generation reads of what a generator writes by a strategy."""
+    gates = (p for system in systems for p in system.with_parts() if p.stage == AFTER)
+    return (generator, strategy) in {(g.parts[1].generator, g.parts[1].strategy) for g in gates}
