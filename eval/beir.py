@@ -38,7 +38,6 @@ from expandr_jax.ranking.choices import as_record
 from expandr_jax.ranking.results import mean_over_sets, remarks, summary
 from expandr_jax.ranking.systems import (
     BY_TEXTS,
-    SPLADE,
     System,
     check_stages,
     parse_systems,
@@ -50,6 +49,7 @@ from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 from train.launch import define_config, define_workdir, launch
 
 
@@ -129,7 +129,7 @@ def _untrained(config: Config, names: Sequence[str]) -> list[System]:
                 f"system {system.name!r} needs a training run; train.joint ranks it, with "
                 "evaluation.systems"
             )
-        if config.retriever.pooling == SPLADE and not system.retrievers <= {*BY_TEXTS}:
+        if config.retriever.pooling == SPLADE_POOLING and not system.retrievers <= {*BY_TEXTS}:
             raise UserError(
                 f"system {system.name!r} searches by vectors, but retriever.pooling is 'splade'; a "
                 "sparse encoder is evaluation.splade.source, and its system splade"

@@ -37,15 +37,15 @@ from expandr_jax.report.tables import render, wide_console
 from train.launch import launch
 
 MOST_ERRORS = 20  # Lines that are printed; all mistakes are counted.
-SHOWN_CHARACTERS = 60  # Characters of a query in an example.
-PARTS = ("corpus", "queries")
+QUERY_CHARACTERS = 60  # Characters of a query in an example.
+COLLECTION_PARTS = ("corpus", "queries")
 TRIPLE_PARTS = ("queries", "positives", "negatives")
 
 
 def describe(collection: Collection, lengths: Lengths) -> list[Table]:
     """Tables of what a collection holds: its texts, and the judgements of each split."""
     texts, splits = [], []
-    for part in PARTS:
+    for part in COLLECTION_PARTS:
         values = texts_of(getattr(collection, part))
         cells = [f"{len(values):,}", f"{sum(not value for value in values):,}"]
         texts.append([part, *cells, *lengths.cells(lengths.count(values))])
@@ -195,7 +195,7 @@ def report_triples(
             ):  # fmt: skip
                 if holds:
                     found.setdefault(what, []).append(
-                        f"{source}: {triple.query[:SHOWN_CHARACTERS]}"
+                        f"{source}: {triple.query[:QUERY_CHARACTERS]}"
                     )
             seen.add(hash_json(key))
     if not seen and not errors:

@@ -12,7 +12,7 @@ from expandr_jax.weights.source import locate
 
 Length = Callable[[Sequence[str]], list[int]]
 
-EXAMPLES = 3  # Places that a warning names.
+MOST_PLACES = 3  # Places that a warning names.
 TEXTS_AT_ONCE = 1024
 UNLIMITED = 10**9  # Tokens; a tokenizer without a limit says this or more.
 
@@ -79,8 +79,8 @@ def token_lengths(source: str) -> Lengths:
 def warning_lines(found: Mapping[str, Sequence[str]]) -> list[str]:
     """A line a kind, with how often it was found and the first places; none for what was not."""
     return [
-        f"{len(places):,} {what}: {', '.join(places[:EXAMPLES])}"
-        + (", ..." if len(places) > EXAMPLES else "")
+        f"{len(places):,} {what}: {', '.join(places[:MOST_PLACES])}"
+        + (", ..." if len(places) > MOST_PLACES else "")
         for what, places in found.items()
         if places
     ]

@@ -45,7 +45,7 @@ MOST_CLIENTS = 1024
 WARM = 2.0  # Seconds that nobody counts.
 DOCUMENTS_A_WRITE = 100  # Documents of a write.
 UNCACHED = 24  # Queries whose passages are timed.
-COLUMNS = {  # What is printed, and what each has of a row.
+PRINTED = {  # What is printed, and what each has of a row.
     "mode": "mode", "clients": "clients", "p50 ms": "p50_ms", "p99 ms": "p99_ms",
     "a second": "queries_per_second", "errors": "errors", "peer p50": "peer_p50_ms",
     "peer a second": "peer_queries_per_second",
@@ -257,8 +257,8 @@ def main(_: Sequence[str]) -> None:
     out, console = output_file(values.out), plain_console()
     run = open_finished(local_copy(values.workdir, *FILES_READ))
     results = measure(run, clients, values.seconds, console)
-    rows = [[_shown(row.get(name)) for name in COLUMNS.values()] for row in results["rows"]]
-    console.print(render("Load", [*COLUMNS], rows))
+    rows = [[_shown(row.get(name)) for name in PRINTED.values()] for row in results["rows"]]
+    console.print(render("Load", [*PRINTED], rows))
     for name in ("start", "soak", "writes"):
         if name in results:
             console.print(f"{name}: {results[name]}", markup=False)

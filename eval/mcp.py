@@ -27,9 +27,9 @@ from expandr_jax.serving.pair import Asked, Pair
 from expandr_jax.serving.state import take
 from train.launch import define_workdir, launch
 
-MOST_RESULTS = 50
+MOST_TOLD = 50
 INSTRUCTIONS = "Searches a collection of documents by meaning. Ask as one would ask a person."
-Count = Annotated[int, Field(ge=1, le=MOST_RESULTS, description="Documents that are returned.")]
+Count = Annotated[int, Field(ge=1, le=MOST_TOLD, description="Documents that are returned.")]
 Expand = Annotated[
     bool, Field(description="Write a passage that might answer the query, and search by it, too.")
 ]

@@ -33,7 +33,7 @@ from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
 from train.launch import launch
 
-NAMES = {
+FAMILY_ROWS = {
     "bert": "BERT (Contriever, coCondenser, BGE, E5, MiniLM)",
     "camembert": "CamemBERT",
     "roberta": "RoBERTa",
@@ -55,7 +55,7 @@ NAMES = {
     "gemma3-linear": "Gemma 3 text, linear rope",
 }
 # Published forms, with their modules, prompts and pooling.
-SENTENCES = {
+SENTENCE_ROWS = {
     "e5": "E5 (its vectors)",
     "xlm-e5": "multilingual E5, XLM-RoBERTa (its vectors)",
     "qwen3-embedding": "Qwen3-Embedding (its vectors)",
@@ -106,7 +106,7 @@ def _encoder(family: str, directory: pathlib.Path) -> list[str]:
                 )
     out = directory / "out"
     export_encoder(out, retriever, params)
-    return _row(NAMES[family], "safetensors", pairs, back=_same(directory, out))
+    return _row(FAMILY_ROWS[family], "safetensors", pairs, back=_same(directory, out))
 
 
 def _anchordr(directory: pathlib.Path, gated: bool) -> list[str]:
@@ -143,7 +143,7 @@ def _decoder(family: str, directory: pathlib.Path) -> list[str]:
     export_generator(directory / "out", generator, params)
     loads = "safetensors, GGUF" if family in GGUF else "safetensors"
     cached = _cached(generator.module, params)
-    return _row(NAMES[family], loads, pairs, cached, _same(directory, directory / "out"))
+    return _row(FAMILY_ROWS[family], loads, pairs, cached, _same(directory, directory / "out"))
 
 
 def _cached(module: nn.Module, params) -> float:
@@ -174,7 +174,7 @@ def _sentences(name: str, directory: pathlib.Path) -> list[str]:
         pairs.append((np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(texts)))
     out = directory / f"{name}-out"
     export_retriever(out, retriever, params)
-    return _row(SENTENCES[name], "safetensors", pairs, back=_same(directory / name, out))
+    return _row(SENTENCE_ROWS[name], "safetensors", pairs, back=_same(directory / name, out))
 
 
 def _minilm() -> list[str]:

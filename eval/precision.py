@@ -17,7 +17,7 @@ from expandr_jax.models.decoder import token_positions
 from expandr_jax.models.mask import causal_mask
 from expandr_jax.weights.hf import load_generator
 
-TEXTS, TOKENS, ROWS = 32, 96, 8
+TEXTS, TOKENS, BATCH_ROWS = 32, 96, 8
 # Types of the weights and of the computation.
 FORMS = (
     ("float32", "float32"),
@@ -57,7 +57,7 @@ def measure(source: str, sha256: str) -> Iterator[list[str]]:
             source, dtype=weights, compute_dtype=jnp.dtype(compute), sha256=sha256
         )
         rows = generator.tokenizer(docstrings())["input_ids"]
-        ids = np.asarray([row[:TOKENS] for row in rows], np.int32).reshape(-1, ROWS, TOKENS)
+        ids = np.asarray([row[:TOKENS] for row in rows], np.int32).reshape(-1, BATCH_ROWS, TOKENS)
         parts = [logits(generator.module, params, part, jnp.ones_like(part)) for part in ids]
         log_probs = [
             token_log_probs(found[:, :-1], part[:, 1:])

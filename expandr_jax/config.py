@@ -39,7 +39,7 @@ from expandr_jax.settings import MANY, Complaints, choice, count, read_section
 from expandr_jax.training.settings import MeshSettings
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.weights.settings import ExportSettings
-from expandr_jax.weights.sparse_encoder import SPLADE
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 
 # Stages for which the trained adapter writes, which a server does not have.
 _BY_THE_ADAPTER = {
@@ -238,7 +238,7 @@ def _step_a(config: Config) -> Complaints:
     if config.retriever.weights != "float32" and not rank:
         all_trained = "'float32', as contrastive.lora.rank is 0: all are trained"
         yield "retriever.weights", all_trained
-    if config.retriever.pooling == SPLADE and rank:
+    if config.retriever.pooling == SPLADE_POOLING and rank:
         all_trained = "0, as retriever.pooling is 'splade': all weights are trained"
         yield "contrastive.lora.rank", all_trained
     if config.llara.epochs and config.contrastive.query_likelihood_weight:

@@ -27,7 +27,7 @@ from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.vectors.settings import RetrieverSettings
 from expandr_jax.vectors.sparse import SparseCorpus
 from expandr_jax.weights.hf import load_generator, load_retriever
-from expandr_jax.weights.sparse_encoder import SPLADE, load_sparse_encoder
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING, load_sparse_encoder
 from expandr_jax.weights.store import merge_stored
 from expandr_jax.weights.trees import hash_tree
 
@@ -46,7 +46,7 @@ def load_models(
         UserError: A model cannot be found, read or verified, the mesh does not fit, or sampling
             would need more memory than there is.
     """
-    if config.retriever.pooling == SPLADE:
+    if config.retriever.pooling == SPLADE_POOLING:
         raise UserError(
             "retriever.pooling is 'splade', for train.retriever alone; a sparse encoder that "
             "systems search by is evaluation.splade.source"
@@ -114,7 +114,7 @@ def _load_retriever(
     in_files: bool = False,
     with_head: bool = False,
 ) -> tuple[Retriever, Any]:
-    if section.pooling == SPLADE:
+    if section.pooling == SPLADE_POOLING:
         other = section.bidirectional, section.normalize, section.end_token, in_files
         if any(other) or section.weights != "float32":
             raise UserError(

@@ -170,7 +170,7 @@ PARTS = [(STEPS,), range(2, STEPS + 1, 2)]  # The latter as with evaluations in 
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_a_spike_is_reported_with_its_step_and_examples(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr("expandr_jax.runtime.telemetry.FEWEST", 3)
+    monkeypatch.setattr("expandr_jax.runtime.telemetry.FEWEST_LOSSES", 3)
     run = opened(tmp_path / "run")
     monkeypatch.setattr("tests.loop_test.opened", lambda *_, **__: run)
 

@@ -14,7 +14,7 @@ from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.pair import adapter_shapes
 from expandr_jax.planning import compiled
 from expandr_jax.planning.hosts import host_rows
-from expandr_jax.planning.planned import PROMPT, REFERENCE
+from expandr_jax.planning.planned import PROMPT_TOKENS, REFERENCE
 from expandr_jax.planning.planned_generator import GeneratorShapes
 from expandr_jax.planning.planned_policy import OLD, POLICY_DECODE, POLICY_STEP
 from expandr_jax.planning.programs import planned_programs
@@ -80,7 +80,7 @@ def test_rows_are_as_long_as_all_texts_and_have_what_the_settings_need(config):
     programs = planned_programs(with_settings(config, changed), machine())
     step, old, reference = (programs[name]() for name in (POLICY_STEP, OLD, REFERENCE))
     batch = step.arguments[2]
-    assert batch["tokens"].shape == (8, PROMPT + SAMPLES * NEW)
+    assert batch["tokens"].shape == (8, PROMPT_TOKENS + SAMPLES * NEW)
     assert batch["responses"].shape == (8, SAMPLES * NEW)
     assert {"reference", "old"} < batch.keys()
     assert (old.rows, reference.rows) == (8, 8)

@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_named_with_why():
 WRONG = """
 from train import launch, rehearse
 
-rehearse.PROGRAM = "tests.hoarding"
+rehearse.REHEARSED = "tests.hoarding"
 launch.launch(rehearse.main, rehearse.define_flags)
 """
 ARGUMENTS = (

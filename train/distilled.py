@@ -42,7 +42,7 @@ from expandr_jax.objectives.trained import training_retriever
 from expandr_jax.pair import Models
 from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.sources import Expansions
-from expandr_jax.ranking.systems import CONTROL, DISTILLED
+from expandr_jax.ranking.systems import DISTILLED, DISTILLED_CONTROL
 from expandr_jax.ranking.teacher import (
     TEACHER,
     Teacher,
@@ -57,12 +57,17 @@ from expandr_jax.training.setup import check_batch_size
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import content_key
 from expandr_jax.vectors.stored import open_vectors
-from train.expansions import SPLITS, run_expander, written_for
+from train.expansions import RANKED_SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
 GENERATED = "distilled/queries.jsonl"
-FIELDS = {"query_id": str, "document_id": str, "query": str, "left_out": str}  # Each line has them.
-PROMPT = "d2q"  # What the generator is asked of a document.
+GENERATED_FIELDS = {
+    "query_id": str,
+    "document_id": str,
+    "query": str,
+    "left_out": str,
+}  # Each line has them.
+QUERY_PROMPT = "d2q"  # What the generator is asked of a document.
 
 
 def check_distillation(settings: DistillSettings, mesh: Mesh, has_vectors: bool) -> None:
@@ -140,7 +145,7 @@ def distill(
             relevant = [[rows[document] for document in of] for of in queries.relevant]
             compared = documents_of(relevant, _vectors(ours))
             lesson = Lesson(queries.texts, compared, contrastive_losses, [queries.key])
-            towers[CONTROL] = tower("distilled-control", "distill-control", lesson)
+            towers[DISTILLED_CONTROL] = tower("distilled-control", "distill-control", lesson)
     ours.release()
     return {
         name: dataclasses.replace(ours, params=params, documents=ours)
@@ -183,7 +188,7 @@ def generated_queries(path: pathlib.Path) -> dict[str, str]:
 
 def _kept(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Rows of the generated queries that are not left out."""
-    return (row for _, row in read_jsonl(path, FIELDS) if not row["left_out"])
+    return (row for _, row in read_jsonl(path, GENERATED_FIELDS) if not row["left_out"])
 
 
 def _rows_of(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]] | None:
@@ -193,7 +198,7 @@ def _rows_of(path: pathlib.Path, names: Sequence[str]) -> list[dict[str, Any]] |
     others of the same texts.
     """
     try:
-        rows = [row for _, row in read_jsonl(path, FIELDS)] if path.exists() else []
+        rows = [row for _, row in read_jsonl(path, GENERATED_FIELDS)] if path.exists() else []
     except UserError:  # Damaged: it is written again.
         return None
     return rows if [row["query_id"] for row in rows] == [*names] else None
@@ -211,7 +216,9 @@ def _generate(
     most = config.answer.max_characters
     messages = MadeWhenAsked(
         drawn,
-        lambda document: document_message(PROMPT, collection.corpus[document], most, sampler.fits),
+        lambda document: document_message(
+            QUERY_PROMPT, collection.corpus[document], most, sampler.fits
+        ),
     )
     written = sample_texts(
         sampler,
@@ -223,13 +230,13 @@ def _generate(
 
     def write() -> dict[str, int]:
         tested = benchmark_queries(config.data.tests)
-        for split in SPLITS:
+        for split in RANKED_SPLITS:
             tested |= {collection.queries[query] for query in collection.qrels[split]}
         trained = data.queries([*data.retriever_train, *data.generator_train])
-        asked = DOCUMENT_PROMPTS[PROMPT].message(document="")
-        rows = _rows_of(workdir / GENERATED, generated_names(written, PROMPT))
+        asked = DOCUMENT_PROMPTS[QUERY_PROMPT].message(document="")
+        rows = _rows_of(workdir / GENERATED, generated_names(written, QUERY_PROMPT))
         if rows is None:
-            rows = generated_rows(written, PROMPT, trained, tested, asked)
+            rows = generated_rows(written, QUERY_PROMPT, trained, tested, asked)
             write_jsonl(workdir / GENERATED, rows)
         return dict(sorted(collections.Counter(row["left_out"] for row in rows).items()))
 

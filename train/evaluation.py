@@ -31,8 +31,8 @@ from expandr_jax.ranking.systems import (
     ALL_LABELS,
     BM25,
     BY_TEXTS,
-    CONTROL,
     DISTILLED,
+    DISTILLED_CONTROL,
     OURS,
     QUERY_TOWERS,
     TURNS,
@@ -312,7 +312,7 @@ def systems_of_run(config: Config) -> list[System]:
 
 def towers_of(config: Config) -> tuple[str, ...]:
     """The query towers that a run distills, by their rows."""
-    both = (DISTILLED, CONTROL) if config.distill.control else (DISTILLED,)
+    both = (DISTILLED, DISTILLED_CONTROL) if config.distill.control else (DISTILLED,)
     return both if config.distill.epochs else ()
 
 

@@ -28,8 +28,15 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.search import Index
 from expandr_jax.search.divided import found_by_all
 
-SPLITS = ("dev", "test")
-FIELDS = "query_id", "split", "system", "sample", "query", "expansion"  # In expansions.jsonl.
+RANKED_SPLITS = ("dev", "test")
+EXPANSION_FIELDS = (
+    "query_id",
+    "split",
+    "system",
+    "sample",
+    "query",
+    "expansion",
+)  # In expansions.jsonl.
 
 
 def run_expander(
@@ -93,7 +100,7 @@ def training_expansions(
     def write() -> None:
         same = run.checksums.unchanged(name, noted) and run.read_json(run.path(noted))["of"] == used
         if not same:
-            _write(run.path(name), FIELDS, rows)
+            _write(run.path(name), EXPANSION_FIELDS, rows)
             write_json(run.path(noted), {"of": used})
             run.checksums.record(name, noted)
 
@@ -137,7 +144,7 @@ def evaluation_expansions(
         for generator, name in dict.fromkeys((o.generator, o.strategy) for o in leaves.values())
     }
     asked = [
-        (query, split, leaf) for leaf in leaves.values() for split in SPLITS
+        (query, split, leaf) for leaf in leaves.values() for split in RANKED_SPLITS
         for query in qrels[split]
     ]  # fmt: skip
     texts = (
@@ -146,13 +153,13 @@ def evaluation_expansions(
         for number, text in enumerate(by_sample(made[leaf.generator, leaf.strategy][1][query]))
     )
     directory = run.path(folder, "evaluation")
-    run.processes.once(lambda: _write(directory / "expansions.jsonl", FIELDS, texts))
+    run.processes.once(lambda: _write(directory / "expansions.jsonl", EXPANSION_FIELDS, texts))
     counts = (
         (query, split, leaf.name, number, count)
         for query, split, leaf in asked
         for number, count in enumerate(by_sample(made[leaf.generator, leaf.strategy][2][query]))
     )
-    fields = *FIELDS[:4], "tokens"
+    fields = *EXPANSION_FIELDS[:4], "tokens"
     run.processes.once(lambda: _write(directory / "tokens.jsonl", fields, counts))
     return {
         (split, *key): Expansions(
@@ -161,7 +168,7 @@ def evaluation_expansions(
             [told[query] for query in qrels[split]] if told is not None else None,
         )
         for key, (strategy, texts, _, told) in made.items()
-        for split in SPLITS
+        for split in RANKED_SPLITS
     }
 
 
@@ -198,7 +205,7 @@ def written_for(
     if folder:
         what = f"{data.collection.name}, {what}"
     qrels, known = data.collection.qrels, data.collection.queries
-    queries = {query: known[query] for split in SPLITS for query in qrels[split]}
+    queries = {query: known[query] for split in RANKED_SPLITS for query in qrels[split]}
     with run.phase(f"expansions for evaluation, {what}"):
         journal = run.path("work", folder, f"evaluation-{where}.jsonl")
         purpose = "evaluation" if name == EXPANSION else f"evaluation, {name}"

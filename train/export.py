@@ -42,7 +42,7 @@ from expandr_jax.weights.export import (
 )
 from expandr_jax.weights.gguf_writer import GGUF_TYPES, export_gguf
 from expandr_jax.weights.hf import load_generator, load_retriever, open_model
-from expandr_jax.weights.sparse_encoder import SPLADE, export_sparse_encoder
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING, export_sparse_encoder
 from expandr_jax.weights.store import merge_stored
 from train.launch import define_workdir, launch
 
@@ -116,7 +116,7 @@ def export_run(
 def write_retriever(config: Config, to: pathlib.Path, retriever: Retriever, params: Any) -> None:
     """Writes a trained retriever, its adapter merged if it has one."""
     dtype = jnp.dtype(config.export.dtype)
-    write = export_sparse_encoder if retriever.pooling == SPLADE else export_trained
+    write = export_sparse_encoder if retriever.pooling == SPLADE_POOLING else export_trained
     write(to, *merged_retriever(config, retriever, params), dtype)
 
 

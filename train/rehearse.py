@@ -35,7 +35,7 @@ from expandr_jax.config import Config, read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.pair import OF_ONE_PROCESS
-from expandr_jax.planning.growth import FEWEST
+from expandr_jax.planning.growth import FEWEST_SCALES
 from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
 from expandr_jax.planning.synthetic import Counts, write_collection
 from expandr_jax.planning.usage import misfits, show, usage_rows
@@ -46,20 +46,21 @@ from expandr_jax.runtime.progress import plain_console
 from train.counts import define_counts, told_counts
 from train.launch import define_config, end_by_misfits, launch, output_file
 
-PROGRAM = "train.rehearsed"
+REHEARSED = "train.rehearsed"
 SECONDS_BETWEEN_LOOKS = 0.5
 LINES_SHOWN = 15  # The end of what a process printed that failed.
 # On-policy steps, which are as large at every scale. The first compiles its programs.
 POLICY_STEPS = 3
 MOST_EPOCHS = 1.0  # How long a training lasts.
-PARTS = ("sampling", "encoding", "search", "update")  # As metrics.jsonl names such a step's.
+STEP_PARTS = ("sampling", "encoding", "search", "update")  # As metrics.jsonl names such a step's.
 
 
 def check_counts(config: Config, counts: Counts, scales: Sequence[float]) -> None:
     """Refuses scales that no fit can be made of, or at which a stage has next to nothing to do."""
-    if len(scales) < FEWEST or any(a >= b for a, b in itertools.pairwise(scales)):
+    if len(scales) < FEWEST_SCALES or any(a >= b for a, b in itertools.pairwise(scales)):
         raise UserError(
-            f"--scale={','.join(f'{s:g}' for s in scales)}: expected {FEWEST} or more, rising"
+            f"--scale={','.join(f'{s:g}' for s in scales)}: expected {FEWEST_SCALES} or more, "
+            "rising"
         )
     least = {
         "documents": 64,
@@ -166,7 +167,7 @@ def parts_of_a_step(metrics: pathlib.Path, phase: str) -> dict[str, dict[str, fl
     steps = [line for line in lines if line["phase"] == phase]
     return {
         f"{phase}, a step's {part}": {"seconds": statistics.mean(seconds)}
-        for part in PARTS
+        for part in STEP_PARTS
         if (seconds := [row[f"{part}_seconds"] for row in steps[1:] if f"{part}_seconds" in row])
     }
 
@@ -215,7 +216,7 @@ def _process(
 ) -> Iterator[subprocess.Popen]:
     """One process of a run, which is ended at the latest when this is left."""
     command = [
-        *(sys.executable, "-m", PROGRAM, f"--workdir={place / 'run'}"),
+        *(sys.executable, "-m", REHEARSED, f"--workdir={place / 'run'}"),
         f"--settings={place / 'config.json'}",
         f"--usage={paths[index]}",
     ]

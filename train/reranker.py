@@ -39,7 +39,7 @@ from train.encoding import run_words
 from train.launch import launch_training
 from train.triples import dev_of, names_of, say_leaks, triples_of
 
-PHASE = "reranker"
+RERANKER = "reranker"
 
 
 def train_reranker(
@@ -68,21 +68,21 @@ def train_reranker(
             "re-ranker's tokenizer": tokenizer_identity(encoder.tokenizer),
         }
         run.check_models(identity)
-    stage, evaluate = run.trained_stage(PHASE), None
+    stage, evaluate = run.trained_stage(RERANKER), None
     if dev is not None:
         words = run_words(run, dev.corpus, "dev")
         evaluate = _on_dev(encoder, dev, words, run.config.evaluation, stage.log)
-    with run.phase(PHASE):
+    with run.phase(RERANKER):
         mesh, names = phase_mesh(config.mesh, "contrastive"), names_of(triples, config.data)
         params = train_pair_scores(
             stage, mesh, encoder, params, triples, names, settings, config.seed, evaluate
         )
-    directory = run.path("export", PHASE)
+    directory = run.path("export", RERANKER)
 
     def export() -> None:
-        if not run.checksums.intact(f"export/{PHASE}"):
+        if not run.checksums.intact(f"export/{RERANKER}"):
             export_cross_encoder(directory, encoder, params, jnp.dtype(config.export.dtype))
-            run.checksums.record(f"export/{PHASE}")
+            run.checksums.record(f"export/{RERANKER}")
 
     with run.phase("export"):
         run.processes.once(export)

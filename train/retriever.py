@@ -57,7 +57,7 @@ from expandr_jax.training.stage import on_devices, train_stage
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import TEXTS_AT_ONCE, Kind
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
-from expandr_jax.weights.sparse_encoder import SPLADE
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
@@ -223,7 +223,7 @@ def train_on_triples(
         retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
         queries = [dev.queries[query] for query in ids]
         with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
-            if models.retriever.pooling == SPLADE:
+            if models.retriever.pooling == SPLADE_POOLING:
                 width = models.retriever.module.config.vocab_size
                 sparse = build_sparse(retriever.encode, documents, width, "dev", advance)
                 encoded = scipy.sparse.vstack([*sparse_vectors(retriever.encode, queries, "query")])
@@ -241,7 +241,7 @@ def train_on_triples(
                 config.evaluation.depth,
                 drop_identical_ids=config.evaluation.drop_identical_ids,
                 excluded=dev.excluded,
-                above=0.0 if models.retriever.pooling == SPLADE else -math.inf,
+                above=0.0 if models.retriever.pooling == SPLADE_POOLING else -math.inf,
             )
             return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 
-FEWEST = 3  # Scales: two points lie on a line, whatever grows.
+FEWEST_SCALES = 3  # Scales: two points lie on a line, whatever grows.
 # What rises as n to this power rises worse than linearly, and so does all that is steeper.
 WORSE = 1.3
 
@@ -44,7 +44,7 @@ def fit_growth(
     same, and goes on so.
 
     Args:
-        scales: Shares of the full counts, `FEWEST` at least, rising.
+        scales: Shares of the full counts, `FEWEST_SCALES` at least, rising.
         values: The value at each, what is there from the start included; 0 or more.
         by_chance: By how much it may differ when the same is done again.
         share: The same as a share of the value; the larger of both counts.
@@ -53,10 +53,10 @@ def fit_growth(
         UserError: Too few scales, or they do not rise.
     """
     x, y = np.asarray(scales, float), np.asarray(values, float)
-    if len(x) < FEWEST or x[0] <= 0 or (np.diff(x) <= 0).any():
+    if len(x) < FEWEST_SCALES or x[0] <= 0 or (np.diff(x) <= 0).any():
         raise UserError(
-            f"scales {', '.join(f'{s:g}' for s in scales)}: expected {FEWEST} or more, rising, "
-            "all above 0"
+            f"scales {', '.join(f'{s:g}' for s in scales)}: expected {FEWEST_SCALES} or more, "
+            "rising, all above 0"
         )
     chance = np.maximum(by_chance, share * y)
     if np.ptp(y) <= chance.max():

@@ -54,7 +54,6 @@ from expandr_jax.planning.synthetic import Counts
 from expandr_jax.planning.topology import Topology
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
-    SPLADE,
     TURNS,
     UNTRAINED,
     parse_systems,
@@ -62,6 +61,7 @@ from expandr_jax.ranking.systems import (
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.rewards.search import BLOCK_ROWS, BLOCKS
 from expandr_jax.runtime.chips import GIB
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 
 
 def host_rows(
@@ -169,7 +169,7 @@ def _of_retriever(
         )  # fmt: skip
     _add_training(stages, "step A", config, retriever, [triples], each)
     if config.data.dev:
-        kept = 8 * TERMS if retriever.retriever.pooling == SPLADE else 4 * retriever.width
+        kept = 8 * TERMS if retriever.retriever.pooling == SPLADE_POOLING else 4 * retriever.width
         stages.add(
             "each evaluation on dev", memory=counts.documents * kept,
             seconds=CORE_SECONDS["text encoded"] * counts.documents / 1000,

@@ -30,7 +30,7 @@ WIDTH, LAYERS = 32, 1
 MOST_PASSAGES = 256  # Different ones that the generator can write.
 SHARPNESS = 20.0  # Logits of what the generator is made to say, above all others.
 SPECIAL = ("[PAD]", "[UNK]", "[BOS]", "[EOS]")
-PAD, UNKNOWN, BEGIN, END = range(len(SPECIAL))
+PAD_ID, UNKNOWN_ID, BEGIN_ID, END_ID = range(len(SPECIAL))
 _TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} [EOS] "
     "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
@@ -72,7 +72,7 @@ def write_retriever(directory: pathlib.Path, config: Config) -> None:
     )
     tokenizer = _tokenizer(words, splitter, longest)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        "[BOS] $A [EOS]", special_tokens=[("[BOS]", BEGIN), ("[EOS]", END)]
+        "[BOS] $A [EOS]", special_tokens=[("[BOS]", BEGIN_ID), ("[EOS]", END_ID)]
     )
     params = _init(module, family)
     kernel = np.random.default_rng(SEED).normal(size=(WIDTH, shape.hidden_size))
@@ -107,9 +107,9 @@ def write_generator(directory: pathlib.Path, config: Config) -> None:
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "pad_token_id": PAD,
-        "bos_token_id": BEGIN,
-        "eos_token_id": END,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BEGIN_ID,
+        "eos_token_id": END_ID,
     }
     family, files, module = _made(values)
     count = min(MOST_PASSAGES, vocabulary // 4)
@@ -129,9 +129,9 @@ def write_generator(directory: pathlib.Path, config: Config) -> None:
     # and asks for the end. A norm makes it the root of the width.
     table, head = params["embedding"], np.zeros_like(params["lm_head"])
     table[:first, 0] = table[first:, 1] = 10.0
-    head[0, first:] = head[1, END] = SHARPNESS / WIDTH**0.5
+    head[0, first:] = head[1, END_ID] = SHARPNESS / WIDTH**0.5
     params["lm_head"] = head
-    generator = Generator(module, tokenizer, (END,), PAD, files)
+    generator = Generator(module, tokenizer, (END_ID,), PAD_ID, files)
     export_generator(directory, generator, params)
 
 

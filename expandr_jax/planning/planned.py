@@ -26,11 +26,12 @@ from expandr_jax.weights.families import example_inputs, find_family, model_conf
 from expandr_jax.weights.fields import Fields
 from expandr_jax.weights.hf import open_model
 from expandr_jax.weights.source import locate
-from expandr_jax.weights.sparse_encoder import SPLADE
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 from expandr_jax.weights.trees import model_shardings
 
 # What no setting says of the workload.
-PROMPT = 100  # Tokens of a prompt that is learned from on-policy, and of a query that is distilled.
+# What a prompt has that is learned from on-policy, and a query that is distilled.
+PROMPT_TOKENS = 100
 DEPTH = 100  # Documents found for each query.
 UPDATES = 2  # How many a training has changes no program of it.
 # The paper's run: queries of step B, their candidates and these' tokens, pairs and epochs, examples
@@ -120,7 +121,7 @@ def untrained(state: TrainState) -> TrainState:
 def of_retriever_alone(config: Config) -> bool:
     """Whether a config is `train.retriever`'s: it has no generator, or `train.joint` refuses it."""
     named = config.generator.source or config.generator.shape
-    return not named or config.retriever.pooling == SPLADE or config.llara.epochs > 0
+    return not named or config.retriever.pooling == SPLADE_POOLING or config.llara.epochs > 0
 
 
 def planned_mesh(config: Config, phase: str, topology: Topology) -> Mesh:

@@ -32,7 +32,7 @@ from expandr_jax.sharding import (
 from expandr_jax.training.flops import forward_flops
 from expandr_jax.vectors.encoder import TOKENS_PER_BATCH, embedder
 from expandr_jax.weights.families import family_of, find_family, model_config
-from expandr_jax.weights.sparse_encoder import SPARSE_MODEL_TYPES, SPLADE
+from expandr_jax.weights.sparse_encoder import SPARSE_MODEL_TYPES, SPLADE_POOLING
 
 
 def sparse_encoding(config: Config, topology: Topology) -> Planned:
@@ -41,7 +41,7 @@ def sparse_encoding(config: Config, topology: Topology) -> Planned:
     found, kind = shape_of_source(section.source, "evaluation.splade")
     module = sparse_module(find_family(found.where, kind).module(model_config(found, kind)))
     length = min(section.max_length, module.config.max_positions)
-    retriever = Retriever(module, SPLADE, False, length, "", "", None, None)
+    retriever = Retriever(module, SPLADE_POOLING, False, length, "", "", None, None)
     mesh, params = make_mesh(devices=topology.host_devices), param_shapes(module, jnp.float32)
     change = "a smaller evaluation.splade.max_length"
     return encoded(retriever, params, mesh, TOKENS_PER_BATCH // length, change)
@@ -120,5 +120,5 @@ def encoded(
 
 def vector_flops(retriever: Retriever, params: Any, rows: int, length: int) -> int:
     """Operations of texts' vectors; of sparse ones each token's scores of the vocabulary, too."""
-    logits = rows * length if retriever.pooling == SPLADE else 0
+    logits = rows * length if retriever.pooling == SPLADE_POOLING else 0
     return forward_flops(retriever.module, params, rows, length, logits=logits)

@@ -25,7 +25,7 @@ from expandr_jax.objectives.policy import (
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.planning.planned import (
     PAPER,
-    PROMPT,
+    PROMPT_TOKENS,
     REFERENCE,
     Calls,
     Planned,
@@ -150,15 +150,15 @@ class PolicyShapes:
         rewards = np.random.default_rng(0).random((rows, samples))
         sampled = []
         for row, worth in zip(
-            random_tokens(module, rows, PROMPT + samples * new), rewards, strict=True
+            random_tokens(module, rows, PROMPT_TOKENS + samples * new), rewards, strict=True
         ):
-            prompt, *texts = np.split(row, range(PROMPT, len(row), new))
+            prompt, *texts = np.split(row, range(PROMPT_TOKENS, len(row), new))
             candidates = [
                 Candidate("", tokens=text, finished="eos", log_probs=np.zeros(new), total=total)
                 for text, total in zip(texts, worth, strict=True)
             ]
             sampled.append(Sampled(Group("", "", "", "", candidates), prompt))
-        sizes = row_sizes_of(PROMPT, samples, new)[-1:]
+        sizes = row_sizes_of(PROMPT_TOKENS, samples, new)[-1:]
         return pack_sampled(sampled, settings, 0, sizes)
 
     def _log_probs(self, rows: int, adapter: Any | None) -> Planned:

@@ -29,7 +29,7 @@ from expandr_jax.objectives.trained import (
 )
 from expandr_jax.planning.planned import (
     DEPTH,
-    PROMPT,
+    PROMPT_TOKENS,
     UPDATES,
     Planned,
     check_rows,
@@ -61,7 +61,7 @@ from expandr_jax.sharding import (
 from expandr_jax.training.flops import FROZEN, TRAINING, forward_flops
 from expandr_jax.training.setup import TrainingSetup, section_optimizer
 from expandr_jax.weights.families import family_of
-from expandr_jax.weights.sparse_encoder import SPLADE
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 
 WORD = 2  # Tokens of a word of text, at most.
 CHANGE = "contrastive.remat=full, or more fsdp in mesh.contrastive"
@@ -89,14 +89,14 @@ class RetrieverShapes:
         self._length = min(longest, module.config.max_positions or longest)
         module, weights = kept_in(module, section.weights, "retriever.weights")
         pooling = section.pooling or family_of(module).pooling
-        if pooling == SPLADE:
+        if pooling == SPLADE_POOLING:
             module = sparse_module(module)
         if pooling == "block":  # Its own tokens are added to the table.
             size = module.config.vocab_size + len(FORETOLD) * BLOCK_TOKENS
             module = module.clone(config=dataclasses.replace(module.config, vocab_size=size))
         if config.contrastive.lora.rank:
             module = module.clone(lora=config.contrastive.lora)
-        unit = pooling != SPLADE
+        unit = pooling != SPLADE_POOLING
         self.retriever = Retriever(module, pooling, unit, self._length, "", "", None, None)
         base = param_shapes(module, weights)
         if not (config.contrastive.query_likelihood_weight or config.llara.epochs):
@@ -260,7 +260,7 @@ class RetrieverShapes:
         rows = config.batch_size
         check_rows(rows, mesh, "contrastive", "queries")
         retriever = training_retriever(self.retriever, self._config.contrastive)
-        length = min(PROMPT, self._length)
+        length = min(PROMPT_TOKENS, self._length)
         ids = random_tokens(retriever.module, rows, length)
         batch = {"query_ids": ids, "query_mask": np.ones_like(ids)}
         batch["targets"] = np.ones((rows, self.width), np.float32)

@@ -19,6 +19,7 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.ranking.listwise import LISTWISE
 from expandr_jax.ranking.rerank import RERANKERS
 from expandr_jax.ranking.systems import SPLADE, parse_systems
+from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 
 MakePlanned = Callable[[], Planned]
 
@@ -89,7 +90,7 @@ def _of_retriever(config: Config, retriever: RetrieverShapes) -> dict[str, MakeP
     programs |= {"contrastive step": retriever.contrastive, "retriever restored": retriever.restore}
     programs = {name: _beside(make, retriever.beside_training) for name, make in programs.items()}
     others = {"corpus encoding": retriever.encoding}
-    if retriever.retriever.pooling != SPLADE:  # Sparse vectors are searched on the host.
+    if retriever.retriever.pooling != SPLADE_POOLING:  # Sparse vectors are searched on the host.
         others["exact search"] = retriever.search
     if config.contrastive.lora.rank:
         others["retriever merged for export"] = retriever.merge

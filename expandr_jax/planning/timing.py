@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 from expandr_jax.planning.planned import Planned
 
-SCALE = 0.02  # Made-up parameters have it, as those that models are begun with.
+PARAMETER_SCALE = 0.02  # Made-up parameters have it, as those that models are begun with.
 
 
 def time_program(planned: Planned, compiled: jax.stages.Compiled, repeats: int) -> float | None:
@@ -55,7 +55,7 @@ def _maker(shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> Any
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             return key
         if jnp.issubdtype(dtype, jnp.floating):
-            return (SCALE * jax.random.normal(key, shape, dtype)).astype(dtype)
+            return (PARAMETER_SCALE * jax.random.normal(key, shape, dtype)).astype(dtype)
         return jnp.ones(shape, dtype)
 
     return jax.jit(make, out_shardings=sharding)

@@ -20,8 +20,8 @@ from expandr_jax.ranking.results import (
 from expandr_jax.ranking.samples import SAMPLE_METRICS, mean_by_query
 from expandr_jax.ranking.systems import (
     BY_TEXTS,
-    CONTROL,
     DISTILLED,
+    DISTILLED_CONTROL,
     EXPANSION,
     FIGRET,
     FIGRET_CONTROL,
@@ -200,7 +200,8 @@ class Evaluation:
                     tests.append(paired(*pair, metric, ours, base))
         plain = f"{OURS}-plain"
         learned = [
-            (DISTILLED, plain), (DISTILLED, CONTROL), (FIGRET, plain), (FIGRET, FIGRET_CONTROL),
+            (DISTILLED, plain), (DISTILLED, DISTILLED_CONTROL),
+            (FIGRET, plain), (FIGRET, FIGRET_CONTROL),
         ]  # fmt: skip
         learned = [pair for pair in learned if values.keys() >= {*pair}]
         tests += compared(values, [*counterparts(self.systems), *learned])

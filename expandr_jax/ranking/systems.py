@@ -50,8 +50,11 @@ UNTRAINED = "zero-shot"  # The retriever as the config names it.
 BASE = "base"  # The generator as the config names it.
 ALL_LABELS = "fine-tuned-all"  # Trained, plain, on the queries of step A and of step B.
 OURS = "expandr"  # The row that others are compared with, and the retriever that is ranked by.
-DISTILLED, CONTROL = "expandr-distilled", "expandr-distilled-control"
-QUERY_TOWERS = (DISTILLED, CONTROL)  # They encode queries alone, and search `OURS`'s documents.
+DISTILLED, DISTILLED_CONTROL = "expandr-distilled", "expandr-distilled-control"
+QUERY_TOWERS = (
+    DISTILLED,
+    DISTILLED_CONTROL,
+)  # They encode queries alone, and search `OURS`'s documents.
 AGAIN = (*RERANKERS, LISTWISE)  # Stages that rank the first documents of a system again.
 FIGRET, FIGRET_CONTROL = "expandr-figret", "expandr-figret-control"
 TURNS = (FIGRET, FIGRET_CONTROL)  # `OURS` after a last turn.

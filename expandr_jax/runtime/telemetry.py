@@ -17,7 +17,7 @@ from expandr_jax.runtime.metrics_log import MetricsLog
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
-WINDOW, FEWEST = 50, 20  # Losses that a loss is compared with, at most and at least.
+WINDOW, FEWEST_LOSSES = 50, 20  # Losses that a loss is compared with, at most and at least.
 SPIKE = 8.0  # Standard deviations above their median.
 STEPS_BEFORE_PROFILE = 2  # The first of a phase compile.
 
@@ -80,7 +80,7 @@ class SpikeWatch:
         """The median of the losses before, if this one is far above them."""
         before = list(self._losses)
         self._losses.append(loss)
-        if len(before) < FEWEST:
+        if len(before) < FEWEST_LOSSES:
             return None
         median = statistics.median(before)
         # The median distance from the median, as a standard deviation; outliers do not move it.

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Each model_type that a sparse encoder can be of.
 SPARSE_MODEL_TYPES = tuple(kind for kind, family in BY_TYPE.items() if family.masked_head)
-SPLADE = "splade"  # The pooling that a retriever of this kind has.
+SPLADE_POOLING = "splade"  # The pooling that a retriever of this kind has.
 _ORDER = ("Transformer", "SpladePooling")
 _MODULES = ("MLMTransformer", "SpladePooling")  # As versions before 5.4 call them, and write them.
 
@@ -56,7 +56,7 @@ def load_sparse_encoder(
     nothing and a norm: words near a text's tokens, by the embeddings, count.
 
     Returns:
-        A retriever whose pooling is `SPLADE`, and its parameters.
+        A retriever whose pooling is `SPLADE_POOLING`, and its parameters.
     """
     path, files = locate(source), open_model(source, sha256)
     # A type may be anything that JSON can say.
@@ -85,7 +85,7 @@ def load_sparse_encoder(
     limits = config.max_positions, max_length or said or tokenizer.model_max_length, ANY_LENGTH
     retriever = Retriever(
         module=module,
-        pooling=SPLADE,
+        pooling=SPLADE_POOLING,
         normalize=False,
         max_length=min(limit for limit in limits if limit),
         query_prompt=prompts["query"] if query_prompt is None else query_prompt,
