@@ -201,6 +201,8 @@ def test_a_retriever_from_a_decoder_has_no_head(llama):
         (lambda t: t.pop("model.norm.weight"), "1 tensors are missing: model.norm.weight"),
         (lambda t: t.pop("lm_head.weight"), "are missing: lm_head.weight"),
         (lambda t: t.update(extra=np.zeros(2)), "1 tensors are unknown: extra"),
+        # Another family has one.
+        (lambda t: t.update({"pooler.dense.weight": np.zeros(2)}), "are unknown: pooler.dense.w"),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(5, np.float32)}),
             r"wrong shape: model.norm.weight \(5,\) \(expected \(32,\)\)",

@@ -5,6 +5,7 @@ What is resident beyond the parameters themselves is a few pieces, whatever the 
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from expandr_jax.sharding import device_put
 from expandr_jax.weights.families import example_inputs, family_of
 from expandr_jax.weights.fields import one_line
 from expandr_jax.weights.files import ModelFiles
-from expandr_jax.weights.names import IGNORED, Weight, hf_name
+from expandr_jax.weights.names import Weight, hf_name
 
 # Leaves up to this size are made whole; larger ones are filled by pieces of about this size.
 PIECE_BYTES = 64 * 2**20
@@ -106,8 +107,9 @@ def find_tensors(
         known |= {*names, *copies}
     wanted = {name for names in stored.values() for name in names}
     _complain(files.where, "are missing", wanted - tensors.keys())
-    unknown = (name for name in tensors.keys() - known if not name.startswith(family.ignored))
-    _complain(files.where, "are unknown", (n for n in unknown if not IGNORED.fullmatch(n)))
+    ignored = re.compile("|".join(family.ignored))
+    unknown = (name for name in tensors.keys() - known if not ignored.fullmatch(name))
+    _complain(files.where, "are unknown", unknown)
     wrong = []
     for weight in weights:
         shape = expected[weight.path][1:] if weight.stacked else expected[weight.path]

@@ -5,7 +5,6 @@ which is the leading axis of our stacked parameters.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,15 +46,6 @@ def layer_norm(path: str, name: str, bias: bool = True, **options: Any) -> Itera
     yield Weight(f"{path}/scale", f"{name}.weight", **options)
     if bias:
         yield Weight(f"{path}/bias", f"{name}.bias", **options)
-
-
-# Tensors that files may hold and that these models do not use: position ids, poolers, heads of
-# pre-training, a head that is not wanted.
-IGNORED = re.compile(
-    r"(.*\.)?(embeddings\.position_ids|rotary_emb\.inv_freq)"
-    r"|(.*\.)?pooler\.dense\.(weight|bias)"
-    r"|cls\.(predictions|seq_relationship)\..*|lm_head\..*"
-)
 
 
 def hf_name(weight: Weight, index: int, prefix: str) -> str:

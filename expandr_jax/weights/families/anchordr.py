@@ -65,6 +65,7 @@ FAMILY = Family(
     attention_flops=_attention_flops,
     kernel_tokens=_kernel_tokens,
     pooling="decoder",
+    ignored=(r"lm_head\..*",),
     marker="encoder.pos_embed.weight",
     tokenizer=FairseqTokenizer,
 )

@@ -104,6 +104,12 @@ FAMILY = Family(
     module=Bert,
     weights=_weights,
     prefixes=("", "model.", *dict.fromkeys(_PREFIXES.values())),
+    ignored=(
+        r"(.*\.)?embeddings\.position_ids",
+        r"(.*\.)?pooler\.dense\.(weight|bias)",
+        r"cls\.(predictions|seq_relationship)\..*",
+        r"lm_head\..*",
+    ),
     tokenizer_classes={
         "bert": "BertTokenizer",
         "camembert": "CamembertTokenizer",

@@ -175,6 +175,7 @@ FAMILY = Family(
     weights=decoder_weights,
     pooling="last",
     generates=True,
+    ignored=(r"(.*\.)?rotary_emb\.inv_freq", r"lm_head\..*"),
     tokenizer_classes={
         "gemma3_text": "GemmaTokenizer",
         "qwen2": "Qwen2Tokenizer",

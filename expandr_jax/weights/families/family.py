@@ -112,7 +112,8 @@ class Family:
         pooling: What makes a text's vector where no file says so.
         generates: Whether it writes texts, takes adapters, and may be kept in int8.
         prefixes: What may stand before the tensors' names in its files, but for those of a head.
-        ignored: Prefixes of tensors that its files may hold and the module does not use.
+        ignored: Patterns of tensors that its files may hold and the module does not use: buffers,
+            heads of pre-training, a head that is not wanted.
         marker: A tensor by which the family is told where config.json has another's model_type.
         tokenizer: Reads a directory's tokenizer; None where it is one of transformers.
         tokenizer_classes: model_type -> transformers' class of its tokenizer where no file names

@@ -137,7 +137,7 @@ FAMILY = Family(
     config=ModernBertConfig,
     module=ModernBert,
     weights=_weights,
-    ignored=("head.", "decoder."),
+    ignored=(r"head\..*", r"decoder\..*"),
     misnamed=("modernbert",),
     pair_head=PairHead(_with_head, _head, {"modernbert": "model."}),
 )

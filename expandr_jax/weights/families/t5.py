@@ -77,6 +77,6 @@ FAMILY = Family(
     config=T5Config,
     module=T5Encoder,
     weights=_weights,
-    ignored=("decoder.",),
+    ignored=(r"decoder\..*", r"lm_head\..*"),
     tokenizer_classes={"t5": "T5Tokenizer"},
 )
