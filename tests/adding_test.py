@@ -163,7 +163,7 @@ def test_what_a_run_was_trained_on_cannot_be_added_to_be_tested_on(tmp_path):
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_what_still_stands_of_results(tmp_path, rounds):
-    """Of parts that have no row, too; after another round not what rests on the models before."""
+    """Parts without a row stand, too; after another round not what rests on the models before."""
     fused = "interpolation:bm25:dense"
     systems = ("bm25", "rrf:bm25:expandr", "zero-shot+expansion", fused, "dense")
     run = opened(tmp_path / "run", evaluation__systems=systems, rounds=rounds)

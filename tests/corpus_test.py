@@ -119,7 +119,7 @@ def test_scann_has_its_options(backend):
 
 @needs_scann
 def test_results_are_exact_unless_the_index_is_asked_for():
-    """Of a tree of which one leaf is looked at, training finds a part of what there is."""
+    """Where one leaf of a tree is looked at, training finds a part of what there is."""
     vectors = np.random.default_rng(1).normal(size=(2000, 8)).astype(np.float32)
     queries, ids = vectors[:50] + 0.1, [str(i) for i in range(len(vectors))]
     tree = {"search.scann.method": "tree", "search.scann.leaves": 40,

@@ -163,7 +163,7 @@ def test_spoilt_files_of_a_block_directory_end_in_one_line_or_load(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_block_directory_with_another_model_s_file_is_refused(tmp_path, name):
-    """Of the model that it was made of, whose table has no rows for the blocks."""
+    """The file is of the model that it was made of, whose table has no rows for the blocks."""
     directory = blocks(tmp_path / "blocks")
     data = (directory / name).read_bytes()
     shutil.copy(f"{TINY_LLAMA}/{name}", directory / name)

@@ -56,7 +56,7 @@ def distill(workdir, **settings):
 
 
 def hashes(workdir: pathlib.Path) -> dict[str, str]:
-    """Of every file that a run has."""
+    """The sha256 of every file that a run has."""
     paths = (path for path in workdir.rglob("*") if path.is_file())
     return {path.relative_to(workdir).as_posix(): hash_file(path) for path in paths}
 

@@ -153,7 +153,7 @@ def test_few_functions_take_a_whole_run():
 
 def test_comments_are_whole_phrases():
     """None begins with an "Of" whose noun the reader has to guess."""
-    dangling = re.compile(r'(# |"|: )Of ')
+    dangling = re.compile(r'(# |"|: |^\s+)Of ')
     assert not [
         f"{path}:{number}"
         for path, text in sources(*PRODUCT)

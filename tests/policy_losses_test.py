@@ -102,7 +102,7 @@ def ours(name, rows, names=("sampled", "old", "reference"), **settings):
 def token_losses(name, response, low, high):
     """Each token's loss, and its slope in each token's log-probability, [token, token].
 
-    Of the papers' equations, one token after the other.
+    They are of the papers' equations, one token after the other.
     """
     a, tokens = response.advantage, len(response.log_probs)
     ratios = [math.exp(x) for x in response.log_probs - response.old]

@@ -28,7 +28,7 @@ from tests.registries_test import TEXTS, VECTORS, evidence, jitted_too
 from train.generator import read_rows
 
 HERE = pathlib.Path(__file__).parent
-# Of names, texts and programs, which have nothing to be worked out; and what stands for a name.
+# Registries of names, texts and programs have nothing to be worked out; NAME stands for a name.
 NOT_OF_NUMBERS = {"PROMPTS", "MODES", "ABSENT", "NAME"}
 ELSEWHERE = {"WEIGHED_FUSIONS"}  # Fusions once more, with weights: tests/fusion_test.py.
 

@@ -188,7 +188,7 @@ def test_files_without_negatives_and_too_few_queries_are_refused(data, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", RERANKING_LOSSES)
 def test_it_learns_what_words_do_not_say_and_its_rows_rank_by_it(data, tmp_path, loss):
-    """Of the same settings the weights are the same."""
+    """The same settings give the same weights."""
     run, again = tmp_path / "run", tmp_path / "again"
     train_reranker(config_of(data, loss=loss), run, Console(quiet=True))
     rows = [json.loads(line) for line in

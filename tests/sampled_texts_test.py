@@ -134,7 +134,7 @@ def test_cut_empty_and_repetitive_texts_and_near_ties_are_counted(sample, monkey
 
 
 def test_what_was_counted_is_of_these_texts(sample, tmp_path, monkeypatch):
-    """Of others, or where it is damaged, they are counted again."""
+    """Other texts, and those of a damaged file, are counted again."""
     texts = dict(sample()[0])
     work = tmp_path / "run" / "work"
     path = work / "texts.jsonl.counts.json"

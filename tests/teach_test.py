@@ -64,7 +64,7 @@ def finished(path, tmp_path_factory):
 
 
 def torch_scores(rows, mean):
-    """Of each passage, from a whole pass over its prompt and the query."""
+    """The score of each passage, from a whole pass over its prompt and the query."""
     model = AutoModelForCausalLM.from_pretrained(TINY / "tiny-llama", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TINY / "tiny-llama")
     made = []

@@ -50,7 +50,7 @@ class Searched(Encoder):
 
 @pytest.mark.parametrize(("samples", "weight"), [(1, 0.5), (2, 0.3), (3, 0.0)])
 def test_a_teacher_s_vectors_are_means_of_query_and_passages(samples, weight):
-    """Of those passages alone that there are; without any it is the query's own."""
+    """The mean is of those passages alone that there are; without any it is the query's own."""
     encoder = Encoder(Processes(index=1, count=2))  # Of several, the first one makes them alone.
     teacher = Teacher(encoder, STRATEGIES["q2d"], Choice(weight, samples), SETTINGS)
     queries = {query: f"query {query}" for query in TEXTS}

@@ -98,7 +98,7 @@ def test_another_model_strategy_or_seed_has_its_own(run, asked, tmp_path):
 
 
 def test_whatever_else_a_text_depends_on_has_its_own(run, asked, tmp_path):
-    """Of one set of weights: its options, template and types; the longest prompt; a server."""
+    """One set of weights with other options, template or types; the longest prompt; a server."""
     cache, url = tmp_path / "cache", "http://127.0.0.1:1/v1"
     get(run, cache, REQUESTS)
     get(run, cache, REQUESTS, identity="j")

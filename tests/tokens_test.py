@@ -41,7 +41,7 @@ def test_tokens_of_what_is_not_used_count_to_the_first_text(samples):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_log_probabilities_are_a_text_s_own_mean(kept):
-    """Of what is used alone; and of none where one text of a journal has none."""
+    """The mean is of what is used alone; there is none where one text of a journal has none."""
 
     def sample(step, requests):
         rows = [

@@ -19,7 +19,7 @@ from train.generator import train_generator
 from train.preferences import best_groups
 from train.scores import RewardTools
 
-# Of the directory of its files in the workdir, and of its checkpoints.
+# What the directory of its files in the workdir and its checkpoints are called.
 WARM_START_NAME = "warm-start"
 
 

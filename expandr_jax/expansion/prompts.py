@@ -330,7 +330,7 @@ def custom_prompt(template: str) -> Prompt:
 def strip_lead_in(text: str) -> str:
     """Takes what a model says before the text proper off it, as "Sure! Here is a passage ...:".
 
-    Of a JSON object of answers the answers are left, a line each.
+    What is left of a JSON object of answers are these, a line each.
     """
     text = text.strip()
     for pattern in LEAD_INS:

@@ -55,7 +55,7 @@ class Ask:
     ) -> str:
         """The user's message, with the passages that were found, if the prompt shows any.
 
-        Of each passage it has `most_characters` or fewer: they are cut until the message fits,
+        It has `most_characters` of each passage, or fewer: they are cut until the message fits,
         because a prompt that is too long loses its beginning. `written` is the text of the `Ask`
         before.
         """

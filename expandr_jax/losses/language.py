@@ -41,8 +41,8 @@ def response_sums(
 def bag_of_words_loss(logits: jax.Array, words: jax.Array, given: jax.Array) -> jax.Array:
     """How well a block of tokens, together, foretells which words a text has.
 
-    Of the block's rows each word's greatest logit counts; the loss is the mean of -log softmax of
-    these over the text's words, in float32.
+    Each word's greatest logit among the block's rows counts; the loss is the mean of -log
+    softmax of these over the text's words, in float32.
 
     Args:
         logits: [..., rows, vocab].

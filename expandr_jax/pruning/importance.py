@@ -88,8 +88,8 @@ def importances(
         config: The decoder's shape.
 
     Returns:
-        Of each key-value group with its query heads, [layers, groups], and of each feed-forward
-        channel, [layers, channels]; float32.
+        Importances of key-value groups with their query heads, [layers, groups], and those of
+        feed-forward channels, [layers, channels]; float32.
     """
 
     def of_units(axes: Mapping[str, int], count: int) -> jax.Array:

@@ -139,7 +139,7 @@ def choose(
 ) -> list[tuple[Chosen, float]]:
     """Mean nDCG@10 of each way to use a leaf's expansions, or to weigh a fusion's parts.
 
-    Of equal ones the first is to be taken. The ranker and judgements are of the dev queries. For
+    The first of equal ones is to be taken. The ranker and judgements are of the dev queries. For
     BM25 and SPLADE, which weigh no query in one search, each number of samples is tried once.
     """
     if system.retriever in BY_TEXTS:

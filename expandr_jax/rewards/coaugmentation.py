@@ -23,7 +23,7 @@ def draw_documents(
 ) -> list[str]:
     """Ids of the documents of a step, `each` for each of its queries, no document twice.
 
-    Of a query up to half, rounded up, are relevant to it, up to a quarter judged irrelevant, and
+    Up to half of a query's, rounded up, are relevant to it, up to a quarter judged irrelevant, and
     the others any of the corpus. Who these are depends on the seed, the step and its queries.
     """
     corpus = ids_of(data.collection.corpus)
