@@ -26,7 +26,7 @@ from expandr_jax.ranking.gate import Gate, write_gates
 from expandr_jax.ranking.listwise import ListRanker, list_ranker
 from expandr_jax.ranking.ranker import Ranker
 from expandr_jax.ranking.results import hardest, mean_over_sets
-from expandr_jax.ranking.sources import Expansions, Searches
+from expandr_jax.ranking.sources import Expansions, OneAtATime, Searches
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
     BM25,
@@ -143,47 +143,6 @@ def evaluate(
         words.release()
         run.checksums.record(*files)
     return run.read_json(directory / "results.json")
-
-
-class OneAtATime:
-    """Retrievers with their corpus encoded, of which one is in memory, not those of all.
-
-    Args:
-        retrievers: Name, as `System` has it -> retriever, with the run's own corpus.
-        elsewhere: (parameters, name) -> the same with the corpus of a further collection; None: the
-            run's own is searched.
-        dataset: The collection's name.
-    """
-
-    def __init__(
-        self,
-        retrievers: Mapping[str, CorpusRetriever],
-        elsewhere: Callable[[Any, str], CorpusRetriever] | None,
-        dataset: str,
-    ):
-        self._retrievers, self._elsewhere, self._dataset = retrievers, elsewhere, dataset
-        self._name, self._open = "", None
-
-    def __call__(self, name: str) -> CorpusRetriever:
-        """The retriever of this name; all processes call it together."""
-        if name != self._name:
-            self.release()
-            whose = OURS if name in QUERY_TOWERS else name  # The documents that are searched.
-            found = self._retrievers[whose]
-            if self._elsewhere:
-                found = self._elsewhere(found.params, f"{self._dataset}/{whose}")
-            if whose != name:
-                params = self._retrievers[name].params
-                found = dataclasses.replace(found, params=params, documents=found)
-            _ = found.corpus  # All processes encode it together.
-            self._name, self._open = name, found
-        return self._open
-
-    def release(self) -> None:
-        """Lets go of what is in memory."""
-        if self._open is not None:
-            self._open.release()
-        self._name, self._open = "", None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from expandr_jax.expansion.expand import by_sample
 from expandr_jax.expansion.strategies import Strategy
-from expandr_jax.ranking.systems import SPLADE, System
+from expandr_jax.ranking.systems import OURS, QUERY_TOWERS, SPLADE, System
 from expandr_jax.search import Index
 from expandr_jax.vectors.corpus import CorpusRetriever
 
@@ -68,3 +68,44 @@ class Searches:
     def by_texts(self, leaf: System) -> Any:
         """What a leaf searches for texts: BM25's index, or the corpus of a sparse encoder."""
         return (self.sparse if leaf.retriever == SPLADE else self.bm25)(leaf.documents)
+
+
+class OneAtATime:
+    """Retrievers with their corpus encoded, of which one is in memory, not those of all.
+
+    Args:
+        retrievers: Name, as `System` has it -> retriever, with the run's own corpus.
+        elsewhere: (parameters, name) -> the same with the corpus of a further collection; None: the
+            run's own is searched.
+        dataset: The collection's name.
+    """
+
+    def __init__(
+        self,
+        retrievers: Mapping[str, CorpusRetriever],
+        elsewhere: Callable[[Any, str], CorpusRetriever] | None,
+        dataset: str,
+    ):
+        self._retrievers, self._elsewhere, self._dataset = retrievers, elsewhere, dataset
+        self._name, self._open = "", None
+
+    def __call__(self, name: str) -> CorpusRetriever:
+        """The retriever of this name; all processes call it together."""
+        if name != self._name:
+            self.release()
+            whose = OURS if name in QUERY_TOWERS else name  # The documents that are searched.
+            found = self._retrievers[whose]
+            if self._elsewhere:
+                found = self._elsewhere(found.params, f"{self._dataset}/{whose}")
+            if whose != name:
+                params = self._retrievers[name].params
+                found = dataclasses.replace(found, params=params, documents=found)
+            _ = found.corpus  # All processes encode it together.
+            self._name, self._open = name, found
+        return self._open
+
+    def release(self) -> None:
+        """Lets go of what is in memory."""
+        if self._open is not None:
+            self._open.release()
+        self._name, self._open = "", None
