@@ -17,10 +17,10 @@ from absl import flags
 from expandr_jax import metrics
 from expandr_jax.data.beir import Qrels, read_qrels
 from expandr_jax.errors import UserError
+from expandr_jax.ranking.results import QueryMetrics
 from expandr_jax.report.differences import (
     DIFFERENCES_HEADER,
     MOVED_HEADER,
-    Values,
     compare,
     moved,
     read_expansions,
@@ -30,7 +30,7 @@ from expandr_jax.report.tables import TABLE_FORMATS, render, wide_console
 from train.launch import launch
 
 
-def score(paths: Sequence[pathlib.Path], qrels: Qrels, measures: Sequence[str]) -> Values:
+def score(paths: Sequence[pathlib.Path], qrels: Qrels, measures: Sequence[str]) -> QueryMetrics:
     """Reads and scores runs, named by their files, or by their paths where names are the same.
 
     Raises:

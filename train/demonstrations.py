@@ -88,9 +88,9 @@ def _choose(
         {
             "examples": [dataclasses.asdict(example) for example in draws[number]],
             "dev_reward": float(rewards[:, number].mean()),
-            "chosen": place < len(chosen),
+            "chosen": rank < len(chosen),
         }
-        for place, number in enumerate(best_draws(rewards, len(draws)))
+        for rank, number in enumerate(best_draws(rewards, len(draws)))
     ]
     means = rewards.mean(axis=0)
     run.reporter.say(

@@ -41,8 +41,8 @@ def figret(
         ours: The trained retriever.
         adapter: The trained generator's.
     """
-    config, place = run.config, f"round-{run.config.rounds - 1}"
-    failed, name = f"work/{place}/figret-failed.jsonl", f"{place}/figret.jsonl"
+    config, round_name = run.config, f"round-{run.config.rounds - 1}"
+    failed, name = f"work/{round_name}/figret-failed.jsonl", f"{round_name}/figret.jsonl"
     if not run.checksums.intact(failed):
         _ = ours.corpus  # All processes encode it, as a phase of its own.
         with run.phase("queries that fail"):
@@ -54,7 +54,8 @@ def figret(
     run.reporter.say(f"{len(own)} queries have no relevant document above the rank")
     if not run.checksums.intact(name):
         with run.phase("easier passages"):
-            path, most = run.path("work", place, "figret-texts.jsonl"), config.answer.max_characters
+            path = run.path("work", round_name, "figret-texts.jsonl")
+            most = config.answer.max_characters
             asked = config.expansion, most, sampler, adapter, own, path
             write_easier(ours, own, easier_passages(*asked) if own else {}, run.path(name))
         run.checksums.record(name)

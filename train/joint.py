@@ -200,15 +200,15 @@ def _step_b(
 ) -> Any:
     """The adapter after a round of step B, as the config has it."""
     config, phase = run.config, f"{run.config.step_b_kind.phase}, round {round_}"
-    objective, place = config.objective, f"round-{round_}"
+    objective, directory = config.objective, f"round-{round_}"
     if objective is None:
         with run.phase(phase):
             return train_policy(
                 run, models, expander, retriever, data, adapter, tools, round_=round_
             )
-    make_preferences(run, models.generator, expander, adapter, retriever, data, place, tools)
+    make_preferences(run, models.generator, expander, adapter, retriever, data, directory, tools)
     with run.phase(phase):
-        path = run.path(place, objective.file)
+        path = run.path(directory, objective.file)
         rows, dropped = read_rows(objective, config, path, models.generator, own=True)
         run.reporter.say(objective.counted(len(rows), dropped))
         return train_generator(run, models, adapter, rows, round_=round_)
@@ -259,10 +259,10 @@ def _grow(run: Run, grown: Mapping[str, Any]) -> None:
     if "rounds" not in grown:
         return
     name = f"round-{grown['rounds'] - 1}"
-    for place, pattern, old in (
+    for directory, pattern, old in (
         ("work/vectors", "expandr*", "expandr"), ("work", "evaluation-trained*", "trained"),
     ):  # fmt: skip
-        for path in sorted(run.path(place).rglob(pattern), reverse=True):
+        for path in sorted(run.path(directory).rglob(pattern), reverse=True):
             target = path.with_name(path.name.replace(old, name, 1))
             if target.is_dir():
                 shutil.rmtree(target)

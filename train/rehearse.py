@@ -136,28 +136,28 @@ def _run(
 ) -> list[dict[str, dict[str, float]]]:
     """Runs the config once; returns what each process measured, by stage."""
     with tempfile.TemporaryDirectory(dir=directory) as name:
-        place = pathlib.Path(name)
+        folder = pathlib.Path(name)
         query = max(4, min(config.dpo.prompt_length, max(config.generator.prompt_buckets)) // 2)
         write_collection(
-            place / "collection",
+            folder / "collection",
             counts,
             words=count_words(config),
             document=config.retriever.max_length - 2,
             query=query,
         )
-        settings = with_settings(config, _changes(config, counts, directory, place))
-        write_json(place / "config.json", dataclasses.asdict(settings))
-        paths = [place / f"usage-{i}.json" for i in range(count)]
+        settings = with_settings(config, _changes(config, counts, directory, folder))
+        write_json(folder / "config.json", dataclasses.asdict(settings))
+        paths = [folder / f"usage-{i}.json" for i in range(count)]
         address = f"127.0.0.1:{_free_port()}"
         with contextlib.ExitStack() as stack:
             running = [
-                stack.enter_context(_process(config, place, paths, i, address))
+                stack.enter_context(_process(config, folder, paths, i, address))
                 for i in range(count)
             ]
-            _watch(running, paths[0], place, console, what)
+            _watch(running, paths[0], folder, console, what)
         usage = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         phase = config.step_b_kind.phase
-        usage[0] |= parts_of_a_step(place / "run" / "metrics.jsonl", phase)
+        usage[0] |= parts_of_a_step(folder / "run" / "metrics.jsonl", phase)
         return usage
 
 
@@ -173,13 +173,13 @@ def parts_of_a_step(metrics: pathlib.Path, phase: str) -> dict[str, dict[str, fl
 
 
 def _changes(
-    config: Config, counts: Counts, models: pathlib.Path, place: pathlib.Path
+    config: Config, counts: Counts, models: pathlib.Path, folder: pathlib.Path
 ) -> dict[str, Any]:
     """The settings in which a rehearsal differs from its config."""
     trained = counts.retriever_train + counts.generator_train
     return {
         "data.kind": "beir",
-        "data.path": str(place / "collection"),
+        "data.path": str(folder / "collection"),
         "data.url": "",
         "data.sha256": "",
         "data.tests": (),  # The run's own collection is as large as the largest.
@@ -209,15 +209,15 @@ def _changes(
 @contextlib.contextmanager
 def _process(
     config: Config,
-    place: pathlib.Path,
+    folder: pathlib.Path,
     paths: Sequence[pathlib.Path],
     index: int,
     address: str,
 ) -> Iterator[subprocess.Popen]:
     """One process of a run, which is ended at the latest when this is left."""
     command = [
-        *(sys.executable, "-m", REHEARSED, f"--workdir={place / 'run'}"),
-        f"--settings={place / 'config.json'}",
+        *(sys.executable, "-m", REHEARSED, f"--workdir={folder / 'run'}"),
+        f"--settings={folder / 'config.json'}",
         f"--usage={paths[index]}",
     ]
     if len(paths) > 1:
@@ -230,7 +230,7 @@ def _process(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_of_a_process(config)}",
     }
-    with open(place / f"printed-{index}.txt", "w", encoding="utf-8") as printed:
+    with open(folder / f"printed-{index}.txt", "w", encoding="utf-8") as printed:
         process = subprocess.Popen(
             command, env=environment, stdout=printed, stderr=subprocess.STDOUT
         )
@@ -260,7 +260,7 @@ def _free_port() -> int:
 def _watch(
     running: Sequence[subprocess.Popen],
     usage: pathlib.Path,
-    place: pathlib.Path,
+    folder: pathlib.Path,
     console: Console,
     what: str,
 ) -> None:
@@ -283,7 +283,7 @@ def _watch(
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
         if process.returncode:
-            lines = (place / f"printed-{index}.txt").read_text(errors="replace").splitlines()
+            lines = (folder / f"printed-{index}.txt").read_text(errors="replace").splitlines()
             console.print("\n".join(lines[-LINES_SHOWN:]), soft_wrap=True)
             raise UserError(f"{what}: process {index} ended with {process.returncode}; see above")
 

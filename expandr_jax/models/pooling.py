@@ -43,12 +43,12 @@ def pool(hidden: jax.Array, mask: jax.Array, kind: Pooling) -> jax.Array:
         total = jnp.einsum("btd,bt->bd", hidden, weights, preferred_element_type=jnp.float32)
         return total / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1.0)
     if kind == "cls":
-        place = jnp.argmax(mask, axis=1)
+        position = jnp.argmax(mask, axis=1)
     elif kind == "last":
-        place = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        position = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     else:
         raise ValueError(f"unknown pooling {kind!r}: mean, cls, last, block, decoder or splade")
-    found = jnp.take_along_axis(hidden, place[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    found = jnp.take_along_axis(hidden, position[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     return jnp.where(jnp.any(mask > 0, axis=1, keepdims=True), found, 0.0)
 
 

@@ -89,16 +89,16 @@ def likelihood_mask(
         blocked: The query sees of the document its last token alone; else a plain causal mask.
 
     Returns:
-        The mask over both, the document first, and [rows] int32, the place of its last token.
+        The mask over both, the document first, and [rows] int32, the position of its last token.
     """
     real = jnp.concatenate([document, query], axis=1) > 0
     length = real.shape[1]
     allowed = jnp.tril(jnp.ones((length, length), bool)) & real[:, None]
     end = jnp.sum(document > 0, axis=1) - 1
     if blocked:
-        place = jnp.arange(length)
-        of_query = place >= document.shape[1]
-        seen = of_query | (place == end[:, None])
+        position = jnp.arange(length)
+        of_query = position >= document.shape[1]
+        seen = of_query | (position == end[:, None])
         allowed &= ~of_query[:, None] | seen[:, None]
     return Mask(array=allowed), end
 

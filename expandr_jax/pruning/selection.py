@@ -53,10 +53,10 @@ def taken(
 def _units(leaf: Any, axis: int, count: int, kept: np.ndarray) -> Any:
     """The pieces that each layer keeps, of `count` equal ones along an axis of a stack."""
     width = leaf.shape[axis] // count
-    places = (kept[:, :, None] * width + np.arange(width)).reshape(len(kept), -1)
+    indices = (kept[:, :, None] * width + np.arange(width)).reshape(len(kept), -1)
     shape = [1] * leaf.ndim
-    shape[0], shape[axis] = places.shape
-    return jnp.take_along_axis(leaf, places.reshape(shape), axis=axis)
+    shape[0], shape[axis] = indices.shape
+    return jnp.take_along_axis(leaf, indices.reshape(shape), axis=axis)
 
 
 def resized(generator: Generator, config: DecoderConfig) -> Generator:

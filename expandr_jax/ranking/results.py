@@ -9,13 +9,13 @@ import numpy as np
 from expandr_jax import metrics
 from expandr_jax.ranking.listwise import answers_remark
 
-Values = Mapping[str, Mapping[str, Mapping[str, float]]]  # system -> metric -> query -> value
+QueryMetrics = Mapping[str, Mapping[str, Mapping[str, float]]]  # system -> metric -> query -> value
 HARDEST = 0.25  # Share of the test queries that are told of alone.
 
 
 def summary(
     dataset: str,
-    values: Values,
+    values: QueryMetrics,
     pairs: Sequence[tuple[str, str]],
     recalls: Sequence[Mapping[str, Any] | None] = (),
     said: Sequence[str] = (),
@@ -48,7 +48,7 @@ def summary(
     }
 
 
-def compared(values: Values, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def compared(values: QueryMetrics, pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """Entries of "significance": each pair (system, baseline), tested under every metric."""
     return [
         paired(system, baseline, metric, values[system][metric], values[baseline][metric])
@@ -86,7 +86,7 @@ def hardest(
 
 
 def of_some(
-    values: Values, queries: Collection[str], pairs: Sequence[tuple[str, str]]
+    values: QueryMetrics, queries: Collection[str], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """ "queries", "rows" and "significance" as in results.json, of some of the queries."""
     part = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from expandr_jax import metrics
 from expandr_jax.files.records import read_jsonl
-from expandr_jax.ranking.results import Values
+from expandr_jax.ranking.results import QueryMetrics
 
 TESTS = (metrics.paired_test, metrics.randomisation_test)
 DIFFERENCES_HEADER = (
@@ -44,7 +44,7 @@ class RunComparison:
         return [*head, f"{self.difference:+.4f}", *counts, *(f"{p:.4g}" for q in pairs for p in q)]
 
 
-def compare(values: Values, baseline: str) -> list[RunComparison]:
+def compare(values: QueryMetrics, baseline: str) -> list[RunComparison]:
     """Every run under every measure, measure by measure, the baseline first."""
     rows = []
     order = [baseline, *(run for run in values if run != baseline)]
@@ -70,7 +70,7 @@ def compare(values: Values, baseline: str) -> list[RunComparison]:
 
 
 def moved(
-    values: Values,
+    values: QueryMetrics,
     baseline: str,
     count: int,
     texts: Mapping[str, str],

@@ -13,7 +13,7 @@ import numpy as np
 from expandr_jax import metrics
 from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.ranking.baselines import baselines
-from expandr_jax.ranking.results import Values
+from expandr_jax.ranking.results import QueryMetrics
 from expandr_jax.report.differences import compare
 
 DIGITS = 6  # As in results.json.
@@ -51,7 +51,7 @@ class Measured:
     expansions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def over_seeds(self) -> Values:
+    def over_seeds(self) -> QueryMetrics:
         """System -> metric -> query -> mean over the seeds."""
         return {
             system: {

@@ -10,7 +10,7 @@ from rich.table import Table
 from expandr_jax import metrics
 from expandr_jax.files.records import write_text
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.ranking.results import Values
+from expandr_jax.ranking.results import QueryMetrics
 from expandr_jax.report import page, plots
 from expandr_jax.report.differences import DIFFERENCES_HEADER, compare, moved, read_expansions
 from expandr_jax.report.page import parts
@@ -43,7 +43,7 @@ def write_tables(
 def write_set(
     directory: pathlib.Path,
     results: Mapping[str, Any],
-    values: Values,
+    values: QueryMetrics,
     texts: Mapping[str, str],
 ) -> None:
     """Writes results.md, .tex and .csv and report.html of one set.
@@ -95,7 +95,7 @@ def write_mean(workdir: pathlib.Path, mean: Mapping[str, Any]) -> Table:
 
 def write_comparison(
     path: pathlib.Path,
-    values: Values,
+    values: QueryMetrics,
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
@@ -114,7 +114,7 @@ def write_comparison(
 
 def _sections(
     results: Mapping[str, Any],
-    values: Values,
+    values: QueryMetrics,
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],
@@ -139,7 +139,7 @@ def _sections(
     }
 
 
-def _gains(values: Values, baseline: str, measure: str) -> str:
+def _gains(values: QueryMetrics, baseline: str, measure: str) -> str:
     reference = values[baseline][measure]
     gains = {
         run: sorted(
@@ -156,7 +156,7 @@ def _gains(values: Values, baseline: str, measure: str) -> str:
 
 
 def _moved(
-    values: Values,
+    values: QueryMetrics,
     baseline: str,
     texts: Mapping[str, str],
     expansions: Mapping[tuple[str, str], Sequence[str]],

@@ -15,7 +15,7 @@ from typing import Any
 from expandr_jax import metrics
 from expandr_jax.errors import UserError, shown
 from expandr_jax.files.records import decode, read_lines
-from expandr_jax.ranking.results import Values
+from expandr_jax.ranking.results import QueryMetrics
 
 PUBLISHED_FIELDS = ("system", "collection", "metric", "value")
 PUBLISHED_HEADER = (
@@ -60,7 +60,7 @@ def read_published(path: pathlib.Path, collection: str | None) -> list[Published
     return [one for one in found.values() if one.collection == chosen]
 
 
-def published_rows(published: Sequence[Published], values: Values) -> list[list[str]]:
+def published_rows(published: Sequence[Published], values: QueryMetrics) -> list[list[str]]:
     """Rows of `PUBLISHED_HEADER`, for each published mean one of each run that has its measure.
 
     Means are rounded to the digits of the published one before they are compared. The interval is

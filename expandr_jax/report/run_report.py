@@ -17,7 +17,7 @@ from expandr_jax.data.beir import read_qrels
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl, write_text
 from expandr_jax.objectives.registry import on_policy_phases
-from expandr_jax.ranking.results import Values
+from expandr_jax.ranking.results import QueryMetrics
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query, read_samples
 from expandr_jax.report import page, plots
 from expandr_jax.report.expansion_cards import expansion_cards
@@ -112,7 +112,7 @@ def _headline(results: Mapping[str, Any]) -> str:
 
 
 def results_section(
-    results: Mapping[str, Any], values: Values, highlight: str | None = None
+    results: Mapping[str, Any], values: QueryMetrics, highlight: str | None = None
 ) -> Markup:
     """The HTML of the rows of results.json, and of a plot of their first metric.
 
@@ -151,7 +151,7 @@ def results_section(
     return parts().table(caption, header, rows) + parts().figures({note: chart})
 
 
-def _values(workdir: pathlib.Path, results: Mapping[str, Any]) -> Values:
+def _values(workdir: pathlib.Path, results: Mapping[str, Any]) -> QueryMetrics:
     if not (workdir / "qrels.trec").exists():
         return {}
     qrels = read_qrels(workdir / "qrels.trec")
