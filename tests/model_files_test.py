@@ -16,7 +16,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.weights.adapter import export_adapter
 from expandr_jax.weights.hf import load_generator, load_retriever
-from expandr_jax.weights.safetensors_file import write_arrays
+from expandr_jax.weights.safetensors_file import write_plain_safetensors
 from tests.beir_test import mutate
 from tests.gguf_test import write_gguf
 from tests.load_model import load_model
@@ -273,7 +273,7 @@ def test_a_tensor_in_two_shards(model):
     path = model("llama")
     shards(lambda places: {**places, "extra": "other.safetensors"})(path / WEIGHTS)
     norm = np.ones(32, np.float32)
-    write_arrays(path / "other.safetensors", {"extra": norm, "model.norm.weight": norm})
+    write_plain_safetensors(path / "other.safetensors", {"extra": norm, "model.norm.weight": norm})
     message = "other.safetensors: tensor 'model.norm.weight' is there twice"
     assert message in complaint_of(lambda: load(path), path)
 

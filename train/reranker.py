@@ -37,7 +37,7 @@ from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_e
 from expandr_jax.weights.trees import hash_tree
 from train.encoding import run_words
 from train.launch import launch_training
-from train.triples import dev_of, names_of, say_leaks, triples_of
+from train.triples import dev_of, say_leaks, triple_names, triples_of
 
 RERANKER = "reranker"
 
@@ -73,7 +73,7 @@ def train_reranker(
         words = run_words(run, dev.corpus, "dev")
         evaluate = _on_dev(encoder, dev, words, run.config.evaluation, stage.log)
     with run.phase(RERANKER):
-        mesh, names = phase_mesh(config.mesh, "contrastive"), names_of(triples, config.data)
+        mesh, names = phase_mesh(config.mesh, "contrastive"), triple_names(triples, config.data)
         params = train_pair_scores(
             stage, mesh, encoder, params, triples, names, settings, config.seed, evaluate
         )

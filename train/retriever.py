@@ -61,7 +61,7 @@ from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
-from train.triples import dev_of, names_of, say_leaks, triples_of
+from train.triples import dev_of, say_leaks, triple_names, triples_of
 
 
 def train_retriever(
@@ -261,7 +261,7 @@ def train_on_triples(
             phase="retriever",
             round_=0,
             samples=config.expansion.train_samples if any(t.expansions for t in triples) else 0,
-            ids=names_of(triples, config.data),
+            ids=triple_names(triples, config.data),
             evaluate=None if dev is None else evaluate,
         )
 

@@ -103,7 +103,7 @@ def say_leaks(triples: Sequence[Triple], dev: Collection, reporter: Reporter) ->
         )
 
 
-def names_of(triples: Sequence[Triple], config: DataSettings) -> list[str]:
+def triple_names(triples: Sequence[Triple], config: DataSettings) -> list[str]:
     """What messages call the triples: their file, and the line of each."""
     file = os.path.basename(config.path or config.url)
     return [f"{file}:{triple.line}" for triple in triples]

@@ -274,7 +274,7 @@ def _first(mistakes: Mistakes, before: int, otherwise: str) -> UserError:
 def _parts(files: Files, kind: str) -> list[str]:
     """The files that hold the corpus or the queries."""
     if bright.task_name(files):
-        return bright.parts(files, kind)
+        return bright.part_files(files, kind)
     # One parquet file by this name is not read, but would say the same again.
     whole = [f"{kind}.{ending}" for ending in ("jsonl", "jsonl.gz", "parquet")]
     whole = [name for name in whole if name in files.names]
@@ -296,7 +296,7 @@ def _parts(files: Files, kind: str) -> list[str]:
 def _splits(files: Files) -> dict[str, list[str]]:
     """The files that hold the judgements of each split."""
     if bright.task_name(files):
-        return {"test": bright.parts(files, "queries")}
+        return {"test": bright.part_files(files, "queries")}
     splits: dict[str, list[str]] = {}
     for kind in (r"\.tsv", r"\.tsv\.gz", r"\.trec"):
         for name in files.names:

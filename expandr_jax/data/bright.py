@@ -72,7 +72,7 @@ def is_part(name: str) -> bool:
     return bool(_FILE.fullmatch(name))
 
 
-def parts(files: Files, kind: str) -> list[str]:
+def part_files(files: Files, kind: str) -> list[str]:
     """A task's files that hold the corpus or the queries."""
     return [name for name in files.names if is_examples(name) == (kind == "queries")]
 

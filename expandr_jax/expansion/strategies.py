@@ -199,7 +199,7 @@ def accumulated(query: str, texts: Sequence[str]) -> str:
     return repeated(max(1, words // (3 * max(1, len(query.split())))))(query, texts).lower()
 
 
-def as_json(kind: str, text: str, most: int | None = None) -> str:
+def lines_as_json(kind: str, text: str, most: int | None = None) -> str:
     """A text's first lines, without their numbers, as a JSON object with keys KIND1, KIND2, ..."""
     # Texts for training may have lead-ins, and be JSON themselves.
     lines = (_NUMBER.sub("", line.strip()) for line in strip_lead_in(text).splitlines())
@@ -212,12 +212,12 @@ _NUMBER = re.compile(r"^(?:[-*•]|\(?\d{1,2}[.):]|[Qq](?:uestion)?\s?\d+[.:)])\
 
 def three_questions(text: str) -> dict[str, str]:
     """QA-Expand's questions, the first three lines of a text, as its next prompt shows them."""
-    return {"questions": as_json("question", text, 3)}
+    return {"questions": lines_as_json("question", text, 3)}
 
 
 def answers(text: str) -> dict[str, str]:
     """QA-Expand's answers, a line each, as its last prompt shows them."""
-    return {"answers": as_json("answer", text)}
+    return {"answers": lines_as_json("answer", text)}
 
 
 def weighted(query: str, texts: Sequence[str], query_weight: float) -> DenseQuery:
@@ -240,7 +240,7 @@ def rewritten(query: str, texts: Sequence[str], query_weight: float) -> DenseQue
     return DenseQuery(list(texts), 0.0)
 
 
-def joined(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
+def read_as_one(separator: str) -> Callable[[str, Sequence[str], float], DenseQuery]:
     """The query and each text read as one."""
     return lambda query, texts, query_weight: DenseQuery(
         [f"{query}{separator}{text}" for text in texts], 0.0
@@ -279,12 +279,12 @@ STRATEGIES = {
         for name in PROMPTS
         if name == "hyde" or name.startswith("hyde-")
     },
-    "query2doc": _asked("query2doc", 1, repeated(5), joined(f" {SEPARATOR} "), kind="query"),
+    "query2doc": _asked("query2doc", 1, repeated(5), read_as_one(f" {SEPARATOR} "), kind="query"),
     "q2q": _asked("q2q", 1, replaced, rewritten, kind="query"),
     "rewrite": _asked("rewrite", 1, replaced, rewritten, kind="query", replaces=True),
-    "q2e": _asked("q2e", 1, repeated(1), joined(" "), kind="query"),
-    "q2c": _asked("q2c", 1, repeated(5), joined(" "), kind="query"),
-    "mugi": _asked("mugi", 5, balanced, joined(" "), kind="query"),
+    "q2e": _asked("q2e", 1, repeated(1), read_as_one(" "), kind="query"),
+    "q2c": _asked("q2c", 1, repeated(5), read_as_one(" "), kind="query"),
+    "mugi": _asked("mugi", 5, balanced, read_as_one(" "), kind="query"),
     "lamer": Strategy((Search(), Ask("lamer", PROMPTS["lamer"])), 5, alternated, one_of_them),
     "csqe": Strategy(
         (Ask("keqe", PROMPTS["keqe"]), Search(), Ask("csqe", PROMPTS["csqe"])),
@@ -293,10 +293,10 @@ STRATEGIES = {
     "thinkqe": Strategy(
         rounds(3, PROMPTS["thinkqe"], "thinkqe"), 5, accumulated, one_of_them
     ),
-    "genqr": _asked("genqr", 5, repeated(1), joined(" "), kind="query"),
+    "genqr": _asked("genqr", 5, repeated(1), read_as_one(" "), kind="query"),
     "genqr-ensemble": Strategy(
         tuple(Ask(name, prompt) for name, prompt in GENQR_ENSEMBLE.items()),
-        1, repeated(5), joined(" "), kind="query",
+        1, repeated(5), read_as_one(" "), kind="query",
     ),
     "qa-expand": Strategy(
         (

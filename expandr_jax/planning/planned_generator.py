@@ -29,8 +29,8 @@ from expandr_jax.planning.planned import (
     shape_module,
 )
 from expandr_jax.planning.planned_moves import (
-    gathered,
     merged,
+    planned_gathering,
     spread_leaves,
     unstacked,
 )
@@ -84,7 +84,7 @@ class GeneratorShapes:
 
     def gather(self) -> Planned:
         """A block of the base's largest parameter, on its way to every host."""
-        return gathered(self._held, self._mesh, self.module)
+        return planned_gathering(self._held, self._mesh, self.module)
 
     def to_engine(self) -> Planned:
         """The base on its way to the devices that sample, where each layer is by itself."""

@@ -27,7 +27,7 @@ def spread_leaves(params: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(params) if not leaf.sharding.is_fully_replicated]
 
 
-def gathered(params: Any, mesh: Mesh, module: nn.Module) -> Planned:
+def planned_gathering(params: Any, mesh: Mesh, module: nn.Module) -> Planned:
     """A block of the largest parameter that is spread over a mesh, on its way to every host."""
     leaf = max(spread_leaves(params), key=lambda leaf: leaf.size)
     program, block, parts = gathering(leaf)

@@ -43,8 +43,8 @@ from expandr_jax.planning.planned import (
 )
 from expandr_jax.planning.planned_encoding import encoded, sparse_module, vector_flops
 from expandr_jax.planning.planned_moves import (
-    gathered,
     merged,
+    planned_gathering,
     restored,
     rewarded,
     spread_leaves,
@@ -167,7 +167,7 @@ class RetrieverShapes:
 
     def gather(self) -> Planned:
         """A block of the retriever's largest parameter, on its way to every host."""
-        return gathered(self._held, self._mesh, self.retriever.module)
+        return planned_gathering(self._held, self._mesh, self.retriever.module)
 
     def merge(self) -> Planned:
         """The export's product of the largest update of a frozen base."""

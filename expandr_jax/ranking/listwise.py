@@ -97,7 +97,7 @@ def order_of(answer: str, passages: int) -> tuple[list[int], frozenset[str]]:
     return order + missing, frozenset(kind for kind, applies in wrong.items() if applies)
 
 
-def shown(query: str, passages: Sequence[str]) -> str:
+def numbered_passages(query: str, passages: Sequence[str]) -> str:
     """What every message begins with: numbered passages, with the query before and after them."""
     numbered = "\n".join(f"[{number}] {passage}" for number, passage in enumerate(passages, 1))
     return f"Rank passages for a query.\nQuery: {query}\n{numbered}\nQuery: {query}\n"
@@ -106,8 +106,8 @@ def shown(query: str, passages: Sequence[str]) -> str:
 def ask_for_order(query: str, passages: Sequence[str]) -> str:
     """The message that asks for the order of passages."""
     return (
-        f"{shown(query, passages)}Write the numbers of all {len(passages)} passages, the most "
-        "relevant first, as [1] > [2]."
+        f"{numbered_passages(query, passages)}Write the numbers of all {len(passages)} passages, "
+        "the most relevant first, as [1] > [2]."
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.data.triples import Triple
-from expandr_jax.ranking.listwise import ask_for_order, shown, written
+from expandr_jax.ranking.listwise import ask_for_order, numbered_passages, written
 
 ORDER, COMPARE = TASKS = ("order", "compare")
 _LETTERS = "A", "B"
@@ -108,8 +108,8 @@ def _ask_to_compare(
     named = zip(_LETTERS, orders, strict=True)
     both = "\n".join(f"{letter}: {written(order)}" for letter, order in named)
     return (
-        f"{shown(query, passages)}Two orders of the passages, the most relevant first:\n{both}\n"
-        "Write the letter of the better order."
+        f"{numbered_passages(query, passages)}Two orders of the passages, the most relevant "
+        f"first:\n{both}\nWrite the letter of the better order."
     )
 
 

@@ -162,7 +162,7 @@ def _page(
     lead = f"{len(collections)} collections, {len(means[2])} systems."
     if contents["missing"]:
         lead += f" Cells that are missing: {'; '.join(contents['missing'])}."
-    return page.render("Does expansion pay?", lead, sections)
+    return page.render_page("Does expansion pay?", lead, sections)
 
 
 def _collection(one: Measured, contents: Mapping[str, Any]) -> Markup:

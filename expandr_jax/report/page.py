@@ -58,7 +58,7 @@ def parts() -> Any:
     return jinja2.Environment(loader=loader, **options).get_template("page.html").module
 
 
-def render(title: str, lead: str, sections: Mapping[str, Markup]) -> str:
+def render_page(title: str, lead: str, sections: Mapping[str, Markup]) -> str:
     """The whole page: its name, the sentence under it, and each section by its title."""
     slugs = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") for name in sections]
     named = [(slug, *section) for slug, section in zip(slugs, sections.items(), strict=True)]

@@ -179,4 +179,4 @@ def _write_page(
     path: pathlib.Path, title: str, lead: str, sections: Mapping[str, Markup | None]
 ) -> None:
     present = {name: content for name, content in sections.items() if content}
-    write_text(path, page.render(title, lead, present))
+    write_text(path, page.render_page(title, lead, present))

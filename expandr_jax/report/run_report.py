@@ -59,7 +59,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     contents = {title: section or _absent() for title, section in sections.items()}
     title = f"ExpandR on {results['dataset']}"
     path = workdir / "report.html"
-    write_text(path, page.render(title, _headline(results), contents))
+    write_text(path, page.render_page(title, _headline(results), contents))
     return path
 
 
@@ -77,7 +77,7 @@ def write_on_policy_report(workdir: pathlib.Path) -> pathlib.Path:
     contents = {title: section or _absent() for title, section in sections.items()}
     path = workdir / "report.html"
     lead = "The generator's adapter, trained on texts of its own."
-    write_text(path, page.render("On-policy training", lead, contents))
+    write_text(path, page.render_page("On-policy training", lead, contents))
     return path
 
 

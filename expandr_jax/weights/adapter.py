@@ -20,7 +20,7 @@ from expandr_jax.weights.families import family_of_config
 from expandr_jax.weights.fields import Fields, shown
 from expandr_jax.weights.load import leaf_shapes
 from expandr_jax.weights.names import Weight, hf_name
-from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
+from expandr_jax.weights.safetensors_file import SafetensorsFile, write_plain_safetensors
 from expandr_jax.weights.source import locate
 
 _PREFIX = "base_model.model."
@@ -96,7 +96,7 @@ def export_adapter(
         **_PLAIN,
     }
     with new_directory(directory) as new:
-        write_arrays(new / "adapter_model.safetensors", tensors)
+        write_plain_safetensors(new / "adapter_model.safetensors", tensors)
         # In ASCII: peft reads it in the locale's encoding.
         text = json.dumps(settings, indent=2) + "\n"
         (new / "adapter_config.json").write_text(text, encoding="utf-8")

@@ -122,7 +122,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_plain_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as they are."""
     write_safetensors(
         path, {name: Tensor(x.dtype, x.shape, lambda x=x: [x]) for name, x in arrays.items()}

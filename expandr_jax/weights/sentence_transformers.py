@@ -15,7 +15,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.models.pooling import Pooling
 from expandr_jax.models.retriever import Retriever
 from expandr_jax.weights.fields import Fields, path_inside, read_json, shown
-from expandr_jax.weights.safetensors_file import SafetensorsFile, write_arrays
+from expandr_jax.weights.safetensors_file import SafetensorsFile, write_plain_safetensors
 
 _POOLING = {
     "pooling_mode_mean_tokens": "mean",
@@ -291,7 +291,7 @@ def write_dense(folder: Path, params: Mapping[str, Any], activation: str) -> Non
         "activation_function": next(k for k, v in _ACTIVATIONS.items() if v == activation),
     }
     folder.mkdir()
-    write_arrays(folder / "model.safetensors", arrays)
+    write_plain_safetensors(folder / "model.safetensors", arrays)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
