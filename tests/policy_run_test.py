@@ -14,6 +14,7 @@ from rich.console import Console
 from configs import smoke
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
+from expandr_jax.objectives.policy_loop import MOST_BACKS
 from expandr_jax.objectives.registry import STEP_B
 from tests.commands import (
     SPREAD,
@@ -149,7 +150,7 @@ def test_it_goes_back_with_half_the_rate_and_at_last_ends(tmp_path):
     (path,) = path.parent.glob("policy-collapses.jsonl*")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     backs = [row for row in rows if "to" in row]
-    assert [row["to"] for row in backs] == [4] * policy.MOST_BACKS
+    assert [row["to"] for row in backs] == [4] * MOST_BACKS
     norms = {row["step"]: row["kl"] for row in step_metrics(workdir)}
     assert sorted(norms) == [*range(6)]
 

@@ -6,11 +6,9 @@ trains it alone, against the config's retriever as it is; `train.joint` with --c
 calls the same function in each round. The same command again continues where it stopped.
 """
 
-import dataclasses
 import functools
 import os
 import pathlib
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,17 +20,15 @@ from expandr_jax.data.collect import prepare_data
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander, journaled
-from expandr_jax.files.records import hash_json, write_jsonl
+from expandr_jax.files.records import hash_json
 from expandr_jax.loading import load_models
 from expandr_jax.models.lora import init_lora
 from expandr_jax.objectives.coaugmentation import documents_beside, score_together
-from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
 from expandr_jax.objectives.policy_checks import check_policy
+from expandr_jax.objectives.policy_loop import Collapsed, PolicyLoop, write_probe
 from expandr_jax.objectives.registry import STEP_B
 from expandr_jax.objectives.rollouts import Rollouts
 from expandr_jax.objectives.scores import make_score
-from expandr_jax.objectives.settings import GrpoSettings
-from expandr_jax.objectives.watch import WATCHED, collapsed
 from expandr_jax.pair import Models, check_meshes, model_hashes
 from expandr_jax.report.on_policy import step_costs
 from expandr_jax.report.run_report import write_on_policy_report
@@ -42,12 +38,8 @@ from expandr_jax.rewards.sampled import self_answers
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.sharding import whole
 from expandr_jax.training.checkpoint import Checkpoints
-from expandr_jax.training.flops import FROZEN, forward_flops
-from expandr_jax.training.loop import fit
-from expandr_jax.training.train_state import TrainState
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.demonstrations import with_demonstrations
 from train.encoding import run_retriever, run_words
@@ -59,16 +51,6 @@ from train.scores import RewardTools, reward_context
 from train.warm_start import WARM_START_NAME, warm_start
 
 WATCH = "policy-watch.jsonl"  # Under work/round-R: what the watch has seen of each step.
-MOST_BACKS = 5  # Times that training goes back to a good adapter; then it ends all the same.
-
-
-@dataclasses.dataclass
-class Collapsed(Exception):
-    """Raised out of the loop: the step at which training has collapsed, why, and the adapter."""
-
-    step: int
-    why: str
-    adapter: Any
 
 
 def train_policy(
@@ -139,12 +121,22 @@ def train_policy(
     checkpoints = Checkpoints(
         directory, identity, keep=keep, keep_period=settings.steps, agree=run.processes.all
     )
-    loop = _Loop(run, models, settings, trainer, rollouts, round_)
+    journals = (
+        CommonJournal(run.path("work", f"round-{round_}", name), run.processes)
+        for name in (WATCH, "policy-collapses.jsonl")
+    )
+
+    def show(step: int, adapter: Any) -> None:
+        path = run.path(f"round-{round_}", f"policy-texts-{step}.jsonl")
+        write_probe(rollouts(), adapter, path, run.processes)
+
+    log = run.training_log(kind.phase, round_)
+    loop = PolicyLoop(log, models, settings, kind.section, trainer, rollouts, *journals, show)
     while True:
         try:
             return whole(loop.fit(adapter, checkpoints))
         except Collapsed as collapse:
-            adapter = loop.after(collapse, adapter, checkpoints)
+            _after(run, models, loop, collapse, adapter, checkpoints, round_)
 
 
 def policy_settings(config: Config, section: str) -> str:
@@ -153,130 +145,33 @@ def policy_settings(config: Config, section: str) -> str:
     return hash_json([learned, identity_of("reward", config.reward)])
 
 
-class _Loop:
-    """Steps of on-policy training, watched."""
+def _after(
+    run: Run, models: Models, loop: PolicyLoop, collapse: Collapsed, adapter: Any,
+    checkpoints: Checkpoints, round_: int,
+) -> None:  # fmt: skip
+    """Goes back to a good adapter, or ends the program with that and a report.
 
-    def __init__(
-        self,
-        run: Run,
-        models: Models,
-        settings: GrpoSettings,
-        trainer: PolicyTrainer,
-        rollouts: Callable[[], Rollouts],
-        round_: int,
-    ):
-        self._run, self._models, self._settings = run, models, settings
-        self._trainer, self._rollouts, self._round = trainer, rollouts, round_
-        work = run.path("work", f"round-{round_}")
-        self._watched = CommonJournal(work / WATCH, run.processes)
-        self._collapses = CommonJournal(work / "policy-collapses.jsonl", run.processes)
-        self._phase, self._section = run.config.step_b_kind.phase, run.config.step_b_kind.section
-        self._log = run.training_log(self._phase, round_)
-
-    def fit(self, adapter: Any, checkpoints: Checkpoints) -> Any:
-        """The adapter after the last step, on the mesh; raises Collapsed."""
-        state = fit(
-            self._log,
-            self._trainer.setup.create(adapter),
-            self._learn,
-            self._sample,
-            first_step=0,
-            steps=self._settings.steps,
-            checkpoints=checkpoints,
-            save_every=self._settings.save_every,
-            on_policy=True,
-        )
-        if not self._watched.finished:
-            self._show(self._settings.steps, state.params)
-            self._watched.finish()
-        return state.params
-
-    def after(self, collapse: Collapsed, adapter: Any, checkpoints: Checkpoints) -> Any:
-        """Ends the program, or goes back: the adapter to go on from if no checkpoint is there."""
-        checkpoints.wait()
-        run, template = self._run, self._trainer.setup.create(adapter)
-        good = max(0, collapse.step + 1 - self._settings.watch_steps)
-        restored = checkpoints.restore(template, at_most=good)
-        back_to, state = restored or (0, template)
-        step = f"{self._phase}, round {self._round}, step {collapse.step}"
-        said = f"{step}: collapsed: {collapse.why}"
-        again = self._settings.on_collapse == "back" and len(self._collapses.rows) < MOST_BACKS
-        if again:
-            run.reporter.say(f"{said}; back to step {back_to}, with half the rate")
-            checkpoints.forget(back_to)
-            self._collapses.append([{"step": collapse.step, "why": collapse.why, "to": back_to}])
-            return adapter
-        name = f"round-{self._round}/last-good-adapter"
-        write_adapter(run, self._models.generator, whole(state.params), name)
-        self._show(collapse.step, collapse.adapter)
-        report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
-        run.reporter.say(f"report: {report}")
-        section = self._section
-        raise UserError(
-            f"{said}; the adapter of step {back_to} is in {run.where(run.path(name))}. Lower "
-            f"{section}.learning_rate or raise {section}.kl_weight in a new --workdir; or set "
-            f"{section}.on_collapse to 'back'"
-        )
-
-    def _sample(self, step: int, state: TrainState) -> tuple[Any, Contents]:
-        """What a step learns from, on the host, and what it is made of."""
-        if step in (0, self._settings.steps // 2):
-            self._show(step, state.params)
-        rollouts = self._rollouts()
-        rollout = rollouts.sample(step, whole(state.params))
-        settings, groups = self._settings, rollout.groups
-        size = settings.groups // settings.minibatches
-        pad_id = self._models.generator.pad_id
-        packed = [
-            pack_sampled(groups[first : first + size], settings, pad_id, rollouts.sizes)
-            for first in range(0, len(groups), size)
-        ]
-        sizes = [(len(g.prompt), sum(len(c.tokens) for c in g.group.candidates)) for g in groups]
-        module, params = self._models.generator.module, self._models.generator_params
-        contents = Contents(
-            [g.group.query_id for g in groups],
-            sum(map(sum, sizes)),
-            settings.passes * sum(
-                FROZEN * forward_flops(module, params, 1, prompt + texts, logits=texts)
-                for prompt, texts in sizes
-            ),
-            dict(rollout.seconds),
-        )  # fmt: skip
-        return (step, packed, rollout.statistics, contents.seconds), contents
-
-    def _learn(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        """The state after a step, and all that is logged of it; raises Collapsed."""
-        step, packed, statistics, seconds = batch
-        begin, trainer = time.perf_counter(), self._trainer
-        known = {} if self._settings.kl_weight else {"kl": trainer.kl(packed[0])}
-        rate = 0.5 ** len(self._collapses.rows)
-        state, metrics = trainer.learn(state, trainer.batches(state.params, packed), rate)
-        jax.block_until_ready(state)
-        seconds["update_seconds"] = time.perf_counter() - begin
-        metrics = {**metrics, **known, **statistics}
-        row = {name: float(metrics[name]) for name in WATCHED}
-        if len(self._watched.rows) > step:
-            self._watched.keep(step)
-        self._watched.append([row])
-        why = collapsed(self._watched.rows, self._settings, self._section)
-        if why:
-            raise Collapsed(step, why, state.params)
-        return state, metrics
-
-    def _show(self, step: int, adapter: Any) -> None:
-        """Writes texts of an adapter beside their rewards; all processes call it together."""
-        groups = self._rollouts().probe(whole(adapter))
-        rows = (
-            {
-                "query_id": each.group.query_id, "query": each.group.query, "text": c.text,
-                "reward": c.total, "reward_terms": dict(c.rewards),
-                **({"is_document": True} if each.group.is_document else {}),
-            }
-            for each in groups
-            for c in each.group.candidates
-        )  # fmt: skip
-        path = self._run.path(f"round-{self._round}", f"policy-texts-{step}.jsonl")
-        self._run.processes.once(lambda: write_jsonl(path, rows))
+    Raises:
+        UserError: It ends: what has collapsed, and what to do.
+    """
+    kind = run.config.step_b_kind
+    section, said = kind.section, f"{kind.phase}, round {round_}, step {collapse.step}: collapsed: "
+    said += collapse.why
+    step, good = loop.last_good(collapse, adapter, checkpoints)
+    if loop.may_go_back:
+        run.reporter.say(f"{said}; back to step {step}, with half the rate")
+        loop.go_back(collapse, step, checkpoints)
+        return
+    name = f"round-{round_}/last-good-adapter"
+    write_adapter(run, models.generator, whole(good), name)
+    loop.show(collapse.step, collapse.adapter)
+    report = run.processes.once(lambda: run.where(write_on_policy_report(run.workdir)))
+    run.reporter.say(f"report: {report}")
+    raise UserError(
+        f"{said}; the adapter of step {step} is in {run.where(run.path(name))}. Lower "
+        f"{section}.learning_rate or raise {section}.kl_weight in a new --workdir; or set "
+        f"{section}.on_collapse to 'back'"
+    )
 
 
 def has_begun(workdir: pathlib.Path) -> bool:
