@@ -1,6 +1,7 @@
 """What cannot work is refused before the work that would come first."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import types
@@ -13,6 +14,8 @@ from configs import smoke
 from expandr_jax.config import read_config, with_settings
 from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
+from expandr_jax.objectives.adapter_stage import adapter_round
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.runtime.run import Run
 from expandr_jax.sharding import make_mesh
 from tests.commands import data_of
@@ -220,3 +223,21 @@ def test_what_step_b_cannot_train_with_is_refused_before_step_a(changes, message
     refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
     with refused:
         joint.check_step_b(config, data, make_mesh(devices=jax.devices()[:2]))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(3, "^mine.batch_size 3 must be a multiple of 2"), (2, "^0 pairs to train .* expected 2 or")],
+)
+def test_a_round_names_the_section_that_it_learns_by(size, message):
+    settings = read_config(smoke.get_config()).dpo
+    settings = dataclasses.replace(settings, batch_size=size)
+    objective = dataclasses.replace(
+        OBJECTIVES["sigmoid"], examples="pairs", tokenize=lambda *_: ([], 0)
+    )
+    config = types.SimpleNamespace(max_positions=8)
+    generator = types.SimpleNamespace(module=types.SimpleNamespace(config=config))
+    mesh = make_mesh(devices=jax.devices()[:2])
+    model = types.SimpleNamespace(generator=generator, dpo_mesh=mesh)
+    with pytest.raises(UserError, match=message):
+        adapter_round(objective, "mine", settings, model, [], 0, 0, None)
