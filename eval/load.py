@@ -39,7 +39,7 @@ from train.launch import define_workdir, launch, output_file
 
 PEER_PACKAGES = ("faiss", "sentence_transformers")
 VARIANTS = [(threads, batched) for batched in (0, 1) for threads in (1, 2)]
-WORDS = {"plain": "are searched", "expanded": "are expanded", "all": "are compiled"}
+SAID = {"plain": "are searched", "expanded": "are expanded", "all": "are compiled"}
 K = 10
 MOST_CLIENTS = 1024
 WARM = 2.0  # Seconds that nobody counts.
@@ -102,7 +102,7 @@ def _server(run: Finished, state: str) -> Iterator[tuple[int, psutil.Process, di
         stderr=subprocess.STDOUT, text=True, env=open_to_all,
     )  # fmt: skip
     try:
-        for mode, words in WORDS.items():
+        for mode, words in SAID.items():
             last = ""
             for line in process.stdout:
                 if words in line:

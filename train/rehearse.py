@@ -222,7 +222,7 @@ def _process(
     ]
     if len(paths) > 1:
         command += [f"--coordinator={address}", f"--processes={len(paths)}", f"--process={index}"]
-    scratch = place / f"scratch-{index}"
+    scratch = folder / f"scratch-{index}"
     scratch.mkdir()
     environment = {
         **os.environ,
