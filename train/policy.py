@@ -6,6 +6,7 @@ trains it alone, against the config's retriever as it is; `train.joint` with --c
 calls the same function in each round. The same command again continues where it stopped.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
