@@ -128,7 +128,7 @@ def read_beir(
 def source_hashes(files: Files, splits: Container[str] | None = None) -> dict[str, str]:
     """The sha256 of each file that `read_beir` reads, or of the archive that holds them.
 
-    Of judgements, those of these splits alone; None: of all.
+    `splits`: whose judgements count; None: all do.
     """
     if not files.root.is_dir():
         return {files.root.name: hash_once(files.root)}
