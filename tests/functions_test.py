@@ -1,5 +1,7 @@
 """Rewards of the user's own: what they are given and give, and how each mistake is told."""
 
+import contextlib
+import gc
 import io
 import json
 import re
@@ -23,9 +25,11 @@ from expandr_jax.rewards.functions import RewardFunction, function_rewards, load
 from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.rewards.registry import score_groups
 from expandr_jax.runtime.run import Run
-from tests.commands import start
+from tests.commands import start, step_metrics
 from tests.house_test import PRODUCT, sources
+from tests.policy_run_test import config_of as policy_config
 from train.export import export_one
+from train.policy import train_alone
 from train.preferences import run_functions
 from train.scores import RewardTools, reward_context
 
@@ -230,6 +234,46 @@ def test_a_run_keeps_to_the_code_that_has_rewarded(module, tmp_path):
     functions(True)
 
 
+def test_what_has_failed_may_be_mended_once(module, tmp_path):
+    name = module("def f(queries, texts, judgements): return 1 / 0\n")
+    config, said = smoke.get_config(), io.StringIO()
+    config.reward.functions = (f"{name}:f",)
+    path = tmp_path / "run" / "config.json"
+
+    def functions():
+        with contextlib.closing(
+            Run(tmp_path / "run", read_config(config), Console(file=said, width=200))
+        ) as run:
+            return run_functions(run, used=True)
+
+    def fail(function):
+        with pytest.raises(UserError, match="ZeroDivisionError"):
+            function_rewards(function, IDS, ["first", "second"], TEXTS, JUDGED, 60.0)
+
+    (first,) = functions()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    fail(first)
+    functions()  # As it was: it may have been something else that failed.
+    module("# Mended.\ndef f(queries, texts, judgements): return 1 / 0\n", name)
+    with pytest.raises(UserError, match="has changed since"):
+        functions()  # It has not failed since.
+    module("def f(queries, texts, judgements): return 1 / 0\n", name)
+    fail(*functions())
+    module("# Mended.\ndef f(queries, texts, judgements): return 1 / 0\n", name)
+    (second,) = functions()
+    assert f"{name} has changed since it failed; what it rewarded before stays" in said.getvalue()
+    fail(second)
+    module("# Twice.\ndef f(queries, texts, judgements): ...\n", name)
+    (third,) = functions()
+    record = json.loads(path.read_text())
+    assert record["code"] == {name: third.sha256}
+    assert record["code_mended"] == {name: [first.sha256, second.sha256]}
+    assert "code_failed" not in record
+    module("# Without need.\ndef f(queries, texts, judgements): ...\n", name)
+    with pytest.raises(UserError, match="has changed since"):
+        functions()
+
+
 def test_training_alone_imports_them(smoke, module, tmp_path):
     """A finished run whose function can no longer be imported is searched, exported, reported."""
     name = module("raise RuntimeError('imported')\n")
@@ -260,3 +304,50 @@ def test_a_program_that_trains_says_so_before_it_begins(tmp_path):
     assert output.startswith("error: reward.functions: no_such_module:f: there is no such module")
     assert len(output.splitlines()) == 1
     assert not (tmp_path / "run" / "data").exists()
+
+
+COUNTING = """
+calls = []
+def f(queries, texts, judgements):
+    calls.append(queries)
+    {}
+    return [[float(len(text) % 7) for text in own] for own in texts]
+"""
+FAILING = {
+    "raises": ("if len(calls) == 7: 1 / 0", "raised ZeroDivisionError: division by zero"),
+    "without end": (
+        "if len(calls) == 7: import time; time.sleep(9)",
+        "took longer than reward.function_seconds, 2",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAILING)
+def test_a_function_that_fails_in_training_costs_no_step_that_was_saved(module, tmp_path, kind):
+    """It ends in a line, and goes on when it is mended, as if it had never failed."""
+    spoil, message = FAILING[kind]
+    config = policy_config()
+    config.reward.update(gain=0.0, function_seconds=2.0)
+
+    def train(workdir, text):
+        name, said = module(text, "rewards_that_fail"), None
+        config.reward.functions = (f"{name}:f",)
+        try:
+            train_alone(config, tmp_path / workdir, Console(quiet=True))
+        except UserError as error:
+            said = str(error)
+        gc.collect()  # The run in it had the workdir's lock.
+        return said
+
+    assert train("whole", COUNTING.format("")) is None
+    said = train("run", COUNTING.format(spoil))
+    assert message in said
+    assert "\n" not in said
+    saved = [p.name for p in (tmp_path / "run/checkpoints/policy-0").iterdir() if p.name.isdigit()]
+    assert saved  # Four steps had been taken.
+    assert train("run", COUNTING.format("")) is None
+    for name in ("export/adapter/adapter_model.safetensors", "work/round-0/policy-watch.jsonl"):
+        run, whole = ((tmp_path / place / name).read_bytes() for place in ("run", "whole"))
+        assert run == whole
+    assert step_metrics(tmp_path / "run") == step_metrics(tmp_path / "whole")

@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import dataclasses
+import functools
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
@@ -20,7 +22,7 @@ from expandr_jax.rewards.sampled import (
 )
 from expandr_jax.rewards.search import queries_at_once
 from expandr_jax.rewards.selection import REASONS, best_alone, select_pairs
-from expandr_jax.runtime.code import keep_code
+from expandr_jax.runtime.code import keep_code, note_failure
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.scores import RewardTools, reward_context
@@ -31,14 +33,20 @@ CANDIDATES_FILE = "candidates.jsonl"  # A round's texts with their rewards.
 def run_functions(run: Run, used: bool) -> tuple[RewardFunction, ...]:
     """The functions of `reward.functions`, imported, whose code config.json tells ever after.
 
-    Those of a run that has `used` them stay as they were; others may be mended after they failed.
-    All processes call it together.
+    Those of a run that has `used` them stay as they were, unless they have failed: then they may be
+    mended, and what they rewarded before stays. All processes call it together.
     """
-    functions = load_functions(run.config.reward.functions)
+    path, functions = run.path("config.json"), load_functions(run.config.reward.functions)
     hashes = {function.module: function.sha256 for function in functions}
     replace = run.processes.is_main and not used
-    run.processes.main_first(lambda: keep_code(run.path("config.json"), hashes, replace))
-    return functions
+    for module in run.processes.main_first(lambda: keep_code(path, hashes, replace)):
+        run.reporter.say(f"{module} has changed since it failed; what it rewarded before stays")
+
+    def noted(function: RewardFunction) -> RewardFunction:
+        note = functools.partial(note_failure, path, function.module, function.sha256)
+        return dataclasses.replace(function, failed=note)
+
+    return tuple(map(noted, functions))
 
 
 def best_groups(

@@ -45,12 +45,14 @@ class RewardFunction:
         call: The function.
         file: Where its module lies.
         sha256: That file's; what the module imports is not looked at.
+        failed: Is called where it fails, before that is told.
     """
 
     name: str
     call: Callable[..., Any]
     file: str
     sha256: str
+    failed: Callable[[], None] = lambda: None
 
     @property
     def module(self) -> str:
@@ -137,11 +139,14 @@ def function_rewards(
     thread.start()
     thread.join(min(seconds, threading.TIMEOUT_MAX))
     if not done:
-        raise UserError(
-            f"{SETTING}: {function.name} took longer than reward.function_seconds, {seconds:g}, "
-            f"for {len(ids)} queries from {ids[0]} on"
+        done.append(
+            UserError(
+                f"{SETTING}: {function.name} took longer than reward.function_seconds, "
+                f"{seconds:g}, for {len(ids)} queries from {ids[0]} on"
+            )
         )
     if isinstance(done[0], UserError):
+        function.failed()
         raise done[0]
     return done[0]
 
