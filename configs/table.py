@@ -22,9 +22,11 @@ SYSTEMS = (
     "bm25",
     "bm25+rm3",
     "zero-shot",
+    "zero-shot+prf-average",
     "zero-shot+prf-rocchio",
     "fine-tuned",
     "fine-tuned-all",
+    "fine-tuned+prf-average",
     "fine-tuned+prf-rocchio",
     "zero-shot+expansion",
     "fine-tuned+expansion",
@@ -40,7 +42,10 @@ SYSTEMS = (
     "interpolation:bm25:zero-shot+expansion",
     "interpolation:bm25:fine-tuned+expansion",
     "interpolation:bm25:expandr-plain",
+    "interpolation:bm25:fine-tuned+prf-average",
+    "interpolation:bm25:fine-tuned+prf-rocchio",
     "interpolation:bm25:expandr",
+    "interpolation:bm25:expandr-gated",
 )
 
 
