@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 
 import numpy as np
 import pyarrow
@@ -23,7 +24,9 @@ from expandr_jax.metrics import read_trec
 from expandr_jax.ranking.rerank import RERANKERS, Reranker
 from expandr_jax.ranking.systems import parse_system
 from expandr_jax.search import Bm25Index
+from tests.beir_test import mutate
 from tests.commands import command
+from tests.mutations_test import check_complaint, spoil_json
 from tests.ranker_test import CORPUS, QUERIES, ranker
 
 # By BM25, "moth" finds the shorter text first: a b, c, d, e. The query's own page and one that is
@@ -217,3 +220,19 @@ def test_tables_with_other_columns_are_refused(tmp_path):
     write_rows(directory / "examples" / "biology-00000-of-00001.parquet", rows)
     with pytest.raises(UserError, match="column 'gold_ids' is string; expected lists of texts"):
         read_beir(find_collections(directory)["biology"])
+
+
+def test_200_mutations_of_a_task_s_files_end_in_one_line_or_a_collection(tmp_path):
+    directory, rng, refused = make(tmp_path / "hub", ".jsonl"), random.Random(0), 0
+    files = [directory / place / "biology.jsonl" for place in ("examples", "documents")]
+    for number in range(200):
+        path = files[number % 2]
+        data = path.read_bytes()
+        path.write_bytes((spoil_json if number % 4 > 1 else mutate)(data, rng))
+        try:
+            read_beir(find_collections(directory)["biology"])
+        except UserError as error:
+            refused += 1
+            check_complaint(str(error), directory)
+        path.write_bytes(data)
+    assert refused > 80, refused

@@ -3,14 +3,17 @@
 import csv
 import io
 import json
+import random
 
 import pytest
 
 from expandr_jax import metrics
 from expandr_jax.errors import UserError
 from expandr_jax.report.published import PUBLISHED_HEADER, published_rows, read_published
+from tests.beir_test import mutate
 from tests.commands import ROOT, command, finish
 from tests.compare_test import QRELS, RANKS, paths, reciprocal  # noqa: F401 (a fixture)
+from tests.mutations_test import check_complaint
 
 TABLE = """\
 metric,system,collection,value,note
@@ -120,3 +123,21 @@ def test_a_mistake_ends_the_command_in_a_line(paths, tmp_path):  # noqa: F811
     assert process.returncode == 2
     assert "none.csv: cannot read it: No such file" in output
     assert len(output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.json"])
+def test_200_mutations_of_a_table_end_in_one_line_or_are_read(tmp_path, name):
+    rows = [{"system": f"s{i}", "collection": "c", "metric": "ndcg@10", "value": f"0.{i}5"}
+            for i in range(8)]  # fmt: skip
+    data = json.dumps(rows) if name.endswith("json") else HEAD + "".join(
+        f"s{i},c,ndcg@10,0.{i}5\n" for i in range(8)
+    )  # fmt: skip
+    path, rng, refused = write(tmp_path, data, name), random.Random(name), 0
+    for _ in range(200):
+        path.write_bytes(mutate(data.encode(), rng))
+        try:
+            read_published(path, None)
+        except UserError as error:
+            refused += 1
+            check_complaint(str(error), path)
+    assert refused > 80, refused
