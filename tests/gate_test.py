@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import random
 
 import numpy as np
 import pytest
@@ -36,9 +35,7 @@ from expandr_jax.ranking.gate_features import (
 )
 from expandr_jax.ranking.results import gate_entry
 from tests import choices_test
-from tests.beir_test import mutate
 from tests.choices_test import SYSTEMS, evaluated, qrels_of
-from tests.mutations_test import check_complaint
 
 SEARCH = PlainSearch({"a": 0.9, "b": 0.7, "c": 0.5}, {"d": 2.0, "a": 4.0}, [1, 0], 9)
 
@@ -387,17 +384,3 @@ def test_gating_beside_always_never_and_at_random():
     entry = gate_entry(BEFORE, expanded, gated, always, never)
     assert (entry["share"], entry["gated"], entry["random"]) == (0.25, 0.5, 0.5)
     assert entry["p_value_always"] == metrics.paired_test(gated, always)["p_value"]
-
-
-def test_200_mutations_of_a_file_of_gates_end_in_one_line_or_are_read(tmp_path):
-    path, rng, refused = tmp_path / "gates.json", random.Random(0), 0
-    write_gates(path, {BEFORE: fit_gate(*drawn(1, 64, told=3))})
-    data = path.read_bytes()
-    for _ in range(200):
-        path.write_bytes(mutate(data, rng))
-        try:
-            read_gates(path, [BEFORE])
-        except UserError as error:
-            refused += 1
-            check_complaint(str(error), path)
-    assert refused > 150, refused

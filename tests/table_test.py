@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import json
 import pathlib
-import random
 import re
 import shutil
 
@@ -22,9 +21,7 @@ from expandr_jax.metrics import METRICS
 from expandr_jax.ranking.baselines import baselines
 from expandr_jax.report.grid import Measured, comparisons_of, grid_rows
 from expandr_jax.runtime.progress import QUIET
-from tests.beir_test import mutate
 from tests.commands import command, error_of, finish, until
-from tests.mutations_test import check_complaint
 from train.launch import config_of
 
 TINY = """
@@ -292,22 +289,6 @@ def test_cells_that_do_not_fit_together_are_refused(cell, change, message, tmp_p
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=rf"pydoc-seed-0\.json: .*{message}"):
         read_cell(path)
-
-
-def test_200_mutations_of_a_packed_cell_end_in_one_line_or_are_read(cell, tmp_path):
-    path, rng, refused = tmp_path / "pydoc-seed-0.json.gz", random.Random(0), 0
-    write_cell(path, cell)
-    packed_ = path.read_bytes()
-    whole = gzip.decompress(packed_)
-    for number in range(200):
-        spoilt = mutate(packed_, rng) if number % 2 else gzip.compress(mutate(whole, rng), 1)
-        path.write_bytes(spoilt)
-        try:
-            read_cell(path)
-        except UserError as error:
-            refused += 1
-            check_complaint(str(error), path)
-    assert refused > 120, refused
 
 
 def test_a_finished_run_is_not_started_again(smoke, config, tmp_path, monkeypatch):
