@@ -9,6 +9,7 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -291,7 +292,8 @@ def read_cell(path: pathlib.Path) -> Cell:
         wrong = next(_wrong(cell), None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (OSError, EOFError, ValueError, TypeError, LookupError, AttributeError):
+    except (OSError, EOFError, zlib.error, RecursionError, ValueError, TypeError, LookupError,
+            AttributeError):  # fmt: skip
         raise UserError(f"{path}: not a cell of a table; eval.table --pack writes them") from None
     if wrong:
         raise UserError(f"{path}: {wrong}; was it changed by hand?")
