@@ -19,7 +19,7 @@ import transformers
 from absl import flags
 from flax import linen as nn
 from safetensors.numpy import load_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 
 from eval import precision, tiny_anchordr, tiny_models
 from eval.benchmarks import minilm, smollm2
@@ -28,9 +28,11 @@ from expandr_jax.files.records import write_text
 from expandr_jax.models.decoder import KVCache, unstack_layers
 from expandr_jax.report.tables import render
 from expandr_jax.runtime.progress import plain_console
+from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from expandr_jax.weights.export import export_encoder, export_generator, export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from expandr_jax.weights.source import locate
+from expandr_jax.weights.sparse_encoder import export_sparse_encoder, load_sparse_encoder
 from train.launch import launch
 
 FAMILY_ROWS = {
@@ -62,8 +64,15 @@ SENTENCE_ROWS = {
     "embedding-gemma": "EmbeddingGemma, no causal mask, two layers (its vectors)",
     "unmasked": "Llama without its causal mask, LLM2Vec (its vectors)",
 }
+# With the head of a masked language model, and with one that scores pairs.
+SPARSE = {"bert": "SPLADE, BERT (its vectors)", "roberta": "SPLADE, RoBERTa (its vectors)"}
+PAIRS = {
+    "bert": "cross-encoder, BERT (its logits)",
+    "modernbert": "cross-encoder, ModernBERT (its logits)",
+}
 GGUF = ("llama", "llama-3.1", "llama-3.2", "qwen2", "qwen3", "gemma3", "gemma3-linear")
 HEADER = ("family", "loads from", "largest value", "difference", "cached", "back")
+TEXTS = ["pad an array", "sort", "rank and inverse of a matrix"]
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]  # Our values and PyTorch's.
 
 
@@ -76,6 +85,8 @@ def measure(directory: pathlib.Path) -> Iterator[list[str]]:
         yield _decoder(family, directory / family)
     for name in tiny_models.SENTENCES:
         yield _sentences(name, directory)
+    yield from (_sparse(family, directory) for family in SPARSE)
+    yield from (_pairs(family, directory) for family in PAIRS)
     yield _minilm()
     yield _smollm2()
 
@@ -168,13 +179,51 @@ def _cached(module: nn.Module, params) -> float:
 def _sentences(name: str, directory: pathlib.Path) -> list[str]:
     peer = tiny_models.save_sentences(directory / name, name)
     retriever, params = load_retriever(str(directory / name))
-    texts, pairs = ["pad an array", "sort", "rank and inverse of a matrix"], []
+    pairs = []
     for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
-        ids, mask = pad(retriever.token_ids(texts, kind), retriever.tokenizer.pad_token_id)
-        pairs.append((np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(texts)))
+        ids, mask = pad(retriever.token_ids(TEXTS, kind), retriever.tokenizer.pad_token_id)
+        pairs.append((np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(TEXTS)))
     out = directory / f"{name}-out"
     export_retriever(out, retriever, params)
     return _row(SENTENCE_ROWS[name], "safetensors", pairs, back=_same(directory / name, out))
+
+
+def _random(directory: pathlib.Path, family: str, kind: type, **changes) -> torch.nn.Module:
+    """Writes a random model of a kind of transformers', with a tokenizer, and returns it."""
+    config = tiny_models.torch_model(family).config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    model = kind.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    tiny_models.save_tokenizer(directory, chat=False, pad_id=config.pad_token_id)
+    return model
+
+
+def _sparse(family: str, directory: pathlib.Path) -> list[str]:
+    place, out = directory / f"splade-{family}", directory / f"splade-{family}-out"
+    _random(place, family, transformers.AutoModelForMaskedLM)
+    retriever, params = load_sparse_encoder(str(place))
+    ids, mask = pad(retriever.token_ids(TEXTS), retriever.tokenizer.pad_token_id)
+    ours = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
+    theirs = SparseEncoder(str(place), device="cpu").encode(TEXTS).to_dense().numpy()
+    export_sparse_encoder(out, retriever, params)
+    return _row(SPARSE[family], "safetensors", [(ours, theirs)], back=_same(place, out))
+
+
+def _pairs(family: str, directory: pathlib.Path) -> list[str]:
+    place, out = directory / f"pairs-{family}", directory / f"pairs-{family}-out"
+    _random(place, family, transformers.AutoModelForSequenceClassification, num_labels=1)
+    peer = CrossEncoder(str(place), device="cpu", activation_fn=torch.nn.Identity())
+    peer.save_pretrained(str(place))
+    encoder, params = load_cross_encoder(str(place))
+    ours = encoder.scores(params, TEXTS[0], TEXTS[1:])
+    theirs = peer.predict([(TEXTS[0], text) for text in TEXTS[1:]])
+    export_cross_encoder(out, encoder, params)
+    return _row(PAIRS[family], "safetensors", [(ours, theirs)], back=_same(place, out))
 
 
 def _minilm() -> list[str]:
