@@ -138,17 +138,14 @@ def function_rewards(
     thread = threading.Thread(target=work, name=function.name, daemon=True)
     thread.start()
     thread.join(min(seconds, threading.TIMEOUT_MAX))
-    if not done:
-        done.append(
-            UserError(
-                f"{SETTING}: {function.name} took longer than reward.function_seconds, "
-                f"{seconds:g}, for {len(ids)} queries from {ids[0]} on"
-            )
-        )
-    if isinstance(done[0], UserError):
+    # One that goes on must not keep what it is told of by, nor all that led there.
+    of = f"{len(ids)} queries from {ids[0]} on"
+    late = f"took longer than reward.function_seconds, {seconds:g}, for {of}"
+    found = done[0] if done else _refused(function, late)
+    if isinstance(found, UserError):
         function.failed()
-        raise done[0]
-    return done[0]
+        raise found
+    return found
 
 
 def _read(
