@@ -8,14 +8,18 @@ import json
 import random
 import shutil
 
+import jax
 import pytest
 
+from eval import tiny_models
 from expandr_jax.config import read_config
 from expandr_jax.data.triples import read_triples
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal, write_jsonl
+from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.runtime.checksums import Checksums
+from expandr_jax.weights.adapter import export_adapter
 from expandr_jax.weights.export import export_retriever
 from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.beir_test import mutate
@@ -23,6 +27,7 @@ from tests.commands import command, error_of
 from tests.llm_ql_test import TINY_LLAMA
 from tests.mutations_test import check_complaint, complaint_of, refused_mutations, spoil_json
 from tests.orders_test import QUIET, small, write_triples
+from tests.retriever_training_test import TINY
 from train.generator import read_rows
 from train.orders import make_orders
 
@@ -220,3 +225,40 @@ def test_a_record_of_files_that_is_damaged_vouches_for_none(tmp_path):
     seals.write_text(json.dumps(record))
     assert not Checksums(tmp_path, said.append).intact(path.name)
     assert "is damaged; finished files are made again" in said[0]
+
+
+SENTENCE_FILES = (
+    "modules.json", "config.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+    "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
+    "3_Dense/config.json", "model.safetensors", "tokenizer_config.json",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_spoilt_files_of_a_decoder_with_layers_after_pooling_end_in_one_line_or_load(tmp_path):
+    tiny_models.save_sentences(tmp_path / "gemma", "embedding-gemma")
+    assert all((tmp_path / "gemma" / name).exists() for name in SENTENCE_FILES)
+    assert refused_mutations(tmp_path / "gemma", SENTENCE_FILES, load_retriever) > 60
+
+
+@pytest.mark.slow
+def test_spoilt_files_of_a_retriever_s_adapter_end_in_one_line_or_load(tmp_path):
+    """Its base is a directory beside it, whose name stands in it, too."""
+    lora, directory = LoraConfig(2, 4.0, 0.0, ("_proj$",)), tmp_path / "adapter"
+    shutil.copytree(TINY, tmp_path / "base")
+    retriever, params = load_retriever(TINY)
+    adapter = init_lora(jax.random.key(0), params, lora)
+    config = retriever.module.config
+    export_adapter(directory, adapter, lora, config, str(tmp_path / "base"), generates=False)
+    names, said = ("adapter_config.json", "adapter_model.safetensors"), []
+    for name in names:
+        data, rng = (directory / name).read_bytes(), random.Random(name)
+        for _ in range(100):
+            (directory / name).write_bytes(mutate(data[:3000], rng) + data[3000:])
+            try:
+                load_retriever(str(directory), pooling="mean", normalize=True)
+            except UserError as error:
+                said.append(str(error))
+        (directory / name).write_bytes(data)
+    assert len(said) > 100, len(said)
+    assert not [complaint for complaint in said if len(complaint.splitlines()) != 1]

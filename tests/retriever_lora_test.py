@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from sentence_transformers import SentenceTransformer
 
 from configs import base, smoke
+from eval import tiny_models
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
@@ -273,3 +274,45 @@ def test_a_plan_has_less_of_an_adapter():
     assert bytes_on_device(adapted.arguments[:2]) < 0.7 * bytes_on_device(whole.arguments[0])
     assert adapted.model_flops < whole.model_flops
     adapted.program.lower(*adapted.arguments)
+
+
+FAMILIES = ("roberta", "modernbert", "t5-gated", "mistral", "qwen3", "gemma3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_of_any_family_is_peft_s(family, tmp_path):
+    """On its base, read back, and merged, its vectors are those that peft's model has."""
+    base_, out = tmp_path / "base", tmp_path / "out"
+    tiny_models.save(base_, family)
+    pooled = {"pooling": "last" if family in tiny_models.DECODERS else "mean", "normalize": True}
+    retriever, params = load_retriever(str(base_), **pooled)
+    config = retriever.module.config
+    retriever = dataclasses.replace(retriever, module=retriever.module.clone(lora=LORA))
+    adapter = init_lora(jax.random.key(0), params, LORA)
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    adapter = jax.tree.unflatten(tree, leaves)
+    export_adapter(out, adapter, LORA, config, str(base_), generates=False)
+    load = transformers.T5EncoderModel if family.startswith("t5") else transformers.AutoModel
+    model = peft.PeftModel.from_pretrained(load.from_pretrained(base_), out).eval()
+    ids, mask = tiny_models.ragged_batch("right")
+    with torch.no_grad():
+        hidden = model(
+            input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)
+        ).last_hidden_state
+        weights = torch.tensor(mask)[..., None].float()
+        vectors = (hidden * weights).sum(1) / weights.sum(1)
+        if pooled["pooling"] == "last":
+            vectors = hidden[torch.arange(len(ids)), torch.tensor(mask).sum(1) - 1]
+        expected = torch.nn.functional.normalize(vectors).numpy()
+    found = jax.jit(retriever.embed)(with_adapter(params, adapter), ids, mask)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    plain = jax.jit(retriever.embed)(params, ids, mask)
+    assert np.abs(plain - found).max() > 0.05
+    read_lora, again = load_adapter(str(out), config)
+    assert jax.tree.all(jax.tree.map(np.array_equal, adapter, again))
+    assert len(read_lora.targets) == len(leaves) / 2
+    merged, merged_params = load_retriever(str(out), **pooled)
+    np.testing.assert_allclose(jax.jit(merged.embed)(merged_params, ids, mask), expected, atol=2e-4)

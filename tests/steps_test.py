@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from configs import base
+from expandr_jax.config import read_config
 from expandr_jax.models.anchordr import AnchorDr, AnchorDrConfig
 from expandr_jax.models.bert import Bert, BertConfig
 from expandr_jax.models.decoder import Decoder, DecoderConfig
@@ -21,8 +23,10 @@ from expandr_jax.objectives.contrastive import ContrastiveConfig, contrastive_st
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage, make_batch
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.objectives.packing import Example, pack
+from expandr_jax.objectives.policy import PolicyTrainer, Sampled, pack_sampled, row_sizes_of
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.pair import GeneratorModel
+from expandr_jax.rewards.group import Candidate, Group
 from expandr_jax.sharding import adapter_shardings, batch_sharding, make_mesh
 from expandr_jax.training.setup import set_up
 from expandr_jax.training.train_state import TrainState, make_optimizer
@@ -182,6 +186,52 @@ def test_dpo_steps_are_those_of_one_device(generator, adapter_on_one_device, siz
     expected, expected_metrics = adapter_on_one_device
     mesh = make_mesh(*sizes)
     state, metrics = train_adapter(mesh, module.clone(remat="full"), params, adapter)
+    close(metrics, expected_metrics)
+    close(state.params, expected.params)
+    assert moved(adapter, state.params) > 1e-3
+
+
+ON_POLICY = dataclasses.replace(
+    read_config(base.get_config()).grpo, loss="gspo", queries=16, samples=2, max_new_tokens=4,
+    minibatches=2, passes=2, kl_weight=0.1, entropy_weight=0.05, importance_cap=2.0, chunk=16,
+)  # fmt: skip
+
+
+def sampled_groups():
+    rng = np.random.default_rng(0)
+
+    def candidate():
+        tokens = rng.integers(3, 64, rng.integers(1, 5)).tolist()
+        log_probs = rng.uniform(-5, -3, len(tokens)).tolist()
+        return Candidate("", tokens=tokens, log_probs=log_probs, total=rng.normal())
+
+    return [
+        Sampled(
+            Group(f"q{i}", "", "", "", [candidate() for _ in range(2)]),
+            rng.integers(3, 64, rng.integers(1, 5)).tolist(),
+        )
+        for i in range(16)
+    ]
+
+
+def train_policy(mesh, module, params, adapter, steps=2):
+    trainer = PolicyTrainer(model_on(mesh, module, params), ON_POLICY, OPTIMIZER)
+    state, metrics, groups = trainer.setup.create(adapter), [], sampled_groups()
+    sizes = row_sizes_of(4, 2, 4)
+    packed = [pack_sampled(groups[i : i + 8], ON_POLICY, 0, sizes) for i in (0, 8)]
+    for _ in range(steps):
+        state, values = trainer.learn(state, trainer.batches(state.params, packed), 1.0)
+        metrics.append(values)
+    return state, metrics
+
+
+@pytest.mark.slow
+def test_on_policy_updates_are_those_of_one_device(generator):
+    module, params, adapter = generator
+    expected, expected_metrics = train_policy(one_device(), *generator)
+    assert expected_metrics[1]["kl"] > 0
+    mesh, module = make_mesh(2, 2, 2), module.clone(remat="full")
+    state, metrics = train_policy(mesh, module, params, adapter)
     close(metrics, expected_metrics)
     close(state.params, expected.params)
     assert moved(adapter, state.params) > 1e-3
