@@ -266,7 +266,7 @@ def get_config() -> ml_collections.ConfigDict:
     grpo.chunk = 256  # Tokens whose logits are in memory at once.
     grpo.save_every = 10  # Steps between checkpoints.
     # Collapsed: watch_steps steps in turn beyond a limit; the start is the mean of the first five.
-    grpo.watch_kl = 1.0  # Nats a token above the start's: what the base would hardly ever write.
+    grpo.watch_kl = 1.0  # Nats a token above the first step's: what the base would hardly write.
     grpo.watch_entropy = (0.1, 3.0)  # Shares of the start's: one text for all, or noise.
     grpo.watch_repetitive = 0.5  # Share of repetitive texts above the start's.
     grpo.watch_reward = 1.0  # Below the start's, in deviations within a group at the start.

@@ -36,10 +36,11 @@ def collapsed(rows: Sequence[StepMetrics], settings: GrpoSettings, section: str)
     repetitive = start["repetitive"] + settings.watch_repetitive
     margin = settings.watch_reward * start["reward_deviation"]
     reward = start["reward"] - max(margin, STANDARD_ERRORS * start["reward_error"])
-    kl, now = start["kl"] + settings.watch_kl, last[-1]
+    # The first step's is that of what training began with, which a warm start has moved already.
+    kl, now = rows[0]["kl"] + settings.watch_kl, last[-1]
     limits: dict[str, Callable[[StepMetrics], bool]] = {
         f"KL to the base {now['kl']:.3g} nats a token, above {kl:.3g} ({section}.watch_kl over the "
-        "start's)": lambda row: row["kl"] > kl,
+        "first step's)": lambda row: row["kl"] > kl,
         f"entropy {now['entropy']:.3g} nats a token, {start['entropy']:.3g} at the start; "
         f"{section}.watch_entropy allows {low:.3g} to {high:.3g}": (
             lambda row: not low <= row["entropy"] <= high
