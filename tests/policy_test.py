@@ -16,7 +16,7 @@ from expandr_jax.losses.policy import POLICY_LOSSES
 from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.policy import PolicyTrainer, pack_sampled
 from expandr_jax.objectives.rollouts import Rollouts
-from expandr_jax.objectives.watch import FIRST_STEPS, collapsed
+from expandr_jax.objectives.watch import FIRST_STEPS, WATCHED, collapsed
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.rewards.group import Group
 from expandr_jax.runtime.processes import Processes
@@ -310,3 +310,31 @@ def test_a_step_s_standard_error_is_that_of_its_queries(training, monkeypatch):
     expected = scipy.stats.sem(means)
     assert expected > 0
     assert rollout.statistics["reward_error"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_a_rate_far_too_high_collapses_at_the_limits_as_they_are(model):
+    config = settings_of()
+    grpo = dataclasses.replace(config.grpo, learning_rate=1.0)
+    training = Training(model, dataclasses.replace(config, grpo=grpo), holds("e"))
+    rows, why = [], None
+    for number in range(STEPS):
+        rollout = training.rollouts.sample(number, training.state.params)
+        packed = training.pack(rollout)
+        batches = training.trainer.batches(training.state.params, packed)
+        kl = training.trainer.kl(packed[0])
+        training.state, metrics = training.trainer.learn(training.state, batches, 1.0)
+        step = {**metrics, **rollout.statistics, "kl": kl}
+        rows.append({name: float(step[name]) for name in WATCHED})
+        if why := collapsed(rows, grpo):
+            break
+    assert "(grpo.watch_" in why
+
+
+def test_the_kl_of_a_warm_start_is_no_collapse_and_one_at_once_is():
+    settings = settings_of(watch_steps=4).grpo
+    warm = [{**HEALTHY, "kl": 2.0}] * 20
+    assert collapsed(warm, settings) is None
+    assert "grpo.watch_kl" in collapsed([*warm, *[{**HEALTHY, "kl": 3.1}] * 4], settings)
+    at_once = [HEALTHY, *[{**HEALTHY, "kl": 2.0}] * 20]  # From the second step on.
+    assert "grpo.watch_kl" in collapsed(at_once, settings)
