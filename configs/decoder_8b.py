@@ -4,8 +4,8 @@
     python -m train.retriever --config=configs/decoder_8b.py --workdir=runs/decoder-8b \
         --config.data.path=triples.jsonl --config.data.dev=path/to/beir
 
-Neither has been run by us: the first wants libtpu alone, the second accelerators and weights that we
-do not have.
+docs/plan.md has what the first command prints. The second wants accelerators and weights that we do
+not have, and has not been run.
 """
 
 import ml_collections
