@@ -111,7 +111,8 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _published(where: str, row: Mapping[str, Any]) -> Published:
     for field in PUBLISHED_FIELDS:
-        if not isinstance(row.get(field), str) or not row[field].strip():
+        text = row.get(field)
+        if not isinstance(text, str) or not text.strip() or not text.strip().isprintable():
             raise UserError(f"{where}: {field} is {shown(row.get(field))}; expected some text")
     system, collection, metric, text = (row[field].strip() for field in PUBLISHED_FIELDS)
     try:
