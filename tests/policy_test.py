@@ -326,15 +326,15 @@ def test_a_rate_far_too_high_collapses_at_the_limits_as_they_are(model):
         training.state, metrics = training.trainer.learn(training.state, batches, 1.0)
         step = {**metrics, **rollout.statistics, "kl": kl}
         rows.append({name: float(step[name]) for name in WATCHED})
-        if why := collapsed(rows, grpo):
+        if why := collapsed(rows, grpo, "mine"):
             break
-    assert "(grpo.watch_" in why
+    assert "(mine.watch_" in why
 
 
 def test_the_kl_of_a_warm_start_is_no_collapse_and_one_at_once_is():
     settings = settings_of(watch_steps=4).grpo
     warm = [{**HEALTHY, "kl": 2.0}] * 20
-    assert collapsed(warm, settings) is None
-    assert "grpo.watch_kl" in collapsed([*warm, *[{**HEALTHY, "kl": 3.1}] * 4], settings)
+    assert collapsed(warm, settings, "mine") is None
+    assert "mine.watch_kl" in collapsed([*warm, *[{**HEALTHY, "kl": 3.1}] * 4], settings, "mine")
     at_once = [HEALTHY, *[{**HEALTHY, "kl": 2.0}] * 20]  # From the second step on.
-    assert "grpo.watch_kl" in collapsed(at_once, settings)
+    assert "mine.watch_kl" in collapsed(at_once, settings, "mine")
