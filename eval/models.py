@@ -65,14 +65,14 @@ SENTENCE_ROWS = {
     "unmasked": "Llama without its causal mask, LLM2Vec (its vectors)",
 }
 # With the head of a masked language model, and with one that scores pairs.
-SPARSE = {"bert": "SPLADE, BERT (its vectors)", "roberta": "SPLADE, RoBERTa (its vectors)"}
-PAIRS = {
+SPARSE_NAMES = {"bert": "SPLADE, BERT (its vectors)", "roberta": "SPLADE, RoBERTa (its vectors)"}
+PAIR_NAMES = {
     "bert": "cross-encoder, BERT (its logits)",
     "modernbert": "cross-encoder, ModernBERT (its logits)",
 }
 GGUF = ("llama", "llama-3.1", "llama-3.2", "qwen2", "qwen3", "gemma3", "gemma3-linear")
 HEADER = ("family", "loads from", "largest value", "difference", "cached", "back")
-TEXTS = ["pad an array", "sort", "rank and inverse of a matrix"]
+COMPARED_TEXTS = ["pad an array", "sort", "rank and inverse of a matrix"]
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]  # Our values and PyTorch's.
 
 
@@ -85,8 +85,8 @@ def measure(directory: pathlib.Path) -> Iterator[list[str]]:
         yield _decoder(family, directory / family)
     for name in tiny_models.SENTENCES:
         yield _sentences(name, directory)
-    yield from (_sparse(family, directory) for family in SPARSE)
-    yield from (_pairs(family, directory) for family in PAIRS)
+    yield from (_sparse(family, directory) for family in SPARSE_NAMES)
+    yield from (_pairs(family, directory) for family in PAIR_NAMES)
     yield _minilm()
     yield _smollm2()
 
@@ -181,8 +181,10 @@ def _sentences(name: str, directory: pathlib.Path) -> list[str]:
     retriever, params = load_retriever(str(directory / name))
     pairs = []
     for kind, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
-        ids, mask = pad(retriever.token_ids(TEXTS, kind), retriever.tokenizer.pad_token_id)
-        pairs.append((np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(TEXTS)))
+        ids, mask = pad(retriever.token_ids(COMPARED_TEXTS, kind), retriever.tokenizer.pad_token_id)
+        pairs.append(
+            (np.asarray(jax.jit(retriever.embed)(params, ids, mask)), encode(COMPARED_TEXTS))
+        )
     out = directory / f"{name}-out"
     export_retriever(out, retriever, params)
     return _row(SENTENCE_ROWS[name], "safetensors", pairs, back=_same(directory / name, out))
@@ -207,11 +209,11 @@ def _sparse(family: str, directory: pathlib.Path) -> list[str]:
     place, out = directory / f"splade-{family}", directory / f"splade-{family}-out"
     _random(place, family, transformers.AutoModelForMaskedLM)
     retriever, params = load_sparse_encoder(str(place))
-    ids, mask = pad(retriever.token_ids(TEXTS), retriever.tokenizer.pad_token_id)
+    ids, mask = pad(retriever.token_ids(COMPARED_TEXTS), retriever.tokenizer.pad_token_id)
     ours = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
-    theirs = SparseEncoder(str(place), device="cpu").encode(TEXTS).to_dense().numpy()
+    theirs = SparseEncoder(str(place), device="cpu").encode(COMPARED_TEXTS).to_dense().numpy()
     export_sparse_encoder(out, retriever, params)
-    return _row(SPARSE[family], "safetensors", [(ours, theirs)], back=_same(place, out))
+    return _row(SPARSE_NAMES[family], "safetensors", [(ours, theirs)], back=_same(place, out))
 
 
 def _pairs(family: str, directory: pathlib.Path) -> list[str]:
@@ -220,10 +222,10 @@ def _pairs(family: str, directory: pathlib.Path) -> list[str]:
     peer = CrossEncoder(str(place), device="cpu", activation_fn=torch.nn.Identity())
     peer.save_pretrained(str(place))
     encoder, params = load_cross_encoder(str(place))
-    ours = encoder.scores(params, TEXTS[0], TEXTS[1:])
-    theirs = peer.predict([(TEXTS[0], text) for text in TEXTS[1:]])
+    ours = encoder.scores(params, COMPARED_TEXTS[0], COMPARED_TEXTS[1:])
+    theirs = peer.predict([(COMPARED_TEXTS[0], text) for text in COMPARED_TEXTS[1:]])
     export_cross_encoder(out, encoder, params)
-    return _row(PAIRS[family], "safetensors", [(ours, theirs)], back=_same(place, out))
+    return _row(PAIR_NAMES[family], "safetensors", [(ours, theirs)], back=_same(place, out))
 
 
 def _minilm() -> list[str]:
