@@ -77,7 +77,12 @@ def test_a_program_that_does_not_fit_is_not_run(config):
     (row,) = plan.plan(config, small, QUIET, ["exact search"], repeats=1)["rows"]
     assert row["seconds"] is None
     assert row["model_flops_utilisation"] is None
-    plan.show({"topology": "", "rows": [row], "paper_chip_hours": None}, QUIET)
+    text = io.StringIO()
+    plan.show(
+        {"topology": "", "rows": [row | {"collectives": None}], "paper_chip_hours": None},
+        Console(file=text, width=250),
+    )
+    assert " unknown " in text.getvalue()
 
 
 def test_programs_of_a_slice_that_is_not_here_cannot_be_run(config):

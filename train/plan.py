@@ -139,9 +139,9 @@ def _row(
         **{f"bytes_{size}": getattr(needs, size) for size in sizes},
         "fits": needs.fits,
         "model_flops": planned.model_flops,
-        "collectives": {
-            kind: dataclasses.asdict(found) for kind, found in needs.collectives.items()
-        },
+        "collectives": None
+        if needs.collectives is None
+        else {kind: dataclasses.asdict(found) for kind, found in needs.collectives.items()},
         "compile_seconds": round(seconds, 2),
         "roofline_seconds": seconds_at_best,
         "bound": bound,
@@ -205,8 +205,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
               for part in ("parameters", "argument", "temporary", "resident", "total")),
             "yes" if row["fits"] else Bold("NO"),
             f"{row['model_flops'] / 1e12:.3g}",
-            "\n".join(f"{kind} {c['count']}, {c['bytes'] / GIB:.3g}"
-                      for kind, c in row["collectives"].items()) or "none",
+            _collectives(row["collectives"]),
             f"{row['compile_seconds']:.0f}",
             _duration(row["roofline_seconds"]),
             row["bound"],
@@ -225,6 +224,13 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         f"The paper's run takes at least {hours['all']:.3g} chip-hours ({parts}): that is with "
         "every program at its roofline."
     )
+
+
+def _collectives(found: Mapping[str, Mapping[str, int]] | None) -> str:
+    if found is None:
+        return "unknown"
+    kinds = (f"{kind} {c['count']}, {c['bytes'] / GIB:.3g}" for kind, c in found.items())
+    return "\n".join(kinds) or "none"
 
 
 def _mesh(row: Mapping[str, Any]) -> str:

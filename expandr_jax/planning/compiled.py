@@ -1,5 +1,6 @@
 """Compiles a program for a topology and says what it needs."""
 
+import contextlib
 import dataclasses
 import re
 import time
@@ -23,7 +24,8 @@ class Needs:
         code: Bytes of the program itself.
         resident: Bytes of what else is held meanwhile.
         capacity: Bytes that there are.
-        collectives: Collectives by kind; empty where the compiler gave up.
+        collectives: Collectives by kind; None where the compiler gave up, or cannot print what it
+            made.
         seconds: That compiling took.
         compiled: To be called; None where the compiler gave up.
     """
@@ -33,7 +35,7 @@ class Needs:
     code: int
     resident: int
     capacity: int
-    collectives: dict[str, Collectives]
+    collectives: dict[str, Collectives] | None
     seconds: float
     compiled: jax.stages.Compiled | None
 
@@ -52,7 +54,7 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, resident: int = 0) 
     `resident` bytes are taken on each device already.
     """
     start = time.monotonic()
-    compiled, collectives = None, {}
+    compiled, collectives = None, None
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -68,7 +70,9 @@ def compile_program(lowered: jax.stages.Lowered, chip: Chip, resident: int = 0) 
             found.temp_size_in_bytes,
             found.generated_code_size_in_bytes,
         )
-        collectives = count_collectives(compiled.as_text())
+        # Some libtpu compile programs that they cannot print.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            collectives = count_collectives(compiled.as_text())
     return Needs(*sizes, resident, chip.capacity, collectives, seconds, compiled)
 
 
@@ -86,7 +90,7 @@ def _rejected(message: str, chip: Chip) -> tuple[int, int, int]:
 
 
 def roofline(
-    chip: Chip, devices: int, flops: float, moved: float, collectives: dict[str, Collectives]
+    chip: Chip, devices: int, flops: float, moved: float, collectives: dict[str, Collectives] | None
 ) -> tuple[float, str]:
     """The least time that a program can take: compute, memory and network at their peaks at once.
 
@@ -94,12 +98,14 @@ def roofline(
         chip, devices: What each device can do, and how many there are.
         flops: Operations of all devices, what is recomputed included.
         moved: Bytes between a device and its memory.
-        collectives: Those of the program. An all-reduce passes a device's links twice.
+        collectives: Those of the program; None leaves the network out. An all-reduce passes a
+            device's links twice.
 
     Returns:
         Seconds of the slowest of the three, and which it is: "compute", "memory" or "network".
     """
-    sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in collectives.items())
+    known = (collectives or {}).items()
+    sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in known)
     seconds = {
         "compute": flops / devices / chip.flops,
         "memory": moved / chip.bandwidth,
