@@ -8,7 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from expandr_jax.planning.collectives import Collectives, count_collectives
+from expandr_jax.planning.compiled import compile_program, roofline
 from expandr_jax.sharding import make_mesh
+from tests.eight_devices import CHIP
 
 
 def compiled(function, *shapes, specs, out):
@@ -169,3 +171,21 @@ def test_lines_between_are_passed_over_and_no_program_has_none():
     text = "HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {\n" + body + "\n/* a line */\n" + body
     assert count_collectives(text + "}\n")["all-reduce"].count == 2
     assert count_collectives("") == {}
+
+
+def test_a_program_that_the_compiler_cannot_print_has_its_memory_without_collectives():
+    made = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
+
+    class Compiled:
+        memory_analysis = made.memory_analysis
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
+
+    class Lowered:
+        def compile(self):
+            return Compiled()
+
+    needs = compile_program(Lowered(), CHIP)
+    assert (needs.argument, needs.collectives) == (64, None)
+    assert roofline(CHIP, 2, 1e10, 3e11, needs.collectives) == (3.0, "memory")

@@ -154,24 +154,6 @@ def test_another_error_of_the_compiler_is_not_hidden():
         compiled.compile_program(Lowered(), CHIP)
 
 
-def test_a_program_that_the_compiler_cannot_print_has_its_memory_without_collectives():
-    made = jax.jit(jnp.sin).lower(jnp.ones(8)).compile()
-
-    class Compiled:
-        memory_analysis = made.memory_analysis
-
-        def as_text(self):
-            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
-
-    class Lowered:
-        def compile(self):
-            return Compiled()
-
-    needs = compiled.compile_program(Lowered(), CHIP)
-    assert (needs.argument, needs.collectives) == (64, None)
-    assert compiled.roofline(CHIP, 2, 1e10, 3e11, needs.collectives) == (3.0, "memory")
-
-
 def test_the_slowest_of_three_is_the_roofline():
     send = {"all-reduce": compiled.Collectives(1, int(1e9), 1)}
     assert compiled.roofline(CHIP, 2, 4e12, 1e10, {}) == (2.0, "compute")
