@@ -190,24 +190,9 @@ def _sentences(name: str, directory: pathlib.Path) -> list[str]:
     return _row(SENTENCE_ROWS[name], "safetensors", pairs, back=_same(directory / name, out))
 
 
-def _random(directory: pathlib.Path, family: str, kind: type, **changes) -> torch.nn.Module:
-    """Writes a random model of a kind of transformers', with a tokenizer, and returns it."""
-    config = tiny_models.torch_model(family).config
-    for name, value in changes.items():
-        setattr(config, name, value)
-    torch.manual_seed(1)
-    model = kind.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    tiny_models.save_tokenizer(directory, chat=False, pad_id=config.pad_token_id)
-    return model
-
-
 def _sparse(family: str, directory: pathlib.Path) -> list[str]:
     place, out = directory / f"splade-{family}", directory / f"splade-{family}-out"
-    _random(place, family, transformers.AutoModelForMaskedLM)
+    tiny_models.save_random(place, family, transformers.AutoModelForMaskedLM)
     retriever, params = load_sparse_encoder(str(place))
     ids, mask = pad(retriever.token_ids(COMPARED_TEXTS), retriever.tokenizer.pad_token_id)
     ours = np.asarray(jax.jit(retriever.embed)(params, ids, mask))
@@ -218,7 +203,9 @@ def _sparse(family: str, directory: pathlib.Path) -> list[str]:
 
 def _pairs(family: str, directory: pathlib.Path) -> list[str]:
     place, out = directory / f"pairs-{family}", directory / f"pairs-{family}-out"
-    _random(place, family, transformers.AutoModelForSequenceClassification, num_labels=1)
+    tiny_models.save_random(
+        place, family, transformers.AutoModelForSequenceClassification, num_labels=1
+    )
     peer = CrossEncoder(str(place), device="cpu", activation_fn=torch.nn.Identity())
     peer.save_pretrained(str(place))
     encoder, params = load_cross_encoder(str(place))

@@ -148,6 +148,21 @@ def unpadded(values: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
     return [row[keep > 0] for row, keep in zip(np.asarray(values), np.asarray(mask), strict=True)]
 
 
+def save_random(directory: Path, family: str, kind: type, **changes: Any) -> torch.nn.Module:
+    """Writes a random model of a family, as a kind of transformers' makes it, with a tokenizer."""
+    config = torch_model(family).config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(1)
+    model = kind.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    save_tokenizer(directory, chat=False, pad_id=config.pad_token_id)
+    return model
+
+
 def save_tokenizer(directory: Path, *, chat: bool, pad_id: int) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of single letters, with special tokens, and a template for chat."""
     special = ["<s>", "</s>", "<unk>"]

@@ -33,14 +33,7 @@ TEXTS = ["pad an array", "sort", "the inverse of a matrix, and its rank", ""]
 def save(directory, family, form):
     """A random model with the head of a masked language model, in one of the published forms."""
     plain = directory.with_name(f"{directory.name}-plain") if form != "bare" else directory
-    config = tiny_models.torch_model(family).config
-    torch.manual_seed(1)
-    model = AutoModelForMaskedLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(plain)
-    tiny_models.save_tokenizer(plain, chat=False, pad_id=config.pad_token_id)
+    tiny_models.save_random(plain, family, AutoModelForMaskedLM)
     if form == "older":
         modules = [MLMTransformer(str(plain), max_seq_length=48), SpladePooling()]
         peer = SparseEncoder(modules=modules, prompts={"query": "q: "}, device="cpu")

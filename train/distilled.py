@@ -61,12 +61,8 @@ from train.expansions import RANKED_SPLITS, run_expander, written_for
 from train.query_tower import train_query_tower
 
 GENERATED = "distilled/queries.jsonl"
-GENERATED_FIELDS = {
-    "query_id": str,
-    "document_id": str,
-    "query": str,
-    "left_out": str,
-}  # Each line has them.
+# Each line of the generated queries has them.
+GENERATED_FIELDS = {"query_id": str, "document_id": str, "query": str, "left_out": str}
 QUERY_PROMPT = "d2q"  # What the generator is asked of a document.
 
 

@@ -29,14 +29,8 @@ from expandr_jax.search import Index
 from expandr_jax.search.divided import found_by_all
 
 RANKED_SPLITS = ("dev", "test")
-EXPANSION_FIELDS = (
-    "query_id",
-    "split",
-    "system",
-    "sample",
-    "query",
-    "expansion",
-)  # In expansions.jsonl.
+# In expansions.jsonl.
+EXPANSION_FIELDS = "query_id", "split", "system", "sample", "query", "expansion"
 
 
 def run_expander(

@@ -8,7 +8,8 @@ with the other.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,56 +23,80 @@ TOWERS = ("query", "positive", "negative", "expansion")
 
 def prepare(directory: pathlib.Path) -> None:
     """Writes ids of texts that are all as long as they may be."""
-    minilm.write_pydoc(directory)
     retriever, _ = minilm.load(LENGTH)
+    write_texts(directory, "texts.npz", retriever, TOWERS, QUERIES)
+
+
+def write_texts(
+    directory: pathlib.Path, name: str, retriever: Any, towers: Sequence[str], queries: int
+) -> None:
+    """Writes a retriever's ids of pydoc's texts, [queries, LENGTH] of each tower."""
+    minilm.write_pydoc(directory)
     tokens = retriever.token_ids(minilm.spread(minilm.read_pydoc(directory)[1], 1000))
     full = [ids for ids in tokens if len(ids) == LENGTH]
-    rows = np.array(full[: QUERIES * len(TOWERS)]).reshape(len(TOWERS), QUERIES, LENGTH)
-    np.savez(directory / "texts.npz", **dict(zip(TOWERS, rows, strict=True)))
+    rows = np.array(full[: queries * len(towers)]).reshape(len(towers), queries, LENGTH)
+    np.savez(directory / name, **dict(zip(towers, rows, strict=True)))
+
+
+def read_texts(directory: pathlib.Path, name: str) -> dict[str, np.ndarray]:
+    """What `write_texts` wrote."""
+    with np.load(directory / name, allow_pickle=False) as file:
+        return dict(file)
 
 
 def _texts(directory: pathlib.Path, expanded: bool) -> dict[str, np.ndarray]:
-    with np.load(directory / "texts.npz", allow_pickle=False) as file:
-        return {name: file[name] for name in TOWERS if expanded or name != "expansion"}
+    texts = read_texts(directory, "texts.npz")
+    return texts if expanded else {name: texts[name] for name in TOWERS if name != "expansion"}
 
 
 def start_ours(directory: pathlib.Path, expanded: bool) -> Running:
     """Step A's program, as the trainer sets it up."""
+    from configs import base
+
+    settings = base.get_config().contrastive
+    settings.temperature, settings.query_weight, settings.normalize = TEMPERATURE, WEIGHT, "both"
+    load = functools.partial(minilm.load, LENGTH)
+    return step_a(load, settings, _texts(directory, expanded))
+
+
+def step_a(load: Callable[[], Any], settings: Any, texts: Mapping[str, np.ndarray]) -> Running:
+    """Step A's program for a batch of such texts, with the retriever and parameters of `load`."""
     import jax
 
-    from configs import base
     from expandr_jax.objectives.contrastive import contrastive_setup
     from expandr_jax.objectives.contrastive_batches import (
         ContrastiveExample,
         Passage,
         make_batch,
     )
-    from expandr_jax.sharding import make_mesh
+    from expandr_jax.objectives.trained import divided
+    from expandr_jax.sharding import device_put, make_mesh
     from expandr_jax.training.train_state import make_optimizer
 
-    retriever, params = minilm.load(LENGTH)
-    settings = base.get_config().contrastive
-    settings.temperature, settings.query_weight, settings.normalize = TEMPERATURE, WEIGHT, "both"
-    texts = _texts(directory, expanded)
+    retriever, params = load()
+    expanded = "expansion" in texts
     examples = [
         ContrastiveExample(
-            query=texts["query"][i],
+            query=query,
             expansions=[texts["expansion"][i]] if expanded else [],
             positive=Passage(texts["positive"][i], f"positive {i}"),
             negatives=[Passage(texts["negative"][i], f"negative {i}")],
         )
-        for i in range(QUERIES)
+        for i, query in enumerate(texts["query"])
     ]
     pad_id = retriever.tokenizer.pad_token_id
     batch = make_batch(examples, pad_id, int(expanded), 1, longest=LENGTH)
     mesh = make_mesh()
     optimizer = make_optimizer(LEARNING_RATE, STEPS, clip_norm=CLIP_NORM)
     setup = contrastive_setup(mesh, retriever, params, settings, optimizer)
-    state = setup.create(params)
+    held, trained = divided(retriever, params, seed=0)
+    frozen = device_put(held, setup.frozen)
+    state = setup.create(trained)
+    del params, trained  # As in a run: the state is the only copy of what is trained.
 
     def update() -> dict[str, np.ndarray]:
         nonlocal state
-        state, metrics = jax.block_until_ready(setup.step(state, batch, None))
+        state, metrics = jax.block_until_ready(setup.step(state, *frozen, batch, None))
         return {name: np.array(metrics[name]) for name in ("loss", "grad_norm")}
 
     outputs = update()

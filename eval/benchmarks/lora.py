@@ -6,95 +6,64 @@ equal. A side's setting says what it had in memory once its weights were loaded;
 peak is what training takes.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
-from eval.benchmarks import Comparison, Running, check_close, minilm, per_second, smollm2
+from eval.benchmarks import Comparison, Running, check_close, contrastive, minilm, smollm2
 
-QUERIES, LENGTH, MICRO_BATCH = 16, 128, 4
-RANK = 8
+QUERIES, MICRO_BATCH, RANK = 16, 4, 8
 TOWERS = ("query", "positive", "negative")
 MODELS = ("SmolLM2", "MiniLM")
 
 
 def prepare(directory: pathlib.Path) -> None:
     """Writes SmolLM2, and each model's ids of texts that are all as long as they may be."""
-    minilm.write_pydoc(directory)
     smollm2.export(directory)
-    documents = minilm.spread(minilm.read_pydoc(directory)[1], 1000)
     for model in MODELS:
         retriever, _ = _load(directory, model)
-        full = [ids for ids in retriever.token_ids(documents) if len(ids) == LENGTH]
-        rows = np.array(full[: QUERIES * len(TOWERS)]).reshape(len(TOWERS), QUERIES, LENGTH)
-        np.savez(directory / f"{model}.npz", **dict(zip(TOWERS, rows, strict=True)))
+        contrastive.write_texts(directory, f"{model}.npz", retriever, TOWERS, QUERIES)
 
 
 def _load(directory: pathlib.Path, model: str):
     """This project's retriever and parameters."""
+    length = contrastive.LENGTH
     if model == "MiniLM":
-        return minilm.load(LENGTH)
+        return minilm.load(length)
     from expandr_jax.weights.hf import load_retriever
 
     path = str(smollm2.export(directory))
-    return load_retriever(path, pooling="mean", normalize=True, max_length=LENGTH)
+    return load_retriever(path, pooling="mean", normalize=True, max_length=length)
 
 
 def start(directory: pathlib.Path, model: str, rank: int) -> Running:
-    """Step A's program, as the trainer sets it up."""
-    import dataclasses
-
+    """Step A's program with an adapter of a rank, or, of rank 0, of all weights."""
     import jax
     import psutil
 
     from configs import base
     from expandr_jax.models.lora import LoraConfig
-    from expandr_jax.objectives.contrastive import contrastive_setup
-    from expandr_jax.objectives.contrastive_batches import (
-        ContrastiveExample,
-        Passage,
-        make_batch,
-    )
-    from expandr_jax.objectives.trained import divided
-    from expandr_jax.sharding import device_put, make_mesh
-    from expandr_jax.training.train_state import make_optimizer
 
-    retriever, params = _load(directory, model)
-    jax.block_until_ready(params)
-    loaded = psutil.Process().memory_info().rss
-    if rank:
-        lora = LoraConfig(rank, 4.0 * rank, 0.0, ("_proj$",))
-        retriever = dataclasses.replace(retriever, module=retriever.module.clone(lora=lora))
+    loaded = 0
+
+    def load() -> tuple:
+        nonlocal loaded
+        retriever, params = _load(directory, model)
+        jax.block_until_ready(params)
+        loaded = psutil.Process().memory_info().rss
+        if rank:
+            lora = LoraConfig(rank, 4.0 * rank, 0.0, ("_proj$",))
+            retriever = dataclasses.replace(retriever, module=retriever.module.clone(lora=lora))
+        return retriever, params
+
     settings = base.get_config().contrastive
     settings.micro_batch = MICRO_BATCH
-    with np.load(directory / f"{model}.npz", allow_pickle=False) as file:
-        texts = {name: file[name] for name in TOWERS}
-    examples = [
-        ContrastiveExample(
-            query=texts["query"][i],
-            expansions=[],
-            positive=Passage(texts["positive"][i], f"positive {i}"),
-            negatives=[Passage(texts["negative"][i], f"negative {i}")],
-        )
-        for i in range(QUERIES)
-    ]
-    batch = make_batch(examples, retriever.tokenizer.pad_token_id, 0, 1, longest=LENGTH)
-    setup = contrastive_setup(make_mesh(), retriever, params, settings, make_optimizer(1e-5, 1000))
-    frozen, trained = divided(retriever, params, 0)
-    frozen = device_put(frozen, setup.frozen)
-    state = setup.create(trained)
-    del params, trained  # As in a run: the state is the only copy of what is trained.
-
-    def update() -> dict[str, np.ndarray]:
-        nonlocal state
-        state, metrics = jax.block_until_ready(setup.step(state, *frozen, batch, None))
-        return {"loss": np.array(metrics["loss"])}
-
-    outputs = update()
-    update()
-    return Running(per_second(1, update), outputs, f"{loaded / 1e9:.2f} GB before training")
+    texts = contrastive.read_texts(directory, f"{model}.npz")
+    running = contrastive.step_a(load, settings, texts)
+    return dataclasses.replace(running, setting=f"{loaded / 1e9:.2f} GB before training")
 
 
 def check(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> str:
