@@ -200,7 +200,7 @@ def test_a_run_whose_checkpoints_know_tokens_alone_goes_on(data, tmp_path, monke
         return train_stage(*args, identity=identity | asked[0], older=dict, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.retriever.train_stage", as_before)
+        patch.setattr("expandr_jax.objectives.contrastive_stage.train_stage", as_before)
         train(config, tmp_path / "run")
     gc.collect()
     before, tokenized[0] = (tmp_path / "run" / "metrics.jsonl").read_bytes(), 0
@@ -210,7 +210,9 @@ def test_a_run_whose_checkpoints_know_tokens_alone_goes_on(data, tmp_path, monke
     assert re.search(lost, output.getvalue())
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     gc.collect()
-    monkeypatch.setattr("train.retriever.ExampleHashes.all", "of other tokens")
+    monkeypatch.setattr(
+        "expandr_jax.objectives.packed_examples.ExampleHashes.all", "of other tokens"
+    )
     with pytest.raises(UserError, match="another base model or other settings"):
         train(config, tmp_path / "run")
 

@@ -7,14 +7,11 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
-import functools
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.sparse
 from rich.console import Console
@@ -23,37 +20,16 @@ from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
 from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.data.triples import Triple
-from expandr_jax.files.records import hash_json
 from expandr_jax.files.scratch import scratch_array
 from expandr_jax.loading import load_retriever_model
 from expandr_jax.metrics import CHOSEN_BY
-from expandr_jax.objectives.contrastive import contrastive_setup
-from expandr_jax.objectives.contrastive_checks import (
-    check_contrastive_batch,
-    check_contrastive_examples,
-)
-from expandr_jax.objectives.contrastive_steps import ContrastiveBatches
+from expandr_jax.objectives.contrastive_stage import ContrastiveRound, train_contrastive
 from expandr_jax.objectives.llara import LLARA, train_blocks
-from expandr_jax.objectives.llm_ql import corruption_of
-from expandr_jax.objectives.packed_examples import ExampleHashes, triple_blocks, triples_key
 from expandr_jax.objectives.settings import ContrastiveSettings
-from expandr_jax.objectives.stored_examples import made_ahead, store_examples
-from expandr_jax.objectives.trained import (
-    divided,
-    drops_out,
-    joined,
-    split_temperature,
-    with_temperature,
-)
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
-from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.search import build_index, search_named
-from expandr_jax.sharding import device_put, rows_here, whole
-from expandr_jax.training.flops import row_flops
-from expandr_jax.training.setup import count_updates, section_optimizer
-from expandr_jax.training.stage import on_devices, train_stage
+from expandr_jax.sharding import whole
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.encoder import TEXTS_AT_ONCE, Kind
 from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
@@ -103,81 +79,12 @@ def train_retriever(
     Raises:
         UserError: A setting does not fit the examples or the mesh, or training diverges.
     """
-    config, seed = settings or run.config.contrastive, run.config.seed
-    mesh, retriever = models.contrastive_mesh, models.retriever
-    check_contrastive_batch(config, retriever, params, mesh, len(triples))
-    if updates is None:
-        updates = count_updates(config, len(triples) // config.batch_size)
-    steps = updates * config.accumulation
-    numbers = range(round_ * steps, (round_ + 1) * steps)
-    pad_id = retriever.tokenizer.pad_token_id
-    corruption = corruption_of(retriever, config)
-    hashes, cut = ExampleHashes(), Counter()
-
-    @functools.cache  # Where all steps are done, no text is tokenized.
-    def batches() -> ContrastiveBatches:
-        with run.reporter.progress("examples made", len(triples)) as advance:
-            made = triple_blocks(triples, models.encoder, kind, advance, run.processes, cut)
-            examples = store_examples(hashes.passing(made))
-        if told := ", ".join(f"{count} {name}" for name, count in cut.items() if count):
-            run.reporter.say(f"{told} are longer than the retriever reads, and lose their end")
-        check_contrastive_examples(config, examples, samples, ids)
-        return ContrastiveBatches(
-            examples, config, samples, seed, pad_id, retriever.max_length, numbers, corruption
-        )
-
-    def older() -> dict[str, str]:
-        """What checkpoints told the examples by that have no hash of their texts."""
-        examples = batches().examples
-        told = {"examples": hashes.older, "all": hashes.all}
-        if config.curriculum:
-            told["ease"] = hash_json([example.ease for example in examples])
-        return told
-
-    rows = rows_here(mesh, config.batch_size)
-    optimizer = section_optimizer(config, updates)
-    setup = contrastive_setup(mesh, retriever, params, config, optimizer)
-    held, trained = divided(retriever, params, seed)
-    frozen = device_put(held, setup.frozen)
-    start = device_put(with_temperature(trained, config), setup.shardings.params)
-    key = None
-    if drops_out(retriever, config):
-        key = jax.random.fold_in(jax.random.key(seed), round_)
-
-    flops = row_flops(retriever.module, params, bool(held))
-    with run.reporter.progress("training texts read", len(triples)) as advance:
-        texts = triples_key(triples, kind, advance, run.processes)
-    identity = {
-        "model": models.retriever_hash,
-        "settings": hash_json(identity_of("contrastive", config)),
-        "texts": texts,
-        "retriever": retriever.identity,
-        "steps": steps,
-    }
-
-    def batch(step: int) -> tuple[dict[str, Any], Contents]:
-        arrays, tokens = make(numbers[step])
-        return arrays, batches().contents(numbers[step], len(rows), tokens, ids, flops)
-
-    with made_ahead(batches, rows, run.config.mesh.workers) as make:
-        trained = train_stage(
-            run.trained_stage(phase, round_),
-            setup,
-            start,
-            on_devices(run.processes, batch, mesh, rows, config.batch_size),
-            identity=identity,
-            older=older,
-            prepare=batches,
-            settings=config,
-            steps=steps,
-            first=round_ * steps,
-            frozen=frozen,
-            key=key,
-            weights=lambda trained: split_temperature(trained, config)[0],
-            evaluate=evaluate and (lambda trained: evaluate(joined(held, trained))),
-            patience=config.patience,
-        )
-        return joined(held, whole(trained))
+    config = run.config
+    own = ContrastiveRound(
+        triples, ids, samples, kind, settings or config.contrastive, config.seed, round_, updates
+    )
+    stage = run.trained_stage(phase, round_)
+    return train_contrastive(stage, models, params, own, config.mesh.workers, evaluate)
 
 
 def kept_vectors(
