@@ -37,6 +37,7 @@ from expandr_jax.objectives.distillation import (
     documents_of,
     targets_of,
 )
+from expandr_jax.objectives.distillation_stage import train_query_tower
 from expandr_jax.objectives.settings import DistillSettings
 from expandr_jax.objectives.trained import training_retriever
 from expandr_jax.pair import Models
@@ -58,7 +59,6 @@ from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import content_key
 from expandr_jax.vectors.stored import open_vectors
 from train.expansions import RANKED_SPLITS, run_expander, written_for
-from train.query_tower import train_query_tower
 
 GENERATED = "distilled/queries.jsonl"
 # Each line of the generated queries has them.

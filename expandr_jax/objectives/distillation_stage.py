@@ -1,4 +1,7 @@
-"""Trains a query tower: a copy of the retriever whose plain queries are compared with constants."""
+"""Trains a query tower: a copy of the retriever whose plain queries are compared with constants.
+
+Batches are `distillation.DistillationBatches`; what it learns is a `Lesson`.
+"""
 
 import functools
 from collections.abc import Callable
