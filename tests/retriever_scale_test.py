@@ -20,8 +20,9 @@ from expandr_jax.data.beir import Collection, read_beir, write_beir
 from expandr_jax.data.documents import write_documents
 from expandr_jax.data.pydoc import harvest
 from expandr_jax.files.records import write_jsonl
+from expandr_jax.ranking.dev import kept_vectors
 from expandr_jax.runtime.processes import Processes
-from train.retriever import kept_vectors, train_on_triples
+from train.retriever import train_on_triples
 
 ROOT = pathlib.Path(__file__).parent.parent
 CRANFIELD = ROOT.parent / "shared" / "data" / "cranfield"
@@ -75,7 +76,7 @@ class Numbers:
 
 def test_dev_documents_are_encoded_and_held_a_block_at_a_time(monkeypatch):
     """All of their texts and vectors were held, by each process."""
-    monkeypatch.setattr("train.retriever.TEXTS_AT_ONCE", 100)
+    monkeypatch.setattr("expandr_jax.ranking.dev.TEXTS_AT_ONCE", 100)
     peaks, counts = [], (250, 950)
     for count in counts:
         texts = write_documents((f"d{i}", str(i)) for i in range(count)).texts

@@ -8,31 +8,22 @@ written to DIR/export/reranker; the rows `rerank:SYSTEM` take it as evaluation.r
 same command again continues.
 """
 
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from rich.console import Console
 
-from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.beir import Collection
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.metrics import CHOSEN_BY, RunScores
-from expandr_jax.models.cross_encoder import CrossEncoder
 from expandr_jax.models.identity import tokenizer_identity
 from expandr_jax.objectives.reranking import train_pair_scores
 from expandr_jax.pair import check_meshes, phase_mesh
-from expandr_jax.ranking.rerank import rank_again
-from expandr_jax.ranking.settings import EvaluationSettings
+from expandr_jax.ranking.dev import reranker_on_dev
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
-from expandr_jax.runtime.telemetry import TrainingLog
-from expandr_jax.search import Index, search_named
-from expandr_jax.sharding import whole
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
 from train.encoding import run_words
@@ -71,7 +62,8 @@ def train_reranker(
     stage, evaluate = run.trained_stage(RERANKER), None
     if dev is not None:
         words = run_words(run, dev.corpus, "dev")
-        evaluate = _on_dev(encoder, dev, words, run.config.evaluation, stage.log)
+        own = run.config.evaluation
+        evaluate = reranker_on_dev(encoder, dev, words, own, run.reporter, run.processes)
     with run.phase(RERANKER):
         mesh, names = phase_mesh(config.mesh, "contrastive"), triple_names(triples, config.data)
         params = train_pair_scores(
@@ -106,44 +98,6 @@ def _with_negatives(config: Config, triples: Sequence[Triple], reporter: Reporte
             "reranker.batch_size"
         )
     return kept
-
-
-def _on_dev(
-    encoder: CrossEncoder,
-    dev: Collection,
-    words: Callable[[], Index],
-    settings: EvaluationSettings,
-    log: TrainingLog,
-) -> Callable[[Any], float]:
-    """Parameters to nDCG@10 of the dev queries, whose first documents by BM25 they rank again."""
-    qrels, depth = dev.qrels["dev"], settings.rerank.depth
-    queries = {query: dev.queries[query] for query in qrels}
-
-    @functools.cache
-    def found() -> RunScores:
-        return search_named(
-            words().search,
-            list(queries),
-            list(queries.values()),
-            list(dev.corpus),
-            depth,
-            drop_identical_ids=settings.drop_identical_ids,
-            excluded=dev.excluded,
-            above=0.0,
-        )
-
-    def evaluate(params: Any) -> float:
-        params = whole(params)
-
-        def measure() -> float:
-            score = functools.partial(encoder.scores, params, rows=settings.rerank.rows)
-            with log.reporter.progress("dev: queries ranked again", len(queries)) as advance:
-                again = rank_again(found(), queries, dev.corpus, score, depth, advance)
-            return metrics.mean(metrics.evaluate(again, qrels, (CHOSEN_BY,))[CHOSEN_BY])
-
-        return log.processes.once(measure)
-
-    return evaluate
 
 
 if __name__ == "__main__":

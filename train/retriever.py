@@ -7,33 +7,23 @@ The triples are those of expandr_jax/data/triples.py. With a dev collection the 
 it best are kept; they are written to DIR/export/retriever. The same command again continues.
 """
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import scipy.sparse
 from rich.console import Console
 
-from expandr_jax import metrics
 from expandr_jax.config import Config, read_config
-from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.data.triples import Triple
-from expandr_jax.files.scratch import scratch_array
 from expandr_jax.loading import load_retriever_model
-from expandr_jax.metrics import CHOSEN_BY
 from expandr_jax.objectives.contrastive_stage import ContrastiveRound, train_contrastive
 from expandr_jax.objectives.llara import LLARA, train_blocks
 from expandr_jax.objectives.settings import ContrastiveSettings
 from expandr_jax.pair import RetrieverModel, check_meshes, model_hashes
+from expandr_jax.ranking.dev import retriever_on_dev
 from expandr_jax.runtime.run import Run
-from expandr_jax.search import build_index, search_named
 from expandr_jax.sharding import whole
-from expandr_jax.vectors.corpus import CorpusRetriever
-from expandr_jax.vectors.encoder import TEXTS_AT_ONCE, Kind
-from expandr_jax.vectors.sparse import build_sparse, sparse_vectors
-from expandr_jax.weights.sparse_encoder import SPLADE_POOLING
+from expandr_jax.vectors.encoder import Kind
 from train.encoding import run_retriever
 from train.export import ADAPTER, write_retriever, write_retriever_adapter
 from train.launch import launch_training
@@ -87,26 +77,6 @@ def train_retriever(
     return train_contrastive(stage, models, params, own, config.mesh.workers, evaluate)
 
 
-def kept_vectors(
-    retriever: CorpusRetriever, texts: Sequence[str], progress: Callable[[int], None]
-) -> np.ndarray:
-    """Vectors of documents, [texts, dim] float32, for process 0 in a file without a name.
-
-    All processes call it together. None holds more than a block of texts and of vectors.
-    """
-    kept = np.zeros((0, 0), np.float32)
-    for first in range(0, len(texts), TEXTS_AT_ONCE):
-        block = retriever.encode(
-            texts[first : first + TEXTS_AT_ONCE], "document", progress=progress
-        )
-        if retriever.processes.is_main:
-            if not first:
-                shape = len(texts), block.shape[1]
-                kept = scratch_array(math.prod(shape), np.float32, "vectors").reshape(shape)
-            kept[first : first + len(block)] = block
-    return kept
-
-
 def train_on_triples(
     config: Mapping[str, Any] | Config, workdir: str | os.PathLike, console: Console
 ) -> None:
@@ -126,33 +96,8 @@ def train_on_triples(
         run.check_models(model_hashes(models))
 
     def evaluate(params: Any) -> float:
-        ids, documents = list(dev.qrels["dev"]), texts_of(dev.corpus)
         retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
-        queries = [dev.queries[query] for query in ids]
-        with run.reporter.progress("dev: documents encoded", len(documents)) as advance:
-            if models.retriever.pooling == SPLADE_POOLING:
-                width = models.retriever.module.config.vocab_size
-                sparse = build_sparse(retriever.encode, documents, width, "dev", advance)
-                encoded = scipy.sparse.vstack([*sparse_vectors(retriever.encode, queries, "query")])
-            else:
-                sparse, vectors = None, kept_vectors(retriever, documents, advance)
-                encoded = retriever.encode(queries, "query")
-
-        def measure() -> float:
-            index = build_index(vectors, "exact") if sparse is None else sparse
-            found = search_named(
-                index.search,
-                ids,
-                encoded,
-                ids_of(dev.corpus),
-                config.evaluation.depth,
-                drop_identical_ids=config.evaluation.drop_identical_ids,
-                excluded=dev.excluded,
-                above=0.0 if models.retriever.pooling == SPLADE_POOLING else -math.inf,
-            )
-            return metrics.mean(metrics.evaluate(found, dev.qrels["dev"], (CHOSEN_BY,))[CHOSEN_BY])
-
-        return run.processes.once(measure)
+        return retriever_on_dev(retriever, dev, config.evaluation)
 
     params = models.retriever_params
     if config.llara.epochs:
