@@ -26,6 +26,7 @@ from expandr_jax.data.training_data import TrainingData
 from expandr_jax.data.triples import MadeTriples, Triple
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.expand import Expander
+from expandr_jax.expansion.written_queries import generated_queries
 from expandr_jax.files.records import write_json
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.contrastive_checks import check_contrastive_batch
@@ -47,7 +48,7 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.demonstrations import with_demonstrations
-from train.distilled import GENERATED, check_distillation, distill, generated_queries
+from train.distilled import GENERATED, check_distillation, distill
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,

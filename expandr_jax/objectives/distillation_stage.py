@@ -1,17 +1,29 @@
 """Trains a query tower: a copy of the retriever whose plain queries are compared with constants.
 
-Batches are `distillation.DistillationBatches`; what it learns is a `Lesson`.
+Batches are `distillation.DistillationBatches`; what it learns is a `Lesson`, whose constants
+`compared_with_teacher` makes where there is a teacher.
 """
 
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from expandr_jax.files.records import hash_json
-from expandr_jax.objectives.distillation import DistillationBatches, Lesson, distillation_setup
+from expandr_jax.objectives.distillation import (
+    Compared,
+    DistillationBatches,
+    Lesson,
+    distillation_setup,
+    targets_of,
+)
 from expandr_jax.objectives.settings import DistillSettings
 from expandr_jax.objectives.trained import divided, joined
 from expandr_jax.pair import RetrieverModel
+from expandr_jax.ranking.teacher import found_by_teacher
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Contents
@@ -19,6 +31,8 @@ from expandr_jax.sharding import device_put, rows_here, whole
 from expandr_jax.training.flops import row_flops
 from expandr_jax.training.setup import count_updates, section_optimizer
 from expandr_jax.training.stage import on_devices, train_stage
+from expandr_jax.vectors.corpus import CorpusRetriever
+from expandr_jax.vectors.stored import StoredVectors, open_vectors
 from expandr_jax.weights.trees import hash_tree
 
 
@@ -98,3 +112,39 @@ def train_query_tower(
         evaluate=(lambda trained: evaluate(joined(held, trained))) if settings.eval_every else None,
     )
     return joined(held, whole(trained))
+
+
+def compared_with_teacher(
+    settings: DistillSettings,
+    ours: CorpusRetriever,
+    targets: pathlib.Path,
+    checksums: Checksums,
+    name: str,
+) -> Compared:
+    """What the student's batches have of its teacher; all processes call it together.
+
+    Args:
+        settings: The config's section `distill`.
+        ours: The retriever, whose documents are searched.
+        targets: The file of the teacher's vectors.
+        checksums, name: Where what the teacher finds is kept.
+    """
+    vectors = open_vectors(targets)
+    if not settings.kl_weight:
+        return targets_of(vectors)
+
+    def found() -> np.ndarray | None:
+        index = ours.corpus.index  # Each process has its part of it.
+        if not ours.processes.is_main:
+            return None
+        with ours.reporter.progress("distillation: queries searched", len(vectors)) as advance:
+            return found_by_teacher(index, vectors, settings.depth, advance)
+
+    rows = np.load(checksums.array(name, found), mmap_mode="r", allow_pickle=False)
+    return targets_of(vectors, document_vectors(ours), rows)
+
+
+def document_vectors(ours: CorpusRetriever) -> np.ndarray | StoredVectors:
+    """The documents' vectors, [documents, dim], by each process from their file."""
+    _ = ours.corpus
+    return open_vectors(ours.path)
