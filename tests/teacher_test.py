@@ -1,25 +1,31 @@
 """The teacher of distilled expansion, against numpy, and what is kept of it."""
 
 import dataclasses
+import io
+import types
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from configs import base
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.generated import COPIED, EMPTY, REPEATED, JudgedQueries, generated_rows
 from expandr_jax.expansion.strategies import STRATEGIES
+from expandr_jax.objectives.distillation_stage import compared_with_teacher
 from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.sources import Expansions
 from expandr_jax.ranking.teacher import TAUGHT_AT_ONCE, Teacher, best_use, found_by_teacher
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import build_index
 from expandr_jax.vectors.corpus import Corpus
 
 SETTINGS = read_config(base.get_config()).evaluation
+DISTILL = read_config(base.get_config()).distill
 TEXTS = {"a": [["one", "two", "three"]], "b": [["four", "", "five"]], "c": [["", "", ""]]}
 
 
@@ -111,6 +117,32 @@ def test_what_teachers_find_first_is_found_block_by_block():
     assert found.dtype == np.int32
     np.testing.assert_array_equal(found, expected)
     assert counts == [TAUGHT_AT_ONCE, 3]
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_students_are_compared_with_vectors_and_what_these_find(tmp_path, kl_weight):
+    rng, depth = np.random.default_rng(0), 3
+    documents = rng.normal(size=(20, 8)).astype(np.float32)
+    targets = rng.normal(size=(6, 8)).astype(np.float32)
+    for name, vectors in {"documents": documents, "targets": targets}.items():
+        np.save(tmp_path / f"{name}.npy", vectors)
+    settings = dataclasses.replace(DISTILL, kl_weight=kl_weight, depth=depth)
+    ours = types.SimpleNamespace(
+        corpus=types.SimpleNamespace(index=build_index(documents, "exact")), processes=Processes(),
+        reporter=Reporter(Console(file=io.StringIO())), path=tmp_path / "documents.npy",
+    )  # fmt: skip
+    asked = settings, ours, tmp_path / "targets.npy", Checksums(tmp_path, print), "found.npy"
+    indices, rows = np.array([4, 0, 5, 2]), np.array([1, 3])
+    expected = {"targets": targets[[0, 2]]}
+    if kl_weight:
+        found = np.argsort(-targets @ documents.T)[[0, 2], :depth]
+        expected["documents"] = documents[found.reshape(-1)]
+    for _ in range(2):
+        made = compared_with_teacher(*asked)(indices, rows)
+        assert made.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(made[name], array)
+        ours.corpus.index = None  # What was found is kept.
 
 
 def test_an_array_is_made_once_and_again_when_it_is_damaged(tmp_path):
