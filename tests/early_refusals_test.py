@@ -16,6 +16,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.loading import load_models
 from expandr_jax.objectives.adapter_stage import adapter_round
 from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
 from expandr_jax.sharding import make_mesh
 from tests.commands import data_of
@@ -239,5 +240,6 @@ def test_a_round_names_the_section_that_it_learns_by(size, message):
     generator = types.SimpleNamespace(module=types.SimpleNamespace(config=config))
     mesh = make_mesh(devices=jax.devices()[:2])
     model = types.SimpleNamespace(generator=generator, dpo_mesh=mesh)
+    reporter = Reporter(Console(file=io.StringIO()))
     with pytest.raises(UserError, match=message):
-        adapter_round(objective, "mine", settings, model, [], 0, 0, None)
+        adapter_round(objective, "mine", settings, model, [], 0, 0, reporter)

@@ -22,6 +22,7 @@ from configs import dpo, smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Journal, read_jsonl, write_jsonl
+from expandr_jax.objectives import preference
 from expandr_jax.objectives.adapter import AdapterBatches, hold_out
 from expandr_jax.objectives.objective import ObjectiveSettings
 from expandr_jax.training import setup
@@ -201,6 +202,18 @@ def test_an_adapter_on_four_bits_learns_nearly_as_on_floats_and_goes_on(
     assert first["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.2)
 
 
+def test_a_restart_whose_steps_are_done_tokenizes_no_text(
+    preferences, trained, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained[0], workdir)
+    (workdir / ".lock").unlink()
+    monkeypatch.setattr(preference, "tokenized", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(AdapterBatches, "reference", lambda *_: 1 / 0)
+    train(make_config(preferences), workdir)
+    check_equal(workdir, trained[0])
+
+
 def test_the_best_adapter_is_kept_and_used_where_asked(preferences, trained, tmp_path, monkeypatch):
     seen = []
 
@@ -304,7 +317,7 @@ def test_pairs_longer_than_the_model_was_made_for_are_said(preferences, tmp_path
     path = tmp_path / "pairs.jsonl"
     row = {"prompt": "a" * 200, "chosen": "b" * 60, "rejected": "c"}
     path.write_text(preferences.read_text() + json.dumps(row) + "\n")
-    monkeypatch.setattr(setup, "make_optimizer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(AdapterBatches, "choose_sizes", lambda *_, **__: 1 / 0)
     for length, said in ((56, False), (57, True)):
         config = make_config(path)
         config.dpo.update(prompt_length=200, response_length=length)

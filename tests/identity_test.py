@@ -17,13 +17,22 @@ from configs import smoke
 from expandr_jax.config import read_config
 from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
-from expandr_jax.loading import load_models
+from expandr_jax.files.records import hash_json
+from expandr_jax.loading import load_generator_model, load_models
 from expandr_jax.models.identity import module_identity
+from expandr_jax.objectives.adapter import hold_out
+from expandr_jax.objectives.adapter_stage import adapter_round
 from expandr_jax.objectives.contrastive_batches import ContrastiveExample, Passage
 from expandr_jax.objectives.packed_examples import ExampleHashes, pack_examples, triples_key
 from expandr_jax.objectives.packing import Example, hash_response_examples
+from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.objectives.reward_sft import REWARD_SFT
+from expandr_jax.objectives.warm_start import WARM_START
 from expandr_jax.pair import model_hashes
+from expandr_jax.rewards.group import Group
+from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.run import Run
+from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.file_options import edit
 
@@ -179,3 +188,74 @@ def test_step_b_is_told_by_all_of_its_examples():
     told = {hash_response_examples([example]) for example in examples}
     assert len(told | {hash_response_examples(examples)}) == 1 + len(examples)
     assert hash_response_examples([dataclasses.replace(examples[0], name="x")]) in told
+
+
+def groups_of(*rewarded):
+    return Group.from_row({"query_id": "q", "query": "q", "prompt": "p", "candidates": [
+        {"text": text, "reward": reward} for text, reward in rewarded
+    ]})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        (OBJECTIVES["sigmoid"], [
+            {"prompt": "p", "chosen": "a", "rejected": "b", "joined": joined, **other}
+            for joined in (False, True)
+            for other in ({}, {"prompt": "q"}, {"chosen": "b", "rejected": "a"}, {"chosen": "aa"})
+        ]),
+        (WARM_START, [
+            {"prompt": "p", "response": "a"}, {"prompt": "a", "response": "p"},
+            {"prompt": "p", "response": "b"},
+        ]),
+        (REWARD_SFT, [
+            groups_of(("a", 1.0), ("b", 0.0)), groups_of(("b", 1.0), ("a", 0.0)),
+            groups_of(("a", 1.0), ("b", 0.5)), groups_of(("a", 1.0), ("c", 0.0)),
+            groups_of(("a", 1.0), ("b", 0.0), ("", 2.0)), groups_of(("a", 1.0), ("b", -99.0)),
+        ]),
+    ],
+)  # fmt: skip
+def test_step_b_is_told_by_its_texts_and_knows_how_many_examples_they_make(objective, rows):
+    """Before any is tokenized: a restart that has nothing to do tokenizes none."""
+    generator, _ = load_generator(str(smoke.MODELS / "tiny-llama"))
+    settings = read_config(smoke.get_config()).dpo
+    told = {hash_json(objective.texts(row)) for row in rows}
+    assert len(told) == len(rows)
+    rows = [row | {"query_id": "q"} if isinstance(row, dict) else row for row in rows]
+    assert {hash_json(objective.texts(row)) for row in rows} == told
+    for row in rows:
+        examples, _ = objective.tokenize(generator, [row], settings)
+        assert objective.count(row, settings) == len(examples) > 0
+
+
+def test_checkpoints_of_an_older_step_b_are_told_by_its_tokens(tmp_path):
+    config = read_config(smoke.get_config())
+    model = load_generator_model(config)
+    settings = dataclasses.replace(config.dpo, batch_size=8, dev_share=0.3)
+    reporter = Reporter(Console(file=io.StringIO()))
+    rows = [{"prompt": f"p {i}", "chosen": f"a {i}", "rejected": "b"} for i in range(23)]
+
+    def made(rows):
+        return adapter_round(OBJECTIVES["sigmoid"], "dpo", settings, model, rows, 0, 0, reporter)
+
+    def restored(own, name):
+        tree = {"x": jnp.zeros(1)}
+        found = Checkpoints(tmp_path / name, own.identity(model), older=own.older).restore(tree)
+        return found[0]
+
+    own, tree = made(rows), {"x": jnp.ones(1)}
+    assert own.steps == round(settings.epochs * 2) * settings.accumulation
+    now = own.identity(model)
+    dev, others = (
+        OBJECTIVES["sigmoid"].tokenize(model.generator, part, settings)[0]
+        for part in hold_out(rows, settings.dev_share, OBJECTIVES["sigmoid"].prompt)
+    )
+    before = {name: value for name, value in now.items() if name != "texts"}
+    before["examples"] = hash_response_examples([*others, *dev])
+    for name, identity in (("older", before), ("now", now)):
+        checkpoints = Checkpoints(tmp_path / name, identity)
+        checkpoints.save(3, tree)
+        checkpoints.wait()
+        assert restored(own, name) == 3
+        with pytest.raises(UserError, match="another base model or other settings"):
+            restored(made([*rows[:-1], {**rows[-1], "chosen": "c"}]), name)

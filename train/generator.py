@@ -82,7 +82,7 @@ def train_generator(
         stage = dataclasses.replace(stage, checkpoints=directory)
     reference_of = functools.partial(kept_reference, run.checksums, run.reporter)
     trainer = adapter_trainer(stage, models, own, adapter, reference_of)
-    if not own.dev:
+    if not own.dev_count:
         if settings.dev_share:
             run.reporter.say(f"too few pairs for {section}.dev_share: the last adapter is used")
         return whole(trainer.train(own.steps))

@@ -47,17 +47,17 @@ def hold_out(
 def make_examples(
     objective: Objective,
     generator: Generator,
+    held_out: Sequence[Any],
     rows: Sequence[Any],
     settings: DpoSettings,
     reporter: Reporter,
 ) -> tuple[list[Example], list[Example]]:
-    """Examples of the rows that are held out, and of the others, of what an objective reads.
+    """Examples of the rows that are held out, and of the others, as `hold_out` divides them.
 
     The reporter says how many texts were cut, and what is longer than the model was made for.
     """
     (dev, dev_cut), (others, cut) = (
-        objective.tokenize(generator, part, settings)
-        for part in hold_out(rows, settings.dev_share, objective.prompt)
+        objective.tokenize(generator, part, settings) for part in (held_out, rows)
     )
     if dev_cut + cut:
         reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")

@@ -5,6 +5,7 @@ Batches are `adapter.AdapterBatches`'s; what it learns is an `Objective`.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,12 @@ from expandr_jax.data.batches import batch_indices
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, make_examples
+from expandr_jax.objectives.adapter import (
+    AdapterBatches,
+    adapter_setup,
+    hold_out,
+    make_examples,
+)
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.objectives.settings import DpoSettings
@@ -43,25 +49,51 @@ class AdapterRound:
         objective: What is learned.
         section: What the config calls the settings.
         settings: How it is learned.
-        examples, dev: What it is learned of, and what is held out, as `make_examples` has them.
+        rows, dev_rows: What it is learned of, and what is held out, as the objective reads them.
+        count, dev_count: How many examples are made of each.
+        texts: sha256 over all that they are made of.
         batch_size: Examples of a step.
         seed: That of all draws.
         number: The round's, counted from 0.
+        make: Makes the examples of `dev_rows` and of `rows`.
     """
 
     objective: Objective
     section: str
     settings: DpoSettings
-    examples: Sequence[Example]
-    dev: Sequence[Example]
+    rows: Sequence[Any]
+    dev_rows: Sequence[Any]
+    count: int
+    dev_count: int
+    texts: str
     batch_size: int
     seed: int
     number: int
+    make: Callable[[Sequence[Any], Sequence[Any]], tuple[Sequence[Example], Sequence[Example]]]
+
+    @functools.cached_property
+    def _made(self) -> tuple[Sequence[Example], Sequence[Example]]:
+        made = self.make(self.dev_rows, self.rows)
+        if (*map(len, made),) != (self.dev_count, self.count):
+            raise ValueError(
+                f"{self.objective.name}: makes another number of examples than it says"
+            )
+        return made
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """What it is learned of; the texts are tokenized when this or `dev` is first asked for."""
+        return self._made[1]
+
+    @property
+    def dev(self) -> Sequence[Example]:
+        """What is held out."""
+        return self._made[0]
 
     @property
     def updates(self) -> int:
         """How often the adapter is updated."""
-        return count_updates(self.settings, len(self.examples) // self.batch_size)
+        return count_updates(self.settings, self.count // self.batch_size)
 
     @property
     def steps(self) -> int:
@@ -71,7 +103,7 @@ class AdapterRound:
     def drawn(self, step: int) -> np.ndarray:
         """Which examples a step has: [batch_size] indices."""
         number = self.number * self.steps + step
-        return batch_indices(self.seed, number, len(self.examples), self.batch_size)
+        return batch_indices(self.seed, number, self.count, self.batch_size)
 
     def contents(self, indices: Sequence[int], flops: Callable[[int, int], int]) -> Contents:
         """What a step of these examples is made of; `flops` is of a row's size."""
@@ -92,8 +124,12 @@ class AdapterRound:
             "lora": hash_json([lora.rank, lora.alpha, lora.dropout, list(lora.targets)]),
             "steps": self.steps,
             "generator": model.generator.identity,
-            "examples": hash_response_examples([*self.examples, *self.dev]),
+            "texts": self.texts,
         }
+
+    def older(self) -> dict[str, str]:
+        """What checkpoints told the examples by that have no hash of their texts."""
+        return {"examples": hash_response_examples([*self.examples, *self.dev])}
 
 
 def adapter_round(
@@ -111,16 +147,40 @@ def adapter_round(
     Raises:
         UserError: There are too few rows for the mesh, or it cannot divide a batch.
     """
-    dev, examples = make_examples(objective, model.generator, rows, settings, reporter)
     devices = batch_divisor(model.dpo_mesh)
     check_batch_size(f"{section}.batch_size", settings.batch_size, model.dpo_mesh)
-    batch_size = min(settings.batch_size, len(examples) // devices * devices)
+    parts, counts, digest = (
+        hold_out(rows, settings.dev_share, objective.prompt),
+        [],
+        hashlib.sha256(),
+    )
+    with reporter.progress("training texts read", len(rows)) as advance:
+        for part in parts:
+            counts.append(0)
+            for row in part:
+                digest.update(hash_json(objective.texts(row)).encode())
+                counts[-1] += objective.count(row, settings)
+                advance(1)
+    batch_size = min(settings.batch_size, counts[1] // devices * devices)
     if not batch_size:
         raise UserError(
-            f"{len(examples)} {objective.examples} to train the generator on; expected {devices} "
+            f"{counts[1]} {objective.examples} to train the generator on; expected {devices} "
             "or more"
         )
-    return AdapterRound(objective, section, settings, examples, dev, batch_size, seed, number)
+    return AdapterRound(
+        objective=objective,
+        section=section,
+        settings=settings,
+        rows=parts[1],
+        dev_rows=parts[0],
+        count=counts[1],
+        dev_count=counts[0],
+        texts=digest.hexdigest(),
+        batch_size=batch_size,
+        seed=seed,
+        number=number,
+        make=lambda *parts: make_examples(objective, model.generator, *parts, settings, reporter),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +203,7 @@ def adapter_trainer(
     adapter: Any | None,
     reference_of: Reference,
 ) -> AdapterTrainer:
-    """Compiles a round's step, and makes what its batches have of the reference.
+    """Compiles a round's step; what its batches have of the reference is made before the first.
 
     Args:
         stage: Where it is recorded and kept.
@@ -156,12 +216,16 @@ def adapter_trainer(
     params, key = model.generator_params, jax.random.key(own.seed)
     start = adapter if settings.reference == "start" else None
     batches = AdapterBatches(model, objective, settings, own.batch_size, start)
-    batches.choose_sizes(own.examples, map(own.drawn, range(own.steps)))
-    reference = dev_reference = None
-    if objective.reference:
+
+    @functools.cache  # Where all steps are done, no text is tokenized.
+    def references() -> tuple[np.ndarray | None, np.ndarray | None]:
+        batches.choose_sizes(own.examples, map(own.drawn, range(own.steps)))
+        if not objective.reference:
+            return None, None
         reference = reference_of(batches, own.examples, "reference log-probabilities")
-        if own.dev:
-            dev_reference = reference_of(batches, own.dev, "reference on dev pairs")
+        if not own.dev:
+            return reference, None
+        return reference, reference_of(batches, own.dev, "reference on dev pairs")
 
     @functools.cache
     def flops(tokens: int, logits: int) -> int:
@@ -169,7 +233,8 @@ def adapter_trainer(
 
     def batch(step: int) -> tuple[dict[str, Any], Contents]:
         indices = own.drawn(step)
-        return batches.pack(own.examples, indices, reference), own.contents(indices, flops)
+        packed = batches.pack(own.examples, indices, references()[0])
+        return packed, own.contents(indices, flops)
 
     train = stage_trainer(
         stage,
@@ -177,12 +242,19 @@ def adapter_trainer(
         init_lora(key, params, module.lora) if adapter is None else adapter,
         batch,
         identity=own.identity(model),
+        older=own.older,
+        prepare=references,
         settings=settings,
         steps=own.steps,
         frozen=[params],
         key=jax.random.fold_in(key, own.number),
     )
-    return AdapterTrainer(train, lambda adapter: batches.evaluate(adapter, own.dev, dev_reference))
+
+    def evaluate(adapter: Any) -> dict[str, float]:
+        reference = references()[1]
+        return batches.evaluate(adapter, own.dev, reference)
+
+    return AdapterTrainer(train, evaluate)
 
 
 def lowest_loss_on_dev(

@@ -43,6 +43,8 @@ class Objective:
         tokenize: (generator, rows, the config's section `dpo`) -> examples, and how many texts had
             to be cut to its limits.
         prompt: A row to its prompt.
+        texts: A row to all that `tokenize` makes its examples of, as a value of JSON.
+        count: (a row, the config's section `dpo`) -> how many examples that makes of it.
         responses: Responses of an example at most.
         reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
             the batch.
@@ -58,10 +60,12 @@ class Objective:
     read: Callable[..., tuple[list[Any], dict[str, int]]]
     tokenize: Callable[..., tuple[list[Any], int]]
     prompt: Callable[[Any], Any]
+    texts: Callable[[Any], Any]
     responses: int
     reference: bool
     losses: Callable[[jax.Array, Mapping[str, jax.Array], ObjectiveSettings], Losses]
     extras: tuple[str, ...] = ()
+    count: Callable[[Any, Any], int] = lambda row, settings: 1
 
     def counted(self, rows: int, dropped: Mapping[str, int]) -> str:
         """What there is to learn from, and what was left out, for people."""

@@ -68,6 +68,10 @@ def tokenize_pairs(
     return pairs, cut
 
 
+def _pair_texts(row: Mapping[str, Any]) -> list[Any]:
+    return [row["prompt"], row["chosen"], row["rejected"], row.get("joined", False)]
+
+
 def preference_losses(
     log_probs: jax.Array,
     batch: Mapping[str, jax.Array],
@@ -101,6 +105,7 @@ PREFERENCE_OBJECTIVES = {
         responses=2,
         reference=loss.reference,
         prompt=operator.itemgetter("prompt"),
+        texts=_pair_texts,
         losses=functools.partial(preference_losses, loss=loss),
     )
     for name, loss in PREFERENCE_LOSSES.items()

@@ -9,6 +9,7 @@ import dataclasses
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -81,11 +82,7 @@ def tokenize_candidates(
     examples, cut = [], 0
     for number, group in enumerate(groups):
         name, texts = str(number if group.query_id == "" else group.query_id), group.texts
-        shares = candidate_shares(
-            np.array([candidate.total for candidate in group.candidates]),
-            np.array([bool(text.strip()) for text in texts]),
-            settings.reward_temperature,
-        )
+        shares = _shares(group, settings)
         used = np.flatnonzero(shares)
         prompt, responses, were_cut = tokenized(
             generator, group.prompt, [texts[i] for i in used], settings
@@ -99,6 +96,18 @@ def tokenize_candidates(
     return [
         dataclasses.replace(e, extras={"weight": e.extras["weight"] * scale}) for e in examples
     ], cut
+
+
+def _shares(group: Group, settings: DpoSettings) -> np.ndarray:
+    return candidate_shares(
+        np.array([candidate.total for candidate in group.candidates]),
+        np.array([bool(text.strip()) for text in group.texts]),
+        settings.reward_temperature,
+    )
+
+
+def _group_texts(group: Group) -> list[Any]:
+    return [group.prompt, [[c.text, float(c.total)] for c in group.candidates]]
 
 
 def weighted_losses(
@@ -125,6 +134,8 @@ REWARD_SFT = Objective(
     responses=1,
     reference=False,
     prompt=operator.attrgetter("prompt"),
+    texts=_group_texts,
+    count=lambda group, settings: int(np.count_nonzero(_shares(group, settings))),
     losses=weighted_losses,
     extras=("weight",),
 )

@@ -1,6 +1,7 @@
 """The objective of a warm start: to write what relevant documents begin with."""
 
 import dataclasses
+import operator
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,7 +45,9 @@ WARM_START = dataclasses.replace(
     rows="relevant documents",
     examples="relevant documents",
     tokenize=tokenize_beginnings,
-    prompt=lambda row: row["prompt"],
+    prompt=operator.itemgetter("prompt"),
+    texts=operator.itemgetter("prompt", "response"),
+    count=lambda row, settings: 1,
 )
 
 
