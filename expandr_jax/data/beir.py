@@ -79,6 +79,7 @@ def read_beir(
     mistakes: Mistakes = None,
     *,
     store: str | os.PathLike | None = None,
+    trusted: bool = False,
 ) -> Collection:
     """Reads a collection, named after its directory or archive; no text of its corpus is held.
 
@@ -90,6 +91,7 @@ def read_beir(
         mistakes: gets each mistake in a line, which is then left out; None raises the first.
         store: where the documents are kept, and found by whoever reads the same files again; None:
             in a temporary directory.
+        trusted: another process has just seen that the store is there and whole.
 
     Raises:
         UserError: a file is missing or a line is wrong (an id that is empty, has white space or
@@ -103,7 +105,7 @@ def read_beir(
             f"{files.path(unread)}: is not supported: queries are ranked against the whole corpus, "
             "by their texts alone; remove it to have that"
         )
-    corpus = _read_corpus(files, mistakes, store)
+    corpus = Documents(store) if trusted else _read_corpus(files, mistakes, store)
     answers: dict[str, tuple[str, ...]] = {}
     excluded: dict[str, tuple[str, ...]] = {}
     read = read_texts(files, "queries", mistakes, answers=answers, excluded=excluded)

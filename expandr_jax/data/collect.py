@@ -24,8 +24,10 @@ from expandr_jax.data.pydoc import harvest
 from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
+from expandr_jax.files.archive import Files
 from expandr_jax.files.records import write_json
 from expandr_jax.runtime.checksums import Checksums
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 
 SPLITS = ("train", "dev", "test")
@@ -72,9 +74,19 @@ def prepare_data(config: DataSettings, checksums: Checksums, reporter: Reporter)
         )
     if both := source.get("judged_in_both"):
         reporter.say(f"{both} documents are judged for training and for dev or test queries")
-    collection = processes.main_first(lambda: read_beir(directory, store=store))
+    collection = read_stored(only_collection(directory), store, processes)
     collection = dataclasses.replace(collection, name=source["name"])
     return TrainingData(collection, source["retriever_train"], source["generator_train"])
+
+
+def read_stored(files: Files, store: pathlib.Path, processes: Processes) -> Collection:
+    """`read_beir` in all processes, with a store in the workdir.
+
+    Where that is one directory for all, process 0 alone reads the corpus and the store to see that
+    they are whole.
+    """
+    trusted = processes.files.common and not processes.is_main
+    return processes.main_first(lambda: read_beir(files, store=store, trusted=trusted))
 
 
 def collect_data(

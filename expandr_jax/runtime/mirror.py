@@ -69,6 +69,8 @@ class Mirror(SharedFiles):
         say: Tells the user what is damaged.
     """
 
+    common = False
+
     def __init__(
         self,
         address: str,

@@ -41,7 +41,13 @@ T = TypeVar("T")
 
 
 class SharedFiles:
-    """How files of one process come to the others: here, they have a directory in common."""
+    """How files of one process come to the others: here, they have a directory in common.
+
+    Attributes:
+        common: Whether they have; else each has a copy of its own disk.
+    """
+
+    common = True
 
     def push(self, *, later: bool = False) -> int:
         """Lets the others have what this process wrote; `later`: it may wait for another call."""
@@ -130,6 +136,13 @@ class Processes:
             value = function()
         self.barrier()
         return value
+
+    def of_files(self, function: Callable[[], T]) -> T:
+        """What a function (to a value of JSON) finds in files, which may take minutes to read.
+
+        Where all have one directory, process 0 alone calls it; else each does, of its own files.
+        """
+        return self.once(function) if self.files.common else self.main_first(function)
 
     def gather(self, value: Any) -> list[Any]:
         """The value (of JSON) that each process gives, by its number, to all of them."""
