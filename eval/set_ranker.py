@@ -183,6 +183,7 @@ class SetRanker:
             config.evaluation,
             excluded=self._collection.excluded,
             lists=lambda: self._lists,
+            say=self._run.reporter.say,
             **options,
         )
 

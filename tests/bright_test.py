@@ -127,7 +127,7 @@ def test_no_stage_sees_an_excluded_document(name, monkeypatch):
         read.extend(documents)
         return np.array([len(document) / 99 for document in documents])
 
-    monkeypatch.setitem(RERANKERS, "rerank", Reranker(lambda _: None, lambda _: score))
+    monkeypatch.setitem(RERANKERS, "rerank", Reranker(lambda _: None, lambda *_: score))
     plain = ranker().rank(parse_system(name))
     out = list(plain["a"])[:1]
     left = ranker(excluded={"a": out}).rank(parse_system(name))

@@ -60,8 +60,9 @@ def test_a_re_ranker_ranks_again_what_words_find_once():
         return np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 0.0]], np.float32), rows
 
     class Scorer:
-        def scores(self, params, query, documents, *, rows):
+        def scores(self, params, query, documents, *, rows, cut):
             assert rows == SETTINGS.rerank.rows
+            cut([False] * len(documents))
             names = [document.removeprefix("text d") for document in documents]
             return np.array([*map(float, names)]) * params["sign"].item()
 

@@ -177,7 +177,7 @@ def test_a_re_ranker_orders_the_first_documents_and_the_others_follow(monkeypatc
         read.extend((query, document) for document in documents)
         return np.array([len(query) - len(document) for document in documents], np.float32)
 
-    monkeypatch.setitem(RERANKERS, "rerank", Reranker(lambda _: None, lambda _: score))
+    monkeypatch.setitem(RERANKERS, "rerank", Reranker(lambda _: None, lambda *_: score))
     system = parse_system("rerank:rrf:bm25:dense")
     assert [part.name for part in system.parts] == ["rrf:bm25:dense"]
     before = ranker().rank(system.parts[0])

@@ -1,6 +1,8 @@
 """`rerank:SYSTEM` in eval.beir and train.joint, against sentence-transformers' cross-encoder."""
 
+import io
 import json
+import re
 import shutil
 
 import pytest
@@ -17,7 +19,7 @@ from tests.commands import finish, start
 from tests.cross_encoder_test import save
 from tests.file_options import edit
 
-DEPTH = 3
+DEPTH, LENGTH = 3, 32
 IDENTITY = {"activation_fn": "torch.nn.modules.linear.Identity"}
 DOCUMENTS = [
     "clip the norm", "pad an array", "scale a gradient", "the learning rate of an optimizer",
@@ -31,9 +33,9 @@ def source(tmp_path_factory):
     return save(tmp_path_factory.mktemp("model"), "bert", sentence_transformers=IDENTITY)
 
 
-def assert_ranked_again(runs, collection, names, source):
+def assert_ranked_again(runs, collection, names, source, **limits):
     """Each run's first documents have the scores of pairs; the others follow in their order."""
-    model, compared = sentence_transformers.CrossEncoder(str(source), device="cpu"), 0
+    model, compared = sentence_transformers.CrossEncoder(str(source), device="cpu", **limits), 0
     for name in names:
         before = metrics.read_trec(runs / f"{name}.trec")
         again = metrics.read_trec(runs / f"rerank:{name}.trec")
@@ -55,19 +57,30 @@ def test_it_reads_the_first_documents_of_any_system_and_orders_them_again(tmp_pa
     queries = {f"q{i}": query for i, query in enumerate(QUERIES)}
     qrels = {"test": {query: {"d0": 1} for query in queries}}
     write_beir(tmp_path / "set", Collection("set", corpus, queries, qrels))
-    config = smoke_config.get_config()
+    config, output = smoke_config.get_config(), io.StringIO()
     config.evaluation.query_weights, config.evaluation.samples = (0.5,), (1,)
-    config.evaluation.rerank.update(source=str(source), depth=DEPTH)
+    config.evaluation.rerank.update(source=str(source), depth=DEPTH, max_length=LENGTH)
     names = ["dense", "rerank:dense", "rerank:rrf:bm25:dense"]
 
     def evaluate(workdir):
-        console = Console(quiet=True)
+        console = Console(file=output, width=200)
         return evaluate_beir(config, workdir, [str(tmp_path / "set")], names, "test", console)
 
     found = evaluate(tmp_path / "out")["set"]
+    peer = sentence_transformers.CrossEncoder(str(source), device="cpu")
+    for name in ("dense", "rrf:bm25:dense"):
+        first = metrics.read_trec(tmp_path / "out/runs" / f"{name}.trec")
+        pairs = [(queries[q], corpus[d]) for q, found in first.items() for d in list(found)[:DEPTH]]
+        lost = sum(len(peer.tokenizer(*pair)["input_ids"]) > LENGTH for pair in pairs)
+        told = (
+            rf"rerank:{name}: {lost} of {len(pairs)} pairs of a query and a document .* are longer"
+        )
+        assert bool(re.search(told, output.getvalue())) == bool(lost), (lost, output.getvalue())
+    assert lost
     assert [row["system"] for row in found["rows"]] == names
     collection = read_beir(tmp_path / "set")
-    assert_ranked_again(tmp_path / "out/runs", collection, ["dense", "rrf:bm25:dense"], source)
+    compared = ["dense", "rrf:bm25:dense"]
+    assert_ranked_again(tmp_path / "out/runs", collection, compared, source, max_length=LENGTH)
     # Another model by the same name is told, also where nothing is left to do.
     edit(source / "config.json", sentence_transformers={})
     rerank._loaded.cache_clear()

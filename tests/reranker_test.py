@@ -1,7 +1,9 @@
 """`train.reranker`: losses against PyTorch, exports against sentence-transformers, runs, rows."""
 
+import io
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from expandr_jax.data.triples import Triple
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.losses.reranking import RERANKING_LOSSES
+from expandr_jax.models.cross_encoder import say_cut
 from expandr_jax.objectives.reranking import RerankingBatches
 from expandr_jax.weights.cross_encoder import export_cross_encoder, load_cross_encoder
 from tests.cross_encoder_test import DOCUMENTS, QUERY, save
@@ -76,6 +79,44 @@ def test_a_batch_depends_on_step_and_query_alone():
         assert all(ids in pairs[1:] for ids in np.array(found, object)[given][1:])
     half, _ = batches.batch(3, slice(4, 8), lambda length: 1)
     jax.tree.map(np.testing.assert_array_equal, half, {n: a[4:] for n, a in arrays.items()})
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_pairs_that_are_cut_are_counted(tmp_path, kind):
+    """Whichever of the two loses its end; what only fills a batch does not count."""
+    if kind == "bert":
+        save(tmp_path, "bert")
+    else:
+        save_modern(tmp_path, "cls")
+    texts = ["norm", "norm of an array " * 2, "state of the optimizer " * 9]
+    short, whole = (load_cross_encoder(str(tmp_path), max_length=n)[0] for n in (12, None))
+    pairs = [(query, document) for query in texts for document in texts]
+    expected = [len(whole.token_ids(q, [d])[0][0]) > 12 for q, d in pairs]
+    assert 0 < sum(expected) < len(pairs)
+    found = []
+    for query in texts:
+        short.token_ids(query, texts, found.extend)
+    assert found == expected
+    triples = [Triple(query, texts[:1], texts[1:2]) for query in texts]
+    batches = RerankingBatches(triples, short, 3, 4, 0, texts)
+    said = []
+    for step in range(2):
+        batches.batch(step, slice(0, 1), lambda length: 1)
+    cut = 2 * sum(expected[3 * i + j] for i in range(3) for j in range(2))
+    say_cut(said.append, "training", batches.cut)
+    say_cut(said.append, "nothing", batches.cut)
+    assert said == [
+        f"training: {cut} of 12 pairs of a query and a document ({100 * cut / 12:.1f} %) are "
+        "longer than is read, and lost the rest"
+    ]
+
+
+def test_a_training_says_what_its_pairs_lose(data, tmp_path):
+    output, config = io.StringIO(), config_of(data, epochs=1 / 7, max_length=6, negatives=1)
+    train_reranker(config, tmp_path / "run", Console(file=output, width=200))
+    lost = r"pairs of a query and a document \(100.0 %\) are longer than is read, and lost the rest"
+    assert len(re.findall(rf"reranker, on dev: 672 of 672 {lost}", output.getvalue())) == 1
+    assert len(re.findall(rf"reranker, in training: 16 of 16 {lost}", output.getvalue())) == 1
 
 
 def save_modern(directory, pooling):

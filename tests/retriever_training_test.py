@@ -316,16 +316,22 @@ def test_dev_data_that_tell_nothing_or_change_are_refused(data, tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_dev_queries_that_are_trained_on_are_counted(data, tmp_path):
+def test_dev_queries_that_are_trained_on_and_dev_documents_that_are_cut_are_counted(data, tmp_path):
     write_dev(tmp_path / "dev", {f"q{i}": {f"d{i}": 1} for i in range(4)})
     queries = tmp_path / "dev" / "queries.jsonl"
     queries.write_text(queries.read_text().replace(PAIRS[1][0], PAIRS[1][0].upper() + " ", 1)
                        .replace(PAIRS[2][0], "of something new", 1))  # fmt: skip
-    config = config_of(data, epochs=1.0)
+    documents = tmp_path / "dev" / "corpus.jsonl"
+    documents.write_text(documents.read_text().replace(PAIRS[1][1], "of" + 20 * " of"))
+    config = config_of(data, epochs=1.0, eval_every=2)
     config.data.dev = str(tmp_path / "dev")
     output = io.StringIO()
     train_on_triples(config, tmp_path / "run", Console(file=output, width=200))
     assert "3 of 4 dev queries are training queries, too" in output.getvalue()
+    # Once, and not as often as dev is ranked.
+    told = f"dev: 1 of {len(PAIRS)} texts that are read as documents (1.8 %) are longer than 16"
+    assert output.getvalue().count(told) == 1
+    assert output.getvalue().count("dev ndcg@10") > 1
 
 
 def test_queries_of_a_test_collection_are_not_trained_on(data, tmp_path, monkeypatch):

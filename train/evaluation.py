@@ -106,7 +106,8 @@ def evaluate(
         count = len(data.collection.qrels["test"])
         return contextlib.nullcontext() if folder else run.search(system.name, count)
 
-    sources = Sources(data, searches, written, lists, run.config, run.processes.is_main)
+    main, say = run.processes.is_main, run.reporter.say
+    sources = Sources(data, searches, written, lists, run.config, main, say)
     with run.phase("evaluation"):
         choices = DevChoices(
             lambda: rankers["dev"],
@@ -156,6 +157,7 @@ class Sources:
         lists: What ranks lists again; process 0 calls it.
         config: The whole config.
         is_main: Whether this is process 0.
+        say: Tells the user something.
     """
 
     data: TrainingData
@@ -164,6 +166,7 @@ class Sources:
     lists: Callable[[], ListRanker]
     config: Config
     is_main: bool
+    say: Callable[[str], None]
 
     def ranker(self, split: str, choices: DevChoices, **options: Any) -> Ranker:
         """A ranker of a split; options are those that splits differ by."""
@@ -177,6 +180,7 @@ class Sources:
             is_main=self.is_main,
             excluded=collection.excluded,
             lists=self.lists,
+            say=self.say,
             **options,
         )
 

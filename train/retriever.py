@@ -95,9 +95,16 @@ def train_on_triples(
         models = load_retriever_model(config)
         run.check_models(model_hashes(models))
 
+    told = False
+
     def evaluate(params: Any) -> float:
+        nonlocal told
         retriever = run_retriever(run, models, dev.corpus, whole(params), "dev")
-        return retriever_on_dev(retriever, dev, config.evaluation)
+        value = retriever_on_dev(retriever, dev, config.evaluation)
+        if not told:  # The same texts are cut each time.
+            retriever.release()
+            told = True
+        return value
 
     params = models.retriever_params
     if config.llara.epochs:

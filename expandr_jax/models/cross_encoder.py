@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
@@ -31,6 +32,7 @@ from expandr_jax.models.token_ids import check_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+Cut = Callable[[Sequence[bool]], None]
 SCORE_ACTIVATIONS = {"identity": lambda x: x, "sigmoid": jax.nn.sigmoid}
 
 
@@ -131,11 +133,13 @@ class CrossEncoder:
         parts = module_identity(module), tokenizer_identity(self.tokenizer), ends, *module.head
         return hash_json([*parts])
 
-    def token_ids(self, query: str, documents: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def token_ids(
+        self, query: str, documents: Sequence[str], cut: Cut | None = None
+    ) -> list[tuple[list[int], list[int]]]:
         """Token ids and types of a query with each of its documents.
 
         Where both are too long together the longer one loses its end, at last both, as in
-        sentence-transformers.
+        sentence-transformers; `cut` is called with whether each pair is.
         """
         encoded = self.tokenizer(
             [query] * len(documents),
@@ -145,6 +149,8 @@ class CrossEncoder:
             max_length=self.max_length,
         )
         check_ids(self.tokenizer, encoded["input_ids"], self.module.config.vocab_size)
+        if cut is not None:
+            cut([bool(row.overflowing) for row in encoded.encodings])
         types = encoded["token_type_ids"]
         if "token_type_ids" not in self.tokenizer.model_input_names:
             types = [[0] * len(ids) for ids in encoded["input_ids"]]
@@ -157,6 +163,7 @@ class CrossEncoder:
         documents: Sequence[str],
         *,
         rows: int = 32,
+        cut: Cut | None = None,
     ) -> np.ndarray:
         """Scores of a query with each of some documents: [documents] float32.
 
@@ -165,11 +172,12 @@ class CrossEncoder:
             query: The query.
             documents: Any number of texts.
             rows: Pairs that are computed at once.
+            cut: As of `token_ids`.
 
         Raises:
             NotFiniteError: If a score is not finite, which means damaged weights.
         """
-        tokens = self.token_ids(query, documents) if documents else []  # BM25 may find none.
+        tokens = self.token_ids(query, documents, cut) if documents else []  # BM25 may find none.
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i][0]))
         result = np.zeros(len(tokens), np.float32)
         lengths = encoding_lengths(self.max_length)
@@ -194,3 +202,19 @@ class CrossEncoder:
 def pair_logits(module, params, ids, mask, types):
     """A head's logits [rows] of pairs as tokens, [rows, length] each."""
     return module.apply({"params": params}, ids, mask, types)
+
+
+def say_cut(say: Callable[[str], None], name: str, cut: Counter[bool]) -> None:
+    """Says how many pairs were cut, if some were.
+
+    Args:
+        say: Tells the user.
+        name: Whose pairs they are.
+        cut: Whether each was, counted; empty afterwards.
+    """
+    if cut[True]:
+        say(
+            f"{name}: {cut[True]} of {cut.total()} pairs of a query and a document "
+            f"({100 * cut[True] / cut.total():.1f} %) are longer than is read, and lost the rest"
+        )
+    cut.clear()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from expandr_jax.data.batches import batch_indices, pad
 from expandr_jax.data.triples import Triple
 from expandr_jax.files.records import hash_json
 from expandr_jax.losses.reranking import RERANKING_LOSSES
-from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.models.cross_encoder import CrossEncoder, say_cut
 from expandr_jax.models.identity import module_identity
 from expandr_jax.objectives.settings import RerankerSettings
 from expandr_jax.runtime.formats import identity_of
@@ -95,6 +96,7 @@ class RerankingBatches:
             not `given`.
         seed: What is drawn by.
         names: What messages call the queries.
+        cut: Counts of the pairs that it has made whether they were cut.
     """
 
     triples: Sequence[Triple]
@@ -103,6 +105,7 @@ class RerankingBatches:
     negatives: int
     seed: int
     names: Sequence[str]
+    cut: Counter[bool] = dataclasses.field(default_factory=Counter, compare=False)
 
     def batch(
         self, step: int, rows: Any, flops: Callable[[int], float]
@@ -123,7 +126,9 @@ class RerankingBatches:
             given[row, len(documents) :] = False
             # What is not given is the relevant document again.
             filled = documents + documents[:1] * (1 + self.negatives - len(documents))
-            pairs += self.encoder.token_ids(self.triples[number].query, filled)
+            lost: list[bool] = []
+            pairs += self.encoder.token_ids(self.triples[number].query, filled, lost.extend)
+            self.cut.update(lost[: len(documents)])
         most = self.encoder.max_length
         ids, mask = pad(
             [tokens for tokens, _ in pairs], self.encoder.tokenizer.pad_token_id, longest=most
@@ -203,4 +208,5 @@ def train_pair_scores(
         evaluate=evaluate,
         patience=settings.patience,
     )
+    say_cut(stage.log.reporter.say, f"{stage.log.phase}, in training", batches.cut)
     return whole(trained)

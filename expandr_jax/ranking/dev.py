@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from expandr_jax.data.beir import Collection
 from expandr_jax.data.documents import ids_of, texts_of
 from expandr_jax.files.scratch import scratch_array
 from expandr_jax.metrics import CHOSEN_BY, RunScores
-from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.models.cross_encoder import CrossEncoder, say_cut
 from expandr_jax.ranking.rerank import rank_again
 from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.runtime.processes import Processes
@@ -96,7 +97,8 @@ def reranker_on_dev(
 ) -> Callable[[Any], float]:
     """A cross-encoder's parameters to mean nDCG@10; all processes call that together.
 
-    It ranks again what BM25 finds first for each query, which is searched once.
+    It ranks again what BM25 finds first for each query, which is searched once, and says, once, how
+    many of these pairs are cut.
 
     Args:
         encoder: The cross-encoder.
@@ -107,6 +109,7 @@ def reranker_on_dev(
         processes: Those that train together, the first of which ranks.
     """
     depth, queries = settings.rerank.depth, {q: dev.queries[q] for q in dev.qrels["dev"]}
+    cut: Counter[bool] = Counter()
 
     @functools.cache
     def found() -> RunScores:
@@ -121,13 +124,20 @@ def reranker_on_dev(
             above=0.0,
         )
 
+    @functools.cache  # Pairs are the same each time.
+    def tell() -> None:
+        say_cut(reporter.say, "reranker, on dev", cut)
+
     def evaluate(params: Any) -> float:
         params = whole(params)
 
         def measure() -> float:
-            score = functools.partial(encoder.scores, params, rows=settings.rerank.rows)
+            score = functools.partial(
+                encoder.scores, params, rows=settings.rerank.rows, cut=cut.update
+            )
             with reporter.progress("dev: queries ranked again", len(queries)) as advance:
                 again = rank_again(found(), queries, dev.corpus, score, depth, advance)
+            tell()
             return _mean(again, dev)
 
         return processes.once(measure)

@@ -16,6 +16,7 @@ from expandr_jax.expansion.combine import MEAN
 from expandr_jax.expansion.strategies import SEPARATOR
 from expandr_jax.files.records import write_json
 from expandr_jax.metrics import RunScores
+from expandr_jax.models.cross_encoder import say_cut
 from expandr_jax.ranking.choices import Choice, Chosen, Depth, PartWeights
 from expandr_jax.ranking.gate import Features, Gate
 from expandr_jax.ranking.gate_features import (
@@ -68,6 +69,7 @@ class Ranker:
         is_main: Whether this is process 0.
         excluded: Query id -> documents that leave its rankings before these are cut.
         lists: What ranks lists again; called where a system needs it, in process 0.
+        say: Tells the user what re-rankers do not read.
 
     Attributes:
         ids: The queries' ids.
@@ -89,6 +91,7 @@ class Ranker:
         is_main: bool = True,
         excluded: Mapping[str, Collection[str]] | None = None,
         lists: Callable[[], ListRanker] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ):
         self.ids = list(queries)
         self.answers: dict[str, dict[str, int]] = {}
@@ -98,7 +101,7 @@ class Ranker:
         self._settings = settings
         self._directory, self._runs = directory, dict(runs or {})
         self._timed, self._is_main, self._excluded = timed, is_main, excluded
-        self._lists = lists
+        self._lists, self._say = lists, say
         self._separate = SeparateSearches(self.ids, searches, settings, excluded)
         # By re-rankers, each a stage, where depths are tried: of queries and texts.
         self._scored: dict[tuple[str, str, str], float] = {}
@@ -167,10 +170,13 @@ class Ranker:
         if system.stage == LISTWISE:
             run, self.answers[system.name] = self._lists().rank(*asked, depth)
             return run
-        score = RERANKERS[system.stage].load(settings)
+        cut: collections.Counter[bool] = collections.Counter()
+        score = RERANKERS[system.stage].load(settings, cut.update)
         if settings.depths:
             score = self._remembered(score, system.stage)
-        return rank_again(*asked, score, depth)
+        run = rank_again(*asked, score, depth)
+        say_cut(self._say, system.name, cut)
+        return run
 
     def _remembered(self, score: Scorer, stage: str) -> Scorer:
         """A re-ranker that reads a pair once, though several depths are tried."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.metrics import RunScores, rank_documents
-from expandr_jax.models.cross_encoder import CrossEncoder
+from expandr_jax.models.cross_encoder import CrossEncoder, Cut
 from expandr_jax.settings import count, several
 from expandr_jax.weights.cross_encoder import load_cross_encoder
 from expandr_jax.weights.trees import hash_tree
@@ -33,11 +33,12 @@ class Reranker:
     """How a re-ranker is made of the config's section `evaluation.rerank`.
 
     `check` refuses, by a UserError, settings that cannot work, before anything is ranked. `hashes`
-    are of what scores depend on, by what a message calls it.
+    are of what scores depend on, by what a message calls it. `load` is given what is called with
+    whether each pair is longer than is read.
     """
 
     check: Callable[[RerankSettings], None]
-    load: Callable[[RerankSettings], Scorer]
+    load: Callable[[RerankSettings, Cut], Scorer]
     hashes: Callable[[RerankSettings], dict[str, str]] = lambda _: {}
 
 
@@ -63,10 +64,10 @@ def named_hashes(name: str, model: Any, params: Any) -> dict[str, str]:
     }
 
 
-def load_scorer(settings: RerankSettings) -> Scorer:
+def load_scorer(settings: RerankSettings, cut: Cut | None = None) -> Scorer:
     """A BERT that was trained to say how well a query and a document match (arXiv 1901.04085)."""
     model, params = _loaded(settings.source, settings.max_length)
-    return functools.partial(model.scores, params, rows=settings.rows)
+    return functools.partial(model.scores, params, rows=settings.rows, cut=cut)
 
 
 @functools.lru_cache(maxsize=1)  # However many systems are ranked again, one is in memory.

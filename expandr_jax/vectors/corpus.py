@@ -32,7 +32,7 @@ from expandr_jax.vectors.query import NORMALIZE, Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
 
 # What texts of a kind are called that are no documents of the corpus.
-_READ_AS: dict[Kind, str] = {"query": "queries", "document": "documents, beside the corpus,"}
+_READ_AS: dict[Kind, str] = {"query": "queries", "document": "documents"}
 
 
 @dataclasses.dataclass(frozen=True)
