@@ -375,7 +375,7 @@ def test_pairs_are_held_out_by_their_prompts():
     """Sorted rows are of one kind after the other; dev must not be of the first kind alone."""
     rows = [{"prompt": f"{kind} {i}", "chosen": "a", "rejected": "b"}
             for kind in ("first", "second") for i in range(100) for _ in range(2)]  # fmt: skip
-    dev, others = hold_out(rows, 0.2, operator.itemgetter("prompt"))
+    dev, others = map(list, hold_out(rows, 0.2, operator.itemgetter("prompt")))
     assert len(dev) == 80
     assert len(others) == 320
     assert sorted(map(str, dev + others)) == sorted(map(str, rows))
@@ -383,4 +383,5 @@ def test_pairs_are_held_out_by_their_prompts():
     assert min(kinds["first"], kinds["second"]) > 25
     assert {row["prompt"] for row in dev}.isdisjoint(row["prompt"] for row in others)
     assert [row for row in rows if row in others] == others
-    assert hold_out(rows, 0.0, operator.itemgetter("prompt")) == ([], rows)
+    none, every = hold_out(rows, 0.0, operator.itemgetter("prompt"))
+    assert ([*none], [*every]) == ([], rows)

@@ -52,7 +52,7 @@ def read(tmp_path, tokenizer):
 )
 def test_every_format_gives_the_same_texts(read, row):
     pairs, dropped = read({**row, "score": 0.5})
-    assert pairs == [{"prompt": CHAT, "chosen": f"(2, 3){END}", "rejected": f"No.{END}"}]
+    assert [*pairs] == [{"prompt": CHAT, "chosen": f"(2, 3){END}", "rejected": f"No.{END}"}]
     assert dropped == {}
 
 
@@ -97,7 +97,7 @@ def test_a_bad_pair_is_named_by_file_and_line(read, row, reason, message):
 def test_bad_pairs_are_dropped_and_counted_where_that_is_asked_for(read):
     rows = [row for row, reason, _ in BROKEN if reason != "prompt too long"]
     pairs, dropped = read(FINE, *rows, FINE, on_bad_pair="drop")
-    assert pairs == [FINE, FINE]
+    assert [*pairs] == [FINE, FINE]
     assert dropped == {"missing field": 3, "wrong type": 8, "empty": 2, "nothing preferred": 2}
 
 
@@ -116,7 +116,7 @@ def test_responses_that_are_one_once_cut_prefer_nothing(read):
     with pytest.raises(UserError, match=r"jsonl:2: chosen and rejected are the same 2 tokens"):
         read(*rows, **learned)
     pairs, dropped = read(*rows, on_bad_pair="drop", **learned)
-    assert pairs == [FINE, FINE]
+    assert [*pairs] == [FINE, FINE]
     assert dropped == {"nothing preferred": 1}
 
 

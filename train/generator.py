@@ -163,13 +163,13 @@ def train_adapter(
 
 def read_rows(
     objective: Objective, config: Config, path: pathlib.Path, generator: Generator, *, own: bool
-) -> tuple[list[Any], dict[str, int]]:
+) -> tuple[Sequence[Any], dict[str, int]]:
     """What an objective reads of a file, and what it leaves out: `Objective.read`."""
     threshold = config.reward.threshold
     return objective.read(path, generator, config.learned, config.expansion, threshold, own=own)
 
 
-def _read(run: Run, generator: Generator, own: bool) -> list[Any]:
+def _read(run: Run, generator: Generator, own: bool) -> Sequence[Any]:
     """The rows of the config's file, which must stay the same for as long as the run lasts."""
     config = run.config
     path, objective = pathlib.Path(config.data.path), config.objective

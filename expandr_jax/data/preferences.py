@@ -8,12 +8,13 @@ import datetime
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from expandr_jax.data.chat import apply_template
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import Row, read_jsonl
+from expandr_jax.files.stored_rows import StoredRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def read_preferences(
     on_bad_pair: str = "error",
     learned: Callable[[str], Sequence[Any]] | None = None,
     today: datetime.date | None = None,
-) -> tuple[list[dict[str, str]], dict[str, int]]:
+) -> tuple[Sequence[dict[str, str]], dict[str, int]]:
     """The pairs of a JSON-lines file, each as the text before the response and two responses.
 
     A line has "prompt", "chosen" and "rejected". Where they are strings, a chat template must have
@@ -80,7 +81,7 @@ def read_candidates(
     prompt_length: int | None = None,
     on_bad_pair: str = "error",
     today: datetime.date | None = None,
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[Sequence[Row], dict[str, int]]:
     """The lines of a JSON-lines file of prompts, each with candidate responses and their rewards.
 
     A line has "candidates", a list of {"text", "reward"}, and a "prompt", a string or messages as
@@ -112,18 +113,21 @@ def read_candidates(
 
 def _read(
     path: str | os.PathLike, read: Callable[[Row], Row], on_bad_pair: str
-) -> tuple[list[Row], dict[str, int]]:
+) -> tuple[Sequence[Row], dict[str, int]]:
     """What `read` makes of each line, and how many lines were dropped for what reason."""
-    rows, dropped = [], collections.Counter()
-    for number, row in read_jsonl(path, {}):
-        try:
-            rows.append(read(row))
-        except _BadPair as error:
-            reason, mistake = error.args
-            if on_bad_pair == "error":
-                raise UserError(f"{path}:{number}: {mistake}") from None
-            dropped[reason] += 1
-    return rows, dict(dropped)
+    dropped: collections.Counter[str] = collections.Counter()
+
+    def usable() -> Iterator[Row]:
+        for number, row in read_jsonl(path, {}):
+            try:
+                yield read(row)
+            except _BadPair as error:
+                reason, mistake = error.args
+                if on_bad_pair == "error":
+                    raise UserError(f"{path}:{number}: {mistake}") from None
+                dropped[reason] += 1
+
+    return StoredRows(usable(), "pairs"), dict(dropped)
 
 
 def _check_candidates(row: Row) -> None:

@@ -1,6 +1,7 @@
 """The adapter's batches on the mesh, and what becomes of the examples that are held out."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 
 from expandr_jax.errors import NotFiniteError
 from expandr_jax.files.records import hash_json
+from expandr_jax.files.stored_rows import Picked
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import (
@@ -33,15 +35,15 @@ STEPS_PER_SIZE = 40  # A size is a program to compile, for as long as a few step
 
 def hold_out(
     rows: Sequence[Any], share: float, prompt: Callable[[Any], Any]
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Divides what an objective reads into dev and training rows, each in their order.
 
     They come sorted by query, so the first ones are of one kind: of one package, one source. The
     sha256 of the prompts is not, and holds out all rows of one prompt, as far as the number goes.
     """
-    drawn = sorted(range(len(rows)), key=lambda row: hash_json(prompt(rows[row])))
-    count = int(len(rows) * share)
-    return [rows[i] for i in sorted(drawn[:count])], [rows[i] for i in sorted(drawn[count:])]
+    keys = np.fromiter((hash_json(prompt(row)) for row in rows), "S64", len(rows))
+    drawn, count = np.argsort(keys, kind="stable"), int(len(rows) * share)
+    return Picked(rows, np.sort(drawn[:count])), Picked(rows, np.sort(drawn[count:]))
 
 
 def make_examples(
@@ -51,7 +53,7 @@ def make_examples(
     rows: Sequence[Any],
     settings: DpoSettings,
     reporter: Reporter,
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Examples of the rows that are held out, and of the others, as `hold_out` divides them.
 
     The reporter says how many texts were cut, and what is longer than the model was made for.
@@ -61,7 +63,7 @@ def make_examples(
     )
     if dev_cut + cut:
         reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")
-    longest = max((example.positions for example in (*dev, *others)), default=0)
+    longest = max((example.positions for example in itertools.chain(dev, others)), default=0)
     if longest > generator.module.config.max_positions:
         reporter.say(
             f"a prompt and a response have up to {longest} tokens together; the generator was "

@@ -6,6 +6,7 @@ Batches are `adapter.AdapterBatches`'s; what it learns is an `Objective`.
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,7 +130,7 @@ class AdapterRound:
 
     def older(self) -> dict[str, str]:
         """What checkpoints told the examples by that have no hash of their texts."""
-        return {"examples": hash_response_examples([*self.examples, *self.dev])}
+        return {"examples": hash_response_examples(itertools.chain(self.examples, self.dev))}
 
 
 def adapter_round(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -57,8 +57,8 @@ class Objective:
     rows: str
     examples: str
     file: str
-    read: Callable[..., tuple[list[Any], dict[str, int]]]
-    tokenize: Callable[..., tuple[list[Any], int]]
+    read: Callable[..., tuple[Sequence[Any], dict[str, int]]]
+    tokenize: Callable[..., tuple[Sequence[Any], int]]
     prompt: Callable[[Any], Any]
     texts: Callable[[Any], Any]
     responses: int

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +58,7 @@ class Example:
         return len(self.prompt) + max(map(len, self.responses))
 
 
-def hash_response_examples(examples: Sequence[Example]) -> str:
+def hash_response_examples(examples: Iterable[Example]) -> str:
     """sha256 over the ids and numbers of examples, in their order."""
     digest = hashlib.sha256()
     for example in examples:

@@ -3,7 +3,7 @@
 import functools
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,11 +11,13 @@ import jax
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.expansion.settings import ExpansionSettings
 from expandr_jax.files.records import read_jsonl
+from expandr_jax.files.stored_rows import Picked, StoredRows
 from expandr_jax.losses.language import response_sums
 from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, preference_metrics
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
+from expandr_jax.objectives.stored_responses import StoredResponses
 
 if TYPE_CHECKING:
     from expandr_jax.objectives.settings import DpoSettings
@@ -29,7 +31,7 @@ def read_pairs(
     threshold: float,
     *,
     own: bool,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+) -> tuple[Sequence[dict[str, Any]], dict[str, int]]:
     """The pairs of a file in a format of TRL's, or of a run's preferences.jsonl: `Objective.read`.
 
     They say all themselves: no query is asked for, and no threshold kept. Rows are {"prompt",
@@ -37,7 +39,7 @@ def read_pairs(
     """
     if own:
         fields = {"prompt": str, "chosen": str, "rejected": str}
-        return [row for _, row in read_jsonl(path, fields)], {}
+        return StoredRows((row for _, row in read_jsonl(path, fields)), "pairs"), {}
 
     def learned(text: str) -> list[int]:
         (ids,) = generator.token_ids([text])
@@ -51,21 +53,26 @@ def read_pairs(
         on_bad_pair=settings.on_bad_pair,
         today=generator.today,
     )
-    return [{**pair, "joined": True} for pair in pairs], dropped
+    joined = Picked(pairs, range(len(pairs)), lambda pair: {**pair, "joined": True})
+    return joined, dropped
 
 
 def tokenize_pairs(
     generator: Generator, rows: Sequence[Mapping[str, Any]], settings: "DpoSettings"
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
     """Rows {"prompt", "chosen", "rejected"} to pairs, chosen first: `Objective.tokenize`."""
-    pairs, cut = [], 0
-    for number, row in enumerate(rows):
-        texts = row["prompt"], (row["chosen"], row["rejected"])
-        joined = row.get("joined", False)
-        prompt, responses, were_cut = tokenized(generator, *texts, settings, joined=joined)
-        cut += were_cut
-        pairs.append(Example(prompt, responses, name=str(row.get("query_id", number))))
-    return pairs, cut
+    cut = 0
+
+    def made() -> Iterator[Example]:
+        nonlocal cut
+        for number, row in enumerate(rows):
+            texts = row["prompt"], (row["chosen"], row["rejected"])
+            joined = row.get("joined", False)
+            prompt, responses, were_cut = tokenized(generator, *texts, settings, joined=joined)
+            cut += were_cut
+            yield Example(prompt, responses, name=str(row.get("query_id", number)))
+
+    return StoredResponses(made()), cut
 
 
 def _pair_texts(row: Mapping[str, Any]) -> list[Any]:

@@ -5,10 +5,10 @@ expectation maximisation over expansions. It needs neither a reference model nor
 """
 
 import collections
-import dataclasses
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +17,13 @@ import numpy as np
 from expandr_jax.data.preferences import read_candidates
 from expandr_jax.expansion.expand import expansion_text
 from expandr_jax.expansion.settings import ExpansionSettings
+from expandr_jax.files.stored_rows import Picked
 from expandr_jax.losses.language import response_sums
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
 from expandr_jax.objectives.settings import DpoSettings
+from expandr_jax.objectives.stored_responses import StoredResponses
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
@@ -33,7 +35,7 @@ def read_groups(
     expansion: ExpansionSettings,
     *,
     own: bool,
-) -> tuple[list[Group], dict[str, int]]:
+) -> tuple[Sequence[Group], dict[str, int]]:
     """The groups of a file that `read_candidates` takes, and how many were left out, and why."""
     limits = {"prompt_length": settings.prompt_length, "on_bad_pair": settings.on_bad_pair}
     rows, dropped = read_candidates(
@@ -43,7 +45,7 @@ def read_groups(
         today=generator.today,
         **({} if own else limits),
     )
-    return [*map(Group.from_row, rows)], dropped
+    return Picked(rows, range(len(rows)), Group.from_row), dropped
 
 
 def read_rewarded(
@@ -54,48 +56,48 @@ def read_rewarded(
     threshold: float,
     *,
     own: bool,
-) -> tuple[list[Group], dict[str, int]]:
+) -> tuple[Sequence[Group], dict[str, int]]:
     """The groups of `read_groups` that something is to be learned of: `Objective.read`.
 
     Left out are those whose candidates are all empty, have one reward or one text, or, where the
     file has their similarities, are all below the threshold.
     """
     groups, left_out = read_groups(path, generator, settings, expansion, own=own)
-    kept, dropped = [], collections.Counter(left_out)
-    for group in groups:
+    kept, dropped = array("q"), collections.Counter(left_out)
+    for number, group in enumerate(groups):
         reason = nothing_to_learn(group, threshold)
         if reason is None:
-            kept.append(group)
+            kept.append(number)
         else:
             dropped[reason] += 1
-    return kept, dict(dropped)
+    return Picked(groups, kept), dict(dropped)
 
 
 def tokenize_candidates(
     generator: Generator, groups: Sequence[Group], settings: DpoSettings
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
     """An example for each candidate of a group that has a share: `Objective.tokenize`.
 
     "weight" is a candidate's share times candidates per query, so that the mean loss of candidates
     is that of queries.
     """
-    examples, cut = [], 0
-    for number, group in enumerate(groups):
-        name, texts = str(number if group.query_id == "" else group.query_id), group.texts
-        shares = _shares(group, settings)
-        used = np.flatnonzero(shares)
-        prompt, responses, were_cut = tokenized(
-            generator, group.prompt, [texts[i] for i in used], settings
-        )
-        cut += were_cut
-        examples += [
-            Example(prompt, (response,), {"weight": float(shares[i])}, name)
-            for i, response in zip(used, responses, strict=True)
-        ]
-    scale = len(examples) / max(1, len(groups))
-    return [
-        dataclasses.replace(e, extras={"weight": e.extras["weight"] * scale}) for e in examples
-    ], cut
+    cut, count = 0, sum(_count(group, settings) for group in groups)
+    scale = count / max(1, len(groups))
+
+    def made() -> Iterator[Example]:
+        nonlocal cut
+        for number, group in enumerate(groups):
+            name, texts = str(number if group.query_id == "" else group.query_id), group.texts
+            shares = _shares(group, settings)
+            used = np.flatnonzero(shares)
+            prompt, responses, were_cut = tokenized(
+                generator, group.prompt, [texts[i] for i in used], settings
+            )
+            cut += were_cut
+            for i, response in zip(used, responses, strict=True):
+                yield Example(prompt, (response,), {"weight": float(shares[i]) * scale}, name)
+
+    return StoredResponses(made()), cut
 
 
 def _shares(group: Group, settings: DpoSettings) -> np.ndarray:
@@ -104,6 +106,10 @@ def _shares(group: Group, settings: DpoSettings) -> np.ndarray:
         np.array([bool(text.strip()) for text in group.texts]),
         settings.reward_temperature,
     )
+
+
+def _count(group: Group, settings: DpoSettings) -> int:
+    return int(np.count_nonzero(_shares(group, settings)))
 
 
 def _group_texts(group: Group) -> list[Any]:
@@ -135,7 +141,7 @@ REWARD_SFT = Objective(
     reference=False,
     prompt=operator.attrgetter("prompt"),
     texts=_group_texts,
-    count=lambda group, settings: int(np.count_nonzero(_shares(group, settings))),
+    count=_count,
     losses=weighted_losses,
     extras=("weight",),
 )

@@ -2,41 +2,40 @@
 
 import dataclasses
 import operator
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
+from expandr_jax.files.stored_rows import StoredRows
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.objectives.settings import DpoSettings
+from expandr_jax.objectives.stored_responses import StoredResponses
 
 WARM_STARTS = ("positives", "best")  # What `warm_start` takes, beside "" for none.
 
 
 def tokenize_beginnings(
     generator: Generator, rows: Sequence[Mapping[str, Any]], settings: DpoSettings
-) -> tuple[list[Example], int]:
+) -> tuple[Sequence[Example], int]:
     """Rows {"prompt", "response", "query_id"} to examples of one response: `Objective.tokenize`.
 
     A response that is longer than the limit is left open: it does not end there.
     """
-    examples, cut = [], 0
-    for row in rows:
-        prompt, response = generator.token_ids([row["prompt"], row["response"]])
-        cut += len(prompt) > settings.prompt_length
-        if len(response) < settings.response_length:
-            response, _ = generator.response_ids(response, settings.response_length)
-        examples.append(
-            Example(
-                array("i", prompt[-settings.prompt_length :]),
-                (array("i", response[: settings.response_length]),),
-                {"weight": 1.0},
-                row["query_id"],
-            )
-        )
-    return examples, cut
+    cut = 0
+
+    def made() -> Iterator[Example]:
+        nonlocal cut
+        for row in rows:
+            prompt, response = generator.token_ids([row["prompt"], row["response"]])
+            cut += len(prompt) > settings.prompt_length
+            if len(response) < settings.response_length:
+                response, _ = generator.response_ids(response, settings.response_length)
+            ids, responses = prompt[-settings.prompt_length :], response[: settings.response_length]
+            yield Example(ids, (responses,), {"weight": 1.0}, row["query_id"])
+
+    return StoredResponses(made()), cut
 
 
 WARM_START = dataclasses.replace(
@@ -53,7 +52,7 @@ WARM_START = dataclasses.replace(
 
 def positive_rows(
     data: TrainingData, messages: Mapping[str, str], chat_text: Callable[[str], str]
-) -> list[dict[str, str]]:
+) -> Sequence[dict[str, str]]:
     """A row for each relevant document of a query, for `WARM_START`.
 
     Args:
@@ -61,7 +60,7 @@ def positive_rows(
         messages: Query id -> what the generator is asked.
         chat_text: The prompt that a message becomes.
     """
-    return [
+    rows = (
         {
             "query_id": query,
             "prompt": chat_text(messages[query]),
@@ -69,4 +68,5 @@ def positive_rows(
         }
         for query in data.generator_train
         for document in data.positives(query)
-    ]
+    )
+    return StoredRows(rows, "relevant documents")

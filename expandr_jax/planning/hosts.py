@@ -248,13 +248,15 @@ def _add_from_files(
         seconds=(CORE_SECONDS["candidate rewarded"] + CORE_SECONDS["text encoded"] / stages.hosts)
         * texts / 1000,
     )  # fmt: skip
-    # Each candidate is an example, which the prompt's text and ids are shared by.
+    # Texts and ids lie in temporary files; each candidate is an example, with the prompt's ids.
     responses = config.objective.responses
-    responses = responses if responses > 1 else number
+    examples = 1 if responses > 1 else number
     tokens = config.dpo.prompt_length + responses * config.dpo.response_length
-    query = (1 + responses) * ENTRY + tokens * (TOKEN_BYTES + 4)
-    stages.add("step B's training", memory=asked * query + 2 * state,
-               seconds=CORE_SECONDS["example"] * config.rounds * asked / 1000, **saved)  # fmt: skip
+    example = 4 * tokens + (1 + responses) * STORED_TEXT + STORED_EXAMPLE
+    query = examples * example + (1 + examples * responses) * (text + LINE)
+    seconds = CORE_SECONDS["example"] * config.rounds * asked / 1000
+    stages.add("step B's training", memory=asked * examples * INDEX + 2 * state,
+               scratch=asked * query, seconds=seconds, **saved)  # fmt: skip
 
 
 def _bytes(tree: Any, itemsize: int | None = None) -> int:
