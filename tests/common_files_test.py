@@ -2,6 +2,7 @@
 
 import copy
 import io
+import shutil
 import threading
 
 import pytest
@@ -13,7 +14,6 @@ from expandr_jax.data import beir, documents
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.collect import prepare_data
 from expandr_jax.errors import UserError
-from expandr_jax.files.archive import Files
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.run import Run
 from tests.processes_test import COUNT, group, together  # noqa: F401 (the fixture)
@@ -103,9 +103,30 @@ def test_process_0_alone_hashes_test_collections(group, tmp_path, hashed, monkey
     assert {*hashed} == {0}
     assert len(ranked) == COUNT
     assert all(corpus == ranked[0] for corpus in ranked)
-    # One of the machines has another version of it.
-    original = Files.size
-    monkeypatch.setattr(Files, "size", lambda *a: original(*a) + (own.index == 2))
-    refused = f"{tmp_path / 'first'}: is not the same for all processes; copy it once more"
-    assert together(group, scored) == [refused] * COUNT
-    assert len(ranked) == COUNT
+    # One of the machines has another version of it, of which it reads all but the documents.
+    original = evaluation.find_benchmarks
+
+    def found(paths):
+        return original([str(tmp_path / "copy" / "first")] if own.index == 2 else paths)
+
+    monkeypatch.setattr(evaluation, "find_benchmarks", found)
+    for name, before, after, refused in (
+        ("corpus.jsonl", "document first 3", "another", False),
+        ("queries.jsonl", "asked", "taken", True),
+        ("qrels/test.tsv", "\t1\n", "\t2\n", True),
+    ):
+        shutil.copytree(tmp_path / "first", tmp_path / "copy" / "first", dirs_exist_ok=True)
+        path = tmp_path / "copy" / "first" / name
+        path.write_text(path.read_text().replace(before, after, 1))
+        ranked.clear()
+        told = together(group, scored)
+        if refused:
+            message = "not the same for all processes; copy it once more"
+            assert told == [
+                f"{tmp_path / part / 'first'}: queries or judgements are {message}"
+                for part in ("", "", "copy")
+            ]
+            assert not ranked
+        else:
+            assert told == [None] * COUNT
+            assert ranked == [ranked[0]] * COUNT

@@ -4,6 +4,7 @@ import functools
 import gc
 import io
 import json
+import tracemalloc
 import types
 
 import jax
@@ -26,6 +27,7 @@ from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
 from train import generator as training
+from train import preferences
 
 TINY_LLAMA = ROOT / "configs" / "tiny" / "tiny-llama"
 EXAMPLES = [
@@ -242,6 +244,25 @@ def test_lines_with_nothing_to_learn_are_left_out_and_counted(tiny, path, tmp_pa
     assert [group.query for group in kept] == ["kept"]
     assert kept[0].prompt == tiny[0].chat_text("kept?")
     assert dropped == {"below the similarity threshold": 1, "nothing preferred": 2, "empty": 1}
+
+
+def test_of_a_warm_start_s_best_texts_none_is_held(tiny, tmp_path, monkeypatch):
+    """They were, of all queries, in every process."""
+    monkeypatch.setattr(preferences, "make_preferences", lambda *_: None)
+    config, held = make_config(tmp_path), []
+    for words in (1, 1000):
+        row = {"query": "a", "candidates": [candidate("b " * words, 1.0), candidate("c", 0.5)]}
+        poor = {"query": "p", "candidates": [candidate("b", 0.0)]}
+        write_jsonl(tmp_path / preferences.CANDIDATES_FILE, [row, poor, row] * 20)
+        run = types.SimpleNamespace(config=config, path=lambda _, name: tmp_path / name)
+        tracemalloc.start()
+        best, total = preferences.best_groups(run, tiny[0], *[None] * 5)
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert (len(best), total) == (40, 60)
+        assert [group.texts for group in best] == [["b " * words]] * 40
+    assert held[1] - held[0] < 20_000
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 from expandr_jax import metrics
 from expandr_jax.config import Config
 from expandr_jax.data.benchmarks import check_relevant, find_benchmarks
-from expandr_jax.data.collect import read_stored
+from expandr_jax.data.collect import check_common, read_stored
 from expandr_jax.data.documents import texts_of
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
@@ -297,14 +297,16 @@ def evaluate_benchmarks(
             results[name] = run.read_json(run.path(folder, "results.json"))
         if name not in results or not are_of(results[name], systems):
             # Not before: its corpus may take minutes to read.
-            known = benchmark.common_source(name, run.processes)
+            known = run.processes.of_files(functools.partial(benchmark.source, name))
             place = benchmark.files.path("")
             run.check_source(run.path(folder), known, place, benchmark.unread())
             store = run.path("work", "documents", "tests", name)
             collection = read_stored(benchmark.files, store, run.processes)
             check_relevant(collection, benchmark.split)
             qrels = {"dev": {}, "test": collection.qrels[benchmark.split]}
-            data = TrainingData(dataclasses.replace(collection, name=name, qrels=qrels), [], [])
+            collection = dataclasses.replace(collection, name=name, qrels=qrels)
+            check_common(collection, place, run.processes)
+            data = TrainingData(collection, [], [])
             results[name] = evaluate(
                 run, models, data, retrievers, adapters, folder=folder, chosen=chosen
             )

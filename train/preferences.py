@@ -4,11 +4,14 @@ import collections
 import contextlib
 import dataclasses
 import functools
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
 from expandr_jax.expansion.expand import Expander
 from expandr_jax.files.records import open_jsonl
+from expandr_jax.files.stored_rows import Picked
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.reward_sft import read_groups
 from expandr_jax.rewards.functions import RewardFunction, load_functions
@@ -57,7 +60,7 @@ def best_groups(
     data: TrainingData,
     directory: str,
     tools: RewardTools,
-) -> tuple[list[Group], int]:
+) -> tuple[Sequence[Group], int]:
     """The groups of `make_preferences` that have a text worth more than 0, with their best alone.
 
     Returns:
@@ -66,7 +69,8 @@ def best_groups(
     make_preferences(run, generator, expander, None, retriever, data, directory, tools)
     path, config = run.path(directory, CANDIDATES_FILE), run.config
     groups, _ = read_groups(path, generator, config.dpo, config.expansion, own=True)
-    return [group for group in map(best_alone, groups) if group], len(groups)
+    kept = array("q", (number for number, group in enumerate(groups) if best_alone(group)))
+    return Picked(groups, kept, best_alone), len(groups)
 
 
 def make_preferences(

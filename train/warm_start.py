@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from expandr_jax.config import Config
@@ -69,7 +70,7 @@ def _positives(
     expander: Expander,
     data: TrainingData,
     path: pathlib.Path,
-) -> tuple[list[Any], Objective, DpoSettings]:
+) -> tuple[Sequence[Any], Objective, DpoSettings]:
     """What is learned of relevant documents; `path` has what is asked before its last question."""
     queries = {query: data.collection.queries[query] for query in data.generator_train}
     messages = expander.messages(queries, journaled(expander, None, path, "before warm start"))
@@ -85,7 +86,7 @@ def _best(
     retriever: CorpusRetriever,
     data: TrainingData,
     tools: RewardTools,
-) -> list[Any]:
+) -> Sequence[Any]:
     """The best texts of each query that has one worth more than 0."""
     best, total = best_groups(
         run, models.generator, expander, retriever, data, WARM_START_NAME, tools

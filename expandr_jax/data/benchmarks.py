@@ -15,7 +15,6 @@ from expandr_jax.data.duplicates import words
 from expandr_jax.data.places import find_collections
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
-from expandr_jax.runtime.processes import Processes
 
 # MS MARCO's test judgements are of few queries; its dev queries are what BEIR's tables report.
 TEST_SPLITS = {"msmarco": "dev"}
@@ -40,20 +39,6 @@ class Benchmark:
         """
         files = source_hashes(self.files, (self.split, *others))
         return {"name": name.rpartition("/")[2], "split": self.split, "files": files}
-
-    def common_source(self, name: str, processes: Processes) -> dict[str, Any]:
-        """`source`, for which process 0 alone reads the files where it can speak for all.
-
-        Raises:
-            UserError: Another process has files of other sizes.
-        """
-        found = processes.of_files(lambda: self.source(name))
-        sizes = [self.files.size(file) for file in found["files"]]
-        if any(other != sizes for other in processes.gather(sizes)):
-            raise UserError(
-                f"{self.files.path('')}: is not the same for all processes; copy it once more"
-            )
-        return found
 
     def unread(self, *others: str) -> set[str]:
         """The files that `source` leaves out, which older runs noted all the same."""

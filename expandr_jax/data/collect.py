@@ -25,7 +25,7 @@ from expandr_jax.data.settings import DataSettings
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
-from expandr_jax.files.records import write_json
+from expandr_jax.files.records import hash_json, write_json
 from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
@@ -87,6 +87,27 @@ def read_stored(files: Files, store: pathlib.Path, processes: Processes) -> Coll
     """
     trusted = processes.files.common and not processes.is_main
     return processes.main_first(lambda: read_beir(files, store=store, trusted=trusted))
+
+
+def check_common(collection: Collection, place: pathlib.Path, processes: Processes) -> None:
+    """Refuses a collection of which processes have read other queries or judgements.
+
+    Where it lies, each may have a copy; of its documents all have process 0's, by `read_stored`.
+
+    Args:
+        collection: What this process has read; all call it together.
+        place: Where that was, for the message.
+        processes: They.
+    """
+    if processes.count == 1:
+        return
+    qrels = [[split, [*judged.items()]] for split, judged in collection.qrels.items()]
+    judged = collection.queries, collection.answers, collection.excluded
+    own = hash_json([[*map(list, part.items())] for part in judged] + qrels)
+    if {*processes.gather(own)} != {own}:
+        raise UserError(
+            f"{place}: queries or judgements are not the same for all processes; copy it once more"
+        )
 
 
 def collect_data(

@@ -50,11 +50,6 @@ class Files:
         """Where a file is; in an archive only good for messages."""
         return self.root / f"{self.folder}{name}"
 
-    def size(self, name: str) -> int:
-        """Bytes of a file, or of the archive that it lies in; 0 where it cannot be read."""
-        path = self.path(name) if self.root.is_dir() else self.root
-        return path.stat().st_size if path.exists() else 0
-
     def lines(self, name: str) -> Iterator[tuple[int, bytes]]:
         """Yields (line number from 1, line); unpacks a name that ends in ".gz".
 
