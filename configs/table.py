@@ -70,6 +70,10 @@ def get_config(collection: str = HARVEST) -> ml_collections.ConfigDict:
         config.data.shares.generator_train = 0.14
         config.data.shares.retriever_train = 0.70
     else:
+        # Where no dev queries are given, a small collection, too, has about a hundred to choose by.
+        config.data.shares.dev = 0.17
+        config.data.shares.generator_train = 0.18
+        config.data.shares.retriever_train = 0.65
         config.expansion.max_new_tokens = 32
         config.candidates.max_new_tokens = 32
         config.answer.max_new_tokens = 32
