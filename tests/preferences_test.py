@@ -111,7 +111,7 @@ def test_a_prompt_of_exactly_the_limit_is_used(read, tokenizer):
 
 def test_responses_that_are_one_once_cut_prefer_nothing(read):
     rows = [FINE, {"prompt": "a", "chosen": "a b c", "rejected": "a b d"}, FINE]
-    assert read(*rows)[0] == rows
+    assert [*read(*rows)[0]] == rows
     learned = {"learned": lambda text: text.split()[:2]}
     with pytest.raises(UserError, match=r"jsonl:2: chosen and rejected are the same 2 tokens"):
         read(*rows, **learned)
