@@ -2,22 +2,23 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from expandr_jax.config import Config
 from expandr_jax.data.training_data import TrainingData, limit_queries
 from expandr_jax.errors import UserError
 from expandr_jax.expansion.demonstrations import Demonstration, best_draws, draw_examples
 from expandr_jax.expansion.expand import Expander, requests_of
 from expandr_jax.expansion.sampled import sample_texts
 from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.objectives.rollouts import Score
 from expandr_jax.objectives.scores import make_score
 from expandr_jax.pair import GeneratorModel
+from expandr_jax.rewards.evidence import RewardContext
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.registry import needs_vectors
 from expandr_jax.rewards.sampled import sampled_candidates
+from expandr_jax.rewards.settings import CandidatesSettings
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.preferences import best_groups
@@ -64,8 +65,8 @@ def _choose(
     data: TrainingData,
     tools: RewardTools,
 ) -> None:
-    settings, collection = run.config.demonstrations, data.collection
-    dev = limit_queries([*collection.qrels["dev"]], settings.queries)
+    config, settings = run.config, run.config.demonstrations
+    dev = limit_queries([*data.collection.qrels["dev"]], settings.queries)
     if not dev:
         raise UserError("demonstrations.prompts: there are no dev queries to choose prompts on")
     own = limit_queries(data.generator_train, settings.queries)
@@ -79,10 +80,14 @@ def _choose(
             f"demonstrations.prompts: no text of {total} queries is worth more than 0, so "
             "there is no example; raise demonstrations.queries or set demonstrations.prompts to 0"
         )
-    draws = draw_examples(pool, settings.examples, settings.draws, run.config.seed)
+    draws = draw_examples(pool, settings.examples, settings.draws, config.seed)
     shown = dataclasses.replace(expander, examples=draws)
+    corpus = retriever.corpus if needs_vectors(config.reward) else None
+    limits = len(dev), config.candidates.max_new_tokens
+    context = reward_context(config, tools, data, corpus, dev, *limits, split="dev")
+    score = make_score(context, retriever, config.expansion.kind, run.processes)
     path = run.path("work", DEMONSTRATIONS, "dev.jsonl")
-    rewards = _rewards(run.config, shown, retriever, data, dev, tools, path)
+    rewards = _rewards(shown, context, score, config.candidates, path)
     chosen = best_draws(rewards, settings.prompts)
     rows = [
         {
@@ -103,37 +108,30 @@ def _choose(
 
 
 def _rewards(
-    config: Config,
     expander: Expander,
-    retriever: CorpusRetriever,
-    data: TrainingData,
-    dev: Sequence[str],
-    tools: RewardTools,
+    context: RewardContext,
+    score: Score,
+    settings: CandidatesSettings,
     path: pathlib.Path,
 ) -> np.ndarray:
-    """[queries, prompts] what a text of each of the expander's prompts is worth for dev queries.
+    """[queries, prompts] what a text of each of the expander's prompts is worth for the queries.
 
-    The texts are kept in a file of this path.
+    These are the context's. The texts are kept in a file of this path.
     """
-    count = len(expander.examples)
-    queries: Mapping[str, str] = {query: data.collection.queries[query] for query in dev}
-    temperatures = [config.candidates.temperatures[0]] * count
-    requests = requests_of(config.candidates, queries, temperatures)
-    requests = expander.shown(queries, requests)
+    data, count = context.data, len(expander.examples)
+    queries = {query: data.collection.queries[query] for query in context.queries}
+    temperatures = [settings.temperatures[0]] * count
+    requests = expander.shown(queries, requests_of(settings, queries, temperatures))
     texts = sample_texts(
         expander.sampler, None, requests, path=path, purpose=f"{DEMONSTRATIONS}, dev"
     )
 
     groups = [
         Group(
-            query, queries[query], data.positives(query, "dev")[0], "",
-            sampled_candidates(texts, query, temperatures, config.reward),
+            query, text, data.positives(query, context.split)[0], "",
+            sampled_candidates(texts, query, temperatures, context.settings),
         )
-        for query in dev
+        for query, text in queries.items()
     ]  # fmt: skip
-    corpus = retriever.corpus if needs_vectors(config.reward) else None
-    limits = len(dev), config.candidates.max_new_tokens
-    context = reward_context(config, tools, data, corpus, dev, *limits, split="dev")
-    score = make_score(context, retriever, config.expansion.kind, retriever.processes)
     rewarded, _ = score(groups)
     return np.array([[c.total for c in group.candidates] for group in rewarded])

@@ -26,6 +26,7 @@ from expandr_jax.ranking.gate import Gate, write_gates
 from expandr_jax.ranking.listwise import ListRanker, list_ranker
 from expandr_jax.ranking.ranker import Ranker
 from expandr_jax.ranking.results import hardest, mean_over_sets
+from expandr_jax.ranking.settings import EvaluationSettings
 from expandr_jax.ranking.sources import Expansions, OneAtATime, Searches
 from expandr_jax.ranking.systems import (
     ALL_LABELS,
@@ -48,7 +49,6 @@ from expandr_jax.rewards.samples import sample_rows
 from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.run import Run
 from expandr_jax.vectors.corpus import CorpusRetriever
-from expandr_jax.vectors.query import EncodedQueries
 from train.encoding import run_retriever, run_words
 from train.expansions import evaluation_expansions, run_expander
 from train.kept import kept_results, read_chosen
@@ -106,8 +106,9 @@ def evaluate(
         count = len(data.collection.qrels["test"])
         return contextlib.nullcontext() if folder else run.search(system.name, count)
 
-    main, say = run.processes.is_main, run.reporter.say
-    sources = Sources(data, searches, written, lists, run.config, main, say)
+    main, say, settings = run.processes.is_main, run.reporter.say, run.config.evaluation
+    combine = run.config.expansion.combine
+    sources = Sources(data, searches, written, lists, settings, combine, main, say)
     with run.phase("evaluation"):
         choices = DevChoices(
             lambda: rankers["dev"],
@@ -115,8 +116,8 @@ def evaluate(
             sources.tried,
             made=read_chosen(gates, chosen or {}) or found.choices,
             tried=found.tried,
-            say=run.reporter.say,
-            is_main=run.processes.is_main,
+            say=say,
+            is_main=main,
         )
         rankers = {
             "dev": sources.ranker("dev", choices),
@@ -129,8 +130,10 @@ def evaluate(
             choices,
             data.collection.qrels["test"],
             found,
-            lambda *of: sources.samples(dense(OURS), *of),
-            run.processes.is_main,
+            lambda system, encoded: sample_rows(
+                system.name, dense(OURS).corpus, data, encoded, run.config.reward, settings
+            ),
+            main,
         )
         with run.reporter.progress("evaluation: systems", len(evaluation.left)) as advance:
             for system in evaluation.left:
@@ -155,7 +158,8 @@ class Sources:
         searches: The corpus.
         written: (split, generator, strategy) -> what was written for the split's queries.
         lists: What ranks lists again; process 0 calls it.
-        config: The whole config.
+        settings: The config's section `evaluation`.
+        combine: How a query's texts count together: `expansion.combine`.
         is_main: Whether this is process 0.
         say: Tells the user something.
     """
@@ -164,7 +168,8 @@ class Sources:
     searches: Searches
     written: Mapping[tuple[str, str, str], Expansions]
     lists: Callable[[], ListRanker]
-    config: Config
+    settings: EvaluationSettings
+    combine: str
     is_main: bool
     say: Callable[[str], None]
 
@@ -176,7 +181,7 @@ class Sources:
             self.searches,
             lambda leaf: self.written[split, leaf.generator, leaf.strategy],
             choices,
-            self.config.evaluation,
+            self.settings,
             is_main=self.is_main,
             excluded=collection.excluded,
             lists=self.lists,
@@ -186,18 +191,10 @@ class Sources:
 
     def tried(self, system: System) -> list[Chosen]:
         """What is tried for a system on dev; nothing where a fusion's parts weigh alike."""
-        settings = self.config.evaluation
         if system.parts:
-            return stage_grid(system, settings) if self.data.collection.qrels["dev"] else []
+            return stage_grid(system, self.settings) if self.data.collection.qrels["dev"] else []
         strategy = self.written["dev", system.generator, system.strategy].strategy
-        return expansion_grid(settings, self.config.expansion.combine, len(strategy.asks))
-
-    def samples(
-        self, ours: CorpusRetriever, system: System, encoded: Mapping[str, EncodedQueries]
-    ) -> list[dict[str, Any]]:
-        """What is told of a system's passages, by the retriever that searches for it."""
-        sections = self.config.reward, self.config.evaluation
-        return sample_rows(system.name, ours.corpus, self.data, encoded, *sections)
+        return expansion_grid(self.settings, self.combine, len(strategy.asks))
 
 
 def _write(
