@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.benchmarks import NAMES, THREADS, Comparison, Different
-from eval.benchmarks.process import MACHINE, PREPARE, SideProcess, benchmark, outputs_path
+from eval.benchmarks.process import MACHINE, PREPARE, TUNE, SideProcess, benchmark, outputs_path
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.report.tables import render
@@ -104,6 +104,9 @@ def measure_row(
         del places["peer"]
     elif packages:
         row["peer_name"] += f" {_version(packages[0])}"
+    if against is None and not missing and comparison.tune:
+        console.print(f"{comparison.name}: the peer's best setting is searched")
+        _only_answer(SideProcess(directory, name, TUNE, number))
     sides, measured = {}, {}
     try:
         for side, (place, what, tree) in places.items():

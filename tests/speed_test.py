@@ -36,6 +36,7 @@ def test_medians_ratio_and_limits_of_a_row_and_a_peer_that_is_not_installed(meas
     assert good["each_ours"] == [30.0, 10.0, 20.0]
     assert good["checked"] == "values equal to 0.0001"
     assert good["peer_name"].startswith("numpy 2.")
+    assert (good["setting_ours"], good["setting_peer"]) == ("as set", "its best")
     assert 1e7 < good["peak_memory_ours"] < 2e9
     machine = result["machine"]
     assert good["share_ours"] == pytest.approx(20.0 * 2e6 / machine["matmul_flops"])
@@ -52,8 +53,9 @@ def test_medians_ratio_and_limits_of_a_row_and_a_peer_that_is_not_installed(meas
     assert "not installed" in output
 
 
-def test_another_checkout_is_the_peer(tmp_path):
-    """The same benchmark, where it does a third of the work in the time."""
+def test_another_checkout_is_the_peer(tmp_path, monkeypatch):
+    """The same benchmark, where it does a third of the work in the time; no peer is tuned then."""
+    monkeypatch.setenv("TOY_UNTUNED", "1")
     for path in ("eval", "expandr_jax", "train"):
         (tmp_path / path).symlink_to(ROOT / path)
     (tmp_path / "tests").mkdir()

@@ -58,6 +58,8 @@ class Comparison:
         ours: Starts this project's side.
         peer: Starts the peer's side.
         check: (our outputs, the peer's) -> a sentence on what is equal. Raises `Different`.
+        tune: Finds the setting in which the peer is quickest and writes it to the directory, in a
+            process of its own; None: it has none to find.
         flops: directory -> floating-point operations that one unit of work needs; None: unknown.
         bytes: directory -> bytes that one unit of work must at least read or write; None: unknown.
     """
@@ -69,6 +71,7 @@ class Comparison:
     ours: Callable[[pathlib.Path], Running]
     peer: Callable[[pathlib.Path], Running]
     check: Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], str]
+    tune: Callable[[pathlib.Path], None] | None = None
     flops: Callable[[pathlib.Path], float] | None = None
     bytes: Callable[[pathlib.Path], float] | None = None
 

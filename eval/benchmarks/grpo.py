@@ -7,7 +7,6 @@ are the same on both sides, gradients and entropies are compared first.
 """
 
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import time
@@ -34,7 +33,7 @@ def reward(text: str) -> float:
 
 
 def prepare(directory: pathlib.Path) -> None:
-    """Writes model, adapter, prompts, texts to compare with, and TRL's best micro-batch."""
+    """Writes model, adapter, prompts, and texts to compare with."""
     import jax
 
     from expandr_jax.expansion.prompts import PROMPTS
@@ -61,9 +60,6 @@ def prepare(directory: pathlib.Path) -> None:
         "texts": generator.tokenizer.batch_decode(tokens, skip_special_tokens=True),
     }
     (directory / "inputs.json").write_text(json.dumps(inputs))
-    if importlib.util.find_spec("trl"):
-        best = min(MICRO_BATCHES, key=lambda size: _Trl(directory, size).seconds_a_text())
-        (directory / "micro_batch.json").write_text(json.dumps(best))
 
 
 def _inputs(directory: pathlib.Path) -> dict[str, Any]:
@@ -330,6 +326,12 @@ class _Trl:
         }  # fmt: skip
 
 
+def tune_trl(directory: pathlib.Path) -> None:
+    """Writes TRL's best micro-batch."""
+    best = min(MICRO_BATCHES, key=lambda size: _Trl(directory, size).seconds_a_text())
+    (directory / "micro_batch.json").write_text(json.dumps(best))
+
+
 def start_trl(directory: pathlib.Path) -> Running:
     """TRL's training steps, as many as an update has, and its optimizer's."""
     micro_batch = json.loads((directory / "micro_batch.json").read_text())
@@ -379,6 +381,7 @@ ROWS = (
         ours=start_ours,
         peer=start_trl,
         check=check,
+        tune=tune_trl,
         flops=flops,
     ),
 )

@@ -21,7 +21,7 @@ from eval.benchmarks import THREADS, Comparison
 from expandr_jax.errors import UserError
 from train.launch import split_processor
 
-PREPARE, MACHINE = "prepare", "machine"  # In the place of a side.
+PREPARE, TUNE, MACHINE = "prepare", "tune", "machine"  # In the place of a side.
 LAST_LINES = 3  # Lines of the log that an error shows.
 
 
@@ -36,7 +36,7 @@ class SideProcess:
     Args:
         directory: Holds the benchmark's inputs; the log is written there too.
         name: Name of the benchmark.
-        what: "ours", "peer", PREPARE or MACHINE.
+        what: "ours", "peer", PREPARE, TUNE or MACHINE.
         row: Index among the benchmark's rows.
         tree: Another checkout of this project, whose code is run; None: this one's.
     """
@@ -152,6 +152,10 @@ def main() -> None:
             for c in module.ROWS
         ]
         say(costs=costs)
+        return
+    if what == TUNE:
+        comparison.tune(directory)
+        say()
         return
     if what == "ours":  # As in all of this project's programs.
         split_processor()

@@ -6,7 +6,6 @@ A turn does a part of the work, from the prompts to the last token: the candidat
 at once; the next turn goes on with the next part.
 """
 
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -26,7 +25,7 @@ NO_EOS = -1  # No token ends a text.
 
 
 def prepare(directory: pathlib.Path) -> None:
-    """Writes the model, the prompts' ids and, where it is installed, transformers' best batch."""
+    """Writes the model and the prompts' ids."""
     from expandr_jax.expansion.prompts import PROMPTS
 
     smollm2.export(directory)
@@ -34,10 +33,6 @@ def prepare(directory: pathlib.Path) -> None:
     messages = [PROMPTS["q2d"].message(text) for text in smollm2.QUESTIONS]
     prompts = [generator.chat_ids(message, 256)[0] for message in messages]
     (directory / "prompts.json").write_text(json.dumps(prompts))
-    if importlib.util.find_spec("torch"):
-        _, rows, rate = _transformers(directory)
-        best = max(BATCHES, key=lambda size: rate(rows[:size]))
-        (directory / "batch.json").write_text(json.dumps(best))
 
 
 def _prompts(directory: pathlib.Path) -> list[list[int]]:
@@ -123,6 +118,13 @@ def _transformers(
     return greedy, [prompt for prompt in prompts for _ in range(CANDIDATES)], rate
 
 
+def tune_transformers(directory: pathlib.Path) -> None:
+    """Writes transformers' best batch size."""
+    _, rows, rate = _transformers(directory)
+    best = max(BATCHES, key=lambda size: rate(rows[:size]))
+    (directory / "batch.json").write_text(json.dumps(best))
+
+
 def start_transformers(directory: pathlib.Path) -> Running:
     """`generate` of transformers, at its best batch size."""
     greedy, rows, rate = _transformers(directory)
@@ -174,6 +176,7 @@ ROWS = (
         ours=start_ours,
         peer=start_transformers,
         check=check,
+        tune=tune_transformers,
         flops=flops,
         bytes=read_bytes,
     ),
