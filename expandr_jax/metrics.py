@@ -15,7 +15,7 @@ import ir_measures
 import numpy as np
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import decode, read_lines, write_text
+from expandr_jax.files.records import decode_line, read_lines, write_text
 
 RunScores = Mapping[str, Mapping[str, float]]  # query id -> document id -> score
 Judgements = Mapping[str, Mapping[str, int]]  # query id -> document id -> relevance; 0 is none
@@ -138,7 +138,7 @@ def read_trec(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     run: dict[str, dict[str, float]] = {}
     for number, line in read_lines(path):
         where = f"{path}:{number}"
-        columns = decode(where, line).split()
+        columns = decode_line(where, line).split()
         if not columns:
             continue
         if len(columns) != 6:

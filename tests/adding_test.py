@@ -245,7 +245,7 @@ def test_a_test_collection_that_has_changed_is_refused(tmp_path, monkeypatch):
     def scored():
         evaluate_benchmarks(run, None, {}, {}, {})
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate_systems", evaluate)
     monkeypatch.setattr(evaluation, "results_table", lambda results: "")
     _note_tests(run)
     path = tmp_path / "first" / "corpus.jsonl"

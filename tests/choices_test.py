@@ -137,7 +137,7 @@ SYSTEMS = (
 
 
 def evaluated(monkeypatch, workdir, systems, qrels, chosen=None, folder="", settings=None):
-    """results.json of `evaluate` with toy models: what is searched for and how often, too."""
+    """results.json of `evaluate_systems` with toy models: also what is searched for, how often."""
     searched = []
 
     def retriever(name):
@@ -175,7 +175,7 @@ def evaluated(monkeypatch, workdir, systems, qrels, chosen=None, folder="", sett
     collection = Collection("toy", CORPUS, QUERIES, qrels)
     retrievers = {name: retriever(name) for name in ("zero-shot", "expandr")}
     with contextlib.closing(run):
-        results = evaluation.evaluate(
+        results = evaluation.evaluate_systems(
             run, None, TrainingData(collection, [], []), retrievers, {}, folder=folder,
             chosen=chosen,
         )  # fmt: skip

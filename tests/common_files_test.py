@@ -87,7 +87,7 @@ def test_process_0_alone_hashes_test_collections(group, tmp_path, hashed, monkey
         ranked.append(dict(data.collection.corpus))
         return {"rows": []}
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "evaluate_systems", evaluate)
 
     def scored(member):
         own.index = member.index

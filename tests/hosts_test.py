@@ -37,7 +37,7 @@ from expandr_jax.search import Bm25Index, ScannIndex, ScannOptions, scann
 from expandr_jax.weights.hf import load_generator
 from tests.eight_devices import CHIP, QUIET, machine
 from train.counts import PAPER_COUNTS, counts_of_tests
-from train.plan import misfits
+from train.plan import plan_misfits
 
 TWICE = Counts(*(2 * number for number in dataclasses.astuple(PAPER_COUNTS)))
 
@@ -277,12 +277,12 @@ def test_files_of_a_run_are_as_large_as_planned(smoke):
 def test_hosts_that_are_too_small_are_named(paper):
     rows = hosts(paper, memory=16 * GIB)
     made = [{**dataclasses.asdict(row), "fits": row.fits} for row in rows.values()]
-    lines = misfits({"rows": [], "hosts": made})
+    lines = plan_misfits({"rows": [], "hosts": made})
     assert any(line.startswith("step A, 2 trainings: a process needs ") for line in lines)
     assert "of its host's 16; try hosts with more memory" in lines[0]
     show_hosts(made, QUIET)
-    assert not misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, 4096 * GIB)
-    (line,) = misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, GIB)
+    assert not plan_misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, 4096 * GIB)
+    (line,) = plan_misfits({"rows": [], "hosts": [{**made[0], "fits": True}]}, GIB)
     assert line.startswith("disk: a run needs ")
     assert " GiB at one time, of 1; try less" in line
     # The most is not all that is left, but that of the stage where least room is.

@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_named_with_what_to_change(config):
     needs = compiled.compile_program(made.program.lower(*made.arguments), small.chip)
     assert not needs.fits
     row = plan._row("corpus encoding", made, needs, small, 1.0)
-    [problem] = plan.misfits({"rows": [row]})
+    [problem] = plan.plan_misfits({"rows": [row]})
     assert "corpus encoding" in problem
     assert "retriever.tokens_per_batch" in problem
 

@@ -41,7 +41,7 @@ def test_what_fits_is_run_where_it_was_asked_for(config):
         utilisation = row["model_flops"] / devices / CHIP.flops / row["seconds"]
         assert row["model_flops_utilisation"] == pytest.approx(utilisation)
     text = io.StringIO()
-    plan.show(
+    plan.show_plan(
         {"topology": "", "rows": rows, "paper_chip_hours": None}, Console(file=text, width=250)
     )
     assert " MFU " in text.getvalue()
@@ -78,7 +78,7 @@ def test_a_program_that_does_not_fit_is_not_run(config):
     assert row["seconds"] is None
     assert row["model_flops_utilisation"] is None
     text = io.StringIO()
-    plan.show(
+    plan.show_plan(
         {"topology": "", "rows": [row | {"collectives": None}], "paper_chip_hours": None},
         Console(file=text, width=250),
     )

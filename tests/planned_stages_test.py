@@ -270,7 +270,7 @@ def test_they_are_compiled_and_run(config, settings, only):
     planned = plan.plan(with_settings(config, settings), machine(), QUIET, only, repeats=1)
     assert all(row["fits"] and row["seconds"] > 0 for row in planned["rows"])
     assert planned["paper_chip_hours"] is None
-    plan.show(planned, QUIET)
+    plan.show_plan(planned, QUIET)
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from expandr_jax.data.beir import read_beir
 from expandr_jax.errors import UserError
 from expandr_jax.generation.engine import Engine
 from expandr_jax.generation.requests import Request
-from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
+from expandr_jax.planning.narrow import count_words, write_narrow_generator, write_narrow_retriever
 from expandr_jax.planning.synthetic import Counts, draw_words, write_collection
-from expandr_jax.planning.usage import MEASURES, misfits, show, usage_rows
+from expandr_jax.planning.usage import MEASURES, show_usage, usage_misfits, usage_rows
 from expandr_jax.runtime.resources import BETWEEN, START
 from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.commands import ROOT, command, error_of
@@ -73,7 +73,7 @@ def test_a_share_of_the_counts_is_one_at_least():
 
 
 def test_models_have_the_vocabulary_and_the_width_of_the_config(config, tmp_path):
-    write_retriever(tmp_path / "retriever", config)
+    write_narrow_retriever(tmp_path / "retriever", config)
     retriever, params = load_retriever(str(tmp_path / "retriever"), max_length=16)
     assert retriever.module.config.vocab_size == 300
     assert params["dense"]["kernel"].shape[1] == 32
@@ -85,7 +85,7 @@ def test_models_have_the_vocabulary_and_the_width_of_the_config(config, tmp_path
 
 
 def test_the_generator_writes_a_passage_and_ends(config, tmp_path):
-    write_generator(tmp_path / "generator", config)
+    write_narrow_generator(tmp_path / "generator", config)
     generator, params = load_generator(str(tmp_path / "generator"))
     assert generator.module.config.vocab_size == 400
     ids, _ = generator.chat_ids("Write a passage that answers w1 w2 w3", 96)
@@ -217,7 +217,7 @@ def test_the_parts_of_an_on_policy_step_are_stages(tmp_path):
         "GRPO, a step's update": {"seconds": 4.0},
     }
     rows = usage_rows((0.1, 0.2, 0.3), [[found]] * 3, {})
-    assert not misfits(rows)
+    assert not usage_misfits(rows)
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines[:1]))
     assert rehearse.parts_of_a_step(path, "GRPO") == {}
 
@@ -260,15 +260,17 @@ def usage(*values):
 def test_what_does_not_fit_is_named_with_why():
     scales, gib = (0.01, 0.03, 0.1), 2**30
     rows = usage_rows(scales, usage(gib, 3 * gib, 10 * gib), {"memory_bytes": 48 * gib})
-    assert misfits(rows) == ["stage: memory of a process: 100 GiB at the full counts, of 48"]
+    assert usage_misfits(rows) == ["stage: memory of a process: 100 GiB at the full counts, of 48"]
     rows = usage_rows(scales, usage(gib, 9 * gib, 100 * gib), {})
-    assert misfits(rows) == ["stage: memory of a process: grows worse than linearly, to 1e+04 GiB"]
+    assert usage_misfits(rows) == [
+        "stage: memory of a process: grows worse than linearly, to 1e+04 GiB"
+    ]
     rows = usage_rows(scales, usage(gib, gib, gib), {"memory_bytes": 48 * gib})
-    assert not misfits(rows)
-    show(scales, rows, QUIET)
+    assert not usage_misfits(rows)
+    show_usage(scales, rows, QUIET)
     small = [[{"stage": {**dict.fromkeys(MEASURES, 0), "disk_bytes": gib}}]] * 3
     rows = usage_rows(scales, small, {"disk_bytes": gib / 2})
-    assert misfits(rows) == ["stage: disk: 1 GiB at the full counts, of 0.5"]
+    assert usage_misfits(rows) == ["stage: disk: 1 GiB at the full counts, of 0.5"]
 
 
 # With stages of tests/hoarding.py.

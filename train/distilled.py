@@ -63,7 +63,7 @@ def check_distillation(settings: DistillSettings, mesh: Mesh, has_vectors: bool)
         )
 
 
-def distill(
+def make_towers(
     run: Run,
     models: Models,
     data: TrainingData,
@@ -83,18 +83,18 @@ def distill(
         UserError: A setting does not fit the data or the mesh, or training diverges.
     """
     config, last = run.config, run.config.rounds - 1
-    settings, place = config.distill, f"work/round-{last}"
+    settings, folder = config.distill, f"work/round-{last}"
     expander = run_expander(run, models, data, words, ours.find)
     with run.phase("queries to distill from"):
         queries = _queries(config, data, expander, run.workdir)
     teacher = _teacher(run, data, expander, ours, adapter)
     _ = ours.corpus  # All processes encode it together, where it is not done.
     with run.phase("expansions to distill"):
-        journal = run.path(place, "distilled-expansions.jsonl")
+        journal = run.path(folder, "distilled-expansions.jsonl")
         sample = journaled(expander, adapter, journal, "distillation")
         each = teacher.choice.samples // len(expander.strategy.asks)
         texts = expander.texts(queries.texts, each, sample)
-        targets, count = run.path(place, "distilled-targets.npy"), len(queries.texts)
+        targets, count = run.path(folder, "distilled-targets.npy"), len(queries.texts)
         with run.reporter.progress("distillation: queries encoded", count) as advance:
             run.processes.once(lambda: teacher.write(targets, queries.texts, texts, advance))
     retriever = training_retriever(models.retriever, config.contrastive)
@@ -113,7 +113,7 @@ def distill(
 
     with run.phase("distillation"):
         of = queries.key, content_key(targets)
-        name = f"{place}/distilled-found.npy"
+        name = f"{folder}/distilled-found.npy"
         compared = compared_with_teacher(settings, ours, targets, run.checksums, name)
         lesson = Lesson(queries.texts, compared, distilled_losses, of)
         towers = {DISTILLED: tower("distilled", "distill", lesson)}
@@ -187,14 +187,14 @@ def _teacher(
 ) -> Teacher:
     """The run's teacher, which uses its passages as is best on dev."""
     settings, samples = run.config.evaluation, run.config.distill.samples
-    place, judged = f"round-{run.config.rounds - 1}", data.collection.qrels["dev"]
-    path = run.path("work", place, "distilled-choice.json")
+    folder, judged = f"round-{run.config.rounds - 1}", data.collection.qrels["dev"]
+    path = run.path("work", folder, "distilled-choice.json")
     strategy = expander.strategy.in_a_run
     if not run.processes.once(path.exists):
         if (most := max(samples, default=0)) > max(settings.samples):
             # The first of them are the evaluation's, drawn again with the same numbers.
             queries = {query: data.collection.queries[query] for query in judged}
-            journal = run.path("work", place, "distilled-dev-expansions.jsonl")
+            journal = run.path("work", folder, "distilled-dev-expansions.jsonl")
             with run.phase("expansions for the teacher's choice"):
                 sample = journaled(expander, adapter, journal, "evaluation")
                 texts = expander.texts(queries, most, sample)

@@ -54,7 +54,7 @@ from train.expansions import evaluation_expansions, run_expander
 from train.kept import kept_results, read_chosen
 
 
-def evaluate(
+def evaluate_systems(
     run: Run,
     models: Models,
     data: TrainingData,
@@ -232,7 +232,7 @@ def _write(
 
 
 def result_files(folder: str) -> list[str]:
-    """What `evaluate` writes, from the workdir."""
+    """What `evaluate_systems` writes, from the workdir."""
     names = "results.json", "qrels.trec", "runs", "evaluation"
     return [f"{folder}/{name}" if folder else name for name in names]
 
@@ -304,7 +304,7 @@ def evaluate_benchmarks(
             collection = dataclasses.replace(collection, name=name, qrels=qrels)
             check_common(collection, place, run.processes)
             data = TrainingData(collection, [], [])
-            results[name] = evaluate(
+            results[name] = evaluate_systems(
                 run, models, data, retrievers, adapters, folder=folder, chosen=chosen
             )
         run.console.print(results_table(results[name]))

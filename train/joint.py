@@ -48,12 +48,12 @@ from expandr_jax.runtime.run import Run
 from expandr_jax.training.setup import check_batch_size, count_updates
 from expandr_jax.vectors.corpus import CorpusRetriever
 from train.demonstrations import with_demonstrations
-from train.distilled import GENERATED, check_distillation, distill
+from train.distilled import GENERATED, check_distillation, make_towers
 from train.encoding import run_retriever, run_words
 from train.evaluation import (
     are_of,
-    evaluate,
     evaluate_benchmarks,
+    evaluate_systems,
     result_files,
     systems_of_run,
 )
@@ -158,10 +158,10 @@ def train_joint(
         adapters["trained" if last else name] = adapter
 
     if config.distill.epochs:
-        retrievers |= distill(run, models, data, words, current, adapter)
+        retrievers |= make_towers(run, models, data, words, current, adapter)
     if config.figret.rank:
         retrievers |= figret(run, models, data, expander.sampler, current, adapter)
-    results = evaluate(run, models, data, retrievers, adapters)
+    results = evaluate_systems(run, models, data, retrievers, adapters)
     evaluate_benchmarks(run, models, retrievers, adapters, results["chosen"])
 
     tower, turned = (

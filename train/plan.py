@@ -188,7 +188,7 @@ def paper_chip_hours(
     return {**hours, "all": sum(hours.values())}
 
 
-def show(result: Mapping[str, Any], console: Console) -> None:
+def show_plan(result: Mapping[str, Any], console: Console) -> None:
     """Prints a plan as a table, and what does not fit."""
     ran = "seconds" in result["rows"][0]
     header = [
@@ -271,7 +271,7 @@ def show_proposals(
             console.print(f"{phase}: nothing that was tried fits")
 
 
-def misfits(result: Mapping[str, Any], disk: float | None = None) -> list[str]:
+def plan_misfits(result: Mapping[str, Any], disk: float | None = None) -> list[str]:
     """What does not fit, and what to change, a line for each program and stage of the hosts.
 
     `disk` is what a host has of it, in bytes; None: any.
@@ -326,14 +326,14 @@ def main(_: Any) -> None:
         result["hosts"] = [{**dataclasses.asdict(row), "fits": row.fits} for row in hosts]
     if out is not None:
         write_json(out, {**result, "proposals": proposals})
-    show(result, console)
+    show_plan(result, console)
     if not values.only:
         show_hosts(result["hosts"], console)
     if values.search:
         show_proposals(proposals, phases_of(config, topology), console)
     for line in lost(result["rows"]):
         console.print(line, soft_wrap=True)
-    end_by_misfits(misfits(result, values.disk and values.disk * GIB), console)
+    end_by_misfits(plan_misfits(result, values.disk and values.disk * GIB), console)
 
 
 def define_flags() -> None:

@@ -43,7 +43,7 @@ from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.fields import read_json
 from expandr_jax.weights.hf import load_generator
 from train.encoding import run_retriever
-from train.evaluation import evaluate
+from train.evaluation import evaluate_systems
 from train.export import export_one
 from train.generator import read_rows, train_adapter
 from train.launch import define_workdir, launch
@@ -292,7 +292,7 @@ def _searched(
     run.check_models(model_hashes(models))
     corpus = data.collection.corpus
     retriever = run_retriever(run, models, corpus, models.retriever_params, "zero-shot")
-    results = evaluate(run, models, data, {"zero-shot": retriever}, {"base": None})
+    results = evaluate_systems(run, models, data, {"zero-shot": retriever}, {"base": None})
     run.close()
     return next(row["ndcg@10"] for row in results["rows"] if row["system"] == _SYSTEM)
 

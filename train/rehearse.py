@@ -36,9 +36,9 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
 from expandr_jax.pair import OF_ONE_PROCESS
 from expandr_jax.planning.growth import FEWEST_SCALES
-from expandr_jax.planning.narrow import count_words, write_generator, write_retriever
+from expandr_jax.planning.narrow import count_words, write_narrow_generator, write_narrow_retriever
 from expandr_jax.planning.synthetic import Counts, write_collection
-from expandr_jax.planning.usage import misfits, show, usage_rows
+from expandr_jax.planning.usage import show_usage, usage_misfits, usage_rows
 from expandr_jax.ranking.systems import AGAIN
 from expandr_jax.report.tables import wide_console
 from expandr_jax.runtime.chips import GIB
@@ -116,8 +116,8 @@ def rehearse(
         )
     check_counts(config, counts, scales)
     console.print("models: one narrow layer each, and random")
-    write_retriever(directory / "retriever", config)
-    write_generator(directory / "generator", config)
+    write_narrow_retriever(directory / "retriever", config)
+    write_narrow_generator(directory / "generator", config)
     # Each compiles its own programs, which takes memory: else the first alone would hold that.
     usage = [
         _run(config, counts.at(scale), count, console, directory, f"scale {scale:g}")
@@ -311,8 +311,8 @@ def main(_: Any) -> None:
     if out is not None:
         write_json(out, {"config": values["config"].config_filename, "scales": scales,
                          "counts": dataclasses.asdict(counts), "rows": rows})  # fmt: skip
-    show(scales, rows, console)
-    end_by_misfits(misfits(rows), console)
+    show_usage(scales, rows, console)
+    end_by_misfits(usage_misfits(rows), console)
 
 
 def define_flags() -> None:

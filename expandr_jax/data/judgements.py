@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import decode, note
+from expandr_jax.files.records import decode_line, note
 
 Qrels = dict[str, dict[str, int]]
 Mistakes = list[UserError] | None
@@ -31,7 +31,7 @@ def check_id(where: str, key: Any) -> None:
 def columns_of(where: str, line: bytes, separator: str | None) -> list[str]:
     """Query, document and grade of a line; nothing for an empty one."""
     # Not the csv module: ids may hold quotes, which this format does not treat specially.
-    columns = decode(where, line).rstrip("\r\n").split(separator)
+    columns = decode_line(where, line).rstrip("\r\n").split(separator)
     if columns in ([], [""]):
         return []
     if separator is None:

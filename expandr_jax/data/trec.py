@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import decode, read_lines
+from expandr_jax.files.records import decode_line, read_lines
 
 _START = re.compile(r"<top(?:ic)?\b", re.IGNORECASE)
 _TOPIC = re.compile(r"<(top(?:ic)?)\b([^>]*)>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
@@ -28,7 +28,7 @@ def read_topics(path: str | os.PathLike) -> dict[str, str]:
             number or a text, or has an id that stands twice.
     """
     path = Path(path)
-    text = "".join(decode(f"{path}:{number}", line) for number, line in read_lines(path))
+    text = "".join(decode_line(f"{path}:{number}", line) for number, line in read_lines(path))
     parse = _tagged(path, text) if _START.search(text) else _lines(path, text)
     topics: dict[str, str] = {}
     for where, key, query in parse:

@@ -300,7 +300,7 @@ def read_lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:
     yield from Files(path.parent, "", (path.name,)).lines(path.name)
 
 
-def decode(where: str, line: bytes) -> str:
+def decode_line(where: str, line: bytes) -> str:
     """The text of a line; an error names `where`, its file and number."""
     try:
         return line.decode()

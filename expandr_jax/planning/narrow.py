@@ -50,7 +50,7 @@ def count_words(config: Config) -> int:
     return _vocabulary(config, "retriever") - len(SPECIAL)
 
 
-def write_retriever(directory: pathlib.Path, config: Config) -> None:
+def write_narrow_retriever(directory: pathlib.Path, config: Config) -> None:
     """Writes the config's retriever, narrowed: a BERT, then a layer that widens its vectors."""
     shape = shape_module(config.retriever, "retriever", "float32").config
     longest = config.retriever.max_length
@@ -91,7 +91,7 @@ def write_retriever(directory: pathlib.Path, config: Config) -> None:
     export_retriever(directory, retriever, params)
 
 
-def write_generator(directory: pathlib.Path, config: Config) -> None:
+def write_narrow_generator(directory: pathlib.Path, config: Config) -> None:
     """Writes the config's generator, narrowed: a Llama that writes a passage, and then ends."""
     vocabulary = _vocabulary(config, "generator")
     heads = 4

@@ -74,7 +74,9 @@ def usage_rows(
     return rows
 
 
-def show(scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+def show_usage(
+    scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Console
+) -> None:
     """Prints a table of each measure."""
     for name, measure in MEASURES.items():
         divisor, unit = measure.unit
@@ -101,7 +103,7 @@ def show(scales: Sequence[float], rows: Sequence[Mapping[str, Any]], console: Co
         console.print(render(title, header, cells))
 
 
-def misfits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def usage_misfits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What does not fit, a line for each stage and measure."""
     lines = []
     for row in rows:

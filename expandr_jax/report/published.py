@@ -14,7 +14,7 @@ from typing import Any
 
 from expandr_jax import metrics
 from expandr_jax.errors import UserError, shown
-from expandr_jax.files.records import decode, read_lines
+from expandr_jax.files.records import decode_line, read_lines
 from expandr_jax.ranking.results import QueryMetrics
 
 PUBLISHED_FIELDS = ("system", "collection", "metric", "value")
@@ -85,7 +85,7 @@ def published_rows(published: Sequence[Published], values: QueryMetrics) -> list
 
 def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Where each row stands, and its fields."""
-    lines = [decode(f"{path}:{number}", line) for number, line in read_lines(path)]
+    lines = [decode_line(f"{path}:{number}", line) for number, line in read_lines(path)]
     text = "".join(lines)
     if path.suffix.lower() == ".json":
         try:

@@ -14,7 +14,7 @@ MOST_MS = 120_000
 DEFAULT_MS = 10_000
 
 
-def check_id(name: str) -> str:
+def _without_space(name: str) -> str:
     """An id as collections have it; ValueError if it is none."""
     if not 0 < len(name) <= MOST_ID or name.split() != [name] or "\0" in name:
         raise ValueError(f"expected an id of 1 to {MOST_ID} characters without white space")
@@ -27,7 +27,7 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Id = Annotated[str, Field(min_length=1, max_length=MOST_ID), AfterValidator(check_id)]
+Id = Annotated[str, Field(min_length=1, max_length=MOST_ID), AfterValidator(_without_space)]
 Query = Annotated[
     str, Field(min_length=1, max_length=MOST_QUERY, pattern=r"\S"), AfterValidator(_not_blank)
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import sentencepiece
 
 from expandr_jax.errors import UserError
-from expandr_jax.files.records import decode, write_json
+from expandr_jax.files.records import decode_line, write_json
 from expandr_jax.weights.fields import Fields, model_max_length
 
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -116,7 +116,7 @@ def _read_dictionary(path: Path, content: bytes) -> dict[str, int]:
     """Ids by piece: the special tokens, then the dictionary in its order."""
     ids = {piece: index for index, piece in enumerate(_SPECIAL)}
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
-        piece, _, count = decode(f"{path}:{number}", line).rpartition(" ")
+        piece, _, count = decode_line(f"{path}:{number}", line).rpartition(" ")
         if not piece or not count.isdigit():
             raise UserError(f"{path}:{number}: expected a piece, a space and its count")
         if piece in ids:
