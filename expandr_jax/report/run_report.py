@@ -4,7 +4,7 @@ import array
 import collections
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,7 @@ def _gates(results: Mapping[str, Any]) -> Markup:
     return parts().table(caption, header, rows)
 
 
-# How the phases of trainings begin, and what is drawn of them; "" is of those that none begins.
+# How the names of trainings' phases begin, and what their losses are; "" begins all others.
 _LOSSES = {
     "": "Contrastive loss of the retriever",
     "llara": "Loss of the retriever's tokens of other passages (LLaRA)",
@@ -220,6 +220,11 @@ _LOSSES = {
     "warm-start": "Loss of the generator's warm start",
     "generator": "Loss of the generator in step B",
 }
+
+
+def _kind(phase: str) -> str:
+    """The longest beginning of a phase's name that `_LOSSES` has."""
+    return max((kind for kind in _LOSSES if phase.startswith(kind)), key=len)
 
 
 def _training(workdir: pathlib.Path) -> Markup | None:
@@ -235,29 +240,21 @@ def _training(workdir: pathlib.Path) -> Markup | None:
         for field in {"loss", "dev_ndcg@10", "margin", "accuracy", "cosine"} & row.keys():
             points[field, name][row["step"]] = row[field]
 
-    def draw(field: str, wanted: Callable[[str], bool], ylabel: str) -> str | None:
+    def draw(field: str, ylabel: str, *kinds: str) -> str | None:
         series = {
             name: (sorted(values), [values[step] for step in sorted(values)])
             for (found, name), values in points.items()
-            if found == field and wanted(name)
+            if found == field and _kind(name) in (kinds or _LOSSES)
         }
         title = f"{ylabel} by step: {', '.join(series)}"
         return plots.lines(title, series, xlabel="step", ylabel=ylabel) if series else None
 
-    def of(kind: str) -> Callable[[str], bool]:
-        others = [name for name in _LOSSES if name.startswith(kind) and name != kind]
-        return lambda name: name.startswith(kind) and not name.startswith(tuple(others))
-
     charts = {
-        **{caption: draw("loss", of(kind), "loss") for kind, caption in _LOSSES.items()},
-        "nDCG@10 on dev while training": draw("dev_ndcg@10", lambda _: True, "dev nDCG@10"),
-        "Cosine of a query tower's vectors and its teacher's": draw(
-            "cosine", of("distill"), "cosine"
-        ),
-        "Preference margin over DPO steps": draw("margin", of("generator"), "margin"),
-        "Share of pairs that the generator ranks right": draw(
-            "accuracy", of("generator"), "accuracy"
-        ),
+        **{caption: draw("loss", "loss", kind) for kind, caption in _LOSSES.items()},
+        "nDCG@10 on dev while training": draw("dev_ndcg@10", "dev nDCG@10"),
+        "Cosine of a query tower's vectors and its teacher's": draw("cosine", "cosine", "distill"),
+        "Preference margin over DPO steps": draw("margin", "margin", "generator"),
+        "Share of pairs that the generator ranks right": draw("accuracy", "accuracy", "generator"),
     }
     return parts().figures({caption: chart for caption, chart in charts.items() if chart})
 
