@@ -233,8 +233,9 @@ def test_a_saved_index_moves_and_answers_the_same(tmp_path, backend, options):
     index.save(tmp_path / "old")
     index.save(tmp_path / "old")  # over itself
     shutil.move(tmp_path / "old", tmp_path / "new")
-    loaded = search.load_index(tmp_path / "new", fingerprint=search.fingerprint(vectors))
+    loaded = search.load_index(tmp_path / "new")
     assert (loaded.size, loaded.dimension) == (200, 32)
+    assert loaded.fingerprint == search.fingerprint(vectors)
     (scores, indices), (saved_scores, saved_indices) = (
         each.search(vectors[:9], 20) for each in (index, loaded)
     )
@@ -249,12 +250,8 @@ def test_a_saved_index_moves_and_answers_the_same(tmp_path, backend, options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_wrong_or_damaged_index_is_refused(tmp_path, backend):
-    vectors = _vectors(30)
-    search.build_index(vectors, backend).save(tmp_path)
-    other = search.fingerprint(vectors + 1)
-    with pytest.raises(UserError, match="other vectors"):
-        search.load_index(tmp_path, fingerprint=other)
+def test_a_damaged_index_is_refused(tmp_path, backend):
+    search.build_index(_vectors(30), backend).save(tmp_path)
     data = next(path for path in tmp_path.iterdir() if path.suffix == ".npy")
     content = bytearray(data.read_bytes())
     content[-1] ^= 1

@@ -166,7 +166,8 @@ def test_an_index_finds_what_a_dense_product_does(tmp_path):
     np.testing.assert_allclose(scores, np.take_along_axis(product, expected, 1), atol=1e-5)
     np.testing.assert_array_equal(rows[2], np.arange(12))
     index.save(tmp_path / "index")
-    again = load_index(tmp_path / "index", fingerprint="key")
+    again = load_index(tmp_path / "index")
+    assert again.fingerprint == "key"
     for a, b in zip(again.search(scipy.sparse.csr_array(queries), 12), (scores, rows), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="queries have 19 components, not 20"):

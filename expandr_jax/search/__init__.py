@@ -90,13 +90,9 @@ def build_index(corpus: np.ndarray | Sequence[str], backend: str = "auto", **opt
     return BACKENDS[chosen](corpus, BACKENDS[chosen].options_type(**own))
 
 
-def load_index(directory: str | os.PathLike, *, fingerprint: str | None = None) -> Index:
-    """Loads an index that `Index.save` wrote, of what has the fingerprint; None accepts any.
-
-    Raises:
-        UserError: no index there, a damaged file, or an index of something else.
-    """
-    manifest = read_manifest(directory, fingerprint)
+def load_index(directory: str | os.PathLike) -> Index:
+    """Loads an index that `Index.save` wrote; UserError: there is none, or a file is damaged."""
+    manifest = read_manifest(directory)
     if manifest.backend not in SAVED_INDICES:
         raise UserError(
             f"{directory}: no backend {manifest.backend!r} is known here; build the index again"

@@ -119,7 +119,7 @@ class Manifest:
     files: Mapping[str, str]
 
 
-def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Manifest:
+def read_manifest(directory: str | os.PathLike) -> Manifest:
     """Reads a manifest and checks every file against it, as `load_index` says."""
     path = pathlib.Path(directory) / MANIFEST
     try:
@@ -132,12 +132,6 @@ def read_manifest(directory: str | os.PathLike, fingerprint: str | None) -> Mani
         raise UserError(f"{path}: no saved index: {error.strerror}; build it again") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: not an index's manifest; build the index again") from error
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        contents = "texts" if manifest.backend == "bm25" else "vectors"
-        raise UserError(
-            f"{path}: the index was built from other {contents} (sha256 "
-            f"{manifest.fingerprint[:12]}, expected {fingerprint[:12]}); build it again"
-        )
     for name, expected in manifest.files.items():
         file = path.parent / name
         if not file.is_file() or hash_once(file) != expected:
