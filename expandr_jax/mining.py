@@ -17,7 +17,6 @@ def mine_negatives(
     *,
     count: int,
     first: int = 0,
-    depth: int | None = None,
     absolute_margin: float | None = None,
     relative_margin: float | None = None,
 ) -> list[list[int]]:
@@ -34,7 +33,6 @@ def mine_negatives(
         documents: Texts of the corpus, in the order of the index.
         count: Negatives a query at most.
         first: Results left out at the top, where relevant documents that nobody judged are likely.
-        depth: Results looked at, those left out included; None: all.
         absolute_margin: A negative scores at most the positive's score minus this.
         relative_margin: A negative scores at most the positive's score minus this share of its
             absolute value (0.05: 95 % of a positive score).
@@ -55,8 +53,8 @@ def mine_negatives(
         raise ValueError(f"scores {scores.shape}, indices {indices.shape}, {queries} queries")
     if positive_scores.shape != (queries,):
         raise ValueError(f"positive_scores {positive_scores.shape} of {queries} queries")
-    if count < 1 or first < 0 or (depth is not None and depth <= first):
-        raise ValueError(f"count {count}, first {first}, depth {depth}; expected a range")
+    if count < 1 or first < 0:
+        raise ValueError(f"count {count}, first {first}; expected 1 and 0 or more")
     highest = np.full(queries, np.inf)
     if absolute_margin is not None:
         highest = np.minimum(highest, positive_scores - absolute_margin)
@@ -64,8 +62,6 @@ def mine_negatives(
         highest = np.minimum(highest, positive_scores - relative_margin * np.abs(positive_scores))
     allowed = scores <= highest[:, None]
     allowed[:, :first] = False
-    if depth is not None:
-        allowed[:, depth:] = False
     mined = []
     for query, relevant in enumerate(positives):
         seen = {documents[document].strip() for document in relevant}

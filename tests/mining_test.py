@@ -36,9 +36,8 @@ def test_right_repeated_and_empty_documents_are_left_out():
     assert mine(np.linspace(1, 0.3, 8), indices, [0, 4], count=2) == [1, 3]
 
 
-def test_depth():
-    indices = [1, 3, 6, 4]
-    assert mine([4, 3, 2, 1], indices, [0], 9.0, count=4, first=1, depth=3) == [3, 6]
+def test_the_first_results_are_left_out():
+    assert mine([4, 3, 2], [1, 3, 6], [0], 9.0, count=4, first=1) == [3, 6]
 
 
 def test_margins():
@@ -58,11 +57,11 @@ def test_it_equals_a_plain_loop():
     right = [random.integers(0, 40, 2).tolist() for _ in range(50)]
     level = random.normal(size=50) + 1
     mined = mine_negatives(
-        scores, indices, level, right, documents, count=4, first=2, depth=20, absolute_margin=0.1
+        scores, indices, level, right, documents, count=4, first=2, absolute_margin=0.1
     )
     for query in range(50):
         expected = []
-        for rank in range(2, 20):
+        for rank in range(2, 25):
             document = int(indices[query, rank])
             texts = {documents[d] for d in expected} | {documents[d] for d in right[query]}
             near = scores[query, rank] > level[query] - 0.1
@@ -87,8 +86,8 @@ def test_shapes_and_ranges_are_checked():
         mine_negatives(np.ones((2, 3)), np.ones((2, 3), int), [1.0], [[0]], DOCUMENTS, count=1)
     with pytest.raises(ValueError, match="positive_scores"):
         mine_negatives(np.ones((1, 3)), np.ones((1, 3), int), [], [[0]], DOCUMENTS, count=1)
-    with pytest.raises(ValueError, match="expected a range"):
-        mine([1.0], [1], [0], count=1, first=5, depth=5)
+    with pytest.raises(ValueError, match="expected 1 and 0 or more"):
+        mine([1.0], [1], [0], count=0)
 
 
 class Read(collections.UserList):
