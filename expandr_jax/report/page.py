@@ -46,16 +46,21 @@ class SampledText:
 
 
 @functools.cache
-def parts() -> Any:
-    """The template's macros, as `parts().table(caption, header, rows)`; each returns `Markup`.
-
-    Arguments are plain text, which is escaped; what a part returns is not escaped again.
-    """
+def template(package: str, name: str) -> Any:
+    """A file of a package's templates, whose arguments are plain text, which is escaped."""
     import jinja2  # Most programs that import this draw no page.
 
-    loader = jinja2.PackageLoader("expandr_jax.report")
+    loader = jinja2.PackageLoader(package)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Environment(loader=loader, **options).get_template("page.html").module
+    return jinja2.Environment(loader=loader, **options).get_template(name)
+
+
+def parts() -> Any:
+    """The template's macros, as `parts().table(caption, header, rows)`.
+
+    Each returns `Markup`, which is not escaped again.
+    """
+    return template("expandr_jax.report", "page.html").module
 
 
 def render_page(title: str, lead: str, sections: Mapping[str, Markup]) -> str:

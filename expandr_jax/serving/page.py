@@ -1,13 +1,11 @@
 """The page of a service: a question, what was written for it, and both rankings side by side."""
 
 import dataclasses
-import functools
 import importlib.resources
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
-from expandr_jax.report.page import clip
+from expandr_jax.report.page import clip, template
 from expandr_jax.serving import bodies
 from expandr_jax.serving.documents import Hit
 from expandr_jax.serving.service import Answer, Refused, Service
@@ -87,7 +85,7 @@ async def page(service: Service, query: str, examples: Sequence[str]) -> tuple[i
         "examples": examples, "most_query": bodies.MOST_QUERY, "most_id": bodies.MOST_ID,
         "most_text": bodies.MOST_TEXT,
     }  # fmt: skip
-    return status, _template().render(content)
+    return status, template("expandr_jax.serving", "search.html").render(content)
 
 
 def moves(before: Sequence[Hit], after: Sequence[Hit]) -> list[tuple[str, str]]:
@@ -117,15 +115,6 @@ def marked(text: str, asked: Collection[str], written: Collection[str]) -> Piece
             pieces += [(text[end : word.start()], ""), (word[0], kind)]
             end = word.end()
     return [piece for piece in [*pieces, (text[end:], "")] if piece[0]]
-
-
-@functools.cache
-def _template() -> Any:
-    import jinja2  # Few programs draw a page.
-
-    loader = jinja2.PackageLoader("expandr_jax.serving")
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    return jinja2.Environment(loader=loader, **options).get_template("search.html")
 
 
 async def _found(service: Service, query: str) -> Shown:
