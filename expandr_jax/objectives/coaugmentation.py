@@ -117,10 +117,13 @@ def score_together(
 
         of_queries, of_documents, weights = processes.once(rewards)
         spent = between - begin, time.perf_counter() - between
+
+        def terms(name: str, row: Sequence[float]) -> list[tuple[float, dict[str, float]]]:
+            return [(settings.group * reward, {name: reward}) for reward in row]
+
         made = [
-            *(_rewarded(g, row, "query", 1.0, settings.group)
-              for g, row in zip(queries, of_queries, strict=True)),
-            *(_rewarded(g, row, "document", weight, settings.group)
+            *(g.rewarded(terms("query", row)) for g, row in zip(queries, of_queries, strict=True)),
+            *(dataclasses.replace(g.rewarded(terms("document", row)), weight=weight)
               for g, row, weight in zip(documents, of_documents, weights, strict=True)),
         ]  # fmt: skip
         return made, dict(zip(("encoding_seconds", "search_seconds"), spent, strict=True))
@@ -180,13 +183,3 @@ def _grades(data: TrainingData, queries: Sequence[Group], documents: Sequence[Gr
     return np.array(
         [[max(0, qrels[q.query_id].get(d.positive_id, 0)) for d in documents] for q in queries]
     )
-
-
-def _rewarded(
-    group: Group, rewards: Sequence[float], name: str, weight: float, times: float
-) -> Group:
-    candidates = [
-        dataclasses.replace(candidate, total=times * reward, rewards={name: reward})
-        for candidate, reward in zip(group.candidates, rewards, strict=True)
-    ]
-    return dataclasses.replace(group, candidates=candidates, weight=weight)

@@ -1,9 +1,7 @@
 """Rewards of groups while their texts are sampled: encoded, searched for and judged together."""
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -57,14 +55,6 @@ def make_score(
         rows = processes.once(rewards)
         spent = between - begin, time.perf_counter() - between
         seconds = dict(zip(("encoding_seconds", "search_seconds"), spent, strict=True))
-        return [*map(_rewarded, groups, rows)], seconds
+        return [*map(Group.rewarded, groups, rows)], seconds
 
     return score
-
-
-def _rewarded(group: Group, rewards: Sequence[Any]) -> Group:
-    candidates = [
-        dataclasses.replace(candidate, total=total, rewards=terms)
-        for candidate, (total, terms) in zip(group.candidates, rewards, strict=True)
-    ]
-    return dataclasses.replace(group, candidates=candidates)

@@ -1,7 +1,7 @@
 """A query's candidates and what they are worth: sampled, rewarded, learned from."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COMPARED_WITH = ("positive", "answer")  # A line has a candidate's cosines with both.
@@ -67,6 +67,14 @@ class Group:
     def texts(self) -> list[str]:
         """The candidates' texts."""
         return [candidate.text for candidate in self.candidates]
+
+    def rewarded(self, rewards: Iterable[tuple[float, Mapping[str, float]]]) -> "Group":
+        """The group with what each candidate is worth: in sum, and by the rewards' names."""
+        candidates = [
+            dataclasses.replace(candidate, total=total, rewards=terms)
+            for candidate, (total, terms) in zip(self.candidates, rewards, strict=True)
+        ]
+        return dataclasses.replace(self, candidates=candidates)
 
     def to_row(self, with_prompt: bool = False) -> dict[str, Any]:
         """A line of candidates.jsonl, of candidates that have been rewarded.
