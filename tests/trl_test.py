@@ -186,7 +186,7 @@ def test_a_response_that_ends_already_gets_no_second_end(ours, strings, make_tra
     pairs, cut = our_pairs(ours[0], ended)
     assert cut == 0
     assert [tuple(p.ids) for p in pairs] == fed(collated(make_trainer(ended)))
-    assert pairs == our_pairs(ours[0], strings)[0]
+    assert [*pairs] == [*our_pairs(ours[0], strings)[0]]
 
 
 def test_of_messages_what_the_template_puts_behind_the_end_is_learned_too(
