@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import tracemalloc
+import types
 
 import jax
 import numpy as np
@@ -12,9 +13,12 @@ from rich.console import Console
 from configs import llama3_8b_anchordr
 from configs import smoke as smoke_config
 from expandr_jax.config import read_config, with_settings
+from expandr_jax.data.beir import Collection
+from expandr_jax.data.training_data import TrainingData
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.objectives.adapter import hold_out, make_examples
+from expandr_jax.objectives.distillation import query_tokens
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.planning.host_stages import (
     CORE_SECONDS,
@@ -34,8 +38,11 @@ from expandr_jax.planning.topology import Topology
 from expandr_jax.runtime.chips import GIB
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import Bm25Index, ScannIndex, ScannOptions, scann
-from expandr_jax.weights.hf import load_generator
+from expandr_jax.sharding import make_mesh
+from expandr_jax.vectors.encoder import TextEncoder
+from expandr_jax.weights.hf import load_generator, load_retriever
 from tests.eight_devices import CHIP, QUIET, machine
+from train import distilled
 from train.counts import PAPER_COUNTS, counts_of_tests
 from train.plan import plan_misfits
 
@@ -203,6 +210,68 @@ def test_a_pair_takes_what_is_planned_for_it(paper, tmp_path):
     always = planned["export"].bytes_memory - without["export"].bytes_memory
     assert held < (each - always) / PAPER_COUNTS.generator_train <= 1000
     assert planned[training].bytes_scratch / PAPER_COUNTS.generator_train > 900 * 4
+
+
+def test_a_distilled_query_takes_what_is_planned_for_it(paper, tmp_path, monkeypatch):
+    """As each process has it: it had its tokens in a list, 36 bytes each."""
+    monkeypatch.setattr(distilled, "_generate", lambda *_: None)
+    encoder = TextEncoder(load_retriever("configs/tiny/tiny-bert")[0], make_mesh())
+    data = TrainingData(Collection("toy", {}, {}, {}), [], [])
+    sampler = types.SimpleNamespace(reporter=Reporter(Console(quiet=True)))
+    expander, counts, held = types.SimpleNamespace(sampler=sampler), (64, 64, 464), []
+    settings = {"distill.epochs": 1.0, "distill.control": True, "retriever.query_length": 32}
+    small = with_settings(paper, {**settings, "dpo.prompt_length": 24})
+    encoder.tokenize(["axis"], "query")
+    (tmp_path / "distilled").mkdir()
+    for count in counts:
+        rows = (
+            {"query_id": f"d2q/{n:07}/0", "document_id": f"{n:07}", "left_out": "",
+             "query": f"{n:04} axis of " * 5}
+            for n in range(count)
+        )  # fmt: skip
+        write_jsonl(tmp_path / distilled.GENERATED, rows)
+        gc.collect()
+        tracemalloc.start()
+        queries = distilled._queries(small, data, expander, tmp_path)
+        tokens = query_tokens(encoder, [*queries.texts.values()], lambda _: None)
+        positives = [[hash(document) for document in of] for of in queries.relevant]
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(queries.texts) == len(tokens) == len(positives) == count
+        assert tokens[0].tolist() == encoder.tokenize([queries.texts["d2q/0000000/0"]], "query")[0]
+        assert len(tokens[0]) > 18
+    each = (held[2] - held[1]) / 400  # The first time libraries fill caches of theirs.
+    rows = [hosts(with_settings(small, {"distill.documents": n})) for n in (1000, 2000)]
+    name = "distillation, 2 towers"
+    planned = (rows[1][name].bytes_memory - rows[0][name].bytes_memory) / 1000
+    assert each < planned < 2 * each
+
+
+def test_towers_are_counted(paper):
+    settings = {"distill.epochs": 1.0, "distill.documents": 10_000, "distill.samples": (4,)}
+    once, rows = hosts(paper), hosts(with_settings(paper, settings))
+    taught = 637_866 + 100_000 + 10_000
+    texts = 4 * (taught + PAPER_COUNTS.dev)  # The evaluation samples fewer of a dev query.
+    assert rows["expansions to distill"].bytes_disk == texts * (512 * TOKEN_BYTES + LINE)
+    assert rows["queries of documents"].bytes_disk == 10_000 * (512 * TOKEN_BYTES + LINE)
+    assert rows["the teacher's vectors"].bytes_disk == taught * 768 * 4
+    tower = 0.223e9 * 4
+    saved = 3 * (paper.keep + 1) * tower
+    assert rows["distillation, 1 tower"].bytes_disk == pytest.approx(saved, rel=0.01)
+    ranked = with_settings(paper, {**settings, "distill.kl_weight": 1.0, "distill.control": True})
+    both = hosts(ranked)["distillation, 2 towers"]
+    assert both.bytes_disk == pytest.approx(2 * saved + taught * 16 * 4, rel=0.01)
+    # What is exported, kept and ranked as well.
+    added = rows["export"].bytes_disk - once["export"].bytes_disk
+    assert added == pytest.approx(tower, rel=0.01)
+    added = rows["models"].bytes_memory - once["models"].bytes_memory
+    assert added == pytest.approx(tower, rel=0.01)
+    assert rows["evaluation"].files == once["evaluation"].files + 1
+    some = {**settings, "distill.train_queries": 1000, "distill.documents": 0}
+    few = hosts(with_settings(paper, some))
+    assert few["the teacher's vectors"].bytes_disk == 1000 * 768 * 4
+    assert "queries of documents" not in few
 
 
 def test_further_tests_are_counted(paper):

@@ -7,6 +7,7 @@ and the documents', are constants, so that no document's vector changes and no i
 
 import dataclasses
 import functools
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from expandr_jax.objectives.trained import Frozen, joined, shardings_of, with_fr
 from expandr_jax.runtime.telemetry import Contents
 from expandr_jax.training.setup import TrainingSetup, set_up
 from expandr_jax.training.train_state import TrainState
+from expandr_jax.vectors.encoder import TEXTS_AT_ONCE, TextEncoder
 
 # Vectors of a batch's queries, its arrays and the settings -> losses [rows], metrics [rows].
 DistillationLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -172,6 +174,20 @@ def documents_of(positives: Sequence[Sequence[int]], documents: Any) -> Compared
         }
 
     return arrays
+
+
+def query_tokens(
+    encoder: TextEncoder, queries: Sequence[str], cut: Callable[[Sequence[bool]], None]
+) -> list["array[int]"]:
+    """Token ids of queries, 4 bytes each: lists of them would be gigabytes for 700,000 queries.
+
+    `cut` is called with whether each is longer than the retriever reads, some at a time.
+    """
+    made: list[array[int]] = []
+    for first in range(0, len(queries), TEXTS_AT_ONCE):
+        some = encoder.tokenize(queries[first : first + TEXTS_AT_ONCE], "query", cut)
+        made += (array("i", ids) for ids in some)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ Batches are `distillation.DistillationBatches`; what it learns is a `Lesson`, wh
 
 import functools
 import pathlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from expandr_jax.objectives.distillation import (
     DistillationBatches,
     Lesson,
     distillation_setup,
+    query_tokens,
     targets_of,
 )
 from expandr_jax.objectives.settings import DistillSettings
@@ -63,10 +65,10 @@ def train_query_tower(
 
     @functools.cache  # Where all steps are done, no query is tokenized.
     def batches() -> DistillationBatches:
-        cut: list[bool] = []
-        ids = models.encoder.tokenize([*lesson.queries.values()], "query", cut.extend)
-        if any(cut):
-            told = f"{sum(cut)} queries are longer than the retriever reads, and lose their end"
+        cut: Counter[bool] = Counter()
+        ids = query_tokens(models.encoder, [*lesson.queries.values()], cut.update)
+        if cut[True]:
+            told = f"{cut[True]} queries are longer than the retriever reads, and lose their end"
             stage.log.reporter.say(told)
         return DistillationBatches(
             ids,

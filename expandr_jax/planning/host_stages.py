@@ -14,6 +14,7 @@ NUMBER = 36  # A token's number in a list.
 STORED_TEXT, STORED_EXAMPLE = 24, 48
 WORKER = GIB / 8  # What a process that makes batches begins with: 104 MiB of its own were measured.
 ENTRY = 300  # A text beside its letters, with its id and its place in a mapping.
+LISTED = 100  # A query's list or array of numbers, beside these.
 LINE = 200  # A line of JSON beside its text.
 INDEX = 80  # A text in a journal, while it is put in order.
 DOCUMENT_BYTES = 40  # A document, while its store is written.
@@ -104,12 +105,14 @@ class Stages:
         values = memory, left, most - left, files, network, seconds, self._memory
         self.rows.append(HostRow(stage, *values))
 
-    def add_sampled(self, stage: str, texts: int, tokens: int, copies: int = 1) -> None:
+    def add_sampled(
+        self, stage: str, texts: int, tokens: int, copies: int = 1, held: float = 0
+    ) -> None:
         """A stage whose texts are divided, and end in a journal; `copies`: files with all.
 
         What each process wrote lies beside the journal while process 0 puts it together, and all
-        wait for that.
+        wait for that. `held`: what else of memory each has.
         """
         size = texts * (tokens * TOKEN_BYTES + LINE)
-        self.add(stage, memory=INDEX * texts, disk=copies * size, scratch=size, files=copies,
+        self.add(stage, memory=held + INDEX * texts, disk=copies * size, scratch=size, files=copies,
                  network=size, seconds=CORE_SECONDS["text sampled"] * texts / 1000)  # fmt: skip

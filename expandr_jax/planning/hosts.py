@@ -37,6 +37,7 @@ from expandr_jax.planning.host_stages import (
     INDEX,
     LENGTH,
     LINE,
+    LISTED,
     NUMBER,
     PROCESS_BYTES,
     STORED_EXAMPLE,
@@ -58,6 +59,7 @@ from expandr_jax.ranking.systems import (
     UNTRAINED,
     parse_systems,
 )
+from expandr_jax.ranking.teacher import TAUGHT_AT_ONCE
 from expandr_jax.report.tables import Bold, render
 from expandr_jax.rewards.search import BLOCK_ROWS, BLOCKS
 from expandr_jax.runtime.chips import GIB
@@ -90,6 +92,7 @@ def host_rows(
     generator = GeneratorShapes(config, topology)
     base, encoder = _bytes(generator.params), _bytes(retriever.params)
     width, turns = retriever.width, len(TURNS) if config.figret.rank else 0
+    towers = 1 + config.distill.control if config.distill.epochs else 0
     document = config.retriever.max_length * TOKEN_BYTES
     query = config.dpo.prompt_length * TOKEN_BYTES
     systems = parse_systems(config.evaluation.systems)
@@ -99,7 +102,9 @@ def host_rows(
     encoded = trained + turns + bool(config.mining.per_query or UNTRAINED in named)
     all_queries = sum(dataclasses.astuple(counts)[1:])
     # Queries and judgements, every retriever, and where devices share the base, all of it, too.
-    held = PROCESS_BYTES + all_queries * (query + 2 * ENTRY) + (1 + trained + turns) * encoder
+    held = (
+        PROCESS_BYTES + all_queries * (query + 2 * ENTRY) + (1 + trained + turns + towers) * encoder
+    )
     stages = Stages(held + (base if hosts > 1 else 0), hosts, memory)
     add_data(stages, config, counts.documents, all_queries)
     stages.add("models", memory=_largest(generator.params), network=base + encoder)
@@ -117,6 +122,8 @@ def host_rows(
     _add_training(stages, "step A", config, retriever, examples, each, samples)
     add = _add_on_policy if config.step_b_kind.on_policy else _add_from_files
     add(stages, config, counts, width, generator)
+    if towers:
+        _add_distillation(stages, config, counts, retriever, towers)
     if turns:
         failed = min(config.figret.queries or math.inf, rows)
         found = 4 * width + min(config.figret.rank, counts.documents) * 8
@@ -131,12 +138,13 @@ def host_rows(
         _add_training(stages, "FiGRet", config, retriever, turns * [triples], each)
     add_expansions(stages, config, counts, systems)
     add_orders(stages, config, counts, systems)
-    ranked = len(systems) + turns
+    ranked = len(systems) + turns + towers
     add_results(stages, config, counts, width, ranked)
     encoded = trained + turns + (UNTRAINED in named)
     add_tests(stages, config, tests, width, systems, topology, encoded, ranked)
     size = jnp.dtype(config.export.dtype).itemsize
-    exported = _bytes(generator.params, size) + (1 + bool(turns)) * _bytes(retriever.params, size)
+    exported = (1 + bool(turns) + bool(towers)) * _bytes(retriever.params, size)
+    exported += _bytes(generator.params, size)
     stages.add("export", memory=3 * _largest(generator.params), disk=exported, files=30,
                seconds=CORE_SECONDS["MB exported"] * exported / 1e9)  # fmt: skip
     return stages.rows
@@ -207,6 +215,51 @@ def _add_training(
         network=times * _bytes(retriever.params) + sum(counts) * (1 + each) * longest * 4,
         seconds=(CORE_SECONDS["example"] / hosts + CORE_SECONDS["example kept"])
         * sum(counts) / 1000,
+    )  # fmt: skip
+
+
+def _add_distillation(
+    stages: Stages, config: Config, counts: Counts, retriever: RetrieverShapes, towers: int
+) -> None:
+    """The rows of so many query towers: their queries, the teacher's passages and vectors, steps.
+
+    Each process has the queries, and as a training begins their tokens; process 0 alone sorts out
+    what was written for documents, and makes the teacher's vectors.
+    """
+    settings, width, hosts = config.distill, retriever.width, stages.hosts
+    new, query = config.expansion.max_new_tokens, config.dpo.prompt_length * TOKEN_BYTES
+    shown = config.retriever.query_length or config.retriever.max_length
+    tokens = min(config.dpo.prompt_length, shown)
+    known = counts.retriever_train + counts.generator_train
+    written = min(settings.documents, counts.documents) * settings.queries_per_document
+    taught = min(settings.train_queries or known, known) + written
+    held = taught * (query + 2 * ENTRY)  # With what is relevant to each.
+    if written:
+        stages.add_sampled("queries of documents", written, new)
+        sorted_out = known * (query + ENTRY) + written * (query + 3 * ENTRY)
+        stages.add("queries to distill from", memory=held + sorted_out, files=1,
+                   disk=written * (query + LINE), network=written * (query + LINE))  # fmt: skip
+    samples = config.evaluation.samples
+    most = max(settings.samples or samples)
+    texts = taught * most + (counts.dev * most if most > max(samples) else 0)
+    stages.add_sampled("expansions to distill", texts, new, held=held)
+    vectors, each = 4 * width * taught, new * TOKEN_BYTES + ENTRY + 3 * 4 * width
+    stages.add("the teacher's vectors", disk=vectors, files=2, network=vectors,
+               memory=held + INDEX * texts + TAUGHT_AT_ONCE * (1 + most) * each,
+               seconds=CORE_SECONDS["text encoded"] * taught * (1 + most) / 1000)  # fmt: skip
+    # Rows as they are searched, put together, and kept.
+    found = taught * settings.depth if settings.kl_weight else 0
+    own = taught * (4 * tokens + LISTED + settings.control * (LISTED + NUMBER))
+    row = tokens * 8 + 4 * width * (1 + settings.depth * bool(settings.kl_weight))
+    batches, state = 2 * settings.batch_size * row / hosts, 3 * _bytes(retriever.trained)
+    kept = towers * (config.keep + 1 + bool(settings.eval_every))
+    stages.add(
+        f"distillation, {towers} tower{'s' * (towers > 1)}",
+        memory=held + own + found * (8 + 8 + 4) + batches + 2 * state / hosts,
+        disk=4 * found + kept * state,
+        files=bool(found) + kept * CHECKPOINT_FILES * hosts,
+        network=4 * found + towers * _bytes(retriever.params),
+        seconds=CORE_SECONDS["example"] * towers * taught * tokens / LENGTH / 1000,
     )  # fmt: skip
 
 
