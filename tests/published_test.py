@@ -17,7 +17,7 @@ from tests.mutations_test import check_complaint
 
 TABLE = """\
 metric,system,collection,value,note
-RR@10,one,here,0.37,with a comma\\, none
+RR@10,one,here,0.37,"with a comma, none"
 mrr@10, two ,here,0.3686,
 nDCG@10,three,here,0.9,
 mrr@10,one,there,0.1,
@@ -102,6 +102,9 @@ HEAD = "system,collection,metric,value\n"
         ("t.csv", HEAD + "a,c,ndcg@10,0.1\na,c,nDCG@10,0.2\n", None, "t.csv:3: a has another nDCG"),
         ("t.csv", HEAD + "a,c,p@5,0.1\na,d,p@5,0.2\n", None, "t.csv: has c, d; choose one by --"),
         ("t.csv", HEAD + "a,c,p@5,0.1\n", "d", "t.csv: nothing on 'd'; there is c"),
+        ("t.csv", HEAD + "a,c,ndcg@10,0,645\n", None, "t.csv:2: more columns than the header"),
+        ("t.csv", HEAD[:-1] + ",value\n", None, "t.csv:1: column value stands twice"),
+        ("t.csv", HEAD + "a,c,ndcg@10,0.6_4\n", None, "t.csv:2: value is 0.6_4; expected a share"),
         ("t.json", "[", None, "t.json: not JSON"),
         ("t.json", '{"system": 1}', None, "t.json: expected a JSON list of objects"),
         ("t.json", '[{"system": "a", "collection": "c", "metric": "p@5", "value": null}]', None,

@@ -103,8 +103,17 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         lacking = [field for field in PUBLISHED_FIELDS if field not in (reader.fieldnames or ())]
         if lacking:
             raise UserError(f"{path}:1: no column {', '.join(lacking)}; expected a header")
+        for field in PUBLISHED_FIELDS:
+            if reader.fieldnames.count(field) > 1:
+                raise UserError(f"{path}:1: column {field} stands twice; expected it once")
         for row in reader:
-            yield f"{path}:{reader.line_num}", row
+            where = f"{path}:{reader.line_num}"
+            if any(row.pop(None, ())):  # 0,645 would be read as 0.
+                raise UserError(
+                    f"{where}: more columns than the header; expected 0.645 with a point, and "
+                    "quotes round a text with commas"
+                )
+            yield where, row
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from None
 
@@ -123,7 +132,7 @@ def _published(where: str, row: Mapping[str, Any]) -> Published:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
+    if not 0 <= value <= 1 or "_" in text:
         raise UserError(f"{where}: value is {text}; expected a share of 1, as 0.645")
     digits = len(text.partition(".")[2]) if text.replace(".", "", 1).isdigit() else 6
     return Published(system, collection, metric, value, digits)
