@@ -164,7 +164,10 @@ class Finished:
         if gate is None:
             return None
         work = self.workdir / "work"
-        return QueryGate(gate, functools.partial(kept_bm25, work, write=False))
+        try:
+            return QueryGate(gate, functools.partial(kept_bm25, work, write=False))
+        except UserError as error:
+            raise UserError(f"{path}: {error}; use the version that fitted it") from None
 
     def pair(self, documents: Searchable, gate: QueryGate | None = None) -> Pair:
         """The pair, with the query encoder that train.distill made, if it has."""

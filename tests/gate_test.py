@@ -211,6 +211,8 @@ BAD = {
     "too high": ({"threshold": 1.5}, "threshold is 1.5, not between 0 and 1"),
     "twice": ({"features": ["a"] * 17}, "a feature stands there twice"),
     "true": ({"share": True}, "share is no finite number"),
+    "too large": ({"intercept": 10**400}, "intercept is no finite number"),
+    "too deep": ("[" * 100_000, "no file of gates"),
 }
 
 

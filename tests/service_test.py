@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from expandr_jax.errors import UserError
 from expandr_jax.ranking.gate import Gate
 from expandr_jax.ranking.gate_features import PlainSearch, features_before
 from expandr_jax.search import Bm25Index
@@ -219,6 +220,9 @@ def test_a_gate_reads_what_the_run_s_did():
     told = PlainSearch({"b": 0.9, "a": 0.25}, by_words, [2, 1, 0], 3)
     assert read == [features_before(told), features_before(PlainSearch({}, {}, [0], 3))]
     assert decided == [gate.expands(values) for values in read]
+    other = Gate(("taste",), (0.0,), (1.0,), (1.0,), 0.0, 0.5, 0.5)
+    with pytest.raises(UserError, match="the gate reads taste, which this search does not tell"):
+        QueryGate(other, Bm25Index)
     documents.view = View.of(Base.of({}, np.zeros((0, 2), np.float32)))
     asks.count_words(documents)  # As after a merge: nothing is left.
     asks.expands(["two"], [[]])

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -221,7 +222,7 @@ def read_gates(path: str | os.PathLike, names: Collection[str] = ()) -> dict[str
         return gates
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected the gates of a run") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: no file of gates: {error}") from None
 
 
@@ -256,4 +257,4 @@ def _gate(record: Mapping[str, Any]) -> Gate:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -186,7 +186,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
             return translated(json.load(file))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{path}: not a run's config; expected the workdir of a training run"
         ) from None

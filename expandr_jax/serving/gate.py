@@ -26,9 +26,13 @@ class QueryGate:
     Args:
         gate: The run's.
         index: Makes BM25's index of texts; UserError where they have no word.
+
+    Raises:
+        UserError: The gate reads what no plain search tells.
     """
 
     def __init__(self, gate: Gate, index: Callable[[Sequence[str]], Bm25Index]):
+        should_expand(gate, PlainSearch({}, {}, [], 0))  # Now, and not at the first question.
         self._gate, self._index, self._indexing = gate, index, threading.Lock()
         self._words: tuple[Sequence[str], Bm25Index | None] | None = None
 
