@@ -244,9 +244,14 @@ def test_other_tokenizers_and_numbers_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     export_gguf(path, generator, params, "f16")
     whole = path.read_bytes()
-    huge = params | {"embedding": params["embedding"].at[3, 2].set(7e4)}
-    with pytest.raises(UserError, match=r"model.gguf: .*token_embd.weight has a number that f16"):
-        export_gguf(path, generator, huge, "f16")
+    for kind, number in (("f16", 7e4), ("q8_0", 9e6), ("q8_0", np.nan)):
+        huge = params | {"embedding": params["embedding"].at[3, 2].set(number)}
+        message = rf"model.gguf: .*token_embd.weight has a number that {kind} cannot hold"
+        with pytest.raises(UserError, match=message):
+            export_gguf(path, generator, huge, kind)
+    norm = jax.tree.map(lambda x: x.at[0].set(np.inf), params["final_norm"])
+    with pytest.raises(UserError, match=r"output_norm\.weight has a number that f32 cannot hold"):
+        export_gguf(path, generator, params | {"final_norm": norm}, "f16")
     assert path.read_bytes() == whole
     assert {p.name for p in tmp_path.iterdir() if "gguf" in p.name} == {"model.gguf"}
     generator.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(True)

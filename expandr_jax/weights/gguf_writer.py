@@ -28,6 +28,8 @@ from expandr_jax.weights.store import named_tensors
 _Kind = gguf.GGMLQuantizationType
 # --gguf_type -> how tables are stored, and llama.cpp's number of such a file.
 GGUF_TYPES = {"f16": (_Kind.F16, 1), "q8_0": (_Kind.Q8_0, 7)}
+# How many times the largest f16 a number may be.
+_LARGEST = {_Kind.F16: np.float32(1), _Kind.Q8_0: np.float32(127)}
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 _TYPES = {
     bool: gguf.GGUFValueType.BOOL,
@@ -181,13 +183,13 @@ def _stored_as(tensor: Tensor, kind: str) -> gguf.GGMLQuantizationType:
 def _encoded(name: str, part: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Some rows of a tensor as the file has them."""
     rows = np.ascontiguousarray(part, np.float32)
-    if kind == _Kind.F32:
-        return rows.reshape(-1)
     with np.errstate(over="ignore"):
-        half = rows.astype(np.float16) if kind == _Kind.F16 else None
-    if half is not None and not np.isfinite(half).all():
-        raise UserError(f"tensor {name} has a number that f16 cannot hold; q8_0 may")
-    return (gguf.quantize(rows, kind) if half is None else half).reshape(-1)
+        # The largest number of a block of q8_0 is 127 times its scale, which is f16.
+        held = rows if kind == _Kind.F32 else (rows / _LARGEST[kind]).astype(np.float16)
+    if not np.isfinite(held).all():
+        hint = "; q8_0 may" if kind == _Kind.F16 and np.isfinite(rows).all() else ""
+        raise UserError(f"tensor {name} has a number that {kind.name.lower()} cannot hold{hint}")
+    return (gguf.quantize(rows, kind) if kind == _Kind.Q8_0 else held).reshape(-1)
 
 
 def _write_header(
