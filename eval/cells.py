@@ -10,13 +10,13 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from expandr_jax import metrics
-from expandr_jax.data.beir import read_qrels, read_texts
+from eval.checks import contradictions, read_object, read_results, read_timings
+from expandr_jax.data.beir import read_texts
 from expandr_jax.data.places import only_collection
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import differences, read_jsonl, write_bytes
@@ -30,7 +30,6 @@ from expandr_jax.runtime.formats import FORMAT, read_record, translated
 MOST_BYTES = 200_000  # A file's.
 SUFFIX = ".json.gz"
 _TEXT_CHARACTERS = 240
-_ROUNDED = 2e-6  # What means may differ by, when they and their parts are rounded.
 # Settings that decide how fast a run is, and results up to rounding.
 HOW = (
     "contrastive.micro_batch", "contrastive.remat", "generator.memory_limit", "generator.remat",
@@ -89,16 +88,6 @@ class Cell:
         return f"{self.collection}-seed-{self.seed}"
 
 
-def run_values(workdir: pathlib.Path, queries: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-    """System -> metric -> the values of some queries, of the runs of a finished run."""
-    qrels = read_qrels(workdir / "qrels.trec")
-    values: dict[str, dict[str, list[float]]] = {}
-    for path in sorted((workdir / "runs").glob("*.trec")):
-        scores = metrics.evaluate(metrics.read_trec(path), qrels, METRICS)
-        values[path.stem] = {m: [of[query] for query in queries] for m, of in scores.items()}
-    return values
-
-
 def other_settings(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that decide results and are not the same in two configs, with both values."""
     return [
@@ -144,14 +133,10 @@ def cell_of_run(workdir: pathlib.Path, collection: str, test: str = "") -> Cell:
         UserError: A file of the run cannot be read.
     """
     config = read_record(workdir / "config.json")
-    record = _json(workdir / "config.json")
-    own, timings = workdir / "tests" / test if test else workdir, _json(workdir / "timings.json")
-    results, source = _json(own / "results.json"), _json(workdir / "data" / "SOURCE.json")
-    queries = sorted(read_qrels(own / "qrels.trec"))
-    systems = [row["system"] for row in results["rows"]]
-    values = run_values(own, queries)
-    if lacking := [system for system in systems if system not in values]:
-        raise UserError(f"{own / 'runs'}: there is no {lacking[0]}.trec; train.joint makes it")
+    record, timings = read_object(workdir / "config.json"), read_timings(workdir / "timings.json")
+    source, folder = read_object(workdir / "data" / "SOURCE.json"), f"tests/{test}" if test else ""
+    results, qrels, values = read_results(workdir, folder)
+    own, queries, systems = workdir / folder, sorted(qrels), [*values]
     written = _by_leaf(own / "evaluation" / "expansions.jsonl", {"expansion": str})
     tokens = _by_leaf(own / "evaluation" / "tokens.jsonl", {"tokens": int})
     shown = OURS if OURS in written else next(iter(written), "")
@@ -289,7 +274,7 @@ def read_cell(path: pathlib.Path) -> Cell:
                 raise ValueError(name)
         config = translated({"format": cell.format, "config": cell.config})
         cell = dataclasses.replace(cell, config=without_places(config))
-        wrong = next(_wrong(cell), None)
+        wrong = next(contradictions(cell), None)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, EOFError, zlib.error, RecursionError, ValueError, TypeError, LookupError,
@@ -298,33 +283,6 @@ def read_cell(path: pathlib.Path) -> Cell:
     if wrong:
         raise UserError(f"{path}: {wrong}; was it changed by hand?")
     return cell
-
-
-def _wrong(cell: Cell) -> Iterator[str]:
-    """The contradictions within a cell."""
-    count = len(cell.queries)
-    if not count or len(set(cell.queries)) < count:
-        yield f"{count} queries, {len(set(cell.queries))} of them different"
-    if len(cell.texts) != count or len(cell.expansions) not in (0, count):
-        yield f"not a text for each of {count} queries"
-    rows = {row["system"]: row for row in cell.results["rows"]}
-    if rows.keys() != cell.values.keys():
-        yield "results and values are of other systems"
-    for system, of in cell.values.items():
-        for metric in METRICS:
-            values = np.asarray(of[metric], float)
-            if values.shape != (count,) or not np.isfinite(values).all():
-                yield f"values of {system} in {metric} are not a number for each query"
-            elif abs(values.mean() - rows[system][metric]) > _ROUNDED:
-                yield (f"{system} has {metric} {rows[system][metric]} in results and "
-                       f"{values.mean():.6f} by its values")  # fmt: skip
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path}: cannot be read; expected a file of a finished run") from None
 
 
 # Phases of train.joint that train nothing.

@@ -8,7 +8,6 @@ The interval is the percentile bootstrap's of the mean difference, over queries 
 """
 
 import collections
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from eval.cells import other_settings, run_values
+from eval.cells import other_settings
+from eval.checks import read_results
 from expandr_jax import metrics
-from expandr_jax.data.beir import read_qrels
+from expandr_jax.data.beir import Qrels
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_text
 from expandr_jax.metrics import METRICS
@@ -41,26 +41,27 @@ SAMPLES = {
 SeedValues = Mapping[str, Mapping[str, np.ndarray]]  # system -> measure -> [runs, queries]
 
 
-def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[SeedValues, int]:
-    """Per-query values of every system in every run, and the number of test queries.
+def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[SeedValues, dict[str, Any]]:
+    """Per-query values of every system in every run, and results.json of the first.
 
     Raises:
-        UserError: A run is not finished, two have the same seed, or they differ in settings,
-            queries or systems.
+        UserError: A run is not finished or damaged, two have the same seed, or they differ in
+            settings, queries, judgements or systems.
     """
     _check_configs(workdirs)
     values = collections.defaultdict(lambda: collections.defaultdict(list))
-    first: tuple[set[str], set[str]] | None = None
+    first: tuple[Qrels, set[str]] | None = None
     for workdir in workdirs:
-        queries = sorted(read_qrels(workdir / "qrels.trec"))
-        found = run_values(workdir, queries)
-        systems = set(found)
+        results, qrels, found = read_results(workdir)
+        queries = sorted(qrels)
         if first is None:
-            first = set(queries), systems
-        elif first != (set(queries), systems):
-            raise UserError(f"{workdir}: has other test queries or systems than {workdirs[0]}")
-        for system in systems:
-            for measure, scores in found[system].items():
+            first, told = (qrels, set(found)), results
+        elif first != (qrels, set(found)):
+            raise UserError(
+                f"{workdir}: has other test queries, judgements or systems than {workdirs[0]}"
+            )
+        for system, of in found.items():
+            for measure, scores in of.items():
                 values[system][measure].append(scores)
         samples = read_samples(workdir / "evaluation" / "samples.jsonl")
         for system in sorted({row["system"] for row in samples}):
@@ -72,11 +73,17 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> tuple[SeedValues, int]:
                             f"query {min(missing)}; run train.joint again, which makes it anew"
                         )
                     values[system][measure].append([scores[query] for query in queries])
+    for system, measure in ((s, m) for s, of in values.items() for m in of):
+        if len(values[system][measure]) < len(workdirs):
+            raise UserError(
+                f"evaluation/samples.jsonl has nothing of {system} in some of the runs; run "
+                "train.joint again, which makes it anew"
+            )
     arrays = {
         system: {measure: np.array(rows) for measure, rows in columns.items()}
         for system, columns in values.items()
     }
-    return arrays, len(first[0])
+    return arrays, told
 
 
 def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
@@ -102,11 +109,10 @@ def _check_configs(workdirs: Sequence[pathlib.Path]) -> None:
 
 def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
     """Markdown: means over runs and queries, spread over runs, and tests against `reference`."""
-    values, queries = read_runs(workdirs)
+    values, results = read_runs(workdirs)
     if reference not in values:
         raise UserError(f"no system {reference!r}; there are {', '.join(sorted(values))}")
-    results = json.loads((workdirs[0] / "results.json").read_text(encoding="utf-8"))
-    rows = []
+    rows, queries = [], values[reference][METRICS[0]].shape[1]
     for system in (row["system"] for row in results["rows"]):
         cells = []
         for measure in METRICS:
@@ -125,7 +131,7 @@ def table(workdirs: Sequence[pathlib.Path], reference: str) -> str:
                 last[3] = f"{test['p_value']:.2g}"
         rows.append([system, *cells, *last])
     title = (
-        f"{results['dataset']}, {queries} test queries, {len(workdirs)} runs: mean (standard "
+        f"{results.get('dataset')}, {queries} test queries, {len(workdirs)} runs: mean (standard "
         f"deviation over runs); {reference} against the row: the bootstrap's interval, over "
         "queries, and paired t-tests over queries and over runs"
     )

@@ -143,6 +143,11 @@ def wanted_cells(
             wanted.append(Wanted(name, *run))
             tests = names_of(config.data.tests)
             wanted += (Wanted(f"{name}-to-{t.replace('/', '-')}", *run, t) for t in tests)
+    names = [one.name for one in wanted]
+    if twice := next((one for one in wanted if names.count(one.name) > 1), None):
+        raise UserError(
+            f"--data and data.tests: two collections are called {twice.collection!r}; rename one"
+        )
     return wanted
 
 
@@ -165,7 +170,8 @@ def given_cells(directories: Sequence[str]) -> dict[tuple[str, int], tuple[pathl
     """
     found: dict[tuple[str, int], tuple[pathlib.Path, Cell]] = {}
     for directory in directories:
-        paths = sorted(pathlib.Path(directory).glob("*-seed-*.json*"))
+        found_there = pathlib.Path(directory).glob("*-seed-*.json*")
+        paths = sorted(path for path in found_there if not path.name.startswith("."))
         if not paths:
             raise UserError(f"--cells={directory}: holds no NAME-seed-S{SUFFIX}")
         for path in paths:
@@ -208,17 +214,34 @@ def check_given(
     return taken
 
 
-def kept_cell(wanted: Wanted) -> Cell | None:
-    """A cell that the workdir has, packed or as a finished run; None where it has to be made."""
-    if wanted.packed.exists():
-        cell = read_cell(wanted.packed)
-        if not other_settings(cell.config, wanted.config):
-            return cell
-    return finished_cell(wanted)
+def kept_cell(wanted: Wanted, say: Callable[[str], None]) -> Cell | None:
+    """A cell that the workdir has, packed or as a finished run; None where it has to be made.
+
+    Raises:
+        UserError: The packed one is damaged, and there is no run to make it of.
+    """
+    try:
+        if wanted.packed.exists():
+            cell = read_cell(wanted.packed)
+            if not other_settings(cell.config, wanted.config):
+                return cell
+    except UserError as error:
+        if not wanted.directory.exists():
+            raise
+        say(f"{error}; it is made again of its run")
+    return finished_cell(wanted, say)
 
 
-def finished_cell(wanted: Wanted) -> Cell | None:
-    """The cell of its run, which is packed, too; None where the run is not finished."""
+def finished_cell(wanted: Wanted, say: Callable[[str], None]) -> Cell | None:
+    """The cell of its run, which is packed, too; None where the run is not finished or damaged."""
+    try:
+        return _finished_cell(wanted)
+    except UserError as error:
+        say(f"{wanted.name}: {error}")
+        return None
+
+
+def _finished_cell(wanted: Wanted) -> Cell | None:
     made = [wanted.directory / name for name in ("config.json", "results.json", "report.html")]
     if not all(path.exists() for path in made):
         return None
@@ -246,7 +269,7 @@ def make_cell(wanted: Wanted, reporter: Reporter) -> Cell | None:
                 if phase not in shown:
                     shown.add(phase)
                     reporter.say(f"{wanted.name}: {phase}, {time.monotonic() - start:.0f} s")
-    cell = None if process.returncode else finished_cell(wanted)
+    cell = None if process.returncode else finished_cell(wanted, reporter.say)
     if cell is None:
         reporter.say(
             f"{wanted.name}: failed, exit status {process.returncode}: {_last_word(wanted.log)}; "
@@ -312,7 +335,7 @@ def make_table(
     cells = dict(given)
     for one in wanted:
         key = one.collection, one.seed
-        if key not in cells and (cell := kept_cell(one)) is not None:
+        if key not in cells and (cell := kept_cell(one, reporter.say)) is not None:
             cells[key] = cell
     missing = [one for one in wanted if (one.collection, one.seed) not in cells]
     for path in dict.fromkeys(one.path for one in missing if one.path):
@@ -323,7 +346,7 @@ def make_table(
             reporter.say(f"{one.name}: {number} of {len(missing)} to make; log {one.log}")
             # The run of a further test is that of the cell before it.
             tried = any(one.directory == other.directory for other in failed)
-            cell = (one.test and finished_cell(one)) or None
+            cell = (one.test and finished_cell(one, reporter.say)) or None
             if cell is None and not tried:
                 cell = make_cell(one, reporter)
             if cell is None:

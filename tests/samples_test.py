@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_jsonl
 from expandr_jax.ranking.samples import RANK, REWARD, mean_by_query
 from expandr_jax.rewards.samples import sample_rows
+from expandr_jax.runtime.checksums import Checksums
 from expandr_jax.vectors.corpus import Corpus
 from expandr_jax.vectors.query import EncodedQueries
 
@@ -87,7 +89,7 @@ def workdirs(tmp_path):
         for name in ("runs", "evaluation"):
             (root / name).mkdir(parents=True)
         metrics.write_qrels(root / "qrels.trec", qrels)
-        samples = []
+        samples, rows = [], []
         for system, shift in (("expandr", 0.3), ("expandr-base-generator", 0.0)):
             scores = {
                 query: {f"d{i}": float(random.normal() + shift * (f"q{i}" == query) * 5)
@@ -95,14 +97,17 @@ def workdirs(tmp_path):
                 for query in qrels
             }  # fmt: skip
             metrics.write_trec(root / "runs" / f"{system}.trec", scores, system)
+            means = {m: round(metrics.mean(of), 6)
+                     for m, of in metrics.evaluate(scores, qrels).items()}  # fmt: skip
+            rows.append({"system": system, **means})
             samples += [
                 {"query_id": query, "split": "test", "system": system, "sample": i,
                  RANK: float(random.random()), REWARD: float(random.random())}
                 for query in qrels for i in range(2)
             ]  # fmt: skip
         write_jsonl(root / "evaluation" / "samples.jsonl", samples)
-        rows = [{"system": system} for system in ("expandr", "expandr-base-generator")]
-        (root / "results.json").write_text(json.dumps({"dataset": "toy", "rows": rows}))
+        results = {"dataset": "toy", "chosen": {}, "rows": rows}
+        (root / "results.json").write_text(json.dumps(results))
         config = {"seed": ["one", "two"].index(run), "generator": {"slots": 8}, "rounds": 1}
         (root / "config.json").write_text(json.dumps({"config": config, "versions": {}}))
     return [tmp_path / "one", tmp_path / "two"]
@@ -190,3 +195,43 @@ def test_samples_that_lack_a_query_are_named(workdirs):
     path.write_text("".join(line for line in lines if '"q7"' not in line))
     with pytest.raises(UserError, match=r"samples\.jsonl: nothing of expandr for query q7"):
         seeds.table(workdirs, "expandr")
+
+
+DEEP = "[" * 100_000
+
+
+def cut(path):
+    """Leaves half of the lines, as a copy that was broken off may."""
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("runs/expandr.trec", cut, "two: expandr has ndcg@10 .* in results and .* by its values"),
+        ("qrels.trec", cut, "two: expandr has ndcg@10 .* in results and .* by its values"),
+        ("runs/expandr.trec", pathlib.Path.unlink, r"two/runs/expandr\.trec: is not there"),
+        ("results.json", lambda path: path.write_text("{}"), r"two/results\.json: it has no rows"),
+        ("results.json", lambda path: path.write_text(DEEP), r"two/results\.json: cannot be"),
+        ("config.json", lambda path: path.write_text(DEEP), r"two/config\.json: not a run's"),
+        ("evaluation/samples.jsonl", lambda path: path.write_text(""), "nothing of expandr in"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_no_seed(workdirs, name, spoil, message):
+    spoil(workdirs[1] / name)
+    with pytest.raises(UserError, match=message) as raised:
+        seeds.table(workdirs, "expandr")
+    assert "\n" not in str(raised.value)
+
+
+def test_files_of_a_run_are_what_it_has_recorded(workdirs):
+    Checksums(workdirs[1], print).record("results.json", "qrels.trec", "runs", "evaluation")
+    (workdirs[1] / "runs" / "mine.trec").write_text("of somebody else\n")
+    text = seeds.table(workdirs, "expandr")
+    samples = workdirs[1] / "evaluation" / "samples.jsonl"
+    line = samples.read_text().splitlines(keepends=True)[0]
+    samples.write_text(samples.read_text().replace(line, "", 1))
+    with pytest.raises(UserError, match=r"two/evaluation/samples\.jsonl: is damaged or was rem"):
+        seeds.table(workdirs, "expandr")
+    assert "2 runs" in text

@@ -271,26 +271,6 @@ def test_a_name_of_a_public_archive_is_the_same_cell_as_a_directory_of_it(tmp_pa
     assert by_name.name == by_path.name
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda r: r["values"]["bm25"]["map"].__setitem__(0, 9.0), "bm25 has map .* in results"),
-        (lambda r: r["values"]["bm25"]["map"].pop(), "not a number for each query"),
-        (lambda r: r["values"].pop("bm25"), "other systems"),
-        (lambda r: r.pop("queries"), "not a cell of a table"),
-        (lambda r: r.update(format=99), "it has format 99"),
-        (lambda r: r.update(seed="0"), "not a cell of a table"),
-    ],
-)
-def test_cells_that_do_not_fit_together_are_refused(cell, change, message, tmp_path):
-    record = json.loads(json.dumps(dataclasses.asdict(cell)))
-    change(record)
-    path = tmp_path / "pydoc-seed-0.json"
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=rf"pydoc-seed-0\.json: .*{message}"):
-        read_cell(path)
-
-
 def test_a_finished_run_is_not_started_again(smoke, config, tmp_path, monkeypatch):
     (wanted,) = table.wanted_cells(config, {}, ["pydoc"], [0], tmp_path)
     wanted.directory.parent.mkdir(parents=True)
@@ -342,6 +322,7 @@ def test_mistakes_get_one_line(config, tmp_path):
         (config, {"roundz": 1}, ["pydoc"], "there is no setting 'roundz'"),
         (config, {"rounds": 0}, ["pydoc"], "rounds"),
         (config, {}, ["a/toy", "b/toy"], "two collections are called 'toy'"),
+        (config, {"data.tests": "('/x/b',)"}, ["/x/a", "/x/a-to-b"], "are called 'a-to-b'"),
     ):
         with pytest.raises(UserError, match=message):
             table.wanted_cells(file, overrides, data, [0], tmp_path)

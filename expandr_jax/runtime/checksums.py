@@ -91,6 +91,11 @@ class Checksums:
         """Whether all of these are recorded and unchanged; if not, they stay as they are."""
         return self.processes.once(lambda: not self._bad(names))
 
+    def changed(self, *names: str) -> list[str]:
+        """Files, recorded under these names, that are not as they were; others may lie beside."""
+        known = [file for name in names for file in self._known(name)]
+        return [file for file in known if self._found(file) != {file: self._files[file]}]
+
     def _bad(self, names: Sequence[str]) -> list[str]:
         """The names whose files are not recorded, or have changed since."""
         return [n for n in names if not self._known(n) or self._known(n) != self._found(n)]
