@@ -227,6 +227,38 @@ def test_keeping_all_changes_nothing_and_less_is_less(finished):
         prune(finished, [0.75], Options(epochs=1), quiet())
 
 
+def test_what_was_measured_stays_and_damage_is_told_before_any_work(finished, monkeypatch):
+    """A relevant document that the collection has not is nobody's, as in rankings."""
+    with open(finished / "data" / "qrels" / "test.tsv", "a", encoding="utf-8") as file:
+        first = (finished / "data" / "qrels" / "test.tsv").read_text().splitlines()[1]
+        file.write(f"{first.split(chr(9))[0]}\tnowhere\t1\n")
+    monkeypatch.setattr("train.prune._searched", lambda *_: 0.5)
+    (row,) = prune(finished, [1], Options(epochs=0, evaluate=True), quiet())
+    assert row["ndcg@10"] == 0.5
+    (row,) = prune(finished, [1], Options(epochs=0), quiet())
+    assert row["ndcg@10"] == 0.5  # Measured before, of the same generator.
+    results = finished / "pruned" / "results.json"
+    whole = json.loads(results.read_text())
+    others = [{**whole["rows"][0], "keep": 0.9, "source": "another"}]
+    results.write_text(json.dumps({"rows": whole["rows"] + others}))
+    console = quiet()
+    (row,) = prune(finished, [1], Options(epochs=0), console)
+    assert row["keep"] == 1
+    assert "1 rows of another generator are left out" in console.file.getvalue()
+    monkeypatch.setattr("train.prune._measured", None)  # It ends before.
+    for text in ("{}", "[]", '{"rows": [1]}', '{"rows": [{"keep": "x"}]}', "[" * 100_000):
+        results.write_text(text)
+        with pytest.raises(UserError, match=r"pruned/results\.json"):
+            prune(finished, [1], Options(epochs=0), quiet())
+        assert results.read_text() == text
+    results.write_text(json.dumps(whole))
+    made = finished / "pruned" / "taylor-1" / "pruned.json"
+    for text in ("[]", "{", json.dumps(json.loads(made.read_text()) | {"more": 1})):
+        made.write_text(text)
+        with pytest.raises(UserError, match="taylor-1"):
+            prune(finished, [1], Options(epochs=0), quiet())
+
+
 @pytest.mark.slow
 def test_the_same_again_and_by_chance(finished):
     weights = finished / "pruned/taylor-0.75/generator/model.safetensors"

@@ -12,6 +12,7 @@ passages. The same command again continues where it stopped.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from expandr_jax.runtime.bucket import is_bucket
 from expandr_jax.runtime.progress import plain_console
 from expandr_jax.runtime.run import Run
 from expandr_jax.weights.export import export_generator
-from expandr_jax.weights.fields import read_json
+from expandr_jax.weights.fields import Fields, read_json
 from expandr_jax.weights.hf import load_generator
 from train.encoding import run_retriever
 from train.evaluation import evaluate_systems
@@ -122,6 +123,8 @@ def prune(
         raise UserError(f"{workdir}: --evaluate: a run of pairs alone has no queries to search for")
     shape = whole.generator.module.config
     configs = {keep: pruned_config(shape, whole.params, keep) for keep in keeps}
+    results = workdir / "pruned" / "results.json"
+    kept_rows(results, whole.source, console)  # Before any work.
     values = importances_of(whole, options) if any(keep != 1 for keep in keeps) else None
     for keep, config in configs.items():
         directory = workdir / "pruned" / f"{options.importance}-{keep:g}"
@@ -129,6 +132,9 @@ def prune(
         del made["evaluate"]
         _check_same(directory / "pruned.json", made)
         if not (directory / "pruned.json").exists():
+            rows = kept_rows(results, whole.source)  # What was measured was of another one.
+            if rows.pop(_key({"keep": keep, "importance": options.importance}), None):
+                _write_rows(results, rows)
             generator, params = resized(whole.generator, config), whole.params
             if values is not None:
                 kept = (config.num_kv_heads, config.mlp_dim)
@@ -138,12 +144,14 @@ def prune(
             write_json(directory / "pruned.json", made)
         # The whole has lost nothing: it is the run's own.
         _recover(whole, directory, 0.0 if keep == 1 else options.epochs, console)
-        row = {"keep": keep, "importance": options.importance, **_measured(whole, directory)}
+        row = {"keep": keep, "importance": options.importance, "source": whole.source}
+        row |= _measured(whole, directory)
         if options.evaluate:
             row["ndcg@10"] = _searched(workdir, whole.config, directory, console)
-        _add_row(workdir / "pruned" / "results.json", row)
-    rows = read_json(workdir / "pruned" / "results.json")["rows"]
-    return rows
+        rows = kept_rows(results, whole.source)
+        rows[_key(row)] = rows.get(_key(row), {}) | row  # Without --evaluate the nDCG stays.
+        _write_rows(results, rows)
+    return [*kept_rows(results, whole.source).values()]
 
 
 def _whole(workdir: pathlib.Path) -> Whole:
@@ -181,7 +189,8 @@ def _passages(workdir: pathlib.Path, pairs_alone: bool) -> Iterator[str]:
         for document, grade in judged.items()
         if grade > 0
     }
-    for document in sorted(relevant)[:_PASSAGES]:
+    there = (document for document in sorted(relevant) if document in collection.corpus)
+    for document in itertools.islice(there, _PASSAGES):
         yield collection.corpus[document]
 
 
@@ -218,10 +227,11 @@ def importances_of(whole: Whole, options: Options) -> tuple[jax.Array, jax.Array
 
 def _check_same(path: pathlib.Path, made: Mapping[str, Any]) -> None:
     """Refuses a directory that was made with other settings."""
-    if path.exists() and (found := read_json(path)) != made:
-        name = next(key for key in made if found.get(key) != made[key])
+    if path.exists() and (found := Fields.read(path).values) != made:
+        name = next(key for key in (*made, *found) if found.get(key) != made.get(key))
         raise UserError(
-            f"{path.parent}: was made with {name}={found.get(name)!r}, not {made[name]!r}: move it"
+            f"{path.parent}: was made with {name}={found.get(name)!r}, not {made.get(name)!r}: "
+            "move it"
         )
 
 
@@ -297,15 +307,33 @@ def _searched(
     return next(row["ndcg@10"] for row in results["rows"] if row["system"] == _SYSTEM)
 
 
-def _add_row(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Adds a row to results.json, or replaces that of the same share and importance."""
-    rows = read_json(path)["rows"] if path.exists() else []
+def kept_rows(
+    path: pathlib.Path, source: str, console: Console | None = None
+) -> dict[tuple[float, int], dict[str, Any]]:
+    """The rows of results.json that are of this generator, which older ones do not say.
 
-    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return -row["keep"], IMPORTANCES.index(row["importance"])
+    Raises:
+        UserError: The file is damaged.
+    """
+    rows = read_json(path, {"rows": []})
+    try:
+        of = {_key(row): row for row in rows["rows"] if row.get("source", source) == source}
+        others = len(rows["rows"]) - len(of)
+        _ = [*map(_cells, of.values())]  # They will be told.
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: is damaged; move it, and it is measured again") from None
+    if others and console is not None:
+        console.print(f"{path}: {others} rows of another generator are left out", soft_wrap=True)
+    return of
 
-    rows = [other for other in rows if key(other) != key(row)]
-    write_json(path, {"rows": sorted([*rows, row], key=key)})
+
+def _write_rows(path: pathlib.Path, rows: Mapping[tuple[float, int], Mapping[str, Any]]) -> None:
+    write_json(path, {"rows": [rows[key] for key in sorted(rows)]})
+
+
+def _key(row: Mapping[str, Any]) -> tuple[float, int]:
+    """By which rows are told apart and ordered."""
+    return -row["keep"], IMPORTANCES.index(row["importance"])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
