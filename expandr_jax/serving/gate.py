@@ -6,7 +6,7 @@ from typing import Protocol
 
 from expandr_jax.errors import UserError
 from expandr_jax.ranking.gate import Gate, should_expand
-from expandr_jax.ranking.gate_features import FIRST, PlainSearch
+from expandr_jax.ranking.gate_features import FIRST, PlainSearch, features_before
 from expandr_jax.search import Bm25Index, words_of
 from expandr_jax.serving.documents import Hit, View
 
@@ -32,7 +32,8 @@ class QueryGate:
     """
 
     def __init__(self, gate: Gate, index: Callable[[Sequence[str]], Bm25Index]):
-        should_expand(gate, PlainSearch({}, {}, [], 0))  # Now, and not at the first question.
+        # Now, and not at the first question.
+        gate.probability(features_before(PlainSearch({}, {}, [], 0)))
         self._gate, self._index, self._indexing = gate, index, threading.Lock()
         self._words: tuple[Sequence[str], Bm25Index | None] | None = None
 
