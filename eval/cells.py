@@ -10,7 +10,7 @@ import gzip
 import json
 import pathlib
 import zlib
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,28 +208,41 @@ def _costs(
     searches = {row["system"]: row["seconds"] / row["queries"]
                 for row in timings.get("searches", []) if row["queries"]}  # fmt: skip
 
-    def cost_of(leaf: System, asked: Container[str] | None) -> tuple[float, float]:
-        """Tokens and seconds of the queries asked, None: all; KeyError where nobody knows."""
-        rows = generated[leaf.name]
+    def written_for(system: System) -> Iterator[tuple[System, Container[str] | None]]:
+        """Leaves that a system rests on, with the queries that each is asked for; None: all."""
+        if not system.parts:
+            yield system, None
+        for part in system.parts:
+            for leaf, asked in written_for(part):
+                spared = system.stage == BEFORE and asked is None
+                yield leaf, expanded[BEFORE] if spared else asked
+
+    def tokens_of(leaf: System, asked: Container[str] | None) -> collections.Counter[str]:
+        """The tokens that it uses of each query asked; KeyError where nobody knows."""
         most = results["chosen"].get(leaf.name, {}).get("samples")
         counts = collections.defaultdict(list)
-        for row in rows:
+        for row in generated[leaf.name]:
             if row["split"] == "test" and (asked is None or row["query_id"] in asked):
                 counts[row["query_id"]].append(row["tokens"])
-        used = sum(sum(of[:most]) for of in counts.values())
-        whole = sum(row["tokens"] for row in rows)
-        seconds = phases[f"expansions for evaluation, {leaf.writer}"]
-        return used, seconds * used / whole if whole else seconds
+        return collections.Counter({query: sum(of[:most]) for query, of in counts.items()})
 
     costs: dict[str, dict[str, float | None]] = {}
     for name in systems:
         system = parse_system(name)
         try:
-            gated = any(part.stage == BEFORE for part in system.with_parts())
-            asked = expanded[BEFORE] if gated else None
-            # Texts that two leaves use are written once.
-            own = {leaf.writer: cost_of(leaf, asked) for leaf in system.leaves if leaf.strategy}
-            tokens, seconds = np.sum([(0.0, 0.0), *own.values()], axis=0) / queries
+            used: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+            whole = {}
+            for leaf, asked in written_for(system):
+                if leaf.strategy:
+                    # Texts that two leaves use are written once, for the one that uses more.
+                    used[leaf.writer] |= tokens_of(leaf, asked)
+                    whole[leaf.writer] = sum(row["tokens"] for row in generated[leaf.name])
+            tokens = sum(of.total() for of in used.values())
+            seconds = 0.0
+            for writer, of in used.items():
+                taken = phases[f"expansions for evaluation, {writer}"]
+                seconds += taken * of.total() / whole[writer] if whole[writer] else taken
+            tokens, seconds = tokens / queries, seconds / queries
             seconds += sum(searches[part] for part in {p.name for p in system.with_parts()})
             both = round(float(tokens), DIGITS), round(float(seconds), DIGITS)
         except KeyError:  # An older run.

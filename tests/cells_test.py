@@ -7,8 +7,10 @@ import shutil
 import pytest
 
 from eval import table
-from eval.cells import read_cell
+from eval.cells import _costs, read_cell
 from expandr_jax.errors import UserError
+from expandr_jax.ranking.gate_features import BEFORE
+from expandr_jax.ranking.systems import parse_system
 from expandr_jax.runtime.progress import QUIET
 from tests.table_test import cell, config  # noqa: F401
 
@@ -78,3 +80,27 @@ def test_a_damaged_run_goes_on_and_ends_no_table(smoke, config, tmp_path, monkey
     with pytest.raises(UserError, match="not a cell of a table"):
         table.make_table([wanted], {}, reporter)
     assert begun == [wanted]
+
+
+def test_texts_that_two_rows_share_cost_what_the_one_that_uses_more_does():
+    """By hand: a gate spares its own leaf alone, and samples that are not used are not counted."""
+    leaves = ("bm25+expansion", "expandr")
+    samples = [("a", 3), ("a", 5), ("b", 7), ("b", 11)]
+    generated = {
+        leaf: [{"query_id": query, "split": "test", "tokens": n} for query, n in samples]
+        for leaf in leaves
+    }
+    fused = [f"interpolation:bm25+expansion:{name}" for name in ("expandr", "expandr-gated")]
+    names = (*leaves, "expandr-gated", *fused)
+    parts = {part.name for name in names for part in parse_system(name).with_parts()}
+    timings = {
+        "phases": [{"phase": "expansions for evaluation, trained generator", "seconds": 52.0}],
+        "searches": [{"system": part, "seconds": 0.0, "queries": 2} for part in parts],
+    }
+    chosen = {"bm25+expansion": {"samples": 2}, "expandr": {"samples": 1}}
+    costs = _costs(names, {"chosen": chosen}, timings, generated, {BEFORE: {"b"}}, 2)
+    tokens = {"bm25+expansion": 13, "expandr": 5, "expandr-gated": 3.5, **dict.fromkeys(fused, 13)}
+    assert {name: of["tokens_per_query"] for name, of in costs.items()} == tokens
+    assert {name: of["seconds_per_query"] for name, of in costs.items()} == {
+        name: 2 * count for name, count in tokens.items()
+    }
