@@ -257,6 +257,9 @@ def test_what_was_measured_stays_and_damage_is_told_before_any_work(finished, mo
         made.write_text(text)
         with pytest.raises(UserError, match="taylor-1"):
             prune(finished, [1], Options(epochs=0), quiet())
+    (finished / "data" / "qrels" / "test.tsv").unlink()
+    with pytest.raises(UserError, match="run/data: has no test judgements"):
+        prune(finished, [1], Options(epochs=0), quiet())
 
 
 @pytest.mark.slow

@@ -183,6 +183,9 @@ def _passages(workdir: pathlib.Path, pairs_alone: bool) -> Iterator[str]:
     if pairs_alone:
         return
     collection = read_beir(workdir / "data")
+    if "test" not in collection.qrels:
+        raise UserError(f"{workdir / 'data'}: has no test judgements; train.joint's same command "
+                        "makes it again")  # fmt: skip
     relevant = {
         document
         for judged in collection.qrels["test"].values()
