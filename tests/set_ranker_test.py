@@ -21,7 +21,10 @@ from expandr_jax.files.records import hash_json
 from expandr_jax.ranking.choices import Choice
 from expandr_jax.ranking.stages import interpolate
 from expandr_jax.ranking.systems import parse_system
+from expandr_jax.runtime.progress import Reporter
 from tests.eval_beir_test import open_lines, write_set
+
+QUIET = Reporter(Console(quiet=True))
 
 
 @pytest.mark.parametrize(("name", "built"), [("dense+q2d", 0), ("dense+lamer", 1)])
@@ -42,7 +45,7 @@ def test_words_are_indexed_only_where_a_strategy_searches_them(monkeypatch, tmp_
         answer=SimpleNamespace(max_characters=100),
         evaluation=SimpleNamespace(samples=(1,), drop_identical_ids=False, depth=10),
     )
-    run, models = SimpleNamespace(config=config), SimpleNamespace(sampler=None)
+    run, models = SimpleNamespace(config=config, reporter=QUIET), SimpleNamespace(sampler=None)
     collection = Collection("set", {"d": "text"}, {"q": "query"}, {"test": {"q": {"d": 1}}})
     made = set_ranker.SetRanker(run, models, collection, "test", tmp_path, None)
     made.expansions(parse_system(name))
@@ -57,7 +60,7 @@ def test_feedback_on_expanded_documents_reads_what_was_added_to_them(monkeypatch
 
     monkeypatch.setattr(set_ranker.SetRanker, "_ask", ask)
     config = with_settings(read_config(base.get_config()), {"evaluation.depth": 3})
-    run = SimpleNamespace(config=config, phase=lambda _: contextlib.nullcontext())
+    run = SimpleNamespace(config=config, reporter=QUIET, phase=lambda _: contextlib.nullcontext())
     models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True))
     corpus = {f"d{i}": "apple cake" if i == 0 else f"text of number{i}" for i in range(30)}
     collection = Collection("set", corpus, {"q": "apple"}, {"test": {"q": {"d9": 1}}})
@@ -80,7 +83,7 @@ def test_expanded_documents_are_read_from_a_disk(monkeypatch, tmp_path):
         lambda *of, **_: made.append(of) or SimpleNamespace(corpus=SimpleNamespace(evaluated=None)),
     )  # fmt: skip
     config = read_config(base.get_config())
-    run = SimpleNamespace(config=config, processes=None, reporter=None, phase=str)
+    run = SimpleNamespace(config=config, processes=None, reporter=QUIET, phase=str)
     model = SimpleNamespace(encoder=None, retriever_params=None, normalize="both")
     models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True), retriever=model)
     corpus = write_documents((f"d{i}", f"{i} " * 30_000) for i in range(100))
@@ -113,7 +116,8 @@ def test_a_prompt_shows_ten_passages_however_many_documents_a_run_has(
 
     monkeypatch.setattr(set_ranker.SetRanker, "_ask", ask)
     settings = {"evaluation.depth": depth, "evaluation.samples": (1,)}
-    run = SimpleNamespace(config=with_settings(read_config(base.get_config()), settings))
+    config = with_settings(read_config(base.get_config()), settings)
+    run = SimpleNamespace(config=config, reporter=QUIET)
     models = SimpleNamespace(sampler=SimpleNamespace(fits=lambda _: True))
     corpus = {f"d{i}": f"of a query {i}" for i in range(12)}
     collection = Collection("set", corpus, {"q": "query"}, {"test": {"q": {"d1": 1}}})
@@ -168,7 +172,8 @@ def test_how_texts_count_is_chosen_where_a_set_has_dev_queries(
     )
     settings = {"evaluation.samples": (2,), "evaluation.query_weights": (0.7,)}
     config = with_settings(read_config(base.get_config()), settings)
-    run = SimpleNamespace(config=with_settings(config, {"expansion.combine": combine}))
+    config = with_settings(config, {"expansion.combine": combine})
+    run = SimpleNamespace(config=config, reporter=QUIET)
     qrels = {"test": {"q": {"d": 1}}} | ({"dev": {"v": {"d": 1}, "w": {"d": 0}}} if dev else {})
     queries = {"q": "query", "v": "other", "w": "nothing found"}
     collection = Collection("set", {"d": "text"}, queries, qrels)
