@@ -17,12 +17,7 @@ from expandr_jax.data.batches import batch_indices
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
 from expandr_jax.models.lora import init_lora
-from expandr_jax.objectives.adapter import (
-    AdapterBatches,
-    adapter_setup,
-    hold_out,
-    make_examples,
-)
+from expandr_jax.objectives.adapter import AdapterBatches, adapter_setup, hold_out, make_examples
 from expandr_jax.objectives.objective import Objective
 from expandr_jax.objectives.packing import Example, hash_response_examples
 from expandr_jax.objectives.settings import DpoSettings
@@ -150,11 +145,9 @@ def adapter_round(
     """
     devices = batch_divisor(model.dpo_mesh)
     check_batch_size(f"{section}.batch_size", settings.batch_size, model.dpo_mesh)
-    parts, counts, digest = (
-        hold_out(rows, settings.dev_share, objective.prompt),
-        [],
-        hashlib.sha256(),
-    )
+    parts = hold_out(rows, settings.dev_share, objective.prompt)
+    counts: list[int] = []
+    digest = hashlib.sha256()
     with reporter.progress("training texts read", len(rows)) as advance:
         for part in parts:
             counts.append(0)
@@ -251,11 +244,9 @@ def adapter_trainer(
         key=jax.random.fold_in(key, own.number),
     )
 
-    def evaluate(adapter: Any) -> dict[str, float]:
-        reference = references()[1]
-        return batches.evaluate(adapter, own.dev, reference)
-
-    return AdapterTrainer(train, evaluate)
+    return AdapterTrainer(
+        train, lambda adapter: batches.evaluate(adapter, own.dev, references()[1])
+    )
 
 
 def lowest_loss_on_dev(
