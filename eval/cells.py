@@ -87,6 +87,11 @@ class Cell:
         """The name of the cell's file, without the suffix."""
         return f"{self.collection}-seed-{self.seed}"
 
+    def without_texts(self) -> "Cell":
+        """The cell for others where queries, or what was written for them, may not be handed on."""
+        texts = [""] * len(self.texts)
+        return dataclasses.replace(self, texts=texts, writer="", expansions=[])
+
 
 def other_settings(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Settings that decide results and are not the same in two configs, with both values."""

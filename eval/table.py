@@ -376,6 +376,7 @@ def main(_: Any) -> None:
         console.print(write_grid(workdir, measured(cells), missing))
         console.print(f"page: {workdir / 'results.html'}")
         for cell in cells if settings.pack else ():
+            cell = cell if settings.texts else cell.without_texts()
             write_cell(pathlib.Path(settings.pack) / f"{cell.name}{SUFFIX}", cell)
     if failed:
         names = "; ".join(f"{one.name} (log: {one.log})" for one in failed)
@@ -390,6 +391,8 @@ def define_flags() -> None:
     flags.DEFINE_list("seeds", ["0", "1", "2"], "One training of each collection for each.")
     flags.DEFINE_list("cells", [], "Directories of cells that were made before and packed.")
     flags.DEFINE_string("pack", None, "Where the table's cells are put, a small file each.")
+    flags.DEFINE_bool("texts", True, "Whether these hold queries and passages, which --notexts "
+                      "leaves out where they may not be handed on.")  # fmt: skip
 
 
 if __name__ == "__main__":

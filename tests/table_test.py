@@ -239,6 +239,24 @@ def test_the_table_of_packed_cells(packed, config, tmp_path):
     assert "helped most against fine-tuned" in page
 
 
+def test_packed_cells_hold_no_texts_where_these_are_not_asked_for(packed, config, tmp_path):
+    arguments = [f"--config={config}", "--seeds=0,1", f"--workdir={tmp_path / 'out'}"]
+    bare = tmp_path / "bare"
+    finish(command("eval.table", *arguments, f"--cells={packed}", f"--pack={bare}", "--notexts"))
+    for path in packed.iterdir():
+        told, kept = (json.loads(gzip.decompress((of / path.name).read_bytes()))
+                      for of in (bare, packed))  # fmt: skip
+        left_out = ("texts", "expansions", "writer")
+        assert [any(kept.pop(name)) for name in left_out] == [True] * 3
+        assert [any(told.pop(name)) for name in left_out] == [False] * 3
+        assert told == kept
+    again = tmp_path / "again"
+    finish(command("eval.table", f"--config={config}", "--seeds=0,1", f"--workdir={again}",
+                   f"--cells={bare}"))  # fmt: skip
+    for name in ("results.csv", "results.md"):
+        assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_cells_of_other_settings_or_code_are_named(packed, config, tmp_path, monkeypatch):
     given = table.given_cells([packed])
 
