@@ -18,7 +18,8 @@ from expandr_jax.data.generated import drawn_documents
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.files.records import Journal, hash_file, write_jsonl
 from tests.adding_test import contents
-from tests.commands import command, error_of, finish, start, step_metrics
+from tests.commands import command, error_of, finish, start, start_processes, step_metrics
+from tests.processes_trainers_test import same_results, same_steps
 from tests.serving import Server
 
 SETTINGS = {
@@ -253,6 +254,21 @@ def test_killed_it_comes_to_the_same_bits(smoke, distilled, tmp_path):
     finish(distill(workdir, control=True))
     assert contents(workdir, *FILES, TOWER) == contents(distilled[0], *FILES, TOWER)
     assert step_metrics(workdir) == step_metrics(distilled[0])
+
+
+@pytest.mark.slow
+def test_two_processes_distil_as_one_does(smoke, distilled, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(smoke[0], workdir)
+    write_queries(workdir)
+    overrides = [f"--config.distill.{name}={value}" for name, value in SETTINGS.items()]
+    for process in start_processes(workdir, 2, *overrides, "--config.distill.control=True"):
+        finish(process)
+    same_steps(workdir, distilled[0])
+    same_results(workdir, distilled[0])
+    name = "work/round-0/distilled-targets.npy"
+    np.testing.assert_allclose(*(np.load(w / name) for w in (workdir, distilled[0])), atol=1e-6)
+    assert not list(workdir.glob("work/**/*process-*"))
 
 
 @pytest.mark.slow

@@ -59,12 +59,13 @@ def test_four_processes_with_two_devices_each_come_to_what_one_does(smoke, tmp_p
 
 def test_two_processes_killed_in_each_stage_come_to_what_one_does(smoke, tmp_path):
     workdir = tmp_path / "run"
-    for phase, call in KILLS:
-        flags = {1: (f"--kill_in={phase}", f"--kill_after={call}")}
+    for number, (phase, call) in enumerate(KILLS):
+        killed = number % 2
+        flags = {killed: (f"--kill_in={phase}", f"--kill_after={call}")}
         processes = start_processes(workdir, 2, *EXACT, of_one=flags, module="tests.killed")
         output = ended(processes)
-        assert processes[1].returncode == -signal.SIGKILL, (phase, call, output)
-        assert processes[0].returncode == EXIT_LOST, (phase, call, output)
+        assert processes[killed].returncode == -signal.SIGKILL, (phase, call, output)
+        assert processes[1 - killed].returncode == EXIT_LOST, (phase, call, output)
     for process in start_processes(workdir, 2, *EXACT):
         finish(process)
     same_run(workdir, smoke[0])

@@ -23,6 +23,8 @@ from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.search import build_index
 from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.vectors.stored import open_vectors
+from tests.processes_test import COUNT, group, together  # noqa: F401 (the fixture)
 
 SETTINGS = read_config(base.get_config()).evaluation
 DISTILL = read_config(base.get_config()).distill
@@ -69,6 +71,42 @@ def test_a_teacher_s_vectors_are_means_of_query_and_passages(samples, weight):
             own = weight * own + (1 - weight) * passages
         expected.append(unit(own))
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Encoder):
+    """The same, which a file of vectors can be told to be of."""
+
+    params: Any = dataclasses.field(default_factory=lambda: {"w": np.zeros(1)})
+
+    @property
+    def encoder(self):
+        retriever = types.SimpleNamespace(identity="", pooling="mean", normalize=True, max_length=8)
+        return types.SimpleNamespace(retriever=retriever, prompt=lambda kind: "")
+
+
+def test_processes_make_the_teacher_s_vectors_together(group, tmp_path):  # noqa: F811
+    """Each its share, in blocks; one process alone makes the same of all."""
+    queries = {f"q{i}": f"query {i}" for i in range(COUNT * TAUGHT_AT_ONCE + 5)}
+    texts = {query: [[f"passage of {query}"]] for query in queries}
+    choice, made = Choice(0.5, 1), {}
+
+    def write(member, path):
+        made[member.index] = []
+        teacher = Teacher(Whole(member), STRATEGIES["q2d"], choice, SETTINGS)
+        teacher.write(path, queries, texts, made[member.index].append)
+        assert open_vectors(path).shape == (len(queries), 8)  # It is there for all of them.
+
+    together(group, lambda member: write(member, tmp_path / "divided.npy"))
+    assert sum(map(sum, made.values())) == len(queries)
+    assert max(map(sum, made.values())) <= len(queries) // COUNT + 1
+    assert max(map(max, made.values())) <= TAUGHT_AT_ONCE
+    assert {path.name for path in tmp_path.iterdir()} == {"divided.npy", "divided.npy.jsonl"}
+    write(Processes(), tmp_path / "alone.npy")
+    alone, divided = (open_vectors(tmp_path / f"{name}.npy") for name in ("alone", "divided"))
+    np.testing.assert_allclose(divided[:], alone[:], atol=1e-6)
+    together(group, lambda member: write(member, tmp_path / "divided.npy"))
+    assert not any(made[member.index] for member in group)
 
 
 def ndcg(scores, relevant):

@@ -96,7 +96,7 @@ def make_towers(
         texts = expander.texts(queries.texts, each, sample)
         targets, count = run.path(folder, "distilled-targets.npy"), len(queries.texts)
         with run.reporter.progress("distillation: queries encoded", count) as advance:
-            run.processes.once(lambda: teacher.write(targets, queries.texts, texts, advance))
+            teacher.write(targets, queries.texts, texts, advance)
     retriever = training_retriever(models.retriever, config.contrastive)
     trained = dataclasses.replace(models, retriever=retriever)
 

@@ -224,7 +224,8 @@ def _add_distillation(
     """The rows of so many query towers: their queries, the teacher's passages and vectors, steps.
 
     Each process has the queries, and as a training begins their tokens; process 0 alone sorts out
-    what was written for documents, and makes the teacher's vectors.
+    what was written for documents. The teacher's vectors lie in each process's file, too, until
+    they are put together.
     """
     settings, width, hosts = config.distill, retriever.width, stages.hosts
     new, query = config.expansion.max_new_tokens, config.dpo.prompt_length * TOKEN_BYTES
@@ -244,9 +245,10 @@ def _add_distillation(
     texts = taught * most + (counts.dev * most if most > max(samples) else 0)
     stages.add_sampled("expansions to distill", texts, new, held=held)
     vectors, each = 4 * width * taught, new * TOKEN_BYTES + ENTRY + 3 * 4 * width
-    stages.add("the teacher's vectors", disk=vectors, files=2, network=vectors,
-               memory=held + INDEX * texts + TAUGHT_AT_ONCE * (1 + most) * each,
-               seconds=CORE_SECONDS["text encoded"] * taught * (1 + most) / 1000)  # fmt: skip
+    stages.add("the teacher's vectors", disk=vectors, scratch=vectors * (hosts > 1), files=2,
+               network=vectors, memory=held + INDEX * texts + TAUGHT_AT_ONCE * (1 + most) * each,
+               seconds=CORE_SECONDS["text encoded"] * taught * (1 + most) / hosts / 1000,
+    )  # fmt: skip
     # Rows as they are searched, put together, and kept.
     found = taught * settings.depth if settings.kl_weight else 0
     own = taught * (4 * tokens + LISTED + settings.control * (LISTED + NUMBER))

@@ -27,6 +27,7 @@ from expandr_jax.search import Index
 from expandr_jax.sharding import whole
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import encode_to_file
+from expandr_jax.vectors.together import Known, encode_together
 
 TAUGHT_AT_ONCE = 1024  # Queries whose texts' vectors are in memory together.
 TEACHER, STUDENT = parse_system(OURS), parse_system(DISTILLED)
@@ -133,23 +134,29 @@ class Teacher:
         texts: Mapping[str, list[list[str]]],
         advance: Callable[[int], None],
     ) -> None:
-        """Writes `vectors` to a file, a block at a time, or goes on; process 0 alone calls it."""
+        """Writes `vectors` to a file, a block at a time, or goes on.
+
+        All processes call it together, and each makes those of a share.
+        """
         every, ours = [*queries], self.retriever
         used = [*dataclasses.astuple(self.choice), ours.normalize]
 
-        def vectors(first: int, last: int) -> np.ndarray:
-            some = {query: queries[query] for query in every[first:last]}
-            found = self.vectors(some, texts)
-            advance(len(some))
-            return found
+        def encode(to: pathlib.Path, share: slice, known: Known | None) -> None:
+            def vectors(first: int, last: int) -> np.ndarray:
+                some = {query: queries[query] for query in every[share][first:last]}
+                found = self.vectors(some, texts)
+                advance(len(some))
+                return found
 
-        # What the vectors are of, so that a file of other passages, or of another use of them, is
-        # found to be one.
-        described = (json.dumps([queries[query], used, texts[query]]) for query in every)
-        encode_to_file(
-            path, ours.encoder, ours.params, described, "query", block=TAUGHT_AT_ONCE,
-            vectors=vectors,
-        )  # fmt: skip
+            # What the vectors are of, so that a file of other passages, or of another use of them,
+            # is found to be one.
+            described = (json.dumps([queries[query], used, texts[query]]) for query in every[share])
+            encode_to_file(
+                to, ours.encoder, ours.params, described, "query", block=TAUGHT_AT_ONCE,
+                vectors=known or vectors,
+            )  # fmt: skip
+
+        encode_together(path, len(every), ours.processes, encode)
 
 
 def found_by_teacher(

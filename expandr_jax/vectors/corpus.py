@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import glob
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +26,10 @@ from expandr_jax.search.divided import (
 )
 from expandr_jax.search.settings import SearchSettings
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
-from expandr_jax.vectors.file import check_whole, content_key, count_cut, encode_to_file
+from expandr_jax.vectors.file import content_key, encode_to_file
 from expandr_jax.vectors.query import NORMALIZE, Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
+from expandr_jax.vectors.together import Known, encode_together, share_starts
 
 # What texts of a kind are called that are no documents of the corpus.
 _READ_AS: dict[Kind, str] = {"query": "queries", "document": "documents"}
@@ -253,7 +253,7 @@ class CorpusRetriever:
             NotFiniteError: A vector is not finite, naming its text by its id, if it has one.
         """
         processes = self.processes
-        starts = _starts(len(texts), processes.count)
+        starts = share_starts(len(texts), processes.count)
         share = slice(starts[processes.index], starts[processes.index + 1])
         own = texts[share]
         with _naming(ids[share]):
@@ -296,56 +296,21 @@ class CorpusRetriever:
 
         Returns how many documents were cut; those of a file that several made are told once.
         """
-        processes, path = self.processes, self.path
         ids, values = ids_of(self.texts), texts_of(self.texts)
 
         def advance(count: int) -> None:
             progress(count)
-            processes.files.push(later=True)
+            self.processes.files.push(later=True)
 
-        encode = functools.partial(
-            encode_to_file, encoder=self.encoder, params=self.params, kind="document"
-        )
-        starts = _starts(len(values), processes.count)
-        names = [f"{path.name}.process-{i}-of-{processes.count}" for i in range(processes.count)]
-        parts = [path.with_name(name) for name in names]
-        divided = processes.count > 1 and not processes.once(path.exists)
-        if divided:
-            share = slice(starts[processes.index], starts[processes.index + 1])
-            if values[share]:
-                with _naming(ids[share], "document "):
-                    encode(parts[processes.index], texts=values[share], progress=advance)
-            processes.barrier()
-            cut = sum(processes.gather(count_cut(parts[processes.index])))
+        def encode(to: pathlib.Path, share: slice, known: Known | None) -> None:
+            dtype = self.dtype if to == self.path else "float32"
+            made = {"vectors": known} if known else {"progress": advance}
+            with _naming(ids[share], "document "):
+                encode_to_file(
+                    to, self.encoder, self.params, values[share], "document", dtype=dtype, **made
+                )
 
-        def known(start: int, end: int) -> np.ndarray:
-            """Vectors of documents from the processes' files."""
-            rows = []
-            for part, first, last in zip(parts, starts, starts[1:], strict=False):
-                if max(start, first) < min(end, last):
-                    rows.append(
-                        open_vectors(part)[max(start, first) - first : min(end, last) - first]
-                    )
-            return np.concatenate(rows)
-
-        def join() -> None:
-            if divided:
-                for part, first, last in zip(parts, starts, starts[1:], strict=False):
-                    if first < last:
-                        check_whole(part)
-            # What is damaged of a file that was there, process 0 encodes by itself.
-            made = {"vectors": known} if divided else {"progress": advance}
-            with _naming(ids, "document "):
-                encode(path, texts=values, dtype=self.dtype, **made)
-            remove()
-
-        def remove() -> None:
-            for file in path.parent.glob(f"{glob.escape(path.name)}.process-*"):
-                file.unlink(missing_ok=True)
-
-        processes.once(join)
-        remove()  # Each its own, where they have no directory in common.
-        return cut if divided else processes.once(lambda: count_cut(path))
+        return encode_together(self.path, len(values), self.processes, encode)
 
 
 @contextlib.contextmanager
@@ -357,8 +322,3 @@ def _naming(ids: Sequence[str], what: str = "") -> Iterator[None]:
         if error.row is None or not ids:
             raise
         raise NotFiniteError(f"{what}{ids[error.row]}: {error}", row=error.row) from None
-
-
-def _starts(count: int, shares: int) -> list[int]:
-    """Where each share of so many items begins, and the last one ends."""
-    return [count * share // shares for share in range(shares + 1)]
