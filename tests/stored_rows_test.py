@@ -1,6 +1,8 @@
 """Rows and step B's examples on disk: what is read back, and what is held."""
 
 import errno
+import gc
+import os
 import tracemalloc
 from array import array
 
@@ -28,6 +30,17 @@ def test_rows_and_some_of_them_are_as_they_were():
     assert [*Picked([[1], [2, 3], []], range(3), len)[1:]] == [2, 0]
     with pytest.raises(IndexError):
         rows[4]
+
+
+def test_a_file_of_rows_has_their_bytes_and_is_closed_with_them(recwarn):
+    rows = StoredRows([{"text": "глубина " * 100}], "rows")
+    assert os.fstat(rows._file.fileno()).st_size < 1600  # Escaped it would be 4,300.
+    descriptor = rows._file.fileno()
+    del rows
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 
 @pytest.mark.parametrize("extras", [{}, {"weight": 0.1, "other": -2.0}])

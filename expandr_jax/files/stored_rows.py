@@ -1,9 +1,9 @@
 """Rows in a file without a name, and some rows of many: each is read when it is asked for."""
 
-import contextlib
 import json
 import os
 import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,19 +24,18 @@ class StoredRows(Sequence[Any]):
 
     def __init__(self, rows: Iterable[Any], what: str):
         self._starts, start = array("q", [0]), 0
-        with contextlib.ExitStack() as stack:
+        with writing(what):
+            self._file = tempfile.TemporaryFile(prefix="expandr-rows-")  # noqa: SIM115
+        weakref.finalize(self, give_up, self._file)
+        for row in rows:
+            # Not escaped, which would double what is not Latin; half a character is one of JSON's.
+            line = json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")
+            start += len(line)
+            self._starts.append(start)
             with writing(what):
-                self._file = tempfile.TemporaryFile(prefix="expandr-rows-")  # noqa: SIM115
-                stack.callback(give_up, self._file)
-            for row in rows:
-                line = json.dumps(row).encode()
-                start += len(line)
-                self._starts.append(start)
-                with writing(what):
-                    self._file.write(line)
-            with writing(what):
-                self._file.flush()
-            stack.pop_all()  # It is closed with these rows.
+                self._file.write(line)
+        with writing(what):
+            self._file.flush()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
