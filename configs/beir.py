@@ -38,7 +38,7 @@ def get_config(directory: str = "") -> ml_collections.ConfigDict:
     config.generator.prompt_buckets = (64, 128, 512)
     config.dpo.prompt_length = 512
     config.dpo.response_length = 65
-    name = pathlib.PurePath(directory).name.lower().removesuffix(".zip")
+    name = pathlib.Path(directory).absolute().name.lower().removesuffix(".zip")
     config.evaluation.drop_identical_ids = name in OF_OWN_DOCUMENTS
     config.evaluation.query_weights = (0.5, 0.6, 0.7, 0.8, 0.9)
     return config

@@ -81,7 +81,7 @@ def get_config(collection: str = HARVEST) -> ml_collections.ConfigDict:
         config.candidates.max_new_tokens = 32
         config.answer.max_new_tokens = 32
         config.dpo.response_length = 33
-    if pathlib.PurePath(collection).name.removesuffix(".zip") in OF_SEVERAL_RELEVANT:
+    if pathlib.Path(collection).absolute().name.removesuffix(".zip") in OF_SEVERAL_RELEVANT:
         config.contrastive.negatives = 0
         config.contrastive.batch_size = 64
         config.contrastive.epochs = 2.0  # As many documents as otherwise, with their negatives.

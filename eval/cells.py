@@ -121,9 +121,9 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
 def _last_part(value: Any) -> Any:
     if isinstance(value, list):
         return [_last_part(item) for item in value]
-    if not isinstance(value, str) or value.startswith("package:"):
+    if not isinstance(value, str) or not value or value.startswith("package:"):
         return value
-    return pathlib.PurePath(value).name.removesuffix(".zip")
+    return pathlib.Path(value).absolute().name.removesuffix(".zip")
 
 
 def cell_of_run(workdir: pathlib.Path, collection: str, test: str = "") -> Cell:

@@ -289,6 +289,20 @@ def test_a_name_of_a_public_archive_is_the_same_cell_as_a_directory_of_it(tmp_pa
     assert by_name.name == by_path.name
 
 
+@pytest.mark.parametrize("name", ["arguana", "entailmentbank", "scifact"])
+def test_a_collection_in_the_working_directory_has_its_name(name, tmp_path, monkeypatch):
+    """And what the configs know of it by that."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    file = str(pathlib.Path(table.__file__).parents[1] / "configs" / "table.py")
+    here, named = (
+        table.wanted_cells(file, {}, [path], [0], tmp_path)[0]
+        for path in (".", f"elsewhere/{name}")
+    )
+    assert here.collection == name
+    assert here.config == named.config
+
+
 def test_a_finished_run_is_not_started_again(smoke, config, tmp_path, monkeypatch):
     (wanted,) = table.wanted_cells(config, {}, ["pydoc"], [0], tmp_path)
     wanted.directory.parent.mkdir(parents=True)
