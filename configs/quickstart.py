@@ -67,9 +67,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.dpo.dev_share = 0.0
     config.evaluation.systems = (  # Feedback and fusion, too: what expansions have to beat.
         "bm25", "bm25+rm3", "bm25+expansion", "zero-shot", "zero-shot+expansion", "fine-tuned",
-        "fine-tuned+prf-rocchio", "fine-tuned+expansion", "fine-tuned-all", "expandr",
-        "expandr-base-generator", "expandr-plain", "interpolation:bm25:zero-shot",
-        "interpolation:bm25:fine-tuned", "interpolation:bm25:fine-tuned-all",
-        "interpolation:bm25:expandr",
+        "fine-tuned+prf-average", "fine-tuned+prf-rocchio", "fine-tuned+expansion",
+        "fine-tuned-all", "expandr", "expandr-base-generator", "expandr-plain", "expandr-gated",
+        "expandr-gated-after", "interpolation:bm25:zero-shot", "interpolation:bm25:fine-tuned",
+        "interpolation:bm25:fine-tuned-all", "interpolation:bm25:expandr",
     )  # fmt: skip
     return config
