@@ -16,7 +16,7 @@ from configs import beir, public, quickstart
 
 HARVEST = "pydoc"  # The collection of docstrings, which no directory holds.
 # Their queries have several relevant documents each, and more that nobody judged: what is mined as
-# a negative is often one of these. On dev, 64 queries in a batch taught the retriever more.
+# a negative is often one of these. docs/results.md has what that did to rankings of dev.
 OF_SEVERAL_RELEVANT = ("entailmentbank", "nfcorpus")
 
 # A row each. What expansions have to beat stands above them: `expandr_jax.ranking.baselines` pairs
