@@ -245,9 +245,11 @@ def _add_distillation(
     texts = taught * most + (counts.dev * most if most > max(samples) else 0)
     stages.add_sampled("expansions to distill", texts, new, held=held)
     vectors, each = 4 * width * taught, new * TOKEN_BYTES + ENTRY + 3 * 4 * width
-    stages.add("the teacher's vectors", disk=vectors, scratch=vectors * (hosts > 1), files=2,
-               network=vectors, memory=held + INDEX * texts + TAUGHT_AT_ONCE * (1 + most) * each,
-               seconds=CORE_SECONDS["text encoded"] * taught * (1 + most) / hosts / 1000,
+    stages.add(
+        "the teacher's vectors",
+        memory=held + INDEX * texts + TAUGHT_AT_ONCE * (1 + most) * each,
+        disk=vectors, scratch=vectors * (hosts > 1), files=2, network=vectors,
+        seconds=CORE_SECONDS["text encoded"] * taught * (1 + most) / hosts / 1000,
     )  # fmt: skip
     # Rows as they are searched, put together, and kept.
     found = taught * settings.depth if settings.kl_weight else 0

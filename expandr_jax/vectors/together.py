@@ -1,4 +1,4 @@
-"""A file of vectors that several processes make: a part each, of which process 0 makes it."""
+"""A file of vectors that several processes make: each a part, and process 0 the file of these."""
 
 import glob
 import pathlib
