@@ -14,7 +14,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.runtime.bucket import Bucket
 from expandr_jax.runtime.mirror import read_marker
 from expandr_jax.training.checkpoint import Checkpoints
-from tests.commands import SPREAD, command, error_of, finish, start, start_processes, until
+from tests.commands import EXACT, SPREAD, command, error_of, finish, start, start_processes, until
 from tests.kills_test import same
 
 
@@ -134,24 +134,33 @@ def test_a_notice_in_a_round_keeps_what_was_sampled(smoke, bucket, tmp_path):
 
 @pytest.mark.slow
 def test_two_hosts_with_a_bucket_alone_in_common(smoke, bucket, tmp_path):
-    """One of them is killed, both disks are lost, and they end with the results of one process."""
-    processes = start_processes("gs://bucket/run", 2, *SPREAD)
+    """One of them is killed, both disks are lost, and they end with the results of one process.
+
+    Each has the vectors that it searches alone.
+    """
+    options = *SPREAD, *EXACT
+    processes = start_processes("gs://bucket/run", 2, *options)
     until(processes, lambda: any("candidates.jsonl" in n for n in bucket.names("run/work/")))
     processes[1].send_signal(signal.SIGKILL)
     for process in processes:
         process.communicate(timeout=60)
     shutil.rmtree(tmp_path / "scratch")
-    for process in start_processes("gs://bucket/run", 2, *SPREAD):
+    for process in start_processes("gs://bucket/run", 2, *options):
         finish(process)
+    (one,) = (tmp_path / "scratch").glob("*-process-1")
+    assert {path.name for path in (one / "work/vectors").glob("*.npy")} == set()
+    kept = {path.name.partition(".npy")[0] for path in (one / "work/vectors").glob(".*.rows-*")}
+    assert kept == {".zero-shot", ".fine-tuned", ".expandr"}
     workdir = fetched(bucket, tmp_path)
     assert not [name for name in bucket.names("run/work/") if "process-1" in name and
                 "markers" not in name]  # fmt: skip
     ours, theirs = (json.loads((w / "results.json").read_text()) for w in (workdir, smoke[0]))
     assert ours["chosen"] == theirs["chosen"]
     assert ours["rows"] == theirs["rows"]
-    assert names_of(workdir) == names_of(smoke[0])
+    indexes = {name for name in names_of(smoke[0]) if ".index-" in name and "vectors" in name}
+    assert names_of(workdir) == names_of(smoke[0]) - indexes  # Exact search has none.
     before = bucket["run/results.json"]
-    finish(start("gs://bucket/run"))  # One alone finds it finished.
+    finish(start("gs://bucket/run", *EXACT))  # One alone finds it finished.
     assert bucket["run/results.json"] == before
 
 

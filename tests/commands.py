@@ -16,6 +16,8 @@ from expandr_jax.runtime.run import Run
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Parameters are spread over two processes.
 SPREAD = ("--config.mesh.contrastive=(1,2,1)", "--config.mesh.dpo=(1,2,1)")
+# Search is divided where it is exact, and there are several blocks.
+EXACT = ("--config.search.backend=exact", "--config.search.exact.block_rows=16")
 # Where no number that a program comes to is looked at: it is compiled sooner, and rounds otherwise.
 SOON = "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
 # Fields of metrics.jsonl with what a step cost; everything else there depends on the config.

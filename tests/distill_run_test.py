@@ -13,12 +13,17 @@ from sentence_transformers.sentence_transformer.modules import Router
 
 from configs import smoke as smoke_config
 from expandr_jax import metrics
+from expandr_jax.config import read_config, with_settings
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.data.generated import drawn_documents
 from expandr_jax.expansion.prompts import strip_lead_in
 from expandr_jax.files.records import Journal, hash_file, write_jsonl
+from expandr_jax.planning.hosts import host_rows
+from expandr_jax.planning.synthetic import Counts
+from expandr_jax.runtime.chips import GIB
 from tests.adding_test import contents
 from tests.commands import command, error_of, finish, start, start_processes, step_metrics
+from tests.eight_devices import machine
 from tests.processes_trainers_test import same_results, same_steps
 from tests.serving import Server
 
@@ -111,6 +116,34 @@ def test_it_adds_to_the_run_and_changes_nothing_of_it(smoke, distilled):
     assert steps == [*range(2 * ((kept + 40) // 8))]
     printed = finish(distill(workdir, control=True))
     assert "all is done: no model is loaded" in printed
+
+
+@pytest.mark.slow
+def test_its_files_are_as_large_as_planned(distilled):
+    workdir, _ = distilled
+    chosen = {f"distill.{name}": value for name, value in SETTINGS.items()}
+    config = with_settings(
+        read_config(smoke_config.get_config()), {**chosen, "distill.control": True}
+    )
+    documents = len(rows(workdir / "data" / "corpus.jsonl"))
+    counts = Counts(documents, 32, 8, 8, 16)
+    planned = {r.stage: r.bytes_disk for r in host_rows(config, counts, machine(), 8 * GIB)}
+    own = workdir / "work" / "round-0"
+    written = json.loads((own / "distilled-choice.json").read_text())["samples"]
+
+    def size(*paths: pathlib.Path) -> int:
+        files = [file for path in paths for file in [path, *path.rglob("*")] if file.is_file()]
+        assert files
+        return sum(file.stat().st_size for file in files)
+
+    # All but the query that is none, and the file's header.
+    targets = own / "distilled-targets.npy"
+    assert size(targets) == pytest.approx(planned["the teacher's vectors"] * 63 / 64, rel=0.02)
+    texts = [own / "distilled-expansions.jsonl", own / "distilled-dev-expansions.jsonl"]
+    assert 0.3 < size(*texts) / planned["expansions to distill"] * (3 / written) < 1
+    towers = [*(workdir / "checkpoints").glob("distill*"), own / "distilled-found.npy"]
+    assert len(towers) == 3
+    assert 0.6 < size(*towers) / planned["distillation, 2 towers"] < 1.05
 
 
 @pytest.mark.slow

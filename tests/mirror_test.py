@@ -282,3 +282,22 @@ def test_a_copy_of_what_is_asked_for(bucket, open_mirror):
     directory = local_copy("gs://bucket/run", "config.json", "data")
     assert files(directory) == {"config.json": "config.json", "data/a.txt": "data/a.txt"}
     assert local_copy("some/run", "data") == pathlib.Path("some/run").absolute()
+
+
+def test_other_processes_read_parts_of_vectors_that_they_do_not_fetch(bucket, open_mirror):
+    main, other = open_mirror(0, 2), open_mirror(1, 2)
+    path = main.directory / "work" / "vectors" / "a.npy"
+    write_text(path, "0123456789")
+    write_text(path.with_name("a.npy.jsonl"), "what it has")
+    other.pull({0: main.push()})
+    assert files(other.directory) == {"work/vectors/a.npy.jsonl": "what it has"}
+    here = other.directory / "work" / "vectors" / "a.npy"
+    assert other.read(here, 2, 5) == main.read(path, 2, 5) == b"234"
+    write_text(here.with_name(".a.npy.rows-0-5"), "01234")
+    other.push()
+    assert not [name for name in bucket.names() if "rows" in name]
+    other = open_mirror(1, 2)  # It stays on this machine, also from one start to the next.
+    assert here.with_name(".a.npy.rows-0-5").exists()
+    bucket.fail = lambda method, name: 403 if name.endswith("a.npy") else None
+    with pytest.raises(UserError, match=r"a\.npy: no permission"):
+        other.read(here, 0, 3)

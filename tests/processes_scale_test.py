@@ -13,7 +13,7 @@ import pytest
 from configs import smoke as smoke_config
 from expandr_jax.data.beir import Collection, write_beir
 from expandr_jax.runtime.processes import EXIT_LOST
-from tests.commands import SPREAD, ended, finish, start, start_processes
+from tests.commands import EXACT, SPREAD, ended, finish, start, start_processes
 from tests.processes_trainers_test import same_results, same_steps
 
 pytestmark = pytest.mark.slow
@@ -26,8 +26,6 @@ FOUR = (
 )  # fmt: skip
 TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
-# Search is divided where it is exact, and there are several blocks.
-EXACT = ("--config.search.backend=exact", "--config.search.exact.block_rows=16")
 # Where one of two processes is killed, in the order of a run; after what, as of tests/killed.py.
 KILLS = (
     ("encode the corpus, zero-shot", "vectors in a file"),

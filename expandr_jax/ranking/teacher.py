@@ -27,7 +27,7 @@ from expandr_jax.search import Index
 from expandr_jax.sharding import whole
 from expandr_jax.vectors.corpus import CorpusRetriever
 from expandr_jax.vectors.file import encode_to_file
-from expandr_jax.vectors.together import Known, encode_together
+from expandr_jax.vectors.together import Known, encode_together, progress_of_all
 
 TAUGHT_AT_ONCE = 1024  # Queries whose texts' vectors are in memory together.
 TEACHER, STUDENT = parse_system(OURS), parse_system(DISTILLED)
@@ -132,7 +132,7 @@ class Teacher:
         path: pathlib.Path,
         queries: Mapping[str, str],
         texts: Mapping[str, list[list[str]]],
-        advance: Callable[[int], None],
+        advance: Callable[[float], None],
     ) -> None:
         """Writes `vectors` to a file, a block at a time, or goes on.
 
@@ -142,10 +142,12 @@ class Teacher:
         used = [*dataclasses.astuple(self.choice), ours.normalize]
 
         def encode(to: pathlib.Path, share: slice, known: Known | None) -> None:
+            tell = progress_of_all(advance, share, len(every))
+
             def vectors(first: int, last: int) -> np.ndarray:
                 some = {query: queries[query] for query in every[share][first:last]}
                 found = self.vectors(some, texts)
-                advance(len(some))
+                tell(len(some))
                 return found
 
             # What the vectors are of, so that a file of other passages, or of another use of them,

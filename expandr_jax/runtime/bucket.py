@@ -58,6 +58,14 @@ class Bucket:
         """An object's content; None: it is not there."""
         return self._try(name, lambda: self._files.cat_file(self.path(name)), needed=False)
 
+    def read_part(self, name: str, start: int, end: int) -> bytes:
+        """An object's bytes, from one to another; b"" where it is not there."""
+        path = self.path(name)
+        found = self._try(
+            name, lambda: self._files.cat_file(path, start=start, end=end), needed=False
+        )
+        return found or b""
+
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, and replaces one of this name."""
         path = self.path(name)

@@ -40,6 +40,8 @@ OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",
     "timings.json", "report.html",
 )  # fmt: skip
+# Of those vectors each process has what says which blocks they are, and fetches its own: `read`.
+_VECTOR_JOURNAL = re.compile(r"work/vectors/.*\.npy\.jsonl$")
 _SPARSE = re.compile(r"work/(.*/)?splade\.index-[^/]*/")  # Process 0 alone searches those.
 SHARES_FOLDER = "work/shares/"  # What each process reads of every other.
 SECONDS_BETWEEN = 10.0  # Between pushes of what grows piece by piece; longer where they take long.
@@ -123,6 +125,10 @@ class Mirror(SharedFiles):
             self._write_marker(self._own)
             for i in gone:
                 self._bucket.remove(_marker(i))
+
+    def read(self, path: pathlib.Path, start: int, end: int) -> bytes:
+        """The bytes, from one to another, of a file that process 0 has put there."""
+        return self._bucket.read_part(path.relative_to(self.directory).as_posix(), start, end)
 
     def _markers(self) -> dict[int, tuple[int, Content]]:
         """The markers that this process reads, by the number of the process that wrote each."""
@@ -228,6 +234,8 @@ class Mirror(SharedFiles):
             return True
         if writer:
             return name.startswith(SHARES_FOLDER)
+        if _VECTOR_JOURNAL.match(name):
+            return True
         return not (name.startswith(OF_MAIN_ALONE) or _SPARSE.match(name))
 
     def _writer(self, name: str) -> int:

@@ -40,7 +40,7 @@ class Reporter:
         self.console.print(f"  {text}", markup=False)
 
     @contextlib.contextmanager
-    def progress(self, task: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    def progress(self, task: str, total: int, done: int = 0) -> Iterator[Callable[[float], None]]:
         """A bar with an estimate on a terminal, a line now and then elsewhere.
 
         Args:
@@ -49,7 +49,8 @@ class Reporter:
             done: How many of them were done before.
 
         Yields:
-            A function to call with the number of items done since its last call, by one thread.
+            A function to call with the number of items done since its last call, by one thread;
+            it may be a fraction where other processes do some of them.
         """
         if self.console.is_terminal:
             columns = (
@@ -63,7 +64,7 @@ class Reporter:
         finished, start = done, time.perf_counter()
         printed = start
 
-        def advance(count: int) -> None:
+        def advance(count: float) -> None:
             nonlocal finished, printed
             finished += count
             now = time.perf_counter()
@@ -74,7 +75,7 @@ class Reporter:
             if finished - done > total * SHARE_BEFORE_ESTIMATE:
                 left = (now - start) * (total - finished) / (finished - done)
                 estimate = f", about {left:.0f} s left"
-            self.console.print(f"  {task} {finished}/{total}{estimate}")
+            self.console.print(f"  {task} {finished:.0f}/{total}{estimate}")
 
         yield advance
 

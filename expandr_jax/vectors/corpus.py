@@ -20,16 +20,18 @@ from expandr_jax.search import ExactIndex, Index, ScannIndex, kept_index, scann
 from expandr_jax.search.divided import (
     SHARD_ROWS,
     DividedIndex,
+    Span,
     found_by_all,
     share_of_blocks,
     share_of_shards,
 )
 from expandr_jax.search.settings import SearchSettings
+from expandr_jax.vectors.blocks import fetch_rows, is_within_reach, open_rows, width_of
 from expandr_jax.vectors.encoder import Kind, Progress, TextEncoder
 from expandr_jax.vectors.file import content_key, encode_to_file
 from expandr_jax.vectors.query import NORMALIZE, Normalize
 from expandr_jax.vectors.stored import StoredVectors, open_vectors
-from expandr_jax.vectors.together import Known, encode_together, share_starts
+from expandr_jax.vectors.together import Known, encode_together, progress_of_all, share_starts
 
 # What texts of a kind are called that are no documents of the corpus.
 _READ_AS: dict[Kind, str] = {"query": "queries", "document": "documents"}
@@ -43,9 +45,10 @@ class Corpus:
         ids: Document ids, in the order of the index.
         vectors: [documents, dim], float32 when indexed or stored in less; process 0 has them.
         search: The config's section `search`.
-        path: The vectors' file, beside which an index worth it is kept; None: none is.
+        path: The vectors' file, beside which an index worth it is kept; None: none is. It may be
+            elsewhere, and here those of its rows that this process searches; see `blocks`.
         writes: Whether an index that is made is kept, or only one that is there opened.
-        processes: Those that search together; each of them sees the file, and has this corpus.
+        processes: Those that search together, each of which has this corpus.
         shares: Where they hand each other what they find.
         normalize: Where an expanded query's vector is brought to unit length that it is searched
             for; see `expanded_query`.
@@ -87,7 +90,7 @@ class Corpus:
             spans = share_of_blocks(size, block, own.index, own.count)
         else:
             spans = share_of_shards(size, own.index, own.count)
-        width = self._vectors(0, size).shape[1]
+        width = self.vectors.shape[1] if self.path is None else width_of(self.path)
         kind = "exact" if self.is_exact else "scann"
         where = self.path.relative_to(self.shares.parent).as_posix() if self.shares else ""
         return DividedIndex(
@@ -107,7 +110,7 @@ class Corpus:
     def _vectors(self, start: int, end: int) -> np.ndarray | StoredVectors:
         if self.path is None:
             return self.vectors[start:end]
-        return open_vectors(self.path, start, end)
+        return open_rows(self.path, start, end)
 
     def _made(self, start: int, end: int) -> Index:
         """The index of some of the vectors."""
@@ -122,6 +125,8 @@ class Corpus:
         stem = (
             f"{self.path.stem}.shard-{start // SHARD_ROWS}" if self.is_divided else self.path.stem
         )
+        if not self.path.exists():  # As the vectors, it stays on this machine.
+            stem = f".{stem}"
         directory = self.path.with_name(f"{stem}.index-{key}")
         return kept_index(directory, build, write=self.writes)
 
@@ -210,16 +215,25 @@ class CorpusRetriever:
             corpus = Corpus(
                 ids_of(self.texts), vectors, self.search, self.path, normalize=self.normalize
             )
-            # They must agree on how they search; without the file process 0 searches alone.
-            able = [self.path.exists(), corpus.is_exact]
+            # They must agree on how they search.
+            able = [is_within_reach(self.path), corpus.is_exact]
             if self.processes.count > 1 and self.processes.gather(able) == (
                 [[True, corpus.is_exact]] * self.processes.count
             ):
                 corpus = dataclasses.replace(corpus, processes=self.processes, shares=self.shares)
-                for each in (corpus, corpus.exact):
-                    if each.is_divided:
-                        _ = each.index  # Opened now: this process answers searches by it.
+                divided = {
+                    id(each): each.index for each in (corpus, corpus.exact) if each.is_divided
+                }  # Opened now: this process answers searches by them.
+                self._fetch([span for index in divided.values() for span in index.spans])
         return corpus
+
+    def _fetch(self, spans: Sequence[Span]) -> None:
+        """Brings the vectors here that this process searches, where the file is elsewhere."""
+        if self.path.exists():
+            return
+        rows = sum(end - start for start, end in spans)
+        with self.reporter.progress(f"{self.path.stem}: vectors fetched", rows) as shown:
+            fetch_rows(self.path, spans, self.dtype, self.processes.files.read, shown)
 
     def release(self) -> None:
         """Lets go of the index that searches made: another retriever's is next, or training.
@@ -256,9 +270,10 @@ class CorpusRetriever:
         starts = share_starts(len(texts), processes.count)
         share = slice(starts[processes.index], starts[processes.index + 1])
         own = texts[share]
+        tell = progress and progress_of_all(progress, share, len(texts))
         with _naming(ids[share]):
             cut: list[bool] = []
-            vectors = self.encoder.encode(self.params, own, kind, progress, cut.extend)
+            vectors = self.encoder.encode(self.params, own, kind, tell, cut.extend)
         if processes.count == 1:
             self._count(kind, len(texts), sum(cut))
             return vectors
@@ -273,8 +288,6 @@ class CorpusRetriever:
         processes.barrier()  # Nobody writes the next ones before all have read these.
         with contextlib.suppress(OSError):
             own_path.unlink()
-        if progress is not None:
-            progress(len(texts) - len(own))
         return np.concatenate([part for part in parts if len(part)] or [vectors])
 
     def _count(self, kind: Kind, texts: int, cut: int) -> None:
@@ -298,11 +311,13 @@ class CorpusRetriever:
         """
         ids, values = ids_of(self.texts), texts_of(self.texts)
 
-        def advance(count: int) -> None:
-            progress(count)
-            self.processes.files.push(later=True)
-
         def encode(to: pathlib.Path, share: slice, known: Known | None) -> None:
+            tell = progress_of_all(progress, share, len(values))
+
+            def advance(count: int) -> None:
+                tell(count)
+                self.processes.files.push(later=True)
+
             dtype = self.dtype if to == self.path else "float32"
             made = {"vectors": known} if known else {"progress": advance}
             with _naming(ids[share], "document "):

@@ -16,7 +16,7 @@ from expandr_jax.weights.trees import model_shardings
 TEXTS_AT_ONCE = 16384  # Texts whose token ids, many times as large as they, are in memory at once.
 TOKENS_PER_BATCH = 2048  # Rows times length of a batch, where nothing else is said.
 
-Progress = Callable[[int], None]
+Progress = Callable[[float], None]
 Cut = Callable[[Sequence[bool]], None]
 
 

@@ -146,7 +146,7 @@ def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
     if not journal.rows or not path.exists():
         return 0
     with open(path, "rb") as file:
-        file.seek(len(_header(dtype, 0, journal.rows[0]["width"])))
+        file.seek(len(npy_header(dtype, 0, journal.rows[0]["width"])))
         for number, row in enumerate(journal.rows):
             size = row["rows"] * np.dtype(storage_type(dtype, row["width"])).itemsize
             if hashlib.sha256(file.read(size)).hexdigest() != row["sha256"]:
@@ -157,7 +157,7 @@ def _intact_blocks(path: pathlib.Path, journal: Journal, dtype: str) -> int:
 def _is_whole(path: pathlib.Path, journal: Journal, dtype: str) -> bool:
     """Whether the file's header is that of the journal's blocks and nothing follows them."""
     rows, width = sum(row["rows"] for row in journal.rows), journal.rows[0]["width"]
-    header = _header(dtype, rows, width)
+    header = npy_header(dtype, rows, width)
     size = len(header) + rows * np.dtype(storage_type(dtype, width)).itemsize
     with open(path, "rb") as file:
         return file.read(len(header)) == header and path.stat().st_size == size
@@ -180,7 +180,7 @@ def _write_missing(part, encode, texts, dtype, block, journal, identity, progres
             journal.append([{"identity": identity, "texts": digest, **row}])
         file.seek(0)
         rows = sum(row["rows"] for row in journal.rows)
-        file.write(_header(dtype, rows, journal.rows[0]["width"]))
+        file.write(npy_header(dtype, rows, journal.rows[0]["width"]))
         file.flush()
         os.fsync(file.fileno())
 
@@ -215,7 +215,7 @@ def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -
     if not np.isfinite(from_storage(stored)[:]).all():
         raise UserError(f"{journal.path}: a vector is too long for {dtype}; use float32")
     rows = sum(row["rows"] for row in journal.rows)
-    header = _header(dtype, 0, vectors.shape[1])
+    header = npy_header(dtype, 0, vectors.shape[1])
     end = len(header) + rows * stored[:1].nbytes
     if rows == 0:
         file.write(header)
@@ -228,7 +228,7 @@ def _append(file: BinaryIO, journal: Journal, vectors: np.ndarray, dtype: str) -
     return hashlib.sha256(data).hexdigest()
 
 
-def _header(dtype: str, rows: int, width: int) -> bytes:
+def npy_header(dtype: str, rows: int, width: int) -> bytes:
     """A .npy header; its length does not depend on the number of rows."""
     kind, row = storage_type(dtype, width)
     buffer = io.BytesIO()

@@ -69,6 +69,13 @@ def encode_together(
     return cut if divided else processes.once(lambda: count_cut(path))
 
 
+def progress_of_all(
+    progress: Callable[[float], None], share: slice, count: int
+) -> Callable[[int], None]:
+    """What this process tells of its share, as progress of all items: others are as far as it."""
+    return lambda done: progress(done * count / (share.stop - share.start))
+
+
 def share_starts(count: int, processes: int) -> list[int]:
     """Where each process's share of so many items begins, and the last one ends."""
     return [count * share // processes for share in range(processes + 1)]
