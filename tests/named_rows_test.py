@@ -1,5 +1,7 @@
 """Rows of a file by their names, read when they are asked for."""
 
+import os
+
 import pytest
 
 from expandr_jax.errors import UserError
@@ -21,9 +23,28 @@ def test_rows_are_read_by_name(tmp_path):
         found["q21"]
     path.unlink()
     assert "q20" not in found
-    assert "q19" in found
+    assert found["q19"] == rows[19]  # It stays open.
+
+
+def test_a_file_that_is_gone_before_it_is_read_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": "q", "neg": ["long " * 9000]}, {"id": "p", "neg": []}])
+    assert NamedRows(path, "id", {})["q"] == {"id": "q", "neg": ["long " * 9000]}
+    found = NamedRows(path, "id", {})
+    path.unlink()
     with pytest.raises(UserError, match="cannot read it"):
-        found["q19"]
+        found["q"]
+
+
+def test_files_are_closed_with_what_reads_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": "q", "neg": []}])
+    before = len(os.listdir("/dev/fd"))
+    found = [NamedRows(path, "id", {}) for _ in range(5)]
+    assert [rows["q"]["neg"] for rows in found for _ in range(3)] == [[]] * 15
+    assert len(os.listdir("/dev/fd")) == before + 5
+    del found
+    assert len(os.listdir("/dev/fd")) == before
 
 
 @pytest.mark.parametrize(

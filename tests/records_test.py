@@ -255,6 +255,8 @@ def test_a_file_that_others_change_while_it_is_read_is_named(tmp_path):
     journal.part.write_bytes(b"[" * 200)
     with pytest.raises(UserError, match=r"work\.part: was changed by others"):
         list(journal.rows)
+    journal = Journal(tmp_path / "other" / "work")
+    journal.append(ROWS)
     journal.part.unlink()
     with pytest.raises(UserError, match=r"work\.part: cannot read it"):
         _ = journal.rows[0]

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from expandr_jax.errors import UserError
+from expandr_jax.files.lines import Lines
 from expandr_jax.files.records import Row, check_field, parse_row, read_lines
 
 
@@ -23,7 +23,7 @@ class NamedRows(Mapping[str, Row]):
     """
 
     def __init__(self, path: str | os.PathLike, name: str, fields: Mapping[str, type]):
-        self._path, self._starts, start = Path(path), {}, 0
+        self._path, self._starts, self._lines, start = path, {}, Lines(path), 0
         for number, line in read_lines(path):
             if line.strip():
                 where = f"{path}:{number}"
@@ -36,9 +36,7 @@ class NamedRows(Mapping[str, Row]):
     def __getitem__(self, key: str) -> Row:
         start = self._starts[key]
         try:
-            with open(self._path, "rb") as file:
-                file.seek(start)
-                line = file.readline()
+            line = self._lines.at(start)
         except OSError as error:
             raise UserError(f"{self._path}: cannot read it: {error.strerror}") from error
         return parse_row(str(self._path), line)

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.archive import Files
+from expandr_jax.files.lines import Lines
 
 Row = dict[str, Any]
 
@@ -115,7 +116,7 @@ class Rows(Sequence[Row]):
     """
 
     def __init__(self, path: Path, starts: array) -> None:
-        self.path, self._starts = path, starts
+        self.path, self._starts, self._lines = path, starts, Lines(path)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -133,15 +134,11 @@ class Rows(Sequence[Row]):
         return list(self._read([self._starts[number] for number in numbers]))
 
     def _read(self, starts: Sequence[int]) -> Iterator[Row]:
-        if not starts:  # Nor need there be a file.
-            return
         try:
-            with open(self.path, "rb") as file:
-                for start in starts:
-                    file.seek(start)
-                    row = json.loads(file.readline())
-                    del row[_CHECK]
-                    yield row
+            for start in starts:
+                row = json.loads(self._lines.at(start))
+                del row[_CHECK]
+                yield row
         except OSError as error:
             raise UserError(f"{self.path}: cannot read it: {error.strerror}") from error
         except (ValueError, KeyError, TypeError):
