@@ -12,12 +12,14 @@ from rich.console import Console
 from configs import base, smoke
 from expandr_jax.config import read_config
 from expandr_jax.errors import NotFiniteError
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.run import Run
 from expandr_jax.search import ExactIndex, ScannIndex, scann
 from expandr_jax.sharding import make_mesh
-from expandr_jax.vectors.corpus import Corpus
+from expandr_jax.vectors.corpus import Corpus, CorpusRetriever
 from expandr_jax.vectors.encoder import TextEncoder
 from expandr_jax.weights.hf import load_retriever
+from tests.processes_test import group, together  # noqa: F401 (the fixture)
 from train.encoding import run_retriever
 
 needs_scann = pytest.mark.skipif(not scann.installed(), reason="there is no ScaNN wheel")
@@ -152,3 +154,32 @@ def test_exact_search_has_its_own():
     index = Corpus([], VECTORS, section(**settings)).index
     assert isinstance(index, ExactIndex)
     assert index.options.block_rows == 7
+
+
+def test_processes_encode_together_for_all_or_for_the_first_alone(group, tmp_path):  # noqa: F811
+    retriever, params = load_retriever(TINY, max_length=6)
+    encoder, texts = TextEncoder(retriever, make_mesh()), [*TEXTS.values()] * 3
+    expected = encoder.encode(params, texts, "query")
+
+    def encode(member: Processes) -> list[np.ndarray]:
+        told = []
+        own = CorpusRetriever(
+            encoder, params, {}, tmp_path / "v.npy", "float32", section(), member,
+            types.SimpleNamespace(say=told.append), tmp_path / "shares", "both",
+        )  # fmt: skip
+        options = [{}, {"main_alone": True}, {"main_alone": True}]
+        made = [own.encode(texts, "query", **each) for each in options]
+        own.release()
+        # All are cut but those of two words, in each of three calls; each process tells of all.
+        (line,) = told
+        assert f"of {3 * len(texts)} texts that are read as queries" in line
+        member.barrier()
+        assert not [*(tmp_path / "shares").iterdir()]
+        member.barrier()
+        return made
+
+    for index, (every, *others) in enumerate(together(group, encode)):
+        np.testing.assert_allclose(every, expected, atol=1e-6)
+        for found in others:
+            assert found.shape == (len(texts) if index == 0 else 0, expected.shape[1])
+            np.testing.assert_array_equal(found, every[: len(found)])

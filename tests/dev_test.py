@@ -32,7 +32,7 @@ def gain(rank: int) -> float:
 
 @pytest.mark.parametrize("pooling", ["mean", "splade"])
 def test_a_retriever_s_value_is_that_of_all_inner_products(pooling):
-    def encode(texts, kind, progress=lambda count: None):
+    def encode(texts, kind, progress=lambda count: None, **_):
         progress(len(texts))
         return np.stack(
             [np.random.default_rng([*text.encode()]).uniform(0.1, 1, 6) for text in texts]

@@ -89,18 +89,24 @@ def test_processes_make_the_teacher_s_vectors_together(group, tmp_path):  # noqa
     """Each its share, in blocks; one process alone makes the same of all."""
     queries = {f"q{i}": f"query {i}" for i in range(COUNT * TAUGHT_AT_ONCE + 5)}
     texts = {query: [[f"passage of {query}"]] for query in queries}
-    choice, made = Choice(0.5, 1), {}
+    choice, made, told = Choice(0.5, 1), {}, {}
+
+    class Counted(Teacher):
+        def vectors(self, queries, texts):
+            made[self.retriever.processes.index].append(len(queries))
+            return super().vectors(queries, texts)
 
     def write(member, path):
-        made[member.index] = []
-        teacher = Teacher(Whole(member), STRATEGIES["q2d"], choice, SETTINGS)
-        teacher.write(path, queries, texts, made[member.index].append)
+        made[member.index], told[member.index] = [], []
+        teacher = Counted(Whole(member), STRATEGIES["q2d"], choice, SETTINGS)
+        teacher.write(path, queries, texts, told[member.index].append)
         assert open_vectors(path).shape == (len(queries), 8)  # It is there for all of them.
 
     together(group, lambda member: write(member, tmp_path / "divided.npy"))
     assert sum(map(sum, made.values())) == len(queries)
     assert max(map(sum, made.values())) <= len(queries) // COUNT + 1
     assert max(map(max, made.values())) <= TAUGHT_AT_ONCE
+    assert [*map(sum, told.values())] == pytest.approx([len(queries)] * COUNT)
     assert {path.name for path in tmp_path.iterdir()} == {"divided.npy", "divided.npy.jsonl"}
     write(Processes(), tmp_path / "alone.npy")
     alone, divided = (open_vectors(tmp_path / f"{name}.npy") for name in ("alone", "divided"))

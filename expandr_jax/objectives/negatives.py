@@ -56,11 +56,12 @@ def mine_triples(
 def encoded_queries(
     retriever: CorpusRetriever, data: TrainingData, ids: Sequence[str]
 ) -> Iterator[tuple[Sequence[str], np.ndarray]]:
-    """So many training queries at a time, and their vectors; all processes encode them."""
+    """So many training queries at a time, and in process 0 their vectors; all encode together."""
     with retriever.reporter.progress("training queries encoded", len(ids)) as advance:
         for first in range(0, len(ids), QUERIES_AT_ONCE):
             some = ids[first : first + QUERIES_AT_ONCE]
-            yield some, retriever.encode(data.queries(some), "query", progress=advance)
+            own = {"progress": advance, "main_alone": True}
+            yield some, retriever.encode(data.queries(some), "query", **own)
 
 
 def _mined(

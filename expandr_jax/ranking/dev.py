@@ -36,9 +36,8 @@ def kept_vectors(
     """
     kept = np.zeros((0, 0), np.float32)
     for first in range(0, len(texts), TEXTS_AT_ONCE):
-        block = retriever.encode(
-            texts[first : first + TEXTS_AT_ONCE], "document", progress=progress
-        )
+        some = texts[first : first + TEXTS_AT_ONCE]
+        block = retriever.encode(some, "document", progress=progress, main_alone=True)
         if retriever.processes.is_main:
             if not first:
                 shape = len(texts), block.shape[1]

@@ -1,6 +1,7 @@
 """A round's candidates and self-answers: sampled, and rewarded some queries at a time."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -144,14 +145,15 @@ class SampledGroups:
         All processes call it together, each of which reads the texts that it encodes.
 
         Returns:
-            [queries, dim], [queries * candidates, dim] and [queries, dim].
+            [queries, dim], [queries * candidates, dim] and [queries, dim], in process 0.
         """
         keys = [(query, i) for query in queries for i in range(len(self.temperatures))]
         keys += [(query, ANSWER) for query in queries]
         names = [f"{'answer to' if i == ANSWER else 'candidates of'} {query}" for query, i in keys]
-        documents = retriever.encode(ReadWhenSliced(keys, self._text), kind, names, advance)
+        encode = functools.partial(retriever.encode, progress=advance, main_alone=True)
+        documents = encode(ReadWhenSliced(keys, self._text), kind, names)
         names = [f"query {query}" for query in queries]
-        encoded = retriever.encode(self.data.queries(queries), "query", names, advance)
+        encoded = encode(self.data.queries(queries), "query", names)
         return encoded, documents[: -len(queries)], documents[-len(queries) :]
 
     def _text(self, key: tuple[str, int]) -> str:

@@ -260,8 +260,12 @@ class CorpusRetriever:
         kind: Kind,
         ids: Sequence[str] = (),
         progress: Progress | None = None,
+        *,
+        main_alone: bool = False,
     ) -> np.ndarray:
         """`TextEncoder.encode` of texts that all processes have: [len(texts), dim] in each of them.
+
+        With `main_alone` process 0 alone reads what the others have encoded, which get [0, dim].
 
         Raises:
             NotFiniteError: A vector is not finite, naming its text by its id, if it has one.
@@ -280,15 +284,15 @@ class CorpusRetriever:
         paths = [self.shares / f"vectors.process-{i}.npz" for i in range(processes.count)]
         own_path = paths[processes.index]
         self.shares.mkdir(parents=True, exist_ok=True)
-        write_arrays(own_path, vectors=vectors, cut=np.array(sum(cut)))
+        write_arrays(own_path, vectors=vectors)
         processes.barrier()
-        read = [read_arrays(path) for path in paths]
-        self._count(kind, len(texts), sum(int(part["cut"]) for part in read))
-        parts = [part["vectors"] for part in read]
-        processes.barrier()  # Nobody writes the next ones before all have read these.
+        read = paths if processes.is_main or not main_alone else []
+        parts = [read_arrays(path)["vectors"] for path in read]
+        # Nobody writes the next ones before all have read these.
+        self._count(kind, len(texts), sum(processes.gather(sum(cut))))
         with contextlib.suppress(OSError):
             own_path.unlink()
-        return np.concatenate([part for part in parts if len(part)] or [vectors])
+        return np.concatenate([part for part in parts if len(part)] or [vectors[:0]])
 
     def _count(self, kind: Kind, texts: int, cut: int) -> None:
         self._encoded[kind, True] += cut
