@@ -105,6 +105,7 @@ class SetRanker:
                 directory / "work",
                 self._document_texts(documents),
                 name=f"bm25-{documents}" if documents else "bm25",
+                reporter=run.reporter,
             )
         )
         self._dense = functools.cache(self._search_by_vectors)

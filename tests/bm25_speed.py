@@ -1,4 +1,4 @@
-"""BM25 over many passages: `python -m tests.bm25_speed 1000000 40`.
+"""BM25 over many passages: `python -m tests.bm25_speed 1000000 40 WORKERS`.
 
 Passages of so many words and queries of 8 are drawn by seed from a Zipf vocabulary of 200,000. It
 prints the time and the memory that the index takes, without the pages of files, and how many
@@ -62,11 +62,11 @@ def watched(most: list[float]) -> Iterator[None]:
         most.append(max(held) - held[0])
 
 
-def main(count: int, words: int = 40) -> None:
+def main(count: int, words: int = 40, workers: int = 1) -> None:
     Bm25Index(["one text"])  # Imports what is needed.
     start, most = time.perf_counter(), []
     with watched(most):
-        index = Bm25Index(Drawn(count, words, 0))
+        index = Bm25Index(Drawn(count, words, 0), workers=workers)
     seconds = time.perf_counter() - start
     print(f"index: {seconds:.0f} s, {most[0]:.0f} MB above the start at the most")
     queries = list(Drawn(QUERIES, 8, 1))

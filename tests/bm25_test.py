@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import tracemalloc
 import unicodedata
 
@@ -13,7 +14,7 @@ import pytest
 from expandr_jax import search
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
-from expandr_jax.search import word_counts
+from expandr_jax.search import Bm25Index, bm25, word_counts
 
 TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]
 
@@ -269,3 +270,23 @@ def test_a_place_for_the_index_that_cannot_be_written_is_told(tmp_path, monkeypa
     with pytest.raises(UserError, match=f"{tmp_path}: cannot write BM25's index: No space left"):
         search.Bm25Index(TEXTS, scratch=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_workers_make_the_index_that_one_process_makes(monkeypatch, tmp_path):
+    monkeypatch.setattr(bm25, "_TEXTS", 7)
+    draw, told = random.Random(0), []
+    words = [f"w{number}" for number in range(60)] + [
+        "naïve",
+        "検索エンジン",
+        "The",
+        "state-of-the-art",
+    ]
+    texts = [" ".join(draw.choices(words, k=draw.randrange(30))) for _ in range(100)]
+    Bm25Index(texts).save(tmp_path / "one")
+    monkeypatch.setattr(bm25, "_MANY", 50)
+    Bm25Index(texts, workers=2, progress=told.append).save(tmp_path / "two")
+    assert sum(told) == len(texts)
+    assert len(told) == 15
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name

@@ -39,7 +39,7 @@ def run_words(run: Run, texts: Mapping[str, str], folder: str = "") -> DividedWo
     main, where = run.processes.is_main, run.path("work", folder)
     return DividedWords(
         folder,
-        lambda: kept_bm25(where, texts.values(), write=main),
+        lambda: kept_bm25(where, texts.values(), write=main, reporter=run.reporter),
         run.processes,
         run.path("work", "shares"),
     )

@@ -1,13 +1,11 @@
 """Batches made ahead of training by worker processes (grain)."""
 
-import functools
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.workers import end_with
 
 T = TypeVar("T")
 
@@ -65,26 +63,12 @@ class Ahead(Generic[T]):
 
 
 class _InWorker(Generic[T]):
-    """A function in a process that ends with this one, also where this one is killed.
-
-    Else it would wait for ever to be asked, and keep open what it has read.
-    """
+    """A function in a process that ends with this one."""
 
     def __init__(self, make: Callable[[int], T]):
         self._make, self._parent = make, os.getpid()
 
     def __call__(self, number: int) -> T:
         if os.getpid() != self._parent:
-            _watch(self._parent)
+            end_with(self._parent)
         return self._make(number)
-
-
-@functools.cache
-def _watch(parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

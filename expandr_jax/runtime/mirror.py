@@ -40,7 +40,7 @@ OF_MAIN_ALONE = (
     "export/", "runs/", "tensorboard/", "profile/", "work/vectors/", "metrics.jsonl",
     "timings.json", "report.html",
 )  # fmt: skip
-# Of those vectors each process has what says which blocks they are, and fetches its own: `read`.
+# Each process has what says which blocks of those vectors there are, and fetches its own: `read`.
 _VECTOR_JOURNAL = re.compile(r"work/vectors/.*\.npy\.jsonl$")
 _SPARSE = re.compile(r"work/(.*/)?splade\.index-[^/]*/")  # Process 0 alone searches those.
 SHARES_FOLDER = "work/shares/"  # What each process reads of every other.

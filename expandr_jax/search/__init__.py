@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from expandr_jax.errors import UserError
+from expandr_jax.runtime.progress import QUIET, Reporter
+from expandr_jax.runtime.workers import workers_here
 from expandr_jax.search import scann
 from expandr_jax.search.bm25 import Bm25Index, Bm25Options, text_fingerprint, words_of
 from expandr_jax.search.exact import ExactIndex, ExactOptions
@@ -131,15 +133,28 @@ def kept_index(directory: pathlib.Path, build: Callable[[], Index], *, write: bo
 
 
 def kept_bm25(
-    directory: pathlib.Path, texts: Collection[str], *, name: str = "bm25", write: bool = True
+    directory: pathlib.Path,
+    texts: Collection[str],
+    *,
+    name: str = "bm25",
+    write: bool = True,
+    reporter: Reporter = QUIET,
 ) -> Bm25Index:
-    """`kept_index` of texts for BM25, in NAME.index-KEY of a directory."""
+    """`kept_index` of texts for BM25, in NAME.index-KEY of a directory.
+
+    Many of them are split by several processes of this machine; see `Bm25Index`.
+    """
     key = text_fingerprint(texts)[:16]
     where = directory / f"{name}.index-{key}"
     if write:  # Made where there is to be room for it.
         directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory if write else None
-    return kept_index(where, lambda: Bm25Index(texts, scratch=scratch), write=write)
+
+    def build() -> Bm25Index:
+        options = {"scratch": directory if write else None, "workers": workers_here()}
+        with reporter.progress("BM25: documents read", len(texts)) as advance:
+            return Bm25Index(texts, progress=advance, **options)
+
+    return kept_index(where, build, write=write)
 
 
 def search_named(

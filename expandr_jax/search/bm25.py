@@ -18,15 +18,16 @@ import pathlib
 import re
 import types
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import write_json
+from expandr_jax.runtime.workers import mapped
 from expandr_jax.search.index import Index
 from expandr_jax.search.postings import Postings
-from expandr_jax.search.word_counts import WordCounts
+from expandr_jax.search.word_counts import BlockCounts, WordCounts, count_block
 from expandr_jax.settings import NotNegative, Share, read_section
 
 _LENGTHS = "lengths.json"
@@ -38,6 +39,7 @@ _FILES = (
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 _POSTINGS = "data", "indices", "indptr"  # Each word's weights and documents; where they end.
 _TEXTS = 4096  # Texts whose words are in memory as strings at once.
+_MANY = 200_000  # Texts from which on workers take less time than they need to begin.
 # Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
 # the first plane; Hangul has spaces, but between groups of words.
 _UNSPACED = re.compile(
@@ -86,11 +88,19 @@ class Bm25Index(Index):
         options: Bm25Options = Bm25Options(),
         *,
         scratch: str | os.PathLike | None = None,
+        workers: int = 1,
+        progress: Callable[[int], None] = lambda count: None,
     ):
         """Indexes `texts`, one a document, in order; none of them is kept.
 
-        The index lies in files without a name in directory `scratch`; None: where the system has
-        its temporary files.
+        Args:
+            texts: The documents.
+            options: BM25's.
+            scratch: The directory where the index lies, in files without a name; None: where the
+                system has its temporary files.
+            workers: How many processes split texts, where there are many; see `workers.mapped`,
+                whose processes import the program's main module.
+            progress: Told how many texts more have been read.
 
         Raises:
             UserError: there is no text, or no word in any of them, or an option is out of range.
@@ -99,8 +109,11 @@ class Bm25Index(Index):
         plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in vars(options).items()}
         self.options = read_section(Bm25Options, plain, "BM25 option ")
         counts, vocabulary = WordCounts(scratch), dict[str, int]()
-        for _, block in _blocks(texts):
-            _count_words(block, vocabulary, counts)
+        blocks = (block for _, block in _blocks(texts))
+        for words, block in mapped(_counted, blocks, workers if len(texts) >= _MANY else 1):
+            numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
+            counts.add(block, np.array(numbers, np.int32))
+            progress(len(block.lengths))
         if not vocabulary:
             raise UserError(f"BM25: no word to index in {len(texts)} texts")
         self.size = len(texts)
@@ -242,12 +255,11 @@ def _split(texts: Sequence[str]) -> list[list[str]]:
     return _bm25s().tokenize(_spaced(texts), return_ids=False, **_WORDS)
 
 
-def _count_words(texts: Sequence[str], vocabulary: dict[str, int], counts: WordCounts) -> None:
-    """Counts the words of texts; `vocabulary` numbers them in the order in which they come."""
+def _counted(texts: Sequence[str]) -> tuple[list[str], BlockCounts]:
+    """The words of texts, in the order in which they come, and how often each text has them."""
     tokens = _bm25s().tokenize(_spaced(texts), return_ids=True, **_WORDS)
-    numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in tokens.vocab]
     words = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
-    counts.add(np.array(numbers, np.int32)[words], np.array([len(ids) for ids in tokens.ids]))
+    return [*tokens.vocab], count_block(words, np.array([len(ids) for ids in tokens.ids]))
 
 
 def _bm25s() -> types.ModuleType:

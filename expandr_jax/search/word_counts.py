@@ -6,6 +6,7 @@ The same numbers are made here a part at a time, to the bit. The matrix itself, 
 lies in files, too, so that the system may take its pages back.
 """
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -20,8 +21,33 @@ COUNTS_AT_ONCE = 2**22  # Counts, of which some 80 bytes each are in memory.
 _WHAT = "BM25's index"
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockCounts:
+    """How often each text of a block has its words.
+
+    Attributes:
+        words: Numbers of the different words of each text, one text after the other [entries].
+        times: How often each stands there [entries].
+        different: How many of them each text has [texts].
+        lengths: Words of each text [texts].
+    """
+
+    words: np.ndarray
+    times: np.ndarray
+    different: np.ndarray
+    lengths: np.ndarray
+
+
+def count_block(words: np.ndarray, lengths: np.ndarray) -> BlockCounts:
+    """Counts a block of texts: their words [words] int32 one after the other, and lengths."""
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    pairs, times = np.unique(rows << 32 | words, return_counts=True)
+    different = np.bincount(pairs >> 32, minlength=len(lengths))
+    return BlockCounts((pairs & 0xFFFFFFFF).astype(np.int32), times, different, lengths)
+
+
 class WordCounts:
-    """Takes texts whose words are numbers, in their order; then has BM25's matrix of them.
+    """Takes blocks of texts in their order; then has BM25's matrix of them.
 
     Attributes:
         lengths: Words of each text, of each block.
@@ -37,16 +63,14 @@ class WordCounts:
         self._different: list[np.ndarray] = []
         self._having = np.zeros(0, np.int64)
 
-    def add(self, words: np.ndarray, lengths: np.ndarray) -> None:
-        """Counts a block of texts: their words [words] int32 one after the other, and lengths."""
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        pairs, times = np.unique(rows << 32 | words, return_counts=True)
-        counts = np.empty(len(pairs), _COUNT)
-        counts["word"], counts["times"] = pairs & 0xFFFFFFFF, times
+    def add(self, block: BlockCounts, numbers: np.ndarray) -> None:
+        """Takes a block; `numbers` [words] says which number each of its words has here."""
+        counts = np.empty(len(block.words), _COUNT)
+        counts["word"], counts["times"] = numbers[block.words], block.times
         with writing(_WHAT, self._scratch):
             self._file.write(counts.tobytes())  # It reports errors, and `tofile` does not.
-        self.lengths.append(lengths)
-        self._different.append(np.bincount(pairs >> 32, minlength=len(lengths)))
+        self.lengths.append(block.lengths)
+        self._different.append(block.different)
         having = np.bincount(counts["word"], minlength=len(self._having))
         having[: len(self._having)] += self._having
         self._having = having
