@@ -274,7 +274,7 @@ def test_a_place_for_the_index_that_cannot_be_written_is_told(tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_workers_make_the_index_that_one_process_makes(monkeypatch, tmp_path):
-    monkeypatch.setattr(bm25, "_TEXTS", 7)
+    monkeypatch.setattr(bm25, "_SENT", 7)
     draw, told = random.Random(0), []
     words = [f"w{number}" for number in range(60)] + [
         "naïve",

@@ -27,7 +27,7 @@ from expandr_jax.files.records import write_json
 from expandr_jax.runtime.workers import mapped
 from expandr_jax.search.index import Index
 from expandr_jax.search.postings import Postings
-from expandr_jax.search.word_counts import BlockCounts, WordCounts, count_block
+from expandr_jax.search.word_counts import BlockCounts, WordCounts, count_block, joined
 from expandr_jax.settings import NotNegative, Share, read_section
 
 _LENGTHS = "lengths.json"
@@ -39,6 +39,7 @@ _FILES = (
 _WORDS = {"stopwords": "english", "stemmer": None, "show_progress": False}
 _POSTINGS = "data", "indices", "indptr"  # Each word's weights and documents; where they end.
 _TEXTS = 4096  # Texts whose words are in memory as strings at once.
+_SENT = 4 * _TEXTS  # Texts that a worker is given at once.
 _MANY = 200_000  # Texts from which on workers take less time than they need to begin.
 # Scripts that set no space between words: Thai to Lao, Myanmar, Khmer, kana, Han, and Han beyond
 # the first plane; Hangul has spaces, but between groups of words.
@@ -109,8 +110,10 @@ class Bm25Index(Index):
         plain = {n: v.item() if isinstance(v, np.generic) else v for n, v in vars(options).items()}
         self.options = read_section(Bm25Options, plain, "BM25 option ")
         counts, vocabulary = WordCounts(scratch), dict[str, int]()
-        blocks = (block for _, block in _blocks(texts))
-        for words, block in mapped(_counted, blocks, workers if len(texts) >= _MANY else 1):
+        workers = workers if len(texts) >= _MANY else 1
+        # Fewer and larger ones have fewer words to be numbered here, where there are workers.
+        blocks = (block for _, block in _blocks(texts, size=_TEXTS if workers == 1 else _SENT))
+        for words, block in mapped(_counted, blocks, workers):
             numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
             counts.add(block, np.array(numbers, np.int32))
             progress(len(block.lengths))
@@ -230,14 +233,14 @@ def text_fingerprint(texts: Collection[str]) -> str:
 
 
 def _blocks(
-    texts: Collection[str], verb: str = "BM25 indexes"
+    texts: Collection[str], verb: str = "BM25 indexes", size: int = _TEXTS
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The number of the first text and the texts of each block, checked."""
     if isinstance(texts, str):
         raise UserError(f"{verb} a list of texts; one text was given: make it a list of one")
     rest = iter(texts)
-    for first in itertools.count(step=_TEXTS):
-        block = tuple(itertools.islice(rest, _TEXTS))
+    for first in itertools.count(step=size):
+        block = tuple(itertools.islice(rest, size))
         for row, text in enumerate(block, first):
             if not isinstance(text, str):
                 raise UserError(f"{verb} texts; number {row} is of type {type(text).__name__}")
@@ -257,9 +260,14 @@ def _split(texts: Sequence[str]) -> list[list[str]]:
 
 def _counted(texts: Sequence[str]) -> tuple[list[str], BlockCounts]:
     """The words of texts, in the order in which they come, and how often each text has them."""
-    tokens = _bm25s().tokenize(_spaced(texts), return_ids=True, **_WORDS)
-    words = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
-    return [*tokens.vocab], count_block(words, np.array([len(ids) for ids in tokens.ids]))
+    vocabulary, parts = dict[str, int](), []
+    for _, block in _blocks(texts):
+        tokens = _bm25s().tokenize(_spaced(block), return_ids=True, **_WORDS)
+        numbers = [vocabulary.setdefault(word, len(vocabulary)) for word in tokens.vocab]
+        words = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
+        lengths = np.array([len(ids) for ids in tokens.ids])
+        parts.append(count_block(np.array(numbers, np.int32)[words], lengths))
+    return [*vocabulary], joined(parts)
 
 
 def _bm25s() -> types.ModuleType:

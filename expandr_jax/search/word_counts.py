@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,7 +44,20 @@ def count_block(words: np.ndarray, lengths: np.ndarray) -> BlockCounts:
     rows = np.repeat(np.arange(len(lengths)), lengths)
     pairs, times = np.unique(rows << 32 | words, return_counts=True)
     different = np.bincount(pairs >> 32, minlength=len(lengths))
-    return BlockCounts((pairs & 0xFFFFFFFF).astype(np.int32), times, different, lengths)
+    words, times = (a.astype(np.int32) for a in (pairs & 0xFFFFFFFF, times))
+    return BlockCounts(words, times, different, lengths)
+
+
+def joined(blocks: Sequence[BlockCounts]) -> BlockCounts:
+    """Blocks one after the other, as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return BlockCounts(
+        *(
+            np.concatenate([getattr(block, field.name) for block in blocks])
+            for field in dataclasses.fields(BlockCounts)
+        )
+    )
 
 
 class WordCounts:
