@@ -19,7 +19,6 @@ from expandr_jax.objectives.adapter import AdapterBatches, kept_reference
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import pack
-from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.runtime.run import Run
 
@@ -67,7 +66,7 @@ def made(run):
 
 
 def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     first, batches = made(models, pairs)
     assert batches == 2
     again, batches = made(models, pairs)
@@ -89,7 +88,7 @@ def test_it_is_made_once_and_again_only_for_other_pairs_or_weights(models, made)
 
 
 def test_what_is_not_finite_is_told_by_its_pair_and_not_kept(models, made, run):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     batches = AdapterBatches(models, DPO, SETTINGS, 8)
     program, calls = batches.log_probs, []
 
@@ -105,7 +104,7 @@ def test_what_is_not_finite_is_told_by_its_pair_and_not_kept(models, made, run):
 
 
 def test_it_is_the_base_s_of_each_pair_alone(models, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     module = models.generator.module
     for pair, found in zip(pairs, made(models, pairs)[0], strict=True):
         expected = log_probs_of(module, {"params": models.generator_params}, pack([pair], 0))
@@ -113,7 +112,7 @@ def test_it_is_the_base_s_of_each_pair_alone(models, made):
 
 
 def test_it_is_that_of_an_adapter_where_one_is_given(models):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     module, params = models.generator.module, models.generator_params
     adapter = init_lora(jax.random.key(0), params, module.lora)
     adapter = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.2, adapter)
@@ -130,7 +129,7 @@ def test_it_is_that_of_an_adapter_where_one_is_given(models):
 
 def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
     """Eleven pairs in batches of eight: the last is filled with five that do not count."""
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     batches = AdapterBatches(models, DPO, SETTINGS, 8)
     reference = batches.reference(pairs)
     adapter = init_lora(jax.random.key(0), models.generator_params, models.generator.module.lora)
@@ -155,7 +154,7 @@ def test_metrics_are_means_over_pairs_whatever_fills_the_last_batch(models):
 
 
 def test_a_damaged_file_is_made_again(models, run, made):
-    pairs, _ = tokenize_pairs(models.generator, ROWS, LENGTHS)
+    pairs, _ = OBJECTIVES["sigmoid"].tokenize(models.generator, ROWS, LENGTHS)
     first, _ = made(models, pairs)
     (path,) = run.path("work").glob("reference-*.npy")
     path.write_bytes(path.read_bytes()[:-1] + b"?")

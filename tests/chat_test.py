@@ -18,7 +18,8 @@ from trl.data_utils import apply_chat_template, common_prefix_length
 from expandr_jax.data.chat import apply_template
 from expandr_jax.data.preferences import read_preferences
 from expandr_jax.errors import UserError
-from expandr_jax.objectives.preference import read_pairs, tokenize_pairs
+from expandr_jax.objectives.preference import read_pairs
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.weights.export import export_generator
 from expandr_jax.weights.hf import load_generator
 from tests.file_options import edit
@@ -204,7 +205,7 @@ def test_pairs_have_the_ids_of_trl(generator, monkeypatch, tmp_path, name, chose
     own = dataclasses.replace(generator, today=datetime.date.today())  # `end_id` is the template's.
     section = types.SimpleNamespace(prompt_length=10**6, response_length=10**6, on_bad_pair="error")
     rows, _ = read_pairs(path, own, section, None, 0.0, own=False)
-    ((found,), cut) = tokenize_pairs(own, rows, section)
+    ((found,), cut) = OBJECTIVES["sigmoid"].tokenize(own, rows, section)
     # As in TRL's DPOTrainer, which has it in a closure.
     prompt, *whole = (
         tokenizer.apply_chat_template(conversation, return_dict=False, **options)
@@ -237,7 +238,7 @@ def test_prompts_that_are_text_begin_as_the_tokenizer_has_it(generator, tmp_path
         row = {"prompt": prompt, "chosen": " good", "rejected": " bad"}
         (path := tmp_path / "pairs.jsonl").write_text(json.dumps(row))
         rows, _ = read_pairs(path, own, section, None, 0.0, own=False)
-        ((found,), _) = tokenize_pairs(own, rows, section)
+        ((found,), _) = OBJECTIVES["sigmoid"].tokenize(own, rows, section)
         # Of a prompt that has the token, TRL's ids begin with it twice.
         twice = starts and prompt.startswith(start)
         assert found.ids[0] == tokenizer(prompt)["input_ids"][twice:]

@@ -39,6 +39,7 @@ from expandr_jax.objectives.packed_examples import (
 )
 from expandr_jax.objectives.stored_examples import made_ahead, store_examples
 from expandr_jax.runtime.processes import Processes
+from tests.processes_test import Beside
 
 SIZE, LONGEST = 4, 200
 KINDS = ("query", "positive", "negative", "expansion")
@@ -273,21 +274,6 @@ def test_examples_are_the_same_however_many_are_made_at_once(monkeypatch):
     assert whole[1].known == whole[47].known == {*made[1].positives, *made[47].positives}
     assert whole[9].known == {*made[9].positives}
     assert whole[1].expansions == Encoder().tokenize(made[1].expansions, "query")
-
-
-class Beside(Processes):
-    """One of several processes, of which each is a thread of this one."""
-
-    def __init__(self, index, count, given, barrier):
-        super().__init__(index, count)
-        self._given, self._barrier = given, barrier
-
-    def exchange(self, arrays):
-        self._given[self.index] = arrays
-        self._barrier.wait(timeout=30)
-        found = [self._given[i] for i in range(self.count)]
-        self._barrier.wait(timeout=30)
-        return found
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -234,7 +234,7 @@ def test_a_round_names_the_section_that_it_learns_by(size, message):
     settings = read_config(smoke.get_config()).dpo
     settings = dataclasses.replace(settings, batch_size=size)
     objective = dataclasses.replace(
-        OBJECTIVES["sigmoid"], examples="pairs", tokenize=lambda *_: ([], 0)
+        OBJECTIVES["sigmoid"], examples="pairs", tokenizer=lambda *_: None
     )
     config = types.SimpleNamespace(max_positions=8)
     generator = types.SimpleNamespace(module=types.SimpleNamespace(config=config))

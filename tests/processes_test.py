@@ -53,6 +53,21 @@ def together(members: list[Processes], function: Callable[[Processes], object]) 
     return results
 
 
+class Beside(Processes):
+    """One of several processes, of which each is a thread of this one."""
+
+    def __init__(self, index, count, given, barrier):
+        super().__init__(index, count)
+        self._given, self._barrier = given, barrier
+
+    def exchange(self, arrays):
+        self._given[self.index] = arrays
+        self._barrier.wait(timeout=30)
+        found = [self._given[i] for i in range(self.count)]
+        self._barrier.wait(timeout=30)
+        return found
+
+
 def test_one_process_alone_calls_and_gathers_by_itself():
     alone = Processes()
     assert alone.once(lambda: 1) == 1

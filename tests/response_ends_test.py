@@ -8,8 +8,7 @@ import pytest
 from transformers import tokenization_utils_base
 
 from expandr_jax.data.preferences import read_preferences
-from expandr_jax.objectives.preference import tokenize_pairs
-from expandr_jax.objectives.reward_sft import tokenize_candidates
+from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.rewards.group import Group
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT
@@ -79,8 +78,8 @@ def test_long_texts_are_cut_without_a_warning_of_indexing_errors(load, tmp_path,
         "rejected": "no",
         "candidates": [{"text": long, "reward": 1.0}],
     }
-    assert tokenize_pairs(generator, [row], SETTINGS)[1] == 2
-    assert tokenize_candidates(generator, [Group.from_row(row)], SETTINGS)[1] == 2
+    assert OBJECTIVES["sigmoid"].tokenize(generator, [row], SETTINGS)[1] == 2
+    assert OBJECTIVES["reward-sft"].tokenize(generator, [Group.from_row(row)], SETTINGS)[1] == 2
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
     assert read_preferences(path, generator.tokenizer, prompt_length=8, on_bad_pair="drop")[1]
@@ -108,11 +107,13 @@ def test_pairs_and_candidates_end_as_the_template_has_it_and_only_once(load):
     for text, ids in expected.items():
         cut = text.startswith(sentence)
         row = {"prompt": "a?", "chosen": text, "rejected": "no"}
-        (pair,), was_cut = tokenize_pairs(generator, [row], SETTINGS)
+        (pair,), was_cut = OBJECTIVES["sigmoid"].tokenize(generator, [row], SETTINGS)
         assert (pair.ids[1], was_cut) == (ids, cut), text
         assert pair.responses[1][-1] == TURN_END
         row = {"prompt": "a?", "candidates": [{"text": text, "reward": 1.0}]}
-        (one,), was_cut = tokenize_candidates(generator, [Group.from_row(row)], SETTINGS)
+        (one,), was_cut = OBJECTIVES["reward-sft"].tokenize(
+            generator, [Group.from_row(row)], SETTINGS
+        )
         assert (one.ids[1], was_cut) == (ids, cut), text
 
 

@@ -1,11 +1,15 @@
 """Reward-weighted learning of candidates: its loss in numpy, what it learns, and its files."""
 
+import collections
 import functools
 import gc
 import io
 import json
+import random
+import threading
 import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -18,14 +22,18 @@ from transformers import AutoModelForCausalLM
 from configs import smoke
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import read_jsonl, write_jsonl
+from expandr_jax.models.generator import Generator
 from expandr_jax.models.lora import LoraConfig, init_lora
+from expandr_jax.objectives import objective as objective_module
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_losses
 from expandr_jax.objectives.packing import Example, pack
-from expandr_jax.objectives.reward_sft import REWARD_SFT, read_rewarded, tokenize_candidates
+from expandr_jax.objectives.registry import OBJECTIVES
+from expandr_jax.objectives.reward_sft import REWARD_SFT, read_rewarded
 from expandr_jax.rewards.group import Group
 from expandr_jax.training.checkpoint import Checkpoints
 from expandr_jax.weights.hf import load_generator
 from tests.commands import ROOT, finish, start
+from tests.processes_test import Beside
 from train import generator as training
 from train import preferences
 
@@ -80,7 +88,7 @@ def test_the_mean_over_candidates_is_the_mean_loss_of_queries(tiny):
         {"prompt": "c?", "candidates": [candidate("", 9.0), candidate("loss", 0.0)]},
     ]
     settings = ObjectiveSettings(reward_temperature=0.5)
-    examples, cut = tokenize_candidates(
+    examples, cut = REWARD_SFT.tokenize(
         generator, [Group.from_row(row) for row in rows], limits(settings)
     )
     assert cut == 0
@@ -105,10 +113,50 @@ def test_examples_are_named_by_whatever_id_a_line_has(tiny):
         {**id_, "prompt": "a?", "candidates": [candidate("array", 1.0)]}
         for id_ in ({"query_id": "q"}, {"query_id": 7}, {"query_id": 0}, {"query_id": None}, {})
     ]
-    examples, _ = tokenize_candidates(
+    examples, _ = REWARD_SFT.tokenize(
         tiny[0], [Group.from_row(row) for row in rows], limits(ObjectiveSettings())
     )
     assert [example.name for example in examples] == ["q", "7", "0", "None", "4"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("kind", ["sigmoid", "reward-sft"])
+def test_processes_share_the_tokens_and_all_have_what_one_makes(tiny, monkeypatch, kind, count):
+    """Each tokenized all of them."""
+    monkeypatch.setattr(objective_module, "ROWS_AT_ONCE", 6)
+    words, draw = ["array", "norm", "loss", "axis", "shape"], random.Random(0)
+    rows = []
+    for _ in range(25):
+        texts = [" ".join(draw.choices(words, k=draw.randrange(1, 14))) for _ in range(4)]
+        group = [candidate(text, draw.random()) for text in texts[: draw.randrange(2, 5)]]
+        pair = {"chosen": texts[0], "rejected": texts[1]}
+        rows.append({"prompt": f"{texts[2]}?", "candidates": group, **pair})
+    objective, settings = OBJECTIVES[kind], limits(ObjectiveSettings())
+    if kind == "reward-sft":
+        rows = [Group.from_row(row) for row in rows]
+    asked, tokens = [], Generator.token_ids
+
+    def counted(self, texts):
+        asked.append(threading.get_ident())
+        return tokens(self, texts)
+
+    monkeypatch.setattr(Generator, "token_ids", counted)
+    alone, cut = objective.tokenize(tiny[0], rows, settings)
+    assert cut > 0
+    given, barrier = {}, threading.Barrier(count)
+    asked.clear()
+
+    def made(index):
+        member, told = Beside(index, count, given, barrier), []
+        return objective.tokenize(tiny[0], rows, settings, member, told.append), told
+
+    with ThreadPoolExecutor(count) as pool:
+        for (examples, lost), told in pool.map(made, range(count)):
+            assert [*examples] == [*alone]
+            assert [example.name for example in examples] == [example.name for example in alone]
+            assert (lost, sum(told)) == (cut, len(rows))
+    assert len(asked) == len(rows)
+    assert max(collections.Counter(asked).values()) <= len(rows) // count + 3
 
 
 def limits(settings):

@@ -13,7 +13,7 @@ from expandr_jax.files import stored_rows
 from expandr_jax.files.stored_rows import Picked, StoredRows
 from expandr_jax.objectives import stored_responses
 from expandr_jax.objectives.packing import Example
-from expandr_jax.objectives.stored_responses import StoredResponses
+from expandr_jax.objectives.stored_responses import StoredResponses, pack_responses
 
 ROWS = [{"text": "π\n", "number": 0.1}, {}, {"list": [None, -1]}, {"half": "\ud800"}]
 
@@ -48,7 +48,8 @@ def test_examples_are_as_they_were(extras):
         Example(array("i", prompt), [array("i", r) for r in responses], extras, f"ä {number}\ud800")
         for number, (prompt, responses) in enumerate(parts)
     ]
-    stored = StoredResponses(iter(examples))
+    blocks = [examples[:2], [], examples[2:]]
+    stored = StoredResponses(map(pack_responses, blocks), [*extras])
     assert [*stored] == examples
     assert [example.name for example in stored] == [example.name for example in examples]
     assert [example.ids for example in stored[::-1]] == [[p, *r] for p, r in parts[::-1]]
@@ -62,7 +63,9 @@ def test_what_is_held_of_an_example_and_a_row_does_not_grow_with_them():
         tracemalloc.start()
         kept = (
             StoredRows(({"text": "word " * length} for _ in range(100)), "rows"),
-            StoredResponses(Example([1] * length, [[2] * length]) for _ in range(100)),
+            StoredResponses(
+                pack_responses([Example([1] * length, [[2] * length])]) for _ in range(100)
+            ),
         )
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
@@ -73,7 +76,7 @@ def test_what_is_held_of_an_example_and_a_row_does_not_grow_with_them():
 @pytest.mark.parametrize(
     ("module", "make"),
     [(stored_rows, lambda: StoredRows([{}], "pairs")),
-     (stored_responses, lambda: StoredResponses([Example([1], [[2]])]))],
+     (stored_responses, lambda: StoredResponses([pack_responses([Example([1], [[2]])])]))],
 )  # fmt: skip
 def test_a_full_disk_is_told_in_a_line(monkeypatch, module, make):
     def full(*_, **__):

@@ -19,7 +19,6 @@ from expandr_jax.models.lora import LoraConfig, init_lora
 from expandr_jax.objectives.log_probs import response_log_probs
 from expandr_jax.objectives.objective import ObjectiveSettings, adapter_loss, adapter_step
 from expandr_jax.objectives.packing import pack
-from expandr_jax.objectives.preference import tokenize_pairs
 from expandr_jax.objectives.registry import OBJECTIVES
 from expandr_jax.training.train_state import TrainState, make_optimizer
 from expandr_jax.weights.adapter import export_adapter
@@ -161,7 +160,7 @@ def fed(batch):
 
 def our_pairs(generator, rows, **limits):
     limits = {"prompt_length": 64, "response_length": 64, **limits}
-    return tokenize_pairs(generator, rows, types.SimpleNamespace(**limits))
+    return OBJECTIVES["sigmoid"].tokenize(generator, rows, types.SimpleNamespace(**limits))
 
 
 def test_the_loss_is_fed_the_tokens_that_trl_feeds_it(ours, strings, make_trainer):

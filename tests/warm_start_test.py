@@ -10,7 +10,7 @@ from configs import base
 from expandr_jax.config import read_config
 from expandr_jax.data.beir import Collection
 from expandr_jax.data.training_data import TrainingData
-from expandr_jax.objectives.warm_start import positive_rows, tokenize_beginnings
+from expandr_jax.objectives.warm_start import WARM_START, positive_rows
 from expandr_jax.weights.hf import load_generator
 from tests.commands import finish, start, step_metrics
 
@@ -26,7 +26,7 @@ def test_a_beginning_is_left_open_and_a_whole_text_ends():
         (5, ids[:5]), (len(ids), ids), (len(ids) + 1, [*ids, generator.end_id])
     ):  # fmt: skip
         limits = dataclasses.replace(settings, response_length=length)
-        (example,), cut = tokenize_beginnings(generator, rows, limits)
+        (example,), cut = WARM_START.tokenize(generator, rows, limits)
         assert [*example.responses[0]] == expected
         assert example.extras == {"weight": 1.0}
         assert not cut

@@ -74,8 +74,9 @@ def train_generator(
     config, settings = run.config, settings or run.config.learned
     objective, section = objective or config.objective, section or config.step_b_kind.section
     own = adapter_round(
-        objective, section, settings, models, rows, config.seed, round_, run.reporter
-    )
+        objective, section, settings, models, rows, config.seed, round_, run.reporter,
+        run.processes,
+    )  # fmt: skip
     stage = run.trained_stage(name, round_)
     if round_:  # Rounds differ in their number of examples: steps cannot be numbered through.
         directory = run.checkpoints(f"{name}-{round_}")

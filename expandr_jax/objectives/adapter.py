@@ -24,6 +24,7 @@ from expandr_jax.objectives.packing import Example, RowSize, hash_response_examp
 from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel, adapter_shapes
 from expandr_jax.runtime.checksums import Checksums
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.sharding import batch_sharding, device_put, on_mesh, replicated, whole
 from expandr_jax.training.setup import Program, TrainingSetup, set_up
@@ -53,14 +54,18 @@ def make_examples(
     rows: Sequence[Any],
     settings: DpoSettings,
     reporter: Reporter,
+    processes: Processes | None = None,
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Examples of the rows that are held out, and of the others, as `hold_out` divides them.
 
-    The reporter says how many texts were cut, and what is longer than the model was made for.
+    All processes call it together; None: this one is alone. The reporter says how many texts were
+    cut, and what is longer than the model was made for.
     """
-    (dev, dev_cut), (others, cut) = (
-        objective.tokenize(generator, part, settings) for part in (held_out, rows)
-    )
+    with reporter.progress("training texts tokenized", len(held_out) + len(rows)) as advance:
+        (dev, dev_cut), (others, cut) = (
+            objective.tokenize(generator, part, settings, processes, advance)
+            for part in (held_out, rows)
+        )
     if dev_cut + cut:
         reporter.say(f"{dev_cut + cut} prompts or responses were cut to their limits")
     longest = max((example.positions for example in itertools.chain(dev, others)), default=0)

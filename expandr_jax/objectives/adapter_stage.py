@@ -24,6 +24,7 @@ from expandr_jax.objectives.settings import DpoSettings
 from expandr_jax.pair import GeneratorModel
 from expandr_jax.runtime.formats import identity_of
 from expandr_jax.runtime.journals import CommonJournal
+from expandr_jax.runtime.processes import Processes
 from expandr_jax.runtime.progress import Reporter
 from expandr_jax.runtime.stage import TrainedStage
 from expandr_jax.runtime.telemetry import Contents
@@ -137,8 +138,12 @@ def adapter_round(
     seed: int,
     number: int,
     reporter: Reporter,
+    processes: Processes | None = None,
 ) -> AdapterRound:
     """Makes a round of the rows that its objective reads; the rest is as of `AdapterRound`.
+
+    Its examples are made by all `processes` together, when one is first asked for; None: by this
+    one, alone.
 
     Raises:
         UserError: There are too few rows for the mesh, or it cannot divide a batch.
@@ -173,7 +178,9 @@ def adapter_round(
         batch_size=batch_size,
         seed=seed,
         number=number,
-        make=lambda *parts: make_examples(objective, model.generator, *parts, settings, reporter),
+        make=lambda *parts: make_examples(
+            objective, model.generator, *parts, settings, reporter, processes
+        ),
     )
 
 

@@ -2,19 +2,26 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from expandr_jax.losses.preference import PreferenceSettings
 from expandr_jax.models.decoder import Decoder
+from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.log_probs import packed_log_probs
+from expandr_jax.objectives.packing import Example
+from expandr_jax.objectives.stored_responses import ResponseBlock, StoredResponses, pack_responses
+from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.shares import shares_in_turn
 from expandr_jax.settings import NotNegative, Positive, count
 from expandr_jax.training.train_state import TrainState
 
+ROWS_AT_ONCE = 256  # Whose token ids processes hand each other together.
 Losses = tuple[jax.Array, dict[str, jax.Array]]  # [batch] losses, and metrics, [batch] each.
 
 
@@ -40,10 +47,10 @@ class Objective:
         read: (path, generator, the config's sections `dpo` and `expansion`, its `reward.threshold`,
             own) -> rows of such a file, and how many were left out for what reason. `own`: the file
             is one that a run has written, which has no bad lines and whose prompts may be cut.
-        tokenize: (generator, rows, the config's section `dpo`) -> examples, and how many texts had
-            to be cut to its limits.
+        tokenizer: (generator, all rows, the config's section `dpo`) -> a function of a row's number
+            and the row to its examples, and to how many texts had to be cut to the limits.
         prompt: A row to its prompt.
-        texts: A row to all that `tokenize` makes its examples of, as a value of JSON.
+        texts: A row to all that its examples are made of, as a value of JSON.
         count: (a row, the config's section `dpo`) -> how many examples that makes of it.
         responses: Responses of an example at most.
         reference: The losses need the base's log-probabilities: "reference" [batch, responses] in
@@ -58,7 +65,7 @@ class Objective:
     examples: str
     file: str
     read: Callable[..., tuple[Sequence[Any], dict[str, int]]]
-    tokenize: Callable[..., tuple[Sequence[Any], int]]
+    tokenizer: Callable[..., Callable[[int, Any], tuple[Sequence[Example], int]]]
     prompt: Callable[[Any], Any]
     texts: Callable[[Any], Any]
     responses: int
@@ -66,6 +73,44 @@ class Objective:
     losses: Callable[[jax.Array, Mapping[str, jax.Array], ObjectiveSettings], Losses]
     extras: tuple[str, ...] = ()
     count: Callable[[Any, Any], int] = lambda row, settings: 1
+
+    def tokenize(
+        self,
+        generator: Generator,
+        rows: Sequence[Any],
+        settings: Any,
+        processes: Processes | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> tuple[Sequence[Example], int]:
+        """Examples of rows, in their order, and how many texts were cut.
+
+        All processes call it together, and each tokenizes a share.
+
+        Args:
+            generator: Its tokenizer is used.
+            rows: As `read` has them.
+            settings: The config's section `dpo`.
+            processes: Those of the run; None: this one is alone.
+            progress: Told of how many rows more are done, by all processes.
+        """
+        make, processes, cut = (
+            self.tokenizer(generator, rows, settings),
+            processes or Processes(),
+            0,
+        )
+
+        def blocks() -> Iterator[ResponseBlock]:
+            nonlocal cut
+            for first, own, every in shares_in_turn(rows, ROWS_AT_ONCE, processes):
+                made = [make(number, row) for number, row in enumerate(own, first)]
+                block = pack_responses([example for examples, _ in made for example in examples])
+                lost = np.array(sum(were_cut for _, were_cut in made))
+                for part in processes.exchange(block | {"cut": lost}):
+                    cut += int(part["cut"])
+                    yield part
+                progress(every)
+
+        return StoredResponses(blocks(), self.extras), cut
 
     def counted(self, rows: int, dropped: Mapping[str, int]) -> str:
         """What there is to learn from, and what was left out, for people."""

@@ -17,6 +17,7 @@ from expandr_jax.objectives.contrastive_batches import (
     triple_examples,
 )
 from expandr_jax.runtime.processes import Processes
+from expandr_jax.runtime.shares import shares_in_turn
 from expandr_jax.vectors.encoder import Kind, TextEncoder
 
 TRIPLES_AT_ONCE = 1024  # Which are tokenized together, by all processes.
@@ -83,7 +84,7 @@ def triple_blocks(
         cut: As of `triple_examples`, of all processes.
     """
     processes, known = processes or Processes(), known_elsewhere(triples)
-    for own, count in _shares(triples, processes):
+    for _, own, count in shares_in_turn(triples, TRIPLES_AT_ONCE, processes):
         lost: Counter[str] = Counter()
         made = triple_examples(own, encoder, expansions, known, lost)
         made = (
@@ -107,7 +108,7 @@ def triples_key(
     All processes call it together, of which each reads a share of the triples.
     """
     processes, digest = processes or Processes(), hashlib.sha256(expansions.encode())
-    for own, count in _shares(triples, processes):
+    for _, own, count in shares_in_turn(triples, TRIPLES_AT_ONCE, processes):
         rows = [
             hash_json([t.query, t.positives, t.negatives, t.expansions, t.teacher_scores, t.ease])
             for t in own
@@ -117,16 +118,6 @@ def triples_key(
             digest.update(block["rows"].tobytes())
         progress(count)
     return digest.hexdigest()
-
-
-def _shares(
-    triples: Sequence[Triple], processes: Processes
-) -> Iterator[tuple[Sequence[Triple], int]]:
-    """The triples that are this process's share of each block, and how many all have of it."""
-    size = -(-TRIPLES_AT_ONCE // processes.count)
-    for start in range(0, len(triples), size * processes.count):
-        first = start + size * processes.index
-        yield triples[first : first + size], min(size * processes.count, len(triples) - start)
 
 
 class ExampleHashes:

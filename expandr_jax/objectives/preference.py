@@ -3,7 +3,7 @@
 import functools
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,7 +17,6 @@ from expandr_jax.losses.preference import PREFERENCE_LOSSES, PreferenceLoss, pre
 from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
-from expandr_jax.objectives.stored_responses import StoredResponses
 
 if TYPE_CHECKING:
     from expandr_jax.objectives.settings import DpoSettings
@@ -57,22 +56,18 @@ def read_pairs(
     return joined, dropped
 
 
-def tokenize_pairs(
+def pair_tokenizer(
     generator: Generator, rows: Sequence[Mapping[str, Any]], settings: "DpoSettings"
-) -> tuple[Sequence[Example], int]:
-    """Rows {"prompt", "chosen", "rejected"} to pairs, chosen first: `Objective.tokenize`."""
-    cut = 0
+) -> Callable[[int, Mapping[str, Any]], tuple[list[Example], int]]:
+    """Rows {"prompt", "chosen", "rejected"} to pairs, chosen first: `Objective.tokenizer`."""
 
-    def made() -> Iterator[Example]:
-        nonlocal cut
-        for number, row in enumerate(rows):
-            texts = row["prompt"], (row["chosen"], row["rejected"])
-            joined = row.get("joined", False)
-            prompt, responses, were_cut = tokenized(generator, *texts, settings, joined=joined)
-            cut += were_cut
-            yield Example(prompt, responses, name=str(row.get("query_id", number)))
+    def make(number: int, row: Mapping[str, Any]) -> tuple[list[Example], int]:
+        texts = row["prompt"], (row["chosen"], row["rejected"])
+        joined = row.get("joined", False)
+        prompt, responses, cut = tokenized(generator, *texts, settings, joined=joined)
+        return [Example(prompt, responses, name=str(row.get("query_id", number)))], cut
 
-    return StoredResponses(made()), cut
+    return make
 
 
 def _pair_texts(row: Mapping[str, Any]) -> list[Any]:
@@ -108,7 +103,7 @@ PREFERENCE_OBJECTIVES = {
         examples="preference pairs",
         file="preferences.jsonl",
         read=read_pairs,
-        tokenize=tokenize_pairs,
+        tokenizer=pair_tokenizer,
         responses=2,
         reference=loss.reference,
         prompt=operator.itemgetter("prompt"),

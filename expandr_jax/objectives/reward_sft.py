@@ -8,7 +8,7 @@ import collections
 import operator
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.objective import Losses, Objective, ObjectiveSettings
 from expandr_jax.objectives.packing import Example, tokenized
 from expandr_jax.objectives.settings import DpoSettings
-from expandr_jax.objectives.stored_responses import StoredResponses
 from expandr_jax.rewards.group import Group
 from expandr_jax.rewards.selection import candidate_shares, nothing_to_learn
 
@@ -73,31 +72,30 @@ def read_rewarded(
     return Picked(groups, kept), dict(dropped)
 
 
-def tokenize_candidates(
+def candidate_tokenizer(
     generator: Generator, groups: Sequence[Group], settings: DpoSettings
-) -> tuple[Sequence[Example], int]:
-    """An example for each candidate of a group that has a share: `Objective.tokenize`.
+) -> Callable[[int, Group], tuple[list[Example], int]]:
+    """An example for each candidate of a group that has a share: `Objective.tokenizer`.
 
     "weight" is a candidate's share times candidates per query, so that the mean loss of candidates
     is that of queries.
     """
-    cut, count = 0, sum(_count(group, settings) for group in groups)
-    scale = count / max(1, len(groups))
+    scale = sum(_count(group, settings) for group in groups) / max(1, len(groups))
 
-    def made() -> Iterator[Example]:
-        nonlocal cut
-        for number, group in enumerate(groups):
-            name, texts = str(number if group.query_id == "" else group.query_id), group.texts
-            shares = _shares(group, settings)
-            used = np.flatnonzero(shares)
-            prompt, responses, were_cut = tokenized(
-                generator, group.prompt, [texts[i] for i in used], settings
-            )
-            cut += were_cut
-            for i, response in zip(used, responses, strict=True):
-                yield Example(prompt, (response,), {"weight": float(shares[i]) * scale}, name)
+    def make(number: int, group: Group) -> tuple[list[Example], int]:
+        name, texts = str(number if group.query_id == "" else group.query_id), group.texts
+        shares = _shares(group, settings)
+        used = np.flatnonzero(shares)
+        prompt, responses, cut = tokenized(
+            generator, group.prompt, [texts[i] for i in used], settings
+        )
+        examples = [
+            Example(prompt, (response,), {"weight": float(shares[i]) * scale}, name)
+            for i, response in zip(used, responses, strict=True)
+        ]
+        return examples, cut
 
-    return StoredResponses(made()), cut
+    return make
 
 
 def _shares(group: Group, settings: DpoSettings) -> np.ndarray:
@@ -136,7 +134,7 @@ REWARD_SFT = Objective(
     examples="candidates",
     file="candidates.jsonl",
     read=read_rewarded,
-    tokenize=tokenize_candidates,
+    tokenizer=candidate_tokenizer,
     responses=1,
     reference=False,
     prompt=operator.attrgetter("prompt"),

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,45 +21,70 @@ _TYPES = {
 _WHAT = "step B's examples"
 
 
+ResponseBlock = Mapping[str, np.ndarray]  # What `pack_responses` makes of some examples.
+
+
+def pack_responses(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Examples as arrays, which processes hand each other.
+
+    Returns:
+        "tokens" of all texts, one after the other; "lengths" of the texts; "texts", how many each
+        example has; "names" as bytes and "name_lengths"; "extras", all examples' numbers.
+    """
+    texts = [ids for example in examples for ids in (example.prompt, *example.responses)]
+    names = [example.name.encode(errors="surrogatepass") for example in examples]
+    extras = [value for example in examples for value in example.extras.values()]
+    return {
+        "tokens": np.concatenate(
+            [np.zeros(0, np.int32), *(np.asarray(t, np.int32) for t in texts)]
+        ),
+        "lengths": np.array([*map(len, texts)], np.int64),
+        "texts": np.array([1 + len(example.responses) for example in examples], np.int64),
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_lengths": np.array([*map(len, names)], np.int64),
+        "extras": np.array(extras, np.float64),
+    }
+
+
 class StoredResponses(Sequence[Example]):
     """Examples of a prompt and its responses, of which nothing is held in memory.
 
     Args:
-        examples: Read once; all have the same names of `extras`.
+        blocks: Some examples after the others, from `pack_responses`; read once.
+        extras: The names of their numbers.
 
     Raises:
         UserError: They cannot be written.
     """
 
-    def __init__(self, examples: Iterable[Example]):
-        self._extras: list[str] = []
+    def __init__(self, blocks: Iterable[ResponseBlock], extras: Sequence[str] = ()):
+        self._extras = [*extras]
         with contextlib.ExitStack() as stack:
             with writing(_WHAT):
                 make, files = tempfile.TemporaryFile, {}
                 for name in _TYPES:
                     files[name] = make(prefix="expandr-examples-")
                     stack.callback(give_up, files[name])
-            ends = dict.fromkeys(("tokens", "ends", "names"), 0)
+            last = {"ends": 0, "texts": 1, "name_ends": 0}
 
-            def write(name: str, values: Sequence[Any]) -> None:
+            def write(name: str, values: Sequence[Any] | np.ndarray) -> None:
                 files[name].write(np.asarray(values, _TYPES[name]).tobytes())
-                if name in ends:
-                    ends[name] += len(values)
+
+            def write_ends(name: str, lengths: np.ndarray) -> None:
+                ends = last[name] + np.cumsum(lengths)
+                write(name, ends)
+                last[name] = int(ends[-1]) if len(ends) else last[name]
 
             with writing(_WHAT):
-                for name, value in (("ends", [0]), ("texts", [1]), ("name_ends", [0])):
-                    write(name, value)
-            for example in examples:
-                self._extras = [*example.extras]
-                name = [*example.name.encode(errors="surrogatepass")]
+                for name, value in last.items():
+                    write(name, [value])
+            for block in blocks:
                 with writing(_WHAT):
-                    for ids in (example.prompt, *example.responses):
-                        write("tokens", ids)
-                        write("ends", [ends["tokens"]])
-                    write("texts", [ends["ends"]])
-                    write("names", name)
-                    write("name_ends", [ends["names"]])
-                    write("extras", [*example.extras.values()])
+                    for name in ("tokens", "names", "extras"):
+                        write(name, block[name])
+                    write_ends("ends", block["lengths"])
+                    write_ends("texts", block["texts"])
+                    write_ends("name_ends", block["name_lengths"])
             with writing(_WHAT):
                 for file in files.values():
                     file.flush()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from expandr_jax.data.training_data import TrainingData
@@ -11,31 +11,27 @@ from expandr_jax.models.generator import Generator
 from expandr_jax.objectives.packing import Example
 from expandr_jax.objectives.reward_sft import REWARD_SFT
 from expandr_jax.objectives.settings import DpoSettings
-from expandr_jax.objectives.stored_responses import StoredResponses
 
 WARM_STARTS = ("positives", "best")  # What `warm_start` takes, beside "" for none.
 
 
-def tokenize_beginnings(
-    generator: Generator, rows: Sequence[Mapping[str, Any]], settings: DpoSettings
-) -> tuple[Sequence[Example], int]:
-    """Rows {"prompt", "response", "query_id"} to examples of one response: `Objective.tokenize`.
+def beginning_tokenizer(
+    generator: Generator, _: Sequence[Any], settings: DpoSettings
+) -> Callable[[int, Mapping[str, Any]], tuple[list[Example], int]]:
+    """Rows {"prompt", "response", "query_id"} to examples of one response: `Objective.tokenizer`.
 
     A response that is longer than the limit is left open: it does not end there.
     """
-    cut = 0
 
-    def made() -> Iterator[Example]:
-        nonlocal cut
-        for row in rows:
-            prompt, response = generator.token_ids([row["prompt"], row["response"]])
-            cut += len(prompt) > settings.prompt_length
-            if len(response) < settings.response_length:
-                response, _ = generator.response_ids(response, settings.response_length)
-            ids, responses = prompt[-settings.prompt_length :], response[: settings.response_length]
-            yield Example(ids, (responses,), {"weight": 1.0}, row["query_id"])
+    def make(_: int, row: Mapping[str, Any]) -> tuple[list[Example], int]:
+        prompt, response = generator.token_ids([row["prompt"], row["response"]])
+        cut = len(prompt) > settings.prompt_length
+        if len(response) < settings.response_length:
+            response, _ = generator.response_ids(response, settings.response_length)
+        ids, responses = prompt[-settings.prompt_length :], response[: settings.response_length]
+        return [Example(ids, (responses,), {"weight": 1.0}, row["query_id"])], cut
 
-    return StoredResponses(made()), cut
+    return make
 
 
 WARM_START = dataclasses.replace(
@@ -43,7 +39,7 @@ WARM_START = dataclasses.replace(
     name="warm start",
     rows="relevant documents",
     examples="relevant documents",
-    tokenize=tokenize_beginnings,
+    tokenizer=beginning_tokenizer,
     prompt=operator.itemgetter("prompt"),
     texts=operator.itemgetter("prompt", "response"),
     count=lambda row, settings: 1,

@@ -27,7 +27,7 @@ from expandr_jax.files.records import write_json
 from expandr_jax.runtime.workers import mapped
 from expandr_jax.search.index import Index
 from expandr_jax.search.postings import Postings
-from expandr_jax.search.word_counts import BlockCounts, WordCounts, count_block, joined
+from expandr_jax.search.word_counts import BlockCounts, WordCounts, count_block, join_blocks
 from expandr_jax.settings import NotNegative, Share, read_section
 
 _LENGTHS = "lengths.json"
@@ -267,7 +267,7 @@ def _counted(texts: Sequence[str]) -> tuple[list[str], BlockCounts]:
         words = np.fromiter(itertools.chain.from_iterable(tokens.ids), np.int32)
         lengths = np.array([len(ids) for ids in tokens.ids])
         parts.append(count_block(np.array(numbers, np.int32)[words], lengths))
-    return [*vocabulary], joined(parts)
+    return [*vocabulary], join_blocks(parts)
 
 
 def _bm25s() -> types.ModuleType:

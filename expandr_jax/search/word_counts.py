@@ -48,7 +48,7 @@ def count_block(words: np.ndarray, lengths: np.ndarray) -> BlockCounts:
     return BlockCounts(words, times, different, lengths)
 
 
-def joined(blocks: Sequence[BlockCounts]) -> BlockCounts:
+def join_blocks(blocks: Sequence[BlockCounts]) -> BlockCounts:
     """Blocks one after the other, as one."""
     if len(blocks) == 1:
         return blocks[0]
