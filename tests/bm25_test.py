@@ -14,7 +14,7 @@ import pytest
 from expandr_jax import search
 from expandr_jax.errors import UserError
 from expandr_jax.files.records import hash_json
-from expandr_jax.search import Bm25Index, bm25, word_counts
+from expandr_jax.search import Bm25Index, bm25, text_fingerprint, word_counts, words_of
 
 TEXTS = ["the cat sat", "a dog sat on a dog", "birds fly high", "", "Cat!", "dog sat"]
 
@@ -290,3 +290,11 @@ def test_workers_make_the_index_that_one_process_makes(monkeypatch, tmp_path):
     assert len(told) == 15
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_texts_are_told_by_what_their_words_are(monkeypatch):
+    """An index was opened whose texts another version of bm25s had split."""
+    assert words_of([bm25._PROBE]) == [bm25._PROBED]
+    before = text_fingerprint(TEXTS)
+    monkeypatch.setattr(bm25, "_WORDS", {**bm25._WORDS, "stopwords": ["the"]})
+    assert text_fingerprint(TEXTS) != before

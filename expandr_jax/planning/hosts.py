@@ -311,9 +311,10 @@ def _add_from_files(
     tokens = config.dpo.prompt_length + responses * config.dpo.response_length
     example = 4 * tokens + (1 + responses) * STORED_TEXT + STORED_EXAMPLE
     query = examples * example + (1 + examples * responses) * (text + LINE)
-    seconds = CORE_SECONDS["example"] * config.rounds * asked / 1000
+    seconds = CORE_SECONDS["example"] * config.rounds * asked / stages.hosts / 1000
     stages.add("step B's training", memory=asked * examples * INDEX + 2 * state,
-               scratch=asked * query, seconds=seconds, **saved)  # fmt: skip
+               scratch=asked * query, network=4 * tokens * examples * config.rounds * asked,
+               seconds=seconds, **saved)  # fmt: skip
 
 
 def _bytes(tree: Any, itemsize: int | None = None) -> int:
