@@ -5,6 +5,7 @@
 prints what was done to the run and what it took to end it.
 """
 
+import os
 import pathlib
 import random
 import shutil
@@ -37,7 +38,7 @@ SAME = (
     "export/adapter/adapter_model.safetensors",
 )  # fmt: skip
 WAYS = ("truncate", "flip", "delete", "empty")
-KILLS = 40
+KILLS = int(os.environ.get("EXPANDR_KILLS", "15"))  # At random instants.
 
 
 def same(workdir: pathlib.Path, whole: pathlib.Path, *, later: bool = False) -> None:
@@ -117,7 +118,7 @@ def test_killed_in_each_stage(smoke, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_killed_at_forty_random_instants(smoke, tmp_path):
+def test_killed_at_random_instants(smoke, tmp_path):
     draw = random.Random(0)
     kills, runs, lived = 0, 0, 0.0
     while kills < KILLS:

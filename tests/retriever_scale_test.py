@@ -48,13 +48,13 @@ def cranfield():
 
 
 def pydoc():
-    """1,280 training queries of the quick start's collection; dev and what it is searched in."""
+    """640 training queries of the quick start's collection; dev and what it is searched in."""
     found = harvest(quickstart.PACKAGES)
     collection, train = found.collection, found.collection.qrels["train"]
-    pairs = [(query, next(iter(train[query]))) for query in found.retriever_train[:1280]]
+    pairs = [(query, next(iter(train[query]))) for query in found.retriever_train[:640]]
     dev = dict(list(collection.qrels["dev"].items())[:200])
     kept = {document for judged in dev.values() for document in judged}
-    kept |= set(list(collection.corpus)[::4])
+    kept |= set(list(collection.corpus)[::8])
     corpus = {name: text for name, text in collection.corpus.items() if name in kept}
     return Collection("pydoc", corpus | {d: collection.corpus[d] for _, d in pairs},
                       collection.queries, {}), pairs, dev  # fmt: skip
