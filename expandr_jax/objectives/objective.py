@@ -93,11 +93,8 @@ class Objective:
             processes: Those of the run; None: this one is alone.
             progress: Told of how many rows more are done, by all processes.
         """
-        make, processes, cut = (
-            self.tokenizer(generator, rows, settings),
-            processes or Processes(),
-            0,
-        )
+        make, cut = self.tokenizer(generator, rows, settings), 0
+        processes = processes or Processes()
 
         def blocks() -> Iterator[ResponseBlock]:
             nonlocal cut

@@ -34,10 +34,9 @@ def pack_responses(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     texts = [ids for example in examples for ids in (example.prompt, *example.responses)]
     names = [example.name.encode(errors="surrogatepass") for example in examples]
     extras = [value for example in examples for value in example.extras.values()]
+    tokens = [np.asarray(ids, np.int32) for ids in texts]
     return {
-        "tokens": np.concatenate(
-            [np.zeros(0, np.int32), *(np.asarray(t, np.int32) for t in texts)]
-        ),
+        "tokens": np.concatenate(tokens or [np.zeros(0, np.int32)]),
         "lengths": np.array([*map(len, texts)], np.int64),
         "texts": np.array([1 + len(example.responses) for example in examples], np.int64),
         "names": np.frombuffer(b"".join(names), np.uint8),

@@ -221,10 +221,10 @@ class CorpusRetriever:
                 [[True, corpus.is_exact]] * self.processes.count
             ):
                 corpus = dataclasses.replace(corpus, processes=self.processes, shares=self.shares)
-                divided = {
-                    id(each): each.index for each in (corpus, corpus.exact) if each.is_divided
-                }  # Opened now: this process answers searches by them.
-                self._fetch([span for index in divided.values() for span in index.spans])
+                searched = [corpus, corpus.exact] if corpus.approximate else [corpus]
+                # Opened now: this process answers searches by them.
+                divided = [each.index for each in searched if each.is_divided]
+                self._fetch([span for index in divided for span in index.spans])
         return corpus
 
     def _fetch(self, spans: Sequence[Span]) -> None:
