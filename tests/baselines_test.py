@@ -37,7 +37,7 @@ def test_a_baseline_has_its_queries_and_as_many_updates_as_step_a(monkeypatch, t
     retriever = types.SimpleNamespace(
         corpus=Corpus(list(CORPUS), vectors, SEARCH), params="before training",
         processes=Processes(), reporter=Reporter(Console(file=io.StringIO())),
-        encode=lambda texts, kind, progress: encode(texts, kind, texts), release=lambda: None,
+        encode=lambda texts, kind, **_: encode(texts, kind, texts), release=lambda: None,
     )  # fmt: skip
     settings = {"contrastive.batch_size": 8, "contrastive.epochs": 3.0, "mining.depth": 10}
     config = with_settings(read_config(smoke_config.get_config()), settings)

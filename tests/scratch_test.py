@@ -14,7 +14,7 @@ from expandr_jax.errors import UserError
 from expandr_jax.objectives.packed_examples import pack_examples
 from expandr_jax.objectives.stored_examples import store_examples
 from expandr_jax.search import SparseIndex
-from expandr_jax.search.word_counts import WordCounts
+from expandr_jax.search.word_counts import WordCounts, count_block
 from expandr_jax.serving.snapshots import write_snapshot
 from tests.contrastive_steps_test import examples
 
@@ -25,8 +25,8 @@ def sparse_index():
 
 
 def count_words():
-    counts = WordCounts()
-    counts.add(np.arange(5000, dtype=np.int32), np.array([5000]))
+    words = np.arange(5000, dtype=np.int32)
+    WordCounts().add(count_block(words, np.array([5000])), words)
 
 
 WRITERS = {
