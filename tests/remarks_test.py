@@ -63,3 +63,12 @@ def test_queries_that_find_nothing_are_counted():
         "bm25: 2 of 3 queries find no document"
     ]
     assert not remarks("bm25", {"a": {"x": 1.0}, "b": {"x": 1.0}}, qrels)
+
+
+def test_ids_that_coincide_and_change_nothing_are_no_remark():
+    """Numbers do in most collections, far down in a ranking: every row had such a remark."""
+    documents = {str(number): 1.0 / number for number in range(1, 40)}
+    qrels = {"39": {"1": 1}, "38": {"2": 1}}
+    run = dict.fromkeys(qrels, documents)
+    assert remarks("bm25", run, qrels) == []
+    assert len(remarks("bm25", {"1": documents}, {"1": {"2": 1}})) == 1

@@ -162,8 +162,9 @@ def remarks(
     """What a reader of a system's row has to know, a sentence each.
 
     That at least half of the queries find nothing: BM25 does where the queries are in a language
-    that the documents are not in. And that queries find the document of their own id: in ArguAna it
-    is the query itself, and BEIR's evaluation leaves it out; elsewhere ids coincide by chance.
+    that the documents are not in. And that queries find the document of their own id, where that
+    changes their nDCG@10: in ArguAna it is the query itself, and BEIR's evaluation leaves it out;
+    elsewhere ids coincide by chance.
 
     Args:
         system: Its name.
@@ -177,12 +178,12 @@ def remarks(
     if found := sum(query in documents for query, documents in run.items()):
         others = {q: {d: s for d, s in documents.items() if d != q} for q, documents in run.items()}
         before, after = (
-            metrics.mean(metrics.evaluate(scores, qrels, ["ndcg@10"])["ndcg@10"])
+            f"{metrics.mean(metrics.evaluate(scores, qrels, ['ndcg@10'])['ndcg@10']):.4f}"
             for scores in (run, others)
         )
-        said.append(
-            f"{system}: {found:,} of {len(qrels):,} queries find the document of their own id; "
-            f"without these nDCG@10 is {after:.4f}, not {before:.4f} "
-            "(evaluation.drop_identical_ids)"
-        )
+        if before != after:
+            said.append(
+                f"{system}: {found:,} of {len(qrels):,} queries find the document of their own id; "
+                f"without these nDCG@10 is {after}, not {before} (evaluation.drop_identical_ids)"
+            )
     return said
