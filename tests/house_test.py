@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRODUCT = ("expandr_jax", "train", "eval", "configs")
 MOST_LINES = 400  # A file.
 # Whoever raises it says in the commit what for.
-MOST_SOURCE_LINES = 56829
+MOST_SOURCE_LINES = 56825
 
 # Every room of the library, the lowest first: a room imports from those before it alone. A module
 # that lies in no package is a room of its own.

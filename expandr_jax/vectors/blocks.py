@@ -81,7 +81,8 @@ def _filled(
 ) -> Iterator[Span]:
     """Makes a file of the blocks of a span, where it has others; yields the rows of each."""
     (first, last), width = span, next(_blocks(path))["width"]
-    header, size = npy_header(dtype, last - first, width), _row_bytes(dtype, width)
+    header = npy_header(dtype, last - first, width)
+    size = np.dtype(storage_type(dtype, width)).itemsize
     if file.read(len(header)) != header:
         file.seek(0)
         file.write(header)
@@ -125,11 +126,6 @@ def _blocks(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 def _journal(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f"{path.name}.jsonl")
-
-
-def _row_bytes(dtype: str, width: int) -> int:
-    kind, row = storage_type(dtype, width)
-    return np.dtype((kind, row)).itemsize
 
 
 def _hash(data: bytes) -> str:
